@@ -1,0 +1,58 @@
+"""One table of dtypes: safetensors' code, torch's name, torch's storage class, size and kind.
+
+Facts only, from safetensors' `Dtype` and torch's `torch.storage` classes; no torch is imported here.
+A dtype without a storage class is stored by torch in an `UntypedStorage`; one with `safetensors=False` has no code there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["float", "int", "bool", "complex"]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A dtype: `code` as safetensors writes it, `torch` as in `torch.float32`, `size` in bytes per element."""
+
+    code: str
+    torch: str
+    size: int
+    kind: Kind
+    storage_class: str | None
+    safetensors: bool = True
+
+
+# In the order in which safetensors lays tensors out: the last first.
+TABLE: tuple[DType, ...] = (
+    DType("BOOL", "bool", 1, "bool", "BoolStorage"),
+    DType("U8", "uint8", 1, "int", "ByteStorage"),
+    DType("I8", "int8", 1, "int", "CharStorage"),
+    DType("F8_E5M2", "float8_e5m2", 1, "float", None),
+    DType("F8_E4M3", "float8_e4m3fn", 1, "float", None),
+    DType("F8_E8M0", "float8_e8m0fnu", 1, "float", None),
+    DType("F8_E4M3FNUZ", "float8_e4m3fnuz", 1, "float", None),
+    DType("F8_E5M2FNUZ", "float8_e5m2fnuz", 1, "float", None),
+    DType("I16", "int16", 2, "int", "ShortStorage"),
+    DType("U16", "uint16", 2, "int", None),
+    DType("F16", "float16", 2, "float", "HalfStorage"),
+    DType("BF16", "bfloat16", 2, "float", "BFloat16Storage"),
+    DType("I32", "int32", 4, "int", "IntStorage"),
+    DType("U32", "uint32", 4, "int", None),
+    DType("F32", "float32", 4, "float", "FloatStorage"),
+    DType("C64", "complex64", 8, "complex", "ComplexFloatStorage"),
+    DType("F64", "float64", 8, "float", "DoubleStorage"),
+    DType("I64", "int64", 8, "int", "LongStorage"),
+    DType("U64", "uint64", 8, "int", None),
+    DType("C128", "complex128", 16, "complex", "ComplexDoubleStorage", safetensors=False),
+    DType("C32", "complex32", 4, "complex", None, safetensors=False),
+)
+
+BY_CODE: dict[str, DType] = {row.code: row for row in TABLE}
+BY_TORCH: dict[str, DType] = {row.torch: row for row in TABLE} | {
+    alias: next(row for row in TABLE if row.torch == name)
+    for alias, name in {"half": "float16", "float": "float32", "double": "float64", "long": "int64", "int": "int32"}.items()
+}
+BY_STORAGE_CLASS: dict[str, DType] = {row.storage_class: row for row in TABLE if row.storage_class}
+SAFETENSORS_RANK: dict[str, int] = {row.code: rank for rank, row in enumerate(TABLE)}

@@ -1,0 +1,143 @@
+"""The closed family of refusals: each says what, where, why, and what to try next.
+
+Every error that a person can meet is one of these. This module imports nothing of the package and prints nothing.
+"""
+
+from __future__ import annotations
+
+
+def printable(text: object) -> str:
+    """Return `text` with control characters, terminal escapes and lone surrogates shown as escapes.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    value = str(text)
+    if value.isprintable():
+        return value
+    return "".join(c if c.isprintable() or c == "\n" else _escape(c) for c in value)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class CheckpointError(Exception):
+    """Something about a checkpoint, a target, a rule or an output that stops the work.
+
+    Attributes:
+        reason: one sentence without the path.
+        path: the file or target concerned, or None.
+        key: the state_dict key concerned, or None.
+        hint: what to try next, or None.
+        problems: every single problem, where several were found at once.
+        exit_code: what the command line exits with.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        path: object = None,
+        key: str | None = None,
+        hint: str | None = None,
+        problems: tuple[str, ...] = (),
+    ) -> None:
+        self.reason = reason
+        self.path = None if path is None else str(path)
+        self.key = key
+        self.hint = hint
+        self.problems = problems
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """What and where and why, on one line, plus one line per problem; the hint is apart."""
+        where = f"{self.path}: " if self.path else ""
+        key = f"{self.key}: " if self.key else ""
+        lines = [f"{where}{key}{self.reason}", *(f"  {problem}" for problem in self.problems)]
+        return printable("\n".join(lines))
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  try: {printable(self.hint)}"
+
+
+class UnreadableError(CheckpointError):
+    """The file is missing, not a regular file, not permitted, or shorter than it says."""
+
+
+class FormatError(CheckpointError):
+    """The bytes are not a checkpoint of a known format, or contradict themselves."""
+
+
+class UnsafeError(CheckpointError):
+    """The weights can't be told without running something that the file asks for."""
+
+
+class LimitError(CheckpointError):
+    """Reading would cost more than a header may cost."""
+
+
+class RootError(CheckpointError):
+    """It is not clear which nested dict holds the state_dict, or the one named is not there."""
+
+
+class TargetError(CheckpointError):
+    """A target could not be parsed, imported or built."""
+
+
+class RuleError(CheckpointError):
+    """Rules that match nothing, collide, or are not well formed."""
+
+
+class PlanError(CheckpointError):
+    """A plan that can't be made, does not add up, or is of another version."""
+
+
+class StaleError(CheckpointError):
+    """A source or target is not what it was when the plan was made, or changed while it was read."""
+
+
+class CastError(CheckpointError):
+    """A change of dtype would overflow or truncate."""
+
+
+class DeviceError(CheckpointError):
+    """The device is not on this machine."""
+
+
+class OutputError(CheckpointError):
+    """The output exists, can't be written, or can't hold what it should."""
+
+
+class ModelError(CheckpointError):
+    """A model, report or parameter that does not go with the others (groups, forward, initialisation)."""
+
+
+class CoverageError(CheckpointError):
+    """A true no: nothing was transferred, or less than asked for."""
+
+    exit_code = 1
+
+
+class StrictError(CheckpointError):
+    """A true no: under `strict`, keys that no rule names are missing, extra or mismatched."""
+
+    exit_code = 1
+
+
+class VerificationError(CheckpointError):
+    """A true no: what was written or loaded is not what the plan says."""
+
+    exit_code = 1
+
+
+class NoRecordError(CheckpointError):
+    """A true no: the checkpoint does not record what is fresh."""
+
+    exit_code = 1

@@ -1,0 +1,255 @@
+"""The vocabulary as types: a tensor is a slice of a file, a checkpoint is a mapping of keys to such slices.
+
+Frozen values without any torch object. Nothing here opens a file: `formats` makes these from files, `models` from models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+from ckptsurgeon.dtypes import BY_CODE
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A deflated zip entry: `nbytes` compressed bytes at `offset` that inflate to `size` bytes."""
+
+    offset: int
+    nbytes: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor's bytes lie.
+
+    `offset` and `nbytes` (in bytes) run from the first to the last element that the tensor's stride reaches; they count within
+    the file, or within the inflated entry where `packed` is set. Tensors of one `storage` share memory in torch.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    storage: str
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """A tensor's name, dtype (safetensors' code), shape and stride (in elements); `span` is None in a skeleton."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    span: Span | None = None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the elements take when they lie densely."""
+        return prod(self.shape) * BY_CODE[self.dtype].size
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie densely in row-major order."""
+        return is_contiguous(self.shape, self.stride)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The row-major stride of a dense tensor of this shape.
+
+    >>> contiguous_stride((2, 3, 4))
+    (12, 4, 1)
+    """
+    stride = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        stride[dim] = stride[dim + 1] * max(shape[dim + 1], 1)
+    return tuple(stride)
+
+
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether `stride` is row-major and dense for `shape`; dimensions of size one, and empty tensors, never matter."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many elements lie from the first to the last one that the stride reaches; 0 for an empty tensor."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """A file as it was when its header was read; guards one run against a file that changes under it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One root of a file: its tensors, its other values, and torch's `_metadata` (module path to version and the like)."""
+
+    root: str
+    tensors: Mapping[str, TensorMeta]
+    entries: Mapping[str, Any] = NOTHING
+    module_metadata: Mapping[str, Any] = NOTHING
+
+    @property
+    def nbytes(self) -> int:
+        """The sum of its tensors' bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file, or a folder of shards, as read: every root it holds, and everything beside them.
+
+    `unreadable` names, by dotted place in the file, what no state_dict of ours can hold, with the reason.
+    """
+
+    path: str
+    format: str
+    fingerprint: str
+    files: tuple[FileStamp, ...]
+    state_dicts: tuple[StateDict, ...]
+    globals: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = NOTHING
+    provenance: Mapping[str, Any] | None = None
+    beside: tuple[str, ...] = ()
+    unreadable: Mapping[str, str] = NOTHING
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, TensorMeta]):
+    """One state_dict without its data: keys to `TensorMeta`, in the file's or model's own order.
+
+    Attributes:
+        path: as the person gave it; for a model its spec.
+        format: `torch-zip`, `torch-legacy`, `safetensors`, `safetensors-shards`, `torch-shards`, `skeleton` or `model`.
+        fingerprint: SHA-256 (hex) of the header's bytes and the file's size; of names, dtypes and shapes for a model or skeleton.
+        root: the nested dict that holds it, `""` for the top.
+        entries: the values that are not tensors, by key (`_extra_state` among them).
+        module_metadata: torch's `_metadata`.
+        ties: groups of keys that are one tensor (same storage, offset, shape and stride).
+        left_behind: what else the file holds, by dotted place.
+        globals: what a pickle asked for beyond the allow-list.
+        provenance: what a merge recorded about itself, or None.
+        files: the files that hold the data, as they were when read; empty for a model or skeleton.
+    """
+
+    path: str
+    format: str
+    fingerprint: str
+    tensors: Mapping[str, TensorMeta]
+    root: str = ""
+    entries: Mapping[str, Any] = NOTHING
+    module_metadata: Mapping[str, Any] = NOTHING
+    ties: tuple[tuple[str, ...], ...] = ()
+    metadata: Mapping[str, str] = NOTHING
+    left_behind: tuple[str, ...] = ()
+    globals: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None
+    files: tuple[FileStamp, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, key: str) -> TensorMeta:
+        return self.tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path!r}: {self.format}, {len(self)} tensors, {self.numel} elements>"
+
+    @property
+    def numel(self) -> int:
+        """The number of elements in all tensors."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors, tied ones counted each time."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def find_ties(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, ...], ...]:
+    """Groups of keys with the same storage, offset, shape and stride (DESIGN: *tied*), in the order of their first key."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for key, tensor in tensors.items():
+        span = tensor.span
+        if span is not None and span.nbytes:
+            groups.setdefault((span.file, span.storage, span.offset, tensor.dtype, tensor.shape, tensor.stride), []).append(key)
+    return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
+
+
+def find_overlaps(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, str], ...]:
+    """Pairs of keys whose bytes overlap in one storage without being tied; they are written apart, so their link is lost."""
+    by_storage: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+    for key, tensor in tensors.items():
+        span = tensor.span
+        if span is not None and span.nbytes:
+            by_storage.setdefault((span.file, span.storage), []).append((span.offset, span.offset + span.nbytes, key))
+    pairs = []
+    for spans in by_storage.values():
+        if len(spans) < 2:
+            continue
+        spans.sort()
+        end, owner = -1, ""
+        for start, stop, key in spans:
+            if start < end and not _tied(tensors[owner], tensors[key]):
+                pairs.append((owner, key))
+            if stop > end:
+                end, owner = stop, key
+    return tuple(pairs)
+
+
+def _tied(one: TensorMeta, other: TensorMeta) -> bool:
+    return (one.span, one.dtype, one.shape, one.stride) == (other.span, other.dtype, other.shape, other.stride)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The share of a target's tensors, and of its elements, that were transferred; both from 0 to 1."""
+
+    tensors: float
+    elements: float
+    counts: tuple[int, int] = field(default=(0, 0))
+
+    @classmethod
+    def of(cls, transferred: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Coverage:
+        """Coverage of `target` by the subset `transferred` of its own tensors; an empty target is wholly covered."""
+        total = sum(tensor.numel for tensor in target.values())
+        done = sum(tensor.numel for tensor in transferred.values())
+        return cls(
+            tensors=len(transferred) / len(target) if target else 1.0,
+            elements=done / total if total else float(len(transferred) == len(target)),
+            counts=(len(transferred), len(target)),
+        )
