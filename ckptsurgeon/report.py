@@ -1,0 +1,119 @@
+"""What a run has to say, as frozen values: findings, casts, and the reports of merge, transfer, verify and check.
+
+A report words nothing itself: `text` is what a view made of it, so that printing a report shows the command line's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ckptsurgeon.tensors import Coverage
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found, with a stable `code`, the key it is about (or None) and a sentence. Only an `error` makes a no."""
+
+    code: str
+    message: str
+    key: str | None = None
+    level: Level = "error"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A change of dtype (safetensors' codes): `largest_error` is absolute, in the tensor's own unit; `changed` counts elements
+    whose value is not exactly kept, `overflowed` finite values that became infinite or wrapped, `truncated` values that lost a part
+    (fraction, imaginary part) to an integer, boolean or real dtype."""
+
+    key: str
+    source_dtype: str
+    target_dtype: str
+    largest_error: float = 0.0
+    changed: int = 0
+    overflowed: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of holding a written file against a model, skeleton or checkpoint.
+
+    `device` is where it was loaded, `tensors` how many were compared bit for bit (by name, dtype and shape alone where `bitwise` is
+    False), `outputs` the shapes of a forward pass by place, `fresh` the keys that the file records as fresh, or None without a record.
+    """
+
+    device: str
+    tensors: int
+    findings: tuple[Finding, ...] = ()
+    bitwise: bool = True
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    fresh: tuple[str, ...] | None = None
+    text: str = field(default="", repr=False, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge, an apply or a transfer did.
+
+    Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
+    and `fresh` (initialised). `dropped` has every source key that went nowhere, with the reason.
+    """
+
+    sources: tuple[str, ...]
+    target: str
+    transferred: tuple[str, ...]
+    kept: tuple[str, ...]
+    fresh: tuple[str, ...]
+    dropped: tuple[tuple[str, str], ...]
+    coverage: Coverage
+    casts: tuple[Cast, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    output: str | None = None
+    nbytes: int = 0
+    verification: Verification | None = None
+    text: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What `check` found in one file."""
+
+    path: str
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found in all files."""
+
+    files: tuple[FileCheck, ...]
+    text: str = field(default="", repr=False, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every file is ok."""
+        return all(file.ok for file in self.files)
+
+    def __str__(self) -> str:
+        return self.text
