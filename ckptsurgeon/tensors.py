@@ -109,14 +109,23 @@ class FileStamp:
     device: int
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Stands for a value inside a state_dict that can't be told without running what the file asks for, or can't be carried."""
+
+    reason: str
+
+
 @dataclass(frozen=True)
 class StateDict:
-    """One root of a file: its tensors, its other values, and torch's `_metadata` (module path to version and the like)."""
+    """One root of a file: its tensors, its other values, torch's `_metadata` (module path to version and the like), and the ties
+    that its tensors' spans can't show (a skeleton's)."""
 
     root: str
     tensors: Mapping[str, TensorMeta]
-    entries: Mapping[str, Any] = NOTHING
-    module_metadata: Mapping[str, Any] = NOTHING
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    module_metadata: Mapping[str, Any] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -126,10 +135,7 @@ class StateDict:
 
 @dataclass(frozen=True)
 class Archive:
-    """A file, or a folder of shards, as read: every root it holds, and everything beside them.
-
-    `unreadable` names, by dotted place in the file, what no state_dict of ours can hold, with the reason.
-    """
+    """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them."""
 
     path: str
     format: str
@@ -137,10 +143,9 @@ class Archive:
     files: tuple[FileStamp, ...]
     state_dicts: tuple[StateDict, ...]
     globals: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = NOTHING
+    metadata: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] | None = None
     beside: tuple[str, ...] = ()
-    unreadable: Mapping[str, str] = NOTHING
     notes: tuple[str, ...] = ()
 
 
@@ -167,10 +172,10 @@ class Checkpoint(Mapping[str, TensorMeta]):
     fingerprint: str
     tensors: Mapping[str, TensorMeta]
     root: str = ""
-    entries: Mapping[str, Any] = NOTHING
-    module_metadata: Mapping[str, Any] = NOTHING
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    module_metadata: Mapping[str, Any] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
-    metadata: Mapping[str, str] = NOTHING
+    metadata: Mapping[str, str] = field(default_factory=dict)
     left_behind: tuple[str, ...] = ()
     globals: tuple[str, ...] = ()
     provenance: Mapping[str, Any] | None = None

@@ -1,0 +1,33 @@
+"""JSON from a file, read one way only: no duplicate names, no NaN, no depth or number that breaks the parser."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from ckptsurgeon.errors import FormatError
+
+
+def parse(raw: bytes, path: str, what: str) -> Any:
+    """The value of `raw`; FormatError, naming `what`, for anything that two parsers could read differently."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            names = [name for name, _ in items]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FormatError(f"has the name {twice[:200]!r} twice in its {what}", path=path)
+        return result
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(name)
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"has a {what} that is not valid JSON", path=path, hint="copy or download it again") from error
+
+
+def integer(value: Any) -> bool:
+    """Whether a JSON value is an integer that fits 63 bits and is not negative (`true` is none)."""
+    return type(value) is int and 0 <= value < 1 << 63

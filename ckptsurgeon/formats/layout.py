@@ -1,0 +1,54 @@
+"""How a new file will look before a byte of it is written: pure values that the formats make and `streaming` carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from ckptsurgeon.dtypes import BY_CODE
+
+Chunk = tuple[int, bytes]  # offset in the file, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """A tensor to write, dense and row-major. Tensors of one `storage` number are tied: they have the same bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * BY_CODE[self.dtype].size
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place of `nbytes` bytes at `offset` for the tensor `index` of the tensors laid out."""
+
+    offset: int
+    nbytes: int
+    index: int
+
+
+def no_tail(_checksums: Sequence[int]) -> tuple[Chunk, ...]:
+    """Nothing follows the data."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file to be: the `slots` for data, the `chunks` known before, `size` in all.
+
+    Where `checksums` is set, the CRC-32 of each slot's bytes, in the slots' order, makes the last chunks through `tail`.
+    """
+
+    slots: tuple[Slot, ...]
+    chunks: tuple[Chunk, ...]
+    size: int
+    checksums: bool = False
+    tail: Callable[[Sequence[int]], tuple[Chunk, ...]] = no_tail

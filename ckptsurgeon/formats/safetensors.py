@@ -1,0 +1,114 @@
+"""safetensors: a JSON header, then every tensor's bytes, one after another without gaps.
+
+Reads and validates the whole header before it hands out one tensor, never the data. Lays a file out exactly as the official library
+does (dtype from the widest, then by name; compact JSON, padded with spaces to 8 bytes). Specification: safetensors README, `tensor.rs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from math import prod
+from typing import Any
+
+from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
+from ckptsurgeon.errors import FormatError, LimitError, OutputError
+from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.json_text import integer, parse
+from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
+from ckptsurgeon.formats.torch_zip import parse_provenance
+from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
+
+METADATA = "__metadata__"
+PROVENANCE = "ckptsurgeon"
+
+
+def read(file: OpenFile) -> Archive:
+    """Read the header of a safetensors file."""
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > limits.JSON_BYTES:
+        raise LimitError(f"has a header of {length} bytes, above the limit of {limits.JSON_BYTES}", path=file.path)
+    raw = file.read(8, length)
+    if raw[:1] != b"{":
+        raise FormatError("has a safetensors header that does not begin with '{'", path=file.path)
+    header = parse(raw, file.path, "safetensors header")
+    metadata = header.pop(METADATA, None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("has a __metadata__ that is not a map from text to text", path=file.path)
+    tensors = _tensors(file, header, 8 + length)
+    provenance = metadata.get(PROVENANCE)
+    return Archive(
+        path=file.path,
+        format="safetensors",
+        fingerprint=sha256(b"%d\n" % file.size + raw).hexdigest(),
+        files=(file.stamp,),
+        state_dicts=(StateDict("", tensors),),
+        metadata=metadata,
+        provenance=parse_provenance(provenance) if provenance else None,
+    )
+
+
+def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, TensorMeta]:
+    path, size = file.path, file.size - data
+    tensors: dict[str, TensorMeta] = {}
+    places: list[tuple[int, int, str]] = []
+    for name, info in header.items():
+        if type(info) is not dict or info.keys() != {"dtype", "shape", "data_offsets"}:
+            raise FormatError("has an entry with other fields than dtype, shape and data_offsets", path=path, key=name)
+        code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        if type(code) is not str or code not in SAFETENSORS_RANK or not BY_CODE[code].safetensors:
+            raise FormatError(f"has the unknown dtype {str(code)[:40]!r}", path=path, key=name)
+        if type(shape) is not list or not all(map(integer, shape)) or len(shape) > 64:
+            raise FormatError("has a shape that is not a list of non-negative integers", path=path, key=name)
+        if type(offsets) is not list or len(offsets) != 2 or not all(map(integer, offsets)):
+            raise FormatError("has data_offsets that are not two non-negative integers", path=path, key=name)
+        start, stop = offsets
+        if stop - start != prod(shape) * BY_CODE[code].size:
+            raise FormatError(f"has {stop - start} bytes for the shape {tuple(shape)} of {code}", path=path, key=name)
+        if stop > size:
+            raise file.truncated(data + stop)
+        dims = tuple(shape)
+        places.append((start, stop, name))
+        tensors[name] = TensorMeta(name, code, dims, contiguous_stride(dims), Span(path, data + start, stop - start, name))
+    places.sort()
+    position = 0
+    for start, stop, name in places:
+        if start != position:
+            raise FormatError("leaves a gap before it, or overlaps the tensor before it", path=path, key=name)
+        position = stop
+    if position != size:
+        raise FormatError(f"has {size - position} bytes after its last tensor", path=path)
+    return tensors
+
+
+def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout:
+    """Where everything goes in a new file; every tensor, tied or not, has bytes of its own.
+
+    Raises OutputError, by key, for a dtype that the format does not have.
+    """
+    for tensor in tensors:
+        if not BY_CODE[tensor.dtype].safetensors:
+            raise OutputError(
+                f"has the dtype {tensor.dtype}, which safetensors does not have", key=tensor.name, hint="write a .pt file instead"
+            )
+        if tensor.name == METADATA:
+            raise OutputError("is a name that safetensors keeps for itself", key=tensor.name, hint="rename it, or write a .pt file")
+    # Rust orders text by its UTF-8 bytes.
+    order = sorted(range(len(tensors)), key=lambda index: (-SAFETENSORS_RANK[tensors[index].dtype], tensors[index].name.encode()))
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    position = 0
+    places = []
+    for index in order:
+        tensor = tensors[index]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        places.append((position, index))
+        position += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > limits.JSON_BYTES:
+        raise OutputError(f"would have a header of {len(raw)} bytes, more than safetensors allows", hint="write a .pt file instead")
+    base = 8 + len(raw)
+    slots = tuple(Slot(base + start, tensors[index].nbytes, index) for start, index in places)
+    return Layout(slots, ((0, len(raw).to_bytes(8, "little") + raw),), base + position)

@@ -1,0 +1,108 @@
+"""Checkpoints in several files: a Hugging Face folder, or its `*.index.json` with a `weight_map` from key to shard.
+
+Rule: the index and the shards must tell the same story, key by key; a shard is a plain name beside its index, and a link may lead
+only to a regular file in that folder or, in a Hugging Face cache, into the `blobs` of the same model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, RootError, UnreadableError
+from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.json_text import parse
+from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
+
+# In the order in which Hugging Face's own loaders look.
+FOLDER_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+)
+
+
+def find_in_folder(folder: str) -> str:
+    """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
+    names = sorted(os.listdir(folder))
+    for name in FOLDER_NAMES:
+        if name in names:
+            return os.path.join(folder, name)
+    indexes = [name for name in names if name.endswith(".index.json")]
+    if len(indexes) == 1:
+        return os.path.join(folder, indexes[0])
+    here = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
+    raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)
+
+
+def is_index(file: OpenFile) -> bool:
+    """Whether a JSON file is an index of shards, told by its content."""
+    return file.size <= limits.JSON_BYTES and b'"weight_map"' in file.read(0, file.size)
+
+
+def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
+    """Read an index and the header of every shard it names."""
+    if file.size > limits.JSON_BYTES:
+        raise LimitError(f"is a JSON file of {file.size} bytes, above the limit of {limits.JSON_BYTES}", path=file.path)
+    raw = file.read(0, file.size)
+    value = parse(raw, file.path, "index")
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError("has a weight_map that is not a map from keys to file names", path=file.path)
+    folder = os.path.dirname(file.path)
+    archives = {name: read_shard(_shard_path(file.path, folder, name)) for name in sorted(set(weight_map.values()))}
+    tensors: dict[str, TensorMeta] = {}
+    shards = {name: _only_state_dict(archive) for name, archive in archives.items()}
+    for key, name in weight_map.items():
+        if key not in shards[name].tensors:
+            raise FormatError(f"is in the index, but not in its shard {name}", path=file.path, key=key)
+        tensors[key] = shards[name].tensors[key]
+    for name, shard in shards.items():
+        unlisted = next((key for key in shard.tensors if weight_map.get(key) != name), None)
+        if unlisted is not None:
+            raise FormatError(f"is in the shard {name}, where the index does not have it", path=file.path, key=unlisted)
+    metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
+    entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
+    formats = {archive.format for archive in archives.values()}
+    stamps: list[FileStamp] = [file.stamp, *(stamp for archive in archives.values() for stamp in archive.files)]
+    digest = sha256(raw + "".join(archive.fingerprint for archive in archives.values()).encode())
+    return Archive(
+        path=file.path,
+        format="safetensors-shards" if formats == {"safetensors"} else "torch-shards",
+        fingerprint=digest.hexdigest(),
+        files=tuple(stamps),
+        state_dicts=(StateDict("", tensors, entries, metadata),),
+        globals=tuple(dict.fromkeys(name for archive in archives.values() for name in archive.globals)),
+        metadata=next(iter(archives.values())).metadata,
+        provenance=next((archive.provenance for archive in archives.values() if archive.provenance), None),
+        notes=tuple(dict.fromkeys(note for archive in archives.values() for note in archive.notes)),
+    )
+
+
+def _only_state_dict(archive: Archive) -> StateDict:
+    if len(archive.state_dicts) != 1 or archive.state_dicts[0].root:
+        raise RootError("is a shard with more than one plain state_dict", path=archive.path)
+    return archive.state_dicts[0]
+
+
+def _shard_path(index: str, folder: str, name: str) -> str:
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FormatError(f"names the shard {name[:200]!r}, which is not a plain file name", path=index)
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder or "."))
+        blobs = next((parent / "blobs" for parent in home.parents if parent.name.startswith("models--")), None)
+        if home not in real.parents and (blobs is None or blobs not in real.parents):
+            raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
+    if not os.path.exists(path):
+        raise CheckpointError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")
+    return path

@@ -1,0 +1,81 @@
+"""Tells a file's format by its content, never by its suffix, and hands it to that format's reader.
+
+What is often found in a checkpoint's place (an LFS pointer, an HTML page, …) is named, with the way to mend it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats import safetensors, shards, skeleton, torch_legacy, torch_zip
+from ckptsurgeon.formats.files import OpenFile, open_regular
+from ckptsurgeon.tensors import Archive
+
+_HEAD = 512
+# What a file begins with, and what it then is; never a checkpoint that we read.
+_STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "git lfs pull"),
+    (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, h5py)", "convert it with the library that wrote it"),
+    (0, b"GGUF", "is a GGUF file (llama.cpp)", "use the original PyTorch or safetensors checkpoint"),
+    (0, b"\x93NUMPY", "is a NumPy array file", "torch.save({'weight': torch.from_numpy(numpy.load(path))}, 'out.pt')"),
+    (0, b"\x1f\x8b", "is compressed with gzip", "gunzip it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it and give the checkpoint inside"),
+    (0, b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unzstd it first"),
+    (
+        257,
+        b"ustar",
+        "is a tar archive (torch before 0.2 wrote such files)",
+        "unpack it, or load and save it again with a torch of that age",
+    ),
+    (0, b"PK\x05\x06", "is an empty zip archive", "copy or download it again"),
+    (4, b"ftyp", "is a video or image file", "give a checkpoint file"),
+)
+
+
+def read(path: str) -> Archive:
+    """Read the header of the checkpoint at `path`: a file, a Hugging Face folder, or its index.
+
+    Raises a CheckpointError, and nothing else, for anything that is not one.
+    """
+    if os.path.isdir(path):
+        archive = read(shards.find_in_folder(path))
+        return archive
+    with open_regular(path) as file:
+        try:
+            return _reader(file)(file)
+        except CheckpointError as error:
+            error.path = error.path or path
+            raise
+
+
+def _reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
+    if not file.size:
+        raise FormatError("is empty", path=file.path, hint="copy or download it again")
+    head = file.read(0, min(_HEAD, file.size))
+    for offset, magic, what, hint in _STRANGERS:
+        if head[offset : offset + len(magic)] == magic:
+            raise FormatError(what, path=file.path, hint=hint)
+    text = head.lstrip()[:64].lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+        raise FormatError("is an HTML page", path=file.path, hint="the download was answered by a web page: log in, or use its raw link")
+    if head[:4] == b"PK\x03\x04":
+        return torch_zip.read
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        return safetensors.read
+    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
+        return torch_legacy.read
+    if text[:1] == b"{":
+        return _read_json
+    if file.size < 9:
+        raise FormatError("is too short to be a checkpoint", path=file.path, hint="copy or download it again")
+    raise FormatError(
+        "is no checkpoint: neither torch's zip or legacy format, nor safetensors, an index or a skeleton",
+        path=file.path,
+        hint="look at its first bytes: head -c 64 FILE | xxd",
+    )
+
+
+def _read_json(file: OpenFile) -> Archive:
+    return shards.read_index(file, read) if shards.is_index(file) else skeleton.read(file)

@@ -1,0 +1,147 @@
+"""The format that torch wrote before 1.6, and still writes on request: five pickles, then the storages one after another.
+
+Reads the pickles and each storage's length, never its data. Format as in torch `serialization.py` (`_legacy_save`, `_legacy_load`).
+A plain `pickle.dump` file begins the same way and is named here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
+from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, run
+from ckptsurgeon.formats.pickle_values import Inert, PickledDict, StorageClass, StorageRef
+from ckptsurgeon.formats.unpickled import collect
+from ckptsurgeon.tensors import Archive, Span
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+_FIRST_WINDOW = 1 << 20
+
+
+def read(file: OpenFile) -> Archive:
+    """Read the header of a legacy torch file; FormatError that says what it is when it is another pickle."""
+    window = min(_FIRST_WINDOW, file.size)
+    while True:
+        try:
+            return _read(file, file.read(0, window))
+        except TruncatedPickle as error:
+            if window == file.size:
+                raise file.truncated(file.size + 1) from error
+            if window >= limits.PICKLE_BYTES:
+                raise LimitError(f"has pickles of more than {limits.PICKLE_BYTES} bytes", path=file.path) from error
+            window = min(window * 4, file.size)
+        except CheckpointError as error:
+            error.path = error.path or file.path
+            raise
+
+
+def _read(file: OpenFile, data: bytes) -> Archive:
+    first = run(data)
+    if first.value != MAGIC:
+        raise _other_pickle(file, first)
+    protocol = run(data, first.end)
+    if protocol.value != PROTOCOL:
+        raise FormatError(f"is of the legacy protocol {str(protocol.value)[:40]!r}, which no torch writes")
+    system = run(data, protocol.end)
+    if not isinstance(system.value, dict) or system.value.get("little_endian") is not True:
+        raise FormatError("was written on a big-endian machine", hint="load and save it again there, on torch 2.1 or newer")
+    storages: dict[str, StorageRef] = {}
+    body = run(data, system.end, _persistent(storages))
+    keys = run(data, body.end)
+    offsets = _data_offsets(file, keys.value, storages, keys.end)
+
+    def locate(storage: StorageRef) -> Span:
+        offset = offsets.get(storage.key)
+        if offset is None:
+            raise FormatError(f"never fills its storage {storage.key!r}")
+        held = storages[storage.key]
+        return Span(file.path, offset, held.numel * _item(held), storage.key)
+
+    tree = collect(file.path, body.value, locate)
+    # The lengths stand between the data; they and the pickles are the header.
+    header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
+    return Archive(
+        path=file.path,
+        format="torch-legacy",
+        fingerprint=sha256(b"%d\n" % file.size + header).hexdigest(),
+        files=(file.stamp,),
+        state_dicts=tree.state_dicts,
+        globals=body.globals,
+        beside=tree.beside,
+    )
+
+
+def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
+    def load(identity: Any) -> Any:
+        if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":
+            return identity[1]  # a class, with its source beside it: inert
+        if type(identity) is not tuple or len(identity) != 6 or identity[0] != "storage":
+            raise FormatError("refers to something that is no storage")
+        _, kind, key, _location, numel, view = identity
+        key = str(key)
+        if type(kind) is not StorageClass or kind.dtype is None or type(numel) is not int or numel < 0:
+            raise FormatError("describes a storage in a way that torch does not")
+        root = storages.setdefault(key, StorageRef(key, kind.dtype, numel))
+        if root.dtype is not kind.dtype or root.numel != numel:
+            raise FormatError(f"uses the storage {key!r} with two dtypes or lengths")
+        if view is None:
+            return root
+        if type(view) is not tuple or len(view) != 3:
+            raise FormatError("describes a view of a storage in a way that torch does not")
+        _, offset, size = view
+        if type(offset) is not int or type(size) is not int or offset < 0 or size < 0 or offset + size > numel:
+            raise FormatError(f"has a view beyond its storage {key!r}")
+        return StorageRef(key, kind.dtype, size, offset * kind.dtype.size)
+
+    return load
+
+
+def _item(storage: StorageRef) -> int:
+    assert storage.dtype is not None
+    return storage.dtype.size
+
+
+def _data_offsets(file: OpenFile, keys: Any, storages: dict[str, StorageRef], position: int) -> dict[str, int]:
+    if type(keys) is not list:
+        raise FormatError("has no list of its storages")
+    offsets: dict[str, int] = {}
+    for key in map(str, keys):
+        storage = storages.get(key)
+        if storage is None or key in offsets:
+            raise FormatError(f"lists the storage {key[:80]!r} that nothing refers to, or lists it twice")
+        (numel,) = struct.unpack("<q", file.read(position, 8))
+        if numel != storage.numel:
+            raise FormatError(f"has {numel} elements for the storage {key[:80]!r}, whose pickle says {storage.numel}")
+        offsets[key] = position + 8
+        position += 8 + numel * _item(storage)
+        if position > file.size:
+            raise file.truncated(position)
+    if position != file.size:
+        raise FormatError(f"has {file.size - position} bytes after its last storage")
+    return offsets
+
+
+def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
+    value = first.value
+    if isinstance(value, PickledDict) and any(_holds_tensors(child) for child in value.values()):
+        return FormatError(
+            "was written by pickle.dump, not by torch.save",
+            hint="where it is trusted: torch.save(pickle.load(open(path, 'rb')), 'out.pt')",
+        )
+    try:
+        collect(file.path, value, lambda _storage: Span(file.path, 0, 0, ""))
+    except FormatError as error:
+        error.reason = f"is a plain pickle, not written by torch.save: it {error.reason}"
+        return error
+    return FormatError("is a plain pickle, not written by torch.save")
+
+
+def _holds_tensors(value: Any) -> bool:
+    # pickle.dump of a tensor: its storage is the result of torch.storage._load_from_bytes.
+    return type(value) is Inert and value.name.startswith("torch.")

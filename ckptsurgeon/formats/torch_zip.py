@@ -1,0 +1,150 @@
+"""torch's zip format (since torch 1.6): a pickle `data.pkl` and one record per storage, in one folder of a zip archive.
+
+Reads headers only. Refuses TorchScript (it holds a program), big-endian files, and any storage whose record is not what the pickle
+says. Format as in torch `serialization.py` (`_save`, `_load`) and `caffe2/serialize/inline_container.cc`.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
+from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.pickle_machine import run
+from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
+from ckptsurgeon.formats.unpickled import collect
+from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
+from ckptsurgeon.tensors import Archive, Packed, Span
+
+PROVENANCE_RECORD = "ckptsurgeon.json"
+
+
+def read(file: OpenFile) -> Archive:
+    """Read the header of a torch zip file."""
+    directory = read_directory(file)
+    entries = _in_one_folder(file, directory.entries)
+    if "data.pkl" not in entries:
+        raise FormatError(
+            "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
+        )
+    if "constants.pkl" in entries or any(name.startswith("code/") for name in entries):
+        raise FormatError(
+            "is a TorchScript archive: a program, not a checkpoint",
+            path=file.path,
+            hint="where it is trusted: torch.save(torch.jit.load(path).state_dict(), 'out.pt')",
+        )
+    if "byteorder" in entries and content(file, entries["byteorder"], 16) != b"little":
+        raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
+    pickle = content(file, entries["data.pkl"], limits.PICKLE_BYTES)
+    storages: dict[str, StorageRef] = {}
+
+    def persistent(identity: Any) -> StorageRef:
+        return _storage(identity, storages)
+
+    def locate(storage: StorageRef) -> Span:
+        entry = entries[f"data/{storage.key}"]
+        packed = Packed(entry.offset, entry.packed, entry.size) if entry.method == DEFLATED else None
+        return Span(file.path, 0 if packed else entry.offset, entry.size, storage.key, packed)
+
+    try:
+        pickled = run(pickle, 0, persistent)
+        if pickled.end != len(pickle):
+            raise FormatError("has bytes after its pickle")
+        for storage in storages.values():
+            _check_record(storage, entries.get(f"data/{storage.key}"))
+        tree = collect(file.path, pickled.value, locate)
+    except CheckpointError as error:
+        error.path = error.path or file.path
+        raise
+    digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
+    return Archive(
+        path=file.path,
+        format="torch-zip",
+        fingerprint=digest.hexdigest(),
+        files=(file.stamp,),
+        state_dicts=tree.state_dicts,
+        globals=pickled.globals,
+        provenance=_provenance(file, entries),
+        beside=tree.beside,
+        notes=_notes(entries, storages),
+    )
+
+
+def content(file: OpenFile, entry: Entry, limit: int) -> bytes:
+    """A small entry's bytes, inflated if need be, its CRC checked unless the archive has none (0)."""
+    if entry.size > limit:
+        raise LimitError(f"has a {entry.name} of {entry.size} bytes, above the limit of {limit}", path=file.path)
+    data = file.read(entry.offset, entry.packed)
+    if entry.method == DEFLATED:
+        inflate = zlib.decompressobj(-15)
+        try:
+            data = inflate.decompress(data, entry.size + 1)
+        except zlib.error as error:
+            raise FormatError(f"has a damaged entry {entry.name}", path=file.path) from error
+        if len(data) != entry.size or not inflate.eof or inflate.unused_data:
+            raise FormatError(f"has an entry {entry.name} of another length than it says", path=file.path)
+    if entry.crc and zlib.crc32(data) != entry.crc:
+        raise FormatError(f"has a wrong checksum for {entry.name}", path=file.path, hint="copy or download it again")
+    return data
+
+
+def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    folders = {name.partition("/")[0] for name in entries}
+    if len(folders) != 1 or not all("/" in name for name in entries):
+        raise FormatError(
+            "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
+        )
+    return {name.partition("/")[2]: entry for name, entry in entries.items()}
+
+
+def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
+    if type(identity) is not tuple or len(identity) != 5 or identity[0] != "storage":
+        raise FormatError("refers to something that is no storage")
+    _, kind, key, _location, numel = identity
+    if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or numel < 0:
+        raise FormatError("describes a storage in a way that torch does not")
+    known = storages.get(key)
+    if known is None:
+        known = storages[key] = StorageRef(key, kind.dtype, numel)
+    elif known.dtype is not kind.dtype or known.numel != numel:
+        raise FormatError(f"uses the storage {key!r} with two dtypes or lengths")
+    return known
+
+
+def _check_record(storage: StorageRef, entry: Entry | None) -> None:
+    nbytes = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
+    if entry is None:
+        raise FormatError(f"lacks the record of its storage {storage.key!r}")
+    if entry.size != nbytes:
+        raise FormatError(f"has a record of {entry.size} bytes for the storage {storage.key!r}, whose pickle says {nbytes}")
+
+
+def _provenance(file: OpenFile, entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
+    entry = entries.get(PROVENANCE_RECORD)
+    return parse_provenance(content(file, entry, limits.JSON_BYTES)) if entry else None
+
+
+def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
+    """A merge's record about itself, or None where it can't be read: it is a note, never a reason to refuse weights."""
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    fresh = record.get("fresh") if isinstance(record, dict) else None
+    return record if isinstance(fresh, list) and all(isinstance(key, str) for key in fresh) else None
+
+
+def _notes(entries: Mapping[str, Entry], storages: Mapping[str, StorageRef]) -> tuple[str, ...]:
+    notes = []
+    records = [entry for name, entry in entries.items() if name.startswith("data/") and entry.size]
+    unused = [name for name in entries if name.startswith("data/") and name[5:] and name[5:] not in storages]
+    if unused:
+        notes.append(f"{len(unused)} storages that nothing refers to")
+    if records and not any(entry.crc for entry in records):
+        notes.append("written without checksums (every CRC is zero)")
+    return tuple(notes)

@@ -1,0 +1,103 @@
+"""The one place where a person's own code is called: imports, constructors, hooks, forward passes.
+
+Whatever that code raises becomes a `TargetError` that says what was raised and where; whatever it prints goes to stderr, since
+stdout is for data. This is the only module that may write `except Exception`. It must not swallow KeyboardInterrupt, nor
+decide what to do about a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ckptsurgeon.errors import CheckpointError, TargetError
+
+T = TypeVar("T")
+
+LONGEST = 600
+
+_HINTS: tuple[tuple[type[BaseException], str], ...] = (
+    (SystemExit, "put the script's own part under `if __name__ == '__main__':`"),
+    (ModuleNotFoundError, "run ckptsurgeon in the environment in which your own code runs: python -m ckptsurgeon …"),
+    (MemoryError, "use a target that needs less memory: a skeleton or another checkpoint"),
+)
+
+
+def call(what: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Return `function(*args, **kwargs)`, with its stdout on stderr.
+
+    Args:
+        what: the path that an error shows: the spec, or the file that the code belongs to.
+
+    Raises:
+        TargetError: the function raised an Exception or SystemExit. The reason has its type and message, and the file and line
+            of the innermost frame that is neither installed nor ours; the original is the error's `__cause__`.
+            Errors of ckptsurgeon itself, and KeyboardInterrupt, pass through unchanged.
+
+    >>> call("int", int, "7")
+    7
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*args, **kwargs)
+    except CheckpointError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = innermost_place(error)
+        raise TargetError(f"{words(error)}{f' ({place})' if place else ''}", path=what, hint=_hint(error, place)) from error
+
+
+def words(error: BaseException) -> str:
+    """The type and message of an exception on one line, cut after `LONGEST` characters; an empty message is left out.
+
+    >>> words(ValueError("no such size"))
+    'ValueError: no such size'
+    """
+    message = " ".join(str(traceback.TracebackException(type(error), error, None)).split())
+    text = f"{type(error).__qualname__}: {message}" if message else type(error).__qualname__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def innermost_place(error: BaseException) -> str | None:
+    """`file:line` of the innermost frame in the person's code, or where no frame is, of the innermost frame beyond ours."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = _frames(error.__traceback__)
+    own = [frame for frame in frames if is_persons(frame[0])]
+    beyond = [frame for frame in frames if not _within(frame[0], _PACKAGE) and not frame[0].startswith("<")]
+    chosen = (own or beyond)[-1:]
+    return f"{chosen[0][0]}:{chosen[0][1]}" if chosen else None
+
+
+def is_persons(filename: str) -> bool:
+    """Whether a source file is a person's own: neither the standard library's, nor an installed package's, nor ours."""
+    return not filename.startswith("<") and not any(_within(filename, folder) for folder in (_PACKAGE, *_INSTALLED))
+
+
+def _frames(trace: TracebackType | None) -> list[tuple[str, int]]:
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
+
+
+def _within(filename: str, folder: str) -> bool:
+    return os.path.realpath(filename).startswith(folder + os.sep)
+
+
+def _hint(error: BaseException, place: str | None) -> str | None:
+    for kind, hint in _HINTS:
+        if isinstance(error, kind):
+            return hint
+    return f"look at {place}" if place else None
+
+
+_PACKAGE = os.path.realpath(Path(__file__).parent.parent)
+_INSTALLED = tuple(
+    {os.path.realpath(folder) for name, folder in sysconfig.get_paths().items() if name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {os.path.realpath(Path(os.__file__).parent)}
+)

@@ -1,0 +1,108 @@
+"""A model's values as bytes, and the provider through which initial values reach those who write files.
+
+Bytes are dense and row-major, in the machine's order, which is the files' order. Nothing here writes into a model, and a buffer
+that is handed out keeps its tensor alive and can't be written to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CastError, ModelError
+from ckptsurgeon.models import initialize
+from ckptsurgeon.models.skeleton import state_dict_of
+from ckptsurgeon.tensors import TensorMeta
+
+KEEP = "model"
+
+
+def tensor_bytes(t: torch.Tensor) -> memoryview:
+    """The tensor's elements as a read-only memoryview of `numel * element_size` bytes, dense and row-major.
+
+    A dense CPU tensor is not copied: the view shows its memory, and keeps it alive. Any other is copied to such a one first.
+
+    Raises:
+        ModelError: the tensor is on the meta device and has no values.
+
+    >>> bytes(tensor_bytes(torch.tensor([1, 256], dtype=torch.int16)))
+    b'\\x01\\x00\\x00\\x01'
+    """
+    if t.device.type == "meta":
+        raise ModelError("a tensor on the meta device has no values")
+    dense = t.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    size = dense.numel() * dense.element_size()
+    if size == 0:
+        return memoryview(b"")
+    buffer: Any = (ctypes.c_ubyte * size).from_address(dense.data_ptr())
+    buffer.owner = dense
+    return memoryview(buffer).cast("B").toreadonly()
+
+
+def make_provider(
+    model: nn.Module | None, inits: Mapping[str, str], shapes: Mapping[str, TensorMeta], seed: int
+) -> Callable[[str], memoryview]:
+    """A function from a target's key to its initial value: dense bytes in the dtype of `shapes[key]`.
+
+    Args:
+        model: a built model for the scheme `model` and for `per_layer_type`, or None where none is known.
+        inits: scheme by key; a key that is not in it gets `model`, the target's own constructor's value.
+        shapes: the target's tensors by key.
+        seed: with the key's name, seeds the named schemes.
+
+    The function raises:
+        ModelError: no model is known, it has no such key, or another shape there.
+        RuleError: a scheme is malformed or does not suit the tensor.
+        CastError: a value does not fit the dtype.
+    """
+
+    @cache
+    def values() -> Mapping[str, Any]:
+        return {} if model is None else state_dict_of(model, type(model).__name__)
+
+    def provide(key: str) -> memoryview:
+        meta, scheme = shapes[key], inits.get(key, KEEP)
+        if scheme != KEEP:
+            owner = initialize.owner_of(model, key)
+            return tensor_bytes(initialize.value(scheme, key, meta.shape, meta.dtype, seed, owner))
+        if model is None:
+            raise ModelError("has no initial value: no model is known", key=key, hint=f"name a scheme: --init {key!r} zeros")
+        return tensor_bytes(_fitted(values().get(key), meta))
+
+    return provide
+
+
+def extra_state(model: nn.Module) -> dict[str, object]:
+    """The values of the model's state_dict that are not tensors (`_extra_state`), by key, as the model gives them."""
+    state_dict = state_dict_of(model, type(model).__name__)
+    return {key: value for key, value in state_dict.items() if not isinstance(value, torch.Tensor)}
+
+
+def _fitted(found: object, meta: TensorMeta) -> torch.Tensor:
+    """The constructor's value in the dtype that is wanted; a finite value stays finite, an integer stays what it is."""
+    if not isinstance(found, torch.Tensor):
+        raise ModelError("is not among the model's tensors", key=meta.name)
+    if tuple(found.shape) != meta.shape:
+        raise ModelError(f"has the shape {tuple(found.shape)} in the model, not {meta.shape}", key=meta.name)
+    wanted = BY_CODE[meta.dtype]
+    value = found.detach().to("cpu")
+    cast = value.to(getattr(torch, wanted.torch))
+    if cast.dtype == value.dtype:
+        return cast
+    if value.is_floating_point() and cast.is_floating_point():
+        fits = bool(torch.isfinite(_wide(cast)).logical_or(torch.isfinite(_wide(value)).logical_not()).all())
+    else:
+        fits = torch.equal(cast.to(value.dtype), value)
+    if not fits:
+        raise CastError(f"the model's initial value ({value.dtype}) does not fit {meta.dtype}", key=meta.name)
+    return cast
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
