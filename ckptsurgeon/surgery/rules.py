@@ -1,0 +1,87 @@
+"""What a person writes: rename, drop and init rules, as values. Well-formedness is checked here; what a rule matches, in `plan`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern
+
+Kind = Literal["rename", "drop", "init"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    `pattern` is held against the source's names (rename, drop) or the target's (init); `result` is a rename's template or an init's scheme.
+    """
+
+    kind: Kind
+    pattern: str
+    result: str = ""
+
+    def __str__(self) -> str:
+        return f"--{self.kind} {self.pattern!r}" + (f" {self.result!r}" if self.result else "")
+
+
+@dataclass(frozen=True)
+class CompiledRule:
+    """A rule with its pattern ready to match."""
+
+    rule: Rule
+    pattern: Pattern
+
+
+def compile_rules(rules: Iterable[Rule]) -> tuple[CompiledRule, ...]:
+    """Compile every rule; one RuleError names all that are not well formed."""
+    compiled: list[CompiledRule] = []
+    problems: list[str] = []
+    hint = None
+    for rule in rules:
+        try:
+            pattern = compile_pattern(rule.pattern)
+            if rule.kind == "rename":
+                check_template(rule.result, pattern)
+        except RuleError as error:
+            problems.append(f"{rule}: {error.reason}")
+            hint = hint or error.hint
+        else:
+            compiled.append(CompiledRule(rule, pattern))
+    if problems:
+        raise RuleError("rules that are not well formed", problems=tuple(problems), hint=hint)
+    return tuple(compiled)
+
+
+def from_arguments(
+    rename: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    drop: Iterable[str] = (),
+    init: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+) -> tuple[Rule, ...]:
+    """Rules from the library's keyword arguments: drops first, then renames, then inits, each in the order given.
+
+    >>> from_arguments(rename={"fc2.{p}": "dense2.{p}"})
+    (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}'),)
+    """
+    pairs = rename.items() if isinstance(rename, Mapping) else rename
+    inits = init.items() if isinstance(init, Mapping) else init
+    drops = (drop,) if isinstance(drop, str) else drop
+    return (
+        *(Rule("drop", pattern) for pattern in drops),
+        *(Rule("rename", pattern, result) for pattern, result in pairs),
+        *(Rule("init", pattern, scheme) for pattern, scheme in inits),
+    )
+
+
+def close_names(name: str, names: Iterable[str], most: int = 3) -> str:
+    """A few of `names` that are close to `name`, as words to end a sentence with, or `""`."""
+    pool = list(names)
+    plain = name.replace("*", "").replace("{", "").replace("}", "")
+    found = difflib.get_close_matches(plain, pool[:5000], n=most, cutoff=0.5)
+    if not found:
+        head = plain.split(".")[0]
+        found = [key for key in pool if head and key.startswith(head)][:most]
+    return f" (close: {', '.join(found)})" if found else ""
