@@ -110,7 +110,7 @@ def _refused(source: Checkpoint, names: Names) -> Mapping[str, str]:
     return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (0, key) not in names.dropped}
 
 
-def tied_to(target: Checkpoint, landed: Mapping[str, str]) -> dict[str, str]:
+def tied_to(target: Checkpoint, landed: Mapping[str, object]) -> dict[str, str]:
     """For each target key without a source that is tied to one with a source: that one."""
     follow = {}
     for group in target.ties:

@@ -123,9 +123,9 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
     # A joined parent that fits by the very same tensors is no rival of the dict that holds them.
     winners = [(spans, found) for score, spans, _, found in scored if score == best]
     if len({spans for spans, _ in winners}) > 1:
-        names = ", ".join(repr(found.root) for _, found in winners)
+        listing = ", ".join(repr(found.root) for _, found in winners)
         raise RootError(
-            f"holds {len(winners)} state_dicts that fit equally well: {names}",
+            f"holds {len(winners)} state_dicts that fit equally well: {listing}",
             path=archive.path,
             hint=f"choose one: --root {winners[0][1].root!r}",
         )

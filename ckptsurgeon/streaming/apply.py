@@ -1,0 +1,271 @@
+"""Carries out a plan: lays the new file out, moves every tensor's bytes, and proves the result before it takes its name.
+
+It decides nothing. Tensors that only move are copied by the kernel; a cast or a strided tensor goes through torch in chunks; initial values
+come from a provider.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Protocol
+
+from ckptsurgeon.errors import CastError, OutputError
+from ckptsurgeon.formats import safetensors, torch_zip_writer
+from ckptsurgeon.formats.layout import Layout, OutTensor
+from ckptsurgeon.report import Cast, Finding
+from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
+from ckptsurgeon.streaming.proof import Expected, prove
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.surgery.patterns import compile_pattern
+from ckptsurgeon.surgery.plan import Plan, Step
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+Buffer = bytes | bytearray | memoryview
+SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pt", ".pth", ".pkl", ".bin", ".ckpt"), "torch")
+
+
+class Provider(Protocol):
+    """Where values that no file holds come from: a model, or a scheme."""
+
+    def initial(self, key: str, scheme: str) -> Buffer:
+        """The dense bytes of the target key's initial value, in the target's own dtype."""
+        ...
+
+    def extra_state(self, key: str) -> Any:
+        """The target's own value of a key that is no tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """How to write: the path, `torch` or `safetensors`, and the choices that a person has."""
+
+    path: str
+    format: str
+    overwrite: bool = False
+    tied: str = "copy"
+    provenance: Mapping[str, Any] | None = None
+    proof: bool = True
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the file's size in bytes, what the casts lost, and what there is to say."""
+
+    nbytes: int
+    casts: tuple[Cast, ...]
+    findings: tuple[Finding, ...]
+    tensors: int
+
+
+@dataclass
+class _Run:
+    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied."""
+
+    plan: Plan
+    sources: Sequence[Checkpoint]
+    target: Checkpoint | None
+    provider: Provider | None
+    reader: Reader
+    casts: list[Cast] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+
+    def origin(self, step: Step) -> TensorMeta | None:
+        """The tensor of a file that a step reads, or None where its value is made."""
+        if step.sources:
+            number, key = step.sources[0]
+            return self.sources[number][key]
+        if step.action == "keep":
+            assert self.target is not None
+            return self.target[step.target]
+        return None
+
+    def moves(self, step: Step) -> TensorMeta | None:
+        """The tensor whose bytes a step copies as they are, or None where they change."""
+        origin = self.origin(step)
+        return origin if origin is not None and origin.contiguous and step.cast is None else None
+
+    def parts(self, step: Step) -> Iterator[Buffer]:
+        """The bytes of a step whose value is made: dense, cast where the plan says so."""
+        origin = self.origin(step)
+        parts: Iterable[Buffer]
+        if origin is None:
+            assert self.provider is not None
+            scheme = next(str(op["scheme"]) for op in step.ops if op["op"] == "init")
+            parts, dtype = [self.provider.initial(step.target, scheme)], self._own_dtype(step)
+        elif origin.contiguous:
+            assert origin.span is not None
+            fd, offset = self.reader.locate(origin.span)
+            parts, dtype = kernel.chunks(fd, offset, origin.span.nbytes), origin.dtype
+        else:
+            parts, dtype = [self.reader.read(origin)], origin.dtype
+        if step.cast is None:
+            yield from parts
+            return
+        from ckptsurgeon.streaming.values import cast
+
+        cast_parts, found = cast(step.target, parts, dtype, step.cast)
+        yield from cast_parts
+        self.casts += found
+
+    def _own_dtype(self, step: Step) -> str:
+        return step.dtype if self.target is None else self.target[step.target].dtype
+
+
+def apply(
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    output: Output,
+    *,
+    provider: Provider | None = None,
+    verify: Callable[[str], None] | None = None,
+) -> Written:
+    """Write what `plan` says to `output.path`.
+
+    `verify` gets the path of the proven temporary file and raises to stop it from taking its name. Raises CastError for casts that overflow
+    or truncate and are not allowed by name, VerificationError when the file differs from the plan, OutputError when it can't be written.
+    """
+    checkpoints = [*sources, *([target] if target is not None else [])]
+    with Reader(checkpoints) as reader:
+        run = _Run(plan, sources, target, provider, reader)
+        storages = _storages(run)
+        tensors, aliases = _tensors(plan, storages, output)
+        entries = _entries(run)
+        layout = _layout(plan, tensors, aliases, entries, output)
+        steps = {step.target: step for step in plan.steps}
+        with new_file(output.path, output.overwrite) as temporary:
+            _write(run, layout, tensors, steps, temporary)
+            reader.check_unchanged()
+            with syncing(temporary):
+                if output.proof:
+                    prove(temporary.path, [_expected(run, tensor, steps[tensor.name]) for tensor in tensors], entries, reader)
+                if verify is not None:
+                    verify(temporary.path)
+    return Written(layout.size, _reported(run.casts), _findings(plan, tensors, aliases, output), len(plan.steps))
+
+
+def _reported(casts: Iterable[Cast]) -> tuple[Cast, ...]:
+    return tuple(cast for cast in casts if cast.changed or cast.overflowed or cast.truncated)
+
+
+def _storages(run: _Run) -> dict[str, int]:
+    """A number for each target key; keys with one number are tied: they read the same tensor, or are one fresh tensor in the target."""
+    group = {key: keys[0] for keys in run.plan.ties for key in keys}
+    numbers: dict[Any, int] = {}
+    storages = {}
+    for step in run.plan.steps:
+        origin = run.origin(step)
+        identity: Any = ("made", group.get(step.target, step.target))
+        if origin is not None:
+            identity = (origin.span, origin.stride) if origin.nbytes else step.target
+        storages[step.target] = numbers.setdefault((identity, step.dtype, step.shape), len(numbers))
+    return storages
+
+
+def _tensors(plan: Plan, storages: Mapping[str, int], output: Output) -> tuple[list[OutTensor], dict[str, str]]:
+    """What to write, and, where ties become aliases, which key stands for which."""
+    tensors: list[OutTensor] = []
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for step in plan.steps:
+        number = storages[step.target]
+        kept = first.setdefault(number, step.target)
+        if kept != step.target and output.format == "safetensors" and output.tied == "alias":
+            aliases[step.target] = kept
+        else:
+            tensors.append(OutTensor(step.target, step.dtype, step.shape, number))
+    return tensors, aliases
+
+
+def _entries(run: _Run) -> dict[str, Any]:
+    values = {}
+    for entry in run.plan.entries:
+        if entry.source is not None:
+            values[entry.target] = run.sources[entry.source[0]].entries[entry.source[1]]
+        elif run.target is not None and run.target.format not in ("model", "skeleton"):
+            values[entry.target] = run.target.entries[entry.target]
+        else:
+            assert run.provider is not None
+            values[entry.target] = run.provider.extra_state(entry.target)
+    return values
+
+
+def _layout(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], entries: Mapping[str, Any], output: Output) -> Layout:
+    record = None if output.provenance is None else json.dumps(output.provenance, separators=(",", ":"), ensure_ascii=False)
+    try:
+        if output.format == "safetensors":
+            if entries:
+                raise OutputError(
+                    "is no tensor, and safetensors holds nothing else", key=next(iter(entries)), hint="write a .pt file instead"
+                )
+            metadata = {"format": "pt", **aliases} | ({safetensors.PROVENANCE: record} if record is not None else {})
+            return safetensors.lay_out(tensors, metadata)
+        order = [*(step.target for step in plan.steps), *entries]
+        return torch_zip_writer.lay_out(tensors, entries, plan.module_metadata, order, None if record is None else record.encode())
+    except OutputError as error:
+        error.path = error.path or output.path
+        raise
+
+
+def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mapping[str, Step], temporary: Temporary) -> None:
+    for offset, data in layout.chunks:
+        kernel.write_at(temporary.fd, data, offset)
+    # Values that are made come first: a cast that must not be stops the run before the long copying.
+    made = [slot for slot in layout.slots if run.moves(steps[tensors[slot.index].name]) is None]
+    for slot in made:
+        tensor, position, digest = tensors[slot.index], slot.offset, sha256()
+        for part in run.parts(steps[tensor.name]):
+            kernel.write_at(temporary.fd, part, position)
+            digest.update(part)
+            position += memoryview(part).nbytes
+        if position != slot.offset + slot.nbytes:
+            raise OutputError(f"got {position - slot.offset} bytes where the plan says {slot.nbytes}", key=tensor.name)
+        run.digests[tensor.storage] = digest.hexdigest()
+    _check_casts(run)
+    for slot in layout.slots:
+        origin = run.moves(steps[tensors[slot.index].name])
+        if origin is not None:
+            assert origin.span is not None
+            fd, offset = run.reader.locate(origin.span)
+            kernel.copy_range(fd, offset, temporary.fd, slot.offset, slot.nbytes)
+    checksums = [kernel.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
+    for offset, data in layout.tail(checksums):
+        kernel.write_at(temporary.fd, data, offset)
+
+
+def _check_casts(run: _Run) -> None:
+    """Overflow and truncation are errors unless allowed by name; all of them at once."""
+    allowed = [compile_pattern(pattern) for pattern in run.plan.allow_cast]
+    problems = []
+    for cast in run.casts:
+        if (cast.overflowed or cast.truncated) and not any(pattern.match(cast.key) is not None for pattern in allowed):
+            lost = [f"{count} values {word}" for count, word in ((cast.overflowed, "overflow"), (cast.truncated, "are truncated")) if count]
+            problems.append(f"{cast.key}: {cast.source_dtype} to {cast.target_dtype}: {' and '.join(lost)}")
+    if problems:
+        name = problems[0].partition(":")[0]
+        raise CastError(
+            "casts that would not keep the values",
+            problems=tuple(problems),
+            hint=f"keep the source's dtype (--dtype source), or allow it by name: --allow-cast {name!r}",
+        )
+
+
+def _expected(run: _Run, tensor: OutTensor, step: Step) -> Expected:
+    return Expected(tensor.name, tensor.dtype, tensor.shape, run.moves(step), run.digests.get(tensor.storage))
+
+
+def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], output: Output) -> tuple[Finding, ...]:
+    findings = list(plan.findings)
+    first: dict[int, str] = {}
+    for tensor in tensors:
+        kept = first.setdefault(tensor.storage, tensor.name)
+        if kept != tensor.name and output.format == "safetensors":
+            words = f"is tied to {kept} and written as a copy, which costs {tensor.nbytes} bytes (--tied alias writes one)"
+            findings.append(Finding("tied-copy", words, tensor.name, "note"))
+    findings += [Finding("tied-alias", f"is tied to {kept} and written as its alias", key, "note") for key, kept in aliases.items()]
+    return tuple(findings)

@@ -1,0 +1,89 @@
+"""Bytes from file to file without bringing them into Python's memory; and over files: checksums and comparison, by small buffers.
+
+Rule: offsets and lengths in, nothing is known of tensors. Memory is a fixed few megabytes whatever the length.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Iterator
+
+from ckptsurgeon.errors import StaleError
+
+BUFFER = 4 << 20
+_AT_ONCE = 1 << 30
+# The kernel can't copy between these two files (another file system, an old kernel): do it by hand.
+_NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY}
+
+
+def copy_range(source: int, source_offset: int, output: int, output_offset: int, nbytes: int) -> None:
+    """Copy `nbytes` bytes between two open files. OSError where the system refuses; StaleError where the source ends early."""
+    done = 0
+    by_kernel = hasattr(os, "copy_file_range")
+    while by_kernel and done < nbytes:
+        try:
+            copied = os.copy_file_range(source, output, min(nbytes - done, _AT_ONCE), source_offset + done, output_offset + done)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            break
+        if not copied:
+            break  # some file systems answer 0 instead of an error; reading tells whether the file really ended
+        done += copied
+    for chunk in chunks(source, source_offset + done, nbytes - done):
+        write_at(output, chunk, output_offset + done)
+        done += len(chunk)
+
+
+def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        written = os.pwrite(output, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def chunks(source: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """The bytes from `offset`, a whole buffer at a time, the last one shorter; each view is good until the next one."""
+    buffer = memoryview(bytearray(min(nbytes, BUFFER)))
+    while nbytes:
+        view = buffer[: min(nbytes, BUFFER)]
+        if not _fill(source, view, offset):
+            raise StaleError("a source became shorter while it was read", hint="run it again when nothing writes to it")
+        yield view
+        offset += len(view)
+        nbytes -= len(view)
+
+
+def checksum(source: int, offset: int, nbytes: int) -> int:
+    """The CRC-32 of `nbytes` bytes from `offset`."""
+    crc = 0
+    for chunk in chunks(source, offset, nbytes):
+        crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def equal_ranges(one: int, one_offset: int, other: int, other_offset: int, nbytes: int) -> bool:
+    """Whether two files have the same `nbytes` bytes there."""
+    size = min(nbytes, BUFFER)
+    first, second = bytearray(size), bytearray(size)
+    while nbytes:
+        if nbytes < size:
+            size = nbytes
+            first, second = bytearray(size), bytearray(size)
+        if not _fill(one, first, one_offset) or not _fill(other, second, other_offset) or first != second:
+            return False
+        one_offset, other_offset, nbytes = one_offset + size, other_offset + size, nbytes - size
+    return True
+
+
+def _fill(source: int, buffer: bytearray | memoryview, offset: int) -> bool:
+    view = memoryview(buffer)
+    while len(view):
+        got = os.preadv(source, [view], offset)
+        if not got:
+            return False
+        view, offset = view[got:], offset + got
+    return True

@@ -1,0 +1,70 @@
+"""Holds a written file against what was to be written, bitwise and without torch. It believes nothing: it opens the file afresh.
+
+Copied tensors are compared byte for byte with their source, made ones by the SHA-256 of what was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from ckptsurgeon import formats
+from ckptsurgeon.errors import VerificationError
+from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.tensors import TensorMeta
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor as it should stand in the file: copied from `origin`, or made with `digest`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    origin: TensorMeta | None
+    digest: str | None
+
+
+def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader) -> None:
+    """Raises VerificationError, naming every key, when the file at `path` is not exactly what was to be written."""
+    archive = formats.read(path)
+    found = archive.state_dicts[0]
+    problems: list[str] = []
+    names = {item.name for item in expected}
+    problems += [f"{name}: is not in the file" for name in names - found.tensors.keys()]
+    problems += [f"{name}: is in the file, and not in the plan" for name in found.tensors.keys() - names]
+    if repr(dict(found.entries)) != repr(dict(entries)):
+        problems.append("the values that are no tensors differ")
+    with open_regular(path) as file:
+        for item in expected:
+            tensor = found.tensors.get(item.name)
+            if tensor is None:
+                continue
+            if (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
+                problems.append(f"{item.name}: is {tensor.dtype} {tensor.shape}, not {item.dtype} {item.shape}")
+            elif not _same(file.fd, tensor, item, reader):
+                problems.append(f"{item.name}: its bytes differ")
+    if problems:
+        raise VerificationError(
+            "what was written is not what was planned; nothing was kept",
+            problems=tuple(problems),
+            hint="run it again; if it stays so, check the disk and report it",
+        )
+
+
+def _same(fd: int, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
+    assert tensor.span is not None
+    if item.origin is not None:
+        assert item.origin.span is not None
+        source, offset = reader.locate(item.origin.span)
+        return tensor.span.nbytes == item.origin.span.nbytes and kernel.equal_ranges(
+            fd, tensor.span.offset, source, offset, tensor.span.nbytes
+        )
+    digest = sha256()
+    for chunk in kernel.chunks(fd, tensor.span.offset, tensor.span.nbytes):
+        digest.update(chunk)
+    return digest.hexdigest() == item.digest

@@ -1,0 +1,107 @@
+"""Opens the files behind checkpoints, each once and as it was when its header was read, and gives tensors' bytes.
+
+A deflated entry is inflated into an unnamed temporary file, so that memory stays flat. torch is imported only for a tensor that does not
+lie densely.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import BinaryIO
+
+from ckptsurgeon.errors import FormatError, StaleError
+from ckptsurgeon.formats.files import OpenFile, open_regular
+from ckptsurgeon.streaming.kernel import chunks
+from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
+
+
+class Reader:
+    """The open files of some checkpoints; a context manager."""
+
+    def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
+        self._stamps: dict[str, FileStamp] = {stamp.path: stamp for found in checkpoints for stamp in found.files}
+        self._files: dict[str, OpenFile] = {}
+        self._inflated: dict[tuple[str, int], BinaryIO] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _open(self, path: str) -> OpenFile:
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = self._stack.enter_context(open_regular(path))
+            if file.stamp != self._stamps.get(path, file.stamp):
+                raise _changed(path)
+        return file
+
+    def locate(self, span: Span) -> tuple[int, int]:
+        """The open file and the offset at which a span's bytes begin."""
+        file = self._open(span.file)
+        if span.packed is None:
+            return file.fd, span.offset
+        place = (span.file, span.packed.offset)
+        if place not in self._inflated:
+            self._inflated[place] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            _inflate(file, span.packed, self._inflated[place])
+        return self._inflated[place].fileno(), span.offset
+
+    def read(self, tensor: TensorMeta) -> bytearray:
+        """A tensor's elements, densely in row-major order."""
+        assert tensor.span is not None
+        fd, offset = self.locate(tensor.span)
+        data = bytearray(tensor.span.nbytes)
+        position = 0
+        for chunk in chunks(fd, offset, tensor.span.nbytes):
+            data[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        if tensor.contiguous:
+            return data
+        from ckptsurgeon.streaming.values import densify
+
+        return densify(tensor, data)
+
+    def check_unchanged(self) -> None:
+        """Raises StaleError when a file that was read is no longer what it was."""
+        for path, file in self._files.items():
+            status = os.fstat(file.fd)
+            try:
+                named = os.stat(path)
+            except OSError:
+                named = status  # taken away after it was opened: what we read is still whole
+            for seen in (status, named):
+                same_file = (seen.st_ino, seen.st_dev) == (file.stamp.inode, file.stamp.device)
+                if same_file and (seen.st_size, seen.st_mtime_ns) != (file.stamp.size, file.stamp.mtime_ns):
+                    raise _changed(path)
+
+
+def _changed(path: str) -> StaleError:
+    return StaleError("changed while it was read", path=path, hint="run it again when nothing writes to it")
+
+
+def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
+    inflate = zlib.decompressobj(-15)
+    total = 0
+    for chunk in chunks(file.fd, packed.offset, packed.nbytes):
+        data: bytes | memoryview = chunk
+        while data and not inflate.eof:
+            try:
+                part = inflate.decompress(data, 1 << 22)
+            except zlib.error as error:
+                raise FormatError("has a damaged deflated entry", path=file.path, hint="copy or download it again") from error
+            total += len(part)
+            if total > packed.size:
+                break
+            output.write(part)
+            data = inflate.unconsumed_tail
+    if total != packed.size:
+        raise FormatError("has a deflated entry of another length than it says", path=file.path)
+    output.flush()

@@ -1,0 +1,126 @@
+"""Changes of value or layout, through torch, one chunk at a time: a cast that counts what it loses, and making a strided tensor dense.
+
+torch is imported inside the functions: a merge that only moves bytes never loads it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.report import Cast
+from ckptsurgeon.tensors import TensorMeta
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+def tensor_from(data: bytes | bytearray | memoryview, dtype: str) -> torch.Tensor:
+    """A one-dimensional tensor over `data` (not copied) of the dtype with safetensors' code `dtype`."""
+    import torch
+
+    kind = getattr(torch, BY_CODE[dtype].torch)
+    if not len(data):
+        return torch.empty(0, dtype=kind)
+    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=kind)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """A CPU tensor's elements, densely in row-major order, without NumPy and for every dtype."""
+    dense = tensor.detach().contiguous()
+    return ctypes.string_at(dense.data_ptr(), dense.numel() * dense.element_size()) if dense.numel() else b""
+
+
+def densify(tensor: TensorMeta, data: bytearray) -> bytearray:
+    """The dense bytes of a strided tensor whose elements lie within `data`, the first one at its start."""
+    if not prod(tensor.shape):
+        return bytearray()
+    return bytearray(bytes_of(tensor_from(data, tensor.dtype).as_strided(tensor.shape, tensor.stride)))
+
+
+def cast(key: str, parts: Iterable[bytes | bytearray | memoryview], source: str, target: str) -> tuple[Iterator[bytes], list[Cast]]:
+    """Cast a tensor's bytes, part by part (each a whole number of elements), from dtype code `source` to `target`.
+
+    Returns the cast parts, and a list that holds the `Cast` once they are consumed.
+    """
+    found: list[Cast] = []
+
+    def run() -> Iterator[bytes]:
+        import torch
+
+        total = Cast(key, source, target)
+        for part in parts:
+            given = tensor_from(part, source)
+            wanted = given.to(getattr(torch, BY_CODE[target].torch))
+            total = _add(total, _losses(key, given, wanted, source, target))
+            yield bytes_of(wanted)
+        found.append(total)
+
+    return run(), found
+
+
+def _add(one: Cast, other: Cast) -> Cast:
+    return Cast(
+        one.key,
+        one.source_dtype,
+        one.target_dtype,
+        max(one.largest_error, other.largest_error),
+        one.changed + other.changed,
+        one.overflowed + other.overflowed,
+        one.truncated + other.truncated,
+    )
+
+
+def _losses(key: str, given: torch.Tensor, wanted: torch.Tensor, source: str, target: str) -> Cast:
+    """What a cast loses: the largest absolute error over finite values, and how many values changed, overflowed or were truncated."""
+    import torch
+
+    to_kind = BY_CODE[target].kind
+    truncated = 0
+    if BY_CODE[source].kind == "complex":
+        if to_kind == "complex":
+            given, wanted = torch.view_as_real(given), torch.view_as_real(wanted)
+        else:
+            truncated += int(torch.count_nonzero(given.imag))
+            given = given.real
+    elif to_kind == "complex":
+        wanted = wanted.real
+    before, after = _wide(given, source), _wide(wanted, target)
+    finite = torch.isfinite(before) if before.is_floating_point() else torch.ones_like(before, dtype=torch.bool)
+    overflowed = torch.zeros_like(finite)
+    if to_kind == "bool":
+        truncated += int(((before != 0) & (before != 1)).sum())
+    elif to_kind == "int":
+        info = torch.iinfo(getattr(torch, BY_CODE[target].torch))
+        if before.is_floating_point():
+            # 2**63 itself is a float, the largest integer below it is not.
+            overflowed = ~finite | (before < float(info.min)) | (before >= float(info.max) + 1.0)
+            truncated += int((finite & ~overflowed & (before != before.trunc())).sum())
+        else:
+            overflowed = (before < info.min) | (before > min(info.max, (1 << 63) - 1))
+    else:
+        overflowed = finite & ~torch.isfinite(after)
+    same = (before == after) | ((before != before) & (after != after))
+    error = (before.double() - after.double()).abs()[finite & ~overflowed]
+    return Cast(
+        key,
+        source,
+        target,
+        float(error.max()) if error.numel() else 0.0,
+        int((~same).sum()),
+        int(overflowed.sum()),
+        truncated,
+    )
+
+
+def _wide(tensor: torch.Tensor, code: str) -> torch.Tensor:
+    """The same values in a dtype that torch can compare in: float64, or int64 for integers (unsigned 64-bit ones by float64)."""
+    import torch
+
+    exact = BY_CODE[code].kind in ("int", "bool") and code != "U64"
+    return tensor.to(torch.int64 if exact else torch.float64)
