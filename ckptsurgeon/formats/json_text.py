@@ -14,8 +14,8 @@ def parse(raw: bytes, path: str, what: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) != len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in items if name in seen or seen.add(name))
             raise FormatError(f"has the name {twice[:200]!r} twice in its {what}", path=path)
         return result
 
@@ -23,7 +23,10 @@ def parse(raw: bytes, path: str, what: str) -> Any:
         raise ValueError(name)
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        return value
     except (ValueError, RecursionError) as error:
         raise FormatError(f"has a {what} that is not valid JSON", path=path, hint="copy or download it again") from error
 
@@ -31,3 +34,8 @@ def parse(raw: bytes, path: str, what: str) -> Any:
 def integer(value: Any) -> bool:
     """Whether a JSON value is an integer that fits 63 bits and is not negative (`true` is none)."""
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def short(value: Any) -> str:
+    """A JSON value in a few characters, for a sentence."""
+    return repr(value[:40]) if type(value) is str else f"of type {type(value).__name__}"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_STORAGE_CLASS, BY_TORCH, DType
-from ckptsurgeon.errors import FormatError
+from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats.pickle_values import (
     Encoded,
     Global,
@@ -22,9 +22,11 @@ from ckptsurgeon.formats.pickle_values import (
     StorageClass,
     StorageRef,
     TensorRef,
+    TupleKey,
 )
 
 MAX_INT = (1 << 63) - 1
+MAX_NAME = 1000
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> TensorRef | Inert:
@@ -36,8 +38,10 @@ def _tensor_v2(args: tuple[Any, ...]) -> TensorRef | Inert:
     return _tensor(storage, storage.dtype, offset, shape, stride)
 
 
-def _tensor_v3(args: tuple[Any, ...]) -> TensorRef:
+def _tensor_v3(args: tuple[Any, ...]) -> TensorRef | Inert:
     storage, offset, shape, stride, _requires_grad, _hooks, dtype = args[:7]
+    if type(storage) is Inert:
+        return Inert("torch._utils._rebuild_tensor_v3", args)
     if type(storage) is not StorageRef or type(dtype) is not DType:
         raise FormatError("a tensor's storage or dtype is not one")
     return _tensor(storage, dtype, offset, shape, stride)
@@ -50,13 +54,15 @@ def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: 
     for size, step in zip(shape, stride, strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
             raise FormatError("a tensor's shape or stride has something other than non-negative integers")
+        if size > MAX_INT or step > MAX_INT:
+            raise FormatError("a tensor's shape or stride overflows 64 bits")
         if size == 0:
             empty = True
         reach += (size - 1) * step
         numel *= size
         if numel > MAX_INT or reach > MAX_INT:
             raise FormatError("a tensor's shape overflows 64 bits")
-    if type(offset) is not int or offset < 0:
+    if type(offset) is not int or not 0 <= offset <= MAX_INT:
         raise FormatError("a tensor's offset is not a non-negative integer")
     held = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
     if not empty and (offset + reach + 1) * dtype.size > held:
@@ -71,11 +77,9 @@ def _first(args: tuple[Any, ...]) -> Any:
 def _subclass(args: tuple[Any, ...]) -> Any:
     # torch._tensor._rebuild_from_type_v2(func, type, args, state): what `func` rebuilds, wrapped in a Tensor subclass.
     function, kind, inner = args[0], args[1], args[2]
-    built = construct(function, inner)
-    name = kind.name if type(kind) is Global else ""
-    return (
-        built if name in ("torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Buffer") else Inert(name or "a tensor subclass", args)
-    )
+    name = kind.name if type(kind) is Global else "a tensor subclass"
+    plain = name in PLAIN_TENSORS and type(function) is Global and function.name.startswith("torch._utils.")
+    return construct(function, inner) if plain else Inert(name, args)
 
 
 def _dict(args: tuple[Any, ...]) -> PickledDict:
@@ -96,12 +100,8 @@ def _defaultdict(args: tuple[Any, ...]) -> PickledDict:
     return _dict(args[1:])
 
 
-def _set(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(args[0]) if args else ()
-
-
-def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(args[0]) if args else ()
+def _members(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(args[0]) if args and type(args[0]) in (list, tuple) else ()
 
 
 def _text(args: tuple[Any, ...]) -> str:
@@ -149,8 +149,8 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "collections.defaultdict": (_defaultdict, "a plain dict; its factory is never called"),
     "collections.Counter": (_dict, "a plain dict (training loops keep counts)"),
     "builtins.dict": (_dict, "a plain dict"),
-    "builtins.set": (_set, "a plain container"),
-    "builtins.frozenset": (_set, "a plain container"),
+    "builtins.set": (_members, "a plain container"),
+    "builtins.frozenset": (_members, "a plain container"),
     "builtins.complex": (_complex, "a number"),
     "torch._utils._rebuild_tensor": (_tensor_v2, "a tensor over a storage (before torch 0.4)"),
     "torch._utils._rebuild_tensor_v2": (_tensor_v2, "a tensor over a typed storage"),
@@ -159,7 +159,7 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "torch._utils._rebuild_parameter_with_state": (_first, "a Parameter is its tensor"),
     "torch._tensor._rebuild_from_type_v2": (_subclass, "a tensor with attributes"),
     "torch.nn.parameter.Parameter": (_first, "a Parameter is its tensor (before torch 0.4)"),
-    "torch.Size": (_size, "a tuple of integers"),
+    "torch.Size": (_members, "a tuple of integers"),
     "torch.device": (_text, "the name of a device"),
     "torch.serialization._get_layout": (_text, "the name of a memory layout"),
     "_codecs.encode": (_encode, "how protocol 2 spells bytes; kept as text, never encoded"),
@@ -172,7 +172,8 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "numpy.core.numeric._frombuffer": (_numpy_buffer, "an array; its bytes are left alone"),
 }
 # Named as an argument of one of the above, never built.
-NAMED_ONLY = frozenset({"numpy.ndarray", "torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Buffer"})
+PLAIN_TENSORS = frozenset({"torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Buffer"})
+NAMED_ONLY = PLAIN_TENSORS | {"numpy.ndarray"}
 # Old spellings: Python 2's module names, and torch modules that moved (as torch.load itself maps them).
 RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
@@ -181,6 +182,8 @@ UNTYPED = ("UntypedStorage", "_UntypedStorage")
 
 def resolve(module: str, name: str) -> tuple[Any, bool]:
     """What stands for the global `module.name`, and whether it is on the allow-list."""
+    if len(module) + len(name) > MAX_NAME:
+        raise LimitError(f"a pickle names a global of more than {MAX_NAME} characters")
     module = RENAMED_MODULES.get(module, module)
     if module in STORAGE_MODULES:
         if name in UNTYPED:
@@ -198,7 +201,7 @@ def construct(function: Any, args: Any) -> Any:
     if type(args) is not tuple:
         raise FormatError("a pickle calls something with arguments that are no tuple")
     if type(function) is not Global:
-        return Inert(f"the result of {describe(function)}", args)
+        return Inert(describe(function), args)
     entry = ALLOWED.get(function.name)
     if entry is None:
         return Inert(function.name, args)
@@ -215,17 +218,31 @@ def describe(value: Any) -> str:
     return "a value of type " + type(value).__name__
 
 
-SCALAR_KEYS = (str, int, float, bool, type(None), bytes)
+SCALARS = (str, int, float, bool, type(None), bytes)
+OTHER_KEYS = (Inert, Global, DType, TensorRef, Encoded, TupleKey)
 
 
 def set_item(target: dict[Any, Any], key: Any, value: Any) -> None:
     """`target[key] = value`, for a key that can be hashed cheaply and is not there yet."""
     kind = type(key)
     if kind is tuple:
-        if any(type(part) not in SCALAR_KEYS for part in key):
-            raise FormatError("a dict in the pickle has a nested key")
-    elif kind not in SCALAR_KEYS and kind not in (Inert, Global, DType, TensorRef, Encoded):
+        key = TupleKey(key_text(key))
+    elif kind is int and not -MAX_INT <= key <= 2 * MAX_INT:
+        raise FormatError("a dict in the pickle has an integer key of more than 64 bits")  # many of one hash would make it very slow
+    elif kind not in SCALARS and kind not in OTHER_KEYS:
         raise FormatError(f"a dict in the pickle has a key of type {kind.__name__}")
     if key in target:
-        raise FormatError("a dict in the pickle has a key twice", key=str(key)[:200])
+        raise FormatError("a dict in the pickle has a key twice", key=key_text(key)[:200])
     target[key] = value
+
+
+def key_text(key: Any) -> str:
+    """A dict's key as a name, short unless it is text itself."""
+    kind = type(key)
+    if kind is str:
+        return str(key)
+    if kind is tuple:
+        return f"({', '.join(key_text(part)[:40] if type(part) is not tuple else '(…)' for part in key[:8])})"
+    if kind is TupleKey:
+        return str(key.text)
+    return str(key[:40] if kind is bytes else key) if kind in SCALARS else f"<{describe(key)}>"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.errors import FormatError, LimitError
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.pickle_globals import construct, describe, resolve, set_item
 from ckptsurgeon.formats.pickle_values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
@@ -39,7 +39,7 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
     """Run the pickle that begins at `start`.
 
     `persistent` turns a persistent id into a value. Raises FormatError for what is no pickle, TruncatedPickle where the bytes end
-    too early, LimitError where it would cost too much.
+    too early, LimitError where it would cost too much; each lists in its `problems` what the pickle had asked for until then.
 
     >>> run(b"\\x80\\x02}X\\x01\\x00\\x00\\x00aK\\x01s.").value
     {'a': 1}
@@ -47,19 +47,26 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
     machine = _Machine(data, start, persistent)
     try:
         return machine.run()
+    except CheckpointError as error:
+        name_globals(error, tuple(machine.asked))
+        raise
     except (IndexError, KeyError, struct.error) as error:
-        if machine.position >= len(data):
-            raise TruncatedPickle("the pickle ends too early: the file is truncated") from error
-        raise FormatError("the pickle is damaged: an opcode finds nothing to work on") from error
+        raise machine.failure("an opcode finds nothing to work on") from error
     except (ValueError, UnicodeDecodeError, OverflowError) as error:
-        raise FormatError("the pickle is damaged: a number or text in it can't be read") from error
+        raise machine.failure("a number or text in it can't be read") from error
 
 
-_MARK = object()
+def name_globals(error: CheckpointError, asked: tuple[str, ...]) -> None:
+    """Let `error` list what the pickle asked for beyond the allow-list."""
+    shown = tuple(f"it asks for {name}, which is never imported or called" for name in asked[:20])
+    error.problems = shown + ((f"and for {len(asked) - 20} others",) if len(asked) > 20 else ())
+
+
+_SIZED = (str, bytes, list, tuple, PickledDict)
 
 
 class _Machine:
-    """The state of one run. Hot opcodes stand in `run`, the others in the table `_RARE`."""
+    """The state of one run. Hot opcodes stand in `run`, the most frequent first, the others in the table `_RARE`."""
 
     def __init__(self, data: bytes, start: int, persistent: Callable[[Any], Any]) -> None:
         self.data = data
@@ -73,66 +80,67 @@ class _Machine:
 
     def run(self) -> Pickled:
         data, memo, outer, stack, rare = self.data, self.memo, self.outer, self.stack, _RARE
-        position, steps = self.position, 0
+        position = self.position
         from_bytes = int.from_bytes
+        # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
         try:
-            while True:
+            for _ in range(limits.PICKLE_STEPS):
                 op = data[position]
                 position += 1
-                steps += 1
-                if op == 0x71:  # BINPUT
-                    memo[data[position]] = stack[-1]
+                if op == 0x72:  # LONG_BINPUT
+                    position += 4
+                    memo[from_bytes(data[position - 4 : position], "little")] = stack[-1]
+                elif op == 0x4B:  # BININT1
+                    stack.append(data[position])
                     position += 1
                 elif op == 0x68:  # BINGET
                     stack.append(memo[data[position]])
                     position += 1
-                elif op == 0x72:  # LONG_BINPUT
-                    memo[from_bytes(data[position : position + 4], "little")] = stack[-1]
-                    position += 4
-                elif op == 0x6A:  # LONG_BINGET
-                    stack.append(memo[from_bytes(data[position : position + 4], "little")])
-                    position += 4
-                elif op == 0x4B:  # BININT1
-                    stack.append(data[position])
+                elif op == 0x71:  # BINPUT
+                    memo[data[position]] = stack[-1]
                     position += 1
-                elif op == 0x58:  # BINUNICODE
-                    size = from_bytes(data[position : position + 4], "little")
-                    position += 4
-                    stack.append(data[position : position + size].decode("utf-8", "surrogatepass"))
-                    position += size
                 elif op == 0x28:  # MARK
                     outer.append(stack)
                     stack = []
+                elif op == 0x58:  # BINUNICODE
+                    begin = position + 4
+                    position = begin + from_bytes(data[position:begin], "little")
+                    stack.append(data[begin:position].decode("utf-8", "surrogatepass"))
                 elif op == 0x74:  # TUPLE
                     items = tuple(stack)
                     stack = outer.pop()
                     stack.append(items)
+                elif op == 0x86:  # TUPLE2
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
+                elif op == 0x52:  # REDUCE
+                    args = stack.pop()
+                    if args:
+                        self.charge(args)
+                    stack[-1] = construct(stack[-1], args)
+                elif op == 0x6A:  # LONG_BINGET
+                    position += 4
+                    stack.append(memo[from_bytes(data[position - 4 : position], "little")])
+                elif op == 0x29:  # EMPTY_TUPLE
+                    stack.append(())
+                elif op == 0x89:  # NEWFALSE
+                    stack.append(False)
+                elif op == 0x51:  # BINPERSID
+                    stack[-1] = self.persistent(stack[-1])
                 elif op == 0x4D:  # BININT2
                     stack.append(data[position] | data[position + 1] << 8)
                     position += 2
                 elif op == 0x4A:  # BININT
-                    stack.append(from_bytes(data[position : position + 4], "little", signed=True))
                     position += 4
+                    stack.append(from_bytes(data[position - 4 : position], "little", signed=True))
                 elif op == 0x94:  # MEMOIZE
                     memo[len(memo)] = stack[-1]
                 elif op == 0x85:  # TUPLE1
                     stack[-1] = (stack[-1],)
-                elif op == 0x86:  # TUPLE2
-                    last = stack.pop()
-                    stack[-1] = (stack[-1], last)
-                elif op == 0x29:  # EMPTY_TUPLE
-                    stack.append(())
-                elif op == 0x52:  # REDUCE
-                    args = stack.pop()
-                    self.charge(args)
-                    stack[-1] = construct(stack[-1], args)
-                elif op == 0x51:  # BINPERSID
-                    stack[-1] = self.persistent(stack[-1])
                 elif op == 0x2E:  # STOP
                     value = stack.pop()
                     if stack or outer:
                         raise FormatError("the pickle stops with values left over")
-                    self.position = position
                     return Pickled(value, position, tuple(self.asked))
                 else:
                     handler = rare.get(op)
@@ -141,16 +149,25 @@ class _Machine:
                     self.position, self.stack = position, stack
                     handler(self)
                     position, stack = self.position, self.stack
-                if steps > limits.PICKLE_STEPS:
-                    raise LimitError(f"the pickle takes more than {limits.PICKLE_STEPS} steps")
+            raise LimitError(f"the pickle takes more than {limits.PICKLE_STEPS} steps")
         finally:
             self.position = position
 
+    def failure(self, what: str) -> FormatError:
+        """The error for an opcode that failed: the bytes had ended, or they are damaged."""
+        if self.position >= len(self.data):
+            return TruncatedPickle("the pickle ends too early: the file is truncated")
+        error = FormatError(f"the pickle is damaged: {what}")
+        name_globals(error, tuple(self.asked))
+        return error
+
     def charge(self, args: Any) -> None:
-        # A memoised list can be handed to a constructor again and again: each copy counts.
+        # A memoised list or text can be handed to a constructor again and again: each copy counts.
         if type(args) is tuple:
-            self.work += sum(len(arg) for arg in args if type(arg) in (list, tuple, PickledDict))
-            if self.work > limits.PICKLE_STEPS // 10:
+            for arg in args:
+                if type(arg) in _SIZED:
+                    self.work += len(arg)
+            if self.work > len(self.data):
                 raise LimitError("the pickle copies more than a header should")
 
     def take(self, size: int) -> bytes:
@@ -422,7 +439,6 @@ _RARE: dict[int, Callable[[_Machine], None]] = {
     0x84: _extension(4),
     0x87: _tuple3,
     0x88: lambda m: m.stack.append(True),
-    0x89: lambda m: m.stack.append(False),
     0x8A: _long(1),
     0x8B: _long(4),
     0x8C: _text(1),

@@ -82,6 +82,13 @@ class NumpyArray:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TupleKey:
+    """A dict's key that is a tuple, kept as text: hashed by identity, as tuples of chosen integers can make a dict very slow."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """Bytes that a protocol-2 pickle spells as text and a codec."""
 

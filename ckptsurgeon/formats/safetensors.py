@@ -16,7 +16,7 @@ from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
 from ckptsurgeon.errors import FormatError, LimitError, OutputError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.formats.json_text import integer, parse
+from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
 from ckptsurgeon.formats.torch_zip import parse_provenance
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
@@ -34,7 +34,8 @@ def read(file: OpenFile) -> Archive:
     if raw[:1] != b"{":
         raise FormatError("has a safetensors header that does not begin with '{'", path=file.path)
     header = parse(raw, file.path, "safetensors header")
-    metadata = header.pop(METADATA, None) or {}
+    metadata = header.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("has a __metadata__ that is not a map from text to text", path=file.path)
     tensors = _tensors(file, header, 8 + length)
@@ -59,9 +60,11 @@ def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, Ten
             raise FormatError("has an entry with other fields than dtype, shape and data_offsets", path=path, key=name)
         code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
         if type(code) is not str or code not in SAFETENSORS_RANK or not BY_CODE[code].safetensors:
-            raise FormatError(f"has the unknown dtype {str(code)[:40]!r}", path=path, key=name)
+            raise FormatError(f"has the unknown dtype {short(code)}", path=path, key=name)
         if type(shape) is not list or not all(map(integer, shape)) or len(shape) > 64:
             raise FormatError("has a shape that is not a list of non-negative integers", path=path, key=name)
+        if 0 in shape and prod(size or 1 for size in shape) >= 1 << 63:
+            raise FormatError("has a shape that overflows 64 bits", path=path, key=name)
         if type(offsets) is not list or len(offsets) != 2 or not all(map(integer, offsets)):
             raise FormatError("has data_offsets that are not two non-negative integers", path=path, key=name)
         start, stop = offsets
@@ -95,6 +98,8 @@ def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout
             )
         if tensor.name == METADATA:
             raise OutputError("is a name that safetensors keeps for itself", key=tensor.name, hint="rename it, or write a .pt file")
+        if not tensor.name.isprintable() and any("\ud800" <= character <= "\udfff" for character in tensor.name):
+            raise OutputError("is a name that is not valid Unicode", key=tensor.name, hint="rename it")
     # Rust orders text by its UTF-8 bytes.
     order = sorted(range(len(tensors)), key=lambda index: (-SAFETENSORS_RANK[tensors[index].dtype], tensors[index].name.encode()))
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}

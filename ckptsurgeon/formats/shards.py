@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from hashlib import sha256
-from pathlib import Path
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, RootError, UnreadableError
 from ckptsurgeon.formats import limits
-from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.files import OpenFile, unreadable
 from ckptsurgeon.formats.json_text import parse
 from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
 
@@ -32,7 +31,10 @@ FOLDER_NAMES = (
 
 def find_in_folder(folder: str) -> str:
     """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
     for name in FOLDER_NAMES:
         if name in names:
             return os.path.join(folder, name)
@@ -99,9 +101,10 @@ def _shard_path(index: str, folder: str, name: str) -> str:
         raise FormatError(f"names the shard {name[:200]!r}, which is not a plain file name", path=index)
     path = os.path.join(folder, name)
     if os.path.islink(path):
-        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder or "."))
-        blobs = next((parent / "blobs" for parent in home.parents if parent.name.startswith("models--")), None)
-        if home not in real.parents and (blobs is None or blobs not in real.parents):
+        real, home = os.path.realpath(path), os.path.realpath(folder or ".")
+        model, found, _ = home.partition("/models--")
+        blobs = f"{model}{found}{_.partition('/')[0]}/blobs"
+        if os.path.dirname(real) not in (home, blobs if found else home):
             raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
     if not os.path.exists(path):
         raise CheckpointError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")

@@ -14,7 +14,7 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.formats.json_text import integer, parse
+from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, contiguous_stride
 
 VERSION = 1
@@ -31,7 +31,7 @@ def read(file: OpenFile) -> Archive:
         what = "is an index of shards" if isinstance(value, dict) and "weight_map" in value else "is JSON"
         raise FormatError(f"{what}, not a skeleton", path=file.path, hint="make one with `ckptsurgeon skeleton TARGET -o net.json`")
     if value.get("version") != VERSION:
-        raise FormatError(f"is a skeleton of version {str(value.get('version'))[:20]}; this one reads {VERSION}", path=file.path)
+        raise FormatError(f"is a skeleton of another version than {VERSION}", path=file.path)
     tensors: dict[str, TensorMeta] = {}
     rows = value.get("tensors")
     if not isinstance(rows, list):
@@ -42,11 +42,12 @@ def read(file: OpenFile) -> Archive:
             raise FormatError("is in the skeleton twice", path=file.path, key=meta.name)
         tensors[meta.name] = meta
     ties = value.get("ties", [])
-    if not isinstance(ties, list) or not all(isinstance(group, list) and all(key in tensors for key in group) for group in ties):
+    if not isinstance(ties, list) or not all(isinstance(group, list) and all(_is_key(key, tensors) for key in group) for group in ties):
         raise FormatError("is a skeleton whose ties name other keys than its own", path=file.path)
     entries = value.get("entries", [])
     metadata = value.get("module_metadata", {})
-    if not isinstance(entries, list) or not all(isinstance(key, str) for key in entries) or not isinstance(metadata, dict):
+    locals_ = metadata.values() if isinstance(metadata, dict) else (None,)
+    if not isinstance(entries, list) or not all(isinstance(key, str) for key in entries) or not all(isinstance(local, dict) for local in locals_):
         raise FormatError("is a skeleton whose entries or module_metadata have another type", path=file.path)
     return Archive(
         path=file.path,
@@ -62,10 +63,14 @@ def _tensor(path: str, row: Any) -> TensorMeta:
         raise FormatError("is a skeleton with a tensor that has no name", path=path)
     name, code, shape = row["name"], row.get("dtype"), row.get("shape")
     if not isinstance(code, str) or code not in BY_CODE:
-        raise FormatError(f"has the unknown dtype {str(code)[:40]!r}", path=path, key=name)
-    if not isinstance(shape, list) or not all(map(integer, shape)) or prod(shape) >= 1 << 63:
+        raise FormatError(f"has the unknown dtype {short(code)}", path=path, key=name)
+    if not isinstance(shape, list) or len(shape) > 64 or not all(map(integer, shape)) or prod(size or 1 for size in shape) >= 1 << 63:
         raise FormatError("has a shape that is not a list of non-negative integers", path=path, key=name)
     return TensorMeta(name, code, tuple(shape), contiguous_stride(tuple(shape)))
+
+
+def _is_key(key: Any, tensors: dict[str, TensorMeta]) -> bool:
+    return isinstance(key, str) and key in tensors
 
 
 def fingerprint(tensors: dict[str, TensorMeta], ties: tuple[tuple[str, ...], ...]) -> str:

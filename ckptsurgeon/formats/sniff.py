@@ -5,8 +5,10 @@ What is often found in a checkpoint's place (an LFS pointer, an HTML page, …) 
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats import safetensors, shards, skeleton, torch_legacy, torch_zip
@@ -39,15 +41,40 @@ def read(path: str) -> Archive:
 
     Raises a CheckpointError, and nothing else, for anything that is not one.
     """
-    if os.path.isdir(path):
-        archive = read(shards.find_in_folder(path))
-        return archive
+    with no_collections():
+        return _read_file(shards.find_in_folder(path) if os.path.isdir(path) else path, _reader)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Pause the garbage collector: a header makes many small values and no garbage, so that its passes find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_file(path: str, choose: Callable[[OpenFile], Callable[[OpenFile], Archive]]) -> Archive:
     with open_regular(path) as file:
         try:
-            return _reader(file)(file)
+            return choose(file)(file)
         except CheckpointError as error:
             error.path = error.path or path
             raise
+
+
+def _read_shard(path: str) -> Archive:
+    return _read_file(path, _shard_reader)
+
+
+def _shard_reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
+    reader = _reader(file)
+    if reader is _read_json:  # an index in an index could lead back to itself
+        raise FormatError("is named as a shard, but holds no tensors", path=file.path)
+    return reader
 
 
 def _reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
@@ -78,4 +105,4 @@ def _reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
 
 
 def _read_json(file: OpenFile) -> Archive:
-    return shards.read_index(file, read) if shards.is_index(file) else skeleton.read(file)
+    return shards.read_index(file, _read_shard) if shards.is_index(file) else skeleton.read(file)

@@ -15,13 +15,14 @@ from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, run
-from ckptsurgeon.formats.pickle_values import Inert, PickledDict, StorageClass, StorageRef
+from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import collect
 from ckptsurgeon.tensors import Archive, Span
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 _FIRST_WINDOW = 1 << 20
+_TENSOR_BYTES = "torch.storage._load_from_bytes"  # what pickle.dump makes of a tensor's storage
 
 
 def read(file: OpenFile) -> Archive:
@@ -47,7 +48,7 @@ def _read(file: OpenFile, data: bytes) -> Archive:
         raise _other_pickle(file, first)
     protocol = run(data, first.end)
     if protocol.value != PROTOCOL:
-        raise FormatError(f"is of the legacy protocol {str(protocol.value)[:40]!r}, which no torch writes")
+        raise FormatError("is of a legacy protocol that no torch writes")
     system = run(data, protocol.end)
     if not isinstance(system.value, dict) or system.value.get("little_endian") is not True:
         raise FormatError("was written on a big-endian machine", hint="load and save it again there, on torch 2.1 or newer")
@@ -63,7 +64,7 @@ def _read(file: OpenFile, data: bytes) -> Archive:
         held = storages[storage.key]
         return Span(file.path, offset, held.numel * _item(held), storage.key)
 
-    tree = collect(file.path, body.value, locate)
+    tree = collect(file.path, body.value, locate, body.globals)
     # The lengths stand between the data; they and the pickles are the header.
     header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
     return Archive(
@@ -84,8 +85,7 @@ def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
         if type(identity) is not tuple or len(identity) != 6 or identity[0] != "storage":
             raise FormatError("refers to something that is no storage")
         _, kind, key, _location, numel, view = identity
-        key = str(key)
-        if type(kind) is not StorageClass or kind.dtype is None or type(numel) is not int or numel < 0:
+        if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or numel < 0:
             raise FormatError("describes a storage in a way that torch does not")
         root = storages.setdefault(key, StorageRef(key, kind.dtype, numel))
         if root.dtype is not kind.dtype or root.numel != numel:
@@ -97,21 +97,20 @@ def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
         _, offset, size = view
         if type(offset) is not int or type(size) is not int or offset < 0 or size < 0 or offset + size > numel:
             raise FormatError(f"has a view beyond its storage {key!r}")
-        return StorageRef(key, kind.dtype, size, offset * kind.dtype.size)
+        return StorageRef(key, kind.dtype, size, offset * _item(root))
 
     return load
 
 
 def _item(storage: StorageRef) -> int:
-    assert storage.dtype is not None
-    return storage.dtype.size
+    return 1 if storage.dtype is None else storage.dtype.size
 
 
 def _data_offsets(file: OpenFile, keys: Any, storages: dict[str, StorageRef], position: int) -> dict[str, int]:
-    if type(keys) is not list:
+    if type(keys) is not list or not all(type(key) is str for key in keys):
         raise FormatError("has no list of its storages")
     offsets: dict[str, int] = {}
-    for key in map(str, keys):
+    for key in keys:
         storage = storages.get(key)
         if storage is None or key in offsets:
             raise FormatError(f"lists the storage {key[:80]!r} that nothing refers to, or lists it twice")
@@ -128,20 +127,14 @@ def _data_offsets(file: OpenFile, keys: Any, storages: dict[str, StorageRef], po
 
 
 def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
-    value = first.value
-    if isinstance(value, PickledDict) and any(_holds_tensors(child) for child in value.values()):
+    if _TENSOR_BYTES in first.globals:
         return FormatError(
             "was written by pickle.dump, not by torch.save",
             hint="where it is trusted: torch.save(pickle.load(open(path, 'rb')), 'out.pt')",
         )
     try:
-        collect(file.path, value, lambda _storage: Span(file.path, 0, 0, ""))
+        collect(file.path, first.value, lambda _storage: Span(file.path, 0, 0, ""), first.globals)
     except FormatError as error:
         error.reason = f"is a plain pickle, not written by torch.save: it {error.reason}"
         return error
     return FormatError("is a plain pickle, not written by torch.save")
-
-
-def _holds_tensors(value: Any) -> bool:
-    # pickle.dump of a tensor: its storage is the result of torch.storage._load_from_bytes.
-    return type(value) is Inert and value.name.startswith("torch.")

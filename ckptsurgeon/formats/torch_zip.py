@@ -57,7 +57,7 @@ def read(file: OpenFile) -> Archive:
             raise FormatError("has bytes after its pickle")
         for storage in storages.values():
             _check_record(storage, entries.get(f"data/{storage.key}"))
-        tree = collect(file.path, pickled.value, locate)
+        tree = collect(file.path, pickled.value, locate, pickled.globals)
     except CheckpointError as error:
         error.path = error.path or file.path
         raise
@@ -77,6 +77,8 @@ def read(file: OpenFile) -> Archive:
 
 def content(file: OpenFile, entry: Entry, limit: int) -> bytes:
     """A small entry's bytes, inflated if need be, its CRC checked unless the archive has none (0)."""
+    if entry.method == DEFLATED:
+        limit = min(limit, file.size + limits.INFLATED_HEADER_BYTES)
     if entry.size > limit:
         raise LimitError(f"has a {entry.name} of {entry.size} bytes, above the limit of {limit}", path=file.path)
     data = file.read(entry.offset, entry.packed)

@@ -13,10 +13,13 @@ from typing import Any
 from ckptsurgeon.dtypes import DType
 from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
+from ckptsurgeon.formats.pickle_machine import name_globals
 from ckptsurgeon.formats.pickle_values import Encoded, Global, Inert, NumpyArray, NumpyDType, PickledDict, StorageRef, TensorRef
 from ckptsurgeon.tensors import NOTHING, Refused, Span, StateDict, TensorMeta
 
 Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage
+Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its size
 
 
 @dataclass(frozen=True)
@@ -27,71 +30,70 @@ class Tree:
     beside: tuple[str, ...]
 
 
-def collect(path: str, value: Any, locate: Locate) -> Tree:
-    """Find every state_dict in `value`. FormatError, in words that help, when there is none."""
+def collect(path: str, value: Any, locate: Locate, asked: tuple[str, ...] = ()) -> Tree:
+    """Find every state_dict in `value`. FormatError, in words that help and with what the pickle `asked` for, when there is none."""
     roots: list[StateDict] = []
     beside: list[str] = []
-    arrays = 0
+    arrays = characters = 0
     seen: set[int] = set()
+    known: Known = {}
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
         place, node, depth = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
         if depth > limits.DEPTH:
             raise LimitError(f"nests its containers more than {limits.DEPTH} deep", path=path)
-        if _is_optimizer(node):
+        if id(node) in seen or _is_optimizer(node):
             beside.append(place)
             continue
+        seen.add(id(node))
         items = _children(path, place, node)
-        nested = []
+        characters += len(items) * len(place) + len(place)
+        if characters > limits.PLACE_CHARACTERS:
+            raise LimitError(f"names its values with more than {limits.PLACE_CHARACTERS} characters", path=path)
+        arrays += sum(type(child) is NumpyArray for _, child in items)
         if type(node) is PickledDict and any(type(child) is TensorRef for _, child in items):
-            root, others = _state_dict(path, place, node, items, locate)
+            root = _state_dict(path, place, node, items, locate, known)
             roots.append(root)
-            beside += others
-        else:
-            for name, child in items:
-                if type(child) is NumpyArray:
-                    arrays += 1
-                if not _is_container(child):
-                    beside.append(_join(place, name))
-        nested = [(_join(place, name), child, depth + 1) for name, child in items if _is_container(child)]
-        waiting += reversed(nested)
+            items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
+        elif not items or (type(node) is not PickledDict and all(type(child) in SCALARS for _, child in items)):
+            beside.append(place)  # empty, or a list of plain values: one thing
+            continue
+        beside += [_join(place, name) for name, child in items if not _is_container(child)]
+        waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
     if len({root.root for root in roots}) != len(roots):
         raise FormatError("has two nested dicts of one name", path=path)
     if not roots:
-        raise _nothing(path, value, arrays)
+        error = _nothing(path, value, arrays)
+        name_globals(error, asked)
+        raise error
     return Tree(tuple(roots), tuple(beside))
 
 
-def _state_dict(path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate) -> tuple[StateDict, list[str]]:
+def _state_dict(path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate, known: Known) -> StateDict:
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
-    beside = []
     for name, child in items:
         if type(child) is TensorRef:
             tensors[name] = tensor_meta(path, name, child, locate)
         elif name.rpartition(".")[2] == "_extra_state":
-            entries[name] = plain(child)
+            entries[name] = plain(child, known)
         elif type(child) in (Inert, NumpyArray):
             entries[name] = Refused(_refusal(child))
-        elif not _is_container(child):
-            beside.append(_join(place, name))
     metadata = getattr(node, "state", None)
     found = metadata.get("_metadata") if isinstance(metadata, dict) else None
-    return StateDict(place, tensors, entries, _module_metadata(found)), beside
+    return StateDict(place, tensors, entries, _module_metadata(found))
 
 
 def _module_metadata(found: Any) -> Mapping[str, Any]:
     """torch's `_metadata`, as plain values; what is not plain in it is left out, as it can't matter to a load."""
     if not isinstance(found, dict):
         return NOTHING
-    return {
-        path: {name: value for name, value in local.items() if type(name) is str and type(value) in (int, str, bool, float, type(None))}
-        for path, local in found.items()
-        if type(path) is str and isinstance(local, dict)
+    locals_ = {id(local): local for local in found.values() if isinstance(local, dict)}  # a shared one is told once
+    plain_locals = {
+        key: {name: value for name, value in local.items() if type(name) is str and type(value) in (int, str, bool, float, type(None))}
+        for key, local in locals_.items()
     }
+    return {path: plain_locals[id(local)] for path, local in found.items() if type(path) is str and isinstance(local, dict)}
 
 
 def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorMeta:
@@ -112,28 +114,46 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorM
     return meta
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """An `_extra_state` as plain Python values, or `Refused` with the reason why it can't be carried."""
+def plain(value: Any, known: Known | None = None) -> Any:
+    """An `_extra_state` as plain Python values, or `Refused` with the reason why it can't be carried.
+
+    `known` is shared by all values of one pickle: what they share is told once, though its size counts each time.
+    """
+    return _plain(value, {} if known is None else known, 0)[0]
+
+
+def _plain(value: Any, known: Known, depth: int) -> tuple[Any, int]:
+    if type(value) in SCALARS:
+        return value, len(value) if type(value) in (str, bytes) else 8
+    if id(value) not in known:
+        known[id(value)] = Refused("an _extra_state that contains itself"), 0
+        known[id(value)] = _told(value, known, depth)
+    return known[id(value)]
+
+
+def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
+    """`value` as plain values and the bytes that it takes when written."""
     if depth > 32:
-        return Refused("an _extra_state nested more than 32 deep")
+        return Refused("an _extra_state nested more than 32 deep"), 0
     kind = type(value)
-    if kind in (str, int, float, bool, bytes, type(None)):
-        return value
     if kind is TensorRef:
-        return Refused("an _extra_state with tensors inside other values")
+        return Refused("an _extra_state with tensors inside other values"), 0
     if kind is Encoded:
-        return value.text.encode("latin1", "replace")
-    if kind is PickledDict:
-        if any(type(key) not in (str, int) for key in value):
-            return Refused("an _extra_state with keys that are neither text nor integers")
-        result: Any = {key: plain(child, depth + 1) for key, child in value.items()}
-        refused = [child for child in result.values() if type(child) is Refused]
-    elif kind in (list, tuple):
-        result = kind(plain(child, depth + 1) for child in value)
-        refused = [child for child in result if type(child) is Refused]
-    else:
-        return Refused(_refusal(value))
-    return refused[0] if refused else result
+        return value.text.encode("latin1", "replace"), len(value.text)
+    if kind not in (PickledDict, list, tuple):
+        return Refused(_refusal(value)), 0
+    keys = value.keys() if kind is PickledDict else ()
+    if any(type(key) not in (str, int) for key in keys):
+        return Refused("an _extra_state with keys that are neither text nor integers"), 0
+    children = [_plain(child, known, depth + 1) for child in (value.values() if kind is PickledDict else value)]
+    refused = next((child for child, _ in children if type(child) is Refused), None)
+    if refused is not None:
+        return refused, 0
+    size = 8 + sum(size for _, size in children) + sum(len(key) for key in keys if type(key) is str)
+    if size > limits.EXTRA_STATE_BYTES:
+        return Refused(f"an _extra_state of more than {limits.EXTRA_STATE_BYTES} bytes"), 0
+    values = [child for child, _ in children]
+    return dict(zip(keys, values, strict=True)) if kind is PickledDict else kind(values), size
 
 
 _WORDS = {
@@ -164,6 +184,10 @@ def _is_optimizer(node: Any) -> bool:
     return type(node) is PickledDict and "state" in node and "param_groups" in node
 
 
+def _is_module(value: Any) -> bool:
+    return type(value) is Inert and isinstance(value.state, dict) and "_modules" in value.state
+
+
 def _join(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
 
@@ -173,7 +197,9 @@ def _children(path: str, place: str, node: Any) -> list[tuple[str, Any]]:
         return [(str(index), child) for index, child in enumerate(node)]
     if type(node) is not PickledDict:
         return []
-    items = [(key if type(key) is str else _key(key), child) for key, child in node.items()]
+    items = [(key if type(key) is str else key_text(key), child) for key, child in node.items()]
+    if len({name for name, _ in items}) != len(items):
+        items = _numbered(node, items)
     if len({name for name, _ in items}) != len(items):
         raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
     for name, _ in items:
@@ -185,15 +211,21 @@ def _children(path: str, place: str, node: Any) -> list[tuple[str, Any]]:
     return items
 
 
-def _key(key: Any) -> str:
-    return str(key) if type(key) in (int, float, bool, type(None)) else _refusal(key)
+def _numbered(node: PickledDict, items: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The items, with a number to the name of each key that is neither text nor a number: such names only tell a kind."""
+    return [
+        (name if type(key) in SCALARS else f"{name}#{index}", child)
+        for index, (key, (name, child)) in enumerate(zip(node, items, strict=True))
+    ]
 
 
 def _nothing(path: str, value: Any, arrays: int) -> FormatError:
     """Why there is no state_dict in this file, and what to do."""
-    if type(value) is Inert:
+    children = list(value.values()) if isinstance(value, dict) else []
+    whole = value if type(value) is Inert else next(filter(_is_module, children), None)
+    if whole is not None:
         return FormatError(
-            f"holds a whole pickled object of {value.name}, not a state_dict",
+            f"holds a whole pickled object of {whole.name}, not a state_dict",
             path=path,
             hint="where that class can be imported and the file is trusted, load it there and save `model.state_dict()` instead",
         )
@@ -207,6 +239,6 @@ def _nothing(path: str, value: Any, arrays: int) -> FormatError:
         return FormatError(
             "holds one bare tensor, not a state_dict", path=path, hint="save it under a key: torch.save({'weight': tensor}, 'out.pt')"
         )
-    if _is_optimizer(value) or (isinstance(value, dict) and any(_is_optimizer(child) for child in value.values())):
+    if any(map(_is_optimizer, [value, *children])):
         return FormatError("holds an optimizer's state and no model's", path=path, hint="give the file that has the model's state_dict")
     return FormatError("holds no tensors under names", path=path, hint="give a file saved by torch.save(model.state_dict(), …)")

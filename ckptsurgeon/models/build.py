@@ -79,6 +79,7 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
     with imports.search(spec):
         found = _import(spec, note)
         with forked(seed):
+            model: nn.Module
             if isinstance(found, nn.Module):
                 model = persons_code.call(spec.text, copy.deepcopy, _usable(spec, _instance(spec, found)))
             else:
@@ -92,7 +93,9 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
                     key=left[0],
                     hint="give it a factory that makes real values, or use another checkpoint as the target",
                 )
-            return model if set(devices.values()) <= {"cpu"} else persons_code.call(spec.text, model.to, "cpu")
+            if not set(devices.values()) <= {"cpu"}:
+                persons_code.call(spec.text, model.to, "cpu")
+            return model
 
 
 @contextmanager
@@ -153,7 +156,7 @@ def _instance(spec: Spec, model: nn.Module) -> nn.Module:
 
 def _construct(spec: Spec, found: object, device: str) -> nn.Module:
     if not callable(found):
-        raise TargetError(f"is a {type(found).__name__}, not a class, a function or a model", path=spec.text)
+        raise TargetError(f"is of the type {type(found).__name__}, not a class, a function or a model", path=spec.text)
     _check_arguments(spec, found)
     arguments = copy.deepcopy((spec.args, dict(spec.kwargs)))
     with torch.device(device):

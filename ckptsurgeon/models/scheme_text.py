@@ -39,14 +39,16 @@ def _one_of(*names: str) -> Check:
 class Scheme:
     """A scheme: its parameters with their checks, and what it needs.
 
-    `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions) or `model` (the target's constructor). `required`
-    names the parameters that must be given. `words` say what it does, `source` where it comes from.
+    `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions) or `model` (the target's constructor).
+    `required` names the parameters that must be given, `bounds` the defaults of `a` and `b` where they are an interval; `words`
+    say what it does, `source` where it comes from.
     """
 
     words: str
     parameters: Mapping[str, Check] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     needs: Literal["nothing", "fans", "model"] = "nothing"
+    bounds: tuple[float, float] | None = None
     source: str = ""
 
 
@@ -62,10 +64,11 @@ SCHEMES: dict[str, Scheme] = {
     "ones": Scheme("1"),
     "constant": Scheme("one value", {"value": _number}, ("value",)),
     "normal": Scheme("N(mean, std²), by default N(0, 1)", {"mean": _number, "std": _spread}),
-    "uniform": Scheme("U(a, b), by default U(0, 1)", {"a": _number, "b": _number}),
+    "uniform": Scheme("U(a, b), by default U(0, 1)", {"a": _number, "b": _number}, bounds=(0.0, 1.0)),
     "trunc_normal": Scheme(
         "N(mean, std²) within [a, b], by default N(0, 1) within [-2, 2]",
         {"mean": _number, "std": _spread, "a": _number, "b": _number},
+        bounds=(-2.0, 2.0),
     ),
     "xavier_normal": Scheme("N(0, gain² · 2 / (fan_in + fan_out))", {"gain": _spread}, needs="fans", source=_GLOROT),
     "xavier_uniform": Scheme("U(-x, x), x = gain · √(6 / (fan_in + fan_out))", {"gain": _spread}, needs="fans", source=_GLOROT),
@@ -103,8 +106,8 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     problems += [f"{word} can't be {value!r}" for word, value in given.items() if word in names and not scheme.parameters[word](value)]
     problems += [f"needs {word}" for word in scheme.required if word not in given]
-    if not problems and given.get("a", 0) > given.get("b", math.inf) and "mode" not in names:
-        problems = ["a is greater than b"]
+    if not problems and scheme.bounds and given.get("a", scheme.bounds[0]) > given.get("b", scheme.bounds[1]):
+        problems = ["has an a that is greater than b"]
     if problems:
         takes = f"{name}({', '.join(f'{word}=...' for word in names)})" if names else f"{name} alone"
         raise RuleError(f"the scheme {text!r} {'; '.join(problems)}", hint=f"write {takes}: {scheme.words}")

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import CastError, ModelError
+from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models import initialize
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.tensors import TensorMeta
@@ -73,7 +72,7 @@ def make_provider(
             return tensor_bytes(initialize.value(scheme, key, meta.shape, meta.dtype, seed, owner))
         if model is None:
             raise ModelError("has no initial value: no model is known", key=key, hint=f"name a scheme: --init {key!r} zeros")
-        return tensor_bytes(_fitted(values().get(key), meta))
+        return tensor_bytes(initialize.fitted(values().get(key), key, meta.shape, meta.dtype))
 
     return provide
 
@@ -82,27 +81,3 @@ def extra_state(model: nn.Module) -> dict[str, object]:
     """The values of the model's state_dict that are not tensors (`_extra_state`), by key, as the model gives them."""
     state_dict = state_dict_of(model, type(model).__name__)
     return {key: value for key, value in state_dict.items() if not isinstance(value, torch.Tensor)}
-
-
-def _fitted(found: object, meta: TensorMeta) -> torch.Tensor:
-    """The constructor's value in the dtype that is wanted; a finite value stays finite, an integer stays what it is."""
-    if not isinstance(found, torch.Tensor):
-        raise ModelError("is not among the model's tensors", key=meta.name)
-    if tuple(found.shape) != meta.shape:
-        raise ModelError(f"has the shape {tuple(found.shape)} in the model, not {meta.shape}", key=meta.name)
-    wanted = BY_CODE[meta.dtype]
-    value = found.detach().to("cpu")
-    cast = value.to(getattr(torch, wanted.torch))
-    if cast.dtype == value.dtype:
-        return cast
-    if value.is_floating_point() and cast.is_floating_point():
-        fits = bool(torch.isfinite(_wide(cast)).logical_or(torch.isfinite(_wide(value)).logical_not()).all())
-    else:
-        fits = torch.equal(cast.to(value.dtype), value)
-    if not fits:
-        raise CastError(f"the model's initial value ({value.dtype}) does not fit {meta.dtype}", key=meta.name)
-    return cast
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)

@@ -1,7 +1,7 @@
 """Carries out a plan: lays the new file out, moves every tensor's bytes, and proves the result before it takes its name.
 
 It decides nothing. Tensors that only move are copied by the kernel; a cast or a strided tensor goes through torch in chunks; initial values
-come from a provider.
+are handed in.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any
 
-from ckptsurgeon.errors import CastError, OutputError
+from ckptsurgeon.errors import OutputError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import Layout, OutTensor
 from ckptsurgeon.report import Cast, Finding
@@ -20,7 +20,7 @@ from ckptsurgeon.streaming import kernel
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.surgery.patterns import compile_pattern
+from ckptsurgeon.streaming.values import cast, refuse_losses, reported
 from ckptsurgeon.surgery.plan import Plan, Step
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -28,16 +28,16 @@ Buffer = bytes | bytearray | memoryview
 SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pt", ".pth", ".pkl", ".bin", ".ckpt"), "torch")
 
 
-class Provider(Protocol):
-    """Where values that no file holds come from: a model, or a scheme."""
+@dataclass(frozen=True)
+class Values:
+    """Where values that no file holds come from (a model, or schemes), handed in by who knows models.
 
-    def initial(self, key: str, scheme: str) -> Buffer:
-        """The dense bytes of the target key's initial value, in the target's own dtype."""
-        ...
+    `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
+    key that is no tensor.
+    """
 
-    def extra_state(self, key: str) -> Any:
-        """The target's own value of a key that is no tensor."""
-        ...
+    initial: Callable[[str], Buffer]
+    extra_state: Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Run:
     plan: Plan
     sources: Sequence[Checkpoint]
     target: Checkpoint | None
-    provider: Provider | None
+    values: Values | None
     reader: Reader
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
@@ -94,9 +94,8 @@ class _Run:
         origin = self.origin(step)
         parts: Iterable[Buffer]
         if origin is None:
-            assert self.provider is not None
-            scheme = next(str(op["scheme"]) for op in step.ops if op["op"] == "init")
-            parts, dtype = [self.provider.initial(step.target, scheme)], self._own_dtype(step)
+            assert self.values is not None
+            parts, dtype = [self.values.initial(step.target)], self._own_dtype(step)
         elif origin.contiguous:
             assert origin.span is not None
             fd, offset = self.reader.locate(origin.span)
@@ -106,8 +105,6 @@ class _Run:
         if step.cast is None:
             yield from parts
             return
-        from ckptsurgeon.streaming.values import cast
-
         cast_parts, found = cast(step.target, parts, dtype, step.cast)
         yield from cast_parts
         self.casts += found
@@ -122,7 +119,7 @@ def apply(
     target: Checkpoint | None,
     output: Output,
     *,
-    provider: Provider | None = None,
+    values: Values | None = None,
     verify: Callable[[str], None] | None = None,
 ) -> Written:
     """Write what `plan` says to `output.path`.
@@ -132,7 +129,7 @@ def apply(
     """
     checkpoints = [*sources, *([target] if target is not None else [])]
     with Reader(checkpoints) as reader:
-        run = _Run(plan, sources, target, provider, reader)
+        run = _Run(plan, sources, target, values, reader)
         storages = _storages(run)
         tensors, aliases = _tensors(plan, storages, output)
         entries = _entries(run)
@@ -146,11 +143,7 @@ def apply(
                     prove(temporary.path, [_expected(run, tensor, steps[tensor.name]) for tensor in tensors], entries, reader)
                 if verify is not None:
                     verify(temporary.path)
-    return Written(layout.size, _reported(run.casts), _findings(plan, tensors, aliases, output), len(plan.steps))
-
-
-def _reported(casts: Iterable[Cast]) -> tuple[Cast, ...]:
-    return tuple(cast for cast in casts if cast.changed or cast.overflowed or cast.truncated)
+    return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(plan.steps))
 
 
 def _storages(run: _Run) -> dict[str, int]:
@@ -183,16 +176,16 @@ def _tensors(plan: Plan, storages: Mapping[str, int], output: Output) -> tuple[l
 
 
 def _entries(run: _Run) -> dict[str, Any]:
-    values = {}
+    found = {}
     for entry in run.plan.entries:
         if entry.source is not None:
-            values[entry.target] = run.sources[entry.source[0]].entries[entry.source[1]]
+            found[entry.target] = run.sources[entry.source[0]].entries[entry.source[1]]
         elif run.target is not None and run.target.format not in ("model", "skeleton"):
-            values[entry.target] = run.target.entries[entry.target]
+            found[entry.target] = run.target.entries[entry.target]
         else:
-            assert run.provider is not None
-            values[entry.target] = run.provider.extra_state(entry.target)
-    return values
+            assert run.values is not None
+            found[entry.target] = run.values.extra_state(entry.target)
+    return found
 
 
 def _layout(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], entries: Mapping[str, Any], output: Output) -> Layout:
@@ -226,7 +219,7 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mappi
         if position != slot.offset + slot.nbytes:
             raise OutputError(f"got {position - slot.offset} bytes where the plan says {slot.nbytes}", key=tensor.name)
         run.digests[tensor.storage] = digest.hexdigest()
-    _check_casts(run)
+    refuse_losses(run.casts, run.plan.allow_cast)
     for slot in layout.slots:
         origin = run.moves(steps[tensors[slot.index].name])
         if origin is not None:
@@ -236,23 +229,6 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mappi
     checksums = [kernel.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for offset, data in layout.tail(checksums):
         kernel.write_at(temporary.fd, data, offset)
-
-
-def _check_casts(run: _Run) -> None:
-    """Overflow and truncation are errors unless allowed by name; all of them at once."""
-    allowed = [compile_pattern(pattern) for pattern in run.plan.allow_cast]
-    problems = []
-    for cast in run.casts:
-        if (cast.overflowed or cast.truncated) and not any(pattern.match(cast.key) is not None for pattern in allowed):
-            lost = [f"{count} values {word}" for count, word in ((cast.overflowed, "overflow"), (cast.truncated, "are truncated")) if count]
-            problems.append(f"{cast.key}: {cast.source_dtype} to {cast.target_dtype}: {' and '.join(lost)}")
-    if problems:
-        name = problems[0].partition(":")[0]
-        raise CastError(
-            "casts that would not keep the values",
-            problems=tuple(problems),
-            hint=f"keep the source's dtype (--dtype source), or allow it by name: --allow-cast {name!r}",
-        )
 
 
 def _expected(run: _Run, tensor: OutTensor, step: Step) -> Expected:

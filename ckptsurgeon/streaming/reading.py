@@ -6,6 +6,7 @@ lie densely.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import zlib
@@ -27,6 +28,7 @@ class Reader:
         self._stamps: dict[str, FileStamp] = {stamp.path: stamp for found in checkpoints for stamp in found.files}
         self._files: dict[str, OpenFile] = {}
         self._inflated: dict[tuple[str, int], BinaryIO] = {}
+        self._maps: dict[int, mmap.mmap] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Reader:
@@ -68,6 +70,17 @@ class Reader:
         from ckptsurgeon.streaming.values import densify
 
         return densify(tensor, data)
+
+    def view(self, tensor: TensorMeta) -> memoryview:
+        """A tensor's elements like `read`, mapped from the file rather than read where they lie densely; good while the reader is open."""
+        assert tensor.span is not None
+        if not tensor.contiguous or not tensor.span.nbytes:
+            return memoryview(self.read(tensor))
+        fd, offset = self.locate(tensor.span)
+        if fd not in self._maps:
+            # Private: torch wants writable memory, and nothing that it writes must reach the file.
+            self._maps[fd] = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+        return memoryview(self._maps[fd])[offset : offset + tensor.span.nbytes]
 
     def check_unchanged(self) -> None:
         """Raises StaleError when a file that was read is no longer what it was."""

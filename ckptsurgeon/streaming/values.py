@@ -1,6 +1,6 @@
 """Changes of value or layout, through torch, one chunk at a time: a cast that counts what it loses, and making a strided tensor dense.
 
-torch is imported inside the functions: a merge that only moves bytes never loads it.
+torch is imported inside the functions: a merge that only moves bytes never loads it. Chunks are whole elements.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
+from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:
     import torch
-
-CHUNK_ELEMENTS = 1 << 20
 
 
 def tensor_from(data: bytes | bytearray | memoryview, dtype: str) -> torch.Tensor:
@@ -27,7 +27,8 @@ def tensor_from(data: bytes | bytearray | memoryview, dtype: str) -> torch.Tenso
     kind = getattr(torch, BY_CODE[dtype].torch)
     if not len(data):
         return torch.empty(0, dtype=kind)
-    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=kind)
+    writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
+    return torch.frombuffer(data if writable else bytearray(data), dtype=kind)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -62,6 +63,29 @@ def cast(key: str, parts: Iterable[bytes | bytearray | memoryview], source: str,
         found.append(total)
 
     return run(), found
+
+
+def refuse_losses(casts: Iterable[Cast], allowed: Iterable[str]) -> None:
+    """Overflow and truncation are errors unless a pattern of `allowed` names the key: CastError for all of them at once."""
+    patterns = [compile_pattern(pattern) for pattern in allowed]
+    problems = []
+    for found in casts:
+        if (found.overflowed or found.truncated) and not any(pattern.match(found.key) is not None for pattern in patterns):
+            counts = ((found.overflowed, "overflow"), (found.truncated, "are truncated"))
+            lost = " and ".join(f"{count} values {word}" for count, word in counts if count)
+            problems.append(f"{found.key}: {found.source_dtype} to {found.target_dtype}: {lost}")
+    if problems:
+        name = problems[0].partition(":")[0]
+        raise CastError(
+            "casts that would not keep the values",
+            problems=tuple(problems),
+            hint=f"keep the source's dtype (--dtype source), or allow it by name: --allow-cast {name!r}",
+        )
+
+
+def reported(casts: Iterable[Cast]) -> tuple[Cast, ...]:
+    """The casts that lost anything."""
+    return tuple(found for found in casts if found.changed or found.overflowed or found.truncated)
 
 
 def _add(one: Cast, other: Cast) -> Cast:

@@ -92,7 +92,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `apply` will do. `ties` are groups of target keys that share one tensor in the target."""
+    """Everything that `apply` will do. `ties` are groups of target keys that share one tensor in the target; `loose` says what `strict`
+    refuses: each missing, extra or mismatched key that no rule names."""
 
     sources: tuple[PlanSource, ...]
     target: PlanTarget | None
@@ -106,6 +107,7 @@ class Plan:
     left_behind: tuple[str, ...] = ()
     allow_cast: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    loose: tuple[str, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     @property
@@ -176,6 +178,7 @@ def make_plan(
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=tuple(allow_cast),
         findings=_findings(sources, target, steps),
+        loose=planner.loose(steps),
     )
 
 
@@ -314,6 +317,15 @@ class _Planner:
                     reason = "not in the target" if name == key else f"not in the target, as {name}"
                 rows.append(Dropped(number, key, reason))
         return tuple(rows)
+
+    def loose(self, steps: Sequence[Step]) -> tuple[str, ...]:
+        """Every key that is missing, extra or mismatched without a rule that names it."""
+        named = [compiled.pattern for compiled in self.names.inits]
+        bare = [step for step in steps if not step.sources and not any(pattern.match(step.target) is not None for pattern in named)]
+        return (
+            *(f"{step.target}: {step.reason}" for step in bare),
+            *(f"{row.source}: {row.reason}" for row in self.dropped(steps) if (row.file, row.source) not in self.names.dropped),
+        )
 
     def entries(self) -> tuple[Entry, ...]:
         """What becomes of the values that are no tensors: a target's own keys, or, converting, all of them."""

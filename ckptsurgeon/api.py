@@ -1,0 +1,343 @@
+"""The library's verbs. Each opens what it is given, calls the floors below in order, and returns a frozen report; nothing is printed.
+
+The command line is a thin twin of this module, and training code its first client.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ckptsurgeon import gates, opening
+from ckptsurgeon.errors import OutputError, PlanError
+from ckptsurgeon.opening import Given, Note, Target, silent
+from ckptsurgeon.proving import verify_written
+from ckptsurgeon.provenance import record
+from ckptsurgeon.report import Report, Verification
+from ckptsurgeon.streaming.apply import SUFFIXES, Output, Values, Written
+from ckptsurgeon.streaming.apply import apply as write_plan
+from ckptsurgeon.streaming.atomic import check_free
+from ckptsurgeon.surgery import planfile
+from ckptsurgeon.surgery.compare import Diff, compare
+from ckptsurgeon.surgery.plan import Plan, make_plan
+from ckptsurgeon.surgery.rules import Rule, from_arguments
+from ckptsurgeon.tensors import Archive, Checkpoint
+from ckptsurgeon.views import text
+
+Renames = Mapping[str, str] | Iterable[tuple[str, str]]
+Path = str | os.PathLike[str]
+
+
+def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
+    """The state_dict of the file or Hugging Face folder at `path`, without its data.
+
+    Args:
+        root: which nested dict holds it, when there are several (`"model"`, `"ema"`).
+
+    Returns:
+        A mapping from keys to `TensorMeta` (dtype by safetensors' code, shape and stride in elements).
+
+    Raises:
+        CheckpointError: the file can't be read, is no checkpoint, or has several roots and none is named.
+
+    >>> ckpt = open("fixtures/net_params.pkl")
+    >>> ckpt["fc3.weight"].shape
+    (10, 84)
+    """
+    return opening.open_source(path, root=root)
+
+
+def inspect(path: Path) -> Archive:
+    """What a file holds: every root, what a pickle asked for, what else is there; nothing of it is run and no data is read.
+
+    Raises:
+        CheckpointError: the file can't be read or is no checkpoint.
+    """
+    return opening.read(path)
+
+
+def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:
+    """A target's names, dtypes and shapes without data: a spec such as `"model:Net"` (built on meta), a model, or a file.
+
+    Raises:
+        TargetError: the target can't be imported or built.
+    """
+    return opening.open_target(target, note=note).checkpoint
+
+
+def diff(
+    source: Given,
+    target: Given,
+    *,
+    root: str | None = None,
+    rename: Renames = (),
+    drop: Iterable[str] = (),
+    rules: Sequence[Rule] = (),
+    note: Note = silent,
+) -> Diff:
+    """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
+
+    Raises:
+        CheckpointError: one of them can't be read or built.
+        RuleError: rules that match nothing or collide.
+
+    >>> diff("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses").coverage.counts
+    (8, 10)
+    """
+    goal = opening.open_target(target, note=note).checkpoint
+    given = opening.open_source(source, root=root, target=goal)
+    return compare(given, goal, rules or from_arguments(rename, drop))
+
+
+def plan(
+    sources: Given | Sequence[Given],
+    target: Given | None = None,
+    *,
+    root: str | None = None,
+    rename: Renames = (),
+    drop: Iterable[str] = (),
+    init: Renames = (),
+    rules: Sequence[Rule] = (),
+    dtype: str | None = None,
+    seed: int = 0,
+    allow_cast: Iterable[str] = (),
+    min_coverage: float | None = None,
+    strict: bool = False,
+    note: Note = silent,
+) -> Plan:
+    """Decide how every key of `target` gets its value, and what becomes of every source key; write nothing.
+
+    Args:
+        sources: a path or `Checkpoint`, or several.
+        target: a spec, model, skeleton or file; None converts the one source.
+        root: which nested dict of the sources is meant.
+        rename, drop, init: rules in DESIGN's patterns; or `rules`, in an order of their own.
+        dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
+        seed: for the model's constructor and the named schemes.
+        allow_cast: patterns of keys whose casts may overflow or truncate.
+        min_coverage: the least share, from 0 to 1, of tensors and of elements to be transferred.
+        strict: refuse keys that are missing, extra or mismatched without a rule that names them.
+
+    Raises:
+        RuleError: rules that can't be followed, all at once.
+        CoverageError, StrictError: the plan is a no.
+        PlanError: nothing says what a key gets.
+    """
+    chosen = rules or from_arguments(rename, drop, init)
+    goal = None if target is None else opening.open_target(target, note=note)
+    found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+    gates.check(made, min_coverage=min_coverage, strict=strict)
+    return made
+
+
+def _decide(
+    sources: Given | Sequence[Given],
+    goal: Target | None,
+    root: str | None,
+    rules: Sequence[Rule],
+    dtype: str | None,
+    seed: int,
+    allow_cast: Iterable[str],
+) -> tuple[list[Checkpoint], Plan]:
+    given = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    wanted = None if goal is None else goal.checkpoint
+    if not given or (wanted is None and len(given) > 1):
+        raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
+    found = [opening.open_source(one, root=root, target=wanted) for one in given]
+    made = make_plan(found, wanted, rules, dtype=dtype, seed=seed, allow_cast=allow_cast)
+    return found, replace(made, text=text.plan(made))
+
+
+def merge(
+    sources: Given | Sequence[Given],
+    target: Given | None,
+    output: Path,
+    *,
+    root: str | None = None,
+    rename: Renames = (),
+    drop: Iterable[str] = (),
+    init: Renames = (),
+    rules: Sequence[Rule] = (),
+    dtype: str | None = None,
+    seed: int = 0,
+    allow_cast: Iterable[str] = (),
+    min_coverage: float | None = None,
+    strict: bool = False,
+    format: str | None = None,
+    overwrite: bool = False,
+    tied: str = "copy",
+    provenance: bool = True,
+    verify: bool = True,
+    device: str = "cpu",
+    finite: bool = False,
+    note: Note = silent,
+) -> Report:
+    """Plan, apply and verify: write to `output` what fits, and prove it before the file takes its name.
+
+    With a model as target, missing keys get the values of its own constructor under `seed`, and the file is loaded strictly into a fresh
+    model on `device`. With a checkpoint as target its own values are kept. With target None the source is converted.
+
+    Args:
+        output: its suffix says the format (`.pt .pth .pkl .bin .ckpt` torch's zip, `.safetensors`), unless `format` does
+            (`"torch"` or `"safetensors"`).
+        tied: how safetensors gets tied keys: `"copy"`, or `"alias"` (one copy and the library's own metadata).
+        provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
+        verify: hold the written file against the plan and the model.
+        finite: with a model, let NaN and infinite values fail.
+        The other arguments are `plan`'s.
+
+    Raises:
+        CheckpointError: as `plan`; also CastError, OutputError (it exists, or can't be written), VerificationError. Nothing is left behind.
+
+    >>> report = merge("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses", "merged.pt", overwrite=True)
+    >>> report.fresh
+    ('fc3.weight', 'fc3.bias')
+    """
+    written_format = output_format(output, format)
+    check_free(os.fspath(output), overwrite)
+    chosen = rules or from_arguments(rename, drop, init)
+    goal = None if target is None else opening.open_target(target, note=note)
+    found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+    if goal is not None and goal.build is not None and (made.needs_model or verify):
+        settled = opening.settle(goal, seed, note)
+        if settled is not goal:
+            goal = settled
+            found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+    gates.check(made, min_coverage=min_coverage, strict=strict)
+    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
+    return _carry_out(made, found, goal, how, device if verify else None, finite)
+
+
+def apply(
+    plan: Plan | Path,
+    output: Path,
+    *,
+    format: str | None = None,
+    overwrite: bool = False,
+    tied: str = "copy",
+    provenance: bool = True,
+    verify: bool = True,
+    device: str = "cpu",
+    finite: bool = False,
+    note: Note = silent,
+) -> Report:
+    """Do what was decided: carry out a plan, or the plan.json at a path, and prove the result as `merge` does.
+
+    Raises:
+        StaleError: a source or the target is not what it was when the plan was made.
+        PlanError: the plan is of another version, or does not add up.
+        CheckpointError: as `merge`.
+    """
+    made = plan if isinstance(plan, Plan) else load_plan(plan)
+    written_format = output_format(output, format)
+    check_free(os.fspath(output), overwrite)
+    found = [opening.open_source(source.path, root=source.root) for source in made.sources]
+    goal = None
+    if made.target is not None:
+        goal = opening.open_target(made.target.spec, root=made.target.root or None, note=note)
+        if goal.build is not None and (made.needs_model or verify):
+            goal = opening.settle(goal, made.seed, note)
+    planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
+    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
+    return _carry_out(made, found, goal, how, device if verify else None, finite)
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in a plan.json. Raises PlanError for anything that is none."""
+    from ckptsurgeon.formats.files import open_regular
+
+    with open_regular(os.fspath(path)) as file:
+        made = planfile.from_json(file.read(0, file.size), os.fspath(path))
+    return replace(made, text=text.plan(made))
+
+
+def output_format(output: Path, format: str | None = None) -> str:
+    """`torch` or `safetensors`, as `format` or the output's suffix says. OutputError for neither."""
+    if format is not None:
+        if format not in SUFFIXES.values():
+            raise OutputError(f"{format!r} is no format to write", path=output, hint="torch or safetensors")
+        return format
+    suffix = os.path.splitext(os.fspath(output))[1].lower()
+    if suffix not in SUFFIXES:
+        raise OutputError(
+            f"its suffix {suffix!r} does not say which format to write",
+            path=output,
+            hint=f"end it in one of {' '.join(SUFFIXES)}, or add --format torch",
+        )
+    return SUFFIXES[suffix]
+
+
+def _carry_out(
+    made: Plan, found: Sequence[Checkpoint], goal: Target | None, how: Output, device: str | None, finite: bool
+) -> Report:
+    wanted = None if goal is None else goal.checkpoint
+    verification: list[Verification] = []
+
+    def prove(path: str) -> None:
+        if device is not None and goal is not None and goal.build is not None:
+            verification.append(verify_written(path, goal, device, finite=finite, seed=made.seed, shown=how.path))
+
+    written = write_plan(made, found, wanted, how, values=_values(made, goal), verify=prove)
+    return _report(made, written, how.path, verification[0] if verification else None)
+
+
+def _values(made: Plan, goal: Target | None) -> Values | None:
+    schemes = {step.target: str(op["scheme"]) for step in made.steps for op in step.ops if op["op"] == "init"}
+    if goal is None or not (schemes or made.needs_model):
+        return None
+    from ckptsurgeon.models.values import extra_state, make_provider
+
+    model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
+    extra = extra_state(model) if model is not None else {}
+    return Values(make_provider(model, schemes, goal.checkpoint, made.seed), extra.__getitem__)
+
+
+def _report(made: Plan, written: Written, output: str, verification: Verification | None) -> Report:
+    report = Report(
+        sources=tuple(source.path for source in made.sources),
+        target=made.target.spec if made.target is not None else "",
+        transferred=made.transferred,
+        kept=made.kept,
+        fresh=made.fresh,
+        dropped=tuple((row.source, row.reason) for row in made.dropped),
+        coverage=made.coverage,
+        casts=written.casts,
+        findings=(*written.findings, *(verification.findings if verification is not None else ())),
+        output=output,
+        nbytes=written.nbytes,
+        verification=verification,
+    )
+    return replace(report, text=text.report(report))
+
+
+def verify(
+    checkpoint: Path,
+    target: Given,
+    *,
+    root: str | None = None,
+    device: str = "cpu",
+    finite: bool = False,
+    inputs: Iterable[str] = (),
+    seed: int = 0,
+    note: Note = silent,
+) -> Verification:
+    """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
+
+    With a skeleton or another checkpoint as target, names, dtypes and shapes are compared.
+
+    Args:
+        device: `cpu`, `cuda:0`, `mps`; `meta` compares names, dtypes and shapes only.
+        finite: NaN and infinite values fail instead of being warned about.
+        inputs: shapes such as `"1x3x32x32"` (float32) or `"1x16:I64"` for one forward pass in eval mode.
+
+    Raises:
+        DeviceError: the device is not on this machine.
+        CheckpointError: the file or the target can't be read or built. A file that does not fit is a report whose `ok` is False.
+    """
+    goal = opening.open_target(target, note=note)
+    found = verify_written(os.fspath(checkpoint), goal, device, finite=finite, inputs=tuple(inputs), seed=seed, root=root)
+    return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))
+
+

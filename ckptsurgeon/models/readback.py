@@ -1,0 +1,106 @@
+"""One tensor, as a device holds it, compared bit for bit with the bytes of a file.
+
+NaN payloads and the sign of zero count, since bytes are compared and not numbers. Only where the model's dtype is another one are
+values compared after torch's cast; a note says so. Memory: the tensor on the CPU, and pieces of `PIECE` elements.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
+from ckptsurgeon.report import Finding
+from ckptsurgeon.tensors import TensorMeta
+
+BytesLike = bytes | bytearray | memoryview
+PIECE = 1 << 22
+
+
+def compare(key: str, meta: TensorMeta, value: torch.Tensor, given: BytesLike, finite: bool) -> list[Finding]:
+    """Findings of the codes `differs` (error), `dtype` (note) and `non-finite` (warning, error with `finite`).
+
+    Args:
+        key: the model's name of the tensor.
+        meta: the file's tensor, of the same shape.
+        value: the model's tensor, on any device.
+        given: the file's dense bytes.
+
+    >>> compare("w", TensorMeta("w", "U8", (2,), (1,)), torch.tensor([1, 2], dtype=torch.uint8), b"\\x01\\x03", False)[0].message
+    '1 of 2 elements differ from the file, the first at (1,)'
+    """
+    size = memoryview(given).nbytes
+    if size != meta.nbytes:
+        return [Finding("differs", f"our reader gives {size} bytes where the shape and dtype need {meta.nbytes}", key)]
+    own = value.detach().to("cpu").resolve_conj().resolve_neg().reshape(-1)
+    code = BY_TORCH[str(own.dtype).removeprefix("torch.")].code
+    findings = dtype_note(key, code, meta.dtype)
+    if not own.numel():
+        return findings
+    file = _flat(given).view(getattr(torch, BY_CODE[meta.dtype].torch))
+    wrong, first, nans, infinities = 0, None, 0, 0
+    for start in range(0, own.numel(), PIECE):
+        mine, theirs = own[start : start + PIECE], file[start : start + PIECE]
+        unlike = _unlike(mine, theirs) if code == meta.dtype else _unlike_after_cast(mine, theirs.to(mine.dtype))
+        if unlike is not None:
+            wrong += int(unlike.sum())
+            first = start + int(unlike.to(torch.uint8).argmax()) if first is None else first
+        found = _non_finite(mine)
+        nans, infinities = nans + found[0], infinities + found[1]
+    if first is not None:
+        place = tuple(int(index) for index in torch.unravel_index(torch.tensor(first), meta.shape)) if meta.shape else ()
+        findings.append(Finding("differs", f"{wrong} of {own.numel()} elements differ from the file, the first at {place}", key))
+    if nans or infinities:
+        counts = " and ".join(f"{count} {word}" for count, word in ((nans, "NaN"), (infinities, "infinite")) if count)
+        message = f"has {counts} of {own.numel()} values"
+        findings.append(Finding("non-finite", message, key, "error" if finite else "warning"))
+    return findings
+
+
+def dtype_note(key: str, model_dtype: str, file_dtype: str) -> list[Finding]:
+    """A note of the code `dtype` where the two (safetensors' codes) are not the same."""
+    if model_dtype == file_dtype:
+        return []
+    return [Finding("dtype", f"loaded as {model_dtype} from {file_dtype}", key, "note")]
+
+
+def _flat(given: BytesLike) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the buffer can't be written to, which nobody does
+        return torch.frombuffer(given, dtype=torch.uint8)
+
+
+def _unlike(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
+    """Which elements differ in any byte; None for none."""
+    own, other = mine.contiguous().view(torch.uint8), theirs.view(torch.uint8)
+    if torch.equal(own, other):
+        return None
+    return (own != other).view(mine.numel(), -1).any(dim=1)
+
+
+def _unlike_after_cast(mine: torch.Tensor, cast: torch.Tensor) -> torch.Tensor | None:
+    """As `_unlike`; a NaN is like any NaN here, since a cast on a device need not keep its payload."""
+    unlike = _unlike(mine, cast)
+    if unlike is None or not (mine.is_floating_point() or mine.is_complex()):
+        return unlike
+    unlike &= ~(torch.isnan(_wide(mine)) & torch.isnan(_wide(cast)))
+    return unlike if bool(unlike.any()) else None
+
+
+def _non_finite(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many elements are NaN and how many infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0, 0
+    wide = _wide(tensor)
+    if bool(torch.isfinite(wide).all()):
+        return 0, 0
+    nans = torch.isnan(wide)
+    return int(nans.sum()), int((~torch.isfinite(wide) & ~nans).sum())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A dtype in which every operation is known: complex half and the 8-bit floats are few operations' own."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor
+    return tensor.to(torch.float32) if tensor.element_size() == 1 else tensor

@@ -1,0 +1,112 @@
+"""Turns what a person gives (a path, a spec, a model, a state_dict, a checkpoint) into a `Checkpoint`, and for a model the way to build it.
+
+torch is imported only when a model or a live state_dict is given. Nothing is compared or decided here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptsurgeon import formats
+from ckptsurgeon.errors import TargetError
+from ckptsurgeon.models.spec import looks_like_spec, parse
+from ckptsurgeon.surgery import roots
+from ckptsurgeon.tensors import Archive, Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Note = Callable[[str], None]
+Given = Any  # str | PathLike | Checkpoint | nn.Module | Mapping[str, Tensor]
+
+
+def silent(_note: str) -> None:
+    """Where nobody listens."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target: its names and shapes, and, when it is a model, how to make a fresh one on the CPU from a seed (or on meta)."""
+
+    checkpoint: Checkpoint
+    build: Callable[[int], nn.Module] | None = None
+    build_meta: Callable[[], nn.Module] | None = None
+
+
+def read(path: str | os.PathLike[str]) -> Archive:
+    """The header of the file or folder at `path`, with every root in it."""
+    return formats.read(os.fspath(path))
+
+
+def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
+    """A source as a checkpoint: a file under its named or best root, or a `Checkpoint` as it is."""
+    if isinstance(given, Checkpoint):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        text = os.fspath(given)
+        if looks_like_spec(text) and not os.path.exists(text):
+            raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
+        return roots.choose(read(text), root=root, target=target)
+    raise TargetError(
+        f"a {type(given).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
+    )
+
+
+def open_target(given: Given, *, root: str | None = None, note: Note = silent) -> Target:
+    """A target as a checkpoint: a spec such as `module:Net`, a live model or state_dict, a skeleton, or another checkpoint file.
+
+    Raises TargetError for a spec that can't be imported or built, and the readers' errors for a file.
+    """
+    if isinstance(given, Target):
+        return given
+    if isinstance(given, Checkpoint):
+        return Target(given)
+    if isinstance(given, (str, os.PathLike)):
+        text = os.fspath(given)
+        if looks_like_spec(text) and not os.path.exists(text):
+            return _from_spec(text, note)
+        return Target(roots.choose(read(text), root=root))
+    return _from_live(given, note)
+
+
+def settle(target: Target, seed: int, note: Note) -> Target:
+    """The target as its model is really built on the CPU: a constructor may catch what fails on meta, and build another shape there."""
+    assert target.build is not None
+    from ckptsurgeon.models.skeleton import checkpoint_of
+
+    real = checkpoint_of(target.build(seed), target.checkpoint.path)
+    if real.fingerprint == target.checkpoint.fingerprint:
+        return target
+    note(f"{target.checkpoint.path} has other tensors on the CPU than on the meta device; those of the CPU are taken")
+    return Target(real, target.build, None)
+
+
+def _from_spec(text: str, note: Note) -> Target:
+    spec = parse(text)
+    from ckptsurgeon.models.build import build, build_meta
+    from ckptsurgeon.models.skeleton import checkpoint_of
+
+    def fresh(seed: int) -> nn.Module:
+        return build(spec, seed, silent)
+
+    def on_meta() -> nn.Module:
+        return build_meta(spec, silent)
+
+    return Target(checkpoint_of(build_meta(spec, note), text, note=note), fresh, on_meta)
+
+
+def _from_live(given: Given, note: Note) -> Target:
+    import copy
+
+    from torch import nn
+
+    from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict
+
+    if isinstance(given, nn.Module):
+        return Target(checkpoint_of(given, type(given).__name__, note=note), lambda _seed: copy.deepcopy(given), lambda: given)
+    if isinstance(given, Mapping):
+        return Target(checkpoint_of_state_dict(given))
+    raise TargetError(f"a {type(given).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")

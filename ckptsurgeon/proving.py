@@ -1,0 +1,76 @@
+"""Holds a file against a target afresh: against a model by loading it there, against anything else by names, dtypes and shapes."""
+
+from __future__ import annotations
+
+from ckptsurgeon import opening
+from ckptsurgeon.errors import VerificationError
+from ckptsurgeon.opening import Target
+from ckptsurgeon.report import Finding, Verification
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.tensors import Checkpoint
+
+
+def verify_written(
+    path: str,
+    target: Target,
+    device: str,
+    *,
+    finite: bool = False,
+    inputs: tuple[str, ...] = (),
+    seed: int = 0,
+    root: str | None = None,
+    shown: str | None = None,
+) -> Verification:
+    """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
+    checkpoint = opening.open_source(path, root=root, target=target.checkpoint)
+    if target.build is None:
+        found = _by_names(checkpoint, target.checkpoint, finite)
+    else:
+        from ckptsurgeon.models.verify import verify_on_device
+
+        build, build_meta = target.build, target.build_meta
+        builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
+        with Reader([checkpoint]) as reader:
+            found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
+    if shown is not None and not found.ok:
+        problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
+        raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
+    return found
+
+
+def errors(found: Verification) -> tuple[Finding, ...]:
+    """The findings that make a no."""
+    return tuple(finding for finding in found.findings if finding.level == "error")
+
+
+def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
+    findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
+    if finite:
+        findings += non_finite(checkpoint)
+    fresh = (checkpoint.provenance or {}).get("fresh")
+    return Verification("none", len(target), tuple(findings), bitwise=False, fresh=None if fresh is None else tuple(fresh))
+
+
+def fits(checkpoint: Checkpoint, target: Checkpoint) -> list[Finding]:
+    """What keeps `checkpoint` from loading strictly into `target`, by names, shapes and dtypes. A key tied to one that is there may lack."""
+    tied = {key for group in target.ties if any(key in checkpoint for key in group) for key in group}
+    findings = [Finding("missing", "is in the target only", key) for key in target if key not in checkpoint and key not in tied]
+    findings += [Finding("unexpected", "is in the file only", key) for key in checkpoint if key not in target]
+    for key, wanted in target.items():
+        given = checkpoint.get(key)
+        if given is not None and given.shape != wanted.shape:
+            findings.append(Finding("shape", f"has shape {given.shape}, the target {wanted.shape}", key))
+        elif given is not None and given.dtype != wanted.dtype:
+            findings.append(Finding("dtype", f"is {given.dtype}, in the target {wanted.dtype}", key, "warning"))
+    return findings
+
+
+def non_finite(checkpoint: Checkpoint) -> list[Finding]:
+    """Every tensor with a NaN or an infinite value, streamed through torch."""
+    from ckptsurgeon.streaming.values import count_non_finite
+
+    with Reader([checkpoint]) as reader:
+        counts = {key: count_non_finite(reader, tensor) for key, tensor in checkpoint.items()}
+    return [Finding("non-finite", f"has {count} values that are NaN or infinite", key) for key, count in counts.items() if count]
+
+
