@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon import gates, opening
-from ckptsurgeon.errors import OutputError, PlanError
+from ckptsurgeon.checking import check_files
+from ckptsurgeon.errors import OutputError, PlanError, TargetError
 from ckptsurgeon.opening import Given, Note, Target, silent
-from ckptsurgeon.proving import verify_written
 from ckptsurgeon.provenance import record
-from ckptsurgeon.report import Report, Verification
+from ckptsurgeon.proving import verify_written
+from ckptsurgeon.report import CheckReport, Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free
@@ -25,6 +26,9 @@ from ckptsurgeon.surgery.plan import Plan, make_plan
 from ckptsurgeon.surgery.rules import Rule, from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint
 from ckptsurgeon.views import text
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Renames = Mapping[str, str] | Iterable[tuple[str, str]]
 Path = str | os.PathLike[str]
@@ -127,7 +131,7 @@ def plan(
     """
     chosen = rules or from_arguments(rename, drop, init)
     goal = None if target is None else opening.open_target(target, note=note)
-    found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+    _, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     return made
 
@@ -269,9 +273,7 @@ def output_format(output: Path, format: str | None = None) -> str:
     return SUFFIXES[suffix]
 
 
-def _carry_out(
-    made: Plan, found: Sequence[Checkpoint], goal: Target | None, how: Output, device: str | None, finite: bool
-) -> Report:
+def _carry_out(made: Plan, found: Sequence[Checkpoint], goal: Target | None, how: Output, device: str | None, finite: bool) -> Report:
     wanted = None if goal is None else goal.checkpoint
     verification: list[Verification] = []
 
@@ -341,3 +343,147 @@ def verify(
     return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))
 
 
+def check(
+    paths: Path | Iterable[Path],
+    *,
+    against: Given | None = None,
+    finite: bool = False,
+    root: str | None = None,
+    note: Note = silent,
+) -> CheckReport:
+    """Whether files are readable, safe, whole, and fit `against` (a model, skeleton or checkpoint); every finding of every file at once.
+
+    Raises:
+        CheckpointError: `against` can't be read or built. A bad file is a finding, not an error.
+
+    >>> check("fixtures/net_params.pkl").ok
+    True
+    """
+    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    goal = None if against is None else opening.open_target(against, note=note)
+    return check_files([os.fspath(path) for path in files], goal, finite=finite, root=root)
+
+
+def transfer(
+    source: Given,
+    model: nn.Module,
+    *,
+    root: str | None = None,
+    rename: Renames = (),
+    drop: Iterable[str] = (),
+    init: Renames = (),
+    rules: Sequence[Rule] = (),
+    seed: int = 0,
+    allow_cast: Iterable[str] = (),
+    min_coverage: float | None = None,
+    strict: bool = False,
+) -> Report:
+    """Put the weights that fit into a live model, in place, on whatever device it is: all, or, when anything is wrong, none.
+
+    Args:
+        source: a path, a `Checkpoint`, a state_dict or a module.
+        model: keeps its own values where the source has none that fit; those keys are `report.fresh`.
+        init: schemes for fresh keys by pattern, seeded by `seed` and the key's name.
+        The other arguments are `plan`'s.
+
+    Returns:
+        The report; printed, it is the command line's table. `param_groups` and `initialize` take it.
+
+    Raises:
+        CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. The model is unchanged then.
+    """
+    from ckptsurgeon import training
+
+    chosen = rules or from_arguments(rename, drop, init)
+    return training.transfer(source, model, chosen, root=root, seed=seed, allow_cast=allow_cast, min_coverage=min_coverage, strict=strict)
+
+
+def initialize(model: nn.Module, source: Any, scheme: str | Mapping[str, str] = "per_layer_type", *, seed: int = 0) -> tuple[str, ...]:
+    """Initialise only what is fresh, in place.
+
+    Args:
+        source: a report, a plan, a merged checkpoint or its path: what says which keys are fresh.
+        scheme: a name such as `"xavier_normal"`, `"per_layer_type"` (convolutions xavier normal, norms 1 and 0, linear layers N(0, 0.01),
+            biases 0; Glorot and Bengio 2010 for xavier), or schemes by pattern.
+        seed: with a key's name, seeds its values; another layer does not change them.
+
+    Returns:
+        The keys that were initialised.
+
+    Raises:
+        RuleError: an unknown scheme, or one that does not suit a tensor.
+    """
+    from ckptsurgeon import training
+
+    return training.initialize_fresh(model, source, scheme, seed)
+
+
+def param_groups(
+    model: nn.Module,
+    source: Any,
+    *,
+    lr: float | None = None,
+    fresh_lr: float | None = None,
+    fresh_scale: float | None = None,
+    weight_decay: float | None = None,
+    overrides: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any `torch.optim` optimizer: every trainable parameter in exactly one.
+
+    Args:
+        source: a report, a plan, a merged checkpoint or its path; or rates by pattern, `{"fc3.*": 1e-2}`.
+        lr: for what was transferred.
+        fresh_lr: for what is fresh; or `fresh_scale`, a multiple of `lr`.
+        weight_decay: for all groups.
+        overrides: rates by pattern of parameter names, before all else.
+
+    Returns:
+        Dicts with `params`, `lr`, `weight_decay`, `name` and `param_names`.
+
+    Raises:
+        NoRecordError: a checkpoint that records nothing fresh.
+        ModelError: a record of another model, a pattern that matches nothing, no rate where one is needed.
+    """
+    from ckptsurgeon import training
+
+    return training.param_groups(
+        model, source, lr=lr, fresh_lr=fresh_lr, fresh_scale=fresh_scale, weight_decay=weight_decay, overrides=overrides
+    )
+
+
+def groups(
+    checkpoint: Given,
+    target: Given,
+    *,
+    lr: float,
+    fresh_lr: float | None = None,
+    fresh_scale: float | None = None,
+    weight_decay: float | None = None,
+    overrides: Mapping[str, float] | None = None,
+    note: Note = silent,
+) -> list[dict[str, Any]]:
+    """The parameter groups of `param_groups` by name, for a merged file and a model that need not be in memory.
+
+    Returns:
+        Dicts with `name`, `lr`, `weight_decay` and `params`, a list of parameter names.
+
+    Raises:
+        NoRecordError: the checkpoint does not record what is fresh.
+        TargetError: the target is no model.
+    """
+    goal = opening.open_target(target, note=note)
+    if goal.build_meta is None:
+        raise TargetError("is no model, and only a model has parameters", path=goal.checkpoint.path, hint="give module:Net")
+    source = opening.open_source(checkpoint, target=goal.checkpoint)
+    found = param_groups(
+        goal.build_meta(),
+        source,
+        lr=lr,
+        fresh_lr=fresh_lr,
+        fresh_scale=fresh_scale,
+        weight_decay=weight_decay,
+        overrides=overrides,
+    )
+    return [
+        {"name": row["name"], "lr": row["lr"], "weight_decay": row.get("weight_decay"), "params": list(row["param_names"])} for row in found
+    ]

@@ -52,7 +52,7 @@ def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verif
 
 
 def fits(checkpoint: Checkpoint, target: Checkpoint) -> list[Finding]:
-    """What keeps `checkpoint` from loading strictly into `target`, by names, shapes and dtypes. A key tied to one that is there may lack."""
+    """What keeps `checkpoint` from loading strictly into `target`. A key that is tied to one that is there may lack."""
     tied = {key for group in target.ties if any(key in checkpoint for key in group) for key in group}
     findings = [Finding("missing", "is in the target only", key) for key in target if key not in checkpoint and key not in tied]
     findings += [Finding("unexpected", "is in the file only", key) for key in checkpoint if key not in target]
@@ -70,7 +70,5 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     from ckptsurgeon.streaming.values import count_non_finite
 
     with Reader([checkpoint]) as reader:
-        counts = {key: count_non_finite(reader, tensor) for key, tensor in checkpoint.items()}
+        counts = {key: count_non_finite(reader.parts(tensor), tensor.dtype) for key, tensor in checkpoint.items()}
     return [Finding("non-finite", f"has {count} values that are NaN or infinite", key) for key, count in counts.items() if count]
-
-

@@ -14,8 +14,8 @@ def parse(raw: bytes, path: str, what: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) != len(items):
-            seen: set[str] = set()
-            twice = next(name for name, _ in items if name in seen or seen.add(name))
+            left = iter(result)  # the distinct names, in the order in which each came first
+            twice = next(name for name, _ in items if name != next(left, None))
             raise FormatError(f"has the name {twice[:200]!r} twice in its {what}", path=path)
         return result
 

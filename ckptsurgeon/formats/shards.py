@@ -102,9 +102,9 @@ def _shard_path(index: str, folder: str, name: str) -> str:
     path = os.path.join(folder, name)
     if os.path.islink(path):
         real, home = os.path.realpath(path), os.path.realpath(folder or ".")
-        model, found, _ = home.partition("/models--")
-        blobs = f"{model}{found}{_.partition('/')[0]}/blobs"
-        if os.path.dirname(real) not in (home, blobs if found else home):
+        before, cache, after = home.rpartition("/models--")
+        blobs = f"{before}{cache}{after.partition('/')[0]}/blobs" if cache else home
+        if not real.startswith((f"{home}/", f"{blobs}/")):
             raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
     if not os.path.exists(path):
         raise CheckpointError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")

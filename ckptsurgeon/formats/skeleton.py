@@ -46,8 +46,8 @@ def read(file: OpenFile) -> Archive:
         raise FormatError("is a skeleton whose ties name other keys than its own", path=file.path)
     entries = value.get("entries", [])
     metadata = value.get("module_metadata", {})
-    locals_ = metadata.values() if isinstance(metadata, dict) else (None,)
-    if not isinstance(entries, list) or not all(isinstance(key, str) for key in entries) or not all(isinstance(local, dict) for local in locals_):
+    named = isinstance(entries, list) and all(isinstance(key, str) for key in entries)
+    if not named or not isinstance(metadata, dict) or not all(isinstance(local, dict) for local in metadata.values()):
         raise FormatError("is a skeleton whose entries or module_metadata have another type", path=file.path)
     return Archive(
         path=file.path,

@@ -21,7 +21,8 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _DESCRIPTOR = 0x1, 0x8
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
-_DESCRIPTOR_SIZES: tuple[int, ...] = (0, 12, 16, 20, 24)
+_DESCRIPTORS = {form.size: form for form in map(struct.Struct, ("<3L", "<4s3L", "<LQQ", "<4sLQQ"))}  # with and without a signature
+_INFLATION = 1032  # deflate can't make more of a byte
 _UNICODE_PATH = 0x7075
 
 
@@ -50,6 +51,8 @@ def read_directory(file: OpenFile) -> Directory:
     start, size, count, end = _end_records(file)
     if count > limits.ZIP_ENTRIES:
         raise LimitError(f"the zip has {count} entries", path=file.path)
+    if size > limits.DIRECTORY_BYTES:
+        raise LimitError(f"has a zip directory of {size} bytes, above the limit of {limits.DIRECTORY_BYTES}", path=file.path)
     raw = file.read(start, size)
     if start + size != end:
         raise _bad(file, "has bytes between its directory and its end record")
@@ -66,19 +69,35 @@ def read_directory(file: OpenFile) -> Directory:
         raise _bad(file, "has a directory that is longer than its entries")
     found.sort(key=lambda item: item[0])
     position = 0
-    gaps: tuple[int, ...] = (0,)
+    before: Entry | None = None  # the entry whose descriptor may stand at `position`
     for header, entry, flags in found:
-        if header - position not in gaps:
+        gap = header - position
+        if not 0 <= gap <= max(_DESCRIPTORS):
             raise _bad(file, f"hides bytes, or overlaps, before the entry {entry.name!r}")
-        offset = _local(file, header, entry, flags)
+        head = file.read(position, gap + _LOCAL.size + len(entry.name.encode()))
+        _descriptor(file, head[:gap], before)
+        offset = _local(file, head[gap:], header, entry, flags)
         entries[entry.name] = Entry(entry.name, offset, entry.packed, entry.size, entry.crc, entry.method)
         position = offset + entry.packed
-        gaps = _DESCRIPTOR_SIZES if flags & _DESCRIPTOR else (0,)
+        before = entry if flags & _DESCRIPTOR else None
         if position > start:
             raise file.truncated(position)
-    if start - position not in gaps:
+    if start - position > max(_DESCRIPTORS):
         raise _bad(file, "hides bytes before its directory")
+    _descriptor(file, file.read(position, start - position), before)
     return Directory(entries, raw)
+
+
+def _descriptor(file: OpenFile, raw: bytes, entry: Entry | None) -> None:
+    """Hold what stands after an entry's data against the directory: its descriptor, or nothing (miniz writes none for an empty one)."""
+    if not raw and (entry is None or not entry.size):
+        return
+    form = _DESCRIPTORS.get(len(raw))
+    if entry is None or form is None:
+        raise _bad(file, "hides bytes between its entries")
+    *signature, crc, packed, size = form.unpack(raw)
+    if (crc, packed, size) != (entry.crc, entry.packed, entry.size) or signature not in ([], [b"PK\x07\x08"]):
+        raise _bad(file, f"describes the entry {entry.name!r} differently before and after its data")
 
 
 def _bad(file: OpenFile, what: str) -> FormatError:
@@ -139,6 +158,8 @@ def _central(file: OpenFile, raw: bytes, position: int) -> tuple[Entry, int, int
         raise _bad(file, f"has the encrypted entry {name!r}")
     if method not in (STORED, DEFLATED) or (method == STORED and packed != size):
         raise _bad(file, f"has the entry {name!r} in a compression that torch does not write")
+    if size > packed * _INFLATION:
+        raise _bad(file, f"has the entry {name!r} that can't inflate to what it says")
     if disk:
         raise _bad(file, "spans several disks")
     if not name or name.startswith("/") or "\0" in name or "\\" in name:
@@ -147,10 +168,13 @@ def _central(file: OpenFile, raw: bytes, position: int) -> tuple[Entry, int, int
 
 
 def _zip64(file: OpenFile, extra: bytes, size: int, packed: int, header: int, disk: int) -> tuple[int, int, int, int]:
-    position = 0
+    position, seen = 0, False
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, position)
         body = extra[position + 4 : position + 4 + length]
+        if len(body) != length or (kind == 1 and seen):
+            raise _bad(file, "has a damaged extra field, or one twice")
+        seen = seen or kind == 1
         if kind == _UNICODE_PATH:
             raise _bad(file, "has an entry with two names")
         if kind == 1:
@@ -169,17 +193,19 @@ def _zip64(file: OpenFile, extra: bytes, size: int, packed: int, header: int, di
     return size, packed, header, disk
 
 
-def _local(file: OpenFile, header: int, entry: Entry, central_flags: int) -> int:
-    """Hold the local header against the directory; return where the data begins."""
+def _local(file: OpenFile, raw: bytes, header: int, entry: Entry, central_flags: int) -> int:
+    """Hold the local header (`raw`, at `header`) against the directory; return where the data begins."""
     name_bytes = entry.name.encode()
-    raw = file.read(header, _LOCAL.size + len(name_bytes))
     signature, _needs, flags, method, _time, _date, crc, packed, size, name_len, extra_len = _LOCAL.unpack_from(raw)
     if signature != b"PK\x03\x04" or raw[_LOCAL.size :] != name_bytes or name_len != len(name_bytes):
         raise _bad(file, f"names the entry {entry.name!r} differently in its two headers")
     if method != entry.method or (flags ^ central_flags) & (_ENCRYPTED | _DESCRIPTOR):
         raise _bad(file, f"describes the entry {entry.name!r} differently in its two headers")
+    begin = header + _LOCAL.size + int(name_len)
+    if _MAX32 in (packed, size):
+        size, packed, _, _ = _zip64(file, file.read(begin, extra_len), size, packed, 0, 0)
     later = flags & _DESCRIPTOR
     for local, central in ((packed, entry.packed), (size, entry.size), (crc, entry.crc)):
-        if local != central and not (later and local == 0) and not (local == _MAX32 and extra_len):
+        if local != central and not (later and local == 0):
             raise _bad(file, f"gives the entry {entry.name!r} two sizes or checksums")
-    return header + _LOCAL.size + int(name_len) + int(extra_len)
+    return begin + int(extra_len)

@@ -19,12 +19,11 @@ from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import kernel
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.reading import Buffer, Reader
 from ckptsurgeon.streaming.values import cast, refuse_losses, reported
 from ckptsurgeon.surgery.plan import Plan, Step
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
-Buffer = bytes | bytearray | memoryview
 SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pt", ".pth", ".pkl", ".bin", ".ckpt"), "torch")
 
 
@@ -96,12 +95,8 @@ class _Run:
         if origin is None:
             assert self.values is not None
             parts, dtype = [self.values.initial(step.target)], self._own_dtype(step)
-        elif origin.contiguous:
-            assert origin.span is not None
-            fd, offset = self.reader.locate(origin.span)
-            parts, dtype = kernel.chunks(fd, offset, origin.span.nbytes), origin.dtype
         else:
-            parts, dtype = [self.reader.read(origin)], origin.dtype
+            parts, dtype = self.reader.parts(origin), origin.dtype
         if step.cast is None:
             yield from parts
             return

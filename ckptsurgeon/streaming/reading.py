@@ -20,6 +20,8 @@ from ckptsurgeon.formats.files import OpenFile, open_regular
 from ckptsurgeon.streaming.kernel import chunks
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
 
+Buffer = bytes | bytearray | memoryview
+
 
 class Reader:
     """The open files of some checkpoints; a context manager."""
@@ -70,6 +72,14 @@ class Reader:
         from ckptsurgeon.streaming.values import densify
 
         return densify(tensor, data)
+
+    def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
+        """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
+        assert tensor.span is not None
+        if not tensor.contiguous:
+            return [self.read(tensor)]
+        fd, offset = self.locate(tensor.span)
+        return chunks(fd, offset, tensor.span.nbytes)
 
     def view(self, tensor: TensorMeta) -> memoryview:
         """A tensor's elements like `read`, mapped from the file rather than read where they lie densely; good while the reader is open."""

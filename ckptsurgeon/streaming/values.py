@@ -148,3 +148,18 @@ def _wide(tensor: torch.Tensor, code: str) -> torch.Tensor:
 
     exact = BY_CODE[code].kind in ("int", "bool") and code != "U64"
     return tensor.to(torch.int64 if exact else torch.float64)
+
+
+def count_non_finite(parts: Iterable[bytes | bytearray | memoryview], dtype: str) -> int:
+    """How many values of a tensor's bytes (part by part, each whole elements) are NaN or infinite; 0 for integers."""
+    if BY_CODE[dtype].kind not in ("float", "complex"):
+        return 0
+    import torch
+
+    count = 0
+    for part in parts:
+        values = tensor_from(part, dtype)
+        if BY_CODE[dtype].kind == "complex":
+            values = torch.view_as_real(values)
+        count += int((~torch.isfinite(_wide(values, dtype) if values.element_size() == 1 else values)).sum())
+    return count

@@ -1,0 +1,28 @@
+"""`diff`: what of a target does a checkpoint cover?"""
+
+from __future__ import annotations
+
+import click
+
+from ckptsurgeon import api
+from ckptsurgeon.cli import options
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.views import json, text
+
+
+@click.command("diff", cls=options.RuleCommand)
+@click.argument("checkpoint", metavar="CKPT")
+@click.argument("target", metavar="TARGET")
+@options.root
+@options.rename
+@options.drop
+@click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
+@click.option("--strict", is_flag=True, help="Exit 1 for any missing, extra or mismatched key.")
+@options.shown
+@click.pass_context
+def command(ctx: click.Context, checkpoint: str, target: str, root: str | None, exit_code: bool, strict: bool, show: Show) -> int:
+    """What matches, what is missing, extra or mismatched, and how much of TARGET that covers."""
+    found = api.diff(checkpoint, target, root=root, rules=ctx.meta["rules"], note=show.note())
+    show.answer(lambda: text.diff(found, show.verbose), lambda: json.diff(found))
+    loose = bool(found.missing or found.extra or found.mismatched)
+    return int((exit_code and not found.same) or (strict and loose))

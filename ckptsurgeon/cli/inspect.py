@@ -1,0 +1,24 @@
+"""`inspect`: what is inside a checkpoint, without running any of it."""
+
+from __future__ import annotations
+
+import click
+
+from ckptsurgeon import api
+from ckptsurgeon.cli import options
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.surgery import roots
+from ckptsurgeon.views import json, text
+
+
+@click.command("inspect")
+@click.argument("checkpoint", metavar="CKPT")
+@options.root
+@options.shown
+def command(checkpoint: str, root: str | None, show: Show) -> int:
+    """What is inside a checkpoint, without running any of it and without reading its data."""
+    found = api.inspect(checkpoint)
+    if root is not None:
+        roots.choose(found, root=root)
+    show.answer(lambda: text.archive(found, show.verbose), lambda: json.archive(found, root))
+    return 0

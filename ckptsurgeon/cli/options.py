@@ -1,0 +1,106 @@
+"""The options that several commands share, each written once. Rules keep the order in which they stand on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.surgery.plan import DTYPE_CHOICES
+from ckptsurgeon.surgery.rules import Kind, Rule
+
+F = TypeVar("F", bound=Callable[..., Any])
+Wrap = Callable[[F], F]
+_RULES: dict[str, tuple[Kind, int]] = {"--rename": ("rename", 2), "--drop": ("drop", 1), "--init": ("init", 2)}
+
+
+def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which help shows them."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--json, -v and -q, handed on as one `show`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Answer in JSON (its schema ships in the package).")
+    @click.option("-v", "--verbose", is_flag=True, help="Show every key.")
+    @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+    @wraps(function)
+    def run(*args: Any, as_json: bool, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
+        return function(*args, show=Show(as_json, verbose, quiet), **kwargs)
+
+    return run
+
+
+class RuleCommand(click.Command):
+    """A command that remembers the order of its rules, which click forgets between options of different names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note the rules, then parse as ever."""
+        ctx.meta["rules"] = ordered_rules(args)
+        return super().parse_args(ctx, args)
+
+
+def ordered_rules(args: Sequence[str]) -> tuple[Rule, ...]:
+    """The rules among a command line's words, in order.
+
+    >>> [rule.kind for rule in ordered_rules(["a.pt", "--drop", "x", "--rename", "y", "z"])]
+    ['drop', 'rename']
+    """
+    rules = []
+    position = 0
+    while position < len(args) and args[position] != "--":
+        name, equals, value = args[position].partition("=")
+        position += 1
+        if name in _RULES:
+            kind, count = _RULES[name]
+            first = [value] if equals else []
+            take = count - len(first)
+            words = [*first, *args[position : position + take]]
+            position += take
+            rules.append(Rule(kind, *words))
+    return tuple(rules)
+
+
+root = click.option("--root", metavar="NAME", help="Which nested dict of the checkpoint holds the state_dict.")
+rename = click.option(
+    "--rename", nargs=2, multiple=True, metavar="A B", expose_value=False, help="Rename keys: --rename 'fc2.{p}' 'dense2.{p}'."
+)
+drop = click.option("--drop", multiple=True, metavar="PATTERN", expose_value=False, help="Leave keys out: --drop 'aux.**'.")
+init = click.option(
+    "--init",
+    nargs=2,
+    multiple=True,
+    metavar="PATTERN SCHEME",
+    expose_value=False,
+    help="Initialise keys that no source gives: --init 'fc3.*' xavier_normal.",
+)
+dtype = click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors.")
+allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
+seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For the constructor and the schemes.")
+min_coverage = click.option(
+    "--min-coverage", type=click.FloatRange(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
+)
+strict = click.option("--strict", is_flag=True, help="A no for any missing, extra or mismatched key that no rule names.")
+output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
+format_ = click.option("--format", type=click.Choice(["torch", "safetensors"]), help="Instead of what OUT's suffix says.")
+tied = click.option(
+    "--tied", type=click.Choice(["copy", "alias"]), default="copy", show_default=True, help="How safetensors gets tied keys."
+)
+provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
+verified = click.option("--verify/--no-verify", default=True, help="Hold the written file against the plan and the model.")
+device = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to load it: cpu, cuda:0, mps, meta.")
+finite = click.option("--finite", is_flag=True, help="NaN or infinite values are a no.")
+
+deciding = stack(root, rename, drop, init, dtype, allow_cast, seed, min_coverage, strict)
+writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)

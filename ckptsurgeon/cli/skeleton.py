@@ -1,0 +1,25 @@
+"""`skeleton`: save a target's names, dtypes and shapes."""
+
+from __future__ import annotations
+
+import click
+
+from ckptsurgeon import api
+from ckptsurgeon.cli import options
+from ckptsurgeon.cli.files import write_json
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.formats import skeleton
+
+
+@click.command("skeleton")
+@click.argument("target", metavar="TARGET")
+@options.output
+@options.overwrite
+@options.shown
+def command(target: str, output: str, overwrite: bool, show: Show) -> int:
+    """Write a target's names and shapes as JSON, so that a gate can hold files against it without torch."""
+    found = api.skeleton(target, note=show.note())
+    value = skeleton.to_json(found)
+    write_json(output, value, overwrite)
+    show.answer(lambda: f"Wrote {output}: {len(found)} tensors of {found.path}, {found.numel:,} elements", lambda: value)
+    return 0

@@ -1,0 +1,127 @@
+"""The reports as JSON's values, each with `"version": 1`; their schemas stand in `schemas/`. Programs read these: keys are only added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.report import CheckReport, Finding, Report, Verification
+from ckptsurgeon.surgery.compare import Diff
+from ckptsurgeon.tensors import Archive, Coverage, Refused
+
+VERSION = 1
+
+
+def _coverage(found: Coverage) -> dict[str, float]:
+    return {"tensors": found.tensors, "elements": found.elements}
+
+
+def _finding(found: Finding) -> dict[str, Any]:
+    return {"code": found.code, "key": found.key, "message": found.message, "level": found.level}
+
+
+def error(found: CheckpointError) -> dict[str, Any]:
+    """Any refusal."""
+    body = {"type": type(found).__name__, "message": found.message, "path": found.path, "key": found.key, "hint": found.hint}
+    return {"version": VERSION, "error": {**body, "problems": list(found.problems)}}
+
+
+def archive(found: Archive, root: str | None = None) -> dict[str, Any]:
+    """`inspect`; `tensors` are those of the named root, or of the first."""
+    chosen = next((one for one in found.state_dicts if one.root == root), found.state_dicts[0])
+    return {
+        "version": VERSION,
+        "path": found.path,
+        "format": found.format,
+        "fingerprint": found.fingerprint,
+        "root": chosen.root,
+        "roots": [{"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes} for one in found.state_dicts],
+        "tensors": [
+            {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
+            for key, tensor in chosen.tensors.items()
+        ],
+        "refused": {key: entry.reason for key, entry in chosen.entries.items() if isinstance(entry, Refused)},
+        "globals": list(found.globals),
+        "metadata": dict(found.metadata),
+        "provenance": None if found.provenance is None else dict(found.provenance),
+        "beside": list(found.beside),
+        "notes": list(found.notes),
+    }
+
+
+def diff(found: Diff) -> dict[str, Any]:
+    """`diff`."""
+    prefix = found.prefix
+    return {
+        "version": VERSION,
+        "matched": list(found.matched),
+        "missing": list(found.missing),
+        "extra": list(found.extra),
+        "mismatched": [
+            {"key": row.key, "source_shape": list(row.source_shape), "target_shape": list(row.target_shape)} for row in found.mismatched
+        ],
+        "dtype_changed": [
+            {"key": row.key, "source_dtype": row.source_dtype, "target_dtype": row.target_dtype} for row in found.dtype_changed
+        ],
+        "prefix": {"stripped": prefix.stripped, "added": prefix.added, "unwrapped": list(prefix.unwrapped)},
+        "root": found.root,
+        "coverage": _coverage(found.coverage),
+        "dropped": list(found.dropped),
+        "refused": dict(found.refused or {}),
+        "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
+    }
+
+
+def report(found: Report) -> dict[str, Any]:
+    """`merge` and `apply`."""
+    return {
+        "version": VERSION,
+        "sources": list(found.sources),
+        "target": found.target,
+        "output": found.output,
+        "bytes": found.nbytes,
+        "transferred": list(found.transferred),
+        "kept": list(found.kept),
+        "fresh": list(found.fresh),
+        "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],
+        "coverage": _coverage(found.coverage),
+        "casts": [
+            {
+                "key": cast.key,
+                "source_dtype": cast.source_dtype,
+                "target_dtype": cast.target_dtype,
+                "largest_error": cast.largest_error,
+                "changed": cast.changed,
+                "overflowed": cast.overflowed,
+                "truncated": cast.truncated,
+            }
+            for cast in found.casts
+        ],
+        "findings": [_finding(finding) for finding in found.findings],
+        "verified": None if found.verification is None else found.verification.ok,
+    }
+
+
+def verification(found: Verification) -> dict[str, Any]:
+    """`verify`."""
+    return {
+        "version": VERSION,
+        "ok": found.ok,
+        "device": found.device,
+        "tensors": found.tensors,
+        "bitwise": found.bitwise,
+        "findings": [_finding(finding) for finding in found.findings],
+        "outputs": [{"name": name, "shape": list(dims)} for name, dims in found.outputs.items()],
+        "fresh": None if found.fresh is None else list(found.fresh),
+    }
+
+
+def check(found: CheckReport) -> dict[str, Any]:
+    """`check`."""
+    files = [{"path": file.path, "ok": file.ok, "findings": [_finding(one) for one in file.findings]} for file in found.files]
+    return {"version": VERSION, "ok": found.ok, "files": files}
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """`groups`."""
+    return {"version": VERSION, "groups": rows}
