@@ -136,7 +136,11 @@ os.fsync(output)
 
 TORCH = "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=True), sys.argv[2])"
 TORCH_MMAP = "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=True, mmap=True), sys.argv[2])"
-SAFETENSORS = "import sys\nfrom safetensors.torch import load_file, save_file\nsave_file(load_file(sys.argv[1]), sys.argv[2], metadata={'format': 'pt'})"
+SAFETENSORS = """
+import sys
+from safetensors.torch import load_file, save_file
+save_file(load_file(sys.argv[1]), sys.argv[2], metadata={"format": "pt"})
+"""
 
 
 def python(code: str, *arguments: str) -> list[str]:
