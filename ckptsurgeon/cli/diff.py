@@ -7,10 +7,11 @@ import click
 from ckptsurgeon import api
 from ckptsurgeon.cli import options
 from ckptsurgeon.cli.output import Show
+from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
 
-@click.command("diff", cls=options.RuleCommand)
+@click.command("diff", cls=options.RuleCommand, short_help="What matches, is missing, extra or mismatched.")
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @options.root
@@ -19,10 +20,13 @@ from ckptsurgeon.views import json, text
 @click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
 @click.option("--strict", is_flag=True, help="Exit 1 for any missing, extra or mismatched key.")
 @options.shown
-@click.pass_context
-def command(ctx: click.Context, checkpoint: str, target: str, root: str | None, exit_code: bool, strict: bool, show: Show) -> int:
-    """What matches, what is missing, extra or mismatched, and how much of TARGET that covers."""
-    found = api.diff(checkpoint, target, root=root, rules=ctx.meta["rules"], note=show.note())
-    show.answer(lambda: text.diff(found, show.verbose), lambda: json.diff(found))
+@options.ordered_rules
+def command(checkpoint: str, target: str, rules: tuple[Rule, ...], root: str | None, exit_code: bool, strict: bool, show: Show) -> int:
+    """What matches, what is missing, extra or mismatched, and how much of TARGET that covers.
+
+    A key that --drop names is not extra. The last line is the command to run next.
+    """
+    found = api.diff(checkpoint, target, root=root, rules=rules, note=show.note())
+    show.answer(lambda: text.diff(found, show.verbose, show.width, rules), lambda: json.diff(found))
     loose = bool(found.missing or found.extra or found.mismatched)
     return int((exit_code and not found.same) or (strict and loose))

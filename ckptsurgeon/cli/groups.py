@@ -13,7 +13,7 @@ from ckptsurgeon.errors import NoRecordError
 from ckptsurgeon.views import json, text
 
 
-@click.command("groups")
+@click.command("groups", short_help="Parameter groups: what is fresh learns at its own rate.")
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @click.option("--lr", type=float, required=True, help="For what was transferred.")
@@ -29,5 +29,5 @@ def command(checkpoint: str, target: str, lr: float, overrides: tuple[tuple[str,
         raise NoRecordError(
             "records that nothing trainable is fresh", path=checkpoint, hint="give rates by pattern: --override 'fc3.*' 1e-2"
         )
-    show.answer(lambda: text.groups(rows), lambda: json.groups(rows))
+    show.answer(lambda: text.groups(rows, show.verbose, show.width), lambda: json.groups(rows))
     return 0

@@ -11,14 +11,13 @@ from ckptsurgeon.surgery import roots
 from ckptsurgeon.views import json, text
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="What is inside a checkpoint, without running any of it.")
 @click.argument("checkpoint", metavar="CKPT")
 @options.root
 @options.shown
 def command(checkpoint: str, root: str | None, show: Show) -> int:
     """What is inside a checkpoint, without running any of it and without reading its data."""
     found = api.inspect(checkpoint)
-    if root is not None:
-        roots.choose(found, root=root)
-    show.answer(lambda: text.archive(found, show.verbose), lambda: json.archive(found, root))
+    chosen = None if root is None else roots.choose(found, root=root)
+    show.answer(lambda: text.archive(found, show.verbose, show.width, chosen), lambda: json.archive(found, chosen))
     return 0

@@ -9,22 +9,43 @@ from typing import NoReturn
 import click
 
 from ckptsurgeon.cli import apply, check, diff, groups, inspect, merge, plan, skeleton, verify
-from ckptsurgeon.cli.output import show_error, show_usage_error
-from ckptsurgeon.errors import CheckpointError, UnreadableError
+from ckptsurgeon.cli.output import lose_stdout, show_error, show_usage_error
+from ckptsurgeon.errors import CheckpointError, OutputError, UnreadableError
 from ckptsurgeon.version import VERSION
 
 USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Flow(click.Group):
+    """Lists its commands in the order in which a person uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they were added."""
+        return list(self.commands)
+
+
+@click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="ckptsurgeon")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> int:
     """PyTorch checkpoint surgery: see what fits, plan it, merge it, prove that it loads.
 
     \b
-    TARGET is module:Net, path/to/file.py:Net, module:factory(num_classes=2), a skeleton or another checkpoint.
-    Start with:  ckptsurgeon diff CKPT TARGET
+      ckptsurgeon diff net.pt model:Net                what fits?
+      ckptsurgeon merge net.pt model:Net -o merged.pt  take it
+      ckptsurgeon groups merged.pt model:Net --lr 1e-3 --fresh-lr 1e-2
+
+    \b
+    CKPT is a file, or a Hugging Face folder. TARGET is one of
+      module:Net, path/to/file.py:Net                  a class, function or model
+      'module:factory(num_classes=2)'                  a call with literals
+      net.json                                         a saved skeleton
+      other.pt                                         another checkpoint
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        return USAGE
+    return 0
 
 
 for command in (inspect, diff, plan, apply, merge, verify, check, skeleton, groups):
@@ -38,19 +59,25 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
-    as_json = "--json" in sys.argv
+    sys.exit(_run("--json" in sys.argv))
+
+
+def _run(as_json: bool) -> int:
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except CheckpointError as error:
         show_error(error, as_json)
-        code = error.exit_code
+        return error.exit_code
     except click.ClickException as error:
         show_usage_error(error, as_json)
-        code = USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        code = INTERRUPTED
+        return INTERRUPTED
     except MemoryError:
         show_error(UnreadableError("there is not enough memory for this", hint="close other programs, or use a larger machine"), as_json)
-        code = USAGE
-    sys.exit(code if isinstance(code, int) else 0)
+    except OSError as error:
+        lose_stdout()  # it may be what is full
+        show_error(OutputError(error.strerror or str(error), path=error.filename), as_json=False)
+    return USAGE

@@ -11,29 +11,35 @@ from ckptsurgeon.cli import options
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.cli.plan import split
 from ckptsurgeon.surgery import planfile
+from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
 DECIDING = ("root", "dtype", "allow_cast", "seed", "min_coverage", "strict")
 
 
-@click.command("merge", cls=options.RuleCommand)
+@click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")
 @click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
 @options.deciding
 @options.writing
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
 @options.shown
-@click.pass_context
-def command(ctx: click.Context, /, paths: tuple[str, ...], dry_run: bool, show: Show, **choices: Any) -> int:
+@options.ordered_rules
+def command(paths: tuple[str, ...], rules: tuple[Rule, ...], dry_run: bool, show: Show, **choices: Any) -> int:
     """Take what fits, keep or initialise the rest, write it, and prove it before the file takes its name.
 
-    One path alone is converted to OUT's format.
+    \b
+    ckptsurgeon merge net.pt model:Net -o out.pt --rename 'fc2.{p}' 'dense2.{p}'
+    ckptsurgeon merge net.pt -o net.safetensors    one path alone is converted
+
+    Rules hold in the order given. In a pattern * matches within a segment, ** across segments; {p} is one segment and {**rest}
+    one or more, which a rename's result can use again; /…/ is a regular expression.
     """
     sources, target = split(paths)
-    rules, note = ctx.meta["rules"], show.note()
+    note = show.note()
     if dry_run:
         made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})
-        show.answer(lambda: text.plan(made, show.verbose), lambda: planfile.to_json(made))
+        show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
         return 0
     done = api.merge(sources, target, rules=rules, note=note, **choices)
-    show.answer(lambda: text.report(done, show.verbose), lambda: json.report(done))
+    show.answer(lambda: text.report(done, show.verbose, show.width), lambda: json.report(done))
     return 0

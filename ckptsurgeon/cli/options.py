@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from ckptsurgeon.surgery.rules import Kind, Rule
 
 F = TypeVar("F", bound=Callable[..., Any])
 Wrap = Callable[[F], F]
-_RULES: dict[str, tuple[Kind, int]] = {"--rename": ("rename", 2), "--drop": ("drop", 1), "--init": ("init", 2)}
+RULES: dict[str, Kind] = {"rename": "rename", "drop": "drop", "init": "init"}  # by option
 
 
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -45,30 +45,22 @@ class RuleCommand(click.Command):
     """A command that remembers the order of its rules, which click forgets between options of different names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Note the rules, then parse as ever."""
-        ctx.meta["rules"] = ordered_rules(args)
+        """Note the rules in the order in which click's own parser meets them, then parse as ever."""
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        left = {kind: iter(values.get(kind) or ()) for kind in RULES}
+        words = [(name, next(left[name])) for name in (option.name for option in order) if name in left]
+        ctx.meta["rules"] = tuple(Rule(RULES[name], *((word,) if isinstance(word, str) else word)) for name, word in words)
         return super().parse_args(ctx, args)
 
 
-def ordered_rules(args: Sequence[str]) -> tuple[Rule, ...]:
-    """The rules among a command line's words, in order.
+def ordered_rules(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The rules of a `RuleCommand`, in order, handed on as `rules`."""
 
-    >>> [rule.kind for rule in ordered_rules(["a.pt", "--drop", "x", "--rename", "y", "z"])]
-    ['drop', 'rename']
-    """
-    rules = []
-    position = 0
-    while position < len(args) and args[position] != "--":
-        name, equals, value = args[position].partition("=")
-        position += 1
-        if name in _RULES:
-            kind, count = _RULES[name]
-            first = [value] if equals else []
-            take = count - len(first)
-            words = [*first, *args[position : position + take]]
-            position += take
-            rules.append(Rule(kind, *words))
-    return tuple(rules)
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, rules=click.get_current_context().meta["rules"], **kwargs)
+
+    return run
 
 
 root = click.option("--root", metavar="NAME", help="Which nested dict of the checkpoint holds the state_dict.")

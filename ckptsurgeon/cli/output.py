@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +24,18 @@ class Show:
     verbose: bool = False
     quiet: bool = False
 
+    @property
+    def width(self) -> int | None:
+        """The terminal's columns, or None when the answer goes to a file or a program."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
     def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
         """Print the answer on stdout. A reader that has gone (`| head`) is no error."""
-        out = json.dumps(value(), indent=2, ensure_ascii=True) if self.json else text()
+        words = _json(value()) if self.json else text()
         try:
-            click.echo(out)
-            sys.stdout.flush()
+            click.echo(words)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            lose_stdout()
 
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""
@@ -44,6 +49,15 @@ class Show:
         return listen
 
 
+def lose_stdout() -> None:
+    """Send what is still to be printed nowhere: its reader has gone, or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=True)
+
+
 def _coloured(word: str) -> str:
     return word if os.environ.get("NO_COLOR") else click.style(word, fg="red", bold=True)
 
@@ -51,7 +65,7 @@ def _coloured(word: str) -> str:
 def show_error(error: CheckpointError, as_json: bool) -> None:
     """A refusal: on stdout as JSON, else on stderr as what, where, why, and what to try."""
     if as_json:
-        click.echo(json.dumps(views_json.error(error), indent=2, ensure_ascii=True))
+        click.echo(_json(views_json.error(error)))
         return
     click.echo(f"{_coloured('error:')} {error}", err=True)
 

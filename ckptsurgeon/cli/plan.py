@@ -11,23 +11,31 @@ from ckptsurgeon.cli import options
 from ckptsurgeon.cli.files import write_json
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.surgery import planfile
+from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import text
 
 
-@click.command("plan", cls=options.RuleCommand)
+@click.command("plan", cls=options.RuleCommand, short_help="Decide what every key gets; write nothing but the plan.")
 @click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
 @options.deciding
 @click.option("-o", "--output", metavar="PLAN.JSON", help="Where to write the plan.")
 @options.overwrite
 @options.shown
-@click.pass_context
-def command(ctx: click.Context, /, paths: tuple[str, ...], output: str | None, overwrite: bool, show: Show, **choices: Any) -> int:
-    """Decide what every key gets, and write it down. One path alone is converted."""
+@options.ordered_rules
+def command(paths: tuple[str, ...], rules: tuple[Rule, ...], output: str | None, overwrite: bool, show: Show, **choices: Any) -> int:
+    """Decide what every key gets, and why. One path alone is converted.
+
+    \b
+    ckptsurgeon plan net.pt model:Net -o plan.json     then review and commit plan.json
+    ckptsurgeon apply plan.json -o merged.pt           refused when anything has changed since
+    """
     sources, target = split(paths)
-    made = api.plan(sources, target, rules=ctx.meta["rules"], note=show.note(), **choices)
+    note = show.note()
+    made = api.plan(sources, target, rules=rules, note=note, **choices)
     if output is not None:
         write_json(output, planfile.to_json(made), overwrite)
-    show.answer(lambda: text.plan(made, show.verbose), lambda: planfile.to_json(made))
+        note(f"wrote {output}; follow it with: ckptsurgeon apply {output} -o OUT")
+    show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
     return 0
 
 

@@ -9,9 +9,10 @@ from ckptsurgeon.cli import options
 from ckptsurgeon.cli.files import write_json
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.formats import skeleton
+from ckptsurgeon.views import text
 
 
-@click.command("skeleton")
+@click.command("skeleton", short_help="Save a target's names and shapes, for check --against.")
 @click.argument("target", metavar="TARGET")
 @options.output
 @options.overwrite
@@ -21,5 +22,5 @@ def command(target: str, output: str, overwrite: bool, show: Show) -> int:
     found = api.skeleton(target, note=show.note())
     value = skeleton.to_json(found)
     write_json(output, value, overwrite)
-    show.answer(lambda: f"Wrote {output}: {len(found)} tensors of {found.path}, {found.numel:,} elements", lambda: value)
+    show.answer(lambda: text.skeleton(found, output), lambda: value)
     return 0

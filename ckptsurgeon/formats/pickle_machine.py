@@ -128,8 +128,8 @@ class _Machine:
                 elif op == 0x51:  # BINPERSID
                     stack[-1] = self.persistent(stack[-1])
                 elif op == 0x4D:  # BININT2
-                    stack.append(data[position] | data[position + 1] << 8)
                     position += 2
+                    stack.append(data[position - 2] | data[position - 1] << 8)
                 elif op == 0x4A:  # BININT
                     position += 4
                     stack.append(from_bytes(data[position - 4 : position], "little", signed=True))

@@ -15,7 +15,7 @@ from typing import Any
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.formats.pickle_machine import run
+from ckptsurgeon.formats.pickle_machine import TruncatedPickle, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import collect
 from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
@@ -58,6 +58,8 @@ def read(file: OpenFile) -> Archive:
         for storage in storages.values():
             _check_record(storage, entries.get(f"data/{storage.key}"))
         tree = collect(file.path, pickled.value, locate, pickled.globals)
+    except TruncatedPickle as error:
+        raise FormatError("has a data.pkl that ends too early", path=file.path, hint="copy or download it again") from error
     except CheckpointError as error:
         error.path = error.path or file.path
         raise

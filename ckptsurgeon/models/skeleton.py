@@ -6,9 +6,7 @@ quantized, nested, lazy, a dtype without a code) is refused by its key, never le
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.skeleton import fingerprint
 from ckptsurgeon.models import persons_code
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -70,7 +69,7 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
     return Checkpoint(
         path=path,
         format="model",
-        fingerprint=fingerprint(tensors.values(), ties),
+        fingerprint=fingerprint(tensors, ties),
         tensors=tensors,
         entries=entries,
         module_metadata=module_metadata(state_dict),
@@ -82,13 +81,6 @@ def state_dict_of(model: nn.Module, path: str) -> dict[str, Any]:
     """The model's `state_dict()`, whose hooks are a person's code; a `TargetError` with `path` where they fail."""
     state_dict: dict[str, Any] = persons_code.call(path, model.state_dict)
     return state_dict
-
-
-def fingerprint(tensors: Iterable[TensorMeta], ties: tuple[tuple[str, ...], ...]) -> str:
-    """SHA-256 (hex) over the canonical JSON of every tensor's name, dtype and shape, in order, and of the ties."""
-    rows = [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in tensors]
-    text = json.dumps({"tensors": rows, "ties": ties}, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def module_metadata(state_dict: Mapping[str, object]) -> dict[str, Any]:

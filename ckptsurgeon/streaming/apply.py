@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.errors import OutputError
+from ckptsurgeon.errors import OutputError, PlanError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import Layout, OutTensor
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import kernel
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.reading import Buffer, Reader
-from ckptsurgeon.streaming.values import cast, refuse_losses, reported
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported
 from ckptsurgeon.surgery.plan import Plan, Step
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -77,10 +77,9 @@ class _Run:
         """The tensor of a file that a step reads, or None where its value is made."""
         if step.sources:
             number, key = step.sources[0]
-            return self.sources[number][key]
-        if step.action == "keep":
-            assert self.target is not None
-            return self.target[step.target]
+            return with_data(self.sources[number], key)
+        if step.action == "keep" and self.target is not None:
+            return with_data(self.target, step.target)
         return None
 
     def moves(self, step: Step) -> TensorMeta | None:
@@ -92,20 +91,13 @@ class _Run:
         """The bytes of a step whose value is made: dense, cast where the plan says so."""
         origin = self.origin(step)
         parts: Iterable[Buffer]
-        if origin is None:
-            assert self.values is not None
-            parts, dtype = [self.values.initial(step.target)], self._own_dtype(step)
-        else:
+        if origin is not None:
             parts, dtype = self.reader.parts(origin), origin.dtype
-        if step.cast is None:
-            yield from parts
-            return
-        cast_parts, found = cast(step.target, parts, dtype, step.cast)
-        yield from cast_parts
-        self.casts += found
-
-    def _own_dtype(self, step: Step) -> str:
-        return step.dtype if self.target is None else self.target[step.target].dtype
+        elif self.values is None or self.target is None:
+            raise PlanError("gets a value of the target's own, and there is no target with values", key=step.target)
+        else:
+            parts, dtype = [self.values.initial(step.target)], self.target[step.target].dtype
+        yield from parts if step.cast is None else cast(step.target, parts, dtype, step.cast, self.casts)
 
 
 def apply(
@@ -141,6 +133,16 @@ def apply(
     return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(plan.steps))
 
 
+def with_data(checkpoint: Checkpoint, key: str) -> TensorMeta:
+    """A tensor that has data behind it; PlanError for a skeleton's."""
+    tensor = checkpoint[key]
+    if tensor.span is None:
+        raise PlanError(
+            f"has no values behind it: {checkpoint.path} is a {checkpoint.format}", key=key, hint="give a checkpoint file as the source"
+        )
+    return tensor
+
+
 def _storages(run: _Run) -> dict[str, int]:
     """A number for each target key; keys with one number are tied: they read the same tensor, or are one fresh tensor in the target."""
     group = {key: keys[0] for keys in run.plan.ties for key in keys}
@@ -150,20 +152,25 @@ def _storages(run: _Run) -> dict[str, int]:
         origin = run.origin(step)
         identity: Any = ("made", group.get(step.target, step.target))
         if origin is not None:
-            identity = (origin.span, origin.stride) if origin.nbytes else step.target
+            identity = (origin.span, origin.dtype, origin.stride) if origin.nbytes else step.target
         storages[step.target] = numbers.setdefault((identity, step.dtype, step.shape), len(numbers))
     return storages
 
 
 def _tensors(plan: Plan, storages: Mapping[str, int], output: Output) -> tuple[list[OutTensor], dict[str, str]]:
-    """What to write, and, where ties become aliases, which key stands for which."""
+    """What to write, and, where ties become aliases, which key stands for which.
+
+    A loader gives an alias its value only where the model ties the two, so with a target only its own ties become aliases.
+    """
+    group = {key: number for number, keys in enumerate(plan.ties) for key in keys}
     tensors: list[OutTensor] = []
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for step in plan.steps:
         number = storages[step.target]
         kept = first.setdefault(number, step.target)
-        if kept != step.target and output.format == "safetensors" and output.tied == "alias":
+        linked = kept != step.target and (plan.target is None or group.get(kept, -1) == group.get(step.target, -2))
+        if linked and output.format == "safetensors" and output.tied == "alias":
             aliases[step.target] = kept
         else:
             tensors.append(OutTensor(step.target, step.dtype, step.shape, number))
@@ -173,13 +180,16 @@ def _tensors(plan: Plan, storages: Mapping[str, int], output: Output) -> tuple[l
 def _entries(run: _Run) -> dict[str, Any]:
     found = {}
     for entry in run.plan.entries:
-        if entry.source is not None:
-            found[entry.target] = run.sources[entry.source[0]].entries[entry.source[1]]
-        elif run.target is not None and run.target.format not in ("model", "skeleton"):
-            found[entry.target] = run.target.entries[entry.target]
-        else:
-            assert run.values is not None
+        own = run.target.entries if run.target is not None and run.target.files else {}
+        number, key = entry.source or (0, "")
+        if entry.source is not None and key in run.sources[number].entries:
+            found[entry.target] = run.sources[number].entries[key]
+        elif entry.source is None and entry.target in own:
+            found[entry.target] = own[entry.target]
+        elif entry.source is None and run.values is not None:
             found[entry.target] = run.values.extra_state(entry.target)
+        else:
+            raise PlanError("is an extra state that is neither in the source nor in the target", key=entry.target)
     return found
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ckptsurgeon.errors import OutputError
 
 _MARK = ".ckptsurgeon-"
+_HEAD = 50  # characters of the output's name in the temporary one: at most 200 bytes of the 255 that a name may have
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, or write to another disk"),
     errno.EDQUOT: ("your disk quota is used up", "free some space, or write to another disk"),
@@ -59,9 +60,10 @@ def check_free(path: str, overwrite: bool) -> str:
     except OSError as error:
         raise output_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        raise OutputError("is not a regular file", path=path, hint="choose another path")
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise OutputError(f"is {what}", path=path, hint="give the path of a file to write")
     if not overwrite:
-        raise OutputError("exists already", path=path, hint="add --overwrite to replace it, or choose another path")
+        raise _taken(path)
     return real
 
 
@@ -73,39 +75,70 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
     """
     real = check_free(path, overwrite)
     folder, name = os.path.split(real)
-    _sweep(folder, name)
-    temporary = os.path.join(folder, f".{name[:100]}{_MARK}{secrets.token_hex(6)}.tmp")
+    head = f".{name[:_HEAD]}{_MARK}"
+    _sweep(folder, head)
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        temporary = _create(os.path.join(folder, head))
     except OSError as error:
         raise output_error(path, error) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells the next run that somebody still writes here
-        yield Temporary(temporary, fd)
-        os.fsync(fd)
-        _take_name(temporary, real, path, overwrite, fd)
+        yield temporary
+        os.fsync(temporary.fd)
+        _take_name(temporary, real, path, overwrite)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
-        os.close(fd)
+        os.close(temporary.fd)
         with suppress(FileNotFoundError):
-            os.unlink(temporary)
+            os.unlink(temporary.path)
 
 
-def _take_name(temporary: str, real: str, path: str, overwrite: bool, fd: int) -> None:
-    if overwrite and os.path.exists(real):
-        os.fchmod(fd, stat.S_IMODE(os.stat(real).st_mode))
-        os.replace(temporary, real)
+def _create(start: str) -> Temporary:
+    """A new file under a name of its own, locked for as long as somebody writes to it."""
+    while True:
+        path = f"{start}{secrets.token_hex(6)}.tmp"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(fd)
+            if os.path.exists(path):
+                return Temporary(path, fd)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            os.close(fd)
+            raise
+        os.close(fd)  # another run swept it away in the moment before it was locked
+
+
+def _lock(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise  # a file system without locks: nothing can be swept there, and nothing is
+
+
+def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> None:
+    if overwrite:
+        with suppress(FileNotFoundError):
+            os.fchmod(temporary.fd, stat.S_IMODE(os.stat(real).st_mode))
+        os.replace(temporary.path, real)
     else:
         try:
-            os.link(temporary, real)  # unlike rename, it never replaces what another run has just put there
+            os.link(temporary.path, real)  # unlike rename, it never replaces what another run has just put there
         except FileExistsError:
-            raise OutputError("exists already", path=path, hint="add --overwrite to replace it, or choose another path") from None
+            raise _taken(path) from None
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            os.rename(temporary, real)  # a file system without hard links
+            if os.path.lexists(real):
+                raise _taken(path) from None
+            os.rename(temporary.path, real)  # a file system without hard links
     sync_folder(os.path.dirname(real))
+
+
+def _taken(path: str) -> OutputError:
+    return OutputError("exists already", path=path, hint="add --overwrite to replace it, or choose another path")
 
 
 def sync_folder(folder: str) -> None:
@@ -120,11 +153,11 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def _sweep(folder: str, name: str) -> None:
+def _sweep(folder: str, head: str) -> None:
     """Take away what a killed run over the same output left: its lock is gone with it."""
-    for stale in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name[:100])}{_MARK}*.tmp")):
+    for stale in glob.glob(os.path.join(glob.escape(folder), f"{glob.escape(head)}*.tmp")):
         with suppress(OSError):
-            fd = os.open(stale, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(stale, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(stale)

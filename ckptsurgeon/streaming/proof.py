@@ -34,10 +34,10 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
     archive = formats.read(path)
     found = archive.state_dicts[0]
     problems: list[str] = []
-    names = {item.name for item in expected}
-    problems += [f"{name}: is not in the file" for name in names - found.tensors.keys()]
-    problems += [f"{name}: is in the file, and not in the plan" for name in found.tensors.keys() - names]
-    if repr(dict(found.entries)) != repr(dict(entries)):
+    names = {item.name: None for item in expected}
+    problems += [f"{name}: is not in the file" for name in names if name not in found.tensors]
+    problems += [f"{name}: is in the file, and not in the plan" for name in found.tensors if name not in names]
+    if repr(_plain(found.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
         problems.append("the values that are no tensors differ")
     with open_regular(path) as file:
         for item in expected:
@@ -54,6 +54,13 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
             problems=tuple(problems),
             hint="run it again; if it stays so, check the disk and report it",
         )
+
+
+def _plain(value: Any) -> Any:
+    """Every kind of mapping as a dict, since that is what a file holds."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _same(fd: int, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:

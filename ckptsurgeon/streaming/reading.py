@@ -16,18 +16,20 @@ from types import TracebackType
 from typing import BinaryIO
 
 from ckptsurgeon.errors import FormatError, StaleError
-from ckptsurgeon.formats.files import OpenFile, open_regular
-from ckptsurgeon.streaming.kernel import chunks
+from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
+from ckptsurgeon.streaming.kernel import BUFFER, chunks
+from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Reader:
     """The open files of some checkpoints; a context manager."""
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
-        self._stamps: dict[str, FileStamp] = {stamp.path: stamp for found in checkpoints for stamp in found.files}
+        self._stamps: dict[str, FileStamp] = {}
+        for seen in (seen for found in checkpoints for seen in found.files):
+            if self._stamps.setdefault(seen.path, seen) != seen:
+                raise _changed(seen.path)  # between the reading of two headers
         self._files: dict[str, OpenFile] = {}
         self._inflated: dict[tuple[str, int], BinaryIO] = {}
         self._maps: dict[int, mmap.mmap] = {}
@@ -52,7 +54,7 @@ class Reader:
         file = self._open(span.file)
         if span.packed is None:
             return file.fd, span.offset
-        place = (span.file, span.packed.offset)
+        place = span.file, span.packed.offset
         if place not in self._inflated:
             self._inflated[place] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             _inflate(file, span.packed, self._inflated[place])
@@ -67,11 +69,7 @@ class Reader:
         for chunk in chunks(fd, offset, tensor.span.nbytes):
             data[position : position + len(chunk)] = chunk
             position += len(chunk)
-        if tensor.contiguous:
-            return data
-        from ckptsurgeon.streaming.values import densify
-
-        return densify(tensor, data)
+        return data if tensor.contiguous else densify(tensor, data)
 
     def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
@@ -94,16 +92,10 @@ class Reader:
 
     def check_unchanged(self) -> None:
         """Raises StaleError when a file that was read is no longer what it was."""
+        # A file that was replaced or taken away since it was opened is still whole for us.
         for path, file in self._files.items():
-            status = os.fstat(file.fd)
-            try:
-                named = os.stat(path)
-            except OSError:
-                named = status  # taken away after it was opened: what we read is still whole
-            for seen in (status, named):
-                same_file = (seen.st_ino, seen.st_dev) == (file.stamp.inode, file.stamp.device)
-                if same_file and (seen.st_size, seen.st_mtime_ns) != (file.stamp.size, file.stamp.mtime_ns):
-                    raise _changed(path)
+            if stamp(path, os.fstat(file.fd)) != file.stamp:
+                raise _changed(path)
 
 
 def _changed(path: str) -> StaleError:
@@ -115,9 +107,10 @@ def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
     total = 0
     for chunk in chunks(file.fd, packed.offset, packed.nbytes):
         data: bytes | memoryview = chunk
-        while data and not inflate.eof:
+        more = True
+        while more:
             try:
-                part = inflate.decompress(data, 1 << 22)
+                part = inflate.decompress(data, BUFFER)
             except zlib.error as error:
                 raise FormatError("has a damaged deflated entry", path=file.path, hint="copy or download it again") from error
             total += len(part)
@@ -125,6 +118,7 @@ def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
                 break
             output.write(part)
             data = inflate.unconsumed_tail
-    if total != packed.size:
-        raise FormatError("has a deflated entry of another length than it says", path=file.path)
+            more = bool(data) or len(part) == BUFFER
+    if total != packed.size or not inflate.eof or inflate.unused_data:
+        raise FormatError("has a deflated entry of another length than it says", path=file.path, hint="copy or download it again")
     output.flush()

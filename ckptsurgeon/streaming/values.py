@@ -6,6 +6,7 @@ torch is imported inside the functions: a merge that only moves bytes never load
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING
@@ -19,8 +20,11 @@ from ckptsurgeon.tensors import TensorMeta
 if TYPE_CHECKING:
     import torch
 
+Buffer = bytes | bytearray | memoryview
+PIECE = 1 << 18  # elements cast at a time: what is counted about them takes some ten times their memory
 
-def tensor_from(data: bytes | bytearray | memoryview, dtype: str) -> torch.Tensor:
+
+def tensor_from(data: Buffer, dtype: str) -> torch.Tensor:
     """A one-dimensional tensor over `data` (not copied) of the dtype with safetensors' code `dtype`."""
     import torch
 
@@ -33,7 +37,7 @@ def tensor_from(data: bytes | bytearray | memoryview, dtype: str) -> torch.Tenso
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """A CPU tensor's elements, densely in row-major order, without NumPy and for every dtype."""
-    dense = tensor.detach().contiguous()
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return ctypes.string_at(dense.data_ptr(), dense.numel() * dense.element_size()) if dense.numel() else b""
 
 
@@ -44,43 +48,46 @@ def densify(tensor: TensorMeta, data: bytearray) -> bytearray:
     return bytearray(bytes_of(tensor_from(data, tensor.dtype).as_strided(tensor.shape, tensor.stride)))
 
 
-def cast(key: str, parts: Iterable[bytes | bytearray | memoryview], source: str, target: str) -> tuple[Iterator[bytes], list[Cast]]:
-    """Cast a tensor's bytes, part by part (each a whole number of elements), from dtype code `source` to `target`.
+def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: list[Cast]) -> Iterator[bytes]:
+    """A tensor's bytes, part by part (each a whole number of elements), cast from dtype code `source` to `target`.
 
-    Returns the cast parts, and a list that holds the `Cast` once they are consumed.
+    What was lost is added to `casts` when the last part is taken.
     """
-    found: list[Cast] = []
+    import torch
 
-    def run() -> Iterator[bytes]:
-        import torch
-
-        total = Cast(key, source, target)
-        for part in parts:
-            given = tensor_from(part, source)
-            wanted = given.to(getattr(torch, BY_CODE[target].torch))
+    kind = getattr(torch, BY_CODE[target].torch)
+    total = Cast(key, source, target)
+    for part in parts:
+        whole = tensor_from(part, source)
+        for start in range(0, whole.numel(), PIECE):
+            given = whole[start : start + PIECE]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that an imaginary part is left out, which is counted here
+                wanted = given.to(kind)
             total = _add(total, _losses(key, given, wanted, source, target))
             yield bytes_of(wanted)
-        found.append(total)
-
-    return run(), found
+    casts.append(total)
 
 
 def refuse_losses(casts: Iterable[Cast], allowed: Iterable[str]) -> None:
     """Overflow and truncation are errors unless a pattern of `allowed` names the key: CastError for all of them at once."""
     patterns = [compile_pattern(pattern) for pattern in allowed]
-    problems = []
-    for found in casts:
-        if (found.overflowed or found.truncated) and not any(pattern.match(found.key) is not None for pattern in patterns):
-            counts = ((found.overflowed, "overflow"), (found.truncated, "are truncated"))
-            lost = " and ".join(f"{count} values {word}" for count, word in counts if count)
-            problems.append(f"{found.key}: {found.source_dtype} to {found.target_dtype}: {lost}")
-    if problems:
-        name = problems[0].partition(":")[0]
+    refused = [
+        found
+        for found in casts
+        if (found.overflowed or found.truncated) and not any(pattern.match(found.key) is not None for pattern in patterns)
+    ]
+    if refused:
         raise CastError(
             "casts that would not keep the values",
-            problems=tuple(problems),
-            hint=f"keep the source's dtype (--dtype source), or allow it by name: --allow-cast {name!r}",
+            problems=tuple(f"{found.key}: {found.source_dtype} to {found.target_dtype}: {_lost(found)}" for found in refused),
+            hint=f"keep the source's dtype (--dtype source), or allow it by name: --allow-cast {refused[0].key!r}",
         )
+
+
+def _lost(found: Cast) -> str:
+    counts = ((found.overflowed, "overflow"), (found.truncated, "truncated"))
+    return " and ".join(f"{count} value{'s' if count > 1 else ''} {word}" for count, word in counts if count)
 
 
 def reported(casts: Iterable[Cast]) -> tuple[Cast, ...]:
@@ -123,8 +130,9 @@ def _losses(key: str, given: torch.Tensor, wanted: torch.Tensor, source: str, ta
         info = torch.iinfo(getattr(torch, BY_CODE[target].torch))
         if before.is_floating_point():
             # 2**63 itself is a float, the largest integer below it is not.
-            overflowed = ~finite | (before < float(info.min)) | (before >= float(info.max) + 1.0)
-            truncated += int((finite & ~overflowed & (before != before.trunc())).sum())
+            whole = before.trunc()
+            overflowed = ~finite | (whole < float(info.min)) | (whole >= float(info.max) + 1.0)
+            truncated += int((~overflowed & (before != whole)).sum())
         else:
             overflowed = (before < info.min) | (before > min(info.max, (1 << 63) - 1))
     else:
@@ -150,7 +158,7 @@ def _wide(tensor: torch.Tensor, code: str) -> torch.Tensor:
     return tensor.to(torch.int64 if exact else torch.float64)
 
 
-def count_non_finite(parts: Iterable[bytes | bytearray | memoryview], dtype: str) -> int:
+def count_non_finite(parts: Iterable[Buffer], dtype: str) -> int:
     """How many values of a tensor's bytes (part by part, each whole elements) are NaN or infinite; 0 for integers."""
     if BY_CODE[dtype].kind not in ("float", "complex"):
         return 0

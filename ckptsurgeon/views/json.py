@@ -7,7 +7,7 @@ from typing import Any
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.report import CheckReport, Finding, Report, Verification
 from ckptsurgeon.surgery.compare import Diff
-from ckptsurgeon.tensors import Archive, Coverage, Refused
+from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
 
 VERSION = 1
 
@@ -26,21 +26,21 @@ def error(found: CheckpointError) -> dict[str, Any]:
     return {"version": VERSION, "error": {**body, "problems": list(found.problems)}}
 
 
-def archive(found: Archive, root: str | None = None) -> dict[str, Any]:
-    """`inspect`; `tensors` are those of the named root, or of the first."""
-    chosen = next((one for one in found.state_dicts if one.root == root), found.state_dicts[0])
+def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
+    """`inspect`; `tensors` are those of the chosen root, or of the first."""
+    shown = chosen or found.state_dicts[0]
     return {
         "version": VERSION,
         "path": found.path,
         "format": found.format,
         "fingerprint": found.fingerprint,
-        "root": chosen.root,
+        "root": shown.root,
         "roots": [{"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes} for one in found.state_dicts],
         "tensors": [
             {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
-            for key, tensor in chosen.tensors.items()
+            for key, tensor in shown.tensors.items()
         ],
-        "refused": {key: entry.reason for key, entry in chosen.entries.items() if isinstance(entry, Refused)},
+        "refused": {key: entry.reason for key, entry in shown.entries.items() if isinstance(entry, Refused)},
         "globals": list(found.globals),
         "metadata": dict(found.metadata),
         "provenance": None if found.provenance is None else dict(found.provenance),

@@ -1,0 +1,81 @@
+"""The text of `diff`, and the command that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptsurgeon.gates import words as coverage_words
+from ckptsurgeon.surgery.compare import Diff, Hint
+from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.views.text.words import count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
+
+RENAMES = 4  # likely renames that the next command takes in
+
+
+def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Sequence[Rule] = ()) -> str:
+    """What matches, what does not and why, coverage, and the command to run next, with the `rules` that this diff was made with."""
+    most = most_rows(verbose)
+    root = f" (root {name(found.root)})" if found.root else ""
+    lines = [f"{name(found.source)}{root} → {name(found.target)}"]
+    if found.prefix:
+        lines.append(f"  {name(found.prefix)}")
+    lines.append(heading("matched", len(found.matched)))
+    if verbose:
+        lines += keys(found.matched, width, None)
+    lines.append(heading("mismatched", len(found.mismatched), "in both, with another shape: source → target"))
+    lines += folded([(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched], width, most)
+    lines.append(heading("missing", len(found.missing), "only in the target"))
+    lines += keys(found.missing, width, most)
+    lines.append(heading("extra", len(found.extra), "only in the source"))
+    lines += keys(found.extra, width, most)
+    if found.dropped:
+        lines += [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most)]
+    if found.dtype_changed:
+        lines.append(heading("other dtype", len(found.dtype_changed), "matched; cast when merged"))
+        lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most)
+    if found.refused:
+        lines.append(heading("refused", len(found.refused), "not told without running the file; leave out with --drop"))
+        lines += table(list(found.refused.items()), width, most)
+    done, total = found.coverage.counts
+    lines.append(f"Coverage {coverage_words(found.coverage)} ({done} of {count(total, 'tensor')}).")
+    return fitted([*lines, *_next(found, rules, width)], width)
+
+
+def _next(found: Diff, rules: Sequence[Rule], width: int | None) -> list[str]:
+    renames = rename_hints(found.hints)
+    lines = []
+    if renames:
+        shown = "; ".join(f"{name(one)} → {name(other)}" for one, other in renames[:RENAMES])
+        more = len(renames) - RENAMES
+        lines.append(f"Likely renamed: {shown}{f' and {more} more' if more > 0 else ''}")
+    if found.matched or renames:
+        return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
+    return [*lines, pasted("Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source], width)]
+
+
+def rename_hints(hints: Sequence[Hint]) -> list[tuple[str, str]]:
+    """Hints as renames, of whole modules where a key has one.
+
+    >>> rename_hints([Hint("dense2.weight", "fc2.weight"), Hint("dense2.bias", "fc2.bias"), Hint("scale", "gain")])
+    [('fc2.{p}', 'dense2.{p}'), ('gain', 'scale')]
+    """
+    return list(dict.fromkeys(_renamed(hint.extra, hint.missing) for hint in hints))
+
+
+def _renamed(extra: str, missing: str) -> tuple[str, str]:
+    one, other = extra.rpartition("."), missing.rpartition(".")
+    whole = one[0] and other[0] and one[2] == other[2]
+    return (f"{one[0]}.{{p}}", f"{other[0]}.{{p}}") if whole else (extra, missing)
+
+
+def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Sequence[Rule] = ()) -> list[str]:
+    """The words of the command that follows a diff: `verify` where the file fits as it is, else `merge`."""
+    root = ["--root", found.root] if found.root else []
+    if found.same and not (found.dropped or rules or found.prefix):
+        return ["ckptsurgeon", "verify", found.source, found.target, *root]
+    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
+    for rule in rules:
+        words += [f"--{rule.kind}", rule.pattern, *([rule.result] if rule.result else [])]
+    for one, other in renames[:RENAMES]:
+        words += ["--rename", one, other]
+    return words

@@ -1,0 +1,72 @@
+"""The texts of what was done or would be used: `merge`, `apply` and `transfer`, `skeleton`, `groups`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from ckptsurgeon.gates import words as coverage_words
+from ckptsurgeon.report import Cast, Report
+from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.views.folding import fold_siblings
+from ckptsurgeon.views.text.checked import proved
+from ckptsurgeon.views.text.words import broken, count, findings, fitted, folded, heading, keys, listing, most_rows, name, size, table
+
+
+def report(found: Report, verbose: bool = False, width: int | None = None) -> str:
+    """What a merge, an apply or a transfer did."""
+    most = most_rows(verbose)
+    where = f"Wrote {name(found.output)} ({size(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
+    lines = [f"{where}: coverage {coverage_words(found.coverage)}", heading("transferred", len(found.transferred))]
+    if verbose:
+        lines += keys(found.transferred, width, None)
+    if found.kept:
+        lines += [heading("kept", len(found.kept), "the target's own values"), *keys(found.kept, width, most)]
+    lines += [heading("fresh", len(found.fresh), "initialised, not from the source"), *keys(found.fresh, width, most)]
+    lines.append(heading("dropped", len(found.dropped), "of the source"))
+    lines += folded([(key, (reason,)) for key, reason in found.dropped], width, most)
+    if found.casts:
+        lines += [heading("lossy casts", len(found.casts)), *_casts(found.casts, width, most)]
+    lines += findings(found.findings, verbose, width)
+    return fitted([*lines, *([f"  {proved(found.verification)}"] if found.verification is not None else [])], width)
+
+
+def _casts(casts: Sequence[Cast], width: int | None, most: int | None) -> list[str]:
+    """A row for each cast; of many, a row for each pair of dtypes."""
+    if most is None or len(casts) <= most:
+        rows = [(c.key, f"{c.source_dtype} → {c.target_dtype}", _loss(c.changed, c.largest_error)) for c in casts]
+        return table(rows, width, most)
+    pairs: dict[str, list[Cast]] = {}
+    for cast in casts:
+        pairs.setdefault(f"{cast.source_dtype} → {cast.target_dtype}", []).append(cast)
+    rows = [
+        (pair, count(len(same), "tensor"), _loss(sum(c.changed for c in same), max(c.largest_error for c in same)))
+        for pair, same in pairs.items()
+    ]
+    return table(rows, width, most)
+
+
+def _loss(changed: int, largest: float) -> str:
+    return f"{count(changed, 'value')} changed, by at most {largest:.3g}"
+
+
+def skeleton(found: Checkpoint, output: str) -> str:
+    """What was saved of a target."""
+    return f"Wrote {name(output)}: {count(len(found), 'tensor')} of {name(found.path)}, {count(found.numel, 'element')}"
+
+
+def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int | None = None) -> str:
+    """A row per parameter group."""
+    decay = any(row["weight_decay"] is not None for row in rows)
+    headers = ["group", "lr", *(["weight decay"] if decay else []), "tensors", "parameters"]
+    cells = []
+    for row in rows:
+        decays = [f"{row['weight_decay']:g}" if row["weight_decay"] is not None else ""] if decay else []
+        params = list(row["params"]) if verbose else fold_siblings(row["params"])
+        cells.append([name(row["name"]), f"{row['lr']:g}", *decays, str(len(row["params"])), listing(params, None if verbose else 6)])
+    before = sum(max(len(row[place]) for row in [headers, *cells]) + 2 for place in range(len(headers) - 1))
+    if width is not None:
+        cells = [[*row[:-1], "\n".join(broken(row[-1], max(width - before, 24)))] for row in cells]
+    return tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)

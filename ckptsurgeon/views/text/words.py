@@ -1,0 +1,171 @@
+"""The parts that all texts are made of: sizes, shapes, counted headings, aligned rows, folded keys and findings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Hashable, Iterable, Sequence
+
+from tabulate import tabulate
+
+from ckptsurgeon.errors import printable
+from ckptsurgeon.report import Finding
+from ckptsurgeon.views.folding import fold, fold_siblings
+
+MOST = 12  # rows of one kind before the rest is counted
+LONGEST = 200  # characters of a finding, where a library's own words may run on
+_BREAKS = re.compile(r"[^ ,]*[ ,]*")
+
+Row = Sequence[str]
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them.
+
+    >>> size(1536)
+    '1.5 KB'
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TB"
+
+
+def shape(dims: Sequence[int]) -> str:
+    """A shape as torch writes it.
+
+    >>> shape((10, 84)), shape((6,)), shape(())
+    ('(10, 84)', '(6,)', '()')
+    """
+    return f"({', '.join(map(str, dims))}{',' if len(dims) == 1 else ''})"
+
+
+def name(text: object) -> str:
+    """A key, path or reason on one line, whatever stands in it; quoted where its ends could not be seen.
+
+    >>> name("a\\nb"), name(" a")
+    ('a\\\\nb', "' a'")
+    """
+    words = printable(text).replace("\n", "\\n")
+    return words if words and words == words.strip() else f"'{words}'"
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> count(1, "tensor"), count(2, "tensor")
+    ('1 tensor', '2 tensors')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def heading(word: str, number: int, words: str = "") -> str:
+    """A counted heading; its words are said only of something."""
+    return f"  {word:<11} {number:>5}" + (f"   {words}" if number and words else "")
+
+
+def listing(names: Sequence[object], most: int | None = 8) -> str:
+    """Names on one line, the rest counted."""
+    shown = names[:most]
+    return ", ".join(name(one) for one in shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def most_rows(verbose: bool) -> int | None:
+    """How many rows of one kind are shown; None for all."""
+    return None if verbose else MOST
+
+
+def table(rows: Iterable[Row], width: int | None, most: int | None = MOST) -> list[str]:
+    """Rows as aligned columns, indented; rows beyond `most` are counted. The last cell of a row that is too wide stands below."""
+    cells = [[name(cell) for cell in row] for row in rows]
+    shown = cells if most is None or len(cells) <= most + 1 else cells[:most]
+    lines = []
+    for line, head, row in zip(_aligned(shown), _aligned([row[:-1] for row in shown]), shown, strict=True):
+        lines += [line] if width is None or len(line) <= width or len(row) == 1 else [head, f"        {row[-1]}"]
+    return lines + ([f"    … and {len(cells) - len(shown)} more (-v shows all)"] if len(cells) > len(shown) else [])
+
+
+def _aligned(rows: Sequence[Row]) -> list[str]:
+    if not any(rows):
+        return [""] * len(rows)
+    return [f"    {line}".rstrip() for line in tabulate(rows, tablefmt="plain", disable_numparse=True).splitlines()]
+
+
+def fitted(lines: Iterable[str], width: int | None) -> str:
+    """Lines as one text; those wider than the terminal go on below, further in. Commands to paste come with their own breaks."""
+    whole = []
+    for line in lines:
+        if width is None or len(line) <= width or "\n" in line:
+            whole.append(line)
+            continue
+        inner = line.lstrip()
+        indent = len(line) - len(inner)
+        first, *rest = broken(inner, width - indent - 4)
+        whole += [" " * indent + first, *(" " * (indent + 4) + more for more in rest)]
+    return "\n".join(whole)
+
+
+def broken(text: str, room: int) -> list[str]:
+    """Text in lines of at most `room` columns, broken after spaces and commas; a longer word stays whole.
+
+    >>> broken("norm1.{weight,bias,running_mean}", 20)
+    ['norm1.{weight,bias,', 'running_mean}']
+    """
+    lines = [""]
+    for piece in _BREAKS.findall(text):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > room:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
+def folded(rows: Iterable[tuple[str, tuple[str, ...]]], width: int | None, most: int | None = MOST) -> list[str]:
+    """Keys with what is said of each, folded where the same is said."""
+    return table([(row.key, *_cells(row.common)) for row in fold(rows)], width, most)
+
+
+def _cells(common: Hashable) -> tuple[str, ...]:
+    return common if isinstance(common, tuple) else (str(common),)
+
+
+def keys(found: Iterable[str], width: int | None, most: int | None = MOST) -> list[str]:
+    """Bare keys: folded, or, with `most` None, one a line."""
+    return table([(key,) for key in (found if most is None else fold_siblings(found))], width, most)
+
+
+def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list[str]:
+    """Findings, those that say the same of several keys together (a note without the keys); the rest beyond a dozen counted."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for finding in found:
+        together.setdefault((finding.level, finding.message), []).extend([finding.key] if finding.key is not None else [])
+    lines: list[str] = []
+    most = most_rows(verbose)
+    shown = list(together.items())[:most]
+    for (level, message), named in shown:
+        words = message if verbose or len(message) <= LONGEST else f"{message[:LONGEST].rstrip()} … (-v shows all)"
+        if len(named) > 1:
+            lines.append(f"  {level}: {count(len(named), 'tensor')}: {name(words)}")
+            lines += keys(named, width, most) if level != "note" or verbose else []
+        else:
+            lines.append(f"  {level}: {''.join(f'{name(key)}: ' for key in named)}{name(words)}")
+    rest = len(together) - len(shown)
+    return lines + ([f"  … and {count(rest, 'finding')} more (-v shows all)"] if rest else [])
+
+
+def pasted(label: str, words: Sequence[str], width: int | None) -> str:
+    """A command ready to paste; where it is wider than the terminal, over several lines, broken before its options."""
+    line = f"{label} {name(shlex.join(words))}"
+    if width is None or len(line) <= width:
+        return line
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("-"):
+            parts.append([])
+        parts[-1].append(word)
+    lines = ["  "]
+    for part in (name(shlex.join(part)) for part in parts):
+        if len(lines[-1]) + len(part) + 3 > width and lines[-1].strip():
+            lines.append("      ")
+        lines[-1] += part if not lines[-1].strip() else f" {part}"
+    return "\n".join([label, " \\\n".join(lines)])

@@ -1,0 +1,182 @@
+"""How a run ends: 0 yes or done, 1 a true no, 2 could not answer, 130 interrupted; and what goes to which stream then."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROGRAM
+
+NET, VARIANT = "model:Net", "variants:NetVariant"
+
+
+def test_zero(program):
+    for words in (("--version",), ("--help",), ("inspect", "net_params.pkl"), ("check", "net_params.pkl")):
+        ended = program(*words)
+        assert ended.code == 0 and ended.err == "" and ended.out
+
+
+def test_no_command_shows_the_help_on_stderr(program):
+    ended = program()
+    assert ended.code == 2 and ended.out == "" and ended.err.startswith("Usage: ckptsurgeon ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("diff", "net_params.pkl", VARIANT, "--exit-code"),
+        ("diff", "net_params.pkl", VARIANT, "--strict"),
+        ("verify", "net_params.pkl", VARIANT),
+        ("merge", "net_params.pkl", VARIANT, "-o", "out.pt", "--strict"),
+        ("merge", "net_params.pkl", VARIANT, "-o", "out.pt", "--min-coverage", "0.9"),
+        ("merge", "net_params.pkl", "other.pt", "-o", "out.pt"),
+        ("plan", "net_params.pkl", "other.pt", "-o", "plan.json"),
+        ("check", "net_params.pkl", "--against", VARIANT),
+        ("check", "missing.pt"),
+        ("check", "model.py", "net_params.pkl"),
+        ("groups", "net_params.pkl", VARIANT, "--lr", "1e-3", "--fresh-lr", "1e-2"),
+    ],
+    ids=" ".join,
+)
+def test_one_is_a_true_no(place, files, run, words):
+    torch.save({"other": torch.zeros(3)}, "other.pt")
+    before = files()
+    ended = run(*words)
+    assert ended.code == 1 and "Traceback" not in ended.err and files() == before
+    assert run(*words, "--json").code == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dif", "net_params.pkl", NET),
+        ("diff", "net_params.pkl"),
+        ("diff", "net_params.pkl", NET, "--nonsense"),
+        ("merge", "net_params.pkl", NET),
+        ("merge", "net_params.pkl", NET, "-o", "x.pt", "--rename", "only-one"),
+        ("merge", "net_params.pkl", NET, "-o", "x.pt", "--dtype", "F8"),
+        ("merge", "net_params.pkl", NET, "-o", "x.pt", "--min-coverage", "2"),
+        ("merge", "net_params.pkl", NET, "-o", "x.pt", "--seed", "-1"),
+        ("groups", "net_params.pkl", NET, "--lr", "fast"),
+        ("check",),
+    ],
+    ids=" ".join,
+)
+def test_two_for_a_command_line_that_is_not_well_formed(run, files, words):
+    before = files()
+    ended = run(*words)
+    assert ended.code == 2 and ended.out == "" and files() == before
+    first, last = ended.err.splitlines()[0], ended.err.splitlines()[-1]
+    assert first.startswith("error: ") and last.startswith("  try: ckptsurgeon ") and last.endswith("--help")
+    as_json = run(*words, "--json")
+    assert as_json.code == 2 and as_json.err == ""
+    assert as_json.json["version"] == 1 and as_json.json["error"]["type"] == "UsageError" and as_json.json["error"]["hint"]
+
+
+def test_an_error_under_json_stands_on_stdout_with_the_same_code(run):
+    ended = run("inspect", "missing.pt", "--json")
+    assert ended.code == 2 and ended.err == ""
+    assert ended.json["error"] | {"hint": "", "problems": []} == {
+        "type": "UnreadableError",
+        "message": "missing.pt: does not exist",
+        "path": "missing.pt",
+        "key": None,
+        "hint": "",
+        "problems": [],
+    }
+    no = run("merge", "net_params.pkl", VARIANT, "-o", "x.pt", "--min-coverage", "0.9", "--json")
+    assert no.code == 1 and no.json["error"]["type"] == "CoverageError"
+
+
+def test_quiet_leaves_out_the_notes_but_not_the_errors(run):
+    assert run("diff", "net_params.pkl", NET, "-q").err == ""
+    ended = run("diff", "missing.pt", NET, "-q")
+    assert ended.code == 2 and ended.err.startswith("error: missing.pt")
+
+
+def test_verbose_shows_every_key(run):
+    short, long = (run("diff", "net_params.pkl", VARIANT, *flag).out for flag in ((), ("-v",)))
+    assert "norm1.{weight,bias,running_mean,running_var,num_batches_tracked}" in short and "conv1.weight" not in short
+    for key in ("norm1.running_mean", "conv1.weight", "fc2.bias"):
+        assert f"    {key}\n" in long
+
+
+def on_a_terminal(words: list[str], **env: str) -> str:
+    """What a terminal gets of a run's two streams."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*PROGRAM, *words], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env={**os.environ, **env})
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not piece:
+            break
+        seen += piece
+    process.wait(60)
+    os.close(ours)
+    return seen.decode().replace("\r\n", "\n")
+
+
+def test_colour_on_a_terminal_only_and_not_under_no_color(place, run):
+    assert "\x1b[" in on_a_terminal(["inspect", "missing.pt"], NO_COLOR="")
+    assert "\x1b[" not in on_a_terminal(["inspect", "missing.pt"], NO_COLOR="1")
+    assert "\x1b[" not in run("inspect", "missing.pt").err
+
+
+def test_a_narrow_terminal_gets_no_long_lines_and_a_pipe_one_row_a_line(place):
+    words = ["diff", "net_params.pkl", "base.pt"]
+    subprocess.run([*PROGRAM, "merge", "net_params.pkl", VARIANT, "-o", "base.pt"], check=True, capture_output=True)
+    narrow = on_a_terminal(words, COLUMNS="60")
+    assert max(map(len, narrow.splitlines())) <= 66  # a folded key stays whole
+    assert "Next:\n  ckptsurgeon merge net_params.pkl base.pt -o merged.pt \\\n      --rename" in narrow
+    piped = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, env={**os.environ, "COLUMNS": "60"}).stdout
+    assert "\nNext: ckptsurgeon merge net_params.pkl base.pt -o merged.pt --rename" in piped
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(place, files, sent, code):
+    (place / "slow.py").write_text(
+        "import pathlib, time\nfrom model import Net as Quick\n"
+        "class Net(Quick):\n    def __init__(self):\n        super().__init__()\n"
+        "        if next(self.parameters()).device.type == 'cpu':\n"
+        "            pathlib.Path('started').touch()\n            time.sleep(60)\n"
+    )
+    before = files()
+    process = subprocess.Popen(
+        [*PROGRAM, "merge", "net_params.pkl", "slow:Net", "-o", "out.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not Path("started").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code and out == "" and "Traceback" not in err
+    assert sent != signal.SIGINT or err.endswith("interrupted\n")
+    Path("started").unlink()
+    assert files() == before
+
+
+def test_a_reader_that_goes_early_is_no_error(place):
+    torch.save({f"layer{chr(97 + n % 26)}{n}x{n * n}": torch.zeros(n + 1) for n in range(5000)}, "many.pt")
+    process = subprocess.Popen([*PROGRAM, "inspect", "-v", "many.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith(b"many.pt: ")
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_stdout_is_an_error_without_a_traceback(place):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PROGRAM, "inspect", "net_params.pkl"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "error: No space left on device\n"
