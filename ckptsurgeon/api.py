@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon import gates, opening
 from ckptsurgeon.checking import check_files
-from ckptsurgeon.errors import OutputError, PlanError, TargetError
+from ckptsurgeon.errors import ModelError, OutputError, PlanError, TargetError
 from ckptsurgeon.opening import Given, Note, Target, silent
 from ckptsurgeon.provenance import record
 from ckptsurgeon.proving import verify_written
@@ -20,8 +20,10 @@ from ckptsurgeon.report import CheckReport, Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free
+from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.surgery import planfile
 from ckptsurgeon.surgery.compare import Diff, compare
+from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.plan import Plan, make_plan
 from ckptsurgeon.surgery.rules import Rule, from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -92,7 +94,7 @@ def diff(
     """
     goal = opening.open_target(target, note=note).checkpoint
     given = opening.open_source(source, root=root, target=goal)
-    return compare(given, goal, rules or from_arguments(rename, drop))
+    return compare(given, goal, (*from_arguments(rename, drop), *rules))
 
 
 def plan(
@@ -117,7 +119,7 @@ def plan(
         sources: a path or `Checkpoint`, or several.
         target: a spec, model, skeleton or file; None converts the one source.
         root: which nested dict of the sources is meant.
-        rename, drop, init: rules in DESIGN's patterns; or `rules`, in an order of their own.
+        rename, drop, init: rules in DESIGN's patterns; `rules`, in an order of their own, come after them.
         dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
         seed: for the model's constructor and the named schemes.
         allow_cast: patterns of keys whose casts may overflow or truncate.
@@ -129,7 +131,7 @@ def plan(
         CoverageError, StrictError: the plan is a no.
         PlanError: nothing says what a key gets.
     """
-    chosen = rules or from_arguments(rename, drop, init)
+    chosen = (*from_arguments(rename, drop, init), *rules)
     goal = None if target is None else opening.open_target(target, note=note)
     _, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
     gates.check(made, min_coverage=min_coverage, strict=strict)
@@ -150,8 +152,16 @@ def _decide(
     if not given or (wanted is None and len(given) > 1):
         raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
     found = [opening.open_source(one, root=root, target=wanted) for one in given]
-    made = make_plan(found, wanted, rules, dtype=dtype, seed=seed, allow_cast=allow_cast)
+    made = make_plan(found, wanted, rules, dtype=dtype, seed=seed, allow_cast=_patterns(allow_cast))
     return found, replace(made, text=text.plan(made))
+
+
+def _patterns(given: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that are well formed, one or several; found out before anything is written."""
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
+        compile_pattern(pattern)
+    return patterns
 
 
 def merge(
@@ -201,7 +211,7 @@ def merge(
     """
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
-    chosen = rules or from_arguments(rename, drop, init)
+    chosen = (*from_arguments(rename, drop, init), *rules)
     goal = None if target is None else opening.open_target(target, note=note)
     found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
@@ -210,7 +220,7 @@ def merge(
             goal = settled
             found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
     gates.check(made, min_coverage=min_coverage, strict=strict)
-    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
+    how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
     return _carry_out(made, found, goal, how, device if verify else None, finite)
 
 
@@ -240,11 +250,11 @@ def apply(
     found = [opening.open_source(source.path, root=source.root) for source in made.sources]
     goal = None
     if made.target is not None:
-        goal = opening.open_target(made.target.spec, root=made.target.root or None, note=note)
+        goal = opening.open_planned(made.target, note)
         if goal.build is not None and (made.needs_model or verify):
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
-    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
+    how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
     return _carry_out(made, found, goal, how, device if verify else None, finite)
 
 
@@ -275,6 +285,8 @@ def output_format(output: Path, format: str | None = None) -> str:
 
 def _carry_out(made: Plan, found: Sequence[Checkpoint], goal: Target | None, how: Output, device: str | None, finite: bool) -> Report:
     wanted = None if goal is None else goal.checkpoint
+    if how.tied not in ("copy", "alias"):
+        raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
     verification: list[Verification] = []
 
     def prove(path: str) -> None:
@@ -292,8 +304,19 @@ def _values(made: Plan, goal: Target | None) -> Values | None:
     from ckptsurgeon.models.values import extra_state, make_provider
 
     model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
+    provide = make_provider(model, schemes, goal.checkpoint, made.seed)
     extra = extra_state(model) if model is not None else {}
-    return Values(make_provider(model, schemes, goal.checkpoint, made.seed), extra.__getitem__)
+    leaders = {key: group[0] for group in made.ties for key in group}
+
+    def initial(key: str) -> Buffer:
+        return provide(leaders.get(key, key))  # tied keys are one tensor, with one value
+
+    def own_extra(key: str) -> Any:
+        if key not in extra:
+            raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
+        return extra[key]
+
+    return Values(initial, own_extra)
 
 
 def _report(made: Plan, written: Written, output: str, verification: Verification | None) -> Report:
@@ -394,8 +417,9 @@ def transfer(
     """
     from ckptsurgeon import training
 
-    chosen = rules or from_arguments(rename, drop, init)
-    return training.transfer(source, model, chosen, root=root, seed=seed, allow_cast=allow_cast, min_coverage=min_coverage, strict=strict)
+    chosen = (*from_arguments(rename, drop, init), *rules)
+    allowed = _patterns(allow_cast)
+    return training.transfer(source, model, chosen, root=root, seed=seed, allow_cast=allowed, min_coverage=min_coverage, strict=strict)
 
 
 def initialize(model: nn.Module, source: Any, scheme: str | Mapping[str, str] = "per_layer_type", *, seed: int = 0) -> tuple[str, ...]:

@@ -32,9 +32,10 @@ def check_files(paths: Iterable[str], against: Target | None, *, finite: bool = 
 
 
 def _findings(path: str, against: Target | None, finite: bool, root: str | None) -> list[Finding]:
+    findings: list[Finding] = []
     try:
         archive = opening.read(path)
-        findings = _safety(archive)
+        findings += _safety(archive)
         if against is None and root is None:
             checkpoints = [roots.checkpoint(archive, found) for found in archive.state_dicts]
         else:
@@ -47,7 +48,7 @@ def _findings(path: str, against: Target | None, finite: bool, root: str | None)
     except CheckpointError as error:
         code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
         hint = f" (try: {error.hint})" if error.hint else ""
-        return [Finding(code, error.reason + "".join(f"; {problem}" for problem in error.problems) + hint, error.key)]
+        findings.append(Finding(code, error.reason + "".join(f"; {problem}" for problem in error.problems) + hint, error.key))
     return findings
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon import formats
-from ckptsurgeon.errors import TargetError
+from ckptsurgeon.errors import PlanError, RootError, TargetError
 from ckptsurgeon.models.spec import looks_like_spec, parse
 from ckptsurgeon.surgery import roots
+from ckptsurgeon.surgery.plan import PlanTarget
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ def read(path: str | os.PathLike[str]) -> Archive:
 def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
     """A source as a checkpoint: a file under its named or best root, or a `Checkpoint` as it is."""
     if isinstance(given, Checkpoint):
+        if root is not None and root != given.root:
+            raise RootError(
+                f"was opened under the root {given.root!r}, not {root!r}", path=given.path, hint="open it again under that root"
+            )
         return given
     if isinstance(given, (str, os.PathLike)):
         text = os.fspath(given)
@@ -70,6 +75,16 @@ def open_target(given: Given, *, root: str | None = None, note: Note = silent) -
             return _from_spec(text, note)
         return Target(roots.choose(read(text), root=root))
     return _from_live(given, note)
+
+
+def open_planned(planned: PlanTarget, note: Note = silent) -> Target:
+    """The target that a plan names; PlanError for a model that was in memory when the plan was made."""
+    if planned.kind == "model" and not looks_like_spec(planned.spec):
+        raise PlanError(
+            f"was made for a {planned.spec} in memory, which it can't bring back",
+            hint="plan with a spec such as 'model:Net' as the target, or call merge with the model",
+        )
+    return open_target(planned.spec, root=planned.root or None, note=note)
 
 
 def settle(target: Target, seed: int, note: Note) -> Target:
@@ -103,10 +118,17 @@ def _from_live(given: Given, note: Note) -> Target:
 
     from torch import nn
 
+    from ckptsurgeon.models import persons_code
     from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict
 
     if isinstance(given, nn.Module):
-        return Target(checkpoint_of(given, type(given).__name__, note=note), lambda _seed: copy.deepcopy(given), lambda: given)
+        name = type(given).__name__
+
+        def copied(_seed: int) -> nn.Module:
+            model: nn.Module = persons_code.call(name, copy.deepcopy, given)
+            return model
+
+        return Target(checkpoint_of(given, name, note=note), copied, lambda: given)
     if isinstance(given, Mapping):
         return Target(checkpoint_of_state_dict(given))
     raise TargetError(f"a {type(given).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")

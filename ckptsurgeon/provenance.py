@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ckptsurgeon.surgery.plan import Plan, digest
+from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.version import VERSION
 
 
-def record(plan: Plan) -> dict[str, Any]:
+def still_fresh(plan: Plan, sources: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Target keys that take their value from a source that has it on record as fresh: a merge, not yet trained."""
+    on_record = [frozenset((source.provenance or {}).get("fresh", ())) for source in sources]
+    return tuple(step.target for step in plan.steps if step.sources and all(key in on_record[number] for number, key in step.sources))
+
+
+def record(plan: Plan, sources: Sequence[Checkpoint]) -> dict[str, Any]:
     """The record of a plan's output: tool, plan digest, sources' fingerprints, seed, and which keys are fresh or kept."""
+    fresh = {*plan.fresh, *still_fresh(plan, sources)}
     return {
         "version": 1,
         "tool": f"ckptsurgeon {VERSION}",
@@ -18,6 +27,6 @@ def record(plan: Plan) -> dict[str, Any]:
         "target": None if plan.target is None else {"fingerprint": plan.target.fingerprint, "kind": plan.target.kind},
         "seed": plan.seed,
         "coverage": {"tensors": plan.coverage.tensors, "elements": plan.coverage.elements},
-        "fresh": list(plan.fresh),
+        "fresh": [step.target for step in plan.steps if step.target in fresh],
         "kept": list(plan.kept),
     }

@@ -24,7 +24,7 @@ def verify_written(
     """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
     checkpoint = opening.open_source(path, root=root, target=target.checkpoint)
     if target.build is None:
-        found = _by_names(checkpoint, target.checkpoint, finite)
+        found = _by_names(checkpoint, target.checkpoint, finite, bool(inputs))
     else:
         from ckptsurgeon.models.verify import verify_on_device
 
@@ -43,8 +43,10 @@ def errors(found: Verification) -> tuple[Finding, ...]:
     return tuple(finding for finding in found.findings if finding.level == "error")
 
 
-def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
+def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool, asked_forward: bool) -> Verification:
     findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
+    if asked_forward:
+        findings.append(Finding("no-forward", "no forward pass was run: the target is no model", None, "note"))
     if finite:
         findings += non_finite(checkpoint)
     fresh = (checkpoint.provenance or {}).get("fresh")
@@ -52,9 +54,14 @@ def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verif
 
 
 def fits(checkpoint: Checkpoint, target: Checkpoint) -> list[Finding]:
-    """What keeps `checkpoint` from loading strictly into `target`. A key that is tied to one that is there may lack."""
+    """What keeps `checkpoint` from loading strictly into `target`.
+
+    In safetensors, whose library writes one name of a tied tensor, a key that is tied to one that is there may lack.
+    """
     tied = {key for group in target.ties if any(key in checkpoint for key in group) for key in group}
-    findings = [Finding("missing", "is in the target only", key) for key in target if key not in checkpoint and key not in tied]
+    may_lack = tied if checkpoint.format.startswith("safetensors") else frozenset()
+    findings = [Finding("missing", "is in the target only", key) for key in target if key not in checkpoint and key not in may_lack]
+    findings += [Finding("missing", "is an extra state in the target only", key) for key in target.entries if key not in checkpoint.entries]
     findings += [Finding("unexpected", "is in the file only", key) for key in checkpoint if key not in target]
     for key, wanted in target.items():
         given = checkpoint.get(key)

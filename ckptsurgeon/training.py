@@ -14,14 +14,19 @@ import torch
 from torch import nn
 
 from ckptsurgeon import gates, opening
+from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models import groups, initialize
+from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import put
+from ckptsurgeon.models.values import tensor_bytes
 from ckptsurgeon.opening import Given
-from ckptsurgeon.report import Cast, Report
+from ckptsurgeon.provenance import still_fresh
+from ckptsurgeon.report import Cast, Finding, Report
+from ckptsurgeon.streaming.apply import with_data
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import bytes_of, cast, refuse_losses, reported, tensor_from
-from ckptsurgeon.surgery.plan import Step, make_plan
+from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
+from ckptsurgeon.surgery.plan import Plan, Step, make_plan
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
@@ -52,6 +57,7 @@ def transfer(
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
         put(plan, model, values.__getitem__, extra)
+        _check_still_unchanged(reader)
     report = Report(
         sources=(given.path,),
         target=goal.path,
@@ -61,13 +67,35 @@ def transfer(
         dropped=tuple((row.source, row.reason) for row in plan.dropped),
         coverage=plan.coverage,
         casts=reported(casts),
-        findings=plan.findings,
+        findings=(*plan.findings, *_untrained(plan, given)),
     )
     return replace(report, text=text.report(report))
 
 
+def _check_still_unchanged(reader: Reader) -> None:
+    # Values are copied straight from the file's pages: reading them all beforehand would take the memory of a second model.
+    try:
+        reader.check_unchanged()
+    except StaleError as error:
+        error.reason = "changed while it was copied into the model, which may hold a mixture now"
+        error.hint = "transfer again when nothing writes to it"
+        raise
+
+
+def _untrained(plan: Plan, given: Checkpoint) -> list[Finding]:
+    keys = still_fresh(plan, [given])
+    if not keys:
+        return []
+    words = f"{len(keys)} of the transferred keys are fresh on the source's own record: for groups, give param_groups the file instead"
+    return [Finding("fresh-in-source", words, keys[0], "note")]
+
+
 def _open(source: Given, root: str | None, goal: Checkpoint) -> tuple[Checkpoint, State]:
     """The source as a checkpoint, and, when it is in memory, its live tensors."""
+    if root is not None and isinstance(source, (nn.Module, Mapping)) and not isinstance(source, Checkpoint):
+        source = at_root(source, root)
+        if not isinstance(source, Mapping):
+            raise RootError(f"has no state_dict at {root!r}", path="the source")
     if isinstance(source, nn.Module):
         state = state_dict_of(source, type(source).__name__)
         return checkpoint_of(source, type(source).__name__), state
@@ -77,16 +105,21 @@ def _open(source: Given, root: str | None, goal: Checkpoint) -> tuple[Checkpoint
 
 
 def _value(step: Step, given: Checkpoint, live: State, reader: Reader, casts: list[Cast]) -> torch.Tensor:
-    """A step's value on the CPU. One that needs no cast is not copied: it lies in the file's mapping, or in the live source."""
-    origin = given[step.sources[0][1]]
-    if step.cast is None:
-        if origin.name in live:
-            return live[origin.name].detach()  # type: ignore[no-any-return]
-        return tensor_from(reader.view(origin), origin.dtype).view(step.shape)
-    parts = [bytes_of(live[origin.name].detach().cpu())] if origin.name in live else reader.parts(origin)
-    made, found = cast(step.target, parts, origin.dtype, step.cast)
-    data = bytearray().join(made)
-    casts += found
+    """A step's value. One that needs no cast is not copied: it lies in the file's mapping, or in the live source."""
+    key = step.sources[0][1]
+    if key in live:
+        tensor: torch.Tensor = live[key].detach()
+        if tensor.device.type == "meta":
+            raise ModelError("has no values: it is on the meta device", path=given.path, key=key)
+        if step.cast is None:
+            return tensor
+        parts: Iterable[Buffer] = [tensor_bytes(tensor)]
+    else:
+        origin = with_data(given, key)
+        if step.cast is None:
+            return tensor_from(reader.view(origin), origin.dtype).view(step.shape)
+        parts = reader.parts(origin)
+    data = bytearray().join(cast(step.target, parts, given[key].dtype, step.cast, casts))
     return tensor_from(data, step.dtype).view(step.shape)
 
 

@@ -52,8 +52,12 @@ for command in (inspect, diff, plan, apply, merge, verify, check, skeleton, grou
     cli.add_command(command.command)
 
 
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that temporary files are taken away; no SystemExit, which a person's own code may raise."""
+
+
 def _terminated(_signal: int, _frame: object) -> NoReturn:
-    sys.exit(TERMINATED)  # as an exception, so that temporary files are taken away
+    raise Terminated
 
 
 def main() -> NoReturn:
@@ -64,7 +68,7 @@ def main() -> NoReturn:
 
 def _run(as_json: bool) -> int:
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="ckptsurgeon", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CheckpointError as error:
@@ -75,6 +79,8 @@ def _run(as_json: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED
+    except Terminated:
+        return TERMINATED
     except MemoryError:
         show_error(UnreadableError("there is not enough memory for this", hint="close other programs, or use a larger machine"), as_json)
     except OSError as error:

@@ -26,8 +26,8 @@ def command(paths: tuple[str, ...], rules: tuple[Rule, ...], output: str | None,
     """Decide what every key gets, and why. One path alone is converted.
 
     \b
-    ckptsurgeon plan net.pt model:Net -o plan.json     then review and commit plan.json
-    ckptsurgeon apply plan.json -o merged.pt           refused when anything has changed since
+    ckptsurgeon plan net.pt model:Net -o plan.json    review it, commit it
+    ckptsurgeon apply plan.json -o merged.pt          refused when it is stale
     """
     sources, target = split(paths)
     note = show.note()

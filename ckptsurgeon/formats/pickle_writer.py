@@ -16,6 +16,7 @@ from ckptsurgeon.formats.layout import OutTensor
 from ckptsurgeon.tensors import contiguous_stride
 
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+_LONG1_BITS = 8 * 255  # the longest integer of protocol 2's LONG1
 
 
 def state_dict_pickle(
@@ -74,8 +75,6 @@ def _integer(value: int) -> bytes:
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    if len(raw) > 255:
-        raise OutputError("has an integer of more than 255 bytes")
     return b"\x8a%c" % len(raw) + raw
 
 
@@ -85,7 +84,7 @@ def _value(key: str, value: Any) -> bytes:
         return b"N"
     if kind is bool:
         return b"\x88" if value else b"\x89"
-    if kind is int:
+    if kind is int and value.bit_length() < _LONG1_BITS:
         return _integer(value)
     if kind is float:
         return b"G" + struct.pack(">d", value)

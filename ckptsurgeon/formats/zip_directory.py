@@ -50,7 +50,7 @@ def read_directory(file: OpenFile) -> Directory:
     """Read and validate the directory of `file`. Raises FormatError for any contradiction, LimitError for too many entries."""
     start, size, count, end = _end_records(file)
     if count > limits.ZIP_ENTRIES:
-        raise LimitError(f"the zip has {count} entries", path=file.path)
+        raise LimitError(f"is a zip of {count} entries, above the limit of {limits.ZIP_ENTRIES}", path=file.path)
     if size > limits.DIRECTORY_BYTES:
         raise LimitError(f"has a zip directory of {size} bytes, above the limit of {limits.DIRECTORY_BYTES}", path=file.path)
     raw = file.read(start, size)

@@ -1,4 +1,4 @@
-"""Puts a plan's values into a live model: every value is at hand and checked before the first copy.
+"""Puts a plan's values into a live model: every value is at hand, and every tensor is known to take one, before the first copy.
 
 It decides nothing; the plan does. Values come through `fetch`, so that nothing here opens a file.
 """
@@ -6,15 +6,20 @@ It decides nothing; the plan does. Values come through `fetch`, so that nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ckptsurgeon.errors import ModelError, VerificationError
+from ckptsurgeon.errors import ModelError, TargetError, VerificationError
 from ckptsurgeon.models import initialize, persons_code
 from ckptsurgeon.models.skeleton import state_dict_of
+from ckptsurgeon.models.values import tensor_bytes
 from ckptsurgeon.surgery.plan import Plan
+
+_EXTRA = "_extra_state"
 
 
 def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extra: Mapping[str, Any]) -> None:
@@ -22,12 +27,14 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extr
 
     Args:
         plan: made for this model.
-        fetch: a target key's value, a CPU tensor of the target's shape and dtype; raises for one that can't be had or must not be cast.
-        extra: values for `_extra_state` keys.
+        fetch: a target key's value, of the target's shape and dtype, on any device; raises for one that can't be had or must not be cast.
+        extra: values for keys that are no tensors.
 
     Raises:
-        ModelError: the model is on meta, or takes copies through hooks that do not keep them.
-        VerificationError: what the model holds afterwards is not what was put in; the model is as it was before.
+        ModelError: the model is on meta, or has a tensor that can't be written to.
+        TargetError: the model's own code fails.
+        VerificationError: what the model holds afterwards is not what was put in.
+        The model is as it was before each of them.
     """
     name = type(model).__name__
     state = state_dict_of(model, name)
@@ -41,37 +48,80 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extr
                 leader = next((group[0] for group in plan.ties if step.target in group), step.target)
                 owner = initialize.owner_of(model, step.target)
                 values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner)
-    empty = [key for key in values if state[key].device.type == "meta"]
-    if empty:
-        raise ModelError("the model is on the meta device and has no memory", key=empty[0], hint="model.to_empty(device='cpu') first")
-    in_place = _in_place(model)
-    if all(state[key].data_ptr() in in_place or not state[key].numel() for key in values):
+    for key in values:
+        _check_writable(key, state[key])
+    own = {tensor.untyped_storage()._cdata for tensor in _tensors(model) if not is_traceable_wrapper_subclass(tensor)}
+    # A source that shares the model's memory would change while the model does.
+    values = {key: value.clone() if value.untyped_storage()._cdata in own else value for key, value in values.items()}
+    in_place = all(state[key].untyped_storage()._cdata in own or not state[key].numel() for key in values)
+    if in_place and all(key.rpartition(".")[2] == _EXTRA and initialize.owner_of(model, key) is not None for key in extra):
+        _set_extra(model, state, extra, name)
         with torch.no_grad():
             for key, value in values.items():
                 state[key].copy_(value)
-        for key, value in extra.items():
-            persons_code.call(name, model.get_submodule(key.rpartition(".")[0]).set_extra_state, value)
     else:
         _through_hooks(model, state, values, extra, name)
 
 
-def _in_place(model: nn.Module) -> set[int]:
-    """Where the model's own memory is: a copy to a state_dict tensor that lies there changes the model."""
-    own = [*model.parameters(), *model.buffers()]
-    return {tensor.data_ptr() for tensor in own}
+def _check_writable(key: str, tensor: torch.Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise ModelError("the model is on the meta device and has no memory", key=key, hint="model.to_empty(device='cpu') first")
+    if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ModelError(
+            "can't take values: it is expanded, so that its elements share memory", key=key, hint="give the model a clone of it"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ModelError("can't take values: it was made in inference mode", key=key, hint="build the model outside torch.inference_mode()")
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
+    """Give each module its extra state; when one refuses, all have what they had."""
+    done: list[str] = []
+    try:
+        for key, value in extra.items():
+            done.append(key)
+            _set_one(model, key, value, name)
+    except BaseException:
+        for key in done:
+            with suppress(TargetError):
+                _set_one(model, key, state[key], name)
+        raise
+
+
+def _set_one(model: nn.Module, key: str, value: Any, name: str) -> None:
+    owner = initialize.owner_of(model, key)
+    assert owner is not None
+    persons_code.call(name, owner.set_extra_state, value)
 
 
 def _through_hooks(
-    model: nn.Module, state: Mapping[str, Any], values: Mapping[str, torch.Tensor], extra: Mapping[str, Any], name: str
+    model: nn.Module, state: dict[str, Any], values: Mapping[str, torch.Tensor], extra: Mapping[str, Any], name: str
 ) -> None:
     """A model whose state_dict is not its own memory takes values by load_state_dict only; what it holds before is kept to go back to."""
-    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+    before, kept = dict(state), [(tensor, tensor.detach().clone()) for tensor in _tensors(model)]
+    state.update({**values, **extra})  # in torch's own dict, whose _metadata tells versions
     try:
-        persons_code.call(name, model.load_state_dict, {**before, **values, **extra}, strict=True)
+        persons_code.call(name, model.load_state_dict, state, strict=True)
         after = state_dict_of(model, name)
-        wrong = [key for key, value in values.items() if not torch.equal(after[key].to("cpu", value.dtype), value)]
+        wrong = [key for key, value in values.items() if not _same(after.get(key), value)]
         if wrong:
             raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
     except BaseException:
-        persons_code.call(name, model.load_state_dict, before, strict=True)
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+        state.update(before)
+        with suppress(TargetError):  # what it keeps beside its tensors
+            persons_code.call(name, model.load_state_dict, state, strict=True)
         raise
+
+
+def _same(found: Any, value: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits, on whatever devices."""
+    if not isinstance(found, torch.Tensor) or found.shape != value.shape:
+        return False
+    return tensor_bytes(found.to(value.dtype)) == tensor_bytes(value)

@@ -1,7 +1,8 @@
 """Patterns over keys, one form everywhere, held against the whole key.
 
 `*` stays within a segment, `**` crosses segments; `{p}` is one segment or a piece of one, `{**rest}` one or more segments, and a result
-can use both again, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression. Pure text, no key is looked up here.
+can use both again, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression, whose groups a result uses by name
+or number (`{1}`). Pure text, no key is looked up here.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ckptsurgeon.errors import RuleError
 
-_TOKEN = re.compile(r"\{\*\*(?P<many>[A-Za-z_]\w*)\}|\{(?P<one>[A-Za-z_]\w*)\}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{}])")
-_PART = re.compile(r"\{(?:\*\*)?([^{}]*)\}")
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+_TOKEN = re.compile(rf"\{{\*\*(?P<many>{_NAME})\}}|\{{(?P<one>{_NAME})\}}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])")
+_PART = re.compile(r"\{([^{}]*)\}")
+_REFERENCE = re.compile(rf"(?:\*\*)?({_NAME}|[1-9][0-9]*)")
+_ARITHMETIC = re.compile(r"[A-Za-z0-9_ +\-*/%()]{1,100}")
+_DIGITS = 18  # of a number that a result counts with
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -29,36 +35,40 @@ _SEGMENTS = r"[^.]+(?:\.[^.]+)*"
 
 @dataclass(frozen=True)
 class Pattern:
-    """A compiled pattern; `parts` are its named parts in order."""
+    """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use."""
 
     text: str
     regex: re.Pattern[str]
     parts: tuple[str, ...]
 
     def match(self, key: str) -> dict[str, str] | None:
-        """What the named parts stand for when the whole of `key` matches, else None.
+        """What the parts stand for when the whole of `key` matches, else None.
 
         >>> compile_pattern("blocks.{i}.{**rest}").match("blocks.3.attn.weight")
         {'i': '3', 'rest': 'attn.weight'}
         """
         found = self.regex.fullmatch(key)
-        return None if found is None else {name: value or "" for name, value in found.groupdict().items()}
+        return None if found is None else {part: found[int(part) if part.isdecimal() else part] or "" for part in self.parts}
 
 
 def compile_pattern(text: str) -> Pattern:
     """Compile a pattern. Raises RuleError, with the place, for one that is not well formed.
 
-    >>> [bool(compile_pattern(p).match("layer1.0.conv1.weight")) for p in ("layer1.*", "layer1.**", "/layer1.*weight/")]
+    >>> [bool(compile_pattern(p).match("layer1.0.conv1.weight") is not None) for p in ("layer1.*", "layer1.**", "/layer1.*weight/")]
     [False, True, True]
     """
-    if not text:
+    if text in ("", "//"):
         raise RuleError("an empty pattern matches nothing", hint="write a key or a pattern such as 'fc.*'")
-    body = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "/" else _translate(text)
+    expression = len(text) > 1 and text[0] == text[-1] == "/"
+    body = text[1:-1] if expression else _translate(text)
     try:
-        regex = re.compile(body)
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            regex = re.compile(body, 0 if expression else re.DOTALL)
+    except (re.error, RecursionError, OverflowError, ValueError) as error:
         raise RuleError(f"the pattern {text!r} is not a regular expression: {error}") from error
-    return Pattern(text, regex, tuple(regex.groupindex))
+    numbers = map(str, range(1, regex.groups + 1)) if expression else ()
+    return Pattern(text, regex, (*regex.groupindex, *numbers))
 
 
 def _translate(text: str) -> str:
@@ -76,25 +86,63 @@ def _translate(text: str) -> str:
         elif name:
             seen.add(name)
             out.append(f"(?P<{name}>{_SEGMENTS if token['many'] else '[^.]+'})")
-        elif token["deep"]:
-            out.append(_deep(text, token.start(), token.end()))
-            if token.start() == 0 and text[position : position + 1] == ".":
-                position += 1  # `_deep` took the dot
-        else:
+        elif token["star"]:
             out.append(r"[^.]*")
+        elif text[token.start() - 1 : token.start()] in ("", ".") and text[position : position + 1] == ".":
+            out.append(r"(?:.+\.)?")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
+            position += 1
+        else:
+            out.append(".+" if text[token.start() - 1 : token.start()] == "." and position == len(text) else ".*")
     out.append(re.escape(text[position:]))
     return "".join(out)
 
 
-def _deep(text: str, start: int, stop: int) -> str:
-    # `**.bias` also names a `bias` at the top, as `**/` does in a .gitignore.
-    if start == 0 and text[stop : stop + 1] == ".":
-        return r"(?:.+\.)?"
-    return ".+" if text[start - 1 : start] == "." and stop == len(text) else ".*"
+def check_template(template: str, pattern: Pattern) -> None:
+    """Raises RuleError when `template` is not well formed, or uses a part that `pattern` does not name."""
+    if not template:
+        raise RuleError("the result is empty", hint="to leave keys out: --drop PATTERN")
+    rest = _PART.sub("", template)
+    if any(mark in rest for mark in "*{}"):
+        raise RuleError(
+            f"the result {template!r} has a '*' or an odd brace",
+            hint="name the part on both sides: --rename 'fc2.{p}' 'dense2.{p}'",
+        )
+    if re.search(r"\\[0-9g]", rest):
+        raise RuleError(f"the result {template!r} has a backslash", hint="a regular expression's groups are {1}, {2} or {name}")
+    for found in _PART.finditer(template):
+        reference = _REFERENCE.fullmatch(found[1].strip())
+        names = [reference[1]] if reference else re.findall(_NAME, found[1])
+        if not names or (reference is None and not _ARITHMETIC.fullmatch(found[1])):
+            raise RuleError(f"the result {template!r} has {found[0]}, which is neither a part nor arithmetic on one")
+        for name in names:
+            if name not in pattern.parts:
+                known = ", ".join(pattern.parts) or "none"
+                raise RuleError(f"the result {template!r} uses {{{name}}}, which {pattern.text!r} does not name (it names: {known})")
+        if reference is None:
+            _check_arithmetic(template, found[0], _parse(template, found[1]))
+
+
+@lru_cache(maxsize=256)
+def _parse(template: str, expression: str) -> ast.expr:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise RuleError(f"the result {template!r} has {{{expression}}}, which is neither a part nor arithmetic on one") from error
+
+
+def _check_arithmetic(template: str, part: str, tree: ast.expr) -> None:
+    for node in ast.walk(tree):
+        known = isinstance(node, ast.Name | ast.BinOp | ast.expr_context) or type(node) in _OPERATORS
+        if not known and not (isinstance(node, ast.Constant) and type(node.value) is int):
+            raise RuleError(f"the result {template!r} has {part}: only + - * // % on numbers are known")
 
 
 def expand(template: str, parts: dict[str, str]) -> str:
-    """The result of a rename: `template` with its parts filled in from a match.
+    """The result of a rename: a checked `template` with its parts filled in from a match.
+
+    Raises RuleError where it counts with what are no digits, divides by zero, or comes below zero.
 
     >>> expand("h.{i+1}.{p}", {"i": "3", "p": "weight"})
     'h.4.weight'
@@ -102,48 +150,31 @@ def expand(template: str, parts: dict[str, str]) -> str:
     return _PART.sub(lambda found: _fill(template, found[1], parts), template)
 
 
-def check_template(template: str, pattern: Pattern) -> None:
-    """Raises RuleError when `template` uses a part that `pattern` does not name, or a `*`."""
-    rest = _PART.sub("", template)
-    if any(mark in rest for mark in "*{}"):
-        raise RuleError(
-            f"the result {template!r} has a '*' or an odd brace",
-            hint="name the part on both sides: --rename 'fc2.{p}' 'dense2.{p}'",
-        )
-    for found in _PART.finditer(template):
-        for name in _names(template, found[1]):
-            if name not in pattern.parts:
-                known = ", ".join(pattern.parts) or "none"
-                raise RuleError(f"the result {template!r} uses {{{name}}}, which {pattern.text!r} does not name (it names: {known})")
-
-
-def _names(template: str, expression: str) -> list[str]:
-    return [node.id for node in ast.walk(_parse(template, expression)) if isinstance(node, ast.Name)]
-
-
-def _parse(template: str, expression: str) -> ast.expr:
-    try:
-        return ast.parse(expression, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise RuleError(f"the result {template!r} has {{{expression}}}, which is neither a name nor arithmetic on one") from error
-
-
 def _fill(template: str, expression: str, parts: dict[str, str]) -> str:
-    if _NAME.fullmatch(expression):
-        return parts[expression]
-    return str(_number(template, expression, _parse(template, expression), parts))
+    reference = _REFERENCE.fullmatch(expression.strip())
+    if reference:
+        return parts[reference[1]]
+    number = _number(template, expression, _parse(template, expression), parts)
+    if number < 0:
+        raise RuleError(f"the result {template!r} comes to {number} in {{{expression}}}")
+    return str(number)
 
 
 def _number(template: str, expression: str, node: ast.expr, parts: dict[str, str]) -> int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Name):
-        if not parts[node.id].isdecimal():
-            raise RuleError(f"the result {template!r} counts with {{{expression}}}, but {node.id!r} matched {parts[node.id]!r}")
-        return int(parts[node.id])
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+    if isinstance(node, ast.Constant):
+        number = node.value
+    elif isinstance(node, ast.Name):
+        digits = parts[node.id]
+        if not (digits.isascii() and digits.isdecimal() and len(digits) <= _DIGITS):
+            raise RuleError(f"the result {template!r} counts with {{{expression}}}, but {node.id!r} matched {digits[:40]!r}")
+        number = int(digits)
+    else:
+        assert isinstance(node, ast.BinOp)
         one, other = (_number(template, expression, side, parts) for side in (node.left, node.right))
         if isinstance(node.op, ast.FloorDiv | ast.Mod) and other == 0:
             raise RuleError(f"the result {template!r} divides by zero in {{{expression}}}")
-        return _OPERATORS[type(node.op)](one, other)
-    raise RuleError(f"the result {template!r} has {{{expression}}}: only + - * // % on numbers are known")
+        number = _OPERATORS[type(node.op)](one, other)
+    assert isinstance(number, int)
+    if abs(number) >= 10**_DIGITS:
+        raise RuleError(f"the result {template!r} has a number of more than {_DIGITS} digits in {{{expression}}}")
+    return number

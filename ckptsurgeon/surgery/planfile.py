@@ -5,22 +5,33 @@ A plan of another version, one that does not add up, or one whose source or targ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import PlanError, StaleError
-from ckptsurgeon.formats.json_text import integer, parse
-from ckptsurgeon.surgery.plan import Dropped, Entry, Plan, PlanSource, PlanTarget, Step
-from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
+from ckptsurgeon.errors import CheckpointError, PlanError, StaleError
+from ckptsurgeon.formats.json_text import integer, parse, short
+from ckptsurgeon.report import Finding
+from ckptsurgeon.surgery.naming import SourceKey, shortened
+from ckptsurgeon.surgery.patterns import compile_pattern
+from ckptsurgeon.surgery.planned import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step
+from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
 
 VERSION = 1
-ACTIONS = ("copy", "rename", "adapt", "init", "keep")
 OPS = {"cast": "dtype", "init": "scheme"}  # each op and the field it needs
+# By action: how many sources a step reads, and which ops it may have.
+ACTIONS: Mapping[str, tuple[int, tuple[tuple[str, ...], ...]]] = {
+    "copy": (1, ((), ("cast",))),
+    "rename": (1, ((), ("cast",))),
+    "init": (0, (("init",), ("init", "cast"))),
+    "keep": (0, ((), ("cast",))),
+}
+LEVELS = ("error", "warning", "note")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON's values. `from_json` gives the same plan back."""
+    target = plan.target
     return {
         "version": VERSION,
         "sources": [
@@ -33,16 +44,21 @@ def to_json(plan: Plan) -> dict[str, Any]:
             }
             for source in plan.sources
         ],
-        "target": None
-        if plan.target is None
-        else {
-            "spec": plan.target.spec,
-            "fingerprint": plan.target.fingerprint,
-            "kind": plan.target.kind,
-            "root": plan.target.root,
-        },
+        "target": target and {"spec": target.spec, "fingerprint": target.fingerprint, "kind": target.kind, "root": target.root},
         "seed": plan.seed,
-        "steps": [_step_to_json(step) for step in plan.steps],
+        "steps": [
+            {
+                "target": step.target,
+                "dtype": step.dtype,
+                "shape": list(step.shape),
+                "action": step.action,
+                "sources": [_place(place) for place in step.sources],
+                "ops": [dict(op) for op in step.ops],
+                "fresh": step.fresh,
+                "reason": step.reason,
+            }
+            for step in plan.steps
+        ],
         "dropped": [{"source": row.source, "reason": row.reason, "file": row.file} for row in plan.dropped],
         "entries": [{"target": entry.target, "source": _place(entry.source)} for entry in plan.entries],
         "module_metadata": {path: dict(local) for path, local in plan.module_metadata.items()},
@@ -50,147 +66,244 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "left_behind": list(plan.left_behind),
         "allow_cast": list(plan.allow_cast),
         "coverage": {"tensors": plan.coverage.tensors, "elements": plan.coverage.elements},
+        "findings": [{"code": row.code, "key": row.key, "message": row.message, "level": row.level} for row in plan.findings],
+        "loose": list(plan.loose),
     }
 
 
-def _place(place: tuple[int, str] | None) -> dict[str, Any] | None:
+def _place(place: SourceKey | None) -> dict[str, Any] | None:
     return None if place is None else {"file": place[0], "key": place[1]}
-
-
-def _step_to_json(step: Step) -> dict[str, Any]:
-    return {
-        "target": step.target,
-        "dtype": step.dtype,
-        "shape": list(step.shape),
-        "action": step.action,
-        "sources": [_place(place) for place in step.sources],
-        "ops": [dict(op) for op in step.ops],
-        "fresh": step.fresh,
-        "reason": step.reason,
-    }
 
 
 def from_json(raw: bytes, path: str) -> Plan:
     """A plan from the bytes of a plan.json. Raises PlanError, with the place, for anything that is none."""
-    value = parse(raw, path, "plan")
+    try:
+        value = parse(raw, path, "plan")
+    except CheckpointError as error:
+        raise PlanError(error.reason, path=path, hint=error.hint) from error
     if not isinstance(value, dict) or "steps" not in value:
         raise PlanError("is not a plan", path=path, hint="make one with: ckptsurgeon plan CKPT TARGET -o plan.json")
-    if value.get("version") != VERSION:
-        raise PlanError(f"is a plan of version {str(value.get('version'))[:20]}; this ckptsurgeon follows version {VERSION}", path=path)
+    version = value.get("version")
+    if type(version) is not int or version != VERSION:
+        raise PlanError(f"is a plan of version {_version(version)}; this ckptsurgeon follows version {VERSION}", path=path)
     try:
         return _plan(value)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise PlanError(f"is not a whole plan: {type(error).__name__} {str(error)[:120]}", path=path, hint="make it again") from error
+    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+        missing = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise PlanError(f"is not a whole plan: {missing[:200]}", path=path, hint="make it again with: ckptsurgeon plan …") from error
+
+
+def _version(value: Any) -> str:
+    """A version as a sentence has it."""
+    return str(value) if integer(value) else short(value)
 
 
 def _plan(value: Mapping[str, Any]) -> Plan:
-    sources = tuple(
-        PlanSource(_text(row["path"]), _text(row["fingerprint"]), _text(row["format"]), _text(row["root"]), dict(row["prefix"]))
-        for row in value["sources"]
+    sources = tuple(_plan_source(row) for row in _rows(value["sources"]))
+    target = None if value["target"] is None else _plan_target(_row(value["target"]))
+    steps = tuple(_step(row, len(sources), target) for row in _rows(value["steps"]))
+    entries = tuple(
+        Entry(_text(row["target"]), None if row["source"] is None else _source(_row(row["source"]), len(sources)))
+        for row in _rows(value["entries"])
     )
-    target = value["target"]
-    steps = tuple(_step(row, len(sources)) for row in value["steps"])
-    if len({step.target for step in steps}) != len(steps):
-        raise ValueError("two steps for one target key")
-    covered = [step for step in steps if step.sources]
+    places = [*(step.target for step in steps), *(entry.target for entry in entries)]
+    if not sources or len(set(places)) != len(places):
+        raise ValueError("two steps for one target key" if sources else "no source")
+    if target is None and any(entry.source is None for entry in entries):
+        raise ValueError("a value of a target, and no target")
+    ties = tuple(tuple(_texts(group)) for group in _list(value["ties"]))
+    known = {step.target for step in steps}
+    if not all(key in known for group in ties for key in group):
+        raise ValueError("a tie between keys that have no step")
+    allow_cast = tuple(_texts(value["allow_cast"]))
+    for pattern in allow_cast:
+        compile_pattern(pattern)
     return Plan(
         sources=sources,
-        target=None
-        if target is None
-        else PlanTarget(_text(target["spec"]), _text(target["fingerprint"]), _text(target["kind"]), _text(target["root"])),
+        target=target,
         seed=_whole(value["seed"]),
         steps=steps,
-        dropped=tuple(Dropped(_whole(row["file"]), _text(row["source"]), _text(row["reason"])) for row in value["dropped"]),
-        coverage=Coverage.of(_metas(covered), _metas(steps)),
-        entries=tuple(Entry(_text(row["target"]), _source(row["source"], len(sources))) for row in value["entries"]),
-        module_metadata={_text(name): dict(local) for name, local in value["module_metadata"].items()},
-        ties=tuple(tuple(map(_text, group)) for group in value["ties"]),
-        left_behind=tuple(map(_text, value["left_behind"])),
-        allow_cast=tuple(map(_text, value["allow_cast"])),
+        dropped=tuple(
+            Dropped(_number(row["file"], len(sources)), _text(row["source"]), _text(row["reason"])) for row in _rows(value["dropped"])
+        ),
+        coverage=Coverage.of(_metas(step for step in steps if step.sources), _metas(steps)),
+        entries=entries,
+        module_metadata={name: _local(local) for name, local in _row(value["module_metadata"]).items()},
+        ties=ties,
+        left_behind=tuple(_texts(value["left_behind"])),
+        allow_cast=allow_cast,
+        findings=tuple(_finding(row) for row in _rows(value["findings"])),
+        loose=tuple(_texts(value["loose"])),
     )
 
 
-def _metas(steps: Sequence[Step]) -> dict[str, TensorMeta]:
+def _metas(steps: Iterable[Step]) -> dict[str, TensorMeta]:
     return {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps}
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{str(value)[:40]!r} is not text")
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"a value {short(value)} where a list belongs")
     return value
+
+
+def _row(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise TypeError(f"a value {short(value)} where an object belongs")
+    return value
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [_row(row) for row in _list(value)]
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"a value {short(value)} where text belongs")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    return [_text(one) for one in _list(value)]
 
 
 def _whole(value: Any) -> int:
     if not integer(value):
-        raise TypeError(f"{str(value)[:40]!r} is not a non-negative integer")
+        raise TypeError(f"a value {short(value)} where a whole number belongs")
     return int(value)
 
 
-def _source(value: Any, count: int) -> tuple[int, str] | None:
-    if value is None:
-        return None
-    number = _whole(value["file"])
-    if number >= count:
-        raise ValueError(f"source {number} of {count}")
-    return number, _text(value["key"])
+def _number(value: Any, count: int) -> int:
+    if _whole(value) >= count:
+        raise ValueError(f"source {value}, and there are {count}")
+    return int(value)
 
 
-def _step(row: Mapping[str, Any], count: int) -> Step:
-    name, dtype, action, fresh = _text(row["target"]), _text(row["dtype"]), row["action"], row["fresh"]
-    ops = tuple(dict(op) for op in row["ops"])
-    if dtype not in BY_CODE or action not in ACTIONS or not isinstance(fresh, bool):
-        raise ValueError(f"{name}: its dtype, action or fresh is unknown")
-    for op in ops:
-        if op.get("op") not in OPS or not isinstance(op.get(OPS[op["op"]]), str):
-            raise ValueError(f"{name}: unknown op {str(op)[:60]}")
-        if op["op"] == "cast" and op["dtype"] not in BY_CODE:
-            raise ValueError(f"{name}: unknown dtype {op['dtype']!r}")
-    sources = tuple(_source(place, count) for place in row["sources"])
-    places = tuple(place for place in sources if place is not None)
-    made = {"init": 0, "keep": 0}.get(action, 1)
-    if (
-        len(places) != made
-        or len(sources) != made
-        or fresh != (action == "init")
-        or (action == "init") != any(op["op"] == "init" for op in ops)
-    ):
+def _source(row: Mapping[str, Any], count: int) -> SourceKey:
+    return _number(row["file"], count), _text(row["key"])
+
+
+def _plan_source(row: Mapping[str, Any]) -> PlanSource:
+    prefix = _row(row["prefix"])
+    for value in prefix.values():
+        _texts(value) if type(value) is list else _text(value)
+    return PlanSource(_text(row["path"]), _text(row["fingerprint"]), _text(row["format"]), _text(row["root"]), prefix)
+
+
+def _plan_target(row: Mapping[str, Any]) -> PlanTarget:
+    return PlanTarget(_text(row["spec"]), _text(row["fingerprint"]), _text(row["kind"]), _text(row["root"]))
+
+
+def _local(value: Any) -> dict[str, Any]:
+    local = _row(value)
+    if any(type(one) in (list, dict) for one in local.values()):
+        raise TypeError("module_metadata with more than plain values")
+    return local
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    if row["level"] not in LEVELS:
+        raise ValueError(f"a finding of level {short(row['level'])}")
+    return Finding(_text(row["code"]), _text(row["message"]), None if row["key"] is None else _text(row["key"]), row["level"])
+
+
+def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step:
+    name, dtype, action, fresh = _text(row["target"]), _text(row["dtype"]), _text(row["action"]), row["fresh"]
+    if dtype not in BY_CODE or action not in ACTIONS or fresh is not (action == "init"):
+        raise ValueError(f"{name}: its dtype, action or fresh is not known, or does not go with the others")
+    ops = tuple(_op(name, op) for op in _rows(row["ops"]))
+    places = tuple(_source(place, count) for place in _rows(row["sources"]))
+    wanted, chains = ACTIONS[action]
+    if len(places) != wanted or tuple(op["op"] for op in ops) not in chains:
         raise ValueError(f"{name}: its action {action!r} does not go with its sources and ops")
-    return Step(name, dtype, tuple(map(_whole, row["shape"])), action, places, ops, fresh, _text(row["reason"]))
+    if not places:
+        kind = None if target is None else target.kind
+        if kind is None or (action == "keep" and kind in ("model", "skeleton")):
+            raise ValueError(f"{name}: its action {action!r} does not go with the target")
+        if action == "init" and ops[0]["scheme"] in FROM_MODEL and kind != "model":
+            raise ValueError(f"{name}: its scheme {ops[0]['scheme']!r} needs a model")
+    return Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]))  # type: ignore[arg-type]
+
+
+def _op(name: str, op: dict[str, Any]) -> dict[str, Any]:
+    kind = _text(op["op"])
+    if kind not in OPS:
+        raise ValueError(f"{name}: unknown op {kind[:40]!r}")
+    if not _text(op[OPS[kind]]) or (kind == "cast" and op["dtype"] not in BY_CODE):
+        raise ValueError(f"{name}: unknown {OPS[kind]} {op[OPS[kind]][:40]!r}")
+    return op
 
 
 def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> None:
     """Raises StaleError when a file or target is not the one that was planned for, PlanError when the plan does not add up with them."""
-    for planned, found in zip(plan.sources, sources, strict=True):
-        if planned.fingerprint != found.fingerprint:
+    if len(plan.sources) != len(sources) or (plan.target is None) != (target is None):
+        raise PlanError("the plan is for other sources or another target than are given")
+    held = [(source.fingerprint, found) for source, found in zip(plan.sources, sources, strict=True)]
+    if plan.target is not None and target is not None:
+        held.append((plan.target.fingerprint, target))
+    for fingerprint, found in held:
+        if fingerprint != found.fingerprint:
             raise StaleError("has changed since the plan was made", path=found.path, hint="plan again: ckptsurgeon plan … -o plan.json")
-    if plan.target is not None and target is not None and plan.target.fingerprint != target.fingerprint:
-        raise StaleError("has changed since the plan was made", path=target.path, hint="plan again: ckptsurgeon plan … -o plan.json")
-    problems = [problem for step in plan.steps for problem in _step_problems(step, sources, target)]
-    if target is not None:
-        planned_keys = {step.target for step in plan.steps}
-        problems += [f"{key}: has no step" for key in target if key not in planned_keys]
-    problems += [f"{row.source}: is dropped, and is not in the source" for row in plan.dropped if row.source not in sources[row.file]]
-    used = {place for step in plan.steps for place in step.sources} | {(row.file, row.source) for row in plan.dropped}
-    problems += [f"{key}: has no fate" for number, source in enumerate(sources) for key in source if (number, key) not in used]
+    problems = [
+        *(problem for step in plan.steps for problem in _step_problems(step, sources, target)),
+        *_entry_problems(plan, sources, target),
+        *_target_problems(plan, target),
+        *_fate_problems(plan, sources),
+    ]
     if problems:
-        raise PlanError("the plan does not add up", problems=tuple(problems[:20]), hint="it was edited, or damaged: plan again")
+        raise PlanError("the plan does not add up", problems=shortened(problems), hint="it was edited, or damaged: plan again")
 
 
-def _step_problems(step: Step, sources: Sequence[Checkpoint], target: Checkpoint | None) -> list[str]:
-    problems = []
+def _step_problems(step: Step, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:
     wanted = None if target is None else target.get(step.target)
     if target is not None and wanted is None:
-        return [f"{step.target}: is not in the target"]
+        yield f"{step.target}: is not in the target"
+        return
     if wanted is not None and wanted.shape != step.shape:
-        problems.append(f"{step.target}: has shape {wanted.shape} in the target, {step.shape} in the plan")
+        yield f"{step.target}: has shape {wanted.shape} in the target, {step.shape} in the plan"
     origin = wanted
     for number, key in step.sources:
         origin = sources[number].get(key)
         if origin is None:
-            problems.append(f"{step.target}: its source {key} is not there")
+            yield f"{step.target}: its source {key} is not there"
         elif origin.shape != step.shape:
-            problems.append(f"{step.target}: its source {key} has shape {origin.shape}, not {step.shape}")
+            yield f"{step.target}: its source {key} has shape {origin.shape}, not {step.shape}"
     result = step.cast or (origin.dtype if origin is not None else step.dtype)
     if result != step.dtype:
-        problems.append(f"{step.target}: its ops give {result}, and its dtype says {step.dtype}")
-    return problems
+        yield f"{step.target}: its ops give {result}, and its dtype says {step.dtype}"
+
+
+def _entry_problems(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:
+    planned = {entry.target for entry in plan.entries}
+    if target is not None:
+        yield from (f"{key}: has no step" for key in target.entries if key not in planned)
+        yield from (f"{key}: is not in the target" for key in planned if key not in target.entries)
+    for entry in plan.entries:
+        values: Mapping[str, Any] = {} if target is None else target.entries
+        key = entry.target
+        if entry.source is not None:
+            values, key = sources[entry.source[0]].entries, entry.source[1]
+        if key not in values or isinstance(values[key], Refused):
+            yield f"{entry.target}: its value {key} is not there, or can't be carried"
+
+
+def _target_problems(plan: Plan, target: Checkpoint | None) -> Iterable[str]:
+    if target is None or plan.target is None:
+        return
+    if plan.target.kind != target.format:
+        yield f"the target is a {target.format}, in the plan a {plan.target.kind}"
+    if plan.ties != target.ties:
+        yield "the target ties other keys than the plan says"
+    planned = {step.target for step in plan.steps}
+    yield from (f"{key}: has no step" for key in target if key not in planned)
+
+
+def _fate_problems(plan: Plan, sources: Sequence[Checkpoint]) -> Iterable[str]:
+    dropped = [(row.file, row.source) for row in plan.dropped]
+    used = {place for step in plan.steps for place in step.sources} | {entry.source for entry in plan.entries}
+    keys = {(number, key) for number, source in enumerate(sources) for key in (*source, *source.entries)}
+    yield from (f"{key}: is dropped, and is not in the source" for number, key in dropped if (number, key) not in keys)
+    yield from (f"{key}: is dropped, and is also used" for number, key in dropped if (number, key) in used)
+    if len(set(dropped)) != len(dropped):
+        yield "one key is dropped twice"
+    yield from (f"{key}: has no fate" for number, key in sorted(keys - used - set(dropped)))

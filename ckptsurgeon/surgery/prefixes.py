@@ -36,6 +36,19 @@ class Prefix:
         name = unwrap(key, self.unwrapped)
         return name.removeprefix(self.stripped) or name
 
+    def place(self, path: str) -> str | None:
+        """Where a module's path goes (`_metadata` is by path); None for one that lies above all that is taken.
+
+        >>> Prefix("module.", "net.").place("module.bn"), Prefix("module.").place("module"), Prefix("module.").place("")
+        ('net.bn', '', None)
+        """
+        name = ".".join(segment for segment in path.split(".") if segment not in self.unwrapped)
+        if self.stripped and f"{name}.".startswith(self.stripped):
+            name = name[len(self.stripped) :]
+        elif self.stripped.startswith(f"{name}." if name else "") and self.stripped:
+            return None
+        return (self.added + name).rstrip(".") if name else self.added.rstrip(".")
+
     def __str__(self) -> str:
         words = []
         if self.unwrapped:

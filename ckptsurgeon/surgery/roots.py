@@ -6,12 +6,19 @@ that is asked for by name. Several dicts under one parent may also be read toget
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RootError
 from ckptsurgeon.surgery.prefixes import find_prefix, rename_all
 from ckptsurgeon.surgery.rules import close_names
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
+
+ALL = "**"  # the name, below a parent that holds tensors of its own, of that parent and all below it read together
+_MANY = 64  # state_dicts in one file, beyond which none are read together unless asked for by name
+_PARENTS = 16  # that are tried, the outermost first
 
 
 def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
@@ -19,30 +26,25 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
 
     Raises RootError, with the candidates and how to choose, when the name is not there or several would do.
     """
-    found = {state_dict.root: state_dict for state_dict in archive.state_dicts}
+    found = archive.state_dicts
     if root is not None:
-        chosen = found.get(root) or next((joined for joined in _joined(archive.state_dicts) if joined.root == root), None)
-        if chosen is None:
-            raise RootError(
-                f"has no state_dict at {root!r}{close_names(root, found)}", path=archive.path, hint=f"its roots: {_listing(archive)}"
-            )
-    elif len(found) == 1:
-        chosen = archive.state_dicts[0]
-    elif target is not None:
-        chosen = _best(archive, target)
-    else:
-        serious = _serious(archive.state_dicts)
-        if len(serious) > 1:
-            raise RootError(
-                f"holds {len(serious)} state_dicts: {_listing(archive)}", path=archive.path, hint=f"choose one: --root {serious[0].root!r}"
-            )
-        chosen = serious[0]
-    return checkpoint(archive, chosen)
+        return checkpoint(archive, _named(archive, root))
+    if len(found) == 1:
+        return checkpoint(archive, found[0])
+    if target is not None:
+        return checkpoint(archive, _best(archive, target))
+    serious = _serious(found)
+    if len(serious) > 1:
+        raise RootError(f"holds {len(serious)} state_dicts: {_listing(serious)}", path=archive.path, hint=_advice(serious))
+    return checkpoint(archive, serious[0])
 
 
 def checkpoint(archive: Archive, chosen: StateDict) -> Checkpoint:
-    """`archive` seen as the checkpoint under one of its roots."""
-    left = [_words(other) for other in archive.state_dicts if other is not chosen and not _within(other.root, chosen)]
+    """`archive` seen as the checkpoint under one of its roots, or under several joined."""
+    if any(found is chosen for found in archive.state_dicts):
+        others = [found for found in archive.state_dicts if found is not chosen]
+    else:
+        others = [found for found in archive.state_dicts if _below(found.root, _parent(chosen.root)) is None]
     return Checkpoint(
         path=archive.path,
         format=archive.format,
@@ -53,7 +55,7 @@ def checkpoint(archive: Archive, chosen: StateDict) -> Checkpoint:
         module_metadata=chosen.module_metadata,
         ties=chosen.ties or find_ties(chosen.tensors),
         metadata=archive.metadata,
-        left_behind=(*left, *archive.beside),
+        left_behind=(*(_words(other) for other in others), *archive.beside),
         globals=archive.globals,
         provenance=archive.provenance,
         files=archive.files,
@@ -61,72 +63,121 @@ def checkpoint(archive: Archive, chosen: StateDict) -> Checkpoint:
     )
 
 
+def _named(archive: Archive, root: str) -> StateDict:
+    names = [found.root for found in archive.state_dicts]
+    joined = _join(archive.state_dicts, _parent(root)) if root not in names else None
+    if joined is not None and joined.root == root:
+        return joined
+    for found in archive.state_dicts:
+        if found.root == root:
+            return found
+    raise RootError(
+        f"has no state_dict at {root!r}{close_names(root, names)}",
+        path=archive.path,
+        hint=f"its roots: {_listing(archive.state_dicts)}",
+    )
+
+
 def _words(state_dict: StateDict) -> str:
-    return f"{state_dict.root or 'the top dict'} ({len(state_dict.tensors)} tensors)"
+    count = len(state_dict.tensors)
+    return f"{state_dict.root or 'the top dict'} ({count} tensor{'s' if count != 1 else ''})"
 
 
-def _within(root: str, chosen: StateDict) -> bool:
-    # A joined root holds the tensors of the dicts below it.
-    inside = root.removeprefix(f"{chosen.root}.") if chosen.root else root
-    return any(key.startswith(f"{inside}.") for key in chosen.tensors) if inside != root or not chosen.root else False
+def _listing(found: Sequence[StateDict]) -> str:
+    return ", ".join(map(_words, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
-def _serious(state_dicts: tuple[StateDict, ...]) -> list[StateDict]:
-    """Without dicts whose tensors are all single numbers (losses, scores), unless there is nothing else."""
-    return [found for found in state_dicts if any(tensor.shape for tensor in found.tensors.values())] or list(state_dicts)
+def _advice(found: Sequence[StateDict]) -> str:
+    return f"choose one: --root {found[0].root!r}"
 
 
-def _listing(archive: Archive) -> str:
-    return ", ".join(f"{found.root or '(top)'} ({len(found.tensors)} tensors)" for found in archive.state_dicts[:8])
+def _serious(state_dicts: Sequence[StateDict]) -> Sequence[StateDict]:
+    """Without dicts that hold no weights (losses, counters, states of random generators), unless there is nothing else."""
+    return [found for found in state_dicts if any(map(_is_weight, found.tensors.values()))] or state_dicts
 
 
-def _joined(state_dicts: tuple[StateDict, ...]) -> Iterator[StateDict]:
-    """Parents of several roots, seen as one state_dict whose keys begin with the names of the dicts below."""
-    parents = {
-        ".".join(parts[:depth]) for parts in (found.root.split(".") for found in state_dicts if found.root) for depth in range(len(parts))
-    }
-    for parent in sorted(parents, key=len, reverse=True):
-        below = [found for found in state_dicts if found.root == parent or not parent or found.root.startswith(f"{parent}.")]
-        if len(below) < 2 and (not below or below[0].root == parent):
-            continue
-        tensors: dict[str, TensorMeta] = {}
-        metadata = {}
-        total = 0
-        for found in below:
-            head = found.root.removeprefix(parent).lstrip(".")
-            for key, tensor in found.tensors.items():
-                name = f"{head}.{key}" if head else key
-                tensors[name] = TensorMeta(name, tensor.dtype, tensor.shape, tensor.stride, tensor.span)
-                total += 1
-            for path, local in found.module_metadata.items():
-                metadata[f"{head}.{path}".strip(".") if head else path] = local
-        if total == len(tensors):  # names that collide can't be joined
-            yield StateDict(parent, tensors, {}, metadata)
+def _is_weight(tensor: TensorMeta) -> bool:
+    return bool(tensor.shape) and BY_CODE[tensor.dtype].kind in ("float", "complex")
+
+
+def _parent(root: str) -> str:
+    """Whose dicts a joined root reads together."""
+    return root[: -len(ALL)].rstrip(".") if root.endswith(ALL) else root
+
+
+def _below(root: str, parent: str) -> str | None:
+    """A root's place below `parent`; None when it is not there."""
+    if root == parent or not parent:
+        return root[len(parent) :]
+    return root[len(parent) + 1 :] if root.startswith(f"{parent}.") else None
+
+
+def _join(state_dicts: Sequence[StateDict], parent: str) -> StateDict | None:
+    """Every state_dict at and below `parent` as one whose keys begin with the places of the dicts below; None where there are not two, or
+    where two keys would be one."""
+    below = [(head, found) for found in state_dicts if (head := _below(found.root, parent)) is not None]
+    if not any(head for head, _ in below):
+        return None
+    tensors: dict[str, TensorMeta] = {}
+    entries: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    for head, found in below:
+        for key, tensor in found.tensors.items():
+            name = f"{head}.{key}" if head else key
+            tensors[name] = replace(tensor, name=name)
+        entries.update({f"{head}.{key}" if head else key: entry for key, entry in found.entries.items()})
+        metadata.update({f"{head}.{path}".strip(".") if head else path: local for path, local in found.module_metadata.items()})
+    total = sum(len(found.tensors) + len(found.entries) for _, found in below)
+    if total != len({*tensors, *entries}):
+        return None
+    name = f"{parent}.{ALL}" if parent else ALL
+    return StateDict(name if any(not head for head, _ in below) else parent, tensors, entries, metadata)
+
+
+def _joined(state_dicts: Sequence[StateDict]) -> Iterator[StateDict]:
+    """Every parent of several state_dicts, the innermost first."""
+    if len(state_dicts) > _MANY:
+        return
+    parents: dict[str, None] = {}
+    for found in state_dicts:
+        parts = found.root.split(".") if found.root else []
+        parents.update(dict.fromkeys(".".join(parts[:depth]) for depth in range(len(parts))))
+    for parent in reversed(sorted(parents, key=len)[:_PARENTS]):
+        joined = _join(state_dicts, parent)
+        if joined is not None and sum(_below(found.root, parent) is not None for found in state_dicts) > 1:
+            yield joined
 
 
 def _best(archive: Archive, target: Checkpoint) -> StateDict:
-    scored = []
-    for depth, found in enumerate((*archive.state_dicts, *_joined(archive.state_dicts))):
-        names = rename_all(found.tensors, target, find_prefix(found.tensors, target))
-        fits = [found.tensors[key] for key, name in names.items() if name in target and target[name].shape == found.tensors[key].shape]
-        scored.append((len(fits), frozenset(tensor.span for tensor in fits), depth, found))
-    best = max(score for score, *_ in scored)
+    rivals: list[tuple[int, StateDict, frozenset[Any]]] = []
+    best = 0
+    candidates = [*archive.state_dicts, *_joined(archive.state_dicts)]
+    for index, found in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
+        if min(len(found.tensors), len(target)) < max(best, 1):
+            continue  # can't win
+        fits = _fits(found, target)
+        if len(fits) > best:
+            best, rivals = len(fits), []
+        if len(fits) == best:
+            rivals.append((index, found, frozenset(fits)))
     if best == 0:
         serious = _serious(archive.state_dicts)
         if len(serious) == 1:
             return serious[0]
         raise RootError(
-            f"holds several state_dicts, and none has a key of {target.path}: {_listing(archive)}",
-            path=archive.path,
-            hint=f"choose one: --root {serious[0].root!r}",
+            f"holds several state_dicts, and none has a key of {target.path}: {_listing(serious)}", path=archive.path, hint=_advice(serious)
         )
-    # A joined parent that fits by the very same tensors is no rival of the dict that holds them.
-    winners = [(spans, found) for score, spans, _, found in scored if score == best]
-    if len({spans for spans, _ in winners}) > 1:
-        listing = ", ".join(repr(found.root) for _, found in winners)
-        raise RootError(
-            f"holds {len(winners)} state_dicts that fit equally well: {listing}",
-            path=archive.path,
-            hint=f"choose one: --root {winners[0][1].root!r}",
-        )
-    return winners[0][1]
+    rivals.sort(key=lambda row: row[0])
+    # One that fits by the very same tensors as another (a joined parent, a dict that is in the file twice) is no rival of it.
+    apart = [found for place, (_, found, fits) in enumerate(rivals) if all(fits != other for _, _, other in rivals[:place])]
+    if len(apart) > 1:
+        raise RootError(f"holds {len(apart)} state_dicts that fit equally well: {_listing(apart)}", path=archive.path, hint=_advice(apart))
+    return rivals[0][1]
+
+
+def _fits(found: StateDict, target: Checkpoint) -> list[Any]:
+    """Where the bytes of each tensor that fits lie (without bytes, its name)."""
+    parent = _parent(found.root)
+    names = rename_all(found.tensors, target, find_prefix(found.tensors, target))
+    fits = [key for key, name in names.items() if name in target and target[name].shape == found.tensors[key].shape]
+    return [found.tensors[key].span or (f"{parent}.{key}" if parent else key) for key in fits]

@@ -1,4 +1,7 @@
-"""Folds keys that differ in numbers only: `layers.0.q.weight` … `layers.31.q.weight` become `layers.{0..31}.q.weight`. Pure text."""
+"""Folds keys that differ in numbers only: `layers.0.q.weight` … `layers.31.q.weight` become `layers.{0..31}.q.weight`. Pure text.
+
+Only a number that reads back as itself folds: not `01`, not one of more than 18 digits, not one that is folded already.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.)(0|[1-9][0-9]{0,17})(?![0-9])")
+_Table = dict[tuple[tuple[str, ...], Hashable], int]  # a key in pieces (text, number, text, …) and its common value: how many rows
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     >>> [row.key for row in fold([("h.0.w", 1), ("h.1.w", 1), ("h.2.w", 2), ("out.w", 1)])]
     ['h.{0..1}.w', 'h.2.w', 'out.w']
     """
-    table: dict[tuple[tuple[str, ...], Hashable], int] = {}
+    table: _Table = {}
     for key, common in rows:
         place = (tuple(_NUMBER.split(key)), common)
         table[place] = table.get(place, 0) + 1
@@ -34,31 +38,36 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     return [Folded("".join(parts), common, count) for (parts, common), count in table.items()]
 
 
-def _fold_at(table: dict[tuple[tuple[str, ...], Hashable], int], position: int) -> dict[tuple[tuple[str, ...], Hashable], int]:
-    groups: dict[tuple[tuple[str, ...], Hashable, int], list[tuple[str, int]]] = {}
+def _fold_at(table: _Table, position: int) -> _Table:
+    """Fold the number at one position. Only rows that stand for equally many keys fold, so that a folded key says how many it is."""
+    groups: dict[tuple[tuple[str, ...], Hashable, int], list[str]] = {}
     for (parts, common), count in table.items():
-        if position < len(parts):
-            place = ((*parts[:position], "", *parts[position + 1 :]), common, count)
-            groups.setdefault(place, []).append((parts[position], count))
-        else:
-            groups.setdefault((parts, common, count), []).append(("", count))
-    folded: dict[tuple[tuple[str, ...], Hashable], int] = {}
-    for (parts, common, _), found in groups.items():
-        if position >= len(parts):
-            folded[(parts, common)] = found[0][1]
-            continue
-        word = _range([number for number, _ in found])
-        folded[((*parts[:position], word, *parts[position + 1 :]), common)] = sum(count for _, count in found)
+        rest = (*parts[:position], "", *parts[position + 1 :]) if position < len(parts) else parts
+        groups.setdefault((rest, common, count), []).append(parts[position] if position < len(parts) else "")
+    folded: _Table = {}
+    for (rest, common, count), numbers in groups.items():
+        parts = (*rest[:position], _range(numbers), *rest[position + 1 :]) if position < len(rest) else rest
+        folded[(parts, common)] = count * len(numbers)
     return folded
 
 
 def _range(numbers: list[str]) -> str:
+    """Numbers in braces, each run of three or more as its ends.
+
+    >>> _range(["0", "1", "2", "5", "7", "8"])
+    '{0..2,5,7,8}'
+    """
     if len(numbers) == 1:
         return numbers[0]
-    values = sorted({int(number) for number in numbers})
-    if values == list(range(values[0], values[-1] + 1)):
-        return f"{{{values[0]}..{values[-1]}}}"
-    return "{" + ",".join(map(str, values)) + "}"
+    runs: list[list[int]] = []
+    for value in sorted(map(int, numbers)):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    if len(runs) == 1:
+        return f"{{{runs[0][0]}..{runs[0][-1]}}}"
+    return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs) + "}"
 
 
 def fold_siblings(keys: Iterable[str]) -> list[str]:
@@ -69,10 +78,23 @@ def fold_siblings(keys: Iterable[str]) -> list[str]:
     """
     modules: dict[str, list[str]] = {}
     for row in fold((key, ()) for key in keys):
-        module, _, leaf = row.key.rpartition(".")
+        module, leaf = _split(row.key)
         modules.setdefault(module, []).append(leaf)
     folded = []
     for module, leaves in modules.items():
-        head = f"{module}." if module else ""
-        folded += [f"{head}{leaves[0]}"] if len(leaves) == 1 else [f"{head}{{{','.join(leaves)}}}"] if module else leaves
+        if len(leaves) > 1 and module:
+            folded.append(f"{module}.{{{','.join(leaves)}}}")
+        else:
+            folded += [f"{module}.{leaf}" if module else leaf for leaf in leaves]
     return folded
+
+
+def _split(key: str) -> tuple[str, str]:
+    """A folded key's module and last segment; a dot within braces divides nothing."""
+    depth = 0
+    for index in range(len(key) - 1, -1, -1):
+        if key[index] in "{}":
+            depth += 1 if key[index] == "}" else -1
+        elif key[index] == "." and depth <= 0:
+            return key[:index], key[index + 1 :]
+    return "", key

@@ -56,7 +56,7 @@ def test_what_the_design_promises_is_required(name, keys):
 def test_inspect(place, run):
     fits(run("inspect", "net_params.pkl", "--json").json, "inspect")
     net = torch.load("net_params.pkl")
-    torch.save({"model": net, "best": Path("x"), "model_ema": net}, "train.pt")
+    torch.save({"model": net, "best": Path("x"), "model_ema": {key: value + 1 for key, value in net.items()}}, "train.pt")
     found = run("inspect", "train.pt", "--json").json
     fits(found, "inspect")
     assert len(found["roots"]) == 2 and found["globals"] and found["tensors"][0]["shape"] == [6, 3, 5, 5]

@@ -105,7 +105,12 @@ def test_bytes_before_the_beginning(name: str, tmp_path: Path) -> None:
 
 def test_missing(tmp_path: Path) -> None:
     error = refusal(tmp_path / "nothing.pt", tmp_path)
-    assert isinstance(error, UnreadableError) and "does not exist" in error.reason and error.hint and error.path == str(tmp_path / "nothing.pt")
+    assert (
+        isinstance(error, UnreadableError)
+        and "does not exist" in error.reason
+        and error.hint
+        and error.path == str(tmp_path / "nothing.pt")
+    )
 
 
 @pytest.mark.parametrize("path", ["\0", "a\0b", "", "x" * 5000, "\ud800"])

@@ -224,7 +224,16 @@ def test_the_allow_list_calls_nothing_of_the_file(tmp_path: Path) -> None:
     """Every entry, given hostile arguments: a value of ours or a typed error."""
     marker = tmp_path / "marker"
     evil = named("mark") + text(str(marker)) + b"\x85R"
-    arguments = [b")", evil + b"\x85", b"(" + evil * 8 + b"t", b"(" + b"N" * 8 + b"t", b"]", b"(" + b"K\x07" * 3 + b"t", text("x") + b"\x85", b"N"]
+    arguments = [
+        b")",
+        evil + b"\x85",
+        b"(" + evil * 8 + b"t",
+        b"(" + b"N" * 8 + b"t",
+        b"]",
+        b"(" + b"K\x07" * 3 + b"t",
+        text("x") + b"\x85",
+        b"N",
+    ]
     for name in ALLOWED:
         module, _, attribute = name.rpartition(".")
         for each in arguments:
@@ -272,9 +281,12 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "tuples of one hash": lambda: b"\x80\x02}(" + b"".join(b"G" + struct.pack(">d", number) + b"\x85N" for number in range(80_000)) + b"u.",
     "a huge memo": lambda: b"\x80\x02N" + b"\x94" * MEGABYTE + b".",
     "memo places far apart": lambda: b"\x80\x02N" + b"".join(b"r" + struct.pack("<I", number << 14) for number in range(200_000)) + b".",
-    "a long name, again and again": lambda: b"\x80\x04" + text("m" * 500_000) + b"q\x000" + text("n") + b"q\x01" + b"h\x00h\x01\x93" * 90_000 + b".",
-    "a long text through a set": lambda: b"\x80\x04cbuiltins\nset\nq\x000" + text("m" * 500_000) + b"\x85q\x010" + b"h\x00h\x01R0" * 80_000 + b"N.",
-    "a long list through a set": lambda: b"\x80\x04cbuiltins\nset\nq\x000](" + b"N" * 400_000 + b"e\x85q\x010" + b"h\x00h\x01R0" * 80_000 + b"N.",
+    "a long name, again and again": lambda: b"\x80\x04" + text("m" * 500_000)
+    + b"q\x000" + text("n") + b"q\x01" + b"h\x00h\x01\x93" * 90_000 + b".",
+    "a long text through a set": lambda: b"\x80\x04cbuiltins\nset\nq\x000" + text("m" * 500_000) + b"\x85q\x010"
+    + b"h\x00h\x01R0" * 80_000 + b"N.",
+    "a long list through a set": lambda: b"\x80\x04cbuiltins\nset\nq\x000](" + b"N" * 400_000 + b"e\x85q\x010"
+    + b"h\x00h\x01R0" * 80_000 + b"N.",
     "a dict from a list, again and again": lambda: b"\x80\x04ccollections\nOrderedDict\nq\x000]("
     + b"".join(b"M" + struct.pack("<H", number) + b"N\x86" for number in range(60_000)) + b"e\x85q\x010" + b"h\x00h\x01R0" * 90_000 + b"N.",
     "a long text through torch.device": lambda: b"\x80\x04ctorch\ndevice\nq\x000" + text("m" * 400_000) + b"\x85q\x010"
@@ -286,7 +298,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         b"M" + struct.pack("<H", number) + b"N" for number in range(60_000)) + b"us.",
     "one value under many keys": lambda: b"\x80\x02}q\x00(" + b"".join(
         b"M" + struct.pack("<H", number) + b"h\x00" for number in range(60_000)) + b"u.",
-    "frames in frames": lambda: b"\x80\x04" + b"".join(b"\x95" + struct.pack("<Q", 9 * number) for number in reversed(range(100_000))) + b"N.",
+    "frames in frames": lambda: b"\x80\x04" + b"".join(b"\x95" + struct.pack("<Q", 9 * number) for number in reversed(range(100_000)))
+    + b"N.",
     "BINBYTES8 of all there is": lambda: b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
     "BINUNICODE of all there is": lambda: b"\x80\x04X\xff\xff\xff\xff.",
     "only dicts": lambda: _deep(b"}", MEGABYTE),
@@ -452,7 +465,9 @@ def test_tensors_within_their_storage(shape: tuple[int, ...], stride: tuple[int,
     assert torch.load(tmp_path / "it", weights_only=True)["w"].shape == shape
 
 
-@pytest.mark.parametrize("kind", ["torch\nDoubleStorage", "torch\nHalfStorage", "torch.storage\nUntypedStorage", "torch\nNoStorage", "os\nsystem"])
+@pytest.mark.parametrize(
+    "kind", ["torch\nDoubleStorage", "torch\nHalfStorage", "torch.storage\nUntypedStorage", "torch\nNoStorage", "os\nsystem"]
+)
 def test_one_storage_with_two_dtypes(kind: str, tmp_path: Path) -> None:
     one = _tensor("0", b"K\x02", b"K\x00", dims(1), dims(1))
     other = _tensor("0", b"K\x02", b"K\x00", dims(1), dims(1), kind)

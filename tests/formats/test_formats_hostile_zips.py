@@ -67,7 +67,15 @@ def archive(*items: Item, between: bytes = b"", comment: bytes = b"", count: int
         directory += struct.pack("<4s6H3L5H2L", b"PK\x01\x02", *fields, item.disk, 0, 0, header) + name + item.extra + item.comment
     start = len(body) + len(between)
     count = given(count, len(items))
-    fields = (end.get("disk", 0), 0, count, count, end.get("size", len(directory)), end.get("start", start), end.get("comment", len(comment)))
+    fields = (
+        end.get("disk", 0),
+        0,
+        count,
+        count,
+        end.get("size", len(directory)),
+        end.get("start", start),
+        end.get("comment", len(comment)),
+    )
     return body + between + directory + zip64 + struct.pack("<4s4H2LH", b"PK\x05\x06", *fields) + comment
 
 
@@ -89,10 +97,10 @@ def at(name: str) -> int:
     return next(index for index, item in enumerate(items()) if item.name.endswith(name))
 
 
-def changed(name: str, **changes: object) -> bytes:
+def changed(which: str, /, **changes: object) -> bytes:
     """The real file's archive with one entry changed."""
     entries = items()
-    entries[at(name)] = replace(entries[at(name)], **changes)
+    entries[at(which)] = replace(entries[at(which)], **changes)
     return archive(*entries)
 
 
@@ -220,16 +228,13 @@ def test_two_entries_of_one_place(tmp_path: Path) -> None:
         {"size": 10},
         {"start": 3},
         {"start": 1 << 31},
-        {"comment": b"abc", "zip64": b""},
+        {"comment": archive(*items())[-22:]},  # a comment that is another end record
         {"zip64": b"hidden between directory and end"},
         {"zip64": struct.pack("<4sLQL", b"PK\x06\x07", 0, 5, 1)},
         {"zip64": struct.pack("<4sLQL", b"PK\x06\x07", 1, 5, 2)},
     ],
 )
 def test_end_records_that_lie(changes: dict[str, object], tmp_path: Path) -> None:
-    if changes == {"comment": b"abc", "zip64": b""}:  # a comment that holds another end record
-        inner = archive(*items())
-        changes = {"comment": inner[-22:]}
     refusal(archive(*items(), **changes), tmp_path)
 
 
@@ -237,11 +242,10 @@ def test_a_wide_end_record_that_disagrees(tmp_path: Path) -> None:
     save_zip(STATE, tmp_path / "real")
     data = (tmp_path / "real").read_bytes()
     place = data.rindex(b"PK\x06\x06")
-    for offset, width in ((24, 8), (32, 8), (40, 8), (48, 8), (4, 8), (16, 4), (20, 4)):
+    for offset in (4, 16, 20, 24, 32, 40, 48):
         broken = bytearray(data)
         broken[place + offset] ^= 1
         refusal(bytes(broken), tmp_path)
-        assert width
 
 
 def test_two_archives_in_one_file(tmp_path: Path) -> None:

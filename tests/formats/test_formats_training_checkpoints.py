@@ -313,7 +313,9 @@ def test_legacy_storages_that_lie(identity: Any, tmp_path: Path) -> None:
     assert len(only(read(str(path))).tensors) == 2
 
 
-@pytest.mark.parametrize("storages", [[], [("root", bytes(76))], [("root", bytes(80)), ("root", bytes(80))], [("root", bytes(80)), ("x", b"")]])
+@pytest.mark.parametrize(
+    "storages", [[], [("root", bytes(76))], [("root", bytes(80)), ("root", bytes(80))], [("root", bytes(80)), ("x", b"")]]
+)
 def test_legacy_storages_that_are_not_filled_or_not_used(storages: list[tuple[str, bytes]], tmp_path: Path) -> None:
     path = tmp_path / "it"
     whole = ("storage", torch.FloatStorage, "root", "cpu", 20, None)

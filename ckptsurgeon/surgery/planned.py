@@ -1,0 +1,146 @@
+"""A plan as a value: what every target key gets, and what becomes of every source key. Nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Literal
+
+from ckptsurgeon.report import Finding
+from ckptsurgeon.surgery.naming import SourceKey
+from ckptsurgeon.tensors import Coverage
+
+Action = Literal["copy", "rename", "adapt", "init", "keep"]
+FROM_MODEL = ("model", "per_layer_type")  # schemes that need the target model itself
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """A source: its path as given, fingerprint, format, root, and how its names were changed, in words."""
+
+    path: str
+    fingerprint: str
+    format: str
+    root: str = ""
+    prefix: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlanTarget:
+    """What the sources must fit: a spec or path, its fingerprint, and its kind (`model`, `skeleton` or a file's format)."""
+
+    spec: str
+    fingerprint: str
+    kind: str
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one target key gets its value.
+
+    `sources` are (number of the source, key) pairs, in order; `ops` what is done to them, in order, each a dict with `op`. `dtype` and
+    `shape` are the result's.
+    """
+
+    target: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: Action
+    sources: tuple[SourceKey, ...]
+    ops: tuple[Mapping[str, Any], ...]
+    fresh: bool
+    reason: str
+
+    @property
+    def transferred(self) -> bool:
+        """Whether the value comes from a source."""
+        return bool(self.sources)
+
+    @property
+    def cast(self) -> str | None:
+        """The dtype that an op casts to, if one does."""
+        return next((str(op["dtype"]) for op in self.ops if op["op"] == "cast"), None)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A source key (of a tensor or of another value) that goes nowhere, and why."""
+
+    file: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value that is no tensor (`_extra_state`): carried from a source, or, with `source` None, the target's own."""
+
+    target: str
+    source: SourceKey | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `apply` will do. `ties` are groups of target keys that share one tensor in the target; `loose` says what `strict`
+    refuses: each missing, extra or mismatched key that no rule names."""
+
+    sources: tuple[PlanSource, ...]
+    target: PlanTarget | None
+    seed: int
+    steps: tuple[Step, ...]
+    dropped: tuple[Dropped, ...]
+    coverage: Coverage
+    entries: tuple[Entry, ...] = ()
+    module_metadata: Mapping[str, Any] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    left_behind: tuple[str, ...] = ()
+    allow_cast: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    loose: tuple[str, ...] = ()
+    text: str = field(default="", repr=False, compare=False)
+
+    @property
+    def transferred(self) -> tuple[str, ...]:
+        """Target keys that take weights from a source."""
+        return tuple(step.target for step in self.steps if step.sources)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Target keys that stay as a target checkpoint has them."""
+        return tuple(step.target for step in self.steps if step.action == "keep")
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Target keys that are initialised."""
+        return tuple(step.target for step in self.steps if step.fresh)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a value comes from the target model itself."""
+        if self.target is None or self.target.kind != "model":
+            return False
+        from_model = any(op["op"] == "init" and op["scheme"] in FROM_MODEL for step in self.steps for op in step.ops)
+        return from_model or any(entry.source is None for entry in self.entries)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def digest(plan: Plan) -> str:
+    """SHA-256 (hex) of what a plan does; the paths of its sources and target do not enter it."""
+    body = [
+        [[source.fingerprint, source.root] for source in plan.sources],
+        None if plan.target is None else [plan.target.fingerprint, plan.target.root],
+        plan.seed,
+        [
+            [step.target, step.dtype, list(step.shape), step.action, [list(p) for p in step.sources], [dict(op) for op in step.ops]]
+            for step in plan.steps
+        ],
+        [[entry.target, entry.source and list(entry.source)] for entry in plan.entries],
+        [list(group) for group in plan.ties],
+        {path: dict(local) for path, local in plan.module_metadata.items()},
+    ]
+    return sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
