@@ -224,6 +224,8 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mappi
         if position != slot.offset + slot.nbytes:
             raise OutputError(f"got {position - slot.offset} bytes where the plan says {slot.nbytes}", key=tensor.name)
         run.digests[tensor.storage] = digest.hexdigest()
+    order = {key: place for place, key in enumerate(steps)}
+    run.casts.sort(key=lambda found: order[found.key])
     refuse_losses(run.casts, run.plan.allow_cast)
     for slot in layout.slots:
         origin = run.moves(steps[tensors[slot.index].name])

@@ -80,7 +80,7 @@ class Reader:
         return chunks(fd, offset, tensor.span.nbytes)
 
     def view(self, tensor: TensorMeta) -> memoryview:
-        """A tensor's elements like `read`, mapped from the file rather than read where they lie densely; good while the reader is open."""
+        """A tensor's elements like `read`, mapped from the file rather than read where they lie densely."""
         assert tensor.span is not None
         if not tensor.contiguous or not tensor.span.nbytes:
             return memoryview(self.read(tensor))

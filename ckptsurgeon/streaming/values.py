@@ -6,6 +6,7 @@ torch is imported inside the functions: a merge that only moves bytes never load
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -25,14 +26,17 @@ PIECE = 1 << 18  # elements cast at a time: what is counted about them takes som
 
 
 def tensor_from(data: Buffer, dtype: str) -> torch.Tensor:
-    """A one-dimensional tensor over `data` (not copied) of the dtype with safetensors' code `dtype`."""
+    """A one-dimensional tensor of the dtype with safetensors' code `dtype`, over `data` itself where torch can work there."""
     import torch
 
     kind = getattr(torch, BY_CODE[dtype].torch)
     if not len(data):
         return torch.empty(0, dtype=kind)
-    writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
-    return torch.frombuffer(data if writable else bytearray(data), dtype=kind)
+    if memoryview(data).readonly:
+        data = bytearray(data)
+    found = torch.frombuffer(data, dtype=kind)
+    # torch takes alignment for granted (its vector instructions crash without), and a legacy file has none.
+    return found if found.data_ptr() % kind.itemsize == 0 else torch.frombuffer(bytearray(data), dtype=kind)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -136,7 +140,9 @@ def _losses(key: str, given: torch.Tensor, wanted: torch.Tensor, source: str, ta
         else:
             overflowed = (before < info.min) | (before > min(info.max, (1 << 63) - 1))
     else:
-        overflowed = finite & ~torch.isfinite(after)
+        # Not every float has an infinity or a sign: F8_E4M3 saturates, infinities included, and F8_E8M0 is positive.
+        beyond = (before.double().abs() >= _limit(target)) & (after != before)
+        overflowed = (finite & ~torch.isfinite(after)) | beyond | ((before < 0) & (after > 0))
     same = (before == after) | ((before != before) & (after != after))
     error = (before.double() - after.double()).abs()[finite & ~overflowed]
     return Cast(
@@ -148,6 +154,14 @@ def _losses(key: str, given: torch.Tensor, wanted: torch.Tensor, source: str, ta
         int(overflowed.sum()),
         truncated,
     )
+
+
+def _limit(code: str) -> float:
+    """The least number that no longer rounds to a float dtype's largest value."""
+    import torch
+
+    info = torch.finfo(getattr(torch, BY_CODE[code].torch))
+    return float(info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2))
 
 
 def _wide(tensor: torch.Tensor, code: str) -> torch.Tensor:

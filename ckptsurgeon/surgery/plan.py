@@ -53,7 +53,7 @@ def make_plan(
         raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: --seed 0")
     for source in sources:
         if source.format == "skeleton":
-            raise PlanError("is a skeleton: it has names and shapes, and no weights to take", path=source.path)
+            raise PlanError("is a skeleton and has no values behind its names", path=source.path)
     allowed = (allow_cast,) if isinstance(allow_cast, str) else tuple(allow_cast)
     for pattern in allowed:
         compile_pattern(pattern)

@@ -171,7 +171,8 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
     # One that fits by the very same tensors as another (a joined parent, a dict that is in the file twice) is no rival of it.
     apart = [found for place, (_, found, fits) in enumerate(rivals) if all(fits != other for _, _, other in rivals[:place])]
     if len(apart) > 1:
-        raise RootError(f"holds {len(apart)} state_dicts that fit equally well: {_listing(apart)}", path=archive.path, hint=_advice(apart))
+        listing = ", ".join(repr(found.root) for found in apart)
+        raise RootError(f"holds {len(apart)} state_dicts that fit equally well: {listing}", path=archive.path, hint=_advice(apart))
     return rivals[0][1]
 
 

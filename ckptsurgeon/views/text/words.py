@@ -14,7 +14,7 @@ from ckptsurgeon.views.folding import fold, fold_siblings
 
 MOST = 12  # rows of one kind before the rest is counted
 LONGEST = 200  # characters of a finding, where a library's own words may run on
-_BREAKS = re.compile(r"[^ ,]*[ ,]*")
+_PIECES = re.compile(r"[^ ,]+[ ,]*|[ ,]+")
 
 Row = Sequence[str]
 
@@ -113,7 +113,7 @@ def broken(text: str, room: int) -> list[str]:
     ['norm1.{weight,bias,', 'running_mean}']
     """
     lines = [""]
-    for piece in _BREAKS.findall(text):
+    for piece in _PIECES.findall(text):
         if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > room:
             lines.append("")
         lines[-1] += piece

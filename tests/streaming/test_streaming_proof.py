@@ -1,0 +1,150 @@
+"""A bug in what is written must not reach a file: bytes flipped, tensors in wrong places, names lost. The proof finds each, torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from streaming_support import names
+
+from ckptsurgeon import formats
+from ckptsurgeon.errors import VerificationError
+from ckptsurgeon.formats.layout import Layout, Slot
+from ckptsurgeon.streaming import apply as applying
+from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming.apply import Output, apply
+from ckptsurgeon.surgery import roots
+from ckptsurgeon.surgery.plan import make_plan
+
+REAL = kernel.copy_range
+Copy = Callable[[int, int, int, int, int], None]
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {"a": torch.arange(8.0), "b": -torch.arange(8.0), "turned": torch.arange(6.0).view(2, 3).t(), "half": torch.ones(3)}
+
+
+def run(folder: Path, suffix: str, proof: bool = True, dtype: str | None = None) -> Path:
+    torch.save(state(), folder / "in.pt")
+    source = roots.choose(formats.read(str(folder / "in.pt")))
+    plan = make_plan([source], None, dtype=dtype)
+    output = Output(str(folder / f"out{suffix}"), "safetensors" if suffix == ".safetensors" else "torch", proof=proof)
+    apply(plan, [source], None, output)
+    return folder / f"out{suffix}"
+
+
+def flips_a_byte(source: int, offset: int, output: int, place: int, count: int) -> None:
+    REAL(source, offset, output, place, count)
+    byte = os.pread(output, 1, place)[0]
+    os.pwrite(output, bytes([byte ^ 1]), place)
+
+
+def copies_from_the_wrong_place(source: int, offset: int, output: int, place: int, count: int) -> None:
+    REAL(source, offset + 4, output, place, count)
+
+
+def copies_nothing(*_: int) -> None:
+    pass
+
+
+def copies_the_first_half(source: int, offset: int, output: int, place: int, count: int) -> None:
+    REAL(source, offset, output, place, count // 2)
+
+
+def swaps(layout: Layout) -> Layout:
+    slots = {slot.index: slot for slot in layout.slots}
+    one, other = slots[0], slots[1]
+    swapped = {0: Slot(other.offset, one.nbytes, 0), 1: Slot(one.offset, other.nbytes, 1)}
+    return Layout(tuple(swapped.get(slot.index, slot) for slot in layout.slots), layout.chunks, layout.size, layout.checksums, layout.tail)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("bug", [flips_a_byte, copies_from_the_wrong_place, copies_nothing, copies_the_first_half])
+def test_a_copy_that_goes_wrong(bug: Copy, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "copy_range", bug)
+    with pytest.raises(VerificationError) as caught:
+        run(tmp_path, suffix)
+    assert {problem.partition(":")[0] for problem in caught.value.problems} == {"a", "b", "half"}
+    assert names(tmp_path) == ["in.pt"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_two_tensors_in_each_others_place(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = applying._layout
+    monkeypatch.setattr(applying, "_layout", lambda *arguments: swaps(real(*arguments)))
+    with pytest.raises(VerificationError) as caught:
+        run(tmp_path, suffix)
+    assert caught.value.problems == ("a: its bytes differ", "b: its bytes differ")
+    assert names(tmp_path) == ["in.pt"]
+
+
+@pytest.mark.parametrize("dtype", [None, "F16"])
+def test_made_values_that_are_written_wrong(dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernel.write_at
+
+    def wrong(output: int, data: bytes, offset: int) -> None:
+        real(output, data, offset)
+        if len(memoryview(data)) in (24, 12):  # the six elements of `turned`
+            os.pwrite(output, b"\x55", offset + 5)
+
+    monkeypatch.setattr(kernel, "write_at", wrong)
+    with pytest.raises(VerificationError) as caught:
+        run(tmp_path, ".safetensors", dtype=dtype)
+    assert caught.value.problems == ("turned: its bytes differ",)
+
+
+@pytest.mark.parametrize("bug", ["lost", "added", "renamed", "another shape", "another dtype"])
+def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    real = applying.safetensors.lay_out
+
+    def wrong(tensors, metadata):  # type: ignore[no-untyped-def]
+        first = tensors[0]
+        other = {
+            "lost": [],
+            "added": [first, replace(first, name="z")],
+            "renamed": [replace(first, name="z")],
+            "another shape": [replace(first, shape=(2, 4))],
+            "another dtype": [replace(first, dtype="I32")],
+        }[bug]
+        return real([*other, *tensors[1:]] if bug != "lost" else tensors[1:], metadata)
+
+    monkeypatch.setattr(applying.safetensors, "lay_out", wrong)
+    if bug in ("lost", "added"):  # the slots' numbers no longer fit: keep them in step
+        monkeypatch.setattr(applying, "_write", lambda run, layout, tensors, steps, temporary: os.pwrite(temporary.fd, filled(layout), 0))
+    with pytest.raises(VerificationError) as caught:
+        run(tmp_path, ".safetensors")
+    assert any(problem.startswith(("a: ", "z: ")) for problem in caught.value.problems)
+    assert names(tmp_path) == ["in.pt"]
+
+
+def filled(layout: Layout) -> bytes:
+    data = bytearray(layout.size)
+    for offset, chunk in layout.chunks:
+        data[offset : offset + len(chunk)] = chunk
+    return bytes(data)
+
+
+def test_without_proof_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "copy_range", flips_a_byte)
+    found = torch.load(run(tmp_path, ".pt", proof=False), weights_only=True)
+    assert not torch.equal(found["b"], state()["b"])
+
+
+def test_the_proof_reads_the_file_and_not_what_was_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that loses what it was given: the file is damaged between the writing and the proof."""
+    real = applying.syncing
+
+    def damaging(temporary):  # type: ignore[no-untyped-def]
+        size = os.fstat(temporary.fd).st_size
+        os.pwrite(temporary.fd, b"\x77", size - 1)
+        return real(temporary)
+
+    monkeypatch.setattr(applying, "syncing", damaging)
+    with pytest.raises(VerificationError):
+        run(tmp_path, ".safetensors")
+    assert names(tmp_path) == ["in.pt"]

@@ -1,0 +1,191 @@
+"""Wrapper prefixes: found by names and shapes together, never where it is a toss-up or two keys would collide."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from surgery_support import checkpoint, live, metas, model, shapes
+from torch import nn
+
+from ckptsurgeon.surgery.compare import compare
+from ckptsurgeon.surgery.plan import make_plan
+from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
+from ckptsurgeon.tensors import Checkpoint
+
+NET = {"conv.weight": (6, 3, 5, 5), "conv.bias": (6,), "layer1.0.bn.weight": (6,), "layer1.0.bn.running_mean": (6,), "fc.weight": (2, 6)}
+
+
+def wrapped(before: str, keys=NET):
+    return {before + key: shape for key, shape in keys.items()}
+
+
+def reached(source, target) -> dict[str, str]:
+    """Which target key each source key reaches, in name and shape."""
+    given, goal = metas(source), metas(target)
+    names = rename_all(given, goal, find_prefix(given, goal))
+    return {key: name for key, name in names.items() if name in goal and goal[name].shape == given[key].shape}
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module._orig_mod.", "module.model._orig_mod.",
+     "_orig_mod.model.", "net.backbone.body.", "_forward_module.module.model.", "model._fsdp_wrapped_module.", "module.module."],
+)  # fmt: skip
+def test_wrappers_come_off_in_any_order(before):
+    assert reached(wrapped(before), NET) == {before + key: key for key in NET}
+    assert reached(NET, wrapped(before)) == {key: before + key for key in NET}
+
+
+def test_what_was_stripped_and_added_is_told_in_two_words():
+    assert find_prefix(metas(wrapped("module.")), metas(NET)) == Prefix(stripped="module.")
+    assert find_prefix(metas(NET), metas(wrapped("backbone."))) == Prefix(added="backbone.")
+    assert find_prefix(metas(wrapped("net.model.")), metas(wrapped("backbone."))) == Prefix("net.model.", "backbone.")
+    assert find_prefix(metas(NET), metas(NET)) == Prefix()
+    assert str(Prefix("module.", "backbone.")) == "prefix module. stripped; prefix backbone. added" and not Prefix()
+
+
+MIDDLE = {
+    "layer1._orig_mod.conv.weight": "layer1.conv.weight",
+    "layer1._orig_mod.conv.bias": "layer1.conv.bias",
+    "layer2.0._checkpoint_wrapped_module.conv.weight": "layer2.0.conv.weight",
+    "fc.weight": "fc.weight",
+}
+
+
+@pytest.mark.parametrize("before", ["", "module.", "model.", "_orig_mod.module.model."])
+def test_wrappers_in_the_middle_of_a_key(before):
+    inner, plain = {before + key: name for key, name in MIDDLE.items()}, list(MIDDLE.values())
+    assert reached(list(inner), plain) == inner
+    assert reached(plain, list(inner)) == {name: key for key, name in inner.items()}
+    # A compiled layer on one side, a checkpointed one on the other.
+    other = [key.replace("_orig_mod", "x").replace("_checkpoint_wrapped_module", "_orig_mod").replace("x.", "") for key in MIDDLE]
+    assert len(reached(list(inner), other)) == len(MIDDLE)
+
+
+def test_a_module_that_is_really_called_module_stays():
+    keys = ["encoder.module.weight", "encoder.module.bias", "encoder.norm.weight"]
+    assert reached(keys, keys) == {key: key for key in keys}
+    assert reached([f"module.{key}" for key in keys], keys) == {f"module.{key}": key for key in keys}
+    assert reached([*keys, "old.weight"], [*keys, "new.weight"]) == {key: key for key in keys}
+
+
+def test_strip_and_add_with_a_wrapped_target():
+    target = {**wrapped("module.backbone."), "module.head.weight": (2, 2)}
+    for before in ("", "module.", "model.", "_orig_mod.", "net."):
+        assert reached(wrapped(before), target) == {before + key: "module.backbone." + key for key in NET}
+
+
+def test_one_tower_of_many():
+    source = {**wrapped("visual."), "text.emb.weight": (9, 4), "logit_scale": ()}
+    assert reached(source, NET) == {"visual." + key: key for key in NET}
+    lightning = {**wrapped("model."), "criterion.weight": (2,), "n_averaged": ()}
+    assert reached(lightning, NET) == {"model." + key: key for key in NET}
+
+
+@pytest.mark.parametrize("heads", [("encoder_q.", "encoder_k."), ("module.encoder_q.", "module.encoder_k."), ("net._orig_mod.a.", "net._orig_mod.b.")])
+def test_two_towers_that_fit_equally_are_a_tie(heads):
+    both = {**wrapped(heads[0]), **wrapped(heads[1]), "queue": (128, 16)}
+    assert find_prefix(metas(both), metas(NET)) == Prefix()
+    assert find_prefix(metas(NET), metas(both)) == Prefix()
+    # One more key that fits, and it is a tie no longer.
+    less = {key: shape for key, shape in both.items() if key != heads[1] + "fc.weight"}
+    assert reached(less, NET) == {heads[0] + key: key for key in NET}
+
+
+def test_a_prefix_under_which_two_keys_collide_is_never_taken():
+    source = {**wrapped("module."), "fc.weight": (2, 6)}
+    assert find_prefix(metas(source), metas(NET)) == Prefix()
+    mid = ["a._orig_mod.w", "a.w", "b._orig_mod.w", "c._orig_mod.w"]
+    assert reached(mid, ["a.w", "b.w", "c.w"]) == {"a.w": "a.w"}
+
+
+def test_a_name_counts_only_with_its_shape():
+    assert find_prefix(metas({"module.w": (3,)}), metas({"w": (2,)})) == Prefix()
+    tall = {"big." + key: (9, *shape) for key, shape in NET.items()}
+    assert reached({**wrapped("small."), **tall}, NET) == {"small." + key: key for key in NET}
+    # The wrapper is there by name, and half of the shapes are not the target's.
+    source = {"module.conv.weight": (6, 3, 5, 5), "module.fc.weight": (10, 6)}
+    assert find_prefix(metas(source), metas({"conv.weight": (6, 3, 5, 5), "fc.weight": (2, 6)})) == Prefix("module.")
+
+
+def test_names_as_they_are_win_over_a_prefix_that_does_no_better():
+    source = {"a.w": (2,), "b.x.w": (2,)}
+    assert reached(source, {"a.w": (2,), "x.w": (2,)}) == {"a.w": "a.w", "b.x.w": "x.w"}
+    assert find_prefix(metas({"a.w": (2,), "x.b.w": (2,), "c": (1,)}), metas({"a.w": (2,), "b.w": (2,), "d": (1,)})) == Prefix("x.")
+    assert find_prefix(metas(["w", "x.v"]), metas(["w", "q", "x.w"])) == Prefix()
+
+
+def test_a_module_alone_does_not_stand_for_any_other():
+    assert find_prefix(metas(["fc.weight", "fc.bias"]), metas(["dense.weight", "dense.bias"])) == Prefix()
+    assert find_prefix(metas(["fc.weight", "fc.bias"]), metas(["weight", "bias"])) == Prefix("fc.")
+
+
+def test_without_a_target_nothing_is_stripped():
+    plan = make_plan([checkpoint(wrapped("module."))], None)
+    assert [step.target for step in plan.steps] == list(wrapped("module."))
+    assert plan.sources[0].prefix == {}
+
+
+def test_nothing_in_common_and_nothing_at_all():
+    assert find_prefix({}, {}) == find_prefix({}, metas(NET)) == find_prefix(metas(NET), {}) == Prefix()
+    assert find_prefix(metas(["a.b", "c"]), metas(["x.y", "z"])) == Prefix()
+    assert find_prefix(metas(["module"]), metas(["module.module", "w"])) == Prefix(added="module.")
+
+
+@settings(max_examples=300)
+@given(shapes, shapes)
+def test_a_prefix_never_costs_a_key_and_never_makes_two_one(source, target):
+    given, goal = metas(source), metas(target)
+    names = rename_all(given, goal, find_prefix(given, goal))
+    assert list(names) == list(given) and len(set(names.values())) == len(names)
+    assert len(reached(source, target)) >= sum(target.get(key) == shape for key, shape in source.items())
+
+
+@given(shapes, shapes)
+def test_the_order_of_the_keys_does_not_matter(source, target):
+    turned = dict(reversed(source.items())), dict(reversed(target.items()))
+    assert reached(source, target) == reached(*turned)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+
+def loads_as(source: Checkpoint, target: Checkpoint) -> dict[str, str]:
+    plan = make_plan([source], target)
+    return {step.sources[0][1]: step.target for step in plan.steps if step.sources}
+
+
+def test_torchs_own_wrappers():
+    plain = live(Net())
+    compiled = live(torch.compile(Net()))
+    parallel = live(nn.DataParallel(Net()))
+    averaged = live(torch.optim.swa_utils.AveragedModel(Net()))
+    both = live(nn.DataParallel(torch.compile(Net())))
+    for one in (plain, compiled, parallel, averaged, both):
+        for other in (plain, compiled, parallel, averaged, both):
+            diff = compare(one, other)
+            assert not diff.mismatched and set(diff.extra) | set(diff.missing) <= {"n_averaged"}, (one, other)
+    inner = Net()
+    inner.conv = torch.compile(inner.conv)
+    assert loads_as(live(inner), plain)["conv._orig_mod.weight"] == "conv.weight"
+    assert loads_as(plain, live(inner))["conv.weight"] == "conv._orig_mod.weight"
+
+
+def test_metadata_follows_the_prefix():
+    source = live(nn.DataParallel(Net()))
+    target = Checkpoint("b.safetensors", "safetensors", "1", live(Net()).tensors)
+    metadata = make_plan([source], target).module_metadata
+    assert metadata == {"": {"version": 1}, "conv": {"version": 1}, "bn": {"version": 2}, "fc": {"version": 1}}
+    added = make_plan([live(Net())], Checkpoint("b.safetensors", "safetensors", "1", live(nn.DataParallel(Net())).tensors))
+    assert added.module_metadata["module.bn"] == {"version": 2}
+
+
+def test_an_extra_state_follows_the_prefix():
+    source = checkpoint(wrapped("module."), entries={"module.fc._extra_state": 7})
+    plan = make_plan([source], model(NET, entries={"fc._extra_state": None}))
+    assert [(entry.target, entry.source) for entry in plan.entries] == [("fc._extra_state", (0, "module.fc._extra_state"))]
+    middle = checkpoint(list(MIDDLE.values()), entries={"layer1._extra_state": 7})
+    plan = make_plan([middle], model(list(MIDDLE), entries={"layer1._orig_mod._extra_state": None}))
+    assert plan.entries[0].source == (0, "layer1._extra_state")
