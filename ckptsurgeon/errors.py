@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    """Return `text` with control characters, terminal escapes and lone surrogates shown as escapes.
+    """Return `text`, one line of it, with control characters, terminal escapes and lone surrogates shown as escapes.
 
     >>> printable("a\\x1b[31mb")
     'a\\\\x1b[31mb'
@@ -15,10 +15,15 @@ def printable(text: object) -> str:
     value = str(text)
     if value.isprintable():
         return value
-    return "".join(c if c.isprintable() or c == "\n" else _escape(c) for c in value)
+    return "".join(c if c.isprintable() else _escape(c) for c in value)
+
+
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def _escape(character: str) -> str:
+    if character in _SHORT:
+        return _SHORT[character]
     code = ord(character)
     if code < 0x100:
         return f"\\x{code:02x}"
@@ -61,7 +66,7 @@ class CheckpointError(Exception):
         where = f"{self.path}: " if self.path else ""
         key = f"{self.key}: " if self.key else ""
         lines = [f"{where}{key}{self.reason}", *(f"  {problem}" for problem in self.problems)]
-        return printable("\n".join(lines))
+        return "\n".join(map(printable, lines))
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  try: {printable(self.hint)}"

@@ -16,10 +16,10 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
         raise CoverageError(
             "nothing fits: no tensor of the target would be taken from it",
             path=path,
-            hint="see why with: ckptsurgeon diff CKPT TARGET",
+            hint=f"see why with: ckptsurgeon diff {path} {plan.target.spec if plan.target is not None else 'TARGET'}",
         )
     if min_coverage is not None and min(plan.coverage.tensors, plan.coverage.elements) < min_coverage:
-        raise CoverageError(f"covers {words(plan.coverage)}, and {min_coverage:.1%} is asked for", path=path)
+        raise CoverageError(f"covers {words(plan.coverage)}, and {_percent(min_coverage)} is asked for", path=path)
     if strict and plan.loose:
         more = len(plan.loose) - 20
         raise StrictError(

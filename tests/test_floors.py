@@ -87,7 +87,7 @@ def calls(path: Path) -> set[str]:
 
 def test_only_the_command_line_prints_and_exits() -> None:
     for path in MODULES:
-        if floor_of(path) != "cli":
+        if floor_of(path) not in ("cli", "__main__"):
             assert not calls(path) & {"print", "click.echo", "sys.exit", "exit", "os._exit"}, path
 
 

@@ -72,7 +72,7 @@ def show_error(error: CheckpointError, as_json: bool) -> None:
 
 def show_usage_error(error: click.ClickException, as_json: bool) -> None:
     """A command line that is not well formed."""
-    message = printable(error.format_message())
+    message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path} --help" if context is not None else "ckptsurgeon --help"
     show_error(UsageError(message, hint=hint), as_json)

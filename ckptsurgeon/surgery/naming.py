@@ -43,7 +43,7 @@ def name_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, rules
     names = Names(prefixes, tuple(rule for rule in compiled if rule.rule.kind == "init"))
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
     results: dict[int, list[str]] = {}  # by a rule's place among `active`, what it gave
-    problems: dict[str, None] = {}
+    failed: dict[int, str] = {}  # by a rule's place, the first of its results that can't be told
     for number, (source, prefix) in enumerate(zip(sources, prefixes, strict=True)):
         for key, name in rename_all((*source, *source.entries), known or (), prefix).items():
             place, bare = (number, key), prefix.bare(key)
@@ -58,16 +58,14 @@ def name_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, rules
                 try:
                     name = expand(rule.result, parts)
                 except RuleError as error:
-                    problems.setdefault(f"{rule}: {error.reason}, in {bare!r}")
+                    failed.setdefault(index, f"{rule}: {error.reason}, in {bare!r}")
                     continue
                 names.by_rule[place] = rule
                 given.append(name)
             (names.landed if key in source else names.entries)[place] = name
-    problems.update(dict.fromkeys(_idle(active, results, sources, prefixes)))
-    if known is not None:
-        problems.update(dict.fromkeys(_lost(active, results, known)))
+    lost = () if known is None else _lost(active, results, known)
     crossed = _crossed(names, known, sources)
-    problems.update(dict.fromkeys(crossed))
+    problems = [*failed.values(), *_idle(active, results, sources, prefixes), *lost, *crossed]
     if problems:
         hint = (
             f"drop one of the two: --drop {next(iter(crossed.values()))!r}" if crossed else "see the names with: ckptsurgeon inspect CKPT"

@@ -161,10 +161,10 @@ def _two_heads(
 ) -> Iterator[tuple[int, Prefix]]:
     """A head that all of the source's keys share is stripped, and what the target has is added.
 
-    What remains must be more than a last segment, or one module would stand for any other.
+    What remains must be a module's name and more, or one module would stand for any other, and one list of layers for any other.
     """
     for head in _heads_of(_common(source)):
-        rest = {key[len(head) :]: tensor for key, tensor in source.items() if "." in key[len(head) :]}
+        rest = {name: tensor for key, tensor in source.items() if "." in (name := key[len(head) :]) and not name[0].isdigit()}
         for add, count in _counts(target, rest).most_common(_MOST):
             yield count, Prefix(head, add, wrappers)
 

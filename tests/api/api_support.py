@@ -146,7 +146,13 @@ def _training(state: Mapping[str, Tensor], folder: Path) -> Path:
 
 def _lightning(state: Mapping[str, Tensor], folder: Path) -> Path:
     renamed = OrderedDict((f"model.{key}", tensor) for key, tensor in state.items())
-    value = {"epoch": 1, "pytorch-lightning_version": "2.4.0", "state_dict": renamed, "optimizer_states": [], "hyper_parameters": {"lr": 0.1}}
+    value = {
+        "epoch": 1,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": renamed,
+        "optimizer_states": [],
+        "hyper_parameters": {"lr": 0.1},
+    }
     torch.save(value, folder / "source.ckpt")
     return folder / "source.ckpt"
 

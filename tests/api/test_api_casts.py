@@ -27,9 +27,11 @@ def files(folder: Path, source: dict[str, Tensor], target: dict[str, Tensor]) ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_the_targets_dtype_wins_and_losses_are_reported(dtype: torch.dtype, output: str, tmp_path: Path) -> None:
     weight = torch.randn(50, 30)
-    given, goal = files(tmp_path, {"w": weight, "t": weight.t(), "n": torch.arange(4)}, {
-        "w": torch.zeros(50, 30, dtype=dtype), "t": torch.zeros(30, 50, dtype=dtype), "n": torch.zeros(4, dtype=torch.int64)
-    })
+    given, goal = files(
+        tmp_path,
+        {"w": weight, "t": weight.t(), "n": torch.arange(4)},
+        {"w": torch.zeros(50, 30, dtype=dtype), "t": torch.zeros(30, 50, dtype=dtype), "n": torch.zeros(4, dtype=torch.int64)},
+    )
     report = cs.merge(given, goal, tmp_path / output)
     support.same(support.load(tmp_path / output), {"w": weight.to(dtype), "t": weight.t().to(dtype), "n": torch.arange(4)})
     if dtype == torch.float64:
@@ -137,7 +139,12 @@ def test_the_choice_of_dtype(tmp_path: Path) -> None:
         support.same(found, {key: tensor.to(dtypes.get(key, tensor.dtype)) for key, tensor in whole.items()})
     cs.merge(source, None, tmp_path / "converted.safetensors", dtype="BF16")
     found = support.load(tmp_path / "converted.safetensors")
-    assert {key: tensor.dtype for key, tensor in found.items()} == {"w": torch.bfloat16, "h": torch.bfloat16, "n": torch.int64, "b": torch.bool}
+    assert {key: tensor.dtype for key, tensor in found.items()} == {
+        "w": torch.bfloat16,
+        "h": torch.bfloat16,
+        "n": torch.int64,
+        "b": torch.bool,
+    }
     with pytest.raises(PlanError):
         cs.merge(source, target, tmp_path / "no.pt", dtype="I8")
 

@@ -63,7 +63,9 @@ def test_the_output_may_be_its_own_source(link: bool, tmp_path: Path) -> None:
         cs.merge(given, None, output)
     cs.merge(given, None, output, overwrite=True, drop="head.*", dtype="F16")
     found = support.load(given)
-    support.same(found, {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in expected.items() if "head" not in key})
+    support.same(
+        found, {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in expected.items() if "head" not in key}
+    )
     assert output.is_symlink() == link
 
 

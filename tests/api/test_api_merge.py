@@ -185,7 +185,11 @@ def test_every_dtype(row: object, legacy: bool, tmp_path: Path) -> None:
     dtype = getattr(torch, row.torch)  # type: ignore[attr-defined]
     top = 2 if row.code == "BOOL" else 256  # type: ignore[attr-defined]
     raw = torch.randint(0, top, (12 * dtype.itemsize,), dtype=torch.uint8)
-    state = {"dense": raw.view(dtype).view(3, 4), "turned": raw.flip(0).contiguous().view(dtype).view(3, 4).t(), "none": torch.empty(0, dtype=dtype)}
+    state = {
+        "dense": raw.view(dtype).view(3, 4),
+        "turned": raw.flip(0).contiguous().view(dtype).view(3, 4).t(),
+        "none": torch.empty(0, dtype=dtype),
+    }
     torch.save(state, tmp_path / "in.pt", _use_new_zipfile_serialization=not legacy)
     cs.merge(tmp_path / "in.pt", None, tmp_path / "out.pt")
     support.same(support.load(tmp_path / "out.pt"), state)
@@ -269,7 +273,9 @@ def test_extra_state_is_refused_by_key_in_safetensors(tmp_path: Path) -> None:
 
 
 def test_an_extra_state_that_is_another_mapping_than_a_dict(tmp_path: Path) -> None:
-    source = EXTRA.replace('self.state = {"count"', 'from collections import OrderedDict\n        self.state = OrderedDict(x=1) or {"count"')
+    source = EXTRA.replace(
+        'self.state = {"count"', 'from collections import OrderedDict\n        self.state = OrderedDict(x=1) or {"count"'
+    )
     spec = support.nets(tmp_path, source)
     torch.save({"one.weight": torch.zeros(2)}, tmp_path / "in.pt")
     cs.merge(tmp_path / "in.pt", f"{spec}:Two", tmp_path / "out.pt")

@@ -85,7 +85,10 @@ def model_rewritten(folder: Path) -> None:
     support.nets(folder, support.NETS.replace("nn.Linear(width, classes)", "nn.Linear(width, classes + 1)"))
 
 
-@pytest.mark.parametrize(("target", "change"), [("model", resaved), ("checkpoint", resaved), ("none", resaved), ("checkpoint", target_resaved), ("model", model_rewritten)])
+@pytest.mark.parametrize(
+    ("target", "change"),
+    [("model", resaved), ("checkpoint", resaved), ("none", resaved), ("checkpoint", target_resaved), ("model", model_rewritten)],
+)
 def test_a_stale_plan_is_refused(target: str, change: Callable[[Path], None], tmp_path: Path) -> None:
     source, targets = setting(tmp_path)
     path = written(cs.plan(source, targets[target]), tmp_path / "plan.json")
@@ -128,7 +131,9 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "kept without a target": lambda v: (v.update(target=None), step(v, "head.bias").update(action="keep", fresh=False, ops=[])),
     "initialised without a target": lambda v: v.update(target=None),
     "a scheme that is none": lambda v: step(v, "head.bias")["ops"][0].update(scheme="os.system('x')"),
-    "an extra state from nowhere": lambda v: v["entries"].append({"target": "conv._extra_state", "source": {"file": 0, "key": "x._extra_state"}}),
+    "an extra state from nowhere": lambda v: v["entries"].append(
+        {"target": "conv._extra_state", "source": {"file": 0, "key": "x._extra_state"}}
+    ),
     "an extra state of the target's": lambda v: v["entries"].append({"target": "conv._extra_state", "source": None}),
     "a list": lambda v: v.update(steps=3),
 }

@@ -114,7 +114,11 @@ def test_rules_and_initialisation(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "in.pt")
     model = support.network(classes=5, seed=2)
     report = cs.transfer(
-        tmp_path / "in.pt", model, rename={"first.{p}": "conv.{p}"}, drop="norm.*", init={"head.weight": "xavier_normal", "head.bias": "ones"}
+        tmp_path / "in.pt",
+        model,
+        rename={"first.{p}": "conv.{p}"},
+        drop="norm.*",
+        init={"head.weight": "xavier_normal", "head.bias": "ones"},
     )
     assert torch.equal(model.conv.weight, state["first.weight"])
     assert model.head.bias.tolist() == [1.0] * 5
@@ -483,7 +487,11 @@ def test_offsets_that_no_dtype_is_aligned_to(head: int, tmp_path: Path) -> None:
 def test_the_offsets_of_those_files_are_unaligned(tmp_path: Path) -> None:
     seen = set()
     for head in range(1, 9):  # the names of storages are addresses, so that the offsets are not quite ours to choose
-        torch.save({"x" * head: torch.ones(1), "long": torch.randn(10, dtype=torch.float64)}, tmp_path / "in.pkl", _use_new_zipfile_serialization=False)
+        torch.save(
+            {"x" * head: torch.ones(1), "long": torch.randn(10, dtype=torch.float64)},
+            tmp_path / "in.pkl",
+            _use_new_zipfile_serialization=False,
+        )
         span = cs.open(tmp_path / "in.pkl")["long"].span
         assert span is not None
         seen.add(span.offset % 8)

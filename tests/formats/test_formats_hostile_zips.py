@@ -248,6 +248,27 @@ def test_a_wide_end_record_that_disagrees(tmp_path: Path) -> None:
         refusal(bytes(broken), tmp_path)
 
 
+def test_two_end_records_that_disagree(tmp_path: Path) -> None:
+    save_zip(STATE, tmp_path / "real")
+    data = (tmp_path / "real").read_bytes()
+    place = data.rindex(b"PK\x05\x06")
+    for offset in ((8, 10), (12,), (16,)):  # the count (twice), the directory's size and its start
+        broken = bytearray(data)
+        for each in offset:
+            broken[place + each] ^= 1
+        assert "disagree" in refusal(bytes(broken), tmp_path).reason
+
+
+def test_bytes_after_the_end_record(tmp_path: Path) -> None:
+    assert "after its end" in refusal(archive(*items()) + b"more", tmp_path).reason
+    assert "after its end" in refusal(archive(*items(), comment=b"a comment")[:-1], tmp_path).reason
+
+
+def test_a_size_that_deflate_cant_reach(tmp_path: Path) -> None:
+    data = changed("data/0", method=8, size=1 << 20, local_size=1 << 20)
+    assert "can't inflate" in refusal(data, tmp_path).reason
+
+
 def test_two_archives_in_one_file(tmp_path: Path) -> None:
     one, other = archive(*items()), archive(*(replace(item, data=bytes(len(item.data))) for item in items()))
     refusal(one + other, tmp_path)

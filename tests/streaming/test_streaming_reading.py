@@ -21,7 +21,14 @@ from ckptsurgeon.tensors import Checkpoint
 
 def state() -> dict[str, torch.Tensor]:
     big = torch.randn(40, 50)
-    return {"whole": big, "turned": big.t(), "row": big[3], "column": big[:, 3], "wide": torch.randn(1, 4).expand(3, 4), "none": torch.ones(0, 2)}
+    return {
+        "whole": big,
+        "turned": big.t(),
+        "row": big[3],
+        "column": big[:, 3],
+        "wide": torch.randn(1, 4).expand(3, 4),
+        "none": torch.ones(0, 2),
+    }
 
 
 def packed(path: Path, output: Path) -> None:

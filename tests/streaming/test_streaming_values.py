@@ -62,7 +62,8 @@ def test_float_losses_are_exactly_what_torch_loses(numbers: list[float], target:
     )
     limit = {"F8_E4M3": 464.0}.get(target, math.inf)  # saturates at 448, whose neighbour would be 480
     lost = [
-        (math.isfinite(a) and not math.isfinite(b)) or (abs(a) >= limit and abs(b) < abs(a)) for a, b in zip(given.tolist(), after, strict=True)
+        (math.isfinite(a) and not math.isfinite(b)) or (abs(a) >= limit and abs(b) < abs(a))
+        for a, b in zip(given.tolist(), after, strict=True)
     ]
     assert found.overflowed == lost.count(True)
     assert found.changed == sum(not (a == b or (a != a and b != b)) for a, b in zip(given.tolist(), after, strict=True))
@@ -83,7 +84,10 @@ def test_float_to_integer_overflow_and_truncation(numbers: list[float], target: 
 
 
 @settings(max_examples=100, deadline=None)
-@given(numbers=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=1, max_size=20), target=st.sampled_from(["I32", "I8", "U8", "U32", "U64"]))
+@given(
+    numbers=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=1, max_size=20),
+    target=st.sampled_from(["I32", "I8", "U8", "U32", "U64"]),
+)
 def test_integer_to_integer_overflow(numbers: list[int], target: str) -> None:
     info = torch.iinfo(dtype_of(target))
     _, found = run(torch.tensor(numbers, dtype=torch.int64), "I64", target)

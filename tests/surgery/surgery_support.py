@@ -72,7 +72,9 @@ def targets(draw: st.DrawFn) -> Checkpoint:
     for key, shape in drawn.items():
         by_shape.setdefault(shape, []).append(key)
     ties = tuple(tuple(keys) for keys in by_shape.values() if len(keys) > 1 and draw(st.booleans()))
-    return checkpoint(drawn, "target", draw(st.sampled_from(["model", "torch-zip"])), dtype=draw(st.sampled_from(["F32", "F16"])), ties=ties)
+    return checkpoint(
+        drawn, "target", draw(st.sampled_from(["model", "torch-zip"])), dtype=draw(st.sampled_from(["F32", "F16"])), ties=ties
+    )
 
 
 patterns = st.one_of(

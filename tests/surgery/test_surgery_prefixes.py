@@ -81,7 +81,9 @@ def test_one_tower_of_many():
     assert reached(lightning, NET) == {"model." + key: key for key in NET}
 
 
-@pytest.mark.parametrize("heads", [("encoder_q.", "encoder_k."), ("module.encoder_q.", "module.encoder_k."), ("net._orig_mod.a.", "net._orig_mod.b.")])
+@pytest.mark.parametrize(
+    "heads", [("encoder_q.", "encoder_k."), ("module.encoder_q.", "module.encoder_k."), ("net._orig_mod.a.", "net._orig_mod.b.")]
+)
 def test_two_towers_that_fit_equally_are_a_tie(heads):
     both = {**wrapped(heads[0]), **wrapped(heads[1]), "queue": (128, 16)}
     assert find_prefix(metas(both), metas(NET)) == Prefix()
@@ -117,6 +119,8 @@ def test_names_as_they_are_win_over_a_prefix_that_does_no_better():
 def test_a_module_alone_does_not_stand_for_any_other():
     assert find_prefix(metas(["fc.weight", "fc.bias"]), metas(["dense.weight", "dense.bias"])) == Prefix()
     assert find_prefix(metas(["fc.weight", "fc.bias"]), metas(["weight", "bias"])) == Prefix("fc.")
+    layers = [f"h.{number}.w" for number in range(9)]
+    assert find_prefix(metas(layers), metas([key.replace("h", "layers") for key in layers])) == Prefix()
 
 
 def test_without_a_target_nothing_is_stripped():

@@ -30,7 +30,13 @@ def test_a_training_checkpoint(tmp_path):
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    value = {"epoch": 3, "model": net.state_dict(), "optimizer": optimizer.state_dict(), "best": torch.tensor(0.5), "rng": torch.get_rng_state()}
+    value = {
+        "epoch": 3,
+        "model": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "best": torch.tensor(0.5),
+        "rng": torch.get_rng_state(),
+    }
     found = saved(tmp_path / "a.pt", value)
     for chosen in (choose(found), choose(found, target=live(net)), choose(found, root="model")):
         assert chosen.root == "model" and list(chosen) == ["weight", "bias"]

@@ -47,7 +47,7 @@ def name(text: object) -> str:
     >>> name("a\\nb"), name(" a")
     ('a\\\\nb', "' a'")
     """
-    words = printable(text).replace("\n", "\\n")
+    words = printable(text)
     return words if words and words == words.strip() else f"'{words}'"
 
 
