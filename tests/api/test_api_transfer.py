@@ -262,15 +262,15 @@ def test_a_source_that_changes_before_the_first_copy_is_stale(tmp_path: Path, mo
 
 def test_a_source_that_changes_during_the_copy_is_never_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(dict(support.network(seed=1).state_dict()), tmp_path)
-    from ckptsurgeon import training
+    from ckptsurgeon.api import live
 
-    real = training.put
+    real = live.put
 
     def writing(*arguments: Any) -> None:
         real(*arguments)
         os.utime(source, ns=(5, 5))
 
-    monkeypatch.setattr(training, "put", writing)
+    monkeypatch.setattr(live, "put", writing)
     with pytest.raises(StaleError, match="mixture"):
         cs.transfer(source, support.network(seed=2))
 

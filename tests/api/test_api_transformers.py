@@ -1,4 +1,4 @@
-"""Real models of transformers, tiny: saved by its own code, merged into a variant, and loaded by its own code and by torch's strict load."""
+"""Real models of transformers, tiny: saved by its own code, merged into a variant, loaded by its own code and by torch's strict load."""
 
 from __future__ import annotations
 

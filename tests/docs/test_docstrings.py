@@ -24,7 +24,9 @@ def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert failed == 0
 
 
-@pytest.mark.parametrize("verb", [name for name in ckptsurgeon.__all__ if name not in ("Checkpoint", "CheckpointError", "TensorMeta", "__version__")])
+@pytest.mark.parametrize(
+    "verb", [name for name in ckptsurgeon.__all__ if name not in ("Checkpoint", "CheckpointError", "TensorMeta", "__version__")]
+)
 def test_every_verb_says_what_it_takes_gives_and_raises(verb: str) -> None:
     words = getattr(ckptsurgeon, verb).__doc__
     assert words

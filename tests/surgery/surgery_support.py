@@ -48,11 +48,6 @@ def archive(roots: Mapping[str, Shapes], **more: Any) -> Archive:
     return Archive("a.pt", "torch-zip", "0", (), dicts, **more)
 
 
-def renames(**pairs: str) -> list[Rule]:
-    """Rename rules; underscores of the names are as they are."""
-    return [Rule("rename", pattern, result) for pattern, result in pairs.items()]
-
-
 def rule(kind: Any, pattern: str, result: str = "") -> Rule:
     """One rule."""
     return Rule(kind, pattern, result)

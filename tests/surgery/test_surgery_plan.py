@@ -51,7 +51,7 @@ def test_every_key_has_one_step_or_one_fate(drawn, target, rules, dtype):
         assert step.fresh == (step.action == "init") and bool(step.sources) == (step.action in ("copy", "rename"))
         assert step.action != "copy" or step.sources == ((0, step.target),)
     for group in target.ties:
-        assert len({(step.sources, step.action, step.ops) for step in plan.steps if step.target in group and not step.sources}) <= 1
+        assert len({(step.action, str(step.ops)) for step in plan.steps if step.target in group and not step.sources}) <= 1
         assert len({bool(step.sources) for step in plan.steps if step.target in group}) == 1
 
 
@@ -145,9 +145,9 @@ def test_extra_state_counts_as_torch_counts_it(tmp_path):
     torch.save(with_state.state_dict(), tmp_path / "with.pt")
     torch.save(without.state_dict(), tmp_path / "without.pt")
     one, other = (choose(read(str(tmp_path / name))) for name in ("with.pt", "without.pt"))
-    for given, module, goal in ((one, without, without), (other, with_state, with_state)):
-        diff = compare(given, live(module))
-        told = goal.load_state_dict(torch.load(given.path, weights_only=True), strict=False)
+    for file, module, goal in ((one, without, without), (other, with_state, with_state)):
+        diff = compare(file, live(module))
+        told = goal.load_state_dict(torch.load(file.path, weights_only=True), strict=False)
         assert (diff.missing, diff.extra) == (tuple(told.missing_keys), tuple(told.unexpected_keys)) and not diff.same
     plan = make_plan([one], live(without))
     assert reasons(plan) == {"0._extra_state": "not in the target"} and plan.loose == ("0._extra_state: not in the target",)
@@ -427,12 +427,8 @@ def test_two_sources_on_one_name():
     rules = [rule("drop", "fc2.bias"), rule("rename", "fc*.bias", "fc1.bias")]
     assert make_plan([checkpoint(NET)], model(NET), rules).fresh == ("fc2.bias",)
     # A name that is not in the target is no place to collide on.
-    plan = make_plan(
-        [checkpoint(NET)],
-        model({"x": (4,), "fc1.weight": (4, 3)}),
-        [rule("rename", "/fc1.bias|fc2.*/", "old"), rule("rename", "fc1.{p}", "fc1.{p}")][1:],
-    )
-    assert plan.transferred == ("fc1.weight",)
+    plan = make_plan([checkpoint({**NET, "x1.x": (2,)})], model({"x.x": (2,)}), [rule("rename", "/(fc|x).*(x|bias)/", "x.{2}")])
+    assert plan.transferred == ("x.x",) and reasons(plan)["fc1.bias"] == reasons(plan)["fc2.bias"] == "not in the target, as x.bias"
     with pytest.raises(RuleError, match="two sources land on 'x'"):
         make_plan([checkpoint(NET)], None, [rule("rename", "*.bias", "x")])
 
@@ -505,7 +501,7 @@ def test_loose_is_every_key_that_no_rule_names():
     )
     named = [rule("drop", "b"), rule("drop", "c"), rule("init", "d", "zeros")]
     assert make_plan([source], target, named).loose == ()  # a drop names the target's key that it leaves without a source
-    assert make_plan([source], target, [rule("init", "[bd]"[1], "zeros"), *named[1:]]).loose == ()
+    assert make_plan([source], target, [rule("init", "b", "zeros"), rule("init", "d", "zeros"), rule("drop", "c")]).loose == ()
     assert make_plan([source], target, [rule("rename", "c", "d")]).loose[-1] == "b: shape (3,) does not fit (2,)"
     assert make_plan([checkpoint(["w"])], model(["w"])).loose == ()
 
@@ -543,7 +539,7 @@ def test_values_are_carried_kept_or_the_models_own():
         make_plan([source], model(["w"], format="skeleton", entries={"c._extra_state": None}))
     plan = make_plan([source], model(["w"], entries={"n._extra_state": None}), [rule("rename", "a.{p}", "n.{p}"), rule("drop", "b.*")])
     assert plan.entries[0].source == (0, "a._extra_state") and plan.loose == ()
-    with pytest.raises(RuleError, match="two sources land on 'b._extra_state'"):
+    with pytest.raises(RuleError, match=r"two sources land on 'b\._extra_state'"):
         make_plan([source], model(["w"], entries={"b._extra_state": None}), [rule("rename", "a.{p}", "b.{p}")])
     assert reasons(make_plan([checkpoint(["w"], entries={"v._extra_state": 1})], model(["w", "v._extra_state"]))) == {
         "v._extra_state": "no tensor, which the target has there"

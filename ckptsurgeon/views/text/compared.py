@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.gates import words as coverage_words
 from ckptsurgeon.surgery.compare import Diff, Hint
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views.text.words import count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
+from ckptsurgeon.views.text.words import coverage as coverage_words
 
 RENAMES = 4  # likely renames that the next command takes in
 

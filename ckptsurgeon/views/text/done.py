@@ -7,12 +7,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ckptsurgeon.gates import words as coverage_words
 from ckptsurgeon.report import Cast, Report
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.checked import proved
 from ckptsurgeon.views.text.words import broken, count, findings, fitted, folded, heading, keys, listing, most_rows, name, size, table
+from ckptsurgeon.views.text.words import coverage as coverage_words
 
 
 def report(found: Report, verbose: bool = False, width: int | None = None) -> str:

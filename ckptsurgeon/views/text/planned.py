@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ckptsurgeon.gates import words as coverage_words
 from ckptsurgeon.surgery.plan import Plan, Step
+from ckptsurgeon.views.text.words import coverage as coverage_words
 from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys, listing, most_rows, name, shape, table
 
 WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "init": "initialise", "keep": "keep"}

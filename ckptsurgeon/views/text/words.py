@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from ckptsurgeon.errors import printable
 from ckptsurgeon.report import Finding
+from ckptsurgeon.tensors import Coverage
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 MOST = 12  # rows of one kind before the rest is counted
@@ -169,3 +170,17 @@ def pasted(label: str, words: Sequence[str], width: int | None) -> str:
             lines.append("      ")
         lines[-1] += part if not lines[-1].strip() else f" {part}"
     return "\n".join([label, " \\\n".join(lines)])
+
+
+def coverage(found: Coverage) -> str:
+    """Coverage as a person reads it; never rounded up to the whole.
+
+    >>> coverage(Coverage(0.5, 0.99999))
+    '50.0 % of tensors, 99.9 % of elements'
+    """
+    return f"{percent(found.tensors)} of tensors, {percent(found.elements)} of elements"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1, cut rather than rounded, so that only the whole is 100.0 %."""
+    return f"{int(share * 1000 + 1e-9) / 10:.1f} %"

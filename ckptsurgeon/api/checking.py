@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ckptsurgeon import opening, proving
+from ckptsurgeon.api import opening, proving
+from ckptsurgeon.api.opening import Target
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, RootError, UnreadableError, UnsafeError
-from ckptsurgeon.opening import Target
 from ckptsurgeon.report import CheckReport, FileCheck, Finding
 from ckptsurgeon.surgery import roots
 from ckptsurgeon.tensors import Archive, Refused

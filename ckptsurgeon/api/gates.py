@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ckptsurgeon.errors import CoverageError, PlanError, StrictError
+from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.plan import Plan
-from ckptsurgeon.tensors import Coverage
+from ckptsurgeon.views.text import words
 
 
 def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False) -> None:
@@ -19,7 +22,7 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
             hint=f"see why with: ckptsurgeon diff {path} {plan.target.spec if plan.target is not None else 'TARGET'}",
         )
     if min_coverage is not None and min(plan.coverage.tensors, plan.coverage.elements) < min_coverage:
-        raise CoverageError(f"covers {words(plan.coverage)}, and {_percent(min_coverage)} is asked for", path=path)
+        raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {words.percent(min_coverage)} is asked for", path=path)
     if strict and plan.loose:
         more = len(plan.loose) - 20
         raise StrictError(
@@ -30,14 +33,9 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
         )
 
 
-def words(coverage: Coverage) -> str:
-    """Coverage as a person reads it; never rounded up to the whole.
-
-    >>> words(Coverage(0.5, 0.99999))
-    '50.0 % of tensors, 99.9 % of elements'
-    """
-    return f"{_percent(coverage.tensors)} of tensors, {_percent(coverage.elements)} of elements"
-
-
-def _percent(share: float) -> str:
-    return f"{int(share * 1000 + 1e-9) / 10:.1f} %"
+def patterns(given: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that are well formed, one or several; found out before anything is written."""
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
+        compile_pattern(pattern)
+    return patterns

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon import gates, opening
+from ckptsurgeon.api import gates, opening
+from ckptsurgeon.api.opening import Given
+from ckptsurgeon.api.provenance import still_fresh
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models import groups, initialize
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import put
 from ckptsurgeon.models.values import tensor_bytes
-from ckptsurgeon.opening import Given
-from ckptsurgeon.provenance import still_fresh
 from ckptsurgeon.report import Cast, Finding, Report
 from ckptsurgeon.streaming.apply import with_data
 from ckptsurgeon.streaming.reading import Reader

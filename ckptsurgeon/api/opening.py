@@ -6,7 +6,7 @@ torch is imported only when a model or a live state_dict is given. Nothing is co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Note = Callable[[str], None]
+Renames = Mapping[str, str] | Iterable[tuple[str, str]]
+Path = str | os.PathLike[str]
 Given = Any  # str | PathLike | Checkpoint | nn.Module | Mapping[str, Tensor]
 
 

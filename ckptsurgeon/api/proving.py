@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ckptsurgeon import opening
+from ckptsurgeon.api import opening
+from ckptsurgeon.api.opening import Target
 from ckptsurgeon.errors import VerificationError
-from ckptsurgeon.opening import Target
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint

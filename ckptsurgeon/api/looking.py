@@ -1,0 +1,150 @@
+"""The verbs that only look: open, inspect, skeleton, diff, verify, check. None of them writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.api import opening
+from ckptsurgeon.api.checking import check_files
+from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
+from ckptsurgeon.api.proving import verify_written
+from ckptsurgeon.report import CheckReport, Verification
+from ckptsurgeon.surgery.compare import Diff, compare
+from ckptsurgeon.surgery.rules import Rule, from_arguments
+from ckptsurgeon.tensors import Archive, Checkpoint
+from ckptsurgeon.views import text
+
+if TYPE_CHECKING:
+    pass
+
+
+def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
+    """The state_dict of the file or Hugging Face folder at `path`, without its data.
+
+    Args:
+        root: which nested dict holds it, when there are several (`"model"`, `"ema"`).
+
+    Returns:
+        A mapping from keys to `TensorMeta` (dtype by safetensors' code, shape and stride in elements).
+
+    Raises:
+        CheckpointError: the file can't be read, is no checkpoint, or has several roots and none is named.
+
+    >>> ckpt = open("fixtures/net_params.pkl")
+    >>> ckpt["fc3.weight"].shape
+    (10, 84)
+    """
+    return opening.open_source(path, root=root)
+
+
+def inspect(path: Path) -> Archive:
+    """What a file holds: every root, what a pickle asked for, what else is there; nothing of it is run and no data is read.
+
+    Raises:
+        CheckpointError: the file can't be read or is no checkpoint.
+
+    >>> inspect("fixtures/net_params.pkl").format
+    'torch-legacy'
+    """
+    return opening.read(path)
+
+
+def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:
+    """A target's names, dtypes and shapes without data: a spec such as `"model:Net"` (built on meta), a model, or a file.
+
+    Raises:
+        TargetError: the target can't be imported or built.
+
+    >>> len(skeleton("fixtures/variants.py:NetVariant"))
+    15
+    """
+    return opening.open_target(target, note=note).checkpoint
+
+
+def diff(
+    source: Given,
+    target: Given,
+    *,
+    root: str | None = None,
+    rename: Renames = (),
+    drop: Iterable[str] = (),
+    rules: Sequence[Rule] = (),
+    note: Note = silent,
+) -> Diff:
+    """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
+
+    Raises:
+        CheckpointError: one of them can't be read or built.
+        RuleError: rules that match nothing or collide.
+
+    >>> diff("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses").coverage.counts
+    (8, 10)
+    """
+    goal = opening.open_target(target, note=note).checkpoint
+    given = opening.open_source(source, root=root, target=goal)
+    return compare(given, goal, (*from_arguments(rename, drop), *rules))
+
+
+def verify(
+    checkpoint: Path,
+    target: Given,
+    *,
+    root: str | None = None,
+    device: str = "cpu",
+    finite: bool = False,
+    inputs: Iterable[str] = (),
+    seed: int = 0,
+    note: Note = silent,
+) -> Verification:
+    """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
+
+    With a skeleton or another checkpoint as target, names, dtypes and shapes are compared.
+
+    Args:
+        device: `cpu`, `cuda:0`, `mps`; `meta` compares names, dtypes and shapes only.
+        finite: NaN and infinite values fail instead of being warned about.
+        inputs: shapes such as `"1x3x32x32"` (float32) or `"1x16:I64"` for one forward pass in eval mode.
+
+    Raises:
+        DeviceError: the device is not on this machine.
+        CheckpointError: the file or the target can't be read or built. A file that does not fit is a report whose `ok` is False.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
+    >>> _ = Path("plan.json").write_text(json.dumps(planfile.to_json(decided)))
+    >>> load_plan("plan.json").fresh
+    ('fc3.weight', 'fc3.bias')
+
+    >>> from ckptsurgeon import merge
+    >>> _ = merge("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses", "merged.pt", overwrite=True)
+    >>> verify("merged.pt", "fixtures/variants.py:NetTwoClasses", inputs=["1x3x32x32"]).outputs
+    {'output': (1, 2)}
+    """
+    goal = opening.open_target(target, note=note)
+    found = verify_written(os.fspath(checkpoint), goal, device, finite=finite, inputs=tuple(inputs), seed=seed, root=root)
+    return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))
+
+
+def check(
+    paths: Path | Iterable[Path],
+    *,
+    against: Given | None = None,
+    finite: bool = False,
+    root: str | None = None,
+    note: Note = silent,
+) -> CheckReport:
+    """Whether files are readable, safe, whole, and fit `against` (a model, skeleton or checkpoint); every finding of every file at once.
+
+    Raises:
+        CheckpointError: `against` can't be read or built. A bad file is a finding, not an error.
+
+    >>> check("fixtures/net_params.pkl").ok
+    True
+    """
+    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    goal = None if against is None else opening.open_target(against, note=note)
+    return check_files([os.fspath(path) for path in files], goal, finite=finite, root=root)

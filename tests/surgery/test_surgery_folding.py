@@ -1,0 +1,104 @@
+"""Folding: fewer lines, the same keys. Every folded text says exactly which keys it stands for."""
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptsurgeon.views.folding import fold, fold_siblings
+
+
+def folded(*keys):
+    return [row.key for row in fold((key, ()) for key in keys)]
+
+
+def spread(text: str) -> list[str]:
+    """The keys that a folded text stands for."""
+    pieces = re.split(r"\{([0-9.,]+)\}", text)
+    choices = []
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            choices.append([piece])
+            continue
+        numbers = []
+        for part in piece.split(","):
+            first, dots, last = part.partition("..")
+            numbers += [str(value) for value in range(int(first), int(last) + 1)] if dots else [part]
+        choices.append(numbers)
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        (["w"], ["w"]),
+        (["h.0.w", "h.1.w", "h.2.w"], ["h.{0..2}.w"]),
+        (["h.10.w", "h.9.w", "h.11.w"], ["h.{9..11}.w"]),
+        (["h.0.w", "h.1.w", "h.3.w"], ["h.{0,1,3}.w"]),
+        (["h.0.w", "h.1.w", "h.2.w", "h.7.w", "h.9.w", "h.10.w", "h.11.w"], ["h.{0..2,7,9..11}.w"]),
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0", "a.1.b.1"], ["a.{0..1}.b.{0..1}"]),
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0"], ["a.{0..1}.b.0", "a.0.b.1"]),
+        (["layer1.w", "layer2.w", "fc.w"], ["layer{1..2}.w", "fc.w"]),
+        (["layer.01.w", "layer.02.w"], ["layer.01.w", "layer.02.w"]),
+        (["layer.01.w", "layer.1.w", "layer.2.w"], ["layer.01.w", "layer.{1..2}.w"]),
+        (["x.00", "x.0"], ["x.00", "x.0"]),
+        (["h." + "9" * 5000, "h.1"], ["h." + "9" * 5000, "h.1"]),
+        ([f"h.{10**17}", "h.0"], [f"h.{{0,{10**17}}}"]),
+        (["h.٣", "h.٤"], ["h.٣", "h.٤"]),
+        (["h.²", "h.1"], ["h.²", "h.1"]),
+        (["h.{0..1}.w", "h.{0..2}.w"], ["h.{0..1}.w", "h.{0..2}.w"]),
+        ([], []),
+    ],
+)
+def test_examples(keys, lines):
+    assert folded(*keys) == lines
+
+
+def test_only_rows_that_say_the_same_fold():
+    rows = [("h.0.w", (2,)), ("h.1.w", (2,)), ("h.2.w", (3,)), ("h.3.w", (2,))]
+    assert [(row.key, row.common, row.count) for row in fold(rows)] == [("h.{0,1,3}.w", (2,), 3), ("h.2.w", (3,), 1)]
+
+
+def test_rows_that_come_twice_are_counted_twice():
+    rows = [("h.0.w", ()), ("h.0.w", ()), ("h.1.w", ()), ("h.2.w", ())]
+    assert sum(row.count for row in fold(rows)) == 4
+
+
+segments = st.sampled_from(["a", "h", "0", "1", "2", "3", "10", "01", "b2", "w"])
+keys = st.lists(st.lists(segments, min_size=1, max_size=4).map(".".join), unique=True, max_size=30)
+
+
+@given(keys)
+def test_folded_lines_stand_for_the_keys_and_no_others(given_keys):
+    rows = fold((key, ()) for key in given_keys)
+    assert sorted(key for row in rows for key in spread(row.key)) == sorted(given_keys)
+    assert [len(spread(row.key)) for row in rows] == [row.count for row in rows]
+
+
+@given(keys)
+def test_folding_again_changes_nothing(given_keys):
+    once = folded(*given_keys)
+    assert folded(*once) == once
+
+
+@given(st.lists(st.tuples(st.text(alphabet="ab0129.{},", max_size=8), st.sampled_from([1, 2])), max_size=30))
+def test_no_row_is_lost(rows):
+    assert sum(row.count for row in fold(rows)) == len(rows)
+    assert {row.common for row in fold(rows)} == {common for _, common in rows}
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        (["fc.weight", "fc.bias"], ["fc.{weight,bias}"]),
+        (["h.0.w", "h.1.w", "h.0.b", "h.1.b"], ["h.{0..1}.{w,b}"]),
+        (["w", "b"], ["w", "b"]),
+        (["p.0", "p.1", "p.2"], ["p.{0..2}"]),
+        (["p.0a", "p.1a", "p.0b", "p.1b"], ["p.{{0..1}a,{0..1}b}"]),
+        (["p.0.w", "p.2.w", "q.w"], ["p.{0,2}.w", "q.w"]),
+    ],
+)
+def test_siblings_share_a_line(keys, lines):
+    assert fold_siblings(keys) == lines

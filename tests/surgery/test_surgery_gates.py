@@ -1,0 +1,73 @@
+"""When a plan is a no: nothing covered, too little covered, or, under strict, a key that no rule names."""
+
+import pytest
+from surgery_support import checkpoint, model, rule
+
+from ckptsurgeon.api import gates
+from ckptsurgeon.errors import CoverageError, PlanError, StrictError
+from ckptsurgeon.surgery.plan import make_plan
+from ckptsurgeon.tensors import Coverage
+
+
+def test_nothing_covered_is_a_no():
+    plan = make_plan([checkpoint({"a": (2,), "b": (3,)})], model({"x": (2,), "b": (4,)}))
+    with pytest.raises(CoverageError) as caught:
+        gates.check(plan)
+    assert caught.value.exit_code == 1 and caught.value.path == "a.pt" and "ckptsurgeon diff" in (caught.value.hint or "")
+    with pytest.raises(CoverageError):
+        gates.check(plan, min_coverage=0.0)
+
+
+def test_an_empty_target_asks_for_nothing():
+    gates.check(make_plan([checkpoint(["a"])], model([])), min_coverage=1.0)
+    gates.check(make_plan([checkpoint([])], None))
+
+
+@pytest.mark.parametrize(
+    ("given", "tensors", "elements"),
+    [({"a": (90,), "b": (1,)}, 2 / 3, 91 / 100), ({"a": (90,)}, 1 / 3, 90 / 100), ({"b": (1,), "c": (9,)}, 2 / 3, 10 / 100)],
+)
+def test_the_least_coverage_holds_for_both_measures(given, tensors, elements):
+    plan = make_plan([checkpoint(given)], model({"a": (90,), "b": (1,), "c": (9,)}))
+    assert (plan.coverage.tensors, plan.coverage.elements) == (tensors, elements)
+    least = min(tensors, elements)
+    gates.check(plan, min_coverage=least)
+    with pytest.raises(CoverageError) as caught:
+        gates.check(plan, min_coverage=least + 0.001)
+    assert caught.value.exit_code == 1
+    with pytest.raises(CoverageError):
+        gates.check(plan, min_coverage=max(tensors, elements))
+
+
+def test_a_share_that_is_none():
+    plan = make_plan([checkpoint(["a"])], model(["a"]))
+    for share in (-0.1, 1.1, 90, float("nan")):
+        with pytest.raises(PlanError):
+            gates.check(plan, min_coverage=share)
+    gates.check(plan, min_coverage=1.0, strict=True)
+
+
+def test_strict_refuses_what_no_rule_names():
+    source, target = checkpoint({"a": (2,), "b": (3,), "c": (2,)}), model({"a": (2,), "b": (2,), "d": (2,)})
+    plan = make_plan([source], target)
+    gates.check(plan)
+    with pytest.raises(StrictError) as caught:
+        gates.check(plan, strict=True)
+    assert caught.value.exit_code == 1 and {problem.partition(":")[0] for problem in caught.value.problems} == {"b", "c", "d"}
+    gates.check(make_plan([source], target, [rule("drop", "b"), rule("drop", "c"), rule("init", "d", "zeros")]), strict=True)
+    gates.check(make_plan([source], target, [rule("init", "b", "zeros"), rule("rename", "c", "d")]), strict=True)
+
+
+def test_many_loose_keys_are_counted():
+    plan = make_plan([checkpoint(["a", *(f"x{i}" for i in range(50))])], model(["a"]))
+    with pytest.raises(StrictError) as caught:
+        gates.check(plan, strict=True)
+    assert len(caught.value.problems) == 21 and caught.value.problems[-1] == "and 30 more" and "50 keys" in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1.0, "100.0 %"), (0.99999, "99.9 %"), (0.999, "99.9 %"), (0.29, "29.0 %"), (0.57, "57.0 %"), (0.0, "0.0 %"), (1e-9, "0.0 %")],
+)
+def test_coverage_is_never_rounded_up(share, words):
+    assert gates.words(Coverage(share, share)) == f"{words} of tensors, {words} of elements"
