@@ -112,13 +112,6 @@ def verify(
         DeviceError: the device is not on this machine.
         CheckpointError: the file or the target can't be read or built. A file that does not fit is a report whose `ok` is False.
 
-    >>> import json
-    >>> from pathlib import Path
-    >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
-    >>> _ = Path("plan.json").write_text(json.dumps(planfile.to_json(decided)))
-    >>> load_plan("plan.json").fresh
-    ('fc3.weight', 'fc3.bias')
-
     >>> from ckptsurgeon import merge
     >>> _ = merge("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses", "merged.pt", overwrite=True)
     >>> verify("merged.pt", "fixtures/variants.py:NetTwoClasses", inputs=["1x3x32x32"]).outputs

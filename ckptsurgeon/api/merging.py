@@ -189,7 +189,18 @@ def apply(
 
 
 def load_plan(path: Path) -> Plan:
-    """The plan in a plan.json. Raises PlanError for anything that is none."""
+    """The plan in a plan.json.
+
+    Raises:
+        PlanError: it is none, of another version, or damaged.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
+    >>> _ = Path("plan.json").write_text(json.dumps(planfile.to_json(decided)))
+    >>> load_plan("plan.json").fresh
+    ('fc3.weight', 'fc3.bias')
+    """
     from ckptsurgeon.formats.files import open_regular
 
     with open_regular(os.fspath(path)) as file:

@@ -412,6 +412,12 @@ def test_limits_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(b"\x80\x02N.").value is None
 
 
+@pytest.mark.parametrize("program", [b"\x8b\x01\x10\0\0" + bytes(4097), b"I" + b"0" * 4097 + b"\n", b"L" + b"1" * 4097 + b"L\n"])
+def test_integers_have_a_limit(program: bytes) -> None:
+    with pytest.raises(LimitError, match="409"):
+        run(b"\x80\x02" + program + b".")
+
+
 def _tensor(storage: str, numel: bytes, offset: bytes, shape: bytes, stride: bytes, kind: str = "torch\nFloatStorage") -> bytes:
     reference = b"(" + text("storage") + f"c{kind}\n".encode() + text(storage) + text("cpu") + numel + b"tQ"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + offset + shape + stride + b"\x89NtR"
