@@ -69,7 +69,8 @@ class Report:
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised). `dropped` has every source key that went nowhere, with the reason.
+    and `fresh` (initialised). `dropped` has every source key that went nowhere, with the reason. `proven`: the file was held against
+    the plan byte by byte.
     """
 
     sources: tuple[str, ...]
@@ -83,6 +84,7 @@ class Report:
     findings: tuple[Finding, ...] = ()
     output: str | None = None
     nbytes: int = 0
+    proven: bool = False
     verification: Verification | None = None
     text: str = field(default="", repr=False, compare=False)
 

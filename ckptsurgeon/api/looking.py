@@ -83,8 +83,9 @@ def diff(
     >>> diff("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses").coverage.counts
     (8, 10)
     """
+    seen = opening.look(source)
     goal = opening.open_target(target, note=note).checkpoint
-    given = opening.open_source(source, root=root, target=goal)
+    given = opening.open_source(seen, root=root, target=goal)
     return compare(given, goal, (*from_arguments(rename, drop), *rules))
 
 
@@ -117,6 +118,7 @@ def verify(
     >>> verify("merged.pt", "fixtures/variants.py:NetTwoClasses", inputs=["1x3x32x32"]).outputs
     {'output': (1, 2)}
     """
+    opening.look(checkpoint)
     goal = opening.open_target(target, note=note)
     found = verify_written(os.fspath(checkpoint), goal, device, finite=finite, inputs=tuple(inputs), seed=seed, root=root)
     return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))

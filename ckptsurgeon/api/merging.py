@@ -12,6 +12,7 @@ from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import verify_written
 from ckptsurgeon.errors import ModelError, OutputError, PlanError
+from ckptsurgeon.models.scheme_text import parse_scheme
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
@@ -66,14 +67,23 @@ def plan(
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
     chosen = (*from_arguments(rename, drop, init), *rules)
+    seen = _look(sources, chosen)
     goal = None if target is None else opening.open_target(target, note=note)
-    _, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+    _, made = _decide(seen, goal, root, chosen, dtype, seed, allow_cast)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     return made
 
 
+def _look(sources: Given | Sequence[Given], rules: Sequence[Rule]) -> list[Given]:
+    """What can be told before a model is imported: that the sources can be read, and that every scheme has a meaning."""
+    for rule in rules:
+        if rule.kind == "init":
+            parse_scheme(rule.result)
+    return [opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
+
+
 def _decide(
-    sources: Given | Sequence[Given],
+    given: Sequence[Given],
     goal: Target | None,
     root: str | None,
     rules: Sequence[Rule],
@@ -81,7 +91,6 @@ def _decide(
     seed: int,
     allow_cast: Iterable[str],
 ) -> tuple[list[Checkpoint], Plan]:
-    given = list(sources) if isinstance(sources, (list, tuple)) else [sources]
     wanted = None if goal is None else goal.checkpoint
     if not given or (wanted is None and len(given) > 1):
         raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
@@ -138,13 +147,14 @@ def merge(
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
     chosen = (*from_arguments(rename, drop, init), *rules)
+    seen = _look(sources, chosen)
     goal = None if target is None else opening.open_target(target, note=note)
-    found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+    found, made = _decide(seen, goal, root, chosen, dtype, seed, allow_cast)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
         settled = opening.settle(goal, seed, note)
         if settled is not goal:
             goal = settled
-            found, made = _decide(sources, goal, root, chosen, dtype, seed, allow_cast)
+            found, made = _decide(seen, goal, root, chosen, dtype, seed, allow_cast)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
     return _carry_out(made, found, goal, how, device if verify else None, finite)
@@ -235,7 +245,7 @@ def _carry_out(made: Plan, found: Sequence[Checkpoint], goal: Target | None, how
             verification.append(verify_written(path, goal, device, finite=finite, seed=made.seed, shown=how.path))
 
     written = write_plan(made, found, wanted, how, values=_values(made, goal), verify=prove)
-    return _report(made, written, how.path, verification[0] if verification else None)
+    return _report(made, written, how.path, how.proof, verification[0] if verification else None)
 
 
 def _values(made: Plan, goal: Target | None) -> Values | None:
@@ -260,7 +270,7 @@ def _values(made: Plan, goal: Target | None) -> Values | None:
     return Values(initial, own_extra)
 
 
-def _report(made: Plan, written: Written, output: str, verification: Verification | None) -> Report:
+def _report(made: Plan, written: Written, output: str, proven: bool, verification: Verification | None) -> Report:
     report = Report(
         sources=tuple(source.path for source in made.sources),
         target=made.target.spec if made.target is not None else "",
@@ -273,6 +283,7 @@ def _report(made: Plan, written: Written, output: str, verification: Verificatio
         findings=(*written.findings, *(verification.findings if verification is not None else ())),
         output=output,
         nbytes=written.nbytes,
+        proven=proven,
         verification=verification,
     )
     return replace(report, text=text.report(report))

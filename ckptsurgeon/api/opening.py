@@ -44,19 +44,27 @@ def read(path: str | os.PathLike[str]) -> Archive:
     return formats.read(os.fspath(path))
 
 
+def look(given: Given) -> Given:
+    """A path's header, anything else as it is: a file that can't be read is told before a model is imported."""
+    if not isinstance(given, (str, os.PathLike)):
+        return given
+    text = os.fspath(given)
+    if looks_like_spec(text) and not os.path.exists(text):
+        raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
+    return read(text)
+
+
 def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
-    """A source as a checkpoint: a file under its named or best root, or a `Checkpoint` as it is."""
+    """A source as a checkpoint: a file, or what `look` saw of it, under its named or best root, or a `Checkpoint` as it is."""
     if isinstance(given, Checkpoint):
         if root is not None and root != given.root:
             raise RootError(
                 f"was opened under the root {given.root!r}, not {root!r}", path=given.path, hint="open it again under that root"
             )
         return given
-    if isinstance(given, (str, os.PathLike)):
-        text = os.fspath(given)
-        if looks_like_spec(text) and not os.path.exists(text):
-            raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
-        return roots.choose(read(text), root=root, target=target)
+    found = look(given)
+    if isinstance(found, Archive):
+        return roots.choose(found, root=root, target=target)
     raise TargetError(
         f"a {type(given).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
     )

@@ -138,10 +138,11 @@ def groups(
         NoRecordError: the checkpoint does not record what is fresh.
         TargetError: the target is no model.
     """
+    seen = opening.look(checkpoint)
     goal = opening.open_target(target, note=note)
     if goal.build_meta is None:
         raise TargetError("is no model, and only a model has parameters", path=goal.checkpoint.path, hint="give module:Net")
-    source = opening.open_source(checkpoint, target=goal.checkpoint)
+    source = opening.open_source(seen, target=goal.checkpoint)
     found = param_groups(
         goal.build_meta(),
         source,

@@ -98,6 +98,7 @@ def report(found: Report) -> dict[str, Any]:
             for cast in found.casts
         ],
         "findings": [_finding(finding) for finding in found.findings],
+        "proven": found.proven,
         "verified": None if found.verification is None else found.verification.ok,
     }
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from formats_support import Save, assert_same, only, roots, save_legacy, save_zip, stored
 
-from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats import read
+from ckptsurgeon.errors import FormatError, LimitError
+from ckptsurgeon.formats import limits, read
 from ckptsurgeon.formats.pickle_machine import TruncatedPickle, run
 from ckptsurgeon.formats.torch_legacy import MAGIC, PROTOCOL
 from ckptsurgeon.tensors import Archive, Refused
@@ -234,6 +234,16 @@ def test_two_keys_that_read_the_same_are_refused(value: Any, save: Save, tmp_pat
     save(filled(value), tmp_path / "it")
     with pytest.raises(FormatError):
         read(str(tmp_path / "it"))
+
+
+@both
+def test_depth_has_a_limit(save: Save, tmp_path: Path) -> None:
+    value: dict[str, Any] = {"w": torch.ones(1)}
+    for _ in range(limits.DEPTH):
+        value = {"d": value}
+    assert only(_read(value, save, tmp_path / "it")).root == ".".join("d" * limits.DEPTH)
+    with pytest.raises(LimitError, match=f"more than {limits.DEPTH} deep"):
+        _read({"d": value}, save, tmp_path / "it")
 
 
 def _legacy(identities: list[Any], tensors: Any, storages: list[tuple[str, bytes]]) -> bytes:

@@ -7,6 +7,7 @@ from ckptsurgeon.api import gates
 from ckptsurgeon.errors import CoverageError, PlanError, StrictError
 from ckptsurgeon.surgery.plan import make_plan
 from ckptsurgeon.tensors import Coverage
+from ckptsurgeon.views.text.words import coverage
 
 
 def test_nothing_covered_is_a_no():
@@ -70,4 +71,4 @@ def test_many_loose_keys_are_counted():
     [(1.0, "100.0 %"), (0.99999, "99.9 %"), (0.999, "99.9 %"), (0.29, "29.0 %"), (0.57, "57.0 %"), (0.0, "0.0 %"), (1e-9, "0.0 %")],
 )
 def test_coverage_is_never_rounded_up(share, words):
-    assert gates.words(Coverage(share, share)) == f"{words} of tensors, {words} of elements"
+    assert coverage(Coverage(share, share)) == f"{words} of tensors, {words} of elements"

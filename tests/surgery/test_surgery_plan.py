@@ -185,7 +185,8 @@ def test_a_batch_norm_loads_as_version_2_after_a_rename(tmp_path):
 
 def test_two_sources_bring_their_metadata():
     one = checkpoint(["a.w"], "a.pt", module_metadata={"": {"version": 1}, "a": {"version": 2}})
-    two = checkpoint(["module.b.w"], "b.pt", module_metadata={"module": {"version": 1}, "module.b": {"version": 3, "odd": float("nan")}})
+    local = {"version": 3, "odd": float("nan"), "more": [1]}  # what JSON can't hold is left out
+    two = checkpoint(["module.b.w"], "b.pt", module_metadata={"": {"version": 9}, "module.b": local})
     plan = make_plan([one, two], checkpoint(["a.w", "b.w"], "c.safetensors", "safetensors"))
     assert plan.module_metadata == {"": {"version": 1}, "a": {"version": 2}, "b": {"version": 3}}
 

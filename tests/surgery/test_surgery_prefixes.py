@@ -114,6 +114,8 @@ def test_names_as_they_are_win_over_a_prefix_that_does_no_better():
     assert reached(source, {"a.w": (2,), "x.w": (2,)}) == {"a.w": "a.w", "b.x.w": "x.w"}
     assert find_prefix(metas({"a.w": (2,), "x.b.w": (2,), "c": (1,)}), metas({"a.w": (2,), "b.w": (2,), "d": (1,)})) == Prefix("x.")
     assert find_prefix(metas(["w", "x.v"]), metas(["w", "q", "x.w"])) == Prefix()
+    # Stripping `a.` would win a key and lose two.
+    assert find_prefix(metas(["a.b.w", "a.c.w", "a.d.w"]), metas(["a.b.w", "a.c.w", "d.w", "q"])) == Prefix()
 
 
 def test_a_module_alone_does_not_stand_for_any_other():

@@ -171,6 +171,10 @@ def test_many_dicts_are_weighed_and_none_are_joined():
     clients = {f"client{number}": NET for number in range(300)}
     found = archive({**clients, "server": {**NET, "head": (5,)}})
     assert choose(found, target=model({**NET, "head": (5,)})).root == "server"
+    parts = model({f"client{number}.{key}": shape for number in range(300) for key, shape in {**NET, "last": (1,)}.items()})
+    with pytest.raises(RootError):
+        choose(archive(clients), target=parts)
+    assert len(choose(archive(clients), root="", target=parts)) == 900
     with pytest.raises(RootError, match="300 state_dicts that fit equally"):
         choose(archive(clients), target=model(NET))
 

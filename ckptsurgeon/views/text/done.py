@@ -30,7 +30,11 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     if found.casts:
         lines += [heading("lossy casts", len(found.casts)), *_casts(found.casts, width, most)]
     lines += findings(found.findings, verbose, width)
-    return fitted([*lines, *([f"  {proved(found.verification)}"] if found.verification is not None else [])], width)
+    if found.verification is not None:
+        lines.append(f"  {proved(found.verification)}")
+    elif found.proven:
+        lines.append("  proven: read back and held against the plan, byte by byte")
+    return fitted(lines, width)
 
 
 def _casts(casts: Sequence[Cast], width: int | None, most: int | None) -> list[str]:
