@@ -124,4 +124,5 @@ def test_a_cast_of_a_large_tensor_takes_memory_that_does_not_grow_with_it(tmp_pa
         sparse_safetensors(tmp_path / f"{number}.safetensors", nbytes)
         code = "import torch; torch.set_num_threads(1); cs.merge(sys.argv[1], None, sys.argv[2], dtype='BF16', verify=False)"
         used.append(peak(code, tmp_path / f"{number}.safetensors", tmp_path / f"{number}.pt", folder=tmp_path))
+        os.unlink(tmp_path / f"{number}.pt")
     assert used[1] - used[0] < 48 << 20, [f"{one >> 20} MB" for one in used]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -139,7 +140,11 @@ def test_no_permission(tmp_path: Path) -> None:
 
 def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "regular file" in refusal(tmp_path / "pipe", tmp_path).reason
+    signal.alarm(20)  # ends the run where reading waits for a writer
+    try:
+        assert "regular file" in refusal(tmp_path / "pipe", tmp_path).reason
+    finally:
+        signal.alarm(0)
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/full"])

@@ -140,6 +140,15 @@ def test_what_counts_as_overflow_and_as_truncation(given: torch.Tensor, source: 
         assert reported([found]) == (found,)
 
 
+def test_finite_values_are_counted_the_same_beside_one_that_is_not() -> None:
+    """A NaN takes the whole piece off the short way."""
+    given = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    for target in ("F16", "BF16", "F64", "F8_E5M2"):
+        alone, beside = run(given, "F32", target)[1], run(torch.cat([given, torch.tensor([float("nan")])]), "F32", target)[1]
+        assert alone == beside
+        assert alone.changed == int((given != given.to(dtype_of(target)).float()).sum())
+
+
 def test_the_largest_error_and_the_count_over_all_parts() -> None:
     given = torch.tensor([1.0, 1.0 + 2**-12, 3.0, 1000.3, 2.0])
     _, found = run(given, "F32", "F16", part=1)

@@ -595,3 +595,24 @@ def test_nothing_but_a_checkpoint_error_comes_of_odd_targets():
     assert make_plan([checkpoint([])], model(NET)).transferred == ()
     with pytest.raises(CheckpointError):
         make_plan([checkpoint([])], model(NET), [rule("drop", "*")])
+
+
+def test_a_refused_value_that_the_target_has_is_missing():
+    source = checkpoint(["w"], entries={"a._extra_state": Refused("an object of a.B")})
+    target = model(["w"], entries={"a._extra_state": None})
+    diff = compare(source, target)
+    assert diff.missing == ("a._extra_state",) and diff.matched == ("w",) and list(diff.refused) == ["a._extra_state"]
+    with pytest.raises(UnsafeError):
+        make_plan([source, replace(checkpoint(["v"], "b.pt"), entries=source.entries)], target)
+
+
+def test_a_likely_source_is_told_only_where_there_is_one():
+    hints = compare(checkpoint({"old.w": (3,), "old.b": (3,)}), model({"new.w": (3,), "new.b": (3,)})).hints
+    assert [(hint.missing, hint.extra) for hint in hints] == [("new.w", "old.w"), ("new.b", "old.b")]
+    for source, target in (
+        ({"old.w": (3,)}, {"new.w": (3,), "newer.w": (3,)}),
+        ({"old.w": (3,), "older.w": (3,)}, {"new.w": (3,)}),
+        ({"old.w": (3,)}, {"new.w": (4,)}),
+        ({"old.w": (3,)}, {"new.b": (3,)}),
+    ):
+        assert compare(checkpoint(source), model(target)).hints == ()

@@ -109,6 +109,9 @@ def test_what_is_no_plan_is_refused(raw):
 def test_a_plan_of_another_version_says_which():
     with pytest.raises(PlanError, match=r"version 2; this ckptsurgeon follows version 1"):
         from_json(text(to_json(PLAN) | {"version": 2}), "plan.json")
+    for version in (True, 1.0, "1", None, [1]):
+        with pytest.raises(PlanError, match="follows version 1"):
+            from_json(text(to_json(PLAN) | {"version": version}), "plan.json")
 
 
 def paths(value, at=()):
@@ -326,3 +329,10 @@ def test_a_value_that_can_not_be_carried_any_more():
     entries = {"module.s": Refused("an object of a.B"), "module.t": 2}
     with pytest.raises(PlanError, match=r"module\.s is not there, or can't be carried"):
         check_followable(PLAN, [replace(SOURCE, entries=entries)], TARGET)
+
+
+def test_a_source_of_another_shape_is_refused_though_all_fates_add_up():
+    value = edited(sources=[{"file": 0, "key": "module.fc2.w"}])
+    value["dropped"] = [row for row in value["dropped"] if row["source"] != "module.fc2.w"]
+    error = follow(text(value))
+    assert isinstance(error, PlanError) and error.problems == ("fc1.w: its source module.fc2.w has shape (4, 4), not (4, 3)",)
