@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import PROGRAM, ROOT
 
 from ckptsurgeon.cli import main
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = [sys.executable, "-m", "ckptsurgeon"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROGRAM
+from cli_support import PROGRAM
 
 NET, VARIANT = "model:Net", "variants:NetVariant"
 LFS = (

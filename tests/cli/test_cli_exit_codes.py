@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAM
+from cli_support import PROGRAM
 
 NET, VARIANT = "model:Net", "variants:NetVariant"
 
