@@ -67,8 +67,8 @@ def test_a_module_imports_only_from_its_own_floor_and_lower_ones(path: Path) -> 
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_torch_stands_at_the_top_of_models_and_training_alone(path: Path) -> None:
-    if floor_of(path) != "models" and path.name != "live.py":
+def test_torch_stands_at_the_top_of_models_alone(path: Path) -> None:
+    if floor_of(path) != "models":
         assert not {name for name in imports(path, top_only=True) if name.split(".")[0] == "torch"}
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.opening import Given
@@ -30,6 +27,10 @@ from ckptsurgeon.surgery.plan import Plan, Step, make_plan
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 State = Mapping[str, Any]
 
@@ -92,6 +93,8 @@ def _untrained(plan: Plan, given: Checkpoint) -> list[Finding]:
 
 def _open(source: Given, root: str | None, goal: Checkpoint) -> tuple[Checkpoint, State]:
     """The source as a checkpoint, and, when it is in memory, its live tensors."""
+    from torch import nn
+
     if root is not None and isinstance(source, (nn.Module, Mapping)) and not isinstance(source, Checkpoint):
         source = at_root(source, root)
         if not isinstance(source, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from typing import NoReturn
 
 import click
@@ -63,6 +64,7 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without NumPy is all we need
     sys.exit(_run("--json" in sys.argv))
 
 
