@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ckptsurgeon.streaming.atomic import new_file
-from ckptsurgeon.streaming.kernel import write_at
+from ckptsurgeon.streaming.copying import write_at
 
 
 def write_json(path: str, value: dict[str, Any], overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, Literal
 
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.models.spec import literal_call
+from ckptsurgeon.surgery.call_text import literal_call
 
 NONLINEARITIES = (
     *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),

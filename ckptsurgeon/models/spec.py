@@ -6,7 +6,6 @@ Pure text: nothing is imported, opened or evaluated here, and torch isn't needed
 
 from __future__ import annotations
 
-import ast
 import keyword
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.surgery.call_text import literal_call
 
 _FORM = re.compile(r"(?P<place>.+?):(?P<attribute>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\s*(?P<call>\(.*)?", re.DOTALL)
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
@@ -73,29 +73,6 @@ def parse(text: str) -> Spec:
     args, kwargs = _literals(text, attribute, call) if call else ((), {})
     module, file = (None, place) if is_file else (place, None)
     return Spec(text, module, file, attribute, kwargs, args, called=call is not None)
-
-
-def literal_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
-    """The name, positional and keyword arguments of one call with literal arguments, or of a bare name; None for any other text.
-
-    >>> literal_call("normal(std=-1)")
-    ('normal', (), {'std': -1})
-    """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if isinstance(tree, ast.Name):
-            return tree.id, (), {}
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-            return None
-        if any(word.arg is None for word in tree.keywords) or any(isinstance(value, ast.Starred) for value in tree.args):
-            return None
-        names = [word.arg for word in tree.keywords]
-        if len(set(names)) != len(names):
-            return None
-        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords}
-        return tree.func.id, tuple(ast.literal_eval(value) for value in tree.args), kwargs
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return None
 
 
 def _literals(text: str, attribute: str, call: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

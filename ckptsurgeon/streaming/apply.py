@@ -16,7 +16,7 @@ from ckptsurgeon.errors import OutputError, PlanError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import Layout, OutTensor
 from ckptsurgeon.report import Cast, Finding
-from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
@@ -212,13 +212,13 @@ def _layout(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str]
 
 def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mapping[str, Step], temporary: Temporary) -> None:
     for offset, data in layout.chunks:
-        kernel.write_at(temporary.fd, data, offset)
+        copying.write_at(temporary.fd, data, offset)
     # Values that are made come first: a cast that must not be stops the run before the long copying.
     made = [slot for slot in layout.slots if run.moves(steps[tensors[slot.index].name]) is None]
     for slot in made:
         tensor, position, digest = tensors[slot.index], slot.offset, sha256()
         for part in run.parts(steps[tensor.name]):
-            kernel.write_at(temporary.fd, part, position)
+            copying.write_at(temporary.fd, part, position)
             digest.update(part)
             position += memoryview(part).nbytes
         if position != slot.offset + slot.nbytes:
@@ -232,10 +232,10 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mappi
         if origin is not None:
             assert origin.span is not None
             fd, offset = run.reader.locate(origin.span)
-            kernel.copy_range(fd, offset, temporary.fd, slot.offset, slot.nbytes)
-    checksums = [kernel.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
+            copying.copy_range(fd, offset, temporary.fd, slot.offset, slot.nbytes)
+    checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for offset, data in layout.tail(checksums):
-        kernel.write_at(temporary.fd, data, offset)
+        copying.write_at(temporary.fd, data, offset)
 
 
 def _expected(run: _Run, tensor: OutTensor, step: Step) -> Expected:

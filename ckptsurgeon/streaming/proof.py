@@ -13,7 +13,7 @@ from typing import Any
 from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.files import open_regular
-from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta
 
@@ -68,10 +68,10 @@ def _same(fd: int, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
     if item.origin is not None:
         assert item.origin.span is not None
         source, offset = reader.locate(item.origin.span)
-        return tensor.span.nbytes == item.origin.span.nbytes and kernel.equal_ranges(
+        return tensor.span.nbytes == item.origin.span.nbytes and copying.equal_ranges(
             fd, tensor.span.offset, source, offset, tensor.span.nbytes
         )
     digest = sha256()
-    for chunk in kernel.chunks(fd, tensor.span.offset, tensor.span.nbytes):
+    for chunk in copying.chunks(fd, tensor.span.offset, tensor.span.nbytes):
         digest.update(chunk)
     return digest.hexdigest() == item.digest

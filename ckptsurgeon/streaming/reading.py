@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from ckptsurgeon.errors import FormatError, StaleError
 from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
-from ckptsurgeon.streaming.kernel import BUFFER, chunks
+from ckptsurgeon.streaming.copying import BUFFER, chunks
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
 

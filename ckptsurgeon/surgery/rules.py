@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern
 
-Kind = Literal["rename", "drop", "init"]
+Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage"]
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
 
 
@@ -26,9 +26,12 @@ class Rule:
     kind: Kind
     pattern: str
     result: str = ""
+    file: str = field(default="", compare=False)
+    line: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        return f"--{self.kind} {self.pattern!r}" + (f" {self.result!r}" if self.result else "")
+        words = f"{self.kind} {self.pattern!r}" + (f" {self.result!r}" if self.result else "")
+        return f"{words} ({self.file}:{self.line})" if self.file else f"--{words}"
 
 
 @dataclass(frozen=True)

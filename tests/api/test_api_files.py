@@ -17,9 +17,9 @@ import torch
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, OutputError, StaleError, VerificationError
 from ckptsurgeon.streaming import apply as applying
-from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming import copying
 
-REAL = kernel.copy_range
+REAL = copying.copy_range
 
 
 def source(folder: Path) -> Path:
@@ -40,11 +40,11 @@ def test_an_existing_output_is_not_replaced_unasked(output: str, tmp_path: Path)
 
 
 def test_an_output_that_appears_during_the_run_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copying(*arguments: int) -> None:
+    def watched(*arguments: int) -> None:
         (tmp_path / "out.pt").write_bytes(b"theirs")
         REAL(*arguments)
 
-    monkeypatch.setattr(kernel, "copy_range", copying)
+    monkeypatch.setattr(copying, "copy_range", watched)
     with pytest.raises(OutputError, match="exists already"):
         cs.merge(source(tmp_path), None, tmp_path / "out.pt")
     assert (tmp_path / "out.pt").read_bytes() == b"theirs"
@@ -117,13 +117,13 @@ def test_a_source_that_changes_is_stale(when: str, change: Change, tmp_path: Pat
     if when == "during the copy":
         done: list[int] = []
 
-        def copying(*arguments: int) -> None:
+        def watched(*arguments: int) -> None:
             if not done:
                 change(given)
                 done.append(1)
             REAL(*arguments)
 
-        monkeypatch.setattr(kernel, "copy_range", copying)
+        monkeypatch.setattr(copying, "copy_range", watched)
         opened: Any = given
     else:
         opened = cs.open(given)
@@ -140,13 +140,13 @@ def test_an_interruption_leaves_nothing(error: type[BaseException], tmp_path: Pa
     before = support.folder_state(tmp_path)
     calls: list[int] = []
 
-    def copying(*arguments: int) -> None:
+    def watched(*arguments: int) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise error
         REAL(*arguments)
 
-    monkeypatch.setattr(kernel, "copy_range", copying)
+    monkeypatch.setattr(copying, "copy_range", watched)
     with pytest.raises(error):
         cs.merge(given, None, tmp_path / "out.pt", overwrite=True)
     assert support.folder_state(tmp_path) == before
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pyte
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(kernel, "copy_range", full)
+    monkeypatch.setattr(copying, "copy_range", full)
     with pytest.raises(OutputError, match="disk is full") as caught:
         cs.merge(given, None, tmp_path / "out.pt", overwrite=True)
     assert caught.value.path == str(tmp_path / "out.pt")
@@ -170,12 +170,12 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pyte
 KILLED = """
 import os, signal, sys
 import ckptsurgeon as cs
-from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming import copying
 
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-kernel.copy_range = killed
+copying.copy_range = killed
 cs.merge(sys.argv[1], None, sys.argv[2], overwrite=True)
 """
 
@@ -225,7 +225,7 @@ def flips(source_fd: int, offset: int, output: int, place: int, count: int) -> N
 
 def test_the_proof_catches_a_flipped_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = source(tmp_path)
-    monkeypatch.setattr(kernel, "copy_range", flips)
+    monkeypatch.setattr(copying, "copy_range", flips)
     with pytest.raises(VerificationError, match="not what was planned"):
         cs.merge(given, None, tmp_path / "out.pt")
     assert sorted(os.listdir(tmp_path)) == ["in.pt"]

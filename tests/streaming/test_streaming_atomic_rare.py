@@ -16,7 +16,7 @@ from streaming_support import names
 from ckptsurgeon.errors import OutputError
 from ckptsurgeon.streaming import atomic
 from ckptsurgeon.streaming.atomic import check_free, new_file
-from ckptsurgeon.streaming.kernel import write_at
+from ckptsurgeon.streaming.copying import write_at
 
 
 def write(path: Path, data: bytes, overwrite: bool = False) -> None:

@@ -10,7 +10,7 @@ import pytest
 from streaming_support import opened
 
 from ckptsurgeon.errors import StaleError
-from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming import copying
 
 DATA = os.urandom(700)
 RANGES = [(0, 0), (0, 700), (13, 500), (699, 1), (350, 350)]
@@ -19,14 +19,14 @@ RANGES = [(0, 0), (0, 700), (13, 500), (699, 1), (350, 350)]
 @pytest.mark.parametrize("buffer", [1, 7, 350, 700, 1 << 20])
 @pytest.mark.parametrize(("start", "length"), RANGES)
 def test_chunks_checksum_and_comparison(start: int, length: int, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "BUFFER", buffer)
+    monkeypatch.setattr(copying, "BUFFER", buffer)
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(b"xyz" + DATA)
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
-        assert b"".join(bytes(chunk) for chunk in kernel.chunks(one, start, length)) == DATA[start : start + length]
-        assert kernel.checksum(one, start, length) == zlib.crc32(DATA[start : start + length])
-        assert kernel.equal_ranges(one, start, other, start + 3, length)
-        assert kernel.equal_ranges(one, start, other, start + 2, length) == (
+        assert b"".join(bytes(chunk) for chunk in copying.chunks(one, start, length)) == DATA[start : start + length]
+        assert copying.checksum(one, start, length) == zlib.crc32(DATA[start : start + length])
+        assert copying.equal_ranges(one, start, other, start + 3, length)
+        assert copying.equal_ranges(one, start, other, start + 2, length) == (
             DATA[start : start + length] == (b"xyz" + DATA)[start + 2 :][:length]
         )
 
@@ -35,15 +35,15 @@ def test_beyond_the_end_nothing_is_equal_and_nothing_is_read(tmp_path: Path) -> 
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(DATA)
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
-        assert not kernel.equal_ranges(one, 0, other, 0, 701)
+        assert not copying.equal_ranges(one, 0, other, 0, 701)
         with pytest.raises(StaleError):
-            kernel.checksum(one, 0, 701)
+            copying.checksum(one, 0, 701)
 
 
 @pytest.mark.parametrize("place", [0, 349, 350, 699])
 def test_one_wrong_bit_is_seen_in_every_buffer(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "BUFFER", 350)
+    monkeypatch.setattr(copying, "BUFFER", 350)
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(DATA[:place] + bytes([DATA[place] ^ 1]) + DATA[place + 1 :])
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
-        assert not kernel.equal_ranges(one, 0, other, 0, 700)
+        assert not copying.equal_ranges(one, 0, other, 0, 700)

@@ -14,12 +14,12 @@ from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import Layout, Slot
 from ckptsurgeon.streaming import apply as applying
-from ckptsurgeon.streaming import kernel
+from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.apply import Output, apply
 from ckptsurgeon.surgery import roots
 from ckptsurgeon.surgery.plan import make_plan
 
-REAL = kernel.copy_range
+REAL = copying.copy_range
 Copy = Callable[[int, int, int, int, int], None]
 
 
@@ -64,7 +64,7 @@ def swaps(layout: Layout) -> Layout:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("bug", [flips_a_byte, copies_from_the_wrong_place, copies_nothing, copies_the_first_half])
 def test_a_copy_that_goes_wrong(bug: Copy, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "copy_range", bug)
+    monkeypatch.setattr(copying, "copy_range", bug)
     with pytest.raises(VerificationError) as caught:
         run(tmp_path, suffix)
     assert {problem.partition(":")[0] for problem in caught.value.problems} == {"a", "b", "half"}
@@ -83,14 +83,14 @@ def test_two_tensors_in_each_others_place(suffix: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("dtype", [None, "F16"])
 def test_made_values_that_are_written_wrong(dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = kernel.write_at
+    real = copying.write_at
 
     def wrong(output: int, data: bytes, offset: int) -> None:
         real(output, data, offset)
         if len(memoryview(data)) in (24, 12):  # the six elements of `turned`
             os.pwrite(output, b"\x55", offset + 5)
 
-    monkeypatch.setattr(kernel, "write_at", wrong)
+    monkeypatch.setattr(copying, "write_at", wrong)
     with pytest.raises(VerificationError) as caught:
         run(tmp_path, ".safetensors", dtype=dtype)
     assert caught.value.problems == ("turned: its bytes differ",)
@@ -130,7 +130,7 @@ def filled(layout: Layout) -> bytes:
 
 
 def test_without_proof_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "copy_range", flips_a_byte)
+    monkeypatch.setattr(copying, "copy_range", flips_a_byte)
     found = torch.load(run(tmp_path, ".pt", proof=False), weights_only=True)
     assert not torch.equal(found["b"], state()["b"])
 

@@ -13,7 +13,7 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import FormatError, StaleError
-from ckptsurgeon.streaming import kernel, reading
+from ckptsurgeon.streaming import copying, reading
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import bytes_of
 from ckptsurgeon.tensors import Checkpoint
@@ -40,7 +40,7 @@ def packed(path: Path, output: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "legacy", "deflated"])
 @pytest.mark.parametrize("buffer", [16, 1 << 22])
 def test_read_parts_and_view_agree_with_torch(kind: str, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "BUFFER", buffer)
+    monkeypatch.setattr(copying, "BUFFER", buffer)
     monkeypatch.setattr(reading, "BUFFER", buffer)
     given, path = state(), tmp_path / "in.pt"
     torch.save(given, path, _use_new_zipfile_serialization=kind != "legacy")

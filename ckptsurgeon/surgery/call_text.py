@@ -1,0 +1,36 @@
+"""One call with literal arguments, as a person writes schemes and adapters: `normal(std=0.02)`, `transpose`, `mylib:flip(dim=1)`.
+
+Pure text: nothing is evaluated but literals, by `ast.literal_eval`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+_CALL = re.compile(r"\s*(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*(?::[^\W\d]\w*(?:\.[^\W\d]\w*)*)?)\s*(?P<call>\(.*\))?\s*", re.DOTALL)
+
+
+def literal_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+    """The name (dotted, with a module before a colon for a person's own), positional and keyword arguments; None for any other text.
+
+    >>> literal_call("normal(std=-1)"), literal_call("mylib.init:ortho")
+    (('normal', (), {'std': -1}), ('mylib.init:ortho', (), {}))
+    """
+    found = _CALL.fullmatch(text)
+    if found is None:
+        return None
+    try:
+        tree = ast.parse(f"f{found['call'] or '()'}", mode="eval").body
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+            return None
+        if any(word.arg is None for word in tree.keywords) or any(isinstance(value, ast.Starred) for value in tree.args):
+            return None
+        names = [word.arg for word in tree.keywords]
+        if len(set(names)) != len(names):
+            return None
+        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords}
+        return found["name"], tuple(ast.literal_eval(value) for value in tree.args), kwargs
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
