@@ -1,0 +1,139 @@
+"""Lists of tokens or labels: which text stands for which row of an embedding or a head.
+
+A file is told by its content: JSON (a list, a dict from texts to numbers or back, a config.json, a tokenizer.json), else one token a line.
+A text or a number that stands twice is an error, since it would have two readings.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from ckptsurgeon.errors import FormatError, LimitError
+from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.formats.json_text import integer, parse, short
+
+TEXT_BYTES = 1 << 26
+MOST_ROWS = 10_000_000
+SPARSE = (4, 1000)  # rows may be this many times the tokens, and so many more
+_FORMS = "one token a line, a JSON list, vocab.json, tokenizer.json, or a config.json with id2label"
+_JSON = re.compile(r'\s*[\[{]\s*"')  # what no list of lines begins with; BERT's begins with "[PAD]"
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
+Item = tuple[Any, Any]  # (token, row), as a file has them
+
+
+def read_labels(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
+    """The token or label of each row; None for a row that the file says nothing about.
+
+    Raises:
+        UnreadableError: there is no such file, it is no regular file, or it may not be read.
+        LimitError: it has more than 64 MiB.
+        FormatError: it is neither form, has a token or a number twice, or numbers far beyond the count of its tokens.
+    """
+    name = os.fspath(path)
+    with open_regular(name) as file:
+        if file.size > TEXT_BYTES:
+            raise LimitError(f"is a list of {file.size} bytes, above the limit of {TEXT_BYTES}", path=name, hint=f"give {_FORMS}")
+        raw = file.read(0, file.size).removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = raw.decode("utf-8")
+    except ValueError as error:
+        raise FormatError("is not UTF-8 text, so no list of tokens", path=name, hint=f"give {_FORMS}") from error
+    value = _value(raw, text, name)
+    items = _in_order(_lines(text)) if value is None else _items(value, name)
+    return _placed(items, name)
+
+
+def _value(raw: bytes, text: str, path: str) -> dict[str, Any] | list[Any] | None:
+    """The JSON value of a text that is a JSON object or list; None for lines."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    try:
+        value: dict[str, Any] | list[Any] = parse(raw, path, "content")
+    except FormatError:
+        if _JSON.match(text):
+            raise
+        return None
+    return value
+
+
+def _lines(text: str) -> list[str]:
+    """The lines, of which only the line end is taken: \\r\\n where every line has it, else \\n alone.
+
+    >>> _lines("a\\r\\n b\\r\\n"), _lines("a\\n\\r\\nb")
+    (['a', ' b'], ['a', '\\r', 'b'])
+    """
+    lines = text.split("\n")
+    last = lines.pop()
+    if lines and all(line.endswith("\r") for line in lines):
+        lines = [line[:-1] for line in lines]
+    return [*lines, last] if last else lines
+
+
+def _in_order(tokens: Iterable[Any]) -> list[Item]:
+    """Tokens that stand in the order of their rows; None is a row without one."""
+    return [(token, row) for row, token in enumerate(tokens) if token is not None]
+
+
+def _items(value: dict[str, Any] | list[Any], path: str) -> list[Item]:
+    """Each token with its row, unchecked, from any of the JSON forms."""
+    if isinstance(value, list):
+        return _in_order(value)
+    if isinstance(value.get("model"), dict):
+        return _tokenizer(value, path)
+    labels = [found for name in ("id2label", "label2id") if isinstance(found := value.get(name), dict) and found]
+    if labels:
+        first, *others = (_dict(one) for one in labels)
+        if any(sorted(first, key=str) != sorted(other, key=str) for other in others):
+            raise FormatError("has an id2label and a label2id that contradict each other", path=path, hint="correct one, or take one out")
+        return first
+    return _dict(value)
+
+
+def _dict(value: dict[str, Any]) -> list[Item]:
+    """From texts to numbers (also as text, if every name is not a number), or from numbers as text to texts."""
+    if value and all(_NUMBER.fullmatch(name) for name in value) and all(type(one) is str for one in value.values()):
+        return [(label, int(name)) for name, label in value.items()]
+    return [(name, int(one) if type(one) is str and _NUMBER.fullmatch(one) else one) for name, one in value.items()]
+
+
+def _tokenizer(value: dict[str, Any], path: str) -> list[Item]:
+    """A tokenizer.json of Hugging Face's tokenizers: `model.vocab`, and the tokens added to it."""
+    vocab, added = value["model"].get("vocab"), value.get("added_tokens") or []
+    if isinstance(vocab, list) and all(isinstance(entry, list) and len(entry) == 2 for entry in vocab):
+        base = _in_order(entry[0] for entry in vocab)  # Unigram: [token, score]
+    elif isinstance(vocab, dict):
+        base = list(vocab.items())
+    else:
+        raise FormatError("is a tokenizer without a vocab that is a dict or a list of [token, score]", path=path, hint=f"give {_FORMS}")
+    if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
+        raise FormatError("is a tokenizer whose added_tokens are no list of objects", path=path)
+    known = {token: row for token, row in base if type(token) is str}
+    more = [(entry.get("content"), entry.get("id")) for entry in added]
+    return list(chain(base, (item for item in more if type(item[0]) is not str or known.get(item[0]) != item[1])))
+
+
+def _placed(items: list[Item], path: str) -> tuple[str | None, ...]:
+    """The tokens at their rows. FormatError for what is no token or row, for either one twice, and for rows that are nearly all holes."""
+    for token, row in items:
+        if type(token) is not str or not integer(row):
+            what = f"the token {short(token)}" if type(token) is not str else f"the row {short(row)} for {token[:40]!r}"
+            raise FormatError(f"is no list of tokens: it has {what}", path=path, hint=f"give {_FORMS}")
+    if not items:
+        raise FormatError("has no token", path=path, hint=f"give {_FORMS}")
+    count = max(row for _, row in items) + 1
+    if count > MOST_ROWS or count > SPARSE[0] * len(items) + SPARSE[1]:
+        raise FormatError(f"has {len(items)} tokens and rows up to {count - 1}", path=path, hint="number the rows from 0 up")
+    found: list[str | None] = [None] * count
+    rows: dict[str, int] = {}
+    for token, row in items:
+        other = found[row]
+        if other is not None:
+            raise FormatError(f"has two tokens at row {row}: {other[:40]!r} and {token[:40]!r}", path=path, hint="leave one")
+        if token in rows:
+            raise FormatError(f"has {token[:40]!r} twice, at rows {rows[token]} and {row}", path=path, hint="make every text another one")
+        found[row], rows[token] = token, row
+    return tuple(found)
