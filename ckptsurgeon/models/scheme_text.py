@@ -1,19 +1,21 @@
-"""The initialisation schemes as a person names them: `xavier_normal`, `normal(std=0.02)`, `constant(0.1)`.
+"""The initialisation schemes as a person names them: `xavier_normal`, `normal(std=0.02)`, `from(layers.11.weight)`, `mylib:ortho(gain=2)`.
 
 Facts and words only, without torch, so that a plan can check a scheme and say what it will do. The names and parameters are those
-of `torch.nn.init`. `initialize.py` makes the values.
+of `torch.nn.init`; a name with a colon is a person's own function, which is not imported here. `initial.py` makes the values.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-from ckptsurgeon.errors import RuleError
+from ckptsurgeon.errors import RuleError, TargetError
+from ckptsurgeon.models import spec
 from ckptsurgeon.surgery.call_text import literal_call
 
 NONLINEARITIES = (
@@ -21,6 +23,11 @@ NONLINEARITIES = (
     *("sigmoid", "tanh", "relu", "leaky_relu", "selu"),
 )
 Check = Callable[[Any], bool]
+Needs = Literal["nothing", "fans", "model", "layer", "key"]
+OWN_FORMS = "mylib:ortho, path/to/file.py:ortho or mylib:ortho(gain=2)"
+
+# `from(KEY)`, where the key may stand without quotes, and may use the parts of a pattern: {i-1}.
+_FROM = re.compile(r"""\s*from\s*\(\s*(?P<key>(?:[^\s'"(),={}]|\{[^{}'"]*\})+)\s*\)\s*""")
 
 
 def _number(value: Any) -> bool:
@@ -31,6 +38,10 @@ def _spread(value: Any) -> bool:
     return _number(value) and value >= 0
 
 
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _one_of(*names: str) -> Check:
     return lambda value: isinstance(value, str) and value in names
 
@@ -39,15 +50,15 @@ def _one_of(*names: str) -> Check:
 class Scheme:
     """A scheme: its parameters with their checks, and what it needs.
 
-    `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions) or `model` (the target's constructor).
-    `required` names the parameters that must be given, `bounds` the defaults of `a` and `b` where they are an interval; `words`
+    `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions), `model` (the target's constructor), `layer` (the
+    module that owns the tensor, on meta or not) or `key` (another key's value). `required` names the parameters that must be given, `bounds` the defaults of `a` and `b` where they are an interval; `words`
     say what it does, `source` where it comes from.
     """
 
     words: str
     parameters: Mapping[str, Check] = field(default_factory=dict)
     required: tuple[str, ...] = ()
-    needs: Literal["nothing", "fans", "model"] = "nothing"
+    needs: Needs = "nothing"
     bounds: tuple[float, float] | None = None
     source: str = ""
 
@@ -60,6 +71,8 @@ _KAIMING: Mapping[str, Check] = {"a": _number, "mode": _one_of("fan_in", "fan_ou
 SCHEMES: dict[str, Scheme] = {
     "model": Scheme("the value of the target's own constructor", needs="model"),
     "per_layer_type": Scheme("by layer type: convolutions xavier_normal, norms 1 and 0, linear N(0, 0.01), biases 0", needs="model"),
+    "reset": Scheme("what the layer's own reset_parameters gives, run on a copy of that layer alone", needs="layer"),
+    "from": Scheme("the value that another key of the target gets", {"key": _name}, ("key",), needs="key"),
     "zeros": Scheme("0"),
     "ones": Scheme("1"),
     "constant": Scheme("one value", {"value": _number}, ("value",)),
@@ -82,23 +95,31 @@ WITHOUT_FANS: dict[str, str] = {"bias": "zeros", "weight": "ones"}
 
 
 def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
-    """The scheme's name and its arguments by name.
+    """The scheme's name and its arguments by name. A person's own has the name `module:function` or `path/to/file.py:function`.
 
     Raises:
-        RuleError: not a scheme's form, an unknown name (with close names and the list), an unknown or unfit argument.
+        RuleError: not a scheme's form, an unknown name (with close names and the list), an unknown or unfit argument. Whether a
+            person's own is there, and takes its arguments, is known only when it is imported.
 
     >>> parse_scheme("constant(0.1)"), parse_scheme("kaiming_normal(mode='fan_out')")
     (('constant', {'value': 0.1}), ('kaiming_normal', {'mode': 'fan_out'}))
+    >>> parse_scheme("from(layers.11.weight)"), parse_scheme("mylib:ortho(gain=2)")
+    (('from', {'key': 'layers.11.weight'}), ('mylib:ortho', {'gain': 2}))
     """
-    found = literal_call(text)
+    if is_own(text):
+        return _own(text)
+    copied = _FROM.fullmatch(text)
+    found = ("from", (copied["key"],), {}) if copied else literal_call(text)
     if found is None:
-        raise RuleError(f"{text!r} is not a scheme", hint="write a name, or a name with literal arguments: normal(std=0.02)")
+        raise RuleError(
+            f"{text!r} is not a scheme", hint="write a name, or a name with literal arguments: normal(std=0.02), from(layers.11.weight)"
+        )
     name, args, kwargs = found
     scheme = SCHEMES.get(name)
     if scheme is None:
         close = difflib.get_close_matches(name, SCHEMES, n=3)
         hint = f"is it {' or '.join(close)}? " if close else ""
-        raise RuleError(f"there is no scheme {name!r}", hint=f"{hint}the schemes are {', '.join(SCHEMES)}")
+        raise RuleError(f"there is no scheme {name!r}", hint=f"{hint}the schemes are {', '.join(SCHEMES)}, or your own: {OWN_FORMS}")
     names = list(scheme.parameters)
     problems = [f"{word} is given twice" for word in names[: len(args)] if word in kwargs]
     problems += [f"takes no argument {word!r}" for word in kwargs if word not in names]
@@ -114,6 +135,35 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
+def is_own(text: str) -> bool:
+    """Whether a scheme, by its name or its whole text, is a person's own.
+
+    >>> is_own("mylib:ortho"), is_own("inits/a.py:ortho(gain=2)"), is_own("normal"), is_own("from('a:b')")
+    (True, True, False, False)
+    """
+    return ":" in text.partition("(")[0]
+
+
+def needs(text: str) -> Needs:
+    """What a scheme's value is made from, `nothing` for a person's own. Raises RuleError as `parse_scheme`.
+
+    >>> needs("reset"), needs("normal(std=2)"), needs("mylib:ortho")
+    ('layer', 'nothing', 'nothing')
+    """
+    name, _ = parse_scheme(text)
+    return "nothing" if is_own(name) else SCHEMES[name].needs
+
+
+def _own(text: str) -> tuple[str, dict[str, Any]]:
+    try:
+        found = spec.parse(text.strip())
+    except TargetError as error:
+        raise RuleError(f"the scheme {text!r} {error.reason}", hint=f"a function of your own is named as {OWN_FORMS}") from error
+    if found.args:
+        raise RuleError(f"the scheme {text!r} has arguments without names", hint="name them: mylib:ortho(gain=2)")
+    return f"{found.place}:{found.attribute}", dict(found.kwargs)
+
+
 def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
     """The scheme's text that a tensor really gets: a fan-based one gives a 1-d or 0-d bias zeros and a 1-d or 0-d weight ones.
 
@@ -121,7 +171,7 @@ def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
         RuleError: as `parse_scheme`; a fan-based scheme on another tensor of fewer than two dimensions, with its key.
     """
     name, _ = parse_scheme(scheme)
-    if SCHEMES[name].needs != "fans" or len(shape) >= 2 or prod(shape) == 0:
+    if is_own(name) or SCHEMES[name].needs != "fans" or len(shape) >= 2 or prod(shape) == 0:
         return scheme
     last = key.rpartition(".")[2]
     if last not in WITHOUT_FANS:

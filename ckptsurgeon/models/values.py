@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models import initialize
+from ckptsurgeon.models import initial
+from ckptsurgeon.models.initial import KEEP
+from ckptsurgeon.models.own import Fill
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.tensors import TensorMeta
-
-KEEP = "model"
 
 
 def tensor_bytes(t: torch.Tensor) -> memoryview:
@@ -45,19 +45,26 @@ def tensor_bytes(t: torch.Tensor) -> memoryview:
 
 
 def make_provider(
-    model: nn.Module | None, inits: Mapping[str, str], shapes: Mapping[str, TensorMeta], seed: int
+    model: nn.Module | None,
+    inits: Mapping[str, str],
+    shapes: Mapping[str, TensorMeta],
+    seed: int,
+    own: Mapping[str, Fill] = {},  # noqa: B006 (never written to)
 ) -> Callable[[str], memoryview]:
     """A function from a target's key to its initial value: dense bytes in the dtype of `shapes[key]`.
 
     Args:
-        model: a built model for the scheme `model` and for `per_layer_type`, or None where none is known.
+        model: a built model for the scheme `model` and for `per_layer_type`, one on meta where only `reset` needs it, or None where none
+            is known.
         inits: scheme by key; a key that is not in it gets `model`, the target's own constructor's value.
         shapes: the target's tensors by key.
         seed: with the key's name, seeds the named schemes.
+        own: the functions of a person's own schemes by name, loaded beforehand (`own.own_schemes`); none is imported here.
 
     The function raises:
-        ModelError: no model is known, it has no such key, or another shape there.
-        RuleError: a scheme is malformed or does not suit the tensor.
+        ModelError: no model is known, it has no such key, another shape there, or no values (it is on meta).
+        RuleError: a scheme is malformed, does not suit the tensor, or is `from(KEY)`, whose value another step of the plan has.
+        TargetError: a person's own scheme, or a layer's `reset_parameters`, fails.
         CastError: a value does not fit the dtype.
     """
 
@@ -68,11 +75,11 @@ def make_provider(
     def provide(key: str) -> memoryview:
         meta, scheme = shapes[key], inits.get(key, KEEP)
         if scheme != KEEP:
-            owner = initialize.owner_of(model, key)
-            return tensor_bytes(initialize.value(scheme, key, meta.shape, meta.dtype, seed, owner))
+            owner = initial.owner_of(model, key)
+            return tensor_bytes(initial.value(scheme, key, meta.shape, meta.dtype, seed, owner, own))
         if model is None:
             raise ModelError("has no initial value: no model is known", key=key, hint=f"name a scheme: --init {key!r} zeros")
-        return tensor_bytes(initialize.fitted(values().get(key), key, meta.shape, meta.dtype))
+        return tensor_bytes(initial.fitted(values().get(key), key, meta.shape, meta.dtype))
 
     return provide
 

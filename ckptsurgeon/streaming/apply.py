@@ -10,33 +10,40 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import OutputError, PlanError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
-from ckptsurgeon.formats.layout import Layout, OutTensor
+from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
+from ckptsurgeon.streaming.adapting import adapted, averaged, dense_parts, is_average
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
+from ckptsurgeon.streaming.kernels.table import OwnKernel
+from ckptsurgeon.streaming.pieces import Pieces, pieces_of
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported
-from ckptsurgeon.surgery.plan import Plan, Step
+from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
+from ckptsurgeon.surgery.planned import Plan, Step, copied_key
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+if TYPE_CHECKING:
+    import torch
 
 SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pt", ".pth", ".pkl", ".bin", ".ckpt"), "torch")
 
 
 @dataclass(frozen=True)
 class Values:
-    """Where values that no file holds come from (a model, or schemes), handed in by who knows models.
+    """Where values that no file holds come from (a model, schemes, a person's own code), handed in by who knows models.
 
     `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
-    key that is no tensor.
+    key that is no tensor, `kernels` a person's own adapters by name.
     """
 
     initial: Callable[[str], Buffer]
     extra_state: Callable[[str], Any]
+    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,34 +77,66 @@ class _Run:
     target: Checkpoint | None
     values: Values | None
     reader: Reader
+    steps: Mapping[str, Step]
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
 
-    def origin(self, step: Step) -> TensorMeta | None:
-        """The tensor of a file that a step reads, or None where its value is made."""
-        if step.sources:
-            number, key = step.sources[0]
-            return with_data(self.sources[number], key)
-        if step.action == "keep" and self.target is not None:
-            return with_data(self.target, step.target)
-        return None
+    def resolved(self, step: Step) -> Step:
+        """The step whose value this one has: that of another key under `from(KEY)`, else its own."""
+        copied = copied_key(step)
+        return step if copied is None else self.steps[copied]
 
-    def moves(self, step: Step) -> TensorMeta | None:
-        """The tensor whose bytes a step copies as they are, or None where they change."""
-        origin = self.origin(step)
-        return origin if origin is not None and origin.contiguous and step.cast is None else None
+    def origins(self, step: Step) -> tuple[TensorMeta, ...]:
+        """The tensors of files that a step reads; none where its value is made."""
+        if step.action == "keep" and self.target is not None:
+            return (with_data(self.target, step.target),)
+        return tuple(with_data(self.sources[number], key) for number, key in step.sources)
+
+    def pieces(self, step: Step) -> Pieces | None:
+        """The pieces of files whose bytes a step copies as they are, or None where they change."""
+        step = self.resolved(step)
+        origins = self.origins(step)
+        return pieces_of(origins, step.adapters) if origins and step.cast is None else None
 
     def parts(self, step: Step) -> Iterator[Buffer]:
-        """The bytes of a step whose value is made: dense, cast where the plan says so."""
-        origin = self.origin(step)
-        parts: Iterable[Buffer]
-        if origin is not None:
-            parts, dtype = self.reader.parts(origin), origin.dtype
-        elif self.values is None or self.target is None:
-            raise PlanError("gets a value of the target's own, and there is no target with values", key=step.target)
+        """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
+        step = self.resolved(step)
+        origins = self.origins(step)
+        if origins:
+            parts, dtype = self._of_files(step, origins), origins[0].dtype
         else:
-            parts, dtype = [self.values.initial(step.target)], self.target[step.target].dtype
+            parts, dtype = [self._initial(step)], self._wanted(step).dtype
         yield from parts if step.cast is None else cast(step.target, parts, dtype, step.cast, self.casts)
+
+    def _of_files(self, step: Step, origins: tuple[TensorMeta, ...]) -> Iterable[Buffer]:
+        if not step.adapters:
+            return self.reader.parts(origins[0])
+        if is_average(step.adapters):
+            return averaged([self.reader.parts(origin) for origin in origins], origins[0].dtype, step.adapters[0]["weights"])
+        pieces = pieces_of(origins, step.adapters)
+        if pieces is not None:
+            return (part for piece in pieces for part in copying.chunks(*self.reader.locate(piece), piece.nbytes))
+
+        def initial() -> torch.Tensor:
+            wanted = self._wanted(step)
+            return tensor_from(self._initial(step), wanted.dtype).view(wanted.shape)
+
+        tensors = [tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape) for origin in origins]
+        return dense_parts(adapted(step, tensors, initial, self.values.kernels if self.values is not None else {}))
+
+    def _initial(self, step: Step) -> Buffer:
+        if self.values is None:
+            raise _no_values(step)
+        return self.values.initial(step.target)
+
+    def _wanted(self, step: Step) -> TensorMeta:
+        if self.target is None:
+            raise _no_values(step)
+        return self.target[step.target]
+
+
+def _no_values(step: Step) -> PlanError:
+    return PlanError("gets a value of the target's own, and there is no target with values", key=step.target)
 
 
 def apply(
@@ -116,18 +155,17 @@ def apply(
     """
     checkpoints = [*sources, *([target] if target is not None else [])]
     with Reader(checkpoints) as reader:
-        run = _Run(plan, sources, target, values, reader)
+        run = _Run(plan, sources, target, values, reader, {step.target: step for step in plan.steps})
         storages = _storages(run)
         tensors, aliases = _tensors(plan, storages, output)
         entries = _entries(run)
         layout = _layout(plan, tensors, aliases, entries, output)
-        steps = {step.target: step for step in plan.steps}
         with new_file(output.path, output.overwrite) as temporary:
-            _write(run, layout, tensors, steps, temporary)
+            _write(run, layout, tensors, temporary, output.proof)
             reader.check_unchanged()
             with syncing(temporary):
                 if output.proof:
-                    prove(temporary.path, [_expected(run, tensor, steps[tensor.name]) for tensor in tensors], entries, reader)
+                    prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader)
                 if verify is not None:
                     verify(temporary.path)
     return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(plan.steps))
@@ -149,10 +187,12 @@ def _storages(run: _Run) -> dict[str, int]:
     numbers: dict[Any, int] = {}
     storages = {}
     for step in run.plan.steps:
-        origin = run.origin(step)
-        identity: Any = ("made", group.get(step.target, step.target))
-        if origin is not None:
-            identity = (origin.span, origin.dtype, origin.stride) if origin.nbytes else step.target
+        made = run.resolved(step)
+        origins = run.origins(made)
+        identity: Any = ("made", group.get(made.target, made.target))
+        if origins and not any(op.get("fill") == "init" for op in made.ops):
+            read = tuple((origin.span, origin.dtype, origin.stride) for origin in origins)
+            identity = (read, repr(made.adapters)) if all(origin.nbytes for origin in origins) else step.target
         storages[step.target] = numbers.setdefault((identity, step.dtype, step.shape), len(numbers))
     return storages
 
@@ -210,36 +250,41 @@ def _layout(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str]
         raise
 
 
-def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], steps: Mapping[str, Step], temporary: Temporary) -> None:
+def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: Temporary, proof: bool) -> None:
     for offset, data in layout.chunks:
         copying.write_at(temporary.fd, data, offset)
+    moved = {slot.index: run.pieces(run.steps[tensors[slot.index].name]) for slot in layout.slots}
     # Values that are made come first: a cast that must not be stops the run before the long copying.
-    made = [slot for slot in layout.slots if run.moves(steps[tensors[slot.index].name]) is None]
-    for slot in made:
-        tensor, position, digest = tensors[slot.index], slot.offset, sha256()
-        for part in run.parts(steps[tensor.name]):
-            copying.write_at(temporary.fd, part, position)
-            digest.update(part)
-            position += memoryview(part).nbytes
-        if position != slot.offset + slot.nbytes:
-            raise OutputError(f"got {position - slot.offset} bytes where the plan says {slot.nbytes}", key=tensor.name)
-        run.digests[tensor.storage] = digest.hexdigest()
-    order = {key: place for place, key in enumerate(steps)}
+    for slot in layout.slots:
+        if moved[slot.index] is None:
+            _make(run, slot, tensors[slot.index], temporary, proof)
+    order = {key: place for place, key in enumerate(run.steps)}
     run.casts.sort(key=lambda found: order[found.key])
     refuse_losses(run.casts, run.plan.allow_cast)
     for slot in layout.slots:
-        origin = run.moves(steps[tensors[slot.index].name])
-        if origin is not None:
-            assert origin.span is not None
-            fd, offset = run.reader.locate(origin.span)
-            copying.copy_range(fd, offset, temporary.fd, slot.offset, slot.nbytes)
+        position = slot.offset
+        for piece in moved[slot.index] or ():
+            copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
+            position += piece.nbytes
     checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
 
 
-def _expected(run: _Run, tensor: OutTensor, step: Step) -> Expected:
-    return Expected(tensor.name, tensor.dtype, tensor.shape, run.moves(step), run.digests.get(tensor.storage))
+def _make(run: _Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: bool) -> None:
+    position, digest = slot.offset, sha256()
+    for part in run.parts(run.steps[tensor.name]):
+        copying.write_at(temporary.fd, part, position)
+        if proof:
+            digest.update(part)
+        position += memoryview(part).nbytes
+    if position != slot.offset + slot.nbytes:
+        raise OutputError(f"got {position - slot.offset} bytes where the plan says {slot.nbytes}", key=tensor.name)
+    run.digests[tensor.storage] = digest.hexdigest()
+
+
+def _expected(run: _Run, tensor: OutTensor) -> Expected:
+    return Expected(tensor.name, tensor.dtype, tensor.shape, run.pieces(run.steps[tensor.name]), run.digests.get(tensor.storage))
 
 
 def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], output: Output) -> tuple[Finding, ...]:

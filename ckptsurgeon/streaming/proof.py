@@ -14,18 +14,19 @@ from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.streaming import copying
+from ckptsurgeon.streaming.pieces import Pieces
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor as it should stand in the file: copied from `origin`, or made with `digest`."""
+    """A tensor as it should stand in the file: copied from `pieces` of files, or made with `digest`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    origin: TensorMeta | None
+    pieces: Pieces | None
     digest: str | None
 
 
@@ -65,12 +66,14 @@ def _plain(value: Any) -> Any:
 
 def _same(fd: int, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
     assert tensor.span is not None
-    if item.origin is not None:
-        assert item.origin.span is not None
-        source, offset = reader.locate(item.origin.span)
-        return tensor.span.nbytes == item.origin.span.nbytes and copying.equal_ranges(
-            fd, tensor.span.offset, source, offset, tensor.span.nbytes
-        )
+    position, end = tensor.span.offset, tensor.span.offset + tensor.span.nbytes
+    if item.pieces is not None:
+        for piece in item.pieces:
+            source, offset = reader.locate(piece)
+            if position + piece.nbytes > end or not copying.equal_ranges(fd, position, source, offset, piece.nbytes):
+                return False
+            position += piece.nbytes
+        return position == end
     digest = sha256()
     for chunk in copying.chunks(fd, tensor.span.offset, tensor.span.nbytes):
         digest.update(chunk)

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError
@@ -41,20 +41,28 @@ def tensor_from(data: Buffer, dtype: str) -> torch.Tensor:
     return found if found.data_ptr() % kind.itemsize == 0 else torch.frombuffer(bytearray(data), dtype=kind)
 
 
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """A CPU tensor's elements, densely in row-major order, without NumPy and for every dtype."""
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return ctypes.string_at(dense.data_ptr(), dense.numel() * dense.element_size()) if dense.numel() else b""
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's elements as read-only bytes, densely in row-major order, without NumPy and for every dtype.
+
+    A dense CPU tensor is not copied: the view shows its memory, and keeps it alive.
+    """
+    dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    size = dense.numel() * dense.element_size()
+    if not size:
+        return memoryview(b"")
+    buffer: Any = (ctypes.c_ubyte * size).from_address(dense.data_ptr())
+    buffer.owner = dense
+    return memoryview(buffer).cast("B").toreadonly()
 
 
 def densify(tensor: TensorMeta, data: bytearray) -> bytearray:
     """The dense bytes of a strided tensor whose elements lie within `data`, the first one at its start."""
     if not prod(tensor.shape):
         return bytearray()
-    return bytearray(bytes_of(tensor_from(data, tensor.dtype).as_strided(tensor.shape, tensor.stride)))
+    return bytearray(memory_of(tensor_from(data, tensor.dtype).as_strided(tensor.shape, tensor.stride)))
 
 
-def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: list[Cast]) -> Iterator[bytes]:
+def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: list[Cast]) -> Iterator[Buffer]:
     """A tensor's bytes, part by part (each a whole number of elements), cast from dtype code `source` to `target`.
 
     What was lost is added to `casts` when the last part is taken.
@@ -71,7 +79,7 @@ def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: lis
                 warnings.simplefilter("ignore")  # that an imaginary part is left out, which is counted here
                 wanted = given.to(kind)
             total = _add(total, _losses(key, given, wanted, source, target))
-            yield bytes_of(wanted)
+            yield memory_of(wanted)
     casts.append(total)
 
 

@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptsurgeon.surgery.naming import Names, SourceKey, name_sources
+from ckptsurgeon.surgery.adapters.op import Op
+from ckptsurgeon.surgery.adapters.table import offers, texts
+from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
+from ckptsurgeon.surgery.origins import find_origins, kept_out
 from ckptsurgeon.surgery.prefixes import Prefix
-from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused
 
 
@@ -20,6 +23,26 @@ class Mismatch:
     source_shape: tuple[int, ...]
     target_shape: tuple[int, ...]
     source: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An adapter, as a rule would write it, that makes a mismatched key fit."""
+
+    key: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    adapter: str
+    safe: bool = False
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A matched key that adapters make of its sources: these, in order, and the chain of ops."""
+
+    key: str
+    sources: tuple[str, ...]
+    ops: tuple[Op, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,8 @@ class Diff:
     dropped: tuple[str, ...] = ()
     hints: tuple[Hint, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    adapted: tuple[Adapted, ...] = ()
+    offers: tuple[Offer, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -68,21 +93,26 @@ class Diff:
         return not (self.missing or self.extra or self.mismatched or self.dtype_changed or self.refused)
 
 
-def compare(source: Checkpoint, target: Checkpoint, rules: Iterable[Rule] = ()) -> Diff:
-    """Compare a source with a target, after wrapper prefixes and rules.
+def compare(
+    source: Checkpoint, target: Checkpoint, rules: Iterable[Rule] = (), outside: Outside = NOTHING, auto: str | None = None
+) -> Diff:
+    """Compare a source with a target, after wrapper prefixes and rules; with `auto` "safe", after what can't change a tensor's meaning.
 
-    A key of the target that is tied to a matched one is matched too. Raises RuleError for rules that match nothing or collide.
+    A key of the target that is tied to a matched one is matched too. Raises RuleError for rules that match nothing or collide, and for
+    adapters that can't be followed.
     """
-    names = name_sources([source], target, rules)
-    origins = find_origins([source], target, names)
+    names = name_sources([source], target, rules, outside)
+    origins = find_origins([source], target, names, auto)
     refused = find_refused(source, 0, names)
-    given = {name: key for (_, key), name in names.entries.items() if key not in refused}
+    given = {name: key for name, (_, key) in names.entries.items() if key not in refused}
     matched = [key for key, origin in origins.items() if origin.fits]
     missing = [key for key in target if key not in origins]
-    mismatched = {key: origin.place[1] for key, origin in origins.items() if not origin.fits}
-    used = {origin.place[1] for origin in origins.values()}
+    mismatched = {key: origin.places[0][1] for key, origin in origins.items() if not origin.fits}
+    kept = kept_out(target, names)
+    used = {key for origin in origins.values() for _, key in origin.places}
     used |= {key for name, key in given.items() if name in target.entries}
-    extra = [key for (_, key) in (*names.landed, *names.entries) if key not in used and key not in refused]
+    used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
+    extra = [key for _, key in names.names_of if key not in used and key not in refused]
     return Diff(
         source=source.path,
         target=target.path,
@@ -93,48 +123,28 @@ def compare(source: Checkpoint, target: Checkpoint, rules: Iterable[Rule] = ()) 
         extra=tuple(extra),
         mismatched=tuple(Mismatch(key, source[origin].shape, target[key].shape, origin) for key, origin in mismatched.items()),
         dtype_changed=tuple(
-            DtypeChange(key, source[origins[key].place[1]].dtype, target[key].dtype)
-            for key in matched
-            if source[origins[key].place[1]].dtype != target[key].dtype
+            DtypeChange(key, origins[key].dtype, target[key].dtype) for key in matched if origins[key].dtype != target[key].dtype
         ),
         coverage=Coverage.of({key: target[key] for key in matched}, target),
-        dropped=tuple(key for (_, key) in names.dropped),
+        dropped=tuple(key for _, key in names.dropped),
         hints=_hints(missing, [key for key in extra if key in source], source, target, names.prefixes[0]),
         refused=refused,
+        adapted=tuple(
+            Adapted(key, tuple(name for _, name in origins[key].places), origins[key].ops) for key in matched if origins[key].ops
+        ),
+        offers=tuple(
+            Offer(
+                key, source[origin].shape, target[key].shape, texts([op]), bool(offers(source[origin].shape, target[key].shape, safe=True))
+            )
+            for key, origin in mismatched.items()
+            for op in offers(source[origin].shape, target[key].shape)
+        ),
     )
 
 
 def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str]:
     """The values of a source that can't be carried and that no rule drops, each with its reason."""
     return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (number, key) not in names.dropped}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Which source key stands for a target key, whether its shape fits, and the tied target key by whose name it was found."""
-
-    place: SourceKey
-    fits: bool
-    tied_to: str | None = None
-
-
-def find_origins(sources: Sequence[Checkpoint], target: Checkpoint, names: Names) -> dict[str, Origin]:
-    """For each key of the target that a source has: where.
-
-    A key that none has, or has with another shape, follows a key of the target that it is tied to and that fits: they are one tensor.
-    """
-    landed = {name: place for place, name in names.landed.items() if name in target}
-    found = {}
-    for key, wanted in target.items():
-        if key in landed:
-            number, origin = landed[key]
-            found[key] = Origin(landed[key], sources[number][origin].shape == wanted.shape)
-    for group in target.ties:
-        fitting = [key for key in group if key in found and found[key].fits]
-        if fitting:
-            rest = [key for key in group if key not in fitting]
-            found.update(dict.fromkeys(rest, Origin(found[fitting[0]].place, True, fitting[0])))
-    return {key: found[key] for key in target if key in found}
 
 
 def _hints(missing: Sequence[str], extra: Sequence[str], source: Checkpoint, target: Checkpoint, prefix: Prefix) -> tuple[Hint, ...]:

@@ -1,136 +1,194 @@
-"""Where each source key wants to go: first the wrapper prefix, then the first rule that matches.
+"""Where each source key wants to go: first the wrapper prefix, then, stage by stage, the first rule that matches.
 
-The one place where rules meet keys; `compare` and `plan` both build on it. All problems with rules are raised together.
+The one place where rules meet the sources' keys; `compare` and `plan` both build on it. All problems with rules are raised together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery import idle, linking
+from ckptsurgeon.surgery.averaging import Weights, averaged, weights_of
+from ckptsurgeon.surgery.items import Claim, Item, SourceKey, shortened
 from ckptsurgeon.surgery.patterns import expand
 from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
-from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names, compile_rules
+from ckptsurgeon.surgery.repairs import repaired
+from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Refused
 
-SourceKey = tuple[int, str]  # which source, and its key as it stands under the root
+__all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
+NOTHING = Outside()
 
 
 @dataclass(frozen=True)
 class Names:
-    """For every key of every source, exactly one of: the name it lands on (`landed` for tensors, `entries` for other values), or the
-    rule that drops it. `spared` are the names that dropped keys would have landed on."""
+    """What every key of every source becomes.
+
+    Attributes:
+        prefixes: by source.
+        claims: by name, which tensors of the sources want to be there. With a target, the first of several for a name that it has not.
+        entries: by name, the source's value that is no tensor.
+        names_of: the names that a source key went to, also those that the target has not.
+        dropped: the rule that drops a key; `spared` are the names that dropped keys would have landed on.
+        inits, keeps, adapts: the rules that are held against the target's names.
+    """
 
     prefixes: tuple[Prefix, ...]
+    claims: Mapping[str, Claim]
+    entries: Mapping[str, SourceKey]
+    names_of: Mapping[SourceKey, tuple[str, ...]]
+    dropped: Mapping[SourceKey, Rule]
+    spared: frozenset[str]
     inits: tuple[CompiledRule, ...]
-    landed: dict[SourceKey, str] = field(default_factory=dict)
-    entries: dict[SourceKey, str] = field(default_factory=dict)
+    keeps: tuple[CompiledRule, ...]
+    adapts: tuple[CompiledRule, ...]
+    outside: Outside = NOTHING
+
+
+@dataclass
+class _Stage:
+    """One stage as it runs. `given` has, by a rule's place, the names it gave; `failed` the first result that couldn't be told."""
+
+    rules: Sequence[CompiledRule]
+    sources: Sequence[Checkpoint]
+    outside: Outside
+    given: dict[int, list[str]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
     dropped: dict[SourceKey, Rule] = field(default_factory=dict)
     spared: set[str] = field(default_factory=set)
-    by_rule: dict[SourceKey, Rule] = field(default_factory=dict)
+
+    def run(self, items: Iterable[Item]) -> list[Item]:
+        out: list[Item | linking.Group] = []
+        groups: dict[object, linking.Group] = {}
+        for item in items:
+            index, match = self._first(item)
+            if match is None:
+                out.append(item)
+                continue
+            compiled = self.rules[index]
+            given = self.given.setdefault(index, [])
+            try:
+                if compiled.rule.kind == "drop":
+                    self.dropped.update(dict.fromkeys(item.places, compiled.rule))
+                    self.spared.add(item.name)
+                elif compiled.rule.kind == "rename":
+                    names = [expand(result, dict(match.parts)) for result in compiled.results]
+                    out += [item.moved(name, compiled.rule) for name in names]
+                    given += names
+                else:
+                    group = linking.group_of(index, compiled, match, item)
+                    if group.key not in groups:
+                        groups[group.key] = group
+                        out.append(group)
+                    groups[group.key].members.append(linking.Member(match, item))
+            except RuleError as error:
+                self.failed.setdefault(index, f"{compiled.rule}: {error.reason}, in {item.seen!r}")
+        return [one for row in out for one in ([row] if isinstance(row, Item) else self._linked(row))]
+
+    def _linked(self, group: linking.Group) -> list[Item]:
+        try:
+            found = linking.join(group, self.sources, self.outside)
+        except RuleError as error:
+            self.failed.setdefault(group.index, f"{group.compiled.rule}: {error.reason}")
+            return []
+        self.given[group.index] += [item.name for item in found]
+        return found
+
+    def _first(self, item: Item) -> tuple[int, Match | None]:
+        for index, rule in enumerate(self.rules):
+            match = rule.match(item.seen, item.source)
+            if match is not None:
+                return index, match
+        return -1, None
 
 
-def name_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, rules: Iterable[Rule]) -> Names:
-    """Name every source key. Without a target no prefix is stripped.
+def name_sources(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    rules: Iterable[Rule],
+    outside: Outside = NOTHING,
+    *,
+    average: Weights | None = None,
+    auto: str | None = None,
+) -> Names:
+    """Name every source key. Without a target no prefix is stripped, save for an average, whose first source is the measure of the others.
 
-    Raises RuleError, once for all problems: a rename or drop that matches nothing, a rename none of whose results is in the target, two
-    sources that land on one of the target's names.
+    Raises RuleError, once for all problems: a rule that matches nothing, a rename none of whose results is in the target, two sources
+    that land on one of the target's names, keys that a link needs and that are not there.
     """
-    compiled = compile_rules(rules)
-    active = [rule for rule in compiled if rule.rule.kind != "init"]
-    prefixes = tuple(find_prefix(source, target) if target is not None else Prefix() for source in sources)
-    names = Names(prefixes, tuple(rule for rule in compiled if rule.rule.kind == "init"))
+    compiled = compile_rules(rules, outside)
+    mean = weights_of(average, sources) if average else None
+    measure = sources[0] if mean is not None and target is None else target
+    prefixes = tuple(find_prefix(source, measure) if measure is not None else Prefix() for source in sources)
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
-    results: dict[int, list[str]] = {}  # by a rule's place among `active`, what it gave
-    failed: dict[int, str] = {}  # by a rule's place, the first of its results that can't be told
-    for number, (source, prefix) in enumerate(zip(sources, prefixes, strict=True)):
-        for key, name in rename_all((*source, *source.entries), known or (), prefix).items():
-            place, bare = (number, key), prefix.bare(key)
-            index, parts = _first(active, bare, number)
-            if parts is not None:
-                rule = active[index].rule
-                given = results.setdefault(index, [])
-                if rule.kind == "drop":
-                    names.dropped[place] = rule
-                    names.spared.add(name)
-                    continue
-                try:
-                    name = expand(rule.result, parts)
-                except RuleError as error:
-                    failed.setdefault(index, f"{rule}: {error.reason}, in {bare!r}")
-                    continue
-                names.by_rule[place] = rule
-                given.append(name)
-            (names.landed if key in source else names.entries)[place] = name
-    lost = () if known is None else _lost(active, results, known)
-    crossed = _crossed(names, known, sources)
-    problems = [*failed.values(), *_idle(active, results, sources, prefixes), *lost, *crossed]
+    items = [
+        Item(prefixes[number].bare(key), name, ((number, key),), entry=key not in source)
+        for number, source in enumerate(sources)
+        for key, name in rename_all((*source, *source.entries), known or measure or (), prefixes[number]).items()
+    ]
+    problems: list[str] = []
+    dropped: dict[SourceKey, Rule] = {}
+    spared: set[str] = set()
+    active = [rule for rule in compiled if not rule.of_target]
+    tried: list[tuple[_Stage, list[Item]]] = []
+    for number in range(max((rule.stage for rule in active), default=-1) + 1):
+        stage = _Stage([rule for rule in active if rule.stage == number], sources, outside)
+        tried.append((stage, items))
+        items = stage.run(items)
+        dropped.update(stage.dropped)
+        spared |= stage.spared
+        problems += stage.failed.values()
+    for stage, before in tried:
+        problems += idle.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
+    if auto == "safe" and known is not None:
+        items = repaired(items, known)
+    if mean is not None:
+        items = averaged(items, sources, mean, problems)
+    lost = () if known is None else idle.rules_without_effect(active, items, known)
+    crossed = idle.crossed(items, known, sources, prefixes)
+    problems += [*lost, *crossed]
     if problems:
         hint = (
             f"drop one of the two: --drop {next(iter(crossed.values()))!r}" if crossed else "see the names with: ckptsurgeon inspect CKPT"
         )
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
-    return names
+    return _names(items, prefixes, dropped, spared, compiled, sources, outside)
 
 
-def shortened(problems: Iterable[str], most: int = 20) -> tuple[str, ...]:
-    """Problems as an error lists them: the first `most`, and how many more there are."""
-    rows = tuple(problems)
-    return rows[:most] + ((f"and {len(rows) - most} more",) if len(rows) > most else ())
-
-
-def _first(rules: Sequence[CompiledRule], name: str, source: int) -> tuple[int, dict[str, str] | None]:
-    for index, rule in enumerate(rules):
-        parts = rule.match(name, source)
-        if parts is not None:
-            return index, parts
-    return -1, None
-
-
-def _idle(
-    rules: Sequence[CompiledRule], results: dict[int, list[str]], sources: Sequence[Checkpoint], prefixes: Sequence[Prefix]
-) -> Iterable[str]:
-    idle = [rule for index, rule in enumerate(rules) if index not in results]
-    if not idle:
-        return
-    keys = [(number, key) for number, source in enumerate(sources) for key in (*source, *source.entries)]
-    bare = [(number, prefixes[number].bare(key)) for number, key in keys]
-    for rule in idle:
-        if any(rule.match(name, number) is not None for number, name in bare):
-            yield f"{rule.rule} never gets a turn: earlier rules match all of its keys"
-        elif any(rule.match(key, number) is not None for number, key in keys):
-            prefix = next(prefixes[number] for number, key in keys if rule.match(key, number) is not None)
-            yield f"{rule.rule} matches nothing: patterns see the names after the change ({prefix}), such as {bare[0][1]!r}"
+def _names(
+    items: Sequence[Item],
+    prefixes: tuple[Prefix, ...],
+    dropped: Mapping[SourceKey, Rule],
+    spared: Iterable[str],
+    compiled: Sequence[CompiledRule],
+    sources: Sequence[Checkpoint],
+    outside: Outside,
+) -> Names:
+    claims: dict[str, Claim] = {}
+    entries: dict[str, SourceKey] = {}
+    names_of: dict[SourceKey, list[str]] = {}
+    for item in items:
+        if item.entry:
+            number, key = item.places[0]
+            if isinstance(sources[number].entries[key], Refused) and item.name in entries:
+                continue
+            entries.setdefault(item.name, item.places[0])
         else:
-            where = "" if rule.source is None or rule.source < len(sources) else f": there is no source {rule.source}, the first is 0"
-            yield f"{rule.rule} matches nothing{where or close_names(rule.pattern.text, (name for _, name in bare))}"
-
-
-def _lost(rules: Sequence[CompiledRule], results: dict[int, list[str]], known: Collection[str]) -> Iterable[str]:
-    for index, given in results.items():
-        if given and not any(name in known for name in given):
-            yield (
-                f"{rules[index].rule} gives {given[0]!r}, and none of its results is in the target{close_names(given[0], sorted(known))}"
-            )
-
-
-def _crossed(names: Names, known: Collection[str] | None, sources: Sequence[Checkpoint]) -> dict[str, str]:
-    """Two sources on one name of the target (without a target: on any), and a pattern that drops the second."""
-    first: dict[str, SourceKey] = {}
-    problems = {}
-
-    def words(place: SourceKey) -> str:
-        where = f" of {sources[place[0]].path}" if len(sources) > 1 else ""
-        return f"{place[1]!r}{where}" + (f" (by {names.by_rule[place]})" if place in names.by_rule else "")
-
-    for place, name in (*names.landed.items(), *names.entries.items()):
-        if (known is not None and name not in known) or isinstance(sources[place[0]].entries.get(place[1]), Refused):
-            continue
-        other = first.setdefault(name, place)
-        if other != place:
-            bare = names.prefixes[place[0]].bare(place[1])
-            problems[f"two sources land on {name!r}: {words(other)} and {words(place)}"] = (
-                f"{place[0]}:{bare}" if len(sources) > 1 else bare
-            )
-    return problems
+            claims.setdefault(item.name, item.claim)
+        for place in item.places:
+            names_of.setdefault(place, []).append(item.name)
+    by_kind = {kind: tuple(rule for rule in compiled if rule.rule.kind == kind and rule.of_target) for kind in ("init", "keep", "adapt")}
+    return Names(
+        prefixes,
+        claims,
+        entries,
+        {place: tuple(names) for place, names in names_of.items()},
+        {place: rule for place, rule in dropped.items() if place not in names_of},
+        frozenset(spared),
+        by_kind["init"],
+        by_kind["keep"],
+        by_kind["adapt"],
+        outside,
+    )

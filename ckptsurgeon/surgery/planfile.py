@@ -9,22 +9,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import CheckpointError, PlanError, StaleError
+from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, StaleError
 from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.naming import SourceKey, shortened
+from ckptsurgeon.surgery.adapters.chain import check_fields, infer_chain, needs_floats
+from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.patterns import compile_pattern
-from ckptsurgeon.surgery.planned import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step
+from ckptsurgeon.surgery.planned import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, copied_key
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
 
 VERSION = 1
-OPS = {"cast": "dtype", "init": "scheme"}  # each op and the field it needs
-# By action: how many sources a step reads, and which ops it may have.
-ACTIONS: Mapping[str, tuple[int, tuple[tuple[str, ...], ...]]] = {
-    "copy": (1, ((), ("cast",))),
-    "rename": (1, ((), ("cast",))),
-    "init": (0, (("init",), ("init", "cast"))),
-    "keep": (0, ((), ("cast",))),
+OPS = {"cast": "dtype", "init": "scheme"}  # each op that is no adapter, and the field it needs
+# By action: whether a step reads sources, and which ops it may have, where None stands for one adapter or more.
+ACTIONS: Mapping[str, tuple[bool, tuple[tuple[str | None, ...], ...]]] = {
+    "copy": (True, ((), ("cast",))),
+    "rename": (True, ((), ("cast",))),
+    "adapt": (True, ((None,), (None, "cast"))),
+    "init": (False, (("init",), ("init", "cast"))),
+    "keep": (False, ((), ("cast",))),
 }
 LEVELS = ("error", "warning", "note")
 
@@ -213,23 +215,26 @@ def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step
         raise ValueError(f"{name}: its dtype, action or fresh is not known, or does not go with the others")
     ops = tuple(_op(name, op) for op in _rows(row["ops"]))
     places = tuple(_source(place, count) for place in _rows(row["sources"]))
-    wanted, chains = ACTIONS[action]
-    if len(places) != wanted or tuple(op["op"] for op in ops) not in chains:
+    reads, chains = ACTIONS[action]
+    kinds = tuple(op["op"] if op["op"] in OPS else None for op in ops)
+    folded = tuple(kind for place, kind in enumerate(kinds) if kind is not None or place == 0 or kinds[place - 1] is not None)
+    if bool(places) is not reads or (len(places) > 1 and action != "adapt") or folded not in chains:
         raise ValueError(f"{name}: its action {action!r} does not go with its sources and ops")
-    if not places:
-        kind = None if target is None else target.kind
-        if kind is None or (action == "keep" and kind in ("model", "skeleton")):
-            raise ValueError(f"{name}: its action {action!r} does not go with the target")
-        if action == "init" and ops[0]["scheme"] in FROM_MODEL and kind != "model":
-            raise ValueError(f"{name}: its scheme {ops[0]['scheme']!r} needs a model")
-    return Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]))  # type: ignore[arg-type]
+    step = Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]))  # type: ignore[arg-type]
+    kind = None if target is None else target.kind
+    if not places and (kind is None or (action == "keep" and kind in ("model", "skeleton"))):
+        raise ValueError(f"{name}: its action {action!r} does not go with the target")
+    needs = next((scheme for scheme in step.schemes if scheme in FROM_MODEL), None)
+    if needs is not None and kind != "model":
+        raise ValueError(f"{name}: its scheme {needs!r} needs a model")
+    return step
 
 
 def _op(name: str, op: dict[str, Any]) -> dict[str, Any]:
     kind = _text(op["op"])
     if kind not in OPS:
-        raise ValueError(f"{name}: unknown op {kind[:40]!r}")
-    if not _text(op[OPS[kind]]) or (kind == "cast" and op["dtype"] not in BY_CODE):
+        check_fields(op)
+    elif not _text(op[OPS[kind]]) or (kind == "cast" and op["dtype"] not in BY_CODE):
         raise ValueError(f"{name}: unknown {OPS[kind]} {op[OPS[kind]][:40]!r}")
     return op
 
@@ -244,8 +249,9 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
     for fingerprint, found in held:
         if fingerprint != found.fingerprint:
             raise StaleError("has changed since the plan was made", path=found.path, hint="plan again: ckptsurgeon plan … -o plan.json")
+    steps = {step.target: step for step in plan.steps}
     problems = [
-        *(problem for step in plan.steps for problem in _step_problems(step, sources, target)),
+        *(problem for step in plan.steps for problem in _step_problems(step, steps, sources, target)),
         *_entry_problems(plan, sources, target),
         *_target_problems(plan, target),
         *_fate_problems(plan, sources),
@@ -254,23 +260,34 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
         raise PlanError("the plan does not add up", problems=shortened(problems), hint="it was edited, or damaged: plan again")
 
 
-def _step_problems(step: Step, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:
+def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:
     wanted = None if target is None else target.get(step.target)
     if target is not None and wanted is None:
         yield f"{step.target}: is not in the target"
         return
     if wanted is not None and wanted.shape != step.shape:
         yield f"{step.target}: has shape {wanted.shape} in the target, {step.shape} in the plan"
-    origin = wanted
-    for number, key in step.sources:
-        origin = sources[number].get(key)
-        if origin is None:
-            yield f"{step.target}: its source {key} is not there"
-        elif origin.shape != step.shape:
-            yield f"{step.target}: its source {key} has shape {origin.shape}, not {step.shape}"
-    result = step.cast or (origin.dtype if origin is not None else step.dtype)
-    if result != step.dtype:
-        yield f"{step.target}: its ops give {result}, and its dtype says {step.dtype}"
+    copied = copied_key(step)
+    if copied is not None and (copied not in steps or copied_key(steps[copied]) is not None or steps[copied].shape != step.shape):
+        yield f"{step.target}: copies {copied}, which is not there, or can't be copied"
+        return
+    found = [sources[number].get(key) for number, key in step.sources]
+    given = [tensor for tensor in found if tensor is not None]
+    if len(given) < len(found):
+        yield f"{step.target}: its source {step.sources[found.index(None)][1]} is not there"
+        return
+    dtypes = {tensor.dtype for tensor in given} or {steps[copied].dtype if copied is not None else wanted.dtype if wanted else step.dtype}
+    try:
+        shapes = infer_chain(step.adapters, [tensor.shape for tensor in given])
+    except RuleError as error:
+        yield f"{step.target}: {error.reason}"
+        return
+    if given and shapes != (step.shape,):
+        yield f"{step.target}: its source {step.sources[0][1]} has shape {given[0].shape}, and its ops give {shapes}, not {step.shape}"
+    if len(dtypes) > 1 or (step.cast or next(iter(dtypes))) != step.dtype:
+        yield f"{step.target}: its ops give {step.cast or ' and '.join(sorted(dtypes))}, and its dtype says {step.dtype}"
+    if needs_floats(step.adapters) and any(BY_CODE[code].kind != "float" for code in dtypes):
+        yield f"{step.target}: its ops compute values, and it is {' and '.join(sorted(dtypes))}"
 
 
 def _entry_problems(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:

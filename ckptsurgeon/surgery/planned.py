@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
 
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.naming import SourceKey
+from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.tensors import Coverage
 
 Action = Literal["copy", "rename", "adapt", "init", "keep"]
-FROM_MODEL = ("model", "per_layer_type")  # schemes that need the target model itself
+FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the target model itself
+_COPY = re.compile(r"from\((?P<quote>['\"])(?P<key>.+)(?P=quote)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,25 @@ class Step:
         return bool(self.sources)
 
     @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes of the initial values that go into it: its own, or those that an adapter fills up with."""
+        return tuple(str(op["scheme"]) for op in self.ops if op["op"] == "init" or op.get("fill") == "init")
+
+    @property
+    def adapters(self) -> tuple[Mapping[str, Any], ...]:
+        """The ops that adapt source tensors, without casts and initial values."""
+        return tuple(op for op in self.ops if op["op"] not in ("cast", "init"))
+
+    @property
     def cast(self) -> str | None:
         """The dtype that an op casts to, if one does."""
         return next((str(op["dtype"]) for op in self.ops if op["op"] == "cast"), None)
+
+
+def copied_key(step: Step) -> str | None:
+    """The key whose value a step initialised by `from(KEY)` takes."""
+    found = _COPY.fullmatch(step.ops[0]["scheme"]) if step.action == "init" else None
+    return None if found is None else found["key"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,7 @@ class Plan:
         """Whether a value comes from the target model itself."""
         if self.target is None or self.target.kind != "model":
             return False
-        from_model = any(op["op"] == "init" and op["scheme"] in FROM_MODEL for step in self.steps for op in step.ops)
+        from_model = any(scheme in FROM_MODEL for step in self.steps for scheme in step.schemes)
         return from_model or any(entry.source is None for entry in self.entries)
 
     def __str__(self) -> str:

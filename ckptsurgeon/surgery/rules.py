@@ -1,60 +1,110 @@
-"""What a person writes: rename, drop and init rules, as values. Well-formedness is checked here; what a rule matches, in `plan`."""
+"""What a person writes: rename, drop, keep, adapt and init rules, as values. Well-formedness is checked here; what a rule matches, in `naming`.
+
+A rule is text, one form for a command line and a rules file: `A -> B` links keys by an adapter, ` + ` stands between several keys,
+`0:` before a pattern names the only source that it is for, ` | ` stands between the adapters of a chain.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery.adapters.chain import OwnShape
+from ckptsurgeon.surgery.adapters.op import Op
+from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern
 
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage"]
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
+_LINK, _PLUS = re.compile(r"\s+->\s+"), re.compile(r"\s+\+\s+")
+_BRACED = re.compile(r"\{(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True)
 class Rule:
     """One rule.
 
-    `pattern` is held against the source's names (rename, drop) or the target's (init); `result` is a rename's template or an init's scheme.
-    A rename or drop holds for every source, or, as `1:fc.*`, for the source of that number, the first being 0.
+    `pattern` is held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
+    without); `result` is a rename's template or templates, an adapt rule's adapters, an init's scheme. `stage` has neither: the rules after it
+    see the names that those before it gave. `file` and `line` say where it was written.
     """
 
     kind: Kind
-    pattern: str
+    pattern: str = ""
     result: str = ""
     file: str = field(default="", compare=False)
     line: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        words = f"{self.kind} {self.pattern!r}" + (f" {self.result!r}" if self.result else "")
-        return f"{words} ({self.file}:{self.line})" if self.file else f"--{words}"
+        words = " ".join([self.kind, *(repr(text) for text in (self.pattern, self.result) if text)])
+        if not self.file:
+            return f"--{words}"
+        return f"{words} ({self.file}:{self.line})" if self.line else f"{words} ({self.file})"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What rules name that lies outside of them, brought before they are compiled: token lists by path, and the shape functions of a
+    person's own adapters by name."""
+
+    labels: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, OwnShape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A name that a rule's pattern matched: which of its patterns, and what the parts stand for."""
+
+    which: int
+    parts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class CompiledRule:
-    """A rule with its pattern ready to match, and the number of the only source that it is for."""
+    """A rule with its patterns ready to match (each with the number of the only source that it is for), its results and its ops.
+
+    `gathered` are parts that the patterns name and no result does: keys that differ in them alone go into one result, in numerical order.
+    `counted` is the one part that results name and no pattern does: it counts what `unstack` gives.
+    """
 
     rule: Rule
-    pattern: Pattern
-    source: int | None = None
+    patterns: tuple[tuple[int | None, Pattern], ...]
+    results: tuple[str, ...] = ()
+    ops: tuple[Op, ...] = ()
+    gathered: tuple[str, ...] = ()
+    counted: str | None = None
+    stage: int = 0
 
-    def match(self, name: str, source: int | None = None) -> dict[str, str] | None:
-        """What the pattern's parts stand for in a name (of a source's key), or None."""
-        return self.pattern.match(name) if self.source in (None, source) else None
+    @property
+    def of_target(self) -> bool:
+        """Whether the patterns are held against the target's names."""
+        return self.rule.kind in ("init", "keep") or (self.rule.kind == "adapt" and not self.results)
+
+    def match(self, name: str, source: int | None = None) -> Match | None:
+        """The first pattern that matches a name (of a source's key), or None."""
+        for which, (number, pattern) in enumerate(self.patterns):
+            parts = pattern.match(name) if number in (None, source) else None
+            if parts is not None:
+                return Match(which, parts)
+        return None
 
 
-def compile_rules(rules: Iterable[Rule]) -> tuple[CompiledRule, ...]:
-    """Compile every rule; one RuleError names all that are not well formed."""
+def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[CompiledRule, ...]:  # noqa: B008 (frozen)
+    """Compile every rule; one RuleError names all that are not well formed. Stages are counted, and leave no rule behind."""
     compiled: list[CompiledRule] = []
     problems: list[str] = []
     hint = None
+    stage = 0
     for rule in rules:
+        if rule.kind == "stage":
+            stage += 1
+            continue
         try:
-            compiled.append(_compile(rule))
+            compiled.append(compile_rule(rule, stage, outside))
         except RuleError as error:
             problems.append(f"{rule}: {error.reason}")
             hint = hint or error.hint
@@ -63,35 +113,96 @@ def compile_rules(rules: Iterable[Rule]) -> tuple[CompiledRule, ...]:
     return tuple(compiled)
 
 
-def _compile(rule: Rule) -> CompiledRule:
-    if rule.kind == "init":
-        if not rule.result:
-            raise RuleError("names no scheme", hint="--init 'fc3.*' xavier_normal")
-        return CompiledRule(rule, compile_pattern(rule.pattern))
-    numbered = _NUMBERED.fullmatch(rule.pattern)
-    pattern = compile_pattern(numbered[2] if numbered else rule.pattern)
+def linked(rule: Rule) -> tuple[list[str], list[str]]:
+    """The keys of a rule's two sides as it writes them; the second is empty for a rule that links nothing.
+
+    >>> linked(Rule("adapt", "q.{p} + k.{p} -> qk.{p}", "concat"))
+    (['q.{p}', 'k.{p}'], ['qk.{p}'])
+    """
     if rule.kind == "rename":
-        check_template(rule.result, pattern)
-    return CompiledRule(rule, pattern, int(numbered[1]) if numbered else None)
+        return [rule.pattern], _PLUS.split(rule.result)
+    if rule.kind != "adapt":
+        return [rule.pattern], []
+    sides = _LINK.split(rule.pattern)
+    if len(sides) > 2:
+        raise RuleError("has more than one ' -> '", hint="write it as two rules")
+    return _PLUS.split(sides[0].strip()), _PLUS.split(sides[1].strip()) if len(sides) == 2 else []
+
+
+def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:
+    """Compile one rule, without `outside` to see only whether it is well formed. Raises RuleError."""
+    if rule.kind in ("init", "adapt") and not rule.result:
+        example = "--init 'fc3.*' xavier_normal" if rule.kind == "init" else "--adapt pos_embed interpolate"
+        raise RuleError("names no scheme" if rule.kind == "init" else "names no adapter", hint=example)
+    keys, results = linked(rule)
+    patterns = tuple(_pattern(key, rule.kind in ("init", "keep") or (rule.kind == "adapt" and not results)) for key in keys)
+    if rule.kind == "rename":
+        for result in results:
+            check_template(result, patterns[0][1])
+        return CompiledRule(rule, patterns, tuple(results), stage=stage)
+    ops = tuple(_brought(op, outside) for op in parse_ops(rule.result)) if rule.kind == "adapt" else ()
+    gathered, counted = _loose_parts([pattern for _, pattern in patterns], results, ops) if results else ((), None)
+    return CompiledRule(rule, patterns, tuple(results), ops, gathered, counted, stage)
+
+
+def _pattern(text: str, of_target: bool) -> tuple[int | None, Pattern]:
+    numbered = None if of_target else _NUMBERED.fullmatch(text)
+    return (int(numbered[1]), compile_pattern(numbered[2])) if numbered else (None, compile_pattern(text))
+
+
+def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Sequence[Op]) -> tuple[tuple[str, ...], str | None]:
+    """The parts of a link that only its patterns name, and the one that only its results do."""
+    parts = patterns[0].parts
+    for pattern in patterns:
+        if set(pattern.parts) != set(parts):
+            raise RuleError(f"{patterns[0].text!r} and {pattern.text!r} name other parts", hint="name the same parts in each: {i}, {p}")
+    used = [{part for part in parts if re.search(rf"\b{part}\b", "".join(re.findall(r"\{[^{}]*\}", result)))} for result in results]
+    extra = dict.fromkeys(name for result in results for name in _BRACED.findall(result) if name not in parts)
+    counted = next(iter(extra), None) if any(op["op"] == "unstack" for op in ops) else None
+    for result in results:
+        check_template(re.sub(rf"\{{{counted}\}}", "0", result) if counted else result, patterns[0])
+    if any(one != used[0] for one in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):
+        raise RuleError("has results that use other parts", hint="use the same parts in each: {i}, {p}")
+    return tuple(part for part in parts if part not in used[0]), counted
+
+
+def _brought(op: Op, outside: Outside | None) -> Op:
+    """The op with the token lists that it names, and its shape function at hand."""
+    if outside is None:
+        return op
+    if is_own(op):
+        if op["op"] not in outside.shapes:
+            raise RuleError(f"{op['op']!r} was not imported")
+        return op
+    lists = {name: outside.labels[op[name]] for name in ("source", "target") if type(op.get(name)) is str and op[name] in outside.labels}
+    return {**op, **lists}
 
 
 def from_arguments(
     rename: Mapping[str, str] | Iterable[tuple[str, str]] = (),
     drop: Iterable[str] = (),
     init: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    adapt: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    keep: Iterable[str] = (),
 ) -> tuple[Rule, ...]:
-    """Rules from the library's keyword arguments: drops first, then renames, then inits, each in the order given.
+    """Rules from the library's keyword arguments: drops first, then renames, keeps, adapts and inits, each in the order given.
 
     >>> from_arguments(rename={"fc2.{p}": "dense2.{p}"})
-    (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}'),)
+    (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}', file='', line=0),)
     """
-    pairs = rename.items() if isinstance(rename, Mapping) else rename
-    inits = init.items() if isinstance(init, Mapping) else init
-    drops = (drop,) if isinstance(drop, str) else drop
+
+    def pairs(kind: Kind, given: Mapping[str, str] | Iterable[tuple[str, str]]) -> Iterable[Rule]:
+        return (Rule(kind, pattern, result) for pattern, result in (given.items() if isinstance(given, Mapping) else given))
+
+    def words(kind: Kind, given: Iterable[str]) -> Iterable[Rule]:
+        return (Rule(kind, pattern) for pattern in ((given,) if isinstance(given, str) else given))
+
     return (
-        *(Rule("drop", pattern) for pattern in drops),
-        *(Rule("rename", pattern, result) for pattern, result in pairs),
-        *(Rule("init", pattern, scheme) for pattern, scheme in inits),
+        *words("drop", drop),
+        *pairs("rename", rename),
+        *words("keep", keep),
+        *pairs("adapt", adapt),
+        *pairs("init", init),
     )
 
 

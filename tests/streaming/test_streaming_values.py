@@ -15,7 +15,7 @@ from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming import values
-from ckptsurgeon.streaming.values import bytes_of, cast, count_non_finite, densify, refuse_losses, reported, tensor_from
+from ckptsurgeon.streaming.values import memory_of, cast, count_non_finite, densify, refuse_losses, reported, tensor_from
 from ckptsurgeon.tensors import Span, TensorMeta
 
 
@@ -25,7 +25,7 @@ def dtype_of(code: str) -> torch.dtype:
 
 
 def run(tensor: torch.Tensor, source: str, target: str, part: int = 1 << 20) -> tuple[bytes, Cast]:
-    data, casts = bytes_of(tensor), list[Cast]()
+    data, casts = memory_of(tensor), list[Cast]()
     size = BY_CODE[source].size * part
     parts = [data[start : start + size] for start in range(0, len(data), size)]
     made = b"".join(cast("key", parts, source, target, casts))
@@ -42,7 +42,7 @@ def close(number: float, expected: float) -> bool:
 def test_the_bytes_are_torchs(source: str, target: str) -> None:
     given = (torch.arange(-20, 300, dtype=torch.float64) / 4).to(dtype_of(source))
     made, _ = run(given, source, target, part=37)
-    assert made == bytes_of(given.to(dtype_of(target)))
+    assert made == memory_of(given.to(dtype_of(target)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -178,31 +178,31 @@ def test_all_refused_keys_are_named_at_once() -> None:
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.code)
-def test_bytes_of_and_back(row: object) -> None:
+def test_memory_of_and_back(row: object) -> None:
     code, size = row.code, row.size  # type: ignore[attr-defined]
     raw = bytes(i % 2 for i in range(6 * size))
     tensor = tensor_from(raw, code)
     assert tensor.numel() == 6
-    assert bytes_of(tensor) == raw
-    assert bytes_of(tensor.view(2, 3).t().t()) == raw
+    assert memory_of(tensor) == raw
+    assert memory_of(tensor.view(2, 3).t().t()) == raw
     assert tensor_from(b"", code).numel() == 0
-    turned = bytearray(bytes_of(tensor.view(2, 3).t()))
+    turned = bytearray(memory_of(tensor.view(2, 3).t()))
     meta = TensorMeta("k", code, (3, 2), (1, 3), Span("f", 0, 6 * size, "s"))
     assert densify(meta, bytearray(raw)) == turned
 
 
-def test_bytes_of_a_conjugate_view_are_the_conjugates() -> None:
+def test_memory_of_a_conjugate_view_are_the_conjugates() -> None:
     tensor = torch.tensor([1 + 2j, 3 - 4j])
-    assert bytes_of(tensor.conj()) == bytes_of(torch.tensor([1 - 2j, 3 + 4j]))
-    assert bytes_of(tensor.conj().imag) == bytes_of(torch.tensor([-2.0, 4.0]))
+    assert memory_of(tensor.conj()) == memory_of(torch.tensor([1 - 2j, 3 + 4j]))
+    assert memory_of(tensor.conj().imag) == memory_of(torch.tensor([-2.0, 4.0]))
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.kind in ("float", "complex")], ids=lambda row: row.code)
 def test_non_finite_values_are_counted_in_every_float(row: object) -> None:
     code = row.code  # type: ignore[attr-defined]
     given = torch.tensor([1.0, float("nan"), 2.0, float("nan")]).to(dtype_of(code))
-    assert count_non_finite([bytes_of(given)[: 2 * row.size], bytes_of(given)[2 * row.size :]], code) == 2  # type: ignore[attr-defined]
-    assert count_non_finite([bytes_of(torch.ones(3).to(dtype_of(code)))], code) == 0
+    assert count_non_finite([memory_of(given)[: 2 * row.size], memory_of(given)[2 * row.size :]], code) == 2  # type: ignore[attr-defined]
+    assert count_non_finite([memory_of(torch.ones(3).to(dtype_of(code)))], code) == 0
 
 
 def test_pieces_do_not_change_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

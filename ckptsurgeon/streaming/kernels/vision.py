@@ -32,7 +32,8 @@ def _resize(planes: torch.Tensor, op: Op, size: tuple[int, int], antialias: bool
     from torch.nn.functional import interpolate
 
     corners = None if op["mode"] == "nearest" else False
-    return interpolate(planes, size=size, mode=op["mode"], align_corners=corners, antialias=antialias)
+    found: torch.Tensor = interpolate(planes, size=size, mode=op["mode"], align_corners=corners, antialias=antialias)
+    return found
 
 
 def _resize_tokens(tokens: torch.Tensor, op: Op, grid: tuple[int, int], to: tuple[int, int], antialias: bool) -> torch.Tensor:

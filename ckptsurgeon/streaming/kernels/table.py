@@ -1,0 +1,29 @@
+"""The one table of kernels, by the adapters' names; a person's own are handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.streaming.kernels import combining, layout, rows, vision
+from ckptsurgeon.surgery.adapters.op import Op
+from ckptsurgeon.surgery.adapters.table import is_own
+
+if TYPE_CHECKING:
+    import torch
+
+Initial = Callable[[], "torch.Tensor"]
+Kernel = Callable[[list["torch.Tensor"], Op, Initial], list["torch.Tensor"]]
+OwnKernel = Callable[..., "torch.Tensor"]  # (tensors, **arguments) -> tensor
+
+KERNELS: Mapping[str, Kernel] = {**layout.KERNELS, **combining.KERNELS, **vision.KERNELS, **rows.KERNELS}
+
+
+def run(op: Op, tensors: list[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> list[torch.Tensor]:
+    """What one filled op makes of tensors. PlanError for a person's own that was not handed in."""
+    if not is_own(op):
+        return KERNELS[op["op"]](tensors, op, initial)
+    if op["op"] not in own:
+        raise PlanError(f"{op['op']!r} was not imported")
+    return [own[op["op"]](tensors, **op["arguments"])]

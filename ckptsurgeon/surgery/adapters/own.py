@@ -1,0 +1,35 @@
+"""The mark of a person's own adapter: a function from tensors to a tensor, with a function that tells its shape beside it.
+
+Without torch, so that a module that only marks functions costs nothing. Nothing is called or checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def adapter(shape: Callable[..., Any]) -> Callable[[F], F]:
+    """Mark a function as an adapter, which rules and plans then name as `module:function` or `path/to/file.py:function`.
+
+    Args:
+        shape: `shape(shapes, **arguments)` gives the shape of the tensor that the function gives for tensors of `shapes`, a tuple of
+            tuples. It is called when a plan is made, where no tensor is at hand.
+
+    The function is called as `function(tensors, **arguments)` with the CPU tensors that a rule names, in order, and the rule's literal
+    arguments; it gives one new tensor. It must not write into `tensors`.
+
+    >>> @adapter(shape=lambda shapes, **arguments: shapes[0][::-1])
+    ... def flip(tensors, **arguments):
+    ...     return tensors[0].T
+    >>> flip.shape([(2, 3)])
+    (3, 2)
+    """
+
+    def mark(function: F) -> F:
+        function.shape = shape  # type: ignore[attr-defined]
+        return function
+
+    return mark

@@ -1,0 +1,88 @@
+"""What goes along with the tensors: `_metadata`, values that can't be carried, and what there is to say about ties. Decides no step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckptsurgeon.errors import UnsafeError
+from ckptsurgeon.report import Finding
+from ckptsurgeon.surgery.compare import find_refused
+from ckptsurgeon.surgery.items import shortened
+from ckptsurgeon.surgery.naming import Names
+from ckptsurgeon.surgery.planned import Step
+from ckptsurgeon.tensors import Checkpoint, Refused, find_overlaps
+
+
+def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> None:
+    """Raises UnsafeError for every value that would have to be carried and can't be."""
+    for number, source in enumerate(sources):
+        found = find_refused(source, number, names)
+        if found:
+            raise UnsafeError(
+                "has values inside its state_dict that can't be carried",
+                path=source.path,
+                problems=shortened(f"{key}: {reason}" for key, reason in found.items()),
+                hint=f"leave them out: --drop {names.prefixes[number].bare(next(iter(found)))!r}",
+            )
+    given = set(names.entries)
+    own = {} if target is None or target.format in ("model", "skeleton") else target.entries
+    problems = [f"{key}: {entry.reason}" for key, entry in own.items() if isinstance(entry, Refused) and key not in given]
+    if problems and target is not None:
+        raise UnsafeError(
+            "has values inside its state_dict that can't be kept",
+            path=target.path,
+            problems=shortened(problems),
+            hint="give the model itself, or its skeleton, as the target",
+        )
+
+
+def module_metadata(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> Mapping[str, Any]:
+    """The target's `_metadata`; where it has none, the sources', each module's renamed as its tensors were."""
+    if target is not None and target.module_metadata:
+        return {path: _plain(local) for path, local in target.module_metadata.items()}
+    metadata: dict[str, Any] = {}
+    for number, source in enumerate(sources):
+        for path, local in source.module_metadata.items():
+            place = names.prefixes[number].place(path)
+            if place is not None:
+                metadata[place] = _plain(local)
+    for name, claim in names.claims.items():
+        number, key = claim.places[0]
+        local = sources[number].module_metadata.get(key.rpartition(".")[0])
+        if local is not None:
+            metadata[name.rpartition(".")[0]] = _plain(local)
+    return metadata
+
+
+def _plain(local: Any) -> dict[str, Any]:
+    """A module's `_metadata` without what a plan can't write down; torch's own are numbers and flags."""
+    items = local.items() if isinstance(local, Mapping) else ()
+    known = (int, str, bool, float, type(None))
+    return {
+        name: value
+        for name, value in items
+        if type(name) is str and type(value) in known and not (type(value) is float and not math.isfinite(value))
+    }
+
+
+def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step]) -> tuple[Finding, ...]:
+    findings = [
+        Finding(
+            "overlap", f"shares memory with {other} in {source.path} without being the same tensor; they are written apart", key, "note"
+        )
+        for source in sources
+        for key, other in find_overlaps(source)
+    ]
+    origin = {step.target: step for step in steps}
+    leader = {(number, key): (number, group[0]) for number, source in enumerate(sources) for group in source.ties for key in group}
+    for group in target.ties if target is not None else ():
+        tensors = {leader.get(place, place) for key in group for place in origin[key].sources}
+        if len(tensors) > 1:
+            findings.append(
+                Finding("untied", f"one tensor in the target ({', '.join(group)}), but apart in the source", group[0], "warning")
+            )
+    for source in sources:
+        findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
+    return tuple(findings)

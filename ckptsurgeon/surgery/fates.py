@@ -1,0 +1,69 @@
+"""What becomes of every source key that nothing reads, and what `strict` calls loose: keys that no rule names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ckptsurgeon.surgery.items import SourceKey
+from ckptsurgeon.surgery.naming import Names
+from ckptsurgeon.surgery.origins import Origin, kept_out
+from ckptsurgeon.surgery.planned import Dropped, Entry, Step
+from ckptsurgeon.tensors import Checkpoint
+
+
+def fates(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    names: Names,
+    origins: Mapping[str, Origin],
+    steps: Sequence[Step],
+    entries: Sequence[Entry],
+) -> tuple[Dropped, ...]:
+    """The fate of every source key that nothing reads."""
+    used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
+    kept = {} if target is None else kept_out(target, names)
+
+    def why(place: SourceKey) -> str:
+        if place in names.dropped:
+            return str(names.dropped[place])
+        landed = names.names_of.get(place, ())
+        name = next((one for one in landed if target is not None and one in target), landed[0] if landed else "")
+        if name in kept:
+            return str(kept[name])
+        if name in names.claims and place not in names.claims[name].places and name in origins:
+            return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
+        if target is not None and name in target:
+            if place[1] in sources[place[0]].entries:
+                return "no tensor, which the target has there"
+            return f"shape {sources[place[0]][place[1]].shape} does not fit {target[name].shape}"
+        return "not in the target" if name == place[1] else f"not in the target, as {name}"
+
+    return tuple(
+        Dropped(number, key, why((number, key)))
+        for number, source in enumerate(sources)
+        for key in (*source, *source.entries)
+        if (number, key) not in used
+    )
+
+
+def loose(
+    names: Names, target: Checkpoint | None, steps: Sequence[Step], entries: Sequence[Entry], dropped: Sequence[Dropped]
+) -> tuple[str, ...]:
+    """Every key that is missing, extra or mismatched without a rule that names it."""
+    rules = (*names.inits, *names.keeps)
+
+    def named(key: str) -> bool:
+        return key in names.spared or any(rule.match(key) is not None for rule in rules)
+
+    def landed(row: Dropped) -> tuple[str, ...]:
+        return names.names_of.get((row.file, row.source), ("",))
+
+    return (
+        *(f"{step.target}: {step.reason}" for step in steps if not step.sources and not named(step.target)),
+        *(f"{entry.target}: not in the source" for entry in entries if entry.source is None and not named(entry.target)),
+        *(
+            f"{row.source}: {row.reason}"
+            for row in dropped
+            if (row.file, row.source) not in names.dropped and not any(map(named, landed(row)))
+        ),
+    )

@@ -1,0 +1,71 @@
+"""What is wrong with rules as they met the keys: those that had no turn, those without effect, and two sources on one name. Words only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from ckptsurgeon.surgery.items import Item
+from ckptsurgeon.surgery.prefixes import Prefix
+from ckptsurgeon.surgery.rules import CompiledRule, close_names
+from ckptsurgeon.tensors import Checkpoint, Refused
+
+
+def rules_without_a_turn(
+    rules: Sequence[CompiledRule],
+    given: Mapping[int, Sequence[str]],
+    items: Sequence[Item],
+    sources: Sequence[Checkpoint],
+    prefixes: Sequence[Prefix],
+) -> Iterable[str]:
+    """A problem for each rule of a stage that no key fell to; `items` are the names that the stage saw."""
+    for index, rule in enumerate(rules):
+        if index in given:
+            continue
+        numbers = [number for number, _ in rule.patterns if number is not None and number >= len(sources)]
+        raw = [place for item in items for place in item.places if rule.match(place[1], place[0]) is not None]
+        if any(rule.match(item.seen, item.source) is not None for item in items):
+            yield f"{rule.rule} never gets a turn: earlier rules match all of its keys"
+        elif raw and prefixes[raw[0][0]]:
+            seen = next((item.seen for item in items), "")
+            yield f"{rule.rule} matches nothing: patterns see the names after the change ({prefixes[raw[0][0]]}), such as {seen!r}"
+        elif raw:
+            yield f"{rule.rule} matches nothing: an earlier stage gives other names"
+        elif numbers:
+            yield f"{rule.rule} matches nothing: there is no source {numbers[0]}, the first is 0"
+        else:
+            yield f"{rule.rule} matches nothing{close_names(rule.patterns[0][1].text, (item.seen for item in items))}"
+
+
+def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], known: Collection[str]) -> Iterable[str]:
+    """A problem for each rename or link none of whose results is in the target; what a later stage drops is meant so."""
+    arrived = {rule for item in items if item.name in known for rule in item.rules}
+    for rule in rules:
+        given = [item.name for item in items if rule.rule in item.rules]
+        if given and rule.rule not in arrived:
+            yield f"{rule.rule} gives {given[0]!r}, and none of its results is in the target{close_names(given[0], sorted(known))}"
+
+
+def crossed(
+    items: Sequence[Item], known: Collection[str] | None, sources: Sequence[Checkpoint], prefixes: Sequence[Prefix]
+) -> dict[str, str]:
+    """Two sources on one name of the target (without a target: on any), and a pattern that drops the second."""
+    first: dict[str, Item] = {}
+    problems = {}
+
+    def words(item: Item) -> str:
+        number, key = item.places[0]
+        where = f" of {sources[number].path}" if len(sources) > 1 else ""
+        by = f" (by {', '.join(map(str, item.rules))})" if item.rules else ""
+        return f"{key!r}{where}{by}"
+
+    for item in items:
+        number, key = item.places[0]
+        if (known is not None and item.name not in known) or isinstance(sources[number].entries.get(key), Refused):
+            continue
+        other = first.setdefault(item.name, item)
+        if other is not item:
+            bare = prefixes[number].bare(key)
+            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}"] = (
+                f"{number}:{bare}" if len(sources) > 1 else bare
+            )
+    return problems

@@ -1,0 +1,130 @@
+"""Which source tensors stand for each target key, what is done to them, and whether the result fits. Shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, needs_floats
+from ckptsurgeon.surgery.adapters.op import Op, Shape
+from ckptsurgeon.surgery.adapters.table import offers, texts
+from ckptsurgeon.surgery.items import Claim, SourceKey, shortened
+from ckptsurgeon.surgery.naming import Names
+from ckptsurgeon.surgery.repairs import BY
+from ckptsurgeon.surgery.rules import Rule, close_names
+from ckptsurgeon.tensors import Checkpoint
+
+AUTO = ("safe",)  # what may be applied unasked
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The source tensors of a target key, the ops, filled in, that make one tensor of `shape` and `dtype` of them, and whether it fits.
+
+    `rules` said so; `tied_to` is the tied target key by whose name it was found.
+    """
+
+    places: tuple[SourceKey, ...]
+    shape: Shape
+    dtype: str
+    fits: bool
+    ops: tuple[Op, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    tied_to: str | None = None
+
+
+def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, auto: str | None = None) -> dict[str, Origin]:
+    """For each key of the target that a source has (without a target: for each name): where, and how it is made to fit.
+
+    A key that none has, or has with another shape, follows a key of the target that it is tied to and that fits: they are one tensor.
+    Raises RuleError, once for all, for adapters that can't be followed or don't give what the target needs.
+    """
+    known: Mapping[str, Shape] = {} if target is None else {key: tensor.shape for key, tensor in target.items()}
+    problems: list[str] = []
+    found: dict[str, Origin] = {}
+    asked = {} if target is None else _asked_of_target(target, names, problems)
+    barred = frozenset() if target is None else kept_out(target, names)
+    for name, claim in names.claims.items():
+        if target is not None and (name not in target or name in barred):
+            continue
+        extra, rule = asked.get(name, ((), None))
+        whole = Claim(claim.places, (*claim.asked, *extra), (*claim.rules, *([rule] if rule else [])))
+        try:
+            found[name] = _origin(name, whole, sources, known, names, auto)
+        except RuleError as error:
+            problems.append(
+                f"{', '.join(map(str, whole.rules)) or name}: {name}: {error.reason}" + (f"; {error.hint}" if error.hint else "")
+            )
+    if problems:
+        raise RuleError("adapters that can't be followed", problems=shortened(problems))
+    if target is None:
+        return found
+    for group in target.ties:
+        fitting = [key for key in group if key in found and found[key].fits]
+        if fitting:
+            lead = found[fitting[0]]
+            follower = Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, fitting[0])
+            found.update(dict.fromkeys((key for key in group if key not in fitting), follower))
+    return {key: found[key] for key in target if key in found}
+
+
+def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:
+    """The target's keys that a keep rule names, with all that are tied to them."""
+    kept = {key: rule.rule for rule in reversed(names.keeps) for key in target if rule.match(key) is not None}
+    for group in target.ties:
+        rule = next((kept[key] for key in group if key in kept), None)
+        if rule is not None:
+            kept.update(dict.fromkeys(group, rule))
+    return kept
+
+
+def _asked_of_target(target: Checkpoint, names: Names, problems: list[str]) -> dict[str, tuple[tuple[Asked, ...], Rule]]:
+    """The ops that rules ask of a target key by its name; the first rule that matches."""
+    asked: dict[str, tuple[tuple[Asked, ...], Rule]] = {}
+    for rule in names.adapts:
+        matched = [key for key in target if rule.match(key) is not None]
+        taken = [key for key in matched if key in names.claims]
+        new = [key for key in taken if key not in asked]
+        asked.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
+        if not matched:
+            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, target)}")
+        elif not taken:
+            problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or link it: 'A -> {matched[0]}'")
+        elif not new:
+            problems.append(f"{rule.rule} never gets a turn: earlier rules adapt all of its keys")
+    for rule in names.keeps:
+        if not any(rule.match(key) is not None for key in target):
+            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, target)}")
+    return asked
+
+
+def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mapping[str, Shape], names: Names, auto: str | None) -> Origin:
+    given = [sources[number][key] for number, key in claim.places]
+    wanted = known.get(name)
+    dtype = given[0].dtype
+    if not claim.asked and len(given) == 1:
+        shape = given[0].shape
+        safe = offers(shape, wanted, safe=True) if auto == "safe" and wanted is not None and shape != wanted else ()
+        if len(safe) != 1:
+            return Origin(claim.places, shape, dtype, wanted in (None, shape), (), claim.rules)
+        claim = Claim(claim.places, (Asked(safe[0], siblings=(name,)),), (*claim.rules, Rule("adapt", name, f"{texts(safe)}", BY)))
+    ops, shapes = fill_chain(claim.asked, [tensor.shape for tensor in given], wanted, known, names.outside.shapes)
+    if len(shapes) != 1:
+        raise RuleError(f"leaves {len(shapes)} tensors of {len(given)}", hint="end the chain with concat, stack or average")
+    if len({tensor.dtype for tensor in given}) > 1:
+        raise RuleError(
+            f"joins {' and '.join(sorted({tensor.dtype for tensor in given}))}",
+            hint="convert one of them first: merge FILE -o OUT --dtype …",
+        )
+    if needs_floats(ops) and BY_CODE[dtype].kind != "float":
+        raise RuleError(f"computes values, and {claim.places[0][1]} is {dtype}")
+    if wanted is not None and shapes[0] != wanted:
+        raise RuleError(f"gives {shapes[0]}, and the target has {wanted}")
+    return Origin(claim.places, shapes[0], dtype, True, ops, claim.rules)
+
+
+def reasons(rules: Iterable[Rule]) -> str:
+    """The rules that led somewhere, as a plan's reason says it."""
+    return ", ".join(dict.fromkeys(map(str, rules)))

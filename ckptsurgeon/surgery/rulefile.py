@@ -1,0 +1,203 @@
+"""A rules file: TOML text to rules and back. Pure; who reads the file is not known here.
+
+Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, in the order in which they stand, whatever their kinds; `[[stage]]` stands
+between rules of which the later ones see the names that the earlier ones gave. Every problem is told at once, with its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery.rules import Kind, Rule, compile_rule, linked
+
+_HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_.-]+)(?P=quote)\s*\]\]\s*(#.*)?")
+_ENTRY = re.compile(r"\s*([\"']?)(?P<name>[A-Za-z0-9_-]+)\1\s*=")
+_LINE = re.compile(r"line (\d+)")
+MOST = 1 << 20  # characters of a file
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kind of rule is written: for each choice of fields that hold the pattern, and the field that holds the result."""
+
+    patterns: tuple[tuple[str, ...], ...]
+    result: str = ""
+
+
+FORMS: Mapping[Kind, Form] = {
+    "rename": Form((("from", "to"),)),
+    "drop": Form((("key",),)),
+    "keep": Form((("key",),)),
+    "adapt": Form((("key",), ("from", "to")), "op"),
+    "init": Form((("key",),), "scheme"),
+    "stage": Form(((),)),
+}
+_JOINT = {"from": " + ", "to": " + ", "key": " + ", "op": " | "}
+
+
+def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
+    """The rules of a TOML text, in its order. RuleError, with a line for every problem.
+
+    >>> parse_rules('[[drop]]\\nkey = "aux.**"', "rules.toml")
+    (Rule(kind='drop', pattern='aux.**', result='', file='rules.toml', line=1),)
+    """
+    if len(text) > MOST:
+        raise RuleError(f"has more than {MOST} characters, which no rules file needs", path=path)
+    try:
+        value = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        found = _LINE.search(str(error))
+        raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path) from error
+    problems = [f"line {_line_of(text, name)}: {_unknown(name, value[name])}" for name in value if not _tables(name, value[name])]
+    rows = list(_rows(text, value)) if not problems else []
+    rules: list[Rule] = []
+    for line, kind, table in rows:
+        wrong = list(_wrong_fields(text, line, kind, table))
+        problems += wrong
+        if not wrong:
+            for rule in _rules(kind, table, path, line):
+                rules.append(rule)
+                problems += _malformed(rule)
+    if problems:
+        raise RuleError("has rules that are not well formed", path=path, problems=tuple(problems[:20]), hint=_example(rows))
+    return tuple(rules)
+
+
+def _tables(name: str, value: Any) -> bool:
+    return name in FORMS and type(value) is list and all(type(row) is dict for row in value)
+
+
+def _unknown(name: str, value: Any) -> str:
+    if name in FORMS:
+        return f"write each rule as a table of its own: [[{name}]]"
+    close = difflib.get_close_matches(name, FORMS, n=1)
+    return f"there is no rule {name!r}" + (f"; is it [[{close[0]}]]?" if close else f"; the rules are {', '.join(FORMS)}")
+
+
+def _rows(text: str, value: Mapping[str, Any]) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
+    """Each table with its line, in the order of the text, which TOML's own values lose between names."""
+    left = {name: iter(rows) for name, rows in value.items()}
+    seen = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        header = _HEADER.fullmatch(line)
+        if header is None or header["name"] not in left:
+            continue
+        table = next(left[header["name"]], None)
+        if table is not None:
+            seen += 1
+            yield number, header["name"], table  # type: ignore[misc]
+    if seen != sum(len(rows) for rows in value.values()):
+        raise RuleError("has rules whose order can't be told", hint="write each as a table of its own, on lines of its own: [[rename]]")
+
+
+def _line_of(text: str, name: str, after: int = 1) -> int:
+    for number, line in enumerate(text.splitlines(), 1):
+        header, entry = _HEADER.fullmatch(line), _ENTRY.match(line)
+        plain = re.fullmatch(rf"\s*\[\s*[\"']?{re.escape(name)}[\"']?\s*(\..*)?\]\s*(#.*)?", line)
+        if number >= after and (plain or any(found is not None and found["name"] == name for found in (header, entry))):
+            return number
+    return after
+
+
+def _wrong_fields(text: str, line: int, kind: Kind, table: Mapping[str, Any]) -> Iterator[str]:
+    form = FORMS[kind]
+    known = (
+        {name for choice in form.patterns for name in choice}
+        | ({form.result} if form.result else set())
+        | ({"name"} if kind == "stage" else set())
+    )
+    for name, value in table.items():
+        place = _line_of(text, name, line)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            yield f"line {place}: [[{kind}]] has no {name!r}" + (
+                f"; is it {close[0]!r}?" if close else f"; it has {' and '.join(sorted(known))}"
+            )
+        elif not _texts(value):
+            yield f"line {place}: {name} is not text, or a list of texts"
+    choices = [choice for choice in form.patterns if all(name in table for name in choice)]
+    given = {name for choice in form.patterns for name in choice if name in table}
+    if not choices or given != set(choices[0]):
+        yield f"line {line}: [[{kind}]] needs {' or '.join(' and '.join(choice) for choice in form.patterns)}"
+    if form.result and form.result not in table:
+        yield f"line {line}: [[{kind}]] needs {form.result}"
+
+
+def _texts(value: Any) -> bool:
+    return type(value) is str or (type(value) is list and bool(value) and all(type(one) is str for one in value))
+
+
+def _rules(kind: Kind, table: Mapping[str, Any], path: str, line: int) -> Iterator[Rule]:
+    """The rules of a table; one for each of several keys that are dropped, kept or initialised."""
+
+    def joined(name: str) -> str:
+        value = table[name]
+        return value if type(value) is str else _JOINT.get(name, " ").join(value)
+
+    result = joined(FORMS[kind].result) if FORMS[kind].result else ""
+    if kind == "stage":
+        yield Rule("stage", file=path, line=line)
+    elif kind == "rename":
+        yield from (Rule("rename", one, joined("to"), path, line) for one in _each(table["from"]))
+    elif "from" in table:
+        yield Rule(kind, f"{joined('from')} -> {joined('to')}", result, path, line)
+    else:
+        yield from (Rule(kind, one, result, path, line) for one in _each(table["key"]))
+
+
+def _each(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _malformed(rule: Rule) -> Iterator[str]:
+    try:
+        if rule.kind != "stage":
+            compile_rule(rule)
+    except RuleError as error:
+        yield f"line {rule.line}: {error.reason}" + (f" ({error.hint})" if error.hint else "")
+
+
+def _example(rows: Sequence[object]) -> str | None:
+    return None if rows else 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
+
+
+def to_toml(rules: Iterable[Rule]) -> str:
+    """Rules as the text of a rules file, one that `parse_rules` gives back.
+
+    >>> print(to_toml([Rule("rename", "fc2.{p}", "dense2.{p}")]))
+    [[rename]]
+    from = "fc2.{p}"
+    to = "dense2.{p}"
+    <BLANKLINE>
+    """
+    return "\n".join("\n".join([f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
+
+
+def _fields(rule: Rule) -> Iterator[str]:
+    if rule.kind == "stage":
+        return
+    sources, results = linked(rule)
+    if results:
+        yield f"from = {_value(sources)}"
+        yield f"to = {_value(results)}"
+    else:
+        yield f"key = {_value([rule.pattern])}"
+    if FORMS[rule.kind].result:
+        yield f"{FORMS[rule.kind].result} = {_value([rule.result])}"
+
+
+def _value(texts: Sequence[str]) -> str:
+    quoted = [_quoted(text) for text in texts]
+    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in escaped) + '"'
