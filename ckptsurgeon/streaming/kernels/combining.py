@@ -27,8 +27,7 @@ def _chunked(tensor: torch.Tensor, op: Op) -> torch.Tensor:
 
 
 def _groups(tensors: list[torch.Tensor], op: Op) -> Iterator[list[torch.Tensor]]:
-    of = op.get("of", len(tensors))
-    return (tensors[start : start + of] for start in range(0, len(tensors), of))
+    return (tensors[start : start + op["of"]] for start in range(0, len(tensors), op["of"]))
 
 
 def _concatenated(tensors: list[torch.Tensor], op: Op, _initial: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
@@ -73,9 +72,7 @@ def _initial_part(value: torch.Tensor, out: torch.Tensor, op: Op) -> torch.Tenso
     if value.shape != out.shape:
         raise RuleError(f"pad makes {tuple(out.shape)} and fills up with an initial value of {tuple(value.shape)}")
     if value.is_floating_point() and not (out.is_floating_point() or out.is_complex()):
-        raise RuleError(
-            f"pad fills {_word(out.dtype)} up with an initial value of {_word(value.dtype)}", hint="fill it with zeros or a value"
-        )
+        raise RuleError(f"pad fills {_word(out.dtype)} up with an initial {_word(value.dtype)}", hint="fill it with zeros or a value")
     return value
 
 
@@ -102,13 +99,11 @@ def _averaged(tensors: list[torch.Tensor], op: Op, _initial: Callable[[], torch.
     wrong = next((tensor.dtype for tensor in tensors if not tensor.is_floating_point()), None)
     if wrong is not None:
         raise RuleError(f"average goes over floats, and a tensor is {_word(wrong)}")
-    # A weight of 0 leaves a tensor out, whatever it holds: 0 times NaN is NaN.
-    counted = [(tensor, float(weight)) for tensor, weight in zip(tensors, op["weights"], strict=True) if weight]
-    wide = _wide(tensors)
+    wide, weights = _wide(tensors), op["weights"]
     out = tensors[0].new_empty(tensors[0].shape)
     for piece in _pieces(tuple(out.shape)):
-        total = counted[0][0][piece].to(wide) * counted[0][1]
-        for tensor, weight in counted[1:]:
+        total = tensors[0][piece].to(wide) * weights[0]
+        for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
             total.add_(tensor[piece].to(wide), alpha=weight)
         out[piece] = total.to(out.dtype)
     return [out]

@@ -1,4 +1,4 @@
-"""Kernels of the adapters that lay one tensor out anew: views where torch can give one, one new tensor where it can't. Inputs are never written."""
+"""Kernels of the adapters that lay one tensor out anew: views where torch has one, else one new tensor. Inputs are never written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def each(one: Callable[[torch.Tensor, Op], torch.Tensor]) -> Kernel:
 def _regroup(tensor: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
     """Dim `dim` under the shape `sizes`, whose last two dims are swapped, flat again."""
     last = dim + len(sizes) - 1
-    return tensor.unflatten(dim, sizes).transpose(last - 1, last).flatten(dim, last)
+    parts = tensor.reshape((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
+    return parts.transpose(last - 1, last).reshape(tensor.shape)
 
 
 def _interleaved(tensor: torch.Tensor, op: Op) -> torch.Tensor:

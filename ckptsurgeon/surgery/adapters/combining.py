@@ -1,4 +1,4 @@
-"""Adapters between parts and wholes: a part of a tensor, a tensor with a part more, several tensors as one. Rows and columns are kept whole."""
+"""Adapters between parts and wholes: a part of a tensor, a tensor with a part more, several tensors as one. No row or column is broken."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ _EXTRA = {"constant": "value", "init": "scheme"}  # what a fill needs beside its
 def _padded(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     dim, size, fill = need(op, "dim"), need(op, "size"), need(op, "fill")
     if need(op, "at") not in ("start", "end") or fill not in ("zeros", "mean", "init", "constant"):
-        raise refused(
-            op, f"fills up with zeros, mean, init or a value, at the start or the end, not {str(fill)[:20]!r} at {str(op['at'])[:20]!r}"
-        )
+        raise refused(op, f"has fill={str(fill)[:20]!r} and at={str(op['at'])[:20]!r}")
     if fill in _EXTRA:
         need(op, _EXTRA[fill])
     if fill == "init" and len(shapes) != 1:
@@ -68,15 +66,13 @@ def _filled_pad(op: Op, place: Place) -> Op:
     if fill == "constant":
         return {**filled, "value": op["value"]} if "value" in op else filled
     if fill == "init" and place.wanted is None:
-        raise refused(
-            op, "fills up with the target's initial value, and it is not the target's shape that it makes", "put it last in the chain"
-        )
+        raise refused(op, "fills up with a target's initial value, and here is none", "put it last in a chain for a target")
     return {**filled, "scheme": op.get("scheme", "model")} if fill == "init" else filled
 
 
 def groups(op: Op, shapes: tuple[Shape, ...]) -> Iterator[tuple[Shape, ...]]:
-    """The shapes that one result is made of, result by result: each `of` in a row, without it all. RuleError where they don't come out even."""
-    of = op.get("of", len(shapes))
+    """The shapes that one result is made of, result by result: each `of` in a row. RuleError where some are left."""
+    of = need(op, "of")
     if of < 1 or len(shapes) % of or not shapes:
         raise refused(op, f"joins {of} tensors at a time, and {len(shapes)} come in")
     return (shapes[start : start + of] for start in range(0, len(shapes), of))
@@ -94,13 +90,12 @@ def _concatenated(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
 
 
 def _filled_concat(op: Op, place: Place) -> Op:
-    sizes = op.get("sizes")
-    dim = from_front(op, op.get("dim", 0), place.shapes)
-    filled = {"op": "concat", "dim": dim, "of": op.get("of", len(place.shapes) if sizes is None else len(sizes))}
-    for group in groups(filled, place.shapes) if sizes is not None else ():
+    dim, sizes = from_front(op, op.get("dim", 0), place.shapes), list(op.get("sizes", ()))
+    filled = {"op": "concat", "dim": dim, "of": op.get("of", len(sizes) if "sizes" in op else len(place.shapes))}
+    for group in groups(filled, place.shapes) if "sizes" in op else ():
         have = [size_of(op, dim, shape) for shape in group]
-        if have != list(sizes):
-            raise refused(op, f"is to join sizes {list(sizes)[:8]} of dim {dim}, and {have[:8]} come in")
+        if have != sizes:
+            raise refused(op, f"is to join sizes {sizes[:8]} of dim {dim}, and {have[:8]} come in")
     return filled
 
 
@@ -121,7 +116,7 @@ def _filled_chunk(op: Op, place: Place) -> Op:
     if "index" not in op and (of != place.of or (of == 1 and sizes is None)):
         results = "one result" if place.of == 1 else f"{place.of} results"
         raise refused(
-            op, f"has {results} for {of} parts" if of > 1 else "has one result", "name every part ('a -> b + c'), or say index= and of="
+            op, f"has {results} for {of} parts" if of > 1 else "has one result", "name each part (a -> b + c), or say index= and of="
         )
     index = op.get("index", place.index)
     if index >= of:
@@ -221,7 +216,7 @@ COMBINING: dict[str, Adapter] = {
         _filled_slice,
     ),
     "pad": Adapter(
-        "makes dim `dim` `size` long (the target's size) by zeros, a `value`, the mean over dim `dim`, or the target's initial value, at the end or start",
+        "makes dim `dim` `size` long (the target's) by zeros, a `value`, the mean over that dim, or the target's initial value",
         {
             "dim": signed,
             "size": whole,
