@@ -54,7 +54,7 @@ def value(
     dtype_code: str,
     seed: int,
     module: nn.Module | None,
-    own: Mapping[str, Fill] = {},  # noqa: B006 (never written to)
+    own: Mapping[str, Fill] = {},
 ) -> torch.Tensor:
     """The initial value of one tensor, dense on the CPU.
 

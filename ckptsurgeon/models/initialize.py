@@ -17,14 +17,11 @@ from ckptsurgeon.errors import ModelError, RuleError
 from ckptsurgeon.models.groups import close_names, known_fresh
 from ckptsurgeon.models.initial import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, owner_of, value
 from ckptsurgeon.models.own import own_schemes
-from ckptsurgeon.models.scheme_text import SCHEMES, Scheme, describe_effective, effective_scheme, parse_scheme
+from ckptsurgeon.models.scheme_text import SCHEMES, Scheme, describe_effective, parse_scheme
 from ckptsurgeon.models.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern, expand
 
-__all__ = [
-    *("PER_LAYER_TYPE", "SCHEMES", "Scheme", "describe_effective", "effective_scheme", "fitted"),
-    *("initialize", "owner_of", "parse_scheme", "value"),
-]
+__all__ = ["PER_LAYER_TYPE", "SCHEMES", "Scheme", "describe_effective", "fitted", "initialize", "owner_of", "parse_scheme", "value"]
 
 Group = tuple[str, ...]  # all names of one tensor
 
@@ -74,16 +71,15 @@ def initialize(
         tensor: torch.Tensor = state[key]
         try:
             origin = _origin(key, state, schemes, written)
-            wanted = schemes[_named(written[origin], schemes)] if origin in written else KEEP
             found: torch.Tensor = state[origin]
             shape, code = tuple(found.shape), _code(found)
+            wanted = schemes[origin] if origin in written else KEEP
             chosen = concrete(wanted, origin, shape, code, owner_of(model, origin))
             if chosen == KEEP and origin == key:
                 continue
-            for name, one in ((origin, found), (key, tensor)) if chosen == KEEP else ((key, tensor),):
-                if one.is_meta or one.untyped_storage()._cdata not in storages:
-                    reason = "is on the meta device" if one.is_meta else "is a copy that a hook of the state_dict made"
-                    raise ModelError(f"can't be initialised in place: it {reason}", key=name, hint="build the model on a real device")
+            if tensor.is_meta or tensor.untyped_storage()._cdata not in storages:
+                reason = "is on the meta device" if tensor.is_meta else "is a copy that a hook of the state_dict made"
+                raise ModelError(f"can't be initialised in place: it {reason}", key=key, hint="build the model on a real device")
             if chosen == KEEP:
                 made = found.detach().clone()
             else:
@@ -101,11 +97,11 @@ def initialize(
 
 
 def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], written: Mapping[str, Group]) -> str:
-    """The key whose value a key gets: itself, or where its `from(KEY)`, and perhaps that key's own, leads."""
+    """The key whose value a key gets: itself, or where its `from(KEY)`, and perhaps that key's own, leads; a tensor by its name with a scheme."""
     passed: list[str] = []
     while True:
         passed.append(key)
-        name, arguments = parse_scheme(schemes[_named(written[key], schemes)]) if key in written else (KEEP, {})
+        name, arguments = parse_scheme(schemes[key]) if key in written else (KEEP, {})
         if name != "from":
             return key
         source = arguments["key"]
@@ -115,9 +111,9 @@ def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], writ
         if state[source].shape != state[key].shape:
             shapes = f"{tuple(state[key].shape)}, and {source!r}, whose value it takes, {tuple(state[source].shape)}"
             raise RuleError(f"has the shape {shapes}", key=key)
-        if any(written.get(source, (source,)) == written.get(one, (one,)) for one in passed):
-            raise RuleError(f"takes its value from {source!r}, which leads back to itself", key=passed[0], hint="give one of them a scheme")
-        key = source
+        key = _named(written[source], schemes) if source in written else source
+        if key in passed:
+            raise RuleError(f"takes its value from {source!r}, which leads back to it", key=passed[0], hint="give one of them a scheme")
 
 
 def _named(names: Group, schemes: Mapping[str, str]) -> str:

@@ -51,8 +51,8 @@ class Scheme:
     """A scheme: its parameters with their checks, and what it needs.
 
     `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions), `model` (the target's constructor), `layer` (the
-    module that owns the tensor, on meta or not) or `key` (another key's value). `required` names the parameters that must be given, `bounds` the defaults of `a` and `b` where they are an interval; `words`
-    say what it does, `source` where it comes from.
+    module that owns the tensor, on meta or not) or `key` (another key's value). `required` names the parameters that must be given,
+    `bounds` the defaults of `a` and `b` where they are an interval; `words` say what it does, `source` where it comes from.
     """
 
     words: str

@@ -49,7 +49,7 @@ def make_provider(
     inits: Mapping[str, str],
     shapes: Mapping[str, TensorMeta],
     seed: int,
-    own: Mapping[str, Fill] = {},  # noqa: B006 (never written to)
+    own: Mapping[str, Fill] = {},
 ) -> Callable[[str], memoryview]:
     """A function from a target's key to its initial value: dense bytes in the dtype of `shapes[key]`.
 
