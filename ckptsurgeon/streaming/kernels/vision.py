@@ -31,6 +31,8 @@ def _resize(planes: torch.Tensor, op: Op, size: tuple[int, int], antialias: bool
     """(B, D, h, w) -> (B, D, *size), in the dtype of `planes`."""
     from torch.nn.functional import interpolate
 
+    if antialias and size[1] == 1 < size[0]:  # torch's antialiasing is wrong there (2.13, CPU): every row comes out the same
+        return _resize(planes.transpose(2, 3), op, (1, size[0]), antialias).transpose(2, 3)
     corners = None if op["mode"] == "nearest" else False
     found: torch.Tensor = interpolate(planes, size=size, mode=op["mode"], align_corners=corners, antialias=antialias)
     return found
@@ -72,7 +74,8 @@ def _patch_embed(tensor: torch.Tensor, op: Op) -> torch.Tensor:
     def inverse(size: int, to: int) -> torch.Tensor:
         """pinv(Bᵀ) of one side, (to, size); what the resize makes of the unit vectors are the rows of Bᵀ."""
         units = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1)
-        return torch.linalg.pinv(_resize(units, op, (to, 1), op["antialias"])[0, :, :, 0])
+        inverted: torch.Tensor = torch.linalg.pinv(_resize(units, op, (to, 1), op["antialias"])[0, :, :, 0])
+        return inverted
 
     kernel = _wide(tensor)
     rows, columns = (inverse(size, to).to(kernel.dtype) for size, to in zip(tensor.shape[2:], op["to"], strict=True))
