@@ -20,6 +20,7 @@ from ckptsurgeon.models.build import forked
 from ckptsurgeon.models.own import Fill, checked_tensor
 from ckptsurgeon.models.reset import held, reset_value
 from ckptsurgeon.models.scheme_text import SCHEMES, effective_scheme, is_own, parse_scheme
+from ckptsurgeon.models.unset import is_unset
 
 KEEP = "model"
 _FILL: dict[str, Callable[..., Any]] = {
@@ -152,7 +153,7 @@ def fitted(found: object, key: str, shape: tuple[int, ...], dtype_code: str) -> 
     """A constructor's own value as a CPU tensor of the dtype that is wanted: finite stays finite, an integer stays what it is.
 
     Raises:
-        ModelError: `found` is no tensor, has another shape, or is on meta.
+        ModelError: `found` is no tensor, has another shape, is on meta, or was never written to.
         CastError: a value does not fit the dtype.
     """
     if not isinstance(found, torch.Tensor):
@@ -161,6 +162,10 @@ def fitted(found: object, key: str, shape: tuple[int, ...], dtype_code: str) -> 
         raise ModelError(f"has the shape {tuple(found.shape)} in the model, not {tuple(shape)}", key=key)
     if found.is_meta:
         raise ModelError("is on the meta device and has no value", key=key, hint="build the model on the CPU")
+    if is_unset(found):
+        raise ModelError(
+            "is left without a value by the model's constructor: it is memory as it was", key=key, hint=f"--init {key!r} zeros"
+        )
     own = found.detach().to("cpu")
     cast = own.to(getattr(torch, BY_CODE[dtype_code].torch))
     if cast.dtype == own.dtype:

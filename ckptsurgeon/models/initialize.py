@@ -97,7 +97,10 @@ def initialize(
 
 
 def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], written: Mapping[str, Group]) -> str:
-    """The key whose value a key gets: itself, or where its `from(KEY)`, and perhaps that key's own, leads; a tensor by its name with a scheme."""
+    """The key whose value a key gets: itself, or where its `from(KEY)`, and perhaps that key's own, leads.
+
+    A tied tensor goes by its first name with a scheme.
+    """
     passed: list[str] = []
     while True:
         passed.append(key)
