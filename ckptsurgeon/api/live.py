@@ -6,25 +6,26 @@ The verbs of `api` that need torch and a model; imported only when one of them i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.opening import Given
 from ckptsurgeon.api.provenance import still_fresh
+from ckptsurgeon.api.ruling import Ruling
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models import groups, initialize
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import put
-from ckptsurgeon.models.values import tensor_bytes
 from ckptsurgeon.report import Cast, Finding, Report
+from ckptsurgeon.streaming.adapting import adapted, dense_parts
 from ckptsurgeon.streaming.apply import with_data
+from ckptsurgeon.streaming.kernels.table import OwnKernel
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
+from ckptsurgeon.streaming.values import cast, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.plan import Plan, Step, make_plan
-from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 
@@ -38,22 +39,24 @@ State = Mapping[str, Any]
 def transfer(
     source: Given,
     model: nn.Module,
-    rules: Sequence[Rule],
+    ruling: Ruling,
     *,
     root: str | None,
     seed: int,
     allow_cast: Iterable[str],
     min_coverage: float | None,
     strict: bool,
+    auto: str | None = None,
 ) -> Report:
     """See `ckptsurgeon.transfer`."""
     goal = checkpoint_of(model, type(model).__name__)
     given, live = _open(source, root, goal)
-    plan = make_plan([given], goal, rules, seed=seed, allow_cast=allow_cast)
+    plan = make_plan([given], goal, ruling.rules, seed=seed, allow_cast=allow_cast, auto=auto, outside=ruling.outside)
     gates.check(plan, min_coverage=min_coverage, strict=strict)
     with Reader([given]) as reader:
         casts: list[Cast] = []
-        values = {step.target: _value(step, given, live, reader, casts) for step in plan.steps if step.sources}
+        run = _Run(plan, given, live, reader, model, ruling.kernels, casts)
+        values = {step.target: run.value(step) for step in plan.steps if step.sources}
         refuse_losses(casts, plan.allow_cast)
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
@@ -107,23 +110,45 @@ def _open(source: Given, root: str | None, goal: Checkpoint) -> tuple[Checkpoint
     return opening.open_source(source, root=root, target=goal), {}
 
 
-def _value(step: Step, given: Checkpoint, live: State, reader: Reader, casts: list[Cast]) -> torch.Tensor:
-    """A step's value. One that needs no cast is not copied: it lies in the file's mapping, or in the live source."""
-    key = step.sources[0][1]
-    if key in live:
-        tensor: torch.Tensor = live[key].detach()
+@dataclass(frozen=True)
+class _Run:
+    """One transfer: where values come from, and what the casts lose."""
+
+    plan: Plan
+    given: Checkpoint
+    live: State
+    reader: Reader
+    model: nn.Module
+    kernels: Mapping[str, OwnKernel]
+    casts: list[Cast]
+
+    def value(self, step: Step) -> torch.Tensor:
+        """A step's value. One that is neither adapted nor cast is not copied: it lies in the file's mapping, or in the live source."""
+        tensors = [self._tensor(key) for _, key in step.sources]
+        made = adapted(step, tensors, lambda: self._initial(step), self.kernels) if step.adapters else tensors[0]
+        if step.cast is None:
+            return made
+        data = bytearray().join(cast(step.target, dense_parts(made), self.given[step.sources[0][1]].dtype, step.cast, self.casts))
+        return tensor_from(data, step.dtype).view(step.shape)
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        if key not in self.live:
+            origin = with_data(self.given, key)
+            return tensor_from(self.reader.view(origin), origin.dtype).view(origin.shape)
+        tensor: torch.Tensor = self.live[key].detach()
         if tensor.device.type == "meta":
-            raise ModelError("has no values: it is on the meta device", path=given.path, key=key)
-        if step.cast is None:
-            return tensor
-        parts: Iterable[Buffer] = [tensor_bytes(tensor)]
-    else:
-        origin = with_data(given, key)
-        if step.cast is None:
-            return tensor_from(reader.view(origin), origin.dtype).view(step.shape)
-        parts = reader.parts(origin)
-    data = bytearray().join(cast(step.target, parts, given[key].dtype, step.cast, casts))
-    return tensor_from(data, step.dtype).view(step.shape)
+            raise ModelError("has no values: it is on the meta device", path=self.given.path, key=key)
+        return tensor
+
+    def _initial(self, step: Step) -> torch.Tensor:
+        """The model's own value, or a scheme's, where an adapter fills up with it."""
+        scheme = next(iter(step.schemes), "model")
+        state = state_dict_of(self.model, type(self.model).__name__)
+        if scheme == "model":
+            found: torch.Tensor = state[step.target].detach()
+            return found
+        owner = initialize.owner_of(self.model, step.target)
+        return initialize.value(scheme, step.target, step.shape, step.dtype, self.plan.seed, owner)
 
 
 def _record(source: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,10 @@ from ckptsurgeon.api import opening
 from ckptsurgeon.api.checking import check_files
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
 from ckptsurgeon.api.proving import verify_written
+from ckptsurgeon.api.ruling import Rules, gather
 from ckptsurgeon.report import CheckReport, Verification
 from ckptsurgeon.surgery.compare import Diff, compare
-from ckptsurgeon.surgery.rules import Rule, from_arguments
+from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint
 from ckptsurgeon.views import text
 
@@ -71,7 +72,11 @@ def diff(
     root: str | None = None,
     rename: Renames = (),
     drop: Iterable[str] = (),
-    rules: Sequence[Rule] = (),
+    keep: Iterable[str] = (),
+    adapt: Renames = (),
+    rules: Rules = (),
+    reverse: bool = False,
+    auto: str | None = None,
     note: Note = silent,
 ) -> Diff:
     """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
@@ -84,9 +89,10 @@ def diff(
     (8, 10)
     """
     seen = opening.look(source)
+    ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, note=note)
     goal = opening.open_target(target, note=note).checkpoint
     given = opening.open_source(seen, root=root, target=goal)
-    return compare(given, goal, (*from_arguments(rename, drop), *rules))
+    return compare(given, goal, ruling.rules, ruling.outside, auto)
 
 
 def verify(

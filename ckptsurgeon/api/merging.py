@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import verify_written
+from ckptsurgeon.api.ruling import Rules, Ruling, gather, load_own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError
 from ckptsurgeon.models.scheme_text import parse_scheme
 from ckptsurgeon.report import Report, Verification
@@ -19,13 +20,14 @@ from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.surgery import planfile
+from ckptsurgeon.surgery.averaging import Weights
 from ckptsurgeon.surgery.plan import Plan, make_plan
 from ckptsurgeon.surgery.rules import Rule, from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 
 if TYPE_CHECKING:
-    pass
+    from ckptsurgeon.streaming.kernels.table import OwnKernel
 
 
 def plan(
@@ -35,8 +37,13 @@ def plan(
     root: str | None = None,
     rename: Renames = (),
     drop: Iterable[str] = (),
+    keep: Iterable[str] = (),
+    adapt: Renames = (),
     init: Renames = (),
-    rules: Sequence[Rule] = (),
+    rules: Rules = (),
+    reverse: bool = False,
+    average: Weights | None = None,
+    auto: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     allow_cast: Iterable[str] = (),
@@ -50,7 +57,10 @@ def plan(
         sources: a path or `Checkpoint`, or several.
         target: a spec, model, skeleton or file; None converts the one source.
         root: which nested dict of the sources is meant.
-        rename, drop, init: rules in DESIGN's patterns; `rules`, in an order of their own, come after them.
+        rename, drop, keep, adapt, init: rules in ckptsurgeon's patterns; those of `rules` (TOML files, or `Rule`s) come after them.
+        reverse: turn the rules of files round.
+        average: True, or a weight for each source: every key is the (weighted) mean of all sources; floating tensors only.
+        auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
         dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
         seed: for the model's constructor and the named schemes.
         allow_cast: patterns of keys whose casts may overflow or truncate.
@@ -66,36 +76,68 @@ def plan(
     >>> [(row.source, row.reason) for row in decided.dropped]
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
-    chosen = (*from_arguments(rename, drop, init), *rules)
-    seen = _look(sources, chosen)
+    choices = _choices(from_arguments(rename, drop, init, adapt, keep), rules, reverse, note, root, dtype, seed, allow_cast, average, auto)
+    seen = _look(sources, choices.ruling)
     goal = None if target is None else opening.open_target(target, note=note)
-    _, made = _decide(seen, goal, root, chosen, dtype, seed, allow_cast)
+    _, made = _decide(seen, goal, choices)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     return made
 
 
-def _look(sources: Given | Sequence[Given], rules: Sequence[Rule]) -> list[Given]:
+@dataclass(frozen=True)
+class _Choices:
+    """What a person chose about deciding."""
+
+    ruling: Ruling
+    root: str | None
+    dtype: str | None
+    seed: int
+    allow_cast: tuple[str, ...]
+    average: Weights | None
+    auto: str | None
+
+
+def _choices(
+    arguments: Sequence[Rule],
+    rules: Rules,
+    reverse: bool,
+    note: Note,
+    root: str | None,
+    dtype: str | None,
+    seed: int,
+    allow_cast: Iterable[str],
+    average: Weights | None,
+    auto: str | None,
+) -> _Choices:
+    ruling = gather(arguments, rules, reverse=reverse, note=note)
+    return _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
+
+
+def _look(sources: Given | Sequence[Given], ruling: Ruling) -> list[Given]:
     """What can be told before a model is imported: that the sources can be read, and that every scheme has a meaning."""
-    for rule in rules:
+    for rule in ruling.rules:
         if rule.kind == "init":
             parse_scheme(rule.result)
     return [opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 
-def _decide(
-    given: Sequence[Given],
-    goal: Target | None,
-    root: str | None,
-    rules: Sequence[Rule],
-    dtype: str | None,
-    seed: int,
-    allow_cast: Iterable[str],
-) -> tuple[list[Checkpoint], Plan]:
+def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> tuple[list[Checkpoint], Plan]:
     wanted = None if goal is None else goal.checkpoint
-    if not given or (wanted is None and len(given) > 1):
+    if not given or (wanted is None and len(given) > 1 and not choices.average):
         raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
-    found = [opening.open_source(one, root=root, target=wanted) for one in given]
-    made = make_plan(found, wanted, rules, dtype=dtype, seed=seed, allow_cast=gates.patterns(allow_cast))
+    found = [opening.open_source(one, root=choices.root, target=wanted) for one in given]
+    ruling = choices.ruling
+    made = make_plan(
+        found,
+        wanted,
+        ruling.rules,
+        dtype=choices.dtype,
+        seed=choices.seed,
+        allow_cast=choices.allow_cast,
+        average=choices.average,
+        auto=choices.auto,
+        outside=ruling.outside,
+    )
     return found, replace(made, text=text.plan(made))
 
 
@@ -107,8 +149,13 @@ def merge(
     root: str | None = None,
     rename: Renames = (),
     drop: Iterable[str] = (),
+    keep: Iterable[str] = (),
+    adapt: Renames = (),
     init: Renames = (),
-    rules: Sequence[Rule] = (),
+    rules: Rules = (),
+    reverse: bool = False,
+    average: Weights | None = None,
+    auto: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     allow_cast: Iterable[str] = (),
@@ -146,18 +193,18 @@ def merge(
     """
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
-    chosen = (*from_arguments(rename, drop, init), *rules)
-    seen = _look(sources, chosen)
+    choices = _choices(from_arguments(rename, drop, init, adapt, keep), rules, reverse, note, root, dtype, seed, allow_cast, average, auto)
+    seen = _look(sources, choices.ruling)
     goal = None if target is None else opening.open_target(target, note=note)
-    found, made = _decide(seen, goal, root, chosen, dtype, seed, allow_cast)
+    found, made = _decide(seen, goal, choices)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
         settled = opening.settle(goal, seed, note)
         if settled is not goal:
             goal = settled
-            found, made = _decide(seen, goal, root, chosen, dtype, seed, allow_cast)
+            found, made = _decide(seen, goal, choices)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device if verify else None, finite)
+    return _carry_out(made, found, goal, how, device if verify else None, finite, choices.ruling.kernels)
 
 
 def apply(
@@ -194,8 +241,9 @@ def apply(
         if goal.build is not None and (made.needs_model or verify):
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
+    kernels = {name: one.kernel for name, one in load_own(made.own_adapters, note).items()} if made.own_adapters else {}
     how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device if verify else None, finite)
+    return _carry_out(made, found, goal, how, device if verify else None, finite, kernels)
 
 
 def load_plan(path: Path) -> Plan:
@@ -234,7 +282,15 @@ def output_format(output: Path, format: str | None = None) -> str:
     return SUFFIXES[suffix]
 
 
-def _carry_out(made: Plan, found: Sequence[Checkpoint], goal: Target | None, how: Output, device: str | None, finite: bool) -> Report:
+def _carry_out(
+    made: Plan,
+    found: Sequence[Checkpoint],
+    goal: Target | None,
+    how: Output,
+    device: str | None,
+    finite: bool,
+    kernels: Mapping[str, OwnKernel],
+) -> Report:
     wanted = None if goal is None else goal.checkpoint
     if how.tied not in ("copy", "alias"):
         raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
@@ -244,14 +300,14 @@ def _carry_out(made: Plan, found: Sequence[Checkpoint], goal: Target | None, how
         if device is not None and goal is not None and goal.build is not None:
             verification.append(verify_written(path, goal, device, finite=finite, seed=made.seed, shown=how.path))
 
-    written = write_plan(made, found, wanted, how, values=_values(made, goal), verify=prove)
+    written = write_plan(made, found, wanted, how, values=_values(made, goal, kernels), verify=prove)
     return _report(made, written, how.path, how.proof, verification[0] if verification else None)
 
 
-def _values(made: Plan, goal: Target | None) -> Values | None:
-    schemes = {step.target: str(op["scheme"]) for step in made.steps for op in step.ops if op["op"] == "init"}
+def _values(made: Plan, goal: Target | None, kernels: Mapping[str, OwnKernel]) -> Values | None:
+    schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
     if goal is None or not (schemes or made.needs_model):
-        return None
+        return Values(_no_initial, _no_initial, kernels) if kernels else None
     from ckptsurgeon.models.values import extra_state, make_provider
 
     model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
@@ -267,7 +323,11 @@ def _values(made: Plan, goal: Target | None) -> Values | None:
             raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
         return extra[key]
 
-    return Values(initial, own_extra)
+    return Values(initial, own_extra, kernels)
+
+
+def _no_initial(key: str) -> Any:
+    raise PlanError("gets a value of the target's own, and there is no target with values", key=key)
 
 
 def _report(made: Plan, written: Written, output: str, proven: bool, verification: Verification | None) -> Report:

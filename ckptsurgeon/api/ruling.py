@@ -1,4 +1,4 @@
-"""Gathers the rules of a call: arguments, rules files, and what they name outside of themselves, which is read and imported here, beforehand.
+"""Gathers the rules of a call: arguments, rules files, and what they name outside of themselves, which is read and imported here.
 
 A person's own code is imported only when a rule names it, and `note` says so.
 """
@@ -17,7 +17,7 @@ from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
 from ckptsurgeon.surgery.reversing import reverse as turn_round
 from ckptsurgeon.surgery.rulefile import parse_rules
-from ckptsurgeon.surgery.rules import Outside, Rule
+from ckptsurgeon.surgery.rules import Outside, Rule, beside
 
 if TYPE_CHECKING:
     from ckptsurgeon.streaming.kernels.table import OwnKernel
@@ -57,7 +57,7 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
 
 
 def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, note: Note = silent) -> Ruling:
-    """The rules of the arguments, then those of `rules` (paths of files, or rules) in order, with what they name. `reverse` is for files."""
+    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name. `reverse` is for files."""
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
     chosen = list(arguments)
     for one in given:
@@ -66,7 +66,7 @@ def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, no
 
 
 def bring(rules: tuple[Rule, ...], note: Note = silent) -> Ruling:
-    """The token lists and a person's own adapters that rules name. RuleError for adapters that are not well formed is left to `compile_rules`."""
+    """The token lists and a person's own adapters that rules name; what is not well formed is left to `compile_rules` to tell."""
     labels: dict[str, tuple[str | None, ...]] = {}
     names: dict[str, Any] = {}
     for rule in rules:
@@ -74,8 +74,9 @@ def bring(rules: tuple[Rule, ...], note: Note = silent) -> Ruling:
             if is_own(op):
                 names[str(op["op"])] = None
             for name in ("source", "target"):
-                if type(op.get(name)) is str and op[name] not in labels:
-                    labels[op[name]] = read_labels(_beside(rule, op[name]))
+                if type(op.get(name)) is str:
+                    path = beside(rule, op[name])
+                    labels[path] = labels.get(path) or read_labels(path)
     if not names:
         return Ruling(rules, Outside(labels))
     own = load_own(names, note)
@@ -94,8 +95,3 @@ def _ops(rule: Rule) -> Iterable[Mapping[str, Any]]:
         return parse_ops(rule.result) if rule.kind == "adapt" and rule.result else ()
     except RuleError:
         return ()  # told with all others when the rules are compiled
-
-
-def _beside(rule: Rule, path: str) -> str:
-    """A file that a rules file names is looked for beside it."""
-    return path if not rule.file or os.path.isabs(path) else os.path.join(os.path.dirname(rule.file), path)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.opening import Given, Note, Renames, silent
+from ckptsurgeon.api.ruling import Rules, gather
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.report import Report
-from ckptsurgeon.surgery.rules import Rule, from_arguments
+from ckptsurgeon.surgery.rules import from_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +23,12 @@ def transfer(
     root: str | None = None,
     rename: Renames = (),
     drop: Iterable[str] = (),
+    keep: Iterable[str] = (),
+    adapt: Renames = (),
     init: Renames = (),
-    rules: Sequence[Rule] = (),
+    rules: Rules = (),
+    reverse: bool = False,
+    auto: str | None = None,
     seed: int = 0,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
@@ -50,9 +55,18 @@ def transfer(
     """
     from ckptsurgeon.api import live
 
-    chosen = (*from_arguments(rename, drop, init), *rules)
-    allowed = gates.patterns(allow_cast)
-    return live.transfer(source, model, chosen, root=root, seed=seed, allow_cast=allowed, min_coverage=min_coverage, strict=strict)
+    ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse)
+    return live.transfer(
+        source,
+        model,
+        ruling,
+        root=root,
+        seed=seed,
+        allow_cast=gates.patterns(allow_cast),
+        min_coverage=min_coverage,
+        strict=strict,
+        auto=auto,
+    )
 
 
 def initialize(model: nn.Module, source: Any, scheme: str | Mapping[str, str] = "per_layer_type", *, seed: int = 0) -> tuple[str, ...]:

@@ -9,12 +9,12 @@ import click
 from ckptsurgeon import api
 from ckptsurgeon.cli import options
 from ckptsurgeon.cli.output import Show
-from ckptsurgeon.cli.plan import split
+from ckptsurgeon.cli.plan import mean, split
 from ckptsurgeon.surgery import planfile
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
-DECIDING = ("root", "dtype", "allow_cast", "seed", "min_coverage", "strict")
+DECIDING = ("root", "reverse", "auto", "average", "dtype", "allow_cast", "seed", "min_coverage", "strict")
 
 
 @click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")
@@ -24,17 +24,28 @@ DECIDING = ("root", "dtype", "allow_cast", "seed", "min_coverage", "strict")
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
 @options.shown
 @options.ordered_rules
-def command(paths: tuple[str, ...], rules: tuple[Rule, ...], dry_run: bool, show: Show, **choices: Any) -> int:
+def command(
+    paths: tuple[str, ...],
+    rules: tuple[Rule | str, ...],
+    average: bool,
+    weights: str | None,
+    dry_run: bool,
+    show: Show,
+    **choices: Any,
+) -> int:
     """Take what fits, keep or initialise the rest, write it, and prove it before the file takes its name.
 
     \b
     ckptsurgeon merge net.pt model:Net -o out.pt --rename 'fc2.{p}' 'dense2.{p}'
+    ckptsurgeon merge vit.pt other:ViT -o out.pt --rules vit.toml --adapt pos_embed interpolate
     ckptsurgeon merge net.pt -o net.safetensors    one path alone is converted
+    ckptsurgeon merge a.pt b.pt -o soup.pt --average
 
     Rules hold in the order given. In a pattern * matches within a segment, ** across segments; {p} is one segment and {**rest}
     one or more, which a rename's result can use again; /…/ is a regular expression.
     """
-    sources, target = split(paths)
+    sources, target = split(paths, average)
+    choices |= {"average": mean(average, weights)}
     note = show.note()
     if dry_run:
         made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})

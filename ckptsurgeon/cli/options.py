@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import click
 
 from ckptsurgeon.cli.output import Show
+from ckptsurgeon.surgery.origins import AUTO
 from ckptsurgeon.surgery.plan import DTYPE_CHOICES
 from ckptsurgeon.surgery.rules import Kind, Rule
 
 F = TypeVar("F", bound=Callable[..., Any])
 Wrap = Callable[[F], F]
-RULES: dict[str, Kind] = {"rename": "rename", "drop": "drop", "init": "init"}  # by option
+RULES: tuple[Kind, ...] = ("rename", "drop", "keep", "adapt", "init")  # each an option of its own
 
 
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -49,16 +50,16 @@ class RuleCommand(click.Command):
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         left = {kind: iter(values.get(kind) or ()) for kind in RULES}
         words = [(name, next(left[name])) for name in (option.name for option in order) if name in left]
-        ctx.meta["rules"] = tuple(Rule(RULES[name], *((word,) if isinstance(word, str) else word)) for name, word in words)
+        ctx.meta["rules"] = tuple(Rule(name, *((word,) if isinstance(word, str) else word)) for name, word in words)
         return super().parse_args(ctx, args)
 
 
 def ordered_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rules of a `RuleCommand`, in order, handed on as `rules`."""
+    """The rules of a `RuleCommand`, in order, and after them the rules files, handed on as `rules`."""
 
     @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, rules=click.get_current_context().meta["rules"], **kwargs)
+    def run(*args: Any, rules: tuple[str, ...], **kwargs: Any) -> Any:
+        return function(*args, rules=(*click.get_current_context().meta["rules"], *rules), **kwargs)
 
     return run
 
@@ -67,7 +68,29 @@ root = click.option("--root", metavar="NAME", help="Which nested dict of the che
 rename = click.option(
     "--rename", nargs=2, multiple=True, metavar="A B", expose_value=False, help="Rename keys: --rename 'fc2.{p}' 'dense2.{p}'."
 )
-drop = click.option("--drop", multiple=True, metavar="PATTERN", expose_value=False, help="Leave keys out: --drop 'aux.**'.")
+drop = click.option(
+    "--drop", multiple=True, metavar="PATTERN", expose_value=False, help="Leave keys out: --drop 'aux.**'; '1:aux.**' of the second source."
+)
+keep = click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    expose_value=False,
+    help="Keep the target's own values: --keep 'head.**', whatever sources have.",
+)
+adapt = click.option(
+    "--adapt",
+    nargs=2,
+    multiple=True,
+    metavar="KEY OP",
+    expose_value=False,
+    help="Change shapes: --adapt pos_embed interpolate; or link keys: --adapt 'q.{p} + k.{p} -> qk.{p}' concat.",
+)
+rule_files = click.option("--rules", multiple=True, metavar="RULES.TOML", help="Rules from a file, after those given here.")
+reverse = click.option("--reverse", is_flag=True, help="Turn the rules of files round.")
+auto = click.option("--auto", type=click.Choice(AUTO), help="Apply what can't change a tensor's meaning: dimensions of 1, old names.")
+average = click.option("--average", is_flag=True, help="The mean of all paths; each is a source, and there is no target.")
+weights = click.option("--weights", metavar="W,W...", help="With --average, a weight for each source: --weights 3,1.")
 init = click.option(
     "--init",
     nargs=2,
@@ -94,5 +117,6 @@ verified = click.option("--verify/--no-verify", default=True, help="Hold the wri
 device = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to load it: cpu, cuda:0, mps, meta.")
 finite = click.option("--finite", is_flag=True, help="NaN or infinite values are a no.")
 
-deciding = stack(root, rename, drop, init, dtype, allow_cast, seed, min_coverage, strict)
+mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto)
+deciding = stack(mapping, init, average, weights, dtype, allow_cast, seed, min_coverage, strict)
 writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)

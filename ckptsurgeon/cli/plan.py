@@ -22,16 +22,25 @@ from ckptsurgeon.views import text
 @options.overwrite
 @options.shown
 @options.ordered_rules
-def command(paths: tuple[str, ...], rules: tuple[Rule, ...], output: str | None, overwrite: bool, show: Show, **choices: Any) -> int:
+def command(
+    paths: tuple[str, ...],
+    rules: tuple[Rule | str, ...],
+    average: bool,
+    weights: str | None,
+    output: str | None,
+    overwrite: bool,
+    show: Show,
+    **choices: Any,
+) -> int:
     """Decide what every key gets, and why. One path alone is converted.
 
     \b
     ckptsurgeon plan net.pt model:Net -o plan.json    review it, commit it
     ckptsurgeon apply plan.json -o merged.pt          refused when it is stale
     """
-    sources, target = split(paths)
+    sources, target = split(paths, average)
     note = show.note()
-    made = api.plan(sources, target, rules=rules, note=note, **choices)
+    made = api.plan(sources, target, rules=rules, average=mean(average, weights), note=note, **choices)
     if output is not None:
         write_json(output, planfile.to_json(made), overwrite)
         note(f"wrote {output}; follow it with: ckptsurgeon apply {output} -o OUT")
@@ -39,6 +48,18 @@ def command(paths: tuple[str, ...], rules: tuple[Rule, ...], output: str | None,
     return 0
 
 
-def split(paths: tuple[str, ...]) -> tuple[list[str], str | None]:
-    """Sources and target: the last of several paths is the target; one alone has none."""
-    return ([*paths[:-1]], paths[-1]) if len(paths) > 1 else ([*paths], None)
+def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]:
+    """Sources and target: the last of several paths is the target; one alone has none, and neither has an average."""
+    return ([*paths[:-1]], paths[-1]) if len(paths) > 1 and not average else ([*paths], None)
+
+
+def mean(average: bool, weights: str | None) -> list[float] | bool | None:
+    """What `--average` and `--weights` ask for."""
+    if weights is None:
+        return average or None
+    if not average:
+        raise click.UsageError("--weights goes with --average")
+    try:
+        return [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--weights are numbers with commas between them, as in 3,1; not {weights!r}") from error

@@ -17,7 +17,7 @@ from ckptsurgeon.errors import ModelError, TargetError, VerificationError
 from ckptsurgeon.models import initialize, persons_code
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.models.values import tensor_bytes
-from ckptsurgeon.surgery.plan import Plan
+from ckptsurgeon.surgery.planned import Plan, copied_key
 
 _EXTRA = "_extra_state"
 
@@ -39,15 +39,21 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extr
     name = type(model).__name__
     state = state_dict_of(model, name)
     values: dict[str, torch.Tensor] = {}
+    copies: dict[str, str] = {}
     for step in plan.steps:
         if step.sources:
             values[step.target] = fetch(step.target)
         elif step.fresh:
             scheme = next(str(op["scheme"]) for op in step.ops if op["op"] == "init")
-            if scheme != "model":
+            copied = copied_key(step)
+            if copied is not None:
+                copies[step.target] = copied
+            elif scheme != "model":
                 leader = next((group[0] for group in plan.ties if step.target in group), step.target)
                 owner = initialize.owner_of(model, step.target)
                 values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner)
+    # `from(KEY)`: what that key gets, or what it has and keeps.
+    values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:
         _check_writable(key, state[key])
     own = {tensor.untyped_storage()._cdata for tensor in _tensors(model) if not is_traceable_wrapper_subclass(tensor)}

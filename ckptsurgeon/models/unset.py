@@ -43,6 +43,10 @@ def is_unset(tensor: torch.Tensor) -> bool:
 
 
 class _Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler for it, which takes longer than building a model
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in _TAKES and type(made) is torch.Tensor and made.layout == torch.strided and not made.is_meta:

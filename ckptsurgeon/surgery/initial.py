@@ -34,7 +34,8 @@ class Initial:
 def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin], auto: str | None = None) -> dict[str, Initial]:
     """The keep or init rule of each key of the target that no source gives, or that adapters fill up with initial values.
 
-    With `auto` "safe", BatchNorm's counter begins at 0. A rule that names a key holds for all keys that are tied to it. Raises RuleError, once for all rules that get no turn.
+    With `auto` "safe", BatchNorm's counter begins at 0. A rule that names a key holds for all keys that are tied to it. Raises RuleError,
+    once for all rules that get no turn.
     """
     tied = {key: group for group in target.ties for key in group}
     kept = kept_out(target, names)

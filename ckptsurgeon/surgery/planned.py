@@ -136,6 +136,11 @@ class Plan:
         return tuple(step.target for step in self.steps if step.fresh)
 
     @property
+    def own_adapters(self) -> tuple[str, ...]:
+        """A person's own adapters that steps name, as `module:function`."""
+        return tuple(dict.fromkeys(str(op["op"]) for step in self.steps for op in step.ops if ":" in op["op"]))
+
+    @property
     def needs_model(self) -> bool:
         """Whether a value comes from the target model itself."""
         if self.target is None or self.target.kind != "model":

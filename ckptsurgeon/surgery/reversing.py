@@ -5,7 +5,6 @@ Text to text; the rules that can't be turned are told, all at once.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterable
 

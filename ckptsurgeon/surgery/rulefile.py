@@ -1,7 +1,7 @@
 """A rules file: TOML text to rules and back. Pure; who reads the file is not known here.
 
-Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, in the order in which they stand, whatever their kinds; `[[stage]]` stands
-between rules of which the later ones see the names that the earlier ones gave. Every problem is told at once, with its line.
+Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, in the order in which they stand, whatever their kinds; `[[stage]]`
+stands between rules of which the later ones see the names that the earlier ones gave. Every problem is told at once, with its line.
 """
 
 from __future__ import annotations

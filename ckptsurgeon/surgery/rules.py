@@ -1,4 +1,4 @@
-"""What a person writes: rename, drop, keep, adapt and init rules, as values. Well-formedness is checked here; what a rule matches, in `naming`.
+"""What a person writes: rename, drop, keep, adapt and init rules, as values. What a rule matches is told in `naming`.
 
 A rule is text, one form for a command line and a rules file: `A -> B` links keys by an adapter, ` + ` stands between several keys,
 `0:` before a pattern names the only source that it is for, ` | ` stands between the adapters of a chain.
@@ -29,8 +29,8 @@ class Rule:
     """One rule.
 
     `pattern` is held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
-    without); `result` is a rename's template or templates, an adapt rule's adapters, an init's scheme. `stage` has neither: the rules after it
-    see the names that those before it gave. `file` and `line` say where it was written.
+    without); `result` is a rename's template or templates, an adapt rule's adapters, an init's scheme. `stage` has neither: the rules
+    after it see the names that those before it gave. `file` and `line` say where it was written.
     """
 
     kind: Kind
@@ -93,7 +93,7 @@ class CompiledRule:
         return None
 
 
-def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[CompiledRule, ...]:  # noqa: B008 (frozen)
+def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[CompiledRule, ...]:
     """Compile every rule; one RuleError names all that are not well formed. Stages are counted, and leave no rule behind."""
     compiled: list[CompiledRule] = []
     problems: list[str] = []
@@ -140,7 +140,7 @@ def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> 
         for result in results:
             check_template(result, patterns[0][1])
         return CompiledRule(rule, patterns, tuple(results), stage=stage)
-    ops = tuple(_brought(op, outside) for op in parse_ops(rule.result)) if rule.kind == "adapt" else ()
+    ops = tuple(_brought(rule, op, outside) for op in parse_ops(rule.result)) if rule.kind == "adapt" else ()
     gathered, counted = _loose_parts([pattern for _, pattern in patterns], results, ops) if results else ((), None)
     return CompiledRule(rule, patterns, tuple(results), ops, gathered, counted, stage)
 
@@ -166,7 +166,7 @@ def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Seque
     return tuple(part for part in parts if part not in used[0]), counted
 
 
-def _brought(op: Op, outside: Outside | None) -> Op:
+def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
     """The op with the token lists that it names, and its shape function at hand."""
     if outside is None:
         return op
@@ -174,8 +174,18 @@ def _brought(op: Op, outside: Outside | None) -> Op:
         if op["op"] not in outside.shapes:
             raise RuleError(f"{op['op']!r} was not imported")
         return op
-    lists = {name: outside.labels[op[name]] for name in ("source", "target") if type(op.get(name)) is str and op[name] in outside.labels}
-    return {**op, **lists}
+    paths = {name: beside(rule, op[name]) for name in ("source", "target") if type(op.get(name)) is str}
+    return {**op, **{name: outside.labels[path] for name, path in paths.items() if path in outside.labels}}
+
+
+def beside(rule: Rule, path: str) -> str:
+    """A file that a rule names: one that a rules file names is looked for beside it.
+
+    >>> beside(Rule("adapt", "w", "rows", "conf/rules.toml", 1), "vocab.txt")
+    'conf/vocab.txt'
+    """
+    folder = rule.file.rpartition("/")[0]
+    return f"{folder}/{path}" if folder and not path.startswith("/") else path
 
 
 def from_arguments(

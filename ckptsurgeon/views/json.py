@@ -68,6 +68,17 @@ def diff(found: Diff) -> dict[str, Any]:
         "coverage": _coverage(found.coverage),
         "dropped": list(found.dropped),
         "refused": dict(found.refused or {}),
+        "adapted": [{"key": row.key, "sources": list(row.sources), "ops": [dict(op) for op in row.ops]} for row in found.adapted],
+        "offers": [
+            {
+                "key": row.key,
+                "source_shape": list(row.source_shape),
+                "target_shape": list(row.target_shape),
+                "adapter": row.adapter,
+                "safe": row.safe,
+            }
+            for row in found.offers
+        ],
         "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
     }
 

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 
 from ckptsurgeon.surgery.compare import Diff, Hint
 from ckptsurgeon.surgery.rules import Rule
-from ckptsurgeon.views.text.words import count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
+from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
+OFFERS = 6  # rows of adapters that would fit
 RENAMES = 4  # likely renames that the next command takes in
 
 
-def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Sequence[Rule] = ()) -> str:
-    """What matches, what does not and why, coverage, and the command to run next, with the `rules` that this diff was made with."""
+def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Sequence[Rule | str] = ()) -> str:
+    """What matches, what does not and why, coverage, and the command to run next.
+
+    `rules` are those that this diff was made with: rules, and the paths of rules files.
+    """
     most = most_rows(verbose)
     root = f" (root {name(found.root)})" if found.root else ""
     lines = [f"{name(found.source)}{root} → {name(found.target)}"]
@@ -22,6 +26,9 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
     lines.append(heading("matched", len(found.matched)))
     if verbose:
         lines += keys(found.matched, width, None)
+    if found.adapted:
+        lines.append(heading("adapted", len(found.adapted), "of those that match, by rules"))
+        lines += folded([(row.key, (chain(row.ops),)) for row in found.adapted], width, most)
     lines.append(heading("mismatched", len(found.mismatched), "in both, with another shape: source → target"))
     lines += folded([(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched], width, most)
     lines.append(heading("missing", len(found.missing), "only in the target"))
@@ -41,13 +48,18 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
     return fitted([*lines, *_next(found, rules, width)], width)
 
 
-def _next(found: Diff, rules: Sequence[Rule], width: int | None) -> list[str]:
+def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[str]:
     renames = rename_hints(found.hints)
     lines = []
     if renames:
         shown = "; ".join(f"{name(one)} → {name(other)}" for one, other in renames[:RENAMES])
         more = len(renames) - RENAMES
         lines.append(f"Likely renamed: {shown}{f' and {more} more' if more > 0 else ''}")
+    if found.offers:
+        rows = [
+            (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
+        ]
+        lines += ["Would fit by an adapter, if you ask for it (--adapt KEY OP):", *folded(rows, width, OFFERS)]
     if found.matched or renames:
         return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
     return [*lines, pasted("Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source], width)]
@@ -68,14 +80,14 @@ def _renamed(extra: str, missing: str) -> tuple[str, str]:
     return (f"{one[0]}.{{p}}", f"{other[0]}.{{p}}") if whole else (extra, missing)
 
 
-def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Sequence[Rule] = ()) -> list[str]:
+def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Sequence[Rule | str] = ()) -> list[str]:
     """The words of the command that follows a diff: `verify` where the file fits as it is, else `merge`."""
     root = ["--root", found.root] if found.root else []
     if found.same and not (found.dropped or rules or found.prefix):
         return ["ckptsurgeon", "verify", found.source, found.target, *root]
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
     for rule in rules:
-        words += [f"--{rule.kind}", rule.pattern, *([rule.result] if rule.result else [])]
+        words += ["--rules", rule] if isinstance(rule, str) else [f"--{rule.kind}", *(text for text in (rule.pattern, rule.result) if text)]
     for one, other in renames[:RENAMES]:
         words += ["--rename", one, other]
     return words

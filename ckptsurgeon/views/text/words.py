@@ -10,10 +10,13 @@ from tabulate import tabulate
 
 from ckptsurgeon.errors import printable
 from ckptsurgeon.report import Finding
+from ckptsurgeon.surgery.adapters.op import Op
+from ckptsurgeon.surgery.adapters.table import texts
 from ckptsurgeon.tensors import Coverage
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 MOST = 12  # rows of one kind before the rest is counted
+FIELD = 40  # characters of a field of an op
 LONGEST = 200  # characters of a finding, where a library's own words may run on
 _PIECES = re.compile(r"[^ ,]+[ ,]*|[ ,]+")
 
@@ -50,6 +53,23 @@ def name(text: object) -> str:
     """
     words = printable(text)
     return words if words and words == words.strip() else f"'{words}'"
+
+
+def chain(ops: Iterable[Op]) -> str:
+    """Ops as a person reads them; a long field is cut.
+
+    >>> chain([{"op": "transpose", "dims": [0, 1]}])
+    'transpose(dims=[0, 1])'
+    """
+    cut = [{field: value if len(repr(value)) <= FIELD else Cut() for field, value in op.items()} for op in ops]
+    return texts(cut)
+
+
+class Cut:
+    """Stands for a field that is too long to read."""
+
+    def __repr__(self) -> str:
+        return "…"
 
 
 def count(number: int, thing: str) -> str:
