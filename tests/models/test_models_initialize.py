@@ -225,3 +225,76 @@ def test_a_model_on_cuda_gets_the_same_values():
     model = Net().cuda()
     initialize(model, ["fc.weight"], "normal")
     assert torch.equal(model.fc.weight.cpu(), value("normal", "fc.weight", (2, 40), "F32", 0, None))
+
+
+class Stack(nn.Module):
+    def __init__(self, layers=4):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(layers))
+        self.head = nn.Linear(3, 2)
+
+
+def test_from_takes_another_keys_value_and_leaves_that_alone():
+    model = Stack()
+    kept = model.layers[0].weight.clone()
+    assert initialize(model, ["layers.1.weight"], "from(layers.0.weight)") == ("layers.1.weight",)
+    assert torch.equal(model.layers[1].weight, kept) and torch.equal(model.layers[0].weight, kept)
+    with torch.no_grad():
+        model.layers[1].weight.zero_()
+    assert torch.equal(model.layers[0].weight, kept)
+
+
+def test_from_follows_the_patterns_parts_to_the_value_that_the_other_key_gets():
+    model = Stack()
+    new = [f"layers.{i}.{p}" for i in (1, 2, 3) for p in ("weight", "bias")]
+    assert initialize(model, new, {"layers.{i}.{p}": "from(layers.{i-1}.{p})"}) == tuple(new)
+    for layer in model.layers[1:]:
+        assert torch.equal(layer.weight, model.layers[0].weight) and torch.equal(layer.bias, model.layers[0].bias)
+    initialize(model, new, {"layers.1.weight": "normal", "layers.{i}.weight": "from(layers.{i-1}.weight)"}, seed=3)
+    assert torch.equal(model.layers[3].weight, value("normal", "layers.1.weight", (3, 3), "F32", 3, None))
+
+
+@pytest.mark.parametrize(
+    ("schemes", "message", "hint"),
+    [
+        ({"head.weight": "from(layers.0.weight)"}, r"shape \(2, 3\), and 'layers.0.weight'.*\(3, 3\)", None),
+        ({"head.weight": "from(hed.weight)"}, "'hed.weight', which is not in the model", "head.weight"),
+        ({"head.weight": "from(head.weight)"}, "leads back to it", None),
+        ({"layers.1.bias": "from(layers.2.bias)", "layers.2.bias": "from(layers.1.bias)"}, "2 initialisations", None),
+        ({"layers.*.bias": "from(layers.{i}.bias)"}, "does not name", None),
+        ({"layers.{i}.bias": "from(layers.{i-1}.bias)"}, "comes to -1", None),
+    ],
+)
+def test_a_key_that_from_can_not_take_its_value_from_is_refused(schemes, message, hint):
+    model = Stack()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(RuleError, match=message) as caught:
+        initialize(model, list(before), schemes)
+    assert hint is None or hint in caught.value.hint
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_from_has_no_value_where_no_other_values_are():
+    with pytest.raises(RuleError, match="no other values are at hand") as caught:
+        value("from(a)", "b", (2,), "F32", 0, nn.Linear(1, 1))
+    assert caught.value.key == "b"
+
+
+def test_from_of_a_tied_tensor_is_what_that_tensor_gets():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "head": nn.Linear(4, 4, bias=False), "new": nn.Linear(4, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    touched = initialize(model, list(model.state_dict()), {"head.weight": "normal", "new.weight": "from(embed.weight)"})
+    assert set(touched) == {"embed.weight", "head.weight", "new.weight"}
+    assert torch.equal(model["new"].weight, model["embed"].weight)
+    assert torch.equal(model["new"].weight, value("normal", "embed.weight", (4, 4), "F32", 0, None))
+
+
+def test_reset_in_place_is_the_layers_own():
+    model = Net()
+    expected = {key: value("reset", f"norm.{key}", (6,), "F32", 0, model.norm) for key in ("weight", "running_var")}
+    with torch.no_grad():
+        for tensor in model.norm.parameters():
+            tensor.fill_(5)
+    assert initialize(model, ["norm.weight", "norm.running_var", "fc.weight"], "reset") == ("norm.weight", "norm.running_var", "fc.weight")
+    assert torch.equal(model.norm.weight, expected["weight"]) and torch.equal(model.norm.running_var, expected["running_var"])
+    assert torch.equal(model.fc.weight, value("reset", "fc.weight", (2, 40), "F32", 0, model.fc))
