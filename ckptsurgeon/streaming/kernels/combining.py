@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ckptsurgeon.streaming.kernels.layout import Kernel
 
-PIECE = 1 << 20  # elements averaged at a time, so that the wider sum needs little memory
+PIECE = 1 << 20  # elements averaged at a time, so that what is wider needs little memory
 
 
 def _chunked(tensor: torch.Tensor, op: Op) -> torch.Tensor:
@@ -54,7 +54,7 @@ def _padded_one(tensor: torch.Tensor, op: Op, initial: Callable[[], torch.Tensor
     if size > have:
         room = out.narrow(dim, rest, size - have)
         if op["fill"] == "mean":
-            room.copy_(_mean(tensor, dim))
+            _fill_by_mean(room, tensor, dim)
         elif op["fill"] == "init":
             room.copy_(_initial_part(initial(), out, op).narrow(dim, rest, size - have))
         else:
@@ -62,10 +62,12 @@ def _padded_one(tensor: torch.Tensor, op: Op, initial: Callable[[], torch.Tensor
     return out
 
 
-def _mean(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def _fill_by_mean(room: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
     if not tensor.is_floating_point():
         raise RuleError(f"pad fills up with a mean, and the tensor is {_word(tensor.dtype)}", hint="fill it with zeros or a value")
-    return tensor.to(_wide([tensor])).mean(dim, keepdim=True)
+    wide = _wide([tensor])
+    for piece in _pieces(tuple(tensor.shape), whole=dim):
+        room[piece] = tensor[piece].to(wide).mean(dim, keepdim=True).to(room.dtype)
 
 
 def _initial_part(value: torch.Tensor, out: torch.Tensor, op: Op) -> torch.Tensor:
@@ -109,15 +111,16 @@ def _averaged(tensors: list[torch.Tensor], op: Op, _initial: Callable[[], torch.
     return [out]
 
 
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """The parts of a tensor along its longest dim, each of about PIECE elements."""
-    if not shape:
+def _pieces(shape: tuple[int, ...], whole: int | None = None) -> Iterator[tuple[slice, ...]]:
+    """The parts of a tensor along its longest dim, but for `whole`, each of about PIECE elements."""
+    dims = [dim for dim in range(len(shape)) if dim != whole]
+    if not dims:
         yield ()
         return
-    dim = shape.index(max(shape))
-    step = max(1, PIECE * shape[dim] // max(prod(shape), 1))
-    for start in range(0, shape[dim], step):
-        yield (*(slice(None),) * dim, slice(start, start + step))
+    longest = max(dims, key=shape.__getitem__)
+    step = max(1, PIECE * shape[longest] // max(prod(shape), 1))
+    for start in range(0, shape[longest], step):
+        yield (*(slice(None),) * longest, slice(start, start + step))
 
 
 def _wide(tensors: Sequence[torch.Tensor]) -> torch.dtype:

@@ -41,7 +41,7 @@ def _rotary(tensor: torch.Tensor, op: Op) -> torch.Tensor:
 
 KERNELS: dict[str, Kernel] = {
     "transpose": each(lambda tensor, op: tensor.transpose(*op["dims"])),
-    "permute": each(lambda tensor, op: tensor.permute(*op["dims"])),
+    "permute": each(lambda tensor, op: tensor.permute(tuple(op["dims"]))),
     "reshape": each(lambda tensor, op: tensor.reshape(tuple(op["shape"]))),
     "squeeze": each(lambda tensor, op: tensor.squeeze(op["dim"]) if "dim" in op else tensor.squeeze()),
     "unsqueeze": each(lambda tensor, op: tensor.unsqueeze(op["dim"])),
