@@ -40,9 +40,7 @@ def _holes(runs: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, int]
 
 def _one(tensor: torch.Tensor, op: Op, holes: Sequence[tuple[int, int]], initial: torch.Tensor | None) -> torch.Tensor:
     dim = op["dim"]
-    found = tensor.new_empty(*tensor.shape[:dim], op["rows"], *tensor.shape[dim + 1 :])
-    for start, source, count in op["runs"]:
-        found.narrow(dim, start, count).copy_(tensor.narrow(dim, source, count))
+    found = _copied(tensor, dim, op["rows"], op["runs"])
     if not holes:
         return found
     if initial is not None and initial.shape != found.shape:
@@ -57,6 +55,25 @@ def _one(tensor: torch.Tensor, op: Op, holes: Sequence[tuple[int, int]], initial
         else:
             hole.zero_()
     return found
+
+
+def _copied(tensor: torch.Tensor, dim: int, rows: int, runs: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`rows` rows along `dim`, those of the runs with the source's bits; the others hold anything.
+
+    One selection for all runs: they may be many and short.
+    """
+    import torch
+
+    if not runs:
+        return tensor.new_empty(*tensor.shape[:dim], rows, *tensor.shape[dim + 1 :])
+    starts, sources, counts = torch.tensor(runs, dtype=torch.int64).unbind(1)
+    place = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    index = torch.zeros(rows, dtype=torch.int64)
+    index[place + torch.repeat_interleave(starts, counts)] = place + torch.repeat_interleave(sources, counts)
+    if tensor.dtype == torch.complex128:
+        return tensor.index_select(dim, index)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]  # torch can select these, not all dtypes
+    return tensor.view(whole).index_select(dim, index).view(tensor.dtype)
 
 
 def _mean(tensor: torch.Tensor, dim: int) -> torch.Tensor:
