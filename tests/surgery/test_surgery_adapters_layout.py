@@ -60,6 +60,7 @@ FILLED = [
     ("chunk", [(12, 3)], {**SPLIT, "wanted": (2, 3), "index": 2}, {"op": "slice", "dim": 0, "start": 10, "stop": 12}),
     ("chunk", [(12, 3)], {**SPLIT, "index": 2}, {"dim": 0, "index": 2, "of": 3}),  # not the last op: siblings are other tensors' shapes
     ("chunk", [(24, 3)], {**SPLIT, "wanted": (2, 3), "index": 2}, {"dim": 0, "index": 2, "of": 3}),  # they don't add up
+    ("chunk(of=3)", [(12, 3)], {**SPLIT, "wanted": (2, 3), "index": 1}, {"op": "slice", "dim": 0, "start": 8, "stop": 10}),
     ("chunk(sizes=[6, 3, 3])", [(12,)], {"of": 3, "index": 1}, {"op": "slice", "dim": 0, "start": 6, "stop": 9}),
     ("chunk(sizes=[4, 4, 4])", [(12,)], {"of": 3, "index": 1}, {"dim": 0, "index": 1, "of": 3}),
     ("chunk(index=1, of=4)", [(12,)], {}, {"dim": 0, "index": 1, "of": 4}),

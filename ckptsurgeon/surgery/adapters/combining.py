@@ -109,7 +109,8 @@ def _chunked(op: Op, shape: Shape) -> Shape:
 
 def _filled_chunk(op: Op, place: Place) -> Op:
     dim = from_front(op, op.get("dim", 0), place.shapes)
-    sizes = op.get("sizes", _sibling_sizes(place, dim) if not {"index", "of"} & set(op) else None)
+    own = "index" not in op and op.get("of", place.of) == place.of  # each result is one part
+    sizes = op.get("sizes", _sibling_sizes(place, dim) if own else None)
     of = op.get("of", place.of if sizes is None else len(sizes))
     if sizes is not None and len(sizes) != of:
         raise refused(op, f"has {len(sizes)} sizes for {of} parts")
