@@ -49,6 +49,8 @@ def test_by_tokens() -> None:
     assert (init["scheme"], taken(init)) == ("model", [2, 2, None, None, 3, None, None, None])
     assert filled(4, 5, source=source, target=target, fill="init", scheme="normal(std=0.02)")["scheme"] == "normal(std=0.02)"
     assert json.loads(json.dumps(op)) == op
+    whole = filled(4, 4, source=source, target=source, fill="init")
+    assert whole == {"op": "rows", "dim": 0, "rows": 4, "runs": [[0, 0, 4]], "fill": "none"}  # nothing to fill, nothing to ask a model for
 
 
 @pytest.mark.parametrize(

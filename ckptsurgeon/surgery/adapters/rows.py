@@ -110,6 +110,7 @@ def _fill(op: Op, place: Place) -> Op:
             f"rows: {len(missing)} of the target's {len(taken)} rows have no counterpart in the source: {few}",
             hint="say what they get: fill='mean', 'zeros' or 'init', or copy={'<new>': 'the'} for single tokens",
         )
+    fill = fill if missing else "none"  # a fill that fills nothing is no reason to ask for the target's initial value
     scheme = {"scheme": op.get("scheme", "model")} if fill == "init" else {}
     return {"op": "rows", "dim": dim, "rows": len(taken), "runs": list(_joined(taken)), "fill": fill, **scheme}
 
