@@ -37,11 +37,12 @@ def command(
 
     \b
     ckptsurgeon merge net.pt model:Net -o out.pt --rename 'fc2.{p}' 'dense2.{p}'
-    ckptsurgeon merge vit.pt other:ViT -o out.pt --rules vit.toml --adapt pos_embed interpolate
+    ckptsurgeon merge vit.pt other:ViT -o out.pt --rules vit.toml
+    ckptsurgeon merge vit.pt vit:Large -o out.pt --adapt pos_embed interpolate
     ckptsurgeon merge net.pt -o net.safetensors    one path alone is converted
-    ckptsurgeon merge a.pt b.pt -o soup.pt --average
+    ckptsurgeon merge a.pt b.pt c.pt -o soup.pt --average
 
-    Rules hold in the order given. In a pattern * matches within a segment, ** across segments; {p} is one segment and {**rest}
+    Rules hold in the order given; the first that matches a key wins. In a pattern * matches within a segment, ** across segments; {p} is one segment and {**rest}
     one or more, which a rename's result can use again; /…/ is a regular expression.
     """
     sources, target = split(paths, average)

@@ -81,7 +81,7 @@ def initialize(
                 reason = "is on the meta device" if tensor.is_meta else "is a copy that a hook of the state_dict made"
                 raise ModelError(f"can't be initialised in place: it {reason}", key=key, hint="build the model on a real device")
             if chosen == KEEP:
-                made = found.detach().clone()
+                made = found
             else:
                 leader = written[origin][0]
                 made = drawn(chosen, leader, shape, code, seed, owner_of(model, leader), own)

@@ -283,7 +283,8 @@ def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Chec
         yield f"{step.target}: {error.reason}"
         return
     if given and shapes != (step.shape,):
-        yield f"{step.target}: its source {step.sources[0][1]} has shape {given[0].shape}, and its ops give {shapes}, not {step.shape}"
+        words = f"its adapters give {shapes[0] if len(shapes) == 1 else shapes}" if step.adapters else f"has shape {given[0].shape}"
+        yield f"{step.target}: {'' if step.adapters else f'its source {step.sources[0][1]} '}{words}, not {step.shape}"
     if len(dtypes) > 1 or (step.cast or next(iter(dtypes))) != step.dtype:
         yield f"{step.target}: its ops give {step.cast or ' and '.join(sorted(dtypes))}, and its dtype says {step.dtype}"
     if needs_floats(step.adapters) and any(BY_CODE[code].kind != "float" for code in dtypes):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.chain import invert_chain
+from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import parse_ops, texts
 from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.rules import Rule, compile_rule, linked
@@ -53,6 +54,8 @@ def _reversed(rule: Rule) -> Rule:
         if ops is None:
             raise RuleError("an adapter of it loses what would be needed to go back")
         sources, results = linked(rule)
+        if len(results) > 1 and any(op["op"] == "stack" for op in ops[1:]) and "of" not in ops[0]:
+            ops = (_grouped(ops[0], len(results)), *ops[1:])
         text = rule.pattern if not results else " -> ".join((" + ".join(_sides(results, sources)), " + ".join(_sides(sources, results))))
         return Rule("adapt", text, texts(ops), rule.file, rule.line)
     if rule.kind != "rename":
@@ -62,6 +65,11 @@ def _reversed(rule: Rule) -> Rule:
         raise RuleError("one key goes to several, and no one of them is told to come back")
     (pattern,), (result,) = _sides(results, sources), _sides(sources, results)
     return Rule("rename", pattern, result, rule.file, rule.line)
+
+
+def _grouped(op: Op, count: int) -> Op:
+    """A join of the parts that one key was cut into, before another join joins what is gathered."""
+    return {**op, "of": count} if op["op"] in ("concat", "stack") else op
 
 
 def _sides(turned: list[str], other: list[str]) -> list[str]:

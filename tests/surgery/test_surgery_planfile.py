@@ -59,7 +59,7 @@ def test_the_design_page_shows_what_stands_there():
             "sources": [],
             "ops": [{"op": "init", "scheme": "model"}],
             "fresh": True,
-            "reason": "the source's fc3.weight has shape (10, 84); the model's own value",
+            "reason": "the source has another shape; the model's own value",
         },
     ]
     (dropped,) = value["dropped"]

@@ -40,10 +40,11 @@ def fill_chain(
     """
     ops: list[Op] = []
     given = tuple(shapes)
+    counted = [place for place, one in enumerate(asked) if one.op["op"] == "unstack"][:1]  # the one that a part of the result's name counts
     for place, one in enumerate(asked):
         last = place == len(asked) - 1
         siblings = tuple(known.get(name) if last else None for name in one.siblings)
-        look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, one.number)
+        look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, one.number if place in counted else None)
         op: Op = one.op
         if is_own(op):
             op = {**op, "shape": list(own[str(op["op"])](given, **op["arguments"]))}
@@ -81,7 +82,7 @@ def invert_chain(ops: Sequence[Op]) -> tuple[Op, ...] | None:
 
 def needs_floats(ops: Sequence[Op]) -> bool:
     """Whether a chain computes values, so that only floating tensors can take it."""
-    return any(adapter_of(str(op["op"])).floats for op in ops)
+    return any(adapter_of(str(op["op"])).floats or op.get("fill") == "mean" for op in ops)
 
 
 def initial_scheme(ops: Sequence[Op]) -> str | None:

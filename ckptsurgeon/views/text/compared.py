@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.surgery.compare import Diff, Hint
+from ckptsurgeon.surgery.compare import Diff, Hint, Offer
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -60,7 +60,7 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
             (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
         ]
         lines += ["Would fit by an adapter, if you ask for it (--adapt KEY OP):", *folded(rows, width, OFFERS)]
-    if found.matched or renames:
+    if found.matched or renames or found.offers:
         return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
     return [*lines, pasted("Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source], width)]
 
@@ -72,6 +72,18 @@ def rename_hints(hints: Sequence[Hint]) -> list[tuple[str, str]]:
     [('fc2.{p}', 'dense2.{p}'), ('gain', 'scale')]
     """
     return list(dict.fromkeys(_renamed(hint.extra, hint.missing) for hint in hints))
+
+
+def adapter_hints(offers: Sequence[Offer]) -> list[tuple[str, str]]:
+    """The adapters of keys that only one adapter would make fit.
+
+    >>> adapter_hints([Offer("w", (2, 3), (3, 2), "transpose")])
+    [('w', 'transpose')]
+    """
+    by_key: dict[str, list[str]] = {}
+    for offer in offers:
+        by_key.setdefault(offer.key, []).append(offer.adapter)
+    return [(key, adapters[0]) for key, adapters in by_key.items() if len(adapters) == 1]
 
 
 def _renamed(extra: str, missing: str) -> tuple[str, str]:
@@ -90,4 +102,6 @@ def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Se
         words += ["--rules", rule] if isinstance(rule, str) else [f"--{rule.kind}", *(text for text in (rule.pattern, rule.result) if text)]
     for one, other in renames[:RENAMES]:
         words += ["--rename", one, other]
+    for key, adapter in adapter_hints(found.offers)[:OFFERS]:
+        words += ["--adapt", key, adapter]
     return words
