@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptsurgeon.dtypes import BY_CODE
@@ -44,7 +44,7 @@ def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names
     known: Mapping[str, Shape] = {} if target is None else {key: tensor.shape for key, tensor in target.items()}
     problems: list[str] = []
     found: dict[str, Origin] = {}
-    asked = {} if target is None else _asked_of_target(target, names, problems)
+    asked = _asked_of(names, names.claims if target is None else target, problems)
     barred = frozenset() if target is None else kept_out(target, names)
     for name, claim in names.claims.items():
         if target is not None and (name not in target or name in barred):
@@ -80,23 +80,23 @@ def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:
     return kept
 
 
-def _asked_of_target(target: Checkpoint, names: Names, problems: list[str]) -> dict[str, tuple[tuple[Asked, ...], Rule]]:
-    """The ops that rules ask of a target key by its name; the first rule that matches."""
+def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[str, tuple[tuple[Asked, ...], Rule]]:
+    """The ops that rules ask of one of the output's keys by its name; the first rule that matches."""
     asked: dict[str, tuple[tuple[Asked, ...], Rule]] = {}
     for rule in names.adapts:
-        matched = [key for key in target if rule.match(key) is not None]
+        matched = [key for key in keys if rule.match(key) is not None]
         taken = [key for key in matched if key in names.claims]
         new = [key for key in taken if key not in asked]
         asked.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
         if not matched:
-            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, target)}")
+            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, keys)}")
         elif not taken:
             problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or link it: 'A -> {matched[0]}'")
         elif not new:
             problems.append(f"{rule.rule} never gets a turn: earlier rules adapt all of its keys")
     for rule in names.keeps:
-        if not any(rule.match(key) is not None for key in target):
-            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, target)}")
+        if not any(rule.match(key) is not None for key in keys):
+            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, keys)}")
     return asked
 
 

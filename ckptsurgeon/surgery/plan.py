@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import PlanError
+from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.averaging import Weights
 from ckptsurgeon.surgery.carried import findings, module_metadata, refuse_unsafe
 from ckptsurgeon.surgery.fates import fates, loose
@@ -66,6 +66,9 @@ def make_plan(
         compile_pattern(pattern)
     names = name_sources(sources, target, rules, outside, average=average, auto=auto)
     refuse_unsafe(sources, target, names)
+    if target is None and (names.inits or names.keeps):
+        rule = (*names.inits, *names.keeps)[0].rule
+        raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
     origins = find_origins(sources, target, names, auto)
     planner = _Planner(target, names, choice, origins, auto)
     steps, entries = planner.steps(), planner.entries()

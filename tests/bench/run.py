@@ -1,6 +1,6 @@
 """Measures the promises about speed and memory as whole processes, and writes them to RESULTS.md as ratios of one run.
 
-    python tests/bench/run.py              # about 10 minutes, 12 GB of free disk
+    python tests/bench/run.py              # about 15 minutes, 16 GB of free disk
     python tests/bench/run.py --gigabytes 0.2 --runs 3 --no-write
 
 Each row runs a command and its yardstick in turn (A B A B …) after one warm-up of both, and quotes medians, the ratio pair by pair. Peak
@@ -114,6 +114,8 @@ from bench_model import Net
 torch.manual_seed(0)
 state = Net().state_dict()
 torch.save(state, "a.pt")
+for name in ("b.pt", "c.pt"):
+    torch.save({key: value + 1 for key, value in state.items()}, name)
 save_file(state, "a.safetensors", metadata={"format": "pt"})
 """
 
@@ -140,6 +142,13 @@ SAFETENSORS = """
 import sys
 from safetensors.torch import load_file, save_file
 save_file(load_file(sys.argv[1]), sys.argv[2], metadata={"format": "pt"})
+"""
+
+
+AVERAGE = """
+import sys, torch
+loaded = [torch.load(path, weights_only=True) for path in sys.argv[1:]]
+soup = {key: sum(state[key] for state in loaded) / len(loaded) for key in loaded[0]}
 """
 
 
@@ -222,6 +231,39 @@ def merging(runs: int) -> list[Row]:
     return rows
 
 
+def surgery(runs: int) -> list[Row]:
+    rows = []
+    split = ["--adapt", "layers.{i}.attn.{p} -> layers.{i}.q.{p} + layers.{i}.k.{p} + layers.{i}.v.{p}", "chunk"]
+    for proof in (False, True):
+        words = ["merge", "a.pt", "-o", "out.safetensors", *split, *([] if proof else ["--no-verify"])]
+        ours, theirs, ratio = pair([*CLI, *words], python(COPY, "a.pt", "copy.bin"), runs, [Path("out.safetensors"), Path("copy.bin")])
+        times = 2.2 if proof else 1.3
+        kept = ours.seconds <= times * theirs.seconds + 0.3 and ours.megabytes <= 64
+        name = f"merge, attn split to q, k, v{', proven' if proof else ', --no-verify'}"
+        rows.append(Row(name, "copy_file_range, fsync", ours, theirs, ratio, f"≤ {times} × + 0.3 s, ≤ 64 MB", kept))
+    largest = largest_tensor()
+    turn = ["--adapt", "layers.*.fc*.weight", "transpose"]
+    ours, theirs, ratio = pair([*CLI, "merge", "a.pt", "-o", "out.pt", *turn], python(TORCH, "a.pt", "copy.bin"), runs, [Path("out.pt")])
+    most = 220 + 2 * largest
+    kept = ours.megabytes <= most
+    rows.append(Row("merge, fc weights transposed, proven", "torch.load + torch.save", ours, theirs, ratio, f"≤ {most:.0f} MB", kept))
+    for proof in (False, True):
+        words = ["merge", "a.pt", "b.pt", "c.pt", "-o", "out.safetensors", "--average", *([] if proof else ["--no-verify"])]
+        ours, theirs, ratio = pair([*CLI, *words], python(AVERAGE, "a.pt", "b.pt", "c.pt"), runs, [Path("out.safetensors")])
+        kept = ours.megabytes <= most and (proof or ratio <= 1.5)
+        bound = f"≤ {most:.0f} MB" if proof else f"≤ 1.5 ×, ≤ {most:.0f} MB"
+        name = f"average of three{', proven' if proof else ', --no-verify'}"
+        rows.append(Row(name, "torch: load three, sum (nothing written)", ours, theirs, ratio, bound, kept))
+    return rows
+
+
+def largest_tensor() -> float:
+    """In MB."""
+    from ckptsurgeon import open as read
+
+    return max(tensor.nbytes for tensor in read("a.pt").values()) / 1e6
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = ["| command | seconds | MB | yardstick | seconds | ratio | bound | kept |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -234,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.5)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["reading", "merging", "surgery"], help="which rows; others than all are not written")
     parser.add_argument("--no-write", action="store_true")
     choices = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ckptsurgeon-bench-"))
@@ -242,7 +285,8 @@ def main() -> None:
     try:
         prepare(choices.gigabytes)
         size = os.path.getsize("a.pt") / 1e9
-        rows = [*reading(choices.runs), *merging(choices.runs)]
+        parts = {"reading": reading, "merging": merging, "surgery": surgery}
+        rows = [row for name in choices.parts for row in parts[name](choices.runs)]
     finally:
         shutil.rmtree(folder)
     words = (
@@ -252,7 +296,7 @@ def main() -> None:
         "shared and noisy: read ratios, not seconds. `merge` syncs file and folder before it says done; the libraries in brackets do not.\n"
     )
     print(words)
-    if not choices.no_write:
+    if not choices.no_write and len(choices.parts) == 3:
         (HERE / "RESULTS.md").write_text(words)
 
 
