@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         initialize,
         inspect,
         load_plan,
+        load_rules,
         merge,
         open,
         param_groups,
@@ -26,21 +27,32 @@ if TYPE_CHECKING:
         verify,
     )
     from ckptsurgeon.errors import CheckpointError
+    from ckptsurgeon.surgery.adapters.own import adapter
+    from ckptsurgeon.surgery.rules import Rule
     from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
-_HOMES = {"CheckpointError": "errors", "Checkpoint": "tensors", "TensorMeta": "tensors"}
+_HOMES = {
+    "adapter": "surgery.adapters.own",
+    "Rule": "surgery.rules",
+    "CheckpointError": "errors",
+    "Checkpoint": "tensors",
+    "TensorMeta": "tensors",
+}
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Rule",
     "TensorMeta",
     "__version__",
+    "adapter",
     "apply",
     "check",
     "diff",
     "initialize",
     "inspect",
     "load_plan",
+    "load_rules",
     "merge",
     "open",
     "param_groups",

@@ -5,6 +5,7 @@
 
 from ckptsurgeon.api.looking import check, diff, inspect, open, skeleton, verify
 from ckptsurgeon.api.merging import apply, load_plan, merge, output_format, plan
+from ckptsurgeon.api.ruling import load_rules
 from ckptsurgeon.api.tuning import groups, initialize, param_groups, transfer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "initialize",
     "inspect",
     "load_plan",
+    "load_rules",
     "merge",
     "open",
     "output_format",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening
-from ckptsurgeon.api.opening import Given
+from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.provenance import still_fresh
-from ckptsurgeon.api.ruling import Ruling
+from ckptsurgeon.api.ruling import Own, Ruling
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models import groups, initialize
 from ckptsurgeon.models.official import at_root
@@ -22,7 +22,6 @@ from ckptsurgeon.models.transfer import put
 from ckptsurgeon.report import Cast, Finding, Report
 from ckptsurgeon.streaming.adapting import adapted, dense_parts
 from ckptsurgeon.streaming.apply import with_data
-from ckptsurgeon.streaming.kernels.table import OwnKernel
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.plan import Plan, Step, make_plan
@@ -55,12 +54,12 @@ def transfer(
     gates.check(plan, min_coverage=min_coverage, strict=strict)
     with Reader([given]) as reader:
         casts: list[Cast] = []
-        run = _Run(plan, given, live, reader, model, ruling.kernels, casts)
+        run = _Run(plan, given, live, reader, model, ruling.own, casts)
         values = {step.target: run.value(step) for step in plan.steps if step.sources}
         refuse_losses(casts, plan.allow_cast)
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
-        put(plan, model, values.__getitem__, extra)
+        put(plan, model, values.__getitem__, extra, ruling.own.schemes)
         _check_still_unchanged(reader)
     report = Report(
         sources=(given.path,),
@@ -119,13 +118,13 @@ class _Run:
     live: State
     reader: Reader
     model: nn.Module
-    kernels: Mapping[str, OwnKernel]
+    own: Own
     casts: list[Cast]
 
     def value(self, step: Step) -> torch.Tensor:
         """A step's value. One that is neither adapted nor cast is not copied: it lies in the file's mapping, or in the live source."""
         tensors = [self._tensor(key) for _, key in step.sources]
-        made = adapted(step, tensors, lambda: self._initial(step), self.kernels) if step.adapters else tensors[0]
+        made = adapted(step, tensors, lambda: self._initial(step), self.own.kernels) if step.adapters else tensors[0]
         if step.cast is None:
             return made
         data = bytearray().join(cast(step.target, dense_parts(made), self.given[step.sources[0][1]].dtype, step.cast, self.casts))
@@ -147,8 +146,9 @@ class _Run:
         if scheme == "model":
             found: torch.Tensor = state[step.target].detach()
             return found
-        owner = initialize.owner_of(self.model, step.target)
-        return initialize.value(scheme, step.target, step.shape, step.dtype, self.plan.seed, owner)
+        leader = self.plan.leader(step.target)
+        owner = initialize.owner_of(self.model, leader)
+        return initialize.value(scheme, leader, step.shape, step.dtype, self.plan.seed, owner, self.own.schemes)
 
 
 def _record(source: Any) -> Any:
@@ -174,6 +174,6 @@ def param_groups(
     )
 
 
-def initialize_fresh(model: nn.Module, source: Any, scheme: str | Mapping[str, str], seed: int) -> tuple[str, ...]:
+def initialize_fresh(model: nn.Module, source: Any, scheme: str | Mapping[str, str], seed: int, note: Note) -> tuple[str, ...]:
     """See `ckptsurgeon.initialize`."""
-    return initialize.initialize(model, _record(source), scheme, seed=seed)
+    return initialize.initialize(model, _record(source), scheme, seed=seed, note=note)

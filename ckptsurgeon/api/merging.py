@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import verify_written
-from ckptsurgeon.api.ruling import Rules, Ruling, gather, load_own
+from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError
-from ckptsurgeon.models.scheme_text import parse_scheme
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
@@ -25,9 +24,6 @@ from ckptsurgeon.surgery.plan import Plan, make_plan
 from ckptsurgeon.surgery.rules import Rule, from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
-
-if TYPE_CHECKING:
-    from ckptsurgeon.streaming.kernels.table import OwnKernel
 
 
 def plan(
@@ -77,7 +73,7 @@ def plan(
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
     choices = _choices(from_arguments(rename, drop, init, adapt, keep), rules, reverse, note, root, dtype, seed, allow_cast, average, auto)
-    seen = _look(sources, choices.ruling)
+    seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     _, made = _decide(seen, goal, choices)
     gates.check(made, min_coverage=min_coverage, strict=strict)
@@ -113,11 +109,8 @@ def _choices(
     return _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
 
 
-def _look(sources: Given | Sequence[Given], ruling: Ruling) -> list[Given]:
-    """What can be told before a model is imported: that the sources can be read, and that every scheme has a meaning."""
-    for rule in ruling.rules:
-        if rule.kind == "init":
-            parse_scheme(rule.result)
+def _look(sources: Given | Sequence[Given]) -> list[Given]:
+    """What can be told before a model is imported: that the sources can be read."""
     return [opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 
@@ -194,7 +187,7 @@ def merge(
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
     choices = _choices(from_arguments(rename, drop, init, adapt, keep), rules, reverse, note, root, dtype, seed, allow_cast, average, auto)
-    seen = _look(sources, choices.ruling)
+    seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
@@ -204,7 +197,7 @@ def merge(
             found, made = _decide(seen, goal, choices)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device if verify else None, finite, choices.ruling.kernels)
+    return _carry_out(made, found, goal, how, device if verify else None, finite, choices.ruling.own)
 
 
 def apply(
@@ -241,9 +234,9 @@ def apply(
         if goal.build is not None and (made.needs_model or verify):
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
-    kernels = {name: one.kernel for name, one in load_own(made.own_adapters, note).items()} if made.own_adapters else {}
+    _, own = load_own(made.own_adapters, [scheme for step in made.steps for scheme in step.schemes], note)
     how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device if verify else None, finite, kernels)
+    return _carry_out(made, found, goal, how, device if verify else None, finite, own)
 
 
 def load_plan(path: Path) -> Plan:
@@ -289,7 +282,7 @@ def _carry_out(
     how: Output,
     device: str | None,
     finite: bool,
-    kernels: Mapping[str, OwnKernel],
+    own: Own,
 ) -> Report:
     wanted = None if goal is None else goal.checkpoint
     if how.tied not in ("copy", "alias"):
@@ -300,18 +293,18 @@ def _carry_out(
         if device is not None and goal is not None and goal.build is not None:
             verification.append(verify_written(path, goal, device, finite=finite, seed=made.seed, shown=how.path))
 
-    written = write_plan(made, found, wanted, how, values=_values(made, goal, kernels), verify=prove)
+    written = write_plan(made, found, wanted, how, values=_values(made, goal, own), verify=prove)
     return _report(made, written, how.path, how.proof, verification[0] if verification else None)
 
 
-def _values(made: Plan, goal: Target | None, kernels: Mapping[str, OwnKernel]) -> Values | None:
+def _values(made: Plan, goal: Target | None, own: Own) -> Values | None:
     schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
     if goal is None or not (schemes or made.needs_model):
-        return Values(_no_initial, _no_initial, kernels) if kernels else None
+        return Values(_no_initial, _no_initial, own.kernels) if own.kernels else None
     from ckptsurgeon.models.values import extra_state, make_provider
 
     model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
-    provide = make_provider(model, schemes, goal.checkpoint, made.seed)
+    provide = make_provider(model, schemes, goal.checkpoint, made.seed, own.schemes)
     extra = extra_state(model) if model is not None else {}
     leaders = {key: group[0] for group in made.ties for key in group}
 
@@ -323,7 +316,7 @@ def _values(made: Plan, goal: Target | None, kernels: Mapping[str, OwnKernel]) -
             raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
         return extra[key]
 
-    return Values(initial, own_extra, kernels)
+    return Values(initial, own_extra, own.kernels)
 
 
 def _no_initial(key: str) -> Any:

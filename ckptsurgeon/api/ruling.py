@@ -14,24 +14,36 @@ from ckptsurgeon.api.opening import Note, Path, silent
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.labels import read_labels
+from ckptsurgeon.models import scheme_text
+from ckptsurgeon.models.scheme_text import parse_scheme
+from ckptsurgeon.surgery.adapters.chain import OwnShape
 from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
 from ckptsurgeon.surgery.reversing import reverse as turn_round
 from ckptsurgeon.surgery.rulefile import parse_rules
 from ckptsurgeon.surgery.rules import Outside, Rule, beside
 
 if TYPE_CHECKING:
+    from ckptsurgeon.models.own import Fill
     from ckptsurgeon.streaming.kernels.table import OwnKernel
 
 Rules = Path | Rule | Sequence[Path | Rule]
 
 
 @dataclass(frozen=True)
+class Own:
+    """A person's own code by name: the kernels of adapters, and the functions of schemes."""
+
+    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    schemes: Mapping[str, Fill] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Ruling:
-    """The rules of a call in their order, what they name outside, and the kernels of a person's own adapters."""
+    """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code."""
 
     rules: tuple[Rule, ...]
     outside: Outside = field(default_factory=Outside)
-    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    own: Own = field(default_factory=Own)
 
 
 def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
@@ -66,28 +78,37 @@ def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, no
 
 
 def bring(rules: tuple[Rule, ...], note: Note = silent) -> Ruling:
-    """The token lists and a person's own adapters that rules name; what is not well formed is left to `compile_rules` to tell."""
+    """What rules name outside: read, or imported. What is not well formed is left to `compile_rules` to tell, save schemes.
+
+    Raises RuleError for a scheme without a meaning, TargetError for a person's own code that can't be had.
+    """
     labels: dict[str, tuple[str | None, ...]] = {}
-    names: dict[str, Any] = {}
+    adapters: list[str] = []
+    schemes = [rule.result for rule in rules if rule.kind == "init"]
     for rule in rules:
         for op in _ops(rule):
-            if is_own(op):
-                names[str(op["op"])] = None
+            adapters += [str(op["op"])] if is_own(op) else []
+            schemes += [str(op["scheme"])] if type(op.get("scheme")) is str else []
             for name in ("source", "target"):
                 if type(op.get(name)) is str:
                     path = beside(rule, op[name])
                     labels[path] = labels.get(path) or read_labels(path)
-    if not names:
-        return Ruling(rules, Outside(labels))
-    own = load_own(names, note)
-    return Ruling(rules, Outside(labels, {name: one.shape for name, one in own.items()}), {name: one.kernel for name, one in own.items()})
+    for scheme in schemes:
+        parse_scheme(scheme)
+    shapes, own = load_own(adapters, schemes, note)
+    return Ruling(rules, Outside(labels, shapes), own)
 
 
-def load_own(names: Iterable[str], note: Note) -> dict[str, Any]:
-    """A person's own adapters by name, imported. TargetError for one that can't be."""
-    from ckptsurgeon.models.own import load_adapter
+def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, OwnShape], Own]:
+    """The shape functions, kernels and schemes of a person's own, imported; nothing is imported where none is named."""
+    wanted, fills = list(dict.fromkeys(adapters)), [scheme for scheme in schemes if scheme_text.is_own(scheme)]
+    if not wanted and not fills:
+        return {}, Own()
+    from ckptsurgeon.models.own import load_adapter, once, own_schemes
 
-    return {name: load_adapter(name, note) for name in names}
+    say = once(note)
+    found = {name: load_adapter(name, say) for name in wanted}
+    return {name: one.shape for name, one in found.items()}, Own({name: one.kernel for name, one in found.items()}, own_schemes(fills, say))
 
 
 def _ops(rule: Rule) -> Iterable[Mapping[str, Any]]:

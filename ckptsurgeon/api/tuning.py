@@ -69,7 +69,9 @@ def transfer(
     )
 
 
-def initialize(model: nn.Module, source: Any, scheme: str | Mapping[str, str] = "per_layer_type", *, seed: int = 0) -> tuple[str, ...]:
+def initialize(
+    model: nn.Module, source: Any, scheme: str | Mapping[str, str] = "per_layer_type", *, seed: int = 0, note: Note = silent
+) -> tuple[str, ...]:
     """Initialise only what is fresh, in place.
 
     Args:
@@ -91,7 +93,7 @@ def initialize(model: nn.Module, source: Any, scheme: str | Mapping[str, str] = 
     """
     from ckptsurgeon.api import live
 
-    return live.initialize_fresh(model, source, scheme, seed)
+    return live.initialize_fresh(model, source, scheme, seed, note)
 
 
 def param_groups(

@@ -42,8 +42,8 @@ def command(
     ckptsurgeon merge net.pt -o net.safetensors    one path alone is converted
     ckptsurgeon merge a.pt b.pt c.pt -o soup.pt --average
 
-    Rules hold in the order given; the first that matches a key wins. In a pattern * matches within a segment, ** across segments; {p} is one segment and {**rest}
-    one or more, which a rename's result can use again; /…/ is a regular expression.
+    Rules hold in the order given; the first that matches a key wins. In a pattern * matches within a segment, ** across
+    segments; {p} is one segment and {**rest} one or more, which a rename's result can use again; /…/ is a regular expression.
     """
     sources, target = split(paths, average)
     choices |= {"average": mean(average, weights)}

@@ -13,7 +13,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models import imports, persons_code
 from ckptsurgeon.models.spec import Spec
+from ckptsurgeon.models.unset import marked
 
 Note = Callable[[str], None]
 
@@ -159,7 +160,7 @@ def _construct(spec: Spec, found: object, device: str) -> nn.Module:
         raise TargetError(f"is of the type {type(found).__name__}, not a class, a function or a model", path=spec.text)
     _check_arguments(spec, found)
     arguments = copy.deepcopy((spec.args, dict(spec.kwargs)))
-    with torch.device(device):
+    with torch.device(device), nullcontext() if device == "meta" else marked():
         model = persons_code.call(spec.text, found, *arguments[0], **arguments[1])
     if not isinstance(model, nn.Module):
         raise TargetError(f"gives a {type(model).__name__}, not a torch.nn.Module", path=spec.text)

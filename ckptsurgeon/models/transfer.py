@@ -15,20 +15,22 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptsurgeon.errors import ModelError, TargetError, VerificationError
 from ckptsurgeon.models import initialize, persons_code
+from ckptsurgeon.models.own import Fill
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.models.values import tensor_bytes
-from ckptsurgeon.surgery.planned import Plan, copied_key
+from ckptsurgeon.surgery.planned import Plan, resolved
 
 _EXTRA = "_extra_state"
 
 
-def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extra: Mapping[str, Any]) -> None:
+def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extra: Mapping[str, Any], schemes: Mapping[str, Fill]) -> None:
     """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on whatever device it is.
 
     Args:
         plan: made for this model.
         fetch: a target key's value, of the target's shape and dtype, on any device; raises for one that can't be had or must not be cast.
         extra: values for keys that are no tensors.
+        schemes: a person's own, by name.
 
     Raises:
         ModelError: the model is on meta, or has a tensor that can't be written to.
@@ -40,18 +42,19 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extr
     state = state_dict_of(model, name)
     values: dict[str, torch.Tensor] = {}
     copies: dict[str, str] = {}
+    steps = {step.target: step for step in plan.steps}
     for step in plan.steps:
         if step.sources:
             values[step.target] = fetch(step.target)
         elif step.fresh:
             scheme = next(str(op["scheme"]) for op in step.ops if op["op"] == "init")
-            copied = copied_key(step)
-            if copied is not None:
-                copies[step.target] = copied
+            origin = resolved(step, steps)
+            if origin is not step:
+                copies[step.target] = origin.target
             elif scheme != "model":
-                leader = next((group[0] for group in plan.ties if step.target in group), step.target)
-                owner = initialize.owner_of(model, step.target)
-                values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner)
+                leader = plan.leader(step.target)
+                owner = initialize.owner_of(model, leader)
+                values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner, schemes)
     # `from(KEY)`: what that key gets, or what it has and keeps.
     values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:

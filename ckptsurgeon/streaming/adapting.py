@@ -40,10 +40,14 @@ def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapp
 
 def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:
     """A tensor's elements, densely in row-major order, a buffer at a time and without a second copy of a dense one."""
-    memory = memory_of(tensor)
-    del tensor  # a view's base is not needed any more
-    for start in range(0, len(memory), BUFFER):
-        yield memory[start : start + BUFFER]
+    rows = [tensor]
+    if not tensor.is_contiguous() and tensor.dim():  # made dense some rows at a time, so that no second copy is held
+        step = max(1, BUFFER * len(tensor) // max(1, tensor.numel() * tensor.element_size()))
+        rows = [tensor[start : start + step] for start in range(0, len(tensor), step)]
+    for row in rows:
+        memory = memory_of(row)
+        for start in range(0, len(memory), BUFFER):
+            yield memory[start : start + BUFFER]
 
 
 def is_average(ops: Sequence[Op]) -> bool:

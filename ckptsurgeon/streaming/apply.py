@@ -24,7 +24,7 @@ from ckptsurgeon.streaming.pieces import Pieces, pieces_of
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
-from ckptsurgeon.surgery.planned import Plan, Step, copied_key
+from ckptsurgeon.surgery.planned import Plan, Step, resolved
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:
@@ -81,11 +81,6 @@ class _Run:
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
 
-    def resolved(self, step: Step) -> Step:
-        """The step whose value this one has: that of another key under `from(KEY)`, else its own."""
-        copied = copied_key(step)
-        return step if copied is None else self.steps[copied]
-
     def origins(self, step: Step) -> tuple[TensorMeta, ...]:
         """The tensors of files that a step reads; none where its value is made."""
         if step.action == "keep" and self.target is not None:
@@ -94,13 +89,13 @@ class _Run:
 
     def pieces(self, step: Step) -> Pieces | None:
         """The pieces of files whose bytes a step copies as they are, or None where they change."""
-        step = self.resolved(step)
+        step = resolved(step, self.steps)
         origins = self.origins(step)
         return pieces_of(origins, step.adapters) if origins and step.cast is None else None
 
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
-        step = self.resolved(step)
+        step = resolved(step, self.steps)
         origins = self.origins(step)
         if origins:
             parts, dtype = self._of_files(step, origins), origins[0].dtype
@@ -185,14 +180,19 @@ def _storages(run: _Run) -> dict[str, int]:
     """A number for each target key; keys with one number are tied: they read the same tensor, or are one fresh tensor in the target."""
     group = {key: keys[0] for keys in run.plan.ties for key in keys}
     numbers: dict[Any, int] = {}
+    first: dict[Any, str] = {}
     storages = {}
     for step in run.plan.steps:
-        made = run.resolved(step)
+        made = resolved(step, run.steps)
         origins = run.origins(made)
-        identity: Any = ("made", group.get(made.target, made.target))
+        identity: Any = ("made", group.get(step.target, step.target))
         if origins and not any(op.get("fill") == "init" for op in made.ops):
             read = tuple((origin.span, origin.dtype, origin.stride) for origin in origins)
             identity = (read, repr(made.adapters)) if all(origin.nbytes for origin in origins) else step.target
+            # One key of the source that goes to two is no tie: each layer of a deeper model is its own.
+            leader = group.get(step.target, step.target)
+            if first.setdefault((identity, made.sources), leader) != leader:
+                identity = (identity, leader)
         storages[step.target] = numbers.setdefault((identity, step.dtype, step.shape), len(numbers))
     return storages
 

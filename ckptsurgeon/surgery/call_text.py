@@ -9,14 +9,15 @@ import ast
 import re
 from typing import Any
 
-_CALL = re.compile(r"\s*(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*(?::[^\W\d]\w*(?:\.[^\W\d]\w*)*)?)\s*(?P<call>\(.*\))?\s*", re.DOTALL)
+_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_CALL = re.compile(rf"\s*(?P<name>(?:[^\s()'\"|:]+:)?{_DOTTED})\s*(?P<call>\(.*\))?\s*", re.DOTALL)
 
 
 def literal_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
-    """The name (dotted, with a module before a colon for a person's own), positional and keyword arguments; None for any other text.
+    """The name (with a module or a file before a colon for a person's own), positional and keyword arguments; None for any other text.
 
-    >>> literal_call("normal(std=-1)"), literal_call("mylib.init:ortho")
-    (('normal', (), {'std': -1}), ('mylib.init:ortho', (), {}))
+    >>> literal_call("normal(std=-1)"), literal_call("mylib/init.py:ortho")
+    (('normal', (), {'std': -1}), ('mylib/init.py:ortho', (), {}))
     """
     found = _CALL.fullmatch(text)
     if found is None:

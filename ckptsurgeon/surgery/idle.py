@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ckptsurgeon.surgery.items import Item
 from ckptsurgeon.surgery.prefixes import Prefix
-from ckptsurgeon.surgery.rules import CompiledRule, close_names
+from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 
@@ -38,11 +38,17 @@ def rules_without_a_turn(
 
 def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], known: Collection[str]) -> Iterable[str]:
     """A problem for each rename or link none of whose results is in the target; what a later stage drops is meant so."""
-    arrived = {rule for item in items if item.name in known for rule in item.rules}
-    for rule in rules:
-        given = [item.name for item in items if rule.rule in item.rules]
-        if given and rule.rule not in arrived:
-            yield f"{rule.rule} gives {given[0]!r}, and none of its results is in the target{close_names(given[0], sorted(known))}"
+    first: dict[Rule, str] = {}
+    arrived: set[Rule] = set()
+    for item in items:
+        for rule in item.rules:
+            first.setdefault(rule, item.name)
+        if item.name in known:
+            arrived.update(item.rules)
+    for one in rules:
+        given = first.get(one.rule)
+        if given is not None and one.rule not in arrived:
+            yield f"{one.rule} gives {given!r}, and none of its results is in the target{close_names(given, sorted(known))}"
 
 
 def crossed(

@@ -19,7 +19,7 @@ from ckptsurgeon.surgery.repairs import BY, COUNTER
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint
 
-_FROM = re.compile(r"\s*from\(\s*(?P<quote>['\"]?)(?P<key>.+?)(?P=quote)\s*\)\s*", re.DOTALL)
+_FROM = re.compile(r"\s*from\(\s*(?:key\s*=\s*)?(?P<quote>['\"]?)(?P<key>.+?)(?P=quote)\s*\)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
             continue
         if key not in by_key:
             problems.append(f"{step.target}: copies {key!r}, which is not in the target{close_names(key, target)}")
-        elif copied_key(by_key[key]) is not None:
-            problems.append(f"{step.target}: copies {key!r}, which is itself a copy")
+        elif _copies_itself(step, by_key):
+            problems.append(f"{step.target}: copies {key!r}, which copies it in turn")
         elif (by_key[key].shape, by_key[key].dtype) != (step.shape, step.dtype):
             problems.append(
                 f"{step.target}: is {step.dtype} {step.shape}, and {key!r}, which it copies, {by_key[key].dtype} {by_key[key].shape}"
@@ -108,3 +108,14 @@ def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
     if problems:
         raise RuleError("copies that can't be made", problems=shortened(problems))
     return tuple(step if copied_key(step) is None else replace(step, ops=step.ops[:1]) for step in steps)
+
+
+def _copies_itself(step: Step, steps: Mapping[str, Step]) -> bool:
+    seen = {step.target}
+    key = copied_key(step)
+    while key is not None and key in steps:
+        if key in seen:
+            return True
+        seen.add(key)
+        key = copied_key(steps[key])
+    return False

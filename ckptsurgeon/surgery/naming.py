@@ -59,6 +59,13 @@ class _Stage:
     dropped: dict[SourceKey, Rule] = field(default_factory=dict)
     spared: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._forms = [
+            (index, which, number, pattern, pattern.regex.fullmatch)
+            for index, rule in enumerate(self.rules)
+            for which, (number, pattern) in enumerate(rule.patterns)
+        ]
+
     def run(self, items: Iterable[Item]) -> list[Item]:
         out: list[Item | linking.Group] = []
         groups: dict[object, linking.Group] = {}
@@ -97,10 +104,10 @@ class _Stage:
         return found
 
     def _first(self, item: Item) -> tuple[int, Match | None]:
-        for index, rule in enumerate(self.rules):
-            match = rule.match(item.seen, item.source)
-            if match is not None:
-                return index, match
+        seen, source = item.seen, item.source
+        for index, which, number, pattern, matches in self._forms:
+            if (number is None or number == source) and matches(seen):
+                return index, Match(which, pattern.match(seen) or {})
         return -1, None
 
 

@@ -154,6 +154,8 @@ class _Planner:
         place = origin.places[0]
         dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
         ops = tuple(_filled_up(op, initial) for op in origin.ops)
+        if any(op.get("fill") == "init" and str(op.get("scheme")).startswith("from(") for op in ops):
+            raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
         action: Action = "adapt" if ops else "copy" if place[1] == key else "rename"
         if action == "copy":
             reason = "same name, same shape" if self.target is not None else "converted as it is"

@@ -267,10 +267,14 @@ def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Chec
         return
     if wanted is not None and wanted.shape != step.shape:
         yield f"{step.target}: has shape {wanted.shape} in the target, {step.shape} in the plan"
+    copied, seen = copied_key(step), {step.target}
+    while copied is not None:
+        if copied in seen or copied not in steps or steps[copied].shape != step.shape:
+            yield f"{step.target}: copies {copied}, which is not there, has another shape, or copies it in turn"
+            return
+        seen.add(copied)
+        copied = copied_key(steps[copied])
     copied = copied_key(step)
-    if copied is not None and (copied not in steps or copied_key(steps[copied]) is not None or steps[copied].shape != step.shape):
-        yield f"{step.target}: copies {copied}, which is not there, or can't be copied"
-        return
     found = [sources[number].get(key) for number, key in step.sources]
     given = [tensor for tensor in found if tensor is not None]
     if len(given) < len(found):

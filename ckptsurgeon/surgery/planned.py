@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
 
+from ckptsurgeon.errors import PlanError
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.tensors import Coverage
@@ -83,6 +84,16 @@ def copied_key(step: Step) -> str | None:
     return None if found is None else found["key"]
 
 
+def resolved(step: Step, steps: Mapping[str, Step]) -> Step:
+    """The step whose value a step has: its own, or under `from(KEY)`, however often, that of the key it copies."""
+    for _ in range(len(steps) + 1):
+        copied = copied_key(step)
+        if copied is None:
+            return step
+        step = steps[copied]
+    raise PlanError("copies itself", key=step.target)
+
+
 @dataclass(frozen=True)
 class Dropped:
     """A source key (of a tensor or of another value) that goes nowhere, and why."""
@@ -134,6 +145,10 @@ class Plan:
     def fresh(self) -> tuple[str, ...]:
         """Target keys that are initialised."""
         return tuple(step.target for step in self.steps if step.fresh)
+
+    def leader(self, key: str) -> str:
+        """The first of the keys that are one tensor with `key`: it seeds the value, and its layer owns it."""
+        return next((group[0] for group in self.ties if key in group), key)
 
     @property
     def own_adapters(self) -> tuple[str, ...]:

@@ -40,11 +40,13 @@ def fill_chain(
     """
     ops: list[Op] = []
     given = tuple(shapes)
-    counted = [place for place, one in enumerate(asked) if one.op["op"] == "unstack"][:1]  # the one that a part of the result's name counts
+    # What a part of the result's name counts is the first unstack's.
+    counted = next((place for place, one in enumerate(asked) if one.op["op"] == "unstack"), None)
     for place, one in enumerate(asked):
         last = place == len(asked) - 1
         siblings = tuple(known.get(name) if last else None for name in one.siblings)
-        look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, one.number if place in counted else None)
+        number = one.number if place == counted else None
+        look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, number)
         op: Op = one.op
         if is_own(op):
             op = {**op, "shape": list(own[str(op["op"])](given, **op["arguments"]))}
