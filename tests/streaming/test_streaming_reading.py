@@ -15,7 +15,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.errors import FormatError, StaleError
 from ckptsurgeon.streaming import copying, reading
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import bytes_of
+from ckptsurgeon.streaming.values import memory_of
 from ckptsurgeon.tensors import Checkpoint
 
 
@@ -50,7 +50,7 @@ def test_read_parts_and_view_agree_with_torch(kind: str, buffer: int, tmp_path: 
     found = cs.open(path)
     with Reader([found]) as reader:
         for key, tensor in given.items():
-            expected = bytes_of(tensor)
+            expected = memory_of(tensor)
             assert bytes(reader.read(found[key])) == expected, key
             assert b"".join(bytes(part) for part in reader.parts(found[key])) == expected, key
             assert bytes(reader.view(found[key])) == expected, key
@@ -115,7 +115,7 @@ def test_a_source_that_is_replaced_or_taken_away_while_it_is_open_is_still_whole
     with Reader([found]) as reader:
         reader.read(found["row"])
         change(tmp_path / "in.pt")  # type: ignore[operator]
-        assert bytes(reader.read(found["whole"])) == bytes_of(given["whole"])
+        assert bytes(reader.read(found["whole"])) == memory_of(given["whole"])
         reader.check_unchanged()
 
 
