@@ -17,7 +17,7 @@ def gpt2(vocab: int = 50) -> tr.GPT2LMHeadModel:
     return tr.GPT2LMHeadModel(config).double()
 
 
-def vit(image: int = 32) -> tr.ViTForImageClassification:
+def vit(image: int = 32, classes: int = 5) -> tr.ViTForImageClassification:
     config = tr.ViTConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -26,7 +26,7 @@ def vit(image: int = 32) -> tr.ViTForImageClassification:
         image_size=image,
         patch_size=8,
         layer_norm_eps=1e-6,
-        num_labels=5,
+        num_labels=classes,
     )
     return tr.ViTForImageClassification(config).double()
 
@@ -130,3 +130,37 @@ def beit(image: int = 32) -> tr.BeitForImageClassification:
         num_labels=5,
     )
     return tr.BeitForImageClassification(config).double()
+
+
+def neox() -> tr.GPTNeoXForCausalLM:
+    config = tr.GPTNeoXConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        hidden_act="gelu_pytorch_tanh",
+        max_position_embeddings=32,
+        use_parallel_residual=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return tr.GPTNeoXForCausalLM(config).double()
+
+
+def starcoder2() -> tr.Starcoder2ForCausalLM:
+    config = tr.Starcoder2Config(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return tr.Starcoder2ForCausalLM(config).double()

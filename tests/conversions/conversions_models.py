@@ -421,7 +421,7 @@ class FrameNet(nn.Module):
 class Vgg(nn.Module):
     def __init__(self, sliding: bool) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4))
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(4))
         wide: list[nn.Module] = [nn.Conv2d(6, 10, 4), nn.ReLU(), nn.Conv2d(10, 7, 1)]
         flat: list[nn.Module] = [nn.Linear(6 * 4 * 4, 10), nn.ReLU(), nn.Linear(10, 7)]
         self.sliding = sliding
