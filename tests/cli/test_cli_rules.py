@@ -1,0 +1,164 @@
+"""Rules, adapters and averages as a person types them: every option does what it says, and a mistake is told in words, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptsurgeon import api
+from ckptsurgeon.views import text
+
+Run = Callable[..., Any]
+RULES = """
+# the encoder's fused projection, taken apart
+[[adapt]]
+from = "blocks.{i}.qkv.{p}"
+to = ["layers.{i}.q.{p}", "layers.{i}.k.{p}", "layers.{i}.v.{p}"]
+op = "chunk"
+
+[[rename]]
+from = "blocks.{i}.out.{p}"
+to = "layers.{i}.o.{p}"
+"""
+
+
+@pytest.fixture
+def files(place: Path) -> Path:
+    torch.manual_seed(0)
+    source = {
+        f"blocks.{i}.{name}": torch.randn(shape) for i in range(3) for name, shape in (("qkv.weight", (6, 2)), ("out.weight", (2, 2)))
+    }
+    torch.save({**source, "pos": torch.randn(1, 5, 2)}, "a.pt")
+    target = {f"layers.{i}.{name}.weight": torch.zeros(2, 2) for i in range(3) for name in "qkvo"}
+    torch.save({**target, "pos": torch.zeros(1, 10, 2)}, "b.pt")
+    (place / "rules.toml").write_text(RULES)
+    return place
+
+
+def load(path: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return found
+
+
+def test_a_rules_file_and_rules_of_the_command_line(run: Run, files: Path) -> None:
+    ended = run("merge", "a.pt", "b.pt", "-o", "out.pt", "--rules", "rules.toml", "--adapt", "pos", "interpolate")
+    assert ended.code == 0, ended.err
+    source, made = load("a.pt"), load("out.pt")
+    assert torch.equal(made["layers.2.k.weight"], source["blocks.2.qkv.weight"][2:4])
+    assert torch.equal(made["layers.1.o.weight"], source["blocks.1.out.weight"]) and made["pos"].abs().sum() > 0
+
+
+def test_the_rules_of_the_command_line_come_before_the_files(run: Run, files: Path) -> None:
+    ended = run("plan", "a.pt", "b.pt", "--rules", "rules.toml", "--drop", "blocks.0.**", "--json")
+    assert ended.code == 0 and {row["source"] for row in ended.json["dropped"]} == {"blocks.0.qkv.weight", "blocks.0.out.weight", "pos"}
+
+
+def test_a_rules_file_is_turned_round(run: Run, files: Path) -> None:
+    assert run("merge", "a.pt", "b.pt", "-o", "there.pt", "--rules", "rules.toml", "--keep", "pos").code == 0
+    ended = run("merge", "there.pt", "-o", "back.pt", "--rules", "rules.toml", "--reverse", "--drop", "pos")
+    assert ended.code == 0, ended.err
+    source, back = load("a.pt"), load("back.pt")
+    assert back.keys() == source.keys() - {"pos"} and all(torch.equal(back[key], source[key]) for key in back)
+
+
+def test_a_rule_that_can_not_be_turned_round_is_named(run: Run, files: Path) -> None:
+    (files / "more.toml").write_text('[[drop]]\nkey = "pos"\n')
+    ended = run("plan", "a.pt", "b.pt", "--rules", "rules.toml", "--rules", "more.toml", "--reverse")
+    assert ended.code == 2 and "drop 'pos' (more.toml:1)" in ended.err and "rules.toml:3" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ('[[rename]]\nfrom = "a"\n', ["line 1", "needs from and to"]),
+        ('[[adapt]]\nkey = "pos"\nop = "interpolat"\n', ["line 1", "interpolate"]),
+        ('[[adapt]]\nkey = "pos"\nopp = "transpose"\n', ["line 3", "opp", "'op'"]),
+        ('[[renam]]\nfrom = "a"\nto = "b"\n', ["line 1", "[[rename]]"]),
+        ("[[rename\n", ["rules.toml:1"]),
+        ('\n\n[[drop]]\nkey = "nothing.**"\n', ["rules.toml:3", "matches nothing"]),
+    ],
+)
+def test_mistakes_in_a_rules_file_are_told_with_their_line(run: Run, files: Path, toml: str, words: list[str]) -> None:
+    (files / "rules.toml").write_text(toml)
+    ended = run("plan", "a.pt", "b.pt", "--rules", "rules.toml")
+    assert ended.code == 2 and all(word in ended.err for word in words), ended.err
+    assert "Traceback" not in ended.err and not ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapt", "pos", "nonsense"], "no adapter 'nonsense'"),
+        (["--adapt", "pos", "interpolate(prefix=-1)"], "prefix can't be -1"),
+        (["--adapt", "pos", "transpose(dims=[0, 9])"], "9"),
+        (["--adapt", "poss", "transpose"], "close: pos"),
+        (["--adapt", "pos", "interpolate(grid=[3, 3])"], "pos"),
+        (["--adapt", "a -> b -> c", "chunk"], "more than one ' -> '"),
+        (["--keep", "nothing"], "matches nothing"),
+        (["--rules", "missing.toml"], "missing.toml: does not exist"),
+        (["--rules", "."], ".: "),
+        (["--adapt", "pos", "rows(source='no.txt', target='no.txt')"], "no.txt: does not exist"),
+        (["--init", "pos", "nowhere:function"], "nowhere"),
+        (["--weights", "1,2"], "--weights goes with --average"),
+        (["--average", "--weights", "a,b"], "numbers with commas"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_message(run: Run, files: Path, words: list[str], said: str) -> None:
+    ended = run("plan", "a.pt", "b.pt", *words)
+    assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, ended.err
+
+
+def test_diff_offers_what_would_fit_and_applies_nothing(run: Run, files: Path) -> None:
+    ended = run("diff", "a.pt", "b.pt", "--rules", "rules.toml")
+    assert ended.code == 0 and "fits by" in ended.out and "interpolate" in ended.out
+    assert "--adapt pos" in ended.out.splitlines()[-1] and "--rules rules.toml" in ended.out.splitlines()[-1]
+    found = run("diff", "a.pt", "b.pt", "--rules", "rules.toml", "--json").json
+    assert [row["key"] for row in found["mismatched"]] == ["pos"] == [row["key"] for row in found["offers"]]
+    assert found["offers"][0]["source_shape"] == [1, 5, 2] and len(found["adapted"]) == 9 and "pos" not in found["matched"]
+
+
+def test_an_offer_is_taken_by_pasting_the_next_command(run: Run, files: Path) -> None:
+    import shlex
+
+    last = run("diff", "a.pt", "b.pt", "--rules", "rules.toml").out.splitlines()[-1]
+    words = shlex.split(last.removeprefix("Next: ckptsurgeon "))
+    assert run(*words).code == 0 and load("merged.pt")["pos"].abs().sum() > 0
+
+
+def test_average_has_no_target(run: Run, files: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, "x.pt")
+    torch.save({"w": torch.ones(2)}, "y.pt")
+    assert run("merge", "x.pt", "y.pt", "-o", "mean.pt", "--average").code == 0
+    assert run("merge", "x.pt", "y.pt", "-o", "third.pt", "--average", "--weights", "2,1").code == 0
+    assert load("mean.pt")["w"].tolist() == [0.5, 0.5]
+    torch.testing.assert_close(load("third.pt")["w"], torch.tensor([1 / 3, 1 / 3]))
+
+
+def test_these_from_one_and_those_from_another(run: Run, files: Path) -> None:
+    for number, name in enumerate(("x.pt", "y.pt", "z.pt")):
+        torch.save({"body.w": torch.full((2,), float(number)), "head.w": torch.full((3,), float(number))}, name)
+    ended = run("merge", "x.pt", "y.pt", "z.pt", "-o", "out.pt")
+    assert ended.code == 2 and "two sources land on 'body.w'" in ended.err
+    assert run("merge", "x.pt", "y.pt", "z.pt", "-o", "out.pt", "--drop", "0:head.*", "--drop", "1:body.*").code == 0
+    assert load("out.pt")["body.w"].tolist() == [0, 0] and load("out.pt")["head.w"].tolist() == [1, 1, 1]
+
+
+def test_auto_safe_is_asked_for_by_name(run: Run, files: Path) -> None:
+    torch.save({"fc.weight": torch.ones(3, 2)}, "x.pt")
+    torch.save({"fc.weight": torch.zeros(3, 2, 1, 1)}, "y.pt")
+    assert run("merge", "x.pt", "y.pt", "-o", "out.pt").code == 1
+    assert run("merge", "x.pt", "y.pt", "-o", "out.pt", "--auto", "safe").code == 0
+    assert load("out.pt")["fc.weight"].sum() == 6
+    assert run("merge", "x.pt", "y.pt", "-o", "out.pt", "--auto", "all").code == 2
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_long_rules_stay_within_the_terminal(files: Path, width: int) -> None:
+    adapt = {"pos": "interpolate(prefix=1, grid=[2, 2], to=[3, 3])"}
+    plan = text.plan(api.plan("a.pt", "b.pt", rules="rules.toml", adapt=adapt), width=width)
+    diff = text.diff(api.diff("a.pt", "b.pt", rules="rules.toml", adapt=adapt), width=width)
+    assert max(map(len, [*plan.splitlines(), *diff.splitlines()])) <= width, plan + diff
