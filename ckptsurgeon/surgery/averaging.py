@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ckptsurgeon.dtypes import BY_CODE
@@ -20,9 +21,14 @@ def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
         raise PlanError("an average needs two sources or more")
     if isinstance(average, bool):
         return {"op": "average"}
-    weights = [float(weight) for weight in average]
+    try:
+        weights = [float(weight) for weight in average]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"an average has weights {str(average)[:60]}", hint="give a number for each source, in order") from error
     if len(weights) != len(sources):
-        raise PlanError(f"has {len(weights)} weights for {len(sources)} sources", hint="give one for each source, in order")
+        raise PlanError(f"an average has {len(weights)} weights for {len(sources)} sources", hint="give one for each source, in order")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise PlanError(f"an average has weights {weights[:8]}", hint="they are finite and not negative, and one at least is more than 0")
     return {"op": "average", "weights": weights}
 
 
@@ -31,13 +37,16 @@ def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, probl
     rows: dict[str, dict[int, Item]] = {}
     for item in items:
         held = rows.setdefault(item.name, {})
-        if item.source in held:
-            problems.append(f"two keys of {sources[item.source].path} land on {item.name!r}")
+        if item.source < 0:
+            problems.append(f"{item.name!r} joins keys of several sources, and can't be averaged in the same run")
+        elif item.source in held:
+            problems.append(f"two keys of {sources[item.source].path} land on {item.name!r}: {held[item.source].words} and {item.words}")
         held[item.source] = item
     result = []
     for name, row in rows.items():
-        problems += [f"{name!r} is not in {source.path}" for number, source in enumerate(sources) if number not in row]
-        if len(row) < len(sources):
+        lacking = [source.path for number, source in enumerate(sources) if number not in row]
+        if lacking:
+            problems += [f"{name!r} is not in {path}" for path in lacking if -1 not in row]
             continue
         first = row[0]
         place = first.places[0]

@@ -8,6 +8,7 @@ from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.origins import Origin, kept_out
 from ckptsurgeon.surgery.planned import Dropped, Entry, Step
+from ckptsurgeon.surgery.repairs import is_counter
 from ckptsurgeon.tensors import Checkpoint
 
 
@@ -55,11 +56,14 @@ def loose(
     def named(key: str) -> bool:
         return key in names.spared or any(rule.match(key) is not None for rule in rules)
 
+    def repaired(step: Step) -> bool:
+        return is_counter(step.target) and step.schemes == ("zeros",)  # without a rule that names it, only a repair says so
+
     def landed(row: Dropped) -> tuple[str, ...]:
         return names.names_of.get((row.file, row.source), ("",))
 
     return (
-        *(f"{step.target}: {step.reason}" for step in steps if not step.sources and not named(step.target)),
+        *(f"{step.target}: {step.reason}" for step in steps if not step.sources and not named(step.target) and not repaired(step)),
         *(f"{entry.target}: not in the source" for entry in entries if entry.source is None and not named(entry.target)),
         *(
             f"{row.source}: {row.reason}"

@@ -52,9 +52,13 @@ def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], k
 
 
 def crossed(
-    items: Sequence[Item], known: Collection[str] | None, sources: Sequence[Checkpoint], prefixes: Sequence[Prefix]
+    items: Sequence[Item],
+    known: Collection[str] | None,
+    kept: Sequence[CompiledRule],
+    sources: Sequence[Checkpoint],
+    prefixes: Sequence[Prefix],
 ) -> dict[str, str]:
-    """Two sources on one name of the target (without a target: on any), and a pattern that drops the second."""
+    """Two sources on one name of the target (without a target: on any) that no rule keeps, and a pattern that drops the second."""
     first: dict[str, Item] = {}
     problems = {}
 
@@ -69,7 +73,7 @@ def crossed(
         if (known is not None and item.name not in known) or isinstance(sources[number].entries.get(key), Refused):
             continue
         other = first.setdefault(item.name, item)
-        if other is not item:
+        if other is not item and not any(rule.match(item.name) is not None for rule in kept):
             bare = prefixes[number].bare(key)
             problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}"] = (
                 f"{number}:{bare}" if len(sources) > 1 else bare

@@ -15,11 +15,11 @@ from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.origins import Origin, kept_out
 from ckptsurgeon.surgery.patterns import check_template, expand
 from ckptsurgeon.surgery.planned import Step, copied_key
-from ckptsurgeon.surgery.repairs import BY, COUNTER
+from ckptsurgeon.surgery.repairs import BY, COUNTER, is_counter
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint
 
-_FROM = re.compile(r"\s*from\(\s*(?:key\s*=\s*)?(?P<quote>['\"]?)(?P<key>.+?)(?P=quote)\s*\)\s*", re.DOTALL)
+_FROM = re.compile(r"\s*from\s*\(\s*(?:key\s*=\s*)?(?P<quote>['\"]?)(?P<key>.+?)(?P=quote)\s*\)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
             found[key] = Initial(kept[key], "model", kept=True)
         elif origin is None or not origin.fits or filled:
             named.update(matching)
-            if not matching and auto == "safe" and key.endswith(f".{COUNTER}") and target.format in ("model", "skeleton"):
+            if not matching and auto == "safe" and is_counter(key) and target.format in ("model", "skeleton"):
                 found[key] = Initial(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
             if matching:
                 used.add(matching[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ckptsurgeon.surgery.adapters.chain import Asked
 from ckptsurgeon.surgery.rules import Rule
@@ -35,8 +35,13 @@ class Item:
     @property
     def source(self) -> int:
         """The number of the source that it comes from; -1 for several."""
-        numbers = {number for number, _ in self.places}
-        return numbers.pop() if len(numbers) == 1 else -1
+        first = self.places[0][0]
+        return first if len(self.places) == 1 or all(number == first for number, _ in self.places) else -1
+
+    @property
+    def words(self) -> str:
+        """Its first key and the rules that led it here, as a problem names it."""
+        return f"{self.places[0][1]!r}" + (f" (by {', '.join(map(str, self.rules))})" if self.rules else "")
 
     @property
     def claim(self) -> Claim:
@@ -45,7 +50,7 @@ class Item:
 
     def moved(self, name: str, rule: Rule) -> Item:
         """The same under the name that a rule gives."""
-        return replace(self, seen=name, name=name, rules=(*self.rules, rule))
+        return Item(name, name, self.places, self.asked, (*self.rules, rule), self.entry)
 
 
 def shortened(problems: Iterable[str], most: int = 20) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Adapt rules with `->`: which source keys go together, and which keys come of them.
 
 Several patterns are one result's sources in the order in which they are written; keys that differ in a part that no result names are
-gathered in numerical order (`experts.{e}.w1 -> experts.w1`); a part that only the results name counts what `unstack` gives.
+gathered in numerical order (`experts.{e}.w1 -> experts.w1`), as are those that results only count with (`{i//2}`); a part that only the
+results name counts what `unstack` gives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain
 from ckptsurgeon.surgery.items import Item
 from ckptsurgeon.surgery.patterns import expand
-from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside
+from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside, counts_with
 from ckptsurgeon.tensors import Checkpoint
 
 MOST = 100_000  # results of one unstack
@@ -85,7 +86,7 @@ def _check_whole(group: Group, members: Sequence[Member]) -> None:
             if (row, which) not in have:
                 words = ", ".join(f"{part}={value[1] or value[0]}" for part, value in zip(compiled.gathered, row, strict=True))
                 raise RuleError(f"{group.names[0]!r} lacks what {pattern.text!r} names{f' for {words}' if words else ''}")
-    if len(compiled.gathered) == 1:
+    if len(compiled.gathered) == 1 and not counts_with(compiled.results[0], compiled.gathered[0]):
         numbers = [row[0][0] for row in rows if not row[0][1]]
         hole = next((number for number, found in enumerate(numbers, numbers[0]) if number != found), None) if numbers else None
         if hole is not None:

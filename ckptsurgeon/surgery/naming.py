@@ -126,7 +126,7 @@ def name_sources(
     that land on one of the target's names, keys that a link needs and that are not there.
     """
     compiled = compile_rules(rules, outside)
-    mean = weights_of(average, sources) if average else None
+    mean = None if average in (None, False) else weights_of(average, sources)
     measure = sources[0] if mean is not None and target is None else target
     prefixes = tuple(find_prefix(source, measure) if measure is not None else Prefix() for source in sources)
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
@@ -150,22 +150,25 @@ def name_sources(
     for stage, before in tried:
         problems += idle.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
     if auto == "safe" and known is not None:
-        items = repaired(items, known)
+        items = repaired(items, known, mean is not None)
+    landed = [(place, item.name) for item in items for place in item.places]
     if mean is not None:
         items = averaged(items, sources, mean, problems)
     lost = () if known is None else idle.rules_without_effect(active, items, known)
-    crossed = idle.crossed(items, known, sources, prefixes)
+    kept = [rule for rule in compiled if rule.rule.kind == "keep"]
+    crossed = idle.crossed(items, known, kept, sources, prefixes)
     problems += [*lost, *crossed]
     if problems:
         hint = (
             f"drop one of the two: --drop {next(iter(crossed.values()))!r}" if crossed else "see the names with: ckptsurgeon inspect CKPT"
         )
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
-    return _names(items, prefixes, dropped, spared, compiled, sources, outside)
+    return _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
 
 
 def _names(
     items: Sequence[Item],
+    landed: Iterable[tuple[SourceKey, str]],
     prefixes: tuple[Prefix, ...],
     dropped: Mapping[SourceKey, Rule],
     spared: Iterable[str],
@@ -184,8 +187,8 @@ def _names(
             entries.setdefault(item.name, item.places[0])
         else:
             claims.setdefault(item.name, item.claim)
-        for place in item.places:
-            names_of.setdefault(place, []).append(item.name)
+    for place, name in landed:
+        names_of.setdefault(place, []).append(name)
     by_kind = {kind: tuple(rule for rule in compiled if rule.rule.kind == kind and rule.of_target) for kind in ("init", "keep", "adapt")}
     return Names(
         prefixes,

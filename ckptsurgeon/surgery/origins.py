@@ -121,6 +121,8 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
     if needs_floats(ops) and BY_CODE[dtype].kind != "float":
         raise RuleError(f"computes values, and {claim.places[0][1]} is {dtype}")
     if wanted is not None and shapes[0] != wanted:
+        if not any(rule.kind == "adapt" for rule in claim.rules):  # an average, which no rule has promised to fit
+            return Origin(claim.places, shapes[0], dtype, False, (), claim.rules)
         raise RuleError(f"gives {shapes[0]}, and the target has {wanted}")
     return Origin(claim.places, shapes[0], dtype, True, ops, claim.rules)
 

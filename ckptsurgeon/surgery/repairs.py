@@ -6,6 +6,7 @@ there and nobody else's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cache
 
@@ -14,41 +15,53 @@ from ckptsurgeon.surgery.patterns import Pattern, compile_pattern, expand
 from ckptsurgeon.surgery.rules import Rule
 
 BY = "--auto safe"
-# Each pair of names stands for one tensor: what it was called, what it is called now.
+# Each pair stands for one tensor of a module: what it was called, what it is called now.
 RENAMED: tuple[tuple[str, str], ...] = (
-    # torch.nn.utils.weight_norm, and spectral_norm, became parametrizations
-    ("{**m}.weight_g", "{**m}.parametrizations.weight.original0"),
-    ("{**m}.weight_v", "{**m}.parametrizations.weight.original1"),
-    ("{**m}.weight_orig", "{**m}.parametrizations.weight.original"),
-    ("{**m}.weight_u", "{**m}.parametrizations.weight.0._u"),
-    ("{**m}.weight_v", "{**m}.parametrizations.weight.0._v"),
+    # torch.nn.utils.weight_norm, and spectral_norm, of any parameter, became parametrizations
+    ("{n}_g", "parametrizations.{n}.original0"),
+    ("{n}_v", "parametrizations.{n}.original1"),
+    ("{n}_orig", "parametrizations.{n}.original"),
+    ("{n}_u", "parametrizations.{n}.0._u"),
+    ("{n}_v", "parametrizations.{n}.0._v"),
     # LayerNorm in checkpoints that came from TensorFlow
-    ("{**m}.gamma", "{**m}.weight"),
-    ("{**m}.beta", "{**m}.bias"),
+    ("gamma", "weight"),
+    ("beta", "bias"),
     # torchvision's DenseNet before 0.3
-    ("{**m}.denselayer{d}.norm.{n}.{p}", "{**m}.denselayer{d}.norm{n}.{p}"),
-    ("{**m}.denselayer{d}.conv.{n}.{p}", "{**m}.denselayer{d}.conv{n}.{p}"),
+    ("denselayer{d}.norm.{n}.{p}", "denselayer{d}.norm{n}.{p}"),
+    ("denselayer{d}.conv.{n}.{p}", "denselayer{d}.conv{n}.{p}"),
 )
 COUNTER = "num_batches_tracked"  # BatchNorm's, which torch before 0.4.1 did not have
+
+
+def is_counter(key: str) -> bool:
+    """Whether a key is BatchNorm's counter."""
+    return key.rpartition(".")[2] == COUNTER
 
 
 @cache
 def _rules() -> tuple[tuple[Rule, Pattern], ...]:
     """Every repair as a rename, both ways."""
     pairs = [pair for old, new in RENAMED for pair in ((old, new), (new, old))]
-    return tuple((Rule("rename", one, other, BY), compile_pattern(one)) for one, other in pairs)
+    placed = [(head + one, head + other) for one, other in pairs for head in ("{**m}.", "")]
+    return tuple((Rule("rename", one, other, BY), compile_pattern(one)) for one, other in placed)
 
 
-def repaired(items: Sequence[Item], known: Collection[str]) -> list[Item]:
-    """The items, those without a place under the name that the target has for them."""
-    taken = {item.name for item in items}
-    return [item if item.name in known or item.entry else _repaired(item, known, taken) for item in items]
+def repaired(items: Sequence[Item], known: Collection[str], average: bool = False) -> list[Item]:
+    """The items, those without a place under the name that the target has for them. In an `average` each source has names of its own."""
+    numbers = [item.source if average else 0 for item in items]
+    taken = set(zip(numbers, (item.name for item in items), strict=True))
+    found = [
+        item if item.name in known or item.entry else _repaired(item, known, number, taken)
+        for number, item in zip(numbers, items, strict=True)
+    ]
+    wanted = Counter((item.source, item.name) for item in found)  # what two of one source would become, neither does
+    return [one if one is item or wanted[one.source, one.name] == 1 else item for item, one in zip(items, found, strict=True)]
 
 
-def _repaired(item: Item, known: Collection[str], taken: Collection[str]) -> Item:
+def _repaired(item: Item, known: Collection[str], number: int, taken: Collection[tuple[int, str]]) -> Item:
     for rule, pattern in _rules():
         parts = pattern.match(item.name)
         name = expand(rule.result, parts) if parts is not None else None
-        if name is not None and name in known and name not in taken:
+        if name is not None and name in known and (number, name) not in taken:
             return item.moved(name, rule)
     return item

@@ -28,24 +28,44 @@ def reverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     >>> reverse([Rule("rename", "encoder_layer_{i}.{p}", "blocks.{i+1}.{p}")])
     (Rule(kind='rename', pattern='blocks.{i}.{p}', result='encoder_layer_{i-1}.{p}', file='', line=0),)
     """
+    given = tuple(rules)
+    moves = any(rule.kind == "rename" or (rule.kind == "adapt" and linked(rule)[1]) for rule in given)
+    first: list[Rule] = []  # adapters of the target's keys by name: undone before the names are
     stages: list[list[Rule]] = [[]]
     problems = []
-    for rule in rules:
+    for rule in given:
         if rule.kind == "stage":
             stages.append([])
             continue
         try:
             turned = _reversed(rule)
+            early = moves and rule.kind == "adapt" and not linked(rule)[1]
+            turned = _linked_to_itself(turned) if early else turned
             compile_rule(turned)  # a part that only one side names can't be had back
-            stages[-1].append(turned)
+            (first if early else stages[-1]).append(turned)
         except RuleError as error:
             problems.append(f"{rule}: {error.reason}")
     if problems:
         raise RuleError(
             "rules that can't be turned round", problems=shortened(problems), hint="write the way back by hand, in a file of its own"
         )
-    rows = [rule for stage in reversed(stages) for rule in (Rule("stage"), *stage)]
+    ordered = [*([first] if first else []), *reversed(stages)]
+    rows = [rule for stage in ordered for rule in (Rule("stage"), *sorted(stage, key=_has_parts))]
     return tuple(rows[1:])
+
+
+def _has_parts(rule: Rule) -> bool:
+    """Whether a rule is for several names. One for a single name comes before those whose pattern may be as wide as to take it."""
+    return any(_PART.search(key) for key in linked(rule)[0])
+
+
+def _linked_to_itself(rule: Rule) -> Rule:
+    """An adapter of a target's key as one of a source's, for what is a target's name on the way there is a source's on the way back."""
+    keys = linked(rule)[0]
+    if len(keys) > 1:
+        raise RuleError("adapts several keys by name")
+    text = _side(keys[0], set(_MANY.findall(keys[0])), {})
+    return Rule("adapt", f"{text} -> {text}", rule.result, rule.file, rule.line)
 
 
 def _reversed(rule: Rule) -> Rule:
@@ -75,11 +95,26 @@ def _grouped(op: Op, count: int) -> Op:
 def _sides(turned: list[str], other: list[str]) -> list[str]:
     """One side's texts as the other side's: the parts that count are shifted to where they now are named."""
     many = {name for text in (*turned, *other) for name in _MANY.findall(text)}
+    for side in (turned, other):
+        _check_counts(side)
     shifts = {found["name"]: found for text in other for part in _PART.findall(text) if (found := _SHIFT.fullmatch(part))}
-    return [_side(text, many, shifts, turned) for text in turned]
+    return [_side(text, many, shifts) for text in turned]
 
 
-def _side(text: str, many: set[str], shifts: dict[str, re.Match[str]], turned: list[str]) -> str:
+def _check_counts(side: list[str]) -> None:
+    """Raises RuleError where a side counts with one part in two ways, which no pattern can ask for."""
+    counts: dict[str, set[int]] = {}
+    for text in side:
+        for part in _PART.findall(text):
+            shift = _SHIFT.fullmatch(part)
+            name, by = (shift["name"], int(shift["sign"] + shift["by"])) if shift else (part.removeprefix("**").strip(), 0)
+            counts.setdefault(name, set()).add(by)
+    double = next((name for name, found in counts.items() if len(found) > 1), None)
+    if double is not None:
+        raise RuleError(f"counts with {{{double}}} in two ways")
+
+
+def _side(text: str, many: set[str], shifts: dict[str, re.Match[str]]) -> str:
     bare = _PART.sub("", text)
     if re.match(r"[0-9]{1,4}:", text):
         raise RuleError(f"{text!r} is for one source of several")

@@ -9,15 +9,20 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.rules import Kind, Rule, compile_rule, linked
 
-_HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_.-]+)(?P=quote)\s*\]\]\s*(#.*)?")
-_ENTRY = re.compile(r"\s*([\"']?)(?P<name>[A-Za-z0-9_-]+)\1\s*=")
+_HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_-]+)(?P=quote)\s*\]\]\s*(#.*)?")
+_NAMED = re.compile(r"\s*\[{0,2}\s*(?:\"(?P<one>[^\"\\]*)\"|'(?P<two>[^']*)'|(?P<bare>[A-Za-z0-9_-]+))\s*[].=]")  # a line's first name
+_WRITTEN = re.compile(  # comments and strings
+    r'#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3,5}|\'{3}.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL
+)
 _LINE = re.compile(r"line (\d+)")
 MOST = 1 << 20  # characters of a file
 
@@ -54,18 +59,21 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         found = _LINE.search(str(error))
         raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path) from error
-    problems = [f"line {_line_of(text, name)}: {_unknown(name, value[name])}" for name in value if not _tables(name, value[name])]
-    rows = list(_rows(text, value)) if not problems else []
+    text = _WRITTEN.sub(lambda found: found[0] if "\n" not in found[0] else "\n" * found[0].count("\n"), text)
+    lines = text.split("\n")
+    places = _places(lines)
+    problems = [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if not _tables(name, value[name])]
+    rows = list(_rows(lines, value, path)) if not problems else []
     rules: list[Rule] = []
     for line, kind, table in rows:
-        wrong = list(_wrong_fields(text, line, kind, table))
+        wrong = list(_wrong_fields(places, line, kind, table))
         problems += wrong
         if not wrong:
             for rule in _rules(kind, table, path, line):
                 rules.append(rule)
                 problems += _malformed(rule)
     if problems:
-        raise RuleError("has rules that are not well formed", path=path, problems=tuple(problems[:20]), hint=_example(rows))
+        raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=_example(rows))
     return tuple(rules)
 
 
@@ -73,18 +81,18 @@ def _tables(name: str, value: Any) -> bool:
     return name in FORMS and type(value) is list and all(type(row) is dict for row in value)
 
 
-def _unknown(name: str, value: Any) -> str:
+def _unknown(name: str) -> str:
     if name in FORMS:
         return f"write each rule as a table of its own: [[{name}]]"
     close = difflib.get_close_matches(name, FORMS, n=1)
-    return f"there is no rule {name!r}" + (f"; is it [[{close[0]}]]?" if close else f"; the rules are {', '.join(FORMS)}")
+    return f"there is no rule {name[:60]!r}" + (f"; is it [[{close[0]}]]?" if close else f"; the rules are {', '.join(FORMS)}")
 
 
-def _rows(text: str, value: Mapping[str, Any]) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
+def _rows(lines: Sequence[str], value: Mapping[str, Any], path: str) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
     """Each table with its line, in the order of the text, which TOML's own values lose between names."""
     left = {name: iter(rows) for name, rows in value.items()}
     seen = 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         header = _HEADER.fullmatch(line)
         if header is None or header["name"] not in left:
             continue
@@ -93,19 +101,29 @@ def _rows(text: str, value: Mapping[str, Any]) -> Iterator[tuple[int, Kind, dict
             seen += 1
             yield number, header["name"], table  # type: ignore[misc]
     if seen != sum(len(rows) for rows in value.values()):
-        raise RuleError("has rules whose order can't be told", hint="write each as a table of its own, on lines of its own: [[rename]]")
+        raise RuleError(
+            "has rules whose order can't be told", path=path, hint="write each as a table of its own, on lines of its own: [[rename]]"
+        )
 
 
-def _line_of(text: str, name: str, after: int = 1) -> int:
-    for number, line in enumerate(text.splitlines(), 1):
-        header, entry = _HEADER.fullmatch(line), _ENTRY.match(line)
-        plain = re.fullmatch(rf"\s*\[\s*[\"']?{re.escape(name)}[\"']?\s*(\..*)?\]\s*(#.*)?", line)
-        if number >= after and (plain or any(found is not None and found["name"] == name for found in (header, entry))):
-            return number
-    return after
+def _places(lines: Sequence[str]) -> Mapping[str, Sequence[int]]:
+    """The lines that begin with a name, in order, by name."""
+    places: dict[str, list[int]] = {}
+    for number, line in enumerate(lines, 1):
+        found = _NAMED.match(line)
+        if found is not None:
+            places.setdefault(found["one"] or found["two"] or found["bare"] or "", []).append(number)
+    return places
 
 
-def _wrong_fields(text: str, line: int, kind: Kind, table: Mapping[str, Any]) -> Iterator[str]:
+def _line_of(places: Mapping[str, Sequence[int]], name: str, after: int = 1) -> int:
+    """The first line from `after` on that begins with a name; `after` itself where there is none."""
+    lines = places.get(name, ())
+    index = bisect_left(lines, after)
+    return lines[index] if index < len(lines) else after
+
+
+def _wrong_fields(places: Mapping[str, Sequence[int]], line: int, kind: Kind, table: Mapping[str, Any]) -> Iterator[str]:
     form = FORMS[kind]
     known = (
         {name for choice in form.patterns for name in choice}
@@ -113,10 +131,10 @@ def _wrong_fields(text: str, line: int, kind: Kind, table: Mapping[str, Any]) ->
         | ({"name"} if kind == "stage" else set())
     )
     for name, value in table.items():
-        place = _line_of(text, name, line)
+        place = _line_of(places, name, line)
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            yield f"line {place}: [[{kind}]] has no {name!r}" + (
+            yield f"line {place}: [[{kind}]] has no {name[:60]!r}" + (
                 f"; is it {close[0]!r}?" if close else f"; it has {' and '.join(sorted(known))}"
             )
         elif not _texts(value):

@@ -21,7 +21,7 @@ from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_patter
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage"]
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
 _LINK, _PLUS = re.compile(r"\s+->\s+"), re.compile(r"\s+\+\s+")
-_BRACED = re.compile(r"\{(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*)\}")
+_BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Match:
 class CompiledRule:
     """A rule with its patterns ready to match (each with the number of the only source that it is for), its results and its ops.
 
-    `gathered` are parts that the patterns name and no result does: keys that differ in them alone go into one result, in numerical order.
+    `gathered` are parts that the patterns name and results do not, or only count with (`{i//2}`): keys that differ in them alone go into
+    one result, in numerical order.
     `counted` is the one part that results name and no pattern does: it counts what `unstack` gives.
     """
 
@@ -156,14 +157,24 @@ def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Seque
     for pattern in patterns:
         if set(pattern.parts) != set(parts):
             raise RuleError(f"{patterns[0].text!r} and {pattern.text!r} name other parts", hint="name the same parts in each: {i}, {p}")
-    used = [{part for part in parts if re.search(rf"\b{part}\b", "".join(re.findall(r"\{[^{}]*\}", result)))} for result in results]
+    used = [{part for part in parts if counts_with(result, part)} for result in results]
     extra = dict.fromkeys(name for result in results for name in _BRACED.findall(result) if name not in parts)
     counted = next(iter(extra), None) if any(op["op"] == "unstack" for op in ops) else None
     for result in results:
         check_template(re.sub(rf"\{{{counted}\}}", "0", result) if counted else result, patterns[0])
     if any(one != used[0] for one in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):
         raise RuleError("has results that use other parts", hint="use the same parts in each: {i}, {p}")
-    return tuple(part for part in parts if part not in used[0]), counted
+    told = {name for result in results for name in _BRACED.findall(result)}
+    return tuple(part for part in parts if part not in told), counted
+
+
+def counts_with(result: str, part: str) -> bool:
+    """Whether a result names a part, by itself or in arithmetic.
+
+    >>> counts_with("h.{i//2}.w", "i"), counts_with("h.{i//2}.w", "w")
+    (True, False)
+    """
+    return any(re.search(rf"\b{part}\b", braced) for braced in re.findall(r"\{[^{}]*\}", result))
 
 
 def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
@@ -184,8 +195,7 @@ def beside(rule: Rule, path: str) -> str:
     >>> beside(Rule("adapt", "w", "rows", "conf/rules.toml", 1), "vocab.txt")
     'conf/vocab.txt'
     """
-    folder = rule.file.rpartition("/")[0]
-    return f"{folder}/{path}" if folder and not path.startswith("/") else path
+    return path if path.startswith("/") else rule.file[: rule.file.rfind("/") + 1] + path
 
 
 def from_arguments(
