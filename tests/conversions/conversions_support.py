@@ -93,6 +93,7 @@ def convert(given: Path, target: str, output: Path, name: str | Iterable[str] = 
     Every target tensor must take weights and every source tensor must go somewhere, save those that `fresh` and `dropped` list.
     """
     fresh, dropped = words.pop("fresh", ()), words.pop("dropped", ())
+    words.setdefault("strict", not fresh and not dropped)
     files = [rules(one) for one in ([name] if isinstance(name, str) else name)]
     report = cs.merge(given, target, output, rules=files, **words)
     account(report, fresh, dropped)

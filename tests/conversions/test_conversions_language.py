@@ -205,7 +205,7 @@ def test_neox_with_q_k_v_fused_by_head_to_split_ones_and_back(tmp_path: Path) ->
     path = save(given, tmp_path / "neox.safetensors")
     found, _ = convert(path, hf("starcoder2"), tmp_path / "starcoder2.safetensors", "neox_to_starcoder2")
     agree(logits(found), logits(given))
-    all_seen(found, logits, ["*.k_proj.bias"])
+    all_seen(found, logits)  # keys' biases too: they are turned with the position
     again, _ = convert(tmp_path / "starcoder2.safetensors", hf("neox"), tmp_path / "back.safetensors", "starcoder2_to_neox")
     support.same(again.state_dict(), given.state_dict())
 
