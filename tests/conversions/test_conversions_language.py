@@ -61,6 +61,15 @@ def test_gpt2_as_the_hub_has_it(tmp_path: Path) -> None:
     assert "lm_head.weight" in report.transferred  # it is tied to wte
 
 
+def test_gpt2_as_transformers_saves_it_in_shards(tmp_path: Path) -> None:
+    """save_pretrained leaves the tied head out, and cuts the rest into files."""
+    given = source(hf("gpt2"))
+    given.save_pretrained(tmp_path / "hf", max_shard_size="16KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    found, _ = convert(tmp_path / "hf", spec("nanogpt"), tmp_path / "nano.pt", "gpt2_to_nanogpt")
+    agree(logits(found), logits(given))
+
+
 def test_gpt2_by_the_command_line(tmp_path: Path) -> None:
     given = source(hf("gpt2"))
     save(given, tmp_path / "hf.pt")
