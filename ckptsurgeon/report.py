@@ -69,7 +69,7 @@ class Report:
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised). `dropped` has every source key that went nowhere, with the reason. `proven`: the file was held against
+    and `fresh` (initialised); `adapted` are those of the transferred ones whose shape or values adapters changed. `dropped` has every source key that went nowhere, with the reason. `proven`: the file was held against
     the plan byte by byte.
     """
 
@@ -86,6 +86,7 @@ class Report:
     nbytes: int = 0
     proven: bool = False
     verification: Verification | None = None
+    adapted: tuple[str, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:

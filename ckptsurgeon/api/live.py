@@ -71,6 +71,7 @@ def transfer(
         coverage=plan.coverage,
         casts=reported(casts),
         findings=(*plan.findings, *_untrained(plan, given)),
+        adapted=plan.adapted,
     )
     return replace(report, text=text.report(report))
 

@@ -338,5 +338,6 @@ def _report(made: Plan, written: Written, output: str, proven: bool, verificatio
         nbytes=written.nbytes,
         proven=proven,
         verification=verification,
+        adapted=made.adapted,
     )
     return replace(report, text=text.report(report))

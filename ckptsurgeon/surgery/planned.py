@@ -137,6 +137,11 @@ class Plan:
         return tuple(step.target for step in self.steps if step.sources)
 
     @property
+    def adapted(self) -> tuple[str, ...]:
+        """Target keys whose sources adapters change."""
+        return tuple(step.target for step in self.steps if step.adapters)
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """Target keys that stay as a target checkpoint has them."""
         return tuple(step.target for step in self.steps if step.action == "keep")

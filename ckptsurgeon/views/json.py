@@ -92,6 +92,7 @@ def report(found: Report) -> dict[str, Any]:
         "output": found.output,
         "bytes": found.nbytes,
         "transferred": list(found.transferred),
+        "adapted": list(found.adapted),
         "kept": list(found.kept),
         "fresh": list(found.fresh),
         "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],

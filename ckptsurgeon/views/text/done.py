@@ -19,7 +19,7 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     """What a merge, an apply or a transfer did."""
     most = most_rows(verbose)
     where = f"Wrote {name(found.output)} ({size(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
-    lines = [f"{where}: coverage {coverage_words(found.coverage)}", heading("transferred", len(found.transferred))]
+    lines = [f"{where}: coverage {coverage_words(found.coverage)}", heading("transferred", len(found.transferred), _adapted(found))]
     if verbose:
         lines += keys(found.transferred, width, None)
     if found.kept:
@@ -74,3 +74,7 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
     if width is not None:
         cells = [[*row[:-1], "\n".join(broken(row[-1], max(width - before, 24)))] for row in cells]
     return tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)
+
+
+def _adapted(found: Report) -> str:
+    return f"{len(found.adapted)} of them by adapters" if found.adapted else ""
