@@ -58,6 +58,17 @@ def test_vit_with_classes_of_its_own_by_the_command_line(tmp_path: Path) -> None
     agree(logits(found), logits(given))
 
 
+def test_vit_whose_head_is_to_stay_as_the_target_has_it(tmp_path: Path) -> None:
+    """The head would fit; a rule beside the file's says that it is not wanted."""
+    given = source(spec("timm_vit"))
+    path = save(given, tmp_path / "timm.pt")
+    new, old = ["classifier.weight", "classifier.bias"], ["head.weight", "head.bias"]
+    found, _ = convert(path, hf("vit"), tmp_path / "hf.pt", "timm_vit_to_hf_vit", keep=["classifier.*"], fresh=new, dropped=old)
+    assert found.classifier.bias.abs().max() == 0  # transformers' own initial value
+    found.classifier, given.head = nn.Identity(), nn.Identity()
+    agree(logits(found), logits(given))
+
+
 # --- ViT, DINOv2, BEiT: another resolution
 
 
@@ -133,6 +144,27 @@ def test_resnet_for_grey_images_by_its_trainer(tmp_path: Path) -> None:
     found, _ = convert(tmp_path / "checkpoint.pth.tar", spec("resnet(in_channels=1)"), tmp_path / "grey.safetensors", "resnet_grey")
     grey = images(64, channels=1)
     agree(logits(found, grey), logits(given, grey.expand(-1, 3, -1, -1)))
+
+
+def test_resnet_that_moco_trained(tmp_path: Path) -> None:
+    """As published: a DistributedDataParallel model's state_dict, both encoders in it, beside the optimizer's state."""
+    trained, average = source(spec("resnet"), 1), source(spec("resnet"), 2)
+    state = {
+        f"module.encoder_{tower}.{key}": one for tower, net in (("q", trained), ("k", average)) for key, one in net.state_dict().items()
+    }
+    for tower in "qk":
+        for place in (0, 2):
+            state[f"module.encoder_{tower}.fc.{place}.weight"] = torch.ones(4, 4)
+        del state[f"module.encoder_{tower}.fc.weight"], state[f"module.encoder_{tower}.fc.bias"]
+    state |= {"module.queue": torch.ones(4, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    path = tmp_path / "moco_v2.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, path)
+    left = {key for key in state if "encoder_q" not in key or ".fc." in key}
+    found, _ = convert(path, spec("resnet"), tmp_path / "out.pth", "moco_to_resnet", fresh=["fc.weight", "fc.bias"], dropped=left)
+    assert found.fc.bias.abs().max() == 0
+    assert 0 < found.fc.weight.std() < 0.02
+    found.fc, trained.fc = nn.Identity(), nn.Identity()
+    agree(logits(found, images(64)), logits(trained, images(64)))
 
 
 # --- 2-D to 3-D, linear to convolution
