@@ -19,7 +19,8 @@ from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.rules import Kind, Rule, compile_rule, linked
 
 _HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_-]+)(?P=quote)\s*\]\]\s*(#.*)?")
-_NAMED = re.compile(r"\s*\[{0,2}\s*(?:\"(?P<one>[^\"\\]*)\"|'(?P<two>[^']*)'|(?P<bare>[A-Za-z0-9_-]+))\s*[].=]")  # a line's first name
+_NAMES = re.compile(r"\s*(?:\[\[?\s*)?(?:(?:\"[^\"\\]*\"|'[^']*'|[A-Za-z0-9_-]+)\s*[].=]\s*)+")  # before a value
+_NAME = re.compile(r"\"(?P<one>[^\"\\]*)\"|'(?P<two>[^']*)'|(?P<bare>[A-Za-z0-9_-]+)")
 _WRITTEN = re.compile(  # comments and strings
     r'#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3,5}|\'{3}.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL
 )
@@ -107,11 +108,11 @@ def _rows(lines: Sequence[str], value: Mapping[str, Any], path: str) -> Iterator
 
 
 def _places(lines: Sequence[str]) -> Mapping[str, Sequence[int]]:
-    """The lines that begin with a name, in order, by name."""
+    """The lines that begin with a name, or a dotted one that has it, in order, by name."""
     places: dict[str, list[int]] = {}
     for number, line in enumerate(lines, 1):
-        found = _NAMED.match(line)
-        if found is not None:
+        head = _NAMES.match(line)
+        for found in _NAME.finditer(head[0]) if head is not None else ():
             places.setdefault(found["one"] or found["two"] or found["bare"] or "", []).append(number)
     return places
 
