@@ -6,7 +6,6 @@ that is handed out keeps its tensor alive and can't be written to.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +18,7 @@ from ckptsurgeon.models import initial
 from ckptsurgeon.models.initial import KEEP
 from ckptsurgeon.models.own import Fill
 from ckptsurgeon.models.skeleton import state_dict_of
+from ckptsurgeon.streaming.values import memory_of
 from ckptsurgeon.tensors import TensorMeta
 
 
@@ -35,13 +35,7 @@ def tensor_bytes(t: torch.Tensor) -> memoryview:
     """
     if t.device.type == "meta":
         raise ModelError("a tensor on the meta device has no values")
-    dense = t.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    size = dense.numel() * dense.element_size()
-    if size == 0:
-        return memoryview(b"")
-    buffer: Any = (ctypes.c_ubyte * size).from_address(dense.data_ptr())
-    buffer.owner = dense
-    return memoryview(buffer).cast("B").toreadonly()
+    return memory_of(t)
 
 
 def make_provider(

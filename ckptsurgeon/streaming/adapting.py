@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.streaming.copying import BUFFER
 from ckptsurgeon.streaming.kernels.table import Initial, OwnKernel, run
-from ckptsurgeon.streaming.values import Buffer, memory_of, tensor_from
+from ckptsurgeon.streaming.values import PIECE, Buffer, memory_of, tensor_from
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.planned import Step
 
@@ -59,10 +58,14 @@ def averaged(sources: Sequence[Iterable[Buffer]], dtype: str, weights: Sequence[
     """The weighted mean of tensors' bytes, part by part, accumulated in float32 or wider."""
     import torch
 
-    kind = getattr(torch, BY_CODE[dtype].torch)
-    wide = torch.float64 if kind is torch.float64 else torch.float32
+    wide = torch.float64 if dtype == "F64" else torch.float32
     for parts in zip(*sources, strict=True):
-        total = tensor_from(parts[0], dtype).to(wide) * weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            total.add_(tensor_from(part, dtype).to(wide), alpha=weight)
-        yield memory_of(total.to(kind))
+        given = [tensor_from(part, dtype) for part in parts]
+        mean = torch.empty_like(given[0])
+        for start in range(0, len(mean), PIECE):
+            piece = slice(start, start + PIECE)
+            total = given[0][piece].to(wide) * weights[0]
+            for tensor, weight in zip(given[1:], weights[1:], strict=True):
+                total.add_(tensor[piece].to(wide), alpha=weight)
+            mean[piece] = total
+        yield memory_of(mean)

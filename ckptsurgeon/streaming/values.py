@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 Buffer = bytes | bytearray | memoryview
-PIECE = 1 << 15  # elements cast at a time: few enough to stay in a processor's cache, with all that is counted about them
+# Elements that are computed at a time: few enough to stay in a processor's cache, and for torch not to wake its other threads.
+PIECE = 1 << 15
 # Not every float has an infinity or a sign: F8_E4M3 saturates, infinities included, and F8_E8M0 is positive.
 _ODD = ("F8_E4M3", "F8_E8M0")
 
