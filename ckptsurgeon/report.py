@@ -69,8 +69,8 @@ class Report:
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised); `adapted` are those of the transferred ones whose shape or values adapters changed. `dropped` has every source key that went nowhere, with the reason. `proven`: the file was held against
-    the plan byte by byte.
+    and `fresh` (initialised); `adapted` are those of the transferred ones whose shape or values adapters changed. `dropped` has every
+    source key that went nowhere, with the reason. `proven`: the file was held against the plan byte by byte.
     """
 
     sources: tuple[str, ...]

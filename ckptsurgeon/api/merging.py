@@ -72,7 +72,8 @@ def plan(
     >>> [(row.source, row.reason) for row in decided.dropped]
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
-    choices = _choices(from_arguments(rename, drop, init, adapt, keep), rules, reverse, note, root, dtype, seed, allow_cast, average, auto)
+    ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
+    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     _, made = _decide(seen, goal, choices)
@@ -91,22 +92,6 @@ class _Choices:
     allow_cast: tuple[str, ...]
     average: Weights | None
     auto: str | None
-
-
-def _choices(
-    arguments: Sequence[Rule],
-    rules: Rules,
-    reverse: bool,
-    note: Note,
-    root: str | None,
-    dtype: str | None,
-    seed: int,
-    allow_cast: Iterable[str],
-    average: Weights | None,
-    auto: str | None,
-) -> _Choices:
-    ruling = gather(arguments, rules, reverse=reverse, note=note)
-    return _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
 
 
 def _look(sources: Given | Sequence[Given]) -> list[Given]:
@@ -186,7 +171,8 @@ def merge(
     """
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
-    choices = _choices(from_arguments(rename, drop, init, adapt, keep), rules, reverse, note, root, dtype, seed, allow_cast, average, auto)
+    ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
+    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
