@@ -52,9 +52,10 @@ def loose(
 ) -> tuple[str, ...]:
     """Every key that is missing, extra or mismatched without a rule that names it."""
     rules = (*names.inits, *names.keeps)
+    tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
 
     def named(key: str) -> bool:
-        return key in names.spared or any(rule.match(key) is not None for rule in rules)
+        return any(one in names.spared or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
 
     def repaired(step: Step) -> bool:
         return is_counter(step.target) and step.schemes == ("zeros",)  # without a rule that names it, only a repair says so

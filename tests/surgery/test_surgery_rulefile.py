@@ -215,10 +215,51 @@ def test_hostile_texts_are_rules_or_rule_errors(text):
 
 
 _words = st.sampled_from(
-    ["[[rename]]", "[[drop]]", "[[keep]]", "[[adapt]]", "[[init]]", "[[stage]]", "[rename]", "[[rename.x]]", "[[renam]]", "from", "to", "key",
-     "op", "scheme", "name", "=", "'a.{p}'", '"b.{p}"', "'''", '"""', "['a', 'b']", "{x = 1}", "1979-05-27", "1e5", "true", "\n", "\r\n", "#",
-     " ", ".", "'transpose'", "'concat(dim=0)'", "'a.{i} -> b.{i//2}'", "'zeros'", "\\", "\u2028", "\x0b", "[", "]", ",", "'{'", "'*'"]
-)  # fmt: skip
+    [
+        "[[rename]]",
+        "[[drop]]",
+        "[[keep]]",
+        "[[adapt]]",
+        "[[init]]",
+        "[[stage]]",
+        "[rename]",
+        "[[rename.x]]",
+        "[[renam]]",
+        "from",
+        "to",
+        "key",
+        "op",
+        "scheme",
+        "name",
+        "=",
+        ".",
+        "#",
+        "[",
+        "]",
+        ",",
+        "\\",
+        "'a.{p}'",
+        '"b.{p}"',
+        "['a','b']",
+        "{x=1}",
+        "1979-05-27",
+        "1e5",
+        "true",
+        "'transpose'",
+        "'concat(dim=0)'",
+        "'zeros'",
+        "'{'",
+        "'*'",
+        "'''",
+        '"""',
+        " ",
+        "\n",
+        "\r\n",
+        "\u2028",
+        "\x0b",
+        "'a.{i} -> b.{i//2}'",
+    ]
+)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -261,7 +302,7 @@ def test_any_tables_give_rules_in_order_or_problems_with_a_line_each(tables, dat
     try:
         found = parse_rules(text, "r")
     except RuleError as error:
-        assert all(problem.startswith("line ") or problem.startswith("and ") for problem in error.problems)
+        assert all(problem.startswith(("line ", "and ")) for problem in error.problems)
         return
     lines = text.split("\n")
     assert [one.line for one in found] == sorted(one.line for one in found)
@@ -288,9 +329,7 @@ def _any_rule(draw: st.DrawFn) -> Rule:
     results = " + ".join(draw(st.lists(st.sampled_from(["n.a", "n.b", 'n."c"']), min_size=1, max_size=3)))
     if kind == "rename":
         return Rule(kind, key, results)
-    op = draw(
-        st.sampled_from(["transpose", "concat(dim=0) | transpose", "rows(source='a | b', target=\"c\")", "chunk(dim=-1, of=3, index=0)"])
-    )
+    op = draw(st.sampled_from(["transpose", "concat(dim=0) | transpose", "rows(source='a | b', target=\"c\")", "chunk(-1, of=3, index=0)"]))
     return Rule(kind, draw(st.sampled_from([key, f"a + b -> {results}", f"0:a + 1:a -> {results}", f"a -> {results}"])), op)
 
 
