@@ -29,7 +29,7 @@ def reverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     (Rule(kind='rename', pattern='blocks.{i}.{p}', result='encoder_layer_{i-1}.{p}', file='', line=0),)
     """
     given = tuple(rules)
-    moves = any(rule.kind == "rename" or (rule.kind == "adapt" and linked(rule)[1]) for rule in given)
+    moves = any(rule.kind == "rename" or (rule.kind == "adapt" and "->" in rule.pattern) for rule in given)
     first: list[Rule] = []  # adapters of the target's keys by name: undone before the names are
     stages: list[list[Rule]] = [[]]
     problems = []
@@ -83,7 +83,7 @@ def _reversed(rule: Rule) -> Rule:
     sources, results = linked(rule)
     if len(results) > 1:
         raise RuleError("one key goes to several, and no one of them is told to come back")
-    (pattern,), (result,) = _sides(results, sources), _sides(sources, results)
+    (result,), (pattern,) = _sides(sources, results), _sides(results, sources)
     return Rule("rename", pattern, result, rule.file, rule.line)
 
 

@@ -215,51 +215,11 @@ def test_hostile_texts_are_rules_or_rule_errors(text):
 
 
 _words = st.sampled_from(
-    [
-        "[[rename]]",
-        "[[drop]]",
-        "[[keep]]",
-        "[[adapt]]",
-        "[[init]]",
-        "[[stage]]",
-        "[rename]",
-        "[[rename.x]]",
-        "[[renam]]",
-        "from",
-        "to",
-        "key",
-        "op",
-        "scheme",
-        "name",
-        "=",
-        ".",
-        "#",
-        "[",
-        "]",
-        ",",
-        "\\",
-        "'a.{p}'",
-        '"b.{p}"',
-        "['a','b']",
-        "{x=1}",
-        "1979-05-27",
-        "1e5",
-        "true",
-        "'transpose'",
-        "'concat(dim=0)'",
-        "'zeros'",
-        "'{'",
-        "'*'",
-        "'''",
-        '"""',
-        " ",
-        "\n",
-        "\r\n",
-        "\u2028",
-        "\x0b",
-        "'a.{i} -> b.{i//2}'",
-    ]
-)
+    ["[[rename]]", "[[drop]]", "[[keep]]", "[[adapt]]", "[[init]]", "[[stage]]", "[rename]", "[[rename.x]]", "[[renam]]", "from",
+     "to", "key", "op", "scheme", "name", "=", ".", "#", "[", "]", ",", "\\", "'a.{p}'", '"b.{p}"', "['a','b']", "{x=1}",
+     "1979-05-27", "1e5", "true", "'transpose'", "'concat(dim=0)'", "'zeros'", "'{'", "'*'", "'''", '"""', " ", "\n", "\r\n",
+     "\u2028", "\x0b", "'a.{i} -> b.{i//2}'"]
+)  # fmt: skip
 
 
 @settings(max_examples=1000, deadline=None)
