@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain
+from ckptsurgeon.surgery.adapters.table import is_own
 from ckptsurgeon.surgery.items import Item
 from ckptsurgeon.surgery.patterns import expand
 from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside, counts_with
 from ckptsurgeon.tensors import Checkpoint
 
 MOST = 100_000  # results of one unstack
+JOINING = ("concat", "stack", "average")  # adapters that make one tensor of all that come in
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
     members = sorted(group.members, key=lambda member: (_order(compiled, member), member.match.which))
     _check_whole(group, members)
     first = members[0].item
-    if any(member.item.asked != first.asked or len(member.item.places) > 1 for member in members) and len(members) > 1:
+    if len(members) > 1 and not all(_alike(member.item, first) for member in members):
         raise RuleError(f"joins keys for {group.names[0]!r} that earlier stages adapted, each in its own way")
     places = tuple(place for member in members for place in member.item.places)
     rules = (*dict.fromkeys(rule for member in members for rule in member.item.rules), compiled.rule)
@@ -67,6 +69,13 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
             asked = (*first.asked, *(Asked(op, index, names, number) for op in compiled.ops))
             results.append(Item(name, name, places, asked, rules))
     return results
+
+
+def _alike(item: Item, other: Item) -> bool:
+    """Whether what earlier stages do to both, tensor by tensor, is one chain of ops over both."""
+    chains = [[(asked.op, asked.index, asked.number) for asked in one.asked] for one in (item, other)]
+    joined = any(is_own(asked.op) or asked.op["op"] in JOINING for asked in item.asked)
+    return chains[0] == chains[1] and len(item.places) == 1 and not joined
 
 
 def _order(compiled: CompiledRule, member: Member) -> tuple[tuple[int, str], ...]:
