@@ -23,6 +23,7 @@ def fates(
     """The fate of every source key that nothing reads."""
     used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
+    twins = _twins(sources, steps)
 
     def why(place: SourceKey) -> str:
         if place in names.dropped:
@@ -31,9 +32,12 @@ def fates(
         name = next((one for one in landed if target is not None and one in target), landed[0] if landed else "")
         if name in kept:
             return str(kept[name])
-        if name in names.claims and place not in names.claims[name].places and name in origins:
+        lost = name in names.claims and place not in names.claims[name].places and name in origins
+        if lost or names.entries.get(name, place) != place:
             return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
         if target is not None and name in target:
+            if place in twins:
+                return f"tied to {twins[place]}, which is taken"
             if place[1] in sources[place[0]].entries:
                 return "no tensor, which the target has there"
             return f"shape {sources[place[0]][place[1]].shape} does not fit {target[name].shape}"
@@ -47,10 +51,30 @@ def fates(
     )
 
 
+def _twins(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
+    """The source keys that are one tensor with a key that a step reads, and that key."""
+    used = {place for step in steps for place in step.sources}
+    taken = {group: key for number, source in enumerate(sources) for group in source.ties for key in group if (number, key) in used}
+    return {
+        (number, key): taken[group]
+        for number, source in enumerate(sources)
+        for group in source.ties
+        for key in group
+        if group in taken and (number, key) not in used
+    }
+
+
 def loose(
-    names: Names, target: Checkpoint | None, steps: Sequence[Step], entries: Sequence[Entry], dropped: Sequence[Dropped]
+    sources: Sequence[Checkpoint],
+    names: Names,
+    target: Checkpoint | None,
+    steps: Sequence[Step],
+    entries: Sequence[Entry],
+    dropped: Sequence[Dropped],
 ) -> tuple[str, ...]:
     """Every key that is missing, extra or mismatched without a rule that names it."""
+    twins = _twins(sources, steps)
+    own = target if target is not None else {}
     rules = (*names.inits, *names.keeps)
     tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
 
@@ -69,6 +93,8 @@ def loose(
         *(
             f"{row.source}: {row.reason}"
             for row in dropped
-            if (row.file, row.source) not in names.dropped and not any(map(named, landed(row)))
+            if (row.file, row.source) not in names.dropped
+            and not any(map(named, landed(row)))
+            and not ((row.file, row.source) in twins and any(name in own for name in landed(row)))
         ),
     )

@@ -55,12 +55,10 @@ def test_a_part_that_no_pattern_names_counts_what_unstack_gives():
     target = {f"experts.{e}.w{n}": (2, 4) if n == 1 else (4, 2) for e in range(3) for n in (1, 2)}
     found = steps(source, target, link)
     assert found["experts.2.w1"] == (["experts.w1"], [{"op": "unstack", "dim": 0, "index": 2}])
-    assert steps(source, target, rule("adapt", "experts.w{n} -> experts.{e}.w{n}", "permute(dims=[0, 1, 2]) | unstack"))["experts.1.w2"][1][1] == {
-        "op": "unstack", "dim": 0, "index": 1,
-    }  # fmt: skip
-    assert (
-        "unstacks dim 3 of shape (3, 2, 4)" in refused(source, target, rule("adapt", "experts.w1 -> experts.{e}.w1", "unstack(dim=3)"))[0]
-    )
+    turned = rule("adapt", "experts.w{n} -> experts.{e}.w{n}", "permute(dims=[0, 1, 2]) | unstack")
+    assert steps(source, target, turned)["experts.1.w2"][1][1] == {"op": "unstack", "dim": 0, "index": 1}
+    beyond = rule("adapt", "experts.w1 -> experts.{e}.w1", "unstack(dim=3)")
+    assert "unstacks dim 3 of shape (3, 2, 4)" in refused(source, target, beyond)[0]
     huge = {"w": (100_001, 1)}
     assert "at most 100000 are" in refused(huge, {"w.0": (1,)}, rule("adapt", "w -> w.{e}", "unstack"))[0]
     assert "unstacks dim 0 of shape ()" in refused({"w": ()}, {"w.0": ()}, rule("adapt", "w -> w.{e}", "unstack"))[0]
