@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -76,6 +77,7 @@ def innermost_place(error: BaseException) -> str | None:
     return f"{chosen[0][0]}:{chosen[0][1]}" if chosen else None
 
 
+@lru_cache(maxsize=8192)
 def is_persons(filename: str) -> bool:
     """Whether a source file is a person's own: neither the standard library's, nor an installed package's, nor ours."""
     return not filename.startswith("<") and not any(_within(filename, folder) for folder in (_PACKAGE, *_INSTALLED))

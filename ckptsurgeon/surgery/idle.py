@@ -23,8 +23,9 @@ def rules_without_a_turn(
             continue
         numbers = [number for number, _ in rule.patterns if number is not None and number >= len(sources)]
         raw = [place for item in items for place in item.places if rule.match(place[1], place[0]) is not None]
-        if any(rule.match(item.seen, item.source) is not None for item in items):
-            yield f"{rule.rule} never gets a turn: earlier rules match all of its keys"
+        if any(rule.match(name, item.source) is not None for item in items for name in item.readings):
+            if not (rule.rule.file and any(not other.rule.file for other in rules[:index])):  # a command line overrides files
+                yield f"{rule.rule} never gets a turn: earlier rules match all of its keys"
         elif raw and prefixes[raw[0][0]]:
             seen = next((item.seen for item in items), "")
             yield f"{rule.rule} matches nothing: patterns see the names after the change ({prefixes[raw[0][0]]}), such as {seen!r}"

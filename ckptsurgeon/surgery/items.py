@@ -39,6 +39,12 @@ class Item:
         return first if len(self.places) == 1 or all(number == first for number, _ in self.places) else -1
 
     @property
+    def readings(self) -> tuple[str, ...]:
+        """The names by which a pattern may match: what patterns see, then, before any rule, the key as it stands in the file."""
+        raw = self.places[0][1]
+        return (self.seen,) if self.rules or raw == self.seen or len(self.places) > 1 else (self.seen, raw)
+
+    @property
     def words(self) -> str:
         """Its first key and the rules that led it here, as a problem names it."""
         return f"{self.places[0][1]!r}" + (f" (by {', '.join(map(str, self.rules))})" if self.rules else "")

@@ -104,10 +104,11 @@ class _Stage:
         return found
 
     def _first(self, item: Item) -> tuple[int, Match | None]:
-        seen, source = item.seen, item.source
-        for index, which, number, pattern, matches in self._forms:
-            if (number is None or number == source) and matches(seen):
-                return index, Match(which, pattern.match(seen) or {})
+        source = item.source
+        for name in item.readings:
+            for index, which, number, pattern, matches in self._forms:
+                if (number is None or number == source) and matches(name):
+                    return index, Match(which, pattern.match(name) or {})
         return -1, None
 
 
@@ -128,7 +129,8 @@ def name_sources(
     compiled = compile_rules(rules, outside)
     mean = None if average in (None, False) else weights_of(average, sources)
     measure = sources[0] if mean is not None and target is None else target
-    prefixes = tuple(find_prefix(source, measure) if measure is not None else Prefix() for source in sources)
+    active = [rule for rule in compiled if not rule.of_target]
+    prefixes = tuple(_prefix(source, number, measure, active) if measure is not None else Prefix() for number, source in enumerate(sources))
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
     items = [
         Item(prefixes[number].bare(key), name, ((number, key),), entry=key not in source)
@@ -138,7 +140,6 @@ def name_sources(
     problems: list[str] = []
     dropped: dict[SourceKey, Rule] = {}
     spared: set[str] = set()
-    active = [rule for rule in compiled if not rule.of_target]
     tried: list[tuple[_Stage, list[Item]]] = []
     for number in range(max((rule.stage for rule in active), default=-1) + 1):
         stage = _Stage([rule for rule in active if rule.stage == number], sources, outside)
@@ -164,6 +165,16 @@ def name_sources(
         )
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     return _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
+
+
+def _prefix(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Prefix:
+    """The prefix between a source and what measures it. A wrapper's is stripped whatever the rules say; another one must not come from the
+    few keys that chance makes equal while rules name the rest as they stand in the file."""
+    found = find_prefix(source, measure)
+    if not rules or found.of_wrappers:
+        return found
+    unnamed = {key: tensor for key, tensor in source.items() if not any(rule.match(key, number) for rule in rules)}
+    return found if len(unnamed) == len(source) else find_prefix(unnamed, measure)
 
 
 def _names(

@@ -13,6 +13,7 @@ from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, StaleError
 from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.adapters.chain import check_fields, infer_chain, needs_floats
+from ckptsurgeon.surgery.adapters.table import is_own
 from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.planned import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, copied_key
@@ -234,6 +235,9 @@ def _op(name: str, op: dict[str, Any]) -> dict[str, Any]:
     kind = _text(op["op"])
     if kind not in OPS:
         check_fields(op)
+        lacks = [field for field in ("arguments", "shape") if is_own(op) and field not in op]
+        if lacks:
+            raise ValueError(f"{name}: {kind} lacks {lacks[0]!r}")
     elif not _text(op[OPS[kind]]) or (kind == "cast" and op["dtype"] not in BY_CODE):
         raise ValueError(f"{name}: unknown {OPS[kind]} {op[OPS[kind]][:40]!r}")
     return op

@@ -31,6 +31,11 @@ class Prefix:
     def __bool__(self) -> bool:
         return bool(self.stripped or self.added or self.unwrapped)
 
+    @property
+    def of_wrappers(self) -> bool:
+        """Whether nothing but wrappers' segments is taken off."""
+        return not self.added and set(self.stripped.split(".")[:-1]) <= WRAPPERS
+
     def bare(self, key: str) -> str:
         """`key` without wrappers and without the stripped prefix: what patterns see."""
         name = unwrap(key, self.unwrapped)

@@ -171,7 +171,6 @@ def test_whisper_from_openais_names(tmp_path: Path) -> None:
     assert "proj_out.weight" in report.transferred
 
 
-@pytest.mark.xfail(strict=True, raises=RuleError, reason="`model.` is stripped, for the sake of conv1 and conv2, and the rules name it")
 def test_whisper_to_openais_names_and_back(tmp_path: Path) -> None:
     given = source(hf("whisper"))
     state = {key: tensor for key, tensor in given.state_dict().items() if key != "proj_out.weight"}  # as transformers saves it

@@ -131,7 +131,6 @@ def test_llama_from_metas_layout(tmp_path: Path) -> None:
     all_seen(found, logits, within=HALF)
 
 
-@pytest.mark.xfail(strict=True, raises=RuleError, reason="`model.` is stripped, for model.norm.weight's sake, and the rules name it")
 def test_llama_to_metas_layout(tmp_path: Path) -> None:
     path = save(source(hf("llama")), tmp_path / "hf.safetensors")
     given = source(hf("llama"))

@@ -33,7 +33,6 @@ def test_vit_with_a_fused_qkv_to_split_q_k_v(tmp_path: Path) -> None:
     all_seen(found, logits, ["*.k_proj.bias"])
 
 
-@pytest.mark.xfail(strict=True, raises=RuleError, reason="`vit.embeddings.` is stripped, for cls_token's sake, and the rules name it")
 def test_vit_with_split_q_k_v_to_a_fused_qkv_and_back(tmp_path: Path) -> None:
     given = source(hf("vit"))
     path = save(given, tmp_path / "hf.pt")

@@ -21,6 +21,12 @@ def adapter(shape: Callable[..., Any]) -> Callable[[F], F]:
     The function is called as `function(tensors, **arguments)` with the CPU tensors that a rule names, in order, and the rule's literal
     arguments; it gives one new tensor. It must not write into `tensors`.
 
+    Returns:
+        The decorator, which gives the function itself back.
+
+    Raises:
+        TargetError: not here, but where a rule names the function and it gives no shape, or no tensor.
+
     >>> @adapter(shape=lambda shapes, **arguments: shapes[0][::-1])
     ... def flip(tensors, **arguments):
     ...     return tensors[0].T
