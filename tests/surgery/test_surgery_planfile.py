@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from surgery_support import any_rules, checkpoint, metas, model, rule, shapes, targets
 
 from ckptsurgeon.errors import PlanError, RuleError, StaleError
+from ckptsurgeon.surgery.adapters.table import ADAPTERS
 from ckptsurgeon.surgery.plan import digest, make_plan
 from ckptsurgeon.surgery.planfile import check_followable, from_json, to_json
+from ckptsurgeon.surgery.rules import Outside
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 
@@ -336,3 +338,138 @@ def test_a_source_of_another_shape_is_refused_though_all_fates_add_up():
     value["dropped"] = [row for row in value["dropped"] if row["source"] != "module.fc2.w"]
     error = follow(text(value))
     assert isinstance(error, PlanError) and error.problems == ("fc1.w: its source module.fc2.w has shape (4, 4), not (4, 3)",)
+
+
+# ---- steps that adapt
+
+ADAPT_SOURCES = [
+    checkpoint(
+        {"qkv": (12, 4), "q": (4, 4), "k": (4, 4), "e.0": (2, 3), "e.1": (2, 3), "w": (3, 2), "pos": (1, 4, 3), "rows": (5, 2),
+         "own": (2, 3), "conv": (4, 3, 3, 3), "pad": (3, 2), "mid": (6, 2), "rope": (8, 2)},
+        "a.pt",
+    ),
+    checkpoint({"mean": (2,)}, "b.pt"),
+    checkpoint({"mean": (2,)}, "c.pt"),
+]  # fmt: skip
+ADAPT_TARGET = model(
+    {"one": (4, 4), "two": (8, 4), "qk": (8, 4), "all": (2, 2, 3), "w": (2, 3), "pos": (1, 9, 3), "rows": (4, 2), "own": (3, 2),
+     "mean": (2,), "conv": (4, 1, 3, 3), "pad": (5, 2), "mid": (12,), "rope": (8, 2), "copied": (5, 2)},
+    dtype="F16",
+)  # fmt: skip
+ADAPT_PLAN = make_plan(
+    ADAPT_SOURCES,
+    ADAPT_TARGET,
+    [
+        rule("adapt", "qkv -> one + two", "chunk(sizes=[4, 8])"),
+        rule("adapt", "q + k -> qk", "concat"),
+        rule("adapt", "e.{e} -> all", "stack(dim=1)"),
+        rule("adapt", "w", "transpose"),
+        rule("adapt", "pos", "pad(dim=1, fill='mean')"),
+        rule("adapt", "rows", "rows(index=[3, 0, -1, 1], fill='init')"),
+        rule("adapt", "own", "my:flip(times=1, names=['a', {'b': 2.5}])"),
+        rule("adapt", "1:mean + 2:mean -> mean", "average(weights=[1, 3])"),
+        rule("adapt", "conv", "in_channels"),
+        rule("adapt", "pad", "pad(fill='init')"),
+        rule("adapt", "mid", "deinterleave(parts=2) | reshape"),
+        rule("adapt", "rope", "permute_rope(heads=2, to='halves')"),
+        rule("init", "pad", "normal(std=0.02)"),
+        rule("init", "copied", "from(pad)"),
+    ],
+    outside=Outside(shapes={"my:flip": lambda shapes, **_: shapes[0][::-1]}),
+)
+ADAPT_PATHS = [path for path in paths(to_json(ADAPT_PLAN)) if path and path[0] == "steps"]
+
+
+def follow_adapted(value):
+    try:
+        check_followable(from_json(text(value), "plan.json"), ADAPT_SOURCES, ADAPT_TARGET)
+    except (PlanError, StaleError) as error:
+        return error
+    return None
+
+
+def test_a_plan_that_adapts_comes_back_and_can_be_followed():
+    assert ADAPT_PLAN.coverage.counts == (13, 14)
+    assert again(ADAPT_PLAN) == ADAPT_PLAN and digest(again(ADAPT_PLAN)) == digest(ADAPT_PLAN)
+    assert follow_adapted(to_json(ADAPT_PLAN)) is None
+    assert json.loads(text(to_json(ADAPT_PLAN))) == to_json(ADAPT_PLAN)  # tuples would be lists when read
+
+
+_junk = st.one_of(
+    st.sampled_from([*JUNK, [0, 1], [1, 0], [-1], [1 << 62], [1 << 400], -(1 << 70), 1e308, [[0, 0, 1]], [[0, 9, 1]], {"a": "b"}, "zeros",
+                     "mean", "none", "init", "model", "from('pad')", "from('copied')", "halves", [1.0], [0.5, 0.5], [1e308, 1e308], [True, False]]),
+    st.text(max_size=4), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+    st.lists(st.integers(-2, 13), max_size=4), st.lists(st.floats(0, 2), max_size=3),
+)  # fmt: skip
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.sampled_from(ADAPT_PATHS), _junk)
+def test_a_changed_adapter_is_a_plan_or_a_plan_error(path, junk):
+    value = without(to_json(ADAPT_PLAN), path, (junk,))
+    error = follow_adapted(value)
+    assert error is None or len(str(error)) < 3000
+    if error is None:  # and what is followed gives each key its own shape
+        assert [tuple(step["shape"]) for step in value["steps"]] == [tensor.shape for tensor in ADAPT_TARGET.values()]
+
+
+FIELDS = ["dim", "dims", "index", "of", "sizes", "start", "stop", "size", "fill", "at", "value", "scheme", "shape", "weights", "parts",
+          "heads", "to", "source", "target", "copy", "rows", "runs", "arguments", "mode", "op", "groups"]  # fmt: skip
+NAMES = [*ADAPTERS, "cast", "init", "my:flip", ":", "a:", "", "Transpose", "conca"]
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.integers(0, len(ADAPT_PLAN.steps) - 1),
+    st.lists(
+        st.tuples(st.sampled_from(NAMES), st.dictionaries(st.sampled_from(FIELDS), _junk, max_size=4)).map(
+            lambda row: row[1] | {"op": row[0]}
+        ),
+        max_size=3,
+    ),
+)
+def test_any_ops_are_followed_or_a_plan_error(number, ops):
+    value = to_json(ADAPT_PLAN)
+    value["steps"][number]["ops"] = ops
+    follow_adapted(value)
+
+
+def test_an_adapter_without_one_of_its_fields_is_refused():
+    for path in ADAPT_PATHS:
+        if type(path[-1]) is str and "arguments" not in path[:-1]:  # a person's own function may do without an argument
+            assert isinstance(follow_adapted(without(to_json(ADAPT_PLAN), path)), PlanError), path
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        ("one", {"ops": [{"op": "slice", "dim": 0, "start": 0, "stop": 5}, {"op": "cast", "dtype": "F16"}]}),
+        ("one", {"ops": [{"op": "slice", "dim": 0, "start": -4, "stop": 0}, {"op": "cast", "dtype": "F16"}]}),
+        ("one", {"ops": [{"op": "slice", "dim": 0, "start": 0, "stop": 4}]}),
+        ("one", {"ops": [{"op": "cast", "dtype": "F16"}, {"op": "slice", "dim": 0, "start": 0, "stop": 4}]}),
+        ("one", {"ops": []}),
+        ("one", {"action": "copy"}),
+        ("one", {"sources": []}),
+        ("qk", {"sources": [{"file": 0, "key": "q"}]}),
+        ("qk", {"sources": [{"file": 0, "key": "q"}, {"file": 0, "key": "w"}]}),
+        ("qk", {"sources": [{"file": 0, "key": "q"}] * 3}),
+        ("mean", {"ops": [{"op": "average", "weights": [0.5, 0.6]}, {"op": "cast", "dtype": "F16"}]}),
+        ("mean", {"ops": [{"op": "average", "weights": [1.0]}, {"op": "cast", "dtype": "F16"}]}),
+        ("mean", {"ops": [{"op": "average"}, {"op": "cast", "dtype": "F16"}]}),
+        ("own", {"ops": [{"op": "my:flip", "arguments": {}, "shape": [2, 3]}, {"op": "cast", "dtype": "F16"}]}),
+        ("own", {"ops": [{"op": "my:flip", "arguments": {}, "shape": [-3, -2]}, {"op": "cast", "dtype": "F16"}]}),
+        ("own", {"ops": [{"op": "my:flip", "arguments": []}, {"op": "cast", "dtype": "F16"}]}),
+        ("own", {"ops": [{"op": "my:flip"}, {"op": "cast", "dtype": "F16"}]}),
+        ("w", {"ops": [{"op": "transpose"}, {"op": "cast", "dtype": "F16"}]}),
+        ("w", {"ops": [{"op": "transpose", "dims": [0, 0]}, {"op": "cast", "dtype": "F16"}]}),
+        ("w", {"ops": [{"op": "transpos", "dims": [0, 1]}, {"op": "cast", "dtype": "F16"}]}),
+        ("pad", {"ops": [{"op": "pad", "dim": 0, "size": 5, "fill": "init", "at": "end"}, {"op": "cast", "dtype": "F16"}]}),
+        ("copied", {"ops": [{"op": "init", "scheme": "from('nowhere')"}]}),
+        ("copied", {"ops": [{"op": "init", "scheme": "from('copied')"}]}),
+        ("copied", {"ops": [{"op": "init", "scheme": "from('w')"}]}),
+    ],
+)
+def test_an_adapter_that_does_not_add_up_is_refused(target, changes):
+    value = to_json(ADAPT_PLAN)
+    next(step for step in value["steps"] if step["target"] == target).update(changes)
+    assert isinstance(follow_adapted(value), PlanError)
