@@ -18,6 +18,7 @@ from ckptsurgeon.models import scheme_text
 from ckptsurgeon.models.scheme_text import parse_scheme
 from ckptsurgeon.surgery.adapters.chain import OwnShape
 from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
+from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.reversing import reverse as turn_round
 from ckptsurgeon.surgery.rulefile import parse_rules
 from ckptsurgeon.surgery.rules import Outside, Rule, beside
@@ -62,19 +63,42 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     with open_regular(name) as file:
         raw = bytes(file.read(0, min(file.size, 1 << 22)))
     try:
-        found = parse_rules(raw.decode(), name)
+        found = parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name)
     except UnicodeDecodeError as error:
         raise RuleError("is no text", path=name, hint="a rules file is TOML, in UTF-8") from error
     return turn_round(found) if reverse else found
 
 
 def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, note: Note = silent) -> Ruling:
-    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name. `reverse` is for files."""
+    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name. `reverse` is for files,
+    which it turns round as if they were one."""
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
-    chosen = list(arguments)
+    return bring((*arguments, *_turned(_loaded(given), given, reverse)), note)
+
+
+def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:
+    """The rules of each file, and each rule that is given as it is. RuleError for the problems of all files at once."""
+    found, errors = [], []
     for one in given:
-        chosen += [one] if isinstance(one, Rule) else load_rules(one, reverse=reverse)
-    return bring(tuple(chosen), note)
+        try:
+            found.append((one,) if isinstance(one, Rule) else load_rules(one))
+        except RuleError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [f"{error.path}: {problem}" for error in errors for problem in error.problems or (error.reason,)]
+        raise RuleError("rules files that can't be followed", problems=shortened(problems), hint=errors[0].hint)
+    return found
+
+
+def _turned(found: Sequence[tuple[Rule, ...]], given: Sequence[Path | Rule], reverse: bool) -> Iterable[Rule]:
+    """All rules in order; with `reverse` the files' turned round as one, since a stage of one file goes on in the next."""
+    if not reverse:
+        return [rule for rules in found for rule in rules]
+    plain = [one for one in given if isinstance(one, Rule)]
+    read = [rule for one, rules in zip(given, found, strict=True) if not isinstance(one, Rule) for rule in rules]
+    return [*plain, *turn_round(read)]
 
 
 def bring(rules: tuple[Rule, ...], note: Note = silent) -> Ruling:

@@ -63,8 +63,9 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
     text = _WRITTEN.sub(lambda found: found[0] if "\n" not in found[0] else "\n" * found[0].count("\n"), text)
     lines = text.split("\n")
     places = _places(lines)
-    problems = [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if not _tables(name, value[name])]
-    rows = list(_rows(lines, value, path)) if not problems else []
+    known = {name: tables for name, tables in value.items() if _tables(name, tables)}
+    problems = [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if name not in known]
+    rows = list(_rows(lines, known, path))
     rules: list[Rule] = []
     for line, kind, table in rows:
         wrong = list(_wrong_fields(places, line, kind, table))

@@ -396,9 +396,9 @@ def test_a_plan_that_adapts_comes_back_and_can_be_followed():
 
 
 _junk = st.one_of(
-    st.sampled_from([*JUNK, [0, 1], [1, 0], [-1], [1 << 62], [1 << 400], -(1 << 70), 1e308,
-                     [[0, 0, 1]], [[0, 9, 1]], {"a": "b"}, "zeros",
-                     "mean", "none", "init", "model", "from('pad')", "from('copied')", "halves", [1.0], [0.5, 0.5], [1e308, 1e308], [True, False]]),
+    st.sampled_from(JUNK),
+    st.sampled_from([[0, 1], [1, 0], [-1], [1 << 62], [1 << 400], -(1 << 70), 1e308, [[0, 0, 1]], [[0, 9, 1]], {"a": "b"}, [1.0]]),
+    st.sampled_from(["zeros", "mean", "none", "init", "model", "from('pad')", "from('copied')", "halves", [1e308, 1e308], [0.5, 0.5]]),
     st.text(max_size=4), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
     st.lists(st.integers(-2, 13), max_size=4), st.lists(st.floats(0, 2), max_size=3),
 )  # fmt: skip
