@@ -69,8 +69,9 @@ class Report:
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised); `adapted` are those of the transferred ones whose shape or values adapters changed. `dropped` has every
-    source key that went nowhere, with the reason. `proven`: the file was held against the plan byte by byte.
+    and `fresh` (initialised); `adapted` are those of the transferred ones whose shape or values adapters changed, `partial` those that
+    adapters filled up with values that no source has (the new rows of a vocabulary). `dropped` has every source key that went nowhere,
+    with the reason. `proven`: the file was held against the plan byte by byte.
     """
 
     sources: tuple[str, ...]
@@ -87,6 +88,7 @@ class Report:
     proven: bool = False
     verification: Verification | None = None
     adapted: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:

@@ -249,10 +249,13 @@ class Coverage:
     counts: tuple[int, int] = field(default=(0, 0))
 
     @classmethod
-    def of(cls, transferred: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Coverage:
-        """Coverage of `target` by the subset `transferred` of its own tensors; an empty target is wholly covered."""
+    def of(cls, transferred: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], filled: int = 0) -> Coverage:
+        """Coverage of `target` by the subset `transferred` of its own tensors, `filled` of whose elements no source gives.
+
+        An empty target is wholly covered.
+        """
         total = sum(tensor.numel for tensor in target.values())
-        done = sum(tensor.numel for tensor in transferred.values())
+        done = sum(tensor.numel for tensor in transferred.values()) - filled
         return cls(
             tensors=len(transferred) / len(target) if target else 1.0,
             elements=done / total if total else float(len(transferred) == len(target)),

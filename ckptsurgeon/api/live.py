@@ -72,6 +72,7 @@ def transfer(
         casts=reported(casts),
         findings=(*plan.findings, *_untrained(plan, given)),
         adapted=plan.adapted,
+        partial=plan.partial,
     )
     return replace(report, text=text.report(report))
 

@@ -325,5 +325,6 @@ def _report(made: Plan, written: Written, output: str, proven: bool, verificatio
         proven=proven,
         verification=verification,
         adapted=made.adapted,
+        partial=made.partial,
     )
     return replace(report, text=text.report(report))

@@ -29,4 +29,5 @@ def record(plan: Plan, sources: Sequence[Checkpoint]) -> dict[str, Any]:
         "coverage": {"tensors": plan.coverage.tensors, "elements": plan.coverage.elements},
         "fresh": [step.target for step in plan.steps if step.target in fresh],
         "kept": list(plan.kept),
+        "partial": list(plan.partial),
     }

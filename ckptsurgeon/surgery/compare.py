@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import offers, texts
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
@@ -125,7 +126,9 @@ def compare(
         dtype_changed=tuple(
             DtypeChange(key, origins[key].dtype, target[key].dtype) for key in matched if origins[key].dtype != target[key].dtype
         ),
-        coverage=Coverage.of({key: target[key] for key in matched}, target),
+        coverage=Coverage.of(
+            {key: target[key] for key in matched}, target, sum(filled_elements(origins[key].ops, origins[key].shape) for key in matched)
+        ),
         dropped=tuple(key for _, key in names.dropped),
         hints=_hints(missing, [key for key in extra if key in source], source, target, names.prefixes[0]),
         refused=refused,

@@ -81,7 +81,7 @@ def make_plan(
         seed=seed,
         steps=steps,
         dropped=dropped,
-        coverage=Coverage.of(covered, whole),
+        coverage=Coverage.of(covered, whole, sum(step.filled for step in steps if step.sources)),
         entries=entries,
         module_metadata=module_metadata(sources, target, names),
         ties=target.ties if target is not None else (),

@@ -91,7 +91,7 @@ def from_json(raw: bytes, path: str) -> Plan:
         raise PlanError(f"is a plan of version {_version(version)}; this ckptsurgeon follows version {VERSION}", path=path)
     try:
         return _plan(value)
-    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
         missing = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise PlanError(f"is not a whole plan: {missing[:200]}", path=path, hint="make it again with: ckptsurgeon plan …") from error
 
@@ -129,7 +129,9 @@ def _plan(value: Mapping[str, Any]) -> Plan:
         dropped=tuple(
             Dropped(_number(row["file"], len(sources)), _text(row["source"]), _text(row["reason"])) for row in _rows(value["dropped"])
         ),
-        coverage=Coverage.of(_metas(step for step in steps if step.sources), _metas(steps)),
+        coverage=Coverage.of(
+            _metas(step for step in steps if step.sources), _metas(steps), sum(step.filled for step in steps if step.sources)
+        ),
         entries=entries,
         module_metadata={name: _local(local) for name, local in _row(value["module_metadata"]).items()},
         ties=ties,

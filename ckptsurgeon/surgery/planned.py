@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.report import Finding
+from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.tensors import Coverage
 
@@ -71,6 +72,11 @@ class Step:
     def adapters(self) -> tuple[Mapping[str, Any], ...]:
         """The ops that adapt source tensors, without casts and initial values."""
         return tuple(op for op in self.ops if op["op"] not in ("cast", "init"))
+
+    @property
+    def filled(self) -> int:
+        """How many of the result's elements no source gives: adapters filled them up."""
+        return filled_elements(self.ops, self.shape)
 
     @property
     def cast(self) -> str | None:
@@ -140,6 +146,11 @@ class Plan:
     def adapted(self) -> tuple[str, ...]:
         """Target keys whose sources adapters change."""
         return tuple(step.target for step in self.steps if step.adapters)
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Target keys that take weights from a source and are filled up with values that no source has."""
+        return tuple(step.target for step in self.steps if step.sources and step.filled)
 
     @property
     def kept(self) -> tuple[str, ...]:

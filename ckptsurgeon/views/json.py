@@ -93,6 +93,7 @@ def report(found: Report) -> dict[str, Any]:
         "bytes": found.nbytes,
         "transferred": list(found.transferred),
         "adapted": list(found.adapted),
+        "partial": list(found.partial),
         "kept": list(found.kept),
         "fresh": list(found.fresh),
         "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],

@@ -391,3 +391,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt"), str(tmp_path / "out.pt")], capture_output=True, check=True)
     assert int(done.stdout) / 1024 < 150
+
+
+def test_a_grown_vocabulary_is_partly_transferred_and_on_record(tmp_path: Path) -> None:
+    torch.save({"emb.weight": torch.ones(4, 2), "w": torch.ones(2)}, tmp_path / "a.pt")
+    torch.save({"emb.weight": torch.zeros(6, 2), "w": torch.zeros(2)}, tmp_path / "b.pt")
+    (tmp_path / "old.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "new.txt").write_text("d\nc\nx\nb\na\ny\n")
+    rows = f"rows(source={str(tmp_path / 'old.txt')!r}, target={str(tmp_path / 'new.txt')!r}, fill='zeros')"
+    for op in (rows, "pad"):
+        report = cs.merge(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out.safetensors", adapt={"emb.weight": op}, overwrite=True)
+        assert report.partial == ("emb.weight",) and "partly" in str(report)
+        assert report.coverage.tensors == 1.0 and report.coverage.elements == (8 + 2) / (12 + 2)
+        assert (cs.open(tmp_path / "out.safetensors").provenance or {})["partial"] == ["emb.weight"]
+        assert cs.diff(tmp_path / "a.pt", tmp_path / "b.pt", adapt={"emb.weight": op}).coverage == report.coverage
+        plan = cs.plan(tmp_path / "a.pt", tmp_path / "b.pt", adapt={"emb.weight": op})
+        assert planfile.from_json(json.dumps(planfile.to_json(plan)).encode(), "plan.json").coverage == report.coverage

@@ -79,6 +79,7 @@ FIELDS = {
     "start": small,
     "stop": small,
     "size": st.integers(0, 9),
+    "given": small,
     "fill": st.sampled_from(["zeros", "mean", "init", "constant"]),
     "at": st.sampled_from(["start", "end"]),
     "value": st.integers(-3, 3) | st.floats(-9, 9),
@@ -103,6 +104,8 @@ def ops_that_fit(draw, name):
         op["dims"] = draw(st.permutations(range(len(first))))[: 2 if name == "transpose" else None]
     if name == "squeeze" and draw(st.booleans()):
         del op["dim"]
+    if name == "pad" and op["dim"] < len(first):
+        op["given"] = first[op["dim"]]
     if name == "average":
         op["weights"] = [1 / len(shapes)] * len(shapes)
     if name == "unsqueeze":

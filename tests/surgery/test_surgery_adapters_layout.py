@@ -44,12 +44,12 @@ FILLED = [
     ("slice(stop=4)", [(9, 2)], {}, {"dim": 0, "start": 0, "stop": 4}),
     ("slice(start=3)", [(9, 2)], {"wanted": (5, 2)}, {"dim": 0, "start": 3, "stop": 8}),
     ("slice(-1, 1, 2)", [(9, 2)], {}, {"dim": 1, "start": 1, "stop": 2}),
-    ("pad", [(9, 2)], {"wanted": (12, 2)}, {"dim": 0, "size": 12, "fill": "zeros", "at": "end"}),
-    ("pad(-1, at='start', fill='mean')", [(9, 2)], {"wanted": (9, 4)}, {"dim": 1, "size": 4, "fill": "mean", "at": "start"}),
-    ("pad(size=10, value=0.5)", [(9, 2)], {}, {"dim": 0, "size": 10, "fill": "constant", "at": "end", "value": 0.5}),
-    ("pad(fill='init')", [(9,)], {"wanted": (12,)}, {"dim": 0, "size": 12, "fill": "init", "at": "end", "scheme": "model"}),
+    ("pad", [(9, 2)], {"wanted": (12, 2)}, {"dim": 0, "size": 12, "given": 9, "fill": "zeros", "at": "end"}),
+    ("pad(-1, at='start', fill='mean')", [(9, 2)], {"wanted": (9, 4)}, {"dim": 1, "size": 4, "given": 2, "fill": "mean", "at": "start"}),
+    ("pad(size=10, value=0.5)", [(9, 2)], {}, {"dim": 0, "size": 10, "given": 9, "fill": "constant", "at": "end", "value": 0.5}),
+    ("pad(fill='init')", [(9,)], {"wanted": (12,)}, {"dim": 0, "size": 12, "given": 9, "fill": "init", "at": "end", "scheme": "model"}),
     ("pad(fill='init', scheme='normal(std=0.02)')", [(9,)], {"wanted": (12,)},
-     {"dim": 0, "size": 12, "fill": "init", "at": "end", "scheme": "normal(std=0.02)"}),
+     {"dim": 0, "size": 12, "given": 9, "fill": "init", "at": "end", "scheme": "normal(std=0.02)"}),
     ("concat", [(2, 3), (4, 3)], {}, {"dim": 0, "of": 2}),
     ("concat(-1, of=2)", [(2, 3)] * 4, {}, {"dim": 1, "of": 2}),
     ("concat(sizes=[2, 4])", [(2, 3), (4, 3)], {}, {"dim": 0, "of": 2}),
@@ -297,7 +297,7 @@ values = st.one_of(
 plan_ops = st.builds(
     lambda name, drawn: {"op": name, **{field: drawn[at] for at, field in enumerate(ALL[name].fields) if drawn[at] != "absent"}},
     st.sampled_from(sorted(ALL)),
-    st.lists(st.one_of(values, st.just("absent")), min_size=6, max_size=6),
+    st.lists(st.one_of(values, st.just("absent")), min_size=7, max_size=7),
 )
 many_shapes = st.lists(st.lists(st.integers(0, 6), max_size=4).map(tuple), max_size=4).map(tuple)
 

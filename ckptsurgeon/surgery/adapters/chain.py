@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from ckptsurgeon.errors import RuleError
@@ -90,6 +91,17 @@ def needs_floats(ops: Sequence[Op]) -> bool:
 def initial_scheme(ops: Sequence[Op]) -> str | None:
     """The scheme of the target's own initial value that a chain fills up with, if it does."""
     return next((str(op["scheme"]) for op in ops if op.get("fill") == "init"), None)
+
+
+def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
+    """How many elements of what filled ops give, of `shape`, come from no source: rows and margins that were filled up."""
+    given = 1.0
+    for op in ops:
+        if op["op"] == "rows" and op["rows"]:
+            given *= sum(count for _, _, count in op["runs"]) / op["rows"]
+        elif op["op"] == "pad" and op["size"]:
+            given *= op["given"] / op["size"]
+    return round(prod(shape) * (1 - given))
 
 
 def check_fields(op: Mapping[str, Any]) -> None:

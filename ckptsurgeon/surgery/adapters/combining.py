@@ -48,6 +48,8 @@ def _padded(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
 
 def _padded_one(op: Op, shape: Shape, dim: int, size: int) -> Shape:
     have = size_of(op, dim, shape)
+    if need(op, "given") != have:
+        raise refused(op, f"is for {op['given']} at dim {dim}, and {shape} has {have} there")
     if size < have:
         raise refused(op, f"makes dim {dim} {size} long, and {shape} has {have} there already", "slice takes a part")
     if op["fill"] == "mean" and size > have == 0:
@@ -62,7 +64,8 @@ def _filled_pad(op: Op, place: Place) -> Op:
         if field in op and fill != kind:
             raise refused(op, f"has {field}={op[field]!r} beside fill={fill!r}", f"write fill={kind!r} with it, or leave it out")
     size = op["size"] if "size" in op else _wanted(op, place, dim, "size")
-    filled = {"op": "pad", "dim": dim, "size": size, "fill": fill, "at": op.get("at", "end")}
+    given = size_of(op, dim, place.shapes[0])  # written down, so that a plan says how much of the result no source gives
+    filled = {"op": "pad", "dim": dim, "size": size, "given": given, "fill": fill, "at": op.get("at", "end")}
     if fill == "constant":
         return {**filled, "value": op["value"]} if "value" in op else filled
     if fill == "init" and place.wanted is None:
@@ -225,6 +228,7 @@ COMBINING: dict[str, Adapter] = {
             "at": one_of("end", "start"),
             "value": _number,
             "scheme": _name,
+            "given": whole,
         },
         _padded,
         _filled_pad,

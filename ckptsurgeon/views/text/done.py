@@ -22,6 +22,8 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     lines = [f"{where}: coverage {coverage_words(found.coverage)}", heading("transferred", len(found.transferred), _adapted(found))]
     if verbose:
         lines += keys(found.transferred, width, None)
+    if found.partial:
+        lines += [heading("partly", len(found.partial), "of the transferred: the rest was filled up"), *keys(found.partial, width, most)]
     if found.kept:
         lines += [heading("kept", len(found.kept), "the target's own values"), *keys(found.kept, width, most)]
     lines += [heading("fresh", len(found.fresh), "initialised, not from the source"), *keys(found.fresh, width, most)]
