@@ -462,6 +462,8 @@ def test_an_adapter_without_one_of_its_fields_is_refused():
         ("own", {"ops": [{"op": "my:flip", "arguments": []}, {"op": "cast", "dtype": "F16"}]}),
         ("own", {"ops": [{"op": "my:flip"}, {"op": "cast", "dtype": "F16"}]}),
         ("w", {"ops": [{"op": "transpose"}, {"op": "cast", "dtype": "F16"}]}),
+        ("w", {"shape": [1 << 62] * 30}),
+        ("pad", {"shape": [1 << 62] * 30}),
         ("w", {"ops": [{"op": "transpose", "dims": [0, 0]}, {"op": "cast", "dtype": "F16"}]}),
         ("w", {"ops": [{"op": "transpos", "dims": [0, 1]}, {"op": "cast", "dtype": "F16"}]}),
         ("pad", {"ops": [{"op": "pad", "dim": 0, "size": 5, "fill": "init", "at": "end"}, {"op": "cast", "dtype": "F16"}]}),
