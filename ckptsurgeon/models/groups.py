@@ -1,4 +1,4 @@
-"""Which tensors are fresh, and a model's parameters in groups that learn at different rates.
+"""A model's parameters in groups that learn at different rates: transferred (by depth, if wanted), fresh, and what patterns name.
 
 Every trainable parameter is in exactly one group, a frozen one in none; that is checked by identity before anything is returned.
 Nothing here changes the model or guesses what is fresh: where no record says so, that is an error.
@@ -6,70 +6,36 @@ Nothing here changes the model or guesses what is fresh: where no record says so
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from ckptsurgeon.errors import ModelError, NoRecordError
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.models.decay import NoDecay, without_decay
+from ckptsurgeon.models.depth import Depths, depths
+from ckptsurgeon.models.parameters import Named, close_names, named, taken
+from ckptsurgeon.models.recorded import fresh_keys, known_fresh, known_partial
 from ckptsurgeon.models.skeleton import state_dict_of
-from ckptsurgeon.surgery.patterns import compile_pattern
-from ckptsurgeon.tensors import Checkpoint
+
+__all__ = ["FRESH", "TRANSFERRED", "check_decay", "check_groups", "check_rates", "close_names", "fresh_keys", "known_fresh", "param_groups"]
 
 TRANSFERRED, FRESH = "transferred", "fresh"
-_WRAPPERS = ("module.", "_orig_mod.")
+NO_DECAY = "/no decay"
 
 
-def fresh_keys(source: object) -> frozenset[str]:
-    """The keys that are fresh by `source`'s own record.
+@dataclass(frozen=True)
+class _Rows:
+    """The groups as they fill: by place (kind, depth, without decay), in which order they are given out."""
 
-    Args:
-        source: a report or a plan (anything with `fresh`, a tuple of keys), a merged file's `Checkpoint`, or key names.
+    rates: dict[tuple[int, int, bool], tuple[str, float | None]] = field(default_factory=dict)
+    members: dict[tuple[int, int, bool], list[tuple[str, nn.Parameter]]] = field(default_factory=dict)
 
-    Raises:
-        NoRecordError: a checkpoint without provenance, or a verification of one.
-        ModelError: `source` is none of these.
-
-    >>> sorted(fresh_keys(["fc3.weight", "fc3.bias"]))
-    ['fc3.bias', 'fc3.weight']
-    """
-    if isinstance(source, Checkpoint):
-        found: object = (source.provenance or {}).get("fresh")
-        path: str | None = source.path
-    else:
-        found, path = getattr(source, "fresh", source), None
-    if found is None:
-        raise NoRecordError(
-            "does not record which parameters are fresh",
-            path=path,
-            hint="name them by pattern, {'fc3.*': 1e-2}, or merge again without --no-provenance",
-        )
-    keys = list(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else None
-    if keys is None or not all(isinstance(key, str) for key in keys):
-        raise ModelError(f"a {type(source).__name__} does not say what is fresh", hint="pass a report, a plan, a checkpoint or key names")
-    return frozenset(keys)
-
-
-def known_fresh(keys: Iterable[str], source: object) -> frozenset[str]:
-    """`fresh_keys(source)`, all of which must be among a model's `keys`.
-
-    Raises:
-        ModelError: some are not: the record is another model's, or the model was wrapped since.
-    """
-    fresh, known = fresh_keys(source), set(keys)
-    unknown = sorted(fresh - known)
-    if unknown:
-        wrapper = next((prefix for prefix in _WRAPPERS if all(prefix + key in known for key in unknown)), None)
-        hint = f"pass the model inside the wrapper: model.{wrapper[:-1]}" if wrapper else close_names(unknown[0], known)
-        raise ModelError(
-            f"{len(unknown)} keys that are fresh on record are not in this model",
-            hint=hint or "pass the model that the record was made for",
-            problems=tuple(unknown[:10]) + ((f"and {len(unknown) - 10} more",) if len(unknown) > 10 else ()),
-        )
-    return fresh
+    def add(self, place: tuple[int, int, bool], name: str, rate: float | None, first: str, parameter: nn.Parameter) -> None:
+        self.rates[place] = (name, rate)
+        self.members.setdefault(place, []).append((first, parameter))
 
 
 def param_groups(
@@ -81,6 +47,10 @@ def param_groups(
     fresh_scale: float | None = None,
     weight_decay: float | None = None,
     overrides: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    layers: str | Iterable[str] | None = None,
+    no_decay: NoDecay = False,
+    partial: str = TRANSFERRED,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer: `transferred`, `fresh`, then one for each override; empty ones left out.
 
@@ -95,15 +65,22 @@ def param_groups(
         fresh_scale: what `lr` is multiplied with for them.
         weight_decay: for all groups; None leaves it to the optimizer.
         overrides: learning rate by pattern of parameter names, before all else; the first pattern that matches wins.
+        layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), so that the head's is `lr`, the last
+            layer's `lr` × layer_decay, and the stem's the least: layer-wise decay as in ELECTRA (Clark et al. 2020, arXiv:2003.10555) and
+            BEiT (Bao et al. 2021, arXiv:2106.08254). Fresh parameters and overrides keep their rate.
+        layers: what the layers are, as for `depths`; None finds them in the module tree.
+        no_decay: what gets no weight decay, as for `without_decay`; each group then comes in two, the second named `…/no decay`.
+        partial: whether tensors that are partly transferred count as `transferred` or as `fresh`.
 
     Returns:
         Dicts of `name`, `params` (the parameters), `param_names`, and `lr` and `weight_decay` where they are known. All have
         `param_names`, as torch's optimizers want it, and keep it through their state_dict.
 
     Raises:
-        NoRecordError: as `fresh_keys`.
+        NoRecordError: as `fresh_keys` and, with `partial="fresh"`, `partial_keys`.
         ModelError: keys on record that the model has not, a pattern that matches no trainable parameter, nothing trainable, a lazy
-            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` where one is needed.
+            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` where one is needed, layers
+            that can't be told (`depths`).
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> groups = param_groups(net, ["1.weight", "1.bias"], lr=1e-3, fresh_lr=1e-2)
@@ -111,95 +88,98 @@ def param_groups(
     [('transferred', 0.001, ['0.weight', '0.bias']), ('fresh', 0.01, ['1.weight', '1.bias'])]
     """
     given = dict(overrides or {})
-    _check_rates({"lr": lr, "fresh_lr": fresh_lr, "fresh_scale": fresh_scale, "weight_decay": weight_decay, **given})
-    if fresh_lr is not None and fresh_scale is not None:
-        raise ModelError("fresh_lr and fresh_scale are both given", hint="give one: fresh_lr is a rate, fresh_scale a multiple of lr")
-    if fresh_scale is not None and lr is None:
-        raise ModelError("fresh_scale multiplies lr, and no lr is given", hint="give lr, or fresh_lr")
+    check_rates({"lr": lr, "fresh_lr": fresh_lr, "fresh_scale": fresh_scale, "weight_decay": weight_decay, **given})
+    _check_choices(lr, fresh_lr, fresh_scale, layer_decay, layers, partial)
     keys = state_dict_of(model, type(model).__name__)
-    fresh = known_fresh(keys, source)
-    names = _names(model)
-    trainable = {first: (parameter, all_names) for first, (parameter, all_names) in names.items() if parameter.requires_grad}
+    fresh = known_fresh(keys, source) | (known_partial(keys, source) if partial == FRESH else frozenset())
+    every = named(model)
+    trainable = {first: one for first, one in every.items() if one.trainable}
     if not trainable:
-        raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if names else None)
-    chosen = _chosen(given, trainable, names)
+        raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if every else None)
+    chosen = taken(given, {first: one.names for first, one in trainable.items()}, _frozen_names(every), "frozen")
+    bare = without_decay(model, no_decay)
+    newest = {first for first, one in trainable.items() if first not in chosen and all(name in fresh for name in one.names)}
     rate = lr * fresh_scale if lr is not None and fresh_scale is not None else fresh_lr
-    rows: list[tuple[str, float | None]] = [(TRANSFERRED, lr), (FRESH, rate), *given.items()]
-    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in rows]
-    for first, (parameter, all_names) in trainable.items():
-        by_record = int(all(name in fresh for name in all_names))
-        members[chosen.get(first, by_record)].append((first, parameter))
-    if members[1] and rate is None:
-        raise ModelError(
-            f"{len(members[1])} parameters are fresh, and no rate is given for them",
-            key=members[1][0][0],
-            hint="give fresh_lr=1e-2, or fresh_scale=10",
-        )
-    groups = [_group(*row, weight_decay, own) for row, own in zip(rows, members, strict=True) if own]
-    _check_partition(model, groups)
+    if newest and rate is None:
+        hint = "give fresh_lr=1e-2, or fresh_scale=10"
+        first = next(first for first in trainable if first in newest)
+        raise ModelError(f"{len(newest)} parameters are fresh, and no rate is given for them", key=first, hint=hint)
+    deep = depths(model, layers, trainable.keys() - newest - chosen.keys()) if layer_decay is not None else None
+    rows, turns = _Rows(), {text: number for number, text in enumerate(given, start=2)}
+    for first, one in trainable.items():
+        plain = first in bare
+        if first in chosen:
+            rows.add((turns[chosen[first]], 0, plain), chosen[first], given[chosen[first]], first, one.parameter)
+        elif first in newest:
+            rows.add((1, 0, plain), FRESH, rate, first, one.parameter)
+        else:
+            depth, name, own = _by_depth(deep, first, lr, layer_decay)
+            rows.add((0, depth, plain), name, own, first, one.parameter)
+    groups = [_group(*rows.rates[place], weight_decay, place[2], rows.members[place]) for place in sorted(rows.rates)]
+    check_groups(model, groups)
     return groups
 
 
-def close_names(text: str, names: Iterable[str]) -> str | None:
-    """A hint with the names that look most like `text`, its wildcards left out, or with the first names; None without names.
+def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Every trainable parameter of the model is in exactly one group, and nothing else is in any.
 
-    >>> close_names("fc9.*", ["conv1.weight", "fc3.bias"]), close_names("zz", ["conv1.weight", "fc3.bias"])
-    ('is it fc3.bias?', 'there are conv1.weight, fc3.bias')
+    Args:
+        groups: dicts with `params`, such as an optimizer's `param_groups`.
+
+    Raises:
+        ModelError: it is not so; each parameter that is in none, in two, twice in one, or frozen in one is named.
+
+    >>> net = nn.Linear(3, 2)
+    >>> check_groups(net, [{"name": "all", "params": [net.weight]}])
+    Traceback (most recent call last):
+    ckptsurgeon.errors.ModelError: bias: is trainable, and in no group
     """
-    known = list(names)
-    plain = text.replace("*", "")
-    close = difflib.get_close_matches(plain, known, n=3) or difflib.get_close_matches(plain, known, n=3, cutoff=0.45)
-    if close:
-        return f"is it {' or '.join(close)}?"
-    return f"there are {', '.join(known[:3])}{' …' if len(known) > 3 else ''}" if known else None
+    names = {id(one.parameter): first for first, one in named(model).items()}
+    places: dict[int, list[str]] = {}
+    problems = []
+    for number, group in enumerate(groups):
+        title = str(group.get("name", number))
+        for parameter in group["params"]:
+            places.setdefault(id(parameter), []).append(title)
+            if id(parameter) not in names:
+                problems.append((f"a parameter of shape {tuple(parameter.shape)}", f"is in the group {title!r}, and not the model's"))
+    for first, one in named(model).items():
+        found = places.get(id(one.parameter), [])
+        if len(found) > 1:
+            problems.append((first, f"is in {len(found)} groups: {', '.join(map(repr, found))}"))
+        elif found and not one.trainable:
+            problems.append((first, f"is frozen, and in the group {found[0]!r}"))
+        elif one.trainable and not found:
+            problems.append((first, "is trainable, and in no group"))
+    if len(problems) == 1:
+        raise ModelError(problems[0][1], key=problems[0][0])
+    if problems:
+        lines = tuple(f"{name}: {reason}" for name, reason in problems)
+        raise ModelError(f"{len(problems)} parameters are not in exactly one group", key=problems[0][0], problems=lines)
 
 
-def _group(name: str, lr: float | None, weight_decay: float | None, members: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
-    known = {"lr": lr, "weight_decay": weight_decay}
+def _by_depth(deep: Depths | None, first: str, lr: float | None, decay: float | None) -> tuple[int, str, float | None]:
+    if deep is None or lr is None or decay is None:
+        return 0, TRANSFERRED, lr
+    depth = deep.of[first]
+    return depth, f"{TRANSFERRED}/{deep.label(depth)}", lr * decay ** (deep.top - depth)
+
+
+def _group(name: str, lr: float | None, decay: float | None, plain: bool, members: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    known = {"lr": lr, "weight_decay": 0.0 if plain else decay}
     return {
-        "name": name,
+        "name": name + (NO_DECAY if plain else ""),
         "params": [parameter for _, parameter in members],
         "param_names": [first for first, _ in members],
         **{word: value for word, value in known.items() if value is not None},
     }
 
 
-def _names(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[str]]]:
-    """First name to the parameter and all its names, in the model's order."""
-    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_lazy(parameter):
-            raise ModelError("is lazy: it has no shape before the first forward pass", key=name, hint="run one forward pass first")
-        found.setdefault(id(parameter), (parameter, []))[1].append(name)
-    return {all_names[0]: (parameter, all_names) for parameter, all_names in found.values()}
+def _frozen_names(every: Mapping[str, Named]) -> list[str]:
+    return [name for one in every.values() if not one.trainable for name in one.names]
 
 
-def _chosen(
-    overrides: Mapping[str, float],
-    trainable: Mapping[str, tuple[nn.Parameter, list[str]]],
-    names: Mapping[str, tuple[nn.Parameter, list[str]]],
-) -> dict[str, int]:
-    """First name to the place, in the list of groups, of the override that takes the parameter."""
-    chosen: dict[str, int] = {}
-    problems = []
-    every = [name for _, all_names in names.values() for name in all_names]
-    for place, text in enumerate(overrides, start=2):
-        pattern = compile_pattern(text)
-        matched = [first for first, (_, all_names) in trainable.items() if any(pattern.match(name) is not None for name in all_names)]
-        for first in matched:
-            chosen.setdefault(first, place)
-        if not matched:
-            frozen = any(pattern.match(name) is not None for name in every)
-            problems.append((f"the pattern {text!r} matches {'frozen parameters only' if frozen else 'no parameter'}", text))
-    if problems:
-        hint = close_names(problems[0][1], every)
-        if len(problems) == 1:
-            raise ModelError(problems[0][0], hint=hint)
-        raise ModelError(f"{len(problems)} patterns match nothing", hint=hint, problems=tuple(reason for reason, _ in problems))
-    return chosen
-
-
-def _check_rates(rates: Mapping[str, float | None]) -> None:
+def check_rates(rates: Mapping[str, float | None]) -> None:
     for name, value in rates.items():
         if value is None:
             continue
@@ -207,9 +187,25 @@ def _check_rates(rates: Mapping[str, float | None]) -> None:
             raise ModelError(f"{name} can't be {value!r}", hint="a rate is a number that is not negative")
 
 
-def _check_partition(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Every trainable parameter is in exactly one group, and nothing else is."""
-    placed = [id(parameter) for group in groups for parameter in group["params"]]
-    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    if len(placed) != len(set(placed)) or set(placed) != trainable:
-        raise ModelError("the parameters changed while they were grouped")
+def _check_choices(
+    lr: float | None, fresh_lr: float | None, fresh_scale: float | None, layer_decay: float | None, layers: object, partial: str
+) -> None:
+    if fresh_lr is not None and fresh_scale is not None:
+        raise ModelError("fresh_lr and fresh_scale are both given", hint="give one: fresh_lr is a rate, fresh_scale a multiple of lr")
+    if fresh_scale is not None and lr is None:
+        raise ModelError("fresh_scale multiplies lr, and no lr is given", hint="give lr, or fresh_lr")
+    if partial not in (TRANSFERRED, FRESH):
+        raise ModelError(f"partial can't be {partial!r}", hint="give 'transferred' or 'fresh'")
+    if layer_decay is None:
+        if layers is not None:
+            raise ModelError("layers says what the layers are, and no layer_decay is given", hint="give layer_decay=0.75")
+        return
+    check_decay(layer_decay)
+    if lr is None:
+        raise ModelError("layer_decay multiplies lr, and no lr is given", hint="give lr")
+
+
+def check_decay(value: object) -> None:
+    """Raises ModelError for a layer decay that is no number above 0 and up to 1."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ModelError(f"layer_decay can't be {value!r}", hint="give a number above 0 and up to 1, such as 0.75")

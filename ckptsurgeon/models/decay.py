@@ -1,0 +1,48 @@
+"""Which parameters get no weight decay: biases, all of one dimension or none, norms and embeddings; or those that patterns name.
+
+Norms and embeddings are told by their module's type, biases by their name. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.models.parameters import named, taken
+
+NoDecay = bool | str | Iterable[bool | str]
+_PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+
+
+def without_decay(model: nn.Module, rule: NoDecay) -> frozenset[str]:
+    """First names of the trainable parameters that get no weight decay; a tied one gets none if any of its names says so.
+
+    Args:
+        rule: True for the usual ones (biases, parameters of at most one dimension, norms and embeddings by module type), False for none,
+            patterns for those that they match, and True among patterns for the usual ones too.
+
+    Raises:
+        ModelError: a pattern matches no trainable parameter, or the rule is something else.
+
+    >>> sorted(without_decay(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)), True))
+    ['0.weight', '1.bias']
+    """
+    words = [rule] if isinstance(rule, (bool, str)) else list(rule)
+    if not all(isinstance(word, (bool, str)) for word in words):
+        raise ModelError(f"no_decay can't be {rule!r}", hint="give True, or patterns such as ['**.bias']")
+    parameters = named(model)
+    trainable = {first: one.names for first, one in parameters.items() if one.trainable}
+    frozen = [name for one in parameters.values() if not one.trainable for name in one.names]
+    found = set(taken([word for word in words if isinstance(word, str)], trainable, frozen, "frozen"))
+    if True in words:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for first, names in trainable.items():
+            owners = [modules[name.rpartition(".")[0]] for name in names]
+            leaves = [name.rpartition(".")[2] for name in names]
+            biased = any(leaf.endswith("bias") or leaf.startswith("bias_") for leaf in leaves)  # bias_k, bias_ih_l0
+            if parameters[first].parameter.ndim <= 1 or biased or any(isinstance(owner, _PLAIN) for owner in owners):
+                found.add(first)
+    return frozenset(found)
