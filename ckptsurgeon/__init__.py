@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         apply,
         check,
         diff,
+        freeze,
         initialize,
         inspect,
         load_plan,
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
         plan,
         skeleton,
         transfer,
+        unfreeze,
         verify,
     )
     from ckptsurgeon.errors import CheckpointError
+    from ckptsurgeon.models.thawing import Thaw
     from ckptsurgeon.surgery.adapters.own import adapter
     from ckptsurgeon.surgery.rules import Rule
     from ckptsurgeon.tensors import Checkpoint, TensorMeta
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapter": "surgery.adapters.own",
     "Rule": "surgery.rules",
+    "Thaw": "models.thawing",
     "CheckpointError": "errors",
     "Checkpoint": "tensors",
     "TensorMeta": "tensors",
@@ -44,11 +48,13 @@ __all__ = [
     "CheckpointError",
     "Rule",
     "TensorMeta",
+    "Thaw",
     "__version__",
     "adapter",
     "apply",
     "check",
     "diff",
+    "freeze",
     "initialize",
     "inspect",
     "load_plan",
@@ -59,6 +65,7 @@ __all__ = [
     "plan",
     "skeleton",
     "transfer",
+    "unfreeze",
     "verify",
 ]
 

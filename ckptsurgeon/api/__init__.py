@@ -6,12 +6,13 @@
 from ckptsurgeon.api.looking import check, diff, inspect, open, skeleton, verify
 from ckptsurgeon.api.merging import apply, load_plan, merge, output_format, plan
 from ckptsurgeon.api.ruling import load_rules
-from ckptsurgeon.api.tuning import groups, initialize, param_groups, transfer
+from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
 
 __all__ = [
     "apply",
     "check",
     "diff",
+    "freeze",
     "groups",
     "initialize",
     "inspect",
@@ -24,5 +25,6 @@ __all__ = [
     "plan",
     "skeleton",
     "transfer",
+    "unfreeze",
     "verify",
 ]

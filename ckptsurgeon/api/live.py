@@ -15,7 +15,7 @@ from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.provenance import still_fresh
 from ckptsurgeon.api.ruling import Own, Ruling
 from ckptsurgeon.errors import ModelError, RootError, StaleError
-from ckptsurgeon.models import groups, initialize
+from ckptsurgeon.models import freezing, groups, initialize
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import put
@@ -158,22 +158,21 @@ def _record(source: Any) -> Any:
     return opening.open_source(source) if isinstance(source, (str, os.PathLike)) else source
 
 
-def param_groups(
-    model: nn.Module,
-    source: Any,
-    *,
-    lr: float | None,
-    fresh_lr: float | None,
-    fresh_scale: float | None,
-    weight_decay: float | None,
-    overrides: Mapping[str, float] | None,
-) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, source: Any, *, overrides: Mapping[str, float] | None, **choices: Any) -> list[dict[str, Any]]:
     """See `ckptsurgeon.param_groups`."""
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         overrides, source = {**source, **(overrides or {})}, ()
-    return groups.param_groups(
-        model, _record(source), lr=lr, fresh_lr=fresh_lr, fresh_scale=fresh_scale, weight_decay=weight_decay, overrides=overrides
-    )
+    return groups.param_groups(model, _record(source), overrides=overrides, **choices)
+
+
+def freeze(model: nn.Module, what: Any, partial: str) -> freezing.Frozen:
+    """See `ckptsurgeon.freeze`. A string is a pattern, never a file, though the error says so where it names one."""
+    try:
+        return freezing.freeze(model, opening.open_source(what) if isinstance(what, os.PathLike) else what, partial=partial)
+    except ModelError as error:
+        if isinstance(what, str) and os.path.isfile(what):
+            error.hint = f"to go by a merged file's record: freeze(model, ckptsurgeon.open({what!r}))"
+        raise
 
 
 def initialize_fresh(model: nn.Module, source: Any, scheme: str | Mapping[str, str], seed: int, note: Note) -> tuple[str, ...]:

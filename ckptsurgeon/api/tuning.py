@@ -1,4 +1,4 @@
-"""The verbs for training code: transfer, initialize, param_groups, groups. torch is loaded when one of them is called."""
+"""The verbs for training code: transfer, initialize, param_groups, freeze, unfreeze, groups. torch is loaded when one of them is called."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from ckptsurgeon.surgery.rules import from_arguments
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ckptsurgeon.models.decay import NoDecay
+    from ckptsurgeon.models.freezing import Frozen
 
 
 def transfer(
@@ -105,8 +108,15 @@ def param_groups(
     fresh_scale: float | None = None,
     weight_decay: float | None = None,
     overrides: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    layers: str | Iterable[str] | None = None,
+    no_decay: NoDecay = False,
+    partial: str = "transferred",
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any `torch.optim` optimizer: every trainable parameter in exactly one.
+    """Parameter groups for any `torch.optim` optimizer with groups: every trainable parameter in exactly one, tied ones once.
+
+    Every torch scheduler keeps the ratio between them; those that take rates (OneCycleLR's `max_lr`, CyclicLR's `base_lr`) need a list,
+    `[group["lr"] for group in groups]`.
 
     Args:
         source: a report, a plan, a merged checkpoint or its path; or rates by pattern, `{"fc3.*": 1e-2}`.
@@ -114,13 +124,19 @@ def param_groups(
         fresh_lr: for what is fresh; or `fresh_scale`, a multiple of `lr`.
         weight_decay: for all groups.
         overrides: rates by pattern of parameter names, before all else.
+        layer_decay: transferred parameters learn at `lr` × layer_decay ** (depth below the head), a group for each depth, named
+            `transferred/layer 3` and so on; fresh ones and overrides keep their rate (Clark et al. 2020, arXiv:2003.10555).
+        layers: what a layer is, as a pattern whose numbers say which: `"encoder.layer.{i}.**"`; several stand on one another. None finds
+            the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is the head.
+        no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
+        partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` or as `"fresh"`.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay`, `name` and `param_names`.
 
     Raises:
         NoRecordError: a checkpoint that records nothing fresh.
-        ModelError: a record of another model, a pattern that matches nothing, no rate where one is needed.
+        ModelError: a record of another model, a pattern that matches nothing, no rate where one is needed, layers that can't be told.
 
     >>> from torch import nn
     >>> groups = param_groups(nn.Linear(3, 2), ["bias"], lr=1e-3, fresh_scale=10)
@@ -130,8 +146,68 @@ def param_groups(
     from ckptsurgeon.api import live
 
     return live.param_groups(
-        model, source, lr=lr, fresh_lr=fresh_lr, fresh_scale=fresh_scale, weight_decay=weight_decay, overrides=overrides
+        model,
+        source,
+        lr=lr,
+        fresh_lr=fresh_lr,
+        fresh_scale=fresh_scale,
+        weight_decay=weight_decay,
+        overrides=overrides,
+        layer_decay=layer_decay,
+        layers=layers,
+        no_decay=no_decay,
+        partial=partial,
     )
+
+
+def freeze(model: nn.Module, what: Any, *, partial: str = "fresh") -> Frozen:
+    """Freeze parameters: `requires_grad` off, and wholly frozen norms that keep running statistics in eval mode across `model.train()`.
+
+    The norms stay so in copies and pickles of the model; state_dict and forward are not changed. Dropout, LayerNorm and GroupNorm, which
+    keep no statistics, are left alone. Freeze before you build the optimizer: `param_groups` leaves frozen parameters out.
+
+    Args:
+        what: a pattern or several, over the names of parameters and buffers; or a report, a plan, a merged checkpoint (`cs.open`): then
+            what was transferred is frozen, and what is fresh trains.
+        partial: under a record, whether partly transferred tensors are `"fresh"`, and train, or `"transferred"`.
+
+    Returns:
+        What was frozen: `keys`, `modules` kept in eval mode, `trainable`; printed, a short text.
+
+    Raises:
+        ModelError: a pattern that matches nothing, a record of another model.
+        NoRecordError: a checkpoint that records nothing fresh.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    >>> freeze(net, ["0.*", "1.*"]).modules, net.train()[1].training
+    (('1',), False)
+    """
+    from ckptsurgeon.api import live
+
+    return live.freeze(model, what, partial)
+
+
+def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
+    """Undo `freeze` for what the patterns match, all by default; `Thaw` does so stage by stage, with the optimizer.
+
+    Args:
+        what: a pattern or several, over the names of parameters and buffers.
+
+    Returns:
+        What was thawed: `keys`, `modules` that follow the model's mode again, `trainable`.
+
+    Raises:
+        ModelError: a pattern that matches nothing.
+
+    >>> from torch import nn
+    >>> net = nn.Linear(2, 2)
+    >>> freeze(net, "weight").trainable, unfreeze(net).trainable
+    (('bias',), ('weight', 'bias'))
+    """
+    from ckptsurgeon.models import freezing
+
+    return freezing.unfreeze(model, what)
 
 
 def groups(
@@ -143,12 +219,16 @@ def groups(
     fresh_scale: float | None = None,
     weight_decay: float | None = None,
     overrides: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    layers: str | Iterable[str] | None = None,
+    no_decay: NoDecay = False,
+    partial: str = "transferred",
     note: Note = silent,
 ) -> list[dict[str, Any]]:
     """The parameter groups of `param_groups` by name, for a merged file and a model that need not be in memory.
 
     Returns:
-        Dicts with `name`, `lr`, `weight_decay` and `params`, a list of parameter names.
+        Dicts with `name`, `lr`, `weight_decay`, `params`, a list of parameter names, and `elements`, how many numbers they hold.
 
     Raises:
         NoRecordError: the checkpoint does not record what is fresh.
@@ -167,7 +247,18 @@ def groups(
         fresh_scale=fresh_scale,
         weight_decay=weight_decay,
         overrides=overrides,
+        layer_decay=layer_decay,
+        layers=layers,
+        no_decay=no_decay,
+        partial=partial,
     )
     return [
-        {"name": row["name"], "lr": row["lr"], "weight_decay": row.get("weight_decay"), "params": list(row["param_names"])} for row in found
+        {
+            "name": row["name"],
+            "lr": row["lr"],
+            "weight_decay": row.get("weight_decay"),
+            "params": list(row["param_names"]),
+            "elements": sum(parameter.numel() for parameter in row["params"]),
+        }
+        for row in found
     ]

@@ -5,7 +5,7 @@ Norms and embeddings are told by their module's type, biases by their name. Noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,15 +17,16 @@ NoDecay = bool | str | Iterable[bool | str]
 _PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 
 
-def without_decay(model: nn.Module, rule: NoDecay) -> frozenset[str]:
-    """First names of the trainable parameters that get no weight decay; a tied one gets none if any of its names says so.
+def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None = None) -> frozenset[str]:
+    """First names of the parameters that get no weight decay; a tied one gets none if any of its names says so.
 
     Args:
         rule: True for the usual ones (biases, parameters of at most one dimension, norms and embeddings by module type), False for none,
             patterns for those that they match, and True among patterns for the usual ones too.
+        among: first names of the parameters that are asked about; None for the trainable ones.
 
     Raises:
-        ModelError: a pattern matches no trainable parameter, or the rule is something else.
+        ModelError: a pattern matches none of them, or the rule is something else.
 
     >>> sorted(without_decay(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)), True))
     ['0.weight', '1.bias']
@@ -34,12 +35,12 @@ def without_decay(model: nn.Module, rule: NoDecay) -> frozenset[str]:
     if not all(isinstance(word, (bool, str)) for word in words):
         raise ModelError(f"no_decay can't be {rule!r}", hint="give True, or patterns such as ['**.bias']")
     parameters = named(model)
-    trainable = {first: one.names for first, one in parameters.items() if one.trainable}
-    frozen = [name for one in parameters.values() if not one.trainable for name in one.names]
-    found = set(taken([word for word in words if isinstance(word, str)], trainable, frozen, "frozen"))
+    wanted = {first: one.names for first, one in parameters.items() if (one.trainable if among is None else first in among)}
+    rest = [name for first, one in parameters.items() if first not in wanted for name in one.names]
+    found = set(taken([word for word in words if isinstance(word, str)], wanted, rest, "frozen" if among is None else "other"))
     if True in words:
         modules = dict(model.named_modules(remove_duplicate=False))
-        for first, names in trainable.items():
+        for first, names in wanted.items():
             owners = [modules[name.rpartition(".")[0]] for name in names]
             leaves = [name.rpartition(".")[2] for name in names]
             biased = any(leaf.endswith("bias") or leaf.startswith("bias_") for leaf in leaves)  # bias_k, bias_ih_l0
