@@ -42,7 +42,7 @@ def read(path: str) -> Archive:
     Raises a CheckpointError, and nothing else, for anything that is not one.
     """
     with no_collections():
-        return _read_file(shards.find_in_folder(path) if os.path.isdir(path) else path, _reader)
+        return _read_file(shards.find_in_folder(path) if os.path.isdir(path) else path, reader_of)
 
 
 @contextmanager
@@ -71,13 +71,14 @@ def _read_shard(path: str) -> Archive:
 
 
 def _shard_reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
-    reader = _reader(file)
+    reader = reader_of(file)
     if reader is _read_json:  # an index in an index could lead back to itself
         raise FormatError("is named as a shard, but holds no tensors", path=file.path)
     return reader
 
 
-def _reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
+def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
+    """The reader of an open file's format, told by its first bytes. FormatError, in words that help, for what has none."""
     if not file.size:
         raise FormatError("is empty", path=file.path, hint="copy or download it again")
     head = file.read(0, min(_HEAD, file.size))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
-from ckptsurgeon.formats.unpickled import collect
+from ckptsurgeon.formats.unpickled import Unpacked, collect
 from ckptsurgeon.tensors import Archive, Span
+
+T = TypeVar("T")
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -27,10 +29,20 @@ _TENSOR_BYTES = "torch.storage._load_from_bytes"  # what pickle.dump makes of a 
 
 def read(file: OpenFile) -> Archive:
     """Read the header of a legacy torch file; FormatError that says what it is when it is another pickle."""
+    return _widening(file, _archive)
+
+
+def unpack(file: OpenFile) -> Unpacked:
+    """The whole pickle of a legacy torch file, with what else it holds than state_dicts."""
+    return _widening(file, lambda file, data: _read(file, data)[0])
+
+
+def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
+    """What `reading` makes of the file's beginning, of which it gets more for as long as it is too little."""
     window = min(_FIRST_WINDOW, file.size)
     while True:
         try:
-            return _read(file, file.read(0, window))
+            return reading(file, file.read(0, window))
         except TruncatedPickle as error:
             if window == file.size:
                 raise file.truncated(file.size + 1) from error
@@ -42,7 +54,22 @@ def read(file: OpenFile) -> Archive:
             raise
 
 
-def _read(file: OpenFile, data: bytes) -> Archive:
+def _archive(file: OpenFile, data: bytes) -> Archive:
+    unpacked, header = _read(file, data)
+    tree = collect(file.path, unpacked.value, unpacked.locate, unpacked.globals)
+    return Archive(
+        path=file.path,
+        format="torch-legacy",
+        fingerprint=sha256(b"%d\n" % file.size + header).hexdigest(),
+        files=(file.stamp,),
+        state_dicts=tree.state_dicts,
+        globals=unpacked.globals,
+        beside=tree.beside,
+    )
+
+
+def _read(file: OpenFile, data: bytes) -> tuple[Unpacked, bytes]:
+    """The pickle in `data`, the file's beginning, and the header that the fingerprint is taken of."""
     first = run(data)
     if first.value != MAGIC:
         raise _other_pickle(file, first)
@@ -64,18 +91,9 @@ def _read(file: OpenFile, data: bytes) -> Archive:
         held = storages[storage.key]
         return Span(file.path, offset, held.numel * _item(held), storage.key)
 
-    tree = collect(file.path, body.value, locate, body.globals)
     # The lengths stand between the data; they and the pickles are the header.
     header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
-    return Archive(
-        path=file.path,
-        format="torch-legacy",
-        fingerprint=sha256(b"%d\n" % file.size + header).hexdigest(),
-        files=(file.stamp,),
-        state_dicts=tree.state_dicts,
-        globals=body.globals,
-        beside=tree.beside,
-    )
+    return Unpacked(body.value, body.globals, locate), header
 
 
 def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:

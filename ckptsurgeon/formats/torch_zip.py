@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
+from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.pickle_machine import TruncatedPickle, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
-from ckptsurgeon.formats.unpickled import collect
+from ckptsurgeon.formats.unpickled import Unpacked, collect
 from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
 from ckptsurgeon.tensors import Archive, Packed, Span
 
@@ -26,6 +27,35 @@ PROVENANCE_RECORD = "ckptsurgeon.json"
 
 def read(file: OpenFile) -> Archive:
     """Read the header of a torch zip file."""
+    found = _read(file)
+    tree = collect(file.path, found.unpacked.value, found.unpacked.locate, found.unpacked.globals)
+    return Archive(
+        path=file.path,
+        format="torch-zip",
+        fingerprint=found.fingerprint,
+        files=(file.stamp,),
+        state_dicts=tree.state_dicts,
+        globals=found.unpacked.globals,
+        provenance=_provenance(file, found.entries),
+        beside=tree.beside,
+        notes=_notes(found.entries, found.storages),
+    )
+
+
+def unpack(file: OpenFile) -> Unpacked:
+    """The whole pickle of a torch zip file, with what else it holds than state_dicts."""
+    return _read(file).unpacked
+
+
+@dataclass(frozen=True)
+class _Read:
+    unpacked: Unpacked
+    entries: Mapping[str, Entry]
+    storages: Mapping[str, StorageRef]
+    fingerprint: str
+
+
+def _read(file: OpenFile) -> _Read:
     directory = read_directory(file)
     entries = _in_one_folder(file, directory.entries)
     if "data.pkl" not in entries:
@@ -57,24 +87,10 @@ def read(file: OpenFile) -> Archive:
             raise FormatError("has bytes after its pickle")
         for storage in storages.values():
             _check_record(storage, entries.get(f"data/{storage.key}"))
-        tree = collect(file.path, pickled.value, locate, pickled.globals)
     except TruncatedPickle as error:
         raise FormatError("has a data.pkl that ends too early", path=file.path, hint="copy or download it again") from error
-    except CheckpointError as error:
-        error.path = error.path or file.path
-        raise
     digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
-    return Archive(
-        path=file.path,
-        format="torch-zip",
-        fingerprint=digest.hexdigest(),
-        files=(file.stamp,),
-        state_dicts=tree.state_dicts,
-        globals=pickled.globals,
-        provenance=_provenance(file, entries),
-        beside=tree.beside,
-        notes=_notes(entries, storages),
-    )
+    return _Read(Unpacked(pickled.value, pickled.globals, locate), entries, storages, digest.hexdigest())
 
 
 def content(file: OpenFile, entry: Entry, limit: int) -> bytes:

@@ -23,6 +23,15 @@ Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its si
 
 
 @dataclass(frozen=True)
+class Unpacked:
+    """A file's pickle as the opcode machine has it, before anything is looked for in it; every storage was held against the file."""
+
+    value: Any
+    globals: tuple[str, ...]
+    locate: Locate
+
+
+@dataclass(frozen=True)
 class Tree:
     """The state_dicts found in a pickle, and by dotted place what stands beside them."""
 
@@ -78,7 +87,7 @@ def _state_dict(path: str, place: str, node: PickledDict, items: list[tuple[str,
         elif name.rpartition(".")[2] == "_extra_state":
             entries[name] = plain(child, known)
         elif type(child) in (Inert, NumpyArray):
-            entries[name] = Refused(_refusal(child))
+            entries[name] = Refused(refusal(child))
     metadata = getattr(node, "state", None)
     found = metadata.get("_metadata") if isinstance(metadata, dict) else None
     return StateDict(place, tensors, entries, _module_metadata(found))
@@ -141,7 +150,7 @@ def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
     if kind is Encoded:
         return value.text.encode("latin1", "replace"), len(value.text)
     if kind not in (PickledDict, list, tuple):
-        return Refused(_refusal(value)), 0
+        return Refused(refusal(value)), 0
     keys = value.keys() if kind is PickledDict else ()
     if any(type(key) not in (str, int) for key in keys):
         return Refused("an _extra_state with keys that are neither text nor integers"), 0
@@ -166,7 +175,8 @@ _WORDS = {
 }
 
 
-def _refusal(value: Any) -> str:
+def refusal(value: Any) -> str:
+    """What a value is that can't be carried, in words."""
     if type(value) is NumpyArray:
         return "a NumPy array, not a tensor"
     if type(value) in (Inert, Global):

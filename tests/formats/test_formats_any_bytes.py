@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.formats import pickle_machine
+from ckptsurgeon.formats.pickle_opcodes import RARE
 from ckptsurgeon.tensors import Archive
 
 EXAMPLES = int(os.environ.get("FORMATS_FUZZ", "300"))
@@ -36,7 +36,7 @@ MAGICS = [
     b'{"kind":"skeleton","version":1,"tensors":[',
     b'{"weight_map":{',
 ]
-OPCODES = [bytes([code]) for code in {*pickle_machine._RARE, *b"qhrjKX(tMJ\x94\x85\x86)RQ.\x89"}]
+OPCODES = [bytes([code]) for code in {*RARE, *b"qhrjKX(tMJ\x94\x85\x86)RQ.\x89"}]
 NAMES = [
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",

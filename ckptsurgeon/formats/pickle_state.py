@@ -1,0 +1,91 @@
+"""The state of one run over a pickle's opcodes, and what every opcode may do with it: take bytes, push, pop to a mark.
+
+It imports nothing that a pickle names, calls nothing, and raises nothing but a CheckpointError or what `pickle_machine.run` words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
+from ckptsurgeon.formats.pickle_globals import resolve
+from ckptsurgeon.formats.pickle_values import PickledDict
+
+
+class TruncatedPickle(FormatError):
+    """The bytes end before the pickle does."""
+
+
+def name_globals(error: CheckpointError, asked: tuple[str, ...]) -> None:
+    """Let `error` list what the pickle asked for beyond the allow-list."""
+    shown = tuple(f"it asks for {name}, which is never imported or called" for name in asked[:20])
+    error.problems = shown + ((f"and for {len(asked) - 20} others",) if len(asked) > 20 else ())
+
+
+_SIZED = (str, bytes, list, tuple, PickledDict)
+
+
+class Machine:
+    """A stack, the stacks below its marks, a memo, and where the next opcode stands."""
+
+    def __init__(self, data: bytes, start: int, persistent: Callable[[Any], Any]) -> None:
+        self.data = data
+        self.position = start
+        self.persistent = persistent
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.asked: dict[str, None] = {}
+        self.work = 0
+
+    def failure(self, what: str) -> FormatError:
+        """The error for an opcode that failed: the bytes had ended, or they are damaged."""
+        if self.position >= len(self.data):
+            return TruncatedPickle("the pickle ends too early: the file is truncated")
+        error = FormatError(f"the pickle is damaged: {what}")
+        name_globals(error, tuple(self.asked))
+        return error
+
+    def charge(self, args: Any) -> None:
+        # A memoised list or text can be handed to a constructor again and again: each copy counts.
+        if type(args) is tuple:
+            for arg in args:
+                if type(arg) in _SIZED:
+                    self.work += len(arg)
+            if self.work > len(self.data):
+                raise LimitError("the pickle copies more than a header should")
+
+    def take(self, size: int) -> bytes:
+        if size < 0:
+            raise FormatError("the pickle has a negative length")
+        chunk = self.data[self.position : self.position + size]
+        self.position += size
+        if len(chunk) < size:
+            raise TruncatedPickle("the pickle ends too early: the file is truncated")
+        return chunk
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def line(self) -> bytes:
+        end = self.data.find(b"\n", self.position)
+        if end < 0:
+            self.position = len(self.data)
+            raise TruncatedPickle("the pickle ends too early: the file is truncated")
+        chunk = self.data[self.position : end]
+        self.position = end + 1
+        return chunk
+
+    def pop_mark(self) -> list[Any]:
+        items = self.stack
+        self.stack = self.outer.pop()
+        return items
+
+    def push_global(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise FormatError("the pickle names a global by something other than text")
+        value, known = resolve(module, name)
+        if not known:
+            self.asked[value.name] = None
+        self.stack.append(value)
