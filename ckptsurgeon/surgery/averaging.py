@@ -10,9 +10,11 @@ from ckptsurgeon.errors import PlanError
 from ckptsurgeon.surgery.adapters.chain import Asked
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.items import Item
+from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 
 Weights = Sequence[float] | bool
+BY = Rule("average")
 
 
 def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
@@ -59,5 +61,5 @@ def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, probl
             many = len(first.places) > 1
             if many:
                 problems.append(f"{name!r} joins keys, and can't be averaged in the same run")
-            result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), first.rules))
+            result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), (*first.rules, BY)))
     return result

@@ -6,7 +6,7 @@ What a scheme means is not known here, but for `from(KEY)`, the value that anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsurgeon.errors import RuleError
@@ -14,7 +14,7 @@ from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.origins import Origin, kept_out
 from ckptsurgeon.surgery.patterns import check_template, expand
-from ckptsurgeon.surgery.planned import Step, copied_key
+from ckptsurgeon.surgery.planned import FROM_MODEL, Step, copied_key
 from ckptsurgeon.surgery.repairs import BY, COUNTER, is_counter
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint
@@ -61,6 +61,7 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
                     found[key] = Initial(names.inits[matching[0]].rule, _scheme(names.inits[matching[0]], tied.get(key, (key,))))
                 except RuleError as error:
                     problems.append(f"{names.inits[matching[0]].rule}: {error.reason}")
+        problems += _without_a_value(key, target, origin if filled else None, found.get(key))
     for number, compiled in enumerate(names.inits):
         if number in used:
             continue
@@ -77,6 +78,21 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
             hint="see the target's keys with: ckptsurgeon diff CKPT TARGET",
         )
     return found
+
+
+def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, initial: Initial | None) -> Iterator[str]:
+    """A problem for a key whose scheme has no value here: a model's own without a model, or another key's to fill up with."""
+    if initial is not None and initial.kept:
+        return
+    own = None if initial is None else initial.scheme
+    asked = [] if filled is None else [str(op["scheme"]) for op in filled.ops if op.get("fill") == "init"]
+    schemes = [own if scheme == "model" and own is not None else scheme for scheme in asked] if filled is not None else [own]
+    by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([initial.rule] if initial is not None else []))))
+    for scheme in schemes:
+        if scheme in FROM_MODEL and target.format != "model":
+            yield f"{by}: {key} would get a value of the model itself ({scheme}), and the target is none: name a scheme, such as zeros"
+        elif filled is not None and scheme is not None and _FROM.fullmatch(scheme):
+            yield f"{by}: {key} can't be filled up with another key's value"
 
 
 def _scheme(compiled: CompiledRule, keys: Sequence[str]) -> str:

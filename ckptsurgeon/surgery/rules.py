@@ -18,7 +18,7 @@ from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern
 
-Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage"]
+Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
 _LINK, _PLUS = re.compile(r"\s+->\s+"), re.compile(r"\s+\+\s+")
 _BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")

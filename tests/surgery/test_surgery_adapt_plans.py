@@ -103,9 +103,15 @@ def test_what_fills_up_takes_the_scheme_of_an_init_rule():
         (step,) = make_plan([source], target, rules).steps
         assert len(step.ops) == 1 and step.ops[0].items() >= {"op": "pad", "dim": 0, "size": 5, "fill": "init", "scheme": scheme}.items()
         assert step.action == "adapt" and not step.fresh and step.schemes == (scheme,)
-    with pytest.raises(PlanError):  # a skeleton has no value to fill up with
-        plan = make_plan([source], model({"a": (5, 2)}, format="skeleton"), [adapt])
-        from_json(json.dumps(to_json(plan)).encode(), "plan.json")
+    for kind in ("skeleton", "torch-zip"):  # neither has a model whose own value could fill it up
+        with pytest.raises(RuleError, match=r"a would get a value of the model itself \(model\), and the target is none"):
+            make_plan([source], model({"a": (5, 2)}, format=kind), [adapt])
+        plan = make_plan([source], model({"a": (5, 2)}, format=kind), [adapt, rule("init", "a", "ones")])
+        assert plan.steps[0].schemes == ("ones",)
+        with pytest.raises(RuleError, match=r"b would get a value of the model itself \(reset\)"):
+            make_plan([source], model({"a": (3, 2), "b": (2,)}, format=kind), [rule("init", "b", "reset")])
+    with pytest.raises(RuleError, match="a can't be filled up with another key's value"):
+        make_plan([source], model({"a": (5, 2), "b": (5, 2)}), [adapt, rule("init", "a", "from(b)")])
 
 
 def test_tied_keys_are_adapted_together():

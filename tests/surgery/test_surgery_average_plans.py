@@ -44,6 +44,7 @@ def test_each_key_is_the_mean_of_all_sources(weights):
 def test_equal_weights_without_any():
     plan = make_plan(soups(SHAPES, SHAPES, SHAPES, SHAPES), model(SHAPES), average=True)
     assert [step.ops for step in plan.steps] == [({"op": "average", "weights": [0.25] * 4},)] * 2
+    assert {step.reason for step in plan.steps} == {"--average"}
     assert make_plan(soups(SHAPES), model(SHAPES), average=False).steps[0].action == "copy"
 
 
@@ -111,7 +112,7 @@ def test_wrappers_of_each_source_are_taken_off_by_the_first():
 def test_rules_are_for_the_keys_of_every_source():
     rules = [rule("rename", "fc.{p}", "head.{p}")]
     plan = make_plan(soups(SHAPES, SHAPES), model({"head.w": (3, 2), "head.b": (3,)}), rules, average=True)
-    assert plan.steps[1].sources == ((0, "fc.b"), (1, "fc.b")) and plan.steps[1].reason == "--rename 'fc.{p}' 'head.{p}'"
+    assert plan.steps[1].sources == ((0, "fc.b"), (1, "fc.b")) and plan.steps[1].reason == "--rename 'fc.{p}' 'head.{p}', --average"
     turned = make_plan(soups(SHAPES, SHAPES), model({"fc.w": (2, 3), "fc.b": (3,)}), [rule("adapt", "fc.w", "transpose")], average=True)
     assert [op["op"] for op in turned.steps[0].ops] == ["average", "transpose"]
     linked = [rule("adapt", "fc.w -> g.w", "transpose"), rule("rename", "fc.b", "g.b")]

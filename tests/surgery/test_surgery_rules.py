@@ -1,5 +1,6 @@
 """Rules as they meet keys: first match, stages, one to many, many to one, and every problem told at once."""
 
+import json
 import re
 from collections import Counter
 
@@ -11,6 +12,7 @@ from surgery_support import checkpoint, model, rule
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.naming import name_sources
 from ckptsurgeon.surgery.plan import make_plan
+from ckptsurgeon.surgery.planfile import check_followable, from_json, to_json
 from ckptsurgeon.surgery.rules import Outside, Rule, beside, close_names, compile_rule, compile_rules, from_arguments
 from ckptsurgeon.tensors import Checkpoint
 
@@ -292,13 +294,22 @@ _rules = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=800, deadline=None)
-@given(_sources, _sources, _rules, st.sampled_from([None, "safe"]), st.sampled_from(["model", "torch-zip", "skeleton", None]))
-def test_every_key_has_one_step_or_one_fate_whatever_the_rules(given, wanted, rules, auto, kind):
-    sources = [checkpoint(given)]
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.lists(_sources, min_size=1, max_size=2),
+    _sources,
+    _rules,
+    st.sampled_from([None, "safe"]),
+    st.sampled_from(["model", "torch-zip", "skeleton", None]),
+    st.booleans(),
+)
+def test_every_key_has_one_step_or_one_fate_whatever_the_rules(given, wanted, rules, auto, kind, average):
+    sources = [checkpoint(one, f"{number}.pt") for number, one in enumerate(given)]
     target = None if kind is None else model(wanted, format=kind)
+    if len(given) > 1 and not average:
+        rules = [*rules, rule("drop", "1:h.*")]
     try:
-        plan = make_plan(sources, target, rules, auto=auto)
+        plan = make_plan(sources, target, rules, auto=auto, average=average and len(given) > 1)
     except (RuleError, PlanError) as error:
         assert error.problems or error.hint
         return
@@ -306,6 +317,9 @@ def test_every_key_has_one_step_or_one_fate_whatever_the_rules(given, wanted, ru
         assert [step.target for step in plan.steps] == list(wanted) and all(step.shape == wanted[step.target] for step in plan.steps)
         assert sorted([*plan.transferred, *plan.kept, *plan.fresh]) == sorted(wanted)
     used = {place for step in plan.steps for place in step.sources}
-    assert Counter([*used, *((row.file, row.source) for row in plan.dropped)]) == Counter((0, key) for key in given)
+    every = [(number, key) for number, one in enumerate(given) for key in one]
+    assert Counter([*used, *((row.file, row.source) for row in plan.dropped)]) == Counter(every)
     assert all(row.reason for row in plan.dropped) and all(step.reason for step in plan.steps)
     assert plan.coverage.counts == (len(plan.transferred), len(plan.steps))
+    assert all(len(set(step.sources)) == len(step.sources) for step in plan.steps)
+    check_followable(from_json(json.dumps(to_json(plan)).encode(), "plan.json"), sources, target)
