@@ -21,11 +21,51 @@ from ckptsurgeon.views import json, text
 @click.option("--fresh-scale", type=float, help="For what is fresh, as a multiple of --lr.")
 @click.option("--weight-decay", type=float, help="For all groups.")
 @click.option("--override", "overrides", nargs=2, type=(str, float), multiple=True, metavar="PATTERN LR", help="A rate by pattern.")
+@click.option(
+    "--layer-decay",
+    type=float,
+    metavar="D",
+    help="Layer-wise: what was transferred learns at LR x D to the power of its depth below the head.",
+)
+@click.option("--layers", multiple=True, metavar="PATTERN", help="With --layer-decay, what a layer is: 'encoder.layer.{i}.**'.")
+@click.option("--no-decay", is_flag=True, help="No weight decay for biases, parameters of one dimension, norms and embeddings.")
+@click.option("--no-decay-for", multiple=True, metavar="PATTERN", help="No weight decay for these.")
+@click.option(
+    "--partial",
+    type=click.Choice(["transferred", "fresh"]),
+    default="transferred",
+    show_default=True,
+    help="What partly transferred tensors count as (a grown vocabulary).",
+)
 @options.shown
-def command(checkpoint: str, target: str, lr: float, overrides: tuple[tuple[str, float], ...], show: Show, **rates: Any) -> int:
-    """Parameter groups for fine-tuning: what CKPT records as fresh learns at its own rate."""
-    rows = api.groups(checkpoint, target, lr=lr, overrides=dict(overrides), note=show.note(), **rates)
-    if not overrides and all(row["name"] != "fresh" for row in rows):
+def command(
+    checkpoint: str,
+    target: str,
+    lr: float,
+    overrides: tuple[tuple[str, float], ...],
+    layer_decay: float | None,
+    layers: tuple[str, ...],
+    no_decay: bool,
+    no_decay_for: tuple[str, ...],
+    show: Show,
+    **choices: Any,
+) -> int:
+    """Parameter groups for fine-tuning: what CKPT records as fresh learns at its own rate.
+
+    Fresh parameters and overrides keep their rates under --layer-decay.
+    """
+    rows = api.groups(
+        checkpoint,
+        target,
+        lr=lr,
+        overrides=dict(overrides),
+        layer_decay=layer_decay,
+        layers=layers or None,
+        no_decay=[no_decay, *no_decay_for],
+        note=show.note(),
+        **choices,
+    )
+    if not overrides and layer_decay is None and all(row["name"].split("/")[0] != "fresh" for row in rows):
         raise NoRecordError(
             "records that nothing trainable is fresh", path=checkpoint, hint="give rates by pattern: --override 'fc3.*' 1e-2"
         )

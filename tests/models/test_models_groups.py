@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from groups_support import SCHEDULERS, ratios, steps
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from ckptsurgeon.errors import ModelError, NoRecordError
-from ckptsurgeon.models.groups import fresh_keys, param_groups
+from ckptsurgeon.models.groups import check_groups, fresh_keys, param_groups
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.tensors import Checkpoint, Coverage
 
@@ -27,8 +28,8 @@ class Net(nn.Module):
         return self.fc3(self.fc2(self.norm(self.fc1(x))).relu())
 
 
-def report(*fresh):
-    return Report(("a.pt",), "model:Net", (), (), fresh, (), Coverage(0, 0))
+def report(*fresh, partial=()):
+    return Report(("a.pt",), "model:Net", (), (), fresh, (), Coverage(0, 0), partial=partial)
 
 
 def names(groups):
@@ -221,3 +222,281 @@ def test_no_record_is_a_no(provenance):
 def test_other_things_do_not_say_what_is_fresh(source):
     with pytest.raises((ModelError, NoRecordError)):
         fresh_keys(source)
+
+
+class Stack(nn.Module):
+    """An embedding, three blocks of a linear layer and a norm, a norm, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+STACK_HEAD = ("head.weight", "head.bias")
+
+
+def test_layer_decay_multiplies_by_depth_and_fresh_parameters_keep_their_rate():
+    groups = param_groups(Stack(), report(*STACK_HEAD), lr=1.0, fresh_lr=3.0, layer_decay=0.5, overrides={"blocks.1.0.bias": 7.0})
+    assert [(group["name"], group["lr"], len(group["params"])) for group in groups] == [
+        ("transferred/stem", 0.5**4, 1),
+        ("transferred/layer 0", 0.5**3, 4),
+        ("transferred/layer 1", 0.5**2, 3),
+        ("transferred/layer 2", 0.5, 4),
+        ("transferred/head", 1.0, 2),
+        ("fresh", 3.0, 2),
+        ("blocks.1.0.bias", 7.0, 1),
+    ]
+    by_pattern = param_groups(Stack(), report(*STACK_HEAD), lr=1.0, fresh_lr=3.0, layer_decay=0.5, layers="blocks.{i}.**")
+    assert [group["lr"] for group in by_pattern] == [0.5**4, 0.5**3, 0.5**2, 0.5, 1.0, 3.0]
+    by_order = param_groups(Net(), HEAD, lr=1.0, fresh_lr=3.0, layer_decay=0.5, layers=["fc1.*", "fc2.*"])
+    assert [(group["name"], group["lr"]) for group in by_order] == [
+        ("transferred/layer 0", 0.25),
+        ("transferred/layer 1", 0.5),
+        ("fresh", 3.0),
+    ]
+
+
+def test_no_decay_for_biases_norms_and_embeddings():
+    groups = param_groups(Stack(), report(*STACK_HEAD), lr=1.0, fresh_lr=3.0, weight_decay=0.1, no_decay=True)
+    assert {group["name"]: (group["weight_decay"], group["param_names"]) for group in groups} == {
+        "transferred": (0.1, [f"blocks.{i}.0.weight" for i in range(3)]),
+        "transferred/no decay": (
+            0.0,
+            [
+                "embed.weight",
+                *(f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("0.bias", "1.weight", "1.bias")),
+                "norm.weight",
+                "norm.bias",
+            ],
+        ),
+        "fresh": (0.1, ["head.weight"]),
+        "fresh/no decay": (0.0, ["head.bias"]),
+    }
+    deep = param_groups(Stack(), STACK_HEAD, lr=1.0, fresh_lr=3.0, weight_decay=0.1, no_decay=True, layer_decay=0.5)
+    assert [group["name"] for group in deep][1:3] == ["transferred/layer 0", "transferred/layer 0/no decay"]
+
+
+def test_no_decay_by_pattern_and_by_each_reason():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)  # bias_k has three dimensions
+            self.scale = nn.Parameter(torch.zeros(3))
+            self.norm = nn.LayerNorm((2, 2))  # a norm whose weight has two
+            self.embed = nn.Embedding(4, 4)
+            self.out = nn.Linear(4, 4, bias=False)
+            self.out.weight = self.embed.weight
+
+    def bare(rule):
+        groups = param_groups(Odd(), [], lr=1.0, weight_decay=0.1, no_decay=rule)
+        return {name for group in groups if group["weight_decay"] == 0 for name in group["param_names"]}
+
+    usual = bare(True)
+    assert usual >= {"attention.bias_k", "attention.in_proj_bias", "scale", "norm.weight", "embed.weight"}
+    assert not usual & {"attention.in_proj_weight", "attention.out_proj.weight"}
+    assert bare("scale") == {"scale"} and bare(False) == set() and bare(["out.weight", "scale"]) == {"embed.weight", "scale"}
+    assert bare([True, "attention.in_proj_weight"]) == usual | {"attention.in_proj_weight"}
+    with pytest.raises(ModelError, match="matches no parameter"):
+        bare("nothing.*")
+    with pytest.raises(ModelError, match="no_decay can't be"):
+        bare([3])
+
+
+def test_without_weight_decay_only_the_groups_that_want_none_have_one():
+    groups = param_groups(Net(), HEAD, lr=1.0, fresh_lr=2.0, no_decay=True)
+    assert [group.get("weight_decay") for group in groups] == [None, 0.0, None, 0.0]
+    assert [group["weight_decay"] for group in torch.optim.AdamW(groups, weight_decay=0.3).param_groups] == [0.3, 0.0, 0.3, 0.0]
+
+
+def test_partly_transferred_tensors_count_as_the_person_chooses():
+    record = report(*STACK_HEAD, partial=("embed.weight",))
+    assert "embed.weight" in names(param_groups(Stack(), record, lr=1.0, fresh_lr=2.0))["transferred"]
+    assert names(param_groups(Stack(), record, lr=1.0, fresh_lr=2.0, partial="fresh"))["fresh"] == ["embed.weight", *STACK_HEAD]
+    merged = Checkpoint("m.pt", "torch-zip", "", {}, provenance={"fresh": list(STACK_HEAD), "partial": ["embed.weight"]})
+    assert "embed.weight" in names(param_groups(Stack(), merged, lr=1.0, fresh_lr=2.0, partial="fresh"))["fresh"]
+    before = Checkpoint("m.pt", "torch-zip", "", {}, provenance={"fresh": list(STACK_HEAD)})
+    assert "embed.weight" in names(param_groups(Stack(), before, lr=1.0, fresh_lr=2.0))["transferred"]
+    with pytest.raises(NoRecordError, match="partly transferred"):
+        param_groups(Stack(), before, lr=1.0, fresh_lr=2.0, partial="fresh")
+    with pytest.raises(ModelError, match="1 keys that are partly transferred"):
+        param_groups(Stack(), report(partial=("embedding.weight",)), lr=1.0, fresh_lr=2.0, partial="fresh")
+
+
+def test_a_tied_pair_of_which_one_is_partial_and_one_fresh_can_count_as_fresh():
+    record = report("head.weight", "head.bias", partial=("embed.weight",))
+    assert names(param_groups(tied(), record, lr=1.0, fresh_lr=2.0, partial="fresh")) == {"fresh": ["embed.weight", "head.bias"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer_decay": 0.0}, "layer_decay can't be 0.0"),
+        ({"layer_decay": 1.5}, "layer_decay can't be 1.5"),
+        ({"layer_decay": float("nan")}, "layer_decay can't be nan"),
+        ({"layer_decay": 0.5, "lr": None}, "layer_decay multiplies lr"),
+        ({"layers": "blocks.{i}.**"}, "no layer_decay is given"),
+        ({"layer_decay": 0.5, "layers": "block.{i}.**"}, "match no parameter"),
+        ({"partial": "both"}, "partial can't be 'both'"),
+    ],
+)
+def test_choices_that_can_not_be(arguments, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        param_groups(Stack(), report(*STACK_HEAD), **{"lr": 1.0, "fresh_lr": 2.0, **arguments})
+    assert caught.value.hint
+
+
+def test_what_is_in_no_group_or_in_two_or_frozen_is_named():
+    model = Net()
+    model.fc1.weight.requires_grad_(False)
+    rest = [parameter for name, parameter in model.named_parameters() if name not in ("fc1.weight", "fc1.bias", "fc3.bias")]
+    check_groups(model, [{"params": [*rest, model.fc1.bias, model.fc3.bias]}])
+    for groups, key, reason in (
+        ([{"name": "a", "params": [*rest, model.fc1.bias]}], "fc3.bias", "in no group"),
+        ([{"name": "a", "params": [*rest, model.fc1.bias, model.fc3.bias, model.fc1.bias]}], "fc1.bias", "in 2 groups: 'a', 'a'"),
+        ([{"name": "a", "params": [*rest, model.fc1.bias, model.fc3.bias]}, {"params": [model.fc3.bias]}], "fc3.bias", "'a', '1'"),
+        ([{"name": "a", "params": [*rest, *model.fc1.parameters(), model.fc3.bias]}], "fc1.weight", "is frozen, and in the group 'a'"),
+    ):
+        with pytest.raises(ModelError, match=reason) as caught:
+            check_groups(model, groups)
+        assert caught.value.key == key
+    with pytest.raises(ModelError, match="2 parameters are not in exactly one group") as caught:
+        check_groups(model, [{"params": rest}])
+    assert caught.value.problems == ("fc1.bias: is trainable, and in no group", "fc3.bias: is trainable, and in no group")
+    with pytest.raises(ModelError, match="not the model's"):
+        check_groups(model, [{"params": [*rest, model.fc1.bias, model.fc3.bias, nn.Parameter(torch.zeros(2))]}])
+
+
+def full(model):
+    return param_groups(
+        model, report(*STACK_HEAD), lr=1e-3, fresh_scale=10, weight_decay=0.1, layer_decay=0.5, no_decay=True, overrides={"norm.bias": 1e-4}
+    )
+
+
+@given(st.data())
+def test_with_every_choice_each_trainable_parameter_is_in_exactly_one_group(data):
+    model = Stack()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in ("head.weight", "norm.bias", "norm.weight") or data.draw(st.booleans()))
+    groups = full(model)
+    placed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(placed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert len({group["name"] for group in groups}) == len(groups)
+
+
+OPTIMIZERS = [
+    pytest.param(getattr(torch.optim, name), {}, id=name)
+    for name in sorted(dir(torch.optim))
+    if isinstance(getattr(torch.optim, name), type)
+    and issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
+    # no groups; sparse gradients only; matrices only; a rate that is the first step alone, never below 1e-6
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon", "Rprop")
+] + [
+    pytest.param(torch.optim.SGD, {"momentum": 0.9, "foreach": True}, id="SGD-foreach"),
+    pytest.param(torch.optim.SGD, {"momentum": 0.9, "fused": True}, id="SGD-fused"),
+    pytest.param(torch.optim.AdamW, {"foreach": True}, id="AdamW-foreach"),
+    pytest.param(torch.optim.AdamW, {"fused": True}, id="AdamW-fused"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
+def test_every_optimizer_honours_the_rates_and_shows_the_names(optimizer, options):
+    torch.manual_seed(0)
+    model = Stack()
+    groups = full(model)
+    expected = [(group["name"], group["lr"], list(group["param_names"])) for group in groups]
+    for group in groups:
+        group["lr"] = 0.0 if group["name"].startswith("transferred") else group["lr"]
+    made = optimizer(groups, **options)
+    assert [(group["name"], group["param_names"]) for group in made.param_groups] == [(name, own) for name, _, own in expected]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(3):
+        steps(model, made, 1, lambda: torch.randint(5, (8, 3)))
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert "head.weight" in moved and moved <= {"head.weight", "head.bias", "norm.bias"}
+    saved = made.state_dict()["param_groups"]
+    assert [(group["name"], group["param_names"]) for group in saved] == [(name, own) for name, _, own in expected]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_keeps_the_ratio_between_groups(name):
+    model = Stack()
+    groups = full(model)
+    wanted = ratios(groups)
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    scheduler = SCHEDULERS[name](optimizer)
+    changed = set()
+    for _ in range(7):
+        steps(model, optimizer, 1, lambda: torch.randint(5, (2, 3)))
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        changed.add(optimizer.param_groups[0]["lr"])
+        assert ratios(optimizer.param_groups) == pytest.approx(wanted)
+    assert len(changed) > 1
+
+
+def test_lightning_takes_them_from_configure_optimizers(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Stack()
+
+        def training_step(self, batch, _index):
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(full(self.net))
+            return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)}
+
+    torch.manual_seed(0)
+    module = Module()
+    wanted = ratios(full(module.net))
+    before = copy.deepcopy(module.net.state_dict())
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(5, (8, 3))), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data)
+    found = trainer.optimizers[0].param_groups
+    assert ratios(found) == pytest.approx(wanted) and found[-1]["lr"] == pytest.approx(1e-4 * 0.25)
+    assert [group["name"] for group in found] == [group["name"] for group in full(module.net)]
+    assert not torch.equal(module.net.head.weight, before["head.weight"])
+
+
+def test_hugging_faces_trainer_takes_them_as_optimizers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=8
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config)
+    fresh = ["classifier.weight", "classifier.bias"]
+    groups = param_groups(model, fresh, lr=1e-3, fresh_scale=10, weight_decay=0.1, layer_decay=0.5, no_decay=True)
+    wanted, before = ratios(groups), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(groups)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, 8)
+    rows = [{"input_ids": torch.randint(12, (4,)), "labels": torch.tensor(number % 2)} for number in range(8)]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, schedule))
+    trainer.train()
+    found = trainer.optimizer.param_groups
+    assert ratios(found) == pytest.approx(wanted) and found[0]["lr"] < groups[0]["initial_lr"]
+    assert [group["name"] for group in found][:2] == ["transferred/stem/no decay", "transferred/layer 0"]
+    assert not torch.equal(model.classifier.weight, before["classifier.weight"])
