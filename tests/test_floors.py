@@ -20,6 +20,7 @@ FLOORS = [
     {"streaming"},
     {"models"},
     {"api"},
+    {"loops"},
     {"cli", "__main__"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

@@ -20,7 +20,7 @@ from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import put
 from ckptsurgeon.report import Cast, Finding, Report
-from ckptsurgeon.streaming.adapting import adapted, dense_parts
+from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.apply import with_data
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, refuse_losses, reported, tensor_from
@@ -126,10 +126,13 @@ class _Run:
     def value(self, step: Step) -> torch.Tensor:
         """A step's value. One that is neither adapted nor cast is not copied: it lies in the file's mapping, or in the live source."""
         tensors = [self._tensor(key) for _, key in step.sources]
-        made = adapted(step, tensors, lambda: self._initial(step), self.own.kernels) if step.adapters else tensors[0]
+        dtype = self.given[step.sources[0][1]].dtype
+        if step.adapters:
+            return adapted_and_cast(step, tensors, dtype, lambda: self._initial(step), self.own.kernels, self.casts)
+        made = tensors[0]
         if step.cast is None:
             return made
-        data = bytearray().join(cast(step.target, dense_parts(made), self.given[step.sources[0][1]].dtype, step.cast, self.casts))
+        data = bytearray().join(cast(step.target, dense_parts(made), dtype, step.cast, self.casts))
         return tensor_from(data, step.dtype).view(step.shape)
 
     def _tensor(self, key: str) -> torch.Tensor:

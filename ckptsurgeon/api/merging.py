@@ -21,7 +21,7 @@ from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.surgery import planfile
 from ckptsurgeon.surgery.averaging import Weights
 from ckptsurgeon.surgery.plan import Plan, make_plan
-from ckptsurgeon.surgery.rules import Rule, from_arguments
+from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 

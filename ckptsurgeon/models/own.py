@@ -92,13 +92,13 @@ def load_adapter(text: str, note: Note) -> OwnAdapter:
         )
     told, made = _guarded(spec, shape), _guarded(spec, found)
 
-    def checked_shape(shapes: Sequence[Shape], **arguments: Any) -> Shape:
+    def checked_shape(shapes: Sequence[Shape], /, **arguments: Any) -> Shape:
         given = told(tuple(map(tuple, shapes)), **arguments)
         if not isinstance(given, (tuple, list)) or not all(type(size) is int and size >= 0 for size in given):
             raise TargetError(f"its shape function gives {given!r:.60}, not a tuple of whole numbers", path=spec.text)
         return tuple(given)
 
-    def checked_kernel(tensors: Sequence[torch.Tensor], **arguments: Any) -> torch.Tensor:
+    def checked_kernel(tensors: Sequence[torch.Tensor], /, **arguments: Any) -> torch.Tensor:
         with build.forked(0):
             given = made(list(tensors), **arguments)
         if isinstance(given, (tuple, list)) and len(given) == 1:

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptsurgeon.errors import PlanError
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CastError, PlanError
+from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.copying import BUFFER
 from ckptsurgeon.streaming.kernels.table import Initial, OwnKernel, run
-from ckptsurgeon.streaming.values import PIECE, Buffer, memory_of, tensor_from
+from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
+from ckptsurgeon.surgery.adapters.chain import needs_floats
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.planned import Step
 
@@ -26,15 +29,55 @@ def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapp
     """
     import torch
 
-    wanted = tensors[0].dtype
-    with torch.no_grad():
-        for op in step.adapters:
-            tensors = run(op, tensors, initial, own)
+    given, wanted = tensors, tensors[0].dtype
+    try:
+        with torch.no_grad():
+            for op in step.adapters:
+                tensors = run(op, tensors, initial, own)
+    except (RuntimeError, MemoryError) as error:  # torch's own words for what it can't do, or has no memory for
+        raise PlanError(f"can't be adapted: {str(error).splitlines()[0][:200] if str(error) else 'no memory'}", key=step.target) from error
     if len(tensors) != 1 or tuple(tensors[0].shape) != step.shape or tensors[0].dtype != wanted:
         found = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors) or "nothing"
         reason = f"its adapters gave {found}, where the plan says {str(wanted).removeprefix('torch.')} {step.shape}"
         raise PlanError(reason, key=step.target)
+    if needs_floats(step.adapters) or step.schemes:
+        _refuse_overflow(step, given, tensors[0])
     return tensors[0]
+
+
+def adapted_and_cast(
+    step: Step, tensors: list[torch.Tensor], dtype: str, initial: Initial, own: Mapping[str, OwnKernel], casts: list[Cast]
+) -> torch.Tensor:
+    """What a step's adapters and its cast make of tensors of dtype `dtype` (safetensors' code); what the cast loses is added to `casts`.
+
+    A cast to a wider dtype comes first: what the adapters compute or fill in then need not fit the narrow one.
+    """
+    if step.cast is None:
+        return adapted(step, tensors, initial, own)
+    first, last = BY_CODE[dtype], BY_CODE[step.cast]
+    if last.kind == "float" and (first.kind != "float" or first.size < last.size):
+        return adapted(step, [_cast(step, tensor, dtype, casts) for tensor in tensors], initial, own)
+    return _cast(step, adapted(step, tensors, initial, own), dtype, casts)
+
+
+def _cast(step: Step, tensor: torch.Tensor, dtype: str, casts: list[Cast]) -> torch.Tensor:
+    assert step.cast is not None
+    data = bytearray().join(cast(step.target, dense_parts(tensor), dtype, step.cast, casts))
+    return tensor_from(data, step.cast).view(tensor.shape)
+
+
+def _refuse_overflow(step: Step, tensors: Sequence[torch.Tensor], made: torch.Tensor) -> None:
+    """Raises CastError where finite values came to be infinite, or none, in the dtype in which they are computed."""
+    if made.is_floating_point() and not _finite(made) and all(_finite(tensor) for tensor in tensors):
+        reason = f"its adapters give values that {str(made.dtype).removeprefix('torch.')} can't hold"
+        raise CastError(reason, key=step.target, hint="convert the source to a wider dtype first: merge FILE -o OUT --dtype F32")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    import torch
+
+    rows = tensor.unbind() if tensor.dim() else (tensor,)
+    return all(bool(torch.isfinite(row if row.element_size() > 1 else row.float()).all()) for row in rows)
 
 
 def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:

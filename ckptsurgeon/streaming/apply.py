@@ -17,12 +17,13 @@ from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
-from ckptsurgeon.streaming.adapting import adapted, averaged, dense_parts, is_average
+from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, is_average
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.kernels.table import OwnKernel
 from ckptsurgeon.streaming.pieces import Pieces, pieces_of
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.planned import Plan, Step, resolved
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
@@ -95,29 +96,32 @@ class _Run:
 
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
-        step = resolved(step, self.steps)
-        origins = self.origins(step)
-        if origins:
-            parts, dtype = self._of_files(step, origins), origins[0].dtype
-        else:
-            parts, dtype = [self._initial(step)], self._wanted(step).dtype
-        yield from parts if step.cast is None else cast(step.target, parts, dtype, step.cast, self.casts)
+        made = resolved(step, self.steps)
+        casts = self.casts if made is step else []  # what a copy's original loses is told once
+        origins = self.origins(made)
+        parts, dtype = self._plain_parts(made, origins), origins[0].dtype if origins else self._wanted(made).dtype
+        if parts is not None:
+            return iter(parts) if made.cast is None else cast(made.target, parts, dtype, made.cast, casts)
 
-    def _of_files(self, step: Step, origins: tuple[TensorMeta, ...]) -> Iterable[Buffer]:
+        def initial() -> torch.Tensor:
+            wanted = self._wanted(made)
+            return tensor_from(self._initial(made), wanted.dtype).view(wanted.shape)
+
+        tensors = [tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape) for origin in origins]
+        return dense_parts(adapted_and_cast(made, tensors, dtype, initial, self.values.kernels if self.values is not None else {}, casts))
+
+    def _plain_parts(self, step: Step, origins: tuple[TensorMeta, ...]) -> Iterable[Buffer] | None:
+        """The bytes of a step, before its cast, where they can be had part by part; None where its adapters need whole tensors."""
+        if not origins:
+            return [self._initial(step)]
         if not step.adapters:
             return self.reader.parts(origins[0])
         if is_average(step.adapters):
             return averaged([self.reader.parts(origin) for origin in origins], origins[0].dtype, step.adapters[0]["weights"])
         pieces = pieces_of(origins, step.adapters)
-        if pieces is not None:
-            return (part for piece in pieces for part in copying.chunks(*self.reader.locate(piece), piece.nbytes))
-
-        def initial() -> torch.Tensor:
-            wanted = self._wanted(step)
-            return tensor_from(self._initial(step), wanted.dtype).view(wanted.shape)
-
-        tensors = [tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape) for origin in origins]
-        return dense_parts(adapted(step, tensors, initial, self.values.kernels if self.values is not None else {}))
+        if pieces is None:
+            return None
+        return (part for piece in pieces for part in copying.chunks(*self.reader.locate(piece), piece.nbytes))
 
     def _initial(self, step: Step) -> Buffer:
         if self.values is None:
@@ -151,8 +155,8 @@ def apply(
     checkpoints = [*sources, *([target] if target is not None else [])]
     with Reader(checkpoints) as reader:
         run = _Run(plan, sources, target, values, reader, {step.target: step for step in plan.steps})
-        storages = _storages(run)
-        tensors, aliases = _tensors(plan, storages, output)
+        storages = storages_of(plan, run.steps, run.origins)
+        tensors, aliases = tensors_of(plan, storages, alias=output.format == "safetensors" and output.tied == "alias")
         entries = _entries(run)
         layout = _layout(plan, tensors, aliases, entries, output)
         with new_file(output.path, output.overwrite) as temporary:
@@ -174,47 +178,6 @@ def with_data(checkpoint: Checkpoint, key: str) -> TensorMeta:
             f"has no values behind it: {checkpoint.path} is a {checkpoint.format}", key=key, hint="give a checkpoint file as the source"
         )
     return tensor
-
-
-def _storages(run: _Run) -> dict[str, int]:
-    """A number for each target key; keys with one number are tied: they read the same tensor, or are one fresh tensor in the target."""
-    group = {key: keys[0] for keys in run.plan.ties for key in keys}
-    numbers: dict[Any, int] = {}
-    first: dict[Any, str] = {}
-    storages = {}
-    for step in run.plan.steps:
-        made = resolved(step, run.steps)
-        origins = run.origins(made)
-        identity: Any = ("made", group.get(step.target, step.target))
-        if origins and not any(op.get("fill") == "init" for op in made.ops):
-            read = tuple((origin.span, origin.dtype, origin.stride) for origin in origins)
-            identity = (read, repr(made.adapters)) if all(origin.nbytes for origin in origins) else step.target
-            # One key of the source that goes to two is no tie: each layer of a deeper model is its own.
-            leader = group.get(step.target, step.target)
-            if first.setdefault((identity, made.sources), leader) != leader:
-                identity = (identity, leader)
-        storages[step.target] = numbers.setdefault((identity, step.dtype, step.shape), len(numbers))
-    return storages
-
-
-def _tensors(plan: Plan, storages: Mapping[str, int], output: Output) -> tuple[list[OutTensor], dict[str, str]]:
-    """What to write, and, where ties become aliases, which key stands for which.
-
-    A loader gives an alias its value only where the model ties the two, so with a target only its own ties become aliases.
-    """
-    group = {key: number for number, keys in enumerate(plan.ties) for key in keys}
-    tensors: list[OutTensor] = []
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for step in plan.steps:
-        number = storages[step.target]
-        kept = first.setdefault(number, step.target)
-        linked = kept != step.target and (plan.target is None or group.get(kept, -1) == group.get(step.target, -2))
-        if linked and output.format == "safetensors" and output.tied == "alias":
-            aliases[step.target] = kept
-        else:
-            tensors.append(OutTensor(step.target, step.dtype, step.shape, number))
-    return tensors, aliases
 
 
 def _entries(run: _Run) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Reader:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
         assert tensor.span is not None
         if not tensor.contiguous:
-            return [self.read(tensor)]
+            dense = memoryview(self.read(tensor))
+            return (dense[start : start + BUFFER] for start in range(0, len(dense), BUFFER))
         fd, offset = self.locate(tensor.span)
         return chunks(fd, offset, tensor.span.nbytes)
 

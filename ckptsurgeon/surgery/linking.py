@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain
@@ -95,11 +96,25 @@ def _check_whole(group: Group, members: Sequence[Member]) -> None:
             if (row, which) not in have:
                 words = ", ".join(f"{part}={value[1] or value[0]}" for part, value in zip(compiled.gathered, row, strict=True))
                 raise RuleError(f"{group.names[0]!r} lacks what {pattern.text!r} names{f' for {words}' if words else ''}")
+    if len(compiled.gathered) > 1:
+        grid = prod(len({row[place] for row in rows}) for place in range(len(compiled.gathered)))
+        if grid != len(rows):
+            raise RuleError(f"{group.names[0]!r} gathers {len(rows)} keys by {' and '.join(compiled.gathered)}, and a full grid has {grid}")
     if len(compiled.gathered) == 1 and not counts_with(compiled.results[0], compiled.gathered[0]):
         numbers = [row[0][0] for row in rows if not row[0][1]]
         hole = next((number for number, found in enumerate(numbers, numbers[0]) if number != found), None) if numbers else None
         if hole is not None:
             raise RuleError(f"{group.names[0]!r} lacks {compiled.gathered[0]}={hole}, between {numbers[0]} and {numbers[-1]}")
+
+
+def check_even(groups: Sequence[Group]) -> None:
+    """Raises RuleError where the averages of one rule go over unequally many keys: some are not there."""
+    sizes = {len(group.members): group for group in groups}
+    if len(sizes) > 1 and any(op["op"] == "average" for op in groups[0].compiled.ops):
+        least, most = sizes[min(sizes)], sizes[max(sizes)]
+        raise RuleError(
+            f"averages {len(least.members)} keys for {least.names[0]!r}, and {len(most.members)} for {most.names[0]!r}: some are not there"
+        )
 
 
 def _numbers(group: Group, members: Sequence[Member], sources: Sequence[Checkpoint], outside: Outside) -> Sequence[int | None]:

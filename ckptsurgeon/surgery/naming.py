@@ -92,6 +92,14 @@ class _Stage:
                     groups[group.key].members.append(linking.Member(match, item))
             except RuleError as error:
                 self.failed.setdefault(index, f"{compiled.rule}: {error.reason}, in {item.seen!r}")
+        by_rule: dict[int, list[linking.Group]] = {}
+        for group in groups.values():
+            by_rule.setdefault(group.index, []).append(group)
+        for index, found in by_rule.items():
+            try:
+                linking.check_even(found)
+            except RuleError as error:
+                self.failed.setdefault(index, f"{self.rules[index].rule}: {error.reason}")
         return [one for row in out for one in ([row] if isinstance(row, Item) else self._linked(row))]
 
     def _linked(self, group: linking.Group) -> list[Item]:

@@ -57,17 +57,27 @@ def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names
             problems.append(
                 f"{', '.join(map(str, whole.rules)) or name}: {name}: {error.reason}" + (f"; {error.hint}" if error.hint else "")
             )
+    for group in target.ties if target is not None else ():
+        _follow(group, found, problems)
     if problems:
         raise RuleError("adapters that can't be followed", problems=shortened(problems))
-    if target is None:
-        return found
-    for group in target.ties:
-        fitting = [key for key in group if key in found and found[key].fits]
-        if fitting:
-            lead = found[fitting[0]]
-            follower = Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, fitting[0])
-            found.update(dict.fromkeys((key for key in group if key not in fitting), follower))
-    return {key: found[key] for key in target if key in found}
+    return found if target is None else {key: found[key] for key in target if key in found}
+
+
+def _follow(group: Sequence[str], found: dict[str, Origin], problems: list[str]) -> None:
+    """Let tied keys of the target, one tensor, have one value: that of the first that adapters make, or of the first that fits."""
+    fitting = [key for key in group if key in found and found[key].fits]
+    adapted = [key for key in fitting if found[key].ops]
+    if not fitting:
+        return
+    first = (adapted or fitting)[0]
+    lead = found[first]
+    others = [key for key in adapted if found[key].ops != lead.ops]
+    if others:
+        problems.append(f"{first} and {others[0]} are one tensor in the target, and each is adapted in its own way")
+    # One that fits as it is, and is another tensor in the source, is told apart ("untied"); under an adapter it would be lost.
+    rest = [key for key in group if key not in fitting or (adapted and not found[key].ops)]
+    found.update(dict.fromkeys(rest, Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
 
 
 def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:

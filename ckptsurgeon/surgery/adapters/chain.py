@@ -100,7 +100,7 @@ def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
         if op["op"] == "rows" and op["rows"]:
             given *= sum(count for _, _, count in op["runs"]) / op["rows"]
         elif op["op"] == "pad" and op["size"]:
-            given *= op["given"] / op["size"]
+            given *= sum(op["given"]) / (op["size"] * len(op["given"]))
     return round(prod(shape) * (1 - given))
 
 

@@ -43,13 +43,14 @@ def _padded(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         need(op, _EXTRA[fill])
     if fill == "init" and len(shapes) != 1:
         raise refused(op, f"fills {len(shapes)} tensors up with one target's initial value", "pad after they are joined")
+    have = [size_of(op, dim, shape) for shape in shapes]
+    if list(need(op, "given")) != have:
+        raise refused(op, f"is for {op['given']} at dim {dim}, and {have} come in")
     return tuple(_padded_one(op, shape, dim, size) for shape in shapes)
 
 
 def _padded_one(op: Op, shape: Shape, dim: int, size: int) -> Shape:
     have = size_of(op, dim, shape)
-    if need(op, "given") != have:
-        raise refused(op, f"is for {op['given']} at dim {dim}, and {shape} has {have} there")
     if size < have:
         raise refused(op, f"makes dim {dim} {size} long, and {shape} has {have} there already", "slice takes a part")
     if op["fill"] == "mean" and size > have == 0:
@@ -64,7 +65,8 @@ def _filled_pad(op: Op, place: Place) -> Op:
         if field in op and fill != kind:
             raise refused(op, f"has {field}={op[field]!r} beside fill={fill!r}", f"write fill={kind!r} with it, or leave it out")
     size = op["size"] if "size" in op else _wanted(op, place, dim, "size")
-    given = size_of(op, dim, place.shapes[0])  # written down, so that a plan says how much of the result no source gives
+    # Written down, so that a plan says how much of the result no source gives.
+    given = [size_of(op, dim, shape) for shape in place.shapes]
     filled = {"op": "pad", "dim": dim, "size": size, "given": given, "fill": fill, "at": op.get("at", "end")}
     if fill == "constant":
         return {**filled, "value": op["value"]} if "value" in op else filled
@@ -228,10 +230,11 @@ COMBINING: dict[str, Adapter] = {
             "at": one_of("end", "start"),
             "value": _number,
             "scheme": _name,
-            "given": whole,
+            "given": wholes,
         },
         _padded,
         _filled_pad,
+        planned=("given",),
     ),
     "concat": Adapter(
         "joins all tensors, or each `of` in a row, along dim `dim`; `sizes` are held against what comes in",

@@ -131,8 +131,11 @@ def _filled_reshape(op: Op, place: Place) -> Op:
 
 
 def _offered_reshape(source: Shape, target: Shape) -> Op | None:
-    same = [size for size in source if size != 1] == [size for size in target if size != 1]
-    return {"op": "reshape"} if same and source != target else None
+    """Only where dims of size 1 are taken out, or put in: a (1, 5) that becomes (5, 1) may be a transpose."""
+    short, long = sorted((source, target), key=len)
+    rest = iter(long)
+    kept = len(short) < len(long) and all(any(size == other for other in rest) for size in short)
+    return {"op": "reshape"} if kept and prod(short) == prod(long) else None
 
 
 def _squeezed(op: Op, shape: Shape) -> Shape:

@@ -47,6 +47,7 @@ class Adapter:
             op: an uneven `chunk` is a `slice`). RuleError, with a hint, where it can't be told.
         invert: the op, as a rule writes it, that undoes a rule's op; None where nothing can.
         offer: the op, as a rule would write it, that makes a source's shape a target's; None where it can't, or where it would be a guess.
+        planned: the fields that only a plan has, which a rule can't give.
         floats: whether it computes values, so that only floating tensors can take it.
         safe: whether it can't change what a tensor means, so that `--auto safe` may apply what it offers.
         source: the paper or specification that the formula comes from.
@@ -58,6 +59,7 @@ class Adapter:
     fill: Callable[[Op, Place], Op]
     invert: Callable[[Op], Op | None] = lambda _op: None
     offer: Callable[[Shape, Shape], Op | None] = lambda _source, _target: None
+    planned: tuple[str, ...] = ()
     floats: bool = False
     safe: bool = False
     source: str = ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.combining import COMBINING
-from ckptsurgeon.surgery.adapters.layout import LAYOUT
+from ckptsurgeon.surgery.adapters.layout import LAYOUT, bounded
 from ckptsurgeon.surgery.adapters.op import Adapter, Op, Place, Shape, wholes
 from ckptsurgeon.surgery.adapters.rows import ROWS
 from ckptsurgeon.surgery.adapters.vision import VISION
@@ -17,7 +19,7 @@ ADAPTERS: dict[str, Adapter] = {**LAYOUT, **COMBINING, **VISION, **ROWS}
 
 
 def _own_shape(op: Op, _shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    return (tuple(op["shape"]),)
+    return (bounded(op, tuple(op["shape"])),)
 
 
 def _own_filled(op: Op, _place: Place) -> Op:
@@ -81,8 +83,12 @@ def _parse(text: str) -> Op:
     if adapter is OWN:
         if args:
             raise RuleError(f"{text.strip()!r} has arguments without names", hint="name them: mylib:flip(dim=1)")
-        return {"op": name, "arguments": kwargs}
-    fields = list(adapter.fields)
+        wrong = next((word for word, value in kwargs.items() if not _plain(value)), None)
+        if wrong is not None:
+            reason = f"{text.strip()!r}: {wrong} is nothing that a plan can hold"
+            raise RuleError(reason, hint="numbers, text, True, None, lists, and dicts by text")
+        return {"op": name, "arguments": {word: _listed(value) for word, value in kwargs.items()}}
+    fields = [name for name in adapter.fields if name not in adapter.planned]
     problems = [f"{word} is given twice" for word in fields[: len(args)] if word in kwargs]
     problems += [f"takes no argument {word!r}" for word in kwargs if word not in fields]
     problems += [f"takes {len(fields)} arguments, not {len(args)}"] if len(args) > len(fields) else []
@@ -92,6 +98,25 @@ def _parse(text: str) -> Op:
         hint = f"write {name}({', '.join(f'{word}=...' for word in fields)}): {adapter.words}"
         raise RuleError(f"the adapter {text.strip()!r} {'; '.join(problems)}", hint=hint)
     return {"op": name, **given}
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is one of JSON's, so that a plan gives it back as it was."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(type(name) is str and _plain(name) and _plain(one) for name, one in value.items())
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is str:
+        return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return value is None or type(value) in (bool, int)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _listed(one) for name, one in value.items()}
+    return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def op_text(op: Op) -> str:

@@ -1,0 +1,78 @@
+"""A callback for Hugging Face's Trainer: the report in its log, and a schedule that thaws.
+
+The Trainer is given a model and an optimizer, so the transfer comes before it: `transfer`, `freeze`, `param_groups`, then
+`Trainer(model, ..., optimizers=(optimizer, scheduler), callbacks=[TransferCallback(report)])`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.loops.words import BY, numbers, record
+from ckptsurgeon.models.thawing import Thaw
+from ckptsurgeon.report import Report
+
+
+class TransferCallback(TrainerCallback, ExportableState):
+    """Writes a transfer's numbers into the Trainer's log, and thaws what is frozen stage by stage.
+
+    Args:
+        report: what `ckptsurgeon.transfer` gave.
+        thaw: a schedule over the Trainer's own optimizer and scheduler.
+        by: what `thaw` counts, `"epoch"` or `"step"` (of the optimizer).
+
+    A Trainer's checkpoint keeps what was fresh and how far the schedule is. To resume: build model, optimizer and schedule as at the
+    beginning, call `resume(folder)`, then `trainer.train(resume_from_checkpoint=folder)`.
+
+    >>> from ckptsurgeon.tensors import Coverage
+    >>> callback = TransferCallback(Report(("a.pt",), "Net", ("w",), (), ("b",), (), Coverage(0.5, 0.9, (1, 2))))
+    >>> callback.state()["attributes"]["fresh"]
+    ['b']
+    """
+
+    def __init__(self, report: Report, *, thaw: Thaw | None = None, by: str = "epoch") -> None:
+        if by not in BY:
+            raise ModelError(f"by can't be {by!r}", hint=f"one of {', '.join(BY)}")
+        self.report, self._thaw, self._by = report, thaw, by
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the transfer once, at the beginning of a run."""
+        if state.global_step == 0:
+            state.log_history.append({**numbers(self.report), "step": 0})
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count an epoch."""
+        if self._thaw is not None and self._by == "epoch":
+            self._thaw.step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count an optimizer step."""
+        if self._thaw is not None and self._by == "step":
+            self._thaw.step()
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer's checkpoint keeps in its trainer_state.json."""
+        thaw = {} if self._thaw is None else {"thaw": self._thaw.state_dict()}
+        return {"args": {}, "attributes": {**record(self.report), **thaw}}
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Bring the schedule to where a checkpoint's folder has it.
+
+        Raises:
+            ModelError: the folder has no record of this callback.
+        """
+        path = os.path.join(os.fspath(folder), "trainer_state.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)["stateful_callbacks"][type(self).__name__]
+            attributes = (found[0] if isinstance(found, list) else found)["attributes"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ModelError("has no record of a transfer", path=path, hint="give a folder that the Trainer wrote") from error
+        if self._thaw is not None and "thaw" in attributes:
+            self._thaw.load_state_dict(attributes["thaw"])
