@@ -115,8 +115,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer with groups: every trainable parameter in exactly one, tied ones once.
 
-    Every torch scheduler keeps the ratio between them; those that take rates (OneCycleLR's `max_lr`, CyclicLR's `base_lr`) need a list,
-    `[group["lr"] for group in groups]`.
+    Every torch scheduler keeps the ratio between them, down to a floor where it has one (`eta_min`, `min_lr`); those that take rates
+    (OneCycleLR's `max_lr`, CyclicLR's `base_lr`) need a list, `[group["lr"] for group in groups]`.
 
     Args:
         source: a report, a plan, a merged checkpoint or its path; or rates by pattern, `{"fc3.*": 1e-2}`.

@@ -46,7 +46,8 @@ class Thaw:
         model: with what is to come later frozen (`freeze`).
         optimizer: over what is trainable now; its first group lends new groups every option that is not given (betas, eps, fused …).
         stages: patterns, the first stage first, each one or several, held against the names of frozen parameters; the first stage that
-            matches wins, and what none matches stays frozen. None: the layers from the top down, then the stem, as `depths` finds them.
+            matches wins, and what none matches stays frozen. None: the head, the layers from the top down, the stem, as `depths` finds
+            them; each of which something is frozen.
         lr: the rate of the model's top, as `param_groups` has it.
         layer_decay: a stage's rate is `lr` × layer_decay ** (its distance from the head): 1 for the first of the stages given, or the last
             layer; 1 / 2.6 is ULMFiT's discriminative fine-tuning.
@@ -55,7 +56,8 @@ class Thaw:
         no_decay: which parameters get none, as `param_groups` has it; a stage is then two groups.
         layers: what a layer is, where no stages are given, as for `depths`.
         scheduler: the `torch.optim.lr_scheduler` at work, or several; it must be given where there is one, since its lists are per group. A
-            new group starts at `lr` × (what the schedule has made of the first group's rate by now) and goes on from there.
+            new group starts at `lr` × (what the schedule has made of the first group's rate by now) and goes on from there. `lr` stands for
+            the peak under OneCycleLR, for `base_lr` under CyclicLR. A floor (`eta_min`, `min_lr`) is one for all, as torch has it.
 
     Raises:
         ModelError: a stage that matches nothing frozen, rates or counts that can't be, layers that can't be told, a scheduler of another
