@@ -65,6 +65,31 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class CarriedState:
+    """What became of the training state that stands beside the weights.
+
+    Every parameter of the new optimizer is in exactly one of `carried` (its state came as it was), `adapted` (its moments were adapted with
+    it) and `zeroed` (it starts without). `not_carried` has whatever of the source's state went nowhere or starts at zero, with the reason.
+    `place` is where the optimizer's state stood, `by` what told whose it is: `names`, or the `order` of the parameters. `others` names what
+    else was carried (`scheduler`, `scaler`, `ema`); `ema` is the report of the averaged copy's own transfer.
+    """
+
+    place: str = ""
+    by: str = ""
+    carried: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
+    not_carried: tuple[tuple[str, str], ...] = ()
+    casts: tuple[Cast, ...] = ()
+    others: tuple[str, ...] = ()
+    ema: Report | None = None
+    text: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class Report:
     """What a merge, an apply or a transfer did.
 
@@ -89,6 +114,7 @@ class Report:
     verification: Verification | None = None
     adapted: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
+    optimizer: CarriedState | None = None
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:

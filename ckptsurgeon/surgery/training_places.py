@@ -1,0 +1,132 @@
+"""Finds, in what a training checkpoint holds beside its weights, the states of optimizer, scheduler and scaler, and the averaged copies.
+
+By the names that training loops and frameworks use, at the top of the file or beside the model's root. Two that would do are refused; nothing
+is told by shape. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from ckptsurgeon.errors import RootError
+from ckptsurgeon.tensors import Refused
+
+Kind = Literal["optimizer", "scheduler", "scaler"]
+PLACES: Mapping[Kind, tuple[str, ...]] = {
+    "optimizer": ("optimizer", "optimizer_state_dict", "optim", "optimizer_states", "optimizer_state", "optim_state_dict", "opt"),
+    "scheduler": ("scheduler", "lr_scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict", "sched"),
+    "scaler": ("scaler", "grad_scaler", "scaler_state_dict", "amp_scaler", "grad_scaler_state_dict"),
+}
+# Averaged copies: timm's state_dict_ema, torchvision's model_ema, and what loops call theirs.
+AVERAGED = (
+    "model_ema",
+    "ema",
+    "ema_state_dict",
+    "state_dict_ema",
+    "ema_model",
+    "model_ema_state_dict",
+    "ema_model_state_dict",
+    "ema_params",
+)
+
+
+def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) -> tuple[str, Any]:
+    """Where the state of a kind stands, by dotted place, and it itself.
+
+    Args:
+        value: all that the file holds: nested dicts and lists.
+        model_root: the model's root, beside which it may stand.
+        asked: its place, where the person says it.
+
+    Raises:
+        RootError: it is not there, or several would do.
+
+    >>> find("optimizer", {"model": {}, "optim": {"state": {}}}, "model", None, "a.pt")
+    ('optim', {'state': {}})
+    """
+    if asked is not None:
+        found = at_place(value, asked)
+        if found is None:
+            raise RootError(f"has nothing at {asked!r}", path=path, hint=_listing(value))
+        return asked, found
+    candidates = [row for place, around in _around(value, model_root) for row in _named(kind, place, around)]
+    if len(candidates) > 1:
+        names = ", ".join(repr(place) for place, _ in candidates[:8])
+        word = f"choose one: {kind}_root={candidates[0][0]!r}" if kind == "optimizer" else "leave one in the file"
+        raise RootError(f"holds {len(candidates)} {kind} states: {names}", path=path, hint=word)
+    if not candidates:
+        raise RootError(f"holds no {kind} state under a known name ({', '.join(PLACES[kind][:4])}, …)", path=path, hint=_listing(value))
+    return candidates[0]
+
+
+def _around(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
+    """The top, then each container on the way to the model's root."""
+    parts = model_root.split(".") if model_root else []
+    for depth in range(len(parts) or 1):
+        place = ".".join(parts[:depth])
+        around = at_place(value, place)
+        if isinstance(around, Mapping):
+            yield place, around
+
+
+def _named(kind: Kind, place: str, around: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name in PLACES[kind]:
+        found = around.get(name)
+        where = f"{place}.{name}" if place else name
+        if isinstance(found, (list, tuple)):  # Lightning has lists
+            yield from ((f"{where}.{index}", one) for index, one in enumerate(found) if isinstance(one, Mapping))
+        elif isinstance(found, (Mapping, Refused)):
+            yield where, found
+
+
+def at_place(value: Any, place: str) -> Any:
+    """What stands at a dotted place in nested dicts and lists; None where nothing does.
+
+    >>> at_place({"optimizer_states": [{"state": {}}]}, "optimizer_states.0")
+    {'state': {}}
+    """
+    if not place:
+        return value
+    if isinstance(value, Mapping):
+        items = [(key if type(key) is str else str(key), one) for key, one in value.items() if type(key) in (str, int)]
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        items = [(str(index), one) for index, one in enumerate(value)]
+    else:
+        return None
+    for name, one in items:
+        if name == place:
+            return one
+    for name, one in items:
+        if place.startswith(f"{name}."):
+            found = at_place(one, place[len(name) + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def averaged(roots: Sequence[str]) -> tuple[str, ...]:
+    """The roots that are averaged copies by their name.
+
+    >>> averaged(["model", "model_ema", "ema.net.params", "emax"])
+    ('model_ema', 'ema.net.params')
+    """
+    return tuple(root for root in roots if any(root == name or root.startswith(f"{name}.") for name in AVERAGED))
+
+
+def choose_averaged(roots: Sequence[str], asked: str | None, path: str) -> str:
+    """The root of the averaged copy: the one asked for, or the only one. RootError otherwise."""
+    if asked is not None:
+        return asked
+    found = averaged(roots)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RootError(f"holds {len(found)} averaged copies: {', '.join(found[:8])}", path=path, hint=f"choose one: ema_root={found[0]!r}")
+    known = f"its roots are {', '.join(repr(root) for root in roots[:8])}; choose one: ema_root=…"
+    raise RootError(f"holds no averaged copy under a known name ({', '.join(AVERAGED[:4])}, …)", path=path, hint=known)
+
+
+def _listing(value: Any) -> str:
+    names = [str(name)[:60] for name in value if type(name) is str][:12] if isinstance(value, Mapping) else []
+    return f"it holds {', '.join(names)}; name the optimizer's place: optimizer_root=…" if names else "give a training checkpoint"
