@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.api import gates, opening
+from ckptsurgeon.api import gates, opening, resuming
 from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.provenance import still_fresh
+from ckptsurgeon.api.resuming import Asked, averaged_into
 from ckptsurgeon.api.ruling import Own, Ruling
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models import freezing, groups, initialize
+from ckptsurgeon.models.averaged_copy import live_roots
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import put
-from ckptsurgeon.report import Cast, Finding, Report
+from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.apply import with_data
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.plan import Plan, Step, make_plan
+from ckptsurgeon.surgery.roots import choose
+from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 
@@ -46,19 +51,31 @@ def transfer(
     min_coverage: float | None,
     strict: bool,
     auto: str | None = None,
+    asked: Asked | None = None,
 ) -> Report:
     """See `ckptsurgeon.transfer`."""
+    asked = asked or Asked()
     goal = checkpoint_of(model, type(model).__name__)
-    given, live = _open(source, root, goal)
+    given, live = _open(source, root, goal, asked.ema is not None)
     plan = make_plan([given], goal, ruling.rules, seed=seed, allow_cast=allow_cast, auto=auto, outside=ruling.outside)
     gates.check(plan, min_coverage=min_coverage, strict=strict)
-    with Reader([given]) as reader:
+
+    def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
+        rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
+        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto}
+        return transfer(other, copy, rules, root=where, seed=seed, allow_cast=allow_cast, **chosen)  # type: ignore[arg-type]
+
+    carried: CarriedState | None = None
+    with Reader([given]) as reader, ExitStack() as undo:
         casts: list[Cast] = []
         run = _Run(plan, given, live, reader, model, ruling.own, casts)
         values = {step.target: run.value(step) for step in plan.steps if step.sources}
         refuse_losses(casts, plan.allow_cast)
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
+        if asked:
+            found = resuming.beside(source, given, reader)
+            carried = resuming.give(asked, found, given, plan, model, lambda: averaged_into(asked, source, found, again, undo), undo)
         put(plan, model, values.__getitem__, extra, ruling.own.schemes)
         _check_still_unchanged(reader)
     report = Report(
@@ -73,6 +90,7 @@ def transfer(
         findings=(*plan.findings, *_untrained(plan, given)),
         adapted=plan.adapted,
         partial=plan.partial,
+        optimizer=carried,
     )
     return replace(report, text=text.report(report))
 
@@ -95,10 +113,12 @@ def _untrained(plan: Plan, given: Checkpoint) -> list[Finding]:
     return [Finding("fresh-in-source", words, keys[0], "note")]
 
 
-def _open(source: Given, root: str | None, goal: Checkpoint) -> tuple[Checkpoint, State]:
-    """The source as a checkpoint, and, when it is in memory, its live tensors."""
+def _open(source: Given, root: str | None, goal: Checkpoint, beside_average: bool) -> tuple[Checkpoint, State]:
+    """The source as a checkpoint, and, when it is in memory, its live tensors. `beside_average`: the averaged copy is asked for too."""
     from torch import nn
 
+    if root is None and isinstance(source, Mapping) and not isinstance(source, Checkpoint):
+        root = _live_root(source, goal, beside_average)
     if root is not None and isinstance(source, (nn.Module, Mapping)) and not isinstance(source, Checkpoint):
         source = at_root(source, root)
         if not isinstance(source, Mapping):
@@ -107,8 +127,24 @@ def _open(source: Given, root: str | None, goal: Checkpoint) -> tuple[Checkpoint
         state = state_dict_of(source, type(source).__name__)
         return checkpoint_of(source, type(source).__name__), state
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
-        return checkpoint_of_state_dict(source), source
-    return opening.open_source(source, root=root, target=goal), {}
+        return replace(checkpoint_of_state_dict(source), root=root or ""), source
+    found = opening.look(source)
+    if root is None and beside_average:
+        found = resuming.without_averaged(found)
+    return opening.open_source(found, root=root, target=goal), {}
+
+
+def _live_root(source: Mapping[Any, Any], goal: Checkpoint, beside_average: bool) -> str | None:
+    """The root that a live training checkpoint's state_dict is at, by the rule for files; None for a state_dict itself."""
+    from torch import Tensor
+
+    if any(isinstance(value, Tensor) for value in source.values()):
+        return None
+    found = live_roots(source)
+    found = resuming.without_averaged(found) if beside_average else found
+    roots = {one.root for one in found.state_dicts}
+    chosen = choose(found, target=goal).root if roots else None
+    return chosen if chosen in roots else None
 
 
 @dataclass(frozen=True)

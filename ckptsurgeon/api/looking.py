@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.checking import check_files
@@ -17,9 +16,6 @@ from ckptsurgeon.surgery.compare import Diff, compare
 from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint
 from ckptsurgeon.views import text
-
-if TYPE_CHECKING:
-    pass
 
 
 def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
@@ -89,7 +85,7 @@ def diff(
     (8, 10)
     """
     seen = opening.look(source)
-    ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, note=note)
+    ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
     goal = opening.open_target(target, note=note).checkpoint
     given = opening.open_source(seen, root=root, target=goal)
     return compare(given, goal, ruling.rules, ruling.outside, auto)

@@ -16,9 +16,16 @@ def still_fresh(plan: Plan, sources: Sequence[Checkpoint]) -> tuple[str, ...]:
     return tuple(step.target for step in plan.steps if step.sources and all(key in on_record[number] for number, key in step.sources))
 
 
+def still_partial(plan: Plan, sources: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Target keys that take their value from a source that has it on record as partly transferred."""
+    on_record = [frozenset((source.provenance or {}).get("partial", ())) for source in sources]
+    return tuple(step.target for step in plan.steps if any(key in on_record[number] for number, key in step.sources))
+
+
 def record(plan: Plan, sources: Sequence[Checkpoint]) -> dict[str, Any]:
     """The record of a plan's output: tool, plan digest, sources' fingerprints, seed, and which keys are fresh or kept."""
     fresh = {*plan.fresh, *still_fresh(plan, sources)}
+    partial = {*plan.partial, *still_partial(plan, sources)}
     return {
         "version": 1,
         "tool": f"ckptsurgeon {VERSION}",
@@ -29,5 +36,5 @@ def record(plan: Plan, sources: Sequence[Checkpoint]) -> dict[str, Any]:
         "coverage": {"tensors": plan.coverage.tensors, "elements": plan.coverage.elements},
         "fresh": [step.target for step in plan.steps if step.target in fresh],
         "kept": list(plan.kept),
-        "partial": list(plan.partial),
+        "partial": [step.target for step in plan.steps if step.target in partial],
     }

@@ -69,11 +69,13 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     return turn_round(found) if reverse else found
 
 
-def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, note: Note = silent) -> Ruling:
-    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name. `reverse` is for files,
-    which it turns round as if they were one."""
+def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, schemes: bool = True, note: Note = silent) -> Ruling:
+    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name.
+
+    `reverse` turns the files round as if they were one; without `schemes`, for verbs that initialise nothing, no own scheme is imported.
+    """
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
-    return bring((*arguments, *_turned(_loaded(given), given, reverse)), note)
+    return bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
 
 
 def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:
@@ -101,25 +103,25 @@ def _turned(found: Sequence[tuple[Rule, ...]], given: Sequence[Path | Rule], rev
     return [*plain, *turn_round(read)]
 
 
-def bring(rules: tuple[Rule, ...], note: Note = silent) -> Ruling:
+def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True) -> Ruling:
     """What rules name outside: read, or imported. What is not well formed is left to `compile_rules` to tell, save schemes.
 
     Raises RuleError for a scheme without a meaning, TargetError for a person's own code that can't be had.
     """
     labels: dict[str, tuple[str | None, ...]] = {}
     adapters: list[str] = []
-    schemes = [rule.result for rule in rules if rule.kind == "init"]
+    wanted = [rule.result for rule in rules if rule.kind == "init"]
     for rule in rules:
         for op in _ops(rule):
             adapters += [str(op["op"])] if is_own(op) else []
-            schemes += [str(op["scheme"])] if type(op.get("scheme")) is str else []
+            wanted += [str(op["scheme"])] if type(op.get("scheme")) is str else []
             for name in ("source", "target"):
                 if type(op.get(name)) is str:
                     path = beside(rule, op[name])
                     labels[path] = labels.get(path) or read_labels(path)
-    for scheme in schemes:
+    for scheme in wanted:
         parse_scheme(scheme)
-    shapes, own = load_own(adapters, schemes, note)
+    shapes, own = load_own(adapters, wanted if schemes else (), note)
     return Ruling(rules, Outside(labels, shapes), own)
 
 

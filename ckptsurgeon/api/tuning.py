@@ -13,6 +13,7 @@ from ckptsurgeon.report import Report
 from ckptsurgeon.surgery.rules import from_arguments
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ckptsurgeon.models.decay import NoDecay
@@ -36,20 +37,35 @@ def transfer(
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
     strict: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    optimizer_root: str | None = None,
+    optimizer_names: Iterable[str] | None = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    ema: Any = None,
+    ema_root: str | None = None,
 ) -> Report:
     """Put the weights that fit into a live model, in place, on whatever device it is: all, or, when anything is wrong, none.
 
     Args:
-        source: a path, a `Checkpoint`, a state_dict or a module.
+        source: a path, a `Checkpoint`, a state_dict or a training checkpoint in memory, or a module.
         model: keeps its own values where the source has none that fit; those keys are `report.fresh`.
         init: schemes for fresh keys by pattern, seeded by `seed` and the key's name.
+        optimizer: a new SGD, Adam, AdamW or RMSprop over the model's parameters, which gets the moments of the source's: by the parameters'
+            names, adapted as their weights are, zero for fresh ones; steps are kept. Its groups' hyper-parameters stay its own.
+        optimizer_root: where the state stands in the source, such as `"optimizer_states.1"`; else under the usual names.
+        optimizer_names: the source's parameters in its optimizer's order, where the file has no names and the order is not plain.
+        scheduler, scaler: new ones, which get the state of the source's where it goes with them; a scheduler sets the rate it stood at.
+        ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules; `ema_root` names it.
         The other arguments are `plan`'s.
 
     Returns:
-        The report; printed, it is the command line's table. `param_groups` and `initialize` take it.
+        The report; printed, it is the command line's table. `param_groups` and `initialize` take it. `report.optimizer` says what became
+        of the training state.
 
     Raises:
-        CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. The model is unchanged then.
+        CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. RootError or ModelError
+            for a training state that is not there, or is of no one knows whom. Everything is as it was then.
 
     >>> from torch import nn
     >>> report = transfer({"weight": nn.Linear(3, 2).weight}, nn.Linear(3, 2))
@@ -57,6 +73,7 @@ def transfer(
     (('weight',), ('bias',))
     """
     from ckptsurgeon.api import live
+    from ckptsurgeon.api.resuming import Asked
 
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse)
     return live.transfer(
@@ -69,6 +86,15 @@ def transfer(
         min_coverage=min_coverage,
         strict=strict,
         auto=auto,
+        asked=Asked(
+            optimizer=optimizer,
+            optimizer_root=optimizer_root,
+            optimizer_names=None if optimizer_names is None else tuple(optimizer_names),
+            scheduler=scheduler,
+            scaler=scaler,
+            ema=ema,
+            ema_root=ema_root,
+        ),
     )
 
 

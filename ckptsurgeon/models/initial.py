@@ -8,7 +8,8 @@ model is written to. The formulas are `torch.nn.init`'s, whose sources `SCHEMES`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -128,8 +129,19 @@ def drawn(
         return _scalar(_FIXED.get(name, kwargs.get("value", 0.0)), dtype_code).expand(shape).contiguous()
     tensor = torch.zeros(shape, dtype=torch.float64 if dtype_code == "F64" else torch.float32, device="cpu")
     if tensor.numel():
-        _FILL[name](tensor, generator=torch.Generator("cpu").manual_seed(seed_of(seed, key)), **kwargs)
+        with _one_thread() if name == "orthogonal" else nullcontext():  # whose decomposition depends on how many there are
+            _FILL[name](tensor, generator=torch.Generator("cpu").manual_seed(seed_of(seed, key)), **kwargs)
     return _cast(tensor, chosen, key, dtype_code)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seed_of(seed: int, name: str) -> int:

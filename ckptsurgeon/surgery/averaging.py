@@ -61,5 +61,5 @@ def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, probl
             many = len(first.places) > 1
             if many:
                 problems.append(f"{name!r} joins keys, and can't be averaged in the same run")
-            result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), (*first.rules, BY)))
+            result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), (*first.steps, (BY, 0))))
     return result

@@ -67,7 +67,7 @@ def _plain(local: Any) -> dict[str, Any]:
     }
 
 
-def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step]) -> tuple[Finding, ...]:
+def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> tuple[Finding, ...]:
     findings = [
         Finding(
             "overlap", f"shares memory with {other} in {source.path} without being the same tensor; they are written apart", key, "note"
@@ -75,14 +75,34 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Se
         for source in sources
         for key, other in find_overlaps(source)
     ]
+    findings += _lost_parts(target, names, steps)
     origin = {step.target: step for step in steps}
     leader = {(number, key): (number, group[0]) for number, source in enumerate(sources) for group in source.ties for key in group}
     for group in target.ties if target is not None else ():
-        tensors = {leader.get(place, place) for key in group for place in origin[key].sources}
-        if len(tensors) > 1:
+        tensors = {(tuple(leader.get(place, place) for place in origin[key].sources), repr(origin[key].adapters)) for key in group}
+        if len(tensors - {((), "()")}) > 1:
             findings.append(
                 Finding("untied", f"one tensor in the target ({', '.join(group)}), but apart in the source", group[0], "warning")
             )
     for source in sources:
         findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
     return tuple(findings)
+
+
+def _lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[Finding]:
+    """What rules give of a source key that is taken, and the target has no place for."""
+    return [Finding("lost-part", words, key, "warning") for key, words in lost_parts(target, names, steps)]
+
+
+def lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """Source keys that are taken, and of which a part goes to a name that the target has not; each with that in words."""
+    if target is None:
+        return []
+    used = {place for step in steps for place in step.sources}
+    return [
+        (place[1], f"{name} is not in the target, and what {place[1]} has for it goes nowhere")
+        for place, given in names.names_of.items()
+        if place in used
+        for name in given
+        if name not in target
+    ]

@@ -102,7 +102,7 @@ def compare(
     A key of the target that is tied to a matched one is matched too. Raises RuleError for rules that match nothing or collide, and for
     adapters that can't be followed.
     """
-    names = name_sources([source], target, rules, outside)
+    names = name_sources([source], target, rules, outside, auto=auto)
     origins = find_origins([source], target, names, auto)
     refused = find_refused(source, 0, names)
     given = {name: key for name, (_, key) in names.entries.items() if key not in refused}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ckptsurgeon.surgery.carried import lost_parts
 from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.origins import Origin, kept_out
@@ -88,6 +89,7 @@ def loose(
         return names.names_of.get((row.file, row.source), ("",))
 
     return (
+        *(f"{key}: {words}" for key, words in lost_parts(target, names, steps)),
         *(f"{step.target}: {step.reason}" for step in steps if not step.sources and not named(step.target) and not repaired(step)),
         *(f"{entry.target}: not in the source" for entry in entries if entry.source is None and not named(entry.target)),
         *(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ckptsurgeon.surgery.items import Item
+from ckptsurgeon.surgery.items import SHOWN, Item
 from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint, Refused
@@ -18,6 +18,7 @@ def rules_without_a_turn(
     prefixes: Sequence[Prefix],
 ) -> Iterable[str]:
     """A problem for each rule of a stage that no key fell to; `items` are the names that the stage saw."""
+    told = 0
     for index, rule in enumerate(rules):
         if index in given:
             continue
@@ -34,22 +35,35 @@ def rules_without_a_turn(
         elif numbers:
             yield f"{rule.rule} matches nothing: there is no source {numbers[0]}, the first is 0"
         else:
-            yield f"{rule.rule} matches nothing{close_names(rule.patterns[0][1].text, (item.seen for item in items))}"
+            told += 1  # close names are looked for where they are shown
+            close = close_names(rule.patterns[0][1].text, (item.seen for item in items)) if told <= SHOWN else ""
+            yield f"{rule.rule} matches nothing{close}"
 
 
 def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], known: Collection[str]) -> Iterable[str]:
-    """A problem for each rename or link none of whose results is in the target; what a later stage drops is meant so."""
-    first: dict[Rule, str] = {}
-    arrived: set[Rule] = set()
+    """A problem for each rename or link that gives nothing, or loses a part: one of its results never is in the target.
+
+    What a later stage drops is meant so.
+    """
+    given: dict[tuple[Rule, int], str] = {}
+    arrived: set[tuple[Rule, int]] = set()
+    lost: dict[Rule, str] = {}
     for item in items:
-        for rule in item.rules:
-            first.setdefault(rule, item.name)
-        if item.name in known:
-            arrived.update(item.rules)
+        for step in item.steps:
+            given.setdefault(step, item.name)
+            if item.name in known:
+                arrived.add(step)
+            elif item.begins:  # the target counts from another number, and each part would go one place too far
+                lost.setdefault(step[0], item.name)
     for one in rules:
-        given = first.get(one.rule)
-        if given is not None and one.rule not in arrived:
-            yield f"{one.rule} gives {given!r}, and none of its results is in the target{close_names(given, sorted(known))}"
+        missing = [name for (rule, which), name in given.items() if rule == one.rule and (rule, which) not in arrived]
+        told = [which for (rule, which) in given if rule == one.rule]
+        if missing and len(missing) == len(told):
+            yield f"{one.rule} gives {missing[0]!r}, and none of its results is in the target{close_names(missing[0], sorted(known))}"
+        elif missing or one.rule in lost:
+            name = missing[0] if missing else lost[one.rule]
+            close = close_names(name, sorted(known))
+            yield f"{one.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
 
 
 def crossed(

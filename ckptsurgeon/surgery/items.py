@@ -22,15 +22,24 @@ class Claim:
 
 @dataclass(frozen=True)
 class Item:
-    """A name on its way: what patterns see (`seen`) and where it lands (`name`, with the prefix that the target has); `entry` for a value
-    that is no tensor."""
+    """A name on its way: what patterns see (`seen`) and where it lands (`name`, with the prefix that the target has).
+
+    `steps` are the rules that led it here, each with which of its results it is; `entry` is set for a value that is no tensor,
+    `begins` for the first of the parts that `unstack` numbers.
+    """
 
     seen: str
     name: str
     places: tuple[SourceKey, ...]
     asked: tuple[Asked, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    steps: tuple[tuple[Rule, int], ...] = ()
     entry: bool = False
+    begins: bool = False
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that led it here."""
+        return tuple(rule for rule, _ in self.steps)
 
     @property
     def source(self) -> int:
@@ -54,12 +63,15 @@ class Item:
         """What it is without its name."""
         return Claim(self.places, self.asked, self.rules)
 
-    def moved(self, name: str, rule: Rule) -> Item:
-        """The same under the name that a rule gives."""
-        return Item(name, name, self.places, self.asked, (*self.rules, rule), self.entry)
+    def moved(self, name: str, rule: Rule, which: int = 0) -> Item:
+        """The same under the name that a rule gives, as which of its results."""
+        return Item(name, name, self.places, self.asked, (*self.steps, (rule, which)), self.entry)
 
 
-def shortened(problems: Iterable[str], most: int = 20) -> tuple[str, ...]:
+SHOWN = 20  # problems that an error lists
+
+
+def shortened(problems: Iterable[str], most: int = SHOWN) -> tuple[str, ...]:
     """Problems as an error lists them: the first `most`, and how many more there are."""
     rows = tuple(problems)
     return rows[:most] + ((f"and {len(rows) - most} more",) if len(rows) > most else ())

@@ -61,14 +61,15 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
     if len(members) > 1 and not all(_alike(member.item, first) for member in members):
         raise RuleError(f"joins keys for {group.names[0]!r} that earlier stages adapted, each in its own way")
     places = tuple(place for member in members for place in member.item.places)
-    rules = (*dict.fromkeys(rule for member in members for rule in member.item.rules), compiled.rule)
+    before = tuple(dict.fromkeys(step for member in members for step in member.item.steps))
     results = []
     for number in _numbers(group, members, sources, outside):
         parts = dict(members[0].match.parts) | ({compiled.counted: str(number)} if compiled.counted else {})
         names = tuple(expand(result, parts) for result in compiled.results)
         for index, name in enumerate(names):
             asked = (*first.asked, *(Asked(op, index, names, number) for op in compiled.ops))
-            results.append(Item(name, name, places, asked, rules))
+            steps = (*before, (compiled.rule, index))
+            results.append(Item(name, name, places, asked, steps, begins=number == 0))
     return results
 
 

@@ -82,7 +82,7 @@ class _Stage:
                     self.spared.add(item.name)
                 elif compiled.rule.kind == "rename":
                     names = [expand(result, dict(match.parts)) for result in compiled.results]
-                    out += [item.moved(name, compiled.rule) for name in names]
+                    out += [item.moved(name, compiled.rule, which) for which, name in enumerate(names)]
                     given += names
                 else:
                     group = linking.group_of(index, compiled, match, item)

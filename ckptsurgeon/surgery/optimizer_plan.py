@@ -101,20 +101,20 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
     ops = moment_ops(step.adapters)
     if ops is None:
         names = " | ".join(dict.fromkeys(str(op["op"]) for op in step.adapters))
-        return ParameterPlan(parameter, reason=f"its weights are computed by {names}, which moments can't follow")
+        return ParameterPlan(parameter, sources=step.sources, reason=f"its weights are computed by {names}, which moments can't follow")
     missing = next((key for key in step.sources if key not in held), None)
     if missing is not None:
-        return ParameterPlan(parameter, reason=f"the source's optimizer has no state of {missing[1]}")
+        return ParameterPlan(parameter, sources=step.sources, reason=f"the source's optimizer has no state of {missing[1]}")
     states = [held[key] for key in step.sources]
     empty = next((key for key, state in zip(step.sources, states, strict=True) if all(leaf is None for leaf in state.values())), None)
     if empty is not None and parameter.slots:
-        return ParameterPlan(parameter, reason=f"the source's optimizer keeps nothing of {empty[1]}")
+        return ParameterPlan(parameter, sources=step.sources, reason=f"the source's optimizer keeps nothing of {empty[1]}")
     plans = []
     for slot in parameter.slots:
         leaves = tuple(state.get(slot.name) for state in states)
         lacking = _lacking(slot, leaves, ops, parameter)
         if lacking is not None and (slot.needed or any(leaf is not None for leaf in leaves)):
-            return ParameterPlan(parameter, reason=f"the source's {slot.name} {lacking}")
+            return ParameterPlan(parameter, sources=step.sources, reason=f"the source's {slot.name} {lacking}")
         plans.append(SlotPlan(slot, () if lacking is not None else leaves, ops if slot.kind == "moment" and lacking is None else ()))
     return ParameterPlan(parameter, tuple(plans), step.sources)
 

@@ -10,7 +10,7 @@ from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, needs_floats
 from ckptsurgeon.surgery.adapters.op import Op, Shape
 from ckptsurgeon.surgery.adapters.table import offers, texts
-from ckptsurgeon.surgery.items import Claim, SourceKey, shortened
+from ckptsurgeon.surgery.items import SHOWN, Claim, SourceKey, shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.repairs import BY
 from ckptsurgeon.surgery.rules import Rule, close_names
@@ -99,7 +99,8 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
         new = [key for key in taken if key not in asked]
         asked.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
         if not matched:
-            problems.append(f"{rule.rule} matches nothing in the target{close_names(rule.patterns[0][1].text, keys)}")
+            close = close_names(rule.patterns[0][1].text, keys) if len(problems) < SHOWN else ""
+            problems.append(f"{rule.rule} matches nothing in the target{close}")
         elif not taken:
             problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or link it: 'A -> {matched[0]}'")
         elif not new:

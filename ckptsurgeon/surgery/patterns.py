@@ -22,6 +22,7 @@ _TOKEN = re.compile(rf"\{{\*\*(?P<many>{_NAME})\}}|\{{(?P<one>{_NAME})\}}|(?P<de
 _PART = re.compile(r"\{([^{}]*)\}")
 _REFERENCE = re.compile(rf"(?:\*\*)?({_NAME}|[1-9][0-9]*)")
 _ARITHMETIC = re.compile(r"[A-Za-z0-9_ +\-*/%()]{1,100}")
+MOST_DEEP, MOST_IN_SEGMENT = 4, 4  # open parts of a pattern
 _DIGITS = 18  # of a number that a result counts with
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -75,6 +76,7 @@ def _translate(text: str) -> str:
     out: list[str] = []
     seen: set[str] = set()
     position = 0
+    _check_few(text)
     for token in _TOKEN.finditer(text):
         out.append(re.escape(text[position : token.start()]))
         position = token.end()
@@ -95,6 +97,17 @@ def _translate(text: str) -> str:
             out.append(".+" if text[token.start() - 1 : token.start()] == "." and position == len(text) else ".*")
     out.append(re.escape(text[position:]))
     return "".join(out)
+
+
+def _check_few(text: str) -> None:
+    """Raises RuleError for a pattern with so many open parts that holding it against a long key could take for ever."""
+    deep = [token for token in _TOKEN.finditer(text) if token["many"] or token["deep"]]
+    most = max((sum(1 for token in _TOKEN.finditer(segment) if token["one"] or token["star"]) for segment in text.split(".")), default=0)
+    if len(deep) > MOST_DEEP or most > MOST_IN_SEGMENT:
+        raise RuleError(
+            f"the pattern {text!r} has more than {MOST_DEEP} parts across segments, or {MOST_IN_SEGMENT} within one",
+            hint="write it as several rules",
+        )
 
 
 def check_template(template: str, pattern: Pattern) -> None:

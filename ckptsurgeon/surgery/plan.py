@@ -87,7 +87,7 @@ def make_plan(
         ties=target.ties if target is not None else (),
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
-        findings=findings(sources, target, steps),
+        findings=findings(sources, target, names, steps),
         loose=loose(sources, names, target, steps, entries, dropped),
     )
 

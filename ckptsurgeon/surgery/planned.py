@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from ckptsurgeon.tensors import Coverage
 
 Action = Literal["copy", "rename", "adapt", "init", "keep"]
 FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the target model itself
-_COPY = re.compile(r"from\((?P<quote>['\"])(?P<key>.+)(?P=quote)\)", re.DOTALL)
+_COPY = re.compile(r"from\((?P<key>.+)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ class Step:
 def copied_key(step: Step) -> str | None:
     """The key whose value a step initialised by `from(KEY)` takes."""
     found = _COPY.fullmatch(step.ops[0]["scheme"]) if step.action == "init" else None
-    return None if found is None else found["key"]
+    try:
+        key = None if found is None else ast.literal_eval(found["key"])
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return key if isinstance(key, str) else None
 
 
 def resolved(step: Step, steps: Mapping[str, Step]) -> Step:

@@ -1,7 +1,7 @@
 """Finds, in what a training checkpoint holds beside its weights, the states of optimizer, scheduler and scaler, and the averaged copies.
 
-By the names that training loops and frameworks use, at the top of the file or beside the model's root. Two that would do are refused; nothing
-is told by shape. Pure.
+By the names that training loops and frameworks use, at the top of the file or beside the model's root. Two that would do are refused;
+nothing is told by shape. Pure.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def ops_that_fit(draw, name):
         op["dims"] = draw(st.permutations(range(len(first))))[: 2 if name == "transpose" else None]
     if name == "squeeze" and draw(st.booleans()):
         del op["dim"]
-    if name == "pad" and op["dim"] < len(first):
-        op["given"] = first[op["dim"]]
+    if name == "pad":
+        op["given"] = [shape[op["dim"]] for shape in shapes if op["dim"] < len(shape)]
     if name == "average":
         op["weights"] = [1 / len(shapes)] * len(shapes)
     if name == "unsqueeze":

@@ -138,8 +138,9 @@ def test_all_problems_of_all_stages_at_once():
         rule("adapt", "conv.w -> g.0.w + g.1.w", "unstack"),
     ]
     found = problems(source, rules, target)
-    assert len(found) == 6
+    assert len(found) == 7
     words = "\n".join(found)
+    assert "gives 'g.1.w', which is not in the target, and a part of the source would be lost" in words
     assert "--rename 'h.{i}.w' 'g.{i+1}.w': the result 'g.{i+1}.w' counts with {i+1}, but 'i' matched 'x', in 'h.x.w'" in words
     assert re.search(r"--rename 'fc9.\{p\}' 'dense9.\{p\}' matches nothing \(close: fc\d", words)
     assert "--drop 'aux.w' never gets a turn: earlier rules match all of its keys" in words

@@ -11,6 +11,7 @@ from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.op import Op, Place, Shape
 from ckptsurgeon.surgery.adapters.table import adapter_of, is_own, op_text
 
+ON_THE_WAY = 64  # times as many elements as go in or come out, that a chain may make between
 OwnShape = Callable[..., Shape]  # (shapes, **arguments) -> shape
 
 
@@ -54,6 +55,7 @@ def fill_chain(
         op = {name: _listed(value) for name, value in adapter_of(str(op["op"])).fill(op, look).items()}
         given = _infer(op, given)
         ops.append(op)
+    infer_chain(ops, shapes)
     return tuple(ops), given
 
 
@@ -65,9 +67,17 @@ def _listed(value: Any) -> Any:
 def infer_chain(ops: Sequence[Op], shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     """The shapes that come out of filled ops. RuleError where an op lacks a field, or does not go with the shapes."""
     given = tuple(shapes)
+    most = 0
     for op in ops:
         given = _infer(op, given)
+        most = max(most, _elements(given))
+    if most > ON_THE_WAY * max(_elements(shapes), _elements(given), 1 << 16):
+        raise RuleError(f"makes {most} elements on the way from {_elements(shapes)} to {_elements(given)}")
     return given
+
+
+def _elements(shapes: Sequence[Shape]) -> int:
+    return sum(map(prod, shapes))
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
@@ -99,7 +109,7 @@ def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
     for op in ops:
         if op["op"] == "rows" and op["rows"]:
             given *= sum(count for _, _, count in op["runs"]) / op["rows"]
-        elif op["op"] == "pad" and op["size"]:
+        elif op["op"] == "pad" and op["size"] and op["given"]:
             given *= sum(op["given"]) / (op["size"] * len(op["given"]))
     return round(prod(shape) * (1 - given))
 

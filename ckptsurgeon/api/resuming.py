@@ -1,0 +1,256 @@
+"""Resumes a training: the optimizer's state, the schedule, the scaler and the averaged copy go where the weights went, or nothing does.
+
+Each is found in the source, held against the new object and made ready before the first is loaded; when anything fails, all have what they
+had. What can't be carried is told, and never stops the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ckptsurgeon import formats
+from ckptsurgeon.api import opening
+from ckptsurgeon.api.opening import Given
+from ckptsurgeon.errors import FormatError, ModelError, StaleError
+from ckptsurgeon.models import averaged_copy, optimizer_state, training_state
+from ckptsurgeon.models.official import at_root
+from ckptsurgeon.report import CarriedState, Report
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import reported, tensor_from
+from ckptsurgeon.surgery import training_places
+from ckptsurgeon.surgery.optimizer_names import Assigned, assign, held_by_key
+from ckptsurgeon.surgery.optimizer_plan import ParameterPlan, plan_states
+from ckptsurgeon.surgery.optimizer_saved import MARKS, SLOTS, Saved, read_saved
+from ckptsurgeon.surgery.plan import Plan
+from ckptsurgeon.tensors import Archive, Checkpoint, TensorMeta
+from ckptsurgeon.views import text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person wants carried beside the weights."""
+
+    optimizer: Any = None
+    optimizer_root: str | None = None
+    optimizer_names: Sequence[str] | None = None
+    scheduler: Any = None
+    scaler: Any = None
+    ema: Any = None
+    ema_root: str | None = None
+
+    def __bool__(self) -> bool:
+        return any(one is not None for one in (self.optimizer, self.scheduler, self.scaler, self.ema))
+
+
+def without_averaged(found: Given) -> Given:
+    """An archive without its averaged copies, where it has others: the model's own weights are meant."""
+    if not isinstance(found, Archive):
+        return found
+    copies = training_places.averaged([one.root for one in found.state_dicts])
+    rest = tuple(one for one in found.state_dicts if one.root not in copies)
+    return replace(found, state_dicts=rest) if rest else found
+
+
+@dataclass(frozen=True)
+class Beside:
+    """All that the source holds, as a tree or live, and how a tensor of it is had."""
+
+    path: str
+    value: Any
+    root: str
+    reader: Reader
+    live: bool
+
+    def tree(self, place: str, found: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
+        """One part of it with a `TensorMeta` for each tensor, and what gives these tensors."""
+        if not self.live:
+            return found, lambda leaf: tensor_from(self.reader.view(leaf), leaf.dtype).view(leaf.shape)
+        tree, tensors = training_state.live_tree(found, place)
+        return tree, lambda leaf: tensors[leaf.name]
+
+
+def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
+    """What stands beside the weights in the source.
+
+    Raises:
+        ModelError: a module, which holds no training state.
+        FormatError: a file of a format that holds none.
+        StaleError: the file changed since the weights' header was read.
+    """
+    if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
+        return Beside("the source", source, given.root, reader, True)
+    if not isinstance(source, (str, os.PathLike, Checkpoint)):
+        raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the checkpoint that training wrote")
+    if given.format not in ("torch-zip", "torch-legacy"):
+        raise FormatError(
+            f"is a {given.format}, which holds no training state", path=given.path, hint="give the torch file that training wrote"
+        )
+    tree = formats.read_tree(given.files[0].path)
+    if tree.files != given.files:
+        raise StaleError("changed while it was read", path=given.path, hint="run it again when nothing writes to it")
+    return Beside(given.path, tree.value, given.root, reader, False)
+
+
+def give(
+    asked: Asked, found: Beside, given: Checkpoint, plan: Plan, model: nn.Module, averaged: Callable[[], Report | None], undo: ExitStack
+) -> CarriedState:
+    """Carry what is asked for. What fails within `undo` is put back as it was.
+
+    Args:
+        averaged: transfers into the averaged copy.
+
+    Raises:
+        RootError: a state that is asked for is not in the source, or could be several.
+        FormatError: the optimizer's state contradicts itself.
+        ModelError: whose the optimizer's positions are can't be told, or an object that takes none.
+    """
+    carried = CarriedState()
+    made, saved = None, None
+    if asked.optimizer is not None:
+        made, saved, carried = _optimizer(asked, found, given, plan, model)
+    ready = []
+    groups: list[dict[str, Any]] = []
+    driven: list[dict[str, Any]] = []
+    for kind, taker in (("scheduler", asked.scheduler), ("scaler", asked.scaler)):
+        if taker is None:
+            continue
+        state = _other(kind, taker, found, asked)
+        if isinstance(state, str):
+            carried = replace(carried, not_carried=(*carried.not_carried, (kind, state)))
+            continue
+        ready.append((taker, state))
+        carried = replace(carried, others=(*carried.others, kind))
+        if kind == "scheduler" and hasattr(taker, "optimizer"):
+            driven = training_state.driven(state, taker.optimizer.param_groups, () if saved is None else saved.groups)
+    if made is not None:
+        undo.enter_context(optimizer_state.loaded(asked.optimizer, made.state_dict))
+    for taker, state in ready:
+        undo.enter_context(training_state.loaded(taker, state))
+    if driven:
+        groups = asked.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
+        undo.enter_context(optimizer_state.driving(groups, driven))
+    report = averaged()
+    if report is not None:
+        carried = replace(carried, others=(*carried.others, "ema"), ema=report)
+    return replace(carried, text=text.carried(carried))
+
+
+def _optimizer(
+    asked: Asked, found: Beside, given: Checkpoint, plan: Plan, model: nn.Module
+) -> tuple[optimizer_state.Made | None, Saved, CarriedState]:
+    parameters = optimizer_state.parameters_of(model, asked.optimizer)
+    place, value = training_places.find("optimizer", found.value, found.root, asked.optimizer_root, found.path)
+    tree, fetch = found.tree(place, value)
+    try:
+        saved = read_saved(tree)
+        assigned = assign(saved, given, asked.optimizer_names)
+    except FormatError as error:
+        error.path, error.key = error.path or found.path, error.key or place
+        raise
+    every = tuple(parameter.name for parameter in parameters)
+    reason = _other_kind(optimizer_state.kind_of(asked.optimizer), asked.optimizer, saved)
+    if reason is not None:
+        return None, saved, CarriedState(place, assigned.by, zeroed=every, not_carried=((type(asked.optimizer).__name__, reason),))
+    held = {(0, key): state for key, state in held_by_key(saved, assigned, given).items()}
+    made = optimizer_state.make(asked.optimizer, plan_states(parameters, {step.target: step for step in plan.steps}, held), fetch)
+    rows = [(one.parameter.name, one.reason) for one in made.plans if one.reason is not None]
+    carried = CarriedState(
+        place=place,
+        by=assigned.by,
+        carried=tuple(one.parameter.name for one in made.plans if one.reason is None and not one.adapted),
+        adapted=tuple(one.parameter.name for one in made.plans if one.reason is None and one.adapted),
+        zeroed=tuple(name for name, _ in rows),
+        not_carried=(*rows, *made.notes, *_left(saved, assigned, given, made.plans)),
+        casts=reported(made.casts),
+    )
+    return made, saved, carried
+
+
+def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
+    """Why nothing of the source's optimizer is any good to the new one; None where it is."""
+    if kind is None:
+        return f"is none of {', '.join(SLOTS)}: it was left as it is"
+    if saved.groups and not all(MARKS[kind] in group for group in saved.groups):
+        return f"the source's groups have no {MARKS[kind]!r}, so that its optimizer was none such; this one was left as it is"
+    return None
+
+
+def _left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
+    """What of the source's state goes nowhere."""
+    used = {key for plan in plans if plan.reason is None for _, key in plan.sources}
+    told = {key for plan in plans if plan.reason is not None for _, key in plan.sources}
+    ties = {key: set(group) for group in given.ties for key in group}
+    rows = []
+    for position, state in saved.state.items():
+        if all(value is None for value in state.values()):
+            continue
+        key = assigned.keys.get(position)
+        if key is None:
+            rows.append((f"position {str(position)[:60]} of the source", "it is no parameter of the source's state_dict"))
+        elif not ties.get(key, {key}) & (used | told):
+            rows.append((f"{key} of the source", "its parameter goes nowhere"))
+    kept = {slot.slot.name for plan in plans for slot in plan.slots}
+    more = dict.fromkeys(name for state in saved.state.values() for name, value in state.items() if value is not None and name not in kept)
+    if kept:
+        rows += [(name, "the new optimizer does not keep it") for name in more]
+    return rows
+
+
+def _other(kind: Any, taker: Any, found: Beside, asked: Asked) -> dict[str, Any] | str:
+    """A scheduler's or scaler's new state, or why it can't have one."""
+    if not callable(getattr(taker, "state_dict", None)) or not callable(getattr(taker, "load_state_dict", None)):
+        raise ModelError(f"a {type(taker).__name__} is no {kind}: it has no state_dict")
+    optimizer = getattr(taker, "optimizer", None)
+    if kind == "scheduler" and asked.optimizer is not None and optimizer is not None and optimizer is not asked.optimizer:
+        raise ModelError("the scheduler drives another optimizer than the one given", hint="make it from the new optimizer")
+    place, value = training_places.find(kind, found.value, found.root, None, found.path)
+    tree, fetch = found.tree(place, value)
+    own = training_state.own_state(taker)
+    if not own:
+        return "the new one is not enabled, and keeps no state"
+    groups = len(optimizer.param_groups) if optimizer is not None and kind == "scheduler" else None
+    return training_state.fitted(own, tree, fetch, groups)
+
+
+def averaged_into(
+    asked: Asked, source: Given, found: Beside, again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report], undo: ExitStack
+) -> Report | None:
+    """Transfer into the averaged copy by the same rules; the wrapper's own buffers, such as `n_averaged`, are copied by name.
+
+    Args:
+        again: transfers from a source into a model, under a root, some keys dropped.
+    """
+    if asked.ema is None:
+        return None
+    import torch
+
+    model, buffers = averaged_copy.inner(asked.ema), averaged_copy.own_buffers(asked.ema)
+    if found.live:
+        assert isinstance(source, Mapping)
+        roots = averaged_copy.live_roots(source).state_dicts
+    else:
+        source = source.path if isinstance(source, Checkpoint) else source
+        roots = opening.read(source).state_dicts
+    root = training_places.choose_averaged([one.root for one in roots], asked.ema_root, found.path)
+    chosen = next((one for one in roots if one.root == root), None)
+    ours = {} if chosen is None else {name: one for name, one in chosen.tensors.items() if name in buffers}
+    undo.enter_context(averaged_copy.restored(model, buffers))
+    report = again(source, model, root, tuple(ours))
+    for name, meta in ours.items():
+        if meta.shape != tuple(buffers[name].shape):
+            continue
+        lives: Any = at_root(source, root) if found.live else {}
+        value = lives[name] if found.live else tensor_from(found.reader.view(meta), meta.dtype).view(meta.shape)
+        with torch.no_grad():
+            buffers[name].copy_(value)
+    kept = tuple(row for row in report.dropped if row[0] not in ours)
+    report = replace(report, dropped=kept)
+    return replace(report, text=text.report(report))
