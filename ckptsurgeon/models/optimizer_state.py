@@ -1,7 +1,7 @@
 """Makes the state of a new optimizer from planned moments, and gives it to the optimizer: everything is made before anything is loaded.
 
-The groups' hyper-parameters stay the new optimizer's. What a dtype can't hold is left out with its reason, never rounded to infinity. Nothing
-here opens a file: tensors come through `fetch`.
+The groups' hyper-parameters stay the new optimizer's. What a dtype can't hold is left out with its reason, never rounded to infinity.
+Nothing here opens a file: tensors come through `fetch`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGEST_STEP = 1 << 53  # beyond which a float counts no longer one by one
 
 @dataclass(frozen=True)
 class Made:
-    """A new optimizer's state: what `load_state_dict` takes, what became of each parameter, what the casts lost, and what there is to say."""
+    """A new optimizer's state: what `load_state_dict` takes, what became of each parameter, what casts lost, and what there is to say."""
 
     state_dict: dict[str, Any]
     plans: tuple[ParameterPlan, ...]
@@ -187,11 +187,26 @@ def loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> I
         raise
 
 
-def drive(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
-    """Set what a scheduler drives in its optimizer's groups; a rate that is a tensor stays that tensor."""
+@contextmanager
+def driving(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Set what a scheduler drives in its optimizer's groups; when what is done within fails, they have what they had."""
+    before = [{word: _kept(group[word]) for word in own if word in group} for group, own in zip(groups, values, strict=True)]
+    try:
+        _drive(groups, values)
+        yield
+    except BaseException:
+        _drive(groups, before)
+        raise
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _drive(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
     for group, own in zip(groups, values, strict=True):
         for word, value in own.items():
             if isinstance(group.get(word), torch.Tensor):
-                group[word].fill_(value)
+                group[word].copy_(value) if isinstance(value, torch.Tensor) else group[word].fill_(value)
             else:
-                group[word] = value
+                group[word] = float(value) if isinstance(value, torch.Tensor) else value

@@ -1,7 +1,7 @@
 """Gives a scheduler or a gradient scaler the state of another run, and turns live training state into the trees that files give.
 
-A state is carried where its keys, kinds of values and number of groups are those of the new object, and else left out with the reason: half a
-schedule is none. Everything is checked before anything is loaded; a failure puts back what was there.
+A state is carried where its keys, kinds of values and number of groups are those of the new object, and else left out with the reason:
+half a schedule is none. Everything is checked before anything is loaded; a failure puts back what was there.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def driven(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], saved:
             own["initial_lr"] = base[index]
         if state.get("cycle_momentum") and len(saved) == len(groups):
             for word in ("momentum", "betas"):
-                value = saved[index].get(word)
+                value: Any = saved[index].get(word)
                 if word in group and _is_momentum(value):
                     own[word] = value if word == "momentum" else tuple(value)
         found.append(own)
@@ -138,6 +138,12 @@ def _is_momentum(value: Any) -> bool:
     return all(type(one) in (int, float) and 0 <= one < 1 for one in values)
 
 
+def own_state(taker: Any) -> dict[str, Any]:
+    """What a scheduler or scaler says its state is."""
+    state: dict[str, Any] = persons_code.call(type(taker).__name__, taker.state_dict)
+    return state
+
+
 @contextmanager
 def loaded(taker: Any, state: dict[str, Any]) -> Iterator[None]:
     """Give a scheduler or scaler its state; when that, or what is done within, fails, it has what it had.
@@ -146,7 +152,7 @@ def loaded(taker: Any, state: dict[str, Any]) -> Iterator[None]:
         TargetError: the object refuses the state.
     """
     name = type(taker).__name__
-    before = persons_code.call(name, taker.state_dict)
+    before = own_state(taker)
     try:
         persons_code.call(name, taker.load_state_dict, state)
         yield

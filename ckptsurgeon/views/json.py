@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.report import CheckReport, Finding, Report, Verification
+from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Verification
 from ckptsurgeon.surgery.compare import Diff
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
 
@@ -83,6 +83,33 @@ def diff(found: Diff) -> dict[str, Any]:
     }
 
 
+def _cast(cast: Cast) -> dict[str, Any]:
+    return {
+        "key": cast.key,
+        "source_dtype": cast.source_dtype,
+        "target_dtype": cast.target_dtype,
+        "largest_error": cast.largest_error,
+        "changed": cast.changed,
+        "overflowed": cast.overflowed,
+        "truncated": cast.truncated,
+    }
+
+
+def carried(found: CarriedState) -> dict[str, Any]:
+    """What became of the training state, within a report."""
+    return {
+        "place": found.place,
+        "by": found.by,
+        "carried": list(found.carried),
+        "adapted": list(found.adapted),
+        "zeroed": list(found.zeroed),
+        "not_carried": [{"name": name, "reason": reason} for name, reason in found.not_carried],
+        "casts": [_cast(cast) for cast in found.casts],
+        "others": list(found.others),
+        "ema": None if found.ema is None else report(found.ema),
+    }
+
+
 def report(found: Report) -> dict[str, Any]:
     """`merge` and `apply`."""
     return {
@@ -98,21 +125,11 @@ def report(found: Report) -> dict[str, Any]:
         "fresh": list(found.fresh),
         "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],
         "coverage": _coverage(found.coverage),
-        "casts": [
-            {
-                "key": cast.key,
-                "source_dtype": cast.source_dtype,
-                "target_dtype": cast.target_dtype,
-                "largest_error": cast.largest_error,
-                "changed": cast.changed,
-                "overflowed": cast.overflowed,
-                "truncated": cast.truncated,
-            }
-            for cast in found.casts
-        ],
+        "casts": [_cast(cast) for cast in found.casts],
         "findings": [_finding(finding) for finding in found.findings],
         "proven": found.proven,
         "verified": None if found.verification is None else found.verification.ok,
+        "optimizer": None if found.optimizer is None else carried(found.optimizer),
     }
 
 

@@ -6,13 +6,14 @@ terminal's, in columns, and None where there is no terminal, so that a file or a
 
 from ckptsurgeon.views.text.checked import check, verification
 from ckptsurgeon.views.text.compared import diff, next_command, rename_hints
-from ckptsurgeon.views.text.done import groups, report, skeleton
+from ckptsurgeon.views.text.done import carried, groups, report, skeleton
 from ckptsurgeon.views.text.inside import archive
 from ckptsurgeon.views.text.planned import plan, summary
 from ckptsurgeon.views.text.words import shape, size
 
 __all__ = [
     "archive",
+    "carried",
     "check",
     "diff",
     "groups",

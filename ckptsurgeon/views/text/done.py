@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ckptsurgeon.report import Cast, Report
+from ckptsurgeon.report import CarriedState, Cast, Report
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.checked import proved
@@ -31,12 +31,38 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     lines += folded([(key, (reason,)) for key, reason in found.dropped], width, most)
     if found.casts:
         lines += [heading("lossy casts", len(found.casts)), *_casts(found.casts, width, most)]
+    if found.optimizer is not None:
+        lines += _carried(found.optimizer, width, most)
     lines += findings(found.findings, verbose, width)
     if found.verification is not None:
         lines.append(f"  {proved(found.verification)}")
     elif found.proven:
         lines.append("  proven: read back and held against the plan, byte by byte")
     return fitted(lines, width)
+
+
+def carried(found: CarriedState, verbose: bool = False, width: int | None = None) -> str:
+    """What became of the training state beside the weights."""
+    return fitted(_carried(found, width, most_rows(verbose)), width)
+
+
+def _carried(found: CarriedState, width: int | None, most: int | None) -> list[str]:
+    lines = []
+    if found.place:
+        told = {"names": "by the parameters' names", "order": "by the parameters' order, every shape held against it"}
+        lines.append(f"  optimizer state from {name(found.place)}, {told.get(found.by, found.by)}")
+        lines.append(
+            heading("carried", len(found.carried) + len(found.adapted), f"{len(found.adapted)} of them adapted with their weights")
+        )
+        lines.append(heading("at zero", len(found.zeroed), "start without"))
+    lines += [heading("not carried", len(found.not_carried))] if found.not_carried else []
+    lines += folded([(key, (reason,)) for key, reason in found.not_carried], width, most)
+    if found.casts:
+        lines += [heading("lossy casts", len(found.casts), "of moments"), *_casts(found.casts, width, most)]
+    lines += [f"  also carried: {listing(found.others)}"] if found.others else []
+    if found.ema is not None:
+        lines.append(f"  averaged copy: coverage {coverage_words(found.ema.coverage)}")
+    return lines
 
 
 def _casts(casts: Sequence[Cast], width: int | None, most: int | None) -> list[str]:
