@@ -51,9 +51,8 @@ def _carried(found: CarriedState, width: int | None, most: int | None) -> list[s
     if found.place:
         told = {"names": "by the parameters' names", "order": "by the parameters' order, every shape held against it"}
         lines.append(f"  optimizer state from {name(found.place)}, {told.get(found.by, found.by)}")
-        lines.append(
-            heading("carried", len(found.carried) + len(found.adapted), f"{len(found.adapted)} of them adapted with their weights")
-        )
+        adapted = f"{len(found.adapted)} of them adapted with their weights" if found.adapted else ""
+        lines.append(heading("carried", len(found.carried) + len(found.adapted), adapted))
         lines.append(heading("at zero", len(found.zeroed), "start without"))
     lines += [heading("not carried", len(found.not_carried))] if found.not_carried else []
     lines += folded([(key, (reason,)) for key, reason in found.not_carried], width, most)
