@@ -174,3 +174,16 @@ def test_nothing_is_changed_and_meta_will_do():
     model.layer1.requires_grad_(False)
     assert depths(model).of["layer1.0.conv1.weight"] == 1
     assert not model.layer1[0].conv1.weight.requires_grad
+
+
+def test_what_stands_before_an_upper_stack_is_one_below_it():
+    model = nn.ModuleDict(
+        {side: nn.ModuleDict({"embed": nn.Linear(2, 2), "layers": nn.ModuleList(map(block, [2, 2]))}) for side in ("encoder", "decoder")}
+    )
+    of = depths(model, ["encoder.layers.{i}.**", "decoder.layers.{i}.**"]).of
+    assert of["encoder.embed.weight"] == 0 and of["decoder.embed.weight"] == 2 and of["decoder.layers.0.0.weight"] == 3
+
+
+def test_a_part_that_is_a_number_only_at_times_says_nothing():
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"0": block(), "mlp": block()}) for _ in range(2))})
+    assert set(depths(model, "h.{i}.{p}.**").of.values()) == {1, 2}

@@ -500,3 +500,25 @@ def test_hugging_faces_trainer_takes_them_as_optimizers(tmp_path):
     assert ratios(found) == pytest.approx(wanted) and found[0]["lr"] < groups[0]["initial_lr"]
     assert [group["name"] for group in found][:2] == ["transferred/stem/no decay", "transferred/layer 0"]
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_a_fresh_stack_is_no_candidate_for_the_layers():
+    model = nn.ModuleDict({"encoder": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))})
+    model["decoder"] = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    with pytest.raises(ModelError, match="2 stacks"):
+        param_groups(model, [], lr=1.0, layer_decay=0.5)
+    fresh = [name for name, _ in model.named_parameters() if name.startswith("decoder")]
+    groups = param_groups(model, fresh, lr=1.0, fresh_lr=2.0, layer_decay=0.5)
+    assert [group["name"] for group in groups] == ["transferred/layer 0", "transferred/layer 1", "fresh"]
+    by_override = param_groups(model, [], lr=1.0, layer_decay=0.5, overrides={"decoder.**": 2.0})
+    assert [group["name"] for group in by_override] == ["transferred/layer 0", "transferred/layer 1", "decoder.**"]
+
+
+def test_a_group_that_lost_a_parameter_is_never_handed_out(monkeypatch):
+    from ckptsurgeon.models import groups
+
+    whole = groups._group
+    monkeypatch.setattr(groups, "_group", lambda *row: {**whole(*row), "params": whole(*row)["params"][1:]})
+    with pytest.raises(ModelError, match="in no group") as caught:
+        param_groups(Net(), HEAD, lr=1.0, fresh_lr=2.0)
+    assert caught.value.key == "fc1.weight"

@@ -326,3 +326,22 @@ def test_lightning_thaws_by_epoch(tmp_path):
     assert [group["name"] for group in groups] == ["fresh", "thawed/layer 2", "thawed/layer 1", "thawed/layer 0"]
     assert ratios(groups) == pytest.approx([1, 0.25, 0.25, 0.25]) and not module.net.embed.weight.requires_grad
     assert all(bool(module.thaw._optimizer.state[parameter]) for group in groups[:3] for parameter in group["params"])
+
+
+def test_a_plateau_with_a_floor_for_each_group():
+    model = frozen()
+    optimizer = head(model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, min_lr=[1e-3])
+    thaw = cs.Thaw(model, optimizer, ["blocks.2.**"], lr=0.1, scheduler=scheduler)
+    steps(model, optimizer, 1, data)
+    thaw.step()
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.025]) and scheduler.min_lrs == [1e-3, 1e-3]
+
+
+def test_a_first_group_that_stands_still_lends_no_ratio():
+    model = frozen()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=torch.tensor(0.0))
+    cs.Thaw(model, optimizer, ["blocks.2.**"], lr=0.1).step()
+    assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor) and float(optimizer.param_groups[1]["lr"]) == pytest.approx(0.1)
