@@ -1,6 +1,7 @@
 """A Lightning callback: the transfer before the optimizer is built, the report in the logs, freezing and a schedule that thaws.
 
-A run that resumes (`trainer.fit(..., ckpt_path=...)`) transfers nothing: its weights are in its checkpoint, and so is what was fresh.
+A run that resumes (`trainer.fit(..., ckpt_path=...)`) transfers nothing: its weights are in its checkpoint, and so is what was fresh. Whether
+it does is known only after `setup`, so the transfer waits until `configure_optimizers` asks for the report, or `fit` starts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ckptsurgeon.report import Report
 
 
 class TransferCallback(Callback):
-    """Transfers weights into the LightningModule when `fit` begins, before `configure_optimizers` is called.
+    """Transfers weights into the LightningModule when `configure_optimizers` calls `report_of(self.trainer)`, or else when `fit` starts.
 
     Args:
         source: what `ckptsurgeon.transfer` takes.
@@ -58,17 +59,23 @@ class TransferCallback(Callback):
         self._resumed: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Transfer and freeze, unless the run resumes."""
-        if stage != "fit":
-            return
-        self._model = pl_module if self._into is None else getattr(pl_module, self._into)
-        if trainer.ckpt_path is None and self.report is None:
+        """Remember the model. A checkpoint is restored after this, and before the optimizer is built."""
+        if stage == "fit":
+            self._model = pl_module if self._into is None else getattr(pl_module, self._into)
+
+    def begin(self) -> Report | Recorded:
+        """Transfer and freeze, once, unless the run resumes; the report, or the record of it."""
+        if self.report is None:
+            if self._model is None:
+                raise ModelError("the trainer has not begun to fit, and there is no model to transfer into")
             self.report = api.transfer(self._source, self._model, **self._choices)
             rank_zero_info(str(self.report))
             self._freeze_now()
+        return self.report
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer is there, its state not yet restored: the schedule begins, or goes on where it was."""
+        self.begin()
         if isinstance(self.report, Report):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers(self.report), step=0)
@@ -116,12 +123,13 @@ class TransferCallback(Callback):
 
 
 def report_of(trainer: Trainer) -> Report | Recorded:
-    """The report of a trainer's TransferCallback, for `param_groups` in `configure_optimizers`.
+    """The report of a trainer's TransferCallback, for `param_groups` in `configure_optimizers`; the transfer is made if it has not been.
 
     Raises:
-        ModelError: there is no such callback, or it has transferred nothing yet.
+        ModelError: there is no such callback, or the trainer has not begun to fit.
+        CheckpointError: as `transfer`.
     """
-    found = next((callback.report for callback in trainer.callbacks if isinstance(callback, TransferCallback)), None)  # type: ignore[attr-defined]
+    found = next((callback for callback in trainer.callbacks if isinstance(callback, TransferCallback)), None)  # type: ignore[attr-defined]
     if found is None:
-        raise ModelError("no TransferCallback of this trainer has a report", hint="Trainer(callbacks=[TransferCallback(...)])")
-    return found
+        raise ModelError("this trainer has no TransferCallback", hint="Trainer(callbacks=[TransferCallback(...)])")
+    return found.begin()
