@@ -21,7 +21,8 @@ from ckptsurgeon.tensors import Refused, TensorMeta
 # no moment tells.
 _FOLLOWED = {"transpose", "permute", "reshape", "squeeze", "unsqueeze", "interleave", "deinterleave", "permute_rope"}
 _FOLLOWED |= {"slice", "concat", "chunk", "stack", "unstack"}
-_FILLED: Mapping[str, tuple[str, ...]] = {"pad": ("op", "dim", "size", "at"), "rows": ("op", "dim", "rows", "runs")}
+_FILLED = {"pad", "rows"}
+_FILLS = ("fill", "value", "scheme")  # their fields about what fills up
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def moment_ops(ops: Sequence[Op]) -> tuple[Op, ...] | None:
     for op in ops:
         if op["op"] not in _FOLLOWED and op["op"] not in _FILLED:
             return None
-        kept = _FILLED.get(str(op["op"]))
-        fill = "none" if op.get("fill") == "none" else "zeros"
-        found.append(op if kept is None else {**{name: op[name] for name in kept}, "fill": fill})
+        if op["op"] in _FILLED:
+            fill = "none" if op.get("fill") == "none" else "zeros"
+            op = {**{name: value for name, value in op.items() if name not in _FILLS}, "fill": fill}
+        found.append(op)
     return tuple(found)
 
 
