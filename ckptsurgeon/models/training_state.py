@@ -75,6 +75,8 @@ def _like(place: str, own: Any, given: Any, fetch: Fetch, groups: int | None) ->
         raise Unfit(f"{_at(place)} is a {type(given).__name__}, not a {type(own).__name__}")
     if type(given) is float and math.isnan(given):
         raise Unfit(f"{_at(place)} is not a number")
+    if type(given) is int and given.bit_length() > 63:
+        raise Unfit(f"{_at(place)} is beyond 64 bits")
     return given
 
 
