@@ -46,11 +46,12 @@ def _action(word: str, steps: Sequence[Step], width: int | None) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for step in steps:
         by_reason.setdefault(_reason(step), []).append(step.target)
+    single = sum(len(named) == 1 for named in by_reason.values())
     lines = []
     for reason, named in by_reason.items():
-        if len(named) > 1 or len(by_reason) == 1:
+        if len(named) > 1 or single <= 1:
             lines += [heading(word, len(named), name(reason)), *keys(named, width)]
-    apart = [(named[0], reason) for reason, named in by_reason.items() if len(named) == 1 < len(by_reason)]
+    apart = [(named[0], reason) for reason, named in by_reason.items() if len(named) == 1 < single]
     return [*lines, heading(word, len(apart), "each for its own reason"), *table(apart, width)] if apart else lines
 
 
