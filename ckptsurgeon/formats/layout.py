@@ -27,6 +27,16 @@ class OutTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Stands in a value, such as a training checkpoint, for the tensor of that name; for the state_dict itself where the name is None."""
+
+    name: str | None = None
+
+
+WEIGHTS = Stored()
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """A place of `nbytes` bytes at `offset` for the tensor `index` of the tensors laid out."""
 

@@ -6,13 +6,13 @@ It names only globals that `torch.load(weights_only=True)` allows, and needs no 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import OutputError
-from ckptsurgeon.formats.layout import OutTensor
+from ckptsurgeon.formats.layout import WEIGHTS, OutTensor, Stored
 from ckptsurgeon.tensors import contiguous_stride
 
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
@@ -25,13 +25,15 @@ def state_dict_pickle(
     entries: Mapping[str, Any],
     module_metadata: Mapping[str, Any],
     order: Sequence[str],
+    around: Any = WEIGHTS,
 ) -> bytes:
     """An OrderedDict of tensors (and other plain `entries`) in the given order of keys, with torch's `_metadata`.
 
+    `around` is the value that is written: the OrderedDict alone, or a training checkpoint in which `Stored` stand for it and for tensors.
     Raises OutputError, by key, for an entry that is not a plain value.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    parts = [b"\x80\x02", _ORDERED_DICT, b"("]
+    parts = [_ORDERED_DICT, b"("]
     for key in order:
         parts.append(_text(key))
         parts.append(_tensor(by_name[key], storage_keys) if key in by_name else _value(key, entries[key]))
@@ -41,8 +43,12 @@ def state_dict_pickle(
         for path, local in module_metadata.items():
             parts += [_text(path), _value(path, local)]
         parts.append(b"usb")
-    parts.append(b".")
-    return b"".join(parts)
+    weights = b"".join(parts)
+
+    def stored(found: Stored) -> bytes:
+        return weights if found.name is None else _tensor(by_name[found.name], storage_keys)
+
+    return b"\x80\x02" + _value("the training state", around, stored) + b"."
 
 
 def _tensor(tensor: OutTensor, storage_keys: Mapping[int, str]) -> bytes:
@@ -78,8 +84,10 @@ def _integer(value: int) -> bytes:
     return b"\x8a%c" % len(raw) + raw
 
 
-def _value(key: str, value: Any) -> bytes:
+def _value(key: str, value: Any, stored: Callable[[Stored], bytes] | None = None) -> bytes:
     kind = type(value)
+    if stored is not None and kind is Stored:
+        return stored(value)
     if value is None:
         return b"N"
     if kind is bool:
@@ -93,8 +101,8 @@ def _value(key: str, value: Any) -> bytes:
     if kind is bytes:
         return b"c_codecs\nencode\n(" + _text(value.decode("latin1")) + _text("latin1") + b"tR"
     if kind in (list, tuple):
-        body = b"".join(_value(key, item) for item in value)
+        body = b"".join(_value(key, item, stored) for item in value)
         return b"](" + body + b"e" if kind is list else b"(" + body + b"t"
     if isinstance(value, Mapping):
-        return b"}(" + b"".join(_value(key, name) + _value(key, item) for name, item in value.items()) + b"u"
+        return b"}(" + b"".join(_value(key, name) + _value(key, item, stored) for name, item in value.items()) + b"u"
     raise OutputError(f"has a value of type {kind.__name__} that can't be written", key=key, hint="leave it out with --drop")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.formats.layout import Chunk, Layout, OutTensor, Slot
+from ckptsurgeon.formats.layout import WEIGHTS, Chunk, Layout, OutTensor, Slot
 from ckptsurgeon.formats.pickle_writer import state_dict_pickle
 from ckptsurgeon.formats.torch_zip import PROVENANCE_RECORD
 
@@ -41,15 +41,19 @@ def lay_out(
     module_metadata: Mapping[str, Any],
     order: Sequence[str],
     provenance: bytes | None,
+    around: Any = WEIGHTS,
 ) -> Layout:
-    """Where everything goes in a new torch zip file; tied tensors (one `storage` number) share a record."""
+    """Where everything goes in a new torch zip file; tied tensors (one `storage` number) share a record.
+
+    `around` is the value in which the state_dict stands, as for `state_dict_pickle`.
+    """
     storage_keys: dict[int, str] = {}
     first: list[int] = []
     for index, tensor in enumerate(tensors):
         if tensor.storage not in storage_keys:
             storage_keys[tensor.storage] = str(len(first))
             first.append(index)
-    pickle = state_dict_pickle(tensors, storage_keys, entries, module_metadata, order)
+    pickle = state_dict_pickle(tensors, storage_keys, entries, module_metadata, order, around)
     contents: list[tuple[str, bytes | int]] = [("data.pkl", pickle), ("byteorder", b"little")]
     contents += [(f"data/{number}", index) for number, index in enumerate(first)]
     contents.append(("version", b"3\n"))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import OutputError, PlanError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
-from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
+from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, is_average
@@ -57,6 +57,16 @@ class Output:
     tied: str = "copy"
     provenance: Mapping[str, Any] | None = None
     proof: bool = True
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is written around the weights: `steps` for its tensors, which stand as `Stored` in the value `around`, and read the checkpoint
+    `source`, whose number follows those of the plan's sources."""
+
+    around: Any
+    steps: tuple[Step, ...]
+    source: Checkpoint
 
 
 @dataclass(frozen=True)
@@ -146,28 +156,33 @@ def apply(
     *,
     values: Values | None = None,
     verify: Callable[[str], None] | None = None,
+    training: Training | None = None,
 ) -> Written:
-    """Write what `plan` says to `output.path`.
+    """Write what `plan` says to `output.path`, with `training` as a training checkpoint.
 
     `verify` gets the path of the proven temporary file and raises to stop it from taking its name. Raises CastError for casts that overflow
     or truncate and are not allowed by name, VerificationError when the file differs from the plan, OutputError when it can't be written.
     """
+    own = [step.target for step in plan.steps]
+    if training is not None:
+        plan, sources = replace(plan, steps=(*plan.steps, *training.steps)), [*sources, training.source]
+    around = WEIGHTS if training is None else training.around
     checkpoints = [*sources, *([target] if target is not None else [])]
     with Reader(checkpoints) as reader:
         run = _Run(plan, sources, target, values, reader, {step.target: step for step in plan.steps})
         storages = storages_of(plan, run.steps, run.origins)
         tensors, aliases = tensors_of(plan, storages, alias=output.format == "safetensors" and output.tied == "alias")
         entries = _entries(run)
-        layout = _layout(plan, tensors, aliases, entries, output)
+        layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)
         with new_file(output.path, output.overwrite) as temporary:
             _write(run, layout, tensors, temporary, output.proof)
             reader.check_unchanged()
             with syncing(temporary):
                 if output.proof:
-                    prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader)
+                    prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader, around)
                 if verify is not None:
                     verify(temporary.path)
-    return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(plan.steps))
+    return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(own))
 
 
 def with_data(checkpoint: Checkpoint, key: str) -> TensorMeta:
@@ -196,18 +211,28 @@ def _entries(run: _Run) -> dict[str, Any]:
     return found
 
 
-def _layout(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], entries: Mapping[str, Any], output: Output) -> Layout:
+def _layout(
+    plan: Plan,
+    tensors: Sequence[OutTensor],
+    aliases: Mapping[str, str],
+    entries: Mapping[str, Any],
+    output: Output,
+    order: Sequence[str],
+    around: Any,
+) -> Layout:
     record = None if output.provenance is None else json.dumps(output.provenance, separators=(",", ":"), ensure_ascii=False)
     try:
         if output.format == "safetensors":
+            if around != WEIGHTS:
+                raise OutputError("can't hold a training state: safetensors holds nothing but tensors", hint="write a .pt file instead")
             if entries:
                 raise OutputError(
                     "is no tensor, and safetensors holds nothing else", key=next(iter(entries)), hint="write a .pt file instead"
                 )
             metadata = {"format": "pt", **aliases} | ({safetensors.PROVENANCE: record} if record is not None else {})
             return safetensors.lay_out(tensors, metadata)
-        order = [*(step.target for step in plan.steps), *entries]
-        return torch_zip_writer.lay_out(tensors, entries, plan.module_metadata, order, None if record is None else record.encode())
+        raw = None if record is None else record.encode()
+        return torch_zip_writer.lay_out(tensors, entries, plan.module_metadata, order, raw, around)
     except OutputError as error:
         error.path = error.path or output.path
         raise
@@ -229,9 +254,33 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
         for piece in moved[slot.index] or ():
             copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
             position += piece.nbytes
+    _refuse_torn_ties(run, layout, tensors, temporary)
     checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
+
+
+def _refuse_torn_ties(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: Temporary) -> None:
+    """Raises PlanError where keys that are one tensor in the target model came by different values: it could hold only one of them."""
+    if run.plan.target is None or run.plan.target.kind not in ("model", "skeleton"):
+        return
+    slots = {tensors[slot.index].name: slot for slot in layout.slots}
+    number = {tensor.name: tensor.storage for tensor in tensors}
+    for group in run.plan.ties:
+        first, *rest = [key for key in group if key in number]
+        for key in rest:
+            one, other = slots.get(first), slots.get(key)
+            if number[key] == number[first] or one is None or other is None:
+                continue
+            if not copying.equal_ranges(temporary.fd, one.offset, temporary.fd, other.offset, one.nbytes):
+                raise torn(first, key)
+
+
+def torn(first: str, key: str) -> PlanError:
+    """The refusal of two values for one tensor."""
+    return PlanError(
+        f"is one tensor with {first} in the target, and they would get different values", key=key, hint=f"choose one: --drop {key!r}"
+    )
 
 
 def _make(run: _Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: bool) -> None:

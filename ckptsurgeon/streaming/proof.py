@@ -5,7 +5,7 @@ Copied tensors are compared byte for byte with their source, made ones by the SH
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.pieces import Pieces
 from ckptsurgeon.streaming.reading import Reader
@@ -30,19 +31,26 @@ class Expected:
     digest: str | None
 
 
-def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader) -> None:
-    """Raises VerificationError, naming every key, when the file at `path` is not exactly what was to be written."""
+def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any = WEIGHTS) -> None:
+    """Raises VerificationError, naming every key, when the file at `path` is not exactly what was to be written.
+
+    `around` is the value in which the state_dict stands.
+    """
     archive = formats.read(path)
     found = archive.state_dicts[0]
     problems: list[str] = []
+    beside: dict[str, TensorMeta] = {}
+    if around != WEIGHTS:
+        problems += [f"{place}: is not what was to be there" for place in _differences("", around, formats.read_tree(path).value, beside)]
+    tensors = {**found.tensors, **beside}
     names = {item.name: None for item in expected}
-    problems += [f"{name}: is not in the file" for name in names if name not in found.tensors]
-    problems += [f"{name}: is in the file, and not in the plan" for name in found.tensors if name not in names]
+    problems += [f"{name}: is not in the file" for name in names if name not in tensors]
+    problems += [f"{name}: is in the file, and not in the plan" for name in tensors if name not in names]
     if repr(_plain(found.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
         problems.append("the values that are no tensors differ")
     with open_regular(path) as file:
         for item in expected:
-            tensor = found.tensors.get(item.name)
+            tensor = tensors.get(item.name)
             if tensor is None:
                 continue
             if (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
@@ -55,6 +63,21 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
             problems=tuple(problems),
             hint="run it again; if it stays so, check the disk and report it",
         )
+
+
+def _differences(place: str, expected: Any, found: Any, tensors: dict[str, TensorMeta]) -> Iterator[str]:
+    """The places where a written value is not what it was to be; the tensors that `Stored` stand for are collected, to be compared."""
+    if type(expected) is Stored:
+        if expected.name is not None and type(found) is TensorMeta:
+            tensors[expected.name] = found
+    elif isinstance(expected, Mapping) and type(found) is dict and list(expected) == list(found):
+        for name, value in expected.items():
+            yield from _differences(f"{place}.{name}" if place else str(name), value, found[name], tensors)
+    elif type(expected) in (list, tuple) and type(found) is type(expected) and len(found) == len(expected):
+        for index, (value, one) in enumerate(zip(expected, found, strict=True)):
+            yield from _differences(f"{place}.{index}", value, one, tensors)
+    elif isinstance(expected, Mapping) or type(expected) is not type(found) or repr(expected) != repr(found):
+        yield place
 
 
 def _plain(value: Any) -> Any:
