@@ -14,7 +14,7 @@ from ckptsurgeon.api.proving import verify_written
 from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError
 from ckptsurgeon.report import Report, Verification
-from ckptsurgeon.streaming.apply import SUFFIXES, Output, Values, Written
+from ckptsurgeon.streaming.apply import SUFFIXES, Output, Training, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free
 from ckptsurgeon.streaming.values import Buffer
@@ -146,6 +146,9 @@ def merge(
     verify: bool = True,
     device: str = "cpu",
     finite: bool = False,
+    with_optimizer: bool = False,
+    optimizer_root: str | None = None,
+    optimizer_names: Iterable[str] | None = None,
     note: Note = silent,
 ) -> Report:
     """Plan, apply and verify: write to `output` what fits, and prove it before the file takes its name.
@@ -160,6 +163,9 @@ def merge(
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
         verify: hold the written file against the plan and the model.
         finite: with a model, let NaN and infinite values fail.
+        with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with
+            its groups' hyper-parameters, and whatever else is plain there. Needs a model as the target, one source and torch's format.
+        optimizer_root, optimizer_names: as for `transfer`.
         The other arguments are `plan`'s.
 
     Raises:
@@ -183,7 +189,16 @@ def merge(
             found, made = _decide(seen, goal, choices)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device if verify else None, finite, choices.ruling.own)
+    around, carried = None, None
+    if with_optimizer:
+        from ckptsurgeon.api.carrying import training
+
+        around, carried = training(made, found, goal, optimizer_root, None if optimizer_names is None else tuple(optimizer_names))
+    done = _carry_out(made, found, goal, how, device if verify else None, finite, choices.ruling.own, around)
+    if carried is None:
+        return done
+    done = replace(done, optimizer=carried)
+    return replace(done, text=text.report(done))
 
 
 def apply(
@@ -269,6 +284,7 @@ def _carry_out(
     device: str | None,
     finite: bool,
     own: Own,
+    around: Training | None = None,
 ) -> Report:
     wanted = None if goal is None else goal.checkpoint
     if how.tied not in ("copy", "alias"):
@@ -279,7 +295,7 @@ def _carry_out(
         if device is not None and goal is not None and goal.build is not None:
             verification.append(verify_written(path, goal, device, finite=finite, seed=made.seed, shown=how.path))
 
-    written = write_plan(made, found, wanted, how, values=_values(made, goal, own), verify=prove)
+    written = write_plan(made, found, wanted, how, values=_values(made, goal, own), verify=prove, training=around)
     return _report(made, written, how.path, how.proof, verification[0] if verification else None)
 
 

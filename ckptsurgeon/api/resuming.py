@@ -168,7 +168,7 @@ def _optimizer(
         carried=tuple(one.parameter.name for one in made.plans if one.reason is None and not one.adapted),
         adapted=tuple(one.parameter.name for one in made.plans if one.reason is None and one.adapted),
         zeroed=tuple(name for name, _ in rows),
-        not_carried=(*rows, *made.notes, *_left(saved, assigned, given, made.plans)),
+        not_carried=(*rows, *made.notes, *left(saved, assigned, given, made.plans)),
         casts=reported(made.casts),
     )
     return made, saved, carried
@@ -183,7 +183,7 @@ def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
     return None
 
 
-def _left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
+def left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
     """What of the source's state goes nowhere."""
     used = {key for plan in plans if plan.reason is None for _, key in plan.sources}
     told = {key for plan in plans if plan.reason is not None for _, key in plan.sources}

@@ -21,6 +21,8 @@ DECIDING = ("root", "reverse", "auto", "average", "dtype", "allow_cast", "seed",
 @click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
 @options.deciding
 @options.writing
+@click.option("--with-optimizer", is_flag=True, help="Write a training checkpoint: the optimizer's state goes with the weights.")
+@click.option("--optimizer-root", metavar="NAME", help="Where the optimizer's state stands, such as optimizer_states.1.")
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
 @options.shown
 @options.ordered_rules

@@ -62,20 +62,13 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(f"a {type(optimizer).__name__} is no optimizer of torch", hint="give the new torch.optim optimizer itself")
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), name)
-    keys: dict[Any, list[str]] = {}
-    for key, value in state_dict_of(model, type(model).__name__).items():
-        if isinstance(value, torch.Tensor):
-            keys.setdefault(_place(value) if value.numel() else key, []).append(key)
+    keys = keys_of(model)
     kind = kind_of(optimizer)
     found = []
     for number, group in enumerate(optimizer.param_groups):
         slots = wanted_slots(kind, group) if kind is not None else ()
         for index, parameter in enumerate(group["params"]):
-            name = names.get(id(parameter), f"parameter {index} of group {number}")
-            own = tuple(keys.get(_place(parameter) if parameter.numel() else name, ())) if id(parameter) in names else ()
+            name, own = keys.get(id(parameter), (f"parameter {index} of group {number}", ()))
             dtype = BY_TORCH.get(str(parameter.dtype).removeprefix("torch."))
             found.append(Parameter(name, own, "F32" if dtype is None else dtype.code, tuple(parameter.shape), slots))
     if found and not any(parameter.keys for parameter in found):
@@ -83,6 +76,23 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
             "the optimizer has no parameter of the model", path=type(model).__name__, hint="make it from this model's own parameters"
         )
     return tuple(found)
+
+
+def keys_of(model: nn.Module) -> dict[int, tuple[str, tuple[str, ...]]]:
+    """By the id of each of a model's parameters, in order: its first name, and its keys in the state_dict, several where it is tied.
+
+    >>> list(keys_of(nn.Linear(3, 2)).values())
+    [('weight', ('weight',)), ('bias', ('bias',))]
+    """
+    state = state_dict_of(model, type(model).__name__)
+    places: dict[Any, list[str]] = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            places.setdefault(_place(value) if value.numel() else key, []).append(key)
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[id(parameter)] = name, tuple(places.get(_place(parameter) if parameter.numel() else name, ()))
+    return found
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -128,13 +138,13 @@ def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
     for name in plan.started:
         yield plan.parameter.name, f"{name} starts at zero: the source has none"
     for slot in plan.slots:
-        counts = {_count(leaf, fetch) for leaf in slot.leaves} if slot.slot.kind == "step" else set()
+        counts = {count_of(leaf, fetch) for leaf in slot.leaves} if slot.slot.kind == "step" else set()
         if len(counts) > 1:
             words = " and ".join(f"{count:g}" for count in sorted(count for count in counts if count is not None))
             yield plan.parameter.name, f"its parts had taken {words} steps; the most is kept"
 
 
-def _count(leaf: Leaf, fetch: Fetch) -> float | None:
+def count_of(leaf: Leaf, fetch: Fetch) -> float | None:
     """A step count; None for what is none."""
     value = fetch(leaf).reshape(()).item() if type(leaf) is TensorMeta else leaf
     plain = type(value) in (int, float) and 0 <= value <= LARGEST_STEP  # which NaN is not either
@@ -142,7 +152,7 @@ def _count(leaf: Leaf, fetch: Fetch) -> float | None:
 
 
 def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
-    counts = [_count(leaf, fetch) for leaf in slot.leaves]
+    counts = [count_of(leaf, fetch) for leaf in slot.leaves]
     if None in counts:
         return "is no count of steps"
     # As torch itself keeps it: a float on the CPU, which its loader moves where a fused or captured step needs it.

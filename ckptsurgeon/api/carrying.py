@@ -1,0 +1,115 @@
+"""`merge --with-optimizer`: the optimizer's state of the source, made that of the target, to be written around the merged weights.
+
+What else the training checkpoint holds is written along where it is plain: epochs, the schedule, the scaler. Tensors stay in the file and
+are streamed; only step counts are read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ckptsurgeon.api import resuming
+from ckptsurgeon.api.opening import Target
+from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.errors import FormatError, PlanError, TargetError
+from ckptsurgeon.formats.layout import WEIGHTS
+from ckptsurgeon.models import optimizer_state
+from ckptsurgeon.report import CarriedState
+from ckptsurgeon.streaming.apply import Training
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.surgery import training_places
+from ckptsurgeon.surgery.optimizer_merge import is_plain, kind_of, merge_state, slots_of
+from ckptsurgeon.surgery.optimizer_names import assign, held_by_key
+from ckptsurgeon.surgery.optimizer_plan import Parameter
+from ckptsurgeon.surgery.optimizer_saved import read_saved
+from ckptsurgeon.surgery.plan import Plan
+from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.views import text
+
+
+def training(
+    made: Plan, found: Sequence[Checkpoint], goal: Target | None, optimizer_root: str | None, names: Sequence[str] | None
+) -> tuple[Training, CarriedState]:
+    """What is to be written around the weights, and what becomes of the source's state.
+
+    Raises:
+        PlanError: several sources; an optimizer that is of no kind we know.
+        TargetError: no model as the target, so that no one knows its parameters.
+        RootError, ModelError, FormatError: as for `transfer` with an optimizer.
+    """
+    if len(found) != 1:
+        raise PlanError("an optimizer's state is carried from one source only", hint="merge without --with-optimizer")
+    if goal is None or goal.build_meta is None:
+        raise TargetError("only a model says which keys are parameters", hint="give module:Net as the target")
+    given = found[0]
+    with Reader([given]) as reader:
+        beside = resuming.beside(given, given, reader)
+        place, value = training_places.find("optimizer", beside.value, given.root, optimizer_root, given.path)
+        tree, fetch = beside.tree(place, value)
+        try:
+            saved = read_saved(tree)
+            assigned = assign(saved, given, names)
+            slots = slots_of(saved, kind_of(saved))
+            steps = {step.target: step for step in made.steps}
+            parameters = _parameters(goal, slots, steps)
+            held = held_by_key(saved, assigned, given)
+            state = merge_state(
+                saved, assigned, held, parameters, steps, frozenset(steps), 1, lambda leaf: optimizer_state.count_of(leaf, fetch)
+            )
+        except FormatError as error:
+            error.path, error.key = error.path or given.path, error.key or place
+            raise
+        reader.check_unchanged()
+    around, others = _around(beside.value, given.root, place, state.value)
+    rows = [(one.parameter.name, one.reason) for one in state.plans if one.reason is not None]
+    carried = CarriedState(
+        place=place,
+        by=assigned.by,
+        carried=tuple(one.parameter.name for one in state.plans if one.reason is None and not one.adapted),
+        adapted=tuple(one.parameter.name for one in state.plans if one.reason is None and one.adapted),
+        zeroed=tuple(name for name, _ in rows),
+        not_carried=(*rows, *state.notes, *resuming.left(saved, assigned, given, state.plans)),
+        others=others,
+    )
+    source = Checkpoint(given.path, given.format, given.fingerprint, state.leaves, files=given.files)
+    return Training(around, state.steps, source), replace(carried, text=text.carried(carried))
+
+
+def _parameters(goal: Target, slots: Any, steps: Mapping[str, Any]) -> list[Parameter]:
+    assert goal.build_meta is not None
+    model = goal.build_meta()
+    known = optimizer_state.keys_of(model)
+    found = []
+    for parameter in model.parameters():
+        name, keys = known[id(parameter)]
+        dtype = steps[keys[0]].dtype if keys and keys[0] in steps else BY_TORCH[str(parameter.dtype).removeprefix("torch.")].code
+        found.append(Parameter(name, keys, dtype, tuple(parameter.shape), slots))
+    return found
+
+
+def _around(value: Any, root: str, place: str, state: Mapping[str, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:
+    """The training checkpoint: weights and state where they stood, and beside them what is plain."""
+    around: dict[Any, Any] = {}
+    ours = {(root or "model").partition(".")[0], place.partition(".")[0]}
+    others = []
+    for name, one in value.items() if isinstance(value, Mapping) and root else ():
+        if str(name) not in ours and type(name) in (str, int) and is_plain(one):
+            around[name] = one
+            others.append(str(name))
+    for where, what in ((root or "model", WEIGHTS), (place, dict(state))):
+        _put(around, where, what)
+    return around, tuple(others)
+
+
+def _put(around: dict[Any, Any], place: str, value: Any) -> None:
+    """Set a value at a dotted place; a number counts in a list, which has this one member alone."""
+    name, _, rest = place.partition(".")
+    if not rest:
+        around[name] = value
+    elif rest.isdecimal():
+        around[name] = [value]
+    else:
+        inner = around.setdefault(name, {})
+        _put(inner, rest, value)

@@ -1,0 +1,194 @@
+"""`merge --with-optimizer`: the written file is a training checkpoint that torch's own loaders resume from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import api_support as support
+import pytest
+import torch
+from model import Net
+from test_api_resume import MAKERS, MORE, NetSplit, begun, renewed, train
+from torch import nn
+from variants import NetDeeper, NetGrey, NetRenamed
+
+import ckptsurgeon as cs
+from ckptsurgeon.errors import CheckpointError, OutputError, PlanError, TargetError, VerificationError
+from ckptsurgeon.streaming import apply as applying
+
+VARIANTS = str(support.FIXTURES / "variants.py")
+RENAME = {"fc2.{p}": "dense2.{p}"}
+STEPS = 12
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def resumed(path: Path, kind: type[nn.Module], name: str) -> tuple[nn.Module, Any, Any]:
+    """A training that resumes from a file in torch's own way."""
+    value = torch.load(path, weights_only=True)
+    net, optimizer, scheduler = renewed(kind, MAKERS[name])
+    net.load_state_dict(value["model"])
+    optimizer.load_state_dict(value["optimizer"])
+    scheduler.load_state_dict(value["scheduler"])
+    return net, optimizer, scheduler
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_torch_resumes_from_the_merged_file_bit_for_bit(name: str, tmp_path: Path) -> None:
+    expected, _ = begun(MAKERS[name], tmp_path / "a.pt")
+    report = cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True, root="model")
+    assert report.proven and report.verification is not None and report.verification.ok
+    assert report.optimizer is not None and report.optimizer.others == ("scheduler", "epoch")
+    assert len(report.optimizer.carried) == 10 and report.optimizer.zeroed == ()
+    assert train(*resumed(tmp_path / "b.pt", NetRenamed, name), STEPS, STEPS + MORE) == expected
+    value = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert list(value) == ["scheduler", "epoch", "model", "optimizer"] and value["epoch"] == 3
+    assert value["optimizer"]["param_groups"][0]["param_names"] == [key for key, _ in NetRenamed().named_parameters()]
+    before = torch.load(tmp_path / "a.pt")["optimizer"]
+    for position, state in before["state"].items():
+        support.same(value["optimizer"]["state"].get(position, {}), {slot: one for slot, one in state.items() if one is not None})
+
+
+def test_the_merged_file_is_a_source_for_transfer_by_name(tmp_path: Path) -> None:
+    expected, _ = begun(MAKERS["AdamW"], tmp_path / "a.pt")
+    cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True)
+    net, optimizer, scheduler = renewed(NetRenamed, MAKERS["AdamW"])
+    report = cs.transfer(tmp_path / "b.pt", net, optimizer=optimizer, scheduler=scheduler)
+    assert report.optimizer is not None and report.optimizer.by == "names"
+    assert train(net, optimizer, scheduler, STEPS, STEPS + MORE) == expected
+    assert cs.verify(tmp_path / "b.pt", f"{VARIANTS}:NetRenamed").ok
+
+
+@pytest.mark.parametrize("name", ["SGD", "amsgrad"])
+def test_a_layer_split_in_two(name: str, tmp_path: Path) -> None:
+    expected, _ = begun(MAKERS[name], tmp_path / "a.pt")
+    adapt = {"fc1.{p} -> left.{p} + right.{p}": "chunk"}
+    report = cs.merge(tmp_path / "a.pt", NetSplit(), tmp_path / "b.pt", adapt=adapt, with_optimizer=True)
+    assert report.optimizer is not None
+    assert report.optimizer.adapted == ("left.weight", "left.bias", "right.weight", "right.bias")
+    assert train(*resumed(tmp_path / "b.pt", NetSplit, name), STEPS, STEPS + MORE) == pytest.approx(expected, rel=2e-4)
+
+
+def test_what_is_fresh_or_computed_has_no_state_and_nothing_shifts(tmp_path: Path) -> None:
+    begun(MAKERS["AdamW"], tmp_path / "a.pt")
+    before = torch.load(tmp_path / "a.pt")["optimizer"]["state"]
+    report = cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetDeeper", tmp_path / "b.pt", with_optimizer=True)
+    assert report.optimizer is not None and report.optimizer.zeroed == ("norm1.weight", "norm1.bias")
+    net, optimizer, scheduler = resumed(tmp_path / "b.pt", NetDeeper, "AdamW")
+    assert torch.equal(optimizer.state[net.conv2.weight]["exp_avg"], before[2]["exp_avg"])
+    assert net.norm1.weight not in optimizer.state
+    train(net, optimizer, scheduler, 0, 1)
+    adapt = {"fc1.{p} -> left.{p} + right.{p}": "chunk", "conv1.weight": "in_channels"}
+    report = cs.merge(tmp_path / "a.pt", NetGrey(), tmp_path / "c.pt", adapt=adapt, with_optimizer=True)
+    assert report.optimizer is not None and report.optimizer.zeroed == ("conv1.weight",)
+    assert "at zero" in str(report)
+
+
+def test_two_halves_that_become_one_and_unlike_steps(tmp_path: Path) -> None:
+    net = NetSplit()
+    optimizer = MAKERS["Adam"](net.parameters())
+    train(net, optimizer, None, 0, 3)
+    net.left.requires_grad_(False)
+    train(net, optimizer, None, 3, 5)
+    torch.save({"net": {"weights": net.state_dict()}, "optim": optimizer.state_dict()}, tmp_path / "a.pt")
+    report = cs.merge(tmp_path / "a.pt", Net(), tmp_path / "b.pt", adapt={"left.{p} + right.{p} -> fc1.{p}": "concat"}, with_optimizer=True)
+    assert report.optimizer is not None
+    assert ("fc1.weight", "its parts had taken 3 and 5 steps; the most is kept") in report.optimizer.not_carried
+    value = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert list(value) == ["net", "optim"] and list(value["net"]) == ["weights"]
+    state = value["optim"]["state"][4]
+    assert state["step"].item() == 5
+    halves = [optimizer.state[half.weight]["exp_avg"] for half in (net.left, net.right)]
+    assert torch.equal(state["exp_avg"], torch.cat(halves))
+
+
+def test_groups_keep_their_hyper_parameters_and_their_members(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    decay = [(n, p) for n, p in net.named_parameters() if p.dim() > 1]
+    rest = [(n, p) for n, p in net.named_parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.5}, {"params": rest, "weight_decay": 0.0}], lr=1e-3)
+    train(net, optimizer, None, 0, 2)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True)
+    groups = torch.load(tmp_path / "b.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert groups[0]["param_names"] == ["conv1.weight", "conv2.weight", "fc1.weight", "dense2.weight", "fc3.weight"]
+    assert groups[0]["params"] + groups[1]["params"] == list(range(10))
+
+
+def test_same_input_same_bytes_and_lightnings_list(tmp_path: Path) -> None:
+    begun(MAKERS["AdamW"], tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt")
+    light = {"state_dict": {f"model.{key}": value for key, value in saved["model"].items()}, "optimizer_states": [saved["optimizer"]]}
+    torch.save(light, tmp_path / "light.ckpt")
+    for name in ("b.ckpt", "c.ckpt"):
+        cs.merge(tmp_path / "light.ckpt", f"{VARIANTS}:NetRenamed", tmp_path / name, rename=RENAME, with_optimizer=True)
+    assert (tmp_path / "b.ckpt").read_bytes() == (tmp_path / "c.ckpt").read_bytes()
+    value = torch.load(tmp_path / "b.ckpt", weights_only=True)
+    assert list(value) == ["state_dict", "optimizer_states"] and len(value["optimizer_states"]) == 1
+
+
+def test_what_cannot_be_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    begun(MAKERS["AdamW"], tmp_path / "a.pt")
+    torch.save(Net().state_dict(), tmp_path / "t.pt")
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "b.pt"
+    target = f"{VARIANTS}:NetRenamed"
+    with pytest.raises(OutputError, match="safetensors"):
+        cs.merge(tmp_path / "a.pt", target, out.with_suffix(".safetensors"), rename=RENAME, with_optimizer=True)
+    with pytest.raises(TargetError, match="only a model"):
+        cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", out, with_optimizer=True)
+    with pytest.raises(PlanError, match="one source"):
+        cs.merge([tmp_path / "a.pt", tmp_path / "t.pt"], target, out, rename={"0:fc2.{p}": "dense2.{p}"}, drop="1:**", with_optimizer=True)
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        cs.merge(tmp_path / "t.pt", target, out, rename=RENAME, with_optimizer=True)
+    saved = torch.load(tmp_path / "a.pt")
+    optimizer = torch.optim.Adagrad(Net().parameters())
+    torch.save({"model": saved["model"], "optimizer": optimizer.state_dict()}, tmp_path / "ada.pt")
+    with pytest.raises(PlanError, match="none of SGD"):
+        cs.merge(tmp_path / "ada.pt", target, out, rename=RENAME, with_optimizer=True)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["moment", "value"])
+def test_a_file_that_is_not_what_was_to_be_written_is_not_kept(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(MAKERS["AdamW"], tmp_path / "a.pt")
+    honest = applying._write
+
+    def dishonest(run: Any, layout: Any, tensors: Any, temporary: Any, proof: Any) -> None:
+        honest(run, layout, tensors, temporary, proof)
+        if what == "moment":
+            slot = next(slot for slot in layout.slots if tensors[slot.index].name.startswith("conv1.weight exp_avg"))
+            applying.copying.write_at(temporary.fd, b"\x01", slot.offset)
+
+    def misplaced(*args: Any, **more: Any) -> Any:
+        *rest, around = args
+        around = {**around, "epoch": 4} if what == "value" else around
+        return laid_out(*rest, around, **more)
+
+    laid_out = applying.torch_zip_writer.lay_out
+    monkeypatch.setattr(applying, "_write", dishonest)
+    monkeypatch.setattr(applying.torch_zip_writer, "lay_out", misplaced)
+    with pytest.raises(VerificationError) as error:
+        cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True, root="model")
+    assert any("exp_avg" in problem or "epoch" in problem for problem in error.value.problems)
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    begun(MAKERS["AdamW"], tmp_path / "a.pt")
+    command = [sys.executable, "-m", "ckptsurgeon", "merge", "a.pt", f"{VARIANTS}:NetRenamed", "-o", "b.pt", "--with-optimizer", "--json"]
+    done = subprocess.run([*command, "--rename", "fc2.{p}", "dense2.{p}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    value = json.loads(done.stdout)["optimizer"]
+    assert len(value["carried"]) == 10 and value["place"] == "optimizer"
