@@ -88,7 +88,8 @@ def diff(
     ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
     goal = opening.open_target(target, note=note).checkpoint
     given = opening.open_source(seen, root=root, target=goal)
-    return compare(given, goal, ruling.rules, ruling.outside, auto)
+    found = compare(given, goal, ruling.rules, ruling.outside, auto)
+    return replace(found, text=text.diff(found, rules=ruling.rules))
 
 
 def verify(

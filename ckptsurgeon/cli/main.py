@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from ckptsurgeon.cli import apply, check, diff, groups, inspect, merge, plan, skeleton, verify
+from ckptsurgeon.cli import adapters, apply, check, diff, groups, inspect, merge, plan, skeleton, verify
 from ckptsurgeon.cli.output import lose_stdout, show_error, show_usage_error
 from ckptsurgeon.errors import CheckpointError, OutputError, UnreadableError
 from ckptsurgeon.version import VERSION
@@ -49,7 +49,7 @@ def cli(ctx: click.Context) -> int:
     return 0
 
 
-for command in (inspect, diff, plan, apply, merge, verify, check, skeleton, groups):
+for command in (inspect, diff, plan, apply, merge, verify, check, skeleton, groups, adapters):
     cli.add_command(command.command)
 
 

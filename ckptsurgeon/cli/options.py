@@ -88,7 +88,9 @@ adapt = click.option(
 )
 rule_files = click.option("--rules", multiple=True, metavar="RULES.TOML", help="Rules from a file, after those given here.")
 reverse = click.option("--reverse", is_flag=True, help="Turn the rules of files round.")
-auto = click.option("--auto", type=click.Choice(AUTO), help="Apply what can't change a tensor's meaning: dimensions of 1, old names.")
+auto = click.option(
+    "--auto", type=click.Choice(AUTO), metavar="safe", help="Apply what can't change a tensor's meaning: dimensions of 1, old names."
+)
 average = click.option("--average", is_flag=True, help="The mean of all paths; each is a source, and there is no target.")
 weights = click.option("--weights", metavar="W,W...", help="With --average, a weight for each source: --weights 3,1.")
 init = click.option(

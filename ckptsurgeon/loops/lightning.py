@@ -1,7 +1,7 @@
 """A Lightning callback: the transfer before the optimizer is built, the report in the logs, freezing and a schedule that thaws.
 
-A run that resumes (`trainer.fit(..., ckpt_path=...)`) transfers nothing: its weights are in its checkpoint, and so is what was fresh. Whether
-it does is known only after `setup`, so the transfer waits until `configure_optimizers` asks for the report, or `fit` starts.
+A run that resumes (`trainer.fit(..., ckpt_path=...)`) transfers nothing: its weights are in its checkpoint, and so is what was fresh.
+Whether it does is known only after `setup`, so the transfer waits until `configure_optimizers` asks for the report, or `fit` starts.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, probl
     for name, row in rows.items():
         lacking = [source.path for number, source in enumerate(sources) if number not in row]
         if lacking:
-            problems += [f"{name!r} is not in {path}" for path in lacking if -1 not in row]
+            problems += [f"{name!r} is not in {path}, or a rule dropped it there" for path in lacking if -1 not in row]
             continue
         first = row[0]
         place = first.places[0]

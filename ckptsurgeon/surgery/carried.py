@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from ckptsurgeon.errors import UnsafeError
@@ -76,6 +77,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
         for key, other in find_overlaps(source)
     ]
     findings += _lost_parts(target, names, steps)
+    findings += [Finding("partial", _filled(step), step.target, "note") for step in steps if step.sources and step.filled]
     origin = {step.target: step for step in steps}
     leader = {(number, key): (number, group[0]) for number, source in enumerate(sources) for group in source.ties for key in group}
     for group in target.ties if target is not None else ():
@@ -87,6 +89,17 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     for source in sources:
         findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
     return tuple(findings)
+
+
+def _filled(step: Step) -> str:
+    """How much of a tensor that was filled up comes from the source, in words."""
+    rows = next((op for op in step.ops if op["op"] == "rows"), None)
+    if rows is not None:
+        return (
+            f"{sum(count for _, _, count in rows['runs'])} of {rows['rows']} rows come from the source, the rest is filled: {rows['fill']}"
+        )
+    total = prod(step.shape)
+    return f"{total - step.filled} of {total} elements come from the source, the rest is filled"
 
 
 def _lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[Finding]:

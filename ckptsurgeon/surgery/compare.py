@@ -87,6 +87,10 @@ class Diff:
     refused: Mapping[str, str] = field(default_factory=dict)
     adapted: tuple[Adapted, ...] = ()
     offers: tuple[Offer, ...] = ()
+    text: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.text or repr(self)
 
     @property
     def same(self) -> bool:

@@ -12,6 +12,8 @@ from ckptsurgeon.surgery.planned import Dropped, Entry, Step
 from ckptsurgeon.surgery.repairs import is_counter
 from ckptsurgeon.tensors import Checkpoint
 
+TIED = "tied to "  # how the fate begins of a key whose tensor is taken under another name
+
 
 def fates(
     sources: Sequence[Checkpoint],
@@ -37,8 +39,8 @@ def fates(
         if lost or names.entries.get(name, place) != place:
             return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
         if target is not None and name in target:
-            if place in twins:
-                return f"tied to {twins[place]}, which is taken"
+            if place in twins and _tied(target, name, names.names_of.get((place[0], twins[place]), ())):
+                return f"{TIED}{twins[place]}, which is taken"
             if place[1] in sources[place[0]].entries:
                 return "no tensor, which the target has there"
             return f"shape {sources[place[0]][place[1]].shape} does not fit {target[name].shape}"
@@ -50,6 +52,11 @@ def fates(
         for key in (*source, *source.entries)
         if (number, key) not in used
     )
+
+
+def _tied(target: Checkpoint, name: str, others: Sequence[str]) -> bool:
+    """Whether the target ties a name to one of others."""
+    return any(name in group and other in group for group in target.ties for other in others)
 
 
 def _twins(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
@@ -66,7 +73,6 @@ def _twins(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceK
 
 
 def loose(
-    sources: Sequence[Checkpoint],
     names: Names,
     target: Checkpoint | None,
     steps: Sequence[Step],
@@ -74,8 +80,6 @@ def loose(
     dropped: Sequence[Dropped],
 ) -> tuple[str, ...]:
     """Every key that is missing, extra or mismatched without a rule that names it."""
-    twins = _twins(sources, steps)
-    own = target if target is not None else {}
     rules = (*names.inits, *names.keeps)
     tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
 
@@ -95,8 +99,6 @@ def loose(
         *(
             f"{row.source}: {row.reason}"
             for row in dropped
-            if (row.file, row.source) not in names.dropped
-            and not any(map(named, landed(row)))
-            and not ((row.file, row.source) in twins and any(name in own for name in landed(row)))
+            if (row.file, row.source) not in names.dropped and not any(map(named, landed(row))) and not row.reason.startswith(TIED)
         ),
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 from ckptsurgeon.surgery.items import SHOWN, Item
 from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint, Refused
+
+
+FEW = 3  # collisions of one kind that are told one by one
 
 
 def rules_without_a_turn(
@@ -83,14 +86,22 @@ def crossed(
         by = f" (by {', '.join(map(str, item.rules))})" if item.rules else ""
         return f"{key!r}{where}{by}"
 
+    # Those that come about in one way are told once: two whole files would be a line for every key.
+    alike: dict[Hashable, list[tuple[Item, Item]]] = {}
     for item in items:
         number, key = item.places[0]
         if (known is not None and item.name not in known) or isinstance(sources[number].entries.get(key), Refused):
             continue
         other = first.setdefault(item.name, item)
         if other is not item and not any(rule.match(item.name) is not None for rule in kept):
-            bare = prefixes[number].bare(key)
-            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}"] = (
-                f"{number}:{bare}" if len(sources) > 1 else bare
+            alike.setdefault((other.source, other.rules, item.source, item.rules), []).append((other, item))
+    for pairs in alike.values():
+        many = len(pairs) > FEW
+        for other, item in pairs[:1] if many else pairs:
+            number, bare = item.places[0][0], prefixes[item.places[0][0]].bare(item.places[0][1])
+            more = f", and on {len(pairs) - 1} more names" if many else ""
+            pattern = "**" if many and len(sources) > 1 else bare
+            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}{more}"] = (
+                f"{number}:{pattern}" if len(sources) > 1 else pattern
             )
     return problems

@@ -65,10 +65,12 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
     for number, compiled in enumerate(names.inits):
         if number in used:
             continue
-        if number in named:
+        if any(compiled.match(key) is not None for key in kept):
+            problems.append(f"{compiled.rule} names keys that {next(iter(kept.values()))} keeps")
+        elif number in named:
             problems.append(f"{compiled.rule} never gets a turn: earlier rules name all of its keys")
         elif any(compiled.match(key) is not None for key in target):
-            problems.append(f"{compiled.rule} matches only keys that take weights from the source; to initialise them, drop those too")
+            problems.append(f"{compiled.rule} matches only keys that take weights from the source; to initialise them, --drop them too")
         else:
             problems.append(f"{compiled.rule} matches nothing in the target{close_names(compiled.rule.pattern, target)}")
     if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckptsurgeon.surgery.adapters.chain import Asked
@@ -66,6 +66,15 @@ class Item:
     def moved(self, name: str, rule: Rule, which: int = 0) -> Item:
         """The same under the name that a rule gives, as which of its results."""
         return Item(name, name, self.places, self.asked, (*self.steps, (rule, which)), self.entry)
+
+
+def several(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> several(["a", "b", "c"])
+    'a and 2 more'
+    """
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 SHOWN = 20  # problems that an error lists

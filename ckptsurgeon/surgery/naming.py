@@ -165,12 +165,13 @@ def name_sources(
         items = averaged(items, sources, mean, problems)
     lost = () if known is None else idle.rules_without_effect(active, items, known)
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
+    problems += lost
     crossed = idle.crossed(items, known, kept, sources, prefixes)
-    problems += [*lost, *crossed]
+    problems += crossed
     if problems:
-        hint = (
-            f"drop one of the two: --drop {next(iter(crossed.values()))!r}" if crossed else "see the names with: ckptsurgeon inspect CKPT"
-        )
+        hint = "see the names with: ckptsurgeon inspect CKPT"
+        if crossed:
+            hint = f"drop one of the two: --drop {next(iter(crossed.values()))!r}"
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     return _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
 

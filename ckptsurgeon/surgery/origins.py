@@ -10,7 +10,7 @@ from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, needs_floats
 from ckptsurgeon.surgery.adapters.op import Op, Shape
 from ckptsurgeon.surgery.adapters.table import offers, texts
-from ckptsurgeon.surgery.items import SHOWN, Claim, SourceKey, shortened
+from ckptsurgeon.surgery.items import SHOWN, Claim, SourceKey, several, shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.repairs import BY
 from ckptsurgeon.surgery.rules import Rule, close_names
@@ -43,6 +43,7 @@ def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names
     """
     known: Mapping[str, Shape] = {} if target is None else {key: tensor.shape for key, tensor in target.items()}
     problems: list[str] = []
+    refused: dict[tuple[str, str], list[str]] = {}
     found: dict[str, Origin] = {}
     asked = _asked_of(names, names.claims if target is None else target, problems)
     barred = frozenset() if target is None else kept_out(target, names)
@@ -54,9 +55,9 @@ def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names
         try:
             found[name] = _origin(name, whole, sources, known, names, auto)
         except RuleError as error:
-            problems.append(
-                f"{', '.join(map(str, whole.rules)) or name}: {name}: {error.reason}" + (f"; {error.hint}" if error.hint else "")
-            )
+            words = error.reason + (f"; {error.hint}" if error.hint else "")
+            refused.setdefault((", ".join(map(str, whole.rules)), words), []).append(name)
+    problems += [f"{rules}: {several(named)}: {words}" for (rules, words), named in refused.items()]
     for group in target.ties if target is not None else ():
         _follow(group, found, problems)
     if problems:
@@ -98,7 +99,10 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
         taken = [key for key in matched if key in names.claims]
         new = [key for key in taken if key not in asked]
         asked.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
-        if not matched:
+        if not matched and any(rule.match(key) is not None for _, key in names.names_of):
+            key = next(key for _, key in names.names_of if rule.match(key) is not None)
+            problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: link it: '{key} -> KEY'")
+        elif not matched:
             close = close_names(rule.patterns[0][1].text, keys) if len(problems) < SHOWN else ""
             problems.append(f"{rule.rule} matches nothing in the target{close}")
         elif not taken:

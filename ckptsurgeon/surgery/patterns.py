@@ -2,7 +2,8 @@
 
 `*` stays within a segment, `**` crosses segments; `{p}` is one segment or a piece of one, `{**rest}` one or more segments, and a result
 can use both again, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression, whose groups a result uses by name
-or number (`{1}`). Pure text, no key is looked up here.
+or number (`{1}`). `{weight,bias}` is one of several words and `{0..3}` one of several numbers, as texts fold keys. Pure text, no key is
+looked up here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from functools import lru_cache
 from ckptsurgeon.errors import RuleError
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-_TOKEN = re.compile(rf"\{{\*\*(?P<many>{_NAME})\}}|\{{(?P<one>{_NAME})\}}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])")
+_CHOICE = r"[A-Za-z0-9_]+(?:\.\.[0-9]+)?"
+_TOKEN = re.compile(
+    rf"(?P<choices>\{{{_CHOICE}(?:,{_CHOICE})+\}}|\{{[0-9]+\.\.[0-9]+\}})"
+    rf"|\{{\*\*(?P<many>{_NAME})\}}|\{{(?P<one>{_NAME})\}}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])"
+)
 _PART = re.compile(r"\{([^{}]*)\}")
 _REFERENCE = re.compile(rf"(?:\*\*)?({_NAME}|[1-9][0-9]*)")
 _ARITHMETIC = re.compile(r"[A-Za-z0-9_ +\-*/%()]{1,100}")
+MOST_CHOICES = 10_000  # numbers of a range
 MOST_DEEP, MOST_IN_SEGMENT = 4, 4  # open parts of a pattern
 _DIGITS = 18  # of a number that a result counts with
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -82,6 +88,9 @@ def _translate(text: str) -> str:
         position = token.end()
         if token["brace"]:
             raise RuleError(f"the pattern {text!r} has an odd brace at {token.start() + 1}", hint="name a part like {p} or {**rest}")
+        if token["choices"]:
+            out.append(_choices(text, token["choices"][1:-1]))
+            continue
         name = token["one"] or token["many"]
         if name and name in seen:
             out.append(f"(?P={name})")
@@ -97,6 +106,17 @@ def _translate(text: str) -> str:
             out.append(".+" if text[token.start() - 1 : token.start()] == "." and position == len(text) else ".*")
     out.append(re.escape(text[position:]))
     return "".join(out)
+
+
+def _choices(text: str, choices: str) -> str:
+    """One of several words, or a number from one to another, as texts fold keys: `{weight,bias}`, `{0..3,7}`."""
+    words: list[str] = []
+    for choice in choices.split(","):
+        first, dots, last = choice.partition("..")
+        if dots and not (first.isdecimal() and int(first) <= int(last) < int(first) + MOST_CHOICES):
+            raise RuleError(f"the pattern {text!r} has {choice!r}, which is no range", hint="write it as {0..11}")
+        words += map(str, range(int(first), int(last) + 1)) if dots else [first]
+    return f"(?:{'|'.join(words)})"
 
 
 def _check_few(text: str) -> None:

@@ -88,7 +88,7 @@ def make_plan(
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
         findings=findings(sources, target, names, steps),
-        loose=loose(sources, names, target, steps, entries, dropped),
+        loose=loose(names, target, steps, entries, dropped),
     )
 
 

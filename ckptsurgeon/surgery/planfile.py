@@ -29,6 +29,7 @@ ACTIONS: Mapping[str, tuple[bool, tuple[tuple[str | None, ...], ...]]] = {
     "init": (False, (("init",), ("init", "cast"))),
     "keep": (False, ((), ("cast",))),
 }
+STEP = ("target", "dtype", "shape", "action", "sources", "ops", "fresh", "reason")
 LEVELS = ("error", "warning", "note")
 
 
@@ -213,6 +214,9 @@ def _finding(row: Mapping[str, Any]) -> Finding:
 
 
 def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step:
+    unknown = [field for field in row if field not in STEP]
+    if unknown:
+        raise ValueError(f"{row.get('target')}: a step has no field {unknown[0][:40]!r}; it has {', '.join(STEP)}")
     name, dtype, action, fresh = _text(row["target"]), _text(row["dtype"]), _text(row["action"]), row["fresh"]
     if dtype not in BY_CODE or action not in ACTIONS or fresh is not (action == "init"):
         raise ValueError(f"{name}: its dtype, action or fresh is not known, or does not go with the others")

@@ -20,7 +20,8 @@ from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_patter
 
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
-_LINK, _PLUS = re.compile(r"\s+->\s+"), re.compile(r"\s+\+\s+")
+_LINK = re.compile(r"\s*->\s*")
+_SPACED, _PLUS = re.compile(r"\s+\+\s+"), re.compile(r"\s*\+\s*(?![^{}]*\})")
 _BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
 
 
@@ -121,13 +122,18 @@ def linked(rule: Rule) -> tuple[list[str], list[str]]:
     (['q.{p}', 'k.{p}'], ['qk.{p}'])
     """
     if rule.kind == "rename":
-        return [rule.pattern], _PLUS.split(rule.result)
+        return [rule.pattern], _several(rule.result)
     if rule.kind != "adapt":
         return [rule.pattern], []
     sides = _LINK.split(rule.pattern)
     if len(sides) > 2:
         raise RuleError("has more than one ' -> '", hint="write it as two rules")
-    return _PLUS.split(sides[0].strip()), _PLUS.split(sides[1].strip()) if len(sides) == 2 else []
+    return _several(sides[0].strip()), _several(sides[1].strip()) if len(sides) == 2 else []
+
+
+def _several(side: str) -> list[str]:
+    """The keys of a side; a regular expression may have a plus of its own, so there it stands between blanks."""
+    return (_SPACED if "/" in side else _PLUS).split(side)
 
 
 def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError
@@ -156,3 +157,9 @@ def check(found: CheckReport) -> dict[str, Any]:
 def groups(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """`groups`."""
     return {"version": VERSION, "groups": rows}
+
+
+def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]]) -> dict[str, Any]:
+    """`adapters`."""
+    found = [{"kind": kind, "name": name, "arguments": list(arguments), "words": words} for kind, name, arguments, words in rows]
+    return {"version": VERSION, "known": found}

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 NET, VARIANT = "model:Net", "variants:NetVariant"
 SCHEMAS = resources("ckptsurgeon") / "views" / "schemas"
-NAMES = ["check", "diff", "error", "groups", "inspect", "merge", "plan", "skeleton", "verify"]
+NAMES = ["adapters", "check", "diff", "error", "groups", "inspect", "merge", "plan", "skeleton", "verify"]
 
 
 def fits(value: Any, name: str) -> None:
@@ -124,3 +124,17 @@ def test_errors(run, words):
     assert ended.code == 2
     fits(ended.json, "error")
     assert ended.json["error"]["hint"]
+
+
+def test_adapters(run):
+    from ckptsurgeon.models.scheme_text import SCHEMES
+    from ckptsurgeon.surgery.adapters.table import ADAPTERS
+
+    value = run("adapters", "--json").json
+    fits(value, "adapters")
+    assert {(row["kind"], row["name"]) for row in value["known"]} == {
+        *(("adapter", name) for name in ADAPTERS),
+        *(("scheme", name) for name in SCHEMES),
+    }
+    shown = run("adapters").out
+    assert "  interpolate(prefix, grid, to, mode, antialias, layout)\n" in shown and "given" not in shown.split("pad(")[1].split(")")[0]

@@ -199,3 +199,27 @@ def test_taking_a_key_apart_and_together_again_changes_nothing(segments):
     whole = ".".join(f"{{{name}}}" for name in names)
     assert renamed(whole, whole, key) == key
     assert (renamed("{first}.{**rest}", "{rest}.{first}", key) is None) == (len(segments) == 1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("fc.{weight,bias}", ["fc.weight", "fc.bias"], ["fc.scale", "fc.weightbias", "fc.{weight,bias}"]),
+        ("h.{0..11}.w", ["h.0.w", "h.11.w"], ["h.12.w", "h.01.w", "h.1.1.w"]),
+        (
+            "h.{0..2,5,7..8}.{q,k}_proj.*",
+            ["h.1.q_proj.w", "h.5.k_proj.b", "h.8.q_proj.w"],
+            ["h.3.q_proj.w", "h.6.k_proj.w", "h.5.v_proj.w"],
+        ),
+        ("{**m}.norm{1..2}.{p}", ["a.b.norm1.w", "a.norm2.b"], ["a.norm3.w", "norm1.w"]),
+    ],
+)
+def test_a_pattern_takes_keys_as_texts_fold_them(pattern, yes, no):
+    compiled = compile_pattern(pattern)
+    assert all(compiled.match(key) is not None for key in yes) and not any(compiled.match(key) is not None for key in no)
+
+
+@pytest.mark.parametrize("pattern", ["h.{3..1}.w", "h.{0..99999999}.w", "h.{a..3}.w", "{,}", "{a,}", "{1..}", "{..1}"])
+def test_a_choice_that_is_none_is_refused(pattern):
+    with pytest.raises(RuleError):
+        compile_pattern(pattern)

@@ -7,7 +7,7 @@ terminal's, in columns, and None where there is no terminal, so that a file or a
 from ckptsurgeon.views.text.checked import check, verification
 from ckptsurgeon.views.text.compared import diff, next_command, rename_hints
 from ckptsurgeon.views.text.done import carried, groups, report, skeleton
-from ckptsurgeon.views.text.inside import archive
+from ckptsurgeon.views.text.inside import archive, known
 from ckptsurgeon.views.text.planned import plan, summary
 from ckptsurgeon.views.text.words import shape, size
 
@@ -17,6 +17,7 @@ __all__ = [
     "check",
     "diff",
     "groups",
+    "known",
     "next_command",
     "plan",
     "rename_hints",

@@ -19,7 +19,10 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     """What a merge, an apply or a transfer did."""
     most = most_rows(verbose)
     where = f"Wrote {name(found.output)} ({size(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
-    lines = [f"{where}: coverage {coverage_words(found.coverage)}", heading("transferred", len(found.transferred), _adapted(found))]
+    lines = [f"{where}: coverage {coverage_words(found.coverage)}"]
+    if found.output and (found.target or len(found.sources) > 1):
+        lines.append(f"  {name(' + '.join(found.sources))}{f' → {name(found.target)}' if found.target else ''}")
+    lines += [heading("transferred", len(found.transferred), _adapted(found))]
     if verbose:
         lines += keys(found.transferred, width, None)
     if found.partial:

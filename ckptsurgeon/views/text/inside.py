@@ -1,9 +1,9 @@
-"""The text of `inspect`."""
+"""The texts of `inspect`, and of what rules can name."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
@@ -51,3 +51,13 @@ def _provenance(record: Mapping[str, Any], verbose: bool, width: int | None) -> 
     fresh = record["fresh"]
     line = f"  merged by {name(record.get('tool', 'ckptsurgeon'))}, {count(len(fresh), 'tensor')} fresh"
     return [line + ":", *keys(fresh, width, most_rows(verbose))] if fresh else [line]
+
+
+def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]], width: int | None = None) -> str:
+    """What rules can name: kind, name, arguments and words of each."""
+    lines = []
+    for kind in dict.fromkeys(row[0] for row in rows):
+        lines.append(f"{kind}s")
+        for _, name, arguments, words in (row for row in rows if row[0] == kind):
+            lines += [f"  {name}({', '.join(arguments)})" if arguments else f"  {name}", f"      {words}"]
+    return fitted(lines, width)
