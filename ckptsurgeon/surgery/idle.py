@@ -9,7 +9,6 @@ from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
 from ckptsurgeon.tensors import Checkpoint, Refused
 
-
 FEW = 3  # collisions of one kind that are told one by one
 
 

@@ -58,6 +58,6 @@ def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]], width: int | No
     lines = []
     for kind in dict.fromkeys(row[0] for row in rows):
         lines.append(f"{kind}s")
-        for _, name, arguments, words in (row for row in rows if row[0] == kind):
-            lines += [f"  {name}({', '.join(arguments)})" if arguments else f"  {name}", f"      {words}"]
+        for _, one, arguments, words in (row for row in rows if row[0] == kind):
+            lines += [f"  {one}({', '.join(arguments)})" if arguments else f"  {one}", f"      {words}"]
     return fitted(lines, width)
