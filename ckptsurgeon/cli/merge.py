@@ -51,6 +51,8 @@ def command(
     choices |= {"average": mean(average, weights)}
     note = show.note()
     if dry_run:
+        if choices["with_optimizer"]:
+            note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")
         made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})
         show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
         return 0

@@ -171,6 +171,8 @@ def apply(
     with Reader(checkpoints) as reader:
         run = _Run(plan, sources, target, values, reader, {step.target: step for step in plan.steps})
         storages = storages_of(plan, run.steps, run.origins)
+        if training is not None:  # each moment is its own: two that shared memory would be counted on twice
+            storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
         tensors, aliases = tensors_of(plan, storages, alias=output.format == "safetensors" and output.tied == "alias")
         entries = _entries(run)
         layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)

@@ -11,6 +11,8 @@ from typing import Any
 import api_support as support
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from model import Net
 from test_api_resume import MAKERS, MORE, NetSplit, begun, renewed, train
 from torch import nn
@@ -184,6 +186,75 @@ def test_a_file_that_is_not_what_was_to_be_written_is_not_kept(what: str, tmp_pa
         cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True, root="model")
     assert any("exp_avg" in problem or "epoch" in problem for problem in error.value.problems)
     assert not (tmp_path / "b.pt").exists()
+
+
+class Deep(nn.Module):
+    """Layers of one shape."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(depth))
+
+
+def test_a_layer_that_is_taken_twice_gives_each_its_own_moments(tmp_path: Path) -> None:
+    net = Deep(2)
+    optimizer = MAKERS["Adam"](net.parameters())
+    sum(layer(torch.ones(1, 3)).square().sum() for layer in net.layers).backward()
+    optimizer.step()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    twice = {"layers.{i}.{p} -> layers.{2*i}.{p} + layers.{2*i+1}.{p}": "slice"}
+    cs.merge(tmp_path / "a.pt", Deep(4), tmp_path / "b.pt", adapt=twice, with_optimizer=True)
+    state = torch.load(tmp_path / "b.pt", weights_only=True)["optimizer"]["state"]
+    assert torch.equal(state[0]["exp_avg"], state[2]["exp_avg"]) and torch.equal(
+        state[0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"]
+    )
+    storages = {value.untyped_storage().data_ptr() for kept in state.values() for value in kept.values()}
+    assert len(storages) == 3 * 8
+    new = Deep(4)
+    fresh = MAKERS["Adam"](new.parameters())
+    cs.transfer(tmp_path / "a.pt", new, adapt=twice, optimizer=fresh)
+    storages = {value.untyped_storage().data_ptr() for kept in fresh.state.values() for value in kept.values()}
+    assert len(storages) == 3 * 8
+
+
+_junk = st.one_of(
+    st.none(), st.integers(), st.floats(), st.text(max_size=3), st.just([]), st.just({}), st.just(1 << 5000),
+    st.sampled_from([torch.zeros(3, 2), torch.zeros(2, 3), torch.tensor(3), torch.zeros(0), torch.zeros(2)]),
+)  # fmt: skip
+_slots = st.fixed_dictionaries({"step": _junk, "exp_avg": _junk, "exp_avg_sq": _junk}, optional={"max_exp_avg_sq": _junk, "x": _junk})
+_moments = st.sampled_from([(2, 3), (2,), (3, 2)]).map(
+    lambda shape: {"step": 3, "exp_avg": torch.ones(shape), "exp_avg_sq": torch.ones(shape)}
+)
+_group = st.fixed_dictionaries(
+    {"params": st.sampled_from([[0, 1], [0], [1, 0], 3]), "betas": _junk}, optional={"lr": _junk, "param_names": _junk}
+)
+_value = st.fixed_dictionaries(
+    {
+        "state": st.dictionaries(st.integers(0, 2), st.one_of(_moments, _slots, _junk), max_size=2),
+        "param_groups": st.lists(st.one_of(_group, _junk), max_size=2),
+    }
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(_value, _junk), _junk)
+def test_any_state_is_written_whole_or_refused(tmp_path: Path, optimizer: Any, other: Any) -> None:
+    torch.save({"model": nn.Linear(3, 2).state_dict(), "optimizer": optimizer, "other": other}, tmp_path / "a.pt")
+    try:
+        report = cs.merge(tmp_path / "a.pt", nn.Linear(3, 2), tmp_path / "b.pt", with_optimizer=True, overwrite=True)
+    except CheckpointError:
+        return
+    value = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert report.optimizer is not None
+    assert sorted([*report.optimizer.carried, *report.optimizer.adapted, *report.optimizer.zeroed]) == ["bias", "weight"]
+    shapes = {
+        name: shape
+        for group in value["optimizer"]["param_groups"]
+        for name, shape in zip(group["param_names"], group["params"], strict=True)
+    }
+    for name in report.optimizer.carried:
+        kept = value["optimizer"]["state"].get(shapes[name], {})
+        assert all(tensor.shape == {"weight": (2, 3), "bias": (2,)}[name] for slot, tensor in kept.items() if slot != "step")
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
