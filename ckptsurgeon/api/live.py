@@ -24,9 +24,9 @@ from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict,
 from ckptsurgeon.models.transfer import put
 from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
-from ckptsurgeon.streaming.apply import with_data
+from ckptsurgeon.streaming.apply import torn, with_data
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import cast, refuse_losses, reported, tensor_from
+from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.plan import Plan, Step, make_plan
 from ckptsurgeon.surgery.roots import choose
 from ckptsurgeon.surgery.rules import from_arguments
@@ -71,6 +71,7 @@ def transfer(
         run = _Run(plan, given, live, reader, model, ruling.own, casts)
         values = {step.target: run.value(step) for step in plan.steps if step.sources}
         refuse_losses(casts, plan.allow_cast)
+        _refuse_torn_ties(plan, values)
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
         if asked:
@@ -145,6 +146,15 @@ def _live_root(source: Mapping[Any, Any], goal: Checkpoint, beside_average: bool
     roots = {one.root for one in found.state_dicts}
     chosen = choose(found, target=goal).root if roots else None
     return chosen if chosen in roots else None
+
+
+def _refuse_torn_ties(plan: Plan, values: Mapping[str, torch.Tensor]) -> None:
+    for group in plan.ties:
+        first, *rest = [key for key in group if key in values] or [""]
+        for key in rest:
+            same = values[key] is values[first] or memory_of(values[key]) == memory_of(values[first])
+            if not same:
+                raise torn(first, key)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, sc
     `reverse` turns the files round as if they were one; without `schemes`, for verbs that initialise nothing, no own scheme is imported.
     """
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
+    if reverse and all(isinstance(one, Rule) for one in given):
+        raise RuleError("there is no rules file to turn round", hint="--rules FILE --reverse")
     return bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
 
 
