@@ -17,6 +17,7 @@ from ckptsurgeon.surgery.optimizer_saved import Leaf, Slot, State
 from ckptsurgeon.surgery.planned import Step
 from ckptsurgeon.tensors import Refused, TensorMeta
 
+FRESH = "is fresh"  # the one reason that the weights' own report gives too
 # How moments follow their weight: as it goes, or with zeros where it is filled up. Any other op computes new weights, whose gradients
 # no moment tells.
 _FOLLOWED = {"transpose", "permute", "reshape", "squeeze", "unsqueeze", "interleave", "deinterleave", "permute_rope"}
@@ -99,7 +100,7 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
     own = [steps[key] for key in parameter.keys if key in steps]
     step = next((step for step in own if step.sources), None)
     if step is None:
-        return ParameterPlan(parameter, reason="is fresh" if own else "is not in the state_dict")
+        return ParameterPlan(parameter, reason=FRESH if own else "is not in the state_dict")
     ops = moment_ops(step.adapters)
     if ops is None:
         names = " | ".join(dict.fromkeys(str(op["op"]) for op in step.adapters))

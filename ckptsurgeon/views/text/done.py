@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ckptsurgeon.report import CarriedState, Cast, Report
+from ckptsurgeon.surgery.optimizer_plan import FRESH
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.checked import proved
@@ -57,8 +58,8 @@ def _carried(found: CarriedState, width: int | None, most: int | None) -> list[s
         adapted = f"{len(found.adapted)} of them adapted with their weights" if found.adapted else ""
         lines.append(heading("carried", len(found.carried) + len(found.adapted), adapted))
         lines.append(heading("at zero", len(found.zeroed), "start without"))
-    lines += [heading("not carried", len(found.not_carried))] if found.not_carried else []
-    lines += folded([(key, (reason,)) for key, reason in found.not_carried], width, most)
+    rows = [(key, (reason,)) for key, reason in found.not_carried if reason != FRESH]  # those are told with the weights
+    lines += [heading("not carried", len(rows)), *folded(rows, width, most)] if rows else []
     if found.casts:
         lines += [heading("lossy casts", len(found.casts), "of moments"), *_casts(found.casts, width, most)]
     lines += [f"  also carried: {listing(found.others)}"] if found.others else []
