@@ -286,3 +286,76 @@ def test_a_plan_error_is_no_traceback_where_torch_has_no_memory(tmp_path: Path, 
     with pytest.raises(PlanError, match="can't allocate memory"):
         cs.merge(tmp_path / "a.pt", None, tmp_path / "o.pt", adapt={"w": "transpose"})
     assert not list(tmp_path.glob("o*"))
+
+
+# --- two values for one tensor, and what is asked for and does nothing -----------------------------------------------------------------
+
+
+def test_two_values_for_one_tensor_of_a_model_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, "two.pt", emb_weight=torch.rand(4, 3), head_weight=torch.rand(4, 3))
+    model = Tied()
+    before = model.emb.weight.detach().clone()
+    with pytest.raises(PlanError, match=r"is one tensor with emb\.weight in the target"):
+        cs.transfer(tmp_path / "two.pt", model)
+    assert torch.equal(model.emb.weight, before)
+    for suffix in (".pt", ".safetensors"):
+        with pytest.raises(PlanError, match=r"--drop 'head\.weight'"):
+            cs.merge(tmp_path / "two.pt", Tied(), tmp_path / f"o{suffix}", verify=False)
+        assert not (tmp_path / f"o{suffix}").exists()
+    cs.merge(tmp_path / "two.pt", Tied(), tmp_path / "o.pt", drop=["head.weight"])
+
+
+def test_equal_values_for_one_tensor_of_a_model_are_one(tmp_path: Path) -> None:
+    weight = torch.rand(4, 3)
+    save(tmp_path, "two.pt", emb_weight=weight, head_weight=weight.clone())
+    model = Tied()
+    cs.transfer(tmp_path / "two.pt", model)
+    cs.merge(tmp_path / "two.pt", Tied(), tmp_path / "o.safetensors")
+    assert torch.equal(model.head.weight, weight)
+
+
+def test_reverse_without_a_rules_file_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path, "a.pt", w=torch.ones(2))
+    with pytest.raises(RuleError, match="no rules file to turn round"):
+        cs.plan(tmp_path / "a.pt", None, rename={"w": "v"}, reverse=True)
+
+
+def test_a_field_that_a_step_does_not_have_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "a.pt", w=torch.ones(2))
+    value = planfile.to_json(cs.plan(tmp_path / "a.pt", None))
+    value["steps"][0]["init"] = "zeros"
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="a step has no field 'init'"):
+        cs.apply(tmp_path / "plan.json", tmp_path / "o.pt")
+
+
+def test_rows_say_how_many_come_from_the_source(tmp_path: Path) -> None:
+    save(tmp_path, "a.pt", w=torch.ones(4, 2))
+    save(tmp_path, "b.pt", w=torch.ones(6, 2))
+    found = cs.plan(tmp_path / "a.pt", tmp_path / "b.pt", adapt={"w": "rows(index=[0, 1, 3, -1, -1, -1], fill='mean')"}).findings
+    assert [finding.message for finding in found] == ["3 of 6 rows come from the source, the rest is filled: mean"]
+
+
+def test_a_source_key_is_told_from_a_targets(tmp_path: Path) -> None:
+    save(tmp_path, "a.pt", pos_embed=torch.ones(2))
+    torch.save({"position": torch.ones(2)}, tmp_path / "b.pt")
+    with pytest.raises(RuleError, match=r"link it: 'pos\.embed -> KEY'"):
+        cs.plan(tmp_path / "a.pt", tmp_path / "b.pt", adapt={"pos.embed": "slice(start=0, stop=2)"})
+
+
+@pytest.mark.parametrize("link", ["q.w + k.w -> qk", "q.w+k.w->qk", "q.w  +k.w ->  qk"])
+def test_a_link_needs_no_blanks(tmp_path: Path, link: str) -> None:
+    torch.save({"q.w": torch.zeros(1), "k.w": torch.ones(1)}, tmp_path / "a.pt")
+    plan = cs.plan(tmp_path / "a.pt", None, adapt={link: "concat"})
+    assert plan.steps[0].sources == ((0, "q.w"), (0, "k.w"))
+
+
+def test_two_whole_files_collide_in_one_line(tmp_path: Path) -> None:
+    torch.save({f"l{number}.w": torch.zeros(1) for number in range(40)}, tmp_path / "a.pt")
+    with pytest.raises(RuleError) as error:
+        cs.plan([tmp_path / "a.pt", tmp_path / "a.pt"], tmp_path / "a.pt")
+    assert (
+        len(error.value.problems) == 1
+        and "and on 39 more names" in error.value.problems[0]
+        and error.value.hint == "drop one of the two: --drop '1:**'"
+    )

@@ -240,8 +240,8 @@ def test_the_official_readers_do_not_trust_our_proof(tmp_path: Path, monkeypatch
     monkeypatch.setattr(applying, "prove", lambda *_: None)
     real = applying.torch_zip_writer.lay_out
 
-    def wrong(tensors: Any, entries: Any, metadata: Any, order: Any, record: Any) -> Any:
-        return real(tensors, entries, metadata, [key for key in order if key != "head.bias"], record)
+    def wrong(tensors: Any, entries: Any, metadata: Any, order: Any, *rest: Any) -> Any:
+        return real(tensors, entries, metadata, [key for key in order if key != "head.bias"], *rest)
 
     monkeypatch.setattr(applying.torch_zip_writer, "lay_out", wrong)
     with pytest.raises(VerificationError, match="does not load") as caught:

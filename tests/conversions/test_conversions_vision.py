@@ -11,7 +11,6 @@ from conversions_support import agree, all_seen, back, convert, hf, images, save
 from torch import nn
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import RuleError
 
 pytest.importorskip("transformers")
 

@@ -15,7 +15,7 @@ from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming import values
-from ckptsurgeon.streaming.values import memory_of, cast, count_non_finite, densify, refuse_losses, reported, tensor_from
+from ckptsurgeon.streaming.values import cast, count_non_finite, densify, memory_of, refuse_losses, reported, tensor_from
 from ckptsurgeon.tensors import Span, TensorMeta
 
 

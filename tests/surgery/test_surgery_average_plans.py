@@ -91,7 +91,11 @@ def test_counters_and_values_that_are_no_tensors_are_the_first_sources():
 
 def test_a_key_that_one_source_lacks_is_told():
     error = refused(soups(SHAPES, {"fc.w": (3, 2)}, {**SHAPES, "head": (2,)}))
-    assert error.problems == ("'fc.b' is not in 1.pt, or a rule dropped it there", "'head' is not in 0.pt", "'head' is not in 1.pt, or a rule dropped it there")
+    assert error.problems == (
+        "'fc.b' is not in 1.pt, or a rule dropped it there",
+        "'head' is not in 0.pt, or a rule dropped it there",
+        "'head' is not in 1.pt, or a rule dropped it there",
+    )
     plan = make_plan(soups(SHAPES, {**SHAPES, "head": (2,)}), None, [rule("drop", "head")], average=True)
     assert [step.target for step in plan.steps] == ["fc.w", "fc.b"]
 
