@@ -224,6 +224,6 @@ def freeze(model: nn.Module, what: Any, partial: str) -> freezing.Frozen:
         raise
 
 
-def initialize_fresh(model: nn.Module, source: Any, scheme: str | Mapping[str, str], seed: int, note: Note) -> tuple[str, ...]:
+def initialize_fresh(model: nn.Module, source: Any, scheme: Any, seed: int, note: Note) -> tuple[str, ...]:
     """See `ckptsurgeon.initialize`."""
     return initialize.initialize(model, _record(source), scheme, seed=seed, note=note)

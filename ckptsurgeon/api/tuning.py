@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening
@@ -11,6 +11,8 @@ from ckptsurgeon.api.ruling import Rules, gather
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.report import Report
 from ckptsurgeon.surgery.rules import from_arguments
+
+Scheme = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
 
 if TYPE_CHECKING:
     import torch
@@ -99,14 +101,14 @@ def transfer(
 
 
 def initialize(
-    model: nn.Module, source: Any, scheme: str | Mapping[str, str] = "per_layer_type", *, seed: int = 0, note: Note = silent
+    model: nn.Module, source: Any, scheme: Scheme | Mapping[str, Scheme] = "per_layer_type", *, seed: int = 0, note: Note = silent
 ) -> tuple[str, ...]:
     """Initialise only what is fresh, in place.
 
     Args:
         source: a report, a plan, a merged checkpoint or its path: what says which keys are fresh.
         scheme: a name such as `"xavier_normal"`, `"per_layer_type"` (convolutions xavier normal, norms 1 and 0, linear layers N(0, 0.01),
-            biases 0; Glorot and Bengio 2010 for xavier), or schemes by pattern.
+            biases 0; Glorot and Bengio 2010 for xavier), a function `f(tensor, generator)` of your own, or schemes by pattern.
         seed: with a key's name, seeds its values; another layer does not change them.
 
     Returns:

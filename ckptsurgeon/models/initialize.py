@@ -16,7 +16,7 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError, RuleError
 from ckptsurgeon.models.groups import close_names, known_fresh
 from ckptsurgeon.models.initial import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, owner_of, value
-from ckptsurgeon.models.own import own_schemes
+from ckptsurgeon.models.own import Fill, in_hand, own_schemes
 from ckptsurgeon.models.scheme_text import SCHEMES, Scheme, describe_effective, parse_scheme
 from ckptsurgeon.models.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern, expand
@@ -24,12 +24,13 @@ from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_patter
 __all__ = ["PER_LAYER_TYPE", "SCHEMES", "Scheme", "describe_effective", "fitted", "initialize", "owner_of", "parse_scheme", "value"]
 
 Group = tuple[str, ...]  # all names of one tensor
+Chosen = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
 
 
 def initialize(
     model: nn.Module,
     report: object,
-    scheme: str | Mapping[str, str] = "per_layer_type",
+    scheme: Chosen | Mapping[str, Chosen] = "per_layer_type",
     *,
     seed: int = 0,
     note: Callable[[str], None] = lambda _line: None,
@@ -44,7 +45,8 @@ def initialize(
     Args:
         report: what is fresh: a report, a plan, a merged file's `Checkpoint`, or key names.
         scheme: one scheme for all fresh keys, or schemes by pattern (the first that matches wins; a fresh key that none matches
-            keeps its value).
+            keeps its value). A scheme is a text, or a function `f(tensor, generator)` that fills a tensor, or returns another, with a
+            generator that is seeded by name.
         note: takes one line for each module of the person's own that a scheme imports.
 
     Raises:
@@ -59,8 +61,9 @@ def initialize(
     """
     state = state_dict_of(model, type(model).__name__)
     fresh = known_fresh(state, report)
-    schemes = _by_key(scheme, [key for key in state if key in fresh], list(state))
-    own = own_schemes(schemes.values(), note)
+    texts, given = _texts(scheme)
+    schemes = _by_key(texts, [key for key in state if key in fresh], list(state))
+    own = {**own_schemes([text for text in schemes.values() if text not in given], note), **given}
     storages = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     groups = _tie_groups(state, schemes, fresh)
     written = {name: group for group in groups for name in group}
@@ -94,6 +97,19 @@ def initialize(
             tensor.copy_(new)
     touched = {name for names, _, _ in values for name in names}
     return tuple(key for key in state if key in touched)
+
+
+def _texts(scheme: Chosen | Mapping[str, Chosen]) -> tuple[str | Mapping[str, str], dict[str, Fill]]:
+    """Schemes as texts, those that are functions by the names under which they are given too."""
+    rows = scheme if isinstance(scheme, Mapping) else {"**": scheme}
+    functions = list(dict.fromkeys(one for one in rows.values() if not isinstance(one, str)))
+    wrong = next((one for one in functions if not callable(one)), None)
+    if wrong is not None:
+        raise RuleError(f"{wrong!r:.60} is no scheme", hint="give a name such as 'xavier_normal', or a function of (tensor, generator)")
+    given = in_hand(functions)
+    names = dict(zip(functions, given, strict=True))
+    texts = {pattern: one if isinstance(one, str) else names[one] for pattern, one in rows.items()}
+    return (texts if isinstance(scheme, Mapping) else texts["**"]), given
 
 
 def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], written: Mapping[str, Group]) -> str:

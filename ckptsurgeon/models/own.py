@@ -76,6 +76,23 @@ def own_schemes(texts: Iterable[str], note: Note) -> dict[str, Fill]:
     return {name: _guarded(*both) for name, both in found.items()}
 
 
+def in_hand(functions: Iterable[Callable[..., Any]]) -> dict[str, Fill]:
+    """Functions that a person has in hand, as schemes: guarded, each by a name that a scheme's text can be.
+
+    Raises:
+        TargetError: a function that does not take `(tensor, generator)`.
+
+    >>> [name for name in in_hand([lambda tensor, generator: tensor.zero_()])]
+    ['given:scheme0']
+    """
+
+    def guarded(name: str, function: Callable[..., Any]) -> Fill:
+        _check_takes(name, function, 2, {})
+        return lambda *args: persons_code.call(name, function, *args)
+
+    return {name: guarded(name, function) for name, function in ((f"given:scheme{number}", one) for number, one in enumerate(functions))}
+
+
 def load_adapter(text: str, note: Note) -> OwnAdapter:
     """A person's own adapter, imported: a function marked with `ckptsurgeon.adapter(shape=...)`.
 
@@ -167,5 +184,5 @@ def _check_takes(text: str, function: Callable[..., Any], given: int, arguments:
         raise TargetError(
             f"is called as {name}(tensor, generator, **arguments), which does not go with its signature {signature}: {error}",
             path=text,
-            hint=f"name its arguments in the scheme: {text.partition('(')[0]}(gain=2)",
+            hint=f"define it as {name}(tensor, generator, ...), and name its other arguments in the scheme: {name}(gain=2)",
         ) from None

@@ -12,6 +12,7 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError, RuleError, TargetError
 from ckptsurgeon.models.initial import seed_of, value
+from ckptsurgeon.models.initialize import initialize
 from ckptsurgeon.models.scheme_text import SCHEMES, describe_effective, effective_scheme, is_own, needs, parse_scheme
 from ckptsurgeon.models.skeleton import checkpoint_of
 from ckptsurgeon.models.unset import is_unset, marked
@@ -353,3 +354,30 @@ def test_marking_loads_no_compiler():
     code = "import sys, torch\nfrom ckptsurgeon.models.unset import marked\nwith marked(): torch.nn.Linear(2, 2)\n"
     code += "sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+
+
+def test_a_function_in_hand_is_a_scheme_seeded_by_name() -> None:
+    def spread(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0, 0.5, generator=generator)
+
+    nets = [nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2)) for _ in range(2)]
+    keys = ["0.weight", "1.weight", "1.bias"]
+    for net in nets:
+        assert initialize(net, keys, {"*.weight": spread, "1.bias": lambda tensor, generator: torch.full_like(tensor, 7.0)}) == tuple(keys)
+    assert torch.equal(nets[0][0].weight, nets[1][0].weight) and not torch.equal(nets[0][0].weight, nets[0][1].weight)
+    assert nets[0][1].bias.tolist() == [7.0, 7.0]
+    assert initialize(nets[0], keys, spread) == tuple(keys)
+
+
+def test_a_function_in_hand_that_is_no_scheme() -> None:
+    net = nn.Linear(3, 2)
+    with pytest.raises(TargetError, match=r"does not go with its signature"):
+        initialize(net, ["weight"], lambda tensor: tensor)
+    with pytest.raises(RuleError, match="is no scheme"):
+        initialize(net, ["weight"], {"weight": 3})  # type: ignore[dict-item]
+
+    def fails(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        raise ValueError("on purpose")
+
+    with pytest.raises(TargetError, match="on purpose"):
+        initialize(net, ["weight"], fails)
