@@ -91,13 +91,6 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """How many elements lie from the first to the last one that the stride reaches; 0 for an empty tensor."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """A file as it was when its header was read; guards one run against a file that changes under it."""

@@ -98,11 +98,6 @@ def needs_floats(ops: Sequence[Op]) -> bool:
     return any(adapter_of(str(op["op"])).floats or op.get("fill") == "mean" for op in ops)
 
 
-def initial_scheme(ops: Sequence[Op]) -> str | None:
-    """The scheme of the target's own initial value that a chain fills up with, if it does."""
-    return next((str(op["scheme"]) for op in ops if op.get("fill") == "init"), None)
-
-
 def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
     """How many elements of what filled ops give, of `shape`, come from no source: rows and margins that were filled up."""
     given = 1.0
