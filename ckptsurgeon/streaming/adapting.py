@@ -21,6 +21,7 @@ from ckptsurgeon.surgery.planned import Step
 if TYPE_CHECKING:
     import torch
 
+ROWS = 1 << 20  # bytes of rows that are made dense at a time
 
 def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> torch.Tensor:
     """What a step's adapters make of its sources' tensors, which are not written to, in their dtype.
@@ -84,7 +85,7 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:
     """A tensor's elements, densely in row-major order, a buffer at a time and without a second copy of a dense one."""
     rows = [tensor]
     if not tensor.is_contiguous() and tensor.dim():  # made dense some rows at a time, so that no second copy is held
-        step = max(1, BUFFER * len(tensor) // max(1, tensor.numel() * tensor.element_size()))
+        step = max(1, ROWS * len(tensor) // max(1, tensor.numel() * tensor.element_size()))
         rows = [tensor[start : start + step] for start in range(0, len(tensor), step)]
     for row in rows:
         memory = memory_of(row)
