@@ -56,3 +56,5 @@ BY_TORCH: dict[str, DType] = {row.torch: row for row in TABLE} | {
 }
 BY_STORAGE_CLASS: dict[str, DType] = {row.storage_class: row for row in TABLE if row.storage_class}
 SAFETENSORS_RANK: dict[str, int] = {row.code: rank for rank, row in enumerate(TABLE)}
+
+DTYPE_CHOICES = ("source", "target", "F16", "BF16", "F32", "F64")  # whose dtype an output has, or one for all floating tensors

@@ -1,12 +1,27 @@
 """The library's verbs, each in one call; nothing here prints. The command line is their thin twin, training code their first client.
 
-`looking`, `merging` and `tuning` are the verbs; the other modules are what they share: opening what a person gives, gates, proof, checks.
+`looking`, `merging`, `ruling` and `tuning` have the verbs; the other modules are what they share: opening what a person gives, gates,
+proof, checks. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
 """
 
-from ckptsurgeon.api.looking import check, diff, inspect, open, skeleton, verify
-from ckptsurgeon.api.merging import apply, load_plan, merge, output_format, plan
-from ckptsurgeon.api.ruling import load_rules
-from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptsurgeon.api.looking import check, diff, inspect, open, skeleton, verify
+    from ckptsurgeon.api.merging import apply, load_plan, merge, output_format, plan
+    from ckptsurgeon.api.ruling import load_rules
+    from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
+
+_HOMES = {
+    "looking": ("check", "diff", "inspect", "open", "skeleton", "verify"),
+    "merging": ("apply", "load_plan", "merge", "output_format", "plan"),
+    "ruling": ("load_rules",),
+    "tuning": ("freeze", "groups", "initialize", "param_groups", "transfer", "unfreeze"),
+}
+_HOME = {verb: home for home, verbs in _HOMES.items() for verb in verbs}
 
 __all__ = [
     "apply",
@@ -28,3 +43,9 @@ __all__ = [
     "unfreeze",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

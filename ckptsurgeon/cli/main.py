@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from importlib import import_module
 from typing import NoReturn
 
 import click
 
-from ckptsurgeon.cli import adapters, apply, check, diff, groups, inspect, merge, plan, skeleton, verify
 from ckptsurgeon.cli.output import lose_stdout, show_error, show_usage_error
 from ckptsurgeon.errors import CheckpointError, OutputError, UnreadableError
 from ckptsurgeon.version import VERSION
@@ -17,12 +17,22 @@ from ckptsurgeon.version import VERSION
 USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
+COMMANDS = ("inspect", "diff", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters")  # each a module
+
+
 class Flow(click.Group):
-    """Lists its commands in the order in which a person uses them."""
+    """Lists its commands in the order in which a person uses them, and imports only the one that is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """As they were added."""
-        return list(self.commands)
+        """In the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"ckptsurgeon.cli.{cmd_name}").command
+        return command
 
 
 @click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,10 +57,6 @@ def cli(ctx: click.Context) -> int:
         click.echo(ctx.get_help(), err=True)
         return USAGE
     return 0
-
-
-for command in (inspect, diff, plan, apply, merge, verify, check, skeleton, groups, adapters):
-    cli.add_command(command.command)
 
 
 class Terminated(BaseException):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from ckptsurgeon.cli.output import Show
+from ckptsurgeon.dtypes import DTYPE_CHOICES
 from ckptsurgeon.surgery.origins import AUTO
-from ckptsurgeon.surgery.plan import DTYPE_CHOICES
 from ckptsurgeon.surgery.rules import Kind, Rule
 
 F = TypeVar("F", bound=Callable[..., Any])

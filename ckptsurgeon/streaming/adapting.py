@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROWS = 1 << 20  # bytes of rows that are made dense at a time
 
+
 def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> torch.Tensor:
     """What a step's adapters make of its sources' tensors, which are not written to, in their dtype.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.averaging import Weights
 from ckptsurgeon.surgery.carried import findings, module_metadata, refuse_unsafe
@@ -24,8 +24,6 @@ from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
 
 __all__ = ["DTYPE_CHOICES", "Action", "Dropped", "Entry", "Plan", "PlanSource", "PlanTarget", "Step", "digest", "make_plan"]
-
-DTYPE_CHOICES = ("source", "target", "F16", "BF16", "F32", "F64")
 
 
 def make_plan(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Verification
-from ckptsurgeon.surgery.compare import Diff
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
+
+if TYPE_CHECKING:
+    from ckptsurgeon.surgery.compare import Diff
 
 VERSION = 1
 
