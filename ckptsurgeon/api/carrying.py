@@ -63,16 +63,7 @@ def training(
             raise
         reader.check_unchanged()
     around, others = _around(beside.value, given.root, place, state.value)
-    rows = [(one.parameter.name, one.reason) for one in state.plans if one.reason is not None]
-    carried = CarriedState(
-        place=place,
-        by=assigned.by,
-        carried=tuple(one.parameter.name for one in state.plans if one.reason is None and not one.adapted),
-        adapted=tuple(one.parameter.name for one in state.plans if one.reason is None and one.adapted),
-        zeroed=tuple(name for name, _ in rows),
-        not_carried=(*rows, *state.notes, *resuming.left(saved, assigned, given, state.plans)),
-        others=others,
-    )
+    carried = replace(resuming.account(place, saved, assigned, given, state.plans, state.notes), others=others)
     source = Checkpoint(given.path, given.format, given.fingerprint, state.leaves, files=given.files)
     return Training(around, state.steps, source), replace(carried, text=text.carried(carried))
 

@@ -161,17 +161,7 @@ def _optimizer(
         return None, saved, CarriedState(place, assigned.by, zeroed=every, not_carried=((type(asked.optimizer).__name__, reason),))
     held = {(0, key): state for key, state in held_by_key(saved, assigned, given).items()}
     made = optimizer_state.make(asked.optimizer, plan_states(parameters, {step.target: step for step in plan.steps}, held), fetch)
-    rows = [(one.parameter.name, one.reason) for one in made.plans if one.reason is not None]
-    carried = CarriedState(
-        place=place,
-        by=assigned.by,
-        carried=tuple(one.parameter.name for one in made.plans if one.reason is None and not one.adapted),
-        adapted=tuple(one.parameter.name for one in made.plans if one.reason is None and one.adapted),
-        zeroed=tuple(name for name, _ in rows),
-        not_carried=(*rows, *made.notes, *left(saved, assigned, given, made.plans)),
-        casts=reported(made.casts),
-    )
-    return made, saved, carried
+    return made, saved, replace(account(place, saved, assigned, given, made.plans, made.notes), casts=reported(made.casts))
 
 
 def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
@@ -181,6 +171,21 @@ def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
     if saved.groups and not all(MARKS[kind] in group for group in saved.groups):
         return f"the source's groups have no {MARKS[kind]!r}, so that its optimizer was none such; this one was left as it is"
     return None
+
+
+def account(
+    place: str, saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan], notes: Sequence[tuple[str, str]]
+) -> CarriedState:
+    """What became of each parameter's state, and of what the source has beside."""
+    rows = [(one.parameter.name, one.reason) for one in plans if one.reason is not None]
+    return CarriedState(
+        place=place,
+        by=assigned.by,
+        carried=tuple(one.parameter.name for one in plans if one.reason is None and not one.adapted),
+        adapted=tuple(one.parameter.name for one in plans if one.reason is None and one.adapted),
+        zeroed=tuple(name for name, _ in rows),
+        not_carried=(*rows, *notes, *left(saved, assigned, given, plans)),
+    )
 
 
 def left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
