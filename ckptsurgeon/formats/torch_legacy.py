@@ -148,7 +148,7 @@ def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
     if _TENSOR_BYTES in first.globals:
         return FormatError(
             "was written by pickle.dump, not by torch.save",
-            hint="where it is trusted: torch.save(pickle.load(open(path, 'rb')), 'out.pt')",
+            hint="have whoever made it write it by torch.save(state_dict, 'out.pt')",
         )
     try:
         collect(file.path, first.value, lambda _storage: Span(file.path, 0, 0, ""), first.globals)
