@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
 from ckptsurgeon.formats import limits
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, run
+from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, name_globals, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import Unpacked, collect
 from ckptsurgeon.tensors import Archive, Span
@@ -91,9 +91,11 @@ def _read(file: OpenFile, data: bytes) -> tuple[Unpacked, bytes]:
         held = storages[storage.key]
         return Span(file.path, offset, held.numel * _item(held), storage.key)
 
+    # Any of the five could ask for something: torch.load without `weights_only` runs them all.
+    asked = tuple(dict.fromkeys(name for part in (first, protocol, system, body, keys) for name in part.globals))
     # The lengths stand between the data; they and the pickles are the header.
     header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
-    return Unpacked(body.value, body.globals, locate), header
+    return Unpacked(body.value, asked, locate), header
 
 
 def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
@@ -146,13 +148,17 @@ def _data_offsets(file: OpenFile, keys: Any, storages: dict[str, StorageRef], po
 
 def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
     if _TENSOR_BYTES in first.globals:
-        return FormatError(
+        error = FormatError(
             "was written by pickle.dump, not by torch.save",
             hint="have whoever made it write it by torch.save(state_dict, 'out.pt')",
         )
+        name_globals(error, first.globals)
+        return error
     try:
         collect(file.path, first.value, lambda _storage: Span(file.path, 0, 0, ""), first.globals)
     except FormatError as error:
         error.reason = f"is a plain pickle, not written by torch.save: it {error.reason}"
         return error
-    return FormatError("is a plain pickle, not written by torch.save")
+    error = FormatError("is a plain pickle, not written by torch.save")
+    name_globals(error, first.globals)
+    return error
