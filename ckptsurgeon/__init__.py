@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         verify,
     )
     from ckptsurgeon.errors import CheckpointError
+    from ckptsurgeon.formats.limits import limits
     from ckptsurgeon.models.thawing import Thaw
     from ckptsurgeon.surgery.adapters.own import adapter
     from ckptsurgeon.surgery.rules import Rule
@@ -39,6 +40,7 @@ _HOMES = {
     "Rule": "surgery.rules",
     "Thaw": "models.thawing",
     "CheckpointError": "errors",
+    "limits": "formats.limits",
     "Checkpoint": "tensors",
     "TensorMeta": "tensors",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "freeze",
     "initialize",
     "inspect",
+    "limits",
     "load_plan",
     "load_rules",
     "merge",

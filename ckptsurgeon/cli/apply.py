@@ -15,6 +15,7 @@ from ckptsurgeon.views import json, text
 @click.command("apply", short_help="Do what a plan says, if nothing has changed since.")
 @click.argument("plan", metavar="PLAN.JSON")
 @options.writing
+@options.limit
 @options.shown
 def command(plan: str, show: Show, **choices: Any) -> int:
     """Do what was decided; refuse a plan whose source or target has changed since."""

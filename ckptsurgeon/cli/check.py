@@ -15,6 +15,7 @@ from ckptsurgeon.views import json, text
 @click.option("--against", metavar="TARGET", help="What every file must fit: a skeleton (no torch needed), a model, a checkpoint.")
 @options.finite
 @options.root
+@options.limit
 @options.shown
 def command(paths: tuple[str, ...], against: str | None, finite: bool, root: str | None, show: Show) -> int:
     """Are the files readable, safe, whole, and do they fit? Exit 1 when anything is found."""

@@ -19,6 +19,7 @@ from ckptsurgeon.views import json, text
 @options.mapping
 @click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
 @click.option("--strict", is_flag=True, help="Exit 1 for any missing, extra or mismatched key.")
+@options.limit
 @options.shown
 @options.ordered_rules
 def command(checkpoint: str, target: str, rules: tuple[Rule | str, ...], exit_code: bool, strict: bool, show: Show, **choices: Any) -> int:

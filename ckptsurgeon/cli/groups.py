@@ -37,6 +37,7 @@ from ckptsurgeon.views import json, text
     show_default=True,
     help="What partly transferred tensors count as (a grown vocabulary).",
 )
+@options.limit
 @options.shown
 def command(
     checkpoint: str,

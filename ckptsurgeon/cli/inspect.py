@@ -14,6 +14,7 @@ from ckptsurgeon.views import json, text
 @click.command("inspect", short_help="What is inside a checkpoint, without running any of it.")
 @click.argument("checkpoint", metavar="CKPT")
 @options.root
+@options.limit
 @options.shown
 def command(checkpoint: str, root: str | None, show: Show) -> int:
     """What is inside a checkpoint, without running any of it and without reading its data."""

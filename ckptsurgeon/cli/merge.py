@@ -24,6 +24,7 @@ DECIDING = ("root", "reverse", "auto", "average", "dtype", "allow_cast", "seed",
 @click.option("--with-optimizer", is_flag=True, help="Write a training checkpoint: the optimizer's state goes with the weights.")
 @click.option("--optimizer-root", metavar="NAME", help="Where the optimizer's state stands, such as optimizer_states.1.")
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
+@options.limit
 @options.shown
 @options.ordered_rules
 def command(

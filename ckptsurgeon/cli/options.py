@@ -10,6 +10,8 @@ import click
 
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
+from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.formats.limits import limits
 from ckptsurgeon.surgery.origins import AUTO
 from ckptsurgeon.surgery.rules import Kind, Rule
 
@@ -64,6 +66,23 @@ def ordered_rules(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> None:
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            ctx.with_resource(limits(**{name: value}))
+        except CheckpointError as error:
+            raise click.BadParameter(f"{error.reason} ({error.hint})", ctx) from error
+
+
+limit = click.option(
+    "--limit",
+    multiple=True,
+    metavar="NAME=VALUE",
+    expose_value=False,
+    callback=_raise_limits,
+    help="Read a trusted file beyond the limit that an error named: --limit pickle-bytes=2GiB.",
+)
 root = click.option("--root", metavar="NAME", help="Which nested dict of the checkpoint holds the state_dict.")
 rename = click.option(
     "--rename", nargs=2, multiple=True, metavar="A B", expose_value=False, help="Rename keys: --rename 'fc2.{p}' 'dense2.{p}'."

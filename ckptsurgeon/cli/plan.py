@@ -20,6 +20,7 @@ from ckptsurgeon.views import text
 @options.deciding
 @click.option("-o", "--output", metavar="PLAN.JSON", help="Where to write the plan.")
 @options.overwrite
+@options.limit
 @options.shown
 @options.ordered_rules
 def command(

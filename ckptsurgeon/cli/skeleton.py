@@ -16,6 +16,7 @@ from ckptsurgeon.views import text
 @click.argument("target", metavar="TARGET")
 @options.output
 @options.overwrite
+@options.limit
 @options.shown
 def command(target: str, output: str, overwrite: bool, show: Show) -> int:
     """Write a target's names and shapes as JSON, so that a gate can hold files against it without torch."""

@@ -20,6 +20,7 @@ from ckptsurgeon.views import json, text
 @click.option("--input", "inputs", multiple=True, metavar="SHAPE", help="One forward pass in eval mode on 1x3x32x32, or 1x16:I64.")
 @options.finite
 @options.seed
+@options.limit
 @options.shown
 def command(checkpoint: str, target: str, show: Show, **choices: Any) -> int:
     """Load CKPT strictly into a fresh TARGET on a device, and compare every tensor bit for bit with the file."""

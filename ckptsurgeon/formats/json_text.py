@@ -6,6 +6,8 @@ import json
 from typing import Any, NoReturn
 
 from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.limits import allowed, exceeded
 
 
 def parse(raw: bytes, path: str, what: str) -> Any:
@@ -27,8 +29,23 @@ def parse(raw: bytes, path: str, what: str) -> Any:
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         return value
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise FormatError(f"has a {what} that nests far deeper than any checkpoint", path=path, hint="do not trust it") from error
+    except ValueError as error:
         raise FormatError(f"has a {what} that is not valid JSON", path=path, hint="copy or download it again") from error
+
+
+def bounded(file: OpenFile, nbytes: int, what: str) -> int:
+    """`nbytes`, where so much JSON may be read."""
+    most = allowed("json-bytes")
+    if nbytes > most:
+        raise exceeded("json-bytes", f"has {what} of {nbytes} bytes, above the limit of {most}", nbytes, path=file.path)
+    return nbytes
+
+
+def whole(file: OpenFile) -> bytes:
+    """The bytes of a JSON file."""
+    return file.read(0, bounded(file, file.size, "JSON"))
 
 
 def integer(value: Any) -> bool:

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-from ckptsurgeon.errors import FormatError, LimitError
+from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.json_text import integer, parse, short
+from ckptsurgeon.formats.limits import allowed, exceeded
 
-TEXT_BYTES = 1 << 26
 MOST_ROWS = 10_000_000
 SPARSE = (4, 1000)  # rows may be this many times the tokens, and so many more
 _FORMS = "one token a line, a JSON list, vocab.json, tokenizer.json, or a config.json with id2label"
@@ -35,8 +35,8 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
     """
     name = os.fspath(path)
     with open_regular(name) as file:
-        if file.size > TEXT_BYTES:
-            raise LimitError(f"is a list of {file.size} bytes, above the limit of {TEXT_BYTES}", path=name, hint=f"give {_FORMS}")
+        if file.size > (most := allowed("label-bytes")):
+            raise exceeded("label-bytes", f"is a list of {file.size} bytes, above the limit of {most}", file.size, path=name)
         raw = file.read(0, file.size).removeprefix(b"\xef\xbb\xbf")
     try:
         text = raw.decode("utf-8")

@@ -1,15 +1,141 @@
-"""How much a header may cost. One table, so that no reader has a bound of its own."""
+"""How much a header may cost: one table of named limits, each of which a person can raise. No reader has a bound of its own.
+
+`allowed` is the bound that holds now; `exceeded` is the error, whose hint names the very flag that raises it. A limit bounds work and
+memory before they are spent. None of them makes reading less strict.
+"""
 
 from __future__ import annotations
 
-PICKLE_BYTES = 1 << 30
-PICKLE_STEPS = 200_000_000
-LONG_BYTES = 4096
-DEPTH = 64
-JSON_BYTES = 100_000_000  # what the safetensors library allows for its header
-ZIP_ENTRIES = 4_000_000
-PLACE_CHARACTERS = 1 << 25  # of the dotted places of all values
-EXTRA_STATE_BYTES = 1 << 26
-DIRECTORY_BYTES = 1 << 29
-INFLATED_HEADER_BYTES = 1 << 20  # beyond the file's own size, for a deflated pickle
-INFLATED_BYTES = 1 << 30  # a view that repeats its elements (stride 0) may become this much larger than its storage
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ckptsurgeon.errors import CheckpointError, LimitError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit: its `name` as in `--limit name=…`, its `default`, what it `bounds`, and the `most` that it can be raised to."""
+
+    name: str
+    default: int
+    bounds: str
+    most: int = 1 << 62
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it counts bytes."""
+        return self.name.endswith("bytes")
+
+
+TABLE: tuple[Limit, ...] = (
+    Limit("pickle-bytes", GIB, "the pickle of a torch file"),
+    Limit("pickle-steps", 200_000_000, "the opcodes of one pickle"),
+    Limit("pickle-memo", 50_000_000, "the values that one pickle keeps to use again"),
+    Limit("pickle-copies", MIB, "what a pickle hands to constructors again and again, or its own length where that is more"),
+    Limit("integer-bytes", 4 * KIB, "one integer of a pickle"),
+    Limit("global-characters", 1000, "the name of a global that a pickle asks for"),
+    Limit("nesting", 64, "containers within containers", most=150),  # some of what goes down there goes down by recursion
+    Limit("tensors", 4_000_000, "the tensors of one file, or of all shards"),
+    Limit("name-characters", MIB, "the dotted names of all values of a torch file, or four times its pickle where that is more"),
+    Limit("json-bytes", 100_000_000, "a safetensors header (as its own library has it), an index, a skeleton"),
+    Limit("shards", 10_000, "the files that one index names"),
+    Limit("zip-entries", 4_000_000, "the entries of a zip archive"),
+    Limit("zip-directory-bytes", GIB // 2, "the directory of a zip archive"),
+    Limit("inflated-bytes", MIB, "what a deflated pickle inflates to, or the file's own size where that is more"),
+    Limit("view-bytes", GIB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
+    Limit("extra-state-bytes", 64 * MIB, "one _extra_state"),
+    Limit("label-bytes", 64 * MIB, "a list of tokens or labels"),
+    Limit("metadata-entries", 1_000_000, "the entries of torch's _metadata where it is written out"),
+)
+BY_NAME: Mapping[str, Limit] = MappingProxyType({limit.name: limit for limit in TABLE})
+_UNITS = {"": 1, "B": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12, "KI": KIB, "MI": MIB, "GI": GIB, "TI": 1 << 40}
+_AMOUNT = re.compile(r"(\d[\d_,]{0,30})\s*([KMGT]?I?)B?", re.ASCII | re.IGNORECASE)
+_raised: ContextVar[Mapping[str, int]] = ContextVar("ckptsurgeon-limits", default=MappingProxyType({}))
+
+
+def allowed(name: str) -> int:
+    """The bound that a limit has now."""
+    return _raised.get().get(name, BY_NAME[name].default)
+
+
+def current() -> dict[str, int]:
+    """The limits that are not at their defaults, for a worker thread or process: `with limits(**current())` there."""
+    return {name.replace("-", "_"): value for name, value in _raised.get().items()}
+
+
+@contextmanager
+def limits(**bounds: int | str) -> Iterator[None]:
+    """Read with other limits, for the time of a `with` block: larger for a file that is trusted, or smaller.
+
+    Args:
+        bounds: limits by name (those of `--limit`, with `_`), as a number or as text such as `"2GiB"`.
+
+    Raises:
+        CheckpointError: there is no such limit, or the value is no amount.
+
+    >>> from ckptsurgeon import open
+    >>> with limits(pickle_bytes="2GiB", tensors=10_000_000):
+    ...     len(open("fixtures/net_params.pkl"))
+    10
+    """
+    given = dict(_bound(name.replace("_", "-"), value) for name, value in bounds.items())
+    token = _raised.set(MappingProxyType({**_raised.get(), **given}))
+    try:
+        yield
+    finally:
+        _raised.reset(token)
+
+
+def _bound(name: str, value: int | str) -> tuple[str, int]:
+    limit = BY_NAME.get(name)
+    if limit is None:
+        raise CheckpointError(f"there is no limit {name!r}", hint=f"the limits are {', '.join(BY_NAME)}")
+    number = amount(value) if isinstance(value, str) else value
+    if type(number) is not int or not 0 < number <= limit.most:
+        largest = f" up to {limit.most}" if limit.most < 1 << 62 else ""
+        hint = f"a whole number above zero{largest}, such as {shown(limit, limit.default)}"
+        raise CheckpointError(f"{value!r} is no amount for the limit {name}", hint=hint)
+    return name, number
+
+
+def amount(text: str) -> int | None:
+    """The number that a person wrote, or None.
+
+    >>> amount("2GiB"), amount("1_000"), amount("5 MB"), amount("many")
+    (2147483648, 1000, 5000000, None)
+    """
+    found = _AMOUNT.fullmatch(text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        return None
+    return int(found[1].replace("_", "").replace(",", "")) * _UNITS[found[2].upper()]
+
+
+def shown(limit: Limit, value: int) -> str:
+    """A bound as a person writes it.
+
+    >>> shown(BY_NAME["pickle-bytes"], 1 << 31), shown(BY_NAME["tensors"], 1 << 10)
+    ('2GiB', '1024')
+    """
+    if limit.in_bytes:
+        for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+            if value >= size and not value % size:
+                return f"{value // size}{unit}"
+    return str(value)
+
+
+def exceeded(name: str, reason: str, needed: int = 0, *, path: str | None = None, key: str | None = None) -> LimitError:
+    """The error for what goes beyond a limit, with the flag that allows `needed`; where that is not known, four times as much as now."""
+    limit = BY_NAME[name]
+    needed = needed or allowed(name) * 4
+    wanted = min(1 << (needed - 1).bit_length(), limit.most)
+    if wanted < needed and wanted <= allowed(name):
+        return LimitError(reason, path=path, key=key, hint=f"this is beyond what the limit {name} can be raised to; do not trust the file")
+    words = shown(limit, wanted)
+    python = f"with ckptsurgeon.limits({name.replace('-', '_')}={words if words.isdecimal() else repr(words)})"
+    return LimitError(reason, path=path, key=key, hint=f"where the file is trusted: --limit {name}={words} (in Python: {python})")

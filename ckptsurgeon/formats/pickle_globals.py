@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_STORAGE_CLASS, BY_TORCH, DType
-from ckptsurgeon.errors import FormatError, LimitError
+from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_values import (
     Encoded,
     Global,
@@ -26,7 +27,6 @@ from ckptsurgeon.formats.pickle_values import (
 )
 
 MAX_INT = (1 << 63) - 1
-MAX_NAME = 1000
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> TensorRef | Inert:
@@ -182,8 +182,8 @@ UNTYPED = ("UntypedStorage", "_UntypedStorage")
 
 def resolve(module: str, name: str) -> tuple[Any, bool]:
     """What stands for the global `module.name`, and whether it is on the allow-list."""
-    if len(module) + len(name) > MAX_NAME:
-        raise LimitError(f"a pickle names a global of more than {MAX_NAME} characters")
+    if len(module) + len(name) > (most := allowed("global-characters")):
+        raise exceeded("global-characters", f"a pickle names a global of more than {most} characters", len(module) + len(name))
     module = RENAMED_MODULES.get(module, module)
     if module in STORAGE_MODULES:
         if name in UNTYPED:

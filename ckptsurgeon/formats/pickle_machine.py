@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import construct
 from ckptsurgeon.formats.pickle_opcodes import RARE
 from ckptsurgeon.formats.pickle_state import Machine, TruncatedPickle, name_globals
@@ -59,14 +59,17 @@ def _loop(m: Machine) -> Pickled:
     data, memo, outer, stack, rare = m.data, m.memo, m.outer, m.stack, RARE
     position = m.position
     from_bytes = int.from_bytes
+    steps, most = allowed("pickle-steps"), allowed("pickle-memo")
     # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
     try:
-        for _ in range(limits.PICKLE_STEPS):
+        for _ in range(steps):
             op = data[position]
             position += 1
             if op == 0x72:  # LONG_BINPUT
                 position += 4
                 memo[from_bytes(data[position - 4 : position], "little")] = stack[-1]
+                if len(memo) > most:
+                    raise m.full()
             elif op == 0x4B:  # BININT1
                 stack.append(data[position])
                 position += 1
@@ -112,6 +115,8 @@ def _loop(m: Machine) -> Pickled:
                 stack.append(from_bytes(data[position - 4 : position], "little", signed=True))
             elif op == 0x94:  # MEMOIZE
                 memo[len(memo)] = stack[-1]
+                if len(memo) > most:
+                    raise m.full()
             elif op == 0x85:  # TUPLE1
                 stack[-1] = (stack[-1],)
             elif op == 0x2E:  # STOP
@@ -126,6 +131,6 @@ def _loop(m: Machine) -> Pickled:
                 m.position, m.stack = position, stack
                 handler(m)
                 position, stack = m.position, m.stack
-        raise LimitError(f"the pickle takes more than {limits.PICKLE_STEPS} steps")
+        raise exceeded("pickle-steps", f"the pickle takes more than {steps} steps")
     finally:
         m.position = position

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from ckptsurgeon.errors import FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import construct, describe, set_item
 from ckptsurgeon.formats.pickle_state import Machine, TruncatedPickle
 from ckptsurgeon.formats.pickle_values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
@@ -102,13 +102,16 @@ def _dict(m: Machine) -> None:
 def _instance(m: Machine) -> None:
     module, name = m.line().decode("ascii", "replace"), m.line().decode("ascii", "replace")
     args = tuple(m.pop_mark())
+    m.charge(args)
     m.push_global(module, name)
     m.stack[-1] = construct(m.stack[-1], args)
 
 
 def _object(m: Machine) -> None:
-    items = m.pop_mark()
-    m.stack.append(construct(items[0], tuple(items[1:])))
+    function, *items = m.pop_mark()
+    args = tuple(items)
+    m.charge(args)
+    m.stack.append(construct(function, args))
 
 
 def _newobj(m: Machine) -> None:
@@ -119,6 +122,7 @@ def _newobj(m: Machine) -> None:
 
 def _newobj_ex(m: Machine) -> None:
     kwargs, args = m.stack.pop(), m.stack.pop()
+    m.charge(args)
     m.stack[-1] = construct(m.stack[-1], args) if not kwargs else Inert(describe(m.stack[-1]), (args, kwargs))
 
 
@@ -143,11 +147,16 @@ def _persistent_line(m: Machine) -> None:
     m.stack.append(m.persistent(m.line().decode("ascii")))
 
 
+def _check_integer(length: int, what: str) -> None:
+    most = allowed("integer-bytes")
+    if length > most:
+        raise exceeded("integer-bytes", f"the pickle has an integer of {length} {what}, above the limit of {most}", length)
+
+
 def _long(size: int) -> Callable[[Machine], None]:
     def handler(m: Machine) -> None:
         length = m.number(size)
-        if length > limits.LONG_BYTES:
-            raise LimitError(f"the pickle has an integer of {length} bytes")
+        _check_integer(length, "bytes")
         m.stack.append(int.from_bytes(m.take(length), "little", signed=True))
 
     return handler
@@ -182,8 +191,7 @@ def _old_line(m: Machine) -> None:
 
 def _int_line(m: Machine) -> None:
     raw = m.line()
-    if len(raw) > limits.LONG_BYTES:
-        raise LimitError(f"the pickle has an integer of {len(raw)} digits")
+    _check_integer(len(raw), "digits")
     m.stack.append({b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else int(raw.rstrip(b"L")))
 
 
@@ -201,6 +209,8 @@ def _tuple3(m: Machine) -> None:
 
 def _put(m: Machine) -> None:
     m.memo[int(m.line()[:20])] = m.stack[-1]
+    if len(m.memo) > allowed("pickle-memo"):
+        raise m.full()
 
 
 def _list(m: Machine) -> None:

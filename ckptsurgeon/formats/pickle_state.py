@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import resolve
 from ckptsurgeon.formats.pickle_values import PickledDict
 
@@ -37,7 +38,9 @@ class Machine:
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.asked: dict[str, None] = {}
+        self.globals: dict[tuple[str, str], Any] = {}
         self.work = 0
+        self.most_work = max(allowed("pickle-copies"), len(data))
 
     def failure(self, what: str) -> FormatError:
         """The error for an opcode that failed: the bytes had ended, or they are damaged."""
@@ -47,14 +50,23 @@ class Machine:
         name_globals(error, tuple(self.asked))
         return error
 
+    def full(self) -> LimitError:
+        """The error for a memo of too many values."""
+        most = allowed("pickle-memo")
+        return exceeded("pickle-memo", f"the pickle keeps more than {most} values to use again")
+
     def charge(self, args: Any) -> None:
-        # A memoised list or text can be handed to a constructor again and again: each copy counts.
+        # A memoised tuple, list or text can be handed to a constructor again and again: each time counts.
         if type(args) is tuple:
-            for arg in args:
-                if type(arg) in _SIZED:
-                    self.work += len(arg)
-            if self.work > len(self.data):
-                raise LimitError("the pickle copies more than a header should")
+            self.spend(len(args))  # before they are walked
+            self.spend(sum(len(arg) for arg in args if type(arg) in _SIZED))
+
+    def spend(self, work: int) -> None:
+        self.work += work
+        if self.work > self.most_work:
+            raise exceeded(
+                "pickle-copies", f"the pickle copies more than the {self.most_work} values that a header may", self.most_work * 4
+            )
 
     def take(self, size: int) -> bytes:
         if size < 0:
@@ -85,7 +97,11 @@ class Machine:
     def push_global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise FormatError("the pickle names a global by something other than text")
-        value, known = resolve(module, name)
-        if not known:
-            self.asked[value.name] = None
+        value = self.globals.get((module, name))
+        if value is None:
+            self.spend(len(module) + len(name))  # two memoised texts can be put together again and again
+            value, known = resolve(module, name)
+            self.globals[module, name] = value
+            if not known:
+                self.asked[value.name] = None
         self.stack.append(value)

@@ -13,6 +13,7 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import OutputError
 from ckptsurgeon.formats.layout import WEIGHTS, OutTensor, Stored
+from ckptsurgeon.formats.unpickled import written_out
 from ckptsurgeon.tensors import contiguous_stride
 
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
@@ -40,7 +41,7 @@ def state_dict_pickle(
     parts.append(b"u")
     if module_metadata:
         parts += [b"}", _text("_metadata"), _ORDERED_DICT, b"("]
-        for path, local in module_metadata.items():
+        for path, local in written_out(module_metadata).items():
             parts += [_text(path), _value(path, local)]
         parts.append(b"usb")
     weights = b"".join(parts)

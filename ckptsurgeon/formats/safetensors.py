@@ -13,24 +13,23 @@ from math import prod
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
-from ckptsurgeon.errors import FormatError, LimitError, OutputError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.formats.json_text import integer, parse, short
+from ckptsurgeon.formats.json_text import bounded, integer, parse, short
 from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.torch_zip import parse_provenance
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
 
 METADATA = "__metadata__"
+MOST_HEADER = 100_000_000  # what the official library reads
 PROVENANCE = "ckptsurgeon"
 
 
 def read(file: OpenFile) -> Archive:
     """Read the header of a safetensors file."""
     length = int.from_bytes(file.read(0, 8), "little")
-    if length > limits.JSON_BYTES:
-        raise LimitError(f"has a header of {length} bytes, above the limit of {limits.JSON_BYTES}", path=file.path)
-    raw = file.read(8, length)
+    raw = file.read(8, bounded(file, length, "a header"))
     if raw[:1] != b"{":
         raise FormatError("has a safetensors header that does not begin with '{'", path=file.path)
     header = parse(raw, file.path, "safetensors header")
@@ -76,6 +75,8 @@ def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, Ten
         places.append((start, stop, name))
         tensors[name] = TensorMeta(name, code, dims, contiguous_stride(dims), Span(path, data + start, stop - start, name))
     places.sort()
+    if len(places) > (most := allowed("tensors")):
+        raise exceeded("tensors", f"has {len(places)} tensors, above the limit of {most}", len(places), path=path)
     position = 0
     for start, stop, name in places:
         if start != position:
@@ -112,7 +113,7 @@ def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout
         position += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    if len(raw) > limits.JSON_BYTES:
+    if len(raw) > MOST_HEADER:
         raise OutputError(f"would have a header of {len(raw)} bytes, more than safetensors allows", hint="write a .pt file instead")
     base = 8 + len(raw)
     slots = tuple(Slot(base + start, tensors[index].nbytes, index) for start, index in places)

@@ -10,10 +10,10 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, RootError, UnreadableError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import CheckpointError, FormatError, RootError, UnreadableError
 from ckptsurgeon.formats.files import OpenFile, unreadable
-from ckptsurgeon.formats.json_text import parse
+from ckptsurgeon.formats.json_text import parse, whole
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
 
 # In the order in which Hugging Face's own loaders look.
@@ -48,30 +48,38 @@ def find_in_folder(folder: str) -> str:
 
 def is_index(file: OpenFile) -> bool:
     """Whether a JSON file is an index of shards, told by its content."""
-    return file.size <= limits.JSON_BYTES and b'"weight_map"' in file.read(0, file.size)
+    return file.size <= allowed("json-bytes") and b'"weight_map"' in file.read(0, file.size)
 
 
 def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     """Read an index and the header of every shard it names."""
-    if file.size > limits.JSON_BYTES:
-        raise LimitError(f"is a JSON file of {file.size} bytes, above the limit of {limits.JSON_BYTES}", path=file.path)
-    raw = file.read(0, file.size)
+    raw = whole(file)
     value = parse(raw, file.path, "index")
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError("has a weight_map that is not a map from keys to file names", path=file.path)
     folder = os.path.dirname(file.path)
-    archives = {name: read_shard(_shard_path(file.path, folder, name)) for name in sorted(set(weight_map.values()))}
+    names = sorted(set(weight_map.values()))
+    for limit, count, what in (("shards", len(names), "files"), ("tensors", len(weight_map), "tensors")):
+        if count > allowed(limit):
+            raise exceeded(limit, f"is an index of {count} {what}, above the limit of {allowed(limit)}", count, path=file.path)
+    archives: dict[str, Archive] = {}
+    shards: dict[str, StateDict] = {}
+    for name in names:
+        path = _shard_path(file.path, folder, name)
+        archive = archives[name] = read_shard(path)
+        if os.path.islink(path):
+            _check_place(file.path, folder, name, archive.files[0])
+        shard = shards[name] = _only_state_dict(archive)
+        # Before the next one is read: one file under many names is read once.
+        unlisted = next((key for key in shard.tensors if weight_map.get(key) != name), None)
+        if unlisted is not None:
+            raise FormatError(f"is in the shard {name}, where the index does not have it", path=file.path, key=unlisted)
     tensors: dict[str, TensorMeta] = {}
-    shards = {name: _only_state_dict(archive) for name, archive in archives.items()}
     for key, name in weight_map.items():
         if key not in shards[name].tensors:
             raise FormatError(f"is in the index, but not in its shard {name}", path=file.path, key=key)
         tensors[key] = shards[name].tensors[key]
-    for name, shard in shards.items():
-        unlisted = next((key for key in shard.tensors if weight_map.get(key) != name), None)
-        if unlisted is not None:
-            raise FormatError(f"is in the shard {name}, where the index does not have it", path=file.path, key=unlisted)
     metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
     entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
     formats = {archive.format for archive in archives.values()}
@@ -101,11 +109,23 @@ def _shard_path(index: str, folder: str, name: str) -> str:
         raise FormatError(f"names the shard {name[:200]!r}, which is not a plain file name", path=index)
     path = os.path.join(folder, name)
     if os.path.islink(path):
-        real, home = os.path.realpath(path), os.path.realpath(folder or ".")
-        before, cache, after = home.rpartition("/models--")
-        blobs = f"{before}{cache}{after.partition('/')[0]}/blobs" if cache else home
-        if not real.startswith((f"{home}/", f"{blobs}/")):
-            raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
+        _check_place(index, folder, name)
     if not os.path.exists(path):
         raise CheckpointError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")
     return path
+
+
+def _check_place(index: str, folder: str, name: str, opened: FileStamp | None = None) -> None:
+    """Hold where a link leads against where it may lead; after it was opened too, when it may no longer be the link that it was."""
+    real, home = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder or ".")
+    before, cache, after = home.rpartition("/models--")
+    blobs = f"{before}{cache}{after.partition('/')[0]}/blobs" if cache else home
+    if not real.startswith((f"{home}/", f"{blobs}/")):
+        raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
+    if opened is not None:
+        try:
+            found = os.lstat(real)
+        except OSError as error:
+            raise unreadable(real, error) from error
+        if (found.st_dev, found.st_ino) != (opened.device, opened.inode):
+            raise FormatError(f"names the shard {name!r}, a link that was changed while it was read", path=index)

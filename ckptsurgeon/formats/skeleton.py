@@ -11,10 +11,11 @@ from math import prod
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.formats.json_text import integer, parse, short
+from ckptsurgeon.formats.json_text import integer, parse, short, whole
+from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.formats.unpickled import written_out
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, contiguous_stride
 
 VERSION = 1
@@ -23,9 +24,7 @@ KIND = "skeleton"
 
 def read(file: OpenFile) -> Archive:
     """Read a skeleton; FormatError for any other JSON."""
-    if file.size > limits.JSON_BYTES:
-        raise LimitError(f"is a JSON file of {file.size} bytes, above the limit of {limits.JSON_BYTES}", path=file.path)
-    raw = file.read(0, file.size)
+    raw = whole(file)
     value = parse(raw, file.path, "content")
     if not isinstance(value, dict) or value.get("kind") != KIND:
         what = "is an index of shards" if isinstance(value, dict) and "weight_map" in value else "is JSON"
@@ -36,6 +35,8 @@ def read(file: OpenFile) -> Archive:
     rows = value.get("tensors")
     if not isinstance(rows, list):
         raise FormatError("is a skeleton without its list of tensors", path=file.path)
+    if len(rows) > (most := allowed("tensors")):
+        raise exceeded("tensors", f"is a skeleton of {len(rows)} tensors, above the limit of {most}", len(rows), path=file.path)
     for row in rows:
         meta = _tensor(file.path, row)
         if meta.name in tensors:
@@ -88,5 +89,5 @@ def to_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": [{"name": meta.name, "dtype": meta.dtype, "shape": list(meta.shape)} for meta in checkpoint.values()],
         "ties": [list(group) for group in checkpoint.ties],
         "entries": list(checkpoint.entries),
-        "module_metadata": {path: dict(local) for path, local in checkpoint.module_metadata.items()},
+        "module_metadata": {path: dict(local) for path, local in written_out(checkpoint.module_metadata).items()},
     }

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.formats.pickle_globals import MAX_INT
 from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, name_globals, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import Unpacked, collect
@@ -39,16 +40,17 @@ def unpack(file: OpenFile) -> Unpacked:
 
 def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
     """What `reading` makes of the file's beginning, of which it gets more for as long as it is too little."""
-    window = min(_FIRST_WINDOW, file.size)
+    window = min(_FIRST_WINDOW, file.size, allowed("pickle-bytes"))
     while True:
         try:
             return reading(file, file.read(0, window))
         except TruncatedPickle as error:
             if window == file.size:
                 raise file.truncated(file.size + 1) from error
-            if window >= limits.PICKLE_BYTES:
-                raise LimitError(f"has pickles of more than {limits.PICKLE_BYTES} bytes", path=file.path) from error
-            window = min(window * 4, file.size)
+            most = allowed("pickle-bytes")
+            if window >= most:
+                raise exceeded("pickle-bytes", f"has pickles of more than {most} bytes", path=file.path) from error
+            window = min(window * 4, file.size, most)
         except CheckpointError as error:
             error.path = error.path or file.path
             raise
@@ -56,7 +58,7 @@ def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
 
 def _archive(file: OpenFile, data: bytes) -> Archive:
     unpacked, header = _read(file, data)
-    tree = collect(file.path, unpacked.value, unpacked.locate, unpacked.globals)
+    tree = collect(file.path, unpacked)
     return Archive(
         path=file.path,
         format="torch-legacy",
@@ -95,7 +97,7 @@ def _read(file: OpenFile, data: bytes) -> tuple[Unpacked, bytes]:
     asked = tuple(dict.fromkeys(name for part in (first, protocol, system, body, keys) for name in part.globals))
     # The lengths stand between the data; they and the pickles are the header.
     header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
-    return Unpacked(body.value, asked, locate), header
+    return Unpacked(body.value, asked, locate, body.end - system.end), header
 
 
 def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
@@ -105,7 +107,7 @@ def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
         if type(identity) is not tuple or len(identity) != 6 or identity[0] != "storage":
             raise FormatError("refers to something that is no storage")
         _, kind, key, _location, numel, view = identity
-        if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or numel < 0:
+        if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or not 0 <= numel <= MAX_INT:
             raise FormatError("describes a storage in a way that torch does not")
         root = storages.setdefault(key, StorageRef(key, kind.dtype, numel))
         if root.dtype is not kind.dtype or root.numel != numel:
@@ -155,10 +157,10 @@ def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
         name_globals(error, first.globals)
         return error
     try:
-        collect(file.path, first.value, lambda _storage: Span(file.path, 0, 0, ""), first.globals)
-    except FormatError as error:
-        error.reason = f"is a plain pickle, not written by torch.save: it {error.reason}"
-        return error
+        collect(file.path, Unpacked(first.value, first.globals, lambda _storage: Span(file.path, 0, 0, ""), first.end))
+    except FormatError as found:
+        found.reason = f"is a plain pickle, not written by torch.save: it {found.reason}"
+        return found
     error = FormatError("is a plain pickle, not written by torch.save")
     name_globals(error, first.globals)
     return error

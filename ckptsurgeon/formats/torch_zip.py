@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.errors import FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.formats.pickle_globals import MAX_INT
 from ckptsurgeon.formats.pickle_machine import TruncatedPickle, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import Unpacked, collect
@@ -28,7 +29,7 @@ PROVENANCE_RECORD = "ckptsurgeon.json"
 def read(file: OpenFile) -> Archive:
     """Read the header of a torch zip file."""
     found = _read(file)
-    tree = collect(file.path, found.unpacked.value, found.unpacked.locate, found.unpacked.globals)
+    tree = collect(file.path, found.unpacked)
     return Archive(
         path=file.path,
         format="torch-zip",
@@ -68,9 +69,9 @@ def _read(file: OpenFile) -> _Read:
             path=file.path,
             hint="where it is trusted: torch.save(torch.jit.load(path).state_dict(), 'out.pt')",
         )
-    if "byteorder" in entries and content(file, entries["byteorder"], 16) != b"little":
+    if "byteorder" in entries and _byteorder(file, entries["byteorder"]) != b"little":
         raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
-    pickle = content(file, entries["data.pkl"], limits.PICKLE_BYTES)
+    pickle = content(file, entries["data.pkl"], "pickle-bytes")
     storages: dict[str, StorageRef] = {}
 
     def persistent(identity: Any) -> StorageRef:
@@ -90,15 +91,23 @@ def _read(file: OpenFile) -> _Read:
     except TruncatedPickle as error:
         raise FormatError("has a data.pkl that ends too early", path=file.path, hint="copy or download it again") from error
     digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
-    return _Read(Unpacked(pickled.value, pickled.globals, locate), entries, storages, digest.hexdigest())
+    return _Read(Unpacked(pickled.value, pickled.globals, locate, len(pickle)), entries, storages, digest.hexdigest())
 
 
-def content(file: OpenFile, entry: Entry, limit: int) -> bytes:
+def _byteorder(file: OpenFile, entry: Entry) -> bytes:
+    if entry.size > 16:
+        raise FormatError(f"has a {entry.name} of {entry.size} bytes, where torch writes one word", path=file.path)
+    return content(file, entry, "pickle-bytes")
+
+
+def content(file: OpenFile, entry: Entry, limit: str) -> bytes:
     """A small entry's bytes, inflated if need be, its CRC checked unless the archive has none (0)."""
+    bounds = {limit: allowed(limit)}
     if entry.method == DEFLATED:
-        limit = min(limit, file.size + limits.INFLATED_HEADER_BYTES)
-    if entry.size > limit:
-        raise LimitError(f"has a {entry.name} of {entry.size} bytes, above the limit of {limit}", path=file.path)
+        bounds["inflated-bytes"] = max(allowed("inflated-bytes"), file.size)
+    for name, most in bounds.items():
+        if entry.size > most:
+            raise exceeded(name, f"has a {entry.name} of {entry.size} bytes, above the limit of {most}", entry.size, path=file.path)
     data = file.read(entry.offset, entry.packed)
     if entry.method == DEFLATED:
         inflate = zlib.decompressobj(-15)
@@ -126,7 +135,7 @@ def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
     if type(identity) is not tuple or len(identity) != 5 or identity[0] != "storage":
         raise FormatError("refers to something that is no storage")
     _, kind, key, _location, numel = identity
-    if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or numel < 0:
+    if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or not 0 <= numel <= MAX_INT:
         raise FormatError("describes a storage in a way that torch does not")
     known = storages.get(key)
     if known is None:
@@ -146,7 +155,7 @@ def _check_record(storage: StorageRef, entry: Entry | None) -> None:
 
 def _provenance(file: OpenFile, entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
     entry = entries.get(PROVENANCE_RECORD)
-    return parse_provenance(content(file, entry, limits.JSON_BYTES)) if entry else None
+    return parse_provenance(content(file, entry, "json-bytes")) if entry else None
 
 
 def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
-from ckptsurgeon.formats import limits, torch_legacy, torch_zip
+from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats import torch_legacy, torch_zip
 from ckptsurgeon.formats.files import OpenFile, open_regular
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_values import Encoded, PickledDict, TensorRef
 from ckptsurgeon.formats.sniff import no_collections, reader_of
-from ckptsurgeon.formats.unpickled import Locate, Unpacked, refusal, tensor_meta
+from ckptsurgeon.formats.unpickled import Locate, Unpacked, most_names, refusal, tensor_meta
 from ckptsurgeon.tensors import FileStamp, Refused
 
 _UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}
@@ -53,15 +54,15 @@ def read_tree(path: str) -> ValueTree:
             if unpack is None:
                 raise FormatError("holds tensors under names and nothing beside them", hint="give the torch file that training wrote")
             found = unpack(file)
-            return ValueTree(path, plain_tree(path, found.value, found.locate), (file.stamp,))
+            return ValueTree(path, plain_tree(path, found), (file.stamp,))
         except CheckpointError as error:
             error.path = error.path or path
             raise
 
 
-def plain_tree(path: str, value: Any, locate: Locate) -> Any:
-    """What the opcode machine made of a pickle as a tree of plain values; `locate` finds a tensor's bytes."""
-    return _Walk(path, locate, {}).told("", value, 0)
+def plain_tree(path: str, found: Unpacked) -> Any:
+    """What the opcode machine made of a pickle as a tree of plain values."""
+    return _Walk(path, found.locate, allowed("nesting"), most_names(found.nbytes), {}).told("", found.value, 0)
 
 
 @dataclass
@@ -70,6 +71,8 @@ class _Walk:
 
     path: str
     locate: Locate
+    deepest: int
+    most: int
     known: dict[int, Any]
     characters: int = 0
 
@@ -77,8 +80,8 @@ class _Walk:
         kind = type(node)
         if kind in SCALARS or kind is complex:
             return node
-        if depth > limits.DEPTH:
-            raise LimitError(f"nests its containers more than {limits.DEPTH} deep", path=self.path)
+        if depth > self.deepest and kind in (PickledDict, list, tuple):
+            raise exceeded("nesting", f"nests its containers more than {self.deepest} deep", path=self.path)
         if id(node) not in self.known:
             self.known[id(node)] = Refused("a value that contains itself")
             self.known[id(node)] = self._told(place, node, depth)
@@ -102,6 +105,6 @@ class _Walk:
         if type(child) in SCALARS:
             return child
         self.characters += len(place) + len(name) + 1
-        if self.characters > limits.PLACE_CHARACTERS:
-            raise LimitError(f"names its values with more than {limits.PLACE_CHARACTERS} characters", path=self.path)
+        if self.characters > self.most:
+            raise exceeded("name-characters", f"names its values with more than {self.most} characters", self.most * 4, path=self.path)
         return self.told(f"{place}.{name}" if place else name, child, depth + 1)

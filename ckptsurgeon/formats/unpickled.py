@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.dtypes import DType
-from ckptsurgeon.errors import FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_machine import name_globals
 from ckptsurgeon.formats.pickle_values import Encoded, Global, Inert, NumpyArray, NumpyDType, PickledDict, StorageRef, TensorRef
@@ -24,11 +24,13 @@ Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its si
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A file's pickle as the opcode machine has it, before anything is looked for in it; every storage was held against the file."""
+    """A file's pickle of `nbytes` bytes as the opcode machine has it, before anything is looked for in it; every storage was held
+    against the file."""
 
     value: Any
     globals: tuple[str, ...]
     locate: Locate
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,40 @@ class Tree:
     beside: tuple[str, ...]
 
 
-def collect(path: str, value: Any, locate: Locate, asked: tuple[str, ...] = ()) -> Tree:
-    """Find every state_dict in `value`. FormatError, in words that help and with what the pickle `asked` for, when there is none."""
+def most_names(nbytes: int) -> int:
+    """How many characters the names of all values of a pickle may have: what is written once can be named again and again."""
+    return max(allowed("name-characters"), 4 * nbytes)
+
+
+def collect(path: str, found: Unpacked) -> Tree:
+    """Find every state_dict in a pickle. FormatError, in words that help and with what the pickle asked for, when there is none."""
+    value, locate = found.value, found.locate
+    deepest, most, most_tensors = allowed("nesting"), most_names(found.nbytes), allowed("tensors")
     roots: list[StateDict] = []
     beside: list[str] = []
-    arrays = characters = 0
+    arrays = characters = tensors = 0
     seen: set[int] = set()
     known: Known = {}
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
         place, node, depth = waiting.pop()
-        if depth > limits.DEPTH:
-            raise LimitError(f"nests its containers more than {limits.DEPTH} deep", path=path)
+        if depth > deepest:
+            raise exceeded("nesting", f"nests its containers more than {deepest} deep", path=path)
         if id(node) in seen or _is_optimizer(node):
             beside.append(place)
             continue
         seen.add(id(node))
         items = _children(path, place, node)
-        characters += len(items) * len(place) + len(place)
-        if characters > limits.PLACE_CHARACTERS:
-            raise LimitError(f"names its values with more than {limits.PLACE_CHARACTERS} characters", path=path)
+        characters += len(items) * len(place) + len(place) + sum(len(name) for name, _ in items)
+        if characters > most:
+            raise exceeded("name-characters", f"names its values with more than {most} characters", most * 4, path=path)
         arrays += sum(type(child) is NumpyArray for _, child in items)
         if type(node) is PickledDict and any(type(child) is TensorRef for _, child in items):
             root = _state_dict(path, place, node, items, locate, known)
             roots.append(root)
+            tensors += len(root.tensors)
+            if tensors > most_tensors:
+                raise exceeded("tensors", f"has more than {most_tensors} tensors", path=path)
             items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
         elif not items or (type(node) is not PickledDict and all(type(child) in SCALARS for _, child in items)):
             beside.append(place)  # empty, or a list of plain values: one thing
@@ -73,7 +85,7 @@ def collect(path: str, value: Any, locate: Locate, asked: tuple[str, ...] = ()) 
         raise FormatError("has two nested dicts of one name", path=path)
     if not roots:
         error = _nothing(path, value, arrays)
-        name_globals(error, asked)
+        name_globals(error, found.globals)
         raise error
     return Tree(tuple(roots), tuple(beside))
 
@@ -105,6 +117,14 @@ def _module_metadata(found: Any) -> Mapping[str, Any]:
     return {path: plain_locals[id(local)] for path, local in found.items() if type(path) is str and isinstance(local, dict)}
 
 
+def written_out(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """torch's `_metadata`, where it may be written out: what is one shared dict in a pickle then stands there once for each path."""
+    entries, most = sum(len(local) for local in metadata.values()), allowed("metadata-entries")
+    if entries > most:
+        raise exceeded("metadata-entries", f"has a _metadata of {entries} entries, above the limit of {most}", entries)
+    return metadata
+
+
 def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorMeta:
     """The `TensorMeta` of a tensor in a pickle, its bytes found by `locate`."""
     whole = locate(ref.storage)
@@ -118,8 +138,8 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorM
     start = ref.storage.start + ref.offset * size
     span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed)
     meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
-    if length and meta.nbytes > max(length * size, limits.INFLATED_BYTES):
-        raise LimitError(f"repeats {length * size} stored bytes into {meta.nbytes}", path=path, key=name)
+    if length and meta.nbytes > max(length * size, allowed("view-bytes")):
+        raise exceeded("view-bytes", f"repeats {length * size} stored bytes into {meta.nbytes}", meta.nbytes, path=path, key=name)
     return meta
 
 
@@ -159,8 +179,8 @@ def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
     if refused is not None:
         return refused, 0
     size = 8 + sum(size for _, size in children) + sum(len(key) for key in keys if type(key) is str)
-    if size > limits.EXTRA_STATE_BYTES:
-        return Refused(f"an _extra_state of more than {limits.EXTRA_STATE_BYTES} bytes"), 0
+    if size > (most := allowed("extra-state-bytes")):
+        return Refused(f"an _extra_state of more than {most} bytes (--limit extra-state-bytes={size} takes it)"), 0
     values = [child for child, _ in children]
     return dict(zip(keys, values, strict=True)) if kind is PickledDict else kind(values), size
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from ckptsurgeon.errors import FormatError, LimitError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.limits import allowed, exceeded
 
 STORED, DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")
@@ -49,10 +49,9 @@ class Directory:
 def read_directory(file: OpenFile) -> Directory:
     """Read and validate the directory of `file`. Raises FormatError for any contradiction, LimitError for too many entries."""
     start, size, count, end = _end_records(file)
-    if count > limits.ZIP_ENTRIES:
-        raise LimitError(f"is a zip of {count} entries, above the limit of {limits.ZIP_ENTRIES}", path=file.path)
-    if size > limits.DIRECTORY_BYTES:
-        raise LimitError(f"has a zip directory of {size} bytes, above the limit of {limits.DIRECTORY_BYTES}", path=file.path)
+    for name, value, what in (("zip-entries", count, "entries"), ("zip-directory-bytes", size, "bytes of directory")):
+        if value > allowed(name):
+            raise exceeded(name, f"is a zip of {value} {what}, above the limit of {allowed(name)}", value, path=file.path)
     raw = file.read(start, size)
     if start + size != end:
         raise _bad(file, "has bytes between its directory and its end record")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.models.skeleton import checkpoint_of_state_dict
 from ckptsurgeon.tensors import Archive, StateDict
 
@@ -68,7 +68,7 @@ def live_roots(source: Mapping[Any, Any]) -> Archive:
 
 
 def _roots(place: str, value: Any, seen: set[int], depth: int) -> Iterator[StateDict]:
-    if id(value) in seen or depth > limits.DEPTH or not isinstance(value, (Mapping, list, tuple)):
+    if id(value) in seen or depth > allowed("nesting") or not isinstance(value, (Mapping, list, tuple)):
         return
     seen.add(id(value))
     items = list(value.items() if isinstance(value, Mapping) else enumerate(value))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats import limits
+from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.models import persons_code
 from ckptsurgeon.models.skeleton import checkpoint_of_state_dict
 from ckptsurgeon.tensors import Refused, TensorMeta
@@ -189,7 +189,7 @@ def _told(value: Any, place: str, tensors: dict[str, torch.Tensor], above: tuple
         return value
     if not isinstance(value, (Mapping, list, tuple)):
         return Refused(f"a {type(value).__name__}")
-    if id(value) in above or depth > limits.DEPTH:
+    if id(value) in above or depth > allowed("nesting"):
         return Refused("a value that contains itself, or is nested too deep")
     within = (*above, id(value))
     if isinstance(value, Mapping):

@@ -13,8 +13,9 @@ import torch
 from formats_support import assert_same, bits, only, refusal, save_legacy, save_zip
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, UnreadableError
-from ckptsurgeon.formats import limits, read
+from ckptsurgeon.formats import read
 from ckptsurgeon.formats import skeleton as skeletons
+from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.tensors import Checkpoint
 
 
@@ -139,14 +140,14 @@ def test_safetensors_headers_that_are_unusual(header: Any, data: bytes, tmp_path
     assert_same(only(read(str(tmp_path / "it"))).tensors, safetensors.torch.load_file(tmp_path / "it"))
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 100, limits.JSON_BYTES + 1, 1 << 39, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [0, 1, 3, 100, allowed("json-bytes") + 1, 1 << 39, 1 << 63, (1 << 64) - 1])
 def test_a_header_length_that_lies(length: int, tmp_path: Path) -> None:
     refusal(length.to_bytes(8, "little") + b"{}" + FOUR, tmp_path)
 
 
 def test_a_header_above_the_limit(tmp_path: Path) -> None:
-    error = refusal((limits.JSON_BYTES + 1).to_bytes(8, "little") + b"{}", tmp_path)
-    assert isinstance(error, LimitError) and str(limits.JSON_BYTES) in error.reason
+    error = refusal((allowed("json-bytes") + 1).to_bytes(8, "little") + b"{}", tmp_path)
+    assert isinstance(error, LimitError) and str(allowed("json-bytes")) in error.reason
 
 
 def test_many_names_and_one_twice_is_found_at_once(tmp_path: Path) -> None:

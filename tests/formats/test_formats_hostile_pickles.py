@@ -403,15 +403,6 @@ def test_a_deflated_pickle_may_not_inflate_without_measure(tmp_path: Path) -> No
     assert told == "LimitError" and seconds < 1 and megabytes < 40
 
 
-def test_limits_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptsurgeon.formats import limits
-
-    monkeypatch.setattr(limits, "PICKLE_STEPS", 3)
-    with pytest.raises(LimitError, match="more than 3 steps"):
-        run(b"\x80\x02NNN.")
-    assert run(b"\x80\x02N.").value is None
-
-
 @pytest.mark.parametrize("program", [b"\x8b\x01\x10\0\0" + bytes(4097), b"I" + b"0" * 4097 + b"\n", b"L" + b"1" * 4097 + b"L\n"])
 def test_integers_have_a_limit(program: bytes) -> None:
     with pytest.raises(LimitError, match="409"):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from formats_support import assert_same, bits, carry_out, only, out_tensors, refusal, save_zip
 
-from ckptsurgeon.errors import FormatError, LimitError, UnreadableError
-from ckptsurgeon.formats import limits, read, torch_zip_writer
+from ckptsurgeon.errors import FormatError, UnreadableError
+from ckptsurgeon.formats import read, torch_zip_writer
 
 STATE = {"w": torch.arange(6.0), "b": torch.ones(300, dtype=torch.float16)}
 
@@ -318,13 +318,6 @@ def test_storages_that_nothing_refers_to_are_noted(tmp_path: Path) -> None:
     folder = items()[0].name.partition("/")[0]
     (tmp_path / "it").write_bytes(archive(*items(), Item(f"{folder}/data/99", b"payload")))
     assert any("nothing refers to" in note for note in read(str(tmp_path / "it")).notes)
-
-
-@pytest.mark.parametrize("limit", ["ZIP_ENTRIES", "DIRECTORY_BYTES", "PICKLE_BYTES"])
-def test_limits(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, limit, 2)
-    error = refusal(archive(*items()), tmp_path)
-    assert isinstance(error, LimitError) and "2" in error.reason
 
 
 def test_a_provenance_record_is_read_and_never_a_reason_to_refuse(tmp_path: Path) -> None:

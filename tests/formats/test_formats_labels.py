@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import ViTConfig
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, UnreadableError
-from ckptsurgeon.formats import labels
 from ckptsurgeon.formats.labels import read_labels
+from ckptsurgeon.formats.limits import limits
 
 TEXT = ["the cat sat on the mat", "a dog", 'naïve 猫 {"x": [1]}', "the mat\tsat"]
 
@@ -130,13 +130,12 @@ def test_what_has_not_one_reading_is_refused(content: Any, words: str, tmp_path:
     assert refused.value.path == path
 
 
-def test_what_is_no_file_of_a_sensible_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_of_a_sensible_size_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("missing", "fifo", "."):
         with pytest.raises(UnreadableError):
             read_labels(str(tmp_path / name))
-    monkeypatch.setattr(labels, "TEXT_BYTES", 3)
-    with pytest.raises(LimitError, match="above the limit of 3"):
+    with limits(label_bytes=3), pytest.raises(LimitError, match="above the limit of 3"):
         read_labels(written(tmp_path, "a\nb\n"))
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ckptsurgeon.dtypes import TABLE
 from ckptsurgeon.errors import OutputError
-from ckptsurgeon.formats import limits, read, torch_zip_writer
+from ckptsurgeon.formats import read, torch_zip_writer
 from ckptsurgeon.formats import safetensors as safetensors_writer
 from ckptsurgeon.formats.layout import OutTensor
 from ckptsurgeon.tensors import Refused, find_ties
@@ -272,7 +272,7 @@ def test_safetensors_refuses_names_that_it_cant_hold(name: str) -> None:
 
 
 def test_safetensors_refuses_a_header_that_the_library_would_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "JSON_BYTES", 100)
+    monkeypatch.setattr(safetensors_writer, "MOST_HEADER", 100)
     with pytest.raises(OutputError):
         safetensors_writer.lay_out([OutTensor("x" * 100, "F32", (1,), 0)], {})
 
