@@ -15,7 +15,7 @@ from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import construct
 from ckptsurgeon.formats.pickle_opcodes import RARE
-from ckptsurgeon.formats.pickle_state import Machine, TruncatedPickle, name_globals
+from ckptsurgeon.formats.pickle_state import NO_FRAME, Machine, TruncatedPickle, name_globals
 
 __all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
 
@@ -57,12 +57,14 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
 def _loop(m: Machine) -> Pickled:
     """The opcodes, the most frequent first."""
     data, memo, outer, stack, rare = m.data, m.memo, m.outer, m.stack, RARE
-    position = m.position
+    position, frame = m.position, m.frame
     from_bytes = int.from_bytes
     steps, most = allowed("pickle-steps"), allowed("pickle-memo")
     # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
     try:
         for _ in range(steps):
+            if position >= frame:
+                frame = m.close_frame(position)
             op = data[position]
             position += 1
             if op == 0x72:  # LONG_BINPUT
@@ -123,6 +125,8 @@ def _loop(m: Machine) -> Pickled:
                 value = stack.pop()
                 if stack or outer:
                     raise FormatError("the pickle stops with values left over")
+                if frame != NO_FRAME:
+                    m.close_frame(position)
                 return Pickled(value, position, tuple(m.asked))
             else:
                 handler = rare.get(op)
@@ -130,7 +134,7 @@ def _loop(m: Machine) -> Pickled:
                     raise FormatError(f"the pickle has an unknown opcode 0x{op:02x}")
                 m.position, m.stack = position, stack
                 handler(m)
-                position, stack = m.position, m.stack
+                position, stack, frame = m.position, m.stack, m.frame
         raise exceeded("pickle-steps", f"the pickle takes more than {steps} steps")
     finally:
         m.position = position

@@ -13,7 +13,7 @@ from typing import Any
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import construct, describe, set_item
-from ckptsurgeon.formats.pickle_state import Machine, TruncatedPickle
+from ckptsurgeon.formats.pickle_state import NO_FRAME, Machine, TruncatedPickle
 from ckptsurgeon.formats.pickle_values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
 
 
@@ -200,6 +200,10 @@ def _frame(m: Machine) -> None:
     if m.position + size > len(m.data):
         m.position = len(m.data)
         raise TruncatedPickle("the pickle ends too early: the file is truncated")
+    if m.frame != NO_FRAME:
+        raise FormatError("the pickle has a frame within another")
+    if size:
+        m.frame = m.position + size
 
 
 def _tuple3(m: Machine) -> None:

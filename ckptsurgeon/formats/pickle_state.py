@@ -25,6 +25,7 @@ def name_globals(error: CheckpointError, asked: tuple[str, ...]) -> None:
 
 
 _SIZED = (str, bytes, list, tuple, PickledDict)
+NO_FRAME = 1 << 64  # where a frame ends when none is open
 
 
 class Machine:
@@ -33,6 +34,7 @@ class Machine:
     def __init__(self, data: bytes, start: int, persistent: Callable[[Any], Any]) -> None:
         self.data = data
         self.position = start
+        self.frame = NO_FRAME
         self.persistent = persistent
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
@@ -54,6 +56,13 @@ class Machine:
         """The error for a memo of too many values."""
         most = allowed("pickle-memo")
         return exceeded("pickle-memo", f"the pickle keeps more than {most} values to use again")
+
+    def close_frame(self, position: int) -> int:
+        # Python's two unpicklers read an opcode that crosses its frame's end differently.
+        if position != self.frame:
+            raise FormatError("the pickle has a frame that ends within an opcode, or after the pickle itself")
+        self.frame = NO_FRAME
+        return NO_FRAME
 
     def charge(self, args: Any) -> None:
         # A memoised tuple, list or text can be handed to a constructor again and again: each time counts.
