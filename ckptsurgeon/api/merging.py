@@ -254,8 +254,11 @@ def load_plan(path: Path) -> Plan:
     ('fc3.weight', 'fc3.bias')
     """
     from ckptsurgeon.formats.files import open_regular
+    from ckptsurgeon.formats.limits import allowed, exceeded
 
     with open_regular(os.fspath(path)) as file:
+        if file.size > (most := allowed("json-bytes")):
+            raise exceeded("json-bytes", f"is a file of {file.size} bytes, above the limit of {most}", file.size, path=os.fspath(path))
         made = planfile.from_json(file.read(0, file.size), os.fspath(path))
     return replace(made, text=text.plan(made))
 

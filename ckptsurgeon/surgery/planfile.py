@@ -5,6 +5,7 @@ A plan of another version, one that does not add up, or one whose source or targ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ ACTIONS: Mapping[str, tuple[bool, tuple[tuple[str | None, ...], ...]]] = {
 }
 STEP = ("target", "dtype", "shape", "action", "sources", "ops", "fresh", "reason")
 LEVELS = ("error", "warning", "note")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -193,11 +195,18 @@ def _plan_source(row: Mapping[str, Any]) -> PlanSource:
     prefix = _row(row["prefix"])
     for value in prefix.values():
         _texts(value) if type(value) is list else _text(value)
-    return PlanSource(_text(row["path"]), _text(row["fingerprint"]), _text(row["format"]), _text(row["root"]), prefix)
+    return PlanSource(_text(row["path"]), _fingerprint(row), _text(row["format"]), _text(row["root"]), prefix)
 
 
 def _plan_target(row: Mapping[str, Any]) -> PlanTarget:
-    return PlanTarget(_text(row["spec"]), _text(row["fingerprint"]), _text(row["kind"]), _text(row["root"]))
+    return PlanTarget(_text(row["spec"]), _fingerprint(row), _text(row["kind"]), _text(row["root"]))
+
+
+def _fingerprint(row: Mapping[str, Any]) -> str:
+    text = _text(row["fingerprint"])
+    if not _SHA256.fullmatch(text):
+        raise ValueError(f"the fingerprint {short(text)}, which is no SHA-256 in hex")
+    return text
 
 
 def _local(value: Any) -> dict[str, Any]:
