@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from typing import Any
 
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ def metas(shapes: Shapes, dtype: str = "F32", file: str | None = None) -> dict[s
 def checkpoint(shapes: Shapes, path: str = "a.pt", format: str = "torch-zip", dtype: str = "F32", **more: Any) -> Checkpoint:
     """A checkpoint by hand."""
     tensors = metas(shapes, dtype, path if format.startswith("torch") else None)
-    return Checkpoint(path, format, more.pop("fingerprint", f"print of {path}"), tensors, **more)
+    return Checkpoint(path, format, more.pop("fingerprint", sha256(path.encode()).hexdigest()), tensors, **more)
 
 
 def model(shapes: Shapes, **more: Any) -> Checkpoint:

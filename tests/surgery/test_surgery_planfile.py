@@ -26,7 +26,7 @@ def again(plan):
 
 
 SOURCE = Checkpoint(
-    "a.pt", "torch-zip", "print of a", metas({"module.fc1.w": (4, 3), "module.old.w": (9,), "module.fc2.w": (4, 4)}, file="a.pt"),
+    "a.pt", "torch-zip", "0" * 64, metas({"module.fc1.w": (4, 3), "module.old.w": (9,), "module.fc2.w": (4, 4)}, file="a.pt"),
     entries={"module.s": 1, "module.t": 2}, module_metadata={"module.fc1": {"version": 2}}, left_behind=("epoch",), notes=("a note",),
 )  # fmt: skip
 TARGET = model(
@@ -36,12 +36,12 @@ PLAN = make_plan([SOURCE], TARGET, [rule("drop", "old.*"), rule("init", "fc2.*",
 
 
 def test_the_design_page_shows_what_stands_there():
-    source = checkpoint({"fc1.weight": (120, 400), "fc3.weight": (10, 84)}, fingerprint="...")
-    target = model({"fc1.weight": (120, 400), "fc3.weight": (2, 84)}, fingerprint="---")
+    source = checkpoint({"fc1.weight": (120, 400), "fc3.weight": (10, 84)}, fingerprint="0" * 64)
+    target = model({"fc1.weight": (120, 400), "fc3.weight": (2, 84)}, fingerprint="f" * 64)
     value = to_json(make_plan([source], target))
     assert value["version"] == 1 and value["seed"] == 0
-    assert value["sources"][0]["path"] == "a.pt" and value["sources"][0]["fingerprint"] == "..."
-    assert value["target"]["spec"] == "model:Net" and value["target"]["fingerprint"] == "---"
+    assert value["sources"][0]["path"] == "a.pt" and value["sources"][0]["fingerprint"] == "0" * 64
+    assert value["target"]["spec"] == "model:Net" and value["target"]["fingerprint"] == "f" * 64
     assert value["steps"] == [
         {
             "target": "fc1.weight",
