@@ -76,7 +76,9 @@ def test_one_source_has_no_mean():
 
 def test_counters_and_values_that_are_no_tensors_are_the_first_sources():
     one, other = [
-        Checkpoint(path, "torch-zip", path[0] * 64, metas({"w": (2,)}) | metas({"n": ()}, "I64") | metas({"m": (2,)}, "BOOL"), entries={"s": 1})
+        Checkpoint(
+            path, "torch-zip", path[0] * 64, metas({"w": (2,)}) | metas({"n": ()}, "I64") | metas({"m": (2,)}, "BOOL"), entries={"s": 1}
+        )
         for path in ("0.pt", "1.pt")
     ]
     plan = make_plan([one, other], None, average=True)
