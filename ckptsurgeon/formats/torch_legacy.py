@@ -46,7 +46,9 @@ def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
             return reading(file, file.read(0, window))
         except TruncatedPickle as error:
             if window == file.size:
-                raise file.truncated(file.size + 1) from error
+                truncated = file.truncated(file.size + 1)
+                truncated.problems = error.problems  # what it had asked for until then
+                raise truncated from error
             most = allowed("pickle-bytes")
             if window >= most:
                 raise exceeded("pickle-bytes", f"has pickles of more than {most} bytes", path=file.path) from error

@@ -89,7 +89,8 @@ def _read(file: OpenFile) -> _Read:
         for storage in storages.values():
             _check_record(storage, entries.get(f"data/{storage.key}"))
     except TruncatedPickle as error:
-        raise FormatError("has a data.pkl that ends too early", path=file.path, hint="copy or download it again") from error
+        hint = "copy or download it again"
+        raise FormatError("has a data.pkl that ends too early", path=file.path, hint=hint, problems=error.problems) from error
     digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
     return _Read(Unpacked(pickled.value, pickled.globals, locate, len(pickle)), entries, storages, digest.hexdigest())
 
