@@ -21,7 +21,7 @@ from ckptsurgeon.models import freezing, groups, initialize
 from ckptsurgeon.models.averaged_copy import live_roots
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
-from ckptsurgeon.models.transfer import put
+from ckptsurgeon.models.transfer import Value, Waiting, at_hand, put
 from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.apply import torn, with_data
@@ -97,7 +97,7 @@ def transfer(
 
 
 def _check_still_unchanged(reader: Reader) -> None:
-    # Values are copied straight from the file's pages: reading them all beforehand would take the memory of a second model.
+    # Values are read from the file straight into the model: reading them all beforehand would take the memory of a second one.
     try:
         reader.check_unchanged()
     except StaleError as error:
@@ -148,13 +148,18 @@ def _live_root(source: Mapping[Any, Any], goal: Checkpoint, beside_average: bool
     return chosen if chosen in roots else None
 
 
-def _refuse_torn_ties(plan: Plan, values: Mapping[str, torch.Tensor]) -> None:
+def _refuse_torn_ties(plan: Plan, values: Mapping[str, Value]) -> None:
     for group in plan.ties:
         first, *rest = [key for key in group if key in values] or [""]
         for key in rest:
-            same = values[key] is values[first] or memory_of(values[key]) == memory_of(values[first])
-            if not same:
+            if not _same(values[key], values[first]):
                 raise torn(first, key)
+
+
+def _same(one: Value, other: Value) -> bool:
+    if isinstance(one, Waiting) and isinstance(other, Waiting) and (one.meta.span, one.meta.stride) == (other.meta.span, other.meta.stride):
+        return True
+    return one is other or memory_of(at_hand(one)) == memory_of(at_hand(other))
 
 
 @dataclass(frozen=True)
@@ -169,22 +174,26 @@ class _Run:
     own: Own
     casts: list[Cast]
 
-    def value(self, step: Step) -> torch.Tensor:
-        """A step's value. One that is neither adapted nor cast is not copied: it lies in the file's mapping, or in the live source."""
-        tensors = [self._tensor(key) for _, key in step.sources]
-        dtype = self.given[step.sources[0][1]].dtype
+    def value(self, step: Step) -> Value:
+        """A step's value. One that is neither adapted nor cast is not copied: it waits in the file, or lies in the live source."""
+        key = step.sources[0][1]
+        dtype = self.given[key].dtype
         if step.adapters:
+            tensors = [at_hand(self._value(one)) for _, one in step.sources]
             return adapted_and_cast(step, tensors, dtype, lambda: self._initial(step), self.own.kernels, self.casts)
-        made = tensors[0]
+        made = self._value(key)
         if step.cast is None:
             return made
-        data = bytearray().join(cast(step.target, dense_parts(made), dtype, step.cast, self.casts))
+        parts = self.reader.parts(made.meta) if isinstance(made, Waiting) else dense_parts(made)
+        data = bytearray().join(cast(step.target, parts, dtype, step.cast, self.casts))
         return tensor_from(data, step.dtype).view(step.shape)
 
-    def _tensor(self, key: str) -> torch.Tensor:
+    def _value(self, key: str) -> Value:
         if key not in self.live:
             origin = with_data(self.given, key)
-            return tensor_from(self.reader.view(origin), origin.dtype).view(origin.shape)
+            assert origin.span is not None
+            self.reader.locate(origin.span)  # opened, held against its stamp and unpacked now: not between two copies
+            return Waiting(origin, self.reader)
         tensor: torch.Tensor = self.live[key].detach()
         if tensor.device.type == "meta":
             raise ModelError("has no values: it is on the meta device", path=self.given.path, key=key)

@@ -72,7 +72,7 @@ class Beside:
     def tree(self, place: str, found: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
         """One part of it with a `TensorMeta` for each tensor, and what gives these tensors."""
         if not self.live:
-            return found, lambda leaf: tensor_from(self.reader.view(leaf), leaf.dtype).view(leaf.shape)
+            return found, lambda leaf: tensor_from(self.reader.read(leaf), leaf.dtype).view(leaf.shape)
         tree, tensors = training_state.live_tree(found, place)
         return tree, lambda leaf: tensors[leaf.name]
 
@@ -253,7 +253,7 @@ def averaged_into(
         if meta.shape != tuple(buffers[name].shape):
             continue
         lives: Any = at_root(source, root) if found.live else {}
-        value = lives[name] if found.live else tensor_from(found.reader.view(meta), meta.dtype).view(meta.shape)
+        value = lives[name] if found.live else tensor_from(found.reader.read(meta), meta.dtype).view(meta.shape)
         with torch.no_grad():
             buffers[name].copy_(value)
     kept = tuple(row for row in report.dropped if row[0] not in ours)

@@ -1,29 +1,65 @@
 """Puts a plan's values into a live model: every value is at hand, and every tensor is known to take one, before the first copy.
 
-It decides nothing; the plan does. Values come through `fetch`, so that nothing here opens a file.
+It decides nothing; the plan does. Values come through `fetch`, so that nothing here opens a file. What lies in a file is read straight into
+the model's memory: never mapped, since a mapped file that becomes shorter kills the process, and never held whole.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ckptsurgeon.errors import ModelError, TargetError, VerificationError
+from ckptsurgeon.errors import CheckpointError, ModelError, TargetError, VerificationError
 from ckptsurgeon.models import initialize, persons_code
 from ckptsurgeon.models.own import Fill
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.models.values import tensor_bytes
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.undisturbed import undisturbed
+from ckptsurgeon.streaming.values import tensor_from
+from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.planned import Plan, resolved
+from ckptsurgeon.tensors import TensorMeta
 
 _EXTRA = "_extra_state"
 
 
-def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extra: Mapping[str, Any], schemes: Mapping[str, Fill]) -> None:
+@dataclass(frozen=True)
+class Waiting:
+    """A value that still lies in a file."""
+
+    meta: TensorMeta
+    reader: Reader
+
+    def into(self, tensor: torch.Tensor) -> None:
+        """Read it into a tensor of its shape and dtype, on any device."""
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if not plain or tensor.is_conj() or tensor.is_neg() or not tensor.numel():
+            tensor.copy_(at_hand(self))
+            return
+        memory: Any = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+        self.reader.read_into(self.meta, memoryview(memory).cast("B"))
+        tensor.view(-1)[:0].zero_()  # autograd learns that the tensor has changed
+
+
+Value = torch.Tensor | Waiting
+
+
+def at_hand(value: Value) -> torch.Tensor:
+    """A value in memory."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return tensor_from(value.reader.read(value.meta), value.meta.dtype).view(value.meta.shape)
+
+
+def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapping[str, Any], schemes: Mapping[str, Fill]) -> None:
     """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on whatever device it is.
 
     Args:
@@ -37,10 +73,12 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extr
         TargetError: the model's own code fails.
         VerificationError: what the model holds afterwards is not what was put in.
         The model is as it was before each of them.
+        UnreadableError, StaleError: a file fails or shrinks while it is read into the model; they name what the model has of it by then.
+        An interrupt waits until the model is whole.
     """
     name = type(model).__name__
     state = state_dict_of(model, name)
-    values: dict[str, torch.Tensor] = {}
+    values: dict[str, Value] = {}
     copies: dict[str, str] = {}
     steps = {step.target: step for step in plan.steps}
     for step in plan.steps:
@@ -61,15 +99,30 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], torch.Tensor], extr
         _check_writable(key, state[key])
     own = {tensor.untyped_storage()._cdata for tensor in _tensors(model) if not is_traceable_wrapper_subclass(tensor)}
     # A source that shares the model's memory would change while the model does.
-    values = {key: value.clone() if value.untyped_storage()._cdata in own else value for key, value in values.items()}
+    values = {
+        key: value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in own else value
+        for key, value in values.items()
+    }
     in_place = all(state[key].untyped_storage()._cdata in own or not state[key].numel() for key in values)
     if in_place and all(key.rpartition(".")[2] == _EXTRA and initialize.owner_of(model, key) is not None for key in extra):
-        _set_extra(model, state, extra, name)
-        with torch.no_grad():
-            for key, value in values.items():
-                state[key].copy_(value)
+        with undisturbed(), torch.no_grad():
+            _set_extra(model, state, extra, name)
+            _copy(state, values)
     else:
-        _through_hooks(model, state, values, extra, name)
+        _through_hooks(model, state, {key: at_hand(value) for key, value in values.items()}, extra, name)
+
+
+def _copy(state: Mapping[str, Any], values: Mapping[str, Value]) -> None:
+    done: list[str] = []
+    for key, value in values.items():
+        try:
+            state[key].copy_(value) if isinstance(value, torch.Tensor) else value.into(state[key])
+        except CheckpointError as error:
+            error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}"
+            error.problems = shortened([f"{one}: has its new value" for one in done])
+            error.hint = "transfer again when the file is whole, or build the model anew"
+            raise
+        done.append(key)
 
 
 def _check_writable(key: str, tensor: torch.Tensor) -> None:

@@ -7,12 +7,13 @@ are handed in.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.errors import OutputError, PlanError
+from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
 from ckptsurgeon.report import Cast, Finding
@@ -131,7 +132,7 @@ class _Run:
         pieces = pieces_of(origins, step.adapters)
         if pieces is None:
             return None
-        return (part for piece in pieces for part in copying.chunks(*self.reader.locate(piece), piece.nbytes))
+        return (part for piece in pieces for part in self.reader.chunks(piece))
 
     def _initial(self, step: Step) -> Buffer:
         if self.values is None:
@@ -176,15 +177,34 @@ def apply(
         tensors, aliases = tensors_of(plan, storages, alias=output.format == "safetensors" and output.tied == "alias")
         entries = _entries(run)
         layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)
-        with new_file(output.path, output.overwrite) as temporary:
+        _refuse_part_of_source(output.path, checkpoints)
+        with new_file(output.path, output.overwrite) as temporary, copying.naming(output.path):
             _write(run, layout, tensors, temporary, output.proof)
             reader.check_unchanged()
             with syncing(temporary):
                 if output.proof:
-                    prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader, around)
+                    _prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader, around)
                 if verify is not None:
                     verify(temporary.path)
+            reader.check_unchanged()  # the proof has read the sources again
     return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(own))
+
+
+def _refuse_part_of_source(path: str, checkpoints: Sequence[Checkpoint]) -> None:
+    """A source may be replaced whole, never a shard of it: the others would be worth nothing."""
+    real = os.path.realpath(path)
+    for checkpoint in checkpoints:
+        if len(checkpoint.files) > 1 and any(os.path.realpath(file.path) == real for file in checkpoint.files):
+            words = f"is one of the {len(checkpoint.files)} files of {checkpoint.path}, which can't do without it"
+            raise OutputError(words, path=path, hint="choose another path")
+
+
+def _prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any) -> None:
+    try:
+        prove(path, expected, entries, reader, around)
+    except VerificationError:
+        reader.check_unchanged()  # a source that changed since it was copied is the likelier reason
+        raise
 
 
 def with_data(checkpoint: Checkpoint, key: str) -> TensorMeta:
@@ -254,7 +274,8 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
     for slot in layout.slots:
         position = slot.offset
         for piece in moved[slot.index] or ():
-            copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
+            with copying.naming(piece.file):
+                copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
             position += piece.nbytes
     _refuse_torn_ties(run, layout, tensors, temporary)
     checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []

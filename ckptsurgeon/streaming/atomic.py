@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ckptsurgeon.errors import OutputError
+from ckptsurgeon.streaming.undisturbed import undisturbed
 
 _MARK = ".ckptsurgeon-"
 _HEAD = 50  # characters of the output's name in the temporary one: at most 200 bytes of the 255 that a name may have
@@ -25,7 +26,7 @@ _REASONS = {
     errno.EDQUOT: ("your disk quota is used up", "free some space, or write to another disk"),
     errno.EFBIG: ("the file would be larger than this system allows", "raise the limit (ulimit -f), or write to another disk"),
     errno.EACCES: ("its folder may not be written to by you", "choose another folder"),
-    errno.EPERM: ("its folder may not be written to by you", "choose another folder"),
+    errno.EPERM: ("it, or its folder, may not be changed by you", "choose another folder"),
     errno.EROFS: ("its file system is read-only", "choose another folder"),
     errno.ENOENT: ("its folder does not exist", "make it first: mkdir -p"),
     errno.ENOTDIR: ("a part of its path is a file", "choose another path"),
@@ -48,12 +49,16 @@ def output_error(path: str, error: OSError) -> OutputError:
 
 
 def check_free(path: str, overwrite: bool) -> str:
-    """The path that will really be written (a link is followed). OutputError when it is taken and may not be replaced."""
+    """The path that will really be written (a link is followed); what a killed run left beside it is taken away.
+
+    OutputError when it is taken and may not be replaced.
+    """
     real = os.path.realpath(path)
+    folder, name = os.path.split(real)
+    _sweep(folder, _head(name))
     try:
         status = os.stat(real)
     except FileNotFoundError:
-        folder = os.path.dirname(real)
         if not os.path.isdir(folder):
             raise OutputError("its folder does not exist", path=path, hint=f"mkdir -p {folder}") from None
         return real
@@ -75,36 +80,49 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
     """
     real = check_free(path, overwrite)
     folder, name = os.path.split(real)
-    head = f".{name[:_HEAD]}{_MARK}"
-    _sweep(folder, head)
+    temporary: Temporary | None = None
+    tried: list[str] = []  # noted before they are made: an interrupt can come in between
     try:
-        temporary = _create(os.path.join(folder, head))
-    except OSError as error:
-        raise output_error(path, error) from error
-    try:
+        temporary = _create(os.path.join(folder, _head(name)), _mode(real), tried)
         yield temporary
         os.fsync(temporary.fd)
-        _take_name(temporary, real, path, overwrite)
+        with undisturbed():
+            _take_name(temporary, real, path, overwrite)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
-        os.close(temporary.fd)
-        with suppress(FileNotFoundError):
-            os.unlink(temporary.path)
+        with undisturbed():
+            for one in tried:
+                with suppress(OSError):
+                    os.unlink(one)
+            if temporary is not None:
+                with suppress(OSError):  # all is synced, or nothing is kept
+                    os.close(temporary.fd)
 
 
-def _create(start: str) -> Temporary:
+def _head(name: str) -> str:
+    return f".{name[:_HEAD]}{_MARK}"
+
+
+def _mode(real: str) -> int:
+    """Permissions to write with: nobody sees more of the new file, meanwhile, than of the one that it replaces."""
+    try:
+        return stat.S_IMODE(os.stat(real).st_mode) & 0o666 | stat.S_IRUSR | stat.S_IWUSR
+    except FileNotFoundError:
+        return 0o666
+
+
+def _create(start: str, mode: int, tried: list[str]) -> Temporary:
     """A new file under a name of its own, locked for as long as somebody writes to it."""
     while True:
         path = f"{start}{secrets.token_hex(6)}.tmp"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        tried.append(path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             _lock(fd)
             if os.path.exists(path):
                 return Temporary(path, fd)
         except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
             os.close(fd)
             raise
         os.close(fd)  # another run swept it away in the moment before it was locked
@@ -121,11 +139,12 @@ def _lock(fd: int) -> None:
 def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> None:
     if overwrite:
         with suppress(FileNotFoundError):
-            os.fchmod(temporary.fd, stat.S_IMODE(os.stat(real).st_mode))
+            _permit(temporary.fd, os.stat(real))
         os.replace(temporary.path, real)
     else:
         try:
             os.link(temporary.path, real)  # unlike rename, it never replaces what another run has just put there
+            os.unlink(temporary.path)
         except FileExistsError:
             raise _taken(path) from None
         except OSError as error:
@@ -134,7 +153,25 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> N
             if os.path.lexists(real):
                 raise _taken(path) from None
             os.rename(temporary.path, real)  # a file system without hard links
-    sync_folder(os.path.dirname(real))
+    try:
+        sync_folder(os.path.dirname(real))
+    except OSError as error:
+        reason = f"is written whole, but its folder could not be synced ({error.strerror}): a power cut may yet undo it"
+        raise OutputError(reason, path=path, hint="check the disk") from error
+
+
+def _permit(fd: int, old: os.stat_result) -> None:
+    """Give a file the permissions of the one that it replaces, and its owner and group where we may."""
+    mode, new = stat.S_IMODE(old.st_mode), os.fstat(fd)
+    if old.st_uid != new.st_uid:
+        with suppress(OSError):
+            os.fchown(fd, old.st_uid, -1)
+    if old.st_gid != new.st_gid:
+        try:
+            os.fchown(fd, -1, old.st_gid)
+        except OSError:
+            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # it was another group's to read
+    os.fchmod(fd, mode)
 
 
 def _taken(path: str) -> OutputError:

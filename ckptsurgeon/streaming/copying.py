@@ -9,17 +9,21 @@ import errno
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ckptsurgeon.errors import StaleError
+from ckptsurgeon.errors import StaleError, UnreadableError
 
 BUFFER = 4 << 20
 _AT_ONCE = 1 << 30
-# The kernel can't copy between these two files (another file system, an old kernel): do it by hand.
-_NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY}
+# The kernel can't copy between these two files (another file system, an old kernel): do it by hand. EIO too: that tells which file it is.
+_NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EIO}
 
 
 def copy_range(source: int, source_offset: int, output: int, output_offset: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes between two open files. OSError where the system refuses; StaleError where the source ends early."""
+    """Copy `nbytes` bytes between two open files.
+
+    OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
+    """
     done = 0
     by_kernel = hasattr(os, "copy_file_range")
     while by_kernel and done < nbytes:
@@ -37,6 +41,16 @@ def copy_range(source: int, source_offset: int, output: int, output_offset: int,
         done += len(chunk)
 
 
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Tell which file it was that could not be read, or ended early."""
+    try:
+        yield
+    except (StaleError, UnreadableError) as error:
+        error.path = error.path or path
+        raise
+
+
 def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
@@ -50,11 +64,16 @@ def chunks(source: int, offset: int, nbytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(nbytes, BUFFER)))
     while nbytes:
         view = buffer[: min(nbytes, BUFFER)]
-        if not _fill(source, view, offset):
-            raise StaleError("a source became shorter while it was read", hint="run it again when nothing writes to it")
+        read_at(source, view, offset)
         yield view
         offset += len(view)
         nbytes -= len(view)
+
+
+def read_at(source: int, buffer: bytearray | memoryview, offset: int) -> None:
+    """Read from `offset` until `buffer` is full. StaleError where the file ends before."""
+    if not _fill(source, buffer, offset):
+        raise StaleError("became shorter while it was read", hint="run it again when nothing writes to it")
 
 
 def checksum(source: int, offset: int, nbytes: int) -> int:
@@ -82,7 +101,10 @@ def equal_ranges(one: int, one_offset: int, other: int, other_offset: int, nbyte
 def _fill(source: int, buffer: bytearray | memoryview, offset: int) -> bool:
     view = memoryview(buffer)
     while len(view):
-        got = os.preadv(source, [view], offset)
+        try:
+            got = os.preadv(source, [view], offset)
+        except OSError as error:
+            raise UnreadableError(f"could not be read ({error.strerror})", hint="check the disk") from error
         if not got:
             return False
         view, offset = view[got:], offset + got

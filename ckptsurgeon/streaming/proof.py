@@ -93,8 +93,9 @@ def _same(fd: int, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
     if item.pieces is not None:
         for piece in item.pieces:
             source, offset = reader.locate(piece)
-            if position + piece.nbytes > end or not copying.equal_ranges(fd, position, source, offset, piece.nbytes):
-                return False
+            with copying.naming(piece.file):
+                if position + piece.nbytes > end or not copying.equal_ranges(fd, position, source, offset, piece.nbytes):
+                    return False
             position += piece.nbytes
         return position == end
     digest = sha256()

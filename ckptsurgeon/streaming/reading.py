@@ -6,18 +6,18 @@ lie densely.
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import BinaryIO
 
-from ckptsurgeon.errors import FormatError, StaleError
+from ckptsurgeon.errors import FormatError, OutputError, StaleError
 from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
-from ckptsurgeon.streaming.copying import BUFFER, chunks
+from ckptsurgeon.streaming import copying
+from ckptsurgeon.streaming.copying import BUFFER
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
 
@@ -32,7 +32,6 @@ class Reader:
                 raise _changed(seen.path)  # between the reading of two headers
         self._files: dict[str, OpenFile] = {}
         self._inflated: dict[tuple[str, int], BinaryIO] = {}
-        self._maps: dict[int, mmap.mmap] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Reader:
@@ -56,20 +55,36 @@ class Reader:
             return file.fd, span.offset
         place = span.file, span.packed.offset
         if place not in self._inflated:
-            self._inflated[place] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-            _inflate(file, span.packed, self._inflated[place])
+            with _unpacking(file.path):
+                self._inflated[place] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+                _inflate(file, span.packed, self._inflated[place])
         return self._inflated[place].fileno(), span.offset
+
+    def chunks(self, span: Span) -> Iterator[memoryview]:
+        """A span's bytes, a buffer at a time; each view is good until the next one."""
+        fd, offset = self.locate(span)
+        with copying.naming(span.file):
+            yield from copying.chunks(fd, offset, span.nbytes)
 
     def read(self, tensor: TensorMeta) -> bytearray:
         """A tensor's elements, densely in row-major order."""
         assert tensor.span is not None
-        fd, offset = self.locate(tensor.span)
         data = bytearray(tensor.span.nbytes)
-        position = 0
-        for chunk in chunks(fd, offset, tensor.span.nbytes):
-            data[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        self._read(tensor.span, memoryview(data))
         return data if tensor.contiguous else densify(tensor, data)
+
+    def read_into(self, tensor: TensorMeta, memory: memoryview) -> None:
+        """A tensor's elements like `read`, into memory of their size; there is no second copy where they lie densely."""
+        assert tensor.span is not None
+        if tensor.contiguous:
+            self._read(tensor.span, memory)
+        else:
+            memory[:] = self.read(tensor)
+
+    def _read(self, span: Span, memory: memoryview) -> None:
+        fd, offset = self.locate(span)
+        with copying.naming(span.file):
+            copying.read_at(fd, memory, offset)
 
     def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
@@ -77,19 +92,7 @@ class Reader:
         if not tensor.contiguous:
             dense = memoryview(self.read(tensor))
             return (dense[start : start + BUFFER] for start in range(0, len(dense), BUFFER))
-        fd, offset = self.locate(tensor.span)
-        return chunks(fd, offset, tensor.span.nbytes)
-
-    def view(self, tensor: TensorMeta) -> memoryview:
-        """A tensor's elements like `read`, mapped from the file rather than read where they lie densely."""
-        assert tensor.span is not None
-        if not tensor.contiguous or not tensor.span.nbytes:
-            return memoryview(self.read(tensor))
-        fd, offset = self.locate(tensor.span)
-        if fd not in self._maps:
-            # Private: torch wants writable memory, and nothing that it writes must reach the file.
-            self._maps[fd] = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-        return memoryview(self._maps[fd])[offset : offset + tensor.span.nbytes]
+        return self.chunks(tensor.span)
 
     def check_unchanged(self) -> None:
         """Raises StaleError when a file that was read is no longer what it was."""
@@ -103,10 +106,19 @@ def _changed(path: str) -> StaleError:
     return StaleError("changed while it was read", path=path, hint="run it again when nothing writes to it")
 
 
+@contextmanager
+def _unpacking(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        words = f"{path} has deflated entries, which could not be unpacked here ({error.strerror})"
+        raise OutputError(words, path=tempfile.gettempdir(), hint="set TMPDIR to a folder with more space") from error
+
+
 def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
     inflate = zlib.decompressobj(-15)
     total = 0
-    for chunk in chunks(file.fd, packed.offset, packed.nbytes):
+    for chunk in copying.chunks(file.fd, packed.offset, packed.nbytes):
         data: bytes | memoryview = chunk
         more = True
         while more:

@@ -246,13 +246,13 @@ def test_overflow_and_truncation_can_be_allowed_by_name() -> None:
 
 def test_a_source_that_changes_before_the_first_copy_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(dict(support.network(seed=1).state_dict()), tmp_path)
-    real = Reader.view
+    real = Reader.locate
 
-    def writing(self: Reader, tensor: Any) -> memoryview:
+    def writing(self: Reader, span: Any) -> tuple[int, int]:
         os.utime(source, ns=(5, 5))
-        return real(self, tensor)
+        return real(self, span)
 
-    monkeypatch.setattr(Reader, "view", writing)
+    monkeypatch.setattr(Reader, "locate", writing)
     model = support.network(seed=2)
     before = snapshot(model)
     with pytest.raises(StaleError):
