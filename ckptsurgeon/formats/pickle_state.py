@@ -46,9 +46,8 @@ class Machine:
 
     def failure(self, what: str) -> FormatError:
         """The error for an opcode that failed: the bytes had ended, or they are damaged."""
-        if self.position >= len(self.data):
-            return TruncatedPickle("the pickle ends too early: the file is truncated")
-        error = FormatError(f"the pickle is damaged: {what}")
+        ended = self.position >= len(self.data)
+        error = TruncatedPickle("the pickle ends too early: the file is truncated") if ended else FormatError(f"the pickle is damaged: {what}")
         name_globals(error, tuple(self.asked))
         return error
 
