@@ -1,0 +1,314 @@
+"""Two trees laid on each other from the top down, the largest modules first.
+
+Rule: of all modules that are not placed yet, the largest is looked at. Where the other side has one of the same contents they are a pair,
+and what is in the one is looked for in the other only; where it has one that is much alike, so are they; otherwise the module is opened and
+its children stand in its place. What is left over in a pair is tried again one level higher.
+Nothing here knows what an adapter is: leaves that are left over go to `fusing`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from ckptsurgeon.surgery.matching.forest import Node
+from ckptsurgeon.surgery.matching.fusing import Fused, fuse
+from ckptsurgeon.surgery.matching.ties import ENOUGH, Choice, Clues, choose
+from ckptsurgeon.surgery.matching.words import concepts, conflict
+
+ALIKE = 0.7  # how much of the contents two modules share before one may stand for the other
+_DEPTH = 60
+
+
+@dataclass(frozen=True)
+class Laid:
+    """One decision: units (or modules, for the record) of both sides that go together."""
+
+    sources: tuple[Node, ...]
+    targets: tuple[Node, ...]
+    margin: float
+    evidence: tuple[str, ...]
+    runner_up: str = ""
+
+
+@dataclass
+class Record:
+    """What a pass decides: pairs of units, and pairs of modules, with their margins, and modules that lost against a look-alike."""
+
+    units: list[Laid] = field(default_factory=list)
+    modules: list[Laid] = field(default_factory=list)
+    lost: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What found no partner, and may be tried higher up."""
+
+    sources: tuple[Node, ...] = ()
+    targets: tuple[Node, ...] = ()
+
+
+def lay(source: Node, target: Node, clues: Clues) -> tuple[Record, Left]:
+    """Lay one tree on the other."""
+    record = Record()
+    pass_ = _Pass(clues, record, (_counted(source), _counted(target)))
+    left = pass_.pair(Choice(source, target, inf, ("the whole",)), inf, 0)
+    return record, left
+
+
+def alike(one: Node, other: Node) -> float:
+    """The share of contents that two modules have in common, 0 to 1; parts that are fused or turned count a little less."""
+    if one.form == other.form:
+        return 1.0
+    a, b = one.weighed, other.weighed
+    total = sum(a.values()) + sum(b.values())
+    if not total:
+        return 0.0
+    shared = sum(min(weight, b[shape]) for shape, weight in a.items() if shape in b)
+    exact = 2 * shared / total
+    sizes = min(one.size, other.size) / max(one.size, other.size, 1)
+    return max(exact, 0.95 * sizes if sizes > 0.9 and not (one.leaf and other.leaf) else 0.0)
+
+
+def _counted(node: Node) -> Counter[int]:
+    return Counter(unit.form for unit in node.units())
+
+
+class _Pass:
+    """One pass over both trees with the same clues; what was decided for two modules holds for all that are equal to them."""
+
+    def __init__(self, clues: Clues, record: Record, counts: tuple[Counter[int], Counter[int]]) -> None:
+        self.clues, self.record, self.counts = clues, record, counts
+        self.likenesses: dict[tuple[int, int], float] = {}
+
+    def alike(self, one: Node, other: Node) -> float:
+        key = (one.form, other.form)
+        found = self.likenesses.get(key) if not (one.leaf or other.leaf) else None
+        if found is None:
+            found = self.likenesses[key] = alike(one, other)
+        return found
+
+    def pair(self, choice: Choice, above: float, depth: int) -> Left:
+        """Two nodes go together: write it down, and place what is in them."""
+        one, other = choice.source, choice.target
+        margin = min(above, choice.margin)
+        if one.leaf and other.leaf:
+            self.record.units.append(Laid((one,), (other,), margin, choice.evidence, choice.runner_up))
+            return Left()
+        self.record.modules.append(Laid((one,), (other,), margin, choice.evidence, choice.runner_up))
+        sources, targets = one.children or (one,), other.children or (other,)
+        return self.place(sources, targets, margin, depth + 1, exact=one.form == other.form)
+
+    def place(self, sources: Sequence[Node], targets: Sequence[Node], above: float, depth: int, exact: bool) -> Left:
+        """Place the nodes of one side on those of the other; what is left over is tried together once more at the end."""
+        open_sources, open_targets = list(sources), list(targets)
+        left = _Collected()
+        while open_sources and open_targets:
+            largest = max(node.size for node in (*open_sources, *open_targets))
+            group = self._same(open_sources, open_targets, largest)
+            if group is None:
+                group = self._much_alike(open_sources, open_targets, largest)
+            if group is not None and group.units and not (exact and group.even):  # others of that shape may come back from below
+                _move(open_sources, group.sources, left.sources)
+                _move(open_targets, group.targets, left.targets)
+                continue
+            if group is None:
+                _open(open_sources, left.sources, largest)
+                _open(open_targets, left.targets, largest)
+                continue
+            for choice in group.choices:
+                left.add(self.pair(choice, above, depth) if depth < _DEPTH else Left())
+                open_sources.remove(choice.source)
+                open_targets.remove(choice.target)
+            for nodes, side in ((open_sources, 0), (open_targets, 1)):
+                for node in group.lost(side):
+                    self.record.lost.append(node)
+                    at = nodes.index(node)
+                    nodes[at : at + 1] = node.children
+                    if node.leaf:
+                        (left.sources, left.targets)[side].append(node)
+        left.sources += open_sources
+        left.targets += open_targets
+        return self._again(left, above, exact, depth)
+
+    def _same(self, sources: Sequence[Node], targets: Sequence[Node], size: int) -> _Group | None:
+        """Nodes of the greatest size with equal contents on both sides; modules may be equal in size alone (parts fused or turned)."""
+        ones, others = [node for node in sources if node.size == size], [node for node in targets if node.size == size]
+        if not ones or not others:
+            return None
+        for form in dict.fromkeys(node.form for node in ones):
+            a, b = [node for node in ones if node.form == form], [node for node in others if node.form == form]
+            if a and b:
+                return self._group(a, b, sources, targets)
+        a, b = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
+        if a and others and (b or len(a) == len(others)):
+            return self._group(a, b or others, sources, targets)
+        if b and len(b) == len(ones):
+            return self._group(ones, b, sources, targets)
+        return None
+
+    def _group(self, ones: Sequence[Node], others: Sequence[Node], sources: Sequence[Node], targets: Sequence[Node]) -> _Group:
+        if len(ones) != len(others):
+            if ones[0].leaf and others[0].leaf:
+                return _Group([], ones, others)
+            if len({node.folded for node in ones}) == len({node.folded for node in others}) == 1:
+                rows = [[node for node in side if node.folded == some[0].folded] for side, some in ((sources, ones), (targets, others))]
+                if len(rows[0]) > 1 or len(rows[1]) > 1:
+                    return self._sequence(*rows)
+        return _Group(choose(ones, others, self.clues), ones, others)
+
+    def _much_alike(self, sources: Sequence[Node], targets: Sequence[Node], size: int) -> _Group | None:
+        """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone."""
+        for one, here, there, turned in (
+            *((node, sources, targets, False) for node in sources if node.size == size),
+            *((node, targets, sources, True) for node in targets if node.size == size),
+        ):
+            if one.leaf or not there:
+                continue
+            best = max(there, key=lambda node: self.alike(one, node))
+            value = self.alike(one, best)
+            if value < ALIKE or (best.leaf and value < 0.9) or any(self.alike(node, best) > value + 1e-9 for node in here):
+                continue
+            if any(self.alike(node, best) > value for node in one.children) or any(self.alike(one, node) > value for node in best.children):
+                continue  # one that is more like it stands inside
+            ones = [node for node in here if node.folded == one.folded and not node.leaf]
+            others = [node for node in there if node.folded == best.folded and node.leaf == best.leaf]
+            return self._sequence(others, ones) if turned else self._sequence(ones, others)
+        return None
+
+    def _sequence(self, ones: Sequence[Node], others: Sequence[Node]) -> _Group:
+        """Pair two rows of modules that are alike but not equal, in the order of their numbers."""
+        ones, others = sorted(ones, key=lambda node: node.numbers), sorted(others, key=lambda node: node.numbers)
+        table = [[self.alike(one, other) for other in others] for one in ones]
+        pairs = _in_order(table)
+        unique = len(ones) == len(others) or _only_way(table, pairs)
+        same_names = all(ones[row].numbers == others[column].numbers for row, column in pairs)
+        margin = inf if unique else 1.0 if same_names else 0.5
+        told = ("much alike",) if len(pairs) == 1 else ("much alike, in the order of their numbers",)
+        choices = [Choice(ones[row], others[column], margin, told) for row, column in pairs]
+        return _Group(choices, [choice.source for choice in choices], [choice.target for choice in choices])
+
+    def _again(self, left: _Collected, above: float, exact: bool, depth: int) -> Left:
+        """What is left over in one context: equal forms that are alone, then parts that are fused, split or turned."""
+        sources = [unit for node in left.sources for unit in node.units()]
+        targets = [unit for node in left.targets for unit in node.units()]
+        placed: list[Laid] = []
+        for form in dict.fromkeys(node.form for node in sources):
+            a, b = [node for node in sources if node.form == form], [node for node in targets if node.form == form]
+            if not a or not b or not a[0].size:
+                continue
+            choices = choose(a, b, self.clues)
+            balanced = self.counts[0][form] == self.counts[1][form]
+            if len(a) != len(b) and depth > 1 and (balanced or any(choice.margin < ENOUGH for choice in choices)):
+                continue  # higher up there are, or may be, more of them
+            for choice in choices:
+                if len(a) == len(b) == 1 and not exact:
+                    choice = _doubted(choice)
+                placed.append(Laid((choice.source,), (choice.target,), min(above, choice.margin), choice.evidence, choice.runner_up))
+        sources, targets = _without(sources, targets, placed)
+        for fused in fuse(sources, targets):
+            placed.append(_fused(fused, above))
+        sources, targets = _without(sources, targets, placed)
+        self.record.units += placed
+        return Left(tuple(sources), tuple(targets))
+
+
+def _fused(fused: Fused, above: float) -> Laid:
+    return Laid(fused.sources, fused.targets, min(above, fused.margin), fused.evidence)
+
+
+def _doubted(choice: Choice) -> Choice:
+    """The only one left of its shape, from modules that are not equal: names must speak for it."""
+    told, wanted = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
+    if conflict(told, wanted):
+        return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
+    last = frozenset(concepts(choice.source.path.rpartition(".")[2])) & frozenset(concepts(choice.target.path.rpartition(".")[2]))
+    if len(choice.source.main) > 1 or last:
+        return choice
+    return replace(choice, margin=0.5, evidence=(*choice.evidence, "names do not say so"))
+
+
+def _without(sources: Sequence[Node], targets: Sequence[Node], placed: Iterable[Laid]) -> tuple[list[Node], list[Node]]:
+    done = {id(node) for laid in placed for node in (*laid.sources, *laid.targets)}
+    return [node for node in sources if id(node) not in done], [node for node in targets if id(node) not in done]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes that may be one another's, and which are."""
+
+    choices: Sequence[Choice]
+    sources: Sequence[Node]
+    targets: Sequence[Node]
+
+    @property
+    def units(self) -> bool:
+        """Whether all are units."""
+        return self.sources[0].leaf and self.targets[0].leaf
+
+    @property
+    def even(self) -> bool:
+        """Whether both sides have as many."""
+        return len(self.sources) == len(self.targets)
+
+    def lost(self, side: int) -> list[Node]:
+        """Those of a side that no choice has."""
+        taken = {id((choice.source, choice.target)[side]) for choice in self.choices}
+        return [node for node in (self.sources, self.targets)[side] if id(node) not in taken]
+
+
+class _Collected:
+    """What is left over while a context is worked on."""
+
+    def __init__(self) -> None:
+        self.sources: list[Node] = []
+        self.targets: list[Node] = []
+
+    def add(self, left: Left) -> None:
+        """What a pair below could not place."""
+        self.sources += left.sources
+        self.targets += left.targets
+
+
+def _move(nodes: list[Node], some: Iterable[Node], to: list[Node]) -> None:
+    for node in some:
+        nodes.remove(node)
+        to.append(node)
+
+
+def _open(nodes: list[Node], left: list[Node], size: int) -> None:
+    """Put the children of the largest nodes in their place; units of that size are left over."""
+    for node in [node for node in nodes if node.size == size]:
+        at = nodes.index(node)
+        nodes[at : at + 1] = node.children
+        if node.leaf:
+            left.append(node)
+
+
+def _in_order(table: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """The pairs (row, column), both rising, with the greatest sum of likeness; the earliest of equals."""
+    rows, columns = len(table), len(table[0]) if table else 0
+    best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
+    for row in range(rows - 1, -1, -1):
+        for column in range(columns - 1, -1, -1):
+            pair = best[row + 1][column + 1] + table[row][column] if table[row][column] >= 0.5 else -1.0
+            best[row][column] = max(pair, best[row + 1][column], best[row][column + 1])
+    pairs, row, column = [], 0, 0
+    while row < rows and column < columns:
+        if table[row][column] >= 0.5 and best[row][column] == best[row + 1][column + 1] + table[row][column]:
+            pairs.append((row, column))
+            row, column = row + 1, column + 1
+        elif best[row][column] == best[row + 1][column]:
+            row += 1
+        else:
+            column += 1
+    return pairs
+
+
+def _only_way(table: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) -> bool:
+    """Whether the latest pairs of equal sum are the same as the earliest."""
+    turned = [list(reversed(row)) for row in reversed(table)]
+    rows, columns = len(table), len(table[0]) if table else 0
+    return sorted((rows - 1 - row, columns - 1 - column) for row, column in _in_order(turned)) == list(pairs)

@@ -1,0 +1,126 @@
+"""Units that are left over and may be one another's parts: fused and split matrices, stacked experts. Also turned (transposed) ones.
+
+Rule: shapes must add up exactly, and the parts must be of one module, or of numbered ones; their order is told by their names (q, k, v;
+gate, up), and is uncertain where names do not tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import inf, prod
+
+from ckptsurgeon.surgery.matching.forest import Node, fold
+from ckptsurgeon.surgery.matching.words import concepts
+
+# Parts that make a whole, in the order in which the field lays them side by side.
+_ORDERS = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Units that together are one of the other side's, in order."""
+
+    sources: tuple[Node, ...]
+    targets: tuple[Node, ...]
+    margin: float
+    evidence: tuple[str, ...]
+
+
+def fuse(sources: Sequence[Node], targets: Sequence[Node]) -> list[Fused]:
+    """Find them among what is left over of two modules that go together."""
+    found: list[Fused] = []
+    free_sources, free_targets = list(sources), list(targets)
+    for wholes, units, turned in ((free_targets, free_sources, False), (free_sources, free_targets, True)):
+        for whole in list(wholes):
+            told = _parts(whole, units)
+            if told:
+                parts, margin, evidence = told
+                found.append(Fused((whole,), parts, margin, (evidence,)) if turned else Fused(parts, (whole,), margin, (evidence,)))
+                wholes.remove(whole)
+                for part in parts:
+                    units.remove(part)
+    for source in list(free_sources):
+        others = [target for target in free_targets if turns(source.main, target.main)]
+        rivals = [other for other in free_sources if turns(other.main, others[0].main)] if others else []
+        if len(others) == len(rivals) == 1:
+            found.append(Fused((source,), (others[0],), inf, ("only one of its shape here, turned",)))
+            free_sources.remove(source)
+            free_targets.remove(others[0])
+    return found
+
+
+def turns(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether a matrix is the other transposed, or a linear layer over a flattened window (same rows, same elements)."""
+    if len(one) < 2 or len(other) < 2 or one == other:
+        return False
+    return (len(one) == 2 and one == other[::-1]) or (len(one) != len(other) and one[0] == other[0] and prod(one) == prod(other))
+
+
+_Told = tuple[tuple[Node, ...], float, str]
+
+
+def _parts(whole: Node, units: Sequence[Node]) -> _Told | None:
+    """The units that add up to a whole, in order, with a margin and words."""
+    if len(whole.main) < 2:
+        return None
+    smaller = [unit for unit in units if len(unit.main) >= 2 and unit.size < whole.size]
+    for group in _families(smaller, lambda unit: unit.parent):
+        if len(group) > 1:
+            for parts, margin in _orders(group):
+                if sum(prod(part.main) for part in parts) == prod(whole.main) and all(_beside(whole.main, part.main) for part in parts):
+                    return parts, margin, "its parts side by side"
+    if len(whole.main) == 3:
+        return _stacked(whole, smaller)
+    return None
+
+
+def _families(units: Sequence[Node], key: Callable[[Node], str]) -> list[list[Node]]:
+    groups: dict[str, list[Node]] = {}
+    for unit in units:
+        groups.setdefault(key(unit), []).append(unit)
+    return list(groups.values())
+
+
+def _orders(group: Sequence[Node]) -> Iterator[tuple[tuple[Node, ...], float]]:
+    """Choices of a family's members in an order: those that names tell, then any in the order of their keys."""
+    for order in _ORDERS:
+        named = [[unit for unit in group if word in concepts(unit.name)] for word in order]
+        if all(len(found) == 1 for found in named) and len({id(found[0]) for found in named}) == len(order):
+            yield tuple(found[0] for found in named), inf
+    if len(group) <= 6:
+        for count in range(len(group), 1, -1):
+            for some in combinations(group, count):
+                yield some, 0.5
+
+
+def _beside(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether a part can lie beside others in a whole: all of its dimensions but one are the whole's, as they are or turned."""
+    return len(whole) == len(part) and any(sum(a != b for a, b in zip(whole, turned, strict=True)) == 1 for turned in (part, part[::-1]))
+
+
+def _stacked(whole: Node, units: Sequence[Node]) -> _Told | None:
+    """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
+    count, *rest = whole.main
+    rows = [sorted(row, key=lambda unit: unit.numbers) for row in _families(units, _without_numbers) if len(row) == count]
+    for row in rows:
+        if sorted(row[0].main) == sorted(rest):
+            alone = sum(sorted(other[0].main) == sorted(rest) for other in rows) == 1
+            sure = alone or _named_alike(whole, row[0], [other[0] for other in rows])
+            return tuple(row), inf if sure else 0.5, "one for each number, stacked"
+    for one, other in ((one, other) for one in rows for other in rows if one is not other):
+        if 2 * prod(one[0].main) == prod(rest) and one[0].main == other[0].main:
+            told = "gate" in concepts(one[0].name) and "up" in concepts(other[0].name)
+            if told or len(rows) == 2:
+                return tuple(unit for pair in zip(one, other, strict=True) for unit in pair), inf if told else 0.5, "stacked pairs"
+    return None
+
+
+def _without_numbers(unit: Node) -> str:
+    return f"{unit.folded.removesuffix(fold(unit.name))}{unit.name}"
+
+
+def _named_alike(whole: Node, unit: Node, others: Sequence[Node]) -> bool:
+    told = set(concepts(whole.name))
+    return max(others, key=lambda other: len(told & set(concepts(other.name)))) is unit

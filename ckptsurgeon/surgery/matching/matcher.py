@@ -1,0 +1,121 @@
+"""The mapping between two implementations, found from what their headers say: passes over both trees until nothing more is learned.
+
+Rule: the first pass uses names, numbers and shapes alone. What it is certain of tells how far the order of keys can be trusted, and which
+names stand for which; later passes use both. No name of a model is known here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from math import sqrt
+
+from ckptsurgeon.surgery.matching.align import Laid, Record, lay
+from ckptsurgeon.surgery.matching.forest import both
+from ckptsurgeon.surgery.matching.links import Turned, links
+from ckptsurgeon.surgery.matching.rest import between, orphans, shared
+from ckptsurgeon.surgery.matching.result import Matching, result
+from ckptsurgeon.surgery.matching.ties import ENOUGH, Clues, count_pairs
+from ckptsurgeon.surgery.matching.words import concepts
+from ckptsurgeon.tensors import TensorMeta
+
+PASSES = 4
+Tensors = Mapping[str, TensorMeta]
+
+
+def match(source: Tensors, target: Tensors) -> Matching:
+    """Find the mapping of a source's tensors to a target's by their names, shapes and order.
+
+    Where the source's matrices fit only transposed, they are looked at so.
+    """
+    found = _match(source, target, Turned(source))
+    keys = _turned(source, target)
+    if keys:
+        other = _match(source, target, Turned(source, keys))
+        if other.share > found.share:
+            return other
+    return found
+
+
+def _match(source: Tensors, target: Tensors, turned: Turned) -> Matching:
+    looked_at = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in source.items()]
+    one, other = both(looked_at, target.values())
+    ordered = has_order(source) and has_order(target)
+    clues = Clues()
+    for _ in range(PASSES):
+        record, left = lay(one, other, clues)
+        clues = _learned(record, ordered)
+    units = [*between(record.units, one, other, clues.trust), *shared(record, left, one)]
+    found = [link for laid in units for link in links(laid, turned)]
+    found += orphans(found, record, source, target)
+    return result(found, source, target, clues.trust)
+
+
+def _turned(source: Tensors, target: Tensors) -> frozenset[str]:
+    """The source's matrices that could be the target's transposed, embeddings aside; none where more fit only as they are."""
+    shapes = {tensor.shape for tensor in target.values()}
+    matrices = {
+        key: tensor.shape
+        for key, tensor in source.items()
+        if len(tensor.shape) == 2 and not set(concepts(key.rpartition(".")[0])) & {"embed", "tok", "pos"}
+    }
+    only = sum(shape not in shapes and shape[::-1] in shapes for shape in matrices.values())
+    never = sum(shape in shapes and shape[::-1] not in shapes for shape in matrices.values())
+    return frozenset(key for key, shape in matrices.items() if shape[::-1] in shapes) if only > never else frozenset()
+
+
+def _learned(record: Record, ordered: bool) -> Clues:
+    """What a pass is certain of, as clues for the next."""
+    certain = [laid for laid in (*record.units, *record.modules) if laid.margin >= ENOUGH and len(laid.sources) == len(laid.targets) == 1]
+    pairs, sources, targets = count_pairs([(laid.sources[0], laid.targets[0]) for laid in certain])
+    return Clues(_trust(certain) if ordered else 0.0, pairs, sources, targets)
+
+
+def _trust(certain: list[Laid]) -> float:
+    """How far to trust that keys stand in the same order: the lower end of what the share of rising neighbours may be (Wilson 1927)."""
+    placed = sorted(
+        (laid.sources[0].at, laid.targets[0].at, laid.sources[0].folded, laid.targets[0].folded) for laid in certain if laid.sources[0].leaf
+    )
+    rising = {  # one pair of neighbours speaks for all that are called so
+        (*_apart(here[2], then[2]), *_apart(here[3], then[3])): then[1] > here[1] for here, then in itertools.pairwise(placed)
+    }
+    total = len(rising)
+    if not total:
+        return 0.0
+    z, share = 1.96, sum(rising.values()) / total
+    low = (share + z * z / (2 * total) - z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))) / (1 + z * z / total)
+    return min(1.0, max(0.0, (low - 0.5) / 0.2))
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Two names without the modules that both are in."""
+    a, b = one.split("."), other.split(".")
+    same = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
+    return ".".join(a[same:]), ".".join(b[same:])
+
+
+def has_order(tensors: Tensors) -> bool:
+    """Whether the order of keys can be a model's own: each module's stand together, and it is not the alphabet's.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> has_order({key: TensorMeta(key, "F32", (), ()) for key in ("b.w", "a.w", "b.b")})
+    False
+    """
+    by_dtype: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        by_dtype.setdefault(tensor.dtype, []).append(key)
+    if all(keys == sorted(keys) for keys in by_dtype.values()):
+        return False
+    seen: set[str] = set()
+    before: list[str] = []
+    for key in tensors:
+        parts = key.split(".")[:-1]
+        same = next((at for at, (x, y) in enumerate(zip(parts, before, strict=False)) if x != y), min(len(parts), len(before)))
+        for depth in range(same + 1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path in seen:
+                return False
+            seen.add(path)
+        before = parts
+    return True

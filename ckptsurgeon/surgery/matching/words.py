@@ -1,0 +1,153 @@
+"""What a name says: a dotted name to the concepts of the field that its words stand for. One table of synonyms; no model's name is in it.
+
+Rule: a word means the same wherever it stands. What a word means only by its place (the `output` of an attention, `w1` beside `w3`) is told
+by structure and never here.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+# Spellings of several words that mean one thing, told before a name is cut into words. Matched whole, between separators.
+_PHRASES: tuple[tuple[str, str], ...] = (
+    (r"parametrizations\.([a-z_]+)\.original0", r"\1_g"),
+    (r"parametrizations\.([a-z_]+)\.original1", r"\1_v"),
+    (r"post_?(attention|attn|self_attn)(_?layer_?norm|_?norm|_?ln)", "postattn.norm"),
+    (r"pre_?(attention|attn|self_attn)(_?layer_?norm|_?norm|_?ln)", "preattn.norm"),
+    (r"pre_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "premlp.norm"),
+    (r"post_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "postmlp.norm"),
+    (r"w1", "gate.1"),
+    (r"w2", "down.2"),
+    (r"w3", "up.3"),
+    (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
+    (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
+    (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|fc1_gu", "gate.up"),
+    (r"layer_?norms?|ln|rms_?norm|batch_?norm([123]d)?|group_?norm|instance_?norm|normali[sz]ation|bn|gn|norms", "norm"),
+    (r"layer_?scale|ls|lambda|res_?scale", "scale"),
+    (r"self_?attn|self_?attention|self_?attend|slf_attn|sa", "self.attn"),
+    (
+        r"cross_?attn|cross_?attention|enc_?dec_?attention|encoder_attn|encoder_decoder_attention|encoder_attention|src_attn|multihead_attn|ca"
+        r"|enc_attn|inter_?attention|memory_attn|xattn|context_attn",
+        "cross.attn",
+    ),
+    (r"feed_?forward|ffn?|mlps?|pointwise_feedforward|positionwise", "mlp"),
+    (r"token_?type|segment", "tokentype"),
+    (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
+    (r"wte|tok|word|token|vocab|tokens", "tok"),
+    (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
+    (r"lm_head|output_projection|proj_out_vocab", "head.lm"),
+    (
+        r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
+        "shortcut",
+    ),
+    (r"rel(ative)?_?pos(ition)?(_?bias|_?bias_?table|_bias_embedding)?|relative_attention_bias|rel_?attn_?bias", "relpos"),
+)
+_SPLIT = re.compile(r"[._\-/]+")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_DIGITS = re.compile(r"\d+|\D+")
+
+# A word, and the concepts that it stands for.
+_WORDS: dict[str, str] = {}
+for _concept, _said in (
+    ("q", "q query queries wq theta qw"),
+    ("k", "k key keys wk phi"),
+    ("v", "v value values wv val"),
+    ("qkv", "qkv"),
+    ("kv", "kv"),
+    ("attn", "attention attn att mha multihead selfattention mixer attend"),
+    ("mlp", "mlp intermediate"),
+    ("out", "out output o wo outs"),
+    ("proj", "proj projection projected projector lin linear dense fc"),
+    ("norm", "norm ln layernorm"),
+    ("conv", "conv convolution conv1d conv2d conv3d convs"),
+    ("embed", "embed embedding embeddings emb embedder embeds embeddding"),
+    ("patch", "patch patches patchify"),
+    ("pos", "pos position positional"),
+    ("tok", "tok"),
+    ("cls", "cls"),
+    ("scale", "scale gamma lambda"),
+    ("head", "head heads classifier decoder_head cls_head logits prediction predictions predictor fc_out"),
+    ("lm", "lm"),
+    ("shortcut", "shortcut"),
+    ("relpos", "relpos"),
+    ("encoder", "encoder enc"),
+    ("decoder", "decoder dec"),
+    ("self", "self slf"),
+    ("cross", "cross src"),
+    ("gate", "gate gating gated"),
+    ("up", "up"),
+    ("down", "down"),
+    ("text", "text textual language txt lang"),
+    ("image", "image visual vision img vit pixel"),
+    ("audio", "audio speech wav sound mel"),
+    ("depthwise", "depthwise dw dwconv"),
+    ("pointwise", "pointwise pw pwconv"),
+    ("expand", "expand expansion expanded"),
+    ("reduce", "reduce reduction squeeze"),
+    ("se", "se"),
+    ("router", "router"),
+    ("expert", "expert experts"),
+    ("shared", "shared"),
+    ("block", "block blocks layer layers h stage stages unit units resblocks resnets resblock layerlist group groups cell"),
+    ("final", "final last post end"),
+    ("first", "first before pre input initial in inp"),
+    ("second", "second after"),
+    ("mid", "mid middle bottleneck"),
+    ("stem", "stem"),
+    ("mask", "mask masked"),
+    ("tokentype", "tokentype"),
+    ("teacher", "teacher"),
+    ("student", "student"),
+    ("fuse", "fuse fusion fused"),
+    ("time", "time timestep temb t"),
+    ("logit", "logit"),
+    ("temperature", "temperature tau"),
+    ("pool", "pool pooler pooling"),
+    ("ih", "ih"),
+    ("hh", "hh"),
+):
+    for _word in _said.split():
+        _WORDS[_word] = _concept
+_PHRASE = [(re.compile(rf"(?<![a-z0-9])(?:{pattern})(?![a-z])"), told) for pattern, told in _PHRASES]
+# Concepts that say what a part is; two names with different ones of a row do not mean the same tensor.
+_KINDS = (
+    {"norm", "scale", "pos", "cls", "relpos", "tok", "mask", "patch"},
+    {"text", "image", "audio"},
+    {"self", "cross"},
+    {"encoder", "decoder"},
+    {"q", "k", "v"},
+    {"gate", "up", "down"},
+    {"student", "teacher"},
+    {"ih", "hh"},
+    {"head", "embed"},
+)
+CONFUSED = ({"q", "k", "v"}, {"gate", "up"})  # what implementations register in any order
+
+
+@cache
+def concepts(name: str) -> tuple[str, ...]:
+    """The concepts of a dotted name, numbers among them, in its order; unknown words stand for themselves.
+
+    >>> concepts("blocks.3.ln_1.weight")
+    ('block', '#3', 'norm', '#1', 'weight')
+    """
+    text = _CAMEL.sub("_", name).lower()
+    for pattern, told in _PHRASE:
+        text = pattern.sub(told, text)
+    found: list[str] = []
+    for word in _SPLIT.split(text):
+        if word in _WORDS:
+            found.append(_WORDS[word])
+            continue
+        for part in _DIGITS.findall(word):
+            if part.isdigit():
+                found.append(f"#{int(part)}")
+            else:
+                found.append(_WORDS.get(part, part))
+    return tuple(found)
+
+
+def conflict(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two names name parts that can't be the same."""
+    return any((one & kind) and (other & kind) and not (one & other & kind) for kind in _KINDS)
