@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import inf
 
 from ckptsurgeon.surgery.matching.forest import Node
 from ckptsurgeon.surgery.matching.fusing import Fused, fuse
-from ckptsurgeon.surgery.matching.ties import ENOUGH, Choice, Clues, choose
+from ckptsurgeon.surgery.matching.ties import ENOUGH, Anchors, Choice, Clues, choose
 from ckptsurgeon.surgery.matching.words import concepts, conflict
 
 ALIKE = 0.7  # how much of the contents two modules share before one may stand for the other
+UNSAID = "names do not say so"
 _DEPTH = 60
+_ANCHORS = 12
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,10 @@ class _Pass:
         """Place the nodes of one side on those of the other; what is left over is tried together once more at the end."""
         open_sources, open_targets = list(sources), list(targets)
         left = _Collected()
+        anchors = self.anchors(sources, targets)
         while open_sources and open_targets:
             largest = max(node.size for node in (*open_sources, *open_targets))
-            group = self._same(open_sources, open_targets, largest)
+            group = self._same(open_sources, open_targets, largest, anchors)
             if group is None:
                 group = self._much_alike(open_sources, open_targets, largest)
             if group is not None and group.units and not (exact and group.even):  # others of that shape may come back from below
@@ -133,7 +137,18 @@ class _Pass:
         left.targets += open_targets
         return self._again(left, above, exact, depth)
 
-    def _same(self, sources: Sequence[Node], targets: Sequence[Node], size: int) -> _Group | None:
+    def anchors(self, sources: Sequence[Node], targets: Sequence[Node]) -> list[tuple[Node, Node]]:
+        """A few pairs of an earlier pass among nodes and their children."""
+        there = {id(node) for target in targets for node in (target, *target.children)}
+        pairs = (
+            (node, self.clues.partners[id(node)])
+            for source in sources
+            for node in (source, *source.children)
+            if id(node) in self.clues.partners
+        )
+        return list(islice(((one, other) for one, other in pairs if id(other) in there), _ANCHORS))
+
+    def _same(self, sources: Sequence[Node], targets: Sequence[Node], size: int, anchors: Anchors) -> _Group | None:
         """Nodes of the greatest size with equal contents on both sides; modules may be equal in size alone (parts fused or turned)."""
         ones, others = [node for node in sources if node.size == size], [node for node in targets if node.size == size]
         if not ones or not others:
@@ -141,15 +156,17 @@ class _Pass:
         for form in dict.fromkeys(node.form for node in ones):
             a, b = [node for node in ones if node.form == form], [node for node in others if node.form == form]
             if a and b:
-                return self._group(a, b, sources, targets)
+                return self._group(a, b, sources, targets, anchors)
         a, b = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
         if a and others and (b or len(a) == len(others)):
-            return self._group(a, b or others, sources, targets)
+            return self._group(a, b or others, sources, targets, anchors)
         if b and len(b) == len(ones):
-            return self._group(ones, b, sources, targets)
+            return self._group(ones, b, sources, targets, anchors)
         return None
 
-    def _group(self, ones: Sequence[Node], others: Sequence[Node], sources: Sequence[Node], targets: Sequence[Node]) -> _Group:
+    def _group(
+        self, ones: Sequence[Node], others: Sequence[Node], sources: Sequence[Node], targets: Sequence[Node], anchors: Anchors
+    ) -> _Group:
         if len(ones) != len(others):
             if ones[0].leaf and others[0].leaf:
                 return _Group([], ones, others)
@@ -157,7 +174,9 @@ class _Pass:
                 rows = [[node for node in side if node.folded == some[0].folded] for side, some in ((sources, ones), (targets, others))]
                 if len(rows[0]) > 1 or len(rows[1]) > 1:
                     return self._sequence(*rows)
-        return _Group(choose(ones, others, self.clues), ones, others)
+        group = {id(node) for node in (*ones, *others)}
+        apart = [(one, other) for one, other in anchors if id(one) not in group and id(other) not in group]
+        return _Group(choose(ones, others, self.clues, apart), ones, others)
 
     def _much_alike(self, sources: Sequence[Node], targets: Sequence[Node], size: int) -> _Group | None:
         """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone."""
@@ -211,6 +230,9 @@ class _Pass:
         for fused in fuse(sources, targets):
             placed.append(_fused(fused, above))
         sources, targets = _without(sources, targets, placed)
+        doubted = [place for place, laid in enumerate(placed) if UNSAID in laid.evidence]
+        if len(doubted) == 1 and not any(node.size for node in (*sources, *targets)):
+            placed[doubted[0]] = replace(placed[doubted[0]], margin=min(above, ENOUGH), evidence=("all that is left on both sides",))
         self.record.units += placed
         return Left(tuple(sources), tuple(targets))
 
@@ -227,7 +249,7 @@ def _doubted(choice: Choice) -> Choice:
     last = frozenset(concepts(choice.source.path.rpartition(".")[2])) & frozenset(concepts(choice.target.path.rpartition(".")[2]))
     if len(choice.source.main) > 1 or last:
         return choice
-    return replace(choice, margin=0.5, evidence=(*choice.evidence, "names do not say so"))
+    return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))
 
 
 def _without(sources: Sequence[Node], targets: Sequence[Node], placed: Iterable[Laid]) -> tuple[list[Node], list[Node]]:

@@ -12,10 +12,10 @@ from itertools import combinations
 from math import inf, prod
 
 from ckptsurgeon.surgery.matching.forest import Node, fold
-from ckptsurgeon.surgery.matching.words import concepts
+from ckptsurgeon.surgery.matching.words import concepts, gated
 
 # Parts that make a whole, in the order in which the field lays them side by side.
-_ORDERS = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
+_ORDERS = (("q", "k", "v"), ("k", "v"), ("gate", "up"), ("q", "kv"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _parts(whole: Node, units: Sequence[Node]) -> _Told | None:
     smaller = [unit for unit in units if len(unit.main) >= 2 and unit.size < whole.size]
     for group in _families(smaller, lambda unit: unit.parent):
         if len(group) > 1:
-            for parts, margin in _orders(group):
+            for parts, margin in _orders(group, whole):
                 if sum(prod(part.main) for part in parts) == prod(whole.main) and all(_beside(whole.main, part.main) for part in parts):
                     return parts, margin, "its parts side by side"
     if len(whole.main) == 3:
@@ -83,12 +83,14 @@ def _families(units: Sequence[Node], key: Callable[[Node], str]) -> list[list[No
     return list(groups.values())
 
 
-def _orders(group: Sequence[Node]) -> Iterator[tuple[tuple[Node, ...], float]]:
+def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ...], float]]:
     """Choices of a family's members in an order: those that names tell, then any in the order of their keys."""
     for order in _ORDERS:
         named = [[unit for unit in group if word in concepts(unit.name)] for word in order]
         if all(len(found) == 1 for found in named) and len({id(found[0]) for found in named}) == len(order):
             yield tuple(found[0] for found in named), inf
+    if {"gate", "up"} <= set(concepts(whole.name)) and len({unit.folded for unit in group}) == 1 < len(group) < 4:
+        yield tuple(sorted(group, key=lambda unit: unit.numbers)[:2]), inf  # the gate is the first, by custom
     if len(group) <= 6:
         for count in range(len(group), 1, -1):
             for some in combinations(group, count):
@@ -104,23 +106,21 @@ def _stacked(whole: Node, units: Sequence[Node]) -> _Told | None:
     """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
     count, *rest = whole.main
     rows = [sorted(row, key=lambda unit: unit.numbers) for row in _families(units, _without_numbers) if len(row) == count]
-    for row in rows:
-        if sorted(row[0].main) == sorted(rest):
-            alone = sum(sorted(other[0].main) == sorted(rest) for other in rows) == 1
-            sure = alone or _named_alike(whole, row[0], [other[0] for other in rows])
-            return tuple(row), inf if sure else 0.5, "one for each number, stacked"
+    gates = gated([row[0].name for row in rows])
+    said = {id(row[0]): {*concepts(row[0].name), gates.get(row[0].name, "")} for row in rows}
+    fits = [row for row in rows if list(row[0].main) == rest] or [row for row in rows if sorted(row[0].main) == sorted(rest)]
+    if fits:
+        told = set(concepts(whole.name))
+        shared = [len(told & said[id(row[0])]) for row in fits]
+        row = fits[shared.index(max(shared))]
+        return tuple(row), inf if len(fits) == 1 or shared.count(max(shared)) == 1 else 0.5, "one for each number, stacked"
     for one, other in ((one, other) for one in rows for other in rows if one is not other):
         if 2 * prod(one[0].main) == prod(rest) and one[0].main == other[0].main:
-            told = "gate" in concepts(one[0].name) and "up" in concepts(other[0].name)
-            if told or len(rows) == 2:
-                return tuple(unit for pair in zip(one, other, strict=True) for unit in pair), inf if told else 0.5, "stacked pairs"
+            named = "gate" in said[id(one[0])] and "up" in said[id(other[0])]
+            if named or len(rows) == 2:
+                return tuple(unit for pair in zip(one, other, strict=True) for unit in pair), inf if named else 0.5, "stacked pairs"
     return None
 
 
 def _without_numbers(unit: Node) -> str:
     return f"{unit.folded.removesuffix(fold(unit.name))}{unit.name}"
-
-
-def _named_alike(whole: Node, unit: Node, others: Sequence[Node]) -> bool:
-    told = set(concepts(whole.name))
-    return max(others, key=lambda other: len(told & set(concepts(other.name)))) is unit

@@ -69,7 +69,8 @@ def _learned(record: Record, ordered: bool) -> Clues:
     """What a pass is certain of, as clues for the next."""
     certain = [laid for laid in (*record.units, *record.modules) if laid.margin >= ENOUGH and len(laid.sources) == len(laid.targets) == 1]
     pairs, sources, targets = count_pairs([(laid.sources[0], laid.targets[0]) for laid in certain])
-    return Clues(_trust(certain) if ordered else 0.0, pairs, sources, targets)
+    partners = {id(laid.sources[0]): laid.targets[0] for laid in certain}
+    return Clues(_trust(certain) if ordered else 0.0, pairs, sources, targets, partners)
 
 
 def _trust(certain: list[Laid]) -> float:

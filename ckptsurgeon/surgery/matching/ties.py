@@ -9,33 +9,35 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from ckptsurgeon.surgery.matching.assignment import assign, margins
 from ckptsurgeon.surgery.matching.forest import Node
-from ckptsurgeon.surgery.matching.words import CONFUSED, concepts, conflict
+from ckptsurgeon.surgery.matching.words import CONFUSED, concepts, conflict, gated
 
 ENOUGH = 1.0
 # Points. A word that tells look-alikes apart and is on both sides; names that exclude each other; the same name; numbers in the same
-# order; keys in the same order; the same two names paired elsewhere.
-WORD, AGAINST, SAME, NUMBERS, ORDER, ELSEWHERE = 2.0, -2.0, 1.0, 2.0, 1.5, 2.5
+# order; keys in the same order; the same two names paired elsewhere; as near as the other to what is paired already.
+WORD, ABBREVIATED, AGAINST, SAME, NUMBERS, ORDER, ELSEWHERE, COMPANY = 2.0, 1.2, -2.0, 1.0, 2.0, 1.5, 2.5, 2.0
 _NUMBER = re.compile(r"\d+")
 _ENDS = (-100, -90, 10, 50, 90, 100)
 _ORDINALS = {
-    "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "cross": 30, "premlp": 40, "mlp": 50, "second": 60,
+    "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "cross": 30, "premlp": 40, "mlp": 50, "second": 60,
     "postmlp": 90, "final": 100,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Clues:
-    """What is known before a choice: how far the order of keys can be trusted (0 to 1), and how often which names were paired elsewhere."""
+    """What is known before a choice: how far the order of keys can be trusted (0 to 1), how often which names were paired elsewhere,
+    and which node of the target each node of the source (by its id) was paired with."""
 
     trust: float = 0.0
     pairs: Mapping[tuple[str, str], int] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, int] = field(default_factory=dict)
+    partners: Mapping[int, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,31 +59,48 @@ def tails(node: Node) -> tuple[str, ...]:
     return tuple(".".join([*above[len(above) - count :], last]) for count in counts)
 
 
-def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues) -> list[Choice]:
-    """Pair as many as the shorter side has."""
+Anchors = Sequence[tuple[Node, Node]]
+
+
+def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors = ()) -> list[Choice]:
+    """Pair as many as the shorter side has; `anchors` are pairs in the same surroundings that are certain."""
     if len(sources) == len(targets) == 1:
         return [Choice(sources[0], targets[0], inf, ("only one of its shape here",))]
-    table = _Table(sources, targets, clues)
+    table = _Table(sources, targets, clues, anchors)
     scores = [[table.score(row, column) for column in range(len(targets))] for row in range(len(sources))]
     pairs = assign(scores)
     found = []
     for (row, column), (margin, other) in zip(pairs, margins(scores, pairs), strict=True):
         runner_up = f"{sources[other[0]].path} -> {targets[other[1]].path}" if other else ""
         found.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
-    return found
+    return _without_the_clear(found, sources, targets, clues, anchors)
+
+
+def _without_the_clear(
+    found: list[Choice], sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors
+) -> list[Choice]:
+    """Look again at those that are not clear, among themselves: other words may tell them apart."""
+    clear = [choice for choice in found if choice.margin >= ENOUGH]
+    if not clear or len(clear) == len(found):
+        return found
+    done = {id(node) for choice in clear for node in (choice.source, choice.target)}
+    rest = [[node for node in nodes if id(node) not in done] for nodes in (sources, targets)]
+    above = min(choice.margin for choice in clear)
+    again = choose(rest[0], rest[1], clues, anchors)
+    return [*clear, *(replace(choice, margin=min(choice.margin, above)) for choice in again)]
 
 
 class _Table:
     """The points of every pair of a group, and why."""
 
-    def __init__(self, sources: Sequence[Node], targets: Sequence[Node], clues: Clues) -> None:
+    def __init__(self, sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> None:
         self.sources, self.targets, self.clues = sources, targets, clues
         self.words = tuple(_telling(nodes) for nodes in (sources, targets))
-        self.whole = tuple([frozenset(concepts(node.path)) for node in nodes] for nodes in (sources, targets))
         self.ordinals = tuple(_ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
         self.places = tuple(_ranks([node.at for node in nodes]) for nodes in (sources, targets))
         self.even = len(sources) == len(targets)
         self.families = tuple(_in_family(nodes) for nodes in (sources, targets))
+        self.nearness = [(_nearness(sources, one), _nearness(targets, other)) for one, other in anchors]
 
     def parts(self, row: int, column: int) -> dict[str, float]:
         """The points of a pair by kind of evidence."""
@@ -89,6 +108,8 @@ class _Table:
         told, wanted = self.words[0][row], self.words[1][column]
         shared = {word for word in told & wanted if not word.startswith("#")}
         found = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
+        if not shared and _abbreviated(told, wanted):
+            found["a name cut short"] = ABBREVIATED
         if conflict(told, wanted):
             found["names against it"] = AGAINST
         if source.name == target.name:
@@ -102,6 +123,9 @@ class _Table:
         trust = self.clues.trust * (0.3 if self._confused(row) or self._confused(column, 1) else 1.0)
         if trust:
             found["same order"] = ORDER * trust * _near(self.places[0][row], self.places[1][column], self.even)
+        if self.nearness:
+            apart = sum(abs(near[row] - other[column]) for near, other in self.nearness) / len(self.nearness)
+            found["in the same company"] = COMPANY * (1.0 - min(apart, 1.0))
         elsewhere = self._elsewhere(source, target)
         if elsewhere:
             found["paired so elsewhere"] = ELSEWHERE * elsewhere
@@ -131,10 +155,31 @@ class _Table:
 def _telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the concepts in its path that not all of them have."""
     found = [frozenset(concepts(node.path)) for node in nodes]
-    if len(nodes) == 1:
-        return found
-    common = frozenset.intersection(*found)
-    return [words - common for words in found]
+    common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
+    last = [node.name.rpartition(".")[2] for node in nodes]
+    gates = gated(last)
+    return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(found, last, strict=True)]
+
+
+def _abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether a word of one name is the beginning of one of the other's."""
+    return any(
+        len(short) >= 3 and long.startswith(short) and long != short
+        for a in one
+        for b in other
+        for short, long in ((a, b) if len(a) < len(b) else (b, a),)
+    )
+
+
+def _nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
+    """How many more parts of its path each node shares with another than the farthest does; names that differ by numbers count as one more."""
+    near = [_shared_parts(node.path, anchor.path) + (node.folded == anchor.folded) for node in nodes]
+    return [value - min(near) for value in near]
+
+
+def _shared_parts(one: str, other: str) -> int:
+    a, b = one.split("."), other.split(".")
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int] | None:
@@ -148,6 +193,9 @@ def _ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[in
     ]
     silent = [index for index in range(len(nodes)) if not said[index] and not numbers[index]]
     if any(said):
+        mixed = [place[0] for place, number in zip(said, numbers, strict=True) if place and not number] if any(numbers) else []
+        if any(number and not place for place, number in zip(said, numbers, strict=True)) and not set(mixed) <= {-100, 100}:
+            return None
         if silent and not (len(nodes) == 2 and said[1 - silent[0]][0] in _ENDS):
             return None  # of two, the one that is not said to be first is the second
         told = [tuple(place[:1] or ([50] if silent else [0]) + number) for place, number in zip(said, numbers, strict=True)]

@@ -7,6 +7,7 @@ by structure and never here.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 
 # Spellings of several words that mean one thing, told before a name is cut into words. Matched whole, between separators.
@@ -17,9 +18,6 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"pre_?(attention|attn|self_attn)(_?layer_?norm|_?norm|_?ln)", "preattn.norm"),
     (r"pre_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "premlp.norm"),
     (r"post_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "postmlp.norm"),
-    (r"w1", "gate.1"),
-    (r"w2", "down.2"),
-    (r"w3", "up.3"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
     (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|fc1_gu", "gate.up"),
@@ -146,6 +144,15 @@ def concepts(name: str) -> tuple[str, ...]:
             else:
                 found.append(_WORDS.get(part, part))
     return tuple(found)
+
+
+def gated(names: Sequence[str]) -> dict[str, str]:
+    """What `w1`, `w2` and `w3` stand for where a layer has all of them, or the two of one shape: gate, down and up.
+
+    >>> gated(["w1", "w3"]), gated(["w1", "w2"])
+    ({'w1': 'gate', 'w2': 'down', 'w3': 'up'}, {})
+    """
+    return {"w1": "gate", "w2": "down", "w3": "up"} if {"w1", "w3"} <= set(names) else {}
 
 
 def conflict(one: frozenset[str], other: frozenset[str]) -> bool:
