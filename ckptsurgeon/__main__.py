@@ -10,10 +10,11 @@ def main() -> NoReturn:
     """Run the command line of this process and exit."""
     try:
         from ckptsurgeon.cli.main import main as run
+
+        run()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
-    run()
 
 
 if __name__ == "__main__":

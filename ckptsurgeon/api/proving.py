@@ -32,6 +32,7 @@ def verify_written(
         builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
         with Reader([checkpoint]) as reader:
             found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
+            reader.check_unchanged()
     if shown is not None and not found.ok:
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
         raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
@@ -78,4 +79,5 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
 
     with Reader([checkpoint]) as reader:
         counts = {key: count_non_finite(reader.parts(tensor), tensor.dtype) for key, tensor in checkpoint.items()}
+        reader.check_unchanged()
     return [Finding("non-finite", f"has {count} values that are NaN or infinite", key) for key, count in counts.items() if count]

@@ -5,11 +5,28 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ckptsurgeon.errors import OutputError
 from ckptsurgeon.streaming.atomic import new_file
 from ckptsurgeon.streaming.copying import write_at
 
 
 def write_json(path: str, value: dict[str, Any], overwrite: bool) -> None:
-    """Write a JSON value, indented, with a newline at its end. OutputError when the path is taken or can't be written."""
+    """Write a JSON value, indented, with a newline at its end.
+
+    Raises:
+        OutputError: the path is taken, can't be written, or holds what is no text: somebody's checkpoint is not replaced by a plan of it.
+    """
+    if overwrite and not _is_text(path):
+        raise OutputError("is no text, and would be replaced by JSON", path=path, hint="choose another path, or remove it first")
     with new_file(path, overwrite) as temporary:
         write_at(temporary.fd, (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode(), 0)
+
+
+def _is_text(path: str) -> bool:
+    """Whether the start of a file is text, which no checkpoint is; true for a file that is not there."""
+    try:
+        with open(path, "rb") as file:
+            found = file.read(4096)
+    except OSError:
+        return True  # whoever writes will tell
+    return b"\0" not in found and not found.startswith(b"\x80")

@@ -71,7 +71,9 @@ def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without NumPy is all we need
-    sys.exit(_run("--json" in sys.argv))
+    code = _run("--json" in sys.argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done: an interrupt now would only make Python's own end ugly
+    sys.exit(code)
 
 
 def _run(as_json: bool) -> int:
