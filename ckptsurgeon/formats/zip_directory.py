@@ -20,6 +20,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _DESCRIPTOR = 0x1, 0x8
+_FLAGS = 0x80E  # descriptor, UTF-8 names, how hard deflate tried; readers differ over all others (patch data, strong encryption)
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTORS = {form.size: form for form in map(struct.Struct, ("<3L", "<4s3L", "<LQQ", "<4sLQQ"))}  # with and without a signature
 _INFLATION = 1032  # deflate can't make more of a byte
@@ -155,6 +156,8 @@ def _central(file: OpenFile, raw: bytes, position: int) -> tuple[Entry, int, int
         size, packed, header, disk = _zip64(file, extra, size, packed, header, disk)
     if flags & _ENCRYPTED:
         raise _bad(file, f"has the encrypted entry {name!r}")
+    if flags & ~_FLAGS:
+        raise _bad(file, f"has the entry {name!r} with flags 0x{flags:x}, which torch does not write")
     if method not in (STORED, DEFLATED) or (method == STORED and packed != size):
         raise _bad(file, f"has the entry {name!r} in a compression that torch does not write")
     if size > packed * _INFLATION:
@@ -198,7 +201,7 @@ def _local(file: OpenFile, raw: bytes, header: int, entry: Entry, central_flags:
     signature, _needs, flags, method, _time, _date, crc, packed, size, name_len, extra_len = _LOCAL.unpack_from(raw)
     if signature != b"PK\x03\x04" or raw[_LOCAL.size :] != name_bytes or name_len != len(name_bytes):
         raise _bad(file, f"names the entry {entry.name!r} differently in its two headers")
-    if method != entry.method or (flags ^ central_flags) & (_ENCRYPTED | _DESCRIPTOR):
+    if method != entry.method or (flags ^ central_flags) & (_ENCRYPTED | _DESCRIPTOR) or flags & ~_FLAGS:
         raise _bad(file, f"describes the entry {entry.name!r} differently in its two headers")
     begin = header + _LOCAL.size + int(name_len)
     if _MAX32 in (packed, size):
