@@ -20,11 +20,15 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A limit: its `name` as in `--limit name=…`, its `default`, what it `bounds`, and the `most` that it can be raised to."""
+    """A limit: its `name` as in `--limit name=…`, its `default`, what it `bounds`, and the `most` that it can be raised to.
+
+    What a pickle spells out byte by byte is no bomb: with `per_byte`, that share of its length is allowed where it is more.
+    """
 
     name: str
     default: int
     bounds: str
+    per_byte: float = 0
     most: int = 1 << 62
 
     @property
@@ -37,17 +41,20 @@ TABLE: tuple[Limit, ...] = (
     Limit("pickle-bytes", GIB, "the pickle of a torch file"),
     Limit("pickle-steps", 200_000_000, "the opcodes of one pickle"),
     Limit("pickle-memo", 50_000_000, "the values that one pickle keeps to use again"),
-    Limit("pickle-copies", MIB, "what a pickle hands to constructors again and again, or its own length where that is more"),
+    Limit("pickle-copies", MIB, "what a pickle hands to constructors again and again", per_byte=1),
     Limit("integer-bytes", 4 * KIB, "one integer of a pickle"),
     Limit("global-characters", 1000, "the name of a global that a pickle asks for"),
     Limit("nesting", 64, "containers within containers", most=150),  # some of what goes down there goes down by recursion
     Limit("tensors", 4_000_000, "the tensors of one file, or of all shards"),
-    Limit("name-characters", MIB, "the dotted names of all values of a torch file, or four times its pickle where that is more"),
+    Limit("dense-keys", 20_000, "the keys of a torch file's state_dicts (torch writes some 100 bytes for each)", per_byte=1 / 40),
+    Limit("containers", 100_000, "the dicts, lists and tuples of a torch file that have values of their own", per_byte=1 / 8),
+    Limit("globals", 10_000, "the names that a pickle asks for beyond the allow-list"),
+    Limit("name-characters", MIB, "the dotted names of all values of a torch file", per_byte=4),
     Limit("json-bytes", 100_000_000, "a safetensors header (as its own library has it), an index, a skeleton"),
     Limit("shards", 10_000, "the files that one index names"),
     Limit("zip-entries", 4_000_000, "the entries of a zip archive"),
     Limit("zip-directory-bytes", GIB // 2, "the directory of a zip archive"),
-    Limit("inflated-bytes", MIB, "what a deflated pickle inflates to, or the file's own size where that is more"),
+    Limit("inflated-bytes", MIB, "what a deflated pickle inflates to (here the bytes are the file's own)", per_byte=1),
     Limit("view-bytes", GIB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
     Limit("extra-state-bytes", 64 * MIB, "one _extra_state"),
     Limit("label-bytes", 64 * MIB, "a list of tokens or labels"),
@@ -59,9 +66,10 @@ _AMOUNT = re.compile(r"(\d[\d_,]{0,30})\s*([KMGT]?I?)B?", re.ASCII | re.IGNORECA
 _raised: ContextVar[Mapping[str, int]] = ContextVar("ckptsurgeon-limits", default=MappingProxyType({}))
 
 
-def allowed(name: str) -> int:
-    """The bound that a limit has now."""
-    return _raised.get().get(name, BY_NAME[name].default)
+def allowed(name: str, nbytes: int = 0) -> int:
+    """The bound that a limit has now, for a pickle of `nbytes` bytes."""
+    limit = BY_NAME[name]
+    return max(_raised.get().get(name, limit.default), int(nbytes * limit.per_byte))
 
 
 def current() -> dict[str, int]:
@@ -139,3 +147,21 @@ def exceeded(name: str, reason: str, needed: int = 0, *, path: str | None = None
     words = shown(limit, wanted)
     python = f"with ckptsurgeon.limits({name.replace('-', '_')}={words if words.isdecimal() else repr(words)})"
     return LimitError(reason, path=path, key=key, hint=f"where the file is trusted: --limit {name}={words} (in Python: {python})")
+
+
+class Budget:
+    """What the pickle of `path`, of `nbytes` bytes, has cost of each limit so far."""
+
+    def __init__(self, path: str | None, nbytes: int) -> None:
+        self.path, self.nbytes = path, nbytes
+        self.spent: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+
+    def spend(self, name: str, amount: int, words: str) -> None:
+        """Spend `amount` of a limit; LimitError, in `words` with the bound at `{}`, where it was the last straw."""
+        spent = self.spent[name] = self.spent.get(name, 0) + amount
+        most = self.most.get(name)
+        if most is None:
+            most = self.most[name] = allowed(name, self.nbytes)
+        if spent > most:
+            raise exceeded(name, words.format(most), max(spent, most * 4), path=self.path)

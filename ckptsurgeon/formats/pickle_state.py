@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
-from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import resolve
 from ckptsurgeon.formats.pickle_values import PickledDict
 
@@ -21,6 +21,7 @@ class TruncatedPickle(FormatError):
 def name_globals(error: CheckpointError, asked: tuple[str, ...]) -> None:
     """Let `error` list what the pickle asked for beyond the allow-list."""
     shown = tuple(f"it asks for {name}, which is never imported or called" for name in asked[:20])
+    error.globals = asked
     error.problems = shown + ((f"and for {len(asked) - 20} others",) if len(asked) > 20 else ())
 
 
@@ -41,13 +42,14 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.asked: dict[str, None] = {}
         self.globals: dict[tuple[str, str], Any] = {}
-        self.work = 0
-        self.most_work = max(allowed("pickle-copies"), len(data))
+        self.budget = Budget(None, len(data))
 
     def failure(self, what: str) -> FormatError:
         """The error for an opcode that failed: the bytes had ended, or they are damaged."""
         ended = self.position >= len(self.data)
-        error = TruncatedPickle("the pickle ends too early: the file is truncated") if ended else FormatError(f"the pickle is damaged: {what}")
+        error = (
+            TruncatedPickle("the pickle ends too early: the file is truncated") if ended else FormatError(f"the pickle is damaged: {what}")
+        )
         name_globals(error, tuple(self.asked))
         return error
 
@@ -70,11 +72,7 @@ class Machine:
             self.spend(sum(len(arg) for arg in args if type(arg) in _SIZED))
 
     def spend(self, work: int) -> None:
-        self.work += work
-        if self.work > self.most_work:
-            raise exceeded(
-                "pickle-copies", f"the pickle copies more than the {self.most_work} values that a header may", self.most_work * 4
-            )
+        self.budget.spend("pickle-copies", work, "the pickle copies more than the {} values that a header may")
 
     def take(self, size: int) -> bytes:
         if size < 0:
@@ -112,4 +110,5 @@ class Machine:
             self.globals[module, name] = value
             if not known:
                 self.asked[value.name] = None
+                self.budget.spend("globals", 1, "the pickle asks for more than {} names")
         self.stack.append(value)

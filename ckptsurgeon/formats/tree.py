@@ -13,11 +13,11 @@ from typing import Any
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats import torch_legacy, torch_zip
 from ckptsurgeon.formats.files import OpenFile, open_regular
-from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_values import Encoded, PickledDict, TensorRef
 from ckptsurgeon.formats.sniff import no_collections, reader_of
-from ckptsurgeon.formats.unpickled import Locate, Unpacked, most_names, refusal, tensor_meta
+from ckptsurgeon.formats.unpickled import NAMES, Locate, Unpacked, refusal, tensor_meta
 from ckptsurgeon.tensors import FileStamp, Refused
 
 _UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}
@@ -62,7 +62,7 @@ def read_tree(path: str) -> ValueTree:
 
 def plain_tree(path: str, found: Unpacked) -> Any:
     """What the opcode machine made of a pickle as a tree of plain values."""
-    return _Walk(path, found.locate, allowed("nesting"), most_names(found.nbytes), {}).told("", found.value, 0)
+    return _Walk(path, found.locate, Budget(path, found.nbytes), {}, allowed("nesting")).told("", found.value, 0)
 
 
 @dataclass
@@ -71,10 +71,9 @@ class _Walk:
 
     path: str
     locate: Locate
-    deepest: int
-    most: int
+    budget: Budget
     known: dict[int, Any]
-    characters: int = 0
+    deepest: int
 
     def told(self, place: str, node: Any, depth: int) -> Any:
         kind = type(node)
@@ -104,7 +103,5 @@ class _Walk:
     def _child(self, place: str, name: str, child: Any, depth: int) -> Any:
         if type(child) in SCALARS:
             return child
-        self.characters += len(place) + len(name) + 1
-        if self.characters > self.most:
-            raise exceeded("name-characters", f"names its values with more than {self.most} characters", self.most * 4, path=self.path)
+        self.budget.spend("name-characters", len(place) + len(name) + 1, NAMES)
         return self.told(f"{place}.{name}" if place else name, child, depth + 1)

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.dtypes import DType
-from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.errors import CheckpointError, FormatError, UnsafeError
+from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_machine import name_globals
 from ckptsurgeon.formats.pickle_values import Encoded, Global, Inert, NumpyArray, NumpyDType, PickledDict, StorageRef, TensorRef
 from ckptsurgeon.tensors import NOTHING, Refused, Span, StateDict, TensorMeta
 
 Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage
+NAMES = "names its values with more than {} characters"
 Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its size
 
 
@@ -41,18 +42,13 @@ class Tree:
     beside: tuple[str, ...]
 
 
-def most_names(nbytes: int) -> int:
-    """How many characters the names of all values of a pickle may have: what is written once can be named again and again."""
-    return max(allowed("name-characters"), 4 * nbytes)
-
-
 def collect(path: str, found: Unpacked) -> Tree:
-    """Find every state_dict in a pickle. FormatError, in words that help and with what the pickle asked for, when there is none."""
+    """Find every state_dict in a pickle. FormatError or UnsafeError, with what the pickle asked for, when there is none."""
     value, locate = found.value, found.locate
-    deepest, most, most_tensors = allowed("nesting"), most_names(found.nbytes), allowed("tensors")
+    deepest, budget = allowed("nesting"), Budget(path, found.nbytes)
     roots: list[StateDict] = []
     beside: list[str] = []
-    arrays = characters = tensors = 0
+    arrays = 0
     seen: set[int] = set()
     known: Known = {}
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
@@ -64,23 +60,28 @@ def collect(path: str, found: Unpacked) -> Tree:
             beside.append(place)
             continue
         seen.add(id(node))
-        items = _children(path, place, node)
-        characters += len(items) * len(place) + len(place) + sum(len(name) for name, _ in items)
-        if characters > most:
-            raise exceeded("name-characters", f"names its values with more than {most} characters", most * 4, path=path)
-        arrays += sum(type(child) is NumpyArray for _, child in items)
-        if type(node) is PickledDict and any(type(child) is TensorRef for _, child in items):
-            root = _state_dict(path, place, node, items, locate, known)
-            roots.append(root)
-            tensors += len(root.tensors)
-            if tensors > most_tensors:
-                raise exceeded("tensors", f"has more than {most_tensors} tensors", path=path)
-            items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
-        elif not items or (type(node) is not PickledDict and all(type(child) in SCALARS for _, child in items)):
+        children = node.values() if type(node) is PickledDict else node if _is_container(node) else ()
+        kinds = set(map(type, children))
+        holds = not kinds.isdisjoint(_CONTAINERS)
+        if holds:
+            budget.spend("containers", sum(map(_is_container, children)), "has more than {} dicts, lists and tuples")
+        if not kinds or (type(node) is not PickledDict and kinds <= _PLAIN):
             beside.append(place)  # empty, or a list of plain values: one thing
             continue
-        beside += [_join(place, name) for name, child in items if not _is_container(child)]
-        waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
+        budget.spend("name-characters", (len(children) + 1) * (len(place) + 1), NAMES)
+        items = _children(path, place, node)
+        budget.spend("name-characters", sum([len(name) for name, _ in items]), NAMES)
+        if NumpyArray in kinds:
+            arrays += sum(type(child) is NumpyArray for child in children)
+        if TensorRef in kinds and type(node) is PickledDict:
+            budget.spend("tensors", sum(type(child) is TensorRef for child in children), "has more than {} tensors")
+            budget.spend("dense-keys", len(items), "has more than {} keys, for which its pickle is too short")
+            root = _state_dict(path, place, node, items, locate, known)
+            roots.append(root)
+            items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
+        beside += [_join(place, name) for name, child in items if not (holds and _is_container(child))]
+        if holds:
+            waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
     if len({root.root for root in roots}) != len(roots):
         raise FormatError("has two nested dicts of one name", path=path)
     if not roots:
@@ -93,13 +94,14 @@ def collect(path: str, found: Unpacked) -> Tree:
 def _state_dict(path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate, known: Known) -> StateDict:
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
+    refused: dict[int, Refused] = {}
     for name, child in items:
         if type(child) is TensorRef:
             tensors[name] = tensor_meta(path, name, child, locate)
         elif name.rpartition(".")[2] == "_extra_state":
             entries[name] = plain(child, known)
         elif type(child) in (Inert, NumpyArray):
-            entries[name] = Refused(refusal(child))
+            entries[name] = refused.setdefault(id(child), Refused(refusal(child)))
     metadata = getattr(node, "state", None)
     found = metadata.get("_metadata") if isinstance(metadata, dict) else None
     return StateDict(place, tensors, entries, _module_metadata(found))
@@ -138,7 +140,7 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorM
     start = ref.storage.start + ref.offset * size
     span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed)
     meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
-    if length and meta.nbytes > max(length * size, allowed("view-bytes")):
+    if length and meta.nbytes > length * size and meta.nbytes > allowed("view-bytes"):
         raise exceeded("view-bytes", f"repeats {length * size} stored bytes into {meta.nbytes}", meta.nbytes, path=path, key=name)
     return meta
 
@@ -206,8 +208,12 @@ def refusal(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+_CONTAINERS = frozenset((PickledDict, list, tuple))
+_PLAIN = frozenset(SCALARS)
+
+
 def _is_container(value: Any) -> bool:
-    return type(value) in (PickledDict, list, tuple)
+    return type(value) in _CONTAINERS
 
 
 def _is_optimizer(node: Any) -> bool:
@@ -228,10 +234,11 @@ def _children(path: str, place: str, node: Any) -> list[tuple[str, Any]]:
     if type(node) is not PickledDict:
         return []
     items = [(key if type(key) is str else key_text(key), child) for key, child in node.items()]
-    if len({name for name, _ in items}) != len(items):
-        items = _numbered(node, items)
-    if len({name for name, _ in items}) != len(items):
-        raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
+    if set(map(type, node)) != {str}:  # texts are all different
+        if len({name for name, _ in items}) != len(items):
+            items = _numbered(node, items)
+        if len({name for name, _ in items}) != len(items):
+            raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
     for name, _ in items:
         if not name.isascii():
             try:
@@ -249,12 +256,12 @@ def _numbered(node: PickledDict, items: list[tuple[str, Any]]) -> list[tuple[str
     ]
 
 
-def _nothing(path: str, value: Any, arrays: int) -> FormatError:
+def _nothing(path: str, value: Any, arrays: int) -> CheckpointError:
     """Why there is no state_dict in this file, and what to do."""
     children = list(value.values()) if isinstance(value, dict) else []
     whole = value if type(value) is Inert else next(filter(_is_module, children), None)
     if whole is not None:
-        return FormatError(
+        return UnsafeError(
             f"holds a whole pickled object of {whole.name}, not a state_dict",
             path=path,
             hint="where that class can be imported and the file is trusted, load it there and save `model.state_dict()` instead",

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from ckptsurgeon.errors import UnsafeError
+from ckptsurgeon.formats.unpickled import written_out
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.compare import find_refused
 from ckptsurgeon.surgery.items import shortened
@@ -42,10 +43,10 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
 def module_metadata(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> Mapping[str, Any]:
     """The target's `_metadata`; where it has none, the sources', each module's renamed as its tensors were."""
     if target is not None and target.module_metadata:
-        return {path: _plain(local) for path, local in target.module_metadata.items()}
+        return {path: _plain(local) for path, local in written_out(target.module_metadata).items()}
     metadata: dict[str, Any] = {}
     for number, source in enumerate(sources):
-        for path, local in source.module_metadata.items():
+        for path, local in written_out(source.module_metadata).items():
             place = names.prefixes[number].place(path)
             if place is not None:
                 metadata[place] = _plain(local)

@@ -27,6 +27,9 @@ def fates(
     used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
     twins = _twins(sources, steps)
+    first = {
+        key: group[0] for group in (target.ties if target is not None else ()) for key in group
+    }  # the same for all that are one tensor
 
     def why(place: SourceKey) -> str:
         if place in names.dropped:
@@ -39,7 +42,7 @@ def fates(
         if lost or names.entries.get(name, place) != place:
             return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
         if target is not None and name in target:
-            if place in twins and _tied(target, name, names.names_of.get((place[0], twins[place]), ())):
+            if name in first and place in twins and first[name] in map(first.get, names.names_of.get((place[0], twins[place]), ())):
                 return f"{TIED}{twins[place]}, which is taken"
             if place[1] in sources[place[0]].entries:
                 return "no tensor, which the target has there"
@@ -54,21 +57,17 @@ def fates(
     )
 
 
-def _tied(target: Checkpoint, name: str, others: Sequence[str]) -> bool:
-    """Whether the target ties a name to one of others."""
-    return any(name in group and other in group for group in target.ties for other in others)
-
-
 def _twins(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
     """The source keys that are one tensor with a key that a step reads, and that key."""
     used = {place for step in steps for place in step.sources}
-    taken = {group: key for number, source in enumerate(sources) for group in source.ties for key in group if (number, key) in used}
+    groups = [(number, group) for number, source in enumerate(sources) for group in source.ties]
+    taken = [next((key for key in reversed(group) if (number, key) in used), None) for number, group in groups]
     return {
-        (number, key): taken[group]
-        for number, source in enumerate(sources)
-        for group in source.ties
+        (number, key): twin
+        for (number, group), twin in zip(groups, taken, strict=True)
+        if twin is not None
         for key in group
-        if group in taken and (number, key) not in used
+        if (number, key) not in used
     }
 
 

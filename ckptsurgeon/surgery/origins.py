@@ -77,7 +77,8 @@ def _follow(group: Sequence[str], found: dict[str, Origin], problems: list[str])
     if others:
         problems.append(f"{first} and {others[0]} are one tensor in the target, and each is adapted in its own way")
     # One that fits as it is, and is another tensor in the source, is told apart ("untied"); under an adapter it would be lost.
-    rest = [key for key in group if key not in fitting or (adapted and not found[key].ops)]
+    fits = set(fitting)
+    rest = [key for key in group if key not in fits or (adapted and not found[key].ops)]
     found.update(dict.fromkeys(rest, Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -169,7 +170,11 @@ class Plan:
 
     def leader(self, key: str) -> str:
         """The first of the keys that are one tensor with `key`: it seeds the value, and its layer owns it."""
-        return next((group[0] for group in self.ties if key in group), key)
+        return self._leaders.get(key, key)
+
+    @cached_property
+    def _leaders(self) -> dict[str, str]:
+        return {key: group[0] for group in reversed(self.ties) for key in group}
 
     @property
     def own_adapters(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 _NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.)(0|[1-9][0-9]{0,17})(?![0-9])")
+_MOST_NUMBERS = 16  # of one key; a model has a few, and each is looked at in turn
 _Table = dict[tuple[tuple[str, ...], Hashable], int]  # a key in pieces (text, number, text, …) and its common value: how many rows
 
 
@@ -30,7 +31,7 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     """
     table: _Table = {}
     for key, common in rows:
-        place = (tuple(_NUMBER.split(key)), common)
+        place = (tuple(_NUMBER.split(key, _MOST_NUMBERS)), common)
         table[place] = table.get(place, 0) + 1
     widest = max((len(parts) for parts, _ in table), default=0)
     for position in range(1, widest, 2):

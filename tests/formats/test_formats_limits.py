@@ -31,13 +31,15 @@ def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
+REF = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00K\x02\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"  # a tensor
+
+
 def beside(value: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
     """A torch zip of one tensor `w`, and `value` beside it."""
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x02\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02}" + text("w") + tensor + b"s" + text("more") + value + b"s.", method)
+        archive.writestr("a/data.pkl", b"\x80\x02}" + text("w") + REF + b"s" + text("more") + value + b"s.", method)
         archive.writestr("a/data/0", bytes(8))
     return buffer.getvalue()
 
@@ -84,6 +86,15 @@ BEYOND: dict[str, tuple[str, int | None, Callable[[], bytes]]] = {
     "an integer in digits": ("integer-bytes", 1000, lambda: beside(b"L" + b"1" * 1500 + b"L\n")),
     "a global": ("global-characters", None, lambda: beside(b"c" + b"m" * 1000 + b"\nname\n")),
     "nested": ("nesting", None, lambda: saved(nested(70))),
+    "keys of one tensor": (
+        "dense-keys",
+        None,
+        lambda: beside(
+            b"}" + text("w") + REF + b"q\x01s(" + b"".join(b"J" + struct.pack("<i", key) + b"h\x01" for key in range(21_000)) + b"u"
+        ),
+    ),
+    "containers": ("containers", 50, lambda: beside(b"](" + b"}" * 80 + b"e")),
+    "globals": ("globals", None, lambda: beside(b"".join(b"ca\n%x\n0" % number for number in range(10_001)) + b"N")),
     "tensors, zip": ("tensors", 1, lambda: saved(WEIGHTS)),
     "tensors, legacy": ("tensors", 1, lambda: saved(WEIGHTS, save_legacy)),
     "tensors, in two roots": ("tensors", 3, lambda: saved({"model": dict(WEIGHTS), "ema": dict(WEIGHTS)})),

@@ -16,6 +16,7 @@ from ckptsurgeon.tensors import Coverage
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 MOST = 12  # rows of one kind before the rest is counted
+WIDEST = 240  # characters of a cell with which others are aligned
 FIELD = 40  # characters of a field of an op
 LONGEST = 200  # characters of a finding, where a library's own words may run on
 _PIECES = re.compile(r"[^ ,]+[ ,]*|[ ,]+")
@@ -110,7 +111,11 @@ def table(rows: Iterable[Row], width: int | None, most: int | None = MOST) -> li
 def _aligned(rows: Sequence[Row]) -> list[str]:
     if not any(rows):
         return [""] * len(rows)
-    return [f"    {line}".rstrip() for line in tabulate(rows, tablefmt="plain", disable_numparse=True).splitlines()]
+    # A row with an endless cell stands by itself, or every other row would be as wide.
+    wide = [any(len(cell) > WIDEST for cell in row) for row in rows]
+    narrow = [row for row, alone in zip(rows, wide, strict=True) if not alone]
+    lines = iter(tabulate(narrow, tablefmt="plain", disable_numparse=True).splitlines() if narrow else ())
+    return [f"    {'  '.join(row) if alone else next(lines)}".rstrip() for row, alone in zip(rows, wide, strict=True)]
 
 
 def fitted(lines: Iterable[str], width: int | None) -> str:
