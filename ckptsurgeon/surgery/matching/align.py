@@ -33,7 +33,7 @@ class Laid:
     targets: tuple[Node, ...]
     margin: float
     evidence: tuple[str, ...]
-    runner_up: str = ""
+    runner_up: tuple[Node, Node] | None = None
 
 
 @dataclass
@@ -51,6 +51,36 @@ class Left:
 
     sources: tuple[Node, ...] = ()
     targets: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What was decided below two modules, to be repeated for two that are equal to them."""
+
+    source: Node
+    target: Node
+    units: Sequence[Laid]
+    modules: Sequence[Laid]
+    lost: Sequence[Node]
+    left: Left
+
+    def repeat(self, source: Node, target: Node, record: Record) -> Left:
+        """Write the same decisions down for these."""
+        twins = {
+            id(old): new
+            for before, now in ((self.source, source), (self.target, target))
+            for old, new in zip(before.nodes, now.nodes, strict=True)
+        }
+
+        def same(nodes: Sequence[Node]) -> tuple[Node, ...]:
+            return tuple(twins[id(node)] for node in nodes)
+
+        for rows, laids in ((record.units, self.units), (record.modules, self.modules)):
+            for laid in laids:
+                rival = (twins[id(laid.runner_up[0])], twins[id(laid.runner_up[1])]) if laid.runner_up else None
+                rows.append(replace(laid, sources=same(laid.sources), targets=same(laid.targets), runner_up=rival))
+        record.lost += same(self.lost)
+        return Left(same(self.left.sources), same(self.left.targets))
 
 
 def lay(source: Node, target: Node, clues: Clues) -> tuple[Record, Left]:
@@ -85,6 +115,7 @@ class _Pass:
     def __init__(self, clues: Clues, record: Record, counts: tuple[Counter[int], Counter[int]]) -> None:
         self.clues, self.record, self.counts = clues, record, counts
         self.likenesses: dict[tuple[int, int], float] = {}
+        self.done: dict[tuple[int, int, float], _Done] = {}
 
     def alike(self, one: Node, other: Node) -> float:
         key = (one.form, other.form)
@@ -101,8 +132,14 @@ class _Pass:
             self.record.units.append(Laid((one,), (other,), margin, choice.evidence, choice.runner_up))
             return Left()
         self.record.modules.append(Laid((one,), (other,), margin, choice.evidence, choice.runner_up))
-        sources, targets = one.children or (one,), other.children or (other,)
-        return self.place(sources, targets, margin, depth + 1, exact=one.form == other.form)
+        key = (one.inner, other.inner, margin)
+        if key not in self.done:
+            starts = len(self.record.units), len(self.record.modules), len(self.record.lost)
+            left = self.place(one.children or (one,), other.children or (other,), margin, depth + 1, exact=one.form == other.form)
+            units, modules, lost = self.record.units[starts[0] :], self.record.modules[starts[1] :], self.record.lost[starts[2] :]
+            self.done[key] = _Done(one, other, units, modules, lost, left)
+            return left
+        return self.done[key].repeat(one, other, self.record)
 
     def place(self, sources: Sequence[Node], targets: Sequence[Node], above: float, depth: int, exact: bool) -> Left:
         """Place the nodes of one side on those of the other; what is left over is tried together once more at the end."""

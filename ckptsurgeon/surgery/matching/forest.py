@@ -61,7 +61,7 @@ class Node:
         size: the floating elements below it.
         shapes: how often each floating shape, without ones, stands below it.
         form: the same, as one value to compare.
-        likeness: equal for nodes whose relative names, shapes and order are all equal.
+        inner: equal for nodes below which names, shapes and order are all equal.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Node:
     size: int
     shapes: Mapping[Shape, int]
     form: int
-    likeness: int
+    inner: int
 
     @property
     def leaf(self) -> bool:
@@ -88,6 +88,14 @@ class Node:
     def folded(self) -> str:
         """Its path with every number left out."""
         return fold(self.path)
+
+    @cached_property
+    def tails(self) -> tuple[str, ...]:
+        """The last one, two and three parts of its path, numbers left out but for the last part's."""
+        *above, last = self.path.split(".")
+        above = [fold(part) for part in above]
+        counts = [count for count in (0, 1, 2) if len(above) >= count and (count or not last.isdigit())]
+        return tuple(".".join([*above[len(above) - count :], last]) for count in counts)
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
@@ -168,9 +176,7 @@ def _node(module: _Module, path: str, name: str, interned: _Interned) -> Node:
     if len(children) == 1:
         only = children[0]
         joined = _join(name, only.name)
-        return Node(
-            only.path, joined, only.children, only.tensors, only.at, only.size, only.shapes, only.form, interned((joined, only.likeness))
-        )
+        return Node(only.path, joined, only.children, only.tensors, only.at, only.size, only.shapes, only.form, only.inner)
     shapes: Counter[Shape] = Counter()
     for child in children:
         shapes.update(child.shapes)
@@ -183,7 +189,7 @@ def _node(module: _Module, path: str, name: str, interned: _Interned) -> Node:
         sum(child.size for child in children),
         shapes,
         interned(frozenset(shapes.items())),
-        interned((name, tuple(child.likeness for child in children))),
+        interned(tuple((child.name, child.inner) for child in children)),
     )
 
 
@@ -223,7 +229,7 @@ def _unit(stem: str, found: dict[str, tuple[int, TensorMeta]], path: str, intern
         sum(tensor.numel for tensor in counted),
         shapes,
         form,
-        interned((stem, told)),
+        interned(told),
     )
 
 

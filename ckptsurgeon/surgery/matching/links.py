@@ -29,7 +29,8 @@ def links(laid: Laid, turned: Turned) -> Iterator[Link]:
     """The links of the tensors in units that go together."""
 
     def link(sources: Sequence[str], targets: Sequence[str], op: str, margin: float = inf) -> Link:
-        return Link(tuple(sources), tuple(targets), op, min(laid.margin, margin), laid.evidence, laid.runner_up)
+        rival = f"{laid.runner_up[0].path} -> {laid.runner_up[1].path}" if laid.runner_up else ""
+        return Link(tuple(sources), tuple(targets), op, min(laid.margin, margin), laid.evidence, rival)
 
     if len(laid.sources) == len(laid.targets) == 1:
         for one, other in _roles(laid.sources[0], laid.targets[0]):

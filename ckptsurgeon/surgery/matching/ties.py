@@ -6,10 +6,10 @@ here: whoever calls has seen that they agree.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import inf
 
 from ckptsurgeon.surgery.matching.assignment import assign, margins
@@ -17,14 +17,14 @@ from ckptsurgeon.surgery.matching.forest import Node
 from ckptsurgeon.surgery.matching.words import CONFUSED, concepts, conflict, gated
 
 ENOUGH = 1.0
+MANY = 100
 # Points. A word that tells look-alikes apart and is on both sides; names that exclude each other; the same name; numbers in the same
 # order; keys in the same order; the same two names paired elsewhere; as near as the other to what is paired already.
 WORD, ABBREVIATED, AGAINST, SAME, NUMBERS, ORDER, ELSEWHERE, COMPANY = 2.0, 1.2, -2.0, 1.0, 2.0, 1.5, 2.5, 2.0
-_NUMBER = re.compile(r"\d+")
 _ENDS = (-100, -90, 10, 50, 90, 100)
 _ORDINALS = {
-    "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "cross": 30, "premlp": 40, "mlp": 50, "second": 60,
-    "postmlp": 90, "final": 100,
+    "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "cross": 30, "premlp": 40, "mlp": 50,
+    "second": 60, "postmlp": 90, "final": 100,
 }  # fmt: skip
 
 
@@ -42,21 +42,13 @@ class Clues:
 
 @dataclass(frozen=True)
 class Choice:
-    """One pair: its margin over the runner-up in points, what spoke for it, and the runner-up's names."""
+    """One pair: its margin over the runner-up in points, what spoke for it, and the runner-up."""
 
     source: Node
     target: Node
     margin: float
     evidence: tuple[str, ...]
-    runner_up: str = ""
-
-
-def tails(node: Node) -> tuple[str, ...]:
-    """The last one, two and three parts of a node's path."""
-    *above, last = node.path.split(".")
-    above = [_NUMBER.sub("{}", part) for part in above]
-    counts = [count for count in (0, 1, 2) if len(above) >= count and (count or not last.isdigit())]
-    return tuple(".".join([*above[len(above) - count :], last]) for count in counts)
+    runner_up: tuple[Node, Node] | None = None
 
 
 Anchors = Sequence[tuple[Node, Node]]
@@ -66,14 +58,49 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
     """Pair as many as the shorter side has; `anchors` are pairs in the same surroundings that are certain."""
     if len(sources) == len(targets) == 1:
         return [Choice(sources[0], targets[0], inf, ("only one of its shape here",))]
+    if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
+        return [
+            Choice(one, other, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
+            for one, other in zip(*(sorted(nodes, key=lambda node: node.numbers) for nodes in (sources, targets)), strict=True)
+        ]
+    if min(len(sources), len(targets)) > MANY:
+        return _many(sources, targets, clues, anchors)
     table = _Table(sources, targets, clues, anchors)
     scores = [[table.score(row, column) for column in range(len(targets))] for row in range(len(sources))]
     pairs = assign(scores)
     found = []
     for (row, column), (margin, other) in zip(pairs, margins(scores, pairs), strict=True):
-        runner_up = f"{sources[other[0]].path} -> {targets[other[1]].path}" if other else ""
+        runner_up = (sources[other[0]], targets[other[1]]) if other else None
         found.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
     return _without_the_clear(found, sources, targets, clues, anchors)
+
+
+def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> bool:
+    """Whether both sides differ by numbers alone, and keys stand in the order of the numbers (or in none)."""
+    if len({node.folded for node in sources}) > 1 or len({node.folded for node in targets}) > 1:
+        return False
+    return not trust or all(
+        before.at < after.at for nodes in (sources, targets) for before, after in pairwise(sorted(nodes, key=lambda node: node.numbers))
+    )
+
+
+def _many(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> list[Choice]:
+    """Too many to compare each with each: those that the same words tell apart, among themselves; the others in their order, uncertain."""
+    words = [dict(zip(map(id, nodes), _telling(nodes), strict=True)) for nodes in (sources, targets)]
+    both = frozenset().union(*words[0].values()) & frozenset().union(*words[1].values())
+    rows: dict[frozenset[str], tuple[list[Node], list[Node]]] = {}
+    for side, nodes in enumerate((sources, targets)):
+        for node in nodes:
+            rows.setdefault(words[side][id(node)] & both, ([], []))[side].append(node)
+    found: list[Choice] = []
+    rest: tuple[list[Node], list[Node]] = ([], [])
+    for told, (ones, others) in rows.items():
+        if told and ones and others and max(len(ones), len(others)) < max(len(sources), len(targets)):
+            found += choose(ones, others, clues, anchors)
+        else:
+            rest[0].extend(ones)
+            rest[1].extend(others)
+    return [*found, *(Choice(one, other, 0.0, ("in the order of keys",)) for one, other in zip(*rest, strict=False))]
 
 
 def _without_the_clear(
@@ -144,8 +171,8 @@ class _Table:
 
     def _elsewhere(self, source: Node, target: Node) -> float:
         best = 0.0
-        for one in tails(source):
-            for other in tails(target):
+        for one in source.tails:
+            for other in target.tails:
                 count = self.clues.pairs.get((one, other), 0)
                 if count:
                     best = max(best, count / max(self.clues.sources[one], self.clues.targets[other]))
@@ -172,7 +199,7 @@ def _abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:
 
 
 def _nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
-    """How many more parts of its path each node shares with another than the farthest does; names that differ by numbers count as one more."""
+    """How many more parts of its path each node shares with another than the farthest does; equal but for numbers is one more."""
     near = [_shared_parts(node.path, anchor.path) + (node.folded == anchor.folded) for node in nodes]
     return [value - min(near) for value in near]
 
@@ -241,7 +268,7 @@ def count_pairs(choices: Sequence[tuple[Node, Node]]) -> tuple[dict[tuple[str, s
     sources: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     for source, target in choices:
-        sources.update(tails(source))
-        targets.update(tails(target))
-        pairs.update((one, other) for one in tails(source) for other in tails(target))
+        sources.update(source.tails)
+        targets.update(target.tails)
+        pairs.update((one, other) for one in source.tails for other in target.tails)
     return pairs, sources, targets
