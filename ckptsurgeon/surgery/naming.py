@@ -61,7 +61,7 @@ class _Stage:
 
     def __post_init__(self) -> None:
         self._forms = [
-            (index, which, number, pattern, pattern.regex.fullmatch)
+            (index, which, number, pattern, pattern.fits if pattern.pieces else pattern.regex.fullmatch)
             for index, rule in enumerate(self.rules)
             for which, (number, pattern) in enumerate(rule.patterns)
         ]

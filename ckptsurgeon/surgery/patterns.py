@@ -12,11 +12,13 @@ import ast
 import operator
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery import long_keys
+from ckptsurgeon.surgery.long_keys import Piece
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _CHOICE = r"[A-Za-z0-9_]+(?:\.\.[0-9]+)?"
@@ -37,7 +39,8 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_SEGMENTS = r"[^.]+(?:\.[^.]+)*"
+_REGEX = {"star": "[^.]*", "one": "[^.]+", "many": r"[^.]+(?:\.[^.]+)*", "deep": ".*", "some": ".+", "lead": r"(?:.+\.)?", "again": ""}
+LONG = 64  # characters of a key, beyond which a regular expression is not let try every way to share them out
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,17 @@ class Pattern:
     text: str
     regex: re.Pattern[str]
     parts: tuple[str, ...]
+    pieces: tuple[Piece, ...] = ()  # of a pattern that could try many ways to share a key out; empty for a regular expression
+
+    def fits(self, key: str) -> bool:
+        """Whether the whole of `key` matches."""
+        if not self.pieces or len(key) <= LONG:
+            return self.regex.fullmatch(key) is not None
+        return long_keys.fits(self.pieces, key) and (not self._again or self.regex.fullmatch(key) is not None)
+
+    @property
+    def _again(self) -> bool:
+        return any(piece.kind == "again" for piece in self.pieces)
 
     def match(self, key: str) -> dict[str, str] | None:
         """What the parts stand for when the whole of `key` matches, else None.
@@ -54,7 +68,9 @@ class Pattern:
         >>> compile_pattern("blocks.{i}.{**rest}").match("blocks.3.attn.weight")
         {'i': '3', 'rest': 'attn.weight'}
         """
-        found = self.regex.fullmatch(key)
+        if self.pieces and len(key) > LONG and not self._again:
+            return long_keys.parts(self.pieces, key)
+        found = self.regex.fullmatch(key) if self.fits(key) else None
         return None if found is None else {part: found[int(part) if part.isdecimal() else part] or "" for part in self.parts}
 
 
@@ -67,7 +83,8 @@ def compile_pattern(text: str) -> Pattern:
     if text in ("", "//"):
         raise RuleError("an empty pattern matches nothing", hint="write a key or a pattern such as 'fc.*'")
     expression = len(text) > 1 and text[0] == text[-1] == "/"
-    body = text[1:-1] if expression else _translate(text)
+    pieces = () if expression else tuple(_pieces(text))
+    body = text[1:-1] if expression else "".join(map(_regex, pieces))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -75,40 +92,47 @@ def compile_pattern(text: str) -> Pattern:
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         raise RuleError(f"the pattern {text!r} is not a regular expression: {error}") from error
     numbers = map(str, range(1, regex.groups + 1)) if expression else ()
-    return Pattern(text, regex, (*regex.groupindex, *numbers))
+    several = sum(piece.kind in long_keys.OPEN for piece in pieces) > 1
+    return Pattern(text, regex, (*regex.groupindex, *numbers), pieces if several else ())
 
 
-def _translate(text: str) -> str:
-    out: list[str] = []
+def _regex(piece: Piece) -> str:
+    """A piece as a regular expression."""
+    body = "|".join(map(re.escape, piece.texts)) if piece.texts else _REGEX[piece.kind]
+    if piece.kind == "again":
+        return f"(?P={piece.name})"
+    return f"(?P<{piece.name}>{body})" if piece.name else f"(?:{body})" if piece.kind == "words" else body
+
+
+def _pieces(text: str) -> Iterator[Piece]:
     seen: set[str] = set()
     position = 0
     _check_few(text)
     for token in _TOKEN.finditer(text):
-        out.append(re.escape(text[position : token.start()]))
+        if token.start() > position:
+            yield Piece("text", (text[position : token.start()],))
         position = token.end()
         if token["brace"]:
             raise RuleError(f"the pattern {text!r} has an odd brace at {token.start() + 1}", hint="name a part like {p} or {**rest}")
         if token["choices"]:
-            out.append(_choices(text, token["choices"][1:-1]))
+            yield Piece("words", _choices(text, token["choices"][1:-1]))
             continue
         name = token["one"] or token["many"]
-        if name and name in seen:
-            out.append(f"(?P={name})")
-        elif name:
+        if name:
+            yield Piece("again" if name in seen else "many" if token["many"] else "one", (), name)
             seen.add(name)
-            out.append(f"(?P<{name}>{_SEGMENTS if token['many'] else '[^.]+'})")
         elif token["star"]:
-            out.append(r"[^.]*")
+            yield Piece("star")
         elif text[token.start() - 1 : token.start()] in ("", ".") and text[position : position + 1] == ".":
-            out.append(r"(?:.+\.)?")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
+            yield Piece("lead")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
             position += 1
         else:
-            out.append(".+" if text[token.start() - 1 : token.start()] == "." and position == len(text) else ".*")
-    out.append(re.escape(text[position:]))
-    return "".join(out)
+            yield Piece("some" if text[token.start() - 1 : token.start()] == "." and position == len(text) else "deep")
+    if position < len(text):
+        yield Piece("text", (text[position:],))
 
 
-def _choices(text: str, choices: str) -> str:
+def _choices(text: str, choices: str) -> tuple[str, ...]:
     """One of several words, or a number from one to another, as texts fold keys: `{weight,bias}`, `{0..3,7}`."""
     words: list[str] = []
     for choice in choices.split(","):
@@ -116,7 +140,7 @@ def _choices(text: str, choices: str) -> str:
         if dots and not (first.isdecimal() and int(first) <= int(last) < int(first) + MOST_CHOICES):
             raise RuleError(f"the pattern {text!r} has {choice!r}, which is no range", hint="write it as {0..11}")
         words += map(str, range(int(first), int(last) + 1)) if dots else [first]
-    return f"(?:{'|'.join(words)})"
+    return tuple(words)
 
 
 def _check_few(text: str) -> None:
