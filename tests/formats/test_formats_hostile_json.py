@@ -11,94 +11,13 @@ import safetensors
 import safetensors.torch
 import torch
 from formats_support import assert_same, bits, only, refusal, save_legacy, save_zip
+from hostile_json import EIGHT, FOUR, HEADERS, INDEXES, ROW, SKELETONS, entry, safetensor, skeleton
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, UnreadableError
 from ckptsurgeon.formats import read
 from ckptsurgeon.formats import skeleton as skeletons
 from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.tensors import Checkpoint
-
-
-def safetensor(header: Any, data: bytes = b"", pad: bytes = b"") -> bytes:
-    """A safetensors file; a header that is bytes is taken as it stands."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    raw += pad
-    return len(raw).to_bytes(8, "little") + raw + data
-
-
-def entry(start: Any = 0, stop: Any = 4, shape: Any = (1,), dtype: Any = "F32", **more: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, stop], **more}
-
-
-FOUR, EIGHT = bytes(4), bytes(8)
-HUGE = 1 << 62
-HEADERS: dict[str, tuple[Any, bytes]] = {
-    "a gap before": ({"a": entry(4, 8)}, EIGHT),
-    "a gap between": ({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)),
-    "a gap after": ({"a": entry(0, 4)}, EIGHT),
-    "an overlap": ({"a": entry(0, 4), "b": entry(2, 6)}, bytes(6)),
-    "the same bytes twice": ({"a": entry(0, 4), "b": entry(0, 4)}, FOUR),
-    "an empty tensor within another": ({"a": entry(0, 4), "b": entry(2, 2, (0,))}, FOUR),
-    "an empty tensor beyond": ({"a": entry(0, 4), "b": entry(9, 9, (0,))}, FOUR),
-    "an end before the start": ({"a": entry(4, 0)}, FOUR),
-    "negative offsets": ({"a": entry(-4, 0)}, FOUR),
-    "offsets beyond 64 bits": ({"a": entry(1 << 64, (1 << 64) + 4)}, FOUR),
-    "offsets that are floats": ({"a": entry(0.0, 4.0)}, FOUR),
-    "offsets that are text": ({"a": entry("0", "4")}, FOUR),
-    "offsets that are booleans": ({"a": entry(False, True, (1,), "U8")}, b"\0"),
-    "three offsets": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, FOUR),
-    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, FOUR),
-    "offsets that are none": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": None}}, FOUR),
-    "a shape for other bytes": ({"a": entry(shape=(2,))}, FOUR),
-    "a dtype for other bytes": ({"a": entry(dtype="F64")}, FOUR),
-    "an unknown dtype": ({"a": entry(dtype="F33")}, FOUR),
-    "a dtype of torch only": ({"a": entry(0, 16, dtype="C128")}, bytes(16)),
-    "a dtype that is a number": ({"a": entry(dtype=3)}, FOUR),
-    "a dtype that is a list": ({"a": entry(dtype=["F32"])}, FOUR),
-    "a shape that is a number": ({"a": entry(shape=1)}, FOUR),
-    "a shape that is a map": ({"a": entry(shape={})}, FOUR),
-    "a negative shape": ({"a": entry(shape=(-1,))}, FOUR),
-    "two negative dimensions": ({"a": entry(shape=(-1, -1))}, FOUR),
-    "a shape of floats": ({"a": entry(shape=(1.0,))}, FOUR),
-    "a shape of booleans": ({"a": entry(shape=(True,))}, FOUR),
-    "a shape that overflows to fit": ({"a": entry(0, 0, (HUGE, HUGE, 1 << 20))}, b""),
-    "a shape that overflows, and is empty": ({"a": entry(0, 0, (HUGE, HUGE, 0))}, b""),
-    "a thousand dimensions": ({"a": entry(shape=(1,) * 1000)}, FOUR),
-    "another field": ({"a": entry(extra=1)}, FOUR),
-    "an entry that is a list": ({"a": [1]}, FOUR),
-    "an entry that is none": ({"a": None}, FOUR),
-    "metadata that is a list": ({"__metadata__": []}, b""),
-    "metadata that is false": ({"__metadata__": False}, b""),
-    "metadata that is text": ({"__metadata__": "x"}, b""),
-    "metadata of numbers": ({"__metadata__": {"a": 1}}, b""),
-    "a tensor named __metadata__": ({"__metadata__": entry()}, FOUR),
-    "one name twice": (
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR),
-    "one name twice, once escaped": (
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"\\u0061":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR),
-    "one field twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', FOUR),
-    "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', b""),
-    "one metadata name twice": (b'{"__metadata__":{"a":"1","a":"2"}}', b""),
-    "half a surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', FOUR),
-    "half a surrogate in metadata": (b'{"__metadata__":{"a":"\\udfff"}}', b""),
-    "a list": (b"[]", b""),
-    "nothing": (b"", b""),
-    "an open brace": (b"{", b""),
-    "two values": (b"{}{}", b""),
-    "no JSON": (b"{a:1}", b""),
-    "a comment": (b"{}//", b""),
-    "NaN": (b'{"a":NaN}', b""),
-    "Infinity": (b'{"a":-Infinity}', b""),
-    "not UTF-8": (b'{"\xff":1}', b""),
-    "a byte order mark": (b"\xef\xbb\xbf{}", b""),
-    "white space first": (b" {}", b""),
-    "zero bytes after": (b"{}\0\0", b""),
-    "a huge number": (b'{"a":' + b"9" * 5000 + b"}", b""),
-    "a huge exponent": (b'{"a":{"dtype":"F32","shape":[1e400],"data_offsets":[0,4]}}', FOUR),
-    "depth": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""),
-    "depth of lists": (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b""),
-    "depth as a dtype": (b'{"a":{"dtype":' + b"[" * 900 + b"]" * 900 + b',"shape":[1],"data_offsets":[0,4]}}', FOUR),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -163,12 +82,6 @@ def test_provenance_in_safetensors(tmp_path: Path) -> None:
 
 # Skeletons.
 
-ROW = {"name": "w", "dtype": "F32", "shape": [2, 3]}
-
-
-def skeleton(**changes: Any) -> dict[str, Any]:
-    return {"version": 1, "kind": "skeleton", "tensors": [ROW], **changes}
-
 
 def test_a_skeleton_keeps_everything(tmp_path: Path) -> None:
     rows = [
@@ -200,39 +113,9 @@ def test_a_skeleton_keeps_everything(tmp_path: Path) -> None:
     assert (again.state_dicts, again.fingerprint) == (archive.state_dicts, archive.fingerprint)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        skeleton(version=2),
-        skeleton(version=None),
-        skeleton(version=[[]]),
-        skeleton(kind="other"),
-        skeleton(tensors=None),
-        skeleton(tensors={"w": 1}),
-        skeleton(tensors=[1]),
-        skeleton(tensors=[ROW, ROW]),
-        skeleton(tensors=[{**ROW, "name": 3}]),
-        skeleton(tensors=[{**ROW, "name": "\ud800"}]),
-        skeleton(tensors=[{**ROW, "dtype": "X"}]),
-        skeleton(tensors=[{**ROW, "dtype": [[]]}]),
-        skeleton(tensors=[{**ROW, "shape": 3}]),
-        skeleton(tensors=[{**ROW, "shape": [-1]}]),
-        skeleton(tensors=[{**ROW, "shape": [True]}]),
-        skeleton(tensors=[{**ROW, "shape": [1 << 62, 4]}]),
-        skeleton(tensors=[{**ROW, "shape": [1 << 62] * 40_000}]),
-        skeleton(tensors=[{**ROW, "shape": [0, 1 << 62, 1 << 62]}]),
-        skeleton(ties=3),
-        skeleton(ties=[3]),
-        skeleton(ties=[["w", "none"]]),
-        skeleton(ties=[[["w"]]]),
-        skeleton(entries={}),
-        skeleton(entries=[3]),
-        skeleton(module_metadata=[]),
-        skeleton(module_metadata={"": 3}),
-    ],
-)
-def test_skeletons_that_lie(value: Any, tmp_path: Path) -> None:
-    assert isinstance(refusal(json.dumps(value).encode(), tmp_path), FormatError)
+@pytest.mark.parametrize("case", SKELETONS)
+def test_skeletons_that_lie(case: str, tmp_path: Path) -> None:
+    assert isinstance(refusal(json.dumps(SKELETONS[case]).encode(), tmp_path), FormatError)
 
 
 # Several files.
@@ -279,45 +162,12 @@ def test_a_folder_with_one_file(name: str, tmp_path: Path) -> None:
     assert_same(only(read(str(tmp_path))).tensors, PARTS["one"])
 
 
-A = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
-
-
-@pytest.mark.parametrize(
-    "weight_map",
-    [
-        {},
-        [],
-        None,
-        {"a": 3},
-        {"a": None},
-        {**A, "d": "two.safetensors"},
-        {**A, "c": "one.safetensors"},
-        {"a": "one.safetensors", "b": "one.safetensors"} | {"c": "none.safetensors"},
-        {"a": "one.safetensors", "c": "two.safetensors"},
-        {**A, "c": "../folder/two.safetensors"},
-        {**A, "c": "/etc/hostname"},
-        {**A, "c": "./two.safetensors"},
-        {**A, "c": "sub/two.safetensors"},
-        {**A, "c": "sub\\two.safetensors"},
-        {**A, "c": ".."},
-        {**A, "c": "."},
-        {**A, "c": ""},
-        {**A, "c": "two.safetensors\0"},
-        {**A, "c": "x" * 5000},
-        {**A, "c": "model.safetensors.index.json"},
-        {**A, "c": "net.json"},
-        {**A, "c": "below"},
-        {**A, "c": "outside"},
-        {**A, "c": "pipe"},
-        {**A, "c": "garbage"},
-        {**A, "c": "\ud800"},
-    ],
-)
-def test_indexes_that_lie(weight_map: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", INDEXES)
+def test_indexes_that_lie(case: str, tmp_path: Path) -> None:
     import os
 
     folder = tmp_path / "folder"
-    index = shards(folder, weight_map=weight_map)
+    index = shards(folder, weight_map=INDEXES[case])
     (folder / "net.json").write_text(json.dumps(skeleton(tensors=[{**ROW, "name": "c"}])))
     shards(folder / "below")
     safetensors.torch.save_file(PARTS["two"], tmp_path / "outside")
