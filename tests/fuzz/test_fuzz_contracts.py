@@ -17,6 +17,7 @@ from random import Random
 import fuzz
 import fuzz_contracts
 import fuzz_mutators
+import fuzz_zips
 import pytest
 from fuzz_contracts import CONTRACTS, Broken, Stuck, bounded
 from fuzz_properties import broken, mutated, place
@@ -89,9 +90,9 @@ def test_changes_come_through(reader: str, folder: Path) -> None:
 
 def test_a_zip_is_built_as_others_read_it() -> None:
     for data in READERS["zip"]().values():
-        entries = fuzz_mutators.members(data)
+        entries = fuzz_zips.members(data)
         assert entries
-        raw = fuzz_mutators.build(entries)
+        raw = fuzz_zips.build(entries)
         with zipfile.ZipFile(BytesIO(raw)) as archive:
             assert archive.testzip() is None
             assert [(info.filename.encode(), archive.read(info)) for info in archive.infolist()] == [
