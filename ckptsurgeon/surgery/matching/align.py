@@ -15,6 +15,7 @@ from itertools import islice
 from math import inf
 
 from ckptsurgeon.surgery.matching.forest import Node
+from ckptsurgeon.surgery.matching.frontier import Frontier
 from ckptsurgeon.surgery.matching.fusing import Fused, fuse
 from ckptsurgeon.surgery.matching.ties import ENOUGH, Anchors, Choice, Clues, choose
 from ckptsurgeon.surgery.matching.words import concepts, conflict
@@ -143,35 +144,31 @@ class _Pass:
 
     def place(self, sources: Sequence[Node], targets: Sequence[Node], above: float, depth: int, exact: bool) -> Left:
         """Place the nodes of one side on those of the other; what is left over is tried together once more at the end."""
-        open_sources, open_targets = list(sources), list(targets)
+        here, there = Frontier(sources), Frontier(targets)
         left = _Collected()
         anchors = self.anchors(sources, targets)
-        while open_sources and open_targets:
-            largest = max(node.size for node in (*open_sources, *open_targets))
-            group = self._same(open_sources, open_targets, largest, anchors)
+        while here and there:
+            largest = max(here.largest, there.largest)
+            group = self._same(here, there, largest, anchors) or self._much_alike(here, there, largest)
             if group is None:
-                group = self._much_alike(open_sources, open_targets, largest)
-            if group is not None and group.units and not (exact and group.even):  # others of that shape may come back from below
-                _move(open_sources, group.sources, left.sources)
-                _move(open_targets, group.targets, left.targets)
+                _open(here, left.sources, largest)
+                _open(there, left.targets, largest)
                 continue
-            if group is None:
-                _open(open_sources, left.sources, largest)
-                _open(open_targets, left.targets, largest)
+            if group.units and not (exact and group.even):  # others of that shape may come back from below
+                _move(here, group.sources, left.sources)
+                _move(there, group.targets, left.targets)
                 continue
             for choice in group.choices:
                 left.add(self.pair(choice, above, depth) if depth < _DEPTH else Left())
-                open_sources.remove(choice.source)
-                open_targets.remove(choice.target)
-            for nodes, side in ((open_sources, 0), (open_targets, 1)):
-                for node in group.lost(side):
-                    self.record.lost.append(node)
-                    at = nodes.index(node)
-                    nodes[at : at + 1] = node.children
-                    if node.leaf:
-                        (left.sources, left.targets)[side].append(node)
-        left.sources += open_sources
-        left.targets += open_targets
+                here.remove(choice.source)
+                there.remove(choice.target)
+            for frontier, lost, units in ((here, group.lost(0), left.sources), (there, group.lost(1), left.targets)):
+                self.record.lost += lost
+                for node in lost:
+                    frontier.open(node)
+                    units += [node] if node.leaf else []
+        left.sources += here.nodes.values()
+        left.targets += there.nodes.values()
         return self._again(left, above, exact, depth)
 
     def anchors(self, sources: Sequence[Node], targets: Sequence[Node]) -> list[tuple[Node, Node]]:
@@ -185,58 +182,57 @@ class _Pass:
         )
         return list(islice(((one, other) for one, other in pairs if id(other) in there), _ANCHORS))
 
-    def _same(self, sources: Sequence[Node], targets: Sequence[Node], size: int, anchors: Anchors) -> _Group | None:
+    def _same(self, here: Frontier, there: Frontier, size: int, anchors: Anchors) -> _Group | None:
         """Nodes of the greatest size with equal contents on both sides; modules may be equal in size alone (parts fused or turned)."""
-        ones, others = [node for node in sources if node.size == size], [node for node in targets if node.size == size]
-        if not ones or not others:
-            return None
-        for form in dict.fromkeys(node.form for node in ones):
-            a, b = [node for node in ones if node.form == form], [node for node in others if node.form == form]
-            if a and b:
-                return self._group(a, b, sources, targets, anchors)
-        a, b = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
-        if a and others and (b or len(a) == len(others)):
-            return self._group(a, b or others, sources, targets, anchors)
-        if b and len(b) == len(ones):
-            return self._group(ones, b, sources, targets, anchors)
+        ones, others = here.of_size(size), there.of_size(size)
+        forms = {node.form for node in others}
+        form = next((node.form for node in ones if node.form in forms), None)
+        if form is not None:
+            ones, others = [node for node in ones if node.form == form], [node for node in others if node.form == form]
+            return self._group(ones, others, here, there, anchors)
+        modules, other_modules = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
+        if modules and others and (other_modules or len(modules) == len(others)):
+            return self._group(modules, other_modules or others, here, there, anchors)
+        if other_modules and len(other_modules) == len(ones):
+            return self._group(ones, other_modules, here, there, anchors)
         return None
 
-    def _group(
-        self, ones: Sequence[Node], others: Sequence[Node], sources: Sequence[Node], targets: Sequence[Node], anchors: Anchors
-    ) -> _Group:
+    def _group(self, ones: Sequence[Node], others: Sequence[Node], here: Frontier, there: Frontier, anchors: Anchors) -> _Group:
         if len(ones) != len(others):
             if ones[0].leaf and others[0].leaf:
                 return _Group([], ones, others)
             if len({node.folded for node in ones}) == len({node.folded for node in others}) == 1:
-                rows = [[node for node in side if node.folded == some[0].folded] for side, some in ((sources, ones), (targets, others))]
+                rows = here.in_row(ones[0]), there.in_row(others[0])
                 if len(rows[0]) > 1 or len(rows[1]) > 1:
                     return self._sequence(*rows)
         group = {id(node) for node in (*ones, *others)}
         apart = [(one, other) for one, other in anchors if id(one) not in group and id(other) not in group]
         return _Group(choose(ones, others, self.clues, apart), ones, others)
 
-    def _much_alike(self, sources: Sequence[Node], targets: Sequence[Node], size: int) -> _Group | None:
+    def _much_alike(self, here: Frontier, there: Frontier, size: int) -> _Group | None:
         """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone."""
-        for one, here, there, turned in (
-            *((node, sources, targets, False) for node in sources if node.size == size),
-            *((node, targets, sources, True) for node in targets if node.size == size),
-        ):
-            if one.leaf or not there:
-                continue
-            best = max(there, key=lambda node: self.alike(one, node))
-            value = self.alike(one, best)
-            if value < ALIKE or (best.leaf and value < 0.9) or any(self.alike(node, best) > value + 1e-9 for node in here):
-                continue
-            if any(self.alike(node, best) > value for node in one.children) or any(self.alike(one, node) > value for node in best.children):
-                continue  # one that is more like it stands inside
-            ones = [node for node in here if node.folded == one.folded and not node.leaf]
-            others = [node for node in there if node.folded == best.folded and node.leaf == best.leaf]
-            return self._sequence(others, ones) if turned else self._sequence(ones, others)
+        for mine, theirs in ((here, there), (there, here)):
+            for one in mine.of_size(size):
+                candidates = [] if one.leaf else theirs.like(one)
+                best = max(candidates, key=lambda node: self.alike(one, node), default=None)
+                if best is None or not self._nearest(one, best, mine):
+                    continue
+                ones = [node for node in mine.in_row(one) if not node.leaf]
+                others = [node for node in theirs.in_row(best) if node.leaf == best.leaf]
+                return self._sequence(others, ones) if mine is there else self._sequence(ones, others)
         return None
+
+    def _nearest(self, one: Node, best: Node, mine: Frontier) -> bool:
+        """Whether a module is much like another, and nothing beside or inside of them is more so."""
+        value = self.alike(one, best)
+        if value < (0.9 if best.leaf else ALIKE) or any(self.alike(node, best) > value + 1e-9 for node in mine.like(best)):
+            return False
+        return not any(self.alike(node, best) > value for node in one.children) and not any(
+            self.alike(one, node) > value for node in best.children
+        )
 
     def _sequence(self, ones: Sequence[Node], others: Sequence[Node]) -> _Group:
         """Pair two rows of modules that are alike but not equal, in the order of their numbers."""
-        ones, others = sorted(ones, key=lambda node: node.numbers), sorted(others, key=lambda node: node.numbers)
         table = [[self.alike(one, other) for other in others] for one in ones]
         pairs = _in_order(table)
         unique = len(ones) == len(others) or _only_way(table, pairs)
@@ -251,8 +247,11 @@ class _Pass:
         sources = [unit for node in left.sources for unit in node.units()]
         targets = [unit for node in left.targets for unit in node.units()]
         placed: list[Laid] = []
-        for form in dict.fromkeys(node.form for node in sources):
-            a, b = [node for node in sources if node.form == form], [node for node in targets if node.form == form]
+        by_form: dict[int, tuple[list[Node], list[Node]]] = {}
+        for side, nodes in enumerate((sources, targets)):
+            for node in nodes:
+                by_form.setdefault(node.form, ([], []))[side].append(node)
+        for form, (a, b) in by_form.items():
             if not a or not b or not a[0].size:
                 continue
             choices = choose(a, b, self.clues)
@@ -331,19 +330,17 @@ class _Collected:
         self.targets += left.targets
 
 
-def _move(nodes: list[Node], some: Iterable[Node], to: list[Node]) -> None:
+def _move(frontier: Frontier, some: Iterable[Node], to: list[Node]) -> None:
     for node in some:
-        nodes.remove(node)
+        frontier.remove(node)
         to.append(node)
 
 
-def _open(nodes: list[Node], left: list[Node], size: int) -> None:
+def _open(frontier: Frontier, left: list[Node], size: int) -> None:
     """Put the children of the largest nodes in their place; units of that size are left over."""
-    for node in [node for node in nodes if node.size == size]:
-        at = nodes.index(node)
-        nodes[at : at + 1] = node.children
-        if node.leaf:
-            left.append(node)
+    for node in frontier.of_size(size):
+        frontier.open(node)
+        left += [node] if node.leaf else []
 
 
 def _in_order(table: Sequence[Sequence[float]]) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from ckptsurgeon.surgery.matching.forest import Node
 from ckptsurgeon.surgery.matching.words import CONFUSED, concepts, conflict, gated
 
 ENOUGH = 1.0
-MANY = 100
+MANY = 48
 # Points. A word that tells look-alikes apart and is on both sides; names that exclude each other; the same name; numbers in the same
 # order; keys in the same order; the same two names paired elsewhere; as near as the other to what is paired already.
 WORD, ABBREVIATED, AGAINST, SAME, NUMBERS, ORDER, ELSEWHERE, COMPANY = 2.0, 1.2, -2.0, 1.0, 2.0, 1.5, 2.5, 2.0
@@ -91,7 +91,7 @@ def _many(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchor
     rows: dict[frozenset[str], tuple[list[Node], list[Node]]] = {}
     for side, nodes in enumerate((sources, targets)):
         for node in nodes:
-            rows.setdefault(words[side][id(node)] & both, ([], []))[side].append(node)
+            rows.setdefault(frozenset(word for word in words[side][id(node)] & both if word[0] != "#"), ([], []))[side].append(node)
     found: list[Choice] = []
     rest: tuple[list[Node], list[Node]] = ([], [])
     for told, (ones, others) in rows.items():
