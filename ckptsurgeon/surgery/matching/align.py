@@ -84,12 +84,12 @@ class _Done:
         return Left(same(self.left.sources), same(self.left.targets))
 
 
-def lay(source: Node, target: Node, clues: Clues) -> tuple[Record, Left]:
+def lay(source: Node, target: Node, clues: Clues) -> Record:
     """Lay one tree on the other."""
     record = Record()
     pass_ = _Pass(clues, record, (_counted(source), _counted(target)))
-    left = pass_.pair(Choice(source, target, inf, ("the whole",)), inf, 0)
-    return record, left
+    pass_.pair(Choice(source, target, inf, ("the whole",)), inf, 0)
+    return record
 
 
 def alike(one: Node, other: Node) -> float:
@@ -102,8 +102,11 @@ def alike(one: Node, other: Node) -> float:
         return 0.0
     shared = sum(min(weight, b[shape]) for shape, weight in a.items() if shape in b)
     exact = 2 * shared / total
-    sizes = min(one.size, other.size) / max(one.size, other.size, 1)
-    return max(exact, 0.95 * sizes if sizes > 0.9 and not (one.leaf and other.leaf) else 0.0)
+    if one.leaf and other.leaf:
+        return exact
+    same = sum(min(elements, other.spread.get(inputs, 0)) for inputs, elements in one.spread.items())
+    fused = 2 * same / (one.size + other.size)
+    return max(exact, 0.95 * fused if fused > 0.9 else 0.0)
 
 
 def _counted(node: Node) -> Counter[int]:
@@ -191,6 +194,9 @@ class _Pass:
             ones, others = [node for node in ones if node.form == form], [node for node in others if node.form == form]
             return self._group(ones, others, here, there, anchors)
         modules, other_modules = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
+        spreads = [dict(node.spread) for node in others]
+        if not any(dict(node.spread) in spreads for node in ones):
+            return None
         if modules and others and (other_modules or len(modules) == len(others)):
             return self._group(modules, other_modules or others, here, there, anchors)
         if other_modules and len(other_modules) == len(ones):
@@ -225,7 +231,9 @@ class _Pass:
     def _nearest(self, one: Node, best: Node, mine: Frontier) -> bool:
         """Whether a module is much like another, and nothing beside or inside of them is more so."""
         value = self.alike(one, best)
-        if value < (0.9 if best.leaf else ALIKE) or any(self.alike(node, best) > value + 1e-9 for node in mine.like(best)):
+        if value < (0.9 if best.leaf else ALIKE) or any(
+            self.alike(node, best) > value + 1e-9 for node in mine.like(best) if node.folded != one.folded
+        ):
             return False
         return not any(self.alike(node, best) > value for node in one.children) and not any(
             self.alike(one, node) > value for node in best.children
@@ -263,7 +271,7 @@ class _Pass:
                     choice = _doubted(choice)
                 placed.append(Laid((choice.source,), (choice.target,), min(above, choice.margin), choice.evidence, choice.runner_up))
         sources, targets = _without(sources, targets, placed)
-        for fused in fuse(sources, targets):
+        for fused in fuse(sources, targets, self.clues):
             placed.append(_fused(fused, above))
         sources, targets = _without(sources, targets, placed)
         doubted = [place for place, laid in enumerate(placed) if UNSAID in laid.evidence]
@@ -282,10 +290,15 @@ def _doubted(choice: Choice) -> Choice:
     told, wanted = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
     if conflict(told, wanted):
         return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
-    last = frozenset(concepts(choice.source.path.rpartition(".")[2])) & frozenset(concepts(choice.target.path.rpartition(".")[2]))
-    if len(choice.source.main) > 1 or last:
+    if len(choice.source.main) > 1 or _last_word(choice.source) & _last_word(choice.target):
         return choice
     return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))
+
+
+def _last_word(node: Node) -> frozenset[str]:
+    """What the last part of a path says that is not a number alone."""
+    parts = [part for part in node.path.split(".") if not part.isdigit()]
+    return frozenset(word for word in concepts(parts[-1]) if word[0] != "#") if parts else frozenset()
 
 
 def _without(sources: Sequence[Node], targets: Sequence[Node], placed: Iterable[Laid]) -> tuple[list[Node], list[Node]]:

@@ -112,6 +112,15 @@ class Node:
         """Each shape with its weight in a comparison: large tensors count more, but not by their size."""
         return {shape: count * (1 + log2(1 + prod(shape))) for shape, count in self.shapes.items()}
 
+    @cached_property
+    def spread(self) -> Mapping[int, int]:
+        """Floating elements by the inputs of a row, 0 for vectors: what fusing, splitting and stacking rows keep."""
+        found: Counter[int] = Counter()
+        for shape, count in self.shapes.items():
+            inputs = shape[-1] if len(shape) == 3 else prod(shape[1:])
+            found[inputs if len(shape) > 1 else 0] += count * prod(shape)
+        return found
+
     @property
     def main(self) -> Shape:
         """The shape, without ones, of a unit's largest tensor."""

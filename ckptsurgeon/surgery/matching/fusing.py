@@ -12,6 +12,7 @@ from itertools import combinations
 from math import inf, prod
 
 from ckptsurgeon.surgery.matching.forest import Node, fold
+from ckptsurgeon.surgery.matching.ties import Clues, choose
 from ckptsurgeon.surgery.matching.words import concepts, gated
 
 # Parts that make a whole, in the order in which the field lays them side by side.
@@ -28,7 +29,7 @@ class Fused:
     evidence: tuple[str, ...]
 
 
-def fuse(sources: Sequence[Node], targets: Sequence[Node]) -> list[Fused]:
+def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues) -> list[Fused]:
     """Find them among what is left over of two modules that go together."""
     found: list[Fused] = []
     free_sources, free_targets = list(sources), list(targets)
@@ -41,14 +42,21 @@ def fuse(sources: Sequence[Node], targets: Sequence[Node]) -> list[Fused]:
                 wholes.remove(whole)
                 for part in parts:
                     units.remove(part)
-    for source in list(free_sources):
-        others = [target for target in free_targets if turns(source.main, target.main)]
-        rivals = [other for other in free_sources if turns(other.main, others[0].main)] if others else []
-        if len(others) == len(rivals) == 1:
-            found.append(Fused((source,), (others[0],), inf, ("only one of its shape here, turned",)))
-            free_sources.remove(source)
-            free_targets.remove(others[0])
+    by_shape: dict[tuple[int, ...], tuple[list[Node], list[Node]]] = {}
+    for side, nodes in enumerate((free_sources, free_targets)):
+        for node in nodes:
+            if len(node.main) > 1:
+                by_shape.setdefault(_either_way(node.main), ([], []))[side].append(node)
+    for ones, others in by_shape.values():
+        if ones and others and all(turns(one.main, other.main) for one in ones for other in others):
+            chosen = choose(ones, others, clues)
+            found += [Fused((choice.source,), (choice.target,), choice.margin, (*choice.evidence, "turned")) for choice in chosen]
     return found
+
+
+def _either_way(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for a matrix and its transpose, and for a linear layer and a convolution over the same window."""
+    return tuple(sorted((shape[0], prod(shape[1:]))))
 
 
 def turns(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

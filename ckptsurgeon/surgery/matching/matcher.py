@@ -7,7 +7,7 @@ names stand for which; later passes use both. No name of a model is known here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
@@ -15,7 +15,7 @@ from ckptsurgeon.surgery.matching.align import Laid, Record, lay
 from ckptsurgeon.surgery.matching.forest import both
 from ckptsurgeon.surgery.matching.links import Turned, links
 from ckptsurgeon.surgery.matching.rest import between, orphans, shared
-from ckptsurgeon.surgery.matching.result import Matching, result
+from ckptsurgeon.surgery.matching.result import Link, Matching, result
 from ckptsurgeon.surgery.matching.ties import ENOUGH, Clues, count_pairs
 from ckptsurgeon.surgery.matching.words import concepts
 from ckptsurgeon.tensors import TensorMeta
@@ -24,32 +24,44 @@ PASSES = 4
 Tensors = Mapping[str, TensorMeta]
 
 
-def match(source: Tensors, target: Tensors) -> Matching:
+def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = ()) -> Matching:
     """Find the mapping of a source's tensors to a target's by their names, shapes and order.
 
-    Where the source's matrices fit only transposed, they are looked at so.
+    Where the source's matrices fit only transposed, they are looked at so. `ties` are groups of the target's keys that are one tensor: all
+    of a group get what its first one gets.
     """
-    found = _match(source, target, Turned(source))
+    found = _match(source, target, Turned(source), ties)
     keys = _turned(source, target)
     if keys:
-        other = _match(source, target, Turned(source, keys))
-        if other.share > found.share:
+        other = _match(source, target, Turned(source, keys), ties)
+        if other.share >= found.share:
             return other
     return found
 
 
-def _match(source: Tensors, target: Tensors, turned: Turned) -> Matching:
+def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequence[str]]) -> Matching:
     looked_at = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in source.items()]
     one, other = both(looked_at, target.values())
     ordered = has_order(source) and has_order(target)
     clues = Clues()
     for _ in range(PASSES):
-        record, left = lay(one, other, clues)
+        record = lay(one, other, clues)
         clues = _learned(record, ordered)
-    units = [*between(record.units, one, other, clues.trust), *shared(record, left, one)]
-    found = [link for laid in units for link in links(laid, turned)]
+    found = [link for laid in between(record.units, one, other, clues.trust) for link in links(laid, turned)]
     found += orphans(found, record, source, target)
-    return result(found, source, target, clues.trust)
+    found += shared(found, record, source, target)
+    return result(_tied(found, ties), source, target, clues.trust)
+
+
+def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
+    """The links, where all keys of one tensor get what the first of them that has a link gets."""
+    for tied in ties:
+        links = [link for key in tied for link in found if link.targets == (key,)]
+        if links:
+            others = {key for key in tied if key != links[0].targets[0]}
+            found = [link for link in found if not others & set(link.targets)]
+            found += [replace(links[0], targets=(key,), evidence=(f"the same tensor as {links[0].targets[0]}",)) for key in sorted(others)]
+    return found
 
 
 def _turned(source: Tensors, target: Tensors) -> frozenset[str]:

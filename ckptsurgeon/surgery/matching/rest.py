@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-from ckptsurgeon.surgery.matching.align import Laid, Left, Record
-from ckptsurgeon.surgery.matching.forest import Node, is_float, squeezed
+from ckptsurgeon.surgery.matching.align import Laid, Record
+from ckptsurgeon.surgery.matching.forest import ROLES, Node, Shape, is_float, squeezed
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.matching.ties import ENOUGH
-from ckptsurgeon.surgery.matching.words import concepts
+from ckptsurgeon.surgery.matching.words import concepts, conflict
 from ckptsurgeon.tensors import TensorMeta
 
+Tensors = Mapping[str, TensorMeta]
 # An output layer is often the embedding itself: what the two are called.
-_EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm", "proj"}
+_EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
 
 
 def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> list[Laid]:
@@ -46,55 +47,74 @@ def _triples(node: Node) -> Iterator[tuple[Node | None, Node, Node | None]]:
     return zip([None, *units[:-1]], units, [*units[1:], None], strict=True)
 
 
-def shared(record: Record, left: Left, source: Node) -> list[Laid]:
+def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
     """Targets without a source of their own, whose shape the source has once: an embedding that is the output layer too, and the like."""
-    owners: dict[int, Laid] = {}
-    for laid in record.units:
-        if _single(laid):
-            owners.setdefault(laid.targets[0].form, laid)
-    count = Counter(unit.form for unit in source.units())
-    lost = {id(unit) for node in record.lost for unit in node.units()}
+    used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+    owners: dict[Shape, Link] = {}
+    for link in links:
+        if len(link.sources) == len(link.targets) == 1:
+            owners.setdefault(target[link.targets[0]].shape, link)
+    count = Counter(tensor.shape for tensor in source.values())
+    free = {tensor.shape for key, tensor in source.items() if key not in used}
+    lost = [f"{node.path}." for node in record.lost]
     found = []
-    for node in left.targets:
-        owner = owners.get(node.form)
-        if id(node) in lost or owner is None or len(node.main) < 2 or count[node.form] != 1:
+    for key, tensor in target.items():
+        owner = owners.get(tensor.shape)
+        if key in reached or owner is None or not squeezed(tensor.shape) or tensor.shape in free or count[tensor.shape] != 1:
             continue
-        told, other = set(concepts(node.path)), set(concepts(owner.targets[0].path))
-        tied = bool(_EMBEDS & other and _HEADS & told)
-        same_name = node.path.rpartition(".")[2] == owner.targets[0].path.rpartition(".")[2]
+        if any(key.startswith(path) for path in lost):
+            continue
+        told, other = set(concepts(key)), set(concepts(owner.targets[0]))
+        tied = bool(_EMBEDS & other and _HEADS & told) and "pos" not in other | told
+        last, owner_last = key.split(".")[-2:], owner.targets[0].split(".")[-2:]
+        if len(squeezed(tensor.shape)) < 2:  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
+            module, owner_module = (f"{name.rpartition('.')[0]}." for name in (key, owner.targets[0]))
+            if last[-1] != owner_last[-1] or not (module.startswith(owner_module) or owner_module.startswith(module)):
+                continue
+        same_name = last == owner_last or last[-1] == owner_last[-1] == "bias" or (last[-1] == owner_last[-1] and last[-1] not in ROLES)
         margin = min(owner.margin, inf if tied or same_name else 0.5)
-        found.append(Laid(owner.sources, (node,), margin, (f"the same tensor as {owner.targets[0].path}",)))
+        found.append(Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {owner.targets[0]}",)))
     return found
 
 
-def orphans(found: Sequence[Link], record: Record, source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> list[Link]:
-    """Tensors that stand apart from their module on the other side (a fused layer's separate biases), and buffers, by names and places."""
-    used, reached = {key for link in found for key in link.sources}, {key for link in found for key in link.targets}
+def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
+    """Tensors that stand apart from their module on the other side (a fused layer's separate biases), and buffers, by names and places;
+    then matrices of a shape that is left over once in modules that go together."""
+    used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
     places = [(laid.sources[0].path, laid.targets[0].path) for laid in record.modules if laid.margin >= ENOUGH]
     places.sort(key=lambda pair: -len(pair[0]))
-    free = [tensor for key, tensor in source.items() if key not in used]
-    wanted = [tensor for key, tensor in target.items() if key not in reached]
-    links: list[Link] = []
-    for one, other in places:
-        here, there = _below(free, one), _below(wanted, other)
-        for tensor in there:
-            fits = [item for item in here if _fits(item, tensor, one, other)]
-            rivals = [item for item in there if fits and _fits(fits[0], item, one, other)]
-            if len(fits) == len(rivals) == 1:
-                links.append(Link((fits[0].name,), (tensor.name,), "", ENOUGH, ("named so in modules that go together",)))
-                free.remove(fits[0])
-                wanted.remove(tensor)
-                here.remove(fits[0])
-    return links
+    free = {key: tensor for key, tensor in source.items() if key not in used}
+    wanted = {key: tensor for key, tensor in target.items() if key not in reached}
+    found: list[Link] = []
+    if not free or not wanted:
+        return found
+    for fits, words in ((_named, "named so in modules that go together"), (_alone, "the only one of its shape that is left there")):
+        for one, other in places:
+            here, there = _below(free, one), _below(wanted, other)
+            for tensor in there:
+                mine = [item for item in here if item.name in free and fits(item, tensor, one, other)]
+                rivals = [item for item in there if item.name in wanted and mine and fits(mine[0], item, one, other)]
+                if len(mine) == len(rivals) == 1:
+                    found.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (words,)))
+                    del free[mine[0].name], wanted[tensor.name]
+    return found
 
 
-def _below(tensors: Sequence[TensorMeta], path: str) -> list[TensorMeta]:
-    return [tensor for tensor in tensors if not path or tensor.name.startswith(f"{path}.")]
+def _below(tensors: Tensors, path: str) -> list[TensorMeta]:
+    return [tensor for key, tensor in tensors.items() if not path or key.startswith(f"{path}.")]
 
 
-def _fits(one: TensorMeta, other: TensorMeta, here: str, there: str) -> bool:
-    """Whether two tensors of equal shape have the same role and, below their modules, share a word that is not common."""
+def _named(one: TensorMeta, other: TensorMeta, here: str, there: str) -> bool:
+    """Whether two tensors of equal shape have the same role and, below their modules, the same words."""
     if one.shape != other.shape or is_float(one) != is_float(other) or not squeezed(one.shape):
         return False
     told, wanted = (concepts(tensor.name[len(path) :].lstrip(".")) for tensor, path in ((one, here), (other, there)))
     return bool(told and wanted) and (told == wanted or (told[-1] == wanted[-1] and set(told) <= {*wanted, "attn", "self"}))
+
+
+def _alone(one: TensorMeta, other: TensorMeta, _here: str, _there: str) -> bool:
+    """Whether two matrices, not square, are of one shape and not named against it."""
+    shape = squeezed(one.shape)
+    if one.shape != other.shape or not is_float(one) or not is_float(other) or len(shape) < 2 or len(set(shape)) == 1:
+        return False
+    return not conflict(frozenset(concepts(one.name)), frozenset(concepts(other.name)))

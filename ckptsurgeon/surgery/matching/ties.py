@@ -7,8 +7,9 @@ here: whoever calls has seen that they agree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from math import inf
 
@@ -18,6 +19,7 @@ from ckptsurgeon.surgery.matching.words import CONFUSED, concepts, conflict, gat
 
 ENOUGH = 1.0
 MANY = 48
+AGAINST_IT = "against it"
 # Points. A word that tells look-alikes apart and is on both sides; names that exclude each other; the same name; numbers in the same
 # order; keys in the same order; the same two names paired elsewhere; as near as the other to what is paired already.
 WORD, ABBREVIATED, AGAINST, SAME, NUMBERS, ORDER, ELSEWHERE, COMPANY = 2.0, 1.2, -2.0, 1.0, 2.0, 1.5, 2.5, 2.0
@@ -63,6 +65,9 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
             Choice(one, other, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
             for one, other in zip(*(sorted(nodes, key=lambda node: node.numbers) for nodes in (sources, targets)), strict=True)
         ]
+    in_rows = _in_rows(sources, targets, clues, anchors)
+    if in_rows:
+        return in_rows
     if min(len(sources), len(targets)) > MANY:
         return _many(sources, targets, clues, anchors)
     table = _Table(sources, targets, clues, anchors)
@@ -71,6 +76,8 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
     found = []
     for (row, column), (margin, other) in zip(pairs, margins(scores, pairs), strict=True):
         runner_up = (sources[other[0]], targets[other[1]]) if other else None
+        if any(words.endswith(AGAINST_IT) for words in table.parts(row, column)):
+            margin = min(margin, 0.5)  # the best of bad ones
         found.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
     return _without_the_clear(found, sources, targets, clues, anchors)
 
@@ -82,6 +89,50 @@ def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> 
     return not trust or all(
         before.at < after.at for nodes in (sources, targets) for before, after in pairwise(sorted(nodes, key=lambda node: node.numbers))
     )
+
+
+def _in_rows(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> list[Choice]:
+    """Where both sides are rows of numbered ones (two norms of each layer, or a list of each): which row is which, once for all."""
+    if len(sources) != len(targets):
+        return []
+    found: list[list[Choice]] = []
+    for rows in _rows(sources):
+        for other_rows in _rows(targets):
+            if len(rows) == len(other_rows) > 1 and len({len(row) for row in (*rows, *other_rows)}) == 1 < len(rows[0]):
+                if len({node.folded for node in sources}) == len({node.folded for node in targets}) == 1:
+                    continue  # numbers alone: their order tells
+                chosen = choose([row[0] for row in rows], [row[0] for row in other_rows], clues, anchors)
+                of = {id(row[0]): row for row in (*rows, *other_rows)}
+                found.append(
+                    [
+                        replace(choice, source=one, target=other)
+                        for choice in chosen
+                        for one, other in zip(of[id(choice.source)], of[id(choice.target)], strict=True)
+                    ]
+                )
+    if len(found) > 1:  # as many rows as each has: which number counts the rows is not told
+        return [replace(choice, margin=min(choice.margin, 0.5)) for choice in found[0]]
+    return found[0] if found else []
+
+
+def _rows(nodes: Sequence[Node]) -> list[list[list[Node]]]:
+    """The ways in which nodes are rows: those that differ by numbers alone; or, where all do, those with one number in common."""
+    keys: list[Callable[[Node], object]] = [lambda node: node.folded]
+    if len({node.folded for node in nodes}) == 1:
+        keys = [
+            partial(_number_at, at) for at, values in enumerate(zip(*(node.numbers for node in nodes), strict=True)) if len(set(values)) > 1
+        ]
+    found = []
+    for key in keys:
+        rows: dict[object, list[Node]] = {}
+        for node in sorted(nodes, key=lambda node: node.numbers):
+            rows.setdefault(key(node), []).append(node)
+        found.append(list(rows.values()))
+    return found
+
+
+def _number_at(at: int, node: Node) -> int:
+    return node.numbers[at]
 
 
 def _many(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> list[Choice]:
@@ -113,7 +164,9 @@ def _without_the_clear(
     done = {id(node) for choice in clear for node in (choice.source, choice.target)}
     rest = [[node for node in nodes if id(node) not in done] for nodes in (sources, targets)]
     above = min(choice.margin for choice in clear)
-    again = choose(rest[0], rest[1], clues, anchors)
+    again = choose(rest[0], rest[1], clues, anchors) if rest[0] and rest[1] else []
+    if len(again) == 1 and conflict(*(frozenset(concepts(node.path)) for node in (again[0].source, again[0].target))):
+        above = min(above, 0.5)
     return [*clear, *(replace(choice, margin=min(choice.margin, above)) for choice in again)]
 
 
@@ -124,6 +177,8 @@ class _Table:
         self.sources, self.targets, self.clues = sources, targets, clues
         self.words = tuple(_telling(nodes) for nodes in (sources, targets))
         self.ordinals = tuple(_ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
+        if _either_gate(sources, targets) or _either_gate(targets, sources):
+            self.ordinals = (None, None)
         self.places = tuple(_ranks([node.at for node in nodes]) for nodes in (sources, targets))
         self.even = len(sources) == len(targets)
         self.families = tuple(_in_family(nodes) for nodes in (sources, targets))
@@ -138,7 +193,7 @@ class _Table:
         if not shared and _abbreviated(told, wanted):
             found["a name cut short"] = ABBREVIATED
         if conflict(told, wanted):
-            found["names against it"] = AGAINST
+            found[f"names {AGAINST_IT}"] = AGAINST
         if source.name == target.name:
             found["same name"] = SAME
         if self.ordinals[0] and self.ordinals[1]:
@@ -146,7 +201,7 @@ class _Table:
         elif self.families[0][row] == self.families[1][column] != (0, 1):
             found["numbers in the same order"] = NUMBERS
         if _other_roles(source, target):
-            found["roles against it"] = 2 * AGAINST
+            found[f"roles {AGAINST_IT}"] = 2 * AGAINST
         trust = self.clues.trust * (0.3 if self._confused(row) or self._confused(column, 1) else 1.0)
         if trust:
             found["same order"] = ORDER * trust * _near(self.places[0][row], self.places[1][column], self.even)
@@ -171,11 +226,12 @@ class _Table:
 
     def _elsewhere(self, source: Node, target: Node) -> float:
         best = 0.0
+        own = int(self.clues.partners.get(id(source)) is target)  # what was decided of these two is no evidence for it
         for one in source.tails:
             for other in target.tails:
-                count = self.clues.pairs.get((one, other), 0)
-                if count:
-                    best = max(best, count / max(self.clues.sources[one], self.clues.targets[other]))
+                count = self.clues.pairs.get((one, other), 0) - own
+                if count > 0:
+                    best = max(best, count / max(self.clues.sources[one] - own, self.clues.targets[other] - own))
         return best
 
 
@@ -186,6 +242,12 @@ def _telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     last = [node.name.rpartition(".")[2] for node in nodes]
     gates = gated(last)
     return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(found, last, strict=True)]
+
+
+def _either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
+    """Whether one side says gate and up, and the other `w1` and `w2`: which of these is the gate is not agreed on."""
+    words = frozenset().union(*(concepts(node.name) for node in named))
+    return {"gate", "up"} <= words and {node.name.rpartition(".")[2] for node in numbered} == {"w1", "w2"}
 
 
 def _abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:
@@ -213,7 +275,7 @@ def _ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[in
     """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like."""
     if len({node.folded for node in nodes}) == 1:
         return _ranks([node.numbers for node in nodes])
-    said = [[place for word, place in _ORDINALS.items() if word in found] for found in words]
+    said = [_place([place for word, place in _ORDINALS.items() if word in found]) for found in words]
     numbers = [
         [int(word[1:]) for word in concepts(node.path) if word in found and word.startswith("#")]
         for node, found in zip(nodes, words, strict=True)
@@ -231,6 +293,11 @@ def _ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[in
     else:
         told = [tuple(number) for number in numbers]
     return _ranks(told) if len(set(told)) == len(told) else None
+
+
+def _place(places: list[int]) -> list[int]:
+    """The place that several words give together: being first counts most, then what comes latest."""
+    return [min(places) if min(places) < 0 else max(places)] if places else []
 
 
 def _in_family(nodes: Sequence[Node]) -> list[tuple[int, int]]:

@@ -34,6 +34,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
     (r"wte|tok|word|token|vocab|tokens", "tok"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
+    (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
     (r"lm_head|output_projection|proj_out_vocab", "head.lm"),
     (
         r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
@@ -56,7 +57,8 @@ for _concept, _said in (
     ("attn", "attention attn att mha multihead selfattention mixer attend"),
     ("mlp", "mlp intermediate"),
     ("out", "out output o wo outs"),
-    ("proj", "proj projection projected projector lin linear dense fc"),
+    ("proj", "proj projection projected projector"),
+    ("linear", "lin linear dense fc"),
     ("norm", "norm ln layernorm"),
     ("conv", "conv convolution conv1d conv2d conv3d convs"),
     ("embed", "embed embedding embeddings emb embedder embeds embeddding"),
@@ -102,6 +104,8 @@ for _concept, _said in (
     ("logit", "logit"),
     ("temperature", "temperature tau"),
     ("pool", "pool pooler pooling"),
+    ("reverse", "reverse backward bw bwd rev"),
+    ("forward", "forward fw fwd"),
     ("ih", "ih"),
     ("hh", "hh"),
 ):
@@ -118,7 +122,7 @@ _KINDS = (
     {"gate", "up", "down"},
     {"student", "teacher"},
     {"ih", "hh"},
-    {"head", "embed"},
+    {"lm", "embed", "shared"},
 )
 CONFUSED = ({"q", "k", "v"}, {"gate", "up"})  # what implementations register in any order
 
