@@ -109,7 +109,9 @@ def calls(folder: Path, *words: object) -> list[Call]:
 
 def writing(found: list[Call]) -> list[Call]:
     """The calls from the making of the temporary file on."""
-    start = next(place for place, call in enumerate(found) if call.name == "openat" and ".ckptsurgeon-" in call.line)
+    start = next(
+        place for place, call in enumerate(found) if call.name == "openat" and ".ckptsurgeon-" in call.line and "O_CREAT" in call.line
+    )
     return found[start:]
 
 
