@@ -39,6 +39,7 @@ class CheckpointError(Exception):
         key: the state_dict key concerned, or None.
         hint: what to try next, or None.
         problems: every single problem, where several were found at once.
+        globals: what a pickle had asked for beyond the allow-list, where it is a pickle's error.
         exit_code: what the command line exits with.
     """
 
@@ -58,6 +59,7 @@ class CheckpointError(Exception):
         self.key = key
         self.hint = hint
         self.problems = problems
+        self.globals: tuple[str, ...] = ()
         super().__init__(self.message)
 
     @property
@@ -80,6 +82,10 @@ class FormatError(CheckpointError):
     """The bytes are not a checkpoint of a known format, or contradict themselves."""
 
 
+class PointerError(FormatError):
+    """The file is a Git LFS pointer: a note of where the checkpoint is."""
+
+
 class UnsafeError(CheckpointError):
     """The weights can't be told without running something that the file asks for."""
 
@@ -90,6 +96,10 @@ class LimitError(CheckpointError):
 
 class RootError(CheckpointError):
     """It is not clear which nested dict holds the state_dict, or the one named is not there."""
+
+
+class SettingsError(CheckpointError):
+    """An option or a setting that names what is not there, or is of the wrong kind."""
 
 
 class TargetError(CheckpointError):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 
-from ckptsurgeon.errors import CheckpointError, FormatError, RootError, UnreadableError
+from ckptsurgeon.errors import FormatError, RootError, UnreadableError
 from ckptsurgeon.formats.files import OpenFile, unreadable
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.limits import allowed, exceeded
@@ -111,7 +111,7 @@ def _shard_path(index: str, folder: str, name: str) -> str:
     if os.path.islink(path):
         _check_place(index, folder, name)
     if not os.path.exists(path):
-        raise CheckpointError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")
+        raise UnreadableError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")
     return path
 
 

@@ -10,15 +10,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
 from ckptsurgeon.formats import safetensors, shards, skeleton, torch_legacy, torch_zip
 from ckptsurgeon.formats.files import OpenFile, open_regular
+from ckptsurgeon.formats.zip_directory import ends_as_zip
 from ckptsurgeon.tensors import Archive
 
 _HEAD = 512
+_POINTER = b"version https://git-lfs"
 # What a file begins with, and what it then is; never a checkpoint that we read.
 _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "git lfs pull"),
     (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, h5py)", "convert it with the library that wrote it"),
     (0, b"GGUF", "is a GGUF file (llama.cpp)", "use the original PyTorch or safetensors checkpoint"),
     (0, b"\x93NUMPY", "is a NumPy array file", "torch.save({'weight': torch.from_numpy(numpy.load(path))}, 'out.pt')"),
@@ -82,6 +83,8 @@ def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
     if not file.size:
         raise FormatError("is empty", path=file.path, hint="copy or download it again")
     head = file.read(0, min(_HEAD, file.size))
+    if head.startswith(_POINTER):
+        raise PointerError("is a Git LFS pointer, not the file itself", path=file.path, hint="git lfs pull")
     for offset, magic, what, hint in _STRANGERS:
         if head[offset : offset + len(magic)] == magic:
             raise FormatError(what, path=file.path, hint=hint)
@@ -90,10 +93,17 @@ def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
         raise FormatError("is an HTML page", path=file.path, hint="the download was answered by a web page: log in, or use its raw link")
     if head[:4] == b"PK\x03\x04":
         return torch_zip.read
+    reader = None
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
-        return safetensors.read
-    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
-        return torch_legacy.read
+        reader = safetensors.read
+    elif head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
+        reader = torch_legacy.read
+    if reader is not None:
+        if ends_as_zip(file):
+            raise FormatError(
+                "is two files in one: it begins as a checkpoint and ends as a zip archive", path=file.path, hint="do not trust it"
+            )
+        return reader
     if text[:1] == b"{":
         return _read_json
     if file.size < 9:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.errors import CheckpointError, FormatError, UnsafeError
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import MAX_INT
@@ -160,7 +160,7 @@ def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
         return error
     try:
         collect(file.path, Unpacked(first.value, first.globals, lambda _storage: Span(file.path, 0, 0, ""), first.end))
-    except FormatError as found:
+    except (FormatError, UnsafeError) as found:
         found.reason = f"is a plain pickle, not written by torch.save: it {found.reason}"
         return found
     error = FormatError("is a plain pickle, not written by torch.save")
