@@ -47,7 +47,7 @@ def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
         except TruncatedPickle as error:
             if window == file.size:
                 truncated = file.truncated(file.size + 1)
-                truncated.problems = error.problems  # what it had asked for until then
+                name_globals(truncated, error.globals)  # what it had asked for until then
                 raise truncated from error
             most = allowed("pickle-bytes")
             if window >= most:

@@ -17,7 +17,7 @@ from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import MAX_INT
-from ckptsurgeon.formats.pickle_machine import TruncatedPickle, run
+from ckptsurgeon.formats.pickle_machine import TruncatedPickle, name_globals, run
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import Unpacked, collect
 from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
@@ -90,7 +90,9 @@ def _read(file: OpenFile) -> _Read:
             _check_record(storage, entries.get(f"data/{storage.key}"))
     except TruncatedPickle as error:
         hint = "copy or download it again"
-        raise FormatError("has a data.pkl that ends too early", path=file.path, hint=hint, problems=error.problems) from error
+        early = FormatError("has a data.pkl that ends too early", path=file.path, hint=hint)
+        name_globals(early, error.globals)
+        raise early from error
     digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
     return _Read(Unpacked(pickled.value, pickled.globals, locate, len(pickle)), entries, storages, digest.hexdigest())
 
