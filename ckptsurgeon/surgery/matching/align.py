@@ -23,6 +23,7 @@ from ckptsurgeon.surgery.matching.words import concepts, conflict
 ALIKE = 0.7  # how much of the contents two modules share before one may stand for the other
 UNSAID = "names do not say so"
 _DEPTH = 60
+_TABLE = 1_000_000  # pairs of two rows that are compared each with each
 _ANCHORS = 12
 
 
@@ -241,14 +242,23 @@ class _Pass:
 
     def _sequence(self, ones: Sequence[Node], others: Sequence[Node]) -> _Group:
         """Pair two rows of modules that are alike but not equal, in the order of their numbers."""
-        table = [[self.alike(one, other) for other in others] for one in ones]
-        pairs = _in_order(table)
-        unique = len(ones) == len(others) or _only_way(table, pairs)
+        pairs, unique = self._in_step(ones, others)
         same_names = all(ones[row].numbers == others[column].numbers for row, column in pairs)
         margin = inf if unique else 1.0 if same_names else 0.5
         told = ("much alike",) if len(pairs) == 1 else ("much alike, in the order of their numbers",)
         choices = [Choice(ones[row], others[column], margin, told) for row, column in pairs]
         return _Group(choices, [choice.source for choice in choices], [choice.target for choice in choices])
+
+    def _in_step(self, ones: Sequence[Node], others: Sequence[Node]) -> tuple[list[tuple[int, int]], bool]:
+        """Which of two rows go together, and whether in this way only."""
+        if len(ones) == len(others) and all(self.alike(one, other) >= ALIKE for one, other in zip(ones, others, strict=True)):
+            return [(place, place) for place in range(len(ones))], True
+        if len(ones) * len(others) > _TABLE:
+            there = {other.numbers: place for place, other in enumerate(others)}
+            return [(place, there[one.numbers]) for place, one in enumerate(ones) if one.numbers in there], False
+        table = [[self.alike(one, other) for other in others] for one in ones]
+        pairs = _in_order(table)
+        return pairs, len(ones) == len(others) or _only_way(table, pairs)
 
     def _again(self, left: _Collected, above: float, exact: bool, depth: int) -> Left:
         """What is left over in one context: equal forms that are alone, then parts that are fused, split or turned."""

@@ -79,7 +79,7 @@ class Node:
         """Whether it is a unit."""
         return not self.children
 
-    @property
+    @cached_property
     def parent(self) -> str:
         """The path of the node above it."""
         return self.path[: len(self.path) - len(self.name)].rstrip(".")
@@ -121,12 +121,12 @@ class Node:
             found[inputs if len(shape) > 1 else 0] += count * prod(shape)
         return found
 
-    @property
+    @cached_property
     def main(self) -> Shape:
         """The shape, without ones, of a unit's largest tensor."""
         return squeezed(self.largest.shape)
 
-    @property
+    @cached_property
     def largest(self) -> TensorMeta:
         """A unit's largest tensor."""
         return max(self.tensors.values(), key=lambda tensor: (is_float(tensor), tensor.numel))

@@ -34,14 +34,15 @@ def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues) -> list
     found: list[Fused] = []
     free_sources, free_targets = list(sources), list(targets)
     for wholes, units, turned in ((free_targets, free_sources, False), (free_sources, free_targets, True)):
-        for whole in list(wholes):
-            told = _parts(whole, units)
+        pieces = _Pieces(units)
+        for whole in [whole for whole in wholes if len(whole.main) > 1]:
+            told = pieces.of(whole)
             if told:
                 parts, margin, evidence = told
                 found.append(Fused((whole,), parts, margin, (evidence,)) if turned else Fused(parts, (whole,), margin, (evidence,)))
+                pieces.taken |= {id(part) for part in parts}
                 wholes.remove(whole)
-                for part in parts:
-                    units.remove(part)
+        units[:] = [unit for unit in units if id(unit) not in pieces.taken]
     by_shape: dict[tuple[int, ...], tuple[list[Node], list[Node]]] = {}
     for side, nodes in enumerate((free_sources, free_targets)):
         for node in nodes:
@@ -69,19 +70,39 @@ def turns(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 _Told = tuple[tuple[Node, ...], float, str]
 
 
-def _parts(whole: Node, units: Sequence[Node]) -> _Told | None:
-    """The units that add up to a whole, in order, with a margin and words."""
-    if len(whole.main) < 2:
-        return None
-    smaller = [unit for unit in units if len(unit.main) >= 2 and unit.size < whole.size]
-    for group in _families(smaller, lambda unit: unit.parent):
-        if len(group) > 1:
-            for parts, margin in _orders(group, whole):
+class _Pieces:
+    """Units that may be parts of a whole: those of one module by the dimensions that they may share with it, and rows of numbered ones."""
+
+    def __init__(self, units: Sequence[Node]) -> None:
+        self.taken: set[int] = set()
+        matrices = [unit for unit in units if len(unit.main) > 1]
+        self.by_edge: dict[tuple[int, ...], dict[int, list[Node]]] = {}
+        for place, family in enumerate(_families(matrices, lambda unit: unit.parent)):
+            if len(family) > 1:
+                for unit in family:
+                    for edge in (*_edges(unit.main), *_edges(unit.main[::-1])):
+                        self.by_edge.setdefault(edge, {})[place] = family
+        self.rows: dict[int, list[list[Node]]] = {}
+        for row in _families(matrices, _without_numbers):
+            self.rows.setdefault(len(row), []).append(sorted(row, key=lambda unit: unit.numbers))
+
+    def of(self, whole: Node) -> _Told | None:
+        """The units that add up to a whole, in order, with a margin and words."""
+        families = {place: family for edge in _edges(whole.main) for place, family in self.by_edge.get(edge, {}).items()}
+        for _, family in sorted(families.items()):
+            group = [unit for unit in family if unit.size < whole.size and id(unit) not in self.taken]
+            for parts, margin in _orders(group, whole) if len(group) > 1 else ():
                 if sum(prod(part.main) for part in parts) == prod(whole.main) and all(_beside(whole.main, part.main) for part in parts):
                     return parts, margin, "its parts side by side"
-    if len(whole.main) == 3:
-        return _stacked(whole, smaller)
-    return None
+        if len(whole.main) != 3:
+            return None
+        rows = self.rows.get(whole.main[0], [])
+        return _stacked(whole, [row for row in rows if not any(id(unit) in self.taken for unit in row)])
+
+
+def _edges(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A shape without one of its dimensions, for each."""
+    return [(*shape[:dim], *shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _families(units: Sequence[Node], key: Callable[[Node], str]) -> list[list[Node]]:
@@ -110,10 +131,9 @@ def _beside(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
     return len(whole) == len(part) and any(sum(a != b for a, b in zip(whole, turned, strict=True)) == 1 for turned in (part, part[::-1]))
 
 
-def _stacked(whole: Node, units: Sequence[Node]) -> _Told | None:
+def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Told | None:
     """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
-    count, *rest = whole.main
-    rows = [sorted(row, key=lambda unit: unit.numbers) for row in _families(units, _without_numbers) if len(row) == count]
+    rest = list(whole.main[1:])
     gates = gated([row[0].name for row in rows])
     said = {id(row[0]): {*concepts(row[0].name), gates.get(row[0].name, "")} for row in rows}
     fits = [row for row in rows if list(row[0].main) == rest] or [row for row in rows if sorted(row[0].main) == sorted(rest)]
