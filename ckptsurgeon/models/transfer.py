@@ -173,12 +173,13 @@ def _through_hooks(
         if wrong:
             raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
     except BaseException:
-        state.update(before)
-        with suppress(TargetError):  # for what it keeps beside its tensors
-            persons_code.call(name, model.load_state_dict, state, strict=True)
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+        with undisturbed():
+            state.update(before)
+            with suppress(TargetError):  # for what it keeps beside its tensors
+                persons_code.call(name, model.load_state_dict, state, strict=True)
+            with torch.no_grad():
+                for tensor, value in kept:
+                    tensor.copy_(value)
         raise
 
 

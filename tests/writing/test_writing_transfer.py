@@ -1,0 +1,310 @@
+"""`transfer` writes into a live model: interrupted, it leaves it whole; where a file fails under it, the error says how far it came."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from writing_support import environment
+
+import ckptsurgeon as cs
+from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
+from ckptsurgeon.streaming import copying
+from ckptsurgeon.streaming.reading import Reader
+
+
+def model(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(*[nn.Linear(30, 30) for _ in range(5)])
+
+
+def values(net: nn.Module) -> dict[str, Any]:
+    return {key: tensor.tolist() for key, tensor in net.state_dict().items()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.save(model(1).state_dict(), tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
+def at_the_third(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something just before the third tensor is read into the model."""
+    real, count = Reader.read_into, list[int]()
+
+    def acting(self: Reader, *arguments: Any) -> None:
+        count.append(1)
+        if len(count) == 3:
+            act()
+        real(self, *arguments)
+
+    patch.setattr(Reader, "read_into", acting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_between_two_copies_waits_until_the_model_is_whole(
+    number: signal.Signals, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Stop
+
+    before = signal.signal(number, stop)
+    try:
+        net = model(2)
+        at_the_third(monkeypatch, lambda: signal.raise_signal(number))
+        with pytest.raises(Stop):
+            cs.transfer(source, net)
+        assert values(net) == values(model(1))
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_keyboard_interrupt_is_one_after_it_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model(2)
+    at_the_third(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        cs.transfer(source, net)
+    assert values(net) == values(model(1))
+
+
+LOOP = """
+import os, random, signal, sys, threading, time
+import torch
+from torch import nn
+import ckptsurgeon as cs
+
+path, main = sys.argv[1], threading.main_thread().ident
+net = nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)])
+olds = [{key: torch.full_like(value, fill) for key, value in net.state_dict().items()} for fill in (0.0,)]
+new = torch.load(path, weights_only=True)
+whole = {"old": 0, "new": 0}
+cs.transfer(path, net)
+start = time.perf_counter()
+cs.transfer(path, net)
+long = time.perf_counter() - start
+random.seed(0)
+done = 0
+while done < 150:
+    net.load_state_dict(olds[0])
+    timer = threading.Timer(random.random() * long * 1.2, lambda: signal.pthread_kill(main, signal.SIGINT))
+    try:
+        timer.start()
+        try:
+            cs.transfer(path, net)
+        finally:
+            timer.join()
+        time.sleep(0.001)
+    except KeyboardInterrupt:
+        done += 1
+    timer.join()
+    state = net.state_dict()
+    kinds = {"new" if torch.equal(state[key], new[key]) else "old" if torch.equal(state[key], olds[0][key]) else "torn" for key in state}
+    assert kinds in ({"old"}, {"new"}), kinds
+    whole[kinds.pop()] += 1
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print(whole["old"] > 0 and whole["new"] > 0)
+"""
+
+
+def test_interrupts_at_random_moments_never_leave_a_mixture(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)]).state_dict(), tmp_path / "a.pt")
+    command = [sys.executable, "-c", LOOP, str(tmp_path / "a.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_in_another_thread_signals_are_left_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, seen = model(2), list[object]()
+    at_the_third(monkeypatch, lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    thread = threading.Thread(target=cs.transfer, args=(source, net))
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)] and values(net) == values(model(1))
+
+
+def test_a_file_that_becomes_shorter_under_it_is_an_error_that_says_how_far_it_came(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model(2)
+    at_the_third(monkeypatch, lambda: os.truncate(source, 0))  # mapped, it would kill the process by SIGBUS
+    with pytest.raises(StaleError) as caught:
+        cs.transfer(source, net)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{source}: became shorter while it was read; the model holds 2 of 10 new tensors by now, and a part of 1.weight"
+    )
+    assert "0.weight: has its new value" in message and "0.bias: has its new value" in message and "1.weight: has" not in message
+    found, old, new = values(net), values(model(2)), values(model(1))
+    assert [key for key in found if found[key] == new[key]] == ["0.weight", "0.bias"]
+    assert all(found[key] in (old[key], new[key]) for key in found)
+
+
+def test_a_disk_that_fails_under_it_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    at_the_third(monkeypatch, lambda: monkeypatch.setattr(copying.os, "preadv", fails))
+    with pytest.raises(UnreadableError, match=r"could not be read \(Input/output error\); the model holds 2 of 10 new tensors"):
+        cs.transfer(source, model(2))
+
+
+@pytest.mark.parametrize("change", ["truncated", "touched", "replaced"])
+def test_what_can_be_seen_before_the_first_copy_is_seen_before_it(change: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, net = cs.open(source), model(2)
+    if change == "truncated":
+        os.truncate(source, source.stat().st_size - 1)
+    elif change == "touched":
+        os.utime(source, ns=(5, 5))
+    else:
+        torch.save(model(3).state_dict(), source.with_name("new"))
+        os.replace(source.with_name("new"), source)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        cs.transfer(found, net)
+    assert values(net) == values(model(2))
+
+
+class Extra(nn.Module):
+    """Keeps an extra state, and refuses one that is not to its taste."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.weight, self.word = nn.Parameter(torch.zeros(3)), word
+
+    def get_extra_state(self) -> str:
+        return self.word
+
+    def set_extra_state(self, state: str) -> None:
+        self.word = state
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_between_extra_states_and_tensors_leaves_no_mixture(tmp_path: Path) -> None:
+    given = Extra("new")
+    with torch.no_grad():
+        given.weight.fill_(1)
+    torch.save(given.state_dict(), tmp_path / "a.pt")
+    net = Extra("old")
+    with pytest.raises(KeyboardInterrupt):
+        cs.transfer(tmp_path / "a.pt", net)
+    assert (net.word, net.weight.tolist()) == ("new", [1, 1, 1])
+
+
+class Renamed(nn.Module):
+    """Its state_dict has values that are not its memory, so that they go in by its own loading code, which Ctrl-C meets at its end."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), fill))
+        self.interrupt = False
+        self.register_state_dict_post_hook(self._scale)
+        self.register_load_state_dict_post_hook(self._back)
+
+    @staticmethod
+    def _scale(module: nn.Module, state: dict[str, Any], prefix: str, _local: object) -> None:
+        state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+
+    @staticmethod
+    def _back(module: Any, _incompatible: object) -> None:
+        with torch.no_grad():
+            module.weight.div_(2)
+        if module.interrupt:
+            module.interrupt = False
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_in_a_models_own_loading_code_puts_it_back(tmp_path: Path) -> None:
+    torch.save(Renamed(1.0).state_dict(), tmp_path / "a.pt")
+    net = Renamed(5.0)
+    net.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        cs.transfer(tmp_path / "a.pt", net)
+    assert net.weight.tolist() == [5, 5, 5]
+    cs.transfer(tmp_path / "a.pt", net)
+    assert net.weight.tolist() == [1, 1, 1]
+
+
+def turned(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(torch.zeros(30, 30).t())
+
+
+def strided(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(torch.zeros(30, 60)[:, ::2])
+
+
+def channels_last(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(torch.zeros(1, 30, 1, 30).to(memory_format=torch.channels_last).view(30, 30))
+
+
+def sliced(net: nn.Sequential) -> None:
+    whole = torch.zeros(60, 30)
+    net[0].weight, net[1].weight = nn.Parameter(whole[:30]), nn.Parameter(whole[30:])
+
+
+@pytest.mark.parametrize("lay", [turned, strided, channels_last, sliced])
+def test_however_the_model_lies_in_memory(lay: Callable[[nn.Sequential], None], source: Path) -> None:
+    net = model(2)
+    lay(net)
+    before = {name: (one.data_ptr(), one.stride()) for name, one in net.named_parameters()}
+    cs.transfer(source, net)
+    assert values(net) == values(model(1))
+    assert {name: (one.data_ptr(), one.stride()) for name, one in net.named_parameters()} == before
+
+
+def test_autograd_learns_that_the_weights_have_changed(source: Path) -> None:
+    net = model(2)
+    loss = net(torch.ones(1, 30)).square().sum()
+    cs.transfer(source, net)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
+)
+def test_every_kind_of_tensor(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__()
+            for name, one in (("many", value), ("none", value[:0]), ("one", value[0])):
+                self.register_buffer(name, one.clone())
+
+    given = torch.randn(7, generator=torch.Generator().manual_seed(1)).mul(3).to(dtype)
+    torch.save(Holder(given).state_dict(), tmp_path / "a.pt")
+    net = Holder(torch.zeros(7).to(dtype))
+    cs.transfer(tmp_path / "a.pt", net)
+    assert values(net) == values(Holder(given))
+
+
+FLAT = """
+import sys, torch
+from torch import nn
+import ckptsurgeon as cs
+net = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(50)])
+cs.transfer(sys.argv[2], nn.Linear(3, 3))
+def resident():
+    rows = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(rows["VmHWM"].split()[0]) // 1024
+before = resident()
+cs.transfer(sys.argv[1], net)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is told by /proc")
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(50)]).state_dict(), tmp_path / "a.pt")
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "b.pt")
+    command = [sys.executable, "-c", FLAT, str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+    assert done.returncode == 0 and int(done.stdout) < 30, done  # of 200 MB
