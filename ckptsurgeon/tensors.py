@@ -18,11 +18,21 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A deflated zip entry: `nbytes` compressed bytes at `offset` that inflate to `size` bytes."""
+    """A deflated zip entry: `nbytes` compressed bytes at `offset` that inflate to `size` bytes of that CRC-32 (0 where there is none)."""
 
     offset: int
     nbytes: int
     size: int
+    crc: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A stored zip entry and the CRC-32 that the file gives for it."""
+
+    offset: int
+    nbytes: int
+    crc: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,8 @@ class Span:
     """Where a tensor's bytes lie.
 
     `offset` and `nbytes` (in bytes) run from the first to the last element that the tensor's stride reaches; they count within
-    the file, or within the inflated entry where `packed` is set. Tensors of one `storage` share memory in torch.
+    the file, or within the inflated entry where `packed` is set. Tensors of one `storage` share memory in torch. `record` is the entry
+    around it that has a checksum.
     """
 
     file: str
@@ -38,6 +49,12 @@ class Span:
     nbytes: int
     storage: str
     packed: Packed | None = None
+    record: Record | None = field(default=None, compare=False)
+
+    def checksum(self) -> int | None:
+        """The CRC-32 that the file gives for just these bytes, or None."""
+        record = self.record
+        return record.crc if record is not None and (record.offset, record.nbytes) == (self.offset, self.nbytes) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from ckptsurgeon.formats.pickle_machine import TruncatedPickle, name_globals, ru
 from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import Unpacked, collect
 from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
-from ckptsurgeon.tensors import Archive, Packed, Span
+from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
 PROVENANCE_RECORD = "ckptsurgeon.json"
 
@@ -79,8 +79,10 @@ def _read(file: OpenFile) -> _Read:
 
     def locate(storage: StorageRef) -> Span:
         entry = entries[f"data/{storage.key}"]
-        packed = Packed(entry.offset, entry.packed, entry.size) if entry.method == DEFLATED else None
-        return Span(file.path, 0 if packed else entry.offset, entry.size, storage.key, packed)
+        if entry.method == DEFLATED:
+            return Span(file.path, 0, entry.size, storage.key, Packed(entry.offset, entry.packed, entry.size, entry.crc))
+        record = Record(entry.offset, entry.size, entry.crc) if entry.crc else None
+        return Span(file.path, entry.offset, entry.size, storage.key, None, record)
 
     try:
         pickled = run(pickle, 0, persistent)

@@ -138,7 +138,7 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorM
         for count, step in zip(ref.shape, ref.stride, strict=True):
             length += (count - 1) * step
     start = ref.storage.start + ref.offset * size
-    span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed)
+    span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed, whole.record)
     meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
     if length and meta.nbytes > length * size and meta.nbytes > allowed("view-bytes"):
         raise exceeded("view-bytes", f"repeats {length * size} stored bytes into {meta.nbytes}", meta.nbytes, path=path, key=name)

@@ -138,6 +138,17 @@ def _end_records(file: OpenFile) -> tuple[int, int, int, int]:
     return start, size, count, end
 
 
+def ends_as_zip(file: OpenFile) -> bool:
+    """Whether a file that is no zip by its beginning is one by its end, where Python's zipfile looks. Chance makes 1 in 4 billion so."""
+    tail = file.read(max(file.size - _END.size - _MAX16, 0), min(_END.size + _MAX16, file.size))
+    where = tail.find(b"PK\x05\x06")
+    while 0 <= where <= len(tail) - _END.size:
+        if _END.unpack_from(tail, where)[-1] == len(tail) - where - _END.size:
+            return True
+        where = tail.find(b"PK\x05\x06", where + 1)
+    return False
+
+
 def _central(file: OpenFile, raw: bytes, position: int) -> tuple[Entry, int, int, int]:
     if position + _CENTRAL.size > len(raw):
         raise _bad(file, "has a directory that is shorter than its entries")

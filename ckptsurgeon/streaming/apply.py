@@ -23,7 +23,7 @@ from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.kernels.table import OwnKernel
 from ckptsurgeon.streaming.pieces import Pieces, pieces_of
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.reading import Reader, hold
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.planned import Plan, Step, resolved
@@ -279,6 +279,9 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
             position += piece.nbytes
     _refuse_torn_ties(run, layout, tensors, temporary)
     checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
+    for slot, crc in zip(layout.slots, checksums, strict=bool(checksums)):
+        if len(pieces := moved[slot.index] or ()) == 1:
+            hold(pieces[0], crc)
     for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
 

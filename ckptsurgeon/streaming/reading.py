@@ -117,7 +117,7 @@ def _unpacking(path: str) -> Iterator[None]:
 
 def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
     inflate = zlib.decompressobj(-15)
-    total = 0
+    total = crc = 0
     for chunk in copying.chunks(file.fd, packed.offset, packed.nbytes):
         data: bytes | memoryview = chunk
         more = True
@@ -129,9 +129,19 @@ def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
             total += len(part)
             if total > packed.size:
                 break
+            crc = zlib.crc32(part, crc)
             output.write(part)
             data = inflate.unconsumed_tail
             more = bool(data) or len(part) == BUFFER
     if total != packed.size or not inflate.eof or inflate.unused_data:
         raise FormatError("has a deflated entry of another length than it says", path=file.path, hint="copy or download it again")
+    if packed.crc and crc != packed.crc:
+        raise FormatError("has a deflated entry that is not what its checksum says", path=file.path, hint="copy or download it again")
     output.flush()
+
+
+def hold(span: Span, crc: int) -> None:
+    """Raises FormatError where bytes that were read, of this CRC-32, are not what the file's own checksum says; most spans have none."""
+    if span.checksum() not in (None, crc):
+        words = f"is not what its own checksum says (the storage {span.storage})"
+        raise FormatError(words, path=span.file, hint=f"copy or download it again; see what is wrong: ckptsurgeon check --full {span.file}")

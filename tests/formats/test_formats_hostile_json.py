@@ -174,6 +174,9 @@ def test_indexes_that_lie(case: str, tmp_path: Path) -> None:
     (folder / "outside").symlink_to(tmp_path / "outside")
     (folder / "garbage").write_bytes(b"garbage of some length")
     os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "chain").symlink_to("outside")
     refusal(index, tmp_path)
     refusal(folder, tmp_path)
 

@@ -151,6 +151,9 @@ INDEXES: dict[str, Any] = {
     "a folder below": {**A, "c": "below"},
     "a link that leads out": {**A, "c": "outside"},
     "a FIFO": {**A, "c": "pipe"},
+    "a device": {**A, "c": "zero"},
+    "a link to nothing": {**A, "c": "dangling"},
+    "a link to a link that leads out": {**A, "c": "chain"},
     "garbage": {**A, "c": "garbage"},
     "half a surrogate": {**A, "c": "\ud800"},
 }

@@ -62,12 +62,15 @@ OPCODES: dict[str, tuple[Callable[[str], bytes], str]] = {
 def zipped(pickled: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
     """A torch zip around a pickle."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/byteorder", b"little")
-        for name, data in (records or {}).items():
-            archive.writestr(f"archive/data/{name}", data)
-        archive.writestr("archive/version", b"3\n")
+    entries = {
+        "data.pkl": pickled,
+        "byteorder": b"little",
+        **{f"data/{name}": data for name, data in (records or {}).items()},
+        "version": b"3\n",
+    }
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data, compression)  # without the time of day
     return buffer.getvalue()
 
 

@@ -122,7 +122,7 @@ def test_one_file_seen_in_two_states_is_stale(tmp_path: Path) -> None:
 
 
 def deflated(tmp_path: Path, stream: bytes, size: int) -> Checkpoint:
-    """A checkpoint whose one storage is the raw deflate `stream`, said to inflate to `size` bytes."""
+    """A checkpoint whose one storage is the raw deflate `stream`, said to inflate to `size` bytes, without a checksum."""
     torch.save({"w": torch.zeros(size // 4)}, tmp_path / "in.pt")
     packed(tmp_path / "in.pt", tmp_path / "packed.pt")
     found = cs.open(tmp_path / "packed.pt")
@@ -130,7 +130,7 @@ def deflated(tmp_path: Path, stream: bytes, size: int) -> Checkpoint:
     status = (tmp_path / "stream").stat()
     span = found["w"].span
     assert span is not None and span.packed is not None
-    moved = replace(span, file=str(tmp_path / "stream"), packed=replace(span.packed, offset=0, nbytes=len(stream), size=size))
+    moved = replace(span, file=str(tmp_path / "stream"), packed=replace(span.packed, offset=0, nbytes=len(stream), size=size, crc=0))
     stamp = replace(found.files[0], path=str(tmp_path / "stream"), size=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
     return replace(found, tensors={"w": replace(found["w"], span=moved)}, files=(stamp,))
 

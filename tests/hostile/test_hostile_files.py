@@ -1,0 +1,148 @@
+"""Every hostile file has its line of story, and ends as it says: by the library and by the program. No payload runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import make
+import pytest
+from hostile_program import Ended, run_all
+
+from ckptsurgeon import errors
+from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.formats import read
+from ckptsurgeon.tensors import Archive
+
+STORIES = make.stories()
+NAMES = [row[0] for row in STORIES]
+HONEST = "honest.pt"
+READS = "reads"
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where each hostile thing is."""
+    folder = tmp_path_factory.mktemp("hostile")
+    found = {}
+    for name in NAMES:
+        (folder / make.slug(name)).mkdir()
+        found[name] = make.make(name, folder / make.slug(name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The current folder, in which no marker file may appear; and nothing hangs."""
+    monkeypatch.chdir(tmp_path)
+    signal.alarm(240)
+    yield
+    signal.alarm(0)
+    assert not (tmp_path / make.MARKER).exists() and not Path(make.FILES, make.MARKER).exists()
+
+
+def test_every_file_has_its_line_of_story_and_every_line_its_file() -> None:
+    assert [*make.MAKERS, *make.PLACES] == NAMES
+    assert len(set(NAMES)) == len(NAMES)
+    assert all(len(row) == 4 and all(row) and len(row[3]) > 20 for row in STORIES)
+    kept = {path.relative_to(make.FILES).as_posix() for path in make.FILES.rglob("*") if path.is_file()}
+    assert kept <= set(NAMES) and len(kept) > 300
+
+
+def _deflated(data: bytes) -> bool:
+    return any(data[place + 8 : place + 10] == b"\x08\0" for place in range(len(data)) if data[place : place + 4] == b"PK\x03\x04")
+
+
+@pytest.mark.parametrize("name", [name for name in make.MAKERS if (make.FILES / name).exists()])
+def test_the_script_makes_the_very_files_that_are_kept(name: str) -> None:
+    made, kept = make.MAKERS[name](), (make.FILES / name).read_bytes()
+    assert len(made) <= make.KEPT
+    if not _deflated(made):  # what zlib makes of the same bytes depends on its version
+        assert made == kept
+
+
+def test_what_is_not_kept_is_too_large() -> None:
+    large = [name for name in make.MAKERS if not (make.FILES / name).exists()]
+    assert all(len(make.MAKERS[name]()) > make.KEPT for name in large)
+
+
+@pytest.mark.parametrize(("name", "outcome"), [(row[0], row[1]) for row in STORIES])
+def test_the_library_ends_as_the_story_says(name: str, outcome: str, things: dict[str, Path]) -> None:
+    try:
+        found = read(str(things[name]))
+    except CheckpointError as error:
+        assert type(error).__name__ == outcome, error
+        assert error.path and error.reason and all(line.isprintable() for line in str(error).split("\n"))
+    else:
+        assert outcome == READS and isinstance(found, Archive) and found.state_dicts
+
+
+def assert_told(ended: Ended, outcome: str, path: Path) -> None:
+    """One error of the right kind, or the answer; nothing that steers a terminal."""
+    assert "Traceback" not in ended.err and all(line.isprintable() for line in (ended.out + ended.err).split("\n")), ended
+    if outcome == READS:
+        assert ended.code == 0 and not ended.err, ended
+    else:
+        assert ended.code == 2 and not ended.out and ended.err.count("error: ") >= 1 and ended.err.startswith("error: "), ended
+        assert str(path) in ended.err.replace("\\", "") or path.is_dir() or "shard" in ended.err, ended
+
+
+def test_the_program_ends_as_the_stories_say(things: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / HONEST).write_bytes(make.HONEST)
+    forms = (
+        ("inspect", "FILE"),
+        ("inspect", "-v", "FILE"),
+        ("inspect", "--json", "FILE"),
+        ("diff", "FILE", HONEST),
+        ("diff", HONEST, "FILE", "--json"),
+        ("verify", "FILE", "FILE"),
+        ("check", "FILE"),
+        ("check", "FILE", "--json"),
+    )
+    lines = [[word.replace("FILE", str(things[name])) for word in form] for name in NAMES for form in forms]
+    endings = iter(run_all(lines, tmp_path))
+    for name, outcome, codes, _ in STORIES:
+        plain, verbose, as_json, source, target, verified, checked, checked_json = (next(endings) for _ in forms)
+        try:
+            several = plain.out.count("root ") > 1
+            for ended in (plain, verbose):
+                assert_told(ended, outcome, things[name])
+            if outcome == READS:
+                assert json.loads(as_json.out)["tensors"] and target.code == 0
+                assert several or (source.code, verified.code) == (0, 0)
+            else:
+                kind = json.loads(as_json.out)["error"]["type"]
+                assert kind == outcome == json.loads(target.out)["error"]["type"]
+                assert issubclass(getattr(errors, kind), CheckpointError)
+                assert_told(source, outcome, things[name])
+                assert_told(verified, outcome, things[name])
+            (row,) = json.loads(checked_json.out)["files"]
+            found = {finding["code"] for finding in row["findings"] if finding["level"] == "error"}
+            assert (checked.code, row["ok"], found == set()) == ((0, True, True) if codes == "ok" else (1, False, False))
+            assert codes == "ok" or set(codes.split()) <= found, found
+            assert "Traceback" not in checked.err and all(line.isprintable() for line in (checked.out + checked.err).split("\n"))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_all_at_once_in_one_check(things: dict[str, Path], tmp_path: Path) -> None:
+    (ended,) = run_all([["check", *map(str, things.values()), "--json"]], tmp_path)
+    rows = json.loads(ended.out)["files"]
+    assert ended.code == 1 and not ended.err
+    assert [row["ok"] for row in rows] == [codes == "ok" for _, _, codes, _ in STORIES]
+
+
+def test_the_honest_files_are_what_they_seem() -> None:
+    """The oracle: what the hostile files differ from is read by the official libraries."""
+    import io
+
+    import safetensors.torch
+    import torch
+
+    for data in (make.HONEST, make.OLD):
+        assert torch.load(io.BytesIO(data), weights_only=True)["w"].dtype == torch.float32
+    assert torch.load(io.BytesIO(make.OLD), weights_only=True)["w"].tolist() == list(struct.unpack("<2f", make.OLD[-8:]))
+    assert safetensors.torch.load(make.TENSORS)["w"].tolist() == [0]
