@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
 
-from ckptsurgeon.surgery.matching.align import Laid
 from ckptsurgeon.surgery.matching.forest import Node, Shape, is_float, squeezed
+from ckptsurgeon.surgery.matching.laid import Laid
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.tensors import TensorMeta
 

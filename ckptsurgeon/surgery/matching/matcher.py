@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from ckptsurgeon.surgery.matching.align import Laid, Record, lay
+from ckptsurgeon.surgery.matching.align import lay
 from ckptsurgeon.surgery.matching.forest import both
+from ckptsurgeon.surgery.matching.laid import Laid, Record
 from ckptsurgeon.surgery.matching.links import Turned, links
 from ckptsurgeon.surgery.matching.rest import between, orphans, shared
 from ckptsurgeon.surgery.matching.result import Link, Matching, result

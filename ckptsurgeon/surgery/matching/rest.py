@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-from ckptsurgeon.surgery.matching.align import Laid, Record
 from ckptsurgeon.surgery.matching.forest import ROLES, Node, Shape, is_float, squeezed
+from ckptsurgeon.surgery.matching.laid import Laid, Record
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.matching.ties import ENOUGH
 from ckptsurgeon.surgery.matching.words import concepts, conflict

@@ -1,0 +1,98 @@
+"""Pairs of implementations with verified mappings: how they are read, and how a matching is scored against them.
+
+A pair is a JSON file with `source` and `target` ([[key, shape, dtype], …] in state_dict order), `truth` ([{"target", "sources", "op"}, …])
+and `unmapped_target`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.surgery.matching.result import Link, Matching
+from ckptsurgeon.tensors import TensorMeta, contiguous_stride
+
+PAIRS = Path(__file__).parent / "pairs"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a target key is made of."""
+
+    sources: tuple[str, ...]
+    op: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sides, and the verified truth by target key."""
+
+    name: str
+    source: dict[str, TensorMeta]
+    target: dict[str, TensorMeta]
+    truth: dict[str, Truth]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many target tensors are right and certain, wrong and certain, uncertain (right or wrong), and not found."""
+
+    right: int
+    wrong: int
+    uncertain: int
+    missed: int
+    uncertain_right: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor is right, and sure."""
+        return not (self.wrong or self.uncertain or self.missed)
+
+
+def read_pair(path: Path) -> Pair:
+    """The pair of a file."""
+    value = json.loads(path.read_text())
+    truth = {row["target"]: Truth(tuple(row["sources"]), row["op"]) for row in value["truth"]}
+    return Pair(path.stem, side(value["source"]), side(value["target"]), truth)
+
+
+def side(rows: Iterable[tuple[str, list[int], str]]) -> dict[str, TensorMeta]:
+    """The tensors of one side, without data."""
+    return {key: meta(key, tuple(shape), dtype) for key, shape, dtype in rows}
+
+
+def meta(key: str, shape: tuple[int, ...], dtype: str = "float32") -> TensorMeta:
+    """A tensor without data; the dtype is torch's name of it."""
+    return TensorMeta(key, BY_TORCH[dtype.removeprefix("torch.")].code, shape, contiguous_stride(shape))
+
+
+def score(found: Matching, pair: Pair) -> Score:
+    """Hold a matching against the truth; a certain link of a target that has no counterpart is wrong."""
+    counts: dict[str, Any] = dict.fromkeys(("right", "wrong", "uncertain", "missed", "uncertain_right"), 0)
+    for key, told in pair.truth.items():
+        link = found.by_target.get(key)
+        if link is None:
+            counts["missed"] += 1
+            continue
+        good = link.sources == told.sources and _same_op(link, told.op, key, pair)
+        counts[("right" if good else "wrong") if link.certain else "uncertain"] += 1
+        counts["uncertain_right"] += good and not link.certain
+    counts["wrong"] += sum(link.certain for key, link in found.by_target.items() if key not in pair.truth)
+    return Score(**counts)
+
+
+def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
+    """Whether a link's op is what the truth says: rows in another order are not told by names and shapes, so the source is enough."""
+    ops = re.findall(r"[a-z_]+(?=[( ]|$)", link.op)
+    part = re.match(r"chunk\((\d+)/(\d+),", told)
+    if part:
+        rows = [pair.target[target].shape[0] for target in link.targets]
+        return "chunk" in ops and sum(rows[: link.targets.index(key)]) * int(part[2]) == sum(rows) * int(part[1])
+    name = told.partition("(")[0].split(" ")[0]
+    wanted = {"copy": [], "reshape": ["reshape"], "transpose": ["transpose"], "concat": ["concat"], "stack": ["stack"]}.get(name)
+    return wanted is None or (set(wanted) <= set(ops) and (bool(wanted) or not ops))

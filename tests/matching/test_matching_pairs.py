@@ -1,0 +1,44 @@
+"""Pairs of published implementations: every tensor is found, with what has to be done to it, and nothing wrong is ever sure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pairs_support import PAIRS, Pair, read_pair, score
+
+from ckptsurgeon.surgery.matching.matcher import match
+
+FILES = sorted(PAIRS.glob("*.json"))
+# What names and shapes can't tell: how many tensors stay uncertain there, and why.
+UNCERTAIN = {"qwen1__hf_qwen2": (8, "w1 and w2 against gate and up: here the second is the gate, elsewhere the first")}
+# Where source and truth are one tensor under two names.
+TIED = {"hf_gpt2__nanogpt": ("lm_head.weight", "the source's own lm_head, which is its wte")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_published_pair(path: Path) -> None:
+    pair = read_pair(path)
+    for tied in TIED.get(pair.name, ())[:1]:
+        target = {key: meta for key, meta in pair.target.items() if key != tied}
+        pair = Pair(pair.name, pair.source, target, {key: truth for key, truth in pair.truth.items() if key != tied})
+    found = score(match(pair.source, pair.target), pair)
+    assert found.wrong == 0
+    assert found.missed == 0
+    assert found.uncertain == UNCERTAIN.get(pair.name, (0, ""))[0]
+
+
+def test_there_are_pairs_of_every_kind() -> None:
+    ops = {truth.op.partition("(")[0].split(" ")[0] for path in FILES for truth in read_pair(path).truth.values()}
+    assert {"copy", "chunk", "concat", "reshape", "stack", "transpose", "permute_rows"} <= ops
+    assert len(FILES) >= 20
+
+
+def test_every_link_says_why() -> None:
+    for path in FILES:
+        pair = read_pair(path)
+        found = match(pair.source, pair.target)
+        assert all(link.evidence for link in found.links)
+        assert set(found.unmatched).isdisjoint(found.by_target)
+        assert {*found.unmatched, *found.by_target} == set(pair.target)
+        assert {*found.unused, *(key for link in found.links for key in link.sources)} == set(pair.source)

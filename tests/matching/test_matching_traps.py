@@ -1,0 +1,196 @@
+"""Where a mapping can't be told, it is not told as sure; and nothing crashes or takes for ever."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import pytest
+from pairs_support import meta
+
+from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.tensors import TensorMeta
+
+Side = dict[str, TensorMeta]
+
+
+def side(*rows: tuple[str, tuple[int, ...]]) -> Side:
+    return {key: meta(key, shape) for key, shape in rows}
+
+
+def block(path: str, names: dict[str, str], width: int = 8) -> list[tuple[str, tuple[int, ...]]]:
+    """A transformer's block under names for its parts."""
+    shapes = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width), "n1": (width,), "n2": (width,)}
+    shapes |= {"f1": (4 * width, width), "f2": (width, 4 * width)}
+    rows = []
+    for part, name in names.items():
+        rows += [(f"{path}.{name}.weight", shapes[part]), (f"{path}.{name}.bias", shapes[part][:1])]
+    return rows
+
+
+TIMM = {"n1": "norm1", "q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.proj", "n2": "norm2", "f1": "mlp.fc1", "f2": "mlp.fc2"}
+HF = {
+    "q": "attention.query",
+    "k": "attention.key",
+    "v": "attention.value",
+    "o": "output.dense",
+    "n1": "layernorm_before",
+    "f1": "intermediate.dense",
+    "f2": "outer.dense",
+    "n2": "layernorm_after",
+}
+OPAQUE = {part: f"part.{letter}" for part, letter in zip(TIMM, "hgfedcba", strict=True)}
+
+
+def sure(found: object) -> dict[str, str]:
+    return {key: link.sources[0] for link in found.certain for key in link.targets}  # type: ignore[attr-defined]
+
+
+def test_two_towers_go_by_their_names() -> None:
+    source = side(*block("visual.blocks.0", TIMM), *block("text.blocks.0", TIMM))
+    target = side(*block("text_model.layers.0", HF), *block("vision_model.layers.0", HF))
+    found = sure(match(source, target))
+    assert len(found) == len(target)
+    assert all(("visual" in one) == ("vision" in other) for other, one in found.items())
+
+
+def test_two_towers_without_telling_names_are_uncertain() -> None:
+    source = side(*block("tower_x.blocks.0", TIMM), *block("tower_y.blocks.0", TIMM))
+    target = side(*block("alpha.layers.0", HF), *block("beta.layers.0", HF))
+    found = match(source, target)
+    assert not found.certain
+    assert len(found.uncertain) == len(target)
+    assert all(link.runner_up for link in found.uncertain)
+
+
+def test_of_two_towers_for_one_neither_is_sure() -> None:
+    source = side(*block("module.net_a.blocks.0", TIMM), *block("module.net_b.blocks.0", TIMM))
+    found = match(source, side(*block("blocks.0", TIMM)))
+    assert not found.certain and found.uncertain
+
+
+def test_q_k_and_v_without_names_are_uncertain() -> None:
+    source = side(*block("blocks.0", {"q": "a.0", "k": "a.1", "v": "a.2", "o": "a.3"}))
+    target = side(*block("blocks.0", {"q": "b.query", "k": "b.key", "v": "b.value", "o": "b.out"}))
+    assert not {key for key in sure(match(source, target)) if "out" not in key}
+
+
+def test_square_matrices_that_are_turned_go_with_their_siblings() -> None:
+    source = side(("h.0.qkv.weight", (8, 24)), ("h.0.proj.weight", (8, 8)), ("h.0.fc.weight", (8, 32)), ("h.0.out.weight", (32, 8)))
+    target = side(("h.0.qkv.weight", (24, 8)), ("h.0.proj.weight", (8, 8)), ("h.0.fc.weight", (32, 8)), ("h.0.out.weight", (8, 32)))
+    found = match(source, target)
+    assert {link.targets[0]: link.op for link in found.certain} == dict.fromkeys(target, "transpose")
+
+
+def test_a_square_parameter_beside_a_linear_layer_is_uncertain() -> None:
+    source = side(("body.weight", (8, 4)), ("proj", (8, 8)))
+    target = side(("body.weight", (8, 4)), ("projection.weight", (8, 8)))
+    found = match(source, target)
+    assert [link.targets for link in found.uncertain] == [("projection.weight",)]
+
+
+def test_fused_tensors_both_ways() -> None:
+    fused = side(("a.qkv.weight", (24, 8)), ("a.qkv.bias", (24,)), ("a.proj.weight", (8, 8)))
+    split = side(
+        *[(f"b.{name}.{part}", shape) for name in ("key", "value", "query") for part, shape in (("weight", (8, 8)), ("bias", (8,)))]
+    )
+    split |= side(("b.out.weight", (8, 8)))
+    there = {link.sources: (link.targets, link.op) for link in match(fused, split).certain}
+    assert there["a.qkv.weight",] == (("b.query.weight", "b.key.weight", "b.value.weight"), "chunk(dim=0)")
+    back = {link.targets: (link.sources, link.op) for link in match(split, fused).certain}
+    assert back["a.qkv.bias",] == (("b.query.bias", "b.key.bias", "b.value.bias"), "concat(dim=0)")
+
+
+def test_parts_without_names_are_uncertain() -> None:
+    source = side(*[(f"m.{name}.weight", (8, 6)) for name in ("x", "y", "z")])
+    found = match(source, side(("n.all.weight", (24, 6))))
+    assert [(link.certain, link.op) for link in found.links] == [(False, "concat(dim=0)")]
+
+
+def test_experts_are_stacked() -> None:
+    source = side(*[(f"experts.{e}.{name}.weight", (6, 4)) for e in range(11) for name in ("w1", "w3")])
+    source |= side(*[(f"experts.{e}.w2.weight", (4, 6)) for e in range(11)])
+    found = {link.targets[0]: link for link in match(source, side(("e.gate_up", (11, 12, 4)), ("e.down", (11, 4, 6)))).certain}
+    assert found["e.down"].sources == tuple(f"experts.{e}.w2.weight" for e in range(11))
+    assert found["e.gate_up"].sources[:4] == tuple(f"experts.{e}.{name}.weight" for e in (0, 1) for name in ("w1", "w3"))
+    assert found["e.gate_up"].op == "concat(dim=0, of=2) | stack(dim=0)"
+
+
+def test_a_tied_output_layer_takes_the_embedding() -> None:
+    source = side(("wte.weight", (50, 8)), *block("h.0", TIMM))
+    target = side(("embed_tokens.weight", (50, 8)), *block("layers.0", HF), ("lm_head.weight", (50, 8)))
+    assert sure(match(source, target))["lm_head.weight"] == "wte.weight"
+
+
+def test_another_head_of_the_same_shape_is_uncertain() -> None:
+    source = side(*block("blocks.0", TIMM), ("head.weight", (10, 8)))
+    target = side(*block("blocks.0", TIMM), ("head.weight", (10, 8)), ("head_aux.weight", (10, 8)))
+    assert "head_aux.weight" not in sure(match(source, target))
+
+
+def test_keys_of_one_tensor_get_the_same() -> None:
+    source = side(("wte.weight", (50, 8)), ("lm_head.weight", (50, 8)))
+    found = match(source, side(("tok.weight", (50, 8)), ("lm_head.weight", (50, 8))), ties=[("tok.weight", "lm_head.weight")])
+    assert len({link.sources for link in found.links}) == 1 and set(found.by_target) == {"tok.weight", "lm_head.weight"}
+
+
+def test_cyclic_names_are_not_followed_blindly() -> None:
+    """Names that went round: the shapes tell."""
+    source = side(("a.weight", (3, 4)), ("b.weight", (5, 6)), ("c.weight", (7, 8)))
+    target = side(("b.weight", (3, 4)), ("c.weight", (5, 6)), ("a.weight", (7, 8)))
+    assert sure(match(source, target)) == {"b.weight": "a.weight", "c.weight": "b.weight", "a.weight": "c.weight"}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ({}, {}),
+        ({}, side(("a.weight", (2, 3)))),
+        (side(("a.weight", (2, 3))), {}),
+        (side(("a.weight", (2, 3))), side(("b.bias", (5,)))),
+        (side(("", ())), side(("", ()))),
+        (side(("a..b", (0,)), (".", (1, 1)), ("weight", (2,))), side(("a..b", (0,)), ("a", (0, 4)), ("bias", (2,)))),
+        ({"n": meta("n", (3,), "int64")}, {"n": meta("n", (3,))}),
+    ],
+    ids=["empty", "no source", "no target", "nothing fits", "a nameless scalar", "odd names", "integers"],
+)
+def test_sides_that_are_hardly_any(source: Side, target: Side) -> None:
+    found = match(source, target)
+    assert {*found.unmatched, *found.by_target} == set(target)
+    assert 0.0 <= found.share <= 1.0
+
+
+def test_architectures_that_differ_share_little() -> None:
+    source = side(*[(f"features.{i}.weight", (8 * (i + 1), 8 * i + 3, 3, 3)) for i in range(6)])
+    assert match(source, side(*block("blocks.0", TIMM, 64))).share == 0.0
+
+
+def test_all_of_one_shape_without_names_is_uncertain() -> None:
+    source = side(*[(f"{'abcdefgh'[i]}x.weight", (8, 8)) for i in range(8)])
+    target = side(*[(f"{'stuvwxyz'[i]}y.weight", (8, 8)) for i in range(8)])
+    assert not match(source, target).certain
+
+
+def test_opaque_names_in_a_turned_order_are_not_crossed() -> None:
+    source = side(*[row for i in range(4) for row in block(f"blocks.{i}", TIMM)])
+    target = side(*[row for i in range(4) for row in block(f"x.{i}", OPAQUE)])
+    found = sure(match(source, target))
+    truth = {f"x.{i}.{OPAQUE[part]}": f"blocks.{i}.{name}" for i in range(4) for part, name in TIMM.items()}
+    assert not {key for key, one in found.items() if truth[key.rpartition(".")[0]] != one.rpartition(".")[0]}
+
+
+def test_a_deeper_source_gives_its_first_layers() -> None:
+    source = side(*[row for i in range(6) for row in block(f"blocks.{i}", TIMM)])
+    target = side(*[row for i in range(4) for row in block(f"layer.{i}", HF)])
+    found = match(source, target)
+    assert all(link.sources[0].split(".")[1] == link.targets[0].split(".")[1] for link in found.certain)
+
+
+def test_ten_thousand_tensors() -> None:
+    source = side(*[row for i in range(625) for row in block(f"blocks.{i}", TIMM)])
+    target = side(*[row for i in range(625) for row in block(f"model.layer.{i}", HF)])
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = match(source, target)
+    assert found.share == 1.0 and len(found.certain) == 10_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+    assert time.process_time() - began < 120  # a guard against a square of it, not a measure
