@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 
+from ckptsurgeon.surgery.matching.evidence import Anchors, Clues
 from ckptsurgeon.surgery.matching.forest import Node
 from ckptsurgeon.surgery.matching.frontier import Frontier
 from ckptsurgeon.surgery.matching.laid import Laid, Left, Record, laid, under
 from ckptsurgeon.surgery.matching.leftover import Place, settle
 from ckptsurgeon.surgery.matching.likeness import ALIKE, alike, in_order, only_way
-from ckptsurgeon.surgery.matching.ties import Anchors, Choice, Clues, choose
+from ckptsurgeon.surgery.matching.ties import Choice, choose
 
 _DEPTH = 60
 _TABLE = 1_000_000  # pairs of two rows that are compared each with each

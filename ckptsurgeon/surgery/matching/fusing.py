@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import inf, prod
 
+from ckptsurgeon.surgery.matching.evidence import Clues
 from ckptsurgeon.surgery.matching.forest import Node, fold
-from ckptsurgeon.surgery.matching.ties import Clues, choose
+from ckptsurgeon.surgery.matching.ties import choose
 from ckptsurgeon.surgery.matching.words import concepts, gated
 
 # Parts that make a whole, in the order in which the field lays them side by side.

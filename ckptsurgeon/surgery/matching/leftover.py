@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ckptsurgeon.surgery.matching.evidence import Clues
 from ckptsurgeon.surgery.matching.forest import Node
 from ckptsurgeon.surgery.matching.fusing import fuse
 from ckptsurgeon.surgery.matching.laid import Laid, Left, laid, under
-from ckptsurgeon.surgery.matching.ties import ENOUGH, Choice, Clues, choose
+from ckptsurgeon.surgery.matching.ties import ENOUGH, Choice, choose
 from ckptsurgeon.surgery.matching.words import concepts, conflict
 
 UNSAID = "names do not say so"

@@ -12,12 +12,13 @@ from dataclasses import replace
 from math import sqrt
 
 from ckptsurgeon.surgery.matching.align import lay
+from ckptsurgeon.surgery.matching.evidence import Clues, count_pairs
 from ckptsurgeon.surgery.matching.forest import both
 from ckptsurgeon.surgery.matching.laid import Laid, Record
 from ckptsurgeon.surgery.matching.links import Turned, links
 from ckptsurgeon.surgery.matching.rest import between, orphans, shared
 from ckptsurgeon.surgery.matching.result import Link, Matching, result
-from ckptsurgeon.surgery.matching.ties import ENOUGH, Clues, count_pairs
+from ckptsurgeon.surgery.matching.ties import ENOUGH
 from ckptsurgeon.surgery.matching.words import concepts
 from ckptsurgeon.tensors import TensorMeta
 
