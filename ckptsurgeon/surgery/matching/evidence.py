@@ -96,7 +96,7 @@ class Table:
 
     def evidence(self, row: int, column: int) -> tuple[str, ...]:
         """What spoke for a pair, and what against it."""
-        return tuple(words for words, points in self.parts(row, column).items() if points)
+        return tuple(words for words, points in self.parts(row, column).items() if points) or ("the others fit less",)
 
     def _confused(self, index: int, side: int = 0) -> bool:
         return any(self.words[side][index] & names for names in CONFUSED)
