@@ -1,7 +1,7 @@
 """The library's verbs, each in one call; nothing here prints. The command line is their thin twin, training code their first client.
 
-`looking`, `merging`, `ruling` and `tuning` have the verbs; the other modules are what they share: opening what a person gives, gates,
-proof, checks. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
+`looking`, `checking`, `merging`, `ruling` and `tuning` have the verbs; the other modules are what they share: opening what a person
+gives, gates, proof. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptsurgeon.api.looking import check, diff, inspect, open, skeleton, verify
+    from ckptsurgeon.api.checking import check
+    from ckptsurgeon.api.looking import diff, inspect, open, skeleton, verify
+    from ckptsurgeon.api.matching import match
     from ckptsurgeon.api.merging import apply, load_plan, merge, output_format, plan
     from ckptsurgeon.api.ruling import load_rules
     from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
 
 _HOMES = {
-    "looking": ("check", "diff", "inspect", "open", "skeleton", "verify"),
+    "checking": ("check",),
+    "looking": ("diff", "inspect", "open", "skeleton", "verify"),
+    "matching": ("match",),
     "merging": ("apply", "load_plan", "merge", "output_format", "plan"),
     "ruling": ("load_rules",),
     "tuning": ("freeze", "groups", "initialize", "param_groups", "transfer", "unfreeze"),
@@ -33,6 +37,7 @@ __all__ = [
     "inspect",
     "load_plan",
     "load_rules",
+    "match",
     "merge",
     "open",
     "output_format",

@@ -1,4 +1,4 @@
-"""The verbs that only look: open, inspect, skeleton, diff, verify, check. None of them writes."""
+"""The verbs that only look: open, inspect, skeleton, diff, verify. None of them writes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ckptsurgeon.api import opening
-from ckptsurgeon.api.checking import check_files
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
 from ckptsurgeon.api.proving import verify_written
 from ckptsurgeon.api.ruling import Rules, gather
-from ckptsurgeon.report import CheckReport, Verification
+from ckptsurgeon.report import Verification
 from ckptsurgeon.surgery.compare import Diff, compare
 from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -125,24 +124,3 @@ def verify(
     goal = opening.open_target(target, note=note)
     found = verify_written(os.fspath(checkpoint), goal, device, finite=finite, inputs=tuple(inputs), seed=seed, root=root)
     return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))
-
-
-def check(
-    paths: Path | Iterable[Path],
-    *,
-    against: Given | None = None,
-    finite: bool = False,
-    root: str | None = None,
-    note: Note = silent,
-) -> CheckReport:
-    """Whether files are readable, safe, whole, and fit `against` (a model, skeleton or checkpoint); every finding of every file at once.
-
-    Raises:
-        CheckpointError: `against` can't be read or built. A bad file is a finding, not an error.
-
-    >>> check("fixtures/net_params.pkl").ok
-    True
-    """
-    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    goal = None if against is None else opening.open_target(against, note=note)
-    return check_files([os.fspath(path) for path in files], goal, finite=finite, root=root)

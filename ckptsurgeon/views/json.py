@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import CheckpointError
@@ -10,7 +11,10 @@ from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report,
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
 
 if TYPE_CHECKING:
+    from ckptsurgeon.surgery.codes import Code
     from ckptsurgeon.surgery.compare import Diff
+    from ckptsurgeon.surgery.matching.propose import Proposal
+    from ckptsurgeon.surgery.matching.result import Link
 
 VERSION = 1
 
@@ -86,6 +90,38 @@ def diff(found: Diff) -> dict[str, Any]:
     }
 
 
+def _link(link: Link) -> dict[str, Any]:
+    return {
+        "sources": list(link.sources),
+        "targets": list(link.targets),
+        "op": link.op,
+        "margin": None if link.margin == inf else link.margin,
+        "certain": link.certain,
+        "evidence": list(link.evidence),
+        "runner_up": link.runner_up,
+    }
+
+
+def matching(found: Proposal, refused: str = "") -> dict[str, Any]:
+    """`match`; `refused` says why the links are no mapping to follow."""
+    applied = {id(link) for link in found.applied}
+    return {
+        "version": VERSION,
+        "source": found.source,
+        "target": found.target,
+        "root": found.root,
+        "links": [{**_link(link), "applied": id(link) in applied} for link in found.links],
+        "unmatched": list(found.unmatched),
+        "unused": list(found.unused),
+        "order": found.order,
+        "coverage": _coverage(found.coverage),
+        "used": _coverage(found.used),
+        "rules": [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in found.rules],
+        "warnings": list(found.warnings),
+        "refused": refused or None,
+    }
+
+
 def _cast(cast: Cast) -> dict[str, Any]:
     return {
         "key": cast.key,
@@ -154,6 +190,15 @@ def check(found: CheckReport) -> dict[str, Any]:
     """`check`."""
     files = [{"path": file.path, "ok": file.ok, "findings": [_finding(one) for one in file.findings]} for file in found.files]
     return {"version": VERSION, "ok": found.ok, "files": files}
+
+
+def explain(found: Sequence[Code]) -> dict[str, Any]:
+    """`check --explain`."""
+    rows = [
+        {"code": row.code, "name": row.name, "meaning": row.meaning, "why": row.why, "todo": row.todo, "option": row.option or None}
+        for row in found
+    ]
+    return {"version": VERSION, "codes": rows}
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_check_tells_a_warning_from_an_error_and_a_good_file_from_a_bad_one():
     assert text.check(CheckReport((warned, bad))).splitlines() == [
         "a.pt: CK304 (warning) w: is F16, in the target F32",
         "b.pt: CK301 layers.{0..8}.w: is in the target only",
-        "2 files checked, 1 not good",
+        "2 files checked, 1 not good (what a code means: ckptsurgeon check --explain CK301)",
     ]
     assert text.check(CheckReport((warned, bad)), verbose=True).count("b.pt: CK301 layers.") == 9
     many = FileCheck("c.pt", tuple(Finding("CK201", f"asks for os.f{n}") for n in range(100)))

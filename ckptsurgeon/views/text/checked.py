@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.report import CheckReport, FileCheck, Verification
+from collections.abc import Sequence
+
+from ckptsurgeon.report import CheckReport, FileCheck, Finding, Verification
+from ckptsurgeon.surgery.codes import Code
 from ckptsurgeon.views.folding import fold_siblings
-from ckptsurgeon.views.text.words import MOST, count, findings, fitted, listing, name, shape
+from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, shape
 
 
 def verification(found: Verification, path: str, target: str, verbose: bool = False, width: int | None = None) -> str:
@@ -31,25 +34,55 @@ def proved(found: Verification) -> str:
     return f"verified: {compared}, loaded strictly on {found.device} and compared bit for bit"
 
 
-def check(found: CheckReport, verbose: bool = False) -> str:
-    """A line for each thing found, keys of which the same is said together, and the totals; of a good file nothing."""
+def check(found: CheckReport, verbose: bool = False, width: int | None = None) -> str:
+    """A line for each thing found, keys of which the same is said together, and the totals; of a good file nothing.
+
+    Notes are counted, and shown with `verbose`.
+    """
     lines = [line for file in found.files for line in _file(file, verbose)]
+    return fitted([*lines, totals(found, verbose)], width)
+
+
+def totals(found: CheckReport, verbose: bool = True) -> str:
+    """How many files, how many not good, and where to read on."""
     bad = sum(not file.ok for file in found.files)
-    return "\n".join([*lines, f"{count(len(found.files), 'file')} checked, {f'{bad} not good' if bad else 'all good'}"])
+    first = next((one.code for file in found.files for one in file.findings if one.level == "error"), "")
+    read_on = f" (what a code means: ckptsurgeon check --explain {first})" if bad else ""
+    notes = 0 if verbose else sum(one.level == "note" for file in found.files for one in file.findings)
+    aside = f"; {count(notes, 'note')} (-v shows {'it' if notes == 1 else 'them'})" if notes else ""
+    return f"{count(len(found.files), 'file')} checked, {f'{bad} not good' if bad else 'all good'}{aside}{read_on}"
+
+
+def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, str, str], list[str]]:
+    """The keys of which the same is said, by code, level and message; with `apart` each finding by itself."""
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for place, finding in enumerate(findings):
+        message = f"{finding.message}\0{place}" if apart else finding.message
+        together.setdefault((finding.code, finding.level, message), []).extend([finding.key] if finding.key is not None else [])
+    return together
+
+
+def about(keys: Sequence[str], message: str, most: int | None = 4) -> str:
+    """What is said of which keys."""
+    return f"{f'{listing(fold_siblings(keys), most)}: ' if keys else ''}{name(message)}"
 
 
 def _file(found: FileCheck, verbose: bool) -> list[str]:
-    together: dict[tuple[str, str], list[str]] = {}
-    for place, finding in enumerate(found.findings):
-        level = "" if finding.level == "error" else f" ({finding.level})"
-        apart = f"\0{place}" if verbose else ""
-        together.setdefault((f"{finding.code}{level}", finding.message + apart), []).extend(
-            [finding.key] if finding.key is not None else []
-        )
-    most = None if verbose else MOST
+    told = [finding for finding in found.findings if verbose or finding.level != "note"]
+    rows = list(alike(told, apart=verbose).items())
     lines = []
-    for (code, message), keys in list(together.items())[:most]:
-        about = f"{listing(fold_siblings(keys), 4)}: " if keys else ""
-        lines.append(f"{name(found.path)}: {code} {about}{name(message.partition(chr(0))[0])}")
-    rest = len(together) - len(lines)
+    for (code, level, message), keys in rows[: most_rows(verbose)]:
+        kind = "" if level == "error" else f" ({level})"
+        lines.append(f"{name(found.path)}: {code}{kind} {about(keys, message.partition(chr(0))[0])}")
+    rest = len(rows) - len(lines)
     return lines + ([f"{name(found.path)}: and {rest} more (-v shows all)"] if rest else [])
+
+
+def explain(found: Sequence[Code], width: int | None = None) -> str:
+    """What codes mean, why they matter and what to do."""
+    blocks = []
+    for row in found:
+        asked = f"   (looked for with {row.option})" if row.option else ""
+        lines = [f"{row.code} {row.name}{asked}", f"  {row.meaning}", f"  Why it matters: {row.why}", f"  What to do: {row.todo}"]
+        blocks.append(fitted(lines, width))
+    return "\n\n".join(blocks)

@@ -1,0 +1,102 @@
+"""The gate: are files readable, safe, whole, and do they fit? Every finding of every file at once, in the order of the paths.
+
+`settings` is what is asked, `one` asks it of a file, `folders` says which files a path stands for, `workers` does several at a time,
+`project` reads what a pyproject.toml asks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from ckptsurgeon.api import opening
+from ckptsurgeon.api.checking import folders, one, workers
+from ckptsurgeon.api.checking.settings import Gate, Words, gate
+from ckptsurgeon.api.opening import Given, Note, Path, silent
+from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.report import CheckReport, FileCheck
+from ckptsurgeon.views import text
+
+__all__ = ["check", "check_each"]
+
+
+def check(
+    paths: Path | Iterable[Path],
+    *,
+    against: Given | None = None,
+    finite: bool = False,
+    full: bool = False,
+    max_size: int | str | None = None,
+    dtypes: Words = (),
+    allow: Words = (),
+    select: Words = (),
+    ignore: Words = (),
+    root: str | None = None,
+    jobs: int | None = None,
+    note: Note = silent,
+) -> CheckReport:
+    """Whether files are readable, safe, whole, and what is expected; every finding of every file at once, in the order of the paths.
+
+    A Hugging Face folder is one checkpoint; any other folder stands for those in it and below. No pyproject.toml is read.
+
+    Args:
+        against: what each must fit: a model, a spec such as `"model:Net"`, a skeleton or a checkpoint.
+        finite: NaN and infinite values are found (needs torch).
+        full: the data is held against the checksums of torch's zip format.
+        max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"5GiB"` (2³⁰).
+        dtypes: the expected ones, by safetensors' codes or torch's names. Floating and complex tensors of others are found; integers and
+            booleans only where one of their kind is expected.
+        allow: the formats that may be: `safetensors`, `torch` (or only `torch-zip`, `torch-legacy`), `skeleton`.
+        select: codes, or beginnings of codes such as `"CK2"`, that alone are told; a file that can't be read is told all the same.
+        ignore: codes that are not told; goes before `select`.
+        root: which nested dict holds the state_dict. Without it and `against`, every one is looked at.
+        jobs: how many files at a time; as many as there are cores, at most 8, by itself.
+
+    Raises:
+        SettingsError: a size, dtype, format or code that there is not.
+        CheckpointError: `against` can't be read or built. A bad file is a finding, not an error.
+
+    >>> check("fixtures/net_params.pkl").ok
+    True
+    >>> [(found.code, found.key) for found in check("fixtures/net_params.pkl", dtypes="float16").files[0].findings][:1]
+    [('CK503', 'conv1.weight')]
+    """
+    words: dict[str, Any] = {
+        "finite": finite,
+        "full": full,
+        "max_size": max_size,
+        "dtypes": dtypes,
+        "allow": allow,
+        "select": select,
+        "ignore": ignore,
+    }
+    asked = gate(root=root, **words)  # a word that means nothing is told before a model is built
+    if against is not None:
+        asked = gate(root=root, against=opening.open_target(against, note=note), **words)
+    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    return check_each([os.fspath(path) for path in files], lambda _path: asked, jobs=jobs, note=note)
+
+
+def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int | None = None, note: Note = silent) -> CheckReport:
+    """`check`, where each file has a gate of its own."""
+    if jobs is not None and jobs < 1:
+        raise SettingsError(f"{jobs} is no number of jobs", key="--jobs", hint="1 or more")
+    files = [file for path in paths for file in folders.expand(path)]
+    gates = [choose(file) for file in files]
+    for words in dict.fromkeys(words for asked in gates for words in asked.notes):
+        note(words)
+
+    def work(number: int, alive: one.Alive) -> workers.Findings:
+        return one.findings(files[number], gates[number], alive)
+
+    found = workers.in_order(
+        work,
+        len(files),
+        jobs or workers.default_jobs(),
+        values=any(asked.finite and asked.wants("CK401") for asked in gates),
+        data=any(asked.full and asked.wants("CK106") for asked in gates),
+    )
+    report = CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)))
+    return replace(report, text=text.check(report))

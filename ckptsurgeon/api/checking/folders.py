@@ -1,0 +1,58 @@
+"""Which checkpoints a path stands for: a file for itself, a Hugging Face folder for its one, any other folder for all in it and below.
+
+Names decide here, since a folder holds much else; what a file is, its content tells later. Links to folders are not followed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from ckptsurgeon.errors import UnreadableError
+from ckptsurgeon.formats.shards import find_in_folder
+from ckptsurgeon.tensors import Archive
+
+SUFFIXES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")  # those of .pre-commit-hooks.yaml
+
+
+def expand(path: str) -> list[str]:
+    """The files and Hugging Face folders that `path` stands for, in the order of their names; `path` itself where there is nothing."""
+    if not os.path.isdir(path):
+        return [path]
+    return list(_below(path)) or [path]
+
+
+def _below(top: str) -> Iterator[str]:
+    refused: list[OSError] = []
+    for folder, folders, names in os.walk(top, onerror=refused.append):
+        if _is_one(folder):
+            folders.clear()
+            yield folder
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name))
+    yield from (str(error.filename) for error in refused if str(error.filename) != top)
+
+
+def _is_one(folder: str) -> bool:
+    try:
+        find_in_folder(folder)
+    except UnreadableError:
+        return False
+    return True
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def beside(path: str, archive: Archive) -> list[str]:
+    """In a Hugging Face folder, the other files in it and below that look like checkpoints."""
+    if not os.path.isdir(path):
+        return []
+    taken = {os.path.normpath(stamp.path) for stamp in archive.files}
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name)]
+    return [os.path.relpath(file, path) for file in found if os.path.normpath(file) not in taken]

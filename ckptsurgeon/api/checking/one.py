@@ -1,0 +1,168 @@
+"""Everything that is found in one file or folder: nothing is raised for a bad one, whatever is wrong with it.
+
+The questions are asked one after another; torch is loaded for values (`finite`) alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from ckptsurgeon.api import opening, proving
+from ckptsurgeon.api.checking.folders import beside
+from ckptsurgeon.api.checking.settings import Gate
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PointerError, RootError, UnreadableError, UnsafeError
+from ckptsurgeon.report import Finding
+from ckptsurgeon.streaming.checksums import hold
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import Buffer, count_non_finite
+from ckptsurgeon.surgery import roots
+from ckptsurgeon.tensors import Archive, Checkpoint, Refused
+
+# The code of each kind of refusal; a class that is not here has its nearest base's.
+REFUSALS: dict[type[CheckpointError], str] = {
+    CheckpointError: "CK100",
+    UnreadableError: "CK101",
+    FormatError: "CK102",
+    LimitError: "CK103",
+    RootError: "CK104",
+    PointerError: "CK105",
+    UnsafeError: "CK201",
+}
+FITS = {"missing": "CK301", "unexpected": "CK302", "shape": "CK303", "dtype": "CK304"}
+MEMORY = CheckpointError("there was not enough memory to check it", hint="check it alone, with --jobs 1")
+
+Alive = Callable[[], None]  # called every few megabytes; raises where nobody waits for the answer any more
+
+
+def findings(path: str, gate: Gate, alive: Alive) -> tuple[Finding, ...]:
+    """What is found in the file or folder at `path`, as far as the gate wants to be told."""
+    found: list[Finding] = []
+    try:
+        for step in _steps(path, gate, alive):
+            found += step
+    except MemoryError:
+        found.append(_refusal(MEMORY, path))
+    return tuple(finding for finding in found if gate.wants(finding.code))
+
+
+def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
+    """Each a kind of question, so that one that can't be answered does not keep the others from being asked."""
+    archive = None
+    try:
+        archive = opening.read(path)
+    except CheckpointError as error:
+        yield [_refusal(error, path)]
+    if gate.max_size is not None and (size := _size(path, archive)) > gate.max_size:
+        yield [Finding("CK501", f"has {size:,} bytes, and {gate.max_size:,} are allowed")]
+    if archive is None:
+        return
+    yield list(_safety(archive))
+    yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in beside(path, archive)]
+    if gate.allow and archive.format not in gate.allow:
+        yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]
+    checkpoints = [roots.checkpoint(archive, found) for found in archive.state_dicts]
+    if gate.against is not None or gate.root is not None:
+        try:
+            chosen = roots.choose(archive, root=gate.root, target=None if gate.against is None else gate.against.checkpoint)
+            checkpoints = [chosen]
+            if gate.against is not None:
+                yield [replace(found, code=FITS[found.code]) for found in proving.fits(chosen, gate.against.checkpoint)]
+        except CheckpointError as error:
+            yield [_refusal(error, path)]
+    if gate.dtypes:
+        yield [finding for checkpoint in checkpoints for finding in _dtypes(checkpoint, gate.dtypes)]
+    if gate.full and gate.wants("CK106"):
+        yield _collected(_checksums(archive, alive), path)
+    for checkpoint in checkpoints if gate.finite and gate.wants("CK401") else ():
+        yield _collected(_not_finite(checkpoint, alive), path)
+
+
+def _collected(found: Iterator[Finding], path: str) -> list[Finding]:
+    """What was found until the reading failed, and why it did."""
+    findings = []
+    try:
+        for finding in found:
+            findings.append(finding)
+    except CheckpointError as error:
+        findings.append(_refusal(error, path))
+    return findings
+
+
+def _refusal(error: CheckpointError, path: str) -> Finding:
+    """What kept a file from being read. Who asked for code is unsafe, whatever else is wrong with the file."""
+    code = "CK201" if error.globals else next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)
+    where = f"{os.path.basename(error.path)}: " if error.path and error.path != path else ""  # a shard
+    hint = f" (try: {error.hint})" if error.hint else ""
+    return Finding(code, where + error.reason + "".join(f"; {problem}" for problem in error.problems) + hint, error.key)
+
+
+def _size(path: str, archive: Archive | None) -> int:
+    if archive is not None:
+        return sum(stamp.size for stamp in archive.files)
+    try:
+        return os.stat(path).st_size if os.path.isfile(path) else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _safety(archive: Archive) -> Iterator[Finding]:
+    for name in archive.globals:
+        yield Finding("CK201", f"asks for {name}, which is never imported here and would be elsewhere")
+    for state_dict in archive.state_dicts:
+        for key, entry in state_dict.entries.items():
+            if isinstance(entry, Refused):
+                yield Finding("CK202", f"is {entry.reason}", key)
+
+
+def _dtypes(checkpoint: Checkpoint, expected: tuple[str, ...]) -> Iterator[Finding]:
+    """Numbers with a fraction must have an expected dtype; integers and booleans only where one of their kind is expected."""
+    kinds = {"float", "complex", *(BY_CODE[code].kind for code in expected)}
+    for key, tensor in checkpoint.items():
+        if tensor.dtype not in expected and BY_CODE[tensor.dtype].kind in kinds:
+            yield Finding("CK503", f"is {tensor.dtype}; expected: {', '.join(expected)}", key)
+
+
+def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
+    keeps = False
+    for stamp in archive.files:
+        held = hold(stamp, alive)
+        keeps = keeps or held.keeps
+        where = f"{os.path.basename(stamp.path)}: " if len(archive.files) > 1 else ""
+        words = f"{where}is not what the file's own checksum says (try: copy or download it again)"
+        wrong = {(stamp.path, storage): f"data/{storage}" for storage in held.wrong_storages}
+        for key, place in _places(archive):
+            if place in wrong:
+                yield Finding("CK106", words, key)
+        named = {place for _, place in _places(archive)}
+        entries = [*(entry for place, entry in wrong.items() if place not in named), *held.wrong_entries]
+        yield from (Finding("CK106", words, entry) for entry in entries)
+        if held.without:
+            yield Finding("CK106", f"{where}{held.without} of its entries have no checksum to be held against", level="note")
+    if not keeps:
+        yield Finding("CK106", f"{archive.format} keeps no checksums that the data could be held against", level="note")
+
+
+def _places(archive: Archive) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Every key, and the file and storage that it lies in."""
+    for state_dict in archive.state_dicts:
+        for key, tensor in state_dict.tensors.items():
+            if tensor.span is not None:
+                yield key, (tensor.span.file, tensor.span.storage)
+
+
+def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
+    """Streamed through torch; a tensor without data has no values."""
+
+    def watched(parts: Iterable[Buffer]) -> Iterator[Buffer]:
+        for part in parts:
+            alive()
+            yield part
+
+    with Reader([checkpoint]) as reader:
+        for key, tensor in checkpoint.items():
+            if tensor.span is not None and (count := count_non_finite(watched(reader.parts(tensor)), tensor.dtype)):
+                yield Finding("CK401", f"has {count} values that are NaN or infinite", key)
+        reader.check_unchanged()

@@ -1,0 +1,232 @@
+"""What a project asks of its checkpoints: `[tool.ckptsurgeon.check]` of its pyproject.toml, found from the current folder upwards.
+
+A key that there is not, or a value of another kind than the option takes, is one SettingsError that names the file and the key. Paths are
+those of the file's folder. Nothing is opened or imported that no file of this run needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from ckptsurgeon.api import opening
+from ckptsurgeon.api.checking import check_each
+from ckptsurgeon.api.checking.settings import Gate, gate
+from ckptsurgeon.api.opening import Note, Target
+from ckptsurgeon.errors import CheckpointError, SettingsError
+from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.formats.limits import current, limits
+from ckptsurgeon.models.spec import looks_like_spec, parse
+from ckptsurgeon.report import CheckReport
+
+NAME = "pyproject.toml"
+TABLE = "tool.ckptsurgeon"
+_MOST = 1 << 20  # bytes of a file
+_EXAMPLE = 'write for example: [tool.ckptsurgeon.check] and below it max-size = "500MB"'
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, str) or (type(value) is list and all(isinstance(word, str) for word in value))
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A key: the argument that it gives, what it takes, and whether a file's own table may have it."""
+
+    argument: str
+    fits: Callable[[Any], bool]
+    words: str
+    own: bool = True
+
+
+KEYS: Mapping[str, _Key] = {
+    "against": _Key("against", _is(str), "text"),
+    "root": _Key("root", _is(str), "text"),
+    "finite": _Key("finite", _is(bool), "true or false"),
+    "full": _Key("full", _is(bool), "true or false"),
+    "max-size": _Key("max_size", lambda value: type(value) in (str, int), 'a size such as "500MB"'),
+    "dtype": _Key("dtypes", _words, "text or a list of texts"),
+    "allow": _Key("allow", _words, "text or a list of texts"),
+    "select": _Key("select", _words, "text or a list of texts"),
+    "ignore": _Key("ignore", _words, "text or a list of texts"),
+    "limit": _Key("limit", _words, "text or a list of texts", own=False),
+    "jobs": _Key("jobs", lambda value: type(value) is int and value > 0, "a whole number above zero", own=False),
+    "files": _Key("", lambda value: type(value) is list and all(type(row) is dict for row in value), "tables of their own", own=False),
+}
+PATH = _Key("path", _words, "a pattern of paths or a list of them")
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a file asks: of every checkpoint, and of those whose path, seen from its folder, a pattern names. `jobs` and
+    `limits` are for the run."""
+
+    path: str = ""
+    folder: str = ""
+    common: Mapping[str, Any] | None = None
+    files: tuple[tuple[tuple[re.Pattern[str], ...], Mapping[str, Any]], ...] = ()
+    jobs: int | None = None
+    limits: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, path: str) -> dict[str, Any]:
+        """The arguments for a path; of tables that name it the later ones go before the earlier."""
+        found = dict(self.common or {})
+        place = os.path.relpath(os.path.abspath(path), self.folder).replace(os.sep, "/")
+        for patterns, values in self.files:
+            if any(pattern.fullmatch(place) for pattern in patterns):
+                found.update(values)
+        return found
+
+
+def find(start: str) -> Project:
+    """The nearest pyproject.toml with a `[tool.ckptsurgeon]`, from `start` up to the repository's top; an empty project without one."""
+    folder = os.path.abspath(start)
+    while True:
+        path = os.path.join(folder, NAME)
+        if os.path.isfile(path):
+            found = read(path, needed=False)
+            if found is not None:
+                return found
+        above = os.path.dirname(folder)
+        if above == folder or os.path.exists(os.path.join(folder, ".git")):
+            return Project()
+        folder = above
+
+
+def read(path: str, *, needed: bool = True) -> Project | None:
+    """What the file at `path` asks; None, or an error where it is `needed`, when it has no `[tool.ckptsurgeon]`."""
+    with open_regular(path) as file:
+        if file.size > _MOST:
+            raise SettingsError(f"has more than {_MOST} bytes, which no settings need", path=path)
+        raw = file.read(0, file.size)
+    try:
+        value: Any = tomllib.loads(raw.decode())
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML
+        raise SettingsError(f"is not TOML: {error}", path=path) from error
+    for name in TABLE.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None:
+        if needed:
+            raise SettingsError(f"has no [{TABLE}.check]", path=path, hint=_EXAMPLE)
+        return None
+    _known(path, TABLE, value, {"check": _Key("", _is(dict), "a table")})
+    return _project(path, value.get("check", {}))
+
+
+def _project(path: str, table: dict[str, Any]) -> Project:
+    place = f"{TABLE}.check"
+    folder = os.path.dirname(os.path.abspath(path))
+    _known(path, place, table, KEYS)
+    files = []
+    for number, row in enumerate(table.get("files", ()), 1):
+        own = f"{place}.files[{number}]"
+        _known(path, own, row, {"path": PATH, **{name: key for name, key in KEYS.items() if key.own}})
+        if "path" not in row:
+            raise SettingsError("says not which files it is for", path=path, key=own, hint='path = "weights/**/*.pt"')
+        patterns = [row["path"]] if isinstance(row["path"], str) else row["path"]
+        files.append((tuple(map(_pattern, patterns)), _arguments(path, own, folder, row)))
+    return Project(
+        path, folder, _arguments(path, place, folder, table), tuple(files), table.get("jobs"), _limits(path, place, table.get("limit", ()))
+    )
+
+
+def _limits(path: str, place: str, words: str | list[str]) -> dict[str, str]:
+    found = {}
+    for word in [words] if isinstance(words, str) else words:
+        name, _, value = word.partition("=")
+        found[name.strip().replace("-", "_")] = value
+    try:
+        with limits(**found):
+            return found
+    except CheckpointError as error:
+        raise SettingsError(error.reason, path=path, key=f"{place}.limit", hint=error.hint) from error
+
+
+def _known(path: str, place: str, table: Any, keys: Mapping[str, _Key]) -> None:
+    if type(table) is not dict:
+        raise SettingsError("is no table", path=path, key=place, hint=_EXAMPLE)
+    for name, value in table.items():
+        key = keys.get(name)
+        if key is None:
+            close = difflib.get_close_matches(name.replace("_", "-"), keys, n=1)
+            near = f"; is it {close[0]!r}?" if close else ""
+            raise SettingsError(f"there is no such setting{near}", path=path, key=f"{place}.{name}", hint=f"there are {', '.join(keys)}")
+        if not key.fits(value):
+            raise SettingsError(f"takes {key.words}", path=path, key=f"{place}.{name}")
+
+
+def _arguments(path: str, place: str, folder: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's settings as the arguments that they are, each tried, a path made one of the file's folder."""
+    found = {KEYS[name].argument: value for name, value in table.items() if name in KEYS and KEYS[name].own}
+    try:
+        gate(**{name: value for name, value in found.items() if name != "against"})
+    except SettingsError as error:
+        raise SettingsError(error.reason, path=path, key=f"{place}.{(error.key or '').lstrip('-')}", hint=error.hint) from error
+    if "against" in found:
+        found["against"] = _beside(folder, found["against"])
+    return found
+
+
+def _beside(folder: str, target: str) -> str:
+    """A target as it is called from the current folder: a file's path beside the settings, a module that lies there by its file."""
+    if os.path.realpath(folder) == os.path.realpath(os.getcwd()):
+        return target
+    if not looks_like_spec(target):
+        return os.path.relpath(os.path.join(folder, target))
+    spec = parse(target)
+    file = spec.file or f"{spec.module}.py"
+    there = os.path.join(folder, file)
+    return os.path.relpath(there) + target[len(spec.place) :] if spec.file or os.path.isfile(there) else target
+
+
+_GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
+_AS_REGEX = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+@lru_cache
+def _pattern(words: str) -> re.Pattern[str]:
+    """A pattern of paths: `*` is anything within a name, `**` also across folders.
+
+    >>> [bool(_pattern("weights/**/*.pt").fullmatch(path)) for path in ("weights/a.pt", "weights/b/c/a.pt", "a.pt")]
+    [True, True, False]
+    """
+    return re.compile(
+        "".join(_AS_REGEX.get(part) or re.escape(part) for part in _GLOB.findall(words.removeprefix("./").rstrip("/"))), re.DOTALL
+    )
+
+
+def check_project(
+    paths: Iterable[str], project: Project, given: Mapping[str, Any], *, jobs: int | None = None, note: Note = opening.silent
+) -> CheckReport:
+    """`check` with what a project asks; what is `given` (arguments of `check`) goes before it."""
+    targets: dict[str, Target] = {}
+    gate(**{name: value for name, value in given.items() if name != "against"})  # a word that means nothing is told before a model is built
+
+    def target(words: str) -> Target:
+        if words not in targets:
+            try:
+                targets[words] = opening.open_target(words, note=note)
+            except CheckpointError as error:
+                if "against" not in given:
+                    error.reason += f" (asked for by {os.path.relpath(project.path)})"
+                raise
+        return targets[words]
+
+    def choose(path: str) -> Gate:
+        asked = {**project.of(path), **given} if project.path else dict(given)
+        against = asked.pop("against", None)
+        return gate(against=None if against is None else target(against), **asked)
+
+    bounds: dict[str, int | str] = {**project.limits, **current()}  # those of the command line go before
+    with limits(**bounds):
+        return check_each(paths, choose, jobs=jobs or project.jobs, note=note)

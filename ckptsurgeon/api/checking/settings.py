@@ -1,0 +1,147 @@
+"""What is asked of a file, from the words that a person writes to one frozen `Gate`; a word that means nothing is a SettingsError.
+
+Nothing is read or imported here: a target comes as it was opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from ckptsurgeon.api.opening import Target
+from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
+from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.formats.limits import amount
+from ckptsurgeon.surgery import codes
+
+Words = str | Iterable[str]  # one, several with commas between them, or several
+
+FORMATS: dict[str, tuple[str, ...]] = {  # what `allow` may name, and the formats that it lets through
+    "safetensors": ("safetensors", "safetensors-shards"),
+    "torch": ("torch-zip", "torch-legacy", "torch-shards"),
+    "torch-zip": ("torch-zip",),
+    "torch-legacy": ("torch-legacy",),
+    "skeleton": ("skeleton",),
+}
+_FLAGS = {"--finite": "finite", "--full": "full"}  # that naming their code turns on
+_SIZE = re.compile(r"(?P<number>\d[\d_,]*(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is asked of a file. Codes are in full, dtypes safetensors' codes, `max_size` bytes; what is empty is not asked."""
+
+    against: Target | None = None
+    root: str | None = None
+    finite: bool = False
+    full: bool = False
+    max_size: int | None = None
+    dtypes: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    select: frozenset[str] = frozenset()
+    ignore: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def wants(self, code: str) -> bool:
+        """Whether findings of this code are told."""
+        return codes.wanted(code, self.select, self.ignore)
+
+
+def gate(
+    *,
+    against: Target | None = None,
+    root: str | None = None,
+    finite: bool = False,
+    full: bool = False,
+    max_size: int | str | None = None,
+    dtypes: Words = (),
+    allow: Words = (),
+    select: Words = (),
+    ignore: Words = (),
+) -> Gate:
+    """A gate from a person's words. SettingsError, its `key` the option, for one that means nothing.
+
+    Selecting what only a flag looks for (CK401, CK106) is asking for it.
+
+    >>> gate(max_size="1.5 MB", dtypes="bfloat16,F32", select="CK4").finite
+    True
+    """
+    options = {"--against": against is not None, "--max-size": max_size is not None, "--dtype": bool(_split(dtypes))}
+    options |= {"--allow": bool(_split(allow)), "--finite": finite, "--full": full, "": True}
+    chosen = [(word, _codes(word, "--select")) for word in _split(select)]
+    notes = []
+    for word, found in chosen:
+        idle = {row.option for row in found} if not any(options[row.option] for row in found) else set()
+        options.update(dict.fromkeys(idle & set(_FLAGS), True))
+        if idle and not idle & set(_FLAGS):
+            notes.append(f"nothing is looked for under {word} without {' or '.join(sorted(idle))}")
+    return Gate(
+        against=against,
+        root=root,
+        finite=options["--finite"],
+        full=options["--full"],
+        max_size=None if max_size is None else nbytes(max_size),
+        dtypes=tuple(dict.fromkeys(map(_dtype, _split(dtypes)))),
+        allow=tuple(dict.fromkeys(name for word in _split(allow) for name in _format(word))),
+        select=frozenset(row.code for _, found in chosen for row in found),
+        ignore=frozenset(row.code for word in _split(ignore) for row in _codes(word, "--ignore")),
+        notes=tuple(notes),
+    )
+
+
+def _split(words: Words) -> list[str]:
+    each = [words] if isinstance(words, str) else list(words)
+    return [part.strip() for word in each for part in str(word).split(",") if part.strip()]
+
+
+def _unknown(option: str, what: str, word: str, known: Sequence[str], hint: str) -> SettingsError:
+    close = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1)
+    near = next((name for name in known if close and name.lower() == close[0]), None)
+    return SettingsError(f"there is no {what} {word!r}{f'; is it {near}?' if near else ''}", key=option, hint=hint)
+
+
+def _codes(word: str, option: str) -> tuple[codes.Code, ...]:
+    found = codes.named(word)
+    if not found:
+        raise _unknown(option, "code", word, [*codes.BY_CODE, *(row.name for row in codes.TABLE)], every_code())
+    return found
+
+
+def every_code() -> str:
+    """The codes, as a hint names them."""
+    return f"the codes are {', '.join(codes.BY_CODE)}; or the beginning of some, such as CK2"
+
+
+def _dtype(word: str) -> str:
+    name = word.removeprefix("torch.")
+    found = BY_CODE.get(name.upper()) or BY_TORCH.get(name.lower())
+    if found is None:
+        known = [*BY_CODE, *BY_TORCH]
+        raise _unknown("--dtype", "dtype", word, known, "write safetensors' codes or torch's names: F16, BF16, F32, or float16, bfloat16")
+    return found.code
+
+
+def _format(word: str) -> tuple[str, ...]:
+    found = FORMATS.get(word.lower())
+    if found is None:
+        raise _unknown("--allow", "format", word, list(FORMATS), f"the formats are {', '.join(FORMATS)}")
+    return found
+
+
+def nbytes(value: Any) -> int:
+    """A size that a person wrote, in bytes: 1.5 GB is 1,500,000,000, 1GiB is 1,073,741,824.
+
+    >>> nbytes("500MB"), nbytes("1.5 KiB"), nbytes(12)
+    (500000000, 1536, 12)
+    """
+    if type(value) is int and value >= 0:
+        return value
+    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    unit = amount(f"1{found['unit']}") if found else None
+    if found is None or unit is None:
+        raise SettingsError(f"{value!r} is no size", key="--max-size", hint="write bytes, or a number with its unit: 500MB, 1.5GB, 5GiB")
+    return int(Fraction(found["number"].replace("_", "").replace(",", "")) * unit)

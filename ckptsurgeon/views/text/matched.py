@@ -1,0 +1,88 @@
+"""The text of `match`: the rules that were found with what speaks for them, what is uncertain, what is left over, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ckptsurgeon.surgery.matching import written
+from ckptsurgeon.surgery.matching.propose import Proposal
+from ckptsurgeon.surgery.matching.result import Link
+from ckptsurgeon.surgery.rules import Rule, linked
+from ckptsurgeon.views.text.words import count, fitted, folded, heading, keys, most_rows, name, pasted, table
+from ckptsurgeon.views.text.words import coverage as coverage_words
+
+ROWS = 20  # rules that are shown
+
+
+def matching(found: Proposal, verbose: bool = False, width: int | None = None, output: str | None = None) -> str:
+    """What goes where by which evidence, what is uncertain and over which runner-up, what is left over, and the command to run next."""
+    most = most_rows(verbose)
+    root = f" (root {name(found.root)})" if found.root else ""
+    lines = [f"{name(found.source)}{root} → {name(found.target)}"]
+    applied = {id(link) for link in found.applied}
+    certain = [link for link in found.links if id(link) in applied]
+    left = [link for link in found.links if id(link) not in applied]
+    if found.before:
+        lines.append(f"  by {count(len(found.before), 'rule')} of yours, which come first")
+    accepted = ", uncertain ones among them, as you accept them" if any(not link.certain for link in certain) else ""
+    lines.append(heading("matched", _tensors(certain), f"by {count(len(found.ruled), 'rule')}{accepted}" if found.ruled else "same names"))
+    if verbose:
+        lines += table([_row(link) for link in certain], width, None)
+    else:
+        rows = [(_rule(one.rule), written.comment(one)) for one in found.ruled]
+        stays = sum(link.sources == link.targets and not link.op for link in certain)
+        lines += _pairs([*rows, *([(f"{stays} keep their names", "")] if stays and rows else [])], width, ROWS)
+    lines.append(heading("uncertain", _tensors(left), "not applied, unless you accept it"))
+    lines += folded([(_side(link.targets), ("←", _side(link.sources), _doubt(link))) for link in left], width, most)
+    lines.append(heading("unmatched", len(found.unmatched), "only in the target"))
+    lines += keys(found.unmatched, width, most)
+    lines.append(heading("unused", len(found.unused), "only in the source"))
+    lines += keys(found.unused, width, most)
+    lines += [f"  warning: {name(words)}" for words in found.warnings]
+    done, total = found.coverage.counts
+    lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
+    return fitted([*lines, *_next(found, bool(left), output, width)], width)
+
+
+def _tensors(links: Iterable[Link]) -> int:
+    return sum(len(link.targets) for link in links)
+
+
+def _pairs(rows: Sequence[tuple[str, str]], width: int | None, most: int) -> list[str]:
+    """Each rule on a line, and what speaks for it below, further in."""
+    lines = []
+    for rule, words in rows[:most]:
+        lines += [f"    {name(rule)}", *([f"        {name(words)}"] if words else [])]
+    return lines + ([f"    … and {len(rows) - most} more (-v shows all keys)"] if len(rows) > most else [])
+
+
+def _rule(rule: Rule) -> str:
+    sources, results = linked(rule)
+    if rule.kind == "drop":
+        return f"{rule.pattern}  left out"
+    if not results:
+        return f"{rule.pattern}  by {rule.result}"
+    return f"{' + '.join(sources)}  →  {' + '.join(results)}" + (f"  by {rule.result}" if rule.kind == "adapt" else "")
+
+
+def _row(link: Link) -> tuple[str, ...]:
+    return " + ".join(link.targets), "←", " + ".join(link.sources), link.op or "-", written.evidence([link])
+
+
+def _side(keys: Sequence[str]) -> str:
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+
+def _doubt(link: Link) -> str:
+    return f"{f'by {link.op}; ' if link.op else ''}{written.evidence([link])}"
+
+
+def _next(found: Proposal, doubtful: bool, output: str | None, width: int | None) -> list[str]:
+    if not found.links and not found.before:
+        return [pasted("Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], width)]
+    root = ["--root", found.root] if found.root else []
+    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
+    if output is not None:
+        return [pasted("Next: read it, then", [*words, "--rules", output], width)]
+    look = ["ckptsurgeon", "match", found.source, found.target, *root, "-o", "rules.toml"]
+    return [pasted("Next: look closer, in a file," if doubtful else "Next:", look if doubtful else [*words, "--match"], width)]
