@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from ckptsurgeon.errors import CoverageError, PlanError, StrictError
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.plan import Plan
 from ckptsurgeon.views.text import words
+
+Uncertain = Literal["accepted", "left out"]  # what becomes of links that matching is not certain of
 
 
 def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False) -> None:
@@ -31,6 +34,13 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
             problems=plan.loose[:20] + ((f"and {more} more",) if more > 0 else ()),
             hint="name each: --rename, --drop, or --init",
         )
+
+
+def matching(match: bool, accept_uncertain: bool) -> Uncertain | None:
+    """What matching may apply; None where it is not asked for. PlanError where its choice is given without it."""
+    if accept_uncertain and not match:
+        raise PlanError("accepts uncertain links, and no match is asked for", hint="--match --accept-uncertain")
+    return ("accepted" if accept_uncertain else "left out") if match else None
 
 
 def patterns(given: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening, resuming
+from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.provenance import still_fresh
 from ckptsurgeon.api.resuming import Asked, averaged_into
@@ -51,12 +52,17 @@ def transfer(
     min_coverage: float | None,
     strict: bool,
     auto: str | None = None,
+    match: Uncertain | None = None,
     asked: Asked | None = None,
 ) -> Report:
     """See `ckptsurgeon.transfer`."""
     asked = asked or Asked()
     goal = checkpoint_of(model, type(model).__name__)
     given, live = _open(source, root, goal, asked.ema is not None)
+    if match is not None:
+        from ckptsurgeon.api.matching import matched
+
+        ruling = matched([given], goal, ruling, match == "accepted")
     plan = make_plan([given], goal, ruling.rules, seed=seed, allow_cast=allow_cast, auto=auto, outside=ruling.outside)
     gates.check(plan, min_coverage=min_coverage, strict=strict)
 

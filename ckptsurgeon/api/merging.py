@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon.api import gates, opening
+from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import verify_written
@@ -40,6 +41,8 @@ def plan(
     reverse: bool = False,
     average: Weights | None = None,
     auto: str | None = None,
+    match: bool = False,
+    accept_uncertain: bool = False,
     dtype: str | None = None,
     seed: int = 0,
     allow_cast: Iterable[str] = (),
@@ -57,6 +60,7 @@ def plan(
         reverse: turn the rules of files round.
         average: True, or a weight for each source: every key is the (weighted) mean of all sources; floating tensors only.
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        match: find by itself what the rules leave open, as the verb `match` does; with `accept_uncertain` the uncertain links too.
         dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
         seed: for the model's constructor and the named schemes.
         allow_cast: patterns of keys whose casts may overflow or truncate.
@@ -73,7 +77,7 @@ def plan(
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
+    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     _, made = _decide(seen, goal, choices)
@@ -92,6 +96,7 @@ class _Choices:
     allow_cast: tuple[str, ...]
     average: Weights | None
     auto: str | None
+    match: Uncertain | None = None
 
 
 def _look(sources: Given | Sequence[Given]) -> list[Given]:
@@ -105,6 +110,10 @@ def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> t
         raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
     found = [opening.open_source(one, root=choices.root, target=wanted) for one in given]
     ruling = choices.ruling
+    if choices.match is not None:
+        from ckptsurgeon.api.matching import matched
+
+        ruling = matched(found, wanted, ruling, choices.match == "accepted")
     made = make_plan(
         found,
         wanted,
@@ -134,6 +143,8 @@ def merge(
     reverse: bool = False,
     average: Weights | None = None,
     auto: str | None = None,
+    match: bool = False,
+    accept_uncertain: bool = False,
     dtype: str | None = None,
     seed: int = 0,
     allow_cast: Iterable[str] = (),
@@ -178,7 +189,7 @@ def merge(
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto)
+    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)

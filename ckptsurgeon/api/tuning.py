@@ -35,6 +35,8 @@ def transfer(
     rules: Rules = (),
     reverse: bool = False,
     auto: str | None = None,
+    match: bool = False,
+    accept_uncertain: bool = False,
     seed: int = 0,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
@@ -68,6 +70,8 @@ def transfer(
     Raises:
         CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. RootError or ModelError
             for a training state that is not there, or is of no one knows whom. Everything is as it was then.
+        UnreadableError, StaleError: also for a file that fails or changes while it is copied: these alone can leave a mixture, and say so.
+        KeyboardInterrupt: the model has all of the new values, or none.
 
     >>> from torch import nn
     >>> report = transfer({"weight": nn.Linear(3, 2).weight}, nn.Linear(3, 2))
@@ -88,6 +92,7 @@ def transfer(
         min_coverage=min_coverage,
         strict=strict,
         auto=auto,
+        match=gates.matching(match, accept_uncertain),
         asked=Asked(
             optimizer=optimizer,
             optimizer_root=optimizer_root,

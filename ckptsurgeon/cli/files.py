@@ -16,10 +16,15 @@ def write_json(path: str, value: dict[str, Any], overwrite: bool) -> None:
     Raises:
         OutputError: the path is taken, can't be written, or holds what is no text: somebody's checkpoint is not replaced by a plan of it.
     """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=True) + "\n", overwrite, "JSON")
+
+
+def write_text(path: str, value: str, overwrite: bool, kind: str = "text") -> None:
+    """Write a text as it is; `write_json` says what is raised."""
     if overwrite and not _is_text(path):
-        raise OutputError("is no text, and would be replaced by JSON", path=path, hint="choose another path, or remove it first")
+        raise OutputError(f"is no text, and would be replaced by {kind}", path=path, hint="choose another path, or remove it first")
     with new_file(path, overwrite) as temporary:
-        write_at(temporary.fd, (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode(), 0)
+        write_at(temporary.fd, value.encode(), 0)
 
 
 def _is_text(path: str) -> bool:

@@ -17,7 +17,8 @@ from ckptsurgeon.version import VERSION
 USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
-COMMANDS = ("inspect", "diff", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters")  # each a module
+# Each a module.
+COMMANDS = ("inspect", "diff", "match", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters")
 
 
 class Flow(click.Group):

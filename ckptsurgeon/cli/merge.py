@@ -14,7 +14,7 @@ from ckptsurgeon.surgery import planfile
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
-DECIDING = ("root", "reverse", "auto", "average", "dtype", "allow_cast", "seed", "min_coverage", "strict")
+DECIDING = ("root", "reverse", "auto", "match", "accept_uncertain", "average", "dtype", "allow_cast", "seed", "min_coverage", "strict")
 
 
 @click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")

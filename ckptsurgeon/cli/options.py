@@ -138,6 +138,10 @@ verified = click.option("--verify/--no-verify", default=True, help="Hold the wri
 device = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to load it: cpu, cuda:0, mps, meta.")
 finite = click.option("--finite", is_flag=True, help="NaN or infinite values are a no.")
 
+matching = click.option("--match", is_flag=True, help="Find what the rules leave open by itself, as `ckptsurgeon match` shows it.")
+accept_uncertain = click.option("--accept-uncertain", is_flag=True, help="Apply the links that matching is not certain of, too.")
+
+known = stack(root, rename, drop, keep, adapt, rule_files, reverse)
 mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto)
-deciding = stack(mapping, init, average, weights, dtype, allow_cast, seed, min_coverage, strict)
+deciding = stack(mapping, matching, accept_uncertain, init, average, weights, dtype, allow_cast, seed, min_coverage, strict)
 writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)

@@ -12,9 +12,10 @@ import tomllib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
-from ckptsurgeon.errors import RuleError
+from ckptsurgeon.errors import RuleError, printable
 from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.rules import Kind, Rule, compile_rule, linked
 
@@ -187,8 +188,8 @@ def _example(rows: Sequence[object]) -> str | None:
     return None if rows else 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
 
 
-def to_toml(rules: Iterable[Rule]) -> str:
-    """Rules as the text of a rules file, one that `parse_rules` gives back.
+def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:
+    """Rules as the text of a rules file, one that `parse_rules` gives back; `comments` are for one rule each, of any number of lines.
 
     >>> print(to_toml([Rule("rename", "fc2.{p}", "dense2.{p}")]))
     [[rename]]
@@ -196,7 +197,13 @@ def to_toml(rules: Iterable[Rule]) -> str:
     to = "dense2.{p}"
     <BLANKLINE>
     """
-    return "\n".join("\n".join([f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
+    said = chain(comments, repeat(""))
+    return "\n".join("\n".join([*_comment(next(said)), f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
+
+
+def _comment(text: str) -> Iterator[str]:
+    """The lines of a comment; a key in it can't end the line."""
+    return (f"# {printable(line)}" for line in text.splitlines() or ())
 
 
 def _fields(rule: Rule) -> Iterator[str]:

@@ -1,0 +1,82 @@
+"""Patterns for a set of keys: few, and so general as matches none that must not be matched. Pure text.
+
+Rule: a number is `*` where that is harmless, words that differ are listed (`{weight,bias}`), and a whole module is `module.**`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from ckptsurgeon.surgery.matching.drafts import Known
+from ckptsurgeon.surgery.matching.numbers import cut
+from ckptsurgeon.surgery.rules import Rule, compile_rule
+
+_WORD = re.compile(r"[A-Za-z0-9_]+")
+_FEW = 3  # words that are listed within one segment, before a pattern of its own is clearer
+_DEEPEST = 3
+
+
+def cover(keys: Iterable[str], forbidden: Collection[str]) -> list[str]:
+    """Patterns that match all `keys` and nothing in `forbidden`.
+
+    >>> cover(["h.0.attn.w", "h.1.attn.w", "h.0.mlp.w", "h.1.mlp.w"], ["h.0.attn.b"])
+    ['h.*.{attn,mlp}.w']
+    """
+    others = Known(forbidden)
+    templates: dict[tuple[str, ...], list[str]] = {}
+    for key in keys:
+        templates.setdefault(cut(key).texts, []).append(key)
+    rows: list[list[str]] = []
+    for texts, same in templates.items():
+        open_ = "".join(f"{text}*" for text in texts[:-1]) + texts[-1]
+        rows += [open_.split(".")] if len(same) > 1 and _harmless(open_, others) else [key.split(".") for key in same]
+    by_length: dict[int, list[list[str]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [pattern for same in by_length.values() for pattern in _joined(same, others, _DEEPEST)]
+
+
+def modules(keys: Collection[str], forbidden: Collection[str]) -> tuple[list[str], list[str]]:
+    """Patterns for whole modules all of whose keys are meant, and the keys that are in none of them.
+
+    >>> modules(["aux.0.w", "aux.1.w", "head.w"], ["head.b"])
+    (['aux.**'], ['head.w'])
+    """
+    kept = {key[:end] for key in forbidden for end in _dots(key)}
+    found: dict[str, list[str]] = {}
+    rest = []
+    for key in keys:
+        whole = next((key[:end] for end in _dots(key) if key[:end] not in kept), None)
+        if whole is None:
+            rest.append(key)
+        else:
+            found.setdefault(whole, []).append(key)
+    few = [whole for whole, named in found.items() if len(named) < 2]
+    return [f"{whole}.**" for whole in found if whole not in few], [*rest, *(key for whole in few for key in found[whole])]
+
+
+def _dots(key: str) -> Iterator[int]:
+    return (found.start() for found in re.finditer(r"\.", key))
+
+
+def _harmless(pattern: str, others: Known) -> bool:
+    return not others.matched(compile_rule(Rule("drop", pattern)))
+
+
+def _joined(rows: Sequence[Sequence[str]], others: Known, depth: int) -> list[str]:
+    """One pattern for rows of as many segments, or where that is not harmless, several: by the segment that gives the fewest."""
+    columns = [list(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
+    if all(len(column) == 1 or all(_WORD.fullmatch(word) for word in column) for column in columns):
+        several = [column for column in columns if len(column) > 1]
+        pattern = ".".join(column[0] if len(column) == 1 else f"{{{','.join(column)}}}" for column in columns)
+        if len(rows) == 1 or (all(len(column) <= _FEW or len(several) == 1 for column in columns) and _harmless(pattern, others)):
+            return [pattern]
+    if not depth:
+        return [".".join(row) for row in rows]
+    found = []
+    for place, column in enumerate(columns):
+        if len(column) > 1:
+            parts = [[row for row in rows if row[place] == word] for word in column]
+            found.append([pattern for part in parts for pattern in _joined(part, others, depth - 1)])
+    return min(found, key=len)

@@ -1,0 +1,201 @@
+"""From links to the shortest general rules that give exactly them: folded numbers, whole modules, drops for what would go astray.
+
+Rule: what is given back has been replayed. Rules that do not lead to the links, and to nothing else, are made again, less general,
+in the end one for each link. Pure; the text that is written of them is made in `written`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.surgery.adapters.table import offers
+from ckptsurgeon.surgery.matching import cover
+from ckptsurgeon.surgery.matching.drafts import Draft, Known, merge
+from ckptsurgeon.surgery.matching.modules import renamings
+from ckptsurgeon.surgery.matching.parts import line_of
+from ckptsurgeon.surgery.matching.replay import Given, replay, wanted
+from ckptsurgeon.surgery.matching.result import Link
+from ckptsurgeon.surgery.matching.rows import Line, Row, literal, rows
+from ckptsurgeon.surgery.matching.settle import settled
+from ckptsurgeon.surgery.naming import NOTHING
+from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
+from ckptsurgeon.surgery.rulefile import parse_rules, to_toml
+from ckptsurgeon.surgery.rules import Outside, Rule
+from ckptsurgeon.tensors import Checkpoint
+
+GENERAL, FOLDED, LITERAL = "general", "folded", "literal"  # how far rules are generalised, from the shortest on
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """A rule, and the links that it is for; `without` are source keys that it leaves out since no link has them."""
+
+    rule: Rule
+    links: tuple[Link, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What rules must lead to.
+
+    `before` are rules that a person gave, which come first, `given` what they lead to, and `touched` the source keys that they match;
+    `links` are asked for beside it. `doubtful` are source keys of links that are not asked for.
+    """
+
+    source: Checkpoint
+    target: Checkpoint
+    links: tuple[Link, ...]
+    before: tuple[Rule, ...] = ()
+    outside: Outside = NOTHING
+    given: Given = field(default_factory=dict)
+    touched: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
+
+    def wanted(self) -> Given:
+        """By target key, what must come of it; keys that are one tensor in the target get what the first of them gets."""
+        found = {**self.given, **wanted(self.links, self.source, self.target)}
+        for group in self.target.ties:
+            first = next((key for key in group if key in found), None)
+            if first is not None:
+                found.update({key: found[first] for key in group if key not in found})
+        return found
+
+    def replayed(self, rules: Iterable[Rule]) -> Given:
+        """What rules lead to when they are read back from their text, after those of the person."""
+        found = parse_rules(to_toml(rules), "matched")
+        return replay(self.source, self.target, (*self.before, *found), self.outside)
+
+
+def generalise(task: Task) -> tuple[Ruled, ...]:
+    """The shortest rules found that lead to exactly the task's links. RuleError where none do: keys that no pattern can name."""
+    goal = task.wanted()
+    problem: RuleError | None = None
+    for view in _views(task):
+        for how in (GENERAL, FOLDED, LITERAL):
+            try:
+                found = list(view.rules(how))
+                if task.replayed(ruled.rule for ruled in found) == goal:
+                    return tuple(found)
+            except RuleError as error:
+                problem = error
+    raise problem or RuleError("no rules lead to these links", path=task.source.path, hint="rename the keys that look like patterns")
+
+
+def _views(task: Task) -> Iterator[View]:
+    """The source's names as patterns are to name them: without the prefix that the planner strips, else as they stand."""
+    prefix = find_prefix(task.source, task.target)
+    views = [View(task, prefix), View(task, Prefix())] if prefix else [View(task, prefix)]
+    # A prefix that the planner would find for a few keys alone is no way to tell a person what becomes of them.
+    stays = sum(views[0].default[link.sources[0]] == link.targets[0] for link in task.links)
+    yield from views if prefix.of_wrappers or 2 * stays >= len(task.links) else reversed(views)
+
+
+class View:
+    """A task with the names that patterns see."""
+
+    def __init__(self, task: Task, prefix: Prefix) -> None:
+        self.task, self.prefix = task, prefix
+        keys = (*task.source, *task.source.entries)
+        self.bare = {key: prefix.bare(key) for key in keys}
+        self.default = rename_all(keys, {*task.target, *task.target.entries}, prefix)
+        self.key_of = {name: key for key, name in self.bare.items()}
+        self.known = Known([name for key, name in self.bare.items() if key not in task.touched])
+        self.reached = frozenset(task.wanted())
+
+    def rules(self, how: str) -> Iterator[Ruled]:
+        """Rules of one generality, in the order in which they must stand."""
+        moves, joints = self._lines()
+        drafts = [*self._joined(joints, how), *self._moved(moves, how)]
+        links = self._links()
+        order, drops = settled(drafts, self.known, self._goals(), self._astray)
+        doubtful = {self.bare[key] for key in self.task.doubtful}
+        for some in ([name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]):
+            for pattern, left in self._dropped(some):
+                yield Ruled(Rule("drop", pattern), (), left)
+        for draft in order:
+            found = [link for line in draft.lines for link in links.get(line, ())]
+            yield Ruled(draft.rule, tuple(dict.fromkeys(found)))
+        yield from self._adapted(how)
+
+    def _lines(self) -> tuple[list[Line], list[Line]]:
+        """Lines that rename (one source, to all of its targets), and those that link several keys of a side."""
+        return list(self._moves()), [line_of(link, self.bare) for link in self.task.links if _joins(link)]
+
+    def _moves(self) -> Iterator[Line]:
+        to: dict[str, list[str]] = {}
+        for link in self.task.links:
+            if not _joins(link):
+                to.setdefault(link.sources[0], []).extend(link.targets)
+        return (Line((self.bare[key],), tuple(targets)) for key, targets in to.items())
+
+    def _links(self) -> Mapping[Line, list[Link]]:
+        found: dict[Line, list[Link]] = {line_of(link, self.bare): [link] for link in self.task.links if _joins(link)}
+        by_source: dict[str, list[Link]] = {}
+        for link in self.task.links:
+            if not _joins(link):
+                by_source.setdefault(self.bare[link.sources[0]], []).append(link)
+        return {**found, **{line: by_source[line.sources[0]] for line in self._moves()}}
+
+    def _joined(self, lines: Sequence[Line], how: str) -> list[Draft]:
+        drafts = [Draft.of(row) for row in (map(literal, lines) if how == LITERAL else rows(lines))]
+        return merge(drafts, self.known) if how == GENERAL else drafts
+
+    def _moved(self, lines: Sequence[Line], how: str) -> list[Draft]:
+        if how == GENERAL:
+            return merge(renamings(rows(lines), self.prefix.added), self.known)
+        found: Iterable[Row] = map(literal, lines) if how == LITERAL else rows(lines)
+        return [Draft.of(row) for row in found if not self._stays(row)]
+
+    def _stays(self, row: Row) -> bool:
+        return all(line.targets == (self.default[self.key_of[line.sources[0]]],) for line in row.lines)
+
+    def _goals(self) -> Mapping[str, tuple[str, ...] | None]:
+        """By name where it must land; None for a name that a link with several keys takes, or a person's rule."""
+        goals: dict[str, tuple[str, ...] | None] = {line.sources[0]: line.targets for line in self._moves()}
+        goals.update({self.bare[key]: None for link in self.task.links if _joins(link) for key in link.sources})
+        return goals
+
+    def _astray(self, name: str, results: Sequence[str] | None) -> bool:
+        """Whether a name that no link has would do harm as these names; without any, under the one that it has by itself."""
+        key, target = self.key_of[name], self.task.target
+        if key not in self.task.source:
+            return False
+        shape = self.task.source[key].shape
+        for result in results if results is not None else (self.default[key],):
+            if result in self.reached or (
+                result in target and (target[result].shape == shape or offers(shape, target[result].shape, safe=True))
+            ):
+                return True
+        return False
+
+    def _dropped(self, drops: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Patterns that drop names, and nothing that a link has; each with the keys that it is for."""
+        meant = set(drops)
+        goals = self._goals()
+        loose = [name for name in self.bare.values() if name not in goals]
+        whole, rest = cover.modules([name for name in loose if name in meant], [*goals, *(name for name in loose if name not in meant)])
+        for pattern in (*whole, *cover.cover(rest, goals)):
+            matched = self.known.matched(Draft((pattern,), (), "", ()).compiled)
+            yield pattern, tuple(self.key_of[name] for name in matched if name in meant)
+
+    def _adapted(self, how: str) -> Iterator[Ruled]:
+        """Ops of single tensors, as adapt rules over the target's keys."""
+        by_op: dict[str, dict[str, Link]] = {}
+        for link in self.task.links:
+            if not _joins(link):
+                for key in link.targets:
+                    by_op.setdefault(link.op, {})[key] = link
+        for op, links in by_op.items():
+            others = [key for other, named in by_op.items() if other != op for key in named]
+            others += [key for link in self.task.links if _joins(link) for key in link.targets]
+            for pattern in (list(links) if how == LITERAL else cover.cover(links, others)) if op else ():
+                matched = Known(links).matched(Draft((pattern,), (), "", ()).compiled)
+                yield Ruled(Rule("adapt", pattern, op), tuple(dict.fromkeys(links[key] for key in matched)))
+
+
+def _joins(link: Link) -> bool:
+    """Whether a link is one of several sources, or cuts one in parts: all others are renames, and an op of each target."""
+    return len(link.sources) > 1 or (len(link.targets) > 1 and bool(link.op))
