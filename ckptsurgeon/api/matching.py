@@ -38,8 +38,8 @@ def match(
         accept_uncertain: let the rules give the uncertain links too.
 
     Returns:
-        A `Matching`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, the same as a rules file's text in
-        `toml`, and `refusal()`, which is None where the links are worth following. Printed, it is the command line's table.
+        A `Matching`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, in `toml` the same as the text
+        of a rules file, and `refusal()`, None where the links are worth following. Printed, it is the command line's table.
 
     Raises:
         CheckpointError: one of them can't be read or built.

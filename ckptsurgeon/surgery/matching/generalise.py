@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.table import offers
@@ -25,6 +26,7 @@ from ckptsurgeon.surgery.rulefile import parse_rules, to_toml
 from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
 
+_TRIES = 3
 GENERAL, FOLDED, LITERAL = "general", "folded", "literal"  # how far rules are generalised, from the shortest on
 
 
@@ -54,6 +56,12 @@ class Task:
     touched: frozenset[str] = frozenset()
     doubtful: frozenset[str] = frozenset()
 
+    @cached_property
+    def prefix(self) -> Prefix:
+        """The prefix that the planner would strip."""
+        return find_prefix(self.source, self.target)
+
+    @cached_property
     def wanted(self) -> Given:
         """By target key, what must come of it; keys that are one tensor in the target get what the first of them gets."""
         found = {**self.given, **wanted(self.links, self.source, self.target)}
@@ -71,26 +79,40 @@ class Task:
 
 def generalise(task: Task) -> tuple[Ruled, ...]:
     """The shortest rules found that lead to exactly the task's links. RuleError where none do: keys that no pattern can name."""
-    goal = task.wanted()
+    goal = task.wanted
     problem: RuleError | None = None
     for view in _views(task):
         for how in (GENERAL, FOLDED, LITERAL):
-            try:
-                found = list(view.rules(how))
-                if task.replayed(ruled.rule for ruled in found) == goal:
-                    return tuple(found)
-            except RuleError as error:
-                problem = error
+            also: frozenset[str] = frozenset()  # keys to drop that went astray by a prefix which only rules bring about
+            for _ in range(_TRIES):
+                try:
+                    found = list(view.rules(how, also))
+                    led = task.replayed(ruled.rule for ruled in found)
+                    if led == goal:
+                        return tuple(found)
+                    more = {key for name, (keys, _) in led.items() if name not in goal for key in keys} & view.loose
+                except RuleError as error:
+                    problem, more = error, set(view.loose)
+                if more <= also:
+                    break
+                also |= more
     raise problem or RuleError("no rules lead to these links", path=task.source.path, hint="rename the keys that look like patterns")
 
 
 def _views(task: Task) -> Iterator[View]:
     """The source's names as patterns are to name them: without the prefix that the planner strips, else as they stand."""
-    prefix = find_prefix(task.source, task.target)
-    views = [View(task, prefix), View(task, Prefix())] if prefix else [View(task, prefix)]
+    prefixed = View(task, task.prefix)
+    if not task.prefix:
+        yield prefixed
+        return
     # A prefix that the planner would find for a few keys alone is no way to tell a person what becomes of them.
-    stays = sum(views[0].default[link.sources[0]] == link.targets[0] for link in task.links)
-    yield from views if prefix.of_wrappers or 2 * stays >= len(task.links) else reversed(views)
+    stays = sum(prefixed.default[link.sources[0]] == link.targets[0] for link in task.links)
+    first = task.prefix.of_wrappers or 2 * stays >= len(task.links)
+    if first:
+        yield prefixed
+    yield View(task, Prefix())
+    if not first:
+        yield prefixed
 
 
 class View:
@@ -103,14 +125,16 @@ class View:
         self.default = rename_all(keys, {*task.target, *task.target.entries}, prefix)
         self.key_of = {name: key for key, name in self.bare.items()}
         self.known = Known([name for key, name in self.bare.items() if key not in task.touched])
-        self.reached = frozenset(task.wanted())
+        self.reached = frozenset(task.wanted)
+        self.loose = frozenset(task.source) - {key for link in task.links for key in link.sources} - task.touched
 
-    def rules(self, how: str) -> Iterator[Ruled]:
-        """Rules of one generality, in the order in which they must stand."""
+    def rules(self, how: str, also: frozenset[str] = frozenset()) -> Iterator[Ruled]:
+        """Rules of one generality, in the order in which they must stand; keys in `also` are dropped whatever becomes of them."""
         moves, joints = self._lines()
         drafts = [*self._joined(joints, how), *self._moved(moves, how)]
         links = self._links()
         order, drops = settled(drafts, self.known, self._goals(), self._astray)
+        drops += [name for key in sorted(self.loose & also) if (name := self.bare[key]) not in drops]
         doubtful = {self.bare[key] for key in self.task.doubtful}
         for some in ([name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]):
             for pattern, left in self._dropped(some):

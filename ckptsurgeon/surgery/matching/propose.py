@@ -111,7 +111,7 @@ def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
     try:
         ruled = generalise(asked)
     except RuleError:
-        writable = [link for link in applied if all(map(_writable, (*link.sources, *link.targets)))]
+        writable = [link for link in applied if _is_writable(link)]
         if len(writable) == len(applied):
             raise
         found = replace(found, links=tuple(link if link in writable else _unwritable(link) for link in found.links))
@@ -163,8 +163,13 @@ def _writable(key: str) -> bool:
         return False
 
 
+def _is_writable(link: Link) -> bool:
+    stays = link.sources == link.targets and not link.op
+    return stays or all(map(_writable, (*link.sources, *link.targets)))
+
+
 def _unwritable(link: Link) -> Link:
-    if all(map(_writable, (*link.sources, *link.targets))):
+    if _is_writable(link):
         return link
     return replace(link, margin=0.0, evidence=(*link.evidence, UNWRITABLE))
 
@@ -182,7 +187,7 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
         Coverage.of({key: target[key] for key in target if key in maybe}, target).elements,
         Coverage.of({key: source[key] for key in source if key in maybe_taken}, source).elements,
     )
-    prefix = find_prefix(source, target)
+    prefix = task.prefix
     bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}
     doubts = written.doubts(doubtful, bare, Known([bare[key] for key in source if key not in task.touched]))
     head = list(_head(found, source, target, coverage, applied, doubtful))

@@ -6,6 +6,7 @@ Rule: whether rules are right is told by the planner's own floor (`naming`, `ori
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain
 from ckptsurgeon.surgery.adapters.op import Op, Shape
@@ -45,9 +46,12 @@ def wanted(links: Iterable[Link], source: Checkpoint, target: Checkpoint) -> Giv
     return found
 
 
+_parsed = lru_cache(maxsize=256)(parse_ops)
+
+
 def _asked(link: Link, place: int, shapes: Sequence[Shape]) -> list[Asked]:
     """The ops of one of a link's targets; where a tensor is unstacked into several groups, the group's number is the unstack's."""
-    ops = parse_ops(link.op) if link.op else ()
+    ops = _parsed(link.op) if link.op else ()
     names, index, number = link.targets, place, None
     at = next((at for at, op in enumerate(ops) if op["op"] == "unstack"), None)
     if at is not None and len(names) > 1:
