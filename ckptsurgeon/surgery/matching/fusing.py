@@ -13,11 +13,11 @@ from math import inf, prod
 
 from ckptsurgeon.surgery.matching.evidence import Clues
 from ckptsurgeon.surgery.matching.forest import Node, fold
-from ckptsurgeon.surgery.matching.ties import choose
+from ckptsurgeon.surgery.matching.ties import ENOUGH, choose
 from ckptsurgeon.surgery.matching.words import concepts, gated
 
 # Parts that make a whole, in the order in which the field lays them side by side.
-_ORDERS = (("q", "k", "v"), ("k", "v"), ("gate", "up"), ("q", "kv"))
+_ORDERS = (("q", "k", "v"), ("q", "k", "v", "mlp"), ("k", "v"), ("gate", "up"), ("q", "kv"))
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,17 @@ class Fused:
     evidence: tuple[str, ...]
 
 
-def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues) -> list[Fused]:
-    """Find them among what is left over of two modules that go together."""
+def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, top: bool = True) -> list[Fused]:
+    """Find them among what is left over of two modules that go together; `top` says that nothing more can come from outside of these."""
     found: list[Fused] = []
     free_sources, free_targets = list(sources), list(targets)
     for wholes, units, turned in ((free_targets, free_sources, False), (free_sources, free_targets, True)):
+        named, waiting = _named(wholes, units, clues, turned, top)
+        found += named
+        done = {id(node) for fused in named for node in (*fused.sources, *fused.targets)}
+        wholes[:], units[:] = ([node for node in nodes if id(node) not in done] for nodes in (wholes, units))
         pieces = _Pieces(units)
-        for whole in [whole for whole in wholes if len(whole.main) > 1]:
+        for whole in [whole for whole in wholes if len(whole.main) > 1 and id(whole) not in waiting]:
             told = pieces.of(whole)
             if told:
                 parts, margin, evidence = told
@@ -54,6 +58,64 @@ def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues) -> list
             chosen = choose(ones, others, clues)
             found += [Fused((choice.source,), (choice.target,), choice.margin, (*choice.evidence, "turned")) for choice in chosen]
     return found
+
+
+def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: bool, top: bool) -> tuple[list[Fused], set[int]]:
+    """Wholes and the parts that names tell; and the wholes that may find theirs higher up."""
+    shapes = {whole.main for whole in wholes if len(whole.main) > 1}
+    rows: list[tuple[Node, ...]] = []
+    for row in sorted(_named_rows([unit for unit in units if len(unit.main) > 1]), key=len, reverse=True):
+        if any(_adds_up(shape, row) for shape in shapes) and not any(set(map(id, row)) & set(map(id, longer)) for longer in rows):
+            rows.append(row)
+    by_shape: dict[tuple[int, ...], list[Node]] = {}
+    for whole in wholes if rows else ():
+        if len(whole.main) > 1:
+            by_shape.setdefault(whole.main, []).append(whole)
+    found: list[Fused] = []
+    waiting: set[int] = set()
+    for shape, some in by_shape.items():
+        fits = {id(row[0]): row for row in rows if _adds_up(shape, row)}
+        if not fits:
+            continue
+        firsts = [row[0] for row in fits.values()]
+        chosen = choose(some, firsts, clues) if turned else choose(firsts, some, clues)
+        if not top and len(some) != len(firsts) and any(choice.margin < ENOUGH for choice in chosen):
+            waiting |= {id(whole) for whole in some}
+            continue
+        for choice in chosen:
+            parts, whole = fits[id(choice.target if turned else choice.source)], choice.source if turned else choice.target
+            evidence = ("its parts side by side", *(choice.evidence if len(some) + len(firsts) > 2 else ()))
+            sides = ((whole,), parts) if turned else (parts, (whole,))
+            found.append(Fused(sides[0], sides[1], choice.margin, evidence))
+    return found, waiting
+
+
+def _named_rows(units: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
+    """The units of one module that names tell to be parts of a whole, in order; their names differ by that alone."""
+    for family in _families(units, lambda unit: unit.parent):
+        for order in _ORDERS:
+            rows: dict[frozenset[str], dict[str, list[Node]]] = {}
+            for unit in family:
+                words = frozenset(concepts(unit.name))
+                part = words & set(order)
+                if len(part) == 1:
+                    rows.setdefault(words - part, {}).setdefault(next(iter(part)), []).append(unit)
+            for row in (*rows.values(), *(_merged(rows) if len(rows) > 1 else ())):
+                if all(len(row.get(word, ())) == 1 for word in order):
+                    yield tuple(row[word][0] for word in order)
+
+
+def _merged(rows: dict[frozenset[str], dict[str, list[Node]]]) -> list[dict[str, list[Node]]]:
+    """All rows as one, for parts whose other words differ; only where no row is whole by itself."""
+    merged: dict[str, list[Node]] = {}
+    for row in rows.values():
+        for word, units in row.items():
+            merged.setdefault(word, []).extend(units)
+    return [merged] if all(len(row) < len(merged) for row in rows.values()) else []
+
+
+def _adds_up(whole: tuple[int, ...], parts: Sequence[Node]) -> bool:
+    return sum(prod(part.main) for part in parts) == prod(whole) and all(_beside(whole, part.main) for part in parts)
 
 
 def _either_way(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -93,7 +155,7 @@ class _Pieces:
         for _, family in sorted(families.items()):
             group = [unit for unit in family if unit.size < whole.size and id(unit) not in self.taken]
             for parts, margin in _orders(group, whole) if len(group) > 1 else ():
-                if sum(prod(part.main) for part in parts) == prod(whole.main) and all(_beside(whole.main, part.main) for part in parts):
+                if _adds_up(whole.main, parts):
                     return parts, margin, "its parts side by side"
         if len(whole.main) != 3:
             return None
@@ -114,11 +176,7 @@ def _families(units: Sequence[Node], key: Callable[[Node], str]) -> list[list[No
 
 
 def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ...], float]]:
-    """Choices of a family's members in an order: those that names tell, then any in the order of their keys."""
-    for order in _ORDERS:
-        named = [[unit for unit in group if word in concepts(unit.name)] for word in order]
-        if all(len(found) == 1 for found in named) and len({id(found[0]) for found in named}) == len(order):
-            yield tuple(found[0] for found in named), inf
+    """Choices of a family's members in an order, where words do not tell it."""
     if {"gate", "up"} <= set(concepts(whole.name)) and len({unit.folded for unit in group}) == 1 < len(group) < 4:
         yield tuple(sorted(group, key=lambda unit: unit.numbers)[:2]), inf  # the gate is the first, by custom
     if len(group) <= 6:

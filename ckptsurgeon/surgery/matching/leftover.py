@@ -40,22 +40,29 @@ def settle(left: Left, place: Place, clues: Clues) -> tuple[list[Laid], Left]:
     """Pair what can be paired of what is left over; the rest may be tried again one level higher."""
     sources = [unit for node in left.sources for unit in node.units()]
     targets = [unit for node in left.targets for unit in node.units()]
-    by_form: dict[int, tuple[list[Node], list[Node]]] = {}
-    for side, nodes in enumerate((sources, targets)):
-        for node in nodes:
-            by_form.setdefault(node.form, ([], []))[side].append(node)
-    choices = [choice for form, (ones, others) in by_form.items() for choice in _among(form, ones, others, place, clues)]
-    placed = [laid(under(choice, place.above)) for choice in choices]
+    placed = _look_alikes(sources, targets, replace(place, top=False), clues)
     sources, targets = _without(sources, targets, placed)
-    for fused in fuse(sources, targets, clues):
+    for fused in fuse(sources, targets, clues, place.top):
         rival = place.above.runner_up if place.above.margin < fused.margin else None
         placed.append(Laid(fused.sources, fused.targets, min(place.above.margin, fused.margin), fused.evidence, rival))
+    sources, targets = _without(sources, targets, placed)
+    placed += _look_alikes(sources, targets, place, clues)  # of whose shape others were parts
     sources, targets = _without(sources, targets, placed)
     doubted = [at for at, pair in enumerate(placed) if UNSAID in pair.evidence]
     if len(doubted) == 1 and not any(node.size for node in (*sources, *targets)):
         margin = min(place.above.margin, ENOUGH)
         placed[doubted[0]] = replace(placed[doubted[0]], margin=margin, evidence=("all that is left on both sides",))
     return placed, Left(tuple(sources), tuple(targets))
+
+
+def _look_alikes(sources: Sequence[Node], targets: Sequence[Node], place: Place, clues: Clues) -> list[Laid]:
+    """Pairs of units of equal form."""
+    by_form: dict[int, tuple[list[Node], list[Node]]] = {}
+    for side, nodes in enumerate((sources, targets)):
+        for node in nodes:
+            by_form.setdefault(node.form, ([], []))[side].append(node)
+    choices = [choice for form, (ones, others) in by_form.items() for choice in _among(form, ones, others, place, clues)]
+    return [laid(under(choice, place.above)) for choice in choices]
 
 
 def _among(form: int, ones: Sequence[Node], others: Sequence[Node], place: Place, clues: Clues) -> list[Choice]:

@@ -78,7 +78,7 @@ for _concept, _said in (
     ("gate", "gate gating gated"),
     ("up", "up"),
     ("down", "down"),
-    ("text", "text textual language txt lang"),
+    ("text", "text textual language txt lang context ctx"),
     ("image", "image visual vision img vit pixel"),
     ("audio", "audio speech wav sound mel"),
     ("depthwise", "depthwise dw dwconv"),
