@@ -7,19 +7,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, Words, gate
-from ckptsurgeon.api.opening import Given, Note, Path, silent
+from ckptsurgeon.api.opening import Given, Note, Path, Target, silent
 from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.models.spec import looks_like_spec
 from ckptsurgeon.report import CheckReport, FileCheck
 from ckptsurgeon.views import text
 
-__all__ = ["check", "check_each"]
+__all__ = ["check", "check_each", "target_of"]
+
+_LARGE = 16 << 20  # bytes of all files, in which there may be headers that take long
 
 
 def check(
@@ -74,9 +79,22 @@ def check(
     }
     asked = gate(root=root, **words)  # a word that means nothing is told before a model is built
     if against is not None:
-        asked = gate(root=root, against=opening.open_target(against, note=note), **words)
+        asked = gate(root=root, against=target_of(against, note), **words)
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     return check_each([os.fspath(path) for path in files], lambda _path: asked, jobs=jobs, note=note)
+
+
+def target_of(against: Given, note: Note) -> Target:
+    """What files must fit, opened."""
+    if isinstance(against, (str, os.PathLike)) and looks_like_spec(os.fspath(against)) and not os.path.exists(against):
+        _need_torch("--against")
+    return opening.open_target(against, note=note)
+
+
+def _need_torch(option: str) -> None:
+    """A gate may be installed without its heaviest part; what can't be done then is said before anything is."""
+    if "torch" not in sys.modules and find_spec("torch") is None:
+        raise SettingsError("needs torch, which is not installed here", key=option, hint="pip install torch")
 
 
 def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int | None = None, note: Note = silent) -> CheckReport:
@@ -85,6 +103,8 @@ def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int
         raise SettingsError(f"{jobs} is no number of jobs", key="--jobs", hint="1 or more")
     files = [file for path in paths for file in folders.expand(path)]
     gates = [choose(file) for file in files]
+    if any(asked.finite for asked in gates):
+        _need_torch("--finite")
     for words in dict.fromkeys(words for asked in gates for words in asked.notes):
         note(words)
 
@@ -96,7 +116,7 @@ def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int
         len(files),
         jobs or workers.default_jobs(),
         values=any(asked.finite and asked.wants("CK401") for asked in gates),
-        data=any(asked.full and asked.wants("CK106") for asked in gates),
+        large=any(asked.full for asked in gates) or sum(map(folders.size, files)) > _LARGE,
     )
     report = CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)))
     return replace(report, text=text.check(report))

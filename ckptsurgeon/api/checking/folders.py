@@ -22,6 +22,14 @@ def expand(path: str) -> list[str]:
     return list(_below(path)) or [path]
 
 
+def size(path: str) -> int:
+    """The bytes of a regular file, of anything else 0."""
+    try:
+        return os.path.getsize(path) if os.path.isfile(path) else 0
+    except (OSError, ValueError):
+        return 0
+
+
 def _below(top: str) -> Iterator[str]:
     refused: list[OSError] = []
     for folder, folders, names in os.walk(top, onerror=refused.append):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ckptsurgeon.api import opening, proving
-from ckptsurgeon.api.checking.folders import beside
+from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PointerError, RootError, UnreadableError, UnsafeError
@@ -60,10 +60,10 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     if archive is None:
         return
     yield list(_safety(archive))
-    yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in beside(path, archive)]
+    yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.beside(path, archive)]
     if gate.allow and archive.format not in gate.allow:
         yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]
-    checkpoints = [roots.checkpoint(archive, found) for found in archive.state_dicts]
+    checkpoints = [roots.checkpoint(archive, found, alone=True) for found in archive.state_dicts]
     if gate.against is not None or gate.root is not None:
         try:
             chosen = roots.choose(archive, root=gate.root, target=None if gate.against is None else gate.against.checkpoint)
@@ -100,12 +100,7 @@ def _refusal(error: CheckpointError, path: str) -> Finding:
 
 
 def _size(path: str, archive: Archive | None) -> int:
-    if archive is not None:
-        return sum(stamp.size for stamp in archive.files)
-    try:
-        return os.stat(path).st_size if os.path.isfile(path) else 0
-    except (OSError, ValueError):
-        return 0
+    return folders.size(path) if archive is None else sum(stamp.size for stamp in archive.files)
 
 
 def _safety(archive: Archive) -> Iterator[Finding]:

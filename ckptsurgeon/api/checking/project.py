@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from ckptsurgeon.api import opening
-from ckptsurgeon.api.checking import check_each
+from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate
 from ckptsurgeon.api.opening import Note, Target
 from ckptsurgeon.errors import CheckpointError, SettingsError
@@ -215,7 +215,7 @@ def check_project(
     def target(words: str) -> Target:
         if words not in targets:
             try:
-                targets[words] = opening.open_target(words, note=note)
+                targets[words] = target_of(words, note)
             except CheckpointError as error:
                 if "against" not in given:
                     error.reason += f" (asked for by {os.path.relpath(project.path)})"

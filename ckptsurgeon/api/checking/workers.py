@@ -37,11 +37,11 @@ def default_jobs() -> int:
     return min(cores, MOST_JOBS)
 
 
-def in_order(work: Work, count: int, jobs: int, *, values: bool, data: bool) -> list[Findings]:
-    """The answers for the files 0 … count - 1. `values` says that torch will be needed, `data` that whole files are read."""
+def in_order(work: Work, count: int, jobs: int, *, values: bool, large: bool) -> list[Findings]:
+    """The answers for the files 0 … count - 1. `values` says that torch will be needed, `large` that it will surely last."""
     done: list[Findings] = []
     began = time.monotonic()
-    while len(done) < count and (min(jobs, count) == 1 or not (values or data or time.monotonic() - began > _HELP_AFTER)):
+    while len(done) < count and (min(jobs, count) == 1 or not (values or large or time.monotonic() - began > _HELP_AFTER)):
         done.append(work(len(done), _nobody_stops))
     rest = range(len(done), count)
     jobs = min(jobs, len(rest))
