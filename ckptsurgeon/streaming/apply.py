@@ -280,8 +280,10 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
     _refuse_torn_ties(run, layout, tensors, temporary)
     checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for slot, crc in zip(layout.slots, checksums, strict=bool(checksums)):
-        if len(pieces := moved[slot.index] or ()) == 1:
-            hold(pieces[0], crc)
+        if len(pieces := moved[slot.index] or ()) == 1 and pieces[0].checksum() not in (None, crc):
+            run.reader.check_unchanged()
+            # Is it the source, or the copy? The proof tells the other.
+            hold(pieces[0], copying.checksum(*run.reader.locate(pieces[0]), pieces[0].nbytes))
     for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
 
