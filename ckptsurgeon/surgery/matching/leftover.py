@@ -82,7 +82,8 @@ def _doubted(choice: Choice) -> Choice:
     told, wanted = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
     if conflict(told, wanted):
         return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
-    if len(choice.source.main) > 1 or _last_word(choice.source) & _last_word(choice.target):
+    running = "running_var" in choice.source.tensors and set(choice.source.tensors) == set(choice.target.tensors)
+    if running or len(choice.source.main) > 1 or _last_word(choice.source) & _last_word(choice.target):
         return choice
     return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))
 

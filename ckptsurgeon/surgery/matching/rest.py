@@ -3,7 +3,6 @@ stand apart from their module on one side."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
@@ -48,33 +47,42 @@ def _triples(node: Node) -> Iterator[tuple[Node | None, Node, Node | None]]:
 
 
 def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
-    """Targets without a source of their own, whose shape the source has once: an embedding that is the output layer too, and the like."""
+    """Targets without a source of their own, whose shape the source has once: an embedding that is the output layer too, and the like.
+
+    A source that keeps one embedding under several names counts as having it once.
+    """
     used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
     owners: dict[Shape, Link] = {}
-    for link in links:
+    for link in sorted(links, key=lambda link: link.sources[0].count(".")):
         if len(link.sources) == len(link.targets) == 1:
             owners.setdefault(target[link.targets[0]].shape, link)
-    count = Counter(tensor.shape for tensor in source.values())
-    free = {tensor.shape for key, tensor in source.items() if key not in used}
-    lost = [f"{node.path}." for node in record.lost]
+    names: dict[Shape, list[str]] = {}
+    for key, tensor in source.items():
+        names.setdefault(tensor.shape, []).append(key)
+    lost = tuple(f"{node.path}." for node in record.lost)
     found = []
     for key, tensor in target.items():
         owner = owners.get(tensor.shape)
-        if key in reached or owner is None or not squeezed(tensor.shape) or tensor.shape in free or count[tensor.shape] != 1:
+        if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
             continue
-        if any(key.startswith(path) for path in lost):
-            continue
-        told, other = set(concepts(key)), set(concepts(owner.targets[0]))
-        tied = bool(_EMBEDS & other and _HEADS & told) and "pos" not in other | told
-        last, owner_last = key.split(".")[-2:], owner.targets[0].split(".")[-2:]
-        if len(squeezed(tensor.shape)) < 2:  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
-            module, owner_module = (f"{name.rpartition('.')[0]}." for name in (key, owner.targets[0]))
-            if last[-1] != owner_last[-1] or not (module.startswith(owner_module) or owner_module.startswith(module)):
-                continue
-        same_name = last == owner_last or last[-1] == owner_last[-1] == "bias" or (last[-1] == owner_last[-1] and last[-1] not in ROLES)
-        margin = min(owner.margin, inf if tied or same_name else 0.5)
-        found.append(Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {owner.targets[0]}",)))
+        once = names.get(tensor.shape, [])
+        if used.issuperset(once) and (len(once) == 1 or all(_EMBEDS & set(concepts(name)) for name in once)):
+            found += _shared(key, tensor, owner, len(once) == 1)
     return found
+
+
+def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]:
+    """The link of a target to the source that another target has, if any."""
+    of = owner.targets[0]
+    told, other = set(concepts(key)), set(concepts(of))
+    tied = bool(_EMBEDS & other and _HEADS & told) and "pos" not in other | told
+    (module, last), (owner_module, owner_last) = ((name.rpartition(".")[0], name.rpartition(".")[2]) for name in (key, of))
+    within = f"{module}.".startswith(f"{owner_module}.") or f"{owner_module}.".startswith(f"{module}.")
+    if len(squeezed(tensor.shape)) < 2 and not (last == owner_last and within):
+        return []  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
+    same_name = last == owner_last and (last not in ROLES or last == "bias" or module.rpartition(".")[2] == owner_module.rpartition(".")[2])
+    margin = min(owner.margin, inf if tied or (same_name and once) else 0.5)
+    return [Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {of}",))]
 
 
 def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
@@ -113,8 +121,9 @@ def _named(one: TensorMeta, other: TensorMeta, here: str, there: str) -> bool:
 
 
 def _alone(one: TensorMeta, other: TensorMeta, _here: str, _there: str) -> bool:
-    """Whether two matrices, not square, are of one shape and not named against it."""
+    """Whether two matrices, not square (or kernels), are of one shape and not named against it."""
     shape = squeezed(one.shape)
-    if one.shape != other.shape or not is_float(one) or not is_float(other) or len(shape) < 2 or len(set(shape)) == 1:
+    square = len(one.shape) == 2 and len(set(shape)) == 1
+    if one.shape != other.shape or not is_float(one) or not is_float(other) or len(shape) < 2 or square:
         return False
     return not conflict(frozenset(concepts(one.name)), frozenset(concepts(other.name)))

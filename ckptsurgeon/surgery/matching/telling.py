@@ -54,6 +54,9 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like."""
     if len({node.folded for node in nodes}) == 1:
         return ranks([node.numbers for node in nodes])
+    differ = _first_difference(nodes)
+    if differ:
+        return ranks(differ)
     said = [_place([place for word, place in _ORDINALS.items() if word in found]) for found in words]
     numbers = [
         [int(word[1:]) for word in concepts(node.path) if word in found and word.startswith("#")]
@@ -72,6 +75,16 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     else:
         told = [tuple(number) for number in numbers]
     return ranks(told) if len(set(told)) == len(told) else None
+
+
+def _first_difference(nodes: Sequence[Node]) -> list[int]:
+    """The numbers that the first parts hold in which all paths differ, where these parts differ by number alone; else nothing."""
+    for parts in zip(*(node.path.split(".") for node in nodes), strict=False):
+        if len(set(parts)) > 1:
+            numbers = [part[len(part.rstrip("0123456789")) :] for part in parts]
+            same = len({part.rstrip("0123456789") for part in parts}) == 1 and all(numbers)
+            return [int(number) for number in numbers] if same and len(set(numbers)) == len(nodes) else []
+    return []
 
 
 def _place(places: list[int]) -> list[int]:

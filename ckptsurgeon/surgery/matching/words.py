@@ -122,7 +122,8 @@ _KINDS = (
     {"gate", "up", "down"},
     {"student", "teacher"},
     {"ih", "hh"},
-    {"lm", "embed", "shared"},
+    {"lm", "embed"},
+    {"lm", "shared"},
 )
 CONFUSED = ({"q", "k", "v"}, {"gate", "up"})  # what implementations register in any order
 
