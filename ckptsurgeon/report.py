@@ -122,6 +122,21 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Twins:
+    """Two models run on the same inputs: by output its greatest absolute difference and its greatest absolute value, None for one that
+    has no counterpart. They are the `same` where each output that has one differs by at most `tolerance` of that value."""
+
+    outputs: tuple[tuple[str, float | None, float | None], ...]
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        """Whether there is an output to compare, and all differences are within the tolerance."""
+        found = [(difference, scale) for _, difference, scale in self.outputs if difference is not None and scale is not None]
+        return bool(found) and all(difference <= self.tolerance * scale for difference, scale in found)
+
+
+@dataclass(frozen=True)
 class FileCheck:
     """What `check` found in one file."""
 

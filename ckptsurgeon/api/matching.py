@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from ckptsurgeon.api import opening
-from ckptsurgeon.api.opening import Given, Note, Renames, silent
-from ckptsurgeon.api.ruling import Rules, Ruling, gather
+from ckptsurgeon.api.opening import Given, Note, Renames, Target, silent
+from ckptsurgeon.api.ruling import Rules, Ruling, bring, gather
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.surgery.matching.propose import LEAST, Proposal, propose
+from ckptsurgeon.report import Twins
+from ckptsurgeon.surgery.matching.judged import judged
+from ckptsurgeon.surgery.matching.propose import LEAST, Judge, Proposal, propose
 from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
+
+TOLERANCE = 1e-4  # of the greatest output
 
 
 def match(
@@ -27,6 +32,10 @@ def match(
     rules: Rules = (),
     reverse: bool = False,
     accept_uncertain: bool = False,
+    values: bool = False,
+    forward: str | None = None,
+    source_model: Given | None = None,
+    tolerance: float = TOLERANCE,
     note: Note = silent,
 ) -> Proposal:
     """Find the mapping between two implementations of one architecture from what their headers say: names, shapes, numbers and order.
@@ -36,6 +45,12 @@ def match(
         target: a spec, model, skeleton or file.
         rename, drop, keep, adapt, rules: what is known already; the keys that these name are not looked for.
         accept_uncertain: let the rules give the uncertain links too.
+        values: look at the values too (torch): they tell a norm's weight from a bias, and never q from k from v. A model as the target has
+            only what its constructor gives.
+        forward: `"module:make_inputs"`, a function of yours: both models get what it returns (an argument, a tuple of them, a dict by
+            name, or `{"source": …, "target": …}`), and their outputs are compared: `found.forward`. The target must be a model.
+        source_model: what the checkpoint is of, for `forward`.
+        tolerance: by how much of their greatest value outputs may differ.
 
     Returns:
         A `Matching`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, in `toml` the same as the text
@@ -51,10 +66,51 @@ def match(
     """
     seen = opening.look(source)
     ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
-    goal = opening.open_target(target, note=note).checkpoint
-    given = opening.open_source(seen, root=root, target=goal)
-    found = propose(given, goal, ruling.rules, ruling.outside, accept=accept_uncertain)
+    if (forward is None) != (source_model is None):
+        raise PlanError("compares two models, and needs both", hint="--source-model module:Net --forward module:make_inputs")
+    if not 0 <= tolerance < 1:
+        raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="--tolerance 1e-4")
+    aim = opening.open_target(target, note=note)
+    given = opening.open_source(seen, root=root, target=aim.checkpoint)
+    judge = _judge(given, aim, note) if values else None
+    found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
+    if forward is not None:
+        found = replace(found, forward=_ran(found, given, aim, opening.open_target(source_model, note=note), forward, tolerance, note))
     return replace(found, text=text.matching(found))
+
+
+def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
+    """Looks at the values on both sides. Raises PlanError where a side has none."""
+    if given.format == "skeleton" or (aim.build is None and aim.checkpoint.format == "skeleton"):
+        empty = given if given.format == "skeleton" else aim.checkpoint
+        raise PlanError("is a skeleton and has no values to look at", path=empty.path, hint="give a checkpoint, or the model itself")
+    from ckptsurgeon.streaming import statistics
+
+    of_target = partial(statistics.of_file, aim.checkpoint)
+    if aim.build is not None:
+        from ckptsurgeon.models.skeleton import state_dict_of
+
+        note(f"the values of {aim.checkpoint.path} are its constructor's, and tell only how it is initialised")
+        state = state_dict_of(aim.build(0), aim.checkpoint.path)
+        of_target = partial(statistics.of_tensors, state)
+    return lambda found: judged(found, given, aim.checkpoint, partial(statistics.of_file, given), of_target)
+
+
+def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forward: str, tolerance: float, note: Note) -> Twins:
+    """Both models with the source's weights, run on the inputs that a person's function makes."""
+    for one in (origin, aim):
+        if one.build is None:
+            raise PlanError("is no model that can be run", path=one.checkpoint.path, hint="write module:Net")
+    from ckptsurgeon.api import live
+    from ckptsurgeon.models import twins
+
+    assert origin.build is not None and aim.build is not None
+    inputs = twins.make_inputs(forward, note)
+    models = origin.build(0), aim.build(0)
+    for model, ruling in zip(models, (Ruling(()), bring(found.rules, note)), strict=True):
+        strict = model is models[0]  # what the checkpoint is of must take all of it
+        live.transfer(given, model, ruling, root=None, seed=0, allow_cast=(), min_coverage=None, strict=strict)
+    return twins.compare(*models, inputs, tolerance)
 
 
 def matched(found: list[Checkpoint], target: Checkpoint | None, ruling: Ruling, accept: bool) -> Ruling:

@@ -30,6 +30,17 @@ from ckptsurgeon.views import json, text
     metavar="SHARE",
     help="Least share of the elements of one side that must be matched.",
 )
+@click.option("--values", is_flag=True, help="Look at the values too: they tell a norm from a bias, never q from k from v.")
+@click.option("--forward", metavar="MODULE:FUNCTION", help="Run both models on what this function of yours returns, and compare outputs.")
+@click.option("--source-model", metavar="SPEC", help="For --forward: the model that CKPT is of, such as module:Net.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=1e-4,
+    show_default=True,
+    metavar="SHARE",
+    help="For --forward: by how much of their greatest value outputs may differ.",
+)
 @click.option("--strict", is_flag=True, help="Exit 1 when anything is uncertain.")
 @options.limit
 @options.shown
@@ -57,13 +68,14 @@ def command(
     note = show.note()
     found = api.match(checkpoint, target, rules=rules, note=note, **choices)
     refusal = found.refusal(min_coverage)
-    if output is not None and refusal is None:
+    differs = found.forward is not None and not found.forward.same
+    if output is not None and refusal is None and not differs:
         write_text(output, found.toml, overwrite)
         note(f"wrote {output}: {len(found.rules)} rules")
     show.answer(
-        lambda: text.matching(found, show.verbose, show.width, output if refusal is None else None),
+        lambda: text.matching(found, show.verbose, show.width, output if refusal is None and not differs else None),
         lambda: json.matching(found, "" if refusal is None else refusal.message),
     )
     if refusal is not None and not show.json:
         show_error(refusal, as_json=False)
-    return int(refusal is not None or (strict and len(found.applied) < len(found.links)))
+    return int(refusal is not None or differs or (strict and len(found.applied) < len(found.links)))

@@ -59,7 +59,7 @@ def run(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: s
             found: Any = persons_code.call(path, model, *arguments)
     except TargetError as error:
         return {}, [Finding("forward", f"the forward pass with {' '.join(inputs)} failed: {error.reason}")]
-    outputs = dict(_walk("output", found, 0))
+    outputs = dict(tensors_of(found))
     findings = [
         Finding("non-finite", f"{place} of the forward pass has values that are not finite, shape {tuple(tensor.shape)}")
         for place, tensor in outputs.items()
@@ -75,6 +75,15 @@ def _values(shape: tuple[int, ...], dtype: DType, generator: torch.Generator) ->
     if dtype.kind in ("int", "bool"):
         return torch.zeros(shape, dtype=kind, device="cpu")
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(kind)
+
+
+def tensors_of(outputs: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a model's outputs with its place.
+
+    >>> [place for place, _ in tensors_of({"logits": torch.zeros(1), "extra": (torch.zeros(2), 3)})]
+    ['output.logits', 'output.extra[0]']
+    """
+    return _walk("output", outputs, 0)
 
 
 def _walk(place: str, value: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:

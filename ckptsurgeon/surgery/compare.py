@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import offers, texts
+from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
 from ckptsurgeon.surgery.origins import find_origins, kept_out
 from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused
+
+MOST = 2_000  # missing and extra tensors that are matched for hints
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Diff:
 
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source
     matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors
-    (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors.
+    (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors. `likely` is what missing keys probably are, as matching
+    the leftovers says, save what `hints` say already.
     """
 
     source: str
@@ -87,6 +92,7 @@ class Diff:
     refused: Mapping[str, str] = field(default_factory=dict)
     adapted: tuple[Adapted, ...] = ()
     offers: tuple[Offer, ...] = ()
+    likely: tuple[Link, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -118,6 +124,9 @@ def compare(
     used |= {key for name, key in given.items() if name in target.entries}
     used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
+    left = [key for key in extra if key in source]
+    likely = _likely(missing, left, source, target)
+    hints = _hints(missing, left, source, target, names.prefixes[0], likely)
     return Diff(
         source=source.path,
         target=target.path,
@@ -134,7 +143,7 @@ def compare(
             {key: target[key] for key in matched}, target, sum(filled_elements(origins[key].ops, origins[key].shape) for key in matched)
         ),
         dropped=tuple(key for _, key in names.dropped),
-        hints=_hints(missing, [key for key in extra if key in source], source, target, names.prefixes[0]),
+        hints=hints,
         refused=refused,
         adapted=tuple(
             Adapted(key, tuple(name for _, name in origins[key].places), origins[key].ops) for key in matched if origins[key].ops
@@ -146,6 +155,7 @@ def compare(
             for key, origin in mismatched.items()
             for op in offers(source[origin].shape, target[key].shape)
         ),
+        likely=_beyond(likely, hints),
     )
 
 
@@ -154,15 +164,30 @@ def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str
     return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (number, key) not in names.dropped}
 
 
-def _hints(missing: Sequence[str], extra: Sequence[str], source: Checkpoint, target: Checkpoint, prefix: Prefix) -> tuple[Hint, ...]:
+def _likely(missing: Sequence[str], extra: Sequence[str], source: Checkpoint, target: Checkpoint) -> tuple[Link, ...]:
+    """What is only in the target matched with what is only in the source, where there is not too much of both."""
+    if not (0 < len(missing) <= MOST and 0 < len(extra) <= MOST):
+        return ()
+    return match({key: source[key] for key in extra}, {key: target[key] for key in missing}).links
+
+
+def _beyond(likely: Sequence[Link], hints: Sequence[Hint]) -> tuple[Link, ...]:
+    """What is likely and no hint says."""
+    told = {hint.missing for hint in hints}
+    return tuple(one for one in likely if one.op or not set(one.targets) <= told)
+
+
+def _hints(
+    missing: Sequence[str], extra: Sequence[str], source: Checkpoint, target: Checkpoint, prefix: Prefix, likely: Sequence[Link]
+) -> tuple[Hint, ...]:
     """Missing keys with exactly one likely source. Evidence: equal shape and equal last segment, and no other key on either side
-    that has these."""
+    that has these; nothing certain speaks against it."""
     pool: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for key in extra:
         pool[(source[key].shape, key.rpartition(".")[2])].append(key)
     wanted: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for key in missing:
         wanted[(target[key].shape, key.rpartition(".")[2])].append(key)
-    return tuple(
-        Hint(keys[0], prefix.bare(pool[form][0])) for form, keys in wanted.items() if len(keys) == 1 and len(pool.get(form, ())) == 1
-    )
+    alone = [(keys[0], pool[form][0]) for form, keys in wanted.items() if len(keys) == 1 and len(pool.get(form, ())) == 1]
+    other = {key: one.sources for one in likely if one.certain for key in one.targets}
+    return tuple(Hint(key, prefix.bare(given)) for key, given in alone if other.get(key, (given,)) == (given,))

@@ -7,7 +7,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Verification
+from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def diff(found: Diff) -> dict[str, Any]:
             for row in found.offers
         ],
         "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
+        "likely": [_link(link) for link in found.likely],
     }
 
 
@@ -100,6 +101,11 @@ def _link(link: Link) -> dict[str, Any]:
         "evidence": list(link.evidence),
         "runner_up": link.runner_up,
     }
+
+
+def _twins(found: Twins) -> dict[str, Any]:
+    rows = [{"name": name, "difference": difference, "scale": scale} for name, difference, scale in found.outputs]
+    return {"same": found.same, "tolerance": found.tolerance, "outputs": rows}
 
 
 def matching(found: Proposal, refused: str = "") -> dict[str, Any]:
@@ -118,6 +124,7 @@ def matching(found: Proposal, refused: str = "") -> dict[str, Any]:
         "used": _coverage(found.used),
         "rules": [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in found.rules],
         "warnings": list(found.warnings),
+        "forward": None if found.forward is None else _twins(found.forward),
         "refused": refused or None,
     }
 

@@ -5,11 +5,12 @@ Rule: a key that a person's rule names is never matched again. Pure: no file, no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptsurgeon.errors import CoverageError, RuleError
+from ckptsurgeon.report import Twins
 from ckptsurgeon.surgery.matching import written
 from ckptsurgeon.surgery.matching.drafts import Known
 from ckptsurgeon.surgery.matching.generalise import Ruled, Task, generalise
@@ -23,6 +24,7 @@ from ckptsurgeon.surgery.rules import Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Coverage
 
 LEAST = 0.5  # of the target's elements, or of the source's, that links must explain
+Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
 UNWRITABLE = "a key that no pattern can name"
 
 
@@ -37,7 +39,7 @@ class Proposal(Matching):
         coverage: the share of the target that the applied links and the person's rules give; `used`: that of the source that they take.
         possible: the greater share of either side's elements that there would be with the uncertain links.
         toml: the rules as the text of a commented rules file.
-        warnings: what speaks against links, where values were looked at.
+        warnings: what speaks against links, where values were looked at; `forward`: how far both models' outputs differ, where they ran.
     """
 
     source: str = ""
@@ -51,6 +53,7 @@ class Proposal(Matching):
     possible: float = 0.0
     toml: str = ""
     warnings: tuple[str, ...] = ()
+    forward: Twins | None = None
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -88,9 +91,15 @@ class Proposal(Matching):
 
 
 def propose(
-    source: Checkpoint, target: Checkpoint, before: Sequence[Rule] = (), outside: Outside = NOTHING, *, accept: bool = False
+    source: Checkpoint,
+    target: Checkpoint,
+    before: Sequence[Rule] = (),
+    outside: Outside = NOTHING,
+    *,
+    accept: bool = False,
+    judge: Judge | None = None,
 ) -> Proposal:
-    """Match what a person's rules leave open, and make rules of the links.
+    """Match what a person's rules leave open, and make rules of the links; `judge` may look at the values behind them first.
 
     Raises RuleError for rules of the person's that can't be followed.
     """
@@ -101,7 +110,8 @@ def propose(
         {key: tensor for key, tensor in target.items() if key not in task.given and key not in kept},
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
     )
-    return rule(found, task, accept=accept)
+    judged, warnings = judge(found) if judge is not None else (found, ())
+    return replace(rule(judged, task, accept=accept), warnings=warnings)
 
 
 def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:

@@ -17,7 +17,7 @@ from ckptsurgeon.surgery.matching.parts import line_of
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.matching.rows import literal, rows
 from ckptsurgeon.surgery.rulefile import to_toml
-from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.surgery.rules import Rule, linked
 
 NOWHERE = "\0"  # what no name begins with: each rename is written, also of what keeps its name
 _MOST = 3  # kinds of evidence that are told of one rule
@@ -50,6 +50,26 @@ def comment(ruled: Ruled) -> str:
         return f"{count} {'tensor' if count == 1 else 'tensors'}: {evidence(ruled.links)}"
     count = len(ruled.without)
     return f"{count} {'key' if count == 1 else 'keys'} of the source that no certain link has, and that would go by name"
+
+
+def sketched(links: Sequence[Link]) -> list[Ruled]:
+    """Links as rules for a person to look at, that match no other key of these links."""
+    names = {key: key for link in links for key in link.sources}
+    return doubts(links, names, Known(names))
+
+
+def arrow(rule: Rule) -> str:
+    """A rule on one line, as a text shows it.
+
+    >>> arrow(Rule("adapt", "qkv.{p} -> q.{p} + k.{p} + v.{p}", "chunk"))
+    'qkv.{p}  →  q.{p} + k.{p} + v.{p}  by chunk'
+    """
+    sources, results = linked(rule)
+    if rule.kind == "drop":
+        return f"{rule.pattern}  left out"
+    if not results:
+        return f"{rule.pattern}  by {rule.result}"
+    return f"{' + '.join(sources)}  →  {' + '.join(results)}" + (f"  by {rule.result}" if rule.kind == "adapt" else "")
 
 
 def doubts(links: Sequence[Link], name: Mapping[str, str], known: Known) -> list[Ruled]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.surgery.compare import Diff, Hint, Offer
+from ckptsurgeon.surgery.matching import written
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -55,6 +56,15 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
         shown = "; ".join(f"{name(one)} → {name(other)}" for one, other in renames[:RENAMES])
         more = len(renames) - RENAMES
         lines.append(f"Likely renamed: {shown}{f' and {more} more' if more > 0 else ''}")
+    if found.likely:
+        sure = [link for link in found.likely if link.certain] or found.likely
+        lines += [
+            "Probably the same under other names:",
+            *table([(written.arrow(one.rule),) for one in written.sketched(sure)], width, OFFERS),
+        ]
+        lines.append(
+            pasted("Try:", ["ckptsurgeon", "match", found.source, found.target, *(["--root", found.root] if found.root else [])], width)
+        )
     if found.offers:
         rows = [
             (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from ckptsurgeon.surgery.matching import written
 from ckptsurgeon.surgery.matching.propose import Proposal
 from ckptsurgeon.surgery.matching.result import Link
-from ckptsurgeon.surgery.rules import Rule, linked
-from ckptsurgeon.views.text.words import count, fitted, folded, heading, keys, most_rows, name, pasted, table
+from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 ROWS = 20  # rules that are shown
@@ -29,16 +28,20 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None, o
     if verbose:
         lines += table([_row(link) for link in certain], width, None)
     else:
-        rows = [(_rule(one.rule), written.comment(one)) for one in found.ruled]
+        rows = [(written.arrow(one.rule), written.comment(one)) for one in found.ruled]
         stays = sum(link.sources == link.targets and not link.op for link in certain)
         lines += _pairs([*rows, *([(f"{stays} keep their names", "")] if stays and rows else [])], width, ROWS)
     lines.append(heading("uncertain", _tensors(left), "not applied, unless you accept it"))
-    lines += folded([(_side(link.targets), ("←", _side(link.sources), _doubt(link))) for link in left], width, most)
+    if verbose:
+        lines += table([_row(link) for link in left], width, None)
+    else:
+        lines += _pairs([(written.arrow(one.rule), written.comment(one)) for one in written.sketched(left)], width, ROWS)
     lines.append(heading("unmatched", len(found.unmatched), "only in the target"))
     lines += keys(found.unmatched, width, most)
     lines.append(heading("unused", len(found.unused), "only in the source"))
     lines += keys(found.unused, width, most)
     lines += [f"  warning: {name(words)}" for words in found.warnings]
+    lines += _twins(found)
     done, total = found.coverage.counts
     lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
     return fitted([*lines, *_next(found, bool(left), output, width)], width)
@@ -56,25 +59,20 @@ def _pairs(rows: Sequence[tuple[str, str]], width: int | None, most: int) -> lis
     return lines + ([f"    … and {len(rows) - most} more (-v shows all keys)"] if len(rows) > most else [])
 
 
-def _rule(rule: Rule) -> str:
-    sources, results = linked(rule)
-    if rule.kind == "drop":
-        return f"{rule.pattern}  left out"
-    if not results:
-        return f"{rule.pattern}  by {rule.result}"
-    return f"{' + '.join(sources)}  →  {' + '.join(results)}" + (f"  by {rule.result}" if rule.kind == "adapt" else "")
-
-
 def _row(link: Link) -> tuple[str, ...]:
     return " + ".join(link.targets), "←", " + ".join(link.sources), link.op or "-", written.evidence([link])
 
 
-def _side(keys: Sequence[str]) -> str:
-    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-
-
-def _doubt(link: Link) -> str:
-    return f"{f'by {link.op}; ' if link.op else ''}{written.evidence([link])}"
+def _twins(found: Proposal) -> list[str]:
+    """How both models' outputs compare."""
+    if found.forward is None:
+        return []
+    lines = [heading("same outputs" if found.forward.same else "OTHER outputs", len(found.forward.outputs), "of both models, on one input")]
+    rows = [
+        (place, "no counterpart" if difference is None else f"differs by at most {difference:.3g}, of {scale:.3g}")
+        for place, difference, scale in found.forward.outputs
+    ]
+    return lines + table(rows, None)
 
 
 def _next(found: Proposal, doubtful: bool, output: str | None, width: int | None) -> list[str]:

@@ -1,0 +1,89 @@
+"""Statistics of tensors, read a part at a time: mean, spread, and for a matrix how much of a bounded sample lies in one direction.
+
+Rule: memory is flat in a tensor's size, and nothing is said of values that are not finite. It decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import Buffer, tensor_from
+from ckptsurgeon.surgery.matching.judged import Stats, noise_share
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+if TYPE_CHECKING:
+    import torch
+
+SIDE = 256  # rows and columns of a sample
+LEAST = 8  # rows and columns below which a spectrum tells nothing
+
+
+def of_file(checkpoint: Checkpoint, keys: Iterable[str]) -> Mapping[str, Stats]:
+    """The statistics of a checkpoint's floating tensors; none of those with values that are not finite."""
+    with Reader([checkpoint]) as reader:
+        found = {key: _streamed(checkpoint[key], reader.parts(checkpoint[key])) for key in keys if _floats(checkpoint[key])}
+        reader.check_unchanged()
+    return {key: stats for key, stats in found.items() if stats is not None}
+
+
+def of_tensors(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> Mapping[str, Stats]:
+    """The same of tensors in memory."""
+    found = {key: _whole(tensors[key]) for key in keys if key in tensors and tensors[key].is_floating_point() and tensors[key].numel()}
+    return {key: stats for key, stats in found.items() if stats is not None}
+
+
+def _floats(tensor: TensorMeta) -> bool:
+    return tensor.span is not None and tensor.numel > 0 and BY_CODE[tensor.dtype].kind == "float"
+
+
+def _streamed(tensor: TensorMeta, parts: Iterable[Buffer]) -> Stats | None:
+    import torch
+
+    total = squares = 0.0
+    columns = tensor.numel // tensor.shape[0] if tensor.shape else 1
+    wanted = SIDE * columns if len(tensor.shape) > 1 else 0
+    sample: list[torch.Tensor] = []
+    for part in parts:
+        values = tensor_from(part, tensor.dtype).double()
+        total += float(values.sum())
+        squares += float(values.square().sum())
+        if wanted > 0:
+            sample.append(values[:wanted].clone())
+            wanted -= len(sample[-1])
+    top = 0.0
+    if sample:
+        flat = torch.cat(sample)
+        rows = len(flat) // columns
+        top = _top(flat[: rows * columns].reshape(rows, columns), tensor.shape)
+    return _stats(total, squares, tensor.numel, top)
+
+
+def _whole(tensor: torch.Tensor) -> Stats | None:
+    values = tensor.detach().double().cpu()
+    rows = values.reshape(len(values), -1)[:SIDE] if values.dim() > 1 else None
+    top = _top(rows, tuple(values.shape)) if rows is not None else 0.0
+    return _stats(float(values.sum()), float(values.square().sum()), values.numel(), top)
+
+
+def _stats(total: float, squares: float, count: int, top: float) -> Stats | None:
+    mean = total / count
+    spread = max(squares / count - mean * mean, 0.0) ** 0.5
+    if not all(value == value and abs(value) < float("inf") for value in chain((mean, spread, top))):
+        return None
+    return Stats(mean, spread, top)
+
+
+def _top(sample: torch.Tensor, shape: tuple[int, ...]) -> float:
+    """How many times the energy of noise the first direction has; 0 for vectors in all but form, and for small matrices."""
+    import torch
+
+    sample = sample[:, :SIDE]
+    if sum(size > 1 for size in shape) < 2 or min(sample.shape) < LEAST or not bool(torch.isfinite(sample).all()):
+        return 0.0
+    centred = sample - sample.mean()
+    energy = float(centred.square().sum())
+    return float(torch.linalg.matrix_norm(centred, 2)) ** 2 / energy / noise_share(*sample.shape) if energy else 0.0
