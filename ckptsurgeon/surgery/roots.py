@@ -12,12 +12,13 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RootError
-from ckptsurgeon.surgery.prefixes import find_prefix, rename_all
+from ckptsurgeon.surgery.prefixes import WRAPPERS, find_prefix, rename_all
 from ckptsurgeon.surgery.rules import close_names
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
 
 ALL = "**"  # the name, below a parent that holds tensors of its own, of that parent and all below it read together
 _MANY = 64  # state_dicts in one file, beyond which none are read together unless asked for by name
+_WORK = 1_000_000  # keys that are looked at to find the best root
 _PARENTS = 16  # that are tried, the outermost first
 
 
@@ -39,9 +40,12 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
     return checkpoint(archive, serious[0])
 
 
-def checkpoint(archive: Archive, chosen: StateDict) -> Checkpoint:
-    """`archive` seen as the checkpoint under one of its roots, or under several joined."""
-    if any(found is chosen for found in archive.state_dicts):
+def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> Checkpoint:
+    """`archive` seen as the checkpoint under one of its roots, or under several joined; `alone`, nothing is told of what else it holds."""
+    others: Sequence[StateDict] = ()
+    if alone:
+        pass
+    elif any(found is chosen for found in archive.state_dicts):
         others = [found for found in archive.state_dicts if found is not chosen]
     else:
         others = [found for found in archive.state_dicts if _below(found.root, _parent(chosen.root)) is None]
@@ -55,7 +59,7 @@ def checkpoint(archive: Archive, chosen: StateDict) -> Checkpoint:
         module_metadata=chosen.module_metadata,
         ties=chosen.ties or find_ties(chosen.tensors),
         metadata=archive.metadata,
-        left_behind=(*(_words(other) for other in others), *archive.beside),
+        left_behind=() if alone else (*(_words(other) for other in others), *archive.beside),
         globals=archive.globals,
         provenance=archive.provenance,
         files=archive.files,
@@ -151,10 +155,21 @@ def _joined(state_dicts: Sequence[StateDict]) -> Iterator[StateDict]:
 def _best(archive: Archive, target: Checkpoint) -> StateDict:
     rivals: list[tuple[int, StateDict, frozenset[Any]]] = []
     best = 0
+    work = 0
     candidates = [*archive.state_dicts, *_joined(archive.state_dicts)]
+    forms = {_form(key, tensor) for key, tensor in target.items()}
     for index, found in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
         if min(len(found.tensors), len(target)) < max(best, 1):
             continue  # can't win
+        if sum(_form(key, tensor) in forms for key, tensor in found.tensors.items()) < max(best, 1):
+            continue
+        work += len(found.tensors) + len(target)
+        if work > _WORK and index < len(archive.state_dicts):
+            raise RootError(
+                f"holds {len(archive.state_dicts)} state_dicts, too many to find the one that fits {target.path} best",
+                path=archive.path,
+                hint=_advice(archive.state_dicts),
+            )
         fits = _fits(found, target)
         if len(fits) > best:
             best, rivals = len(fits), []
@@ -174,6 +189,14 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
         listing = ", ".join(repr(found.root) for found in apart)
         raise RootError(f"holds {len(apart)} state_dicts that fit equally well: {listing}", path=archive.path, hint=_advice(apart))
     return rivals[0][1]
+
+
+def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
+    """What no prefix changes of a tensor: its last segment that is no wrapper's, and its shape."""
+    last = key.rpartition(".")[2]
+    if last in WRAPPERS:
+        last = next((segment for segment in reversed(key.split(".")) if segment not in WRAPPERS), last)
+    return last, tensor.shape
 
 
 def _fits(found: StateDict, target: Checkpoint) -> list[Any]:
