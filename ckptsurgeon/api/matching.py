@@ -93,7 +93,8 @@ def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
         note(f"the values of {aim.checkpoint.path} are its constructor's, and tell only how it is initialised")
         state = state_dict_of(aim.build(0), aim.checkpoint.path)
         of_target = partial(statistics.of_tensors, state)
-    return lambda found: judged(found, given, aim.checkpoint, partial(statistics.of_file, given), of_target)
+    fresh = aim.build is not None
+    return lambda found: judged(found, given, aim.checkpoint, partial(statistics.of_file, given), of_target, fresh=fresh)
 
 
 def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forward: str, tolerance: float, note: Note) -> Twins:

@@ -59,9 +59,9 @@ def command(
     """Find which tensor of CKPT is which of TARGET, where names, nesting, numbering, order and layout differ.
 
     \b
-    ckptsurgeon match timm_vit.pt hf:ViT                   look
-    ckptsurgeon match timm_vit.pt hf:ViT -o rules.toml     write it, read it, commit it
-    ckptsurgeon merge timm_vit.pt hf:ViT -o out.pt --rules rules.toml
+    ckptsurgeon match a.pt other:ViT                   look
+    ckptsurgeon match a.pt other:ViT -o rules.toml     write, read, commit it
+    ckptsurgeon merge a.pt other:ViT -o out.pt --rules rules.toml
 
     What is uncertain is shown with its runner-up and not applied. What you know already is said by --rename, --drop and the like.
     """

@@ -23,6 +23,8 @@ VERBS = {
     "inspect": "assert cs.inspect(a).state_dicts and cs.inspect(s).state_dicts",
     "diff": "assert cs.diff(a, s).matched and str(cs.diff(s, a).coverage)",
     "plan": "assert str(cs.plan(a, s)) and cs.plan(s)",
+    "match": "assert str(cs.match(a, s)) and cs.match(a, s).refusal() is None and not cs.match(a, j).unmatched",
+    "matched": "assert cs.merge(n, s, 'm.pt', match=True).coverage.counts == (3, 3) and cs.plan(n, s, match=True).coverage.tensors == 1",
     "check": "assert cs.check([a, s], against=s).ok and cs.check(a).ok",
     "verify": "assert cs.verify(a, s).ok",
     "merge": "str(cs.merge(a, s, 'm.pt')); cs.merge(s, a, 'm.safetensors')",
@@ -33,6 +35,8 @@ VERBS = {
     "skeleton": "cs.skeleton(a)",
 }
 
+FILES = ("a.pt", "s.safetensors", "p.pkl", "k.pt", "n.pt", "j.json")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,13 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(state, home / "a.pt")
     torch.save(state, home / "p.pkl", _use_new_zipfile_serialization=False)
     torch.save({"one": state["one"]}, home / "k.pt")
+    torch.save({f"net.{key}": value for key, value in state.items()}, home / "n.pt")
+    rows = [
+        {"name": key, "dtype": "F32" if value.is_floating_point() else "I64", "shape": list(value.shape)} for key, value in state.items()
+    ]
+    (home / "j.json").write_text(json.dumps({"version": 1, "kind": "skeleton", "tensors": rows}))
     safetensors.torch.save_file(state, home / "s.safetensors")
     return home
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_without_torch(verb: str, folder: Path, tmp_path: Path) -> None:
-    names = f"a, s, p, k = (os.path.join(sys.argv[1], name) for name in ('a.pt', 's.safetensors', 'p.pkl', 'k.pt'))\n{VERBS[verb]}"
+    names = f"a, s, p, k, n, j = (os.path.join(sys.argv[1], name) for name in {FILES})\n{VERBS[verb]}"
     done = support.python(WORK.format(code=names), folder, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -57,6 +66,7 @@ COMMANDS = {
     "diff": ["diff", "a.pt", "s.safetensors"],
     "plan": ["plan", "a.pt", "s.safetensors", "-o", "{out}/plan.json"],
     "check": ["check", "a.pt", "s.safetensors"],
+    "match": ["match", "a.pt", "j.json", "-o", "{out}/rules.toml"],
     "merge": ["merge", "a.pt", "s.safetensors", "-o", "{out}/m.pt"],
     "convert": ["merge", "p.pkl", "-o", "{out}/m.safetensors"],
 }

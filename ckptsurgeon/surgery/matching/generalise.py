@@ -136,8 +136,9 @@ class View:
         order, drops = settled(drafts, self.known, self._goals(), self._astray)
         drops += [name for key in sorted(self.loose & also) if (name := self.bare[key]) not in drops]
         doubtful = {self.bare[key] for key in self.task.doubtful}
-        for some in ([name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]):
-            for pattern, left in self._dropped(some):
+        apart = [name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]
+        for some, others in (apart, apart[::-1]):  # a person who takes an uncertain link in takes only its own drop out
+            for pattern, left in self._dropped(some, others):
                 yield Ruled(Rule("drop", pattern), (), left)
         for draft in order:
             found = [link for line in draft.lines for link in links.get(line, ())]
@@ -195,15 +196,17 @@ class View:
                 return True
         return False
 
-    def _dropped(self, drops: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _dropped(self, drops: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Patterns that drop names, and nothing that a link has; each with the keys that it is for."""
         meant = set(drops)
         goals = self._goals()
         loose = [name for name in self.bare.values() if name not in goals]
         whole, rest = cover.modules([name for name in loose if name in meant], [*goals, *(name for name in loose if name not in meant)])
-        for pattern in (*whole, *cover.cover(rest, goals)):
-            matched = self.known.matched(Draft((pattern,), (), "", ()).compiled)
-            yield pattern, tuple(self.key_of[name] for name in matched if name in meant)
+        for pattern in (*whole, *cover.cover(rest, [*goals, *others])):
+            matched = [name for name in self.known.matched(Draft((pattern,), (), "", ()).compiled) if name in meant]
+            meant -= set(matched)
+            if matched:  # else others before it match all that it is for
+                yield pattern, tuple(self.key_of[name] for name in matched)
 
     def _adapted(self, how: str) -> Iterator[Ruled]:
         """Ops of single tensors, as adapt rules over the target's keys."""
@@ -215,9 +218,11 @@ class View:
         for op, links in by_op.items():
             others = [key for other, named in by_op.items() if other != op for key in named]
             others += [key for link in self.task.links if _joins(link) for key in link.targets]
-            for pattern in (list(links) if how == LITERAL else cover.cover(links, others)) if op else ():
+            patterns = list(links) if how == LITERAL else cover.cover(links, others)
+            for pattern in patterns if op else ():
                 matched = Known(links).matched(Draft((pattern,), (), "", ()).compiled)
-                yield Ruled(Rule("adapt", pattern, op), tuple(dict.fromkeys(links[key] for key in matched)))
+                if matched:  # else others before it match all that it is for
+                    yield Ruled(Rule("adapt", pattern, op), tuple(dict.fromkeys(links.pop(key) for key in matched)))
 
 
 def _joins(link: Link) -> bool:

@@ -81,7 +81,7 @@ def fit(rows: Collection[tuple[int, int]], slot: int) -> Form | None:
     """The form that makes the second number of each row of the first; None where there is none.
 
     >>> fit({(1, 0), (3, 1), (5, 2)}, 0), fit({(0, 1), (5, 2)}, 0)
-    (Form(slot=0, plus=-1, times=1, over=2, rest=0, other=-1), None)
+    (Form(slot=0, plus=0, times=1, over=2, rest=0, other=-1), None)
     """
     return next((form for form in _forms(rows, slot) if all(form((0,) * slot + (one,)) == other for one, other in rows)), None)
 

@@ -72,7 +72,7 @@ class Proposal(Matching):
 
     def refusal(self, least: float = LEAST) -> CoverageError | None:
         """Why this is no mapping to follow: the applied links explain less than `least` of either side. None where it is one."""
-        if max(self.coverage.elements, self.used.elements) >= least and (self.applied or self.before or not self.coverage.counts[1]):
+        if max(self.coverage.elements, self.used.elements) >= least and (self.applied or self.before or (self.links and not least)):
             return None
         share = max(self.coverage.elements, self.used.elements)
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):

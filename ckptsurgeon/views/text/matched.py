@@ -52,10 +52,11 @@ def _tensors(links: Iterable[Link]) -> int:
 
 
 def _pairs(rows: Sequence[tuple[str, str]], width: int | None, most: int) -> list[str]:
-    """Each rule on a line, and what speaks for it below, further in."""
+    """Each rule, and what speaks for it on the same line where it has room, else below, further in."""
     lines = []
     for rule, words in rows[:most]:
-        lines += [f"    {name(rule)}", *([f"        {name(words)}"] if words else [])]
+        whole = f"    {name(rule)}" + (f"   ({name(words)})" if words else "")
+        lines += [whole] if width is None or len(whole) <= width else [f"    {name(rule)}", f"        {name(words)}"]
     return lines + ([f"    … and {len(rows) - most} more (-v shows all keys)"] if len(rows) > most else [])
 
 
@@ -67,7 +68,8 @@ def _twins(found: Proposal) -> list[str]:
     """How both models' outputs compare."""
     if found.forward is None:
         return []
-    lines = [heading("same outputs" if found.forward.same else "OTHER outputs", len(found.forward.outputs), "of both models, on one input")]
+    same = "the same from both models" if found.forward.same else "NOT the same from both models"
+    lines = [heading("outputs", len(found.forward.outputs), f"{same}, run on one input")]
     rows = [
         (place, "no counterpart" if difference is None else f"differs by at most {difference:.3g}, of {scale:.3g}")
         for place, difference, scale in found.forward.outputs
