@@ -1,4 +1,4 @@
-"""A file of thousands of state_dicts: the one that fits is found where little is to be looked at, and asked for by name where it is much."""
+"""A file of thousands of state_dicts: the one that fits is found where little is to be looked at, else it is asked for by name."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""A hostile megabyte never costs more than 200 MB of memory, and never more than seconds of the processor, whichever way it tries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hostile_costs import BOUND, COMMANDS, COSTS, cost, write
+from hostile_pickles import BOMBS
+
+# The bound on memory is exact. The promise of 2 s is for a quiet machine, and bench/hostile.py measures it; here a power of the size is found.
+SECONDS = 10
+MEGABYTE = 1 << 20
+NAMES = sorted(name for name in COSTS if name.removeprefix("pickle: ") not in BOMBS)  # those have a test of their own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_megabyte_costs_little(name: str, tmp_path: Path) -> None:
+    path = write(name, tmp_path)
+    assert path.stat().st_size <= MEGABYTE
+    for label in ("inspect -v", "diff -v --json"):
+        found = cost([word.replace("FILE", str(path)) for word in COMMANDS[label]])
+        assert found.code in (0, 2), label
+        assert found.megabytes < BOUND.megabytes, label
+        assert found.seconds < SECONDS, label
+        if found.code == 2:
+            break  # it is refused while it is read, as every other command would
+
+
+def test_the_measure_itself(tmp_path: Path) -> None:
+    """It sees what a process takes: one that refuses at once takes little, and not what the tests' own process has."""
+    found = cost(["inspect", str(tmp_path / "nothing")])
+    assert found.code == 2 and 0 < found.seconds < SECONDS and 10 < found.megabytes < 60
