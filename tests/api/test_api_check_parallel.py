@@ -98,6 +98,22 @@ def test_a_worker_that_is_killed_costs_its_own_file_alone(jobs: int, dead: set[i
     assert done.stdout.split() == ["CK100" if number in dead else str(number) for number in range(8)], done.stderr
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_no_more_processes_may_be_made(allowed: int, tmp_path: Path) -> None:
+    refuse = f"""
+import errno, os
+fork, left = os.fork, [None] * {allowed}
+def few():
+    if not left:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+    left.pop()
+    return fork()
+os.fork = few
+"""
+    done = support.python(refuse + KILLED.format(dead="{2}" if allowed else "()", jobs=3), folder=tmp_path)
+    assert done.stdout.split() == ["CK100" if number == 2 and allowed else str(number) for number in range(8)], done.stderr
+
+
 def test_memory_that_does_not_suffice_is_a_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(_path: str) -> object:
         raise MemoryError

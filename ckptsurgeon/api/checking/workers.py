@@ -19,6 +19,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.report import Finding
+from ckptsurgeon.streaming.undisturbed import HELD, undisturbed
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -98,10 +99,18 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Finding
     def hire() -> None:
         ours, theirs = context.Pipe()
         worker = context.Process(target=_serve, args=(work, theirs, [*workers, ours]), daemon=True)
-        workers[ours] = worker
-        worker.start()
-        theirs.close()
-        give(ours)
+        # A signal between the fork and a worker's own first words would send it back up through all that called us.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        try:
+            worker.start()
+            workers[ours] = worker
+        except OSError:  # there may be no more processes; who is there already does the work
+            ours.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        if ours in workers:
+            give(ours)
 
     def give(line: Connection) -> None:
         if left:
@@ -123,18 +132,20 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Finding
                 else:
                     give(line)
     finally:
-        for worker in workers.values():
-            worker.kill()
-        for line, worker in workers.items():
-            worker.join()
-            line.close()
-    return [answers[number] for number in numbers]
+        with undisturbed():
+            for worker in workers.values():
+                worker.kill()
+            for line, worker in workers.items():
+                worker.join()
+                line.close()
+    return [answers[number] if number in answers else work(number, _nobody_stops) for number in numbers]
 
 
 def _serve(work: Work, line: Connection, others: Sequence[Connection]) -> None:
     """A worker's life: numbers in, findings out, until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits for us is told, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
     for other in others:
         other.close()
     while True:
