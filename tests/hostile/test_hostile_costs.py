@@ -8,7 +8,7 @@ import pytest
 from hostile_costs import BOUND, COMMANDS, COSTS, cost, write
 from hostile_pickles import BOMBS
 
-# The bound on memory is exact. The promise of 2 s is for a quiet machine, and bench/hostile.py measures it; here a power of the size is found.
+# Memory is bounded exactly. The 2 s are promised for a quiet machine, and bench/hostile.py measures them; this finds a power of the size.
 SECONDS = 10
 MEGABYTE = 1 << 20
 NAMES = sorted(name for name in COSTS if name.removeprefix("pickle: ") not in BOMBS)  # those have a test of their own
