@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent / "matching"))
 from pairs_support import Score, read_pair, score  # noqa: E402
 
 HEADERS = ("pair", "tensors", "right", "wrong", "uncertain", "missed", "seconds", "complete")
-_SECTION = re.compile(r"\n## Matching\n.*?(?=\n## |\Z)", re.DOTALL)
+_SECTION = re.compile(r"\n## Matching\n.*?(?=\n#+ |\Z)", re.DOTALL)
 
 
 def main() -> int:
@@ -50,7 +50,8 @@ def main() -> int:
     print(text)
     if arguments.write:
         results = HERE / "RESULTS.md"
-        head = f"\n## Matching\n\n`python tests/bench/match.py {' '.join(folder.name for folder in arguments.folders)}`\n\n"
+        what = f"for a folder of {len(rows)} pairs of published implementations"
+        head = f"\n## Matching\n\n`python tests/bench/match.py FOLDER --write`, {what}\n\n"
         results.write_text(_SECTION.sub("", results.read_text()).rstrip("\n") + "\n" + head + text)
     return 0
 
