@@ -52,7 +52,8 @@ def main() -> int:
     print(text)
     if arguments.write:
         results = HERE / "RESULTS.md"
-        head = "\n## Hostile files\n\n`python tests/bench/hostile.py --write`; the story of each file stands in `tests/hostile/stories.tsv`.\n\n"
+        what = "the story of each file stands in `tests/hostile/stories.tsv`"
+        head = f"\n## Hostile files\n\n`python tests/bench/hostile.py --write`; {what}.\n\n"
         results.write_text(_SECTION.sub("", results.read_text()).rstrip("\n") + "\n" + head + text)
     return 0
 
