@@ -19,7 +19,7 @@ from ckptsurgeon.surgery.rules import Rule
 
 FILES = sorted(PAIRS.glob("*.json"))
 MOST = {  # rules that a pair may take
-    "timm_vit__hf_vit": 12,
+    "timm_vit__hf_vit": 11,
     "hf_gpt2__nanogpt": 1,
     "hf446_mixtral__hf523_mixtral": 3,
     "hf_bert_encoder__torch_transformer_encoder": 6,
@@ -247,3 +247,35 @@ def test_a_persons_rules_come_first_and_their_keys_are_not_looked_for() -> None:
     assert plan["blocks.0.second.w"] == (("h.0.first.w",), ())
     assert found.rules[:2] == before and "tower.**" in found.toml
     assert read_back(found, source, target) == plan
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=5, max_size=8), st.booleans())
+def test_modules_numbered_through_get_their_places_first(depths: list[int], left_over: bool) -> None:
+    """Stages of any depth, in one row on the other side, as in MobileNet; the first of a stage lacks a part."""
+    names: dict[str, str] = {}
+    places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+    for at, (stage, block) in enumerate(places, 1):
+        parts = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+        for one, other in parts.items() if block else list(parts.items())[2:]:
+            names[f"features.{at}.conv.{one}.weight"] = f"blocks.{stage}.{block}.{other}.weight"
+    names |= {"features.0.weight": "stem.weight", "head.weight": "classifier.weight"}
+    links = [Link((one,), (other,), "", 9.0) for one, other in names.items()]
+    one, other = dict.fromkeys(names, SQUARE), dict.fromkeys(names.values(), SQUARE)
+    if left_over:  # in a module that moves, where the target has the same name
+        one |= {"features.1.aux": SQUARE}
+        other |= {"blocks.0.0.aux": SQUARE}
+    source, target = checkpoint(one), checkpoint(other, "model:Net")
+    found = proposed(source, target, links)
+    assert read_back(found, source, target) == literal_plan(links, source, target)
+    assert len(found.rules) <= max(24, len(places) + 14)
+
+
+def test_two_stages_are_far_shorter() -> None:
+    names = {}
+    for at in range(17):
+        stage, block = divmod(at * at // 17, 4)
+        for one, other in (("0", "a"), ("1", "b"), ("2", "c"), ("3", "d")):
+            names[f"features.{at}.{one}.w"] = f"blocks.{stage}.{block + 10 * at}.{other}.w"
+    found = renamed(names)
+    assert ("stage", "", "") in found and len(found) == 17 + 1 + 4

@@ -149,6 +149,9 @@ class _Interned:
         return self.ids.setdefault(value, len(self.ids))
 
 
+_DEEPEST = 64  # modules within modules; what a stranger's key has below is one name
+
+
 class _Module(dict[str, "_Module"]):
     """A module while keys are read: its children by name, and its own tensors by the unit they belong to."""
 
@@ -162,7 +165,7 @@ def grow(tensors: Iterable[TensorMeta], interned: _Interned | None = None) -> No
     root = _Module()
     for at, tensor in enumerate(tensors):
         name = _PARAMETRIZED.sub(lambda found: f".{found[1]}{ {'0': '_g', '1': '_v', '': ''}[found[2]] }", tensor.name)
-        *path, leaf = name.split(".")
+        *path, leaf = name.split(".", _DEEPEST)
         module = root
         for part in path:
             module = module.setdefault(part, _Module())

@@ -7,7 +7,7 @@ in the end one for each link. Pure; the text that is written of them is made in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptsurgeon.errors import RuleError
@@ -20,6 +20,7 @@ from ckptsurgeon.surgery.matching.replay import Given, replay, wanted
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.matching.rows import Line, Row, literal, rows
 from ckptsurgeon.surgery.matching.settle import settled
+from ckptsurgeon.surgery.matching.staged import first_stage, places
 from ckptsurgeon.surgery.naming import NOTHING
 from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
 from ckptsurgeon.surgery.rulefile import parse_rules, to_toml
@@ -27,6 +28,7 @@ from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
 
 _TRIES = 3
+MANY = 24  # rules, from which on two stages are tried
 GENERAL, FOLDED, LITERAL = "general", "folded", "literal"  # how far rules are generalised, from the shortest on
 
 
@@ -89,7 +91,7 @@ def generalise(task: Task) -> tuple[Ruled, ...]:
                     found = list(view.rules(how, also))
                     led = task.replayed(ruled.rule for ruled in found)
                     if led == goal:
-                        return tuple(found)
+                        return _shorter(view, found, goal) if how == GENERAL and len(found) > MANY else tuple(found)
                     more = {key for name, (keys, _) in led.items() if name not in goal for key in keys} & view.loose
                 except RuleError as error:
                     problem, more = error, set(view.loose)
@@ -97,6 +99,16 @@ def generalise(task: Task) -> tuple[Ruled, ...]:
                     break
                 also |= more
     raise problem or RuleError("no rules lead to these links", path=task.source.path, hint="rename the keys that look like patterns")
+
+
+def _shorter(view: View, found: Sequence[Ruled], goal: Given) -> tuple[Ruled, ...]:
+    """The same in two stages where that is right and much shorter, else as it is."""
+    try:
+        other = tuple(view.in_stages())
+        right = 3 * len(other) <= 2 * len(found) and view.task.replayed(ruled.rule for ruled in other) == goal
+    except RuleError:
+        right = False
+    return other if right else tuple(found)
 
 
 def _views(task: Task) -> Iterator[View]:
@@ -144,6 +156,39 @@ class View:
             found = [link for line in draft.lines for link in links.get(line, ())]
             yield Ruled(draft.rule, tuple(dict.fromkeys(found)))
         yield from self._adapted(how)
+
+    def in_stages(self) -> Iterator[Ruled]:
+        """Rules in two stages: numbered modules get their places first, and what is in them its names. None where there are no such."""
+        if self.task.before or self.prefix.added or self.prefix.stripped:
+            return
+        goals = self._goals()
+        moved = places({name: results[0] if results and len(results) == 1 else None for name, results in goals.items()})
+        if not moved:
+            return
+        order, after = first_stage(moved, self.known.names, goals)
+        by_name = {self.bare[link.sources[0]]: link for link in self.task.links if not _joins(link)}
+        for draft in order:
+            yield Ruled(draft.rule, tuple(by_name[line.sources[0]] for line in draft.lines))
+        yield Ruled(Rule("stage"))
+        called = {key: after.get(name, name) for key, name in self.bare.items()}
+        own = {link.targets: link for link in self.task.links}
+        key_of = {name: key for key, name in called.items()}
+        if len(key_of) < len(called):
+            raise RuleError("two keys have one name between the stages")
+        for ruled in View(self._called(called), Prefix()).rules(GENERAL):
+            yield Ruled(ruled.rule, tuple(own[link.targets] for link in ruled.links), tuple(key_of[name] for name in ruled.without))
+
+    def _called(self, names: Mapping[str, str]) -> Task:
+        """The task with other names for the source's keys."""
+        task = self.task
+        source = replace(
+            task.source,
+            tensors={names[key]: tensor for key, tensor in task.source.items()},
+            entries={names[key]: value for key, value in task.source.entries.items()},
+            ties=(),
+        )
+        links = tuple(replace(link, sources=tuple(names[key] for key in link.sources)) for link in task.links)
+        return Task(source, task.target, links, doubtful=frozenset(names[key] for key in task.doubtful))
 
     def _lines(self) -> tuple[list[Line], list[Line]]:
         """Lines that rename (one source, to all of its targets), and those that link several keys of a side."""

@@ -105,7 +105,11 @@ def _row(lines: Sequence[Line], shared: Shared, fixed: frozenset[int]) -> Row | 
                 return None
             told[-1].append(form)
     used = [{slot for form in forms if form is not None for slot in (form.slot, form.other) if slot >= 0} for forms in told]
-    open_ = set().union(*used) | {slot for slot in range(len(first.numbers)) if slot not in constant}
+    told_of = set().union(*used)
+    idle = {slot for slot in range(len(first.numbers)) if slot not in constant} - told_of
+    if any(all(len({row[one] - row[slot] for row in numbers}) > 1 for one in told_of) for slot in idle):
+        return None  # a number that goes its own way: some other row may be for its other values
+    open_ = told_of | idle
     if open_ & fixed or ((len(sources) > 1 or lines[0].op) and any(slots != open_ for slots in used)):
         return None
     others = [_same(lines, place, open_) for place in range(1, len(sources))]

@@ -14,7 +14,7 @@ from ckptsurgeon.surgery.matching.rows import Line, literal
 
 Goals = Mapping[str, tuple[str, ...] | None]
 Astray = Callable[[str, Sequence[str] | None], bool]
-_ROUNDS = 8
+_ROUNDS = 40
 
 
 def settled(drafts: Sequence[Draft], known: Known, goals: Goals, astray: Astray) -> tuple[list[Draft], list[str]]:
@@ -73,16 +73,16 @@ def _order(drafts: Sequence[Draft], known: Known, goals: Goals) -> tuple[list[Dr
 
 
 def _disputed(drafts: Sequence[Draft], known: Known, goals: Goals, served: Mapping[str, int], left: Sequence[int]) -> dict[int, set[str]]:
-    """Of drafts that stand in each other's way: the names of the smallest that others would take."""
-    smallest = min(left, key=lambda at: (len(drafts[at].lines), at))
-    names = {
-        name
-        for at in left
-        if at != smallest
-        for name in known.matched(drafts[at].compiled)
-        if served.get(name) == smallest and _gives(drafts[at], name) != (goals.get(name) or ())
-    }
-    return {smallest: names}
+    """Of drafts that stand in each other's way: the one with the fewest names that others would take, and these names."""
+    among = set(left)
+    names: dict[int, set[str]] = {}
+    for at in left:
+        for name in known.matched(drafts[at].compiled):
+            server = served.get(name, -1)
+            if server in among and server != at and name in goals and _gives(drafts[at], name) != (goals[name] or ()):
+                names.setdefault(server, set()).add(name)
+    fewest = min(names, key=lambda at: (len(names[at]), at))
+    return {fewest: names[fewest]}
 
 
 def _gives(draft: Draft, name: str) -> tuple[str, ...] | None:

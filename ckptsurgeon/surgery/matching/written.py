@@ -45,6 +45,8 @@ def margin(links: Iterable[Link]) -> str:
 
 def comment(ruled: Ruled) -> str:
     """What a rule is for, in a line."""
+    if ruled.rule.kind == "stage":
+        return "From here on rules see the names that those above gave."
     if ruled.links:
         count = sum(len(link.targets) for link in ruled.links)
         return f"{count} {'tensor' if count == 1 else 'tensors'}: {evidence(ruled.links)}"

@@ -28,7 +28,7 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None, o
     if verbose:
         lines += table([_row(link) for link in certain], width, None)
     else:
-        rows = [(written.arrow(one.rule), written.comment(one)) for one in found.ruled]
+        rows = [(written.arrow(one.rule), written.comment(one)) for one in found.ruled if one.rule.kind != "stage"]
         stays = sum(link.sources == link.targets and not link.op for link in certain)
         lines += _pairs([*rows, *([(f"{stays} keep their names", "")] if stays and rows else [])], width, ROWS)
     lines.append(heading("uncertain", _tensors(left), "not applied, unless you accept it"))
