@@ -54,6 +54,12 @@ def empty(names: Sequence[str], shape: Sequence[int] = (0,)) -> bytes:
     return safetensor(json.dumps(dict.fromkeys(names, row), separators=(",", ":")).encode())
 
 
+def filled(names: Sequence[str]) -> bytes:
+    """A safetensors file of tensors of two elements."""
+    rows = {name: {"dtype": "U8", "shape": [2], "data_offsets": [2 * index, 2 * index + 2]} for index, name in enumerate(names)}
+    return safetensor(json.dumps(rows, separators=(",", ":")).encode(), bytes(2 * len(names)))
+
+
 def own_tensors(count: int, kind: str = "torch\nByteStorage", far: bool = False) -> bytes:
     """Tensors of their own over one storage, each in as few bytes as opcodes allow."""
     place = b"(" + text("storage") + f"c{kind}\n".encode() + text("0") + text("cpu") + b"M\xff\xfftQq\x03"
@@ -199,6 +205,26 @@ COSTS: dict[str, Make] = {
         {"weight_map": {f"{index:x}": "one" for index in range(50_000)}}
     ).encode(),
     **{f"pickle: {name}": lambda make=make: zipped(make()) for name, make in BOMBS.items()},  # type: ignore[misc]
+}
+
+
+def _hexes(count: int, before: str = "", behind: str = "") -> list[str]:
+    return [f"{before}{index:x}{behind}" for index in range(count)]
+
+
+# A source and a target that are held against each other; a story each.
+PAIRS: dict[str, tuple[Make, Make]] = {
+    "the target's 16,000 names behind a prefix": (lambda: empty(_hexes(16_000, "x.")), lambda: empty(_hexes(16_000))),
+    "no name of 16,000": (lambda: empty(_hexes(16_000, "x.")), lambda: empty(_hexes(16_000, "y"))),
+    "no name but the last segment": (lambda: empty(_hexes(16_000, "x", ".w")), lambda: empty(_hexes(16_000, "y", ".w"))),
+    "no shape of 16,000": (lambda: empty(_hexes(16_000), [0, 4, 4]), lambda: empty(_hexes(16_000), [0, 5, 5])),
+    "many heads": (
+        lambda: empty([f"{index % 97}.{index % 89}.{index % 83}.{index:x}" for index in range(13_000)]),
+        lambda: empty([f"{index % 79}.{index % 73}.{index:x}" for index in range(13_000)]),
+    ),
+    "450,000 segments": (lambda: empty(["a." * 450_000]), lambda: empty(["b." * 450_000 + "a"])),
+    "a name of 900,000 letters": (lambda: empty(["a" * 900_000]), lambda: empty(["b" * 900_000])),
+    "6,000 roots and 14,000 keys": (COSTS["pickle: 6,000 roots"], lambda: filled(_hexes(14_000, "x", ".k"))),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hostile_costs import BOUND, COMMANDS, COSTS, cost, write
+from hostile_costs import BOUND, COMMANDS, COSTS, PAIRS, cost, write
 from hostile_pickles import BOMBS
 
 # Memory is bounded exactly. The 2 s are promised for a quiet machine, and bench/hostile.py measures them; this finds a power of the size.
@@ -25,6 +25,15 @@ def test_a_megabyte_costs_little(name: str, tmp_path: Path) -> None:
         assert found.seconds < SECONDS, label
         if found.code == 2:
             break  # it is refused while it is read, as every other command would
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_megabytes_held_against_each_other_cost_little(name: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(PAIRS[name][0]())
+    target.write_bytes(PAIRS[name][1]())
+    found = cost(["diff", str(source), str(target)])
+    assert found.code in (0, 2) and found.megabytes < BOUND.megabytes and found.seconds < 2 * SECONDS
 
 
 def test_the_measure_itself(tmp_path: Path) -> None:

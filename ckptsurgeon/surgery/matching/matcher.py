@@ -23,6 +23,7 @@ from ckptsurgeon.surgery.matching.words import concepts
 from ckptsurgeon.tensors import TensorMeta
 
 PASSES = 4
+MOST_CHARACTERS, MOST_SEGMENTS = 1000, 64  # of a key that is looked at
 Tensors = Mapping[str, TensorMeta]
 
 
@@ -42,17 +43,23 @@ def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = ()) 
 
 
 def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequence[str]]) -> Matching:
-    looked_at = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in source.items()]
-    one, other = both(looked_at, target.values())
-    ordered = has_order(source) and has_order(target)
+    given, wanted = _short(source), _short(target)
+    looked_at = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
+    one, other = both(looked_at, wanted.values())
+    ordered = has_order(given) and has_order(wanted)
     clues = Clues()
     for _ in range(PASSES):
         record = lay(one, other, clues)
         clues = _learned(record, ordered)
     found = [link for laid in between(record.units, one, other, clues.trust) for link in links(laid, turned)]
-    found += orphans(found, record, source, target)
-    found += shared(found, record, source, target)
+    found += orphans(found, record, given, wanted)
+    found += shared(found, record, given, wanted)
     return result(_tied(found, ties), source, target, clues.trust)
+
+
+def _short(tensors: Tensors) -> Tensors:
+    """Without keys that no model has, on which a stranger's file could make all that follows spend itself."""
+    return {key: tensor for key, tensor in tensors.items() if len(key) <= MOST_CHARACTERS and key.count(".") <= MOST_SEGMENTS}
 
 
 def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
