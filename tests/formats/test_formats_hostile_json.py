@@ -14,10 +14,10 @@ from formats_support import assert_same, bits, only, refusal, save_legacy, save_
 from hostile_json import EIGHT, FOUR, HEADERS, INDEXES, ROW, SKELETONS, entry, safetensor, skeleton
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, UnreadableError
-from ckptsurgeon.formats import read
+from ckptsurgeon.formats import read, sniff
 from ckptsurgeon.formats import skeleton as skeletons
 from ckptsurgeon.formats.limits import allowed
-from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.tensors import Archive, Checkpoint
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -203,6 +203,33 @@ def test_links_of_a_hugging_face_cache(tmp_path: Path) -> None:
     (snapshot / "two.safetensors").unlink()
     (snapshot / "two.safetensors").symlink_to(other / "blob")
     assert "leads out" in refusal(snapshot, tmp_path).reason
+
+
+@pytest.mark.parametrize("swapped", ["before it is opened", "after it was opened"])
+def test_a_link_that_is_changed_while_it_is_read(swapped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leads inside when it is looked at, and outside when it is opened."""
+    index = shards(tmp_path / "folder")
+    link, real, outside = tmp_path / "folder" / "two.safetensors", tmp_path / "folder" / "real", tmp_path / "outside"
+    link.rename(real)
+    outside.write_bytes(real.read_bytes())
+    link.symlink_to("real")
+    honest = sniff._read_shard
+
+    def lead(to: Path) -> None:
+        link.unlink()
+        link.symlink_to(to)
+
+    def swapping(path: str) -> Archive:
+        if path != str(link):
+            return honest(path)
+        lead(outside)
+        found = honest(path)
+        if swapped == "before it is opened":
+            lead(real)  # and back, so that only what was opened tells
+        return found
+
+    monkeypatch.setattr(sniff, "_read_shard", swapping)
+    assert "a link that" in refusal(index, tmp_path).reason
 
 
 def test_a_link_within_the_folder(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def assert_safe(found: Ended, words: Sequence[str]) -> None:
 
 def forms(one: str, other: str, out: str) -> Iterable[list[str]]:
     """Every command that shows what a file holds."""
+    yield ["check", one, "--github"]
+    yield ["check", one, other, "--full", "-v"]
     for more in ([], ["-v"], ["--json"]):
         yield ["inspect", one, *more]
         yield ["diff", one, other, *more]
