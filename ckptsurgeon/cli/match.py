@@ -28,7 +28,7 @@ from ckptsurgeon.views import json, text
     default=LEAST,
     show_default=True,
     metavar="SHARE",
-    help="Least share of the elements of one side that must be matched.",
+    help="Least share of one side's tensors and elements that must be matched.",
 )
 @click.option("--values", is_flag=True, help="Look at the values too: they tell a norm from a bias, never q from k from v.")
 @click.option("--forward", metavar="MODULE:FUNCTION", help="Run both models on what this function of yours returns, and compare outputs.")

@@ -19,6 +19,7 @@ from ckptsurgeon.surgery.matching.links import Turned, links
 from ckptsurgeon.surgery.matching.rest import between, orphans, shared
 from ckptsurgeon.surgery.matching.result import Link, Matching, result
 from ckptsurgeon.surgery.matching.ties import ENOUGH
+from ckptsurgeon.surgery.matching.towers import doubted
 from ckptsurgeon.surgery.matching.words import concepts
 from ckptsurgeon.tensors import TensorMeta
 
@@ -54,7 +55,7 @@ def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequ
     found = [link for laid in between(record.units, one, other, clues.trust) for link in links(laid, turned)]
     found += orphans(found, record, given, wanted)
     found += shared(found, record, given, wanted)
-    return result(_tied(found, ties), source, target, clues.trust)
+    return result(doubted(_tied(found, ties), given, wanted), source, target, clues.trust)
 
 
 def _short(tensors: Tensors) -> Tensors:

@@ -23,7 +23,7 @@ from ckptsurgeon.surgery.prefixes import find_prefix
 from ckptsurgeon.surgery.rules import Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Coverage
 
-LEAST = 0.5  # of the target's elements, or of the source's, that links must explain
+LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
 UNWRITABLE = "a key that no pattern can name"
 
@@ -37,7 +37,7 @@ class Proposal(Matching):
         applied: the links that the rules give: the certain ones, and where they were accepted the uncertain ones too.
         ruled: each rule with the links that it is for; `before` are a person's own rules, which come first.
         coverage: the share of the target that the applied links and the person's rules give; `used`: that of the source that they take.
-        possible: the greater share of either side's elements that there would be with the uncertain links.
+        possible: the share of the side that is explained best that there would be with the uncertain links.
         toml: the rules as the text of a commented rules file.
         warnings: what speaks against links, where values were looked at; `forward`: how far both models' outputs differ, where they ran.
     """
@@ -71,23 +71,29 @@ class Proposal(Matching):
         )
 
     def refusal(self, least: float = LEAST) -> CoverageError | None:
-        """Why this is no mapping to follow: the applied links explain less than `least` of either side. None where it is one."""
-        if max(self.coverage.elements, self.used.elements) >= least and (self.applied or self.before or (self.links and not least)):
+        """Why this is no mapping to follow: applied links explain less than `least` of the tensors or elements of both sides. None where
+        it is one."""
+        share = max(_share(self.coverage), _share(self.used))
+        if share >= least and (self.applied or self.before or (self.links and not least)):
             return None
-        share = max(self.coverage.elements, self.used.elements)
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
             doubtful = next(link for link in self.links if link not in self.applied)
             rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
             return CoverageError(
-                f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of the elements",
+                f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of either side",
                 path=self.source,
                 hint="leave out what rivals it (--drop 'other_tower.**'), or take them as they are: --accept-uncertain",
             )
         return CoverageError(
-            f"has too little in common with {self.target}: links explain {share:.1%} of its elements, and {least:.0%} is asked for",
+            f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
             path=self.source,
             hint="are they the same architecture? see both with: ckptsurgeon diff; or ask for less: --min-coverage 0.1",
         )
+
+
+def _share(coverage: Coverage) -> float:
+    """The lesser share of a side's tensors and elements: a few large tensors that fit by chance are no mapping, nor are many small ones."""
+    return min(coverage.tensors, coverage.elements)
 
 
 def propose(
@@ -145,23 +151,17 @@ def _told(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...], outs
 
 
 def _applied(found: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link]]:
-    """The links that are applied, and those that are not: of several for one target the one with the greatest margin."""
-    chosen: dict[str, Link] = {}
+    """The links that are applied, and those that are not: of several that want one target, or one source each in its own way, the one with
+    the greatest margin. A source may go to several targets as it is, or be cut or joined once."""
+    reached: set[str] = set()
+    used: dict[str, object] = {}
+    kept: set[int] = set()
     for link in sorted(found.links if accept else found.certain, key=lambda link: -link.margin):
-        if not any(key in chosen for key in link.targets):
-            chosen.update(dict.fromkeys(link.targets, link))
-    kept = {id(link) for link in chosen.values()}
-    # One source can be joined with others, or go to places of its own, and not both.
-    joined = {key for link in found.links if id(link) in kept and len(link.sources) > 1 for key in link.sources}
-    cut: dict[str, Link] = {}
-    for link in found.links:
-        if id(link) in kept and len(link.sources) == 1 and (link.sources[0] in joined or (link.op and len(link.targets) > 1)):
-            cut.setdefault(link.sources[0], link)
-    kept -= {
-        id(link)
-        for link in found.links
-        if len(link.sources) == 1 and (link.sources[0] in joined or cut.get(link.sources[0], link) is not link)
-    }
+        way: object = id(link) if len(link.sources) > 1 or (len(link.targets) > 1 and link.op) else "as it is"
+        if reached.isdisjoint(link.targets) and all(used.get(key, way) == way for key in link.sources):
+            reached.update(link.targets)
+            used.update(dict.fromkeys(link.sources, way))
+            kept.add(id(link))
     return tuple(link for link in found.links if id(link) in kept), [link for link in found.links if id(link) not in kept]
 
 
@@ -194,8 +194,8 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
     used = Coverage.of({key: source[key] for key in source if key in taken}, source)
     maybe_taken = taken | {key for link in doubtful for key in link.sources}
     possible = max(
-        Coverage.of({key: target[key] for key in target if key in maybe}, target).elements,
-        Coverage.of({key: source[key] for key in source if key in maybe_taken}, source).elements,
+        _share(Coverage.of({key: target[key] for key in target if key in maybe}, target)),
+        _share(Coverage.of({key: source[key] for key in source if key in maybe_taken}, source)),
     )
     prefix = task.prefix
     bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}

@@ -1,0 +1,59 @@
+"""One tower of two that are just the same is never taken silently, from either side; a name that the other side has too decides it."""
+
+from __future__ import annotations
+
+from pairs_support import meta
+from rules_support import checkpoint, literal_plan, proposed, read_back
+
+from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.surgery.matching.result import Link
+from ckptsurgeon.tensors import TensorMeta
+
+HERE = {
+    "conv1": (8, 3, 3, 3),
+    "layer1.0.conv": (8, 8, 3, 3),
+    "layer2.0.conv": (16, 8, 3, 3),
+    "layer3.0.conv": (32, 16, 3, 3),
+    "fc": (5, 32),
+}
+THERE = {"stem": (8, 3, 3, 3), "stages.0.mix": (8, 8, 3, 3), "stages.1.mix": (16, 8, 3, 3), "stages.2.mix": (32, 16, 3, 3), "head": (5, 32)}
+
+
+def net(head: str, layers: dict[str, tuple[int, ...]]) -> dict[str, TensorMeta]:
+    names = {
+        f"{head}{layer}.{leaf}": shape if leaf == "weight" else shape[:1] for layer, shape in layers.items() for leaf in ("weight", "bias")
+    }
+    return {key: meta(key, shape) for key, shape in names.items()}
+
+
+def test_of_two_towers_neither_is_sure_whatever_the_other_side_calls_its_one() -> None:
+    two = net("net_a.", HERE) | net("net_b.", HERE)
+    for one in (net("", THERE), net("backbone.", THERE)):
+        for found in (match(two, one), match(one, two)):
+            assert not found.certain
+            assert found.uncertain and all(link.runner_up for link in found.uncertain)
+
+
+def test_a_name_that_both_sides_have_decides_it() -> None:
+    two = net("teacher.", HERE) | net("student.", HERE)
+    found = match(two, net("student.", THERE))
+    assert found.certain and all(link.sources[0].startswith("student.") for link in found.certain)
+
+
+def test_towers_that_differ_are_no_twins() -> None:
+    other = {layer: (*shape[:-1], shape[-1] + 4) for layer, shape in HERE.items()}
+    found = match(net("net_a.", HERE) | net("net_b.", other), net("", THERE))
+    assert len(found.certain) == 10
+
+
+def test_a_source_that_two_links_want_is_given_to_the_surer_one() -> None:
+    source = checkpoint({"k": (2, 4), "v": (2, 4), "q": (2, 4)})
+    target = checkpoint({"kv": (4, 4), "qk": (4, 4), "v": (2, 4)}, "model:Net")
+    links = [
+        Link(("k", "v"), ("kv",), "concat(dim=0)", 9.0),
+        Link(("q", "k"), ("qk",), "concat(dim=0)", 8.0),
+        Link(("v",), ("v",), "", 5.0),
+    ]
+    found = proposed(source, target, links)
+    assert found.applied == (links[0],)
+    assert read_back(found, source, target) == literal_plan([links[0]], source, target)
