@@ -68,11 +68,24 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
     raise Terminated
 
 
+_interrupts: list[int] = []  # Python drops an exception that is raised within a finalizer or a callback of its own; this is not dropped
+
+
+def _interrupted(number: int, _frame: object) -> NoReturn:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, _interrupted)
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without NumPy is all we need
     code = _run("--json" in sys.argv)
+    if _interrupts and code != INTERRUPTED:
+        click.echo("interrupted", err=True)
+        code = INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done: an interrupt now would only make Python's own end ugly
     sys.exit(code)
 

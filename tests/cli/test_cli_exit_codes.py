@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -180,3 +181,23 @@ def test_a_full_stdout_is_an_error_without_a_traceback(place):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*PROGRAM, "inspect", "net_params.pkl"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr == "error: No space left on device\n"
+
+
+SWALLOWED = """
+import signal, sys
+from ckptsurgeon.cli import main
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def command(**_words):
+    Dropped()
+    return 0
+main.cli.main = command
+main.main()
+"""
+
+
+def test_an_interrupt_that_python_drops_is_one_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.endswith("interrupted\n")
