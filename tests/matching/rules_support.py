@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.surgery.matching.generalise import Task
+from ckptsurgeon.surgery.generalising.generalise import Task
 from ckptsurgeon.surgery.matching.propose import Proposal, rule
 from ckptsurgeon.surgery.matching.result import Link, Matching
 from ckptsurgeon.surgery.plan import Plan, make_plan

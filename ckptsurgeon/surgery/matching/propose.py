@@ -11,11 +11,11 @@ from functools import cached_property
 
 from ckptsurgeon.errors import CoverageError, RuleError
 from ckptsurgeon.report import Twins
-from ckptsurgeon.surgery.matching import written
-from ckptsurgeon.surgery.matching.drafts import Known
-from ckptsurgeon.surgery.matching.generalise import Ruled, Task, generalise
+from ckptsurgeon.surgery.generalising import written
+from ckptsurgeon.surgery.generalising.drafts import Known
+from ckptsurgeon.surgery.generalising.generalise import Ruled, Task, generalise
+from ckptsurgeon.surgery.generalising.replay import origins
 from ckptsurgeon.surgery.matching.matcher import match
-from ckptsurgeon.surgery.matching.replay import origins
 from ckptsurgeon.surgery.matching.result import Link, Matching
 from ckptsurgeon.surgery.naming import NOTHING, name_sources
 from ckptsurgeon.surgery.origins import kept_out

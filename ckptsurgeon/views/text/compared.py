@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.surgery.compare import Diff, Hint, Offer
-from ckptsurgeon.surgery.matching import written
+from ckptsurgeon.surgery.generalising import written
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ckptsurgeon.surgery.matching import written
+from ckptsurgeon.surgery.generalising import written
 from ckptsurgeon.surgery.matching.propose import Proposal
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table

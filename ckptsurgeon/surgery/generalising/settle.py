@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.surgery.matching.drafts import Draft, Known
-from ckptsurgeon.surgery.matching.rows import Line, literal
+from ckptsurgeon.surgery.generalising.drafts import Draft, Known
+from ckptsurgeon.surgery.generalising.rows import Line, literal
 
 Goals = Mapping[str, tuple[str, ...] | None]
 Astray = Callable[[str, Sequence[str] | None], bool]

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from ckptsurgeon.surgery.matching.drafts import Draft
-from ckptsurgeon.surgery.matching.rows import Row
+from ckptsurgeon.surgery.generalising.drafts import Draft
+from ckptsurgeon.surgery.generalising.rows import Row
 
 Path = tuple[str, ...]
 Called = tuple[Path, ...]  # what a node is called: one path for each of several results

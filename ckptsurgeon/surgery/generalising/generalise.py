@@ -12,15 +12,15 @@ from functools import cached_property
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.table import offers
-from ckptsurgeon.surgery.matching import cover
-from ckptsurgeon.surgery.matching.drafts import Draft, Known, merge
-from ckptsurgeon.surgery.matching.modules import renamings
-from ckptsurgeon.surgery.matching.parts import line_of
-from ckptsurgeon.surgery.matching.replay import Given, replay, wanted
+from ckptsurgeon.surgery.generalising import cover
+from ckptsurgeon.surgery.generalising.drafts import Draft, Known, merge
+from ckptsurgeon.surgery.generalising.modules import renamings
+from ckptsurgeon.surgery.generalising.parts import line_of
+from ckptsurgeon.surgery.generalising.replay import Given, replay, wanted
+from ckptsurgeon.surgery.generalising.rows import Line, Row, literal, rows
+from ckptsurgeon.surgery.generalising.settle import settled
+from ckptsurgeon.surgery.generalising.staged import first_stage, places
 from ckptsurgeon.surgery.matching.result import Link
-from ckptsurgeon.surgery.matching.rows import Line, Row, literal, rows
-from ckptsurgeon.surgery.matching.settle import settled
-from ckptsurgeon.surgery.matching.staged import first_stage, places
 from ckptsurgeon.surgery.naming import NOTHING
 from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
 from ckptsurgeon.surgery.rulefile import parse_rules, to_toml

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckptsurgeon.surgery.matching.numbers import NAMES, Cut, Form, cut, fit, fit_two
+from ckptsurgeon.surgery.generalising.numbers import NAMES, Cut, Form, cut, fit, fit_two
 
 _DEEPEST = 4  # numbers by which rows are taken apart, one after the other
 

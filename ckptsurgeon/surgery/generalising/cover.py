@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from ckptsurgeon.surgery.matching.drafts import Known
-from ckptsurgeon.surgery.matching.numbers import cut
+from ckptsurgeon.surgery.generalising.drafts import Known
+from ckptsurgeon.surgery.generalising.numbers import cut
 from ckptsurgeon.surgery.rules import Rule, compile_rule
 
 _WORD = re.compile(r"[A-Za-z0-9_]+")

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 
 from ckptsurgeon.errors import RuleError, printable
-from ckptsurgeon.surgery.matching.drafts import Draft, Known
-from ckptsurgeon.surgery.matching.generalise import Ruled
-from ckptsurgeon.surgery.matching.modules import renamings
-from ckptsurgeon.surgery.matching.parts import line_of
+from ckptsurgeon.surgery.generalising.drafts import Draft, Known
+from ckptsurgeon.surgery.generalising.generalise import Ruled
+from ckptsurgeon.surgery.generalising.modules import renamings
+from ckptsurgeon.surgery.generalising.parts import line_of
+from ckptsurgeon.surgery.generalising.rows import literal, rows
 from ckptsurgeon.surgery.matching.result import Link
-from ckptsurgeon.surgery.matching.rows import literal, rows
 from ckptsurgeon.surgery.rulefile import to_toml
 from ckptsurgeon.surgery.rules import Rule, linked
 

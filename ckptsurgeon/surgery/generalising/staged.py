@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptsurgeon.surgery.matching.drafts import Draft, Known
-from ckptsurgeon.surgery.matching.rows import Line, rows
-from ckptsurgeon.surgery.matching.settle import settled
+from ckptsurgeon.surgery.generalising.drafts import Draft, Known
+from ckptsurgeon.surgery.generalising.rows import Line, rows
+from ckptsurgeon.surgery.generalising.settle import settled
 
 _LEAST = 3  # keys of a module, below which it is no shorter to move it first
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ckptsurgeon.surgery.adapters.table import parse_ops
-from ckptsurgeon.surgery.matching.numbers import cut
+from ckptsurgeon.surgery.generalising.numbers import cut
+from ckptsurgeon.surgery.generalising.rows import Line
 from ckptsurgeon.surgery.matching.result import Link
-from ckptsurgeon.surgery.matching.rows import Line
 
 _MOST = 4  # patterns that go together for each number
 PART = "{e}"

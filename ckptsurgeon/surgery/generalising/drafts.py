@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckptsurgeon.surgery.matching.rows import Line, Row
+from ckptsurgeon.surgery.generalising.rows import Line, Row
 from ckptsurgeon.surgery.patterns import expand
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, compile_rule
 
