@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import string
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -24,6 +23,7 @@ MODELS = {
     for side in ("source", "target")
     if path.stat().st_size < 40_000
 }
+MUTE = "bdfgjpvxz"  # no word of the field is made of these
 ROLES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 Order = Callable[[list[str], random.Random], list[str]]
 
@@ -41,7 +41,7 @@ def renamed(keys: Mapping[str, object], rng: random.Random, shift: int, words: b
             return word
         stem, number = re.fullmatch(r"(.*?)(\d*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
         if stem not in dictionary:
-            dictionary[stem] = "".join(rng.choice(string.ascii_lowercase) for _ in range(7))
+            dictionary[stem] = "".join(rng.choice(MUTE) for _ in range(7))
         return dictionary[stem] + (str(int(number) + shift) if number else "")
 
     return {key: ".".join(part(word) for word in key.split(".")) for key in keys}
@@ -93,12 +93,22 @@ def disguised(
     seed=st.integers(0, 1 << 30),
 )
 def test_what_is_sure_is_right(model: str, order: str, shift: int, prefix: str, seed: int) -> None:
+    assert not sure_and_wrong(model, random.Random(seed), order, shift, prefix)
+
+
+def sure_and_wrong(model: str, rng: random.Random, order: str, shift: int = 0, prefix: str = "") -> list[tuple[str, tuple[str, ...]]]:
+    """The links between a model in disguise and itself that are certain, and not right."""
     target = MODELS[model]
-    back = disguised(target, random.Random(seed), order, shift, prefix)
+    back = disguised(target, rng, order, shift, prefix)
     source = {name: TensorMeta(name, target[key].dtype, target[key].shape, target[key].stride) for name, key in back.items()}
     found = match(source, target)
-    wrong = [(back[link.sources[0]], link.targets) for link in found.certain if link.targets != tuple(back[key] for key in link.sources)]
-    assert not wrong
+    return [(back[link.sources[0]], link.targets) for link in found.certain if link.targets != tuple(back[key] for key in link.sources)]
+
+
+def test_an_order_that_agrees_by_chance_is_not_trusted() -> None:
+    """Few modules stand in the same order now and then; layers repeat it, and what is decided by it would bear it out."""
+    model = "hf_gemma2__litgpt_gemma2.source"
+    assert not [wrong for seed in range(200) for wrong in sure_and_wrong(model, random.Random(seed), "by module")]
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
