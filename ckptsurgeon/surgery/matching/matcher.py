@@ -1,4 +1,4 @@
-"""The mapping between two implementations, found from what their headers say: passes over both trees until nothing more is learned.
+"""The mapping between two implementations, found from what their headers say: passes over both trees, then others that use order too.
 
 Rule: the first passes use names, numbers and shapes alone. What they are certain of tells which names stand for which, and how far the
 order of keys can be trusted; later passes use that too. No name of a model is known here.
