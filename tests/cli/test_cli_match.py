@@ -109,7 +109,7 @@ def test_two_implementations_are_matched_written_merged_and_proven(run, two):
     text = Path("rules.toml").read_text()
     assert len(parse_rules(text, "rules.toml")) == 5
     assert 'op = "chunk(dim=0)"' in text and "{i+1}" in text
-    assert text.startswith("# here.pt -> two:There, matched by names, numbers, shapes and order.\n")
+    assert text.startswith("# here.pt -> two:There, matched by names, numbers and shapes.\n")
     assert all(line.startswith("#") for line in text.splitlines() if "margin" in line or "possible" in line)
     merged = run("merge", "here.pt", "two:There", "-o", "there.pt", "--rules", "rules.toml")
     assert merged.code == 0 and "verified: 24 tensors" in merged.out

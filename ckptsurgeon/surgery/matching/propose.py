@@ -225,7 +225,8 @@ def _head(
 ) -> Iterator[str]:
     done, total = coverage.counts
     root = f" (root {source.root})" if source.root else ""
-    yield f"{source.path}{root} -> {target.path}, matched by names, numbers, shapes and order."
+    by = "names, numbers, shapes and order" if found.order else "names, numbers and shapes"  # no order was trusted
+    yield f"{source.path}{root} -> {target.path}, matched by {by}."
     yield f"Given: {done} of {total} tensors of the target, {int(coverage.elements * 1000) / 10} % of its elements."
     stays = sum(link.sources == link.targets and not link.op for link in applied)
     if stays:
