@@ -6,7 +6,6 @@ torch is imported inside the functions: a merge that only moves bytes never load
 from __future__ import annotations
 
 import ctypes
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
+from ckptsurgeon.streaming.losses import added, losses, wide
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.tensors import TensorMeta
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Buffer = bytes | bytearray | memoryview
 # Elements that are computed at a time: few enough to stay in a processor's cache, and for torch not to wake its other threads.
 PIECE = 1 << 15
-# Not every float has an infinity or a sign: F8_E4M3 saturates, infinities included, and F8_E8M0 is positive.
-_ODD = ("F8_E4M3", "F8_E8M0")
 
 
 def tensor_from(data: Buffer, dtype: str) -> torch.Tensor:
@@ -79,7 +77,7 @@ def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: lis
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that an imaginary part is left out, which is counted here
                 wanted = given.to(kind)
-            total = _add(total, _losses(key, given, wanted, source, target))
+            total = added(total, losses(given, wanted, total))
             yield memory_of(wanted)
     casts.append(total)
 
@@ -110,83 +108,6 @@ def reported(casts: Iterable[Cast]) -> tuple[Cast, ...]:
     return tuple(found for found in casts if found.changed or found.overflowed or found.truncated)
 
 
-def _add(one: Cast, other: Cast) -> Cast:
-    return Cast(
-        one.key,
-        one.source_dtype,
-        one.target_dtype,
-        max(one.largest_error, other.largest_error),
-        one.changed + other.changed,
-        one.overflowed + other.overflowed,
-        one.truncated + other.truncated,
-    )
-
-
-def _losses(key: str, given: torch.Tensor, wanted: torch.Tensor, source: str, target: str) -> Cast:
-    """What a cast loses: the largest absolute error over finite values, and how many values changed, overflowed or were truncated."""
-    import torch
-
-    to_kind = BY_CODE[target].kind
-    truncated = 0
-    if BY_CODE[source].kind == "complex":
-        if to_kind == "complex":
-            given, wanted = torch.view_as_real(given), torch.view_as_real(wanted)
-        else:
-            truncated += int(torch.count_nonzero(given.imag))
-            given = given.real
-    elif to_kind == "complex":
-        wanted = wanted.real
-    before, after = _wide(given, source), _wide(wanted, target)
-    if to_kind in ("float", "complex") and before.is_floating_point() and target not in _ODD and before.numel():
-        error = (before - after).abs_()
-        largest = float(error.max())
-        if math.isfinite(largest):  # no NaN and no infinity on either side: nothing else can have been lost
-            return Cast(key, source, target, largest, int(torch.count_nonzero(error)), 0, truncated)
-    finite = torch.isfinite(before) if before.is_floating_point() else torch.ones_like(before, dtype=torch.bool)
-    overflowed = torch.zeros_like(finite)
-    if to_kind == "bool":
-        truncated += int(((before != 0) & (before != 1)).sum())
-    elif to_kind == "int":
-        info = torch.iinfo(getattr(torch, BY_CODE[target].torch))
-        if before.is_floating_point():
-            # 2**63 itself is a float, the largest integer below it is not.
-            whole = before.trunc()
-            overflowed = ~finite | (whole < float(info.min)) | (whole >= float(info.max) + 1.0)
-            truncated += int((~overflowed & (before != whole)).sum())
-        else:
-            overflowed = (before < info.min) | (before > min(info.max, (1 << 63) - 1))
-    else:
-        beyond = (before.double().abs() >= _limit(target)) & (after != before)
-        overflowed = (finite & ~torch.isfinite(after)) | beyond | ((before < 0) & (after > 0))
-    same = (before == after) | ((before != before) & (after != after))
-    error = (before.double() - after.double()).abs()[finite & ~overflowed]
-    return Cast(
-        key,
-        source,
-        target,
-        float(error.max()) if error.numel() else 0.0,
-        int((~same).sum()),
-        int(overflowed.sum()),
-        truncated,
-    )
-
-
-def _limit(code: str) -> float:
-    """The least number that no longer rounds to a float dtype's largest value."""
-    import torch
-
-    info = torch.finfo(getattr(torch, BY_CODE[code].torch))
-    return float(info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2))
-
-
-def _wide(tensor: torch.Tensor, code: str) -> torch.Tensor:
-    """The same values in a dtype that torch can compare in: float64, or int64 for integers (unsigned 64-bit ones by float64)."""
-    import torch
-
-    exact = BY_CODE[code].kind in ("int", "bool") and code != "U64"
-    return tensor.to(torch.int64 if exact else torch.float64)
-
-
 def count_non_finite(parts: Iterable[Buffer], dtype: str) -> int:
     """How many values of a tensor's bytes (part by part, each whole elements) are NaN or infinite; 0 for integers."""
     if BY_CODE[dtype].kind not in ("float", "complex"):
@@ -198,5 +119,5 @@ def count_non_finite(parts: Iterable[Buffer], dtype: str) -> int:
         values = tensor_from(part, dtype)
         if BY_CODE[dtype].kind == "complex":
             values = torch.view_as_real(values)
-        count += int((~torch.isfinite(_wide(values, dtype) if values.element_size() == 1 else values)).sum())
+        count += int((~torch.isfinite(wide(values) if values.element_size() == 1 else values)).sum())
     return count

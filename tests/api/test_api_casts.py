@@ -181,3 +181,35 @@ def test_tied_keys_that_are_cast_stay_tied(tmp_path: Path) -> None:
     support.same(support.load(tmp_path / "out.safetensors"), {"a": weight.half(), "b": weight.half()})
     assert {cast.key for cast in report.casts} == {"a", "b"}
     assert all(isinstance(cast, Cast) for cast in report.casts)
+
+
+@pytest.mark.parametrize("many", [1, 20])
+def test_what_overflowed_and_was_truncated_stands_in_the_text_as_in_the_json(many: int, tmp_path: Path) -> None:
+    state = {f"big{i}": torch.tensor([1.0, 70000.0]) for i in range(many)} | {
+        f"part{i}": torch.tensor([1.9, 2.0, 3.5]) for i in range(many)
+    }
+    wanted = {key: torch.zeros(value.shape, dtype=torch.float16 if key.startswith("big") else torch.int64) for key, value in state.items()}
+    given, goal = files(tmp_path, state, wanted)
+    report = cs.merge(given, goal, tmp_path / "out.pt", allow_cast=["*"])
+    lines = [line for line in str(report).splitlines() if "→" in line and "F32" in line]
+    assert any(f"{many} overflowed" in line and "truncated" not in line for line in lines)
+    assert any(f"{2 * many} truncated" in line and "overflowed" not in line for line in lines)
+    assert sum(cast.overflowed for cast in report.casts) == many and sum(cast.truncated for cast in report.casts) == 2 * many
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for key, value in wanted.items():
+                self.register_buffer(key, value.clone())
+
+    assert [line for line in str(cs.transfer(given, Net(), allow_cast=["*"])).splitlines() if "→" in line and "F32" in line] == lines
+
+
+def test_unsigned_integers_that_fit_are_no_loss(tmp_path: Path) -> None:
+    most = torch.tensor([2**63 - 1, 0], dtype=torch.uint64)
+    given, goal = files(tmp_path, {"n": most, "w": torch.ones(1)}, {"n": torch.zeros(2, dtype=torch.int64), "w": torch.ones(1)})
+    assert cs.merge(given, goal, tmp_path / "out.pt").casts == ()
+    assert support.load(tmp_path / "out.pt")["n"].tolist() == [2**63 - 1, 0]
+    torch.save({"n": torch.tensor([2**63, 0], dtype=torch.uint64), "w": torch.ones(1)}, given)
+    with pytest.raises(CastError):
+        cs.merge(given, goal, tmp_path / "other.pt")

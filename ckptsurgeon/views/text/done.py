@@ -65,26 +65,30 @@ def _carried(found: CarriedState, width: int | None, most: int | None) -> list[s
     lines += [f"  also carried: {listing(found.others)}"] if found.others else []
     if found.ema is not None:
         lines.append(f"  averaged copy: coverage {coverage_words(found.ema.coverage)}")
+        if found.ema.casts:
+            lines += [heading("lossy casts", len(found.ema.casts), "of the averaged copy"), *_casts(found.ema.casts, width, most)]
     return lines
 
 
 def _casts(casts: Sequence[Cast], width: int | None, most: int | None) -> list[str]:
     """A row for each cast; of many, a row for each pair of dtypes."""
     if most is None or len(casts) <= most:
-        rows = [(c.key, f"{c.source_dtype} → {c.target_dtype}", _loss(c.changed, c.largest_error)) for c in casts]
+        rows = [(c.key, f"{c.source_dtype} → {c.target_dtype}", _loss([c])) for c in casts]
         return table(rows, width, most)
     pairs: dict[str, list[Cast]] = {}
     for cast in casts:
         pairs.setdefault(f"{cast.source_dtype} → {cast.target_dtype}", []).append(cast)
-    rows = [
-        (pair, count(len(same), "tensor"), _loss(sum(c.changed for c in same), max(c.largest_error for c in same)))
-        for pair, same in pairs.items()
-    ]
+    rows = [(pair, count(len(same), "tensor"), _loss(same)) for pair, same in pairs.items()]
     return table(rows, width, most)
 
 
-def _loss(changed: int, largest: float) -> str:
-    return f"{count(changed, 'value')} changed, by at most {largest:.3g}"
+def _loss(casts: Sequence[Cast]) -> str:
+    """What casts lost together; the error is that of the values that did not overflow."""
+    changed, overflowed, truncated = (sum(getattr(c, name) for c in casts) for name in ("changed", "overflowed", "truncated"))
+    words = [f"{count(changed, 'value')} changed, by at most {max(c.largest_error for c in casts):.3g}"]
+    words += [f"{overflowed:,} overflowed (infinite, saturated or wrapped)"] if overflowed else []
+    words += [f"{truncated:,} truncated"] if truncated else []
+    return "; ".join(words)
 
 
 def skeleton(found: Checkpoint, output: str) -> str:

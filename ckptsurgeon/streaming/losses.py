@@ -1,0 +1,141 @@
+"""What a cast loses, exactly: every value is held as the sum of two float64, so that integers beyond 2**53 are compared as what they are.
+
+A 64-bit integer is a multiple of 2**32 and a rest; any other real value is one float64. The difference of two such sums rounds at most
+once, and is zero only where the values are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.report import Cast
+
+if TYPE_CHECKING:
+    import torch
+
+    Sum = tuple[torch.Tensor, torch.Tensor | None]  # float64, of which the second is None for zeros
+
+# Not every float has an infinity or a sign: F8_E4M3 saturates, infinities included, and F8_E8M0 is positive.
+_ODD = ("F8_E4M3", "F8_E8M0")
+_HALF = 1 << 32
+_MOST = (1 << 63) - 1
+
+
+def added(one: Cast, other: Cast) -> Cast:
+    """The losses of two parts of one tensor together."""
+    return Cast(
+        one.key,
+        one.source_dtype,
+        one.target_dtype,
+        max(one.largest_error, other.largest_error),
+        one.changed + other.changed,
+        one.overflowed + other.overflowed,
+        one.truncated + other.truncated,
+    )
+
+
+def losses(given: torch.Tensor, wanted: torch.Tensor, of: Cast) -> Cast:
+    """What the cast `of` lost from `given` to `wanted`, both flat. Elements are counted; the error is that of a real or imaginary part."""
+    import torch
+
+    if given.is_floating_point() and BY_CODE[of.target_dtype].kind == "float" and of.target_dtype not in _ODD and given.numel():
+        largest = float((error := (given.double() - wanted.double()).abs_()).max())
+        if math.isfinite(largest):  # no NaN and no infinity on either side: nothing else can have been lost
+            return Cast(of.key, of.source_dtype, of.target_dtype, largest, int(torch.count_nonzero(error)))
+    changed, overflowed, truncated = (torch.zeros(given.shape, dtype=torch.bool) for _ in range(3))
+    largest = 0.0
+    for before, after in _real_parts(given, wanted):
+        over = torch.zeros_like(changed) if after is None else _overflowed(before, after, of)
+        cut = before != 0 if after is None else _truncated(before, of) & ~over
+        error, same = _difference(before, after)
+        counted = error[_finite(before) & ~over]
+        largest = max(largest, float(counted.max()) if counted.numel() else 0.0)
+        changed, overflowed, truncated = changed | ~same, overflowed | over, truncated | cut
+    return Cast(of.key, of.source_dtype, of.target_dtype, largest, int(changed.sum()), int(overflowed.sum()), int(truncated.sum()))
+
+
+def _real_parts(given: torch.Tensor, wanted: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What is to be held against what; None stands for an imaginary part that the other dtype has no place for."""
+    if not given.is_complex():
+        return [(given, wanted.real if wanted.is_complex() else wanted)]
+    return [(given.real, wanted.real), (given.imag, wanted.imag)] if wanted.is_complex() else [(given.real, wanted), (given.imag, None)]
+
+
+def _overflowed(before: torch.Tensor, after: torch.Tensor, of: Cast) -> torch.Tensor:
+    """Finite values that became infinite, saturated or wrapped, and whatever no integer can stand for."""
+    import torch
+
+    kind = BY_CODE[of.target_dtype].kind
+    if kind == "bool":
+        return torch.zeros(before.shape, dtype=torch.bool)
+    if kind != "int":
+        value = wide(before)
+        beyond = (value.abs() >= _limit(after.dtype)) & (wide(after) != value)
+        return (_finite(before) & ~_finite(after)) | beyond | ((value < 0) & (wide(after) > 0))
+    info = torch.iinfo(after.dtype)
+    if before.is_floating_point():
+        # 2**63 itself is a float, the largest integer below it is not.
+        whole = wide(before).trunc()
+        return ~_finite(before) | (whole < float(info.min)) | (whole >= float(info.max) + 1.0)
+    if before.dtype == torch.uint64:  # as signed, what is beyond 2**63 is below zero
+        return (before.view(torch.int64) < 0) | (before.view(torch.int64) > min(info.max, _MOST))
+    return (before.long() < info.min) | (before.long() > min(info.max, _MOST))
+
+
+def _truncated(before: torch.Tensor, of: Cast) -> torch.Tensor:
+    """Values that lose their fraction to an integer, or all but their truth to a boolean."""
+    import torch
+
+    kind = BY_CODE[of.target_dtype].kind
+    value = wide(before)
+    if kind == "bool":
+        return (value != 0) & (value != 1)
+    return (value != value.trunc()) if kind == "int" else torch.zeros(before.shape, dtype=torch.bool)
+
+
+def _difference(before: torch.Tensor, after: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The absolute difference, and where the two are the same, NaN like NaN."""
+    if after is None:
+        return wide(before).abs(), before == 0
+    (high, low), (other, more) = _sum(before), _sum(after)
+    error = high - other
+    for rest, sign in ((low, 1), (more, -1)):
+        if rest is not None:
+            error = error.add(rest, alpha=sign)
+    if not (before.is_floating_point() and after.is_floating_point()):
+        return error.abs(), error == 0
+    return error.abs(), (high == other) | ((high != high) & (other != other))
+
+
+def _sum(tensor: torch.Tensor) -> Sum:
+    """Two float64 whose sum is exactly the value."""
+    import torch
+
+    if tensor.dtype == torch.int64:
+        rest = tensor.fmod(_HALF)  # of the value's own sign
+        return (tensor - rest).double(), rest.double()
+    if tensor.dtype == torch.uint64:
+        bits = tensor.view(torch.int64)
+        return ((bits >> 32) & (_HALF - 1)).double() * _HALF, (bits & (_HALF - 1)).double()
+    return wide(tensor), None
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as float64, which holds all but 64-bit integers exactly."""
+    return tensor.double()
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.isfinite(wide(tensor)) if tensor.is_floating_point() else torch.ones(tensor.shape, dtype=torch.bool)
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """The least number that no longer rounds to a float dtype's largest value."""
+    import torch
+
+    info = torch.finfo(dtype)
+    return float(info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2))
