@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 # From the ground up; a module may import its own floor and those before it.
 FLOORS = [
     {"errors", "dtypes", "tensors", "report", "version"},
-    {"formats"},
+    {"formats", "regular_expressions"},
     {"surgery"},
     {"views"},
     {"streaming"},

@@ -12,6 +12,7 @@ import click
 
 from ckptsurgeon.cli.output import lose_stdout, show_error, show_usage_error
 from ckptsurgeon.errors import CheckpointError, OutputError, UnreadableError
+from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.version import VERSION
 
 USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -82,6 +83,7 @@ def main() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, _interrupted)
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without NumPy is all we need
+    _held = one_child()  # for all regular expressions of this call
     code = _run("--json" in sys.argv)
     if _interrupts and code != INTERRUPTED:
         click.echo("interrupted", err=True)

@@ -58,6 +58,8 @@ TABLE: tuple[Limit, ...] = (
     Limit("view-bytes", GIB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
     Limit("extra-state-bytes", 64 * MIB, "one _extra_state"),
     Limit("label-bytes", 64 * MIB, "a list of tokens or labels"),
+    Limit("regex-seconds", 2, "one regular expression of a rule, over all keys"),
+    Limit("all-regex-seconds", 20, "all regular expressions of a call"),
     Limit("metadata-entries", 1_000_000, "the entries of torch's _metadata where it is written out"),
 )
 BY_NAME: Mapping[str, Limit] = MappingProxyType({limit.name: limit for limit in TABLE})

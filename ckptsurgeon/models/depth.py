@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -147,8 +147,9 @@ def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping
     )
 
 
-def _levels(pattern: Pattern, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def _levels(pattern: Pattern, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The numbers that a layer's pattern sees in each name that it matches."""
+    pattern.learn(names)
     matches = {name: parts for name in names if (parts := pattern.match(name)) is not None}
     digits = [{part for part, value in parts.items() if value.isascii() and value.isdigit()} for parts in matches.values()]
     # `layer{i}.**` also matches layer_norm: a part that is a number somewhere must be one everywhere, unless another part always is

@@ -152,6 +152,7 @@ def _by_key(scheme: str | Mapping[str, str], fresh: list[str], keys: list[str]) 
     problems = []
     for text, wanted in scheme.items():
         pattern = compile_pattern(text)
+        pattern.learn(fresh)
         matched = {key: parts for key in fresh if (parts := pattern.match(key)) is not None}
         _written_out(wanted, pattern, None)
         for key, parts in matched.items():

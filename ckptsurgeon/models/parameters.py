@@ -78,6 +78,7 @@ def taken(patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: 
     problems = []
     for text in patterns:
         pattern = compile_pattern(text)
+        pattern.learn(name for names in wanted.values() for name in names)
         matched = [first for first, names in wanted.items() if any(pattern.match(name) is not None for name in names)]
         for first in matched:
             found.setdefault(first, text)

@@ -61,12 +61,14 @@ class _Stage:
 
     def __post_init__(self) -> None:
         self._forms = [
-            (index, which, number, pattern, pattern.fits if pattern.pieces else pattern.regex.fullmatch)
+            (index, which, number, pattern, pattern.test)
             for index, rule in enumerate(self.rules)
             for which, (number, pattern) in enumerate(rule.patterns)
         ]
 
-    def run(self, items: Iterable[Item]) -> list[Item]:
+    def run(self, items: Sequence[Item]) -> list[Item]:
+        for *_, pattern, _test in self._forms:
+            pattern.learn(name for item in items for name in item.readings)
         out: list[Item | linking.Group] = []
         groups: dict[object, linking.Group] = {}
         for item in items:
@@ -140,6 +142,9 @@ def name_sources(
     active = [rule for rule in compiled if not rule.of_target]
     prefixes = tuple(_prefix(source, number, measure, active) if measure is not None else Prefix() for number, source in enumerate(sources))
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
+    for rule in compiled:
+        if rule.of_target:
+            rule.learn(known or ())
     items = [
         Item(prefixes[number].bare(key), name, ((number, key),), entry=key not in source)
         for number, source in enumerate(sources)
@@ -182,6 +187,8 @@ def _prefix(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequenc
     found = find_prefix(source, measure)
     if not rules or found.of_wrappers:
         return found
+    for rule in rules:
+        rule.learn(source)
     unnamed = {key: tensor for key, tensor in source.items() if not any(rule.match(key, number) for rule in rules)}
     return found if len(unnamed) == len(source) else find_prefix(unnamed, measure)
 

@@ -4,6 +4,9 @@
 can use both again, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression, whose groups a result uses by name
 or number (`{1}`). `{weight,bias}` is one of several words and `{0..3}` one of several numbers, as texts fold keys. Pure text, no key is
 looked up here.
+
+None can run for ever: what could share a long key out in many ways goes by `long_keys`, and every `/…/`, with what names a part twice,
+by `regular_expressions`, in another process and for a bounded time.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ import ast
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.regular_expressions import Expression
 from ckptsurgeon.surgery import long_keys
 from ckptsurgeon.surgery.long_keys import Piece
 
@@ -29,7 +33,7 @@ _TOKEN = re.compile(
 _PART = re.compile(r"\{([^{}]*)\}")
 _REFERENCE = re.compile(rf"(?:\*\*)?({_NAME}|[1-9][0-9]*)")
 _ARITHMETIC = re.compile(r"[A-Za-z0-9_ +\-*/%()]{1,100}")
-MOST_CHOICES = 10_000  # numbers of a range
+MOST_CHOICES = 10_000  # words and numbers of a pattern
 MOST_DEEP, MOST_IN_SEGMENT = 4, 4  # open parts of a pattern
 _DIGITS = 18  # of a number that a result counts with
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -39,28 +43,42 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_DOT = Piece("text", (".",))
 _REGEX = {"star": "[^.]*", "one": "[^.]+", "many": r"[^.]+(?:\.[^.]+)*", "deep": ".*", "some": ".+", "lead": r"(?:.+\.)?", "again": ""}
-LONG = 64  # characters of a key, beyond which a regular expression is not let try every way to share them out
+_WITHIN = frozenset({"text", "words", "star", "one"})  # they stay in a segment
+# Characters of a key, beyond which no regular expression is let try every way to share them out: by how many parts are free to take more
+# or less; without any, there is no such length.
+NO_LENGTH, LONG = 1 << 30, 64
+_LENGTHS = (NO_LENGTH, LONG, 24, 12)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use."""
+    """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use.
+
+    `regex` is held against keys of up to `short` characters, `pieces` against longer ones, and `expression`, in another process, against
+    all keys of a `/…/`, which has neither, and against long keys where a part stands twice.
+    """
 
     text: str
-    regex: re.Pattern[str]
     parts: tuple[str, ...]
-    pieces: tuple[Piece, ...] = ()  # of a pattern that could try many ways to share a key out; empty for a regular expression
+    pieces: tuple[Piece, ...] = ()
+    regex: re.Pattern[str] | None = None
+    short: int = 0
+    expression: Expression | None = field(default=None, compare=False)
+
+    @property
+    def test(self) -> Callable[[str], object]:
+        """The fastest way to ask many keys whether they fit."""
+        return self.regex.fullmatch if self.regex is not None and self.short == NO_LENGTH else self.fits
 
     def fits(self, key: str) -> bool:
         """Whether the whole of `key` matches."""
-        if not self.pieces or len(key) <= LONG:
+        if self.regex is not None and len(key) <= self.short:
             return self.regex.fullmatch(key) is not None
-        return long_keys.fits(self.pieces, key) and (not self._again or self.regex.fullmatch(key) is not None)
-
-    @property
-    def _again(self) -> bool:
-        return any(piece.kind == "again" for piece in self.pieces)
+        if self.pieces and not long_keys.fits(self.pieces, key):
+            return False
+        return self.expression is None or self.expression.fullmatch(key) is not None
 
     def match(self, key: str) -> dict[str, str] | None:
         """What the parts stand for when the whole of `key` matches, else None.
@@ -68,32 +86,85 @@ class Pattern:
         >>> compile_pattern("blocks.{i}.{**rest}").match("blocks.3.attn.weight")
         {'i': '3', 'rest': 'attn.weight'}
         """
-        if self.pieces and len(key) > LONG and not self._again:
+        if self.regex is not None and len(key) <= self.short:
+            found = self.regex.fullmatch(key)
+            return None if found is None else {part: found[part] for part in self.parts}
+        if self.expression is None:
             return long_keys.parts(self.pieces, key)
-        found = self.regex.fullmatch(key) if self.fits(key) else None
-        return None if found is None else {part: found[int(part) if part.isdecimal() else part] or "" for part in self.parts}
+        groups = self.expression.fullmatch(key) if self.fits(key) else None
+        numbers = self.expression.groupindex
+        return None if groups is None else {part: groups[int(numbers.get(part, part)) - 1] or "" for part in self.parts}
+
+    def learn(self, keys: Iterable[str]) -> None:
+        """Say what will be held against it: a regular expression then takes all keys at once."""
+        if self.expression is not None and not self.pieces:
+            self.expression.learn(keys)
 
 
-def compile_pattern(text: str) -> Pattern:
-    """Compile a pattern. Raises RuleError, with the place, for one that is not well formed.
+def compile_pattern(text: str, whose: str = "") -> Pattern:
+    """Compile a pattern; `whose` are words for errors that say where it stands.
+
+    Raises:
+        RuleError: it is not well formed.
+        LimitError: it is a regular expression that takes too long.
 
     >>> [bool(compile_pattern(p).match("layer1.0.conv1.weight") is not None) for p in ("layer1.*", "layer1.**", "/layer1.*weight/")]
     [False, True, True]
     """
     if text in ("", "//"):
         raise RuleError("an empty pattern matches nothing", hint="write a key or a pattern such as 'fc.*'")
-    expression = len(text) > 1 and text[0] == text[-1] == "/"
-    pieces = () if expression else tuple(_pieces(text))
-    body = text[1:-1] if expression else "".join(map(_regex, pieces))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            regex = re.compile(body, 0 if expression else re.DOTALL)
-    except (re.error, RecursionError, OverflowError, ValueError) as error:
-        raise RuleError(f"the pattern {text!r} is not a regular expression: {error}") from error
-    numbers = map(str, range(1, regex.groups + 1)) if expression else ()
-    several = sum(piece.kind in long_keys.OPEN for piece in pieces) > 1
-    return Pattern(text, regex, (*regex.groupindex, *numbers), pieces if several else ())
+    if len(text) > 1 and text[0] == text[-1] == "/":
+        expression = Expression(text[1:-1], whose=whose)
+        numbers = map(str, range(1, expression.groups + 1))
+        return Pattern(text, (*expression.groupindex, *numbers), expression=expression)
+    pieces = tuple(_pieces(text))
+    regex = re.compile(_body(pieces), re.DOTALL)
+    again = any(piece.kind == "again" for piece in pieces)
+    short = _LENGTHS[min(_free(pieces), len(_LENGTHS) - 1)]
+    return Pattern(text, tuple(regex.groupindex), pieces, regex, short, Expression(regex.pattern, regex.flags, whose) if again else None)
+
+
+def _segments(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces between dots, each dot and each `lead` (which ends in one) by itself."""
+    segment: list[Piece] = []
+    for piece in pieces:
+        whole = piece.kind != "text"
+        for part in (piece,) if whole else (Piece("text", (one,)) for one in re.split(r"(\.)", piece.texts[0]) if one):
+            if part.kind == "lead" or part == _DOT:
+                yield segment
+                yield [part]
+                segment = []
+            else:
+                segment.append(part)
+    yield segment
+
+
+def _closed(segment: Sequence[Piece]) -> bool:
+    """Whether several parts of a segment share it out between them, and with no other."""
+    return sum(piece.kind in long_keys.OPEN for piece in segment) > 1 and all(piece.kind in _WITHIN for piece in segment)
+
+
+def _body(pieces: Sequence[Piece]) -> str:
+    """The pieces as a regular expression.
+
+    However a segment is shared out, it ends at the same dot: where the rest doesn't match, no other way is tried (`(?>…)`).
+    """
+    if any(piece.kind == "again" for piece in pieces):
+        return "".join(map(_regex, pieces))
+    bodies = [("".join(map(_regex, segment)), _closed(segment)) for segment in _segments(pieces)]
+    ends = [*(following for following, _ in bodies[1:]), r"\Z"]
+    return "".join(f"(?>{body}(?={end}))" if closed else body for (body, closed), end in zip(bodies, ends, strict=True))
+
+
+def _free(pieces: Sequence[Piece]) -> int:
+    """How many parts are free to take more or less while a key is tried: each multiplies the ways by the key's length."""
+    segments = list(_segments(pieces))
+    within = [max(sum(piece.kind in long_keys.OPEN for piece in segment) - 1, 0) for segment in segments]
+    across = [piece for piece in pieces if piece.kind in long_keys.OPEN and piece.kind not in _WITHIN]
+    together = sum if any(piece.kind == "again" for piece in pieces) else max
+    texts = [text for piece in pieces for text in piece.texts]
+    tried = bool(texts) and (len(texts) > LONG or max(map(len, texts)) > LONG)  # texts that may be tried at every place
+    return together(within) + max(len(across) - 1, 0) + (tried and any(piece.kind in long_keys.OPEN for piece in pieces))
 
 
 def _regex(piece: Piece) -> str:
@@ -106,7 +177,7 @@ def _regex(piece: Piece) -> str:
 
 def _pieces(text: str) -> Iterator[Piece]:
     seen: set[str] = set()
-    position = 0
+    position = choices = 0
     _check_few(text)
     for token in _TOKEN.finditer(text):
         if token.start() > position:
@@ -115,7 +186,9 @@ def _pieces(text: str) -> Iterator[Piece]:
         if token["brace"]:
             raise RuleError(f"the pattern {text!r} has an odd brace at {token.start() + 1}", hint="name a part like {p} or {**rest}")
         if token["choices"]:
-            yield Piece("words", _choices(text, token["choices"][1:-1]))
+            chosen = _choices(text, token["choices"][1:-1], MOST_CHOICES - choices)
+            choices += len(chosen)
+            yield Piece("words", chosen)
             continue
         name = token["one"] or token["many"]
         if name:
@@ -132,13 +205,15 @@ def _pieces(text: str) -> Iterator[Piece]:
         yield Piece("text", (text[position:],))
 
 
-def _choices(text: str, choices: str) -> tuple[str, ...]:
+def _choices(text: str, choices: str, most: int) -> tuple[str, ...]:
     """One of several words, or a number from one to another, as texts fold keys: `{weight,bias}`, `{0..3,7}`."""
     words: list[str] = []
     for choice in choices.split(","):
         first, dots, last = choice.partition("..")
-        if dots and not (first.isdecimal() and int(first) <= int(last) < int(first) + MOST_CHOICES):
+        if dots and not (first.isdecimal() and len(last) < 19 and int(first) <= int(last)):
             raise RuleError(f"the pattern {text!r} has {choice!r}, which is no range", hint="write it as {0..11}")
+        if len(words) + (int(last) - int(first) if dots else 0) >= most:
+            raise RuleError(f"the pattern {text!r} has more than {MOST_CHOICES} choices", hint="name the part instead: {i}")
         words += map(str, range(int(first), int(last) + 1)) if dots else [first]
     return tuple(words)
 

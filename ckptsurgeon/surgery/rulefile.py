@@ -16,6 +16,7 @@ from itertools import chain, repeat
 from typing import Any
 
 from ckptsurgeon.errors import RuleError, printable
+from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.rules import Kind, Rule, compile_rule, linked
 
@@ -67,6 +68,7 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
     known = {name: tables for name, tables in value.items() if _tables(name, tables)}
     problems = [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if name not in known]
     rows = list(_rows(lines, known, path))
+    _held = one_child()  # for the regular expressions of all rules
     rules: list[Rule] = []
     for line, kind, table in rows:
         wrong = list(_wrong_fields(places, line, kind, table))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,6 +86,11 @@ class CompiledRule:
         """Whether the patterns are held against the target's names."""
         return self.rule.kind in ("init", "keep") or (self.rule.kind == "adapt" and not self.results)
 
+    def learn(self, names: Collection[str]) -> None:
+        """Say which names it will be held against, as `Pattern.learn`."""
+        for _, pattern in self.patterns:
+            pattern.learn(names)
+
     def match(self, name: str, source: int | None = None) -> Match | None:
         """The first pattern that matches a name (of a source's key), or None."""
         for which, (number, pattern) in enumerate(self.patterns):
@@ -142,7 +147,8 @@ def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> 
         example = "--init 'fc3.*' xavier_normal" if rule.kind == "init" else "--adapt pos_embed interpolate"
         raise RuleError("names no scheme" if rule.kind == "init" else "names no adapter", hint=example)
     keys, results = linked(rule)
-    patterns = tuple(_pattern(key, rule.kind in ("init", "keep") or (rule.kind == "adapt" and not results)) for key in keys)
+    of_target = rule.kind in ("init", "keep") or (rule.kind == "adapt" and not results)
+    patterns = tuple(_pattern(rule, key, of_target) for key in keys)
     if rule.kind == "rename":
         for result in results:
             check_template(result, patterns[0][1])
@@ -152,9 +158,10 @@ def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> 
     return CompiledRule(rule, patterns, tuple(results), ops, gathered, counted, stage)
 
 
-def _pattern(text: str, of_target: bool) -> tuple[int | None, Pattern]:
+def _pattern(rule: Rule, text: str, of_target: bool) -> tuple[int | None, Pattern]:
     numbered = None if of_target else _NUMBERED.fullmatch(text)
-    return (int(numbered[1]), compile_pattern(numbered[2])) if numbered else (None, compile_pattern(text))
+    number, text = (int(numbered[1]), numbered[2]) if numbered else (None, text)
+    return number, compile_pattern(text, str(rule))
 
 
 def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Sequence[Op]) -> tuple[tuple[str, ...], str | None]:

@@ -162,3 +162,28 @@ def test_long_rules_stay_within_the_terminal(files: Path, width: int) -> None:
     plan = text.plan(api.plan("a.pt", "b.pt", rules="rules.toml", adapt=adapt), width=width)
     diff = text.diff(api.diff("a.pt", "b.pt", rules="rules.toml", adapt=adapt), width=width)
     assert max(map(len, [*plan.splitlines(), *diff.splitlines()])) <= width, plan + diff
+
+
+ENDLESS = "/(a+)+/"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("diff", "long.pt", "b.pt", "--drop", ENDLESS),
+        ("diff", "long.pt", "b.pt", "--rules", "endless.toml"),
+        ("plan", "long.pt", "b.pt", "--rules", "endless.toml"),
+        ("plan", "b.pt", "long.pt", "--init", ENDLESS, "zeros"),
+        ("plan", "b.pt", "long.pt", "--keep", ENDLESS),
+        ("merge", "long.pt", "-o", "out.pt", "--rename", ENDLESS, "b"),
+        ("match", "long.pt", "b.pt", "--rules", "endless.toml"),
+        ("merge", "long.pt", "-o", "out.pt", "--dtype", "F16", "--allow-cast", ENDLESS),
+    ],
+)
+def test_a_regular_expression_that_would_run_for_ever_is_stopped(run: Run, files: Path, words: tuple[str, ...]) -> None:
+    torch.save({"a" * 40 + "!": torch.tensor([1e9])}, "long.pt")
+    (files / "endless.toml").write_text(f"# one rule\n\n[[drop]]\nkey = '{ENDLESS}'\n")
+    ended = run(*words, "--limit", "regex-seconds=1")
+    assert ended.code == 2 and "/(a+)+/ takes more than 1 s" in ended.err and "--limit regex-seconds=4" in ended.err
+    assert "endless.toml:3" in ended.err if "--rules" in words else "endless" not in ended.err
+    assert not Path("out.pt").exists()
