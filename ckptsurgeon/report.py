@@ -94,7 +94,8 @@ class Report:
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised); `adapted` are those of the transferred ones whose shape or values adapters changed, `partial` those that
+    and `fresh` (initialised); `still_fresh` are those of the fresh ones that come from a file which has them on record as fresh: an earlier
+    merge initialised them, and no training since. `coverage` counts all that a source gives, these included. `adapted` are those of the transferred ones whose shape or values adapters changed, `partial` those that
     adapters filled up with values that no source has (the new rows of a vocabulary). `dropped` has every source key that went nowhere,
     with the reason. `proven`: the file was held against the plan byte by byte.
     """
@@ -114,6 +115,7 @@ class Report:
     verification: Verification | None = None
     adapted: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
+    still_fresh: tuple[str, ...] = ()
     optimizer: CarriedState | None = None
     text: str = field(default="", repr=False, compare=False)
 

@@ -18,7 +18,7 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
     path = plan.sources[0].path
     if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="--min-coverage 0.9 asks for 90 %")
-    if plan.steps and (not plan.transferred or (plan.partial and not plan.coverage.elements)):
+    if plan.steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
         raise CoverageError(
             "nothing fits: no tensor of the target would be taken from it",
             path=path,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.api import gates, opening, resuming
 from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note
-from ckptsurgeon.api.provenance import still_fresh
 from ckptsurgeon.api.resuming import Asked, averaged_into
 from ckptsurgeon.api.ruling import Own, Ruling
 from ckptsurgeon.errors import ModelError, RootError, StaleError
@@ -23,7 +22,7 @@ from ckptsurgeon.models.averaged_copy import live_roots
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import Value, Waiting, at_hand, put
-from ckptsurgeon.report import CarriedState, Cast, Finding, Report
+from ckptsurgeon.report import CarriedState, Cast, Report
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.apply import torn, with_data
 from ckptsurgeon.streaming.reading import Reader
@@ -91,10 +90,11 @@ def transfer(
         transferred=plan.transferred,
         kept=plan.kept,
         fresh=plan.fresh,
+        still_fresh=plan.still_fresh,
         dropped=tuple((row.source, row.reason) for row in plan.dropped),
         coverage=plan.coverage,
         casts=reported(casts),
-        findings=(*plan.findings, *_untrained(plan, given)),
+        findings=plan.findings,
         adapted=plan.adapted,
         partial=plan.partial,
         optimizer=carried,
@@ -110,14 +110,6 @@ def _check_still_unchanged(reader: Reader) -> None:
         error.reason = "changed while it was copied into the model, which may hold a mixture now"
         error.hint = "transfer again when nothing writes to it"
         raise
-
-
-def _untrained(plan: Plan, given: Checkpoint) -> list[Finding]:
-    keys = still_fresh(plan, [given])
-    if not keys:
-        return []
-    words = f"{len(keys)} of the transferred keys are fresh on the source's own record: for groups, give param_groups the file instead"
-    return [Finding("fresh-in-source", words, keys[0], "note")]
 
 
 def _open(source: Given, root: str | None, goal: Checkpoint, beside_average: bool) -> tuple[Checkpoint, State]:

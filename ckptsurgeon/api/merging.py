@@ -199,7 +199,7 @@ def merge(
             goal = settled
             found, made = _decide(seen, goal, choices)
     gates.check(made, min_coverage=min_coverage, strict=strict)
-    how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
+    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
     around, carried = None, None
     if with_optimizer:
         from ckptsurgeon.api.carrying import training
@@ -247,7 +247,7 @@ def apply(
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
     _, own = load_own(made.own_adapters, [scheme for step in made.steps for scheme in step.schemes], note)
-    how = Output(os.fspath(output), written_format, overwrite, tied, record(made, found) if provenance else None, verify)
+    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
     return _carry_out(made, found, goal, how, device if verify else None, finite, own)
 
 
@@ -346,6 +346,7 @@ def _report(made: Plan, written: Written, output: str, proven: bool, verificatio
         transferred=made.transferred,
         kept=made.kept,
         fresh=made.fresh,
+        still_fresh=made.still_fresh,
         dropped=tuple((row.source, row.reason) for row in made.dropped),
         coverage=made.coverage,
         casts=written.casts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
+from ckptsurgeon.surgery.generalising.cover import drop_words
 from ckptsurgeon.surgery.items import SHOWN, Item
 from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
@@ -75,7 +76,7 @@ def crossed(
     sources: Sequence[Checkpoint],
     prefixes: Sequence[Prefix],
 ) -> dict[str, str]:
-    """Two sources on one name of the target (without a target: on any) that no rule keeps, and a pattern that drops the second."""
+    """Two sources on one name of the target (without a target: on any) that no rule keeps, and what to do: a rule that drops the second."""
     first: dict[str, Item] = {}
     problems = {}
 
@@ -94,13 +95,24 @@ def crossed(
         other = first.setdefault(item.name, item)
         if other is not item and not any(rule.match(item.name) is not None for rule in kept):
             alike.setdefault((other.source, other.rules, item.source, item.rules), []).append((other, item))
+
+    def bare(number: int, rows: Iterable[Item]) -> set[str]:
+        return {prefixes[number].bare(key) for item in rows for place, key in item.places if place == number}
+
     for pairs in alike.values():
         many = len(pairs) > FEW
+        number = pairs[0][1].places[0][0]
+        told = bare(number, [item for _, item in pairs])
+        prefix, path = (f"{number}:", sources[number].path) if len(sources) > 1 else ("", None)
+        hint = _way_out(told, bare(number, items) - told, prefix, path)
         for other, item in pairs[:1] if many else pairs:
-            number, bare = item.places[0][0], prefixes[item.places[0][0]].bare(item.places[0][1])
             more = f", and on {len(pairs) - 1} more names" if many else ""
-            pattern = "**" if many and len(sources) > 1 else bare
-            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}{more}"] = (
-                f"{number}:{pattern}" if len(sources) > 1 else pattern
-            )
+            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}{more}"] = hint
     return problems
+
+
+def _way_out(names: set[str], others: set[str], number: str, path: str | None) -> str:
+    """What leaves out these names of a source: rules, or, where one of several files has no others, the file itself."""
+    if not others and path is not None:
+        return f"give one of the two files only: {path} has nothing else"
+    return f"drop one of the two: {drop_words(names, others, number)}"

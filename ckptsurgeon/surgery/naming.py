@@ -176,7 +176,7 @@ def name_sources(
     if problems:
         hint = "see the names with: ckptsurgeon inspect CKPT"
         if crossed:
-            hint = f"drop one of the two: --drop {next(iter(crossed.values()))!r}"
+            hint = next(iter(crossed.values()))
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     return _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
 

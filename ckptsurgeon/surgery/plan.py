@@ -14,6 +14,7 @@ from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.averaging import Weights
 from ckptsurgeon.surgery.carried import findings, module_metadata, refuse_unsafe
 from ckptsurgeon.surgery.fates import fates, loose
+from ckptsurgeon.surgery.freshness import mark_fresh
 from ckptsurgeon.surgery.initial import Initial, check_copies, find_initials
 from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
@@ -69,7 +70,8 @@ def make_plan(
         raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
     origins = find_origins(sources, target, names, auto)
     planner = _Planner(target, names, choice, origins, auto)
-    steps, entries = planner.steps(), planner.entries()
+    steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
+    _refuse_unused(sources, target, steps, entries, names)
     dropped = fates(sources, target, names, origins, steps, entries)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
     whole: Mapping[str, TensorMeta] = target if target is not None else covered
@@ -100,6 +102,23 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int, auto: str | No
     for source in sources:
         if source.format == "skeleton":
             raise PlanError("is a skeleton and has no values behind its names", path=source.path)
+
+
+def _refuse_unused(
+    sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step], entries: Sequence[Entry], names: Names
+) -> None:
+    """Raises PlanError where nothing is used of one of several sources. Of a single one this is zero coverage, which is another answer."""
+    used = {number for step in steps for number, _ in step.sources} | {entry.source[0] for entry in entries if entry.source is not None}
+    unused = [number for number in range(len(sources)) if number not in used]
+    if len(sources) < 2 or not unused:
+        return
+    source = sources[unused[0]]
+    dropped = sum(number == unused[0] for number, _ in names.dropped)
+    why = "rules drop all of its keys" if dropped == len(source) + len(source.entries) else "no key of the target takes a value from it"
+    more = [f"{sources[number].path}: nothing of it is used either" for number in unused[1:]]
+    spec = target.path if target is not None else "TARGET"
+    hint = f"leave it out, or see what is in the way: ckptsurgeon diff {source.path} {spec}"
+    raise PlanError(f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=more, hint=hint)
 
 
 def _plan_source(source: Checkpoint, names: Names, number: int) -> PlanSource:

@@ -62,6 +62,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "ops": [dict(op) for op in step.ops],
                 "fresh": step.fresh,
                 "reason": step.reason,
+                **({"partial": True} if step.partial else {}),
             }
             for step in plan.steps
         ],
@@ -223,11 +224,12 @@ def _finding(row: Mapping[str, Any]) -> Finding:
 
 
 def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step:
-    unknown = [field for field in row if field not in STEP]
+    unknown = [field for field in row if field not in (*STEP, "partial")]
     if unknown:
         raise ValueError(f"{row.get('target')}: a step has no field {unknown[0][:40]!r}; it has {', '.join(STEP)}")
     name, dtype, action, fresh = _text(row["target"]), _text(row["dtype"]), _text(row["action"]), row["fresh"]
-    if dtype not in BY_CODE or action not in ACTIONS or fresh is not (action == "init"):
+    partial = row.get("partial", False)
+    if dtype not in BY_CODE or action not in ACTIONS or type(fresh) is not bool or (action == "init" and not fresh):
         raise ValueError(f"{name}: its dtype, action or fresh is not known, or does not go with the others")
     ops = tuple(_op(name, op) for op in _rows(row["ops"]))
     places = tuple(_source(place, count) for place in _rows(row["sources"]))
@@ -236,7 +238,7 @@ def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step
     folded = tuple(kind for place, kind in enumerate(kinds) if kind is not None or place == 0 or kinds[place - 1] is not None)
     if bool(places) is not reads or (len(places) > 1 and action != "adapt") or folded not in chains:
         raise ValueError(f"{name}: its action {action!r} does not go with its sources and ops")
-    step = Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]))  # type: ignore[arg-type]
+    step = Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]), partial is True)  # type: ignore[arg-type]
     kind = None if target is None else target.kind
     if not places and (kind is None or (action == "keep" and kind in ("model", "skeleton"))):
         raise ValueError(f"{name}: its action {action!r} does not go with the target")

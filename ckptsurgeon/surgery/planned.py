@@ -48,7 +48,8 @@ class Step:
     """How one target key gets its value.
 
     `sources` are (number of the source, key) pairs, in order; `ops` what is done to them, in order, each a dict with `op`. `dtype` and
-    `shape` are the result's.
+    `shape` are the result's. `fresh`: no training has touched the value, whether this plan initialises it or a merge before it did;
+    `partial`: by the sources' records, training has touched a part of it.
     """
 
     target: str
@@ -59,11 +60,7 @@ class Step:
     ops: tuple[Mapping[str, Any], ...]
     fresh: bool
     reason: str
-
-    @property
-    def transferred(self) -> bool:
-        """Whether the value comes from a source."""
-        return bool(self.sources)
+    partial: bool = False
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -145,8 +142,8 @@ class Plan:
 
     @property
     def transferred(self) -> tuple[str, ...]:
-        """Target keys that take weights from a source."""
-        return tuple(step.target for step in self.steps if step.sources)
+        """Target keys that take weights from a source, without those that are still fresh there."""
+        return tuple(step.target for step in self.steps if step.sources and not step.fresh)
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -155,18 +152,23 @@ class Plan:
 
     @property
     def partial(self) -> tuple[str, ...]:
-        """Target keys that take weights from a source and are filled up with values that no source has."""
-        return tuple(step.target for step in self.steps if step.sources and step.filled)
+        """Target keys a part of which is trained: adapters fill up the rest, or a record says so."""
+        return tuple(step.target for step in self.steps if not step.fresh and (step.partial or (step.sources and step.filled)))
 
     @property
     def kept(self) -> tuple[str, ...]:
         """Target keys that stay as a target checkpoint has them."""
-        return tuple(step.target for step in self.steps if step.action == "keep")
+        return tuple(step.target for step in self.steps if step.action == "keep" and not step.fresh)
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Target keys that are initialised."""
+        """Target keys that are initialised, now or by an earlier merge (`still_fresh`)."""
         return tuple(step.target for step in self.steps if step.fresh)
+
+    @property
+    def still_fresh(self) -> tuple[str, ...]:
+        """Target keys whose value comes from a file that has it on record as fresh: initialised by an earlier merge, not trained since."""
+        return tuple(step.target for step in self.steps if step.fresh and step.action != "init")
 
     def leader(self, key: str) -> str:
         """The first of the keys that are one tensor with `key`: it seeds the value, and its layer owns it."""

@@ -169,6 +169,7 @@ def report(found: Report) -> dict[str, Any]:
         "partial": list(found.partial),
         "kept": list(found.kept),
         "fresh": list(found.fresh),
+        "still_fresh": list(found.still_fresh),
         "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],
         "coverage": _coverage(found.coverage),
         "casts": [_cast(cast) for cast in found.casts],

@@ -357,5 +357,5 @@ def test_two_whole_files_collide_in_one_line(tmp_path: Path) -> None:
     assert (
         len(error.value.problems) == 1
         and "and on 39 more names" in error.value.problems[0]
-        and error.value.hint == "drop one of the two: --drop '1:**'"
+        and error.value.hint == f"give one of the two files only: {tmp_path / 'a.pt'} has nothing else"
     )

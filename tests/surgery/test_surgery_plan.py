@@ -422,7 +422,7 @@ def test_two_sources_on_one_name():
     assert problem == "two sources land on 'fc2.weight': 'fc1.weight' (by --rename 'fc1.{p}' 'fc2.{p}') and 'fc2.weight'"
     error = problems(rule("rename", "fc*.bias", "fc1.bias"))
     assert len(error.problems) == 1 and "'fc1.bias' (by" in error.problems[0] and "'fc2.bias' (by" in error.problems[0]
-    assert error.hint == "drop one of the two: --drop 'fc2.bias'"
+    assert error.hint == "drop one of the two: --drop fc2.bias"
     # Followed, the hint solves it.
     rules = [rule("drop", "fc2.bias"), rule("rename", "fc*.bias", "fc1.bias")]
     assert make_plan([checkpoint(NET)], model(NET), rules).fresh == ("fc2.bias",)
@@ -476,13 +476,18 @@ def test_a_key_in_two_sources_needs_a_rule_for_one_of_them():
     sources = [checkpoint(NET, "a.pt"), checkpoint({"fc2.weight": (4, 4), "fc2.bias": (4,)}, "b.pt")]
     error = problems(sources=sources)
     assert error.problems == tuple(f"two sources land on 'fc2.{p}': 'fc2.{p}' of a.pt and 'fc2.{p}' of b.pt" for p in ("weight", "bias"))
-    assert error.hint == "drop one of the two: --drop '1:fc2.weight'"
+    assert error.hint == "give one of the two files only: b.pt has nothing else"
     plan = make_plan(sources, model(NET), [rule("drop", "0:fc2.*")])
     assert [step.sources[0][0] for step in plan.steps] == [0, 0, 1, 1] and {row.file for row in plan.dropped} == {0}
-    plan = make_plan(sources, model(NET), [rule("drop", "1:**")])
-    assert [step.sources[0][0] for step in plan.steps] == [0, 0, 0, 0]
+    with pytest.raises(PlanError, match="rules drop all of its keys") as refused:
+        make_plan(sources, model(NET), [rule("drop", "1:**")])
+    assert refused.value.path == "b.pt"
     # Without a number a rule is for both.
-    assert make_plan(sources, model(NET), [rule("drop", "fc2.*")]).fresh == ("fc2.weight", "fc2.bias")
+    three = [sources[0], checkpoint({**NET, "aux.weight": (4, 4)}, "b.pt")]
+    found = make_plan(three, model({**NET, "aux.weight": (4, 4)}), [rule("drop", "fc2.*"), rule("drop", "1:fc1.*")])
+    assert found.fresh == ("fc2.weight", "fc2.bias")
+    error = problems(sources=three)
+    assert error.hint == "drop one of the two: --drop '1:fc1.**' --drop '1:fc2.**'"
     target = model({**NET, "aux.weight": (4, 4), "aux.bias": (4,)})
     assert make_plan(sources, target, [rule("rename", "1:fc2.{p}", "aux.{p}")]).coverage.tensors == 1.0
     assert "there is no source 2" in problems(rule("drop", "2:fc2.*"), sources=sources).problems[0]

@@ -194,7 +194,6 @@ def edited(**changes):
         {"action": "keep"},
         {"action": "init"},
         {"action": "steal"},
-        {"fresh": True},
         {"fresh": 0},
         {"sources": []},
         {"sources": [{"file": 1, "key": "module.fc1.w"}]},

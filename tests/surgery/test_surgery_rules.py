@@ -108,10 +108,10 @@ def test_two_sources_on_one_target_name_both_rules():
 
 
 def test_what_a_keep_rule_holds_two_sources_may_claim():
-    two = [checkpoint(["a.w", "h.w"], "a.pt"), checkpoint(["a.w", "h.w"], "b.pt")]
-    target = checkpoint(["a.w", "h.w"], "target.pt")
+    two = [checkpoint(["a.w", "h.w"], "a.pt"), checkpoint(["a.w", "h.w", "z.w"], "b.pt")]
+    target = checkpoint(["a.w", "h.w", "z.w"], "target.pt")
     plan = make_plan(two, target, [rule("keep", "h.*"), rule("drop", "1:a.*")])
-    assert {step.target: step.action for step in plan.steps} == {"a.w": "copy", "h.w": "keep"}
+    assert {step.target: step.action for step in plan.steps} == {"a.w": "copy", "h.w": "keep", "z.w": "copy"}
     assert {(row.file, row.source): row.reason for row in plan.dropped} == {
         (0, "h.w"): "--keep 'h.*'",
         (1, "h.w"): "--keep 'h.*'",

@@ -6,6 +6,7 @@ Rule: a number is `*` where that is harmless, words that differ are listed (`{we
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ckptsurgeon.surgery.generalising.drafts import Known
@@ -54,6 +55,16 @@ def modules(keys: Collection[str], forbidden: Collection[str]) -> tuple[list[str
             found.setdefault(whole, []).append(key)
     few = [whole for whole, named in found.items() if len(named) < 2]
     return [f"{whole}.**" for whole in found if whole not in few], [*rest, *(key for whole in few for key in found[whole])]
+
+
+def drop_words(keys: Collection[str], forbidden: Collection[str], number: str = "", most: int = 8) -> str:
+    """The options that drop all `keys` (of the source with this number and a colon) and nothing in `forbidden`, ready for a shell.
+
+    >>> drop_words(["ema.w", "ema.b", "scale"], ["w", "b"])
+    "--drop 'ema.**' --drop scale"
+    """
+    whole, rest = modules(keys, forbidden)
+    return " ".join(f"--drop {shlex.quote(number + pattern)}" for pattern in (*whole, *cover(rest, forbidden))[:most])
 
 
 def _dots(key: str) -> Iterator[int]:

@@ -27,10 +27,13 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     if verbose:
         lines += keys(found.transferred, width, None)
     if found.partial:
-        lines += [heading("partly", len(found.partial), "of the transferred: the rest was filled up"), *keys(found.partial, width, most)]
+        lines += [
+            heading("partly", len(found.partial), "trained in part: the rest was filled up, or is fresh in a source"),
+            *keys(found.partial, width, most),
+        ]
     if found.kept:
         lines += [heading("kept", len(found.kept), "the target's own values"), *keys(found.kept, width, most)]
-    lines += [heading("fresh", len(found.fresh), "initialised, not from the source"), *keys(found.fresh, width, most)]
+    lines += [heading("fresh", len(found.fresh), _fresh(found)), *keys(found.fresh, width, most)]
     lines.append(heading("dropped", len(found.dropped), "of the source"))
     lines += folded([(key, (reason,)) for key, reason in found.dropped], width, most)
     if found.casts:
@@ -109,6 +112,12 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
     if width is not None:
         cells = [[*row[:-1], "\n".join(broken(row[-1], max(width - before, 24)))] for row in cells]
     return tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)
+
+
+def _fresh(found: Report) -> str:
+    if found.still_fresh:
+        return f"initialised, {len(found.still_fresh)} of them by an earlier merge and not trained since"
+    return "initialised, not from the source"
 
 
 def _adapted(found: Report) -> str:
