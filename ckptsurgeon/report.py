@@ -95,9 +95,10 @@ class Report:
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
     and `fresh` (initialised); `still_fresh` are those of the fresh ones that come from a file which has them on record as fresh: an earlier
-    merge initialised them, and no training since. `coverage` counts all that a source gives, these included. `adapted` are those of the transferred ones whose shape or values adapters changed, `partial` those that
-    adapters filled up with values that no source has (the new rows of a vocabulary). `dropped` has every source key that went nowhere,
-    with the reason. `proven`: the file was held against the plan byte by byte.
+    merge initialised them, and no training since. `coverage` counts all that a source gives, these included. `adapted` are those whose
+    shape or values adapters changed, `partial` those of which only a part is trained: adapters filled up the rest (the new rows of a
+    vocabulary), or a source has it on record as fresh. `dropped` has every source key that went nowhere, with the reason. `proven`: the
+    file was held against the plan byte by byte.
     """
 
     sources: tuple[str, ...]

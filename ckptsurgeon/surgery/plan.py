@@ -118,7 +118,9 @@ def _refuse_unused(
     more = [f"{sources[number].path}: nothing of it is used either" for number in unused[1:]]
     spec = target.path if target is not None else "TARGET"
     hint = f"leave it out, or see what is in the way: ckptsurgeon diff {source.path} {spec}"
-    raise PlanError(f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=more, hint=hint)
+    raise PlanError(
+        f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=tuple(more), hint=hint
+    )
 
 
 def _plan_source(source: Checkpoint, names: Names, number: int) -> PlanSource:

@@ -92,7 +92,7 @@ def test_a_plan_on_disk_keeps_it(tmp_path: Path) -> None:
 
 def test_rows_that_are_grown_onto_a_fresh_head_are_fresh_with_it(tmp_path: Path) -> None:
     spec, first = merged(tmp_path)
-    grow = {"out.weight": "pad(dim=0, fill='init')", "out.bias": "pad(dim=0, fill=init)"}
+    grow = {"out.weight": "pad(fill='init')", "out.bias": "pad(fill='init')"}
     report = cs.merge(first, f"{spec}B(rows=4)", tmp_path / "2.pt", rename=RENAME, adapt=grow)
     assert report.fresh == (*OUT, *Z) and report.partial == ()
     trained = {"a.weight": torch.ones(3, 3), "a.bias": torch.ones(3), "fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
