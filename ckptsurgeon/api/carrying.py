@@ -16,6 +16,7 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, PlanError, TargetError
 from ckptsurgeon.formats.layout import WEIGHTS
 from ckptsurgeon.models import optimizer_state
+from ckptsurgeon.models.parameters import named
 from ckptsurgeon.report import CarriedState
 from ckptsurgeon.streaming.apply import Training
 from ckptsurgeon.streaming.reading import Reader
@@ -70,13 +71,11 @@ def training(
 
 def _parameters(goal: Target, slots: Any, steps: Mapping[str, Any]) -> list[Parameter]:
     assert goal.build_meta is not None
-    model = goal.build_meta()
-    known = optimizer_state.keys_of(model)
     found = []
-    for parameter in model.parameters():
-        name, keys = known[id(parameter)]
-        dtype = steps[keys[0]].dtype if keys and keys[0] in steps else BY_TORCH[str(parameter.dtype).removeprefix("torch.")].code
-        found.append(Parameter(name, keys, dtype, tuple(parameter.shape), slots))
+    for name, one in named(goal.build_meta()).items():
+        own = next((steps[key].dtype for key in one.keys if key in steps), None)
+        dtype = own or BY_TORCH[str(one.tensor.dtype).removeprefix("torch.")].code
+        found.append(Parameter(name, one.keys, dtype, tuple(one.tensor.shape), slots))
     return found
 
 

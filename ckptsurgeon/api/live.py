@@ -205,8 +205,8 @@ class _Run:
             found: torch.Tensor = state[step.target].detach()
             return found
         leader = self.plan.leader(step.target)
-        owner = initialize.owner_of(self.model, leader)
-        return initialize.value(scheme, leader, step.shape, step.dtype, self.plan.seed, owner, self.own.schemes)
+        owner, leaf = initialize.layer_of(self.model, leader)
+        return initialize.value(scheme, leader, step.shape, step.dtype, self.plan.seed, owner, self.own.schemes, leaf)
 
 
 def _record(source: Any) -> Any:

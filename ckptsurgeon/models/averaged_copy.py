@@ -15,9 +15,11 @@ from torch import nn
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.models.skeleton import checkpoint_of_state_dict
+from ckptsurgeon.surgery.prefixes import WRAPPERS
+from ckptsurgeon.surgery.training_places import AVERAGED
 from ckptsurgeon.tensors import Archive, StateDict
 
-_INNER = ("module", "ema", "ema_model")  # AveragedModel's and timm's; ultralytics'; others'
+_INNER = (*sorted(WRAPPERS), *AVERAGED)  # the attributes that may hold it: `module` of AveragedModel and timm's, `ema` of ultralytics'
 
 
 def inner(averaged: Any) -> nn.Module:

@@ -35,15 +35,27 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
     if not all(isinstance(word, (bool, str)) for word in words):
         raise ModelError(f"no_decay can't be {rule!r}", hint="give True, or patterns such as ['**.bias']")
     parameters = named(model)
-    wanted = {first: one.names for first, one in parameters.items() if (one.trainable if among is None else first in among)}
-    rest = [name for first, one in parameters.items() if first not in wanted for name in one.names]
+    wanted = {first: one.every for first, one in parameters.items() if (one.trainable if among is None else first in among)}
+    rest = [name for first, one in parameters.items() if first not in wanted for name in one.every]
     found = set(taken([word for word in words if isinstance(word, str)], wanted, rest, "frozen" if among is None else "other"))
     if True in words:
         modules = dict(model.named_modules(remove_duplicate=False))
-        for first, names in wanted.items():
-            owners = [modules[name.rpartition(".")[0]] for name in names]
-            leaves = [name.rpartition(".")[2] for name in names]
+        for first in wanted:
+            places = [_layer(name) for name in parameters[first].names]
+            owners = [modules[path] for path, _ in places]
+            leaves = [leaf for _, leaf in places]
             biased = any(leaf.endswith("bias") or leaf.startswith("bias_") for leaf in leaves)  # bias_k, bias_ih_l0
-            if parameters[first].parameter.ndim <= 1 or biased or any(isinstance(owner, _PLAIN) for owner in owners):
+            if parameters[first].tensor.ndim <= 1 or biased or any(isinstance(owner, _PLAIN) for owner in owners):
                 found.add(first)
     return frozenset(found)
+
+
+def _layer(name: str) -> tuple[str, str]:
+    """The path of the layer that a parameter is of, and its name there, also where it is parametrized.
+
+    >>> _layer("fc.bias"), _layer("fc.parametrizations.weight.original0")
+    (('fc', 'bias'), ('fc', 'weight'))
+    """
+    path, _, leaf = name.rpartition(".")
+    head, found, parametrized = path.rpartition("parametrizations.")
+    return (head.removesuffix("."), parametrized) if found and leaf.startswith("original") else (path, leaf)

@@ -1,9 +1,9 @@
 """How deep each parameter lies, from the stem (0) up to the head (the top): by the model's repeated blocks, or by patterns.
 
-Depth goes by names and by the order of registration, as `named_parameters` gives it; the forward pass is not looked at. What stands
-before the layers is one below them (the stem), what stands after is one above (the head), what stands between two has the depth of
-the one before it; "before" and "after" are told within the smallest module that holds it and a layer. Where several stacks of blocks
-could be the layers, or none is there, nothing is guessed: the error lists what could be given.
+Depth goes by names, without what wrappers put into them, and by the order of registration, as `named_parameters` gives it; the forward
+pass is not looked at. What stands before the layers is one below them (the stem), what stands after is one above (the head), what stands
+between two has the depth of the one before it; "before" and "after" are told within the smallest module that holds it and a layer. Where
+several stacks of blocks could be the layers, or none is there, nothing is guessed: the error lists what could be given.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.parameters import close_names, listed, named
+from ckptsurgeon.models.parameters import Named, close_names, inner, listed, matched, named
 from ckptsurgeon.surgery.patterns import Pattern, compile_pattern
 
 _NUMBERED = re.compile(r"([^{}*/]*?)(0|[1-9][0-9]*)")
@@ -58,12 +58,13 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     {'stem.weight': 0, 'stem.bias': 0, 'blocks.0.0.weight': 1, 'blocks.0.0.bias': 1, 'blocks.1.0.weight': 2, 'blocks.1.0.bias': 2}
     """
     parameters = named(model)
-    order = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    patterns = listed(layers) if layers is not None else (_found(model, matter, {n: p.names for n, p in parameters.items()}),)
+    names = _in_order(model, parameters.values())
+    order = list(names)
+    patterns = listed(layers) if layers is not None else (_found(model, matter, parameters),)
     layered: dict[str, int] = {}
     below = 0
     for text in patterns:
-        levels = _levels(compile_pattern(text), [name for name in order if name not in layered])
+        levels = _levels(compile_pattern(text), {name: every for name, every in names.items() if name not in layered})
         if not levels:
             raise ModelError(f"the layers {text!r} match no parameter", hint=close_names(text, order))
         ranks = {index: rank for rank, index in enumerate(sorted(set(levels.values())), start=below + 1)}
@@ -71,8 +72,18 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
         below += len(ranks)
     if not patterns:
         raise ModelError("layers is empty", hint="give a pattern such as 'encoder.layers.{i}.**', or leave it out")
-    every = {**_around(order, layered, below + 1), **layered}
-    return Depths(patterns, {first: min(every[name] for name in one.names) for first, one in parameters.items()}, below + 1)
+    depth = {**_around(order, layered, below + 1), **layered}
+    return Depths(patterns, {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, below + 1)
+
+
+def _in_order(model: nn.Module, parameters: Iterable[Named]) -> dict[str, tuple[str, ...]]:
+    """Each name without wrappers' segments, in the order of registration, to all that a pattern may call it."""
+    known: dict[str, tuple[str, ...]] = {}
+    for one in parameters:
+        for name, bare in zip(one.names, one.bare, strict=True):
+            known[name] = (bare, *one.every) if len(set(one.bare)) == 1 else (bare, name)
+    order = {name: known[name] for name, _ in model.named_parameters(remove_duplicate=False) if name in known}
+    return {every[0]: every for every in order.values()}
 
 
 def stacks(model: nn.Module) -> tuple[str, ...]:
@@ -85,8 +96,9 @@ def stacks(model: nn.Module) -> tuple[str, ...]:
     found: list[str] = []
 
     def walk(module: nn.Module, prefix: str) -> None:
+        children = _children(module)
         families: dict[str, dict[str, nn.Module]] = {}
-        for name, child in module.named_children():
+        for name, child in children.items():
             number = _NUMBERED.fullmatch(name)
             if number is not None and _holds(child):
                 families.setdefault(number[1], {})[name] = child
@@ -96,7 +108,7 @@ def stacks(model: nn.Module) -> tuple[str, ...]:
             if times > 1 and any(_composite(child) for child in members.values() if type(child) is kind):
                 found.append(f"{prefix}{stem}{{i}}{'.{j}' if _stages(members.values()) else ''}.**")
                 inside |= set(members)
-        for name, child in module.named_children():
+        for name, child in children.items():
             if name not in inside:
                 walk(child, f"{prefix}{name}.")
 
@@ -110,11 +122,16 @@ def _stages(members: Iterable[nn.Module]) -> bool:
     for member in members:
         if type(member) not in (nn.Sequential, nn.ModuleList):
             return False
-        children = [child for child in member.children() if _holds(child)]
+        children = [child for child in _children(member).values() if _holds(child)]
         if not all(_composite(child) for child in children):
             return False
         kinds |= set(map(type, children))
     return len(kinds) == 1
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules within a module by name, each without its wrappers."""
+    return {name: inner(child) for name, child in inner(module).named_children()}
 
 
 def _holds(module: nn.Module) -> bool:
@@ -122,12 +139,12 @@ def _holds(module: nn.Module) -> bool:
 
 
 def _composite(module: nn.Module) -> bool:
-    return any(_holds(child) for child in module.children())
+    return any(_holds(child) for child in _children(module).values())
 
 
-def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping[str, tuple[str, ...]]) -> str:
+def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping[str, Named]) -> str:
     """The pattern of the one stack that matters."""
-    wanted = [name for first, names in parameters.items() if matter is None or first in matter for name in names]
+    wanted = {name: (name,) for first, one in parameters.items() if matter is None or first in matter for name in one.bare}
     every = stacks(model)
     counts = {text: len(set(_levels(compile_pattern(text), wanted).values())) for text in every}
     mattering = [text for text in every if counts[text]] or list(every)
@@ -139,7 +156,7 @@ def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping
             hint=f"say which, layers={mattering[0]!r}, or several in their order: layers={mattering[:2]!r}",
             problems=tuple(f"{text} ({counts[text]} layers)" for text in mattering),
         )
-    own = [f"{name}.**" for name, child in model.named_children() if _holds(child)]
+    own = [f"{name}.**" for name, child in _children(model).items() if _holds(child)]
     raise ModelError(
         "has no repeated blocks that could be the layers",
         path=type(model).__name__,
@@ -147,10 +164,9 @@ def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping
     )
 
 
-def _levels(pattern: Pattern, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The numbers that a layer's pattern sees in each name that it matches."""
-    pattern.learn(names)
-    matches = {name: parts for name in names if (parts := pattern.match(name)) is not None}
+def _levels(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, tuple[int, ...]]:
+    """The numbers that a layer's pattern sees in each name that it matches, under the first of the names that this one goes by."""
+    matches = matched(pattern, names)
     digits = [{part for part, value in parts.items() if value.isascii() and value.isdigit()} for parts in matches.values()]
     # `layer{i}.**` also matches layer_norm: a part that is a number somewhere must be one everywhere, unless another part always is
     always = set.intersection(*digits) if digits else set()

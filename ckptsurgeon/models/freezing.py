@@ -7,16 +7,17 @@ is replaced, in its instance, so that state_dict, forward and class stay what th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial as bound
 
+import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError, printable
 from ckptsurgeon.models.groups import FRESH, TRANSFERRED
-from ckptsurgeon.models.parameters import Named, listed, named, taken
-from ckptsurgeon.models.recorded import known_fresh, known_partial
+from ckptsurgeon.models.parameters import Named, listed, named, named_tensors, taken
+from ckptsurgeon.models.recorded import fresh_parameters, known_fresh, known_partial
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
@@ -73,16 +74,16 @@ def freeze(model: nn.Module, what: object, *, partial: str = FRESH) -> Frozen:
     >>> net.train()[1].training
     False
     """
-    every = named(model)
-    chosen = _chosen(model, every, what, partial)
-    keys = tuple(first for first, one in every.items() if any(name in chosen for name in one.names))
+    every, buffers = named_tensors(model)
+    chosen = _chosen(model, every, buffers, what, partial)
+    keys = tuple(first for first, one in every.items() if id(one.tensor) in chosen)
     for first in keys:
-        every[first].parameter.requires_grad_(False)
-        every[first].parameter.grad = None  # an optimizer would go on stepping with a stale one
+        every[first].tensor.requires_grad_(False)
+        every[first].tensor.grad = None  # an optimizer would go on stepping with a stale one
     modules = []
     for name, layer in _with_statistics(model).items():
         own = list(layer.parameters())
-        if all(not one.requires_grad for one in own) and _covered(name, layer, chosen, by_record=not _patterns(what)):
+        if all(not one.requires_grad for one in own) and _covered(layer, chosen, by_record=not _patterns(what)):
             layer.training = False
             layer.__dict__["train"] = bound(_stay, layer)
             modules.append(name)
@@ -109,21 +110,20 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
     >>> unfreeze(net, "1.*").modules, net[1].training
     (('1',), True)
     """
-    every = named(model)
-    return thaw(model, every, _chosen(model, every, listed(what), FRESH))
+    every, buffers = named_tensors(model)
+    return thaw(model, every, _chosen(model, every, buffers, listed(what), FRESH))
 
 
-def thaw(model: nn.Module, every: Mapping[str, Named], chosen: Iterable[str]) -> Frozen:
-    """`unfreeze` for names that are known."""
-    wanted = set(chosen)
-    found = [first for first, one in every.items() if any(name in wanted for name in one.names)]
-    keys = tuple(first for first in found if not every[first].trainable and _learns(every[first].parameter))
+def thaw(model: nn.Module, every: Mapping[str, Named], chosen: Container[int]) -> Frozen:
+    """`unfreeze` for parameters and buffers that are known, by their id."""
+    found = [first for first, one in every.items() if id(one.tensor) in chosen]
+    keys = tuple(first for first in found if not every[first].trainable and _learns(every[first].tensor))
     for first in keys:
-        every[first].parameter.requires_grad_(True)
+        every[first].tensor.requires_grad_(True)
     modules = []
     for name, layer in _with_statistics(model).items():
         own = list(layer.parameters())
-        free = any(one.requires_grad for one in own) if own else _covered(name, layer, wanted, by_record=False)
+        free = any(one.requires_grad for one in own) if own else _covered(layer, chosen, by_record=False)
         if is_kept(layer) and free:
             del layer.__dict__["train"]
             layer.training = model.training
@@ -143,7 +143,7 @@ def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
     return layer
 
 
-def _learns(parameter: nn.Parameter) -> bool:
+def _learns(parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
@@ -154,21 +154,22 @@ def _patterns(what: object) -> bool:
     return isinstance(what, Iterable) and not isinstance(what, (Checkpoint, Mapping)) and not hasattr(what, "fresh")
 
 
-def _chosen(model: nn.Module, every: Mapping[str, Named], what: object, partial: str) -> set[str]:
-    """The names, of parameters and buffers, that are meant."""
-    names = [name for one in every.values() for name in one.names]
-    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, Named], what: object, partial: str) -> set[int]:
+    """The parameters and buffers that are meant, by their id."""
+    tensors = {**every, **buffers}
     if _patterns(what):
         patterns = listed(what)  # type: ignore[arg-type]
         if not patterns or not all(isinstance(text, str) for text in patterns):
             raise ModelError(f"{what!r} does not say what to freeze", hint="give patterns such as 'layer1.**', or a report")
-        return set(taken(patterns, {name: [name] for name in (*names, *buffers)}, (), ""))
+        return {id(tensors[first].tensor) for first in taken(patterns, {first: one.every for first, one in tensors.items()}, (), "")}
     if partial not in (TRANSFERRED, FRESH):
         raise ModelError(f"partial can't be {partial!r}", hint="give 'transferred' or 'fresh'")
     keys = state_dict_of(model, type(model).__name__)
-    fresh = known_fresh(keys, what) | (known_partial(keys, what) if partial == FRESH and _knows_partial(what) else frozenset())
-    free = {name for one in every.values() if all(name in fresh for name in one.names) for name in one.names}
-    return {name for name in names if name not in free} | {name for name in buffers if name not in fresh}
+    fresh = known_fresh(keys, tensors.values(), what)
+    if partial == FRESH and _knows_partial(what):
+        fresh |= known_partial(keys, tensors.values(), what)
+    free = fresh_parameters(every, buffers, fresh) | {first for first, one in buffers.items() if one.keys and fresh.issuperset(one.keys)}
+    return {id(one.tensor) for first, one in tensors.items() if first not in free}
 
 
 def _knows_partial(what: object) -> bool:
@@ -185,22 +186,20 @@ def _with_statistics(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _covered(name: str, layer: nn.Module, chosen: Iterable[str], *, by_record: bool) -> bool:
+def _covered(layer: nn.Module, chosen: Container[int], *, by_record: bool) -> bool:
     """Whether what was asked for takes the layer: one of its parameters, or, without any and under a record, its statistics.
 
     A record under which the statistics are fresh leaves the layer alone: in eval mode it would work with none.
     """
-    chosen = set(chosen)
-    prefix = f"{name}." if name else ""
-    statistics = [prefix + leaf for leaf in _STATISTICS[:2] if layer._buffers.get(leaf) is not None]
-    own = [prefix + leaf for leaf, _ in layer.named_parameters()]
-    taken_statistics = all(key in chosen for key in statistics)
+    statistics = [layer._buffers[leaf] for leaf in _STATISTICS[:2] if layer._buffers.get(leaf) is not None]
+    own = list(layer.parameters())
+    taken_statistics = all(id(one) in chosen for one in statistics)
     if not own:
         return taken_statistics
-    return any(key in chosen for key in own) and (taken_statistics or not by_record)
+    return any(id(one) in chosen for one in own) and (taken_statistics or not by_record)
 
 
 def _report(verb: str, model: nn.Module, keys: tuple[str, ...], modules: list[str]) -> Frozen:
     every = named(model)
-    elements = sum(every[first].parameter.numel() for first in keys)
+    elements = sum(every[first].tensor.numel() for first in keys)
     return Frozen(verb, keys, tuple(modules), tuple(first for first, one in every.items() if one.trainable), elements)

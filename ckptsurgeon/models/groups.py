@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.decay import NoDecay, without_decay
 from ckptsurgeon.models.depth import Depths, depths
-from ckptsurgeon.models.parameters import Named, close_names, named, taken
-from ckptsurgeon.models.recorded import fresh_keys, known_fresh, known_partial
+from ckptsurgeon.models.parameters import Named, close_names, named, named_tensors, taken
+from ckptsurgeon.models.recorded import fresh_keys, fresh_parameters, known_fresh, known_partial
 from ckptsurgeon.models.skeleton import state_dict_of
 
 __all__ = ["FRESH", "TRANSFERRED", "check_decay", "check_groups", "check_rates", "close_names", "fresh_keys", "known_fresh", "param_groups"]
@@ -31,9 +32,9 @@ class _Rows:
     """The groups as they fill: by place (kind, depth, without decay), in which order they are given out."""
 
     rates: dict[tuple[int, int, bool], tuple[str, float | None]] = field(default_factory=dict)
-    members: dict[tuple[int, int, bool], list[tuple[str, nn.Parameter]]] = field(default_factory=dict)
+    members: dict[tuple[int, int, bool], list[tuple[str, torch.Tensor]]] = field(default_factory=dict)
 
-    def add(self, place: tuple[int, int, bool], name: str, rate: float | None, first: str, parameter: nn.Parameter) -> None:
+    def add(self, place: tuple[int, int, bool], name: str, rate: float | None, first: str, parameter: torch.Tensor) -> None:
         self.rates[place] = (name, rate)
         self.members.setdefault(place, []).append((first, parameter))
 
@@ -54,8 +55,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer: `transferred`, `fresh`, then one for each override; empty ones left out.
 
-    A tied parameter counts once, under its first name; it is fresh only if all its names are, since otherwise a source gave it its
-    values, and an override takes it if the pattern matches any of its names.
+    A tied parameter counts once, under its first name; it is fresh only if all its keys are, since otherwise a source gave it its
+    values, and an override takes it if the pattern matches any of its names. A name is one of the model's, with wrappers' segments or
+    without, or a key of the state_dict.
 
     Args:
         model: on any device; its `requires_grad` flags say what is trainable.
@@ -90,15 +92,16 @@ def param_groups(
     given = dict(overrides or {})
     check_rates({"lr": lr, "fresh_lr": fresh_lr, "fresh_scale": fresh_scale, "weight_decay": weight_decay, **given})
     _check_choices(lr, fresh_lr, fresh_scale, layer_decay, layers, partial)
+    every, buffers = named_tensors(model)
+    tensors = [*every.values(), *buffers.values()]
     keys = state_dict_of(model, type(model).__name__)
-    fresh = known_fresh(keys, source) | (known_partial(keys, source) if partial == FRESH else frozenset())
-    every = named(model)
+    fresh = known_fresh(keys, tensors, source) | (known_partial(keys, tensors, source) if partial == FRESH else frozenset())
     trainable = {first: one for first, one in every.items() if one.trainable}
     if not trainable:
         raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if every else None)
-    chosen = taken(given, {first: one.names for first, one in trainable.items()}, _frozen_names(every), "frozen")
+    chosen = taken(given, {first: one.every for first, one in trainable.items()}, _frozen_names(every), "frozen")
     bare = without_decay(model, no_decay)
-    newest = {first for first, one in trainable.items() if first not in chosen and all(name in fresh for name in one.names)}
+    newest = fresh_parameters(every, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
     rate = lr * fresh_scale if lr is not None and fresh_scale is not None else fresh_lr
     if newest and rate is None:
         hint = "give fresh_lr=1e-2, or fresh_scale=10"
@@ -109,14 +112,15 @@ def param_groups(
     for first, one in trainable.items():
         plain = first in bare
         if first in chosen:
-            rows.add((turns[chosen[first]], 0, plain), chosen[first], given[chosen[first]], first, one.parameter)
+            rows.add((turns[chosen[first]], 0, plain), chosen[first], given[chosen[first]], first, one.tensor)
         elif first in newest:
-            rows.add((1, 0, plain), FRESH, rate, first, one.parameter)
+            rows.add((1, 0, plain), FRESH, rate, first, one.tensor)
         else:
             depth, name, own = _by_depth(deep, first, lr, layer_decay)
-            rows.add((0, depth, plain), name, own, first, one.parameter)
+            rows.add((0, depth, plain), name, own, first, one.tensor)
     groups = [_group(*rows.rates[place], weight_decay, place[2], rows.members[place]) for place in sorted(rows.rates)]
     check_groups(model, groups)
+    _check_claims(every, fresh, groups)
     return groups
 
 
@@ -134,17 +138,18 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
     Traceback (most recent call last):
     ckptsurgeon.errors.ModelError: bias: is trainable, and in no group
     """
-    names = {id(one.parameter): first for first, one in named(model).items()}
+    every = named(model)
+    known = {id(one.tensor) for one in every.values()}
     places: dict[int, list[str]] = {}
     problems = []
     for number, group in enumerate(groups):
         title = str(group.get("name", number))
         for parameter in group["params"]:
             places.setdefault(id(parameter), []).append(title)
-            if id(parameter) not in names:
+            if id(parameter) not in known:
                 problems.append((f"a parameter of shape {tuple(parameter.shape)}", f"is in the group {title!r}, and not the model's"))
-    for first, one in named(model).items():
-        found = places.get(id(one.parameter), [])
+    for first, one in every.items():
+        found = places.get(id(one.tensor), [])
         if len(found) > 1:
             problems.append((first, f"is in {len(found)} groups: {', '.join(map(repr, found))}"))
         elif found and not one.trainable:
@@ -158,6 +163,19 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
         raise ModelError(f"{len(problems)} parameters are not in exactly one group", key=problems[0][0], problems=lines)
 
 
+def _check_claims(every: Mapping[str, Named], fresh: frozenset[str], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Every fresh key of a trainable parameter is claimed by exactly one group. ModelError otherwise."""
+    group_of = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
+    claims: dict[str, list[str]] = {}
+    for one in every.values():
+        for key in one.keys if one.trainable else ():
+            claims.setdefault(key, []).append(group_of[id(one.tensor)])
+    for key, titles in claims.items():
+        if key in fresh and len(set(titles)) > 1:
+            words = " and ".join(map(repr, titles))
+            raise ModelError(f"is fresh, and of {len(titles)} parameters that share its memory, in the groups {words}", key=key)
+
+
 def _by_depth(deep: Depths | None, first: str, lr: float | None, decay: float | None) -> tuple[int, str, float | None]:
     if deep is None or lr is None or decay is None:
         return 0, TRANSFERRED, lr
@@ -165,7 +183,7 @@ def _by_depth(deep: Depths | None, first: str, lr: float | None, decay: float | 
     return depth, f"{TRANSFERRED}/{deep.label(depth)}", lr * decay ** (deep.top - depth)
 
 
-def _group(name: str, lr: float | None, decay: float | None, plain: bool, members: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+def _group(name: str, lr: float | None, decay: float | None, plain: bool, members: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
     known = {"lr": lr, "weight_decay": 0.0 if plain else decay}
     return {
         "name": name + (NO_DECAY if plain else ""),
@@ -176,7 +194,7 @@ def _group(name: str, lr: float | None, decay: float | None, plain: bool, member
 
 
 def _frozen_names(every: Mapping[str, Named]) -> list[str]:
-    return [name for one in every.values() if not one.trainable for name in one.names]
+    return [name for one in every.values() if not one.trainable for name in one.every]
 
 
 def check_rates(rates: Mapping[str, float | None]) -> None:

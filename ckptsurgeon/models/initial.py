@@ -8,7 +8,7 @@ model is written to. The formulas are `torch.nn.init`'s, whose sources `SCHEMES`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, ModelError, RuleError, TargetError
 from ckptsurgeon.models.build import forked
 from ckptsurgeon.models.own import Fill, checked_tensor
+from ckptsurgeon.models.parameters import Named, inner, named_tensors
 from ckptsurgeon.models.reset import held, reset_value
 from ckptsurgeon.models.scheme_text import SCHEMES, effective_scheme, is_own, parse_scheme
 from ckptsurgeon.models.unset import is_unset
@@ -57,6 +58,7 @@ def value(
     seed: int,
     module: nn.Module | None,
     own: Mapping[str, Fill] = {},
+    leaf: str | None = None,
 ) -> torch.Tensor:
     """The initial value of one tensor, dense on the CPU.
 
@@ -67,6 +69,7 @@ def value(
         module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. Its own value is taken for the first two;
             for `reset` it may be on meta.
         own: the loaded functions of a person's own schemes, by name (`own.own_schemes`).
+        leaf: the tensor's name in its layer; None where it is the key's last part.
 
     Raises:
         RuleError: the scheme is malformed, does not suit this tensor, or needs a module or a function that is not there.
@@ -75,13 +78,13 @@ def value(
     >>> value("constant(2)", "fc.bias", (2,), "I64", 0, None)
     tensor([2, 2])
     """
-    chosen = concrete(scheme, key, shape, dtype_code, module)
+    chosen = concrete(scheme, key, shape, dtype_code, module, leaf)
     if chosen == KEEP:
-        return fitted(held(module, key), key, shape, dtype_code)
-    return drawn(chosen, key, shape, dtype_code, seed, module, own)
+        return fitted(held(module, leaf or key), key, shape, dtype_code)
+    return drawn(chosen, key, shape, dtype_code, seed, module, own, leaf)
 
 
-def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, module: nn.Module | None) -> str:
+def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, module: nn.Module | None, leaf: str | None = None) -> str:
     """The scheme that this tensor really gets, `model` for its constructor's value, checked against its shape and dtype.
 
     Raises:
@@ -96,7 +99,7 @@ def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, mod
         raise RuleError(f"{name} needs the layer itself, and no model is known here", key=key, hint=f"--init {key!r} zeros")
     if name == "per_layer_type":
         row = next((row for types, row in PER_LAYER_TYPE if isinstance(module, types)), {})
-        scheme = row.get(key.rpartition(".")[2], KEEP)
+        scheme = row.get((leaf or key).rpartition(".")[2], KEEP)
         name, _ = parse_scheme(scheme)
     if name in (KEEP, "reset"):
         return name
@@ -114,13 +117,20 @@ def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, mod
 
 
 def drawn(
-    chosen: str, key: str, shape: tuple[int, ...], dtype_code: str, seed: int, module: nn.Module | None, own: Mapping[str, Fill]
+    chosen: str,
+    key: str,
+    shape: tuple[int, ...],
+    dtype_code: str,
+    seed: int,
+    module: nn.Module | None,
+    own: Mapping[str, Fill],
+    leaf: str | None = None,
 ) -> torch.Tensor:
     """The value of a scheme that `concrete` gave, other than `model`. Raises as `value`."""
     name, kwargs = parse_scheme(chosen)
     try:
         if name == "reset" and module is not None:
-            return fitted(reset_value(module, key, seed_of(seed, key.rpartition(".")[0])), key, shape, dtype_code)
+            return fitted(reset_value(module, key, seed_of(seed, key.rpartition(".")[0]), leaf), key, shape, dtype_code)
         if is_own(name):
             return _cast(_filled(chosen, key, shape, dtype_code, seed, own), chosen, key, dtype_code)
     except TargetError as error:
@@ -154,11 +164,37 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
-    """The layer whose own tensor the key names, or None without a model or where the key is no path in it."""
+    """The layer whose own tensor, or extra state, the key names; None without a model or where the key is no path in it.
+
+    The key need not have the segments that wrappers put into a path.
+
+    >>> owner_of(nn.Sequential(nn.DataParallel(nn.Linear(3, 2))), "0.weight")
+    Linear(in_features=3, out_features=2, bias=True)
+    """
+    *path, leaf = key.split(".")
     module: object = model
-    for name in key.split(".")[:-1]:
-        module = getattr(module, "_modules", {}).get(name)
-    return module if isinstance(module, nn.Module) else None
+    for name in path:
+        children = getattr(module, "_modules", {})
+        module = children[name] if name in children or not isinstance(module, nn.Module) else inner(module)._modules.get(name)
+    if not isinstance(module, nn.Module):
+        return None
+    own_state = leaf == "_extra_state" and type(module).get_extra_state is not nn.Module.get_extra_state
+    return module if own_state or leaf in module._parameters or leaf in module._buffers else inner(module)
+
+
+def layer_of(model: nn.Module | None, key: str, tensors: Iterable[Named] | None = None) -> tuple[nn.Module | None, str]:
+    """`owner_of`, and the tensor's name in it, also where a hook gives the tensor another key in the state_dict.
+
+    Args:
+        tensors: the model's parameters and buffers, where they are known.
+    """
+    owner, leaf = owner_of(model, key), key.rpartition(".")[2]
+    if model is None or (owner is not None and held(owner, leaf) is not None):
+        return owner, leaf
+    if tensors is None:
+        tensors = [one for part in named_tensors(model) for one in part.values()]
+    name = next((one.names[0] for one in tensors if key in one.keys), None)
+    return (owner, leaf) if name is None else (owner_of(model, name), name.rpartition(".")[2])
 
 
 def fitted(found: object, key: str, shape: tuple[int, ...], dtype_code: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ the values; here they are chosen by pattern, tied names are one tensor, and `fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,27 @@ from torch import nn
 
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError, RuleError
-from ckptsurgeon.models.groups import close_names, known_fresh
-from ckptsurgeon.models.initial import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, owner_of, value
+from ckptsurgeon.models.groups import close_names
+from ckptsurgeon.models.initial import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, layer_of, owner_of, value
 from ckptsurgeon.models.own import Fill, in_hand, own_schemes
+from ckptsurgeon.models.parameters import Named, matched, named_tensors, other_names
+from ckptsurgeon.models.recorded import known_fresh
 from ckptsurgeon.models.scheme_text import SCHEMES, Scheme, describe_effective, parse_scheme
 from ckptsurgeon.models.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern, expand
 
-__all__ = ["PER_LAYER_TYPE", "SCHEMES", "Scheme", "describe_effective", "fitted", "initialize", "owner_of", "parse_scheme", "value"]
+__all__ = [
+    "PER_LAYER_TYPE",
+    "SCHEMES",
+    "Scheme",
+    "describe_effective",
+    "fitted",
+    "initialize",
+    "layer_of",
+    "owner_of",
+    "parse_scheme",
+    "value",
+]
 
 Group = tuple[str, ...]  # all names of one tensor
 Chosen = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
@@ -60,9 +73,11 @@ def initialize(
     ('0.weight',)
     """
     state = state_dict_of(model, type(model).__name__)
-    fresh = known_fresh(state, report)
+    tensors = [one for part in named_tensors(model) for one in part.values()]
+    fresh = known_fresh(state, tensors, report)
     texts, given = _texts(scheme)
-    schemes = _by_key(texts, [key for key in state if key in fresh], list(state))
+    spelled = _names(state, tensors)
+    schemes = _by_key(texts, {key: spelled[key] for key in state if key in fresh}, spelled)
     own = {**own_schemes([text for text in schemes.values() if text not in given], note), **given}
     storages = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     groups = _tie_groups(state, schemes, fresh)
@@ -77,7 +92,7 @@ def initialize(
             found: torch.Tensor = state[origin]
             shape, code = tuple(found.shape), _code(found)
             wanted = schemes[origin] if origin in written else KEEP
-            chosen = concrete(wanted, origin, shape, code, owner_of(model, origin))
+            chosen = concrete(wanted, origin, shape, code, *layer_of(model, origin, tensors))
             if chosen == KEEP and origin == key:
                 continue
             if tensor.is_meta or tensor.untyped_storage()._cdata not in storages:
@@ -87,7 +102,8 @@ def initialize(
                 made = found
             else:
                 leader = written[origin][0]
-                made = drawn(chosen, leader, shape, code, seed, owner_of(model, leader), own)
+                owner, leaf = layer_of(model, leader, tensors)
+                made = drawn(chosen, leader, shape, code, seed, owner, own, leaf)
             values.append((names, tensor, fitted(made, key, tuple(tensor.shape), _code(tensor))))
         except RuleError as error:
             problems.append(error)
@@ -144,7 +160,16 @@ def _code(tensor: torch.Tensor) -> str:
     return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
-def _by_key(scheme: str | Mapping[str, str], fresh: list[str], keys: list[str]) -> dict[str, str]:
+def _names(state: Mapping[str, Any], tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
+    """Each key to the names that a pattern may call it by: its own first, then those that its tensor has in the model."""
+    more: dict[str, list[str]] = {}
+    for name, keys in other_names(tensors).items():
+        for key in keys:
+            more.setdefault(key, []).append(name)
+    return {key: tuple(dict.fromkeys((key, *more.get(key, ())))) for key in state}
+
+
+def _by_key(scheme: str | Mapping[str, str], fresh: Mapping[str, tuple[str, ...]], keys: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Which fresh key gets which scheme; a pattern that matches no fresh key is an error."""
     if isinstance(scheme, str):
         return dict.fromkeys(fresh, _written_out(scheme, compile_pattern("**"), {}))
@@ -152,14 +177,13 @@ def _by_key(scheme: str | Mapping[str, str], fresh: list[str], keys: list[str]) 
     problems = []
     for text, wanted in scheme.items():
         pattern = compile_pattern(text)
-        pattern.learn(fresh)
-        matched = {key: parts for key in fresh if (parts := pattern.match(key)) is not None}
+        taken = matched(pattern, fresh)
         _written_out(wanted, pattern, None)
-        for key, parts in matched.items():
+        for key, parts in taken.items():
             if key not in chosen:
                 chosen[key] = _written_out(wanted, pattern, parts)
-        if not matched:
-            known = any(pattern.match(key) is not None for key in keys)
+        if not taken:
+            known = bool(matched(pattern, keys))
             reason = f"the pattern {text!r} matches {'nothing that is fresh' if known else 'nothing in the model'}"
             problems.append(RuleError(reason, hint=close_names(text, fresh)))
     _raise_all(problems)

@@ -17,7 +17,7 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models import persons_code
-from ckptsurgeon.models.skeleton import state_dict_of
+from ckptsurgeon.models.parameters import named
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.adapting import adapted, dense_parts
 from ckptsurgeon.streaming.values import cast, tensor_from
@@ -62,13 +62,13 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(f"a {type(optimizer).__name__} is no optimizer of torch", hint="give the new torch.optim optimizer itself")
-    keys = keys_of(model)
+    known = {id(one.tensor): (first, one.keys) for first, one in named(model).items()}
     kind = kind_of(optimizer)
     found = []
     for number, group in enumerate(optimizer.param_groups):
         slots = wanted_slots(kind, group) if kind is not None else ()
         for index, parameter in enumerate(group["params"]):
-            name, own = keys.get(id(parameter), (f"parameter {index} of group {number}", ()))
+            name, own = known.get(id(parameter), (f"parameter {index} of group {number}", ()))
             dtype = BY_TORCH.get(str(parameter.dtype).removeprefix("torch."))
             found.append(Parameter(name, own, "F32" if dtype is None else dtype.code, tuple(parameter.shape), slots))
     if found and not any(parameter.keys for parameter in found):
@@ -76,28 +76,6 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
             "the optimizer has no parameter of the model", path=type(model).__name__, hint="make it from this model's own parameters"
         )
     return tuple(found)
-
-
-def keys_of(model: nn.Module) -> dict[int, tuple[str, tuple[str, ...]]]:
-    """By the id of each of a model's parameters, in order: its first name, and its keys in the state_dict, several where it is tied.
-
-    >>> list(keys_of(nn.Linear(3, 2)).values())
-    [('weight', ('weight',)), ('bias', ('bias',))]
-    """
-    state = state_dict_of(model, type(model).__name__)
-    places: dict[Any, list[str]] = {}
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            places.setdefault(_place(value) if value.numel() else key, []).append(key)
-    found = {}
-    for name, parameter in model.named_parameters():
-        found[id(parameter)] = name, tuple(places.get(_place(parameter) if parameter.numel() else name, ()))
-    return found
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a parameter and its entries in the state_dict have in common, whatever names hooks give them."""
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
 def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch) -> Made:

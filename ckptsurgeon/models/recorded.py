@@ -5,13 +5,13 @@ Nothing here guesses: where no record says it, or where it speaks of keys that t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 
 from ckptsurgeon.errors import ModelError, NoRecordError
-from ckptsurgeon.models.parameters import close_names
+from ckptsurgeon.models.parameters import Named, close_names, other_names
+from ckptsurgeon.surgery.prefixes import WRAPPERS, unwrap
 from ckptsurgeon.tensors import Checkpoint
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def fresh_keys(source: object) -> frozenset[str]:
@@ -63,29 +63,63 @@ def partial_keys(source: object) -> frozenset[str]:
     return frozenset(found)
 
 
-def known_fresh(keys: Iterable[str], source: object) -> frozenset[str]:
-    """`fresh_keys(source)`, all of which must be among a model's `keys`.
+def known_fresh(keys: Iterable[str], tensors: Iterable[Named], source: object) -> frozenset[str]:
+    """`fresh_keys(source)` as the keys of a model's state_dict.
+
+    Args:
+        keys: those of the model's state_dict.
+        tensors: the model's parameters and buffers. A record may use any of their names, and may have been made for the same model
+            before it was wrapped or after.
 
     Raises:
-        ModelError: some are not: the record is another model's, or the model was wrapped since.
+        ModelError: some are no names of the model's: the record is another model's.
     """
-    return _known(keys, fresh_keys(source), "fresh")
+    return _known(keys, tensors, fresh_keys(source), "fresh")
 
 
-def known_partial(keys: Iterable[str], source: object) -> frozenset[str]:
-    """`partial_keys(source)`, all of which must be among a model's `keys`; raises as `known_fresh`."""
-    return _known(keys, partial_keys(source), "partly transferred")
+def known_partial(keys: Iterable[str], tensors: Iterable[Named], source: object) -> frozenset[str]:
+    """`partial_keys(source)` as the keys of a model's state_dict; as `known_fresh`."""
+    return _known(keys, tensors, partial_keys(source), "partly transferred")
 
 
-def _known(keys: Iterable[str], found: frozenset[str], kind: str) -> frozenset[str]:
+def _known(keys: Iterable[str], tensors: Iterable[Named], recorded: frozenset[str], kind: str) -> frozenset[str]:
     known = set(keys)
-    unknown = sorted(found - known)
+    if recorded <= known:
+        return recorded
+    names = {key: unwrap(key, WRAPPERS) for key in known}
+    counts = Counter(names.values())
+    bare = {name: (key,) for key, name in names.items() if counts[name] == 1}
+    others = other_names(tensors)
+    keys_of = {name: (name,) if name in known else bare.get(unwrap(name, WRAPPERS)) or others.get(name, ()) for name in recorded}
+    unknown = sorted(name for name, found in keys_of.items() if not found)
     if unknown:
-        wrapper = next((prefix for prefix in _WRAPPERS if all(prefix + key in known for key in unknown)), None)
-        hint = f"pass the model inside the wrapper: model.{wrapper[:-1]}" if wrapper else close_names(unknown[0], known)
         raise ModelError(
             f"{len(unknown)} keys that are {kind} on record are not in this model",
-            hint=hint or "pass the model that the record was made for",
+            hint=close_names(unknown[0], known) or "pass the model that the record was made for",
             problems=tuple(unknown[:10]) + ((f"and {len(unknown) - 10} more",) if len(unknown) > 10 else ()),
         )
-    return found
+    return frozenset(key for found in keys_of.values() for key in found)
+
+
+def fresh_parameters(
+    parameters: Mapping[str, Named], buffers: Mapping[str, Named], fresh: frozenset[str], passed: Container[str] = ()
+) -> set[str]:
+    """First names of the parameters all of whose keys are fresh: otherwise a source gave it its values.
+
+    Args:
+        fresh: keys of the state_dict.
+        passed: first names of parameters that need not be told.
+
+    Raises:
+        ModelError: a fresh key whose parameter can't be told, or, where anything is fresh, a trainable parameter without a key.
+    """
+    owned = {key for part in (parameters, buffers) for one in part.values() for key in one.keys}
+    hint = "name it by pattern, without the record: param_groups(model, {'PATTERN': 1e-2}, lr=1e-3)"
+    for key in sorted(fresh - owned):
+        raise ModelError(
+            "is fresh on record, and no parameter or buffer of the model: a hook of the state_dict made it", key=key, hint=hint
+        )
+    for first, one in parameters.items():
+        if fresh and not one.keys and one.trainable and first not in passed:
+            raise ModelError("is not in the state_dict, so that no record can say whether it is fresh", key=first, hint=hint)
+    return {first for first, one in parameters.items() if one.keys and fresh.issuperset(one.keys)}

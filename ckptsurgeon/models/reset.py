@@ -17,12 +17,13 @@ from ckptsurgeon.models import persons_code
 from ckptsurgeon.models.build import forked
 
 
-def reset_value(module: nn.Module, key: str, seed: int) -> torch.Tensor:
+def reset_value(module: nn.Module, key: str, seed: int, leaf: str | None = None) -> torch.Tensor:
     """The tensor that `key` names in `module` after `module.reset_parameters()`, on the CPU, in the module's own dtype and shape.
 
     Args:
         module: the layer that owns the key. Its children are reset only if its `reset_parameters` does so.
         seed: of the random state under which it runs; all tensors of a module come from one and the same run.
+        leaf: the tensor's name in the layer; None where it is the key's last part.
 
     Raises:
         RuleError: the module has no `reset_parameters`, or that does not set this tensor, or sets it to NaN.
@@ -34,7 +35,7 @@ def reset_value(module: nn.Module, key: str, seed: int) -> torch.Tensor:
     kind, hint = type(module).__name__, f"name another scheme: --init {key!r} zeros, or model for the constructor's value"
     if not callable(getattr(module, "reset_parameters", None)):
         raise RuleError(f"its layer, a {kind}, has no reset_parameters", key=key, hint=hint)
-    name = key.rpartition(".")[2]
+    name = leaf or key.rpartition(".")[2]
     value = _run(module, name, seed, 0)
     if value is None:
         raise RuleError(f"the {kind}'s reset_parameters leaves no such tensor", key=key, hint=hint)

@@ -64,7 +64,7 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
             continue
         tensors[key] = _meta(key, value, path)
         if value.numel():
-            places.setdefault(_place(value), []).append(key)
+            places.setdefault(place(value), []).append(key)
     ties = tuple(tuple(keys) for keys in places.values() if len(keys) > 1)
     return Checkpoint(
         path=path,
@@ -115,8 +115,8 @@ def _unsupported(tensor: torch.Tensor) -> tuple[str, str] | None:
     return None
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What two tied tensors have in common; a storage is told by its object, since on meta every data pointer is 0."""
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tied tensors have in common; a storage is told by its object, since on meta every data pointer is 0."""
     storage = tensor.untyped_storage()._cdata
     views = (tensor.is_conj(), tensor.is_neg())
     return (storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride(), views)

@@ -147,16 +147,16 @@ class Thaw:
         every = named(self._model)
         here = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         # one that was in the optimizer before it was frozen stays in its group, with its state
-        new = [first for first in stage.keys if id(every[first].parameter) not in here]
+        new = [first for first in stage.keys if id(every[first].tensor) not in here]
         check_schedulers(self._optimizer, self._schedulers)
         for plain in (False, True):
             own = [first for first in new if (first in self._bare) is plain]
             if own:
                 title = f"thawed/{stage.name}{NO_DECAY if plain else ''}"
                 decay = 0.0 if plain else self._weight_decay
-                group = {"name": title, "params": [every[first].parameter for first in own], "param_names": own}
+                group = {"name": title, "params": [every[first].tensor for first in own], "param_names": own}
                 attach(self._optimizer, self._schedulers, group, stage.lr, self._base, decay)
-        found = thaw(self._model, every, stage.keys)
+        found = thaw(self._model, every, {id(every[first].tensor) for first in stage.keys})
         self._done += 1
         return found
 
@@ -171,8 +171,8 @@ def _counts(at: int | Sequence[int], number: int) -> list[int]:
 
 
 def _given(every: Mapping[str, Named], stages: Sequence[Patterns]) -> list[tuple[str, int, tuple[str, ...]]]:
-    frozen = {first: one.names for first, one in every.items() if not one.trainable}
-    others = [name for one in every.values() if one.trainable for name in one.names]
+    frozen = {first: one.every for first, one in every.items() if not one.trainable}
+    others = [name for one in every.values() if one.trainable for name in one.every]
     rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
     by_pattern = taken([text for row in rows for text in row], frozen, others, "trainable")
     found: list[tuple[str, int, tuple[str, ...]]] = []

@@ -69,8 +69,8 @@ def make_provider(
     def provide(key: str) -> memoryview:
         meta, scheme = shapes[key], inits.get(key, KEEP)
         if scheme != KEEP:
-            owner = initial.owner_of(model, key)
-            return tensor_bytes(initial.value(scheme, key, meta.shape, meta.dtype, seed, owner, own))
+            owner, leaf = initial.layer_of(model, key)
+            return tensor_bytes(initial.value(scheme, key, meta.shape, meta.dtype, seed, owner, own, leaf))
         if model is None:
             raise ModelError("has no initial value: no model is known", key=key, hint=f"name a scheme: --init {key!r} zeros")
         return tensor_bytes(initial.fitted(values().get(key), key, meta.shape, meta.dtype))

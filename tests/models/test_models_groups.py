@@ -186,9 +186,12 @@ def test_a_record_of_another_model_is_refused():
     with pytest.raises(ModelError, match="2 keys") as caught:
         param_groups(Net(), report("fc9.weight", "fc9.bias"), lr=1.0, fresh_lr=1.0)
     assert caught.value.problems == ("fc9.bias", "fc9.weight")
-    with pytest.raises(ModelError) as caught:
-        param_groups(nn.ModuleDict({"module": Net()}), report(*HEAD), lr=1.0, fresh_lr=1.0)
-    assert "model.module" in caught.value.hint
+
+
+def test_a_record_holds_for_the_model_wrapped_or_unwrapped():
+    for wrap, record in ((nn.DataParallel, HEAD), (torch.compile, HEAD), (lambda net: net, [f"_orig_mod.module.{key}" for key in HEAD])):
+        model = wrap(Net())
+        assert [len(group["params"]) for group in param_groups(model, report(*record), lr=1.0, fresh_lr=2.0)] == [6, 2]
 
 
 def test_nothing_trainable_and_lazy_parameters_are_refused():
