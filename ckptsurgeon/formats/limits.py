@@ -22,7 +22,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 class Limit:
     """A limit: its `name` as in `--limit name=…`, its `default`, what it `bounds`, and the `most` that it can be raised to.
 
-    What a pickle spells out byte by byte is no bomb: with `per_byte`, that share of its length is allowed where it is more.
+    What a file spells out byte by byte is no bomb: with `per_byte`, that share of the pickle's length (or of what is said) is allowed
+    where it is more.
     """
 
     name: str
@@ -56,6 +57,8 @@ TABLE: tuple[Limit, ...] = (
     Limit("zip-directory-bytes", GIB // 2, "the directory of a zip archive"),
     Limit("inflated-bytes", MIB, "what a deflated pickle inflates to (here the bytes are the file's own)", per_byte=1),
     Limit("view-bytes", GIB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
+    Limit("claimed-bytes", 16 * GIB, "what all tensors of a file, or of all shards, come to beyond the storages they are in", per_byte=16),
+    Limit("inflated-data-bytes", 16 * GIB, "what all deflated storages of a file inflate to (here the bytes are the file's)", per_byte=16),
     Limit("extra-state-bytes", 64 * MIB, "one _extra_state"),
     Limit("label-bytes", 64 * MIB, "a list of tokens or labels"),
     Limit("regex-seconds", 2, "one regular expression of a rule, over all keys"),
@@ -69,7 +72,7 @@ _raised: ContextVar[Mapping[str, int]] = ContextVar("ckptsurgeon-limits", defaul
 
 
 def allowed(name: str, nbytes: int = 0) -> int:
-    """The bound that a limit has now, for a pickle of `nbytes` bytes."""
+    """The bound that a limit has now, for a pickle of `nbytes` bytes (or what else it grows with)."""
     limit = BY_NAME[name]
     return max(_raised.get().get(name, limit.default), int(nbytes * limit.per_byte))
 

@@ -14,6 +14,7 @@ from ckptsurgeon.errors import FormatError, RootError, UnreadableError
 from ckptsurgeon.formats.files import OpenFile, unreadable
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.limits import allowed, exceeded
+from ckptsurgeon.formats.unpickled import Claims
 from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
 
 # In the order in which Hugging Face's own loaders look.
@@ -83,6 +84,9 @@ def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
     entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
     formats = {archive.format for archive in archives.values()}
+    if formats != {"safetensors"}:  # whose tensors have bytes of their own
+        sizes = {name: archive.files[0].size for name, archive in archives.items()}
+        Claims(sum(meta.nbytes for meta in tensors.values()), sizes).check(file.path)
     stamps: list[FileStamp] = [file.stamp, *(stamp for archive in archives.values() for stamp in archive.files)]
     digest = sha256(raw + "".join(archive.fingerprint for archive in archives.values()).encode())
     return Archive(

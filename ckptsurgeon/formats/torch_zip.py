@@ -72,6 +72,9 @@ def _read(file: OpenFile) -> _Read:
     if "byteorder" in entries and _byteorder(file, entries["byteorder"]) != b"little":
         raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
     pickle = content(file, entries["data.pkl"], "pickle-bytes")
+    inflated, most = sum(entry.size for entry in entries.values() if entry.method == DEFLATED), allowed("inflated-data-bytes", file.size)
+    if inflated > most:
+        raise exceeded("inflated-data-bytes", f"inflates to {inflated} bytes, above the limit of {most}", inflated, path=file.path)
     storages: dict[str, StorageRef] = {}
 
     def persistent(identity: Any) -> StorageRef:

@@ -17,7 +17,7 @@ from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_values import Encoded, PickledDict, TensorRef
 from ckptsurgeon.formats.sniff import no_collections, reader_of
-from ckptsurgeon.formats.unpickled import NAMES, Locate, Unpacked, refusal, tensor_meta
+from ckptsurgeon.formats.unpickled import NAMES, Claims, Locate, Unpacked, refusal, tensor_meta
 from ckptsurgeon.tensors import FileStamp, Refused
 
 _UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}
@@ -62,7 +62,10 @@ def read_tree(path: str) -> ValueTree:
 
 def plain_tree(path: str, found: Unpacked) -> Any:
     """What the opcode machine made of a pickle as a tree of plain values."""
-    return _Walk(path, found.locate, Budget(path, found.nbytes), {}, allowed("nesting")).told("", found.value, 0)
+    walk = _Walk(path, found.locate, Budget(path, found.nbytes), {}, allowed("nesting"), Claims())
+    value = walk.told("", found.value, 0)
+    walk.claims.check(path)
+    return value
 
 
 @dataclass
@@ -74,6 +77,7 @@ class _Walk:
     budget: Budget
     known: dict[int, Any]
     deepest: int
+    claims: Claims
 
     def told(self, place: str, node: Any, depth: int) -> Any:
         kind = type(node)
@@ -89,7 +93,7 @@ class _Walk:
     def _told(self, place: str, node: Any, depth: int) -> Any:
         kind = type(node)
         if kind is TensorRef:
-            return tensor_meta(self.path, place, node, self.locate)
+            return tensor_meta(self.path, place, node, self.locate, self.claims)
         if kind is Encoded:
             return node.text.encode("latin1", "replace")
         if kind in (list, tuple):

@@ -7,7 +7,7 @@ of: a root's tensors, a root's entries, beside.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckptsurgeon.dtypes import DType
@@ -34,6 +34,22 @@ class Unpacked:
     nbytes: int
 
 
+@dataclass
+class Claims:
+    """What the tensors of a file come to, `nbytes`, and the bytes of the storages that they are in."""
+
+    nbytes: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
+
+    def check(self, path: str) -> None:
+        """LimitError where the tensors come to far more than is stored: each alone may be within its bound, and all together not."""
+        stored = sum(self.stored.values())
+        beyond, most = self.nbytes - stored, allowed("claimed-bytes", stored)
+        if beyond > most:
+            words = f"has tensors of {self.nbytes} bytes together in storages of {stored}, above the limit of {most} beyond these"
+            raise exceeded("claimed-bytes", words, beyond, path=path)
+
+
 @dataclass(frozen=True)
 class Tree:
     """The state_dicts found in a pickle, and by dotted place what stands beside them."""
@@ -51,6 +67,7 @@ def collect(path: str, found: Unpacked) -> Tree:
     arrays = 0
     seen: set[int] = set()
     known: Known = {}
+    claims = Claims()
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
         place, node, depth = waiting.pop()
@@ -76,7 +93,7 @@ def collect(path: str, found: Unpacked) -> Tree:
         if TensorRef in kinds and type(node) is PickledDict:
             budget.spend("tensors", sum(type(child) is TensorRef for child in children), "has more than {} tensors")
             budget.spend("dense-keys", len(items), "has more than {} keys, for which its pickle is too short")
-            root = _state_dict(path, place, node, items, locate, known)
+            root = _state_dict(path, place, node, items, locate, known, claims)
             roots.append(root)
             items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
         beside += [_join(place, name) for name, child in items if not (holds and _is_container(child))]
@@ -88,16 +105,19 @@ def collect(path: str, found: Unpacked) -> Tree:
         error = _nothing(path, value, arrays)
         name_globals(error, found.globals)
         raise error
+    claims.check(path)
     return Tree(tuple(roots), tuple(beside))
 
 
-def _state_dict(path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate, known: Known) -> StateDict:
+def _state_dict(
+    path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate, known: Known, claims: Claims
+) -> StateDict:
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
     refused: dict[int, Refused] = {}
     for name, child in items:
         if type(child) is TensorRef:
-            tensors[name] = tensor_meta(path, name, child, locate)
+            tensors[name] = tensor_meta(path, name, child, locate, claims)
         elif name.rpartition(".")[2] == "_extra_state":
             entries[name] = plain(child, known)
         elif type(child) in (Inert, NumpyArray):
@@ -127,8 +147,8 @@ def written_out(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     return metadata
 
 
-def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorMeta:
-    """The `TensorMeta` of a tensor in a pickle, its bytes found by `locate`."""
+def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Claims) -> TensorMeta:
+    """The `TensorMeta` of a tensor in a pickle, its bytes found by `locate`, its size added to `claims`."""
     whole = locate(ref.storage)
     size = ref.dtype.size
     if 0 in ref.shape:
@@ -140,8 +160,11 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate) -> TensorM
     start = ref.storage.start + ref.offset * size
     span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed, whole.record)
     meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
-    if length and meta.nbytes > length * size and meta.nbytes > allowed("view-bytes"):
-        raise exceeded("view-bytes", f"repeats {length * size} stored bytes into {meta.nbytes}", meta.nbytes, path=path, key=name)
+    nbytes = meta.nbytes
+    if length and nbytes > length * size and nbytes > allowed("view-bytes"):
+        raise exceeded("view-bytes", f"repeats {length * size} stored bytes into {nbytes}", nbytes, path=path, key=name)
+    claims.nbytes += nbytes
+    claims.stored[whole.storage] = whole.nbytes
     return meta
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -63,7 +64,18 @@ SKELETON = json.dumps(
     {"version": 1, "kind": "skeleton", "tensors": [{"name": name, "dtype": "F32", "shape": [2]} for name in "ab"]}
 ).encode()
 SET = b"cbuiltins\nset\nq\x000"
+
+
 # The limit, what it is lowered to (None: its default), and a file that goes beyond.
+def repacked(raw: bytes) -> bytes:
+    """A torch zip with its entries deflated."""
+    source, out = zipfile.ZipFile(io.BytesIO(raw)), io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in source.namelist():
+            made.writestr(name, source.read(name))
+    return out.getvalue()
+
+
 BEYOND: dict[str, tuple[str, int | None, Callable[[], bytes]]] = {
     "pickle, zip": ("pickle-bytes", 30, lambda: saved(WEIGHTS)),
     "pickle, legacy": ("pickle-bytes", 30, lambda: saved(WEIGHTS, save_legacy)),
@@ -106,6 +118,15 @@ BEYOND: dict[str, tuple[str, int | None, Callable[[], bytes]]] = {
     "zip entries": ("zip-entries", 3, lambda: saved(WEIGHTS)),
     "zip directory": ("zip-directory-bytes", 100, lambda: saved(WEIGHTS)),
     "inflated": ("inflated-bytes", None, lambda: beside(text("m" * 2_000_000), zipfile.ZIP_DEFLATED)),
+    "views together": ("claimed-bytes", None, lambda: saved({f"w{i}": torch.ones(1).expand(1 << 27) for i in range(40)})),
+    "together, legacy": ("claimed-bytes", None, lambda: saved({i: torch.ones(1).expand(1 << 27) for i in range(40)}, save_legacy)),
+    "views together, in many dicts": (
+        "claimed-bytes",
+        None,
+        lambda: saved({f"m{i}": {"w": torch.ones(1).expand(1 << 27), "a": torch.ones(2)} for i in range(40)}),
+    ),
+    "dense views of one storage": ("claimed-bytes", 38_400, lambda: saved(dict(enumerate(torch.ones(600).unfold(0, 500, 2))))),
+    "inflated data": ("inflated-data-bytes", 100_000, lambda: repacked(saved({"w": torch.zeros(1_000_000)}))),
     "a view of stride 0": ("view-bytes", None, lambda: saved({"w": torch.ones(1).expand(1 << 28, 2)})),
 }  # fmt: skip
 
@@ -142,7 +163,7 @@ def test_refused_beyond_it_and_read_with_the_flag_that_the_error_names(case: str
 
 
 def test_every_limit_is_tested_here() -> None:
-    apart = {"shards", "extra-state-bytes", "metadata-entries", "label-bytes"}
+    apart = {"shards", "extra-state-bytes", "metadata-entries", "label-bytes", "regex-seconds", "all-regex-seconds"}
     assert {name for name, _, _ in BEYOND.values()} | apart == BY_NAME.keys() == {limit.name for limit in TABLE}
     assert all(limit.bounds and limit.default > 0 for limit in TABLE)
 
@@ -181,6 +202,45 @@ def test_a_list_of_labels_has_a_limit(tmp_path: Path) -> None:
         read_labels(tmp_path / "tokens.txt")
     with limits(**offered(caught.value)):
         assert read_labels(tmp_path / "tokens.txt") == ("a", "b")
+
+
+def test_views_over_all_shards_have_a_limit(tmp_path: Path) -> None:
+    weight_map = {f"w{i}": f"{i}.bin" for i in range(40)}
+    for key, name in weight_map.items():
+        save_zip({key: torch.ones(1).expand(1 << 27)}, tmp_path / name)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(LimitError, match="together") as caught:
+        read(str(tmp_path))
+    with limits(**offered(caught.value)):
+        assert len(only(read(str(tmp_path))).tensors) == 40
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+def test_what_real_files_claim_is_no_bomb(save: Callable[[Any, Any], None], tmp_path: Path) -> None:
+    """Ties, several dicts of one model's tensors, slices of a fused one, and ordinary expanded buffers: far under any bound."""
+    weight = torch.ones(300, 40)
+    model = {f"{i}.q": weight[i * 100 : i * 100 + 100] for i in range(3)} | {"tied": weight, "head": weight, "t": weight.T}
+    save({name: dict(model) for name in ("model", "ema", "best")} | {"b": {"mask": torch.ones(1).expand(12, 512, 512)}}, tmp_path / "it")
+    with limits(claimed_bytes=16_000_000):  # a thousandth of the default
+        assert len(read(str(tmp_path / "it")).state_dicts) == 4
+
+
+def test_a_sparse_terabyte_claims_nothing_beyond_it(tmp_path: Path) -> None:
+    head = json.dumps({"w": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}).encode()
+    with (tmp_path / "it").open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + (1 << 40))
+    with limits(claimed_bytes=1, inflated_data_bytes=1):
+        assert only(read(str(tmp_path / "it"))).tensors["w"].nbytes == 1 << 40
+
+
+def test_what_a_training_state_claims_has_a_limit(tmp_path: Path) -> None:
+    state = {i: {"exp_avg": torch.ones(1).expand(1 << 27)} for i in range(40)}
+    save_zip({"model": {"w": torch.ones(1)}, "optimizer": {"state": state, "param_groups": []}}, tmp_path / "it")
+    with pytest.raises(LimitError, match="together") as caught:
+        read_tree(str(tmp_path / "it"))
+    with limits(**offered(caught.value)):
+        assert read_tree(str(tmp_path / "it")).value
 
 
 def test_a_training_state_has_the_same_limits(tmp_path: Path) -> None:
