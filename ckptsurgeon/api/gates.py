@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
-from ckptsurgeon.errors import CoverageError, PlanError, StrictError
+from ckptsurgeon.errors import CoverageError, PlanError, RuleError, StrictError
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.plan import Plan
+from ckptsurgeon.surgery.rules import close_names
 from ckptsurgeon.views.text import words
 
 Uncertain = Literal["accepted", "left out"]  # what becomes of links that matching is not certain of
@@ -41,6 +42,15 @@ def matching(match: bool, accept_uncertain: bool) -> Uncertain | None:
     if accept_uncertain and not match:
         raise PlanError("accepts uncertain links, and no match is asked for", hint="--match --accept-uncertain")
     return ("accepted" if accept_uncertain else "left out") if match else None
+
+
+def refuse_idle_casts(allowed: Iterable[str], keys: Collection[str]) -> None:
+    """Raises RuleError for a pattern of casts that are allowed which no key of the output matches."""
+    compiled = {pattern: compile_pattern(pattern) for pattern in allowed}
+    idle = [pattern for pattern, form in compiled.items() if not any(form.match(key) is not None for key in keys)]
+    if idle:
+        problems = tuple(f"allow-cast {pattern!r} matches nothing{close_names(pattern, keys)}" for pattern in idle)
+        raise RuleError("patterns that allow no cast", problems=problems, hint="name keys as the output has them")
 
 
 def patterns(given: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening, resuming
+from ckptsurgeon.api.applying import facts, refuse_idle
 from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.resuming import Asked, averaged_into
@@ -46,7 +47,7 @@ def transfer(
     ruling: Ruling,
     *,
     root: str | None,
-    seed: int,
+    seed: int | None,
     allow_cast: Iterable[str],
     min_coverage: float | None,
     strict: bool,
@@ -54,15 +55,17 @@ def transfer(
     match: Uncertain | None = None,
     asked: Asked | None = None,
 ) -> Report:
-    """See `ckptsurgeon.transfer`."""
-    asked = asked or Asked()
+    """See `ckptsurgeon.transfer`. Without `asked` it is a step of another call, whose options have been held against it."""
     goal = checkpoint_of(model, type(model).__name__)
-    given, live = _open(source, root, goal, asked.ema is not None)
+    given, live = _open(source, root, goal, asked is not None and asked.ema is not None)
     if match is not None:
         from ckptsurgeon.api.matching import matched
 
         ruling = matched([given], goal, ruling, match == "accepted")
-    plan = make_plan([given], goal, ruling.rules, seed=seed, allow_cast=allow_cast, auto=auto, outside=ruling.outside)
+    plan = make_plan([given], goal, ruling.rules, seed=seed or 0, allow_cast=allow_cast, auto=auto, outside=ruling.outside)
+    if asked is not None:
+        _refuse_idle(plan, seed, asked)
+        gates.refuse_idle_casts(plan.allow_cast, [step.target for step in plan.steps])
     gates.check(plan, min_coverage=min_coverage, strict=strict)
 
     def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
@@ -100,6 +103,12 @@ def transfer(
         optimizer=carried,
     )
     return replace(report, text=text.report(report))
+
+
+def _refuse_idle(plan: Plan, seed: int | None, asked: Asked) -> None:
+    drawn = any(scheme != "model" for step in plan.steps for scheme in step.schemes)  # "model" is what the live model has already
+    known = facts(initial_values=drawn, optimizer=asked.optimizer is not None, ema=asked.ema is not None)
+    refuse_idle(known, seed=seed, optimizer_root=asked.optimizer_root, optimizer_names=asked.optimizer_names, ema_root=asked.ema_root)
 
 
 def _check_still_unchanged(reader: Reader) -> None:
@@ -214,17 +223,22 @@ def _record(source: Any) -> Any:
     return opening.open_source(source) if isinstance(source, (str, os.PathLike)) else source
 
 
-def param_groups(model: nn.Module, source: Any, *, overrides: Mapping[str, float] | None, **choices: Any) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, source: Any, *, overrides: Mapping[str, float] | None, partial: str | None, **choices: Any
+) -> list[dict[str, Any]]:
     """See `ckptsurgeon.param_groups`."""
-    if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
+    record = not isinstance(source, Mapping) or isinstance(source, Checkpoint)
+    refuse_idle(facts(record=record), partial=partial, **{name: choices[name] for name in ("fresh_lr", "fresh_scale")})
+    if not record:
         overrides, source = {**source, **(overrides or {})}, ()
-    return groups.param_groups(model, _record(source), overrides=overrides, **choices)
+    return groups.param_groups(model, _record(source), overrides=overrides, partial=partial or groups.TRANSFERRED, **choices)
 
 
-def freeze(model: nn.Module, what: Any, partial: str) -> freezing.Frozen:
+def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:
     """See `ckptsurgeon.freeze`. A string is a pattern, never a file, though the error says so where it names one."""
+    refuse_idle(facts(record=not freezing.is_patterns(what)), partial=partial)
     try:
-        return freezing.freeze(model, opening.open_source(what) if isinstance(what, os.PathLike) else what, partial=partial)
+        return freezing.freeze(model, opening.open_source(what) if isinstance(what, os.PathLike) else what, partial=partial or groups.FRESH)
     except ModelError as error:
         if isinstance(what, str) and os.path.isfile(what):
             error.hint = f"to go by a merged file's record: freeze(model, ckptsurgeon.open({what!r}))"

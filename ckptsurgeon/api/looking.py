@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ckptsurgeon.api import opening
+from ckptsurgeon.api.applying import facts, refuse_idle
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
 from ckptsurgeon.api.proving import verify_written
 from ckptsurgeon.api.ruling import Rules, gather
@@ -96,10 +97,10 @@ def verify(
     target: Given,
     *,
     root: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     finite: bool = False,
     inputs: Iterable[str] = (),
-    seed: int = 0,
+    seed: int | None = None,
     note: Note = silent,
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
@@ -107,12 +108,13 @@ def verify(
     With a skeleton or another checkpoint as target, names, dtypes and shapes are compared.
 
     Args:
-        device: `cpu`, `cuda:0`, `mps`; `meta` compares names, dtypes and shapes only.
+        device: `cpu` (by itself), `cuda:0`, `mps`; `meta` compares names, dtypes and shapes only.
         finite: NaN and infinite values fail instead of being warned about.
         inputs: shapes such as `"1x3x32x32"` (float32) or `"1x16:I64"` for one forward pass in eval mode.
 
     Raises:
         DeviceError: the device is not on this machine.
+        SettingsError: a device, input or seed where the target is no model.
         CheckpointError: the file or the target can't be read or built. A file that does not fit is a report whose `ok` is False.
 
     >>> from ckptsurgeon import merge
@@ -122,5 +124,8 @@ def verify(
     """
     opening.look(checkpoint)
     goal = opening.open_target(target, note=note)
-    found = verify_written(os.fspath(checkpoint), goal, device, finite=finite, inputs=tuple(inputs), seed=seed, root=root)
+    model, shapes = goal.build is not None, tuple(inputs)
+    known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
+    refuse_idle(known, device=device, inputs=shapes, seed=seed)
+    found = verify_written(os.fspath(checkpoint), goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
     return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from ckptsurgeon.api import opening
+from ckptsurgeon.api.applying import facts, refuse_idle
 from ckptsurgeon.api.opening import Given, Note, Renames, Target, silent
 from ckptsurgeon.api.ruling import Rules, Ruling, bring, gather
 from ckptsurgeon.errors import PlanError
@@ -35,7 +36,7 @@ def match(
     values: bool = False,
     forward: str | None = None,
     source_model: Given | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     note: Note = silent,
 ) -> Proposal:
     """Find the mapping between two implementations of one architecture from what their headers say: names, shapes, numbers and order.
@@ -50,7 +51,7 @@ def match(
         forward: `"module:make_inputs"`, a function of yours: both models get what it returns (an argument, a tuple of them, a dict by
             name, or `{"source": …, "target": …}`), and their outputs are compared: `found.forward`. The target must be a model.
         source_model: what the checkpoint is of, for `forward`.
-        tolerance: by how much of their greatest value outputs may differ.
+        tolerance: by how much of their greatest value outputs may differ, for `forward`; 1e-4 by itself.
 
     Returns:
         A `Matching`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, in `toml` the same as the text
@@ -68,6 +69,8 @@ def match(
     ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
     if (forward is None) != (source_model is None):
         raise PlanError("compares two models, and needs both", hint="--source-model module:Net --forward module:make_inputs")
+    refuse_idle(facts(forward=forward), tolerance=tolerance)
+    tolerance = TOLERANCE if tolerance is None else tolerance
     if not 0 <= tolerance < 1:
         raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="--tolerance 1e-4")
     aim = opening.open_target(target, note=note)
@@ -110,7 +113,7 @@ def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forwar
     models = origin.build(0), aim.build(0)
     for model, ruling in zip(models, (Ruling(()), bring(found.rules, note)), strict=True):
         strict = model is models[0]  # what the checkpoint is of must take all of it
-        live.transfer(given, model, ruling, root=None, seed=0, allow_cast=(), min_coverage=None, strict=strict)
+        live.transfer(given, model, ruling, root=None, seed=None, allow_cast=(), min_coverage=None, strict=strict)
     return twins.compare(*models, inputs, tolerance)
 
 

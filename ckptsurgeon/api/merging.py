@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon.api import gates, opening
+from ckptsurgeon.api.applying import facts_of, refuse_idle, refuse_idle_writing
 from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
-from ckptsurgeon.api.proving import verify_written
+from ckptsurgeon.api.proving import refuse_non_finite, verify_written
 from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError
 from ckptsurgeon.report import Report, Verification
@@ -44,7 +45,7 @@ def plan(
     match: bool = False,
     accept_uncertain: bool = False,
     dtype: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
     strict: bool = False,
@@ -62,7 +63,7 @@ def plan(
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
         match: find by itself what the rules leave open, as the verb `match` does; with `accept_uncertain` the uncertain links too.
         dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
-        seed: for the model's constructor and the named schemes.
+        seed: for the model's constructor and the named schemes; 0 by itself.
         allow_cast: patterns of keys whose casts may overflow or truncate.
         min_coverage: the least share, from 0 to 1, of tensors and of elements to be transferred.
         strict: refuse keys that are missing, extra or mismatched without a rule that names them.
@@ -77,10 +78,12 @@ def plan(
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
+    choices = _Choices(ruling, root, dtype, seed or 0, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     _, made = _decide(seen, goal, choices)
+    refuse_idle(facts_of(made), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype)
+    gates.refuse_idle_casts(choices.allow_cast, [step.target for step in made.steps])
     gates.check(made, min_coverage=min_coverage, strict=strict)
     return made
 
@@ -146,16 +149,16 @@ def merge(
     match: bool = False,
     accept_uncertain: bool = False,
     dtype: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
     strict: bool = False,
     format: str | None = None,
     overwrite: bool = False,
-    tied: str = "copy",
+    tied: str | None = None,
     provenance: bool = True,
     verify: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
     finite: bool = False,
     with_optimizer: bool = False,
     optimizer_root: str | None = None,
@@ -170,10 +173,11 @@ def merge(
     Args:
         output: its suffix says the format (`.pt .pth .pkl .bin .ckpt` torch's zip, `.safetensors`), unless `format` does
             (`"torch"` or `"safetensors"`).
-        tied: how safetensors gets tied keys: `"copy"`, or `"alias"` (one copy and the library's own metadata).
+        tied: how safetensors gets tied keys: `"copy"` (by itself), or `"alias"` (one copy and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
         verify: hold the written file against the plan and the model.
-        finite: with a model, let NaN and infinite values fail.
+        device: where the model is loaded to prove it; `"cpu"` by itself.
+        finite: let NaN and infinite values fail, whatever the target, and those of an optimizer's state too.
         with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with
             its groups' hyper-parameters, and whatever else is plain there. Needs a model as the target, one source and torch's format.
         optimizer_root, optimizer_names: as for `transfer`.
@@ -189,23 +193,26 @@ def merge(
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(ruling, root, dtype, seed, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
+    choices = _Choices(ruling, root, dtype, seed or 0, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
-        settled = opening.settle(goal, seed, note)
+        settled = opening.settle(goal, choices.seed, note)
         if settled is not goal:
             goal = settled
             found, made = _decide(seen, goal, choices)
+    refuse_idle(facts_of(made, verify), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype)
+    refuse_idle_writing(made, written_format, verify, device, tied, with_optimizer, optimizer_root, optimizer_names)
     gates.check(made, min_coverage=min_coverage, strict=strict)
-    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
+    how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
     around, carried = None, None
     if with_optimizer:
         from ckptsurgeon.api.carrying import training
 
         around, carried = training(made, found, goal, optimizer_root, None if optimizer_names is None else tuple(optimizer_names))
-    done = _carry_out(made, found, goal, how, device if verify else None, finite, choices.ruling.own, around)
+    gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
+    done = _carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
     if carried is None:
         return done
     done = replace(done, optimizer=carried)
@@ -218,10 +225,10 @@ def apply(
     *,
     format: str | None = None,
     overwrite: bool = False,
-    tied: str = "copy",
+    tied: str | None = None,
     provenance: bool = True,
     verify: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
     finite: bool = False,
     note: Note = silent,
 ) -> Report:
@@ -239,6 +246,7 @@ def apply(
     made = plan if isinstance(plan, Plan) else load_plan(plan)
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
+    refuse_idle_writing(made, written_format, verify, device, tied)
     found = [opening.open_source(source.path, root=source.root) for source in made.sources]
     goal = None
     if made.target is not None:
@@ -247,8 +255,8 @@ def apply(
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
     _, own = load_own(made.own_adapters, [scheme for step in made.steps for scheme in step.schemes], note)
-    how = Output(os.fspath(output), written_format, overwrite, tied, record(made) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device if verify else None, finite, own)
+    how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
+    return _carry_out(made, found, goal, how, device, finite, own)
 
 
 def load_plan(path: Path) -> Plan:
@@ -306,8 +314,10 @@ def _carry_out(
     verification: list[Verification] = []
 
     def prove(path: str) -> None:
-        if device is not None and goal is not None and goal.build is not None:
-            verification.append(verify_written(path, goal, device, finite=finite, seed=made.seed, shown=how.path))
+        if how.proof and goal is not None and goal.build is not None:
+            verification.append(verify_written(path, goal, device or "cpu", finite=finite, seed=made.seed, shown=how.path))
+        if finite and (not verification or around is not None):  # the model has shown the weights alone
+            refuse_non_finite(path, how.path)
 
     written = write_plan(made, found, wanted, how, values=_values(made, goal, own), verify=prove, training=around)
     return _report(made, written, how.path, how.proof, verification[0] if verification else None)

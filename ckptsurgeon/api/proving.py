@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckptsurgeon import formats
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.opening import Target
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.surgery import roots
+from ckptsurgeon.surgery.items import shortened
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 
 def verify_written(
@@ -24,7 +31,7 @@ def verify_written(
     """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
     checkpoint = opening.open_source(path, root=root, target=target.checkpoint)
     if target.build is None:
-        found = _by_names(checkpoint, target.checkpoint, finite, bool(inputs))
+        found = _by_names(checkpoint, target.checkpoint, finite)
     else:
         from ckptsurgeon.models.verify import verify_on_device
 
@@ -33,6 +40,8 @@ def verify_written(
         with Reader([checkpoint]) as reader:
             found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
             reader.check_unchanged()
+        if finite and not found.bitwise:  # on meta there are no values, but the file has them
+            found = replace(found, findings=(*found.findings, *non_finite(checkpoint)))
     if shown is not None and not found.ok:
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
         raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
@@ -44,10 +53,8 @@ def errors(found: Verification) -> tuple[Finding, ...]:
     return tuple(finding for finding in found.findings if finding.level == "error")
 
 
-def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool, asked_forward: bool) -> Verification:
+def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
     findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
-    if asked_forward:
-        findings.append(Finding("no-forward", "no forward pass was run: the target is no model", None, "note"))
     if finite:
         findings += non_finite(checkpoint)
     fresh = (checkpoint.provenance or {}).get("fresh")
@@ -78,6 +85,31 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     from ckptsurgeon.streaming.values import count_non_finite
 
     with Reader([checkpoint]) as reader:
-        counts = {key: count_non_finite(reader.parts(tensor), tensor.dtype) for key, tensor in checkpoint.items()}
+        counts = {
+            key: count_non_finite(reader.parts(tensor), tensor.dtype) for key, tensor in checkpoint.items() if tensor.span is not None
+        }
         reader.check_unchanged()
     return [Finding("non-finite", f"has {count} values that are NaN or infinite", key) for key, count in counts.items() if count]
+
+
+def refuse_non_finite(path: str, shown: str) -> None:
+    """Raises VerificationError for NaN and infinite values in any tensor of the file at `path`, which is to be named `shown`."""
+    archive = opening.read(path)
+    weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
+    beside = {} if archive.format.startswith("safetensors") else dict(_tensors("", formats.read_tree(path).value))
+    known = {tensor.span for tensor in weights.values()}
+    every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.span not in known}}
+    found = non_finite(replace(weights, tensors=every))
+    if found:
+        problems = shortened(f"{finding.key}: {finding.message}" for finding in found)
+        hint = "take an earlier checkpoint; see which: ckptsurgeon check --finite CKPT"
+        raise VerificationError("would hold values that are NaN or infinite; nothing was kept", path=shown, problems=problems, hint=hint)
+
+
+def _tensors(place: str, value: Any) -> Iterator[tuple[str, TensorMeta]]:
+    """Every tensor of a tree, by its dotted place."""
+    if isinstance(value, TensorMeta):
+        yield place, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, one in items:
+        yield from _tensors(f"{place}.{name}" if place else str(name), one)

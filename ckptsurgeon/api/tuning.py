@@ -37,7 +37,7 @@ def transfer(
     auto: str | None = None,
     match: bool = False,
     accept_uncertain: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
     strict: bool = False,
@@ -144,7 +144,7 @@ def param_groups(
     layer_decay: float | None = None,
     layers: str | Iterable[str] | None = None,
     no_decay: NoDecay = False,
-    partial: str = "transferred",
+    partial: str | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer with groups: every trainable parameter in exactly one, tied ones once.
 
@@ -162,7 +162,7 @@ def param_groups(
         layers: what a layer is, as a pattern whose numbers say which: `"encoder.layer.{i}.**"`; several stand on one another. None finds
             the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is the head.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
-        partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` or as `"fresh"`.
+        partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (by itself) or as `"fresh"`.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay`, `name` and `param_names`.
@@ -193,7 +193,7 @@ def param_groups(
     )
 
 
-def freeze(model: nn.Module, what: Any, *, partial: str = "fresh") -> Frozen:
+def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> Frozen:
     """Freeze parameters: `requires_grad` off, and wholly frozen norms that keep running statistics in eval mode across `model.train()`.
 
     The norms stay so in copies and pickles of the model; state_dict and forward are not changed. Dropout, LayerNorm and GroupNorm, which
@@ -202,7 +202,7 @@ def freeze(model: nn.Module, what: Any, *, partial: str = "fresh") -> Frozen:
     Args:
         what: a pattern or several, over the names of parameters and buffers; or a report, a plan, a merged checkpoint (`cs.open`): then
             what was transferred is frozen, and what is fresh trains.
-        partial: under a record, whether partly transferred tensors are `"fresh"`, and train, or `"transferred"`.
+        partial: under a record, whether partly transferred tensors are `"fresh"` (by itself), and train, or `"transferred"`.
 
     Returns:
         What was frozen: `keys`, `modules` kept in eval mode, `trainable`; printed, a short text.
@@ -255,7 +255,7 @@ def groups(
     layer_decay: float | None = None,
     layers: str | Iterable[str] | None = None,
     no_decay: NoDecay = False,
-    partial: str = "transferred",
+    partial: str | None = None,
     note: Note = silent,
 ) -> list[dict[str, Any]]:
     """The parameter groups of `param_groups` by name, for a merged file and a model that need not be in memory.

@@ -47,7 +47,11 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: Show, **words: 
     github, explain, file, no_config = (words.pop(name) for name in ("github", "explain", "config", "no_config"))
     if github and show.json:
         raise click.UsageError("--github and --json are two answers; ask for one", ctx)
+    spoken = [name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if explain is not None:
+        idle = [name for name in spoken if name not in ("explain", "as_json", "verbose", "quiet")]
+        if idle:
+            raise click.UsageError("--explain checks nothing; give it alone", ctx)
         return _explain(explain, show)
     if not paths:
         raise click.UsageError("Missing argument 'PATH...'.", ctx)
@@ -57,7 +61,7 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: Show, **words: 
 
     asked = project.Project() if no_config else project.read(file) if file else project.find(os.getcwd())
     jobs = words.pop("jobs")
-    given = {name: value for name, value in words.items() if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    given = {name: value for name, value in words.items() if name in spoken}
     found = project.check_project(paths, asked or project.Project(), given, jobs=jobs, note=show.note())
     from ckptsurgeon.views import github as annotations
     from ckptsurgeon.views import json, text

@@ -33,8 +33,7 @@ from ckptsurgeon.views import json, text
 @click.option(
     "--partial",
     type=click.Choice(["transferred", "fresh"]),
-    default="transferred",
-    show_default=True,
+    show_default="transferred",
     help="What partly transferred tensors count as (a grown vocabulary).",
 )
 @options.limit

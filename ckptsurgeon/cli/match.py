@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptsurgeon import api
+from ckptsurgeon.api.applying import facts, refuse_idle
 from ckptsurgeon.cli import options
 from ckptsurgeon.cli.files import write_text
 from ckptsurgeon.cli.output import Show, show_error
@@ -36,8 +37,7 @@ from ckptsurgeon.views import json, text
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, max_open=True),
-    default=1e-4,
-    show_default=True,
+    show_default="1e-4",
     metavar="SHARE",
     help="For --forward: by how much of their greatest value outputs may differ.",
 )
@@ -66,6 +66,7 @@ def command(
     What is uncertain is shown with its runner-up and not applied. What you know already is said by --rename, --drop and the like.
     """
     note = show.note()
+    refuse_idle(facts(output=output), overwrite=overwrite)
     found = api.match(checkpoint, target, rules=rules, note=note, **choices)
     refusal = found.refusal(min_coverage)
     differs = found.forward is not None and not found.forward.same

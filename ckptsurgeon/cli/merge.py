@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from ckptsurgeon import api
+from ckptsurgeon.api import merging
+from ckptsurgeon.api.applying import refuse_idle_writing
 from ckptsurgeon.cli import options
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.cli.plan import mean, split
@@ -15,6 +17,7 @@ from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
 DECIDING = ("root", "reverse", "auto", "match", "accept_uncertain", "average", "dtype", "allow_cast", "seed", "min_coverage", "strict")
+WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "finite")
 
 
 @click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")
@@ -55,6 +58,8 @@ def command(
         if choices["with_optimizer"]:
             note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")
         made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})
+        written = merging.output_format(choices["output"], choices["format"])
+        refuse_idle_writing(made, written, **{name: choices[name] for name in WRITING})
         show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
         return 0
     done = api.merge(sources, target, rules=rules, note=note, **choices)

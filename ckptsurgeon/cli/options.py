@@ -122,7 +122,7 @@ init = click.option(
 )
 dtype = click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors.")
 allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
-seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For the constructor and the schemes.")
+seed = click.option("--seed", type=click.IntRange(min=0), show_default="0", help="For the constructor and the schemes.")
 min_coverage = click.option(
     "--min-coverage", type=click.FloatRange(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
 )
@@ -130,12 +130,10 @@ strict = click.option("--strict", is_flag=True, help="A no for any missing, extr
 output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
 format_ = click.option("--format", type=click.Choice(["torch", "safetensors"]), help="Instead of what OUT's suffix says.")
-tied = click.option(
-    "--tied", type=click.Choice(["copy", "alias"]), default="copy", show_default=True, help="How safetensors gets tied keys."
-)
+tied = click.option("--tied", type=click.Choice(["copy", "alias"]), show_default="copy", help="How safetensors gets tied keys.")
 provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
 verified = click.option("--verify/--no-verify", default=True, help="Hold the written file against the plan and the model.")
-device = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to load it: cpu, cuda:0, mps, meta.")
+device = click.option("--device", show_default="cpu", metavar="DEVICE", help="Where to load a model: cpu, cuda:0, mps, meta.")
 finite = click.option("--finite", is_flag=True, help="NaN or infinite values are a no.")
 
 matching = click.option("--match", is_flag=True, help="Find what the rules leave open by itself, as `ckptsurgeon match` shows it.")

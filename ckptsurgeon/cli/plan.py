@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptsurgeon import api
+from ckptsurgeon.api.applying import facts, refuse_idle
 from ckptsurgeon.cli import options
 from ckptsurgeon.cli.files import write_json
 from ckptsurgeon.cli.output import Show
@@ -40,6 +41,7 @@ def command(
     ckptsurgeon apply plan.json -o merged.pt          refused when it is stale
     """
     sources, target = split(paths, average)
+    refuse_idle(facts(output=output), overwrite=overwrite)
     note = show.note()
     made = api.plan(sources, target, rules=rules, average=mean(average, weights), note=note, **choices)
     if output is not None:
@@ -56,10 +58,9 @@ def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]
 
 def mean(average: bool, weights: str | None) -> list[float] | bool | None:
     """What `--average` and `--weights` ask for."""
+    refuse_idle(facts(average=average), weights=weights)
     if weights is None:
         return average or None
-    if not average:
-        raise click.UsageError("--weights goes with --average")
     try:
         return [float(weight) for weight in weights.split(",")]
     except ValueError as error:

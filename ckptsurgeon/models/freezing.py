@@ -83,7 +83,7 @@ def freeze(model: nn.Module, what: object, *, partial: str = FRESH) -> Frozen:
     modules = []
     for name, layer in _with_statistics(model).items():
         own = list(layer.parameters())
-        if all(not one.requires_grad for one in own) and _covered(layer, chosen, by_record=not _patterns(what)):
+        if all(not one.requires_grad for one in own) and _covered(layer, chosen, by_record=not is_patterns(what)):
             layer.training = False
             layer.__dict__["train"] = bound(_stay, layer)
             modules.append(name)
@@ -147,7 +147,7 @@ def _learns(parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
-def _patterns(what: object) -> bool:
+def is_patterns(what: object) -> bool:
     """Whether it is patterns, and not a record. A list of names would be a record for `param_groups`; here it says what to freeze."""
     if isinstance(what, str):
         return True
@@ -157,7 +157,7 @@ def _patterns(what: object) -> bool:
 def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, Named], what: object, partial: str) -> set[int]:
     """The parameters and buffers that are meant, by their id."""
     tensors = {**every, **buffers}
-    if _patterns(what):
+    if is_patterns(what):
         patterns = listed(what)  # type: ignore[arg-type]
         if not patterns or not all(isinstance(text, str) for text in patterns):
             raise ModelError(f"{what!r} does not say what to freeze", hint="give patterns such as 'layer1.**', or a report")

@@ -172,11 +172,12 @@ def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
     Linear(in_features=3, out_features=2, bias=True)
     """
     *path, leaf = key.split(".")
-    module: object = model
+    module = model
     for name in path:
-        children = getattr(module, "_modules", {})
-        module = children[name] if name in children or not isinstance(module, nn.Module) else inner(module)._modules.get(name)
-    if not isinstance(module, nn.Module):
+        if module is None:
+            return None
+        module = module._modules[name] if name in module._modules else inner(module)._modules.get(name)
+    if module is None:
         return None
     own_state = leaf == "_extra_state" and type(module).get_extra_state is not nn.Module.get_extra_state
     return module if own_state or leaf in module._parameters or leaf in module._buffers else inner(module)

@@ -94,9 +94,9 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_verify_against_what_is_no_model_says_what_it_did(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "in.pt")
-    found = cs.verify(tmp_path / "in.pt", {"w": torch.ones(2)}, inputs=["1x2"])
+    found = cs.verify(tmp_path / "in.pt", {"w": torch.ones(2)})
     assert found.ok and not found.bitwise
-    assert {"names", "no-forward"} <= {finding.code for finding in found.findings}
+    assert "names" in {finding.code for finding in found.findings}
     assert not cs.verify(tmp_path / "in.pt", {"w": torch.ones(3)}).ok
 
 

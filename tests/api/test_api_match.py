@@ -98,7 +98,7 @@ def test_what_goes_wrong_is_an_error_of_ours(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(cs.CheckpointError, match="no match is asked for"):
         cs.plan(saved, There(), accept_uncertain=True)
     with pytest.raises(cs.CheckpointError, match="share that outputs may differ"):
-        cs.match(saved, There(), tolerance=2)
+        cs.match(saved, There(), forward="a:b", source_model=There(), tolerance=2)
     with pytest.raises(cs.CheckpointError, match="needs both"):
         cs.match(saved, There(), forward="a:b")
     with pytest.raises(cs.CheckpointError, match="does not exist"):

@@ -201,3 +201,56 @@ def test_an_interrupt_that_python_drops_is_one_all_the_same() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr.endswith("interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("merge", "net_params.pkl", NET, "-o", "x.pt", "--dry-run", "--finite"), "--finite"),
+        (("merge", "net_params.pkl", NET, "-o", "x.pt", "--dry-run", "--tied", "copy"), "--tied"),
+        (("merge", "net_params.pkl", "copy.pkl", "-o", "x.pt", "--dry-run", "--device", "cpu"), "--device"),
+        (("merge", "net_params.pkl", NET, "-o", "x.pt", "--dry-run", "--optimizer-root", "x"), "--optimizer-root"),
+        (("merge", "net_params.pkl", "-o", "x.pt", "--seed", "0"), "--seed"),
+        (("merge", "net_params.pkl", "-o", "x.pt", "--strict"), "--strict"),
+        (("merge", "net_params.pkl", "-o", "x.pt", "--min-coverage", "0"), "--min-coverage"),
+        (("merge", "net_params.pkl", "-o", "x.pt", "--dtype", "target"), "--dtype"),
+        (("merge", "net_params.pkl", "copy.pkl", "-o", "x.pt", "--device", "cpu"), "--device"),
+        (("merge", "net_params.pkl", NET, "-o", "x.pt", "--device", "cpu", "--no-verify"), "--device"),
+        (("merge", "net_params.pkl", NET, "-o", "x.pt", "--tied", "copy"), "--tied"),
+        (("merge", "net_params.pkl", NET, "-o", "x.pt", "--weights", "1"), "--weights"),
+        (("plan", "net_params.pkl", NET, "--overwrite"), "--overwrite"),
+        (("match", "net_params.pkl", NET, "--overwrite"), "--overwrite"),
+        (("match", "net_params.pkl", NET, "--tolerance", "0.1"), "--tolerance"),
+        (("verify", "net_params.pkl", "copy.pkl", "--device", "cpu"), "--device"),
+        (("verify", "net_params.pkl", "copy.pkl", "--input", "1x3x32x32"), "--input"),
+        (("verify", "net_params.pkl", NET, "--device", "meta", "--input", "1x3x32x32"), "--input"),
+        (("verify", "net_params.pkl", "copy.pkl", "--seed", "0"), "--seed"),
+        (("check", "net_params.pkl", "--finite", "--ignore", "CK4"), "--finite"),
+        (("check", "net_params.pkl", "--explain", "CK401"), "--explain"),
+        (("check", "--full", "--explain", "CK401"), "--explain"),
+    ],
+    ids=" ".join,
+)
+def test_two_for_an_option_that_would_do_nothing(run, place, files, words, option):
+    (place / "copy.pkl").write_bytes((place / "net_params.pkl").read_bytes())
+    before = files()
+    ended = run(*words)
+    assert ended.code == 2 and ended.out == "" and option in ended.err and files() == before, ended.err
+    assert option in run(*words, "--json").out
+
+
+def test_one_for_values_that_are_not_finite_whatever_the_target(run, files):
+    torch.save({"w": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, "nan.pt")
+    torch.save({"w": torch.zeros(2), "b": torch.ones(1)}, "fine.pt")
+    run("skeleton", "fine.pt", "-o", "fine.json")
+    run("plan", "nan.pt", "fine.pt", "-o", "plan.json")
+    before = files()
+    for words in (("merge", "nan.pt"), ("merge", "nan.pt", "fine.pt"), ("merge", "nan.pt", "fine.json"), ("apply", "plan.json")):
+        for out in ("x.pt", "x.safetensors"):
+            for more in ((), ("--no-verify",)):
+                ended = run(*words, "-o", out, "--finite", *more)
+                assert ended.code == 1 and "  w: has 1 values that are NaN or infinite" in ended.err and files() == before
+                assert run(*words, "-o", out, "--finite", *more, "--json").json["error"]["problems"]
+    for target in ("fine.pt", "fine.json"):
+        assert run("verify", "nan.pt", target, "--finite").code == 1 and run("verify", "fine.pt", target, "--finite").code == 0
+    assert run("merge", "fine.pt", "-o", "x.pt", "--finite").code == 0

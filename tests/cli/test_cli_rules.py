@@ -103,7 +103,7 @@ def test_mistakes_in_a_rules_file_are_told_with_their_line(run: Run, files: Path
         (["--rules", "."], ".: "),
         (["--adapt", "pos", "rows(source='no.txt', target='no.txt')"], "no.txt: does not exist"),
         (["--init", "pos", "nowhere:function"], "nowhere"),
-        (["--weights", "1,2"], "--weights goes with --average"),
+        (["--weights", "1,2"], "goes with --average"),
         (["--average", "--weights", "a,b"], "numbers with commas"),
     ],
 )

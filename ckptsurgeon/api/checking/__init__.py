@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.checking import folders, one, workers
-from ckptsurgeon.api.checking.settings import Gate, Words, gate
+from ckptsurgeon.api.checking.settings import Gate, Words, gate, refuse_unheard
 from ckptsurgeon.api.opening import Given, Note, Path, Target, silent
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.models.spec import looks_like_spec
@@ -77,6 +77,7 @@ def check(
         "select": select,
         "ignore": ignore,
     }
+    refuse_unheard({**words, "against": against is not None})
     asked = gate(root=root, **words)  # a word that means nothing is told before a model is built
     if against is not None:
         asked = gate(root=root, against=target_of(against, note), **words)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.checking import check_each, target_of
-from ckptsurgeon.api.checking.settings import Gate, gate
+from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.api.opening import Note, Target
 from ckptsurgeon.errors import CheckpointError, SettingsError
 from ckptsurgeon.formats.files import open_regular
@@ -210,6 +210,7 @@ def check_project(
 ) -> CheckReport:
     """`check` with what a project asks; what is `given` (arguments of `check`) goes before it."""
     targets: dict[str, Target] = {}
+    refuse_unheard(given)
     gate(**{name: value for name, value in given.items() if name != "against"})  # a word that means nothing is told before a model is built
 
     def target(words: str) -> Target:

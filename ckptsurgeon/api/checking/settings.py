@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ckptsurgeon.api.applying import is_given
 from ckptsurgeon.api.opening import Target
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import SettingsError
@@ -27,6 +28,7 @@ FORMATS: dict[str, tuple[str, ...]] = {  # what `allow` may name, and the format
     "torch-legacy": ("torch-legacy",),
     "skeleton": ("skeleton",),
 }
+_ASKS = {"against": "--against", "max_size": "--max-size", "dtypes": "--dtype", "allow": "--allow", "finite": "--finite", "full": "--full"}
 _FLAGS = {"--finite": "finite", "--full": "full"}  # that naming their code turns on
 _SIZE = re.compile(r"(?P<number>\d[\d_,]*(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
 
@@ -91,6 +93,16 @@ def gate(
         ignore=frozenset(row.code for word in _split(ignore) for row in _codes(word, "--ignore")),
         notes=tuple(notes),
     )
+
+
+def refuse_unheard(given: Mapping[str, Any]) -> None:
+    """Raises SettingsError where one call asks for something and, by `select` or `ignore`, not to be told of it."""
+    select, ignore = ([row.code for word in _split(given.get(name) or ()) for row in codes.named(word)] for name in ("select", "ignore"))
+    for name, option in _ASKS.items():
+        found = [row.code for row in codes.TABLE if row.option == option]
+        if is_given(given.get(name)) and not any(codes.wanted(code, select, ignore) for code in found):
+            reason = f"looks for {' and '.join(found)}, which --select or --ignore leaves out"
+            raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {found[0]} be told")
 
 
 def _split(words: Words) -> list[str]:
