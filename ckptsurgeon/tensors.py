@@ -144,6 +144,18 @@ class StateDict:
 
 
 @dataclass(frozen=True)
+class Loader:
+    """A module that loads in its own way: its class, and the keys of the state_dict that its code can reach.
+
+    `changes` is False where the code is known to do no more than give keys other names.
+    """
+
+    name: str
+    keys: frozenset[str]
+    changes: bool = True
+
+
+@dataclass(frozen=True)
 class Archive:
     """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them."""
 
@@ -175,6 +187,8 @@ class Checkpoint(Mapping[str, TensorMeta]):
         globals: what a pickle asked for beyond the allow-list.
         provenance: what a merge recorded about itself, or None.
         files: the files that hold the data, as they were when read; empty for a model or skeleton.
+        loaders: a model's modules with loading code of their own, by path.
+        overlaps: groups of a model's keys whose memory partly overlaps, so that loading one changes the others.
     """
 
     path: str
@@ -191,6 +205,13 @@ class Checkpoint(Mapping[str, TensorMeta]):
     provenance: Mapping[str, Any] | None = None
     files: tuple[FileStamp, ...] = ()
     notes: tuple[str, ...] = ()
+    loaders: Mapping[str, Loader] = field(default_factory=dict)
+    overlaps: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def loaded_keys(self) -> frozenset[str]:
+        """The keys whose values a module's own loading code may change."""
+        return frozenset().union(*(loader.keys for loader in self.loaders.values() if loader.changes))
 
     def __getitem__(self, key: str) -> TensorMeta:
         return self.tensors[key]

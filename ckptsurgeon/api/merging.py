@@ -319,14 +319,15 @@ def _carry_out(
         if finite and (not verification or around is not None):  # the model has shown the weights alone
             refuse_non_finite(path, how.path)
 
-    written = write_plan(made, found, wanted, how, values=_values(made, goal, own), verify=prove, training=around)
+    written = write_plan(made, found, wanted, how, values=_values(made, goal, own, how.format), verify=prove, training=around)
     return _report(made, written, how.path, how.proof, verification[0] if verification else None)
 
 
-def _values(made: Plan, goal: Target | None, own: Own) -> Values | None:
+def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:
     schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
+    settle = _settling(made, goal, format)
     if goal is None or not (schemes or made.needs_model):
-        return Values(_no_initial, _no_initial, own.kernels) if own.kernels else None
+        return Values(_no_initial, _no_initial, own.kernels, settle) if own.kernels or settle else None
     from ckptsurgeon.models.values import extra_state, make_provider
 
     model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
@@ -342,7 +343,19 @@ def _values(made: Plan, goal: Target | None, own: Own) -> Values | None:
             raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
         return extra[key]
 
-    return Values(initial, own_extra, own.kernels)
+    return Values(initial, own_extra, own.kernels, settle)
+
+
+def _settling(made: Plan, goal: Target | None, format: str) -> Any:
+    """What finds the values that loading decides; None where it decides none."""
+    if goal is None or goal.build is None or not (goal.checkpoint.loaders or goal.checkpoint.overlaps):
+        return None
+    from ckptsurgeon.models.settled import is_needed, settled
+
+    build, wanted, versionless = goal.build, goal.checkpoint, format == "safetensors"
+    if not is_needed(made, wanted, versionless):
+        return None
+    return lambda fetch, extra: settled(made, wanted, build, fetch, extra, versionless)
 
 
 def _no_initial(key: str) -> Any:

@@ -7,6 +7,7 @@ quantized, nested, lazy, a dtype without a code) is refused by its key, never le
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.skeleton import fingerprint
 from ckptsurgeon.models import persons_code
+from ckptsurgeon.models.loaders import find_loaders
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 
@@ -35,7 +37,8 @@ def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | 
     >>> checkpoint_of(nn.Linear(3, 2), "demo")["weight"].shape
     (2, 3)
     """
-    checkpoint = checkpoint_of_state_dict(state_dict_of(model, path), path)
+    state = state_dict_of(model, path)
+    checkpoint = replace(checkpoint_of_state_dict(state, path), loaders=find_loaders(model, state), overlaps=_overlaps(state))
     if note is not None and checkpoint.entries:
         note(f"{path} keeps {len(checkpoint.entries)} values beside its tensors: {', '.join(checkpoint.entries)}")
     return checkpoint
@@ -89,6 +92,24 @@ def module_metadata(state_dict: Mapping[str, object]) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         return {}
     return {str(name): dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+
+
+def _overlaps(state_dict: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
+    """Groups of keys whose memory overlaps without being one tensor, from the first to the last byte that each reaches."""
+    by_storage: dict[int, list[tuple[int, int, str]]] = {}
+    for key, value in state_dict.items():
+        if isinstance(value, torch.Tensor) and value.numel() and not is_traceable_wrapper_subclass(value):
+            first = int(value.storage_offset()) * value.element_size()
+            reach = sum((int(size) - 1) * int(step) for size, step in zip(value.shape, value.stride(), strict=True)) + 1
+            by_storage.setdefault(value.untyped_storage()._cdata, []).append((first, first + reach * value.element_size(), key))
+    groups: list[list[str]] = []
+    for spans in by_storage.values():
+        end = -1
+        for first, last, key in sorted(spans) if len(spans) > 1 else ():
+            groups[-1].append(key) if first < end else groups.append([key])
+            end = max(end, last)
+    places = {key: _place(value) for key, value in state_dict.items() if isinstance(value, torch.Tensor)} if groups else {}
+    return tuple(tuple(group) for group in groups if len({places[key] for key in group}) > 1)
 
 
 def _meta(key: str, tensor: torch.Tensor, path: str) -> TensorMeta:

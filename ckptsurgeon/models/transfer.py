@@ -1,7 +1,8 @@
 """Puts a plan's values into a live model: every value is at hand, and every tensor is known to take one, before the first copy.
 
 It decides nothing; the plan does. Values come through `fetch`, so that nothing here opens a file. What lies in a file is read straight into
-the model's memory: never mapped, since a mapped file that becomes shorter kills the process, and never held whole.
+the model's memory: never mapped, since a mapped file that becomes shorter kills the process, and never held whole. What a module's own
+loading code can reach goes through torch's `load_state_dict` first, all or nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptsurgeon.errors import CheckpointError, ModelError, TargetError, VerificationError
 from ckptsurgeon.models import initialize, persons_code
+from ckptsurgeon.models.loaded import load, reached
+from ckptsurgeon.models.loaders import find_loaders, storage_of, tensors_of
 from ckptsurgeon.models.own import Fill
 from ckptsurgeon.models.skeleton import state_dict_of
 from ckptsurgeon.models.values import tensor_bytes
@@ -70,7 +73,7 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
 
     Raises:
         ModelError: the model is on meta, or has a tensor that can't be written to.
-        TargetError: the model's own code fails.
+        TargetError: the model's own code fails; what it did outside the model can't be undone.
         VerificationError: what the model holds afterwards is not what was put in.
         The model is as it was before each of them.
         UnreadableError, StaleError: a file fails or shrinks while it is read into the model; they name what the model has of it by then.
@@ -81,6 +84,7 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
     values: dict[str, Value] = {}
     copies: dict[str, str] = {}
     steps = {step.target: step for step in plan.steps}
+    places = {key: place for place, key in enumerate(state)}
     for step in plan.steps:
         if step.sources:
             values[step.target] = fetch(step.target)
@@ -97,19 +101,39 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
     values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:
         _check_writable(key, state[key])
-    own = {tensor.untyped_storage()._cdata for tensor in _tensors(model) if not is_traceable_wrapper_subclass(tensor)}
+    own = {storage_of(tensor) for tensor in tensors_of(model) if not is_traceable_wrapper_subclass(tensor)}
     # A source that shares the model's memory would change while the model does.
     values = {
-        key: value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in own else value
-        for key, value in values.items()
+        key: value.clone() if isinstance(value, torch.Tensor) and storage_of(value) in own else value
+        for key, value in sorted(values.items(), key=lambda item: places[item[0]])
     }
-    in_place = all(state[key].untyped_storage()._cdata in own or not state[key].numel() for key in values)
-    if in_place and all(key.rpartition(".")[2] == _EXTRA and initialize.owner_of(model, key) is not None for key in extra):
+    loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
+    foreign = {key for key in values if storage_of(state[key]) not in own and state[key].numel()}
+    if foreign or any(key.rpartition(".")[2] != _EXTRA or initialize.owner_of(model, key) is None for key in extra):
+        foreign = set(values)  # a model whose state_dict is not its own memory
+    special = reached(state, loaders, foreign)
+    if not loaders and not special and not foreign:
         with undisturbed(), torch.no_grad():
             _set_extra(model, state, extra, name)
             _copy(state, values)
-    else:
-        _through_hooks(model, state, {key: at_hand(value) for key, value in values.items()}, extra, name)
+        return
+    through = {key: _owned(value) for key, value in values.items() if key in special}
+    rest = {key: value for key, value in values.items() if key not in special}
+    undo = load(model, state, through, extra, loaders, plan.versions, rest)
+    after = state_dict_of(model, name)
+    reachable = {key for loader in loaders.values() for key in loader.keys}
+    wrong = [key for key in foreign - reachable if not _same(after.get(key), at_hand(values[key]))]
+    if wrong:
+        with undisturbed():
+            undo()
+        raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
+    with undisturbed(), torch.no_grad():
+        _copy(after, rest)
+
+
+def _owned(value: Value) -> torch.Tensor:
+    """A value that the model's code may change."""
+    return at_hand(value) if isinstance(value, Waiting) else value.detach().clone()
 
 
 def _copy(state: Mapping[str, Any], values: Mapping[str, Value]) -> None:
@@ -136,10 +160,6 @@ def _check_writable(key: str, tensor: torch.Tensor) -> None:
         raise ModelError("can't take values: it was made in inference mode", key=key, hint="build the model outside torch.inference_mode()")
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 def _set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
     """Give each module its extra state; when one refuses, all have what they had."""
     done: list[str] = []
@@ -158,29 +178,6 @@ def _set_one(model: nn.Module, key: str, value: Any, name: str) -> None:
     owner = initialize.owner_of(model, key)
     assert owner is not None
     persons_code.call(name, owner.set_extra_state, value)
-
-
-def _through_hooks(
-    model: nn.Module, state: dict[str, Any], values: Mapping[str, torch.Tensor], extra: Mapping[str, Any], name: str
-) -> None:
-    """A model whose state_dict is not its own memory takes values by load_state_dict only; what it holds before is kept to go back to."""
-    before, kept = dict(state), [(tensor, tensor.detach().clone()) for tensor in _tensors(model)]
-    state.update({**values, **extra})  # in torch's own dict, whose _metadata tells versions
-    try:
-        persons_code.call(name, model.load_state_dict, state, strict=True)
-        after = state_dict_of(model, name)
-        wrong = [key for key, value in values.items() if not _same(after.get(key), value)]
-        if wrong:
-            raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
-    except BaseException:
-        with undisturbed():
-            state.update(before)
-            with suppress(TargetError):  # for what it keeps beside its tensors
-                persons_code.call(name, model.load_state_dict, state, strict=True)
-            with torch.no_grad():
-                for tensor, value in kept:
-                    tensor.copy_(value)
-        raise
 
 
 def _same(found: Any, value: torch.Tensor) -> bool:

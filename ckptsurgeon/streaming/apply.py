@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
@@ -40,12 +41,14 @@ class Values:
     """Where values that no file holds come from (a model, schemes, a person's own code), handed in by who knows models.
 
     `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
-    key that is no tensor, `kernels` a person's own adapters by name.
+    key that is no tensor, `kernels` a person's own adapters by name. `settled`, given the plan's values and the values that are no tensors,
+    gives those that loading decides, to be written instead.
     """
 
     initial: Callable[[str], Buffer]
     extra_state: Callable[[str], Any]
     kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    settled: Callable[[Callable[[str], torch.Tensor], Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Written:
 
 @dataclass
 class _Run:
-    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied."""
+    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `settled` the bytes
+    that are written instead of a step's own."""
 
     plan: Plan
     sources: Sequence[Checkpoint]
@@ -92,21 +96,48 @@ class _Run:
     steps: Mapping[str, Step]
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
+    settled: dict[str, Buffer] = field(default_factory=dict)
+
+    def settle(self, entries: Mapping[str, Any]) -> None:
+        """Find what loading decides."""
+        if self.values is None or self.values.settled is None:
+            return
+        lost: dict[str, list[Cast]] = {}
+
+        def fetch(key: str) -> torch.Tensor:
+            step = self.steps[key]
+            apart = replace(self, casts=lost.setdefault(key, []))
+            apart.casts.clear()
+            return tensor_from(bytearray().join(apart.parts(step)), step.dtype).view(step.shape)
+
+        for key, value in self.values.settled(fetch, entries).items():
+            dtype, casts = BY_TORCH[str(value.dtype).removeprefix("torch.")].code, lost.get(key, [])
+            parts = dense_parts(value)
+            self.settled[key] = bytearray().join(
+                parts if dtype == self.steps[key].dtype else cast(key, parts, dtype, self.steps[key].dtype, casts)
+            )
+            self.casts += casts
 
     def origins(self, step: Step) -> tuple[TensorMeta, ...]:
         """The tensors of files that a step reads; none where its value is made."""
+        if step.target in self.settled:
+            return ()
         if step.action == "keep" and self.target is not None:
             return (with_data(self.target, step.target),)
         return tuple(with_data(self.sources[number], key) for number, key in step.sources)
 
     def pieces(self, step: Step) -> Pieces | None:
         """The pieces of files whose bytes a step copies as they are, or None where they change."""
+        if step.target in self.settled:
+            return None
         step = resolved(step, self.steps)
         origins = self.origins(step)
         return pieces_of(origins, step.adapters) if origins and step.cast is None else None
 
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
+        if step.target in self.settled:
+            return iter([self.settled[step.target]])
         made = resolved(step, self.steps)
         casts = self.casts if made is step else []  # what a copy's original loses is told once
         origins = self.origins(made)
@@ -171,11 +202,12 @@ def apply(
     checkpoints = [*sources, *([target] if target is not None else [])]
     with Reader(checkpoints) as reader:
         run = _Run(plan, sources, target, values, reader, {step.target: step for step in plan.steps})
+        entries = _entries(run)
+        run.settle(entries)
         storages = storages_of(plan, run.steps, run.origins)
         if training is not None:  # each moment is its own: two that shared memory would be counted on twice
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
         tensors, aliases = tensors_of(plan, storages, alias=output.format == "safetensors" and output.tied == "alias")
-        entries = _entries(run)
         layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)
         _refuse_part_of_source(output.path, checkpoints)
         with new_file(output.path, output.overwrite) as temporary, copying.naming(output.path):

@@ -1,14 +1,11 @@
-"""What goes along with the tensors: `_metadata`, values that can't be carried, and what there is to say about ties. Decides no step."""
+"""What goes along with the tensors: values that can't be carried, and what there is to say about ties and memory. Decides no step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 from ckptsurgeon.errors import UnsafeError
-from ckptsurgeon.formats.unpickled import written_out
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.compare import find_refused
 from ckptsurgeon.surgery.items import shortened
@@ -38,35 +35,6 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
             problems=shortened(problems),
             hint="give the model itself, or its skeleton, as the target",
         )
-
-
-def module_metadata(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> Mapping[str, Any]:
-    """The target's `_metadata`; where it has none, the sources', each module's renamed as its tensors were."""
-    if target is not None and target.module_metadata:
-        return {path: _plain(local) for path, local in written_out(target.module_metadata).items()}
-    metadata: dict[str, Any] = {}
-    for number, source in enumerate(sources):
-        for path, local in written_out(source.module_metadata).items():
-            place = names.prefixes[number].place(path)
-            if place is not None:
-                metadata[place] = _plain(local)
-    for name, claim in names.claims.items():
-        number, key = claim.places[0]
-        local = sources[number].module_metadata.get(key.rpartition(".")[0])
-        if local is not None:
-            metadata[name.rpartition(".")[0]] = _plain(local)
-    return metadata
-
-
-def _plain(local: Any) -> dict[str, Any]:
-    """A module's `_metadata` without what a plan can't write down; torch's own are numbers and flags."""
-    items = local.items() if isinstance(local, Mapping) else ()
-    known = (int, str, bool, float, type(None))
-    return {
-        name: value
-        for name, value in items
-        if type(name) is str and type(value) in known and not (type(value) is float and not math.isfinite(value))
-    }
 
 
 def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> tuple[Finding, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.averaging import Weights
-from ckptsurgeon.surgery.carried import findings, module_metadata, refuse_unsafe
+from ckptsurgeon.surgery.carried import findings, refuse_unsafe
 from ckptsurgeon.surgery.fates import fates, loose
 from ckptsurgeon.surgery.freshness import mark_fresh
 from ckptsurgeon.surgery.initial import Initial, check_copies, find_initials
@@ -22,6 +22,7 @@ from ckptsurgeon.surgery.origins import AUTO, Origin, find_origins, reasons
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.planned import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest
 from ckptsurgeon.surgery.rules import Outside, Rule
+from ckptsurgeon.surgery.versions import find_versions
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
 
 __all__ = ["DTYPE_CHOICES", "Action", "Dropped", "Entry", "Plan", "PlanSource", "PlanTarget", "Step", "digest", "make_plan"]
@@ -74,6 +75,7 @@ def make_plan(
     _refuse_unused(sources, target, steps, entries, names)
     dropped = fates(sources, target, names, origins, steps, entries)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
+    versions = find_versions(sources, target, names, steps)
     whole: Mapping[str, TensorMeta] = target if target is not None else covered
     return Plan(
         sources=tuple(_plan_source(source, names, number) for number, source in enumerate(sources)),
@@ -83,11 +85,13 @@ def make_plan(
         dropped=dropped,
         coverage=Coverage.of(covered, whole, sum(step.filled for step in steps if step.sources)),
         entries=entries,
-        module_metadata=module_metadata(sources, target, names),
+        module_metadata=versions.recorded,
+        versions=versions.given,
+        loaded=versions.loaded,
         ties=target.ties if target is not None else (),
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
-        findings=findings(sources, target, names, steps),
+        findings=(*findings(sources, target, names, steps), *versions.notes),
         loose=loose(names, target, steps, entries, dropped),
     )
 

@@ -69,6 +69,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "dropped": [{"source": row.source, "reason": row.reason, "file": row.file} for row in plan.dropped],
         "entries": [{"target": entry.target, "source": _place(entry.source)} for entry in plan.entries],
         "module_metadata": {path: dict(local) for path, local in plan.module_metadata.items()},
+        "versions": {path: dict(local) for path, local in plan.versions.items()},
+        "loaded": list(plan.loaded),
         "ties": [list(group) for group in plan.ties],
         "left_behind": list(plan.left_behind),
         "allow_cast": list(plan.allow_cast),
@@ -138,6 +140,8 @@ def _plan(value: Mapping[str, Any]) -> Plan:
         ),
         entries=entries,
         module_metadata={name: _local(local) for name, local in _row(value["module_metadata"]).items()},
+        versions={name: _local(local) for name, local in _row(value["versions"]).items()},
+        loaded=tuple(_texts(value["loaded"])),
         ties=ties,
         left_behind=tuple(_texts(value["left_behind"])),
         allow_cast=allow_cast,
@@ -212,9 +216,9 @@ def _fingerprint(row: Mapping[str, Any]) -> str:
 
 def _local(value: Any) -> dict[str, Any]:
     local = _row(value)
-    if any(type(one) in (list, dict) for one in local.values()):
+    if any(type(one) is list for one in local.values()):
         raise TypeError("module_metadata with more than plain values")
-    return local
+    return {name: _local(one) if type(one) is dict else one for name, one in local.items()}
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
@@ -337,6 +341,9 @@ def _target_problems(plan: Plan, target: Checkpoint | None) -> Iterable[str]:
         yield f"the target is a {target.format}, in the plan a {plan.target.kind}"
     if plan.ties != target.ties:
         yield "the target ties other keys than the plan says"
+    changing = {path for path, loader in target.loaders.items() if loader.changes}
+    if set(plan.versions) != changing or not set(plan.loaded) <= changing:
+        yield "other modules of the target load in their own way than the plan says"
     planned = {step.target for step in plan.steps}
     yield from (f"{key}: has no step" for key in target if key not in planned)
 

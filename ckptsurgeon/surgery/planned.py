@@ -122,8 +122,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `apply` will do. `ties` are groups of target keys that share one tensor in the target; `loose` says what `strict`
-    refuses: each missing, extra or mismatched key that no rule names."""
+    """Everything that `apply` will do.
+
+    Attributes:
+        module_metadata: what the output records as torch's `_metadata`.
+        versions: what the sources recorded for the target's modules that load in their own way.
+        loaded: such modules of which the output has what torch's load leaves.
+        ties: groups of target keys that share one tensor in the target.
+        loose: what `strict` refuses: each missing, extra or mismatched key that no rule names.
+    """
 
     sources: tuple[PlanSource, ...]
     target: PlanTarget | None
@@ -133,6 +140,8 @@ class Plan:
     coverage: Coverage
     entries: tuple[Entry, ...] = ()
     module_metadata: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
     left_behind: tuple[str, ...] = ()
     allow_cast: tuple[str, ...] = ()
@@ -189,7 +198,7 @@ class Plan:
         if self.target is None or self.target.kind != "model":
             return False
         from_model = any(scheme in FROM_MODEL for step in self.steps for scheme in step.schemes)
-        return from_model or any(entry.source is None for entry in self.entries)
+        return from_model or bool(self.loaded) or any(entry.source is None for entry in self.entries)
 
     def __str__(self) -> str:
         return self.text
@@ -208,5 +217,6 @@ def digest(plan: Plan) -> str:
         [[entry.target, entry.source and list(entry.source)] for entry in plan.entries],
         [list(group) for group in plan.ties],
         {path: dict(local) for path, local in plan.module_metadata.items()},
+        *([[{path: dict(local) for path, local in plan.versions.items()}, list(plan.loaded)]] if plan.versions else []),
     ]
     return sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()

@@ -229,7 +229,8 @@ def test_an_interrupt_in_a_models_own_loading_code_puts_it_back(tmp_path: Path) 
     net.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         cs.transfer(tmp_path / "a.pt", net)
-    assert net.weight.tolist() == [5, 5, 5]
+    assert (net.weight.tolist(), net.interrupt) == ([5, 5, 5], True)  # its attributes are as they were, too
+    net.interrupt = False
     cs.transfer(tmp_path / "a.pt", net)
     assert net.weight.tolist() == [1, 1, 1]
 
