@@ -108,7 +108,7 @@ def _overlaps(state_dict: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
         for first, last, key in sorted(spans) if len(spans) > 1 else ():
             groups[-1].append(key) if first < end else groups.append([key])
             end = max(end, last)
-    places = {key: _place(value) for key, value in state_dict.items() if isinstance(value, torch.Tensor)} if groups else {}
+    places = {key: place(value) for key, value in state_dict.items() if isinstance(value, torch.Tensor)} if groups else {}
     return tuple(tuple(group) for group in groups if len({places[key] for key in group}) > 1)
 
 
