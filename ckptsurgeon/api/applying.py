@@ -40,6 +40,8 @@ TABLE: tuple[Row, ...] = (
     Row("tolerance", ("forward",), "is for outputs that --forward compares", "--source-model module:Net --forward module:make_inputs"),
     Row("optimizer_root", ("optimizer",), "says where an optimizer's state stands, and none is asked for", "--with-optimizer"),
     Row("optimizer_names", ("optimizer",), "names an optimizer's parameters, and none is asked for", "--with-optimizer"),
+    Row("optimizer_from", ("optimizer",), "holds an optimizer's state, and none is asked for", "transfer(..., optimizer=optimizer)"),
+    Row("scheduler_from", ("scheduler",), "holds a scheduler's state, and none is asked for", "transfer(..., scheduler=scheduler)"),
     Row("ema_root", ("ema",), "says where an averaged copy stands, and none is asked for", "transfer(..., ema=copy)"),
     *(
         Row(name, ("record",), "is about a record of what is fresh, and patterns are none", "give a report, a plan or a checkpoint")

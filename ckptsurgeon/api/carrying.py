@@ -7,11 +7,13 @@ are streamed; only step counts are read here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import resuming
-from ckptsurgeon.api.opening import Target
+from ckptsurgeon.api.opening import Path, Target
+from ckptsurgeon.api.resuming import Names
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, PlanError, TargetError
 from ckptsurgeon.formats.layout import WEIGHTS
@@ -20,7 +22,6 @@ from ckptsurgeon.models.parameters import named
 from ckptsurgeon.report import CarriedState
 from ckptsurgeon.streaming.apply import Training
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.surgery import training_places
 from ckptsurgeon.surgery.optimizer_merge import is_plain, kind_of, merge_state, slots_of
 from ckptsurgeon.surgery.optimizer_names import assign, held_by_key
 from ckptsurgeon.surgery.optimizer_plan import Parameter
@@ -29,11 +30,22 @@ from ckptsurgeon.surgery.plan import Plan
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_HINT = (
+    "say whose each position is: --optimizer-names model, where the target registers its parameters in the order of the model that was "
+    "trained, or --optimizer-names FILE, which has the source's names in the optimizer's order, one a line (in Python: optimizer_names=…)"
+)
+
 
 def training(
-    made: Plan, found: Sequence[Checkpoint], goal: Target | None, optimizer_root: str | None, names: Sequence[str] | None
+    made: Plan, found: Sequence[Checkpoint], goal: Target | None, optimizer_root: str | None, names: Names, second: Path | None
 ) -> tuple[Training, CarriedState]:
     """What is to be written around the weights, and what becomes of the source's state.
+
+    Args:
+        second: the file that has the state, where it does not stand beside the weights.
 
     Raises:
         PlanError: several sources; an optimizer that is of no kind we know.
@@ -45,34 +57,34 @@ def training(
     if goal is None or goal.build_meta is None:
         raise TargetError("only a model says which keys are parameters", hint="give module:Net as the target")
     given = found[0]
-    with Reader([given]) as reader:
-        beside = resuming.beside(given, given, reader)
-        place, value = training_places.find("optimizer", beside.value, given.root, optimizer_root, given.path)
+    model = goal.build_meta()
+    steps = {step.target: step for step in made.steps}
+    with Reader([given]) as reader, ExitStack() as opened:
+        beside = resuming.beside(given, given, reader) if second is None else resuming.apart(second, opened)
+        place, value = resuming.find("optimizer", beside, optimizer_root)
         tree, fetch = beside.tree(place, value)
         try:
             saved = read_saved(tree)
-            assigned = assign(saved, given, names)
+            assigned = assign(saved, given, names, optimizer_state.order_of(model, None, steps, given), _HINT)
             slots = slots_of(saved, kind_of(saved))
-            steps = {step.target: step for step in made.steps}
-            parameters = _parameters(goal, slots, steps)
+            parameters = _parameters(model, slots, steps)
             held = held_by_key(saved, assigned, given)
             state = merge_state(
                 saved, assigned, held, parameters, steps, frozenset(steps), 1, lambda leaf: optimizer_state.count_of(leaf, fetch)
             )
         except FormatError as error:
-            error.path, error.key = error.path or given.path, error.key or place
+            error.path, error.key = error.path or beside.path, error.key or place
             raise
-        reader.check_unchanged()
-    around, others = _around(beside.value, given.root, place, state.value)
-    carried = replace(resuming.account(place, saved, assigned, given, state.plans, state.notes), others=others)
-    source = Checkpoint(given.path, given.format, given.fingerprint, state.leaves, files=given.files)
+        beside.reader.check_unchanged()
+    around, others = _around(None if second is not None else beside.value, given.root, place or "optimizer", state.value)
+    carried = replace(resuming.account(resuming.shown(beside, place), saved, assigned, given, state.plans, state.notes), others=others)
+    source = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)
     return Training(around, state.steps, source), replace(carried, text=text.carried(carried))
 
 
-def _parameters(goal: Target, slots: Any, steps: Mapping[str, Any]) -> list[Parameter]:
-    assert goal.build_meta is not None
+def _parameters(model: nn.Module, slots: Any, steps: Mapping[str, Any]) -> list[Parameter]:
     found = []
-    for name, one in named(goal.build_meta()).items():
+    for name, one in named(model).items():
         own = next((steps[key].dtype for key in one.keys if key in steps), None)
         dtype = own or BY_TORCH[str(one.tensor.dtype).removeprefix("torch.")].code
         found.append(Parameter(name, one.keys, dtype, tuple(one.tensor.shape), slots))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening, resuming
@@ -83,8 +84,8 @@ def transfer(
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
         if asked:
-            found = resuming.beside(source, given, reader)
-            carried = resuming.give(asked, found, given, plan, model, lambda: averaged_into(asked, source, found, again, undo), undo)
+            around = cache(lambda: resuming.beside(source, given, reader))
+            carried = resuming.give(asked, around, given, plan, model, lambda: averaged_into(asked, source, around, again, undo), undo)
         put(plan, model, values.__getitem__, extra, ruling.own.schemes)
         _check_still_unchanged(reader)
     report = Report(
@@ -107,8 +108,9 @@ def transfer(
 
 def _refuse_idle(plan: Plan, seed: int | None, asked: Asked) -> None:
     drawn = any(scheme != "model" for step in plan.steps for scheme in step.schemes)  # "model" is what the live model has already
-    known = facts(initial_values=drawn, optimizer=asked.optimizer is not None, ema=asked.ema is not None)
-    refuse_idle(known, seed=seed, optimizer_root=asked.optimizer_root, optimizer_names=asked.optimizer_names, ema_root=asked.ema_root)
+    present = {kind: getattr(asked, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
+    words = ("optimizer_root", "optimizer_names", "optimizer_from", "scheduler_from", "ema_root")
+    refuse_idle(facts(initial_values=drawn, **present), seed=seed, **{word: getattr(asked, word) for word in words})
 
 
 def _check_still_unchanged(reader: Reader) -> None:

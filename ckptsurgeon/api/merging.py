@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.applying import facts_of, refuse_idle, refuse_idle_writing
@@ -162,7 +162,8 @@ def merge(
     finite: bool = False,
     with_optimizer: bool = False,
     optimizer_root: str | None = None,
-    optimizer_names: Iterable[str] | None = None,
+    optimizer_names: Iterable[str] | Literal["model"] | None = None,
+    optimizer_from: Path | None = None,
     note: Note = silent,
 ) -> Report:
     """Plan, apply and verify: write to `output` what fits, and prove it before the file takes its name.
@@ -180,7 +181,9 @@ def merge(
         finite: let NaN and infinite values fail, whatever the target, and those of an optimizer's state too.
         with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with
             its groups' hyper-parameters, and whatever else is plain there. Needs a model as the target, one source and torch's format.
-        optimizer_root, optimizer_names: as for `transfer`.
+        optimizer_root, optimizer_names: as for `transfer`; the target model's order of registration counts only for `"model"`.
+        optimizer_from: a second file that has the optimizer's state, such as the Trainer's `optimizer.pt`; with it `with_optimizer` goes
+            without saying, and the source may be of any format.
         The other arguments are `plan`'s.
 
     Raises:
@@ -192,6 +195,7 @@ def merge(
     """
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
+    with_optimizer = with_optimizer or optimizer_from is not None
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
     choices = _Choices(ruling, root, dtype, seed or 0, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
     seen = _look(sources)
@@ -209,8 +213,9 @@ def merge(
     around, carried = None, None
     if with_optimizer:
         from ckptsurgeon.api.carrying import training
+        from ckptsurgeon.api.resuming import names_of
 
-        around, carried = training(made, found, goal, optimizer_root, None if optimizer_names is None else tuple(optimizer_names))
+        around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from)
     gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
     done = _carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
     if carried is None:

@@ -7,10 +7,10 @@ had. What can't be carried is told, and never stops the weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import opening
@@ -22,16 +22,28 @@ from ckptsurgeon.report import CarriedState, Report
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import reported, tensor_from
 from ckptsurgeon.surgery import training_places
-from ckptsurgeon.surgery.optimizer_names import Assigned, assign, held_by_key
+from ckptsurgeon.surgery.optimizer_names import MODEL, Assigned, assign, held_by_key
 from ckptsurgeon.surgery.optimizer_plan import ParameterPlan, plan_states
 from ckptsurgeon.surgery.optimizer_saved import MARKS, SLOTS, Saved, read_saved
 from ckptsurgeon.surgery.plan import Plan
-from ckptsurgeon.tensors import Archive, Checkpoint, TensorMeta
+from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, TensorMeta
 from ckptsurgeon.views import text
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+Names = tuple[str, ...] | Literal["model"] | None
+
+
+def names_of(names: Iterable[str] | str | None) -> Names:
+    """`optimizer_names` as it is given: names in order, or `"model"`. ModelError for another text."""
+    if isinstance(names, str):
+        if names != MODEL:
+            raise ModelError(f"optimizer_names can't be {names!r}", hint="give the names in the optimizer's order, or 'model'")
+        return "model"
+    return None if names is None else tuple(names)
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,10 @@ class Asked:
 
     optimizer: Any = None
     optimizer_root: str | None = None
-    optimizer_names: Sequence[str] | None = None
+    optimizer_names: Names = None
+    optimizer_from: Given = None
     scheduler: Any = None
+    scheduler_from: Given = None
     scaler: Any = None
     ema: Any = None
     ema_root: str | None = None
@@ -61,13 +75,15 @@ def without_averaged(found: Given) -> Given:
 
 @dataclass(frozen=True)
 class Beside:
-    """All that the source holds, as a tree or live, and how a tensor of it is had."""
+    """All that a file or a live source holds, as a tree or live, and how a tensor of it is had. `whole`: it may be a state itself."""
 
     path: str
     value: Any
     root: str
     reader: Reader
     live: bool
+    whole: bool = False
+    files: tuple[FileStamp, ...] = ()
 
     def tree(self, place: str, found: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
         """One part of it with a `TensorMeta` for each tensor, and what gives these tensors."""
@@ -91,20 +107,58 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the checkpoint that training wrote")
     if given.format not in ("torch-zip", "torch-legacy"):
         raise FormatError(
-            f"is a {given.format}, which holds no training state", path=given.path, hint="give the torch file that training wrote"
+            f"is a {given.format}, which holds no training state",
+            path=given.path,
+            hint="give the torch file that training wrote, or the optimizer's own file: optimizer_from='optimizer.pt'",
         )
     tree = formats.read_tree(given.files[0].path)
     if tree.files != given.files:
         raise StaleError("changed while it was read", path=given.path, hint="run it again when nothing writes to it")
-    return Beside(given.path, tree.value, given.root, reader, False)
+    return Beside(given.path, tree.value, given.root, reader, False, files=tree.files)
+
+
+def apart(source: Given, undo: ExitStack) -> Beside:
+    """What a second file holds, or a live state: a state by itself (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or one
+    beside others.
+
+    Raises:
+        ModelError: it is neither.
+        FormatError, UnreadableError: as the reader's.
+    """
+    if isinstance(source, Mapping):
+        return Beside("the state", source, "", undo.enter_context(Reader([])), True, True)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the file that has it, such as optimizer.pt")
+    tree = formats.read_tree(os.fspath(source))
+    held = Checkpoint(tree.path, "", "", {}, files=tree.files)
+    return Beside(tree.path, tree.value, "", undo.enter_context(Reader([held])), False, True, tree.files)
+
+
+def find(kind: training_places.Kind, found: Beside, asked: str | None) -> tuple[str, Any]:
+    """Where a kind of state stands, and it itself; a file that is one by itself is named by its path."""
+    if asked is None and found.whole and training_places.is_state(kind, found.value):
+        return "", found.value
+    return training_places.find(kind, found.value, found.root, asked, found.path)
+
+
+def shown(found: Beside, place: str) -> str:
+    """A state's place as the report names it: with its file, where this is a second one."""
+    return place if not found.whole else f"{found.path}: {place}" if place else found.path
 
 
 def give(
-    asked: Asked, found: Beside, given: Checkpoint, plan: Plan, model: nn.Module, averaged: Callable[[], Report | None], undo: ExitStack
+    asked: Asked,
+    around: Callable[[], Beside],
+    given: Checkpoint,
+    plan: Plan,
+    model: nn.Module,
+    averaged: Callable[[], Report | None],
+    undo: ExitStack,
 ) -> CarriedState:
     """Carry what is asked for. What fails within `undo` is put back as it was.
 
     Args:
+        around: what stands beside the weights; called only where something of it is asked for.
         averaged: transfers into the averaged copy.
 
     Raises:
@@ -115,6 +169,7 @@ def give(
     carried = CarriedState()
     made, saved = None, None
     if asked.optimizer is not None:
+        found = around() if asked.optimizer_from is None else apart(asked.optimizer_from, undo)
         made, saved, carried = _optimizer(asked, found, given, plan, model)
     ready = []
     groups: list[dict[str, Any]] = []
@@ -122,7 +177,8 @@ def give(
     for kind, taker in (("scheduler", asked.scheduler), ("scaler", asked.scaler)):
         if taker is None:
             continue
-        state = _other(kind, taker, found, asked)
+        origin = asked.scheduler_from if kind == "scheduler" else None
+        state = _other(kind, taker, around() if origin is None else apart(origin, undo), asked)
         if isinstance(state, str):
             carried = replace(carried, not_carried=(*carried.not_carried, (kind, state)))
             continue
@@ -147,20 +203,24 @@ def _optimizer(
     asked: Asked, found: Beside, given: Checkpoint, plan: Plan, model: nn.Module
 ) -> tuple[optimizer_state.Made | None, Saved, CarriedState]:
     parameters = optimizer_state.parameters_of(model, asked.optimizer)
-    place, value = training_places.find("optimizer", found.value, found.root, asked.optimizer_root, found.path)
+    place, value = find("optimizer", found, asked.optimizer_root)
     tree, fetch = found.tree(place, value)
+    steps = {step.target: step for step in plan.steps}
+    live = optimizer_state.order_of(model, asked.optimizer, steps, given)
     try:
         saved = read_saved(tree)
-        assigned = assign(saved, given, asked.optimizer_names)
+        assigned = assign(saved, given, asked.optimizer_names, live)
     except FormatError as error:
         error.path, error.key = error.path or found.path, error.key or place
         raise
+    place = shown(found, place)
     every = tuple(parameter.name for parameter in parameters)
     reason = _other_kind(optimizer_state.kind_of(asked.optimizer), asked.optimizer, saved)
     if reason is not None:
         return None, saved, CarriedState(place, assigned.by, zeroed=every, not_carried=((type(asked.optimizer).__name__, reason),))
     held = {(0, key): state for key, state in held_by_key(saved, assigned, given).items()}
-    made = optimizer_state.make(asked.optimizer, plan_states(parameters, {step.target: step for step in plan.steps}, held), fetch)
+    made = optimizer_state.make(asked.optimizer, plan_states(parameters, steps, held), fetch)
+    found.reader.check_unchanged()
     return made, saved, replace(account(place, saved, assigned, given, made.plans, made.notes), casts=reported(made.casts))
 
 
@@ -216,7 +276,7 @@ def _other(kind: Any, taker: Any, found: Beside, asked: Asked) -> dict[str, Any]
     optimizer = getattr(taker, "optimizer", None)
     if kind == "scheduler" and asked.optimizer is not None and optimizer is not None and optimizer is not asked.optimizer:
         raise ModelError("the scheduler drives another optimizer than the one given", hint="make it from the new optimizer")
-    place, value = training_places.find(kind, found.value, found.root, None, found.path)
+    place, value = find(kind, found, None)
     tree, fetch = found.tree(place, value)
     own = training_state.own_state(taker)
     if not own:
@@ -226,7 +286,11 @@ def _other(kind: Any, taker: Any, found: Beside, asked: Asked) -> dict[str, Any]
 
 
 def averaged_into(
-    asked: Asked, source: Given, found: Beside, again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report], undo: ExitStack
+    asked: Asked,
+    source: Given,
+    around: Callable[[], Beside],
+    again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report],
+    undo: ExitStack,
 ) -> Report | None:
     """Transfer into the averaged copy by the same rules; the wrapper's own buffers, such as `n_averaged`, are copied by name.
 
@@ -237,6 +301,7 @@ def averaged_into(
         return None
     import torch
 
+    found = around()
     model, buffers = averaged_copy.inner(asked.ema), averaged_copy.own_buffers(asked.ema)
     if found.live:
         assert isinstance(source, Mapping)

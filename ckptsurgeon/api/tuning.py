@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.opening import Given, Note, Renames, silent
@@ -43,8 +43,10 @@ def transfer(
     strict: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_root: str | None = None,
-    optimizer_names: Iterable[str] | None = None,
+    optimizer_names: Iterable[str] | Literal["model"] | None = None,
+    optimizer_from: Given = None,
     scheduler: Any = None,
+    scheduler_from: Given = None,
     scaler: Any = None,
     ema: Any = None,
     ema_root: str | None = None,
@@ -58,7 +60,11 @@ def transfer(
         optimizer: a new SGD, Adam, AdamW or RMSprop over the model's parameters, which gets the moments of the source's: by the parameters'
             names, adapted as their weights are, zero for fresh ones; steps are kept. Its groups' hyper-parameters stay its own.
         optimizer_root: where the state stands in the source, such as `"optimizer_states.1"`; else under the usual names.
-        optimizer_names: the source's parameters in its optimizer's order, where the file has no names and the order is not plain.
+        optimizer_names: the source's parameters in its optimizer's order, group after group, where the file has no names and nothing else
+            tells whose each position is; or `"model"`: they are as this model and its optimizer have them. Without names the order of the
+            file's keys counts, unless they were sorted, and the order in which this model registers its parameters; they must agree.
+        optimizer_from: a second file that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
+            `optimizer.bin`, or the state in memory; `source` may then be of any format. `scheduler_from` likewise (`scheduler.pt`).
         scheduler, scaler: new ones, which get the state of the source's where it goes with them; a scheduler sets the rate it stood at.
         ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules; `ema_root` names it.
         The other arguments are `plan`'s.
@@ -69,7 +75,7 @@ def transfer(
 
     Raises:
         CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. RootError or ModelError
-            for a training state that is not there, or is of no one knows whom. Everything is as it was then.
+            for a training state that is not there, or whose parameters can't be identified. The model is unchanged then.
         UnreadableError, StaleError: also for a file that fails or changes while it is copied: these alone can leave a mixture, and say so.
         KeyboardInterrupt: the model has all of the new values, or none.
 
@@ -79,7 +85,7 @@ def transfer(
     (('weight',), ('bias',))
     """
     from ckptsurgeon.api import live
-    from ckptsurgeon.api.resuming import Asked
+    from ckptsurgeon.api.resuming import Asked, names_of
 
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse)
     return live.transfer(
@@ -96,8 +102,10 @@ def transfer(
         asked=Asked(
             optimizer=optimizer,
             optimizer_root=optimizer_root,
-            optimizer_names=None if optimizer_names is None else tuple(optimizer_names),
+            optimizer_names=names_of(optimizer_names),
+            optimizer_from=optimizer_from,
             scheduler=scheduler,
+            scheduler_from=scheduler_from,
             scaler=scaler,
             ema=ema,
             ema_root=ema_root,

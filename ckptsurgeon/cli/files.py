@@ -1,13 +1,35 @@
-"""Small files that a command writes: whole or not at all, like every other output."""
+"""Small files of a command's own: lists that it reads, and what it writes, whole or not at all, like every other output."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from ckptsurgeon.errors import OutputError
+from ckptsurgeon.errors import FormatError, OutputError
+from ckptsurgeon.formats import json_text
+from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.streaming.atomic import new_file
 from ckptsurgeon.streaming.copying import write_at
+
+
+def name_list(path: str) -> tuple[str, ...]:
+    """The names in a file: a JSON list of them, or one a line.
+
+    Raises:
+        UnreadableError: it is not there, or no regular file.
+        FormatError: it is no text, or JSON of something else.
+    """
+    with open_regular(path) as file:
+        raw = json_text.whole(file)
+    if raw.lstrip()[:1] == b"[":
+        found = json_text.parse(raw, path, "list of names")
+        if not all(type(name) is str for name in found):
+            raise FormatError("holds something other than names in its list", path=path, hint='write ["a.weight", "a.bias"]')
+        return tuple(found)
+    try:
+        return tuple(line.strip() for line in raw.decode("utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise FormatError("is no text", path=path, hint="give a file with one name a line") from error
 
 
 def write_json(path: str, value: dict[str, Any], overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
 DECIDING = ("root", "reverse", "auto", "match", "accept_uncertain", "average", "dtype", "allow_cast", "seed", "min_coverage", "strict")
-WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "finite")
+WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "optimizer_names", "finite")
 
 
 @click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")
@@ -25,6 +25,13 @@ WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "fini
 @options.deciding
 @options.writing
 @click.option("--with-optimizer", is_flag=True, help="Write a training checkpoint: the optimizer's state goes with the weights.")
+@click.option("--optimizer", "optimizer_from", metavar="FILE", help="That state stands in a second file, such as optimizer.pt.")
+@click.option(
+    "--optimizer-names",
+    metavar="FILE|model",
+    callback=options.names,
+    help="Whose the optimizer's positions are: a file of names, one a line or in JSON, or as the target model registers them.",
+)
 @click.option("--optimizer-root", metavar="NAME", help="Where the optimizer's state stands, such as optimizer_states.1.")
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
 @options.limit
@@ -54,6 +61,7 @@ def command(
     sources, target = split(paths, average)
     choices |= {"average": mean(average, weights)}
     note = show.note()
+    choices["with_optimizer"] = choices["with_optimizer"] or choices["optimizer_from"] is not None
     if dry_run:
         if choices["with_optimizer"]:
             note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptsurgeon.cli.files import name_list
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
 from ckptsurgeon.errors import CheckpointError
@@ -73,6 +74,11 @@ def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str
             ctx.with_resource(limits(**{name: value}))
         except CheckpointError as error:
             raise click.BadParameter(f"{error.reason} ({error.hint})", ctx) from error
+
+
+def names(_ctx: click.Context, _option: click.Parameter, word: str | None) -> tuple[str, ...] | str | None:
+    """`model`, or the names in a file."""
+    return word if word in (None, "model") else name_list(word)
 
 
 limit = click.option(

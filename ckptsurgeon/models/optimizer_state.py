@@ -17,14 +17,15 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models import persons_code
-from ckptsurgeon.models.parameters import named
+from ckptsurgeon.models.parameters import named, named_tensors
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.adapting import adapted, dense_parts
 from ckptsurgeon.streaming.values import cast, tensor_from
+from ckptsurgeon.surgery.optimizer_order import LiveOrder, live_order
 from ckptsurgeon.surgery.optimizer_plan import Parameter, ParameterPlan, SlotPlan
 from ckptsurgeon.surgery.optimizer_saved import SLOTS, Leaf, wanted_slots
 from ckptsurgeon.surgery.planned import Step
-from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 Fetch = Callable[[TensorMeta], torch.Tensor]
 LARGEST_STEP = 1 << 53  # beyond which a float counts no longer one by one
@@ -76,6 +77,28 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
             "the optimizer has no parameter of the model", path=type(model).__name__, hint="make it from this model's own parameters"
         )
     return tuple(found)
+
+
+def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: Mapping[str, Step], source: Checkpoint) -> LiveOrder:
+    """What a model, and its optimizer's groups, say about whose the source's moments are.
+
+    Args:
+        optimizer: over the model's parameters; without one, a model's order never decides unasked.
+        steps: the weights' plan by target key.
+    """
+    parameters, buffers = named_tensors(model)
+    keys = {id(one.tensor): one.keys for one in parameters.values()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    return live_order(
+        {name: one.keys for one in parameters.values() for name in one.every},
+        list(keys.values()),
+        [key for one in buffers.values() for key in one.keys],
+        [[keys.get(id(parameter), ()) for parameter in group["params"]] for group in groups],
+        groups,
+        steps,
+        source,
+        leads=optimizer is not None,
+    )
 
 
 def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch) -> Made:

@@ -60,6 +60,20 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
     return candidates[0]
 
 
+def is_state(kind: Kind, value: Any) -> bool:
+    """Whether a value is a state of a kind by itself, as the Trainer's `optimizer.pt` and `scheduler.pt` are; a scheduler's has no mark of
+    its own, so that any dict is one that has nothing of that name.
+
+    >>> is_state("optimizer", {"state": {}, "param_groups": []}), is_state("optimizer", {"optimizer": {}})
+    (True, False)
+    """
+    if not isinstance(value, Mapping):
+        return False
+    if kind == "optimizer":
+        return "state" in value and "param_groups" in value
+    return not any(name in value for name in PLACES[kind])
+
+
 def _around(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
     """The top, then each container on the way to the model's root."""
     parts = model_root.split(".") if model_root else []

@@ -32,6 +32,7 @@ class Place:
         names = [name for name, _ in model.named_parameters()]
         self.run, self.names = folder / "run.pt", names
         torch.save({"model": model.state_dict(), "run": {"optimizer": optimizer.state_dict()}, "ema2": model.state_dict()}, self.run)
+        self.schedule = scheduler().state_dict()
         self.record = cs.merge(self.a, self.spec, folder / "merged.pt", drop=["head.*"])
         self.folder, self.number = folder, 0
 
@@ -45,6 +46,10 @@ class Place:
 
 def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def scheduler() -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer(torch.nn.Linear(1, 1)), 1)
 
 
 def resumed(place: Place, **more: Any) -> Any:
@@ -123,6 +128,16 @@ ROWS: list[tuple[str, Call, Call]] = [
         lambda p: cs.merge(
             p.run, p.spec, p.out(), root="model", optimizer_root="run.optimizer", optimizer_names=p.names, with_optimizer=True
         ),
+    ),
+    (
+        "optimizer_from",
+        lambda p: cs.transfer(p.a, p.model(), optimizer_from=p.run),
+        lambda p: resumed(p, optimizer_from=p.run, optimizer_root="run.optimizer"),
+    ),
+    (
+        "scheduler_from",
+        lambda p: cs.transfer(p.a, p.model(), scheduler_from=p.schedule),
+        lambda p: cs.transfer(p.a, p.model(), scheduler=scheduler(), scheduler_from=p.schedule),
     ),
     (
         "ema_root",

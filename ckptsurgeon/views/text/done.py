@@ -56,7 +56,11 @@ def carried(found: CarriedState, verbose: bool = False, width: int | None = None
 def _carried(found: CarriedState, width: int | None, most: int | None) -> list[str]:
     lines = []
     if found.place:
-        told = {"names": "by the parameters' names", "order": "by the parameters' order, every shape held against it"}
+        told = {
+            "names": "by the parameters' names",
+            "order": "by the parameters' order, every shape held against it",
+            "model": "by the model's own order of parameters, every shape held against it",
+        }
         lines.append(f"  optimizer state from {name(found.place)}, {told.get(found.by, found.by)}")
         adapted = f"{len(found.adapted)} of them adapted with their weights" if found.adapted else ""
         lines.append(heading("carried", len(found.carried) + len(found.adapted), adapted))
