@@ -5,6 +5,8 @@ Every error that a person can meet is one of these. This module imports nothing 
 
 from __future__ import annotations
 
+import re
+
 
 def printable(text: object) -> str:
     """Return `text`, one line of it, with control characters, terminal escapes and lone surrogates shown as escapes.
@@ -152,7 +154,45 @@ class VerificationError(CheckpointError):
     exit_code = 1
 
 
+class MissingError(CheckpointError):
+    """A library that is needed is not installed, or can't be loaded."""
+
+
+class OutOfMemoryError(CheckpointError):
+    """The machine has not enough memory, or not enough threads or processes, for this."""
+
+
+class InternalError(CheckpointError):
+    """An error of ckptsurgeon's own, which its authors would like to be told of."""
+
+
 class NoRecordError(CheckpointError):
     """A true no: the checkpoint does not record what is fresh."""
 
     exit_code = 1
+
+
+# How torch's allocators, the kernel and the linker say that memory, or room for a thread, is short.
+_NO_MEMORY = re.compile(
+    r"allocate (memory|storage)|not enough memory|out of memory|bad_alloc|start new thread|failed to map segment", re.IGNORECASE
+)
+_ASKED = re.compile(r"tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ \w+)|Unable to allocate ([\d.]+ \w+)")
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is short: a MemoryError, or torch's or the system's own words for it.
+
+    >>> no_memory(MemoryError()), no_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), no_memory(RuntimeError("no"))
+    (True, True, False)
+    """
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError | ImportError) and bool(_NO_MEMORY.search(str(error)))
+    )
+
+
+def out_of_memory(error: BaseException, key: str | None = None) -> OutOfMemoryError:
+    """Say that memory is short, and how much was asked for at once where `error` tells it."""
+    found = _ASKED.search(str(error))
+    asked = next(filter(None, found.groups()), "") if found else ""
+    words = f": {f'{int(asked):,} bytes' if asked.isdecimal() else asked} are asked for at once" if asked else ""
+    return OutOfMemoryError(f"there is not enough memory for this{words}", key=key, hint="close other programs, or use a larger machine")

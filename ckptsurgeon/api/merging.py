@@ -14,7 +14,7 @@ from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import refuse_non_finite, verify_written
 from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own
-from ckptsurgeon.errors import ModelError, OutputError, PlanError
+from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Training, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
@@ -341,7 +341,12 @@ def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | 
     leaders = {key: group[0] for group in made.ties for key in group}
 
     def initial(key: str) -> Buffer:
-        return provide(leaders.get(key, key))  # tied keys are one tensor, with one value
+        try:
+            return provide(leaders.get(key, key))  # tied keys are one tensor, with one value
+        except (MemoryError, RuntimeError) as error:
+            if no_memory(error):
+                raise out_of_memory(error, key) from error
+            raise
 
     def own_extra(key: str) -> Any:
         if key not in extra:

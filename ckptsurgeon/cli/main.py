@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
+import traceback
 import warnings
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
-from ckptsurgeon.cli.output import lose_stdout, show_error, show_usage_error
-from ckptsurgeon.errors import CheckpointError, OutputError, UnreadableError
+from ckptsurgeon.cli.endings import debug, told, with_traceback
+from ckptsurgeon.cli.output import StdoutError, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
+from ckptsurgeon.errors import InternalError
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.version import VERSION
 
@@ -39,6 +42,7 @@ class Flow(click.Group):
 
 @click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="ckptsurgeon")
+@debug
 @click.pass_context
 def cli(ctx: click.Context) -> int:
     """PyTorch checkpoint surgery: see what fits, plan it, merge it, prove that it loads.
@@ -79,37 +83,47 @@ def _interrupted(number: int, _frame: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
+    can_write = open_streams()
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, _interrupted)
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without NumPy is all we need
     _held = one_child()  # for all regular expressions of this call
-    code = _run("--json" in sys.argv)
+    code = _run("--json" in sys.argv) if can_write else _no_stdout()
     if _interrupts and code != INTERRUPTED:
-        click.echo("interrupted", err=True)
+        tell("interrupted")
         code = INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done: an interrupt now would only make Python's own end ugly
     sys.exit(code)
 
 
+def _no_stdout() -> int:
+    show_error(StdoutError("is closed, and the answer is written there; nothing was done", path="stdout", hint="add: > /dev/null"), False)
+    return USAGE
+
+
 def _run(as_json: bool) -> int:
     try:
         code = cli.main(prog_name="ckptsurgeon", standalone_mode=False)
-        sys.stdout.flush()
+        flush()
         return code if isinstance(code, int) else 0
-    except CheckpointError as error:
-        show_error(error, as_json)
-        return error.exit_code
     except click.ClickException as error:
         show_usage_error(error, as_json)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        tell("interrupted")
         return INTERRUPTED
     except Terminated:
         return TERMINATED
-    except MemoryError:
-        show_error(UnreadableError("there is not enough memory for this", hint="close other programs, or use a larger machine"), as_json)
-    except OSError as error:
-        lose_stdout()  # it may be what is full
-        show_error(OutputError(error.strerror or str(error), path=error.filename), as_json=False)
+    except SystemExit:  # click's own, where the reader of the help has gone
+        lose_stdout()
+        return 0
+    except BaseException as error:  # noqa: BLE001 - the last resort, where each error gets its words
+        if with_traceback():
+            tell("".join(traceback.format_exception(error)).rstrip())
+        ended = told(error)
+        if isinstance(ended, InternalError):
+            words = [word for word in sys.argv[1:] if word != "--debug"]
+            ended.hint = f"send them what this shows: {shlex.join(['ckptsurgeon', '--debug', *words])}"
+        show_error(ended, as_json)
+        return ended.exit_code
     return USAGE

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptsurgeon.cli.endings import debug
 from ckptsurgeon.cli.files import name_list
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
@@ -33,11 +34,12 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, -v and -q, handed on as one `show`."""
+    """--json, -v, -q and --debug, the first three handed on as one `show`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Answer in JSON (its schema ships in the package).")
     @click.option("-v", "--verbose", is_flag=True, help="Show every key.")
     @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+    @debug
     @wraps(function)
     def run(*args: Any, as_json: bool, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
         return function(*args, show=Show(as_json, verbose, quiet), **kwargs)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from ckptsurgeon.errors import CheckpointError, printable
+from ckptsurgeon.errors import CheckpointError, OutputError, printable
 from ckptsurgeon.views import json as views_json
 
 
@@ -30,12 +32,8 @@ class Show:
         return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
     def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
-        """Print the answer on stdout. A reader that has gone (`| head`) is no error."""
-        words = _json(value()) if self.json else text()
-        try:
-            click.echo(words)
-        except BrokenPipeError:
-            lose_stdout()
+        """Print the answer on stdout."""
+        put(_json(value()) if self.json else text())
 
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""
@@ -44,14 +42,70 @@ class Show:
         def listen(words: str) -> None:
             if not self.quiet and words not in said:
                 said.add(words)
-                click.echo(f"note: {printable(words)}", err=True)
+                tell(f"note: {printable(words)}")
 
         return listen
 
 
+def put(words: str) -> None:
+    """Write to stdout, and flush it. A reader that has gone (`| head`) is no error.
+
+    Raises:
+        StdoutError: it can't be written: its disk is full, say.
+    """
+    try:
+        _print(lambda: click.echo(words))
+    except OSError as error:
+        raise StdoutError(f"the answer can't be written: {error.strerror or error}", path="stdout") from error
+
+
+def tell(words: str) -> None:
+    """Write to stderr, if anybody reads it: that nobody does must stop nothing."""
+    try:
+        click.echo(words, err=True)
+    except OSError:
+        _lose(sys.stderr, 2)
+
+
+def flush() -> None:
+    """Write what stands in stdout's buffer. A reader that has gone is no error. OSError where it can't be written."""
+    _print(sys.stdout.flush)
+
+
+def _print(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except BrokenPipeError:
+        lose_stdout()
+    except OSError:
+        lose_stdout()
+        raise
+
+
 def lose_stdout() -> None:
-    """Send what is still to be printed nowhere: its reader has gone, or its disk is full."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send what is still in stdout's buffer nowhere, so that Python's own end does not fail at it."""
+    _lose(sys.stdout, 1)
+
+
+def _lose(stream: TextIO, number: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def open_streams() -> bool:
+    """Open the null device for each standard stream that is closed, so that no file gets its number; whether stdout can be written.
+
+    What an encoding lacks is written as an escape.
+    """
+    can_write = sys.stdout is not None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return can_write
 
 
 def _json(value: dict[str, Any]) -> str:
@@ -63,11 +117,13 @@ def _coloured(word: str) -> str:
 
 
 def show_error(error: CheckpointError, as_json: bool) -> None:
-    """A refusal: on stdout as JSON, else on stderr as what, where, why, and what to try."""
-    if as_json:
-        click.echo(_json(views_json.error(error)))
-        return
-    click.echo(f"{_coloured('error:')} {error}", err=True)
+    """A refusal: on stdout as JSON, else, or where stdout can't be written, on stderr as what, where, why, and what to try."""
+    if as_json and not isinstance(error, StdoutError):
+        try:
+            return put(_json(views_json.error(error)))
+        except StdoutError as full:
+            tell(f"{_coloured('error:')} {full}")
+    tell(f"{_coloured('error:')} {error}")
 
 
 def show_usage_error(error: click.ClickException, as_json: bool) -> None:
@@ -80,3 +136,7 @@ def show_usage_error(error: click.ClickException, as_json: bool) -> None:
 
 class UsageError(CheckpointError):
     """The command line itself is not well formed."""
+
+
+class StdoutError(OutputError):
+    """The answer could not be written to stdout."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ckptsurgeon.errors import CheckpointError, TargetError
+from ckptsurgeon.errors import CheckpointError, TargetError, no_memory
 
 T = TypeVar("T")
 
@@ -27,7 +27,6 @@ LONGEST = 600
 _HINTS: tuple[tuple[type[BaseException], str], ...] = (
     (SystemExit, "put the script's own part under `if __name__ == '__main__':`"),
     (ModuleNotFoundError, "run ckptsurgeon in the environment in which your own code runs: python -m ckptsurgeon …"),
-    (MemoryError, "use a target that needs less memory: a skeleton or another checkpoint"),
 )
 
 
@@ -92,6 +91,8 @@ def _within(filename: str, folder: str) -> bool:
 
 
 def _hint(error: BaseException, place: str | None) -> str | None:
+    if no_memory(error):
+        return "use a target that needs less memory: a skeleton or another checkpoint"
     for kind, hint in _HINTS:
         if isinstance(error, kind):
             return hint

@@ -180,7 +180,7 @@ def test_a_reader_that_goes_early_is_no_error(place):
 def test_a_full_stdout_is_an_error_without_a_traceback(place):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*PROGRAM, "inspect", "net_params.pkl"], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2 and done.stderr == "error: No space left on device\n"
+    assert done.returncode == 2 and done.stderr == "error: stdout: the answer can't be written: No space left on device\n"
 
 
 SWALLOWED = """

@@ -202,9 +202,9 @@ def test_isolated_without_dependencies(repository, monkeypatch):
     passes_the_good_and_blocks_the_bad()
     assert not has_torch(cache)
     (program,) = cache.glob("repo*/py_env-*/bin/ckptsurgeon")
-    for words, option in ((["--finite"], "--finite"), (["--against", "model:Net"], "--against")):
+    for words in (["--finite"], ["--against", "model:Net"]):
         done = subprocess.run([program, "check", GOOD, *words], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {option}: needs torch, which is not installed here"), done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("error: this needs torch, which is not installed here"), done.stderr
     made = subprocess.run([program, "skeleton", GOOD, "-o", "net.json"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     full = [program, "check", GOOD, "--against", "net.json", "--full", "--dtype", "F32", "--allow", "torch", "--max-size", "1MB"]

@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from ckptsurgeon.api import opening
@@ -18,7 +16,6 @@ from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, Words, gate, refuse_unheard
 from ckptsurgeon.api.opening import Given, Note, Path, Target, silent
 from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.models.spec import looks_like_spec
 from ckptsurgeon.report import CheckReport, FileCheck
 from ckptsurgeon.views import text
 
@@ -87,15 +84,7 @@ def check(
 
 def target_of(against: Given, note: Note) -> Target:
     """What files must fit, opened."""
-    if isinstance(against, (str, os.PathLike)) and looks_like_spec(os.fspath(against)) and not os.path.exists(against):
-        _need_torch("--against")
     return opening.open_target(against, note=note)
-
-
-def _need_torch(option: str) -> None:
-    """A gate may be installed without its heaviest part; what can't be done then is said before anything is."""
-    if "torch" not in sys.modules and find_spec("torch") is None:
-        raise SettingsError("needs torch, which is not installed here", key=option, hint="pip install torch")
 
 
 def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int | None = None, note: Note = silent) -> CheckReport:
@@ -104,8 +93,6 @@ def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int
         raise SettingsError(f"{jobs} is no number of jobs", key="--jobs", hint="1 or more")
     files = [file for path in paths for file in folders.expand(path)]
     gates = [choose(file) for file in files]
-    if any(asked.finite for asked in gates):
-        _need_torch("--finite")
     for words in dict.fromkeys(words for asked in gates for words in asked.notes):
         note(words)
 

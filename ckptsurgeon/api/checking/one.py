@@ -13,7 +13,7 @@ from ckptsurgeon.api import opening, proving
 from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PointerError, RootError, UnreadableError, UnsafeError
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PointerError, RootError, UnreadableError, UnsafeError, no_memory
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming.checksums import hold
 from ckptsurgeon.streaming.reading import Reader
@@ -43,7 +43,9 @@ def findings(path: str, gate: Gate, alive: Alive) -> tuple[Finding, ...]:
     try:
         for step in _steps(path, gate, alive):
             found += step
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not no_memory(error):
+            raise
         found.append(_refusal(MEMORY, path))
     return tuple(finding for finding in found if gate.wants(finding.code))
 

@@ -126,7 +126,9 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Finding
                 try:
                     answers[number] = tuple(Finding(*row) for row in json.loads(line.recv_bytes()))
                 except (EOFError, OSError):
-                    answers[number] = (KILLED,)
+                    workers[line].join()
+                    if (workers[line].exitcode or 0) <= 0:  # a signal; what an error of ours ended is done again here, and ends the run
+                        answers[number] = (KILLED,)
                     if left:
                         hire()
                 else:
@@ -146,6 +148,7 @@ def _serve(work: Work, line: Connection, others: Sequence[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits for us is told, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for life; the traceback of an error of ours, which the caller meets again, goes there
     for other in others:
         other.close()
     while True:
