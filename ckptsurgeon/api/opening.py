@@ -124,19 +124,16 @@ def _from_spec(text: str, note: Note) -> Target:
 
 
 def _from_live(given: Given, note: Note) -> Target:
-    import copy
-
     from torch import nn
 
-    from ckptsurgeon.models import persons_code
+    from ckptsurgeon.models.build import copied as deep_copy
     from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict
 
     if isinstance(given, nn.Module):
         name = type(given).__name__
 
         def copied(_seed: int) -> nn.Module:
-            model: nn.Module = persons_code.call(name, copy.deepcopy, given)
-            return model
+            return deep_copy(given, name)
 
         return Target(checkpoint_of(given, name, note=note), copied, lambda: given)
     if isinstance(given, Mapping):

@@ -82,7 +82,7 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
         with forked(seed):
             model: nn.Module
             if isinstance(found, nn.Module):
-                model = persons_code.call(spec.text, copy.deepcopy, _usable(spec, _instance(spec, found)))
+                model = copied(_usable(spec, _instance(spec, found)), spec.text)
             else:
                 model = _usable(spec, _construct(spec, found, "cpu"))
             devices = {name: tensor.device.type for name, tensor in _tensors(model)}
@@ -97,6 +97,35 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
             if not set(devices.values()) <= {"cpu"}:
                 persons_code.call(spec.text, model.to, "cpu")
             return model
+
+
+def copied(model: nn.Module, path: str) -> nn.Module:
+    """A deep copy whose tensors share memory with each other as the model's do; `path` is what an error shows.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.register_buffer("first", layer.weight.detach()[0])
+    >>> twin = copied(layer, "layer")
+    >>> twin.first.data_ptr() == twin.weight.data_ptr() != layer.weight.data_ptr()
+    True
+    """
+    shared: dict[int, list[torch.Tensor]] = {}
+    for tensor in {id(tensor): tensor for _, tensor in _tensors(model)}.values():
+        if type(tensor) in (torch.Tensor, nn.Parameter) and not is_lazy(tensor):
+            shared.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    memo: dict[int, Any] = {}  # deepcopy gives each Parameter memory of its own
+    for tensors in shared.values():
+        if len(tensors) == 1 or any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            continue
+        memory = tensors[0].untyped_storage()
+        storage = torch.empty(memory.nbytes(), dtype=torch.uint8, device=memory.device).untyped_storage()
+        storage.copy_(memory)
+        for tensor in tensors:
+            view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            with torch.no_grad():
+                view.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+            memo[id(tensor)] = nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+    made: nn.Module = persons_code.call(path, copy.deepcopy, model, memo)
+    return made
 
 
 @contextmanager
