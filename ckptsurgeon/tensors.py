@@ -41,7 +41,7 @@ class Span:
 
     `offset` and `nbytes` (in bytes) run from the first to the last element that the tensor's stride reaches; they count within
     the file, or within the inflated entry where `packed` is set. Tensors of one `storage` share memory in torch. `record` is the entry
-    around it that has a checksum.
+    around it that has a checksum. `lazy` names what torch does to these bytes only when they are used: `conj`, `neg`, or both.
     """
 
     file: str
@@ -50,6 +50,7 @@ class Span:
     storage: str
     packed: Packed | None = None
     record: Record | None = field(default=None, compare=False)
+    lazy: tuple[str, ...] = ()
 
     def checksum(self) -> int | None:
         """The CRC-32 that the file gives for just these bytes, or None."""
@@ -81,6 +82,11 @@ class TensorMeta:
     def contiguous(self) -> bool:
         """Whether the elements lie densely in row-major order."""
         return is_contiguous(self.shape, self.stride)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the stored bytes are the tensor's own: its elements in row-major order, and none to be conjugated or negated."""
+        return self.contiguous and (self.span is None or not self.span.lazy)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -237,12 +243,16 @@ class Checkpoint(Mapping[str, TensorMeta]):
 
 
 def find_ties(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, ...], ...]:
-    """Groups of keys with the same storage, offset, shape and stride (DESIGN: *tied*), in the order of their first key."""
+    """Groups of keys with the same storage, offset, shape and stride (DESIGN: *tied*), in the order of their first key.
+
+    A tensor and its lazy conjugate have different values, so they are not tied.
+    """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for key, tensor in tensors.items():
         span = tensor.span
         if span is not None and span.nbytes:
-            groups.setdefault((span.file, span.storage, span.offset, tensor.dtype, tensor.shape, tensor.stride), []).append(key)
+            place = (span.file, span.storage, span.offset, span.lazy)
+            groups.setdefault((*place, tensor.dtype, tensor.shape, tensor.stride), []).append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 

@@ -206,7 +206,7 @@ class _Run:
         tensor: torch.Tensor = self.live[key].detach()
         if tensor.device.type == "meta":
             raise ModelError("has no values: it is on the meta device", path=self.given.path, key=key)
-        return tensor
+        return tensor.resolve_conj().resolve_neg()  # a copy only of what torch conjugates or negates lazily
 
     def _initial(self, step: Step) -> torch.Tensor:
         """The model's own value, or a scheme's, where an adapter fills up with it."""

@@ -24,8 +24,15 @@ def parse(raw: bytes, path: str, what: str) -> Any:
     def constant(name: str) -> NoReturn:
         raise ValueError(name)
 
+    def number(text: str) -> int:
+        if text == "-0":  # an integer to Python, none to others
+            raise ValueError(text)
+        return int(text)
+
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        # A function for numbers makes it slow, so there is one only where it could matter.
+        integers = number if b"-0" in raw else None
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integers)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         return value

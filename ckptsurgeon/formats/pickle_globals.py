@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_STORAGE_CLASS, BY_TORCH, DType
-from ckptsurgeon.errors import FormatError
+from ckptsurgeon.errors import FormatError, UnsafeError
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_values import (
     Encoded,
@@ -30,24 +31,24 @@ MAX_INT = (1 << 63) - 1
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> TensorRef | Inert:
-    storage, offset, shape, stride = args[:4]
+    storage, offset, shape, stride, *rest = args  # rest: requires_grad, hooks and metadata
     if type(storage) is Inert:  # pickle.dump of a tensor: its storage would come from a call
         return Inert("torch._utils._rebuild_tensor_v2", args)
     if type(storage) is not StorageRef or storage.dtype is None:
         raise FormatError("a tensor's storage has no dtype")
-    return _tensor(storage, storage.dtype, offset, shape, stride)
+    return _tensor(storage, storage.dtype, offset, shape, stride, rest[2:])
 
 
 def _tensor_v3(args: tuple[Any, ...]) -> TensorRef | Inert:
-    storage, offset, shape, stride, _requires_grad, _hooks, dtype = args[:7]
+    storage, offset, shape, stride, _requires_grad, _hooks, dtype, *rest = args
     if type(storage) is Inert:
         return Inert("torch._utils._rebuild_tensor_v3", args)
     if type(storage) is not StorageRef or type(dtype) is not DType:
         raise FormatError("a tensor's storage or dtype is not one")
-    return _tensor(storage, dtype, offset, shape, stride)
+    return _tensor(storage, dtype, offset, shape, stride, rest)
 
 
-def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: Any) -> TensorRef:
+def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: Any, metadata: list[Any]) -> TensorRef:
     if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride) or len(shape) > 64:
         raise FormatError("a tensor's shape and stride are not two tuples of one length")
     reach, empty, numel = 0, False, 1
@@ -67,36 +68,85 @@ def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: 
     held = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
     if not empty and (offset + reach + 1) * dtype.size > held:
         raise FormatError(f"a tensor of shape {shape} reaches beyond its storage of {held} bytes")
-    return TensorRef(storage, dtype, offset, shape, stride)
+    return TensorRef(storage, dtype, offset, shape, stride, _lazy(*metadata) if metadata else ())
 
 
-def _first(args: tuple[Any, ...]) -> Any:
-    return args[0]
+LAZY = ("conj", "neg")
+
+
+def _lazy(metadata: Any) -> tuple[str, ...]:
+    """What torch does to a tensor only when it is used. Other names in the metadata are for other devices, and torch passes them over."""
+    if not metadata:
+        return ()
+    if type(metadata) is not PickledDict:
+        raise FormatError("a tensor's metadata is no dict")
+    found = tuple(name for name in LAZY if name in metadata)
+    if any(metadata[name] is not True for name in found):  # torch goes by the name alone, and writes nothing but True
+        raise FormatError("a tensor's metadata says of a lazy bit something other than True")
+    return found
+
+
+# Attributes that are no attributes: setting one changes a tensor's values, those of tensors that share its memory, or what it is.
+_REPLACING = frozenset({"data", "real", "imag", "__class__"})
+
+
+def _parameter(args: tuple[Any, ...]) -> Any:
+    return _as_parameter(args[0])
+
+
+def _as_parameter(tensor: Any) -> Any:
+    if type(tensor) is TensorRef:
+        return replace(tensor, parameter=True)
+    if type(tensor) is not Inert:
+        raise FormatError("a Parameter is made of something other than a tensor")
+    return tensor
+
+
+def _parameter_with_state(args: tuple[Any, ...]) -> Any:
+    tensor, _requires_grad, _hooks, state = args
+    return _with_state(_as_parameter(tensor), state)
 
 
 def _subclass(args: tuple[Any, ...]) -> Any:
     # torch._tensor._rebuild_from_type_v2(func, type, args, state): what `func` rebuilds, wrapped in a Tensor subclass.
-    function, kind, inner = args[0], args[1], args[2]
+    function, kind, inner, state = args
     name = kind.name if type(kind) is Global else "a tensor subclass"
-    plain = name in PLAIN_TENSORS and type(function) is Global and function.name.startswith("torch._utils.")
-    return construct(function, inner) if plain else Inert(name, args)
+    if name not in PLAIN_TENSORS or type(function) is not Global or not function.name.startswith("torch._utils."):
+        return Inert(name, args)
+    tensor = construct(function, inner)
+    return _with_state(replace(tensor, parameter=False) if type(tensor) is TensorRef else tensor, state)
 
 
-def _dict(args: tuple[Any, ...]) -> PickledDict:
+def _with_state(tensor: Any, state: Any) -> Any:
+    """The tensor, whose attributes are no weights; FormatError where setting them gives it other values."""
+    for attributes in state if type(state) is tuple and len(state) == 2 else (state,):  # those of its dict, and those of its slots
+        if attributes and (type(attributes) is not PickledDict or not _REPLACING.isdisjoint(attributes)):
+            raise FormatError("a tensor's state replaces its values")
+    return tensor
+
+
+def _dict(args: tuple[Any, ...]) -> PickledDict | Inert:
     result = PickledDict()
     if args:
         pairs = args[-1]
-        if isinstance(pairs, dict):
+        if type(pairs) is PickledDict:
             result.update(pairs)
         elif type(pairs) in (list, tuple):
             for pair in pairs:
                 if type(pair) not in (list, tuple) or len(pair) != 2:
                     raise FormatError("an OrderedDict is not made of pairs")
                 set_item(result, pair[0], pair[1])
+        else:
+            return Inert("builtins.dict", args)
     return result
 
 
-def _defaultdict(args: tuple[Any, ...]) -> PickledDict:
+def _counter(args: tuple[Any, ...]) -> PickledDict | Inert:
+    # Of anything but a dict a Counter counts the members: of pairs too.
+    return _dict(args) if not args or type(args[-1]) is PickledDict else Inert("collections.Counter", args)
+
+
+def _defaultdict(args: tuple[Any, ...]) -> PickledDict | Inert:
     return _dict(args[1:])
 
 
@@ -113,7 +163,14 @@ def _complex(args: tuple[Any, ...]) -> complex:
 
 
 def _encode(args: tuple[Any, ...]) -> Encoded:
-    return Encoded(args[0]) if type(args[0]) is str else Encoded("")
+    # Every other codec is looked for, and imported, by its name; a codec can turn text into other text, too.
+    text, codec = args
+    if type(text) is not str or type(codec) is not str or codec not in CODECS:
+        found = f"the codec {codec[:40]!r}" if type(codec) is str else "something other than text"
+        raise UnsafeError(f"the pickle encodes by {found}, where Python's pickle writes bytes by {' or '.join(CODECS)}")
+    if not text.isascii():
+        text.encode(codec)  # what it can't spell is an error, as in Python
+    return Encoded(text, codec)
 
 
 def _numpy_dtype(args: tuple[Any, ...]) -> NumpyDType:
@@ -128,7 +185,7 @@ _SCALARS = {
 
 def _numpy_scalar(args: tuple[Any, ...]) -> Any:
     dtype, data = args[0], args[1] if len(args) > 1 else b""
-    raw = data.text.encode("latin1", "replace") if type(data) is Encoded and len(data.text) <= 16 else data
+    raw = data.raw if type(data) is Encoded and len(data.text) <= 16 else data
     form = _SCALARS.get(dtype.code) if type(dtype) is NumpyDType else None
     if form is None or type(raw) is not bytes or len(raw) != struct.calcsize(form):
         return Inert("numpy scalar", args)
@@ -147,7 +204,7 @@ def _numpy_buffer(args: tuple[Any, ...]) -> NumpyArray:
 ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "collections.OrderedDict": (_dict, "the state_dict itself"),
     "collections.defaultdict": (_defaultdict, "a plain dict; its factory is never called"),
-    "collections.Counter": (_dict, "a plain dict (training loops keep counts)"),
+    "collections.Counter": (_counter, "a plain dict (training loops keep counts)"),
     "builtins.dict": (_dict, "a plain dict"),
     "builtins.set": (_members, "a plain container"),
     "builtins.frozenset": (_members, "a plain container"),
@@ -155,14 +212,14 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "torch._utils._rebuild_tensor": (_tensor_v2, "a tensor over a storage (before torch 0.4)"),
     "torch._utils._rebuild_tensor_v2": (_tensor_v2, "a tensor over a typed storage"),
     "torch._utils._rebuild_tensor_v3": (_tensor_v3, "a tensor over an untyped storage"),
-    "torch._utils._rebuild_parameter": (_first, "a Parameter is its tensor"),
-    "torch._utils._rebuild_parameter_with_state": (_first, "a Parameter is its tensor"),
+    "torch._utils._rebuild_parameter": (_parameter, "a Parameter is its tensor"),
+    "torch._utils._rebuild_parameter_with_state": (_parameter_with_state, "a Parameter is its tensor"),
     "torch._tensor._rebuild_from_type_v2": (_subclass, "a tensor with attributes"),
-    "torch.nn.parameter.Parameter": (_first, "a Parameter is its tensor (before torch 0.4)"),
+    "torch.nn.parameter.Parameter": (_parameter, "a Parameter is its tensor (before torch 0.4)"),
     "torch.Size": (_members, "a tuple of integers"),
     "torch.device": (_text, "the name of a device"),
     "torch.serialization._get_layout": (_text, "the name of a memory layout"),
-    "_codecs.encode": (_encode, "how protocol 2 spells bytes; kept as text, never encoded"),
+    "_codecs.encode": (_encode, "how protocol 2 spells bytes, by one of two codecs that are built in"),
     "numpy.dtype": (_numpy_dtype, "the name of a dtype"),
     "numpy.core.multiarray.scalar": (_numpy_scalar, "a number"),
     "numpy._core.multiarray.scalar": (_numpy_scalar, "a number"),
@@ -171,6 +228,12 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "numpy._core.numeric._frombuffer": (_numpy_buffer, "an array; its bytes are left alone"),
     "numpy.core.numeric._frombuffer": (_numpy_buffer, "an array; its bytes are left alone"),
 }
+# Those that are classes, which NEWOBJ may create; of some, `__init__` takes what they hold, and NEWOBJ does not call it.
+FILLED_LATER = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict", "builtins.set"})
+CLASSES = FILLED_LATER | {
+    "builtins.frozenset", "builtins.complex", "torch.nn.parameter.Parameter", "torch.Size", "torch.device", "numpy.dtype",
+}  # fmt: skip
+CODECS = ("latin1", "utf-8")
 # Named as an argument of one of the above, never built.
 PLAIN_TENSORS = frozenset({"torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Buffer"})
 NAMED_ONLY = PLAIN_TENSORS | {"numpy.ndarray"}
@@ -209,6 +272,15 @@ def construct(function: Any, args: Any) -> Any:
         return entry[0](args)
     except (IndexError, ValueError, TypeError, OverflowError, AttributeError) as error:
         raise FormatError(f"a pickle gives {function.name} arguments that it does not take") from error
+
+
+def create(kind: Any, args: Any) -> Any:
+    """What NEWOBJ of the class `kind` stands for: an object made by `__new__`, without `__init__`."""
+    if type(kind) is Global and kind.name in ALLOWED and type(args) is tuple:
+        if kind.name not in CLASSES:
+            return Inert(kind.name, args)
+        args = () if kind.name in FILLED_LATER else args
+    return construct(kind, args)
 
 
 def describe(value: Any) -> str:

@@ -6,13 +6,15 @@ Names as in CPython's `pickletools`. None of them imports or calls what a pickle
 from __future__ import annotations
 
 import codecs
+import re
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.limits import allowed, exceeded
-from ckptsurgeon.formats.pickle_globals import construct, describe, set_item
+from ckptsurgeon.formats.pickle_globals import construct, create, describe, set_item
 from ckptsurgeon.formats.pickle_state import NO_FRAME, Machine, TruncatedPickle
 from ckptsurgeon.formats.pickle_values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
 
@@ -33,15 +35,30 @@ def _build(m: Machine) -> None:
     state = m.stack.pop()
     target = m.stack[-1]
     kind = type(target)
-    if kind in (Inert, PickledDict):
+    if kind is Inert:
         target.state = state
+    elif kind is PickledDict:
+        _set_attributes(m, target, state)
     elif kind is NumpyDType:
         if type(state) is tuple and len(state) > 1 and type(state[1]) is str:
             target.byteorder = state[1]
     elif kind is NumpyArray:
         target.shape = state[1] if type(state) is tuple and len(state) > 1 else ()
-    elif kind is not TensorRef:  # a Parameter's own attributes are not weights
+    elif kind is not TensorRef:
         raise FormatError(f"the pickle sets attributes on {describe(target)}")
+    elif not target.parameter or type(state) not in (tuple, list) or len(state) != 3:
+        # A Parameter's state of three says how it is trained. Any other, and a plain tensor's, is a storage, or a tensor, to take instead.
+        raise FormatError("the pickle replaces a tensor's values after the tensor was made")
+
+
+def _set_attributes(m: Machine, target: PickledDict, state: Any) -> None:
+    """An OrderedDict's own attributes: those that it has stay, and none may hide a method by which its items are read."""
+    if state is None or state == ():
+        return
+    if type(state) is not PickledDict or any(type(name) is str and hasattr(OrderedDict, name) for name in state):
+        raise FormatError("the pickle sets attributes on a dict that are none, or that hide its methods")
+    m.spend(len(state))
+    target.state = {**getattr(target, "state", {}), **state}
 
 
 def _items(target: Inert) -> list[Any]:
@@ -117,13 +134,13 @@ def _object(m: Machine) -> None:
 def _newobj(m: Machine) -> None:
     args = m.stack.pop()
     m.charge(args)
-    m.stack[-1] = construct(m.stack[-1], args)
+    m.stack[-1] = create(m.stack[-1], args)
 
 
 def _newobj_ex(m: Machine) -> None:
     kwargs, args = m.stack.pop(), m.stack.pop()
     m.charge(args)
-    m.stack[-1] = construct(m.stack[-1], args) if not kwargs else Inert(describe(m.stack[-1]), (args, kwargs))
+    m.stack[-1] = create(m.stack[-1], args) if not kwargs else Inert(describe(m.stack[-1]), (args, kwargs))
 
 
 def _global(m: Machine) -> None:
@@ -189,10 +206,30 @@ def _old_line(m: Machine) -> None:
     m.stack.append(codecs.escape_decode(raw[1:-1])[0].decode("utf-8"))
 
 
-def _int_line(m: Machine) -> None:
+# Numbers in lines, as Python writes them. What it does not write, such as 010 or 1_0, readers take for different numbers, or for none.
+_INTEGER = re.compile(rb"0|-?[1-9][0-9]*")
+_FLOAT = re.compile(rb"-?(?:[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?|inf|nan)")
+_PLACE = re.compile(rb"0|[1-9][0-9]{0,18}")
+
+
+def _number_line(m: Machine, form: re.Pattern[bytes], suffix: bytes = b"") -> bytes:
     raw = m.line()
     _check_integer(len(raw), "digits")
-    m.stack.append({b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else int(raw.rstrip(b"L")))
+    number = raw.removesuffix(suffix)
+    if form.fullmatch(number) is None:
+        raise FormatError("the pickle has a number that is not written as Python writes it")
+    return number
+
+
+def _int_line(m: Machine) -> None:
+    if m.data.startswith((b"00\n", b"01\n"), m.position):
+        m.stack.append(m.line() == b"01")
+    else:
+        m.stack.append(int(_number_line(m, _INTEGER)))
+
+
+def _place(m: Machine) -> int:
+    return int(_number_line(m, _PLACE))
 
 
 def _frame(m: Machine) -> None:
@@ -212,7 +249,7 @@ def _tuple3(m: Machine) -> None:
 
 
 def _put(m: Machine) -> None:
-    m.memo[int(m.line()[:20])] = m.stack[-1]
+    m.memo[_place(m)] = m.stack[-1]
     if len(m.memo) > allowed("pickle-memo"):
         raise m.full()
 
@@ -232,10 +269,10 @@ RARE: dict[int, Callable[[Machine], None]] = {
     ord("0"): _pop,
     ord("1"): _pop_mark,
     ord("2"): lambda m: m.stack.append(m.stack[-1]),
-    ord("F"): lambda m: m.stack.append(float(m.line())),
+    ord("F"): lambda m: m.stack.append(float(_number_line(m, _FLOAT))),
     ord("G"): lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0]),
     ord("I"): _int_line,
-    ord("L"): _int_line,
+    ord("L"): lambda m: m.stack.append(int(_number_line(m, _INTEGER, b"L"))),
     ord("N"): lambda m: m.stack.append(None),
     ord("P"): _persistent_line,
     ord("S"): _old_line,
@@ -256,7 +293,7 @@ RARE: dict[int, Callable[[Machine], None]] = {
     ord("c"): _global,
     ord("i"): _instance,
     ord("o"): _object,
-    ord("g"): lambda m: m.stack.append(m.memo[int(m.line()[:20])]),
+    ord("g"): lambda m: m.stack.append(m.memo[_place(m)]),
     ord("p"): _put,
     0x80: _protocol,
     0x81: _newobj,

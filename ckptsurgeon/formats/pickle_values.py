@@ -57,13 +57,18 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorRef:
-    """A tensor: a storage, an offset into it (in elements of `dtype`), shape and stride (in elements)."""
+    """A tensor: a storage, an offset into it (in elements of `dtype`), shape and stride (in elements).
+
+    `lazy` is as in `Span`. A `parameter` is a tensor that takes other attributes than a plain one does.
+    """
 
     storage: StorageRef
     dtype: DType
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    lazy: tuple[str, ...] = ()
+    parameter: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +95,12 @@ class TupleKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Bytes that a protocol-2 pickle spells as text and a codec."""
+    """Bytes that a protocol-2 pickle spells as text and a codec, which can spell it."""
 
     text: str
+    codec: str
+
+    @property
+    def raw(self) -> bytes:
+        """The bytes."""
+        return self.text.encode(self.codec)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -91,6 +92,10 @@ def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
     text = head.lstrip()[:64].lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
         raise FormatError("is an HTML page", path=file.path, hint="the download was answered by a web page: log in, or use its raw link")
+    if _begins_as_tar(head):
+        raise FormatError(
+            "is two files in one: torch and tar take its beginning for a tar archive's", path=file.path, hint="do not trust it"
+        )
     if head[:4] == b"PK\x03\x04":
         return torch_zip.read
     reader = None
@@ -113,6 +118,20 @@ def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
         path=file.path,
         hint="look at its first bytes: head -c 64 FILE | xxd",
     )
+
+
+def _begins_as_tar(head: bytes) -> bool:
+    """Whether tar takes these 512 bytes for a header, as Python's tarfile does: whatever they are, their sum stands among them."""
+    if len(head) < _HEAD:
+        return False
+    field, rest = head[148:156], head[:148] + head[156:]
+    sums = {8 * ord(" ") + sum(numbers) for numbers in (rest, struct.unpack(f"{len(rest)}b", rest))}
+    if field[0] in (0o200, 0o377):  # GNU's way to write a large number
+        return int.from_bytes(field[1:], "big") - (256**7 if field[0] == 0o377 else 0) in sums
+    try:
+        return int(field.partition(b"\0")[0].decode("ascii").strip() or "0", 8) in sums
+    except ValueError:
+        return False
 
 
 def _read_json(file: OpenFile) -> Archive:

@@ -103,6 +103,8 @@ def _read(file: OpenFile, data: bytes) -> tuple[Unpacked, bytes]:
 
 
 def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
+    views: dict[str, tuple[str, int, int]] = {}  # by a view's own key: the storage, where it begins in it, and its length
+
     def load(identity: Any) -> Any:
         if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":
             return identity[1]  # a class, with its source beside it: inert
@@ -112,13 +114,15 @@ def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
         if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or not 0 <= numel <= MAX_INT:
             raise FormatError("describes a storage in a way that torch does not")
         root = storages.setdefault(key, StorageRef(key, kind.dtype, numel))
-        if root.dtype is not kind.dtype or root.numel != numel:
-            raise FormatError(f"uses the storage {key!r} with two dtypes or lengths")
+        if root.dtype is not kind.dtype or root.numel != numel or key in views:
+            raise FormatError(f"uses the storage {key!r} with two dtypes or lengths, or for two storages")
         if view is None:
             return root
         if type(view) is not tuple or len(view) != 3:
             raise FormatError("describes a view of a storage in a way that torch does not")
-        _, offset, size = view
+        own, offset, size = view
+        if type(own) is not str or own in storages or views.setdefault(own, (key, offset, size)) != (key, offset, size):
+            raise FormatError("uses one key for two views of storages")  # torch takes the first of them for both
         if type(offset) is not int or type(size) is not int or offset < 0 or size < 0 or offset + size > numel:
             raise FormatError(f"has a view beyond its storage {key!r}")
         return StorageRef(key, kind.dtype, size, offset * _item(root))

@@ -24,6 +24,9 @@ from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
 PROVENANCE_RECORD = "ckptsurgeon.json"
+# What torch looks for by name, beside the storages.
+_RECORDS = frozenset({"data.pkl", "byteorder", "version", "constants.pkl"})
+_RECORDS |= {".data/version", ".data/serialization_id", ".format_version", ".storage_alignment"}
 
 
 def read(file: OpenFile) -> Archive:
@@ -136,7 +139,11 @@ def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> dict[str, En
         raise FormatError(
             "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
         )
-    return {name.partition("/")[2]: entry for name, entry in entries.items()}
+    found = {name.partition("/")[2]: entry for name, entry in entries.items()}
+    for name in found:
+        if name not in _RECORDS and name.lower() in _RECORDS:  # torch finds it, where others see none
+            raise FormatError(f"has the entry {name!r}, where torch writes {name.lower()!r}", path=file.path, hint="do not trust it")
+    return found
 
 
 def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:

@@ -95,7 +95,7 @@ class _Walk:
         if kind is TensorRef:
             return tensor_meta(self.path, place, node, self.locate, self.claims)
         if kind is Encoded:
-            return node.text.encode("latin1", "replace")
+            return node.raw
         if kind in (list, tuple):
             return kind([self._child(place, str(index), child, depth) for index, child in enumerate(node)])
         if kind is not PickledDict:

@@ -158,7 +158,9 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Cl
         for count, step in zip(ref.shape, ref.stride, strict=True):
             length += (count - 1) * step
     start = ref.storage.start + ref.offset * size
-    span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed, whole.record)
+    if ref.lazy:
+        _refuse_unresolvable(path, name, ref)
+    span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed, whole.record, ref.lazy)
     meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
     nbytes = meta.nbytes
     if length and nbytes > length * size and nbytes > allowed("view-bytes"):
@@ -166,6 +168,14 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Cl
     claims.nbytes += nbytes
     claims.stored[whole.storage] = whole.nbytes
     return meta
+
+
+def _refuse_unresolvable(path: str, name: str, ref: TensorRef) -> None:
+    """Raises FormatError for lazy bits that torch can't carry out, or never sets, on a dtype."""
+    kinds = ("complex",) if "conj" in ref.lazy else ("complex", "float")
+    if ref.dtype.kind not in kinds or ref.dtype.size == 1 or (ref.dtype.code == "C32" and len(ref.lazy) == 2):
+        words = " and ".join({"conj": "conjugated", "neg": "negated"}[bit] for bit in ref.lazy)
+        raise FormatError(f"is a lazily {words} {ref.dtype.torch}, which torch can't compute", path=path, key=name, hint="do not trust it")
 
 
 def plain(value: Any, known: Known | None = None) -> Any:
@@ -193,7 +203,8 @@ def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
     if kind is TensorRef:
         return Refused("an _extra_state with tensors inside other values"), 0
     if kind is Encoded:
-        return value.text.encode("latin1", "replace"), len(value.text)
+        raw = value.raw
+        return raw, len(raw)
     if kind not in (PickledDict, list, tuple):
         return Refused(refusal(value)), 0
     keys = value.keys() if kind is PickledDict else ()

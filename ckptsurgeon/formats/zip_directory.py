@@ -25,6 +25,7 @@ _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTORS = {form.size: form for form in map(struct.Struct, ("<3L", "<4s3L", "<LQQ", "<4sLQQ"))}  # with and without a signature
 _INFLATION = 1032  # deflate can't make more of a byte
 _UNICODE_PATH = 0x7075
+_NO_PATH = frozenset(("", ".", ".."))  # parts of a name that lead to another place than the one that is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,16 @@ def read_directory(file: OpenFile) -> Directory:
     if start + size != end:
         raise _bad(file, "has bytes between its directory and its end record")
     entries: dict[str, Entry] = {}
+    spellings: dict[str, str] = {}  # torch finds an entry without regard to case
     position = 0
     found = []
     for _ in range(count):
         entry, header, flags, position = _central(file, raw, position)
         if entry.name in entries:
             raise _bad(file, f"has the entry {entry.name!r} twice")
+        other = spellings.setdefault(entry.name.casefold(), entry.name)
+        if other != entry.name:
+            raise _bad(file, f"has the entries {other!r} and {entry.name!r}, which torch takes for one name")
         entries[entry.name] = entry
         found.append((header, entry, flags))
     if position != size:
@@ -175,7 +180,7 @@ def _central(file: OpenFile, raw: bytes, position: int) -> tuple[Entry, int, int
         raise _bad(file, f"has the entry {name!r} that can't inflate to what it says")
     if disk:
         raise _bad(file, "spans several disks")
-    if not name or name.startswith("/") or "\0" in name or "\\" in name:
+    if "\0" in name or "\\" in name or not _NO_PATH.isdisjoint(name.removesuffix("/").split("/")):
         raise _bad(file, f"has an entry with the unusable name {name!r}")
     return Entry(name, 0, packed, size, crc, method), header, flags, position + name_len + extra_len + comment_len
 

@@ -38,6 +38,8 @@ def is_unset(tensor: torch.Tensor) -> bool:
     """Whether an element of the tensor is as `marked` left it."""
     if tensor.dtype not in _MARKS or tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
         return False
+    if tensor.is_neg():
+        tensor = torch._neg_view(tensor)  # the bits, of which it is a negated view
     bits, mark = _MARKS[tensor.dtype]
     return bool((tensor.detach().view(bits) == mark).any())
 

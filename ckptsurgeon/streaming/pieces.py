@@ -99,7 +99,7 @@ BY_BYTES: Mapping[str, Callable[[Sequence[Virtual], Op], list[Virtual | None]]] 
 
 def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Pieces | None:
     """The pieces of files that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter."""
-    if not all(tensor.contiguous and tensor.span is not None for tensor in tensors):
+    if not all(tensor.as_stored and tensor.span is not None for tensor in tensors):
         return None
     given = [Virtual(tensor.shape, BY_CODE[tensor.dtype].size, (tensor.span,)) for tensor in tensors if tensor.span is not None]
     for op in ops:

@@ -71,12 +71,12 @@ class Reader:
         assert tensor.span is not None
         data = bytearray(tensor.span.nbytes)
         self._read(tensor.span, memoryview(data))
-        return data if tensor.contiguous else densify(tensor, data)
+        return data if tensor.as_stored else densify(tensor, data)
 
     def read_into(self, tensor: TensorMeta, memory: memoryview) -> None:
         """A tensor's elements like `read`, into memory of their size; there is no second copy where they lie densely."""
         assert tensor.span is not None
-        if tensor.contiguous:
+        if tensor.as_stored:
             self._read(tensor.span, memory)
         else:
             memory[:] = self.read(tensor)
@@ -89,7 +89,7 @@ class Reader:
     def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
         assert tensor.span is not None
-        if not tensor.contiguous:
+        if not tensor.as_stored:
             dense = memoryview(self.read(tensor))
             return (dense[start : start + BUFFER] for start in range(0, len(dense), BUFFER))
         return self.chunks(tensor.span)

@@ -55,10 +55,15 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 
 
 def densify(tensor: TensorMeta, data: bytearray) -> bytearray:
-    """The dense bytes of a strided tensor whose elements lie within `data`, the first one at its start."""
+    """The dense bytes of a tensor, strided or lazily changed, whose elements lie within `data`, the first one at its start."""
+    import torch
+
     if not prod(tensor.shape):
         return bytearray()
-    return bytearray(memory_of(tensor_from(data, tensor.dtype).as_strided(tensor.shape, tensor.stride)))
+    lazy = () if tensor.span is None else tensor.span.lazy
+    found = tensor_from(data, tensor.dtype).as_strided(tensor.shape, tensor.stride)
+    found = found.conj() if "conj" in lazy else found
+    return bytearray(memory_of(torch._neg_view(found) if "neg" in lazy else found))
 
 
 def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: list[Cast]) -> Iterator[Buffer]:
