@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api.opening import Note, Path, silent
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.formats import toml_text
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.models import scheme_text
@@ -61,7 +62,8 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     """
     name = os.fspath(path)
     with open_regular(name) as file:
-        raw = bytes(file.read(0, min(file.size, 1 << 22)))
+        toml_text.check({"toml-bytes": file.size}, name)
+        raw = bytes(file.read(0, file.size))
     try:
         found = parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name)
     except UnicodeDecodeError as error:

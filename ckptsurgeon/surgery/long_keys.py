@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["text", "words", "star", "one", "many", "deep", "some", "lead", "trail", "again"]
+Kind = Literal["text", "words", "char", "star", "one", "many", "deep", "some", "lead", "trail", "again"]
 OPEN: frozenset[Kind] = frozenset({"star", "one", "many", "deep", "some", "lead", "again"})
 
 
@@ -18,8 +18,9 @@ OPEN: frozenset[Kind] = frozenset({"star", "one", "many", "deep", "some", "lead"
 class Piece:
     """A piece of a pattern: fixed `text`s (of several `words` the first that fits), or what is open, with the `name` of its part.
 
-    `star` is what stays in a segment, `one` that and not empty, `many` whole segments, `deep` anything, `some` anything but nothing, `lead`
-    anything up to a dot, or nothing; `trail` is `lead` read backwards. `again` is what an earlier part was, here any whole segments.
+    `char` is one character of a segment, `star` what stays in one, `one` that and not empty, `many` whole segments, `deep` anything,
+    `some` anything but nothing, `lead` anything up to a dot, or nothing; `trail` is `lead` read backwards. `again` is what an earlier part
+    was, here any whole segments.
     """
 
     kind: Kind
@@ -52,6 +53,8 @@ class _Key:
         kind = piece.kind
         if kind in ("text", "words"):
             return self.fixed(piece.texts, start)
+        if kind == "char":
+            return (start & self.plain) << 1
         if kind == "star":
             return self.over(start, self.plain)
         if kind == "one":

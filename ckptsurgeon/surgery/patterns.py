@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.regular_expressions import Expression
+from ckptsurgeon.regular_expressions import MOST_GROUPS, Expression
 from ckptsurgeon.surgery import long_keys
 from ckptsurgeon.surgery.long_keys import Piece
 
@@ -57,7 +57,7 @@ class Pattern:
     """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use.
 
     `regex` is held against keys of up to `short` characters, `pieces` against longer ones, and `expression`, in another process, against
-    all keys of a `/…/`, which has neither, and against long keys where a part stands twice.
+    all keys of a `/…/`, which has neither, and against long keys where a part stands twice. One without any of these is a key itself.
     """
 
     text: str
@@ -70,12 +70,16 @@ class Pattern:
     @property
     def test(self) -> Callable[[str], object]:
         """The fastest way to ask many keys whether they fit."""
+        if self.regex is None and self.expression is None:
+            return self.text.__eq__
         return self.regex.fullmatch if self.regex is not None and self.short == NO_LENGTH else self.fits
 
     def fits(self, key: str) -> bool:
         """Whether the whole of `key` matches."""
         if self.regex is not None and len(key) <= self.short:
             return self.regex.fullmatch(key) is not None
+        if self.regex is None and self.expression is None:
+            return key == self.text
         if self.pieces and not long_keys.fits(self.pieces, key):
             return False
         return self.expression is None or self.expression.fullmatch(key) is not None
@@ -90,10 +94,15 @@ class Pattern:
             found = self.regex.fullmatch(key)
             return None if found is None else {part: found[part] for part in self.parts}
         if self.expression is None:
-            return long_keys.parts(self.pieces, key)
+            return long_keys.parts(self.pieces, key) if self.pieces else {} if key == self.text else None
         groups = self.expression.fullmatch(key) if self.fits(key) else None
         numbers = self.expression.groupindex
         return None if groups is None else {part: groups[int(numbers.get(part, part)) - 1] or "" for part in self.parts}
+
+    @property
+    def choices(self) -> int:
+        """How many words and numbers it has to choose from."""
+        return sum(len(piece.texts) for piece in self.pieces if piece.kind == "words")
 
     def learn(self, keys: Iterable[str]) -> None:
         """Say what will be held against it: a regular expression then takes all keys at once."""
@@ -118,6 +127,8 @@ def compile_pattern(text: str, whose: str = "") -> Pattern:
         numbers = map(str, range(1, expression.groups + 1))
         return Pattern(text, (*expression.groupindex, *numbers), expression=expression)
     pieces = tuple(_pieces(text))
+    if len(pieces) == 1 and pieces[0].kind == "text":
+        return Pattern(text, ())
     regex = re.compile(_body(pieces), re.DOTALL)
     again = any(piece.kind == "again" for piece in pieces)
     short = _LENGTHS[min(_free(pieces), len(_LENGTHS) - 1)]
@@ -220,13 +231,16 @@ def _choices(text: str, choices: str, most: int) -> tuple[str, ...]:
 
 def _check_few(text: str) -> None:
     """Raises RuleError for a pattern with so many open parts that holding it against a long key could take for ever."""
-    deep = [token for token in _TOKEN.finditer(text) if token["many"] or token["deep"]]
+    opens = [token for token in _TOKEN.finditer(text) if token.lastgroup not in ("choices", "brace")]
+    deep = [token for token in opens if token["many"] or token["deep"]]
     most = max((sum(1 for token in _TOKEN.finditer(segment) if token["one"] or token["star"]) for segment in text.split(".")), default=0)
     if len(deep) > MOST_DEEP or most > MOST_IN_SEGMENT:
         raise RuleError(
             f"the pattern {text!r} has more than {MOST_DEEP} parts across segments, or {MOST_IN_SEGMENT} within one",
             hint="write it as several rules",
         )
+    if len(opens) > MOST_GROUPS:
+        raise RuleError(f"the pattern has {len(opens)} parts; at most {MOST_GROUPS} are", hint="write {**rest} for many segments")
 
 
 def check_template(template: str, pattern: Pattern) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
-from ckptsurgeon.errors import RuleError, printable
+from ckptsurgeon.errors import LimitError, RuleError, printable
+from ckptsurgeon.formats import toml_text
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.surgery.items import shortened
-from ckptsurgeon.surgery.rules import Kind, Rule, compile_rule, linked
+from ckptsurgeon.surgery.rules import Kind, Rule, check_choices, compile_rule, linked
 
 _HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_-]+)(?P=quote)\s*\]\]\s*(#.*)?")
 _NAMES = re.compile(r"\s*(?:\[\[?\s*)?(?:(?:\"[^\"\\]*\"|'[^']*'|[A-Za-z0-9_-]+)\s*[].=]\s*)+")  # before a value
@@ -27,7 +27,6 @@ _WRITTEN = re.compile(  # comments and strings
     r'#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3,5}|\'{3}.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL
 )
 _LINE = re.compile(r"line (\d+)")
-MOST = 1 << 20  # characters of a file
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,9 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
     >>> parse_rules('[[drop]]\\nkey = "aux.**"', "rules.toml")
     (Rule(kind='drop', pattern='aux.**', result='', file='rules.toml', line=1),)
     """
-    if len(text) > MOST:
-        raise RuleError(f"has more than {MOST} characters, which no rules file needs", path=path)
     try:
-        value = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        value = toml_text.parse(text, path)
+    except ValueError as error:
         found = _LINE.search(str(error))
         raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path) from error
     text = _WRITTEN.sub(lambda found: found[0] if "\n" not in found[0] else "\n" * found[0].count("\n"), text)
@@ -70,13 +67,17 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
     rows = list(_rows(lines, known, path))
     _held = one_child()  # for the regular expressions of all rules
     rules: list[Rule] = []
+    choices = 0
     for line, kind, table in rows:
         wrong = list(_wrong_fields(places, line, kind, table))
         problems += wrong
         if not wrong:
             for rule in _rules(kind, table, path, line):
                 rules.append(rule)
-                problems += _malformed(rule)
+                malformed, more = _malformed(rule, path)
+                problems += malformed
+                choices += more
+                check_choices(choices)
     if problems:
         raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=_example(rows))
     return tuple(rules)
@@ -178,12 +179,15 @@ def _each(value: str | Sequence[str]) -> Sequence[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _malformed(rule: Rule) -> Iterator[str]:
+def _malformed(rule: Rule, path: str) -> tuple[list[str], int]:
+    """The problem of a rule, if any, and how much its patterns have to choose from."""
     try:
-        if rule.kind != "stage":
-            compile_rule(rule)
+        return [], 0 if rule.kind == "stage" else compile_rule(rule).choices
     except RuleError as error:
-        yield f"line {rule.line}: {error.reason}" + (f" ({error.hint})" if error.hint else "")
+        return [f"line {rule.line}: {error.reason}" + (f" ({error.hint})" if error.hint else "")], 0
+    except LimitError as error:
+        error.path = error.path or path
+        raise
 
 
 def _example(rows: Sequence[object]) -> str | None:

@@ -10,9 +10,11 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from ckptsurgeon.errors import RuleError
+from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.surgery.adapters.chain import OwnShape
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
@@ -20,8 +22,7 @@ from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_patter
 
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
-_LINK = re.compile(r"\s*->\s*")
-_SPACED, _PLUS = re.compile(r"\s+\+\s+"), re.compile(r"\s*\+\s*(?![^{}]*\})")
+_SPACED, _PLUS = re.compile(r"(?<!\s)\s+\+\s+"), re.compile(r"\{[^{}]*\}|(\+)")
 _BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
 
 
@@ -86,6 +87,11 @@ class CompiledRule:
         """Whether the patterns are held against the target's names."""
         return self.rule.kind in ("init", "keep") or (self.rule.kind == "adapt" and not self.results)
 
+    @property
+    def choices(self) -> int:
+        """How many words and numbers its patterns have to choose from."""
+        return sum(pattern.choices for _, pattern in self.patterns)
+
     def learn(self, names: Collection[str]) -> None:
         """Say which names it will be held against, as `Pattern.learn`."""
         for _, pattern in self.patterns:
@@ -105,19 +111,27 @@ def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[
     compiled: list[CompiledRule] = []
     problems: list[str] = []
     hint = None
-    stage = 0
+    stage = choices = 0
     for rule in rules:
         if rule.kind == "stage":
             stage += 1
             continue
         try:
             compiled.append(compile_rule(rule, stage, outside))
+            choices += compiled[-1].choices
+            check_choices(choices)
         except RuleError as error:
             problems.append(f"{rule}: {error.reason}")
             hint = hint or error.hint
     if problems:
         raise RuleError("rules that are not well formed", problems=tuple(problems), hint=hint)
     return tuple(compiled)
+
+
+def check_choices(number: int) -> None:
+    """LimitError where rules have so many words and numbers to choose from, together."""
+    if number > allowed("choices"):
+        raise exceeded("choices", f"rules have more than {allowed('choices')} words and numbers to choose from", number)
 
 
 def linked(rule: Rule) -> tuple[list[str], list[str]]:
@@ -130,7 +144,7 @@ def linked(rule: Rule) -> tuple[list[str], list[str]]:
         return [rule.pattern], _several(rule.result)
     if rule.kind != "adapt":
         return [rule.pattern], []
-    sides = _LINK.split(rule.pattern)
+    sides = rule.pattern.split("->")
     if len(sides) > 2:
         raise RuleError("has more than one ' -> '", hint="write it as two rules")
     return _several(sides[0].strip()), _several(sides[1].strip()) if len(sides) == 2 else []
@@ -138,7 +152,11 @@ def linked(rule: Rule) -> tuple[list[str], list[str]]:
 
 def _several(side: str) -> list[str]:
     """The keys of a side; a regular expression may have a plus of its own, so there it stands between blanks."""
-    return (_SPACED if "/" in side else _PLUS).split(side)
+    if "/" in side:
+        return _SPACED.split(side)
+    places = [found.start() for found in _PLUS.finditer(side) if found[1]]
+    keys = [side[start + 1 : stop] for start, stop in pairwise([-1, *places, len(side)])]
+    return [keys[0].rstrip(), *(key.strip() for key in keys[1:-1]), keys[-1].lstrip()] if places else keys
 
 
 def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:

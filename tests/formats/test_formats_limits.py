@@ -164,6 +164,7 @@ def test_refused_beyond_it_and_read_with_the_flag_that_the_error_names(case: str
 
 def test_every_limit_is_tested_here() -> None:
     apart = {"shards", "extra-state-bytes", "metadata-entries", "label-bytes", "regex-seconds", "all-regex-seconds"}
+    apart |= {"toml-bytes", "toml-nesting", "toml-keys", "choices"}
     assert {name for name, _, _ in BEYOND.values()} | apart == BY_NAME.keys() == {limit.name for limit in TABLE}
     assert all(limit.bounds and limit.default > 0 for limit in TABLE)
 

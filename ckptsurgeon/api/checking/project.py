@@ -9,10 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from ckptsurgeon.api import opening
@@ -20,14 +18,16 @@ from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.api.opening import Note, Target
 from ckptsurgeon.errors import CheckpointError, SettingsError
+from ckptsurgeon.formats import toml_text
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.limits import current, limits
 from ckptsurgeon.models.spec import looks_like_spec, parse
 from ckptsurgeon.report import CheckReport
+from ckptsurgeon.surgery import long_keys
+from ckptsurgeon.surgery.long_keys import Piece
 
 NAME = "pyproject.toml"
 TABLE = "tool.ckptsurgeon"
-_MOST = 1 << 20  # bytes of a file
 _EXAMPLE = 'write for example: [tool.ckptsurgeon.check] and below it max-size = "500MB"'
 
 
@@ -74,7 +74,7 @@ class Project:
     path: str = ""
     folder: str = ""
     common: Mapping[str, Any] | None = None
-    files: tuple[tuple[tuple[re.Pattern[str], ...], Mapping[str, Any]], ...] = ()
+    files: tuple[tuple[tuple[Glob, ...], Mapping[str, Any]], ...] = ()
     jobs: int | None = None
     limits: Mapping[str, str] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class Project:
         found = dict(self.common or {})
         place = os.path.relpath(os.path.abspath(path), self.folder).replace(os.sep, "/")
         for patterns, values in self.files:
-            if any(pattern.fullmatch(place) for pattern in patterns):
+            if any(pattern.fits(place) for pattern in patterns):
                 found.update(values)
         return found
 
@@ -106,12 +106,11 @@ def find(start: str) -> Project:
 def read(path: str, *, needed: bool = True) -> Project | None:
     """What the file at `path` asks; None, or an error where it is `needed`, when it has no `[tool.ckptsurgeon]`."""
     with open_regular(path) as file:
-        if file.size > _MOST:
-            raise SettingsError(f"has more than {_MOST} bytes, which no settings need", path=path)
+        toml_text.check({"toml-bytes": file.size}, path)
         raw = file.read(0, file.size)
     try:
-        value: Any = tomllib.loads(raw.decode())
-    except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML
+        value: Any = toml_text.parse(raw.decode(), path)
+    except ValueError as error:  # neither UTF-8 nor TOML
         raise SettingsError(f"is not TOML: {error}", path=path) from error
     for name in TABLE.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -134,7 +133,11 @@ def _project(path: str, table: dict[str, Any]) -> Project:
         if "path" not in row:
             raise SettingsError("says not which files it is for", path=path, key=own, hint='path = "weights/**/*.pt"')
         patterns = [row["path"]] if isinstance(row["path"], str) else row["path"]
-        files.append((tuple(map(_pattern, patterns)), _arguments(path, own, folder, row)))
+        try:
+            globs = tuple(map(glob, patterns))
+        except SettingsError as error:
+            raise SettingsError(error.reason, path=path, key=f"{own}.path", hint=error.hint) from error
+        files.append((globs, _arguments(path, own, folder, row)))
     return Project(
         path, folder, _arguments(path, place, folder, table), tuple(files), table.get("jobs"), _limits(path, place, table.get("limit", ()))
     )
@@ -190,19 +193,34 @@ def _beside(folder: str, target: str) -> str:
 
 
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
-_AS_REGEX = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_WILD = {"**/": Piece("lead"), "**": Piece("deep"), "*": Piece("star"), "?": Piece("char")}
+_MOST_WILD = 100  # of a pattern
+_SWAPPED = str.maketrans("/.", "./")  # keys have dots where paths have slashes
 
 
-@lru_cache
-def _pattern(words: str) -> re.Pattern[str]:
-    """A pattern of paths: `*` is anything within a name, `**` also across folders.
+@dataclass(frozen=True)
+class Glob:
+    """A pattern of paths: `*` is anything within a name, `?` one character of it, `**` also goes across folders.
 
-    >>> [bool(_pattern("weights/**/*.pt").fullmatch(path)) for path in ("weights/a.pt", "weights/b/c/a.pt", "a.pt")]
+    It is held against a path as a pattern of keys is, in time that grows with the path alone.
+
+    >>> [glob("weights/**/*.pt").fits(path) for path in ("weights/a.pt", "weights/b/c/a.pt", "a.pt")]
     [True, True, False]
     """
-    return re.compile(
-        "".join(_AS_REGEX.get(part) or re.escape(part) for part in _GLOB.findall(words.removeprefix("./").rstrip("/"))), re.DOTALL
-    )
+
+    pieces: tuple[Piece, ...]
+
+    def fits(self, path: str) -> bool:
+        """Whether the whole of `path` matches."""
+        return bool(self.pieces) and long_keys.fits(self.pieces, path.translate(_SWAPPED))
+
+
+def glob(words: str) -> Glob:
+    """A person's pattern of paths, compiled. SettingsError for one with too many wildcards."""
+    parts = _GLOB.findall(words.removeprefix("./").rstrip("/"))
+    if sum(part in _WILD for part in parts) > _MOST_WILD:
+        raise SettingsError(f"has more than {_MOST_WILD} wildcards", hint='path = "weights/**/*.pt"')
+    return Glob(tuple(_WILD.get(part) or Piece("text", (part.translate(_SWAPPED),)) for part in parts))
 
 
 def check_project(
