@@ -50,6 +50,7 @@ def test_it_costs_little_and_names_its_limit(case: str, reader: object, tmp_path
 
 def test_a_limit_is_raised_for_a_file_that_is_trusted(tmp_path: Path) -> None:
     deep, many = "a" + ".a" * 40 + " = 1", "a = [" + "1," * 60_000 + "]\n" + "b = [" + "1," * 60_000 + "]"
+    long = "#" * (1 << 20) + "\na = 1"
     for text, raised in (
         (deep, {"toml_nesting": 64}),
         (many, {"toml_keys": 200_000}),
