@@ -28,7 +28,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A stored zip entry and the CRC-32 that the file gives for it."""
+    """A stored zip entry and the CRC-32 that the file gives for it (0 where there is none)."""
 
     offset: int
     nbytes: int
@@ -40,8 +40,8 @@ class Span:
     """Where a tensor's bytes lie.
 
     `offset` and `nbytes` (in bytes) run from the first to the last element that the tensor's stride reaches; they count within
-    the file, or within the inflated entry where `packed` is set. Tensors of one `storage` share memory in torch. `record` is the entry
-    around it that has a checksum. `lazy` names what torch does to these bytes only when they are used: `conj`, `neg`, or both.
+    the file, or within the inflated entry where `packed` is set. Tensors of one `storage` share memory in torch. `record` is the stored
+    zip entry around it. `lazy` names what torch does to these bytes only when they are used: `conj`, `neg`, or both.
     """
 
     file: str
@@ -55,7 +55,7 @@ class Span:
     def checksum(self) -> int | None:
         """The CRC-32 that the file gives for just these bytes, or None."""
         record = self.record
-        return record.crc if record is not None and (record.offset, record.nbytes) == (self.offset, self.nbytes) else None
+        return (record.crc or None) if record is not None and (record.offset, record.nbytes) == (self.offset, self.nbytes) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from ckptsurgeon.models import optimizer_state
 from ckptsurgeon.models.parameters import named
 from ckptsurgeon.report import CarriedState
 from ckptsurgeon.streaming.apply import Training
+from ckptsurgeon.streaming.checksums import hold_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.surgery.optimizer_merge import is_plain, kind_of, merge_state, slots_of
 from ckptsurgeon.surgery.optimizer_names import assign, held_by_key
@@ -40,12 +41,19 @@ _HINT = (
 
 
 def training(
-    made: Plan, found: Sequence[Checkpoint], goal: Target | None, optimizer_root: str | None, names: Names, second: Path | None
+    made: Plan,
+    found: Sequence[Checkpoint],
+    goal: Target | None,
+    optimizer_root: str | None,
+    names: Names,
+    second: Path | None,
+    checksums: bool,
 ) -> tuple[Training, CarriedState]:
     """What is to be written around the weights, and what becomes of the source's state.
 
     Args:
         second: the file that has the state, where it does not stand beside the weights.
+        checksums: hold what is read here against the checksums that its file keeps. The moments are read later, when they are written.
 
     Raises:
         PlanError: several sources; an optimizer that is of no kind we know.
@@ -76,6 +84,8 @@ def training(
             error.path, error.key = error.path or beside.path, error.key or place
             raise
         beside.reader.check_unchanged()
+        if checksums:
+            hold_all(beside.reader, [given])
     around, others = _around(None if second is not None else beside.value, given.root, place or "optimizer", state.value)
     carried = replace(resuming.account(resuming.shown(beside, place), saved, assigned, given, state.plans, state.notes), others=others)
     source = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)

@@ -24,9 +24,10 @@ from ckptsurgeon.models.averaged_copy import live_roots
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.transfer import Value, Waiting, at_hand, put
-from ckptsurgeon.report import CarriedState, Cast, Report
+from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.apply import torn, with_data
+from ckptsurgeon.streaming.checksums import hold_all, without
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.plan import Plan, Step, make_plan
@@ -55,6 +56,7 @@ def transfer(
     auto: str | None = None,
     match: Uncertain | None = None,
     asked: Asked | None = None,
+    checksums: bool = False,
 ) -> Report:
     """See `ckptsurgeon.transfer`. Without `asked` it is a step of another call, whose options have been held against it."""
     goal = checkpoint_of(model, type(model).__name__)
@@ -71,7 +73,7 @@ def transfer(
 
     def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
         rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
-        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto}
+        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto, "checksums": checksums}
         return transfer(other, copy, rules, root=where, seed=seed, allow_cast=allow_cast, **chosen)  # type: ignore[arg-type]
 
     carried: CarriedState | None = None
@@ -86,6 +88,8 @@ def transfer(
         if asked:
             around = cache(lambda: resuming.beside(source, given, reader))
             carried = resuming.give(asked, around, given, plan, model, lambda: averaged_into(asked, source, around, again, undo), undo)
+        if checksums:
+            hold_all(reader, [given])
         put(plan, model, values.__getitem__, extra, ruling.own.schemes)
         _check_still_unchanged(reader)
     report = Report(
@@ -98,12 +102,19 @@ def transfer(
         dropped=tuple((row.source, row.reason) for row in plan.dropped),
         coverage=plan.coverage,
         casts=reported(casts),
-        findings=plan.findings,
+        findings=(*plan.findings, *(_without_checksums(reader, given) if checksums else ())),
         adapted=plan.adapted,
         partial=plan.partial,
         optimizer=carried,
     )
     return replace(report, text=text.report(report))
+
+
+def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
+    entries = reader.entries()
+    if not entries:
+        return [Finding("no-checksum", f"{given.format} keeps no checksums that the data could be held against", level="note")]
+    return without(entries.values())
 
 
 def _refuse_idle(plan: Plan, seed: int | None, asked: Asked) -> None:

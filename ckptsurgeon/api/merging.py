@@ -176,7 +176,8 @@ def merge(
             (`"torch"` or `"safetensors"`).
         tied: how safetensors gets tied keys: `"copy"` (by itself), or `"alias"` (one copy and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
-        verify: hold the written file against the plan and the model.
+        verify: hold the written file against the plan and the model, and all that is read for it against the checksums that torch's zip
+            format keeps (data without one is a note in the report).
         device: where the model is loaded to prove it; `"cpu"` by itself.
         finite: let NaN and infinite values fail, whatever the target, and those of an optimizer's state too.
         with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with
@@ -187,7 +188,8 @@ def merge(
         The other arguments are `plan`'s.
 
     Raises:
-        CheckpointError: as `plan`; also CastError, OutputError (it exists, or can't be written), VerificationError. Nothing is left behind.
+        CheckpointError: as `plan`; also CastError, OutputError (it exists, or can't be written), VerificationError, and FormatError
+            for data that is not what its own checksum says. Nothing is left behind.
 
     >>> report = merge("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses", "merged.pt", overwrite=True)
     >>> report.fresh
@@ -215,7 +217,7 @@ def merge(
         from ckptsurgeon.api.carrying import training
         from ckptsurgeon.api.resuming import names_of
 
-        around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from)
+        around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from, verify)
     gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
     done = _carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
     if carried is None:

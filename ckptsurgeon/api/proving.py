@@ -9,8 +9,9 @@ from typing import Any
 from ckptsurgeon import formats
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.opening import Target
-from ckptsurgeon.errors import VerificationError
+from ckptsurgeon.errors import FormatError, VerificationError
 from ckptsurgeon.report import Finding, Verification
+from ckptsurgeon.streaming import checksums
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.surgery import roots
 from ckptsurgeon.surgery.items import shortened
@@ -37,11 +38,14 @@ def verify_written(
 
         build, build_meta = target.build, target.build_meta
         builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
+        spans = () if shown is not None or device == "meta" else checksums.entries_of(checkpoint)
         with Reader([checkpoint]) as reader:
-            found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
+            with checksums.holding(reader, spans) as wrong:
+                found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
             reader.check_unchanged()
+        found = replace(found, findings=(*found.findings, *checksums.damage(wrong, checkpoint), *checksums.without(spans)))
         if finite and not found.bitwise:  # on meta there are no values, but the file has them
-            found = replace(found, findings=(*found.findings, *non_finite(checkpoint)))
+            found = replace(found, findings=(*found.findings, *non_finite(checkpoint), *(_held(checkpoint) if shown is None else ())))
     if shown is not None and not found.ok:
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
         raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
@@ -56,7 +60,7 @@ def errors(found: Verification) -> tuple[Finding, ...]:
 def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
     findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
     if finite:
-        findings += non_finite(checkpoint)
+        findings += [*non_finite(checkpoint), *_held(checkpoint)]
     fresh = (checkpoint.provenance or {}).get("fresh")
     return Verification("none", len(target), tuple(findings), bitwise=False, fresh=None if fresh is None else tuple(fresh))
 
@@ -81,15 +85,30 @@ def fits(checkpoint: Checkpoint, target: Checkpoint) -> list[Finding]:
 
 
 def non_finite(checkpoint: Checkpoint) -> list[Finding]:
-    """Every tensor with a NaN or an infinite value, streamed through torch."""
+    """Every tensor with a NaN or an infinite value, streamed through torch, or with data that is damaged."""
     from ckptsurgeon.streaming.values import count_non_finite
 
+    findings = []
     with Reader([checkpoint]) as reader:
-        counts = {
-            key: count_non_finite(reader.parts(tensor), tensor.dtype) for key, tensor in checkpoint.items() if tensor.span is not None
-        }
+        for key, tensor in checkpoint.items():
+            try:
+                count = 0 if tensor.span is None else count_non_finite(reader.parts(tensor), tensor.dtype)
+            except FormatError as error:
+                findings.append(Finding("checksum", error.reason, key))
+                continue
+            if count:
+                findings.append(Finding("non-finite", f"has {count} values that are NaN or infinite", key))
         reader.check_unchanged()
-    return [Finding("non-finite", f"has {count} values that are NaN or infinite", key) for key, count in counts.items() if count]
+    return findings
+
+
+def _held(checkpoint: Checkpoint) -> list[Finding]:
+    """What there is to say of a file's checksums, where its values are read without a model."""
+    spans = checksums.entries_of(checkpoint)
+    with Reader([checkpoint]) as reader:
+        wrong = checksums.held(reader, spans)
+        reader.check_unchanged()
+    return [*checksums.damage(wrong, checkpoint), *checksums.without(spans)]
 
 
 def refuse_non_finite(path: str, shown: str) -> None:

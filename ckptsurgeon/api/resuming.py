@@ -19,6 +19,7 @@ from ckptsurgeon.errors import FormatError, ModelError, StaleError
 from ckptsurgeon.models import averaged_copy, optimizer_state, training_state
 from ckptsurgeon.models.official import at_root
 from ckptsurgeon.report import CarriedState, Report
+from ckptsurgeon.streaming.checksums import hold_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import reported, tensor_from
 from ckptsurgeon.surgery import training_places
@@ -59,6 +60,7 @@ class Asked:
     scaler: Any = None
     ema: Any = None
     ema_root: str | None = None
+    checksums: bool = False
 
     def __bool__(self) -> bool:
         return any(one is not None for one in (self.optimizer, self.scheduler, self.scaler, self.ema))
@@ -168,8 +170,10 @@ def give(
     """
     carried = CarriedState()
     made, saved = None, None
+    read: list[Beside] = []
     if asked.optimizer is not None:
         found = around() if asked.optimizer_from is None else apart(asked.optimizer_from, undo)
+        read.append(found)
         made, saved, carried = _optimizer(asked, found, given, plan, model)
     ready = []
     groups: list[dict[str, Any]] = []
@@ -178,7 +182,8 @@ def give(
         if taker is None:
             continue
         origin = asked.scheduler_from if kind == "scheduler" else None
-        state = _other(kind, taker, around() if origin is None else apart(origin, undo), asked)
+        read.append(around() if origin is None else apart(origin, undo))
+        state = _other(kind, taker, read[-1], asked)
         if isinstance(state, str):
             carried = replace(carried, not_carried=(*carried.not_carried, (kind, state)))
             continue
@@ -186,6 +191,8 @@ def give(
         carried = replace(carried, others=(*carried.others, kind))
         if kind == "scheduler" and hasattr(taker, "optimizer"):
             driven = training_state.driven(state, taker.optimizer.param_groups, () if saved is None else saved.groups)
+    for one in read if asked.checksums else ():
+        hold_all(one.reader, [given])
     if made is not None:
         undo.enter_context(optimizer_state.loaded(asked.optimizer, made.state_dict))
     for taker, state in ready:

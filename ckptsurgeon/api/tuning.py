@@ -50,6 +50,7 @@ def transfer(
     scaler: Any = None,
     ema: Any = None,
     ema_root: str | None = None,
+    checksums: bool = False,
 ) -> Report:
     """Put the weights that fit into a live model, in place, on whatever device it is: all, or, when anything is wrong, none.
 
@@ -67,6 +68,8 @@ def transfer(
             `optimizer.bin`, or the state in memory; `source` may then be of any format. `scheduler_from` likewise (`scheduler.pt`).
         scheduler, scaler: new ones, which get the state of the source's where it goes with them; a scheduler sets the rate it stood at.
         ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules; `ema_root` names it.
+        checksums: hold all that is read against the checksums that torch's zip format keeps, before the first copy. Without it only
+            deflated data is held, which is unpacked anyway; the other formats keep none.
         The other arguments are `plan`'s.
 
     Returns:
@@ -75,7 +78,8 @@ def transfer(
 
     Raises:
         CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. RootError or ModelError
-            for a training state that is not there, or whose parameters can't be identified. The model is unchanged then.
+            for a training state that is not there, or whose parameters can't be identified. FormatError for data that is not what its own
+            checksum says. The model is unchanged then.
         UnreadableError, StaleError: also for a file that fails or changes while it is copied: these alone can leave a mixture, and say so.
         KeyboardInterrupt: the model has all of the new values, or none.
 
@@ -99,8 +103,10 @@ def transfer(
         strict=strict,
         auto=auto,
         match=gates.matching(match, accept_uncertain),
+        checksums=checksums,
         asked=Asked(
             optimizer=optimizer,
+            checksums=checksums,
             optimizer_root=optimizer_root,
             optimizer_names=names_of(optimizer_names),
             optimizer_from=optimizer_from,

@@ -140,7 +140,9 @@ overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it 
 format_ = click.option("--format", type=click.Choice(["torch", "safetensors"]), help="Instead of what OUT's suffix says.")
 tied = click.option("--tied", type=click.Choice(["copy", "alias"]), show_default="copy", help="How safetensors gets tied keys.")
 provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
-verified = click.option("--verify/--no-verify", default=True, help="Hold the written file against the plan and the model.")
+verified = click.option(
+    "--verify/--no-verify", default=True, help="Hold the output against plan and model, and what is read against its checksums."
+)
 device = click.option("--device", show_default="cpu", metavar="DEVICE", help="Where to load a model: cpu, cuda:0, mps, meta.")
 finite = click.option("--finite", is_flag=True, help="NaN or infinite values are a no.")
 

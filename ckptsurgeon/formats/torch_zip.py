@@ -15,6 +15,7 @@ from typing import Any
 
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import MAX_INT
 from ckptsurgeon.formats.pickle_machine import TruncatedPickle, name_globals, run
@@ -87,8 +88,7 @@ def _read(file: OpenFile) -> _Read:
         entry = entries[f"data/{storage.key}"]
         if entry.method == DEFLATED:
             return Span(file.path, 0, entry.size, storage.key, Packed(entry.offset, entry.packed, entry.size, entry.crc))
-        record = Record(entry.offset, entry.size, entry.crc) if entry.crc else None
-        return Span(file.path, entry.offset, entry.size, storage.key, None, record)
+        return Span(file.path, entry.offset, entry.size, storage.key, None, Record(entry.offset, entry.size, entry.crc))
 
     try:
         pickled = run(pickle, 0, persistent)
@@ -121,13 +121,7 @@ def content(file: OpenFile, entry: Entry, limit: str) -> bytes:
             raise exceeded(name, f"has a {entry.name} of {entry.size} bytes, above the limit of {most}", entry.size, path=file.path)
     data = file.read(entry.offset, entry.packed)
     if entry.method == DEFLATED:
-        inflate = zlib.decompressobj(-15)
-        try:
-            data = inflate.decompress(data, entry.size + 1)
-        except zlib.error as error:
-            raise FormatError(f"has a damaged entry {entry.name}", path=file.path) from error
-        if len(data) != entry.size or not inflate.eof or inflate.unused_data:
-            raise FormatError(f"has an entry {entry.name} of another length than it says", path=file.path)
+        data = b"".join(inflated([data], entry.size, file.path, entry.name))
     if entry.crc and zlib.crc32(data) != entry.crc:
         raise FormatError(f"has a wrong checksum for {entry.name}", path=file.path, hint="copy or download it again")
     return data

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ckptsurgeon.dtypes import BY_TORCH
-from ckptsurgeon.errors import TargetError
+from ckptsurgeon.errors import FormatError, TargetError
 from ckptsurgeon.models import forward, loading, names, persons_code, readback
 from ckptsurgeon.models.devices import check_device
 from ckptsurgeon.models.loaded import load, reached
@@ -44,14 +44,14 @@ def verify_on_device(
         checkpoint: the file as our reader sees it.
         model_builder: makes the fresh model: `build` of a spec, or `build_meta` for the device `meta`.
         device: `cpu`, `cuda:0`, `mps` …; on `meta` names, shapes and dtypes are compared, and a note says so.
-        read: a tensor's dense, row-major bytes (`nbytes` of them) from the file, by our reader.
+        read: a tensor's dense, row-major bytes (`nbytes` of them) from the file, by our reader; FormatError for data that is damaged.
         finite: NaN and infinite values are errors, not warnings.
         inputs: texts such as `1x3x32x32` or `1x16:I64`, one per positional argument, for one forward pass in eval mode.
 
     Returns:
         A verification whose `tensors` counts what was compared. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`,
-        `load`, `device`, `differs`, `reader`, `forward` (errors), `non-finite` (a warning, or an error with `finite` and in outputs),
-        `output` (a warning), `tied`, `hook`, `dtype`, `meta`, `no-forward` (notes).
+        `load`, `device`, `differs`, `checksum`, `reader`, `forward` (errors), `non-finite` (a warning, or an error with `finite` and in
+        outputs), `output` (a warning), `tied`, `hook`, `dtype`, `meta`, `no-forward` (notes).
 
     Raises:
         DeviceError: the device is not on this machine.
@@ -136,7 +136,12 @@ def _read_back(
         if not isinstance(value, torch.Tensor) or meta is None or meta.shape != tuple(value.shape):
             continue
         compared += 1
-        found = readback.compare(key, meta, value, read(meta), finite)
+        try:
+            given = read(meta)
+        except FormatError as error:
+            findings.append(Finding("checksum", error.reason, key))
+            continue
+        found = readback.compare(key, meta, value, given, finite)
         if key in changing and any(finding.code == "differs" for finding in found):
             found = by_torch.compare(key, value, finite)
         findings += found

@@ -21,10 +21,11 @@ from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, is_average
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
+from ckptsurgeon.streaming.checksums import holding, refuse, without
 from ckptsurgeon.streaming.kernels.table import OwnKernel
 from ckptsurgeon.streaming.pieces import Pieces, pieces_of
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.reading import Reader, hold
+from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
 from ckptsurgeon.surgery.planned import Plan, Step, resolved
@@ -86,7 +87,8 @@ class Written:
 @dataclass
 class _Run:
     """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `settled` the bytes
-    that are written instead of a step's own."""
+    that are written instead of a step's own, `held` the file and offset of each record whose copy has the checksum that the file gives
+    for it: the proof compares the two."""
 
     plan: Plan
     sources: Sequence[Checkpoint]
@@ -97,6 +99,7 @@ class _Run:
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
     settled: dict[str, Buffer] = field(default_factory=dict)
+    held: set[tuple[str, int]] = field(default_factory=set)
 
     def settle(self, entries: Mapping[str, Any]) -> None:
         """Find what loading decides."""
@@ -215,11 +218,17 @@ def apply(
             reader.check_unchanged()
             with syncing(temporary):
                 if output.proof:
-                    _prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader, around)
+                    left = [span for place, span in reader.entries().items() if place not in run.held]
+                    with holding(reader, left) as wrong:
+                        _prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader, around)
+                    if wrong:
+                        reader.check_unchanged()
+                    refuse(wrong, checkpoints)
                 if verify is not None:
                     verify(temporary.path)
             reader.check_unchanged()  # the proof has read the sources again
-    return Written(layout.size, reported(run.casts), _findings(plan, tensors, aliases, output), len(own))
+    found = (*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ()))
+    return Written(layout.size, reported(run.casts), found, len(own))
 
 
 def _refuse_part_of_source(path: str, checkpoints: Sequence[Checkpoint]) -> None:
@@ -312,10 +321,9 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
     _refuse_torn_ties(run, layout, tensors, temporary)
     checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for slot, crc in zip(layout.slots, checksums, strict=bool(checksums)):
-        if len(pieces := moved[slot.index] or ()) == 1 and pieces[0].checksum() not in (None, crc):
-            run.reader.check_unchanged()
-            # Is it the source, or the copy? The proof tells the other.
-            hold(pieces[0], copying.checksum(*run.reader.locate(pieces[0]), pieces[0].nbytes))
+        pieces = moved[slot.index] or ()
+        if len(pieces) == 1 and pieces[0].checksum() == crc:
+            run.held.add((pieces[0].file, pieces[0].offset))
     for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from ckptsurgeon.errors import FormatError, OutputError, StaleError
 from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
+from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.copying import BUFFER
 from ckptsurgeon.streaming.values import Buffer, densify
@@ -32,6 +33,7 @@ class Reader:
                 raise _changed(seen.path)  # between the reading of two headers
         self._files: dict[str, OpenFile] = {}
         self._inflated: dict[tuple[str, int], BinaryIO] = {}
+        self._entries: dict[tuple[str, int], Span] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Reader:
@@ -51,13 +53,16 @@ class Reader:
     def locate(self, span: Span) -> tuple[int, int]:
         """The open file and the offset at which a span's bytes begin."""
         file = self._open(span.file)
+        entry = span.packed or span.record
+        if entry is not None:
+            self._entries.setdefault((span.file, entry.offset), span)
         if span.packed is None:
             return file.fd, span.offset
         place = span.file, span.packed.offset
         if place not in self._inflated:
             with _unpacking(file.path):
                 self._inflated[place] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-                _inflate(file, span.packed, self._inflated[place])
+                _inflate(file, span, span.packed, self._inflated[place])
         return self._inflated[place].fileno(), span.offset
 
     def chunks(self, span: Span) -> Iterator[memoryview]:
@@ -94,6 +99,10 @@ class Reader:
             return (dense[start : start + BUFFER] for start in range(0, len(dense), BUFFER))
         return self.chunks(tensor.span)
 
+    def entries(self) -> dict[tuple[str, int], Span]:
+        """A span of each zip entry that anything was read of, by file and the entry's offset, in the order of reading."""
+        return dict(self._entries)
+
     def check_unchanged(self) -> None:
         """Raises StaleError when a file that was read is no longer what it was."""
         # A file that was replaced or taken away since it was opened is still whole for us.
@@ -115,33 +124,12 @@ def _unpacking(path: str) -> Iterator[None]:
         raise OutputError(words, path=tempfile.gettempdir(), hint="set TMPDIR to a folder with more space") from error
 
 
-def _inflate(file: OpenFile, packed: Packed, output: BinaryIO) -> None:
-    inflate = zlib.decompressobj(-15)
-    total = crc = 0
-    for chunk in copying.chunks(file.fd, packed.offset, packed.nbytes):
-        data: bytes | memoryview = chunk
-        more = True
-        while more:
-            try:
-                part = inflate.decompress(data, BUFFER)
-            except zlib.error as error:
-                raise FormatError("has a damaged deflated entry", path=file.path, hint="copy or download it again") from error
-            total += len(part)
-            if total > packed.size:
-                break
-            crc = zlib.crc32(part, crc)
-            output.write(part)
-            data = inflate.unconsumed_tail
-            more = bool(data) or len(part) == BUFFER
-    if total != packed.size or not inflate.eof or inflate.unused_data:
-        raise FormatError("has a deflated entry of another length than it says", path=file.path, hint="copy or download it again")
+def _inflate(file: OpenFile, span: Span, packed: Packed, output: BinaryIO) -> None:
+    crc = 0
+    for part in inflated(copying.chunks(file.fd, packed.offset, packed.nbytes), packed.size, file.path, f"data/{span.storage}"):
+        crc = zlib.crc32(part, crc)
+        output.write(part)
     if packed.crc and crc != packed.crc:
-        raise FormatError("has a deflated entry that is not what its checksum says", path=file.path, hint="copy or download it again")
+        words = f"has the deflated entry 'data/{span.storage}', which is not what its checksum says"
+        raise FormatError(words, path=file.path, hint="copy or download it again")
     output.flush()
-
-
-def hold(span: Span, crc: int) -> None:
-    """Raises FormatError where bytes that were read, of this CRC-32, are not what the file's own checksum says; most spans have none."""
-    if span.checksum() not in (None, crc):
-        words = f"is not what its own checksum says (the storage {span.storage})"
-        raise FormatError(words, path=span.file, hint=f"copy or download it again; see what is wrong: ckptsurgeon check --full {span.file}")

@@ -34,6 +34,8 @@ class Item:
     comment: bytes = b""
     header: int | None = None
     local_method: int | None = None
+    cut: int = 0  # bytes that are taken from the end of what is stored
+    stray: bytes = b""  # bytes that are put behind it
 
 
 def given(*values: int | None) -> int:
@@ -47,6 +49,7 @@ def archive(*items: Item, between: bytes = b"", comment: bytes = b"", count: int
     for item in items:
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
         stored = deflate.compress(item.data) + deflate.flush() if item.method == 8 else item.data
+        stored = stored[: len(stored) - item.cut] + item.stray
         crc, size, packed = zlib.crc32(item.data), given(item.size, len(item.data)), given(item.packed, len(stored))
         body += item.before
         header = given(item.header, len(body))

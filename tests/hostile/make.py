@@ -176,6 +176,14 @@ CHECKSUMS: dict[str, Make] = {
     "a wrong checksum of a deflated storage": lambda: changed("data/1", method=8, crc=1),
     "a deflated storage that ends early": lambda: changed("data/1", method=8, size=601, local_size=601),
     "a deflated pickle that inflates to more": lambda: changed("data.pkl", method=8, size=10, local_size=10),
+    "bytes behind a deflated storage": lambda: changed("data/1", method=8, stray=b"STRAY"),
+    "bytes behind a deflated storage without a checksum": lambda: changed("data/1", method=8, stray=b"STRAY", crc=0),
+    "bytes behind a deflated pickle": lambda: changed("data.pkl", method=8, stray=b"STRAY"),
+    "a deflated storage cut short": lambda: changed("data/1", method=8, cut=3),
+    "a deflated storage cut short without a checksum": lambda: changed("data/1", method=8, cut=3, crc=0),
+    "a storage without a checksum": lambda: changed("data/0", crc=0),
+    "a deflated storage without a checksum": lambda: changed("data/1", method=8, crc=0),
+    "a wrong checksum of an entry that torch skips": lambda: changed("version", crc=1),
     "a size that deflate can't reach": lambda: changed("data/0", method=8, size=1 << 20, local_size=1 << 20),
 }  # fmt: skip
 STRANGERS: dict[str, Make] = {
