@@ -345,7 +345,8 @@ def test_a_view_key_that_is_used_again(references: list[tuple[str, tuple[str, in
 
 # --- everything at once -----------------------------------------------------------------------------------------------------------------
 
-ATTRIBUTES = st.sampled_from([*STATES.values(), FOUR, FIVE, THREE])
+# Without a gradient: of another dtype torch does not take it, and to us it is nothing.
+ATTRIBUTES = st.sampled_from([*(state for name, state in STATES.items() if name != "a gradient"), FOUR, FIVE])
 
 
 def wrapped(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:

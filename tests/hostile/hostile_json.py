@@ -29,6 +29,8 @@ HEADERS: dict[str, tuple[Any, bytes]] = {
     "an empty tensor beyond": ({"a": entry(0, 4), "b": entry(9, 9, (0,))}, FOUR),
     "an end before the start": ({"a": entry(4, 0)}, FOUR),
     "negative offsets": ({"a": entry(-4, 0)}, FOUR),
+    "an offset of minus zero": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', FOUR),
+    "a shape of minus zero": (b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""),
     "offsets beyond 64 bits": ({"a": entry(1 << 64, (1 << 64) + 4)}, FOUR),
     "offsets that are floats": ({"a": entry(0.0, 4.0)}, FOUR),
     "offsets that are text": ({"a": entry("0", "4")}, FOUR),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hostile_json import FOUR, HEADERS, INDEXES, SKELETONS, entry, safetensor, skeleton
 from hostile_pickles import BOMBS, LEGACY, OPCODES, dims, legacy, long, state_with, tensor_of, text, zipped
+from hostile_readings import CODECS, REPLACED, SPELLINGS, TARS
 from hostile_zips import ENDS, LEGAL, LIES, Item, archive, at, changed, items, twice
 
 HERE = Path(__file__).parent
@@ -242,6 +243,10 @@ MAKERS: dict[str, Make] = {
     **_family("zip-ends", ".pt", _bytes(ENDS, lambda end: archive(*items(), **end))),  # type: ignore[arg-type]
     **_family("zip-legal", ".pt", _bytes(LEGAL, _legal)),
     **_family("polyglots", ".pt", POLYGLOTS),
+    **_family("replaced", ".pt", REPLACED),
+    **_family("codecs", ".pt", CODECS),
+    **_family("spellings", ".pt", SPELLINGS),
+    **_family("tars", ".pt", TARS),
     **_family("checksums", ".pt", CHECKSUMS),
     **_family("safetensors", ".safetensors", _bytes(HEADERS, lambda case: safetensor(*case))),  # type: ignore[misc]
     **_family("skeletons", ".json", _bytes(SKELETONS, lambda value: json.dumps(value).encode())),
