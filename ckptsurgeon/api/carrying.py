@@ -68,7 +68,8 @@ def training(
     model = goal.build_meta()
     steps = {step.target: step for step in made.steps}
     with Reader([given]) as reader, ExitStack() as opened:
-        beside = resuming.beside(given, given, reader) if second is None else resuming.apart(second, opened)
+        weights = resuming.beside(given, given, reader) if second is None or resuming.holds_more(given) else None
+        beside = resuming.apart(second, opened) if weights is None or second is not None else weights
         place, value = resuming.find("optimizer", beside, optimizer_root)
         tree, fetch = beside.tree(place, value)
         try:
@@ -86,7 +87,7 @@ def training(
         beside.reader.check_unchanged()
         if checksums:
             hold_all(beside.reader, [given])
-    around, others = _around(None if second is not None else beside.value, given.root, place or "optimizer", state.value)
+    around, others = _around(None if weights is None else weights.value, given.root, place or "optimizer", state.value)
     carried = replace(resuming.account(resuming.shown(beside, place), saved, assigned, given, state.plans, state.notes), others=others)
     source = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)
     return Training(around, state.steps, source), replace(carried, text=text.carried(carried))

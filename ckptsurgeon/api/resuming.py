@@ -95,6 +95,11 @@ class Beside:
         return tree, lambda leaf: tensors[leaf.name]
 
 
+def holds_more(given: Checkpoint) -> bool:
+    """Whether a checkpoint's file may hold more than the weights."""
+    return given.format in ("torch-zip", "torch-legacy")
+
+
 def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
     """What stands beside the weights in the source.
 
@@ -107,7 +112,7 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
         return Beside("the source", source, given.root, reader, True)
     if not isinstance(source, (str, os.PathLike, Checkpoint)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the checkpoint that training wrote")
-    if given.format not in ("torch-zip", "torch-legacy"):
+    if not holds_more(given):
         raise FormatError(
             f"is a {given.format}, which holds no training state",
             path=given.path,
@@ -127,7 +132,7 @@ def apart(source: Given, undo: ExitStack) -> Beside:
         ModelError: it is neither.
         FormatError, UnreadableError: as the reader's.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         return Beside("the state", source, "", undo.enter_context(Reader([])), True, True)
     if not isinstance(source, (str, os.PathLike)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the file that has it, such as optimizer.pt")

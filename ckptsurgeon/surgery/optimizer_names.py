@@ -119,7 +119,7 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
     stated = [position for position in saved.flat if shapes[position] is not None]
     keys = candidates(source, () if live is None else live.buffers)
     worth = order_of_keys(source)
-    by_file = None if worth == "sorted" or by_model else _in_groups(saved, shapes, keys, source)
+    by_file = None if worth == "sorted" or by_model else _in_groups(saved.positions, shapes, keys, source)
     by_live = None if live is None else _by_live(saved, shapes, keys, source, live, by_model)
     if by_model and by_live is None:
         raise ModelError("the optimizer's positions do not fit the model's parameters in their order", path=source.path, hint=hint)
@@ -152,17 +152,25 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
 def _by_live(saved: Saved, shapes: Shapes, keys: Sequence[str], source: Checkpoint, live: LiveOrder, asked: bool) -> Positions | None:
     """By the groups of the live optimizer, where they are as large as the saved ones, or by the model's order of registration.
 
-    Unless the person asked for it, each key of the source that may be a parameter must be one of the model's, and each of these one key.
+    Unless the person asked for it, each of the model's parameters must be one key of the source at most, and no other key of the source
+    may be confused with them: what the model has no place for has shapes of its own.
     """
     known = list(dict.fromkeys(key for own in live.registered for key in own))
-    if not asked and (any(len(own) > 1 for own in live.registered) or not set(keys) <= set(known)):
+    rest = {source[key].shape for key in keys} - {source[key].shape for key in known}
+    apart = not asked and not set(keys) <= set(known)
+    if apart and (None in shapes.values() or any(source[key].shape not in rest for key in keys if key not in known)):
+        return None
+    if not asked and any(len(own) > 1 for own in live.registered):
         return None
     found = None
-    if list(map(len, live.groups)) == list(map(len, saved.positions)) and _alike(saved, live):
+    if not apart and list(map(len, live.groups)) == list(map(len, saved.positions)) and _alike(saved, live):
         found = _pairs(saved.flat, [own for group in live.groups for own in group], shapes, source)
     if found is None and asked and len(live.registered) == len(saved.flat) and sum(map(bool, saved.positions)) == 1:
         found = _pairs(saved.flat, live.registered, shapes, source)
-    return _in_groups(saved, shapes, known, source) if found is None else found
+    if found is not None:
+        return found
+    groups = [[position for position in group if not apart or shapes[position] not in rest] for group in saved.positions]
+    return _in_groups(groups, shapes, known, source)
 
 
 def _pairs(positions: Sequence[Hashable], parameters: Sequence[tuple[str, ...]], shapes: Shapes, source: Checkpoint) -> Positions | None:
@@ -197,10 +205,10 @@ def _alone(stated: Sequence[Hashable], shapes: Shapes, keys: Sequence[str], sour
     return found
 
 
-def _in_groups(saved: Saved, shapes: Shapes, keys: Sequence[str], source: Checkpoint) -> Positions | None:
+def _in_groups(groups: Sequence[Sequence[Hashable]], shapes: Shapes, keys: Sequence[str], source: Checkpoint) -> Positions | None:
     """By an order of keys: one group in order, several by shape."""
-    groups = [group for group in saved.positions if group]
-    return _in_order(groups[0], shapes, keys, source) if len(groups) == 1 else _by_shape(groups, shapes, keys, source)
+    full = [group for group in groups if group]
+    return _in_order(full[0], shapes, keys, source) if len(full) == 1 else _by_shape(full, shapes, keys, source)
 
 
 def _in_order(positions: Sequence[Hashable], shapes: Shapes, keys: Sequence[str], source: Checkpoint) -> dict[Hashable, str] | None:

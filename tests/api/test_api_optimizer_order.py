@@ -145,6 +145,30 @@ def test_new_groups_and_a_new_head_do_not_matter_where_the_model_has_one_order(t
             assert torch.equal(resumed.state[one]["exp_avg"], optimizer.state[old]["exp_avg"])
 
 
+def test_an_old_head_under_another_name_has_shapes_of_its_own(tmp_path: Path) -> None:
+    def with_head(name: str, size: int) -> nn.Module:
+        net: nn.Module = Net()
+        net.add_module(name, nn.Linear(4, size))
+        return net
+
+    for size, told in ((5, True), (4, False)):
+        net = with_head("fc", size)
+        optimizer = MAKE["AdamW"](net)
+        net.fc(net(torch.randn(3, 4))).square().sum().backward()  # type: ignore[operator]
+        optimizer.step()
+        torch.save({"model": through_safetensors(net.state_dict(), tmp_path), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+        new = with_head("head", 3)
+        resumed = MAKE["AdamW"](new)
+        if not told:
+            with pytest.raises(ModelError, match="sorted"):
+                cs.transfer(tmp_path / "run.pt", new, optimizer=resumed)
+            continue
+        cs.transfer(tmp_path / "run.pt", new, optimizer=resumed)
+        for (name, one), old in zip(new.named_parameters(), net.parameters(), strict=True):
+            if "head" not in name:
+                assert torch.equal(resumed.state[one]["exp_avg"], optimizer.state[old]["exp_avg"])
+
+
 @pytest.mark.parametrize("how", ["as torch gives it", "a plain dict"])
 def test_a_model_that_registers_in_another_order(how: str, tmp_path: Path) -> None:
     """`_metadata` proves the file's order; without it either order may be the right one, and the hint helps."""
@@ -371,6 +395,21 @@ def test_the_state_stands_in_a_file_of_its_own(files: Any, nets: str, tmp_path: 
     for position, name in enumerate(names):
         for slot, own in optimizer.state[parameters[name]].items():
             assert torch.equal(torch.as_tensor(value["optimizer"]["state"][position][slot]), torch.as_tensor(own))
+
+
+def test_what_stands_beside_the_weights_is_written_along(nets: str, tmp_path: Path) -> None:
+    net, optimizer = trained(MAKE["SGD"])
+    torch.save({"net": net.state_dict(), "epoch": 3}, "m.pt")
+    torch.save(optimizer.state_dict(), "optimizer.pt")
+    told = run("merge", "m.pt", nets, "-o", "out.pt", "--optimizer", "optimizer.pt")
+    assert "also carried: epoch" in told and "optimizer state from optimizer.pt" in told
+    value = torch.load("out.pt", weights_only=True)
+    assert list(value) == ["epoch", "net", "optimizer"] and value["epoch"] == 3
+    torch.save({"model": value["net"], "optimizer": value["optimizer"]}, "again.pt")
+    goes_on(net, optimizer, *resumed_from(tmp_path / "again.pt", MAKE["SGD"]))
+    assert "no optimizer" in run("merge", "m.pt", nets, "-o", "o.pt", "--optimizer", "m.pt", ok=2)
+    run("merge", "m.pt", nets, "-o", "o.safetensors", "--optimizer", "optimizer.pt", ok=2)
+    run("merge", "m.pt", nets, "-o", "o.pt", "--optimizer", "optimizer.pt", "--dry-run")
 
 
 def test_a_second_file_may_hold_more_and_must_hold_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ckptsurgeon.errors import CheckpointError, FormatError, ModelError, RootError
 from ckptsurgeon.surgery.optimizer_names import assign, held_by_key
+from ckptsurgeon.surgery.optimizer_order import live_order
 from ckptsurgeon.surgery.optimizer_plan import Parameter, moment_ops, plan_states
 from ckptsurgeon.surgery.optimizer_saved import SLOTS, read_saved, wanted_slots
 from ckptsurgeon.surgery.plan import make_plan
@@ -91,6 +92,50 @@ def test_keys_that_were_sorted_tell_no_order():
             keys(saved(row), support.checkpoint(shapes))
     registered = Checkpoint("a.pt", "torch-zip", "0", support.metas({"b.w": (2,), "a.w": (2,)}), module_metadata={"": {}, "b": {}, "a": {}})
     assert keys(saved([(2,), (2,)]), registered) == ["b.w", "a.w"]
+
+
+def test_an_order_within_a_module_is_not_proven_by_the_modules():
+    tensors = support.metas({"b.bias": (2,), "b.weight": (2,)})
+    kept = Checkpoint("a.pt", "torch-zip", "0", tensors, module_metadata={"": {}, "b": {}})
+    with pytest.raises(ModelError, match="sorted"):
+        keys(saved([(2,), (2,)]), kept)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_moments_are_given_to_their_own_parameters_or_to_none(data: st.DataObject) -> None:
+    """The saving model, its file in any order, and a live model with more or fewer layers: the truth is known here, and never missed."""
+    names = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6, unique=True))
+    shape = {f"{name}.{leaf}": data.draw(st.sampled_from([(2,), (3,), (2, 2)])) for name in names for leaf in ("w", "b")}
+    trained = data.draw(st.lists(st.sampled_from(list(shape)), unique=True, min_size=1) | st.just(list(shape)))
+    trained.sort(key=list(shape).index)
+    several = data.draw(st.booleans())
+    groups = [[key for key in trained if key.endswith(leaf)] for leaf in ("w", "b")] if several else [trained]
+    how = data.draw(st.sampled_from(["registered", "plain", "sorted"]))
+    tensors = support.metas({key: shape[key] for key in (sorted(shape) if how == "sorted" else shape)})
+    paths = {path: {} for path in ("", *names)} if how == "registered" else {}
+    source = Checkpoint("a.pt", "torch-zip", "0", tensors, module_metadata=paths)
+    gone = data.draw(st.sampled_from([None, *names]))
+    # the live model: the same order of registration, a layer of its own, perhaps one layer less
+    live = [key for key in shape if gone is None or not key.startswith(f"{gone}.")]
+    live.insert(data.draw(st.integers(0, len(live))), "new.w")
+    parts = [[key for key in groups[0] if key in live]] if not several else [[key for key in group if key in live] for group in groups]
+    if data.draw(st.booleans()):
+        parts = [live]
+    target = support.model({key: shape.get(key, (2, 2)) for key in live})
+    steps = {step.target: step for step in make_plan([source], target, ()).steps} if any(key in shape for key in live) else {}
+    row = live_order({key: (key,) for key in live}, [(key,) for key in live], (), [[(key,) for key in part] for part in parts],
+                     [{} for _ in parts], steps, source, True)  # fmt: skip
+    looked = read_saved(saved(*[[shape[key] if data.draw(st.integers(0, 9)) else None for key in group] for group in groups]))
+    truth = dict(zip(looked.flat, [key for group in groups for key in group], strict=True))
+    try:
+        found = assign(looked, source, None, row)
+    except ModelError as error:
+        assert "optimizer_names=" in str(error.hint)
+        return
+    for position, key in found.keys.items():
+        if looked.shape_of(position) is not None:
+            assert key == truth[position]
 
 
 def test_several_groups_are_told_where_no_shape_is_in_two():
