@@ -30,6 +30,7 @@ TABLE: tuple[Row, ...] = (
     Row("inputs", ("model",), "is for a forward pass, and the target is no model", "give module:Net as the target"),
     Row("inputs", ("values",), "is for a forward pass, and there are no values on meta", "name another --device"),
     Row("tied", ("safetensors",), "says how safetensors gets tied keys; torch's format keeps them tied", "leave it out"),
+    Row("dequantize", ("codes",), "makes values of quantised weights, and none is taken that is one", "leave it out"),
     Row("finite", ("written",), "is for what is written, and --dry-run writes nothing", "leave it out, or merge without --dry-run"),
     Row("auto", ("target",), "makes a source fit a target, and there is no target", "give the target as the last path"),
     Row("min_coverage", ("target",), "is the share of a target, and there is no target", "give the target as the last path"),
@@ -101,7 +102,8 @@ def facts_of(made: Plan, verify: bool = True) -> frozenset[str]:
     """What is true of a call that made this plan, and, for `merge`, proves the result."""
     model = made.target is not None and made.target.kind == "model"
     drawn = any(step.schemes for step in made.steps)
-    return facts(target=made.target, model_built=model and (verify or made.needs_model), initial_values=drawn)
+    codes = any(op["op"] == "dequantize" for step in made.steps for op in step.ops)
+    return facts(target=made.target, model_built=model and (verify or made.needs_model), initial_values=drawn, codes=codes)
 
 
 def refuse_idle_writing(

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import gates, opening, resuming
-from ckptsurgeon.api.applying import facts, refuse_idle
+from ckptsurgeon.api.applying import facts, facts_of, refuse_idle
 from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.resuming import Asked, averaged_into
@@ -54,6 +54,7 @@ def transfer(
     min_coverage: float | None,
     strict: bool,
     auto: str | None = None,
+    dequantize: bool = False,
     match: Uncertain | None = None,
     asked: Asked | None = None,
     checksums: bool = False,
@@ -65,15 +66,17 @@ def transfer(
         from ckptsurgeon.api.matching import matched
 
         ruling = matched([given], goal, ruling, match == "accepted")
-    plan = make_plan([given], goal, ruling.rules, seed=seed or 0, allow_cast=allow_cast, auto=auto, outside=ruling.outside)
+    plan = make_plan(
+        [given], goal, ruling.rules, seed=seed or 0, allow_cast=allow_cast, auto=auto, dequantize=dequantize, outside=ruling.outside
+    )
     if asked is not None:
-        _refuse_idle(plan, seed, asked)
+        _refuse_idle(plan, seed, dequantize, asked)
         gates.refuse_idle_casts(plan.allow_cast, [step.target for step in plan.steps])
     gates.check(plan, min_coverage=min_coverage, strict=strict)
 
     def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
         rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
-        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto, "checksums": checksums}
+        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto, "checksums": checksums, "dequantize": dequantize}
         return transfer(other, copy, rules, root=where, seed=seed, allow_cast=allow_cast, **chosen)  # type: ignore[arg-type]
 
     carried: CarriedState | None = None
@@ -117,11 +120,12 @@ def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
     return without(entries.values())
 
 
-def _refuse_idle(plan: Plan, seed: int | None, asked: Asked) -> None:
+def _refuse_idle(plan: Plan, seed: int | None, dequantize: bool, asked: Asked) -> None:
     drawn = any(scheme != "model" for step in plan.steps for scheme in step.schemes)  # "model" is what the live model has already
     present = {kind: getattr(asked, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
+    known = facts(initial_values=drawn, codes="codes" in facts_of(plan), **present)
     words = ("optimizer_root", "optimizer_names", "optimizer_from", "scheduler_from", "ema_root")
-    refuse_idle(facts(initial_values=drawn, **present), seed=seed, **{word: getattr(asked, word) for word in words})
+    refuse_idle(known, seed=seed, dequantize=dequantize, **{word: getattr(asked, word) for word in words})
 
 
 def _check_still_unchanged(reader: Reader) -> None:

@@ -44,6 +44,7 @@ def plan(
     auto: str | None = None,
     match: bool = False,
     accept_uncertain: bool = False,
+    dequantize: bool = False,
     dtype: str | None = None,
     seed: int | None = None,
     allow_cast: Iterable[str] = (),
@@ -64,7 +65,8 @@ def plan(
         match: find by itself what the rules leave open, as the verb `match` does; with `accept_uncertain` the uncertain links too.
         dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
         seed: for the model's constructor and the named schemes; 0 by itself.
-        allow_cast: patterns of keys whose casts may overflow or truncate.
+        allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that are meant as the codes they are.
+        dequantize: make float32 values of fp8 and int8 codes and the scales beside them, then cast; to BF16 where no dtype is chosen.
         min_coverage: the least share, from 0 to 1, of tensors and of elements to be transferred.
         strict: refuse keys that are missing, extra or mismatched without a rule that names them.
 
@@ -78,11 +80,13 @@ def plan(
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(ruling, root, dtype, seed or 0, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
+    choices = _Choices(
+        ruling, root, dtype, seed or 0, gates.patterns(allow_cast), dequantize, average, auto, gates.matching(match, accept_uncertain)
+    )
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     _, made = _decide(seen, goal, choices)
-    refuse_idle(facts_of(made), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype)
+    refuse_idle(facts_of(made), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
     gates.refuse_idle_casts(choices.allow_cast, [step.target for step in made.steps])
     gates.check(made, min_coverage=min_coverage, strict=strict)
     return made
@@ -97,6 +101,7 @@ class _Choices:
     dtype: str | None
     seed: int
     allow_cast: tuple[str, ...]
+    dequantize: bool
     average: Weights | None
     auto: str | None
     match: Uncertain | None = None
@@ -126,6 +131,7 @@ def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> t
         allow_cast=choices.allow_cast,
         average=choices.average,
         auto=choices.auto,
+        dequantize=choices.dequantize,
         outside=ruling.outside,
     )
     return found, replace(made, text=text.plan(made))
@@ -148,6 +154,7 @@ def merge(
     auto: str | None = None,
     match: bool = False,
     accept_uncertain: bool = False,
+    dequantize: bool = False,
     dtype: str | None = None,
     seed: int | None = None,
     allow_cast: Iterable[str] = (),
@@ -199,7 +206,9 @@ def merge(
     check_free(os.fspath(output), overwrite)
     with_optimizer = with_optimizer or optimizer_from is not None
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(ruling, root, dtype, seed or 0, gates.patterns(allow_cast), average, auto, gates.matching(match, accept_uncertain))
+    choices = _Choices(
+        ruling, root, dtype, seed or 0, gates.patterns(allow_cast), dequantize, average, auto, gates.matching(match, accept_uncertain)
+    )
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
@@ -208,7 +217,7 @@ def merge(
         if settled is not goal:
             goal = settled
             found, made = _decide(seen, goal, choices)
-    refuse_idle(facts_of(made, verify), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype)
+    refuse_idle(facts_of(made, verify), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
     refuse_idle_writing(made, written_format, verify, device, tied, with_optimizer, optimizer_root, optimizer_names)
     gates.check(made, min_coverage=min_coverage, strict=strict)
     how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)

@@ -37,6 +37,7 @@ def transfer(
     auto: str | None = None,
     match: bool = False,
     accept_uncertain: bool = False,
+    dequantize: bool = False,
     seed: int | None = None,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
@@ -102,6 +103,7 @@ def transfer(
         min_coverage=min_coverage,
         strict=strict,
         auto=auto,
+        dequantize=dequantize,
         match=gates.matching(match, accept_uncertain),
         checksums=checksums,
         asked=Asked(

@@ -16,7 +16,20 @@ from ckptsurgeon.surgery import planfile
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views import json, text
 
-DECIDING = ("root", "reverse", "auto", "match", "accept_uncertain", "average", "dtype", "allow_cast", "seed", "min_coverage", "strict")
+DECIDING = (
+    "root",
+    "reverse",
+    "auto",
+    "match",
+    "accept_uncertain",
+    "average",
+    "dtype",
+    "allow_cast",
+    "dequantize",
+    "seed",
+    "min_coverage",
+    "strict",
+)
 WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "optimizer_names", "finite")
 
 

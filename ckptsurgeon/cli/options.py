@@ -130,6 +130,7 @@ init = click.option(
 )
 dtype = click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors.")
 allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
+dequantize = click.option("--dequantize", is_flag=True, help="Make values of fp8 and int8 codes and the scales beside them.")
 seed = click.option("--seed", type=click.IntRange(min=0), show_default="0", help="For the constructor and the schemes.")
 min_coverage = click.option(
     "--min-coverage", type=click.FloatRange(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
@@ -151,5 +152,5 @@ accept_uncertain = click.option("--accept-uncertain", is_flag=True, help="Apply 
 
 known = stack(root, rename, drop, keep, adapt, rule_files, reverse)
 mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto)
-deciding = stack(mapping, matching, accept_uncertain, init, average, weights, dtype, allow_cast, seed, min_coverage, strict)
+deciding = stack(mapping, matching, accept_uncertain, init, average, weights, dtype, allow_cast, dequantize, seed, min_coverage, strict)
 writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)

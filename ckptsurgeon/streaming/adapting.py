@@ -6,17 +6,21 @@ It decides nothing: the ops come filled in from the plan. What comes out is held
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, PlanError
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.copying import BUFFER
+from ckptsurgeon.streaming.kernels.scales import rows_at_a_time, values
 from ckptsurgeon.streaming.kernels.table import Initial, OwnKernel, run
+from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
-from ckptsurgeon.surgery.adapters.chain import needs_floats
+from ckptsurgeon.surgery.adapters.chain import made_dtype, needs_floats
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.planned import Step
+from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +35,8 @@ def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapp
     """
     import torch
 
-    given, wanted = tensors, tensors[0].dtype
+    given, code = tensors, made_dtype(step.adapters, "")
+    wanted = getattr(torch, BY_CODE[code].torch) if code else tensors[0].dtype
     try:
         with torch.no_grad():
             for op in step.adapters:
@@ -42,7 +47,7 @@ def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapp
         found = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors) or "nothing"
         reason = f"its adapters gave {found}, where the plan says {str(wanted).removeprefix('torch.')} {step.shape}"
         raise PlanError(reason, key=step.target)
-    if needs_floats(step.adapters) or step.schemes:
+    if needs_floats(step.adapters) or step.schemes or code:
         _refuse_overflow(step, given, tensors[0])
     return tensors[0]
 
@@ -56,10 +61,10 @@ def adapted_and_cast(
     """
     if step.cast is None:
         return adapted(step, tensors, initial, own)
-    first, last = BY_CODE[dtype], BY_CODE[step.cast]
-    if last.kind == "float" and (first.kind != "float" or first.size < last.size):
+    first, last, made = BY_CODE[dtype], BY_CODE[step.cast], made_dtype(step.adapters, "")
+    if not made and last.kind == "float" and (first.kind != "float" or first.size < last.size):
         return adapted(step, [_cast(step, tensor, dtype, casts) for tensor in tensors], initial, own)
-    return _cast(step, adapted(step, tensors, initial, own), dtype, casts)
+    return _cast(step, adapted(step, tensors, initial, own), made or dtype, casts)
 
 
 def _cast(step: Step, tensor: torch.Tensor, dtype: str, casts: list[Cast]) -> torch.Tensor:
@@ -92,6 +97,24 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:
         memory = memory_of(row)
         for start in range(0, len(memory), BUFFER):
             yield memory[start : start + BUFFER]
+
+
+def dequantized(reader: Reader, codes: TensorMeta, scale: TensorMeta, op: Op) -> Iterator[Buffer]:
+    """The values of codes, in float32, some rows at a time."""
+    factor = tensor_from(reader.read(scale), scale.dtype)
+    step = rows_at_a_time(codes.shape)
+    for start in range(0, codes.shape[0], step):
+        part = rows_of(codes, start, min(start + step, codes.shape[0]))
+        given = tensor_from(reader.read(part), codes.dtype).view(part.shape)
+        yield memory_of(values(given, factor, op, codes.shape, start))
+
+
+def rows_of(tensor: TensorMeta, start: int, stop: int) -> TensorMeta:
+    """Some rows of a dense tensor."""
+    assert tensor.span is not None
+    row = tensor.nbytes // tensor.shape[0]
+    span = replace(tensor.span, offset=tensor.span.offset + start * row, nbytes=(stop - start) * row)
+    return replace(tensor, shape=(stop - start, *tensor.shape[1:]), span=span)
 
 
 def is_average(ops: Sequence[Op]) -> bool:

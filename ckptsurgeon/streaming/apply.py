@@ -19,7 +19,7 @@ from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
-from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, is_average
+from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, dequantized, is_average
 from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without
 from ckptsurgeon.streaming.kernels.table import OwnKernel
@@ -28,6 +28,7 @@ from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
+from ckptsurgeon.surgery.adapters.chain import made_dtype
 from ckptsurgeon.surgery.planned import Plan, Step, resolved
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -146,7 +147,8 @@ class _Run:
         origins = self.origins(made)
         parts, dtype = self._plain_parts(made, origins), origins[0].dtype if origins else self._wanted(made).dtype
         if parts is not None:
-            return iter(parts) if made.cast is None else cast(made.target, parts, dtype, made.cast, casts)
+            given = made_dtype(made.adapters, dtype)
+            return iter(parts) if made.cast is None else cast(made.target, parts, given, made.cast, casts)
 
         def initial() -> torch.Tensor:
             wanted = self._wanted(made)
@@ -161,6 +163,8 @@ class _Run:
             return [self._initial(step)]
         if not step.adapters:
             return self.reader.parts(origins[0])
+        if [op["op"] for op in step.adapters] == ["dequantize"] and len(origins) == 2 and origins[0].contiguous and origins[0].shape:
+            return dequantized(self.reader, *origins, step.adapters[0])
         if is_average(step.adapters):
             return averaged([self.reader.parts(origin) for origin in origins], origins[0].dtype, step.adapters[0]["weights"])
         pieces = pieces_of(origins, step.adapters)

@@ -11,6 +11,7 @@ from ckptsurgeon.surgery.compare import find_refused
 from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.planned import Step
+from ckptsurgeon.surgery.quantised import scales_read
 from ckptsurgeon.tensors import Checkpoint, Refused, find_overlaps
 
 
@@ -83,7 +84,7 @@ def lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -
     """Source keys that are taken, and of which a part goes to a name that the target has not; each with that in words."""
     if target is None:
         return []
-    used = {place for step in steps for place in step.sources}
+    used = {place for step in steps for place in step.sources} - scales_read(steps)
     return [
         (place[1], f"{name} is not in the target, and what {place[1]} has for it goes nowhere")
         for place, given in names.names_of.items()

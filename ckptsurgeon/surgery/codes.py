@@ -95,6 +95,13 @@ TABLE: tuple[Code, ...] = (
         "Save it as a plain dense tensor, or outside the state_dict.",
     ),
     Code(
+        "CK203",
+        "quantised",
+        "A weight is held as codes, and means something only together with the scales beside it. Only a note.",
+        "Whoever casts, averages or compares the codes as if they were values gets a model that answers nonsense, and no error.",
+        "Load it by the library that quantised it; of fp8 and int8, values are made by ckptsurgeon merge FILE -o OUT --dequantize.",
+    ),
+    Code(
         "CK301",
         "missing",
         "A key of the target is not in the file.",
@@ -167,7 +174,7 @@ def named(words: str) -> tuple[Code, ...]:
     """The codes that a person means by a code, the beginning of one, or a name; none where there is no such.
 
     >>> [row.code for row in named("CK2")], [row.code for row in named("missing")], named("CK9")
-    (['CK201', 'CK202'], ['CK301'], ())
+    (['CK201', 'CK202', 'CK203'], ['CK301'], ())
     """
     text = words.strip()
     if not text.upper().startswith("CK"):

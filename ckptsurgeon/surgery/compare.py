@@ -12,8 +12,9 @@ from ckptsurgeon.surgery.adapters.table import offers, texts
 from ckptsurgeon.surgery.matching.matcher import match
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
-from ckptsurgeon.surgery.origins import find_origins, kept_out
+from ckptsurgeon.surgery.origins import Origin, find_origins, kept_out
 from ckptsurgeon.surgery.prefixes import Prefix
+from ckptsurgeon.surgery.quantised import Codes, find
 from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused
 
@@ -74,7 +75,8 @@ class Diff:
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source
     matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors
     (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors. `likely` is what missing keys probably are, as matching
-    the leftovers says, save what `hints` say already.
+    the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and `parted` those
+    of them that a merge would cast or part from their scales, by the target's name.
     """
 
     source: str
@@ -93,6 +95,9 @@ class Diff:
     adapted: tuple[Adapted, ...] = ()
     offers: tuple[Offer, ...] = ()
     likely: tuple[Link, ...] = ()
+    quantised: tuple[Codes, ...] = ()
+    target_quantised: tuple[Codes, ...] = ()
+    parted: tuple[str, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -120,6 +125,7 @@ def compare(
     missing = [key for key in target if key not in origins]
     mismatched = {key: origin.places[0][1] for key, origin in origins.items() if not origin.fits}
     kept = kept_out(target, names)
+    codes = find(source)
     used = {key for origin in origins.values() for _, key in origin.places}
     used |= {key for name, key in given.items() if name in target.entries}
     used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
@@ -156,7 +162,21 @@ def compare(
             for op in offers(source[origin].shape, target[key].shape)
         ),
         likely=_beyond(likely, hints),
+        quantised=tuple(codes.values()),
+        target_quantised=tuple(find(target).values()),
+        parted=_parted(origins, codes, target),
     )
+
+
+def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: Checkpoint) -> tuple[str, ...]:
+    """The target's keys that get codes of the source and not as they are, with their scales."""
+    whole = {origin.places[0][1] for origin in origins.values() if origin.fits and not origin.ops}
+    found = []
+    for key, origin in origins.items():
+        read = [codes[name] for _, name in origin.places if name in codes]
+        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.scales) for one in read)
+        found += [key] if read and origin.fits and not as_it_is else []
+    return tuple(found)
 
 
 def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str]:

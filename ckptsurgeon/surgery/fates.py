@@ -9,9 +9,11 @@ from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.origins import Origin, kept_out
 from ckptsurgeon.surgery.planned import Dropped, Entry, Step
+from ckptsurgeon.surgery.quantised import Codes
 from ckptsurgeon.surgery.repairs import is_counter
 from ckptsurgeon.tensors import Checkpoint
 
+BESIDE = "stands beside the codes "
 TIED = "tied to "  # how the fate begins of a key whose tensor is taken under another name
 
 
@@ -22,8 +24,10 @@ def fates(
     origins: Mapping[str, Origin],
     steps: Sequence[Step],
     entries: Sequence[Entry],
+    codes: Mapping[SourceKey, Codes] = {},
 ) -> tuple[Dropped, ...]:
-    """The fate of every source key that nothing reads."""
+    """The fate of every source key that nothing reads; `codes` are dequantized, and what stands beside them goes nowhere."""
+    beside = {(number, name): key for (number, key), one in codes.items() for name in (*one.scales, *one.beside)}
     used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
     twins = _twins(sources, steps)
@@ -34,6 +38,8 @@ def fates(
     def why(place: SourceKey) -> str:
         if place in names.dropped:
             return str(names.dropped[place])
+        if place in beside:
+            return f"{BESIDE}{beside[place]}, of which values are made"
         landed = names.names_of.get(place, ())
         name = next((one for one in landed if target is not None and one in target), landed[0] if landed else "")
         if name in kept:
@@ -98,6 +104,8 @@ def loose(
         *(
             f"{row.source}: {row.reason}"
             for row in dropped
-            if (row.file, row.source) not in names.dropped and not any(map(named, landed(row))) and not row.reason.startswith(TIED)
+            if (row.file, row.source) not in names.dropped
+            and not any(map(named, landed(row)))
+            and not row.reason.startswith((TIED, BESIDE))
         ),
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, needs_floats
+from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, made_dtype, needs_floats
 from ckptsurgeon.surgery.adapters.op import Op, Shape
 from ckptsurgeon.surgery.adapters.table import offers, texts
 from ckptsurgeon.surgery.items import SHOWN, Claim, SourceKey, several, shortened
 from ckptsurgeon.surgery.naming import Names
+from ckptsurgeon.surgery.quantised import Codes
 from ckptsurgeon.surgery.repairs import BY
 from ckptsurgeon.surgery.rules import Rule, close_names
 from ckptsurgeon.tensors import Checkpoint
@@ -34,11 +35,23 @@ class Origin:
     rules: tuple[Rule, ...] = ()
     tied_to: str | None = None
 
+    @property
+    def values(self) -> bool:
+        """Whether values are made of codes."""
+        return bool(self.ops) and self.ops[0]["op"] == "dequantize"
 
-def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, auto: str | None = None) -> dict[str, Origin]:
+
+def find_origins(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    names: Names,
+    auto: str | None = None,
+    codes: Mapping[SourceKey, Codes] = {},
+) -> dict[str, Origin]:
     """For each key of the target that a source has (without a target: for each name): where, and how it is made to fit.
 
     A key that none has, or has with another shape, follows a key of the target that it is tied to and that fits: they are one tensor.
+    `codes` are to be dequantized; their scales go into the values, and nowhere by themselves.
     Raises RuleError, once for all, for adapters that can't be followed or don't give what the target needs.
     """
     known: Mapping[str, Shape] = {} if target is None else {key: tensor.shape for key, tensor in target.items()}
@@ -47,13 +60,14 @@ def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names
     found: dict[str, Origin] = {}
     asked = _asked_of(names, names.claims if target is None else target, problems)
     barred = frozenset() if target is None else kept_out(target, names)
+    parts = {(number, name) for (number, _), one in codes.items() for name in (*one.scales, *one.beside)}
     for name, claim in names.claims.items():
-        if target is not None and (name not in target or name in barred):
+        if (target is not None and (name not in target or name in barred)) or parts.issuperset(claim.places):
             continue
         extra, rule = asked.get(name, ((), None))
         whole = Claim(claim.places, (*claim.asked, *extra), (*claim.rules, *([rule] if rule else [])))
         try:
-            found[name] = _origin(name, whole, sources, known, names, auto)
+            found[name] = _origin(name, dequantized(whole, codes), sources, known, names, auto)
         except RuleError as error:
             words = error.reason + (f"; {error.hint}" if error.hint else "")
             refused.setdefault((", ".join(map(str, whole.rules)), words), []).append(name)
@@ -63,6 +77,18 @@ def find_origins(sources: Sequence[Checkpoint], target: Checkpoint | None, names
     if problems:
         raise RuleError("adapters that can't be followed", problems=shortened(problems))
     return found if target is None else {key: found[key] for key in target if key in found}
+
+
+def dequantized(claim: Claim, codes: Mapping[SourceKey, Codes]) -> Claim:
+    """A claim with the scales of its codes, and values made of both before anything else. RuleError for codes and values together."""
+    read = [codes[place] for place in claim.places if place in codes]
+    if not read:
+        return claim
+    ops = [one.op for one in read if one.op is not None]
+    if len(ops) < len(claim.places) or any(op != ops[0] for op in ops):
+        raise RuleError(f"joins {read[0].key}, which is {read[0].scheme}, with what is not, or is in another way")
+    places = tuple(place for key, one in zip(claim.places, read, strict=True) for place in (key, (key[0], one.scales[0])))
+    return replace(claim, places=places, asked=(Asked(ops[0]), *claim.asked))
 
 
 def _follow(group: Sequence[str], found: dict[str, Origin], problems: list[str]) -> None:
@@ -120,6 +146,7 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
     given = [sources[number][key] for number, key in claim.places]
     wanted = known.get(name)
     dtype = given[0].dtype
+    mixed = {tensor.dtype for tensor in given}
     if not claim.asked and len(given) == 1:
         shape = given[0].shape
         safe = offers(shape, wanted, safe=True) if auto == "safe" and wanted is not None and shape != wanted else ()
@@ -129,9 +156,10 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
     ops, shapes = fill_chain(claim.asked, [tensor.shape for tensor in given], wanted, known, names.outside.shapes)
     if len(shapes) != 1:
         raise RuleError(f"leaves {len(shapes)} tensors of {len(given)}", hint="end the chain with concat, stack or average")
-    if len({tensor.dtype for tensor in given}) > 1:
+    dtype = made_dtype(ops, dtype)
+    if len(mixed) > 1 and made_dtype(ops[:1], "") == "":
         raise RuleError(
-            f"joins {' and '.join(sorted({tensor.dtype for tensor in given}))}",
+            f"joins {' and '.join(sorted(mixed))}",
             hint="convert one of them first: merge FILE -o OUT --dtype …",
         )
     if needs_floats(ops) and BY_CODE[dtype].kind != "float":

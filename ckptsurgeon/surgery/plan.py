@@ -16,11 +16,12 @@ from ckptsurgeon.surgery.carried import findings, refuse_unsafe
 from ckptsurgeon.surgery.fates import fates, loose
 from ckptsurgeon.surgery.freshness import mark_fresh
 from ckptsurgeon.surgery.initial import Initial, check_copies, find_initials
-from ckptsurgeon.surgery.items import shortened
+from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
 from ckptsurgeon.surgery.origins import AUTO, Origin, find_origins, reasons
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.planned import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest
+from ckptsurgeon.surgery.quantised import Codes, find, refuse_broken
 from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.surgery.versions import find_versions
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
@@ -38,6 +39,7 @@ def make_plan(
     allow_cast: Iterable[str] = (),
     average: Weights | None = None,
     auto: str | None = None,
+    dequantize: bool = False,
     outside: Outside = NOTHING,
 ) -> Plan:
     """Decide how every key of `target` gets its value; without a target, convert the one source, or average them all.
@@ -46,11 +48,13 @@ def make_plan(
         dtype: `target` (the default with a target), `source` (the default without), or a floating code that every floating tensor gets.
         average: a weight for each source, or True for equal ones: each key is the weighted mean of all sources' tensors.
         auto: "safe" applies adapters and repairs that can't change what a tensor means.
+        dequantize: make values of quantised weights and their scales, where a formula is known; in BF16 where no dtype is chosen.
         outside: the token lists and own adapters that the rules name.
 
     Raises:
         RuleError: rules that can't be followed.
         PlanError: nothing says what a key gets.
+        CastError: quantised weights would be cast, adapted or parted from their scales.
         UnsafeError: a value inside the state_dict would have to be imported.
 
     >>> meta = lambda name, n: TensorMeta(name, "F32", (n,), (1,))
@@ -69,11 +73,13 @@ def make_plan(
     if target is None and (names.inits or names.keeps):
         rule = (*names.inits, *names.keeps)[0].rule
         raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
-    origins = find_origins(sources, target, names, auto)
+    codes = _codes(sources, average) if dequantize else {}
+    origins = find_origins(sources, target, names, auto, codes)
     planner = _Planner(target, names, choice, origins, auto)
     steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
     _refuse_unused(sources, target, steps, entries, names)
-    dropped = fates(sources, target, names, origins, steps, entries)
+    refuse_broken(steps, sources, target, allowed, asked=dequantize)
+    dropped = fates(sources, target, names, origins, steps, entries, codes)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
     versions = find_versions(sources, target, names, steps)
     whole: Mapping[str, TensorMeta] = target if target is not None else covered
@@ -94,6 +100,16 @@ def make_plan(
         findings=(*findings(sources, target, names, steps), *versions.notes),
         loose=loose(names, target, steps, entries, dropped),
     )
+
+
+def _codes(sources: Sequence[Checkpoint], average: Weights | None) -> dict[SourceKey, Codes]:
+    """The codes of all sources that values can be made of."""
+    found = {(number, key): one for number, source in enumerate(sources) for key, one in find(source).items() if one.op is not None}
+    whole = next((key for number, key in found if BY_CODE[sources[number][key].dtype].kind != "float"), None)
+    if average not in (None, False) and whole is not None:
+        hint = "dequantize each source first: merge FILE -o OUT --dequantize"
+        raise PlanError("is codes in integers, which are not averaged", key=whole, hint=hint)
+    return found
 
 
 def _check(sources: Sequence[Checkpoint], choice: str, seed: int, auto: str | None) -> None:
@@ -176,6 +192,8 @@ class _Planner:
     def _transfer(self, key: str, origin: Origin, initial: Initial | None = None) -> Step:
         place = origin.places[0]
         dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
+        if self.choice == "source" and origin.values:
+            dtype = "BF16"  # the source has codes, whose dtype is none for values
         ops = tuple(_filled_up(op, initial) for op in origin.ops)
         if any(op.get("fill") == "init" and str(op.get("scheme")).startswith("from(") for op in ops):
             raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
@@ -183,7 +201,11 @@ class _Planner:
         if action == "copy":
             reason = "same name, same shape" if self.target is not None else "converted as it is"
         else:
-            words = (reasons(origin.rules) or str(self.names.prefixes[place[0]]), f"tied to {origin.tied_to}" if origin.tied_to else "")
+            words = (
+                "dequantized" if origin.values else "",
+                reasons(origin.rules) or str(self.names.prefixes[place[0]]),
+                f"tied to {origin.tied_to}" if origin.tied_to else "",
+            )
             reason = ", ".join(word for word in words if word)
         return Step(key, dtype, origin.shape, action, origin.places, (*ops, *_cast(origin.dtype, dtype)), False, reason)
 

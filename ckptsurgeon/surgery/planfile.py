@@ -13,11 +13,12 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, StaleError
 from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.adapters.chain import check_fields, infer_chain, needs_floats
+from ckptsurgeon.surgery.adapters.chain import check_fields, infer_chain, made_dtype, needs_floats
 from ckptsurgeon.surgery.adapters.table import is_own
 from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.planned import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, copied_key
+from ckptsurgeon.surgery.quantised import refuse_broken
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
 
 VERSION = 1
@@ -281,6 +282,8 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
         *_target_problems(plan, target),
         *_fate_problems(plan, sources),
     ]
+    if not problems:
+        refuse_broken(plan.steps, sources, target, plan.allow_cast)
     if problems:
         raise PlanError("the plan does not add up", problems=shortened(problems), hint="it was edited, or damaged: plan again")
 
@@ -306,6 +309,8 @@ def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Chec
         yield f"{step.target}: its source {step.sources[found.index(None)][1]} is not there"
         return
     dtypes = {tensor.dtype for tensor in given} or {steps[copied].dtype if copied is not None else wanted.dtype if wanted else step.dtype}
+    if made_dtype(step.adapters[:1], ""):
+        dtypes = {made_dtype(step.adapters, "")}
     try:
         shapes = infer_chain(step.adapters, [tensor.shape for tensor in given])
     except RuleError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
+from ckptsurgeon.surgery.quantised import find
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.surgery.compare import Diff
     from ckptsurgeon.surgery.matching.propose import Proposal
     from ckptsurgeon.surgery.matching.result import Link
+    from ckptsurgeon.surgery.quantised import Codes
 
 VERSION = 1
 
@@ -47,6 +49,7 @@ def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
             {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
             for key, tensor in shown.tensors.items()
         ],
+        "quantised": [_codes(one) for one in find(shown.tensors).values()],
         "refused": {key: entry.reason for key, entry in shown.entries.items() if isinstance(entry, Refused)},
         "globals": list(found.globals),
         "metadata": dict(found.metadata),
@@ -86,9 +89,15 @@ def diff(found: Diff) -> dict[str, Any]:
             }
             for row in found.offers
         ],
+        "quantised": [_codes(one) for one in found.quantised],
+        "target_quantised": [_codes(one) for one in found.target_quantised],
         "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
         "likely": [_link(link) for link in found.likely],
     }
+
+
+def _codes(found: Codes) -> dict[str, Any]:
+    return {"key": found.key, "scheme": found.scheme, "scales": list(found.scales), "dequantize": found.op is not None}
 
 
 def _link(link: Link) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Place:
         torch.save({"model": model.state_dict(), "run": {"optimizer": optimizer.state_dict()}, "ema2": model.state_dict()}, self.run)
         self.schedule = scheduler().state_dict()
         self.record = cs.merge(self.a, self.spec, folder / "merged.pt", drop=["head.*"])
+        self.fp8 = folder / "fp8.pt"
+        torch.save({"w": torch.ones(2, 2).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1, 1)}, self.fp8)
         self.folder, self.number = folder, 0
 
     def out(self, suffix: str = ".pt") -> Path:
@@ -88,6 +90,8 @@ ROWS: list[tuple[str, Call, Call]] = [
         lambda p: cs.apply(cs.plan(p.a, p.b), p.out(), device="cpu"),
         lambda p: cs.apply(cs.plan(p.a, p.spec), p.out(), device="cpu"),
     ),
+    ("dequantize", lambda p: cs.merge(p.a, p.b, p.out(), dequantize=True), lambda p: cs.merge(p.fp8, None, p.out(), dequantize=True)),
+    ("dequantize", lambda p: cs.transfer(p.a, p.model(), dequantize=True), lambda p: cs.plan(p.fp8, dequantize=True)),
     ("inputs", lambda p: cs.verify(p.a, p.b, inputs=["1x1x4x4"]), lambda p: cs.verify(p.a, p.spec, inputs=["1x1x4x4"])),
     ("inputs", lambda p: cs.verify(p.a, p.spec, inputs=["1x1x4x4"], device="meta"), lambda p: cs.verify(p.a, p.spec, device="meta")),
     ("tied", lambda p: cs.merge(p.a, None, p.out(), tied="copy"), lambda p: cs.merge(p.a, None, p.out(".safetensors"), tied="copy")),

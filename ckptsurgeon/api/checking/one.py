@@ -19,6 +19,7 @@ from ckptsurgeon.streaming.checksums import hold
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, count_non_finite
 from ckptsurgeon.surgery import roots
+from ckptsurgeon.surgery.quantised import find
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 
 # The code of each kind of refusal; a class that is not here has its nearest base's.
@@ -62,6 +63,8 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     if archive is None:
         return
     yield list(_safety(archive))
+    quantised = {key: one for state_dict in archive.state_dicts for key, one in find(state_dict.tensors).items()}
+    yield [Finding("CK203", one.words, key, "note") for key, one in quantised.items()]
     yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.beside(path, archive)]
     if gate.allow and archive.format not in gate.allow:
         yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]

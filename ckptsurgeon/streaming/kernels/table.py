@@ -9,6 +9,7 @@ from ckptsurgeon.errors import PlanError
 from ckptsurgeon.streaming.kernels.combining import KERNELS as COMBINING
 from ckptsurgeon.streaming.kernels.layout import KERNELS as LAYOUT
 from ckptsurgeon.streaming.kernels.rows import KERNELS as ROWS
+from ckptsurgeon.streaming.kernels.scales import KERNELS as SCALES
 from ckptsurgeon.streaming.kernels.vision import KERNELS as VISION
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import is_own
@@ -20,7 +21,7 @@ Initial = Callable[[], "torch.Tensor"]
 Kernel = Callable[[list["torch.Tensor"], Op, Initial], list["torch.Tensor"]]
 OwnKernel = Callable[..., "torch.Tensor"]  # (tensors, **arguments) -> tensor
 
-KERNELS: Mapping[str, Kernel] = {**LAYOUT, **COMBINING, **VISION, **ROWS}
+KERNELS: Mapping[str, Kernel] = {**LAYOUT, **COMBINING, **VISION, **ROWS, **SCALES}
 
 
 def run(op: Op, tensors: list[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> list[torch.Tensor]:

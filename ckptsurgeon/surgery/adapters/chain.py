@@ -98,6 +98,16 @@ def needs_floats(ops: Sequence[Op]) -> bool:
     return any(adapter_of(str(op["op"])).floats or op.get("fill") == "mean" for op in ops)
 
 
+def made_dtype(ops: Sequence[Op], dtype: str) -> str:
+    """The dtype of what filled ops make of tensors of `dtype`.
+
+    >>> made_dtype([{"op": "dequantize"}, {"op": "transpose"}], "I8"), made_dtype([{"op": "transpose"}], "I8")
+    ('F32', 'I8')
+    """
+    given = [adapter_of(str(op["op"])).gives for op in ops]
+    return next((code for code in reversed(given) if code is not None), dtype)
+
+
 def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
     """How many elements of what filled ops give, of `shape`, come from no source: rows and margins that were filled up."""
     given = 1.0

@@ -51,6 +51,7 @@ class Adapter:
         floats: whether it computes values, so that only floating tensors can take it.
         safe: whether it can't change what a tensor means, so that `--auto safe` may apply what it offers.
         source: the paper or specification that the formula comes from.
+        gives: the dtype (safetensors' code) of what comes out; None where it is that of what goes in.
     """
 
     words: str
@@ -63,6 +64,7 @@ class Adapter:
     floats: bool = False
     safe: bool = False
     source: str = ""
+    gives: str | None = None
 
 
 def whole(value: Any) -> bool:

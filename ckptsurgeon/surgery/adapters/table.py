@@ -12,10 +12,11 @@ from ckptsurgeon.surgery.adapters.combining import COMBINING
 from ckptsurgeon.surgery.adapters.layout import LAYOUT, bounded
 from ckptsurgeon.surgery.adapters.op import Adapter, Op, Place, Shape, wholes
 from ckptsurgeon.surgery.adapters.rows import ROWS
+from ckptsurgeon.surgery.adapters.scales import SCALES
 from ckptsurgeon.surgery.adapters.vision import VISION
 from ckptsurgeon.surgery.call_text import literal_call
 
-ADAPTERS: dict[str, Adapter] = {**LAYOUT, **COMBINING, **VISION, **ROWS}
+ADAPTERS: dict[str, Adapter] = {**LAYOUT, **COMBINING, **VISION, **ROWS, **SCALES}
 
 
 def _own_shape(op: Op, _shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ckptsurgeon.surgery.compare import Diff, Hint, Offer
 from ckptsurgeon.surgery.generalising import written
 from ckptsurgeon.surgery.rules import Rule
-from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, shape, table
+from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, quantised, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 OFFERS = 6  # rows of adapters that would fit
@@ -41,6 +41,7 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
     if found.dtype_changed:
         lines.append(heading("other dtype", len(found.dtype_changed), "matched; cast when merged"))
         lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most)
+    lines += [*quantised(found.quantised), *quantised(found.target_quantised, " in the target")]
     if found.refused:
         lines.append(heading("refused", len(found.refused), "not told without running the file; leave out with --drop"))
         lines += table(list(found.refused.items()), width, most)
@@ -108,6 +109,7 @@ def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Se
     if found.same and not (found.dropped or rules or found.prefix):
         return ["ckptsurgeon", "verify", found.source, found.target, *root]
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
+    words += ["--dequantize"] if found.parted else []
     for rule in rules:
         words += ["--rules", rule] if isinstance(rule, str) else [f"--{rule.kind}", *(text for text in (rule.pattern, rule.result) if text)]
     for one, other in renames[:RENAMES]:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptsurgeon.surgery.quantised import find
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
-from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, shape, size, table
+from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, quantised, shape, size, table
 
 ROWS = 40
 
@@ -43,6 +44,7 @@ def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, wid
         rows = [(key, (tensor.dtype, shape(tensor.shape))) for key, tensor in found.tensors.items()]
         lines += table([(key, *cells) for key, cells in rows], width, None) if verbose else folded(rows, width, ROWS)
         lines += [f"    tied, one tensor: {listing(group)}" for group in (found.ties or find_ties(found.tensors))[: most_rows(verbose)]]
+    lines += quantised(find(found.tensors).values())
     refused = [(key, f"refused: {entry.reason}") for key, entry in found.entries.items() if isinstance(entry, Refused)]
     return lines + (table(refused, width, most_rows(verbose)) if refused else [])
 

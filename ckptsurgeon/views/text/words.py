@@ -12,6 +12,7 @@ from ckptsurgeon.errors import printable
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import texts
+from ckptsurgeon.surgery.quantised import Codes
 from ckptsurgeon.tensors import Coverage
 from ckptsurgeon.views.folding import fold, fold_siblings
 
@@ -177,6 +178,17 @@ def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list
             lines.append(f"  {level}: {''.join(f'{name(key)}: ' for key in named)}{name(words)}")
     rest = len(together) - len(shown)
     return lines + ([f"  … and {count(rest, 'finding')} more (-v shows all)"] if rest else [])
+
+
+def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
+    """A line for each scheme: how many weights are codes, and of what."""
+    by_scheme: dict[str, list[Codes]] = {}
+    for one in found:
+        by_scheme.setdefault(one.scheme, []).append(one)
+    return [
+        f"  quantised{whose}: {count(len(same), 'weight')} as {scheme}, such as {name(same[0].key)} ({listing(same[0].scales)})"
+        for scheme, same in by_scheme.items()
+    ]
 
 
 def pasted(label: str, words: Sequence[str], width: int | None) -> str:

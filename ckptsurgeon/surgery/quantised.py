@@ -1,0 +1,209 @@
+"""Quantised weights: numbers that are codes, and mean something only together with the scales beside them.
+
+One table says which pairs of keys these are, by dtype and by the scales' names together: an fp8 tensor without a scale is a value, and so
+is a float weight with a `weight_scale` of its own beside it. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CastError
+from ckptsurgeon.surgery.adapters.op import Op
+from ckptsurgeon.surgery.adapters.scales import block_of
+from ckptsurgeon.surgery.items import SourceKey, shortened
+from ckptsurgeon.surgery.patterns import compile_pattern
+from ckptsurgeon.surgery.planned import Step
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+FP8 = frozenset(code for code in BY_CODE if code.startswith("F8_"))
+INTS = frozenset(code for code, row in BY_CODE.items() if row.kind == "int")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way to quantise: codes of `dtypes` under a key that ends in `ends`, and in its place each of `scales`.
+
+    `beside` are what else belongs to them, where it is there. `divisor` is given where the value is code × scale ÷ divisor; `unless` names
+    what, if it is there, makes the formula another one.
+    """
+
+    name: str
+    ends: str
+    dtypes: frozenset[str]
+    scales: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    divisor: int | None = None
+    unless: tuple[str, ...] = ()
+
+
+_NF4 = tuple(f".{name}" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"))
+_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
+_ZERO = (".weight_zero_point",)
+TABLE: tuple[Scheme, ...] = (
+    Scheme("4-bit codes of bitsandbytes", "", frozenset(BY_CODE), (".absmax", ".quant_map"), _NF4),
+    Scheme("8-bit codes of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), (".weight_format",), 127),
+    Scheme("codes of GPTQ or AWQ", ".qweight", INTS, (".scales",), (".qzeros", ".g_idx")),
+    Scheme("packed codes of compressed-tensors", "_packed", INTS, ("_scale",), ("_shape", "_zero_point", "_g_idx", "_global_scale")),
+    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",)),
+    Scheme("codes of torchao", "qdata", INTS | FP8, ("scale",), ("zero_point",)),
+    Scheme("codes of quanto", "._data", INTS | FP8, ("._scale",), ("._shift",)),
+    Scheme("codes of HQQ", ".W_q", INTS, (".scale",), (".zero", ".meta")),
+    Scheme("codes of AQLM", ".codes", INTS, (".codebooks",), (".scales",)),
+    Scheme("fp8 codes with scales", "", FP8, ("_scale_inv",), (), 1),
+    Scheme("fp8 codes with scales", ".weight", FP8, (".weight_scale",), (*_ACTIVATIONS, *_ZERO), 1, _ZERO),
+    Scheme("fp8 codes with scales", ".weight", FP8, (".scale_weight",), (".scale_input",), 1),
+    Scheme("fp8 codes with scales", ".weight", FP8, (".scale",), (), 1),
+    Scheme("fp8 codes with scales", "", FP8, ("_scale",), (), 1),
+    Scheme("int8 codes with scales", ".weight", frozenset({"I8"}), (".weight_scale",), (*_ACTIVATIONS, *_ZERO), 1, _ZERO),
+    Scheme("packed codes with scales", ".weight", frozenset({"U8", "I8"}), (".weight_scale_inv",)),
+    Scheme("packed codes with scales", ".weight", frozenset({"U8"}), (".weight_scale",), (".weight_scale_2", *_ACTIVATIONS)),
+)
+_FIRST = TABLE[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The codes under `key`, the `scales` that they can't be read without, and what else belongs to them.
+
+    `op` makes values of codes and scale; None where no formula is known here.
+    """
+
+    key: str
+    scheme: str
+    scales: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    op: Op | None = None
+
+    @property
+    def words(self) -> str:
+        """What it is, as a sentence goes on after its key."""
+        return f"is {self.scheme} ({', '.join(self.scales)}), no values by themselves"
+
+
+def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
+    """Every quantised weight among tensors, by its key.
+
+    >>> meta = lambda name, dtype, shape: TensorMeta(name, dtype, shape, ())
+    >>> pair = {"q.weight": meta("q.weight", "I8", (4, 2)), "q.SCB": meta("q.SCB", "F32", (4,))}
+    >>> find(pair)["q.weight"].words
+    'is 8-bit codes of bitsandbytes (q.SCB), no values by themselves'
+    >>> find({"q.weight": meta("q.weight", "F8_E4M3", (4, 2)), "q.bias": meta("q.bias", "F32", (4,))})
+    {}
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        if key.endswith(_FIRST.scales[0]):
+            stem = key[: -len(_FIRST.scales[0])]
+            if stem in tensors and stem + _FIRST.scales[1] in tensors:
+                found[stem] = _codes(stem, _FIRST, tensors)
+        elif tensor.dtype in INTS or tensor.dtype in FP8:
+            scheme = next((row for row in TABLE[1:] if _is(key, tensor, row, tensors)), None)
+            if scheme is not None:
+                found[key] = _codes(key, scheme, tensors)
+    return found
+
+
+def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> bool:
+    if tensor.dtype not in scheme.dtypes or not key.endswith(scheme.ends):
+        return False
+    stem = key.removesuffix(scheme.ends)
+    scales = [tensors.get(stem + name) for name in scheme.scales]
+    return all(scale is not None and scale.dtype != tensor.dtype for scale in scales) or (
+        scheme.ends == "_blocks" and None not in scales  # both are bytes
+    )
+
+
+def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
+    stem = key.removesuffix(scheme.ends)
+    scales = tuple(stem + name for name in scheme.scales)
+    beside = tuple(stem + name for name in scheme.beside if stem + name in tensors)
+    op: Op | None = None
+    if scheme.divisor is not None and not any(stem + name in tensors for name in scheme.unless):
+        scale = tensors[scales[0]]
+        block = block_of(tensors[key].shape, scale.shape) if BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8" else None
+        op = None if block is None else {"op": "dequantize", "block": list(block), "divisor": scheme.divisor}
+    return Codes(key, scheme.name, scales, beside, op)
+
+
+def refuse_broken(
+    steps: Sequence[Step], sources: Sequence[Checkpoint], target: Checkpoint | None, allowed: Iterable[str], *, asked: bool = False
+) -> None:
+    """Raises CastError for codes that would be cast, adapted or parted from their scales, on either side, save keys that `allowed` names.
+
+    `asked`: dequantizing was asked for, so that the hint need not offer it.
+    """
+    patterns = [compile_pattern(pattern) for pattern in allowed]
+    by_source = [find(source) for source in sources]
+    problems = [
+        *_misread(steps, by_source, asked),
+        *(_mixed(steps, find(target), by_source) if target is not None else ()),
+    ]
+    told: dict[str, str] = {}
+    for key, words, _ in problems:
+        if not any(pattern.match(key) is not None for pattern in patterns):
+            told.setdefault(key, words)
+    if not told:
+        return
+    first, alone = next(iter(told)), len(told) == 1
+    readable = not asked and all(op for key, _, op in problems if key in told)
+    words = f"if the codes are meant as they are, allow it by name: --allow-cast {first!r}"
+    raise CastError(
+        told[first] if alone else "quantised weights, whose numbers are codes and no values",
+        key=first if alone else None,
+        problems=() if alone else shortened(f"{key}: {words}" for key, words in told.items()),
+        hint=f"make values of them: --dequantize; {words}" if readable else words,
+    )
+
+
+Problem = tuple[str, str, bool]  # a key of the output, what is wrong, and whether dequantizing is a way out
+
+
+def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool) -> Iterator[Problem]:
+    """Steps that compute with codes, or part them from their scales; where values are `asked` for, also those that leave them codes."""
+    plain = {step.sources[0]: step for step in steps if len(step.sources) == 1 and not step.adapters}
+    for step in steps:
+        for number, key in step.sources:
+            codes = by_source[number].get(key)
+            if codes is None or _dequantized(step, (number, key), codes):
+                continue
+            what = f"{'' if key == step.target else f'{key} '}{codes.words}"
+            lost = [name for name in (*codes.scales, *(() if codes.op else codes.beside)) if (number, name) not in plain]
+            if asked and codes.op is None:
+                yield step.target, f"{what}, and how to make values of them is not known here", False
+            elif step.adapters:
+                yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", codes.op is not None
+            elif step.cast is not None:
+                yield step.target, f"{what}, and would be cast to {step.cast}", codes.op is not None
+            elif lost:
+                yield step.target, f"{what}, and {', '.join(lost)} would not go with it", codes.op is not None
+
+
+def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
+    """Whether a step makes values of the codes at `place`, by their own scale."""
+    index = step.sources.index(place)
+    after = step.sources[index + 1 : index + 2]
+    return bool(step.adapters) and step.adapters[0]["op"] == "dequantize" and index % 2 == 0 and after == ((place[0], codes.scales[0]),)
+
+
+def scales_read(steps: Sequence[Step]) -> set[SourceKey]:
+    """The scales that go into values, and so nowhere by themselves."""
+    made = [step for step in steps if step.adapters and step.adapters[0]["op"] == "dequantize"]
+    return {place for step in made for place in step.sources[1::2]}
+
+
+def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequence[Mapping[str, Codes]]) -> Iterator[Problem]:
+    """The target's own codes whose numbers and scales would not come from one place."""
+    by_key = {step.target: step for step in steps}
+    for key, codes in wanted.items():
+        first, *scales = [by_key[name] for name in (key, *codes.scales) if name in by_key]
+        if all(not row.sources and row.action == first.action for row in (first, *scales)):
+            continue  # all kept, or all the model's own
+        number, given = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
+        whole = by_source[number].get(given)
+        wanted_scales = [] if whole is None else [((number, name),) for name in whole.scales]
+        same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == wanted_scales
+        if not same or any(row.adapters for row in scales):
+            yield key, f"{codes.words} in the target, and its codes and scales would not come from one place", False
