@@ -75,8 +75,8 @@ class Diff:
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source
     matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors
     (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors. `likely` is what missing keys probably are, as matching
-    the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and `parted` those
-    of them that a merge would cast or part from their scales, by the target's name.
+    the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and
+    `parted_codes` those keys of them that a merge would cast or part from their scales.
     """
 
     source: str
@@ -97,7 +97,7 @@ class Diff:
     likely: tuple[Link, ...] = ()
     quantised: tuple[Codes, ...] = ()
     target_quantised: tuple[Codes, ...] = ()
-    parted: tuple[str, ...] = ()
+    parted_codes: tuple[str, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -164,18 +164,18 @@ def compare(
         likely=_beyond(likely, hints),
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
-        parted=_parted(origins, codes, target),
+        parted_codes=_parted(origins, codes, target),
     )
 
 
 def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: Checkpoint) -> tuple[str, ...]:
-    """The target's keys that get codes of the source and not as they are, with their scales."""
+    """The source's codes that the target does not get as they are, with their scales."""
     whole = {origin.places[0][1] for origin in origins.values() if origin.fits and not origin.ops}
     found = []
     for key, origin in origins.items():
         read = [codes[name] for _, name in origin.places if name in codes]
         as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.scales) for one in read)
-        found += [key] if read and origin.fits and not as_it_is else []
+        found += [one.key for one in read if origin.fits and not as_it_is]
     return tuple(found)
 
 

@@ -75,7 +75,7 @@ def make_plan(
         raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
     codes = _codes(sources, average) if dequantize else {}
     origins = find_origins(sources, target, names, auto, codes)
-    planner = _Planner(target, names, choice, origins, auto)
+    planner = _Planner(target, names, choice, origins, auto, *_scales(sources, target, codes))
     steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
     _refuse_unused(sources, target, steps, entries, names)
     refuse_broken(steps, sources, target, allowed, asked=dequantize)
@@ -110,6 +110,18 @@ def _codes(sources: Sequence[Checkpoint], average: Weights | None) -> dict[Sourc
         hint = "dequantize each source first: merge FILE -o OUT --dequantize"
         raise PlanError("is codes in integers, which are not averaged", key=whole, hint=hint)
     return found
+
+
+def _scales(
+    sources: Sequence[Checkpoint], target: Checkpoint | None, made: Mapping[SourceKey, Codes]
+) -> tuple[frozenset[SourceKey], frozenset[str]]:
+    """What stands beside codes that stay codes, in the sources and in the target."""
+    left = [(number, one) for number, source in enumerate(sources) for key, one in find(source).items() if (number, key) not in made]
+    own = find(target).values() if target is not None else ()
+    return (
+        frozenset((number, name) for number, one in left for name in (*one.scales, *one.beside)),
+        frozenset(name for one in own for name in (*one.scales, *one.beside)),
+    )
 
 
 def _check(sources: Sequence[Checkpoint], choice: str, seed: int, auto: str | None) -> None:
@@ -159,6 +171,9 @@ class _Planner:
     origins: Mapping[str, Origin]
     auto: str | None
 
+    scales: frozenset[SourceKey]
+    own_scales: frozenset[str]
+
     def steps(self) -> tuple[Step, ...]:
         """One step for every tensor of the target; without a target, for every one that is converted."""
         if self.target is None:
@@ -194,6 +209,8 @@ class _Planner:
         dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
         if self.choice == "source" and origin.values:
             dtype = "BF16"  # the source has codes, whose dtype is none for values
+        if self.choice not in ("source", "target") and self.scales.issuperset(origin.places):
+            dtype = origin.dtype  # one dtype for all values is none for what codes are read with
         ops = tuple(_filled_up(op, initial) for op in origin.ops)
         if any(op.get("fill") == "init" and str(op.get("scheme")).startswith("from(") for op in ops):
             raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
@@ -219,7 +236,7 @@ class _Planner:
             why = "the source has another shape" if given == key else f"the source's {given} has another shape"
         elif key in self.names.spared:
             why = "dropped from the source by a rule"
-        dtype = self._dtype(wanted.dtype, wanted.dtype)
+        dtype = wanted.dtype if key in self.own_scales else self._dtype(wanted.dtype, wanted.dtype)
         cast = _cast(wanted.dtype, dtype)
         if initial is not None and initial.kept:
             why = str(initial.rule)

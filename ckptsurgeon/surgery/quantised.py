@@ -37,6 +37,7 @@ class Scheme:
     beside: tuple[str, ...] = ()
     divisor: int | None = None
     unless: tuple[str, ...] = ()
+    in_bytes: bool = False  # the scales are bytes too
 
 
 _NF4 = tuple(f".{name}" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"))
@@ -47,7 +48,7 @@ TABLE: tuple[Scheme, ...] = (
     Scheme("8-bit codes of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), (".weight_format",), 127),
     Scheme("codes of GPTQ or AWQ", ".qweight", INTS, (".scales",), (".qzeros", ".g_idx")),
     Scheme("packed codes of compressed-tensors", "_packed", INTS, ("_scale",), ("_shape", "_zero_point", "_g_idx", "_global_scale")),
-    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",)),
+    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), in_bytes=True),
     Scheme("codes of torchao", "qdata", INTS | FP8, ("scale",), ("zero_point",)),
     Scheme("codes of quanto", "._data", INTS | FP8, ("._scale",), ("._shift",)),
     Scheme("codes of HQQ", ".W_q", INTS, (".scale",), (".zero", ".meta")),
@@ -106,22 +107,24 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     return found
 
 
+def _named(key: str, scheme: Scheme, names: Iterable[str]) -> tuple[str, ...]:
+    """The keys that stand in the place of a key's end. A layer's own file has no module before its names: `qweight`."""
+    stem = f".{key}".removesuffix(scheme.ends)
+    return tuple((stem + name).removeprefix(".") for name in names)
+
+
 def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> bool:
-    if tensor.dtype not in scheme.dtypes or not key.endswith(scheme.ends):
+    if tensor.dtype not in scheme.dtypes or not f".{key}".endswith(scheme.ends):
         return False
-    stem = key.removesuffix(scheme.ends)
-    scales = [tensors.get(stem + name) for name in scheme.scales]
-    return all(scale is not None and scale.dtype != tensor.dtype for scale in scales) or (
-        scheme.ends == "_blocks" and None not in scales  # both are bytes
-    )
+    scales = [tensors.get(name) for name in _named(key, scheme, scheme.scales)]
+    return all(scale is not None and (scale.dtype != tensor.dtype or scheme.in_bytes) for scale in scales)
 
 
 def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
-    stem = key.removesuffix(scheme.ends)
-    scales = tuple(stem + name for name in scheme.scales)
-    beside = tuple(stem + name for name in scheme.beside if stem + name in tensors)
+    scales = _named(key, scheme, scheme.scales)
+    beside = tuple(name for name in _named(key, scheme, scheme.beside) if name in tensors)
     op: Op | None = None
-    if scheme.divisor is not None and not any(stem + name in tensors for name in scheme.unless):
+    if scheme.divisor is not None and not any(name in tensors for name in _named(key, scheme, scheme.unless)):
         scale = tensors[scales[0]]
         block = block_of(tensors[key].shape, scale.shape) if BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8" else None
         op = None if block is None else {"op": "dequantize", "block": list(block), "divisor": scheme.divisor}
@@ -163,22 +166,30 @@ Problem = tuple[str, str, bool]  # a key of the output, what is wrong, and wheth
 
 def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool) -> Iterator[Problem]:
     """Steps that compute with codes, or part them from their scales; where values are `asked` for, also those that leave them codes."""
-    plain = {step.sources[0]: step for step in steps if len(step.sources) == 1 and not step.adapters}
+    if not any(by_source):
+        return
+    by_key = {step.target: step for step in steps}
+    made = find({step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps})
+    plain = {step.sources[0] for step in steps if len(step.sources) == 1 and not step.adapters}
     for step in steps:
         for number, key in step.sources:
             codes = by_source[number].get(key)
             if codes is None or _dequantized(step, (number, key), codes):
                 continue
             what = f"{'' if key == step.target else f'{key} '}{codes.words}"
-            lost = [name for name in (*codes.scales, *(() if codes.op else codes.beside)) if (number, name) not in plain]
+            needed = (*codes.scales, *(() if codes.op else codes.beside))
             if asked and codes.op is None:
                 yield step.target, f"{what}, and how to make values of them is not known here", False
             elif step.adapters:
                 yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", codes.op is not None
             elif step.cast is not None:
                 yield step.target, f"{what}, and would be cast to {step.cast}", codes.op is not None
-            elif lost:
+            elif lost := [name for name in needed if (number, name) not in plain]:
                 yield step.target, f"{what}, and {', '.join(lost)} would not go with it", codes.op is not None
+            else:
+                found = made[step.target].scales if step.target in made else ()
+                if [by_key[name].sources for name in found] != [((number, name),) for name in codes.scales]:
+                    yield step.target, f"{what}, and would not have these beside it under its new name", codes.op is not None
 
 
 def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
@@ -199,8 +210,10 @@ def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequen
     by_key = {step.target: step for step in steps}
     for key, codes in wanted.items():
         first, *scales = [by_key[name] for name in (key, *codes.scales) if name in by_key]
-        if all(not row.sources and row.action == first.action for row in (first, *scales)):
-            continue  # all kept, or all the model's own
+        if all(not row.sources and row.action == first.action for row in (first, *scales)):  # all kept, or all the model's own
+            if first.cast is not None:
+                yield key, f"{codes.words} in the target, and would be cast to {first.cast}", False
+            continue
         number, given = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
         whole = by_source[number].get(given)
         wanted_scales = [] if whole is None else [((number, name),) for name in whole.scales]

@@ -187,3 +187,29 @@ def test_a_regular_expression_that_would_run_for_ever_is_stopped(run: Run, files
     assert ended.code == 2 and "/(a+)+/ takes more than 1 s" in ended.err and "--limit regex-seconds=4" in ended.err
     assert "endless.toml:3" in ended.err if "--rules" in words else "endless" not in ended.err
     assert not Path("out.pt").exists()
+
+
+def test_quantised_weights_on_the_command_line(run: Run, files: Path) -> None:
+    weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    torch.save({"q.weight": weight, "q.weight_scale_inv": torch.full((1, 1), 0.5), "b": torch.ones(1)}, "fp8.pt")
+    torch.save({"q.weight": torch.zeros(4, 4), "b": torch.ones(1)}, "plain.pt")
+    for words in (
+        ("merge", "fp8.pt", "plain.pt", "-o", "x.pt"),
+        ("plan", "fp8.pt", "plain.pt"),
+        ("merge", "fp8.pt", "-o", "x.pt", "--dtype", "F16"),
+    ):
+        ended = run(*words)
+        assert ended.code == 2 and "q.weight" in ended.err and "--dequantize" in ended.err and not Path("x.pt").exists()
+        error = run(*words, "--json").json["error"]
+        assert (error["type"], error["key"]) == ("CastError", "q.weight")
+        assert run(*words, "--dequantize", *(["--overwrite"] if words[0] == "merge" else [])).code == 0
+        Path("x.pt").unlink(missing_ok=True)
+    assert "--dequantize" in run("diff", "fp8.pt", "plain.pt").out.splitlines()[-1]
+    assert run("diff", "fp8.pt", "plain.pt", "--json").json["quantised"][0]["scales"] == ["q.weight_scale_inv"]
+    assert run("inspect", "fp8.pt", "--json").json["quantised"][0]["dequantize"] is True
+    assert "CK203 (note) q.weight" in run("check", "fp8.pt", "-v").out
+    assert run("check", "fp8.pt").code == 0 and "1 note" in run("check", "fp8.pt").out
+    run("plan", "fp8.pt", "plain.pt", "--dequantize", "-o", "p.json")
+    assert run("apply", "p.json", "-o", "y.pt", "--finite").code == 0
+    assert torch.equal(torch.load("y.pt")["q.weight"], torch.full((4, 4), 0.5))
+    assert run("merge", "plain.pt", "-o", "z.pt", "--dequantize").code == 2

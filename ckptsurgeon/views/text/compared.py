@@ -71,6 +71,12 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
             (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
         ]
         lines += ["Would fit by an adapter, if you ask for it (--adapt KEY OP):", *folded(rows, width, OFFERS)]
+    unread = [one for one in found.quantised if one.op is None and one.key in found.parted_codes]
+    if unread:
+        words = (
+            f"{count(len(unread), 'weight')} as {unread[0].scheme} would be cast or lose their scales, and no values are made of them here"
+        )
+        return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
     if found.matched or renames or found.offers:
         return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
     return [*lines, pasted("Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source], width)]
@@ -109,7 +115,7 @@ def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Se
     if found.same and not (found.dropped or rules or found.prefix):
         return ["ckptsurgeon", "verify", found.source, found.target, *root]
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
-    words += ["--dequantize"] if found.parted else []
+    words += ["--dequantize"] if found.parted_codes else []
     for rule in rules:
         words += ["--rules", rule] if isinstance(rule, str) else [f"--{rule.kind}", *(text for text in (rule.pattern, rule.result) if text)]
     for one, other in renames[:RENAMES]:
