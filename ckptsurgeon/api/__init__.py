@@ -1,7 +1,7 @@
 """The library's verbs, each in one call; nothing here prints. The command line is their thin twin, training code their first client.
 
-`looking`, `checking`, `merging`, `ruling` and `tuning` have the verbs; the other modules are what they share: opening what a person
-gives, gates, proof. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
+`looking`, `checking`, `merging`, `ruling`, `stale` and `tuning` have the verbs; the other modules are what they share: opening what a
+person gives, gates, proof. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from ckptsurgeon.api.checking import check
     from ckptsurgeon.api.looking import diff, inspect, open, skeleton, verify
     from ckptsurgeon.api.matching import match
-    from ckptsurgeon.api.merging import apply, load_plan, merge, output_format, plan
+    from ckptsurgeon.api.merging import apply, merge, output_format, plan
     from ckptsurgeon.api.ruling import load_rules
+    from ckptsurgeon.api.stale import load_plan
     from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
 
 _HOMES = {
     "checking": ("check",),
     "looking": ("diff", "inspect", "open", "skeleton", "verify"),
     "matching": ("match",),
-    "merging": ("apply", "load_plan", "merge", "output_format", "plan"),
+    "merging": ("apply", "merge", "output_format", "plan"),
     "ruling": ("load_rules",),
+    "stale": ("load_plan",),
     "tuning": ("freeze", "groups", "initialize", "param_groups", "transfer", "unfreeze"),
 }
 _HOME = {verb: home for home, verbs in _HOMES.items() for verb in verbs}

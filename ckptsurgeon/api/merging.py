@@ -14,6 +14,7 @@ from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import refuse_non_finite, verify_written
 from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own
+from ckptsurgeon.api.stale import check_data, load_plan, sampled
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Training, Values, Written
@@ -50,6 +51,7 @@ def plan(
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
     strict: bool = False,
+    full: bool = False,
     note: Note = silent,
 ) -> Plan:
     """Decide how every key of `target` gets its value, and what becomes of every source key; write nothing.
@@ -69,6 +71,7 @@ def plan(
         dequantize: make float32 values of fp8 and int8 codes and the scales beside them, then cast; to BF16 where no dtype is chosen.
         min_coverage: the least share, from 0 to 1, of tensors and of elements to be transferred.
         strict: refuse keys that are missing, extra or mismatched without a rule that names them.
+        full: digest all data of the files, so that `apply` notices any change; else a sample of it, which notices a file saved anew.
 
     Raises:
         RuleError: rules that can't be followed, all at once.
@@ -85,11 +88,11 @@ def plan(
     )
     seen = _look(sources)
     goal = None if target is None else opening.open_target(target, note=note)
-    _, made = _decide(seen, goal, choices)
+    found, made = _decide(seen, goal, choices)
     refuse_idle(facts_of(made), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
     gates.refuse_idle_casts(choices.allow_cast, [step.target for step in made.steps])
     gates.check(made, min_coverage=min_coverage, strict=strict)
-    return made
+    return sampled(made, found, None if goal is None else goal.checkpoint, full)
 
 
 @dataclass(frozen=True)
@@ -270,32 +273,10 @@ def apply(
         if goal.build is not None and (made.needs_model or verify):
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
+    check_data(made, found, None if goal is None else goal.checkpoint)
     _, own = load_own(made.own_adapters, [scheme for step in made.steps for scheme in step.schemes], note)
     how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
     return _carry_out(made, found, goal, how, device, finite, own)
-
-
-def load_plan(path: Path) -> Plan:
-    """The plan in a plan.json.
-
-    Raises:
-        PlanError: it is none, of another version, or damaged.
-
-    >>> import json
-    >>> from pathlib import Path
-    >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
-    >>> _ = Path("plan.json").write_text(json.dumps(planfile.to_json(decided)))
-    >>> load_plan("plan.json").fresh
-    ('fc3.weight', 'fc3.bias')
-    """
-    from ckptsurgeon.formats.files import open_regular
-    from ckptsurgeon.formats.limits import allowed, exceeded
-
-    with open_regular(os.fspath(path)) as file:
-        if file.size > (most := allowed("json-bytes")):
-            raise exceeded("json-bytes", f"is a file of {file.size} bytes, above the limit of {most}", file.size, path=os.fspath(path))
-        made = planfile.from_json(file.read(0, file.size), os.fspath(path))
-    return replace(made, text=text.plan(made))
 
 
 def output_format(output: Path, format: str | None = None) -> str:

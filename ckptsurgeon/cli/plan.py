@@ -20,6 +20,7 @@ from ckptsurgeon.views import text
 @click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
 @options.deciding
 @click.option("-o", "--output", metavar="PLAN.JSON", help="Where to write the plan.")
+@click.option("--full", is_flag=True, help="Digest all data, so that apply notices any change; reads whole files.")
 @options.overwrite
 @options.limit
 @options.shown

@@ -42,7 +42,8 @@ class Reader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def _open(self, path: str) -> OpenFile:
+    def open(self, path: str) -> OpenFile:
+        """The open file at a path, which is as it was when its header was read."""
         file = self._files.get(path)
         if file is None:
             file = self._files[path] = self._stack.enter_context(open_regular(path))
@@ -52,7 +53,7 @@ class Reader:
 
     def locate(self, span: Span) -> tuple[int, int]:
         """The open file and the offset at which a span's bytes begin."""
-        file = self._open(span.file)
+        file = self.open(span.file)
         entry = span.packed or span.record
         if entry is not None:
             self._entries.setdefault((span.file, entry.offset), span)

@@ -33,7 +33,12 @@ ACTIONS: Mapping[str, tuple[bool, tuple[tuple[str | None, ...], ...]]] = {
 }
 STEP = ("target", "dtype", "shape", "action", "sources", "ops", "fresh", "reason")
 LEVELS = ("error", "warning", "note")
+DATA = ("sample", "sha256")  # what is known of the data behind a header, where anything is
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _data(planned: PlanSource | PlanTarget) -> dict[str, str]:
+    return {name: getattr(planned, name) for name in DATA if getattr(planned, name)}
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -48,10 +53,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "format": source.format,
                 "root": source.root,
                 "prefix": dict(source.prefix),
+                **_data(source),
             }
             for source in plan.sources
         ],
-        "target": target and {"spec": target.spec, "fingerprint": target.fingerprint, "kind": target.kind, "root": target.root},
+        "target": target
+        and {"spec": target.spec, "fingerprint": target.fingerprint, "kind": target.kind, "root": target.root, **_data(target)},
         "seed": plan.seed,
         "steps": [
             {
@@ -201,17 +208,19 @@ def _plan_source(row: Mapping[str, Any]) -> PlanSource:
     prefix = _row(row["prefix"])
     for value in prefix.values():
         _texts(value) if type(value) is list else _text(value)
-    return PlanSource(_text(row["path"]), _fingerprint(row), _text(row["format"]), _text(row["root"]), prefix)
+    data = {name: _digest(row, name) for name in DATA if name in row}
+    return PlanSource(_text(row["path"]), _digest(row), _text(row["format"]), _text(row["root"]), prefix, **data)
 
 
 def _plan_target(row: Mapping[str, Any]) -> PlanTarget:
-    return PlanTarget(_text(row["spec"]), _fingerprint(row), _text(row["kind"]), _text(row["root"]))
+    data = {name: _digest(row, name) for name in DATA if name in row}
+    return PlanTarget(_text(row["spec"]), _digest(row), _text(row["kind"]), _text(row["root"]), **data)
 
 
-def _fingerprint(row: Mapping[str, Any]) -> str:
-    text = _text(row["fingerprint"])
+def _digest(row: Mapping[str, Any], name: str = "fingerprint") -> str:
+    text = _text(row[name])
     if not _SHA256.fullmatch(text):
-        raise ValueError(f"the fingerprint {short(text)}, which is no SHA-256 in hex")
+        raise ValueError(f"the {name} {short(text)}, which is no SHA-256 in hex")
     return text
 
 

@@ -24,23 +24,30 @@ _COPY = re.compile(r"from\((?P<key>.+)\)", re.DOTALL)
 
 @dataclass(frozen=True)
 class PlanSource:
-    """A source: its path as given, fingerprint, format, root, and how its names were changed, in words."""
+    """A source: its path as given, fingerprint, format, root, and how its names were changed, in words.
+
+    `sample` is the digest of a sample of its data, `sha256` that of all its bytes; each is `""` where it was not taken.
+    """
 
     path: str
     fingerprint: str
     format: str
     root: str = ""
     prefix: Mapping[str, Any] = field(default_factory=dict)
+    sample: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """What the sources must fit: a spec or path, its fingerprint, and its kind (`model`, `skeleton` or a file's format)."""
+    """What the sources must fit: a spec or path, its kind (`model`, `skeleton` or a file's format), and digests as a source has them."""
 
     spec: str
     fingerprint: str
     kind: str
     root: str = ""
+    sample: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)

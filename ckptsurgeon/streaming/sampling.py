@@ -1,0 +1,86 @@
+"""A sample of the data behind a header, by which a file that was saved anew with other values is noticed at the cost of a few reads.
+
+64 bytes from the middle of every tensor, up to 4,096 of them. A change elsewhere is missed: `digest` reads all. Data whose checksum stands
+in the header needs no sample, since the fingerprint has it. No torch; nothing is inflated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+
+from ckptsurgeon.streaming import copying
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+BYTES = 64
+MOST = 4096
+LAST = 64  # of the keys in the file's order, and by name: training changes a model's end most often
+_NUMBER = re.compile("([0-9]+)")
+
+
+def sample(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) of the sampled bytes, tensor after tensor; `""` where the header has the checksums of all data, or there is none.
+
+    Raises:
+        StaleError: a file is no longer what it was when its header was read.
+        UnreadableError: it can't be read.
+    """
+    keys = chosen([key for key, tensor in checkpoint.items() if _place(tensor) is not None])
+    if not keys:
+        return ""
+    found = sha256()
+    with Reader([checkpoint]) as reader:
+        for key in keys:
+            place = _place(checkpoint[key])
+            assert place is not None
+            file, offset, nbytes = place
+            size = min(nbytes, BYTES)
+            found.update(reader.open(file).read(offset + (nbytes - size) // 2, size))
+        reader.check_unchanged()
+    return found.hexdigest()
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) of all bytes of the files, one after the other; `""` for what has none. Raises as `sample`."""
+    if not checkpoint.files:
+        return ""
+    found = sha256()
+    with Reader([checkpoint]) as reader:
+        for stamp in checkpoint.files:
+            with copying.naming(stamp.path):
+                for part in copying.chunks(reader.open(stamp.path).fd, 0, stamp.size):
+                    found.update(part)
+        reader.check_unchanged()
+    return found.hexdigest()
+
+
+def chosen(keys: Sequence[str], most: int = MOST, last: int = LAST) -> list[str]:
+    """Up to `most` of the keys, in their order: the last ones in that order and by name, and of the others some spread evenly.
+
+    >>> chosen(["w10", "a", "w2", "b", "c"], most=4, last=1)
+    ['w10', 'a', 'b', 'c']
+    """
+    if len(keys) <= most:
+        return list(keys)
+    ends = {*keys[-last:], *sorted(keys, key=_by_name)[-last:]}
+    others = [key for key in keys if key not in ends]
+    count = most - len(ends)
+    spread = {others[place * (len(others) - 1) // max(count - 1, 1)] for place in range(count)}
+    return [key for key in keys if key in ends or key in spread]
+
+
+def _by_name(key: str) -> list[tuple[int, str]]:
+    """Orders names as a person would: `w2` before `w10`."""
+    parts = [part.lstrip("0") if place % 2 else part for place, part in enumerate(_NUMBER.split(key))]
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
+
+
+def _place(tensor: TensorMeta) -> tuple[str, int, int] | None:
+    """The file, offset and length of a tensor's bytes, as they are stored; None for one without data, or whose checksum the header has."""
+    span = tensor.span
+    entry = None if span is None else span.packed or span.record
+    if span is None or not span.nbytes or (entry is not None and entry.crc):
+        return None
+    return (span.file, span.packed.offset, span.packed.nbytes) if span.packed is not None else (span.file, span.offset, span.nbytes)
