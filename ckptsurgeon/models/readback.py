@@ -12,6 +12,7 @@ import torch
 
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.report import Finding
+from ckptsurgeon.streaming.values import memory_of
 from ckptsurgeon.tensors import TensorMeta
 
 BytesLike = bytes | bytearray | memoryview
@@ -73,7 +74,7 @@ def _flat(given: BytesLike) -> torch.Tensor:
 
 def _unlike(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
     """Which elements differ in any byte; None for none."""
-    own, other = mine.contiguous().view(torch.uint8), theirs.view(torch.uint8)
+    own, other = _flat(memory_of(mine)), theirs.view(torch.uint8)
     if torch.equal(own, other):
         return None
     return (own != other).view(mine.numel(), -1).any(dim=1)

@@ -327,3 +327,18 @@ def test_a_sharded_folder_and_a_nested_root(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "ema": {"net": {"w": c.mH}}}, tmp_path / "nested.pt")
     cs.merge(tmp_path / "nested.pt", None, tmp_path / "out.pt")
     support.same(torch.load(tmp_path / "out.pt", weights_only=True), resolved({"w": c.mH}))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_one_part_of_one_complex_number(lazy: bool, tmp_path: Path) -> None:
+    """A tensor of one element may have any stride, and torch calls it dense."""
+    number = torch.tensor([5 + 6j])
+    part = number.conj().imag if lazy else number.imag
+    assert part.stride() == (2,) and part.is_contiguous()
+    torch.save({"w": part}, tmp_path / "in.pt")
+    model = Complex({})
+    model.register_buffer("w", torch.tensor([7 + 8j]).conj().imag if lazy else torch.tensor([7 + 8j]).imag)
+    cs.transfer(tmp_path / "in.pt", model)
+    assert model.w.tolist() == part.tolist() and cs.verify(tmp_path / "in.pt", model).ok
+    cs.merge(tmp_path / "in.pt", model, tmp_path / "out.pt")
+    support.same(torch.load(tmp_path / "out.pt", weights_only=True), {"w": part})

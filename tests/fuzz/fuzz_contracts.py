@@ -208,7 +208,7 @@ def converted(path: Path, found: Checkpoint, folder: Path) -> None:
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    dense = tensor.detach().contiguous().reshape(-1)
+    dense = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     return dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
 
 

@@ -42,7 +42,8 @@ GLOBALS = tuple(
     name.split()
     for name in (
         "collections OrderedDict", "collections defaultdict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3",
-        "torch._utils _rebuild_parameter", "torch._tensor _rebuild_from_type_v2", "torch FloatStorage", "torch BoolStorage",
+        "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state", "collections Counter", "torch Tensor",
+        "torch._tensor _rebuild_from_type_v2", "torch FloatStorage", "torch BoolStorage",
         "torch.storage UntypedStorage", "torch Size", "torch device", "torch int8", "torch float8_e4m3fn", "numpy dtype",
         "numpy ndarray", "numpy.core.multiarray scalar", "numpy.core.multiarray _reconstruct", "numpy._core.numeric _frombuffer",
         "_codecs encode", "builtins set", "builtins complex", "builtins dict", "torch.nn.parameter Parameter",

@@ -63,12 +63,17 @@ def _values() -> dict[str, Any]:
         ("a", 1): 1.5,
         "m._extra_state": {"version": 3, "bytes": b"\xff\0"},
     }
+    number, other = torch.tensor([[1 + 2j, 3 - 4j]]), torch.tensor([5 + 6j])
+    attributed = torch.nn.Parameter(torch.ones(2))
+    attributed.partition_dim = 0  # type: ignore[attr-defined]
+    lazy = {"conj": number.conj(), "adjoint": number.mH, "imag": other.conj().imag, "plain": number, "attributed": attributed}
     flat = OrderedDict((f"layer{index}.weight", torch.full((2,), float(index))) for index in range(3))
     return {
         "flat": flat,
         "views": views,
         "dtypes": {str(dtype): torch.ones(2).to(dtype) for dtype in DTYPES},
         "odd": odd,
+        "lazy": lazy,
         "nested": {"ema": {"a.b": weight, "a": {"c": weight}}, "model": {"module": network().state_dict()}},
         "training": _training(),
     }
