@@ -24,7 +24,7 @@ from ckptsurgeon.streaming.apply import Training
 from ckptsurgeon.streaming.checksums import hold_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.surgery.optimizer_merge import is_plain, kind_of, merge_state, slots_of
-from ckptsurgeon.surgery.optimizer_names import assign, held_by_key
+from ckptsurgeon.surgery.optimizer_names import ON_THE_COMMAND_LINE, assign, held_by_key
 from ckptsurgeon.surgery.optimizer_plan import Parameter
 from ckptsurgeon.surgery.optimizer_saved import read_saved
 from ckptsurgeon.surgery.plan import Plan
@@ -33,11 +33,6 @@ from ckptsurgeon.views import text
 
 if TYPE_CHECKING:
     from torch import nn
-
-_HINT = (
-    "say whose each position is: --optimizer-names model, where the target registers its parameters in the order of the model that was "
-    "trained, or --optimizer-names FILE, which has the source's names in the optimizer's order, one a line (in Python: optimizer_names=…)"
-)
 
 
 def training(
@@ -69,12 +64,12 @@ def training(
     steps = {step.target: step for step in made.steps}
     with Reader([given]) as reader, ExitStack() as opened:
         weights = resuming.beside(given, given, reader) if second is None or resuming.holds_more(given) else None
-        beside = resuming.apart(second, opened) if weights is None or second is not None else weights
+        beside = resuming.apart("optimizer", second, opened) if weights is None or second is not None else weights
         place, value = resuming.find("optimizer", beside, optimizer_root)
         tree, fetch = beside.tree(place, value)
         try:
             saved = read_saved(tree)
-            assigned = assign(saved, given, names, optimizer_state.order_of(model, None, steps, given), _HINT)
+            assigned = assign(saved, given, names, optimizer_state.order_of(model, None, steps, given), ON_THE_COMMAND_LINE)
             slots = slots_of(saved, kind_of(saved))
             parameters = _parameters(model, slots, steps)
             held = held_by_key(saved, assigned, given)

@@ -124,9 +124,9 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
     return Beside(given.path, tree.value, given.root, reader, False, files=tree.files)
 
 
-def apart(source: Given, undo: ExitStack) -> Beside:
+def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> Beside:
     """What a second file holds, or a live state: a state by itself (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or one
-    beside others.
+    beside others. Of a folder that these wrote, the file of this kind.
 
     Raises:
         ModelError: it is neither.
@@ -136,7 +136,9 @@ def apart(source: Given, undo: ExitStack) -> Beside:
         return Beside("the state", source, "", undo.enter_context(Reader([])), True, True)
     if not isinstance(source, (str, os.PathLike)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the file that has it, such as optimizer.pt")
-    tree = formats.read_tree(os.fspath(source))
+    path = os.fspath(source)
+    files = [os.path.join(path, name) for name in training_places.FILES[kind]]
+    tree = formats.read_tree(next((one for one in files if os.path.isfile(one)), path))
     held = Checkpoint(tree.path, "", "", {}, files=tree.files)
     return Beside(tree.path, tree.value, "", undo.enter_context(Reader([held])), False, True, tree.files)
 
@@ -177,7 +179,7 @@ def give(
     made, saved = None, None
     read: list[Beside] = []
     if asked.optimizer is not None:
-        found = around() if asked.optimizer_from is None else apart(asked.optimizer_from, undo)
+        found = around() if asked.optimizer_from is None else apart("optimizer", asked.optimizer_from, undo)
         read.append(found)
         made, saved, carried = _optimizer(asked, found, given, plan, model)
     ready = []
@@ -187,7 +189,7 @@ def give(
         if taker is None:
             continue
         origin = asked.scheduler_from if kind == "scheduler" else None
-        read.append(around() if origin is None else apart(origin, undo))
+        read.append(around() if origin is None else apart("scheduler", origin, undo))
         state = _other(kind, taker, read[-1], asked)
         if isinstance(state, str):
             carried = replace(carried, not_carried=(*carried.not_carried, (kind, state)))

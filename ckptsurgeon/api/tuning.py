@@ -66,7 +66,8 @@ def transfer(
             tells whose each position is; or `"model"`: they are as this model and its optimizer have them. Without names the order of the
             file's keys counts, unless they were sorted, and the order in which this model registers its parameters; they must agree.
         optimizer_from: a second file that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
-            `optimizer.bin`, or the state in memory; `source` may then be of any format. `scheduler_from` likewise (`scheduler.pt`).
+            `optimizer.bin`, the folder of either, or the state in memory; `source` may then be of any format. `scheduler_from` likewise
+            (`scheduler.pt`).
         scheduler, scaler: new ones, which get the state of the source's where it goes with them; a scheduler sets the rate it stood at.
         ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules; `ema_root` names it.
         checksums: hold all that is read against the checksums that torch's zip format keeps, before the first copy. Without it only

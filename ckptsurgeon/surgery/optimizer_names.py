@@ -22,10 +22,16 @@ from ckptsurgeon.surgery.prefixes import WRAPPERS, unwrap
 from ckptsurgeon.tensors import Checkpoint
 
 MODEL = "model"  # in place of names: the order in which the model registers its parameters
-NAMES_HINT = (
-    "give the source's names in the optimizer's order, group after group: optimizer_names=[name for name, _ in "
-    "source_model.named_parameters()], or optimizer_names='model' where this model registers its parameters in the same order"
-)
+# What the person can do where it can't be told whose the positions are: in Python, and on the command line.
+IN_PYTHON = {
+    "names": "give the source's names in the optimizer's order, group after group: optimizer_names=[name for name, {one} in "
+    "source_model.named_parameters(){part}]",
+    "model": "optimizer_names='model', if this model registers its parameters in the order of the one that was trained",
+}
+ON_THE_COMMAND_LINE = {
+    "names": "--optimizer-names FILE, with the source's names in the optimizer's order, group after group, one a line",
+    "model": "--optimizer-names model, if the target registers its parameters in the order of the model that was trained",
+}
 Positions = Mapping[Hashable, str]
 Shapes = Mapping[Hashable, Shape | None]
 
@@ -43,14 +49,14 @@ def assign(
     source: Checkpoint,
     names: Sequence[str] | Literal["model"] | None = None,
     live: LiveOrder | None = None,
-    hint: str = NAMES_HINT,
+    help: Mapping[str, str] = IN_PYTHON,
 ) -> Assigned:
     """Whose each position is.
 
     Args:
         names: the parameters' names in the optimizer's order, before those that the file has; `"model"` for the live model's order.
         live: what a live model says.
-        hint: what the person can do where it can't be told.
+        help: what the person can do where it can't be told, as `IN_PYTHON`.
 
     Raises:
         ModelError: names that are not the source's, or too few; without names, an order that does not fit or is not the only one.
@@ -58,9 +64,9 @@ def assign(
     """
     given = saved.names if names is None else None if names == MODEL else tuple(names)
     if given is not None:
-        found = Assigned(_by_names(saved, source, given, live, hint), "names")
+        found = Assigned(_by_names(saved, source, given, live, _hint(saved, source, live, help)), "names")
     else:
-        found = _by_order(saved, source, live, names == MODEL, hint)
+        found = _by_order(saved, source, live, names == MODEL, help)
     wrong = []
     for position, key in found.keys.items():
         shape = saved.shape_of(position)
@@ -68,7 +74,10 @@ def assign(
             wrong.append(f"{key}: its moments are {shape}, and it is {source[key].shape}")
     if wrong:
         raise ModelError(
-            "the optimizer's moments are not those of these parameters", path=source.path, problems=shortened(wrong), hint=hint
+            "the optimizer's moments are not those of these parameters",
+            path=source.path,
+            problems=shortened(wrong),
+            hint=_hint(saved, source, live, help),
         )
     return found
 
@@ -114,15 +123,19 @@ def _spellings(names: tuple[str, ...], source: Checkpoint, live: LiveOrder | Non
         yield {name: own[0] for name, own in found.items() if len(own) == 1}
 
 
-def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model: bool, hint: str) -> Assigned:
+def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model: bool, help: Mapping[str, str]) -> Assigned:
     shapes = {position: saved.shape_of(position) for position in saved.flat}
     stated = [position for position in saved.flat if shapes[position] is not None]
-    keys = candidates(source, () if live is None else live.buffers)
+    keys = candidates(source, () if live is None else live.passed)
     worth = order_of_keys(source)
     by_file = None if worth == "sorted" or by_model else _in_groups(saved.positions, shapes, keys, source)
     by_live = None if live is None else _by_live(saved, shapes, keys, source, live, by_model)
     if by_model and by_live is None:
-        raise ModelError("the optimizer's positions do not fit the model's parameters in their order", path=source.path, hint=hint)
+        raise ModelError(
+            "the optimizer's positions do not fit the model's parameters in their order",
+            path=source.path,
+            hint=_hint(saved, source, live, help),
+        )
     proven = worth == "registered" and (live is None or live.as_registered)
     if by_file is not None and by_live is not None and not proven:
         apart = next((position for position in stated if by_file.get(position) != by_live.get(position)), None)
@@ -131,7 +144,7 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
                 f"the file's order and the model's give the optimizer's position {str(apart)[:60]} to {by_file.get(apart)} and to "
                 f"{by_live.get(apart)}, which have one shape",
                 path=source.path,
-                hint=hint,
+                hint=_hint(saved, source, live, help),
             )
     if by_file is not None:
         return Assigned(by_file, "order")
@@ -144,9 +157,19 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
         raise ModelError(
             f"the optimizer stores {count} without names, and they can be the source's {len(keys)} in no way, or in several{why}",
             path=source.path,
-            hint=hint,
+            hint=_hint(saved, source, live, help),
         )
     return Assigned(alone, "order")
+
+
+def _hint(saved: Saved, source: Checkpoint, live: LiveOrder | None, help: Mapping[str, str]) -> str:
+    """What the person can do; the model's order only where it fits, and without the parameters that were not trained."""
+    shapes = {position: saved.shape_of(position) for position in saved.flat}
+    keys = candidates(source, () if live is None else live.passed)
+    some = len(saved.flat) < len(keys)
+    names = help["names"].format(one="one" if some else "_", part=" if one.requires_grad" if some else "")
+    fits = live is not None and _by_live(saved, shapes, keys, source, live, True) is not None
+    return f"{names}; or {help['model']}" if fits else names
 
 
 def _by_live(saved: Saved, shapes: Shapes, keys: Sequence[str], source: Checkpoint, live: LiveOrder, asked: bool) -> Positions | None:

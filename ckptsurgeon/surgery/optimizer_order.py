@@ -31,7 +31,7 @@ class LiveOrder:
         registered: the keys of each of the model's parameters, in the order of registration.
         groups: the same by the groups of the live optimizer; empty where there is none.
         options: these groups' hyper-parameters.
-        buffers: the source's keys that are buffers in the model.
+        passed: the source's keys that are no parameters of their own: buffers in the model, and copies of a parameter that is tied in it.
         named: the keys of each parameter by every name that it has in the model.
         leads: whether it may decide alone, where the file's order does not.
     """
@@ -39,7 +39,7 @@ class LiveOrder:
     registered: tuple[Keys, ...]
     groups: tuple[tuple[Keys, ...], ...] = ()
     options: tuple[Mapping[str, Any], ...] = ()
-    buffers: frozenset[str] = frozenset()
+    passed: frozenset[str] = frozenset()
     named: Mapping[str, Keys] = field(default_factory=dict)
     leads: bool = False
 
@@ -74,30 +74,35 @@ def live_order(
     heads = Counter(key[: -len(step.target)] for step in steps.values() for _, key in step.sources if key.endswith(step.target))
     head = heads.most_common(1)[0][0] if heads else ""
 
-    def counterpart(keys: Keys) -> Keys:
-        found = dict.fromkeys(firsts.get(key, key) for target in keys if target in steps for _, key in steps[target].sources)
-        if not found:  # it has another shape in the source, and was left there
-            found = dict.fromkeys(firsts.get(head + key, head + key) for key in keys if head + key in source and head + key not in used)
-        return tuple(found)
+    def every(keys: Keys) -> list[Keys]:
+        """The source's keys of each of a parameter's own keys that has any."""
+        found = [tuple(firsts.get(key, key) for _, key in steps[target].sources) for target in keys if target in steps]
+        if not any(found):  # it has another shape in the source, and was left there
+            found = [(firsts.get(head + key, head + key),) for key in keys if head + key in source and head + key not in used]
+        return [own for own in found if own]
 
+    def counterpart(keys: Keys) -> Keys:
+        return next((tuple(dict.fromkeys(own)) for own in every(keys)), ())
+
+    copies = {key for keys in parameters for own in every(keys) for key in own if key not in counterpart(keys)}
     return LiveOrder(
         tuple(map(counterpart, parameters)),
         tuple(tuple(map(counterpart, group)) for group in groups),
         tuple(options),
-        frozenset(key for buffer in buffers for key in counterpart((buffer,))),
+        frozenset(key for buffer in buffers for key in counterpart((buffer,))) | copies,
         {name: counterpart(keys) for name, keys in names.items()},
         leads,
     )
 
 
-def candidates(source: Checkpoint, buffers: Collection[str] = ()) -> list[str]:
-    """The source's keys that may be parameters, in its own order, tied ones once."""
+def candidates(source: Checkpoint, passed: Collection[str] = ()) -> list[str]:
+    """The source's keys that may be parameters, in its own order, tied ones once, without those that are `passed`."""
     later = {key for group in source.ties for key in group[1:]}
     return [
         key
         for key, tensor in source.items()
         if key not in later
-        and key not in buffers
+        and key not in passed
         and key.rpartition(".")[2] not in BUFFERS
         and BY_CODE[tensor.dtype].kind in ("float", "complex")
     ]

@@ -18,6 +18,11 @@ PLACES: Mapping[Kind, tuple[str, ...]] = {
     "scheduler": ("scheduler", "lr_scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict", "sched"),
     "scaler": ("scaler", "grad_scaler", "scaler_state_dict", "amp_scaler", "grad_scaler_state_dict"),
 }
+# The files of their own that the Trainer and accelerate write into a checkpoint's folder.
+FILES: Mapping[Kind, tuple[str, ...]] = {
+    "optimizer": ("optimizer.pt", "optimizer.bin"),
+    "scheduler": ("scheduler.pt", "scheduler.bin"),
+}
 # Averaged copies: timm's state_dict_ema, torchvision's model_ema, and what loops call theirs.
 AVERAGED = (
     "model_ema",
