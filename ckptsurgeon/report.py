@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ckptsurgeon.tensors import Coverage
 
 Level = Literal["error", "warning", "note"]
+
+
+class Unmissable(str):
+    """A note that `-q` does not hide: code is imported that a file names, or a setting was not followed."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,20 @@ class FileCheck:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """A settings file that `check` followed: what it asked for, and what of it was not used, since it names code. By key, as written."""
+
+    path: str
+    used: tuple[tuple[str, Any], ...] = ()
+    not_used: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class CheckReport:
-    """What `check` found in all files."""
+    """What `check` found in all files, and the settings that it followed, if any."""
 
     files: tuple[FileCheck, ...]
+    settings: Settings | None = None
     text: str = field(default="", repr=False, compare=False)
 
     @property

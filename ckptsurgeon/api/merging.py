@@ -13,7 +13,7 @@ from ckptsurgeon.api.gates import Uncertain
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import refuse_non_finite, verify_written
-from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own
+from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api.stale import check_data, load_plan, sampled
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
 from ckptsurgeon.report import Report, Verification
@@ -263,18 +263,26 @@ def apply(
     (8, 10)
     """
     made = plan if isinstance(plan, Plan) else load_plan(plan)
+    schemes = [scheme for step in made.steps for scheme in step.schemes]
+    if not isinstance(plan, Plan):
+        note = opening.unmissable(note)
+        target = [made.target.spec] if made.target is not None and opening.is_code(made.target.spec) else []
+        say_code(os.fspath(plan), [*target, *own_code(made.own_adapters, schemes)], note)
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
     refuse_idle_writing(made, written_format, verify, device, tied)
     found = [opening.open_source(source.path, root=source.root) for source in made.sources]
+    planfile.check_sources(made, found)  # before the target's module is imported
+    check_data(made, found, None)
     goal = None
     if made.target is not None:
         goal = opening.open_planned(made.target, note)
         if goal.build is not None and (made.needs_model or verify):
             goal = opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
-    check_data(made, found, None if goal is None else goal.checkpoint)
-    _, own = load_own(made.own_adapters, [scheme for step in made.steps for scheme in step.schemes], note)
+    if goal is not None:
+        check_data(replace(made, sources=()), (), goal.checkpoint)
+    _, own = load_own(made.own_adapters, schemes, note)
     how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
     return _carry_out(made, found, goal, how, device, finite, own)
 

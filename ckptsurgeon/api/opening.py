@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
 from ckptsurgeon.models.spec import looks_like_spec, parse
+from ckptsurgeon.report import Unmissable
 from ckptsurgeon.surgery import roots
 from ckptsurgeon.surgery.plan import PlanTarget
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -28,6 +29,16 @@ Given = Any  # str | PathLike | Checkpoint | nn.Module | Mapping[str, Tensor]
 
 def silent(_note: str) -> None:
     """Where nobody listens."""
+
+
+def unmissable(note: Note) -> Note:
+    """A listener whose notes `-q` does not hide: for code that not the call itself names, but a file."""
+    return lambda words: note(Unmissable(words))
+
+
+def is_code(target: str) -> bool:
+    """Whether a target's text names code to import, such as `module:Net`, and no file that is there."""
+    return looks_like_spec(target) and not os.path.exists(target)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def look(given: Given) -> Given:
     if not isinstance(given, (str, os.PathLike)):
         return given
     text = os.fspath(given)
-    if looks_like_spec(text) and not os.path.exists(text):
+    if is_code(text):
         raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
     return read(text)
 
@@ -81,7 +92,7 @@ def open_target(given: Given, *, root: str | None = None, note: Note = silent) -
         return Target(given)
     if isinstance(given, (str, os.PathLike)):
         text = os.fspath(given)
-        if looks_like_spec(text) and not os.path.exists(text):
+        if is_code(text):
             return _from_spec(text, note)
         return Target(roots.choose(read(text), root=root))
     return _from_live(given, note)
@@ -94,6 +105,8 @@ def open_planned(planned: PlanTarget, note: Note = silent) -> Target:
             f"was made for a {planned.spec} in memory, which it can't bring back",
             hint="plan with a spec such as 'model:Net' as the target, or call merge with the model",
         )
+    if planned.kind != "model" and is_code(planned.spec):
+        raise PlanError(f"was made for a {planned.kind}, and its target is code", path=planned.spec, hint="plan again: ckptsurgeon plan …")
     return open_target(planned.spec, root=planned.root or None, note=note)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.api.opening import Note, Path, silent
+from ckptsurgeon.api.opening import Note, Path, silent, unmissable
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.formats import toml_text
 from ckptsurgeon.formats.files import open_regular
@@ -114,19 +114,38 @@ def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True)
     """
     labels: dict[str, tuple[str | None, ...]] = {}
     adapters: list[str] = []
-    wanted = [rule.result for rule in rules if rule.kind == "init"]
+    wanted: list[str] = []
+    named: dict[str, list[str]] = {}  # by rules file, the code that it names
     for rule in rules:
+        ours: tuple[list[str], list[str]] = ([], [rule.result] if rule.kind == "init" else [])
         for op in _ops(rule):
-            adapters += [str(op["op"])] if is_own(op) else []
-            wanted += [str(op["scheme"])] if type(op.get("scheme")) is str else []
+            ours[0].extend([str(op["op"])] if is_own(op) else [])
+            ours[1].extend([str(op["scheme"])] if type(op.get("scheme")) is str else [])
             for name in ("source", "target"):
                 if type(op.get(name)) is str:
                     path = beside(rule, op[name])
                     labels[path] = labels.get(path) or read_labels(path)
+        adapters += ours[0]
+        wanted += ours[1]
+        if rule.line:
+            named.setdefault(rule.file, []).extend(own_code(ours[0], ours[1] if schemes else ()))
     for scheme in wanted:
         parse_scheme(scheme)
-    shapes, own = load_own(adapters, wanted if schemes else (), note)
+    for file, code in named.items():
+        say_code(file, code, unmissable(note))
+    shapes, own = load_own(adapters, wanted if schemes else (), unmissable(note) if any(named.values()) else note)
     return Ruling(rules, Outside(labels, shapes), own)
+
+
+def own_code(adapters: Iterable[str], schemes: Iterable[str]) -> list[str]:
+    """What of the adapters and schemes is a person's own code."""
+    return list(dict.fromkeys([*adapters, *(scheme for scheme in schemes if scheme_text.is_own(scheme))]))
+
+
+def say_code(file: str, code: Sequence[str], note: Note) -> None:
+    """Say which code a plan or a rules file names, before any of it is imported."""
+    if code:
+        note(f"{file} names code, which is imported now: {', '.join(dict.fromkeys(code))}")
 
 
 def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, OwnShape], Own]:

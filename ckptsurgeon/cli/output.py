@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import click
 
 from ckptsurgeon.errors import CheckpointError, OutputError, printable
+from ckptsurgeon.report import Unmissable
 from ckptsurgeon.views import json as views_json
 
 
@@ -40,7 +41,7 @@ class Show:
         said: set[str] = set()
 
         def listen(words: str) -> None:
-            if not self.quiet and words not in said:
+            if words not in said and (not self.quiet or isinstance(words, Unmissable)):
                 said.add(words)
                 tell(f"note: {printable(words)}")
 

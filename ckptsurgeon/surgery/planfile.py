@@ -278,12 +278,9 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
     """Raises StaleError when a file or target is not the one that was planned for, PlanError when the plan does not add up with them."""
     if len(plan.sources) != len(sources) or (plan.target is None) != (target is None):
         raise PlanError("the plan is for other sources or another target than are given")
-    held = [(source.fingerprint, found) for source, found in zip(plan.sources, sources, strict=True)]
+    check_sources(plan, sources)
     if plan.target is not None and target is not None:
-        held.append((plan.target.fingerprint, target))
-    for fingerprint, found in held:
-        if fingerprint != found.fingerprint:
-            raise StaleError("has changed since the plan was made", path=found.path, hint="plan again: ckptsurgeon plan … -o plan.json")
+        _check_same(plan.target.fingerprint, target)
     steps = {step.target: step for step in plan.steps}
     problems = [
         *(problem for step in plan.steps for problem in _step_problems(step, steps, sources, target)),
@@ -295,6 +292,17 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
         refuse_broken(plan.steps, sources, target, plan.allow_cast)
     if problems:
         raise PlanError("the plan does not add up", problems=shortened(problems), hint="it was edited, or damaged: plan again")
+
+
+def check_sources(plan: Plan, sources: Sequence[Checkpoint]) -> None:
+    """Raises StaleError when a source is not the one that was planned for; asked before the target's module is imported."""
+    for source, found in zip(plan.sources, sources, strict=True):
+        _check_same(source.fingerprint, found)
+
+
+def _check_same(fingerprint: str, found: Checkpoint) -> None:
+    if fingerprint != found.fingerprint:
+        raise StaleError("has changed since the plan was made", path=found.path, hint="plan again: ckptsurgeon plan … -o plan.json")
 
 
 def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:

@@ -11,7 +11,7 @@ import os
 from ckptsurgeon.errors import printable
 from ckptsurgeon.report import CheckReport
 from ckptsurgeon.surgery.codes import BY_CODE
-from ckptsurgeon.views.text.checked import about, alike, totals
+from ckptsurgeon.views.text.checked import about, alike, followed, totals
 
 _COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}
 
@@ -25,6 +25,10 @@ def check(found: CheckReport, workspace: str | None = None) -> str:
             row = BY_CODE.get(code)
             title = f"{code} {row.name}" if row else code
             lines.append(f"::{_COMMANDS[level]} file={_property(place)},title={_property(title)}::{_data(about(keys, message, None))}")
+    if found.settings is not None:
+        kind = "warning" if found.settings.not_used else "notice"
+        place = _property(_place(found.settings.path, workspace))
+        lines.append(f"::{kind} file={place},title=settings::{_data(followed(found.settings))}")
     return "\n".join([*lines, totals(found)])
 
 

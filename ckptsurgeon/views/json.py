@@ -206,7 +206,9 @@ def verification(found: Verification) -> dict[str, Any]:
 def check(found: CheckReport) -> dict[str, Any]:
     """`check`."""
     files = [{"path": file.path, "ok": file.ok, "findings": [_finding(one) for one in file.findings]} for file in found.files]
-    return {"version": VERSION, "ok": found.ok, "files": files}
+    settings = found.settings
+    followed = settings and {"path": settings.path, "used": dict(settings.used), "not_used": dict(settings.not_used)}
+    return {"version": VERSION, "ok": found.ok, "files": files, "settings": followed}
 
 
 def explain(found: Sequence[Code]) -> dict[str, Any]:

@@ -222,13 +222,14 @@ def test_paths_in_the_settings_are_those_of_their_folder(run, place, monkeypatch
     monkeypatch.chdir("sub")
     configure('[tool.ckptsurgeon.check]\nagainst = "net.json"\n', "../pyproject.toml")
     assert run("check", f"../{NET}").code == 0
+    named = ("--config", "../pyproject.toml")
     configure('[tool.ckptsurgeon.check]\nagainst = "model.py:Net"\n', "../pyproject.toml")
-    assert run("check", f"../{NET}").code == 0
+    assert run("check", f"../{NET}", *named).code == 0
     configure('[tool.ckptsurgeon.check]\nagainst = "variants:NetVariant"\n', "../pyproject.toml")
-    ended = run("check", f"../{NET}")
+    ended = run("check", f"../{NET}", *named)
     assert ended.code == 1 and "CK301" in ended.out and ended.err.startswith("note: imports variants from ")
     monkeypatch.chdir("..")
-    ended = run("check", NET)
+    ended = run("check", NET, "--config", "pyproject.toml")
     assert ended.code == 1 and ended.err == "note: imports variants from ./variants.py\n"
 
 

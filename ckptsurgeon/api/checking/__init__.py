@@ -16,7 +16,7 @@ from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, Words, gate, refuse_unheard
 from ckptsurgeon.api.opening import Given, Note, Path, Target, silent
 from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.report import CheckReport, FileCheck
+from ckptsurgeon.report import CheckReport, FileCheck, Settings
 from ckptsurgeon.views import text
 
 __all__ = ["check", "check_each", "target_of"]
@@ -87,8 +87,10 @@ def target_of(against: Given, note: Note) -> Target:
     return opening.open_target(against, note=note)
 
 
-def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int | None = None, note: Note = silent) -> CheckReport:
-    """`check`, where each file has a gate of its own."""
+def check_each(
+    paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int | None = None, settings: Settings | None = None, note: Note = silent
+) -> CheckReport:
+    """`check`, where each file has a gate of its own, by the `settings` of a file."""
     if jobs is not None and jobs < 1:
         raise SettingsError(f"{jobs} is no number of jobs", key="--jobs", hint="1 or more")
     files = [file for path in paths for file in folders.expand(path)]
@@ -106,5 +108,5 @@ def check_each(paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int
         values=any(asked.finite and asked.wants("CK401") for asked in gates),
         large=any(asked.full for asked in gates) or sum(map(folders.size, files)) > _LARGE,
     )
-    report = CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)))
+    report = CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)), settings)
     return replace(report, text=text.check(report))

@@ -9,20 +9,21 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
-from ckptsurgeon.api.opening import Note, Target
+from ckptsurgeon.api.opening import Note, Target, is_code, unmissable
 from ckptsurgeon.errors import CheckpointError, SettingsError
 from ckptsurgeon.formats import toml_text
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.limits import current, limits
 from ckptsurgeon.models.spec import looks_like_spec, parse
-from ckptsurgeon.report import CheckReport
+from ckptsurgeon.report import CheckReport, Settings, Unmissable
 from ckptsurgeon.surgery import long_keys
 from ckptsurgeon.surgery.long_keys import Piece
 
@@ -69,7 +70,8 @@ PATH = _Key("path", _words, "a pattern of paths or a list of them")
 @dataclass(frozen=True)
 class Project:
     """What a file asks: of every checkpoint, and of those whose path, seen from its folder, a pattern names. `jobs` and
-    `limits` are for the run."""
+    `limits` are for the run. `written` has each setting as it stands there; `named`: the call names the file, and so its code is the
+    call's. Code that is named by a file that was only found is a stranger's, and never imported."""
 
     path: str = ""
     folder: str = ""
@@ -77,6 +79,8 @@ class Project:
     files: tuple[tuple[tuple[Glob, ...], Mapping[str, Any]], ...] = ()
     jobs: int | None = None
     limits: Mapping[str, str] = field(default_factory=dict)
+    written: tuple[tuple[str, Any], ...] = ()
+    named: bool = False
 
     def of(self, path: str) -> dict[str, Any]:
         """The arguments for a path; of tables that name it the later ones go before the earlier."""
@@ -94,7 +98,7 @@ def find(start: str) -> Project:
     while True:
         path = os.path.join(folder, NAME)
         if os.path.isfile(path):
-            found = read(path, needed=False)
+            found = read(path, named=False)
             if found is not None:
                 return found
         above = os.path.dirname(folder)
@@ -103,8 +107,8 @@ def find(start: str) -> Project:
         folder = above
 
 
-def read(path: str, *, needed: bool = True) -> Project | None:
-    """What the file at `path` asks; None, or an error where it is `needed`, when it has no `[tool.ckptsurgeon]`."""
+def read(path: str, *, named: bool = True) -> Project | None:
+    """What the file at `path` asks; None, or an error where the call named it, when it has no `[tool.ckptsurgeon]`."""
     with open_regular(path) as file:
         toml_text.check({"toml-bytes": file.size}, path)
         raw = file.read(0, file.size)
@@ -115,11 +119,11 @@ def read(path: str, *, needed: bool = True) -> Project | None:
     for name in TABLE.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     if value is None:
-        if needed:
+        if named:
             raise SettingsError(f"has no [{TABLE}.check]", path=path, hint=_EXAMPLE)
         return None
     _known(path, TABLE, value, {"check": _Key("", _is(dict), "a table")})
-    return _project(path, value.get("check", {}))
+    return replace(_project(path, value.get("check", {})), named=named)
 
 
 def _project(path: str, table: dict[str, Any]) -> Project:
@@ -127,19 +131,27 @@ def _project(path: str, table: dict[str, Any]) -> Project:
     folder = os.path.dirname(os.path.abspath(path))
     _known(path, place, table, KEYS)
     files = []
+    written = [(name, value) for name, value in table.items() if name != "files"]
     for number, row in enumerate(table.get("files", ()), 1):
         own = f"{place}.files[{number}]"
         _known(path, own, row, {"path": PATH, **{name: key for name, key in KEYS.items() if key.own}})
         if "path" not in row:
             raise SettingsError("says not which files it is for", path=path, key=own, hint='path = "weights/**/*.pt"')
         patterns = [row["path"]] if isinstance(row["path"], str) else row["path"]
+        written += [(f"files[{number}].{name}", value) for name, value in row.items()]
         try:
             globs = tuple(map(glob, patterns))
         except SettingsError as error:
             raise SettingsError(error.reason, path=path, key=f"{own}.path", hint=error.hint) from error
         files.append((globs, _arguments(path, own, folder, row)))
     return Project(
-        path, folder, _arguments(path, place, folder, table), tuple(files), table.get("jobs"), _limits(path, place, table.get("limit", ()))
+        path,
+        folder,
+        _arguments(path, place, folder, table),
+        tuple(files),
+        table.get("jobs"),
+        _limits(path, place, table.get("limit", ())),
+        tuple(written),
     )
 
 
@@ -226,15 +238,25 @@ def glob(words: str) -> Glob:
 def check_project(
     paths: Iterable[str], project: Project, given: Mapping[str, Any], *, jobs: int | None = None, note: Note = opening.silent
 ) -> CheckReport:
-    """`check` with what a project asks; what is `given` (arguments of `check`) goes before it."""
+    """`check` with what a project asks; what is `given` (arguments of `check`) goes before it.
+
+    Code that the project's file names is imported only where the call names the file; else the answer and a note say that it was not.
+    """
     targets: dict[str, Target] = {}
+    settings = _followed(project, given)
+    if settings is not None:
+        for name, value in settings.not_used:
+            words = f"{settings.path}: {name} = {value!r} is not followed, since it names code and the file was only found"
+            here = shlex.quote(_beside(project.folder, value))
+            note(Unmissable(f"{words} (follow it: --against {here}, or --config {shlex.quote(settings.path)})"))
+    say = unmissable(note) if project.path and "against" not in given else note
     refuse_unheard(given)
     gate(**{name: value for name, value in given.items() if name != "against"})  # a word that means nothing is told before a model is built
 
     def target(words: str) -> Target:
         if words not in targets:
             try:
-                targets[words] = target_of(words, note)
+                targets[words] = target_of(words, say)
             except CheckpointError as error:
                 if "against" not in given:
                     error.reason += f" (asked for by {os.path.relpath(project.path)})"
@@ -244,8 +266,25 @@ def check_project(
     def choose(path: str) -> Gate:
         asked = {**project.of(path), **given} if project.path else dict(given)
         against = asked.pop("against", None)
+        if against is not None and "against" not in given and not project.named and is_code(against):
+            against = None
         return gate(against=None if against is None else target(against), **asked)
 
     bounds: dict[str, int | str] = {**project.limits, **current()}  # those of the command line go before
     with limits(**bounds):
-        return check_each(paths, choose, jobs=jobs or project.jobs, note=note)
+        return check_each(paths, choose, jobs=jobs or project.jobs, settings=settings, note=note)
+
+
+def _followed(project: Project, given: Mapping[str, Any]) -> Settings | None:
+    """What of the project's file this run follows, and what not: code that it names. What the call gives instead is left out."""
+    if not project.path:
+        return None
+    used: list[tuple[str, Any]] = []
+    not_used: list[tuple[str, Any]] = []
+    for place, value in project.written:
+        name = place.rpartition(".")[2]
+        if name in KEYS and KEYS[name].argument in given:
+            continue
+        code = name == "against" and not project.named and is_code(_beside(project.folder, value))
+        (not_used if code else used).append((place, value))
+    return Settings(os.path.relpath(project.path), tuple(used), tuple(not_used))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
-from ckptsurgeon.report import CheckReport, FileCheck, Finding, Verification
+from ckptsurgeon.report import CheckReport, FileCheck, Finding, Settings, Verification
 from ckptsurgeon.surgery.codes import Code
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, shape
@@ -40,7 +42,19 @@ def check(found: CheckReport, verbose: bool = False, width: int | None = None) -
     Notes are counted, and shown with `verbose`.
     """
     lines = [line for file in found.files for line in _file(file, verbose)]
+    lines += [followed(found.settings)] if found.settings is not None else []
     return fitted([*lines, totals(found, verbose)], width)
+
+
+def followed(settings: Settings) -> str:
+    """Which settings file was followed, what it asks, and what of it was not followed."""
+    used, unused = (", ".join(f"{key} = {_toml(value)}" for key, value in rows) for rows in (settings.used, settings.not_used))
+    aside = f"; not followed, since it names code: {unused}" if unused else ""
+    return name(f"settings: {settings.path}: {used or 'nothing that holds here'}{aside}")
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def totals(found: CheckReport, verbose: bool = True) -> str:
