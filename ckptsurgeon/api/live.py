@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.api import gates, opening, resuming
 from ckptsurgeon.api.applying import facts, facts_of, refuse_idle
 from ckptsurgeon.api.gates import Uncertain
+from ckptsurgeon.api.loading import learned
 from ckptsurgeon.api.opening import Given, Note
 from ckptsurgeon.api.resuming import Asked, averaged_into
 from ckptsurgeon.api.ruling import Own, Ruling
@@ -66,6 +67,7 @@ def transfer(
         from ckptsurgeon.api.matching import matched
 
         ruling = matched([given], goal, ruling, match == "accepted")
+    ruling = learned([given], goal, lambda: model, ruling, auto=auto)
     plan = make_plan(
         [given], goal, ruling.rules, seed=seed or 0, allow_cast=allow_cast, auto=auto, dequantize=dequantize, outside=ruling.outside
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.applying import facts, refuse_idle
+from ckptsurgeon.api.loading import learned
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
 from ckptsurgeon.api.proving import verify_written
 from ckptsurgeon.api.ruling import Rules, gather
@@ -86,8 +87,10 @@ def diff(
     """
     seen = opening.look(source)
     ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
-    goal = opening.open_target(target, note=note).checkpoint
+    aim = opening.open_target(target, note=note)
+    goal = aim.checkpoint
     given = opening.open_source(seen, root=root, target=goal)
+    ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
     found = compare(given, goal, ruling.rules, ruling.outside, auto)
     return replace(found, text=text.diff(found, rules=ruling.rules))
 

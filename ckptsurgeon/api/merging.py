@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ckptsurgeon.api import gates, opening
 from ckptsurgeon.api.applying import facts_of, refuse_idle, refuse_idle_writing
 from ckptsurgeon.api.gates import Uncertain
+from ckptsurgeon.api.loading import learned
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api.provenance import record
 from ckptsurgeon.api.proving import refuse_non_finite, verify_written
@@ -125,6 +126,7 @@ def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> t
         from ckptsurgeon.api.matching import matched
 
         ruling = matched(found, wanted, ruling, choices.match == "accepted")
+    ruling = learned(found, wanted, None if goal is None else goal.any_model, ruling, average=choices.average, auto=choices.auto)
     made = make_plan(
         found,
         wanted,

@@ -49,6 +49,12 @@ class Target:
     build: Callable[[int], nn.Module] | None = None
     build_meta: Callable[[], nn.Module] | None = None
 
+    @property
+    def any_model(self) -> Callable[[], nn.Module] | None:
+        """The cheapest way to a model with the target's modules, whatever its values; None where the target is no model."""
+        build = self.build
+        return self.build_meta or (None if build is None else lambda: build(0))
+
 
 def read(path: str | os.PathLike[str]) -> Archive:
     """The header of the file or folder at `path`, with every root in it."""

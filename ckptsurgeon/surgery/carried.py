@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
-from ckptsurgeon.errors import UnsafeError
+from ckptsurgeon.errors import PlanError, UnsafeError
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.compare import find_refused
 from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.planned import Step
 from ckptsurgeon.surgery.quantised import scales_read
+from ckptsurgeon.surgery.taken import Taken
 from ckptsurgeon.tensors import Checkpoint, Refused, find_overlaps
 
 
@@ -36,6 +37,40 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
             problems=shortened(problems),
             hint="give the model itself, or its skeleton, as the target",
         )
+
+
+def refuse_made(taken: Mapping[int, Taken], steps: Sequence[Step], names: Names) -> None:
+    """Raises PlanError for keys whose value the target's own loading code computes from keys that it has not: no file has that value."""
+    sources = {step.target: step.sources for step in steps}
+    named = {key for rule in (*names.inits, *names.keeps) for key in sources if rule.match(key) is not None}
+    made = {
+        key: (of, by)
+        for one in taken.values()
+        for key, (of, by) in one.made.items()
+        if key not in named and not (sources.get(key) and set(of) == {key})
+    }
+    if made:
+        first = next(name for of, _ in made.values() for name in of)
+        raise PlanError(
+            "the target's own loading code computes values from keys that it has not; they are in no file, so a plan can't have them",
+            problems=shortened(f"{key}: a {by} makes it from {', '.join(of)}" for key, (of, by) in made.items()),
+            hint="load the file by torch once, save model.state_dict(), and take that file; "
+            f"or leave the keys out: --drop {first!r} (one for each)",
+        )
+
+
+def untried(taken: Mapping[int, Taken]) -> list[Finding]:
+    """Warnings for loading code that failed when it was tried on the names of a source."""
+    return [
+        Finding(
+            "loading",
+            f"{path or 'the model itself'}: its own loading code fails, so that what it takes can't be told: {reason}",
+            None,
+            "warning",
+        )
+        for one in taken.values()
+        for path, reason in one.failed.items()
+    ]
 
 
 def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> tuple[Finding, ...]:

@@ -16,6 +16,7 @@ from ckptsurgeon.surgery.origins import Origin, find_origins, kept_out
 from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.quantised import Codes, find
 from ckptsurgeon.surgery.rules import Outside, Rule
+from ckptsurgeon.surgery.taken import Taken, code_of
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused
 
 MOST = 2_000  # missing and extra tensors that are matched for hints
@@ -49,6 +50,15 @@ class Adapted:
     key: str
     sources: tuple[str, ...]
     ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A key that the model's own loading code takes, of a name that the model has not, or a key of the model that it computes from such;
+    and what becomes of it, in words."""
+
+    key: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Diff:
     quantised: tuple[Codes, ...] = ()
     target_quantised: tuple[Codes, ...] = ()
     parted_codes: tuple[str, ...] = ()
+    loaded: tuple[Loaded, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -165,6 +176,18 @@ def compare(
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
         parted_codes=_parted(origins, codes, target),
+        loaded=_loaded(outside.taken.get(0)),
+    )
+
+
+def _loaded(taken: Taken | None) -> tuple[Loaded, ...]:
+    if taken is None:
+        return ()
+    return (
+        *(Loaded(name, f"→ {key}, {code_of(by)}") for name, (key, by) in taken.renamed.items()),
+        *(Loaded(name, f"left out, {code_of(by)}") for name, by in taken.dropped.items()),
+        *(Loaded(key, f"is computed from {', '.join(names)}, {code_of(by)}: a merge can't") for key, (names, by) in taken.made.items()),
+        *(Loaded(path or "the model itself", f"its own loading code fails: {reason}") for path, reason in taken.failed.items()),
     )
 
 

@@ -14,7 +14,7 @@ from ckptsurgeon.surgery.averaging import Weights, averaged, weights_of
 from ckptsurgeon.surgery.items import Claim, Item, SourceKey, shortened
 from ckptsurgeon.surgery.patterns import expand
 from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
-from ckptsurgeon.surgery.repairs import repaired
+from ckptsurgeon.surgery.repairs import repaired, taken
 from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Refused
 
@@ -165,6 +165,7 @@ def name_sources(
         problems += idle.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
     if auto == "safe" and known is not None:
         items = repaired(items, known, mean is not None)
+    items = taken(items, outside.taken, dropped)
     landed = [(place, item.name) for item in items for place in item.places]
     if mean is not None:
         items = averaged(items, sources, mean, problems)

@@ -12,7 +12,7 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.averaging import Weights
-from ckptsurgeon.surgery.carried import findings, refuse_unsafe
+from ckptsurgeon.surgery.carried import findings, refuse_made, refuse_unsafe, untried
 from ckptsurgeon.surgery.fates import fates, loose
 from ckptsurgeon.surgery.freshness import mark_fresh
 from ckptsurgeon.surgery.initial import Initial, check_copies, find_initials
@@ -81,6 +81,7 @@ def make_plan(
     refuse_broken(steps, sources, target, allowed, asked=dequantize)
     dropped = fates(sources, target, names, origins, steps, entries, codes)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
+    refuse_made(outside.taken, steps, names)
     versions = find_versions(sources, target, names, steps)
     whole: Mapping[str, TensorMeta] = target if target is not None else covered
     return Plan(
@@ -97,7 +98,7 @@ def make_plan(
         ties=target.ties if target is not None else (),
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
-        findings=(*findings(sources, target, names, steps), *versions.notes),
+        findings=(*findings(sources, target, names, steps), *versions.notes, *untried(outside.taken)),
         loose=loose(names, target, steps, entries, dropped),
     )
 

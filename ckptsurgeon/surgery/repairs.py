@@ -1,18 +1,19 @@
 """Names that a library gave up for others, in both directions: what `--auto safe` may rename without being told.
 
 A repair can't change what a tensor means, and is made only where a key of the source has no place in the target and the repaired name is
-there and nobody else's.
+there and nobody else's. What the target's own loading code does with such keys is done unasked, since torch does it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
-from ckptsurgeon.surgery.items import Item
+from ckptsurgeon.surgery.items import Item, SourceKey
 from ckptsurgeon.surgery.patterns import Pattern, compile_pattern, expand
 from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.surgery.taken import Taken, code_of
 
 BY = "--auto safe"
 # Each pair stands for one tensor of a module: what it was called, what it is called now.
@@ -65,3 +66,16 @@ def _repaired(item: Item, known: Collection[str], number: int, taken: Collection
         if name is not None and name in known and (number, name) not in taken:
             return item.moved(name, rule)
     return item
+
+
+def taken(items: Sequence[Item], by_source: Mapping[int, Taken], dropped: dict[SourceKey, Rule]) -> list[Item]:
+    """The items as the target's own loading code takes them: under its names, without those that it drops, which are added to `dropped`."""
+    found = []
+    for item in items:
+        of = by_source.get(item.source)
+        if of is not None and not item.entry and item.name in of.dropped:
+            dropped.update(dict.fromkeys(item.places, Rule("drop", file=code_of(of.dropped[item.name]))))
+            continue
+        key, by = of.renamed.get(item.name, ("", "")) if of is not None and not item.entry else ("", "")
+        found.append(item.moved(key, Rule("rename", file=code_of(by))) if key else item)
+    return found

@@ -19,6 +19,7 @@ from ckptsurgeon.surgery.adapters.chain import OwnShape
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import is_own, parse_ops
 from ckptsurgeon.surgery.patterns import Pattern, check_template, compile_pattern
+from ckptsurgeon.surgery.taken import Taken
 
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
@@ -50,11 +51,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Outside:
-    """What rules name that lies outside of them, brought before they are compiled: token lists by path, and the shape functions of a
-    person's own adapters by name."""
+    """What lies outside of the rules and bears on names, brought before they are compiled: token lists by path, the shape functions of a
+    person's own adapters by name, and, by the source's number, what the target's own loading code does with names that it has not."""
 
     labels: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     shapes: Mapping[str, OwnShape] = field(default_factory=dict)
+    taken: Mapping[int, Taken] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.formats.unpickled import written_out
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.items import shortened
+from ckptsurgeon.surgery.items import several, shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.planned import Step
 from ckptsurgeon.surgery.prefixes import Prefix, unwrap
@@ -52,9 +52,10 @@ def _of_model(sources: Sequence[Checkpoint], target: Checkpoint, names: Names, s
     changing = {path: loader for path, loader in target.loaders.items() if loader.changes}
     if not changing:
         return Versions(own)
-    placed = _placed(sources, names, steps)
+    placed = _placed(sources, names, _links(steps))
     mixed = {step.target for step in steps if not step.sources or step.filled}
-    recorded, given, loaded, problems, notes = dict(own), {}, [], [], []
+    recorded, given, loaded, problems = dict(own), {}, [], []
+    told: dict[str, list[str]] = {}
     for path, loader in changing.items():
         found = placed.get(unwrap(path, HIDDEN) if path else "", {})
         mine = own.get(path, {})
@@ -72,19 +73,24 @@ def _of_model(sources: Sequence[Checkpoint], target: Checkpoint, names: Names, s
             recorded[path] = given[path]
         else:
             recorded.pop(path, None)
-        kept = "the output has what that leaves" if path in loaded else "the output keeps the values, and their version"
-        words = f"{_shown(path)}, a {loader.name}, is at {_number(mine)}, and its values have {_number(given[path])}"
-        notes.append(Finding("version", f"{words}: its own loading code converts them; {kept}", None, "note"))
+        kept = "the output has what that leaves" if path in loaded else "the output keeps both"
+        words = f"{loader.name} loads in its own way, at {_number(mine)}, and the values have {_number(given[path])}; {kept}"
+        told.setdefault(words, []).append(_shown(path))
     if problems:
         raise _several(problems, f"merge each source with the model alone first: ckptsurgeon merge A {target.path} -o A.pt")
-    return Versions(recorded, given, tuple(loaded), tuple(notes))
+    return Versions(
+        recorded,
+        given,
+        tuple(loaded),
+        tuple(Finding("version", f"{several(paths)}: {words}", None, "note") for words, paths in told.items()),
+    )
 
 
 def _of_unknown(
     sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]
 ) -> dict[str, Local]:
     """For a file or a skeleton, of whose modules' code nothing is known."""
-    placed = _placed(sources, names, steps)
+    placed = _placed(sources, names, _links(steps))
     mixed = {head for step in steps if not step.sources or step.filled for head in _heads(step.target)}
     norms = _norms(target)
     recorded, problems = {}, []
@@ -116,7 +122,7 @@ def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names:
             if place is not None:
                 recorded[place] = plain(local)
     several = len([source for source in sources if source.module_metadata]) > 1
-    placed = _placed(sources, names, steps)
+    placed = _placed(sources, names, _links(steps))
     norms = _norms({step.target: None for step in steps}) if several else frozenset()
     problems = []
     for place, found in placed.items():
@@ -168,8 +174,23 @@ def _norms(keys: Iterable[str]) -> frozenset[str]:
     return frozenset(head for head in heads if all((f"{head}." if head else "") + name in have for name in NORM))
 
 
-def _placed(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) -> dict[str, dict[int, Local | None]]:
-    """For each module of the target, by the path that its keys have, what each source that gives it a value recorded (None: nothing)."""
+def stated(number: int, sources: Sequence[Checkpoint], names: Names, paths: Iterable[str]) -> dict[str, Local]:
+    """What a source recorded for the target's modules at these paths, by all names that its keys have, those of no target key included."""
+    links = [(name, number, key) for (other, key), given in names.names_of.items() if other == number for name in given]
+    placed = _placed(sources, names, links)
+    found = {path: placed.get(unwrap(path, HIDDEN) if path else "", {}).get(number) for path in paths}
+    return {path: local for path, local in found.items() if local is not None}
+
+
+def _links(steps: Iterable[Step]) -> list[tuple[str, int, str]]:
+    return [(step.target, number, key) for step in steps for number, key in step.sources]
+
+
+def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[str, int, str]]) -> dict[str, dict[int, Local | None]]:
+    """For each module of the target, by the path that its keys have, what each source that gives it a value recorded (None: nothing).
+
+    `links` are keys of the target, each with a source's number and key.
+    """
     by_path = [
         {unwrap(path, HIDDEN) if path else "": plain(local) for path, local in written_out(source.module_metadata).items()}
         for source in sources
@@ -180,9 +201,7 @@ def _placed(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) 
         return tuple(_pairs(target, source, names.prefixes[number]).items())
 
     found: dict[str, dict[int, Local | None]] = {}
-    for number, target, source in dict.fromkeys(
-        (number, step.target.rpartition(".")[0], key.rpartition(".")[0]) for step in steps for number, key in step.sources
-    ):
+    for number, target, source in dict.fromkeys((number, key.rpartition(".")[0], given.rpartition(".")[0]) for key, number, given in links):
         matched = pairs(number, unwrap(target, HIDDEN) if target else "", unwrap(source, HIDDEN) if source else "")
         for path, place in matched:
             local = by_path[number].get(place)

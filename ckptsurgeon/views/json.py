@@ -77,6 +77,7 @@ def diff(found: Diff) -> dict[str, Any]:
         "root": found.root,
         "coverage": _coverage(found.coverage),
         "dropped": list(found.dropped),
+        "loaded": [{"key": row.key, "message": row.words} for row in found.loaded],
         "refused": dict(found.refused or {}),
         "adapted": [{"key": row.key, "sources": list(row.sources), "ops": [dict(op) for op in row.ops]} for row in found.adapted],
         "offers": [

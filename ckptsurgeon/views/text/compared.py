@@ -38,6 +38,9 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
     lines += keys(found.extra, width, most)
     if found.dropped:
         lines += [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most)]
+    if found.loaded:
+        lines.append(heading("loaded", len(found.loaded), "by the model's own loading code, under names that it takes"))
+        lines += folded([(row.key, (row.words,)) for row in found.loaded], width, most)
     if found.dtype_changed:
         lines.append(heading("other dtype", len(found.dtype_changed), "matched; cast when merged"))
         lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most)
