@@ -20,7 +20,7 @@ from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, ou
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Training, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
-from ckptsurgeon.streaming.atomic import check_free
+from ckptsurgeon.streaming.atomic import check_free, named
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.surgery import planfile
 from ckptsurgeon.surgery.averaging import Weights
@@ -322,7 +322,9 @@ def _carry_out(
 
     def prove(path: str) -> None:
         if how.proof and goal is not None and goal.build is not None:
-            verification.append(verify_written(path, goal, device or "cpu", finite=finite, seed=made.seed, shown=how.path))
+            seen = verify_written(path, goal, device or "cpu", finite=finite, seed=made.seed, shown=how.path)
+            findings = tuple(replace(row, message=named(row.message, path, how.path)) for row in seen.findings)
+            verification.append(replace(seen, findings=findings))
         if finite and (not verification or around is not None):  # the model has shown the weights alone
             refuse_non_finite(path, how.path)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ckptsurgeon.api.opening import Note
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import json_text
 from ckptsurgeon.formats.files import open_regular
-from ckptsurgeon.streaming.atomic import new_file
+from ckptsurgeon.streaming.atomic import lost, new_file
 from ckptsurgeon.streaming.copying import write_at
 
 
@@ -32,21 +33,23 @@ def name_list(path: str) -> tuple[str, ...]:
         raise FormatError("is no text", path=path, hint="give a file with one name a line") from error
 
 
-def write_json(path: str, value: dict[str, Any], overwrite: bool) -> None:
-    """Write a JSON value, indented, with a newline at its end.
+def write_json(path: str, value: dict[str, Any], overwrite: bool, note: Note) -> None:
+    """Write a JSON value, indented, with a newline at its end; `note` is told what the file that is replaced had and this one can't have.
 
     Raises:
         OutputError: the path is taken, can't be written, or holds what is no text: somebody's checkpoint is not replaced by a plan of it.
     """
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=True) + "\n", overwrite, "JSON")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=True) + "\n", overwrite, note, "JSON")
 
 
-def write_text(path: str, value: str, overwrite: bool, kind: str = "text") -> None:
-    """Write a text as it is; `write_json` says what is raised."""
+def write_text(path: str, value: str, overwrite: bool, note: Note, kind: str = "text") -> None:
+    """Write a text as it is; `write_json` says the rest."""
     if overwrite and not _is_text(path):
         raise OutputError(f"is no text, and would be replaced by {kind}", path=path, hint="choose another path, or remove it first")
     with new_file(path, overwrite) as temporary:
         write_at(temporary.fd, value.encode(), 0)
+    for finding in lost(temporary):
+        note(finding.message)
 
 
 def _is_text(path: str) -> bool:

@@ -71,7 +71,7 @@ def command(
     refusal = found.refusal(min_coverage)
     differs = found.forward is not None and not found.forward.same
     if output is not None and refusal is None and not differs:
-        write_text(output, found.toml, overwrite)
+        write_text(output, found.toml, overwrite, note)
         note(f"wrote {output}: {len(found.rules)} rules")
     show.answer(
         lambda: text.matching(found, show.verbose, show.width, output if refusal is None and not differs else None),

@@ -46,7 +46,7 @@ def command(
     note = show.note()
     made = api.plan(sources, target, rules=rules, average=mean(average, weights), note=note, **choices)
     if output is not None:
-        write_json(output, planfile.to_json(made), overwrite)
+        write_json(output, planfile.to_json(made), overwrite, note)
         note(f"wrote {output}; follow it with: ckptsurgeon apply {output} -o OUT")
     show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
     return 0

@@ -22,6 +22,6 @@ def command(target: str, output: str, overwrite: bool, show: Show) -> int:
     """Write a target's names and shapes as JSON, so that a gate can hold files against it without torch."""
     found = api.skeleton(target, note=show.note())
     value = skeleton.to_json(found)
-    write_json(output, value, overwrite)
+    write_json(output, value, overwrite, show.note())
     show.answer(lambda: text.skeleton(found, output), lambda: value)
     return 0

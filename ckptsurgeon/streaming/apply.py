@@ -20,7 +20,7 @@ from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, dequantized, is_average
-from ckptsurgeon.streaming.atomic import Temporary, new_file, syncing
+from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without
 from ckptsurgeon.streaming.kernels.table import OwnKernel
 from ckptsurgeon.streaming.pieces import Pieces, pieces_of
@@ -231,7 +231,7 @@ def apply(
                 if verify is not None:
                     verify(temporary.path)
             reader.check_unchanged()  # the proof has read the sources again
-    found = (*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ()))
+    found = (*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ()), *lost(temporary))
     return Written(layout.size, reported(run.casts), found, len(own))
 
 

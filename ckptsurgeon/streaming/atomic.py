@@ -1,6 +1,7 @@
 """An output file that is whole or not there: written beside its place under a recognisable name, synced, and only then named.
 
-Nothing here knows what is written. Temporary files that a killed run left are taken away by the next run over the same output.
+Nothing here knows what is written. Temporary files that a killed run left are taken away by the next run over the same output. Errors
+speak of the output, never of the temporary file.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 
-from ckptsurgeon.errors import OutputError
+from ckptsurgeon.errors import CheckpointError, OutputError
+from ckptsurgeon.report import Finding
+from ckptsurgeon.streaming.file_attributes import hand_over
 from ckptsurgeon.streaming.undisturbed import undisturbed
 
 _MARK = ".ckptsurgeon-"
@@ -36,10 +40,12 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Temporary:
-    """The open temporary file; `path` is good for readers until it takes its name."""
+    """The open temporary file; `path` is good for readers until it takes its name. After that `lost` says what could not be kept of what
+    the file that was replaced had beside its bytes."""
 
     path: str
     fd: int
+    lost: list[str] = field(default_factory=list)
 
 
 def output_error(path: str, error: OSError) -> OutputError:
@@ -55,7 +61,7 @@ def check_free(path: str, overwrite: bool) -> str:
     """
     real = os.path.realpath(path)
     folder, name = os.path.split(real)
-    _sweep(folder, _head(name))
+    _sweep(folder, _head(name), real)
     try:
         status = os.stat(real)
     except FileNotFoundError:
@@ -84,7 +90,11 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
     tried: list[str] = []  # noted before they are made: an interrupt can come in between
     try:
         temporary = _create(os.path.join(folder, _head(name)), _mode(real), tried)
-        yield temporary
+        try:
+            yield temporary
+        except CheckpointError as error:
+            reword(error, temporary.path, path)
+            raise
         os.fsync(temporary.fd)
         with undisturbed():
             _take_name(temporary, real, path, overwrite)
@@ -100,24 +110,45 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
                     os.close(temporary.fd)
 
 
+def lost(temporary: Temporary) -> list[Finding]:
+    """A warning, where the file that was replaced had something beside its bytes that the new one could not get."""
+    words = f"the file that was replaced had what could not be kept: {', '.join(temporary.lost)}"
+    return [Finding("attributes", words, level="warning")] if temporary.lost else []
+
+
+def named(text: str, temporary: str, path: str) -> str:
+    """A text that speaks of the output, where it spoke of the temporary file."""
+    return text.replace(temporary, path).replace(os.path.basename(temporary), os.path.basename(path))
+
+
+def reword(error: CheckpointError, temporary: str, path: str) -> None:
+    """Let an error speak of the output, where it spoke of the temporary file."""
+    for name in ("reason", "path", "key", "hint"):
+        value = getattr(error, name)
+        setattr(error, name, value and named(value, temporary, path))
+    error.problems = tuple(named(problem, temporary, path) for problem in error.problems)
+    error.args = (error.message,)
+
+
 def _head(name: str) -> str:
     return f".{name[:_HEAD]}{_MARK}"
 
 
 def _mode(real: str) -> int:
-    """Permissions to write with: nobody sees more of the new file, meanwhile, than of the one that it replaces."""
-    try:
-        return stat.S_IMODE(os.stat(real).st_mode) & 0o666 | stat.S_IRUSR | stat.S_IWUSR
-    except FileNotFoundError:
-        return 0o666
+    """Permissions to write with: nobody but us sees, meanwhile, a file that replaces another, which may be less open than its mode says."""
+    return 0o600 if os.path.exists(real) else 0o666
 
 
 def _create(start: str, mode: int, tried: list[str]) -> Temporary:
     """A new file under a name of its own, locked for as long as somebody writes to it."""
     while True:
-        path = f"{start}{secrets.token_hex(6)}.tmp"
+        path = _name(start, secrets.token_hex(4))
         tried.append(path)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except FileExistsError:
+            tried.remove(path)
+            continue
         try:
             _lock(fd)
             if os.path.exists(path):
@@ -126,6 +157,12 @@ def _create(start: str, mode: int, tried: list[str]) -> Temporary:
             os.close(fd)
             raise
         os.close(fd)  # another run swept it away in the moment before it was locked
+
+
+def _name(start: str, chance: str) -> str:
+    """A temporary file's path: its last digits are made of the others, so that a name of ours can be told from one that looks like it."""
+    check = sha256(os.fsencode(os.path.basename(start)) + chance.encode()).hexdigest()[:4]
+    return f"{start}{chance}{check}.tmp"
 
 
 def _lock(fd: int) -> None:
@@ -139,7 +176,7 @@ def _lock(fd: int) -> None:
 def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> None:
     if overwrite:
         with suppress(FileNotFoundError):
-            _permit(temporary.fd, os.stat(real))
+            temporary.lost.extend(hand_over(temporary.fd, real))
         os.replace(temporary.path, real)
     else:
         try:
@@ -160,20 +197,6 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> N
         raise OutputError(reason, path=path, hint="check the disk") from error
 
 
-def _permit(fd: int, old: os.stat_result) -> None:
-    """Give a file the permissions of the one that it replaces, and its owner and group where we may."""
-    mode, new = stat.S_IMODE(old.st_mode), os.fstat(fd)
-    if old.st_uid != new.st_uid:
-        with suppress(OSError):
-            os.fchown(fd, old.st_uid, -1)
-    if old.st_gid != new.st_gid:
-        try:
-            os.fchown(fd, -1, old.st_gid)
-        except OSError:
-            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # it was another group's to read
-    os.fchmod(fd, mode)
-
-
 def _taken(path: str) -> OutputError:
     return OutputError("exists already", path=path, hint="add --overwrite to replace it, or choose another path")
 
@@ -190,16 +213,30 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def _sweep(folder: str, head: str) -> None:
+def _sweep(folder: str, head: str, output: str = "") -> None:
     """Take away what a killed run over the same output left: its lock is gone with it."""
-    for stale in glob.glob(os.path.join(glob.escape(folder), f"{glob.escape(head)}*.tmp")):
+    start = os.path.join(folder, head)
+    for stale in glob.glob(f"{glob.escape(start)}*.tmp"):
+        if stale != _name(start, stale[len(start) : len(start) + 8]):
+            continue  # somebody else's
         with suppress(OSError):
-            fd = os.open(stale, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(stale, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(stale)
+                if _own(os.fstat(fd), output):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(stale)
             finally:
                 os.close(fd)
+
+
+def _own(found: os.stat_result, output: str) -> bool:
+    """Whether a file under a name of ours is one that we left: regular, this user's, and of no other name but that of the output."""
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    try:
+        return found.st_nlink == 1 or (found.st_nlink == 2 and os.path.samestat(found, os.stat(output)))
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
     if problems:
         raise VerificationError(
             "what was written is not what was planned; nothing was kept",
+            path=path,
             problems=tuple(problems),
             hint="run it again; if it stays so, check the disk and report it",
         )
