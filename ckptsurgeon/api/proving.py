@@ -9,7 +9,7 @@ from typing import Any
 from ckptsurgeon import formats
 from ckptsurgeon.api import opening
 from ckptsurgeon.api.opening import Target
-from ckptsurgeon.errors import FormatError, VerificationError
+from ckptsurgeon.errors import FormatError, PlanError, VerificationError
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming import checksums
 from ckptsurgeon.streaming.reading import Reader
@@ -88,6 +88,8 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     """Every tensor with a NaN or an infinite value, streamed through torch, or with data that is damaged."""
     from ckptsurgeon.streaming.values import count_non_finite
 
+    if checkpoint.format == "skeleton":
+        raise PlanError("is a skeleton and has no values that could be NaN", path=checkpoint.path, hint="leave out --finite")
     findings = []
     with Reader([checkpoint]) as reader:
         for key, tensor in checkpoint.items():

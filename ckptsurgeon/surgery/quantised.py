@@ -83,6 +83,11 @@ class Codes:
         """What it is, as a sentence goes on after its key."""
         return f"is {self.scheme} ({', '.join(self.scales)}), no values by themselves"
 
+    @property
+    def of_target(self) -> str:
+        """The same of a target's."""
+        return f"is {self.scheme} in the target ({', '.join(self.scales)})"
+
 
 def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     """Every quantised weight among tensors, by its key.
@@ -151,17 +156,19 @@ def refuse_broken(
     if not told:
         return
     first, alone = next(iter(told)), len(told) == 1
-    readable = not asked and all(op for key, _, op in problems if key in told)
     words = f"if the codes are meant as they are, allow it by name: --allow-cast {first!r}"
+    ways = {way for key, _, way in problems if key in told} - ({_DEQUANTIZE} if asked else set())
     raise CastError(
         told[first] if alone else "quantised weights, whose numbers are codes and no values",
         key=first if alone else None,
         problems=() if alone else shortened(f"{key}: {words}" for key, words in told.items()),
-        hint=f"make values of them: --dequantize; {words}" if readable else words,
+        hint=f"{ways.pop()}; {words}" if len(ways) == 1 and "" not in ways else words,
     )
 
 
-Problem = tuple[str, str, bool]  # a key of the output, what is wrong, and whether dequantizing is a way out
+Problem = tuple[str, str, str]  # a key of the output, what is wrong, and a way out, if there is one
+_DEQUANTIZE = "make values of them: --dequantize"
+_OF_TARGET = "take a target that is not quantised, and quantise what comes of it"
 
 
 def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool) -> Iterator[Problem]:
@@ -177,19 +184,20 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
             if codes is None or _dequantized(step, (number, key), codes):
                 continue
             what = f"{'' if key == step.target else f'{key} '}{codes.words}"
+            way = "" if codes.op is None else _DEQUANTIZE
             needed = (*codes.scales, *(() if codes.op else codes.beside))
             if asked and codes.op is None:
-                yield step.target, f"{what}, and how to make values of them is not known here", False
+                yield step.target, f"{what}, and how to make values of them is not known here", ""
             elif step.adapters:
-                yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", codes.op is not None
+                yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", way
             elif step.cast is not None:
-                yield step.target, f"{what}, and would be cast to {step.cast}", codes.op is not None
+                yield step.target, f"{what}, and would be cast to {step.cast}", way
             elif lost := [name for name in needed if (number, name) not in plain]:
-                yield step.target, f"{what}, and {', '.join(lost)} would not go with it", codes.op is not None
+                yield step.target, f"{what}, and {', '.join(lost)} would not go with it", way
             else:
                 found = made[step.target].scales if step.target in made else ()
                 if [by_key[name].sources for name in found] != [((number, name),) for name in codes.scales]:
-                    yield step.target, f"{what}, and would not have these beside it under its new name", codes.op is not None
+                    yield step.target, f"{what}, and would not have these beside it under its new name", way
 
 
 def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
@@ -212,11 +220,11 @@ def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequen
         first, *scales = [by_key[name] for name in (key, *codes.scales) if name in by_key]
         if all(not row.sources and row.action == first.action for row in (first, *scales)):  # all kept, or all the model's own
             if first.cast is not None:
-                yield key, f"{codes.words} in the target, and would be cast to {first.cast}", False
+                yield key, f"{codes.of_target}, and would be cast to {first.cast}", _OF_TARGET
             continue
         number, given = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
         whole = by_source[number].get(given)
         wanted_scales = [] if whole is None else [((number, name),) for name in whole.scales]
         same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == wanted_scales
         if not same or any(row.adapters for row in scales):
-            yield key, f"{codes.words} in the target, and its codes and scales would not come from one place", False
+            yield key, f"{codes.of_target}, and would not get codes and scales from one place", _OF_TARGET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,18 @@ def test_finite_is_held_whatever_the_target(dtype: torch.dtype, suffix: str, bad
             more: dict[str, Any] = {"skeleton": {"init": {"w": "zeros"}}}.get(name, {})
             cs.merge(tmp_path / "in.pt", target, tmp_path / f"{name}{suffix}", finite=True, verify=verify, drop=["w"], **more)
             (tmp_path / f"{name}{suffix}").unlink()
+
+
+def test_finite_of_what_has_no_values_is_told(tmp_path: Path) -> None:
+    from ckptsurgeon.formats import skeleton
+
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    (tmp_path / "net.json").write_text(json.dumps(skeleton.to_json(cs.skeleton(tmp_path / "a.pt"))))
+    (found,) = cs.check(tmp_path / "net.json", finite=True).files[0].findings
+    assert (found.code, found.level) == ("CK401", "note")
+    assert cs.verify(tmp_path / "net.json", tmp_path / "a.pt").ok
+    with pytest.raises(CheckpointError, match="no values"):
+        cs.verify(tmp_path / "net.json", tmp_path / "a.pt", finite=True)
 
 
 def test_finite_looks_at_the_file_on_meta_and_at_an_optimizers_state(tmp_path: Path) -> None:

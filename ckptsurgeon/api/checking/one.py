@@ -161,6 +161,8 @@ def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
             alive()
             yield part
 
+    if checkpoint.format == "skeleton":
+        yield Finding("CK401", "is a skeleton, and has no values that could be looked at", level="note")
     with Reader([checkpoint]) as reader:
         for key, tensor in checkpoint.items():
             if tensor.span is not None and (count := count_non_finite(watched(reader.parts(tensor)), tensor.dtype)):
