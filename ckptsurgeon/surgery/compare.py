@@ -13,8 +13,9 @@ from ckptsurgeon.surgery.matching.matcher import match
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
 from ckptsurgeon.surgery.origins import Origin, find_origins, kept_out
-from ckptsurgeon.surgery.prefixes import Prefix
+from ckptsurgeon.surgery.prefixes import WRAPPERS, Prefix, unwrap
 from ckptsurgeon.surgery.quantised import Codes, find
+from ckptsurgeon.surgery.rivals import Way, ways_to_exchange
 from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.surgery.taken import Taken, code_of
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused
@@ -86,7 +87,8 @@ class Diff:
     matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors
     (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors. `likely` is what missing keys probably are, as matching
     the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and
-    `parted_codes` those keys of them that a merge would cast or part from their scales.
+    `parted_codes` those keys of them that a merge would cast or part from their scales. `rivals` are prefixes between which nothing decides, so that none is applied;
+    `exchanges` are renames of one prefix to another that would explain most of what is left, the best first, and its rivals.
     """
 
     source: str
@@ -109,6 +111,8 @@ class Diff:
     target_quantised: tuple[Codes, ...] = ()
     parted_codes: tuple[str, ...] = ()
     loaded: tuple[Loaded, ...] = ()
+    rivals: tuple[Way, ...] = ()
+    exchanges: tuple[Way, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -142,8 +146,12 @@ def compare(
     used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
     left = [key for key in extra if key in source]
-    likely = _likely(missing, left, source, target)
-    hints = _hints(missing, left, source, target, names.prefixes[0], likely)
+    exchanges = ways_to_exchange({key: source[key] for key in left}, {key: target[key] for key in missing})
+    led = exchanges[0].mapping if exchanges else {}
+    open_keys = [key for key in missing if key not in led.values()]
+    over = [key for key in left if unwrap(key, WRAPPERS) not in led]
+    likely = _likely(open_keys, over, source, target)
+    hints = _hints(open_keys, over, source, target, names.prefixes[0], likely)
     return Diff(
         source=source.path,
         target=target.path,
@@ -176,6 +184,8 @@ def compare(
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
         parted_codes=_parted(origins, codes, target),
+        rivals=names.rivals[0],
+        exchanges=exchanges,
         loaded=_loaded(outside.taken.get(0)),
     )
 

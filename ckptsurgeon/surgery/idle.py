@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
-from ckptsurgeon.surgery.generalising.cover import drop_words
+from ckptsurgeon.surgery.generalising.cover import dropping
 from ckptsurgeon.surgery.items import SHOWN, Item
 from ckptsurgeon.surgery.prefixes import Prefix
 from ckptsurgeon.surgery.rules import CompiledRule, Rule, close_names
@@ -115,4 +116,4 @@ def _way_out(names: set[str], others: set[str], number: str, path: str | None) -
     """What leaves out these names of a source: rules, or, where one of several files has no others, the file itself."""
     if not others and path is not None:
         return f"give one of the two files only: {path} has nothing else"
-    return f"drop one of the two: {drop_words(names, others, number)}"
+    return f"drop one of the two: {shlex.join(word for rule in dropping(names, others, number)[:SHOWN] for word in rule.options)}"

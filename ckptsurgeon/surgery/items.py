@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckptsurgeon.surgery.adapters.chain import Asked
+from ckptsurgeon.surgery.prefixes import WRAPPERS, unwrap
 from ckptsurgeon.surgery.rules import Rule
 
 SourceKey = tuple[int, str]  # which source, and its key as it stands under the root
@@ -49,9 +50,12 @@ class Item:
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """The names by which a pattern may match: what patterns see, then, before any rule, the key as it stands in the file."""
+        """The names by which a pattern may match: what patterns see, then, before any rule, the key as it stands in the file, and the key
+        without the segments of wrappers."""
+        if self.rules or len(self.places) > 1:
+            return (self.seen,)
         raw = self.places[0][1]
-        return (self.seen,) if self.rules or raw == self.seen or len(self.places) > 1 else (self.seen, raw)
+        return tuple(dict.fromkeys((self.seen, raw, unwrap(raw, WRAPPERS))))
 
     @property
     def words(self) -> str:

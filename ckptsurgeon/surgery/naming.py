@@ -6,20 +6,22 @@ The one place where rules meet the sources' keys; `compare` and `plan` both buil
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery import idle, linking
 from ckptsurgeon.surgery.averaging import Weights, averaged, weights_of
 from ckptsurgeon.surgery.items import Claim, Item, SourceKey, shortened
 from ckptsurgeon.surgery.patterns import expand
-from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
+from ckptsurgeon.surgery.prefixes import WRAPPERS, Change, Choice, Prefix, find_change, rename_all, unwrap
 from ckptsurgeon.surgery.repairs import repaired, taken
+from ckptsurgeon.surgery.rivals import Way, ways_to_choose
 from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 __all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
 NOTHING = Outside()
+NONE = Choice(Change(Prefix(), {}))
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Names:
         names_of: the names that a source key went to, also those that the target has not.
         dropped: the rule that drops a key; `spared` are the names that dropped keys would have landed on.
         inits, keeps, adapts: the rules that are held against the target's names.
+        rivals: by source, the prefixes between which nothing decides, with the rules that choose each; none of them is applied.
     """
 
     prefixes: tuple[Prefix, ...]
@@ -45,6 +48,7 @@ class Names:
     keeps: tuple[CompiledRule, ...]
     adapts: tuple[CompiledRule, ...]
     outside: Outside = NOTHING
+    rivals: tuple[tuple[Way, ...], ...] = ()
 
 
 @dataclass
@@ -140,7 +144,8 @@ def name_sources(
     mean = None if average in (None, False) else weights_of(average, sources)
     measure = sources[0] if mean is not None and target is None else target
     active = [rule for rule in compiled if not rule.of_target]
-    prefixes = tuple(_prefix(source, number, measure, active) if measure is not None else Prefix() for number, source in enumerate(sources))
+    choices = [_choice(source, number, measure, active) if measure is not None else NONE for number, source in enumerate(sources)]
+    prefixes = tuple(choice.applied.prefix for choice in choices)
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
     for rule in compiled:
         if rule.of_target:
@@ -179,19 +184,25 @@ def name_sources(
         if crossed:
             hint = next(iter(crossed.values()))
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
-    return _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
+    numbers = range(len(sources)) if len(sources) > 1 else (None,)
+    rivals = tuple(ways_to_choose(choice, source, number) for choice, source, number in zip(choices, sources, numbers, strict=True))
+    return replace(_names(items, landed, prefixes, dropped, spared, compiled, sources, outside), rivals=rivals)
 
 
-def _prefix(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Prefix:
-    """The prefix between a source and what measures it. A wrapper's is stripped whatever the rules say; another one must not come from the
-    few keys that chance makes equal while rules name the rest as they stand in the file."""
-    found = find_prefix(source, measure)
-    if not rules or found.of_wrappers:
+def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
+    """The prefix between a source and what measures it, and its rivals. A wrapper's is stripped whatever the rules say; another one must
+    not come from the few keys that chance makes equal while rules name the rest as they stand in the file."""
+    found = find_change(source, measure)
+    applied = found.applied.prefix
+    if not rules or (applied and applied.of_wrappers and not found.rivals):
         return found
+    bare = {key: unwrap(key, WRAPPERS) for key in source}
     for rule in rules:
-        rule.learn(source)
-    unnamed = {key: tensor for key, tensor in source.items() if not any(rule.match(key, number) for rule in rules)}
-    return found if len(unnamed) == len(source) else find_prefix(unnamed, measure)
+        rule.learn({*bare, *bare.values()})
+    unnamed = {
+        key: source[key] for key, name in bare.items() if not any(rule.match(key, number) or rule.match(name, number) for rule in rules)
+    }
+    return found if len(unnamed) == len(source) else find_change(unnamed, measure)
 
 
 def _names(

@@ -5,6 +5,7 @@ Pure: no file is opened, no torch imported, nothing printed. What is decided her
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ def make_plan(
     for pattern in allowed:
         compile_pattern(pattern)
     names = name_sources(sources, target, rules, outside, average=average, auto=auto)
+    _refuse_rivals(sources, names)
     refuse_unsafe(sources, target, names)
     if target is None and (names.inits or names.keeps):
         rule = (*names.inits, *names.keeps)[0].rule
@@ -135,6 +137,20 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int, auto: str | No
     for source in sources:
         if source.format == "skeleton":
             raise PlanError("is a skeleton and has no values behind its names", path=source.path)
+
+
+def _refuse_rivals(sources: Sequence[Checkpoint], names: Names) -> None:
+    """Raises PlanError where nothing decides between two prefixes of a source."""
+    for source, ways in zip(sources, names.rivals, strict=True):
+        if ways:
+            raise PlanError(
+                f"its names fit the target's in {len(ways)} ways, and none is chosen unasked"
+                if len(ways) > 1
+                else "its names fit the target's by a prefix under which two keys would be one",
+                path=source.path,
+                problems=tuple(map(str, ways)),
+                hint=f"choose one: {shlex.join(ways[0].options)}",
+            )
 
 
 def _refuse_unused(

@@ -1,7 +1,9 @@
-"""Finds the wrapper prefix that stands between a source's names and a target's.
+"""Finds the prefix that stands between a source's names and a target's.
 
-Rule: the change of names that makes most keys equal in name and shape; a tie between two different mappings means none, and one under
-which two keys would collide is never taken. Names and shapes only.
+Rule: the segments of wrappers are stripped where that makes more keys equal in name and shape. Any other prefix is stripped or added only
+where it makes at least half of the smaller side's keys equal and no other change (none included) that maps them otherwise makes 0.9 as many
+equal: such rivals are told, and none of them is applied. One under which two keys would collide is never applied, nor is one of an
+optimizer's, and one prefix is never exchanged for another, only offered. Names and shapes only.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 
-from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.surgery.heads import Tensors, equal_keys, one_head, two_heads
+from ckptsurgeon.surgery.training_places import of_optimizer
 
 # Segments that wrappers (DataParallel, torch.compile, FSDP, activation checkpointing) put into a key, at its head or within.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-_MOST = 6  # heads to weigh; the most frequent first
-_DEPTH = 6  # segments that a head has at most
+NEAR = 0.9  # of what the best change explains: whatever explains as much is its rival
+_HALF = 0.5  # of the smaller side's keys, that a prefix must explain
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Prefix:
 
     @property
     def of_wrappers(self) -> bool:
-        """Whether nothing but wrappers' segments is taken off."""
-        return not self.added and set(self.stripped.split(".")[:-1]) <= WRAPPERS
+        """Whether nothing but wrappers' segments is taken off or put in."""
+        return {*self.stripped.split(".")[:-1], *self.added.split(".")[:-1]} <= WRAPPERS
 
     def bare(self, key: str) -> str:
         """`key` without wrappers and without the stripped prefix: what patterns see."""
@@ -98,108 +100,117 @@ def _unique(names: Mapping[str, str]) -> dict[str, str]:
     return {name: key for key, name in names.items() if counts[name] == 1}
 
 
-def find_prefix(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Prefix:
-    """The prefix between the names of two checkpoints, or an empty one.
+@dataclass(frozen=True)
+class Change:
+    """A change of names: which source keys it makes equal to which target keys in name and shape, and whether two keys collide on one."""
 
+    prefix: Prefix
+    mapping: Mapping[str, str]
+    collides: bool = False
+
+    def within(self, other: Change) -> bool:
+        """Whether the other maps all that this one maps, and in the same way."""
+        return self.mapping.items() <= other.mapping.items()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The change that is applied, and, where several explain about as much and map keys otherwise, those, the best first."""
+
+    applied: Change
+    rivals: tuple[Change, ...] = ()
+
+    @property
+    def best(self) -> Change:
+        """The change that explains most, applied or not."""
+        return self.rivals[0] if self.rivals else self.applied
+
+
+def find_prefix(source: Tensors, target: Tensors) -> Prefix:
+    """The prefix between the names of two checkpoints that is applied, or an empty one.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
     >>> meta = lambda name: TensorMeta(name, "F32", (2,), (1,))
     >>> str(find_prefix({"module.w": meta("module.w")}, {"w": meta("w")}))
     'prefix module. stripped'
     """
+    return find_change(source, target).applied.prefix
+
+
+def find_change(source: Tensors, target: Tensors) -> Choice:
+    """The change of names between two checkpoints that is applied unasked, and its rivals."""
     most = min(len(source), len(target))
-    best = len(_equal(source, target))
-    winners: list[tuple[Prefix, dict[str, str]]] = []
-    for family in _families(source, target):
-        if best == most:
-            break  # a simpler change makes all equal, or none is needed
-        for score, rows in groupby(sorted(family, key=lambda row: -row[0]), key=lambda row: row[0]):
-            if score < best or (score == best and not winners):
-                break
-            allowed = [(prefix, mapping) for _, prefix in rows if (mapping := _mapping(source, target, prefix)) is not None]
-            if allowed:
-                winners = [*winners, *allowed] if score == best else allowed
-                best = score
-                break
-    return winners[0][0] if winners and all(mapping == winners[0][1] for _, mapping in winners) else Prefix()
+    base = Change(Prefix(), {key: key for key in equal_keys(source, target)})
+    if len(base.mapping) == most:
+        return Choice(base)
+    rows = sorted(_candidates(source, target), key=lambda row: -row[0])
+    others = [row for row in rows if not row[1].of_wrappers]
+    for score, prefix in rows:
+        if not prefix.of_wrappers or score <= len(base.mapping):
+            continue
+        change = _change(source, target, prefix)
+        if not change.collides:
+            base = change
+            break
+        others.append((score, prefix))
+    near: list[Change] = []
+    best = max(len(base.mapping) + 1, _HALF * most)  # what must be explained at least
+    for score, prefix in sorted(others, key=lambda row: -row[0]):
+        if score < (NEAR * best if near else best):
+            break
+        change = _change(source, target, prefix)
+        if len(change.mapping) >= (NEAR * best if near else best) and not any(change.within(one) for one in near):
+            near = [*(one for one in near if not one.within(change)), change]
+            best = max(best, len(change.mapping))
+    near = sorted((one for one in near if len(one.mapping) >= NEAR * best), key=lambda one: -len(one.mapping))
+    if not near:
+        return Choice(base)
+    first = near[0]
+    close = len(base.mapping) >= NEAR * len(first.mapping)
+    if len(near) == 1 and not first.collides and (not close or base.within(first)):
+        return Choice(base if close else first)
+    stays = (base,) if base.mapping and (close or first.collides) and not base.within(first) else ()
+    return Choice(base, (*near, *stays))
 
 
-def _equal(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> list[str]:
-    """The keys that are equal in name and shape."""
-    return [key for key, tensor in source.items() if key in target and target[key].shape == tensor.shape]
+def find_exchange(source: Tensors, target: Tensors) -> tuple[Change, ...]:
+    """Prefixes of which one could be exchanged for another of the target's, the best and its rivals: offered, and never applied unasked.
+
+    The source's names are those without the segments of wrappers, as patterns see them.
+    """
+    given = {unwrap(key, WRAPPERS): tensor for key, tensor in source.items()}
+    rows = [(count, Prefix(strip, add)) for count, strip, add in two_heads(given, target) if strip != add]
+    best = max((count for count, _ in rows), default=0)
+    if best < max(_HALF * min(len(given), len(target)), 1):
+        return ()
+    found: list[Change] = []
+    for _, prefix in (row for row in rows if row[0] >= NEAR * best):
+        change = _change(given, target, prefix)
+        if not change.collides and not any(change.within(one) for one in found):
+            found.append(change)
+    return tuple(sorted(found, key=lambda one: -len(one.mapping)))
 
 
-def _mapping(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], prefix: Prefix) -> dict[str, str] | None:
-    """Which keys become equal in name and shape to which; None when two keys collide."""
+def _change(source: Tensors, target: Tensors, prefix: Prefix) -> Change:
+    """What a prefix makes equal. Where two keys collide on a name, the one that the prefix changes counts."""
     names = rename_all(source, target, prefix)
-    if len(set(names.values())) != len(names):
-        return None
-    return {key: name for key, name in names.items() if name in target and target[name].shape == source[key].shape}
+    mapped: dict[str, str] = {}
+    for key, name in names.items():
+        if name in target and target[name].shape == source[key].shape and (name not in mapped or mapped[name] == name):
+            mapped[name] = key
+    return Change(prefix, {key: name for name, key in mapped.items()}, len(set(names.values())) != len(names))
 
 
-def _families(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Iterator[Iterable[tuple[int, Prefix]]]:
-    """Plausible prefixes, each with the number of keys that it makes equal; the simplest family first."""
-    yield _one_head(source, target, ())
+def _candidates(source: Tensors, target: Tensors) -> Iterator[tuple[int, Prefix]]:
+    """Plausible prefixes, each with the number of keys that it makes equal; the simplest first."""
+    for count, strip, add in one_head(source, target):
+        if not of_optimizer((strip or add).rstrip(".")):
+            yield count, Prefix(strip, add)
     held = tuple(sorted(wrapper for wrapper in WRAPPERS if any(f"{wrapper}." in key for keys in (source, target) for key in keys)))
     bare = {unwrap(key, held): tensor for key, tensor in source.items()}
     if held and len(bare) == len(source):
         goal = {name: target[key] for name, key in _unique({key: unwrap(key, held) for key in target}).items()}
-        yield [(len(_equal(bare, goal)), Prefix(unwrapped=held))]
-        yield _one_head(bare, goal, held)
-        yield _two_heads(bare, goal, held)
-    else:
-        yield _two_heads(source, target, ())
-
-
-def _one_head(
-    source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], wrappers: tuple[str, ...]
-) -> Iterator[tuple[int, Prefix]]:
-    """A head that is stripped, or one that is added."""
-    equal = _equal(source, target)
-    lost = Counter(head for key in equal for head in _heads_of(key))
-    for head, count in _counts(source, target).most_common(_MOST):
-        yield count + len(equal) - lost[head], Prefix(head, "", wrappers)
-    for head, count in _counts(target, source).most_common(_MOST):
-        yield count, Prefix("", head, wrappers)
-
-
-def _two_heads(
-    source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], wrappers: tuple[str, ...]
-) -> Iterator[tuple[int, Prefix]]:
-    """A head that all of the source's keys share is stripped, and what the target has is added.
-
-    What remains must be a module's name and more, or one module would stand for any other, and one list of layers for any other.
-    """
-    for head in _heads_of(_common(source)):
-        rest = {name: tensor for key, tensor in source.items() if "." in (name := key[len(head) :]) and not name[0].isdigit()}
-        for add, count in _counts(target, rest).most_common(_MOST):
-            yield count, Prefix(head, add, wrappers)
-
-
-def _heads_of(key: str) -> Iterator[str]:
-    """The heads of a key, each with its dot."""
-    dot = key.find(".")
-    for _ in range(_DEPTH):
-        if dot < 0:
-            return
-        yield key[: dot + 1]
-        dot = key.find(".", dot + 1)
-
-
-def _counts(long: Mapping[str, TensorMeta], short: Mapping[str, TensorMeta]) -> Counter[str]:
-    """How many of `long`'s keys are, without a head, a key of `short` with the same shape; by head."""
-    shapes = {key: tensor.shape for key, tensor in short.items()}
-    firsts = {key.partition(".")[0] for key in short}  # rules most heads out before a long key is looked up
-    heads = []
-    for key, tensor in long.items():
-        dot = 0
-        for segment in key.split(".", _DEPTH + 1)[:_DEPTH]:
-            if dot and segment in firsts and shapes.get(key[dot:]) == tensor.shape:
-                heads.append(key[:dot])
-            dot += len(segment) + 1
-    return Counter(heads)
-
-
-def _common(keys: Iterable[str]) -> str:
-    """The longest text that all keys begin with."""
-    first, last = min(keys, default=""), max(keys, default="")
-    length = next((index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
-    return first[:length]
+        yield len(equal_keys(bare, goal)), Prefix(unwrapped=held)
+        for count, strip, add in one_head(bare, goal):
+            if not of_optimizer((strip or add).rstrip(".")):
+                yield count, Prefix(strip, add, held)

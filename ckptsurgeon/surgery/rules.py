@@ -42,6 +42,11 @@ class Rule:
     file: str = field(default="", compare=False)
     line: int = field(default=0, compare=False)
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The rule as the words of a command line."""
+        return (f"--{self.kind}", *(text for text in (self.pattern, self.result) if text))
+
     def __str__(self) -> str:
         words = " ".join([self.kind, *(repr(text) for text in (self.pattern, self.result) if text)])
         if not self.file:

@@ -6,7 +6,8 @@ nothing is told by shape. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ckptsurgeon.errors import RootError
@@ -34,6 +35,8 @@ AVERAGED = (
     "ema_model_state_dict",
     "ema_params",
 )
+_OPTIMIZERS = frozenset(PLACES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
+_MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta")
 
 
 def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) -> tuple[str, Any]:
@@ -124,13 +127,48 @@ def at_place(value: Any, place: str) -> Any:
     return None
 
 
+def of_optimizer(place: str) -> bool:
+    """Whether a dotted place lies within an optimizer's state, or is where one kind of moment stands by the parameters' names.
+
+    >>> of_optimizer("optimizer.state.0"), of_optimizer("exp_avg"), of_optimizer("model.optimizer_head")
+    (True, True, False)
+    """
+    return any(segment in _OPTIMIZERS or _MOMENT.fullmatch(segment) for segment in place.split("."))
+
+
+def all_moments(keys: Iterable[str]) -> bool:
+    """Whether keys are those of moments and step counts, whatever they stand under.
+
+    >>> all_moments(["fc.weight.exp_avg", "fc.weight.step"]), all_moments(["step"])
+    (True, False)
+    """
+    ends = {key.rpartition(".")[2] for key in keys}
+    moments = {end for end in ends if _MOMENT.fullmatch(end)}
+    return bool(moments) and ends - moments <= {"step"}
+
+
+def average(roots: Iterable[str], beside: Iterable[str] = ()) -> str | None:
+    """The root that Lightning's WeightAveraging made the average; None in another file.
+
+    When it saves, the average's weights take the name `state_dict`, the trained ones move to `current_model_state`, and what else the
+    average keeps (`n_averaged`) stands in `averaging_state`.
+
+    >>> average(["state_dict", "current_model_state", "averaging_state"])
+    'state_dict'
+    """
+    names = {*roots, *beside}
+    return "state_dict" if {"state_dict", "averaging_state"} <= names else None
+
+
 def averaged(roots: Sequence[str]) -> tuple[str, ...]:
-    """The roots that are averaged copies by their name.
+    """The roots that are averaged copies, by their name or by Lightning's.
 
     >>> averaged(["model", "model_ema", "ema.net.params", "emax"])
     ('model_ema', 'ema.net.params')
     """
-    return tuple(root for root in roots if any(root == name or root.startswith(f"{name}.") for name in AVERAGED))
+    lightning = average(roots)
+    named = (root for root in roots if any(root == name or root.startswith(f"{name}.") for name in AVERAGED))
+    return (*((lightning,) if lightning is not None and "current_model_state" in roots else ()), *named)
 
 
 def choose_averaged(roots: Sequence[str], asked: str | None, path: str) -> str:

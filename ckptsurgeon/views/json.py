@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.surgery.matching.propose import Proposal
     from ckptsurgeon.surgery.matching.result import Link
     from ckptsurgeon.surgery.quantised import Codes
+    from ckptsurgeon.surgery.rivals import Way
 
 VERSION = 1
 
@@ -92,6 +93,8 @@ def diff(found: Diff) -> dict[str, Any]:
         ],
         "quantised": [_codes(one) for one in found.quantised],
         "target_quantised": [_codes(one) for one in found.target_quantised],
+        "rivals": [_way(way) for way in found.rivals],
+        "exchanges": [_way(way) for way in found.exchanges],
         "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
         "likely": [_link(link) for link in found.likely],
     }
@@ -99,6 +102,11 @@ def diff(found: Diff) -> dict[str, Any]:
 
 def _codes(found: Codes) -> dict[str, Any]:
     return {"key": found.key, "scheme": found.scheme, "scales": list(found.scales), "dequantize": found.op is not None}
+
+
+def _way(way: Way) -> dict[str, Any]:
+    rules = [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in way.rules]
+    return {"change": way.words, "tensors": len(way.mapping), "rules": rules}
 
 
 def _link(link: Link) -> dict[str, Any]:

@@ -88,6 +88,9 @@ def test_any_plan_comes_back_and_can_be_followed(drawn, target, rules, dtype, se
         plan = make_plan([source], target, [one for one in rules if target is not None or one.kind != "init"], dtype=dtype, seed=seed)
     except RuleError:
         assume(False)
+    except PlanError as error:
+        assert "prefix" in str(error)  # nothing decides between two, and there is no plan
+        return
     assert again(plan) == plan
     check_followable(again(plan), [source], target)
 

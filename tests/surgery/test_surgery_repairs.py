@@ -126,8 +126,8 @@ def test_a_key_in_two_sources_is_repaired_in_neither_silently():
     two = [checkpoint({"n.gamma": (2,)}, "a.pt"), checkpoint({"n.gamma": (2,)}, "b.pt")]
     with pytest.raises(RuleError, match=r"two sources land on 'n.weight'"):
         make_plan(two, model({"n.weight": (2,)}), auto="safe")
-    mixed = [checkpoint({"n.weight": (2,)}, "a.pt"), checkpoint({"n.gamma": (2,)}, "b.pt")]
-    plan = make_plan(mixed, model({"n.weight": (2,)}), auto="safe")
+    mixed = [checkpoint({"n.weight": (2,)}, "a.pt"), checkpoint({"n.gamma": (2,), "w": (3,)}, "b.pt")]
+    plan = make_plan(mixed, model({"n.weight": (2,), "w": (3,)}), auto="safe")
     assert plan.steps[0].sources == ((0, "n.weight"),) and plan.dropped[0].source == "n.gamma"
 
 

@@ -6,7 +6,6 @@ Rule: a number is `*` where that is harmless, words that differ are listed (`{we
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ckptsurgeon.surgery.generalising.drafts import Known
@@ -57,14 +56,14 @@ def modules(keys: Collection[str], forbidden: Collection[str]) -> tuple[list[str
     return [f"{whole}.**" for whole in found if whole not in few], [*rest, *(key for whole in few for key in found[whole])]
 
 
-def drop_words(keys: Collection[str], forbidden: Collection[str], number: str = "", most: int = 8) -> str:
-    """The options that drop all `keys` (of the source with this number and a colon) and nothing in `forbidden`, ready for a shell.
+def dropping(keys: Collection[str], forbidden: Collection[str], number: str = "") -> tuple[Rule, ...]:
+    """Rules that drop all `keys` (of the source with this number and a colon) and nothing in `forbidden`.
 
-    >>> drop_words(["ema.w", "ema.b", "scale"], ["w", "b"])
-    "--drop 'ema.**' --drop scale"
+    >>> [rule.pattern for rule in dropping(["ema.w", "ema.b", "scale"], ["w", "b"])]
+    ['ema.**', 'scale']
     """
-    whole, rest = modules(keys, forbidden)
-    return " ".join(f"--drop {shlex.quote(number + pattern)}" for pattern in (*whole, *cover(rest, forbidden))[:most])
+    whole, rest = modules(sorted(keys), forbidden)
+    return tuple(Rule("drop", number + pattern) for pattern in (*whole, *cover(rest, forbidden)))
 
 
 def _dots(key: str) -> Iterator[int]:

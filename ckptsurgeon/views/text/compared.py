@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ckptsurgeon.surgery.compare import Diff, Hint, Offer
 from ckptsurgeon.surgery.generalising import written
+from ckptsurgeon.surgery.rivals import Way
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, quantised, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -56,6 +57,10 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
 def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[str]:
     renames = rename_hints(found.hints)
     lines = []
+    if found.rivals or len(found.exchanges) > 1:
+        return choices(found.rivals or found.exchanges, ["ckptsurgeon", "diff", found.source, found.target], found.root, rules, width)
+    if found.exchanges:
+        lines.append(f"Likely another prefix, never exchanged unasked: {name(found.exchanges[0].words)}")
     if renames:
         shown = "; ".join(f"{name(one)} → {name(other)}" for one, other in renames[:RENAMES])
         more = len(renames) - RENAMES
@@ -80,9 +85,24 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
             f"{count(len(unread), 'weight')} as {unread[0].scheme} would be cast or lose their scales, and no values are made of them here"
         )
         return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
-    if found.matched or renames or found.offers:
+    if found.matched or renames or found.offers or found.exchanges:
         return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
     return [*lines, pasted("Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source], width)]
+
+
+def choices(ways: Sequence[Way], command: Sequence[str], root: str, rules: Sequence[Rule | str], width: int | None) -> list[str]:
+    """Changes of names between which nothing decides, each with the command that chooses it."""
+    words = [*command, *(["--root", root] if root else []), *rule_words(rules)]
+    lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
+    for way in ways:
+        lines.append(f"  {name(way.words)}: {count(len(way.mapping), 'tensor')}")
+        lines.append(pasted("  Choose it:", [*words, *way.options], width))
+    return lines
+
+
+def rule_words(rules: Sequence[Rule | str]) -> list[str]:
+    """Rules, and the paths of rules files, as the words of a command line."""
+    return [word for rule in rules for word in (("--rules", rule) if isinstance(rule, str) else rule.options)]
 
 
 def rename_hints(hints: Sequence[Hint]) -> list[tuple[str, str]]:
@@ -119,8 +139,9 @@ def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Se
         return ["ckptsurgeon", "verify", found.source, found.target, *root]
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
     words += ["--dequantize"] if found.parted_codes else []
-    for rule in rules:
-        words += ["--rules", rule] if isinstance(rule, str) else [f"--{rule.kind}", *(text for text in (rule.pattern, rule.result) if text)]
+    words += rule_words(rules)
+    for way in found.exchanges[:1]:
+        words += way.options
     for one, other in renames[:RENAMES]:
         words += ["--rename", one, other]
     for key, adapter in adapter_hints(found.offers)[:OFFERS]:

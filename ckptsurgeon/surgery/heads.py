@@ -1,0 +1,72 @@
+"""The heads that could be taken off or put before the names of one side to make them the other's, with how many keys each makes equal.
+
+Names and shapes only; which of them is applied is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from ckptsurgeon.tensors import TensorMeta
+
+MOST = 6  # heads to weigh; the most frequent first
+_DEPTH = 6  # segments that a head has at most
+
+Tensors = Mapping[str, TensorMeta]
+
+
+def equal_keys(source: Tensors, target: Tensors) -> list[str]:
+    """The keys that are equal in name and shape."""
+    return [key for key, tensor in source.items() if key in target and target[key].shape == tensor.shape]
+
+
+def one_head(source: Tensors, target: Tensors) -> Iterator[tuple[int, str, str]]:
+    """A head that is stripped, or one that is added, each with the number of keys that are equal then."""
+    equal = equal_keys(source, target)
+    lost = Counter(head for key in equal for head in heads_of(key))
+    for head, count in _counts(source, target).most_common(MOST):
+        yield count + len(equal) - lost[head], head, ""
+    for head, count in _counts(target, source).most_common(MOST):
+        yield count, "", head
+
+
+def two_heads(source: Tensors, target: Tensors) -> Iterator[tuple[int, str, str]]:
+    """A head of most of the source's keys that is stripped, with one that the target has and that is added.
+
+    What remains must be a module's name and more, or one module would stand for any other, and one list of layers for any other.
+    """
+    half = min(len(source), len(target)) / 2
+    frequent = [(head, count) for head, count in Counter(head for key in source for head in heads_of(key)).items() if count >= half]
+    for head, _ in sorted(frequent, key=lambda row: -row[1])[:MOST]:
+        rest = {
+            name: tensor
+            for key, tensor in source.items()
+            if key.startswith(head) and "." in (name := key[len(head) :]) and not name[0].isdigit()
+        }
+        for add, count in _counts(target, rest).most_common(MOST):
+            yield count, head, add
+
+
+def heads_of(key: str) -> Iterator[str]:
+    """The heads of a key, each with its dot."""
+    dot = key.find(".")
+    for _ in range(_DEPTH):
+        if dot < 0:
+            return
+        yield key[: dot + 1]
+        dot = key.find(".", dot + 1)
+
+
+def _counts(long: Tensors, short: Tensors) -> Counter[str]:
+    """How many of `long`'s keys are, without a head, a key of `short` with the same shape; by head."""
+    shapes = {key: tensor.shape for key, tensor in short.items()}
+    firsts = {key.partition(".")[0] for key in short}  # rules most heads out before a long key is looked up
+    heads = []
+    for key, tensor in long.items():
+        dot = 0
+        for segment in key.split(".", _DEPTH + 1)[:_DEPTH]:
+            if dot and segment in firsts and shapes.get(key[dot:]) == tensor.shape:
+                heads.append(key[:dot])
+            dot += len(segment) + 1
+    return Counter(heads)
