@@ -50,7 +50,8 @@ class Verification:
     """The outcome of holding a written file against a model, skeleton or checkpoint.
 
     `device` is where it was loaded, `tensors` how many were compared bit for bit (by name, dtype and shape alone where `bitwise` is
-    False), `outputs` the shapes of a forward pass by place, `fresh` the keys that the file records as fresh, or None without a record.
+    False), `outputs` the shapes of a forward pass by place, `fresh` the keys that the file records as fresh, or None without a record,
+    `root` the nested dict of the file that was taken.
     """
 
     device: str
@@ -59,6 +60,7 @@ class Verification:
     bitwise: bool = True
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fresh: tuple[str, ...] | None = None
+    root: str = ""
     text: str = field(default="", repr=False, compare=False)
 
     @property
@@ -104,7 +106,8 @@ class Report:
     merge initialised them, and no training since. `coverage` counts all that a source gives, these included. `adapted` are those whose
     shape or values adapters changed, `partial` those of which only a part is trained: adapters filled up the rest (the new rows of a
     vocabulary), or a source has it on record as fresh. `dropped` has every source key that went nowhere, with the reason. `proven`: the
-    file was held against the plan byte by byte.
+    file was held against the plan byte by byte. `roots` and `prefixes` say by source which nested dict was read, and how its names were
+    changed: what was `stripped`, `added`, and which segments of wrappers were taken out (`unwrapped`).
     """
 
     sources: tuple[str, ...]
@@ -123,6 +126,8 @@ class Report:
     adapted: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
     still_fresh: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    prefixes: tuple[Mapping[str, object], ...] = ()
     optimizer: CarriedState | None = None
     text: str = field(default="", repr=False, compare=False)
 

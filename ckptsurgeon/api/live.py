@@ -104,6 +104,8 @@ def transfer(
         kept=plan.kept,
         fresh=plan.fresh,
         still_fresh=plan.still_fresh,
+        roots=tuple(source.root for source in plan.sources),
+        prefixes=tuple(source.prefix for source in plan.sources),
         dropped=tuple((row.source, row.reason) for row in plan.dropped),
         coverage=plan.coverage,
         casts=reported(casts),

@@ -384,6 +384,8 @@ def _report(made: Plan, written: Written, output: str, proven: bool, verificatio
         kept=made.kept,
         fresh=made.fresh,
         still_fresh=made.still_fresh,
+        roots=tuple(source.root for source in made.sources),
+        prefixes=tuple(source.prefix for source in made.sources),
         dropped=tuple((row.source, row.reason) for row in made.dropped),
         coverage=made.coverage,
         casts=written.casts,

@@ -46,6 +46,7 @@ def verify_written(
         found = replace(found, findings=(*found.findings, *checksums.damage(wrong, checkpoint), *checksums.without(spans)))
         if finite and not found.bitwise:  # on meta there are no values, but the file has them
             found = replace(found, findings=(*found.findings, *non_finite(checkpoint), *(_held(checkpoint) if shown is None else ())))
+    found = replace(found, root=checkpoint.root)
     if shown is not None and not found.ok:
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
         raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])

@@ -84,6 +84,9 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     for first, *rest in target.overlaps if target is not None else ():
         words = f"shares a part of its memory with {first} in the target: both hold what is there as loading leaves it"
         findings += [Finding("overlap", words, key, "note") for key in rest]
+    for source, prefix in zip(sources, names.prefixes, strict=True):
+        if prefix:
+            findings.append(Finding("prefix", f"{source.path}: {prefix}", None, "note"))
     findings += _lost_parts(target, names, steps)
     findings += [Finding("partial", _filled(step), step.target, "note") for step in steps if step.sources and step.filled]
     origin = {step.target: step for step in steps}

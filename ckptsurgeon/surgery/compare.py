@@ -87,8 +87,9 @@ class Diff:
     matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors
     (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors. `likely` is what missing keys probably are, as matching
     the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and
-    `parted_codes` those keys of them that a merge would cast or part from their scales. `rivals` are prefixes between which nothing decides, so that none is applied;
-    `exchanges` are renames of one prefix to another that would explain most of what is left, the best first, and its rivals.
+    `parted_codes` those keys of them that a merge would cast or part from their scales. `rivals` are prefixes
+    between which nothing decides, so that none is applied; `exchanges` are renames of one prefix to another that would explain most of
+    what is left, the best first, and its rivals.
     """
 
     source: str

@@ -6,6 +6,7 @@ The one place where rules meet the sources' keys; `compare` and `plan` both buil
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.errors import RuleError
@@ -17,7 +18,7 @@ from ckptsurgeon.surgery.prefixes import WRAPPERS, Change, Choice, Prefix, find_
 from ckptsurgeon.surgery.repairs import repaired, taken
 from ckptsurgeon.surgery.rivals import Way, ways_to_choose
 from ckptsurgeon.surgery.rules import CompiledRule, Match, Outside, Rule, compile_rules
-from ckptsurgeon.tensors import Checkpoint, Refused
+from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 
 __all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
 NOTHING = Outside()
@@ -199,10 +200,19 @@ def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequenc
     bare = {key: unwrap(key, WRAPPERS) for key in source}
     for rule in rules:
         rule.learn({*bare, *bare.values()})
-    unnamed = {
-        key: source[key] for key, name in bare.items() if not any(rule.match(key, number) or rule.match(name, number) for rule in rules)
-    }
-    return found if len(unnamed) == len(source) else find_change(unnamed, measure)
+    unnamed: dict[str, TensorMeta] = {}
+    given: set[str] = set()  # what rules give, no prefix need explain
+    for key, name in bare.items():
+        match = next(((rule, match) for rule in rules if (match := rule.match(name, number) or rule.match(key, number))), None)
+        if match is None:
+            unnamed[key] = source[key]
+            continue
+        if match[0].counted is None:
+            with suppress(RuleError):  # told where the rule is followed
+                given.update(expand(result, dict(match[1].parts)) for result in match[0].results)
+    if len(unnamed) == len(source):
+        return found
+    return find_change(unnamed, {key: tensor for key, tensor in measure.items() if key not in given})
 
 
 def _names(

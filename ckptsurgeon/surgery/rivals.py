@@ -46,16 +46,20 @@ def ways_to_choose(choice: Choice, source: Tensors, number: int | None = None) -
 
 
 def _rules(chosen: Change, rivals: Sequence[Change], source: Tensors, head: str) -> tuple[Rule, ...]:
-    """Drops of the keys that only the others take; where they take the same keys, a rename of all."""
-    taken = chosen.mapping.values()
+    """Drops of the keys that only the others take; where these have the names that the chosen ones get, or are the same, a rename too."""
+    prefix, taken = chosen.prefix, chosen.mapping.values()
+    rename = Rule("rename", f"{head}{prefix.stripped}{{**rest}}", f"{prefix.added}{{**rest}}")
     others = {key for rival in rivals for key in rival.mapping} - chosen.mapping.keys()
     if chosen.collides:
         others |= {key for key in source if key in taken and key not in chosen.mapping}
     if not others:
-        prefix = chosen.prefix
-        return (Rule("rename", f"{head}{prefix.stripped}{{**rest}}", f"{prefix.added}{{**rest}}"),)
+        return (rename,)
+    left_out = {unwrap(key, WRAPPERS) for key in others}
+    seen = {prefix.bare(key) for key in chosen.mapping}
     rest = {name for key in source if key not in others for name in (key, unwrap(key, WRAPPERS))}
-    return dropping({unwrap(key, WRAPPERS) for key in others}, rest, head)
+    if left_out & seen:  # without its prefix one can't be told from the other
+        return (rename, *dropping(left_out, rest, head))
+    return dropping(left_out, rest | seen, head)
 
 
 def ways_to_exchange(source: Tensors, target: Tensors) -> tuple[Way, ...]:

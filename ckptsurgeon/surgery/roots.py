@@ -1,25 +1,28 @@
 """Chooses which nested dict of a file is the state_dict.
 
-With a target: the one that covers it best, a tie being an error (raw weights and their EMA). Without: the only one there is, or the one
-that is asked for by name. Several dicts under one parent may also be read together, their names joined.
+With a target: the one that covers it best; another one that covers 0.9 as much is an error (raw weights and their EMA), unless it has the
+same bytes, or is a parent that is read together, or a part of that. Without: the only one there is, or the one that is asked for by name.
+What is an optimizer's own is taken only by name. Several dicts under one parent may also be read together, their names joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RootError
-from ckptsurgeon.surgery.prefixes import WRAPPERS, find_prefix, rename_all
+from ckptsurgeon.surgery.prefixes import NEAR, WRAPPERS, find_change
 from ckptsurgeon.surgery.rules import close_names
+from ckptsurgeon.surgery.training_places import all_moments, of_optimizer
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
 
 ALL = "**"  # the name, below a parent that holds tensors of its own, of that parent and all below it read together
 _MANY = 64  # state_dicts in one file, beyond which none are read together unless asked for by name
 _WORK = 1_000_000  # keys that are looked at to find the best root
 _PARENTS = 16  # that are tried, the outermost first
+_SHOWN = 8  # roots that an error lists
 
 
 def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
@@ -27,9 +30,9 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
 
     Raises RootError, with the candidates and how to choose, when the name is not there or several would do.
     """
-    found = archive.state_dicts
     if root is not None:
         return checkpoint(archive, _named(archive, root))
+    found = _unasked(archive)
     if len(found) == 1:
         return checkpoint(archive, found[0])
     if target is not None:
@@ -38,6 +41,18 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
     if len(serious) > 1:
         raise RootError(f"holds {len(serious)} state_dicts: {_listing(serious)}", path=archive.path, hint=_advice(serious))
     return checkpoint(archive, serious[0])
+
+
+def _unasked(archive: Archive) -> Sequence[StateDict]:
+    """The state_dicts that may be taken without being named: not an optimizer's own, such as its moments by the parameters' names."""
+    found = [one for one in archive.state_dicts if not (of_optimizer(one.root) or all_moments(one.tensors))]
+    if not found:
+        raise RootError(
+            f"holds an optimizer's state and no model's: {_listing(archive.state_dicts)}",
+            path=archive.path,
+            hint=f"give the file with the model's weights; what is meant all the same is named: --root {archive.state_dicts[0].root!r}",
+        )
+    return found
 
 
 def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> Checkpoint:
@@ -88,7 +103,7 @@ def _words(state_dict: StateDict) -> str:
 
 
 def _listing(found: Sequence[StateDict]) -> str:
-    return ", ".join(map(_words, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    return ", ".join(map(_words, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
 
 
 def _advice(found: Sequence[StateDict]) -> str:
@@ -152,43 +167,75 @@ def _joined(state_dicts: Sequence[StateDict]) -> Iterator[StateDict]:
             yield joined
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """How a state_dict covers a target: for each key of the target that it covers, which bytes that would get, and how many elements."""
+
+    found: StateDict
+    origins: Mapping[str, Hashable]
+    spans: frozenset[Hashable]
+    elements: int
+    joined: bool
+
+    def near(self, best: _Fit) -> bool:
+        """Whether it covers about as much as the best one, of the tensors or of the elements."""
+        return len(self.origins) >= NEAR * len(best.origins) or self.elements >= NEAR * best.elements > 0
+
+    def same(self, best: _Fit) -> bool:
+        """Whether it would give nothing but what the best one gives: the same bytes, or a parent of the best one or a part of it."""
+        one, other = _parent(self.found.root), _parent(best.found.root)
+        return (
+            self.origins.items() <= best.origins.items()
+            or (self.joined and _below(other, one) is not None)
+            or (best.joined and _below(one, other) is not None and self.spans <= best.spans)
+        )
+
+
 def _best(archive: Archive, target: Checkpoint) -> StateDict:
-    rivals: list[tuple[int, StateDict, frozenset[Any]]] = []
-    best = 0
-    work = 0
-    candidates = [*archive.state_dicts, *_joined(archive.state_dicts)]
+    own = _unasked(archive)
+    candidates = [*own, *_joined(own)]
     forms = {_form(key, tensor) for key, tensor in target.items()}
+    fits: list[_Fit] = []
+    least, work = 1.0, 0
     for index, found in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
-        if min(len(found.tensors), len(target)) < max(best, 1):
-            continue  # can't win
-        if sum(_form(key, tensor) in forms for key, tensor in found.tensors.items()) < max(best, 1):
-            continue
+        if sum(_form(key, tensor) in forms for key, tensor in found.tensors.items()) < least:
+            continue  # can't cover half of what the best one covers
         work += len(found.tensors) + len(target)
-        if work > _WORK and index < len(archive.state_dicts):
+        if work > _WORK and index < len(own):
             raise RootError(
-                f"holds {len(archive.state_dicts)} state_dicts, too many to find the one that fits {target.path} best",
+                f"holds {len(own)} state_dicts, too many to find the one that fits {target.path} best",
                 path=archive.path,
-                hint=_advice(archive.state_dicts),
+                hint=_advice(own),
             )
-        fits = _fits(found, target)
-        if len(fits) > best:
-            best, rivals = len(fits), []
-        if len(fits) == best:
-            rivals.append((index, found, frozenset(fits)))
-    if best == 0:
-        serious = _serious(archive.state_dicts)
+        fit = _fit(found, target, index >= len(own))
+        fits.append(fit)
+        least = max(least, len(fit.origins) / 2)
+    order = {id(found): index for index, found in enumerate(candidates)}
+    fits.sort(key=lambda fit: (-len(fit.origins), order[id(fit.found)]))
+    if not fits or not fits[0].origins:
+        serious = _serious(own)
         if len(serious) == 1:
             return serious[0]
         raise RootError(
             f"holds several state_dicts, and none has a key of {target.path}: {_listing(serious)}", path=archive.path, hint=_advice(serious)
         )
-    rivals.sort(key=lambda row: row[0])
-    # One that fits by the very same tensors as another (a joined parent, a dict that is in the file twice) is no rival of it.
-    apart = [found for place, (_, found, fits) in enumerate(rivals) if all(fits != other for _, _, other in rivals[:place])]
+    rivals = [fits[0], *(fit for fit in fits[1:] if fit.near(fits[0]) and not fit.same(fits[0]))]
+    # Of those that would give the same bytes, the first one stands for all.
+    apart = [fit for place, fit in enumerate(rivals) if not any(fit.same(other) for other in rivals[:place])]
     if len(apart) > 1:
-        listing = ", ".join(repr(found.root) for found in apart)
-        raise RootError(f"holds {len(apart)} state_dicts that fit equally well: {listing}", path=archive.path, hint=_advice(apart))
-    return rivals[0][1]
+        apart.sort(key=lambda fit: order[id(fit.found)])
+        equally = "equally" if len({len(fit.origins) for fit in apart}) == 1 else "about equally"
+        listing = ", ".join(f"{fit.found.root!r}" for fit in apart[:_SHOWN]) + (
+            f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
+        )
+        counts = tuple(f"{_words(fit.found)}: {len(fit.origins)} of the target's {len(target)}" for fit in apart[:_SHOWN])
+        raise RootError(
+            f"holds {len(apart)} state_dicts that fit {equally} well: {listing}",
+            path=archive.path,
+            hint=_advice([fit.found for fit in apart]),
+            problems=counts,
+        )
+    return fits[0].found
 
 
 def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
@@ -199,9 +246,17 @@ def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
     return last, tensor.shape
 
 
-def _fits(found: StateDict, target: Checkpoint) -> list[Any]:
-    """Where the bytes of each tensor that fits lie (without bytes, its name)."""
+def _fit(found: StateDict, target: Checkpoint, joined: bool) -> _Fit:
+    """What a state_dict covers under the change of names that explains most, whether that is applied or its rivals are asked for."""
+    mapping = find_change(found.tensors, target).best.mapping
     parent = _parent(found.root)
-    names = rename_all(found.tensors, target, find_prefix(found.tensors, target))
-    fits = [key for key, name in names.items() if name in target and target[name].shape == found.tensors[key].shape]
-    return [found.tensors[key].span or (f"{parent}.{key}" if parent else key) for key in fits]
+    origins: dict[str, Hashable] = {}
+    spans: set[Hashable] = set()
+    for key, name in mapping.items():
+        tensor = found.tensors[key]
+        place = tensor.span or (f"{parent}.{key}" if parent else key)
+        spans.add(place)
+        crc = tensor.span.checksum() if tensor.span is not None else None
+        # Bytes of one length and checksum, laid out alike, are the same bytes.
+        origins[name] = (tensor.dtype, tensor.stride, crc, tensor.nbytes) if crc else place
+    return _Fit(found, origins, frozenset(spans), sum(target[name].numel for name in origins), joined)

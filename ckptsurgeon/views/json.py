@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.surgery.rivals import Way
 
 VERSION = 1
+_NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
 
 
 def _coverage(found: Coverage) -> dict[str, float]:
@@ -188,6 +189,8 @@ def report(found: Report) -> dict[str, Any]:
         "kept": list(found.kept),
         "fresh": list(found.fresh),
         "still_fresh": list(found.still_fresh),
+        "roots": list(found.roots),
+        "prefixes": [{**_NO_PREFIX, **prefix} for prefix in found.prefixes],
         "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],
         "coverage": _coverage(found.coverage),
         "casts": [_cast(cast) for cast in found.casts],
@@ -209,6 +212,7 @@ def verification(found: Verification) -> dict[str, Any]:
         "findings": [_finding(finding) for finding in found.findings],
         "outputs": [{"name": name, "shape": list(dims)} for name, dims in found.outputs.items()],
         "fresh": None if found.fresh is None else list(found.fresh),
+        "root": found.root,
     }
 
 

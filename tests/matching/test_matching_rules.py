@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pairs_support import PAIRS, read_pair
 from rules_support import checkpoint, led, literal_plan, proposed, read_back
 
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.surgery.compare import compare
 from ckptsurgeon.surgery.matching.matcher import match
 from ckptsurgeon.surgery.matching.propose import propose
 from ckptsurgeon.surgery.matching.result import Link
@@ -97,7 +99,10 @@ def test_any_links_at_all_become_rules_that_lead_to_them(
     source, target = checkpoint(one), checkpoint(other, "model:Net")
     found = proposed(source, target, links)
     assert set(found.applied) == set(links)
-    assert read_back(found, source, target) == literal_plan(links, source, target)
+    try:
+        assert read_back(found, source, target) == literal_plan(links, source, target)
+    except PlanError:  # what the links leave open fits by two prefixes
+        assert compare(source, target, found.rules).rivals
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from surgery_support import checkpoint, live, metas, model, shapes
 from torch import nn
 
+from ckptsurgeon.errors import PlanError
 from ckptsurgeon.surgery.compare import compare
 from ckptsurgeon.surgery.plan import make_plan
 from ckptsurgeon.surgery.prefixes import Prefix, find_prefix, rename_all
+from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 
 NET = {"conv.weight": (6, 3, 5, 5), "conv.bias": (6,), "layer1.0.bn.weight": (6,), "layer1.0.bn.running_mean": (6,), "fc.weight": (2, 6)}
@@ -38,7 +40,7 @@ def test_wrappers_come_off_in_any_order(before):
 def test_what_was_stripped_and_added_is_told_in_two_words():
     assert find_prefix(metas(wrapped("module.")), metas(NET)) == Prefix(stripped="module.")
     assert find_prefix(metas(NET), metas(wrapped("backbone."))) == Prefix(added="backbone.")
-    assert find_prefix(metas(wrapped("net.model.")), metas(wrapped("backbone."))) == Prefix("net.model.", "backbone.")
+    assert find_prefix(metas(wrapped("net.module.")), metas(NET)) == Prefix("net.module.")
     assert find_prefix(metas(NET), metas(NET)) == Prefix()
     assert str(Prefix("module.", "backbone.")) == "prefix module. stripped; prefix backbone. added" and not Prefix()
 
@@ -70,8 +72,10 @@ def test_a_module_that_is_really_called_module_stays():
 
 def test_strip_and_add_with_a_wrapped_target():
     target = {**wrapped("module.backbone."), "module.head.weight": (2, 2)}
-    for before in ("", "module.", "model.", "_orig_mod.", "net."):
+    for before in ("", "module.", "_orig_mod.", "module._orig_mod."):
         assert reached(wrapped(before), target) == {before + key: "module.backbone." + key for key in NET}
+    for before in ("model.", "net."):  # that is an exchange, which nobody asked for
+        assert reached(wrapped(before), target) == {}
 
 
 def test_one_tower_of_many():
@@ -195,3 +199,101 @@ def test_an_extra_state_follows_the_prefix():
     middle = checkpoint(list(MIDDLE.values()), entries={"layer1._extra_state": 7})
     plan = make_plan([middle], model(list(MIDDLE), entries={"layer1._orig_mod._extra_state": None}))
     assert plan.entries[0].source == (0, "layer1._extra_state")
+
+
+# ---- never exchanged, and never one of several
+
+
+EXCHANGES = [("actor.", "critic."), ("text_model.", "vision_model."), ("encoder_q.", "encoder_k."), ("model.student.", "model.teacher.")]
+
+
+@pytest.mark.parametrize(("source", "target"), EXCHANGES)
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("more", [(), ("queue",)])
+def test_one_prefix_is_not_exchanged_for_another_but_offered(source, target, wrapper, more):
+    given = checkpoint({**wrapped(wrapper + source), **{wrapper + key: (7,) for key in more}})
+    goal = model(wrapped(target))
+    assert make_plan([given], goal).transferred == ()
+    diff = compare(given, goal)
+    (way,) = diff.exchanges
+    assert not diff.matched and source.split(".")[-2] in str(way) and target in str(way) and len(way.mapping) == len(NET)
+    # What is offered does what it says: torch would load the same keys if the person had renamed them.
+    plan = make_plan([given], goal, way.rules)
+    assert {step.target: step.sources[0][1] for step in plan.steps} == {target + key: wrapper + source + key for key in NET}
+
+
+def choose_each(source, target):
+    """The target keys that each of the ways that a refusal lists leads to, when its rules are followed."""
+    with pytest.raises(PlanError) as error:
+        make_plan([source], target)
+    ways = compare(source, target).rivals
+    assert error.value.exit_code == 2 and error.value.problems == tuple(map(str, ways)) and error.value.hint is not None
+    found = []
+    for way in ways:
+        plan = make_plan([source], target, way.rules)
+        assert not compare(source, target, way.rules).rivals
+        assert {step.sources[0][1]: step.target for step in plan.steps if step.sources} == way.mapping
+        found.append({step.target: step.sources[0][1] for step in plan.steps if step.sources})
+    return found
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_two_towers_are_listed_and_the_rules_choose(wrapper):
+    both = {**wrapped(f"{wrapper}encoder_q."), **wrapped(f"{wrapper}encoder_k."), f"{wrapper}queue": (128, 16)}
+    ways = choose_each(checkpoint(both), model(NET))
+    assert ways == [{key: f"{wrapper}{head}{key}" for key in NET} for head in ("encoder_q.", "encoder_k.")]
+    # A target with two places for one source: a rename says which.
+    ways = choose_each(checkpoint(NET), model({**wrapped("a."), **wrapped("b.")}))
+    assert ways == [{head + key: key for key in NET} for head in ("a.", "b.")]
+    # A person's own rename for one of them is enough.
+    plan = make_plan([checkpoint(both)], model(NET), [Rule("rename", "encoder_k.{**rest}", "{**rest}")])
+    assert all(step.sources[0][1].startswith(f"{wrapper}encoder_k.") for step in plan.steps)
+
+
+MANY = {f"block.{number}.weight": (number + 1, 2) for number in range(20)}
+
+
+def test_a_rival_explains_nine_tenths_as_many():
+    heads = list(MANY)
+    for lacking, near in ((1, True), (2, True), (3, False)):
+        less = {f"b.{key}": MANY[key] for key in heads[lacking:]}
+        source, goal = checkpoint({**wrapped("a.", MANY), **less}), model(MANY)
+        if near:
+            assert len(choose_each(source, goal)) == 2
+        else:
+            assert make_plan([source], goal).coverage.tensors == 1.0
+
+
+def test_names_as_they_are_can_be_the_rival():
+    """The raw weights lack a key, and their average under a prefix has it."""
+    raw = {key: shape for key, shape in MANY.items() if key != "block.7.weight"}
+    source, goal = checkpoint({**raw, **wrapped("ema.", MANY)}), model(MANY)
+    average, own = choose_each(source, goal)
+    assert all(key.startswith("ema.") for key in average.values()) and set(own.values()) == set(raw)
+    # Names that are equal as they stand, all of them, leave nothing to ask.
+    plan = make_plan([checkpoint({**MANY, **wrapped("ema.", MANY)})], goal)
+    assert {step.sources[0][1] for step in plan.steps} == set(MANY)
+    # A prefix that only adds a key to those is no reason to ask, nor is it taken.
+    extra = {f"aux.{key}": shape for key, shape in MANY.items() if key == "block.7.weight"}
+    assert make_plan([checkpoint({**raw, **extra})], goal).fresh == ("block.7.weight",)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(10, True), (9, False)])
+def test_a_prefix_explains_at_least_half_of_the_smaller_side(count, taken):
+    given = {f"net.{key}": shape if number < count else (1, 1, 1) for number, (key, shape) in enumerate(MANY.items())}
+    assert (len(make_plan([checkpoint(given)], model(MANY)).transferred), not taken) == (count if taken else 0, not taken)
+
+
+@pytest.mark.parametrize("place", ["optimizer.exp_avg.", "exp_avg_sq.", "optimizer_state_dict.momentum_buffer."])
+def test_moments_by_name_are_no_weights(place):
+    source = checkpoint({**wrapped(place), **wrapped("model.")})
+    assert {step.sources[0][1] for step in make_plan([source], model(NET)).steps} == set(wrapped("model."))
+    assert make_plan([checkpoint(wrapped(place))], model(NET)).transferred == ()
+    rule = Rule("rename", place + "{**rest}", "{**rest}")
+    assert make_plan([checkpoint(wrapped(place))], model(NET), [rule]).coverage.tensors == 1.0
+
+
+def test_the_plan_names_the_prefix():
+    for before, words in (("module.", "prefix module. stripped"), ("net.", "prefix net. stripped")):
+        (finding,) = make_plan([checkpoint(wrapped(before))], model(NET)).findings
+        assert (finding.code, finding.level, finding.message) == ("prefix", "note", f"a.pt: {words}")

@@ -14,7 +14,8 @@ from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_
 
 def verification(found: Verification, path: str, target: str, verbose: bool = False, width: int | None = None) -> str:
     """What was compared, every finding, a forward pass's shapes, and what is on record as fresh."""
-    lines = [f"{name(path)} → {name(target)}: {'ok' if found.ok else 'NOT ok'}", f"  {proved(found)}"]
+    root = f" (root {name(found.root)})" if found.root else ""
+    lines = [f"{name(path)}{root} → {name(target)}: {'ok' if found.ok else 'NOT ok'}", f"  {proved(found)}"]
     # torch's own words for what the other findings say one by one
     shown = [finding for finding in found.findings if verbose or (finding.code, finding.level) != ("load", "note")]
     lines += findings(shown, verbose, width)

@@ -21,8 +21,8 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
     most = most_rows(verbose)
     where = f"Wrote {name(found.output)} ({size(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
     lines = [f"{where}: coverage {coverage_words(found.coverage)}"]
-    if found.output and (found.target or len(found.sources) > 1):
-        lines.append(f"  {name(' + '.join(found.sources))}{f' → {name(found.target)}' if found.target else ''}")
+    if any(found.roots) or (found.output and (found.target or len(found.sources) > 1)):
+        lines.append(f"  {_sources(found)}{f' → {name(found.target)}' if found.target else ''}")
     lines += [heading("transferred", len(found.transferred), _adapted(found))]
     if verbose:
         lines += keys(found.transferred, width, None)
@@ -116,6 +116,12 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
     if width is not None:
         cells = [[*row[:-1], "\n".join(broken(row[-1], max(width - before, 24)))] for row in cells]
     return tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)
+
+
+def _sources(found: Report) -> str:
+    """The sources, each with the root that was read."""
+    roots = found.roots or ("",) * len(found.sources)
+    return name(" + ".join(f"{path} (root {root})" if root else path for path, root in zip(found.sources, roots, strict=True)))
 
 
 def _fresh(found: Report) -> str:

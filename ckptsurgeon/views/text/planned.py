@@ -30,7 +30,8 @@ def plan(found: Plan, verbose: bool = False, width: int | None = None) -> str:
     lines += _dropped(found, width, most)
     if found.left_behind:
         lines.append(f"  left behind: {listing(found.left_behind, None if verbose else 8)}")
-    return fitted([*lines, *findings(found.findings, verbose, width), summary(found)], width)
+    told = [finding for finding in found.findings if finding.code != "prefix"]  # it stands above
+    return fitted([*lines, *findings(told, verbose, width), summary(found)], width)
 
 
 def _reason(step: Step) -> str:
