@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ckptsurgeon.surgery.prefixes import unwrap
+from ckptsurgeon.surgery.prefixes import HIDDEN, unwrap
 from ckptsurgeon.tensors import Loader
 
 # torch's own code that gives what copying a key's value gives.
@@ -23,8 +23,6 @@ _PLAIN = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict, _Ins
 _WRAPPING = ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper._pre_load_state_dict_hook")
 # torch's own code that takes keys under an older name, and leaves today's names alone.
 _RENAMING = ("torch.nn.utils.parametrizations", "weight_norm.<locals>._weight_norm_compat_hook")
-# Segments of a module's path that the keys of its state_dict lack.
-HIDDEN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader]:

@@ -95,8 +95,8 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
                 copies[step.target] = origin.target
             elif scheme != "model":
                 leader = plan.leader(step.target)
-                owner = initialize.owner_of(model, leader)
-                values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner, schemes)
+                owner, leaf = initialize.layer_of(model, leader)
+                values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner, schemes, leaf)
     # `from(KEY)`: what that key gets, or what it has and keeps.
     values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:

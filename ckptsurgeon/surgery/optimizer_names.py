@@ -102,11 +102,15 @@ def _by_names(saved: Saved, source: Checkpoint, names: tuple[str, ...], live: Li
 
 def _spellings(names: tuple[str, ...], source: Checkpoint, live: LiveOrder | None) -> Iterator[dict[str, str]]:
     """Names to keys: as they are, then, unless all are, with and without wrappers' segments below each prefix that the keys may have, or
-    without one that all names have, and as a live model calls its parameters."""
+    without one that all names have, and as a live model calls its parameters; these for half of the names at least."""
     plain = {name: name for name in names if name in source}
     yield plain
     if len(plain) == len(names) or not names:
         return
+    yield from (found for found in _changed(names, source, live) if 2 * len(found) >= len(names))
+
+
+def _changed(names: tuple[str, ...], source: Checkpoint, live: LiveOrder | None) -> Iterator[dict[str, str]]:
     for wrappers in ((), WRAPPERS):
         bare = {key: unwrap(key, wrappers) for key in source}
         counts = Counter(bare.values())

@@ -33,6 +33,7 @@ class LiveOrder:
         options: these groups' hyper-parameters.
         passed: the source's keys that are no parameters of their own: buffers in the model, and copies of a parameter that is tied in it.
         named: the keys of each parameter by every name that it has in the model.
+        as_registered: whether the optimizer, if there is one, has its parameters in the order of registration, in one group.
         leads: whether it may decide alone, where the file's order does not.
     """
 
@@ -41,14 +42,8 @@ class LiveOrder:
     options: tuple[Mapping[str, Any], ...] = ()
     passed: frozenset[str] = frozenset()
     named: Mapping[str, Keys] = field(default_factory=dict)
+    as_registered: bool = True
     leads: bool = False
-
-    @property
-    def as_registered(self) -> bool:
-        """Whether the optimizer, if there is one, has its parameters in the order of registration, in one group."""
-        place = {keys: number for number, keys in enumerate(self.registered)}
-        places = [place.get(keys, -1) for group in self.groups for keys in group]
-        return len(self.groups) <= 1 and places == sorted(places)
 
 
 def live_order(
@@ -84,6 +79,8 @@ def live_order(
     def counterpart(keys: Keys) -> Keys:
         return next((tuple(dict.fromkeys(own)) for own in every(keys)), ())
 
+    place = {keys: number for number, keys in enumerate(parameters)}
+    places = [place.get(keys, -1) for group in groups for keys in group]
     copies = {key for keys in parameters for own in every(keys) for key in own if key not in counterpart(keys)}
     return LiveOrder(
         tuple(map(counterpart, parameters)),
@@ -91,6 +88,7 @@ def live_order(
         tuple(options),
         frozenset(key for buffer in buffers for key in counterpart((buffer,))) | copies,
         {name: counterpart(keys) for name, keys in names.items()},
+        len(groups) <= 1 and places == sorted(places),
         leads,
     )
 

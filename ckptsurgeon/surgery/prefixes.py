@@ -67,6 +67,10 @@ class Prefix:
         return "; ".join(words)
 
 
+# Those that are in a module's path and a parameter's name, and that a hook takes out of the keys of the state_dict.
+HIDDEN = frozenset(name for name in WRAPPERS if name.endswith("_wrapped_module"))
+
+
 def unwrap(key: str, wrappers: Iterable[str]) -> str:
     """`key` without the segments in `wrappers`.
 

@@ -19,11 +19,10 @@ from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.items import several, shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.planned import Step
-from ckptsurgeon.surgery.prefixes import Prefix, unwrap
+from ckptsurgeon.surgery.prefixes import HIDDEN, Prefix, unwrap
 from ckptsurgeon.tensors import Checkpoint
 
 Local = Mapping[str, Any]
-HIDDEN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # segments of a module's path that its keys lack
 NORM = ("running_mean", "running_var")  # torch's own norms have both, and load values of every version alike
 
 

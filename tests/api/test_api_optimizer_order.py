@@ -221,6 +221,7 @@ def test_a_model_that_registers_in_another_order(how: str, tmp_path: Path) -> No
     net, optimizer = trained(MAKE["SGD"])
     torch.save({"model": SORTED[how](net.state_dict(), tmp_path), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
     new = Turned()
+    new.add_module("fresh", nn.Linear(4, 4))
     resumed = MAKE["SGD"](new)
     names = None
     if how == "a plain dict":
@@ -231,6 +232,7 @@ def test_a_model_that_registers_in_another_order(how: str, tmp_path: Path) -> No
         assert all(torch.equal(value, before[key]) for key, value in new.state_dict().items()) and not resumed.state
         names = [name for name, _ in Net().named_parameters()]
     cs.transfer(tmp_path / "run.pt", new, optimizer=resumed, optimizer_names=names)
+    del new.fresh
     goes_on(net, optimizer, new, resumed)
 
 
