@@ -92,6 +92,10 @@ class UnsafeError(CheckpointError):
     """The weights can't be told without running something that the file asks for."""
 
 
+class PartError(CheckpointError):
+    """The file is one rank's part of a checkpoint, or the checkpoint lies in pieces: no tensor of it is known to be whole."""
+
+
 class LimitError(CheckpointError):
     """Reading would cost more than a header may cost."""
 

@@ -161,9 +161,21 @@ class Loader:
     changes: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Why a file is only a part of a checkpoint: its `kind`, one sentence, and what has the whole and reads it."""
+
+    kind: str
+    reason: str
+    hint: str
+
+
 @dataclass(frozen=True)
 class Archive:
-    """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them."""
+    """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them.
+
+    `part` is set where it is one rank's part of a checkpoint, whose tensors are pieces.
+    """
 
     path: str
     format: str
@@ -175,6 +187,7 @@ class Archive:
     provenance: Mapping[str, Any] | None = None
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    part: Part | None = None
 
 
 @dataclass(frozen=True, eq=False)

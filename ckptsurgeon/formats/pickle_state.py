@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
+from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PartError
 from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import resolve
 from ckptsurgeon.formats.pickle_values import PickledDict
@@ -22,6 +22,8 @@ def name_globals(error: CheckpointError, asked: tuple[str, ...]) -> None:
     """Let `error` list what the pickle asked for beyond the allow-list."""
     shown = tuple(f"it asks for {name}, which is never imported or called" for name in asked[:20])
     error.globals = asked
+    if isinstance(error, PartError):  # which is told from them
+        return
     error.problems = shown + ((f"and for {len(asked) - 20} others",) if len(asked) > 20 else ())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
 from ckptsurgeon.errors import FormatError, OutputError
+from ckptsurgeon.formats import parts
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
 from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
@@ -46,6 +47,7 @@ def read(file: OpenFile) -> Archive:
         files=(file.stamp,),
         state_dicts=(StateDict("", tensors),),
         metadata=metadata,
+        part=parts.of_safetensors(file.path, metadata),
         provenance=parse_provenance(provenance) if provenance else None,
     )
 

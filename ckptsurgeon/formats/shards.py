@@ -11,6 +11,7 @@ from collections.abc import Callable
 from hashlib import sha256
 
 from ckptsurgeon.errors import FormatError, RootError, UnreadableError
+from ckptsurgeon.formats import parts
 from ckptsurgeon.formats.files import OpenFile, unreadable
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.limits import allowed, exceeded
@@ -42,6 +43,8 @@ def find_in_folder(folder: str) -> str:
     indexes = [name for name in names if name.endswith(".index.json")]
     if len(indexes) == 1:
         return os.path.join(folder, indexes[0])
+    if (part := parts.of_folder(names)) is not None:
+        raise parts.refused(part, folder)
     here = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
     raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)
@@ -98,6 +101,7 @@ def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         globals=tuple(dict.fromkeys(name for archive in archives.values() for name in archive.globals)),
         metadata=next(iter(archives.values())).metadata,
         provenance=next((archive.provenance for archive in archives.values() if archive.provenance), None),
+        part=next((archive.part for archive in archives.values() if archive.part), None),
         notes=tuple(dict.fromkeys(note for archive in archives.values() for note in archive.notes)),
     )
 

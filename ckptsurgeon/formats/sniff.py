@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
-from ckptsurgeon.formats import safetensors, shards, skeleton, torch_legacy, torch_zip
+from ckptsurgeon.formats import parts, safetensors, shards, skeleton, torch_legacy, torch_zip
 from ckptsurgeon.formats.files import OpenFile, open_regular
 from ckptsurgeon.formats.zip_directory import ends_as_zip
 from ckptsurgeon.tensors import Archive
@@ -65,6 +65,9 @@ def _read_file(path: str, choose: Callable[[OpenFile], Callable[[OpenFile], Arch
             return choose(file)(file)
         except CheckpointError as error:
             error.path = error.path or path
+            part = parts.of_broken(file) if isinstance(error, FormatError) else None
+            if part is not None:
+                raise parts.refused(part, path) from error
             raise
 
 

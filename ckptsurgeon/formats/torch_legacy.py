@@ -11,12 +11,13 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from ckptsurgeon.errors import CheckpointError, FormatError, UnsafeError
+from ckptsurgeon.errors import CheckpointError, FormatError, PartError, UnsafeError
+from ckptsurgeon.formats import parts
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import MAX_INT
 from ckptsurgeon.formats.pickle_machine import Pickled, TruncatedPickle, name_globals, run
-from ckptsurgeon.formats.pickle_values import StorageClass, StorageRef
+from ckptsurgeon.formats.pickle_values import Inert, StorageClass, StorageRef
 from ckptsurgeon.formats.unpickled import Unpacked, collect
 from ckptsurgeon.tensors import Archive, Span
 
@@ -69,6 +70,7 @@ def _archive(file: OpenFile, data: bytes) -> Archive:
         state_dicts=tree.state_dicts,
         globals=unpacked.globals,
         beside=tree.beside,
+        part=tree.part,
     )
 
 
@@ -155,6 +157,10 @@ def _data_offsets(file: OpenFile, keys: Any, storages: dict[str, StorageRef], po
 
 
 def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
+    if type(first.value) is Inert and first.value.name == parts.METADATA_CLASS:
+        metadata = parts.refused(parts.TABLE["dcp-metadata"], file.path)
+        name_globals(metadata, first.globals)
+        return metadata
     if _TENSOR_BYTES in first.globals:
         error = FormatError(
             "was written by pickle.dump, not by torch.save",
@@ -164,6 +170,8 @@ def _other_pickle(file: OpenFile, first: Pickled) -> CheckpointError:
         return error
     try:
         collect(file.path, Unpacked(first.value, first.globals, lambda _storage: Span(file.path, 0, 0, ""), first.end))
+    except PartError as found:
+        return found
     except (FormatError, UnsafeError) as found:
         found.reason = f"is a plain pickle, not written by torch.save: it {found.reason}"
         return found

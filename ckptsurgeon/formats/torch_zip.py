@@ -43,6 +43,7 @@ def read(file: OpenFile) -> Archive:
         globals=found.unpacked.globals,
         provenance=_provenance(file, found.entries),
         beside=tree.beside,
+        part=tree.part,
         notes=_notes(found.entries, found.storages),
     )
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from ckptsurgeon.dtypes import DType
 from ckptsurgeon.errors import CheckpointError, FormatError, UnsafeError
+from ckptsurgeon.formats import parts
 from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_machine import name_globals
 from ckptsurgeon.formats.pickle_values import Encoded, Global, Inert, NumpyArray, NumpyDType, PickledDict, StorageRef, TensorRef
-from ckptsurgeon.tensors import NOTHING, Refused, Span, StateDict, TensorMeta
+from ckptsurgeon.tensors import NOTHING, Part, Refused, Span, StateDict, TensorMeta
 
 Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage
 NAMES = "names its values with more than {} characters"
@@ -52,10 +53,11 @@ class Claims:
 
 @dataclass(frozen=True)
 class Tree:
-    """The state_dicts found in a pickle, and by dotted place what stands beside them."""
+    """The state_dicts found in a pickle, by dotted place what stands beside them, and why they are not whole, where they are not."""
 
     state_dicts: tuple[StateDict, ...]
     beside: tuple[str, ...]
+    part: Part | None = None
 
 
 def collect(path: str, found: Unpacked) -> Tree:
@@ -68,6 +70,7 @@ def collect(path: str, found: Unpacked) -> Tree:
     seen: set[int] = set()
     known: Known = {}
     claims = Claims()
+    part: Part | None = None
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
         place, node, depth = waiting.pop()
@@ -88,6 +91,8 @@ def collect(path: str, found: Unpacked) -> Tree:
         budget.spend("name-characters", (len(children) + 1) * (len(place) + 1), NAMES)
         items = _children(path, place, node)
         budget.spend("name-characters", sum([len(name) for name, _ in items]), NAMES)
+        if Inert in kinds:
+            part = part or parts.pieces(children)
         if NumpyArray in kinds:
             arrays += sum(type(child) is NumpyArray for child in children)
         if TensorRef in kinds and type(node) is PickledDict:
@@ -101,12 +106,13 @@ def collect(path: str, found: Unpacked) -> Tree:
             waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
     if len({root.root for root in roots}) != len(roots):
         raise FormatError("has two nested dicts of one name", path=path)
+    part = part or parts.of_pickle(path, value)
     if not roots:
-        error = _nothing(path, value, arrays)
+        error = parts.refused(part, path) if part is not None else _nothing(path, value, arrays)
         name_globals(error, found.globals)
         raise error
     claims.check(path)
-    return Tree(tuple(roots), tuple(beside))
+    return Tree(tuple(roots), tuple(beside), part)
 
 
 def _state_dict(

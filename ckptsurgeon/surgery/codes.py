@@ -81,6 +81,13 @@ TABLE: tuple[Code, ...] = (
         "Give them by name to have them checked.",
     ),
     Code(
+        "CK108",
+        "one-rank",
+        "The file is one rank's part of a checkpoint of several (DTensors, .distcp, ZeRO, Megatron), or a folder of such parts.",
+        "Its tensors are pieces: a load of one rank's file fails, or takes a part for the whole.",
+        "Join the parts with the library that wrote them (the message says how), and check what that gives.",
+    ),
+    Code(
         "CK201",
         "unsafe",
         "The file asks for code beyond tensors and plain values: a class or function by its name. A whole pickled model does.",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import RootError
+from ckptsurgeon.errors import PartError, RootError
 from ckptsurgeon.surgery.prefixes import NEAR, WRAPPERS, find_change
 from ckptsurgeon.surgery.rules import close_names
 from ckptsurgeon.surgery.training_places import all_moments, of_optimizer
@@ -25,11 +25,15 @@ _PARENTS = 16  # that are tried, the outermost first
 _SHOWN = 8  # roots that an error lists
 
 
-def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
+def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
     """The checkpoint of `archive` under the named or best root.
 
-    Raises RootError, with the candidates and how to choose, when the name is not there or several would do.
+    Raises:
+        RootError: the name is not there, or several would do; with the candidates and how to choose.
+        PartError: it is one rank's part of a checkpoint, unless `parts` will do.
     """
+    if archive.part is not None and not parts:
+        raise PartError(archive.part.reason, path=archive.path, hint=archive.part.hint)
     if root is not None:
         return checkpoint(archive, _named(archive, root))
     found = _unasked(archive)

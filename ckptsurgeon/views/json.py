@@ -58,6 +58,7 @@ def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
         "provenance": None if found.provenance is None else dict(found.provenance),
         "beside": list(found.beside),
         "notes": list(found.notes),
+        "part": None if found.part is None else {"kind": found.part.kind, "reason": found.part.reason, "hint": found.part.hint},
     }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from ckptsurgeon.errors import UnreadableError
+from ckptsurgeon.errors import PartError, UnreadableError
+from ckptsurgeon.formats import parts
 from ckptsurgeon.formats.shards import find_in_folder
 from ckptsurgeon.tensors import Archive
 
@@ -37,6 +38,8 @@ def _below(top: str) -> Iterator[str]:
             folders.clear()
             yield folder
             continue
+        if parts.of_folder(names) is parts.TABLE["dcp-folder"]:
+            yield folder  # its own files have no checkpoint's suffix
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name))
     yield from (str(error.filename) for error in refused if str(error.filename) != top)
@@ -45,7 +48,7 @@ def _below(top: str) -> Iterator[str]:
 def _is_one(folder: str) -> bool:
     try:
         find_in_folder(folder)
-    except UnreadableError:
+    except (UnreadableError, PartError):
         return False
     return True
 

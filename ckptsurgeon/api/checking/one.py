@@ -13,7 +13,17 @@ from ckptsurgeon.api import opening, proving
 from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PointerError, RootError, UnreadableError, UnsafeError, no_memory
+from ckptsurgeon.errors import (
+    CheckpointError,
+    FormatError,
+    LimitError,
+    PartError,
+    PointerError,
+    RootError,
+    UnreadableError,
+    UnsafeError,
+    no_memory,
+)
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming.checksums import hold
 from ckptsurgeon.streaming.reading import Reader
@@ -30,9 +40,11 @@ REFUSALS: dict[type[CheckpointError], str] = {
     LimitError: "CK103",
     RootError: "CK104",
     PointerError: "CK105",
+    PartError: "CK108",
     UnsafeError: "CK201",
 }
 FITS = {"missing": "CK301", "unexpected": "CK302", "shape": "CK303", "dtype": "CK304"}
+ASKS = "asks for {}, which is never imported here and would be elsewhere"
 MEMORY = CheckpointError("there was not enough memory to check it", hint="check it alone, with --jobs 1")
 
 Alive = Callable[[], None]  # called every few megabytes; raises where nobody waits for the answer any more
@@ -58,6 +70,8 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
         archive = opening.read(path)
     except CheckpointError as error:
         yield [_refusal(error, path)]
+        if isinstance(error, PartError):
+            yield [Finding("CK201", ASKS.format(name)) for name in error.globals]
     if gate.max_size is not None and (size := _size(path, archive)) > gate.max_size:
         yield [Finding("CK501", f"has {size:,} bytes, and {gate.max_size:,} are allowed")]
     if archive is None:
@@ -65,16 +79,19 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     yield list(_safety(archive))
     quantised = {key: one for state_dict in archive.state_dicts for key, one in find(state_dict.tensors).items()}
     yield [Finding("CK203", one.words, key, "note") for key, one in quantised.items()]
+    if archive.part is not None:
+        yield [_refusal(PartError(archive.part.reason, hint=archive.part.hint), path)]
     yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.beside(path, archive)]
     if gate.allow and archive.format not in gate.allow:
         yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]
     checkpoints = [roots.checkpoint(archive, found, alone=True) for found in archive.state_dicts]
     if gate.against is not None or gate.root is not None:
         try:
-            chosen = roots.choose(archive, root=gate.root, target=None if gate.against is None else gate.against.checkpoint)
+            against = gate.against if archive.part is None else None  # pieces fit nothing
+            chosen = roots.choose(archive, root=gate.root, target=None if against is None else against.checkpoint, parts=True)
             checkpoints = [chosen]
-            if gate.against is not None:
-                yield [replace(found, code=FITS[found.code]) for found in proving.fits(chosen, gate.against.checkpoint)]
+            if against is not None:
+                yield [replace(found, code=FITS[found.code]) for found in proving.fits(chosen, against.checkpoint)]
         except CheckpointError as error:
             yield [_refusal(error, path)]
     if gate.dtypes:
@@ -98,7 +115,8 @@ def _collected(found: Iterator[Finding], path: str) -> list[Finding]:
 
 def _refusal(error: CheckpointError, path: str) -> Finding:
     """What kept a file from being read. Who asked for code is unsafe, whatever else is wrong with the file."""
-    code = "CK201" if error.globals else next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)
+    own = next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)
+    code = "CK201" if error.globals and own != "CK108" else own
     where = f"{os.path.basename(error.path)}: " if error.path and error.path != path else ""  # a shard
     hint = f" (try: {error.hint})" if error.hint else ""
     return Finding(code, where + error.reason + "".join(f"; {problem}" for problem in error.problems) + hint, error.key)
@@ -110,7 +128,7 @@ def _size(path: str, archive: Archive | None) -> int:
 
 def _safety(archive: Archive) -> Iterator[Finding]:
     for name in archive.globals:
-        yield Finding("CK201", f"asks for {name}, which is never imported here and would be elsewhere")
+        yield Finding("CK201", ASKS.format(name))
     for state_dict in archive.state_dicts:
         for key, entry in state_dict.entries.items():
             if isinstance(entry, Refused):

@@ -16,6 +16,9 @@ ROWS = 40
 def archive(found: Archive, verbose: bool = False, width: int | None = None, chosen: Checkpoint | None = None) -> str:
     """The format, the roots, every tensor folded (of several roots, only the `chosen` one's), and what else the file holds."""
     lines = [f"{name(found.path)}: {found.format}, {size(sum(stamp.size for stamp in found.files))}"]
+    if found.part is not None:
+        lines.append(f"  {found.part.reason}")
+        lines.append(f"  {found.part.hint}")
     if chosen is not None:
         lines += _state_dict(chosen, True, verbose, width)
     else:
