@@ -18,9 +18,10 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models import persons_code
-from ckptsurgeon.models.loaders import tensors_of
+from ckptsurgeon.models.loaders import HIDDEN, tensors_of
 from ckptsurgeon.models.remembered import remembered
 from ckptsurgeon.models.skeleton import place, state_dict_of
+from ckptsurgeon.surgery.prefixes import unwrap
 from ckptsurgeon.surgery.taken import Taken
 from ckptsurgeon.tensors import Loader, TensorMeta
 
@@ -31,9 +32,11 @@ _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"
 
 @dataclass
 class _Seen:
-    """By where a tensor of the model lies, the names of what was copied there, and whether that was a name's tensor as it is."""
+    """The names of what was copied, and whether that was a name's tensor as it is: by where a tensor of the model lies, and where none was
+    copied, by the model's key that it stood at."""
 
     copies: dict[Any, tuple[frozenset[str], bool]] = field(default_factory=dict)
+    stood: dict[str, tuple[frozenset[str], bool]] = field(default_factory=dict)
 
 
 class _Named(torch.Tensor):
@@ -50,7 +53,7 @@ class _Named(torch.Tensor):
         given = [one for one in _flat((args, kwargs or {})) if isinstance(one, _Named)]
         names = frozenset().union(*(one.names for one in given))
         if name == "copy_" and not isinstance(args[0], _Named):
-            given[0].seen.copies[place(args[0])] = (names, given[0].whole)
+            given[0].seen.copies[_start(args[0])] = (names, given[0].whole)
             return args[0]
         if name in _IN_PLACE or (name.endswith("_") and not name.startswith("__") and name not in _SAME):
             if isinstance(args[0], _Named):
@@ -67,6 +70,11 @@ class _Named(torch.Tensor):
             return type(one)(map(wrapped, one)) if type(one) in (tuple, list) else one
 
         return wrapped(made)
+
+
+def _start(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's memory begins: the code may give it another shape."""
+    return place(tensor)[:2]
 
 
 def _shape(tensor: torch.Tensor) -> torch.Size:
@@ -115,13 +123,13 @@ def probe(model: nn.Module, loaders: Mapping[str, Loader], given: Mapping[str, T
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # that copying to meta does nothing
             if type(model).load_state_dict is nn.Module.load_state_dict and "load_state_dict" not in vars(model):
-                _load(model, loaded, "", metadata, unexpected, failed)
+                _load(model, loaded, "", metadata, unexpected, failed, seen)
             else:
                 unexpected += strange
                 _guarded(failed, "", lambda: model.load_state_dict(loaded, strict=False))
             for key, value in state_dict_of(model, path).items():
                 if isinstance(value, _Named) and key in state:
-                    seen.copies[place(state[key])] = (value.names, value.whole)
+                    seen.copies[_start(state[key])] = (value.names, value.whole)
     finally:
         back()
     return _told(state, loaders, strange, given, seen, unexpected, failed)
@@ -138,16 +146,26 @@ def _stand_in(name: str, meta: TensorMeta, on_meta: bool, seen: _Seen) -> _Named
 
 
 def _load(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], unexpected: list[str], failed: dict[str, str]
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    unexpected: list[str],
+    failed: dict[str, str],
+    seen: _Seen,
 ) -> None:
     """torch's own loading, without hooks after it; a module whose code fails is left out with all below."""
     local = dict(metadata.get(prefix[:-1], {}))
     if not _guarded(failed, prefix[:-1], lambda: module._load_from_state_dict(state, prefix, local, True, [], unexpected, [])):
         return
+    for name in (*module._parameters, *module._buffers):
+        value = state.get(prefix + name)
+        if isinstance(value, _Named):
+            seen.stood[unwrap(prefix + name, HIDDEN)] = (value.names, value.whole)
     for name, child in module._modules.items():
         if child is not None:
             below = f"{prefix}{name}."
-            _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, unexpected, failed)
+            _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, unexpected, failed, seen)
 
 
 def _guarded(failed: dict[str, str], path: str, function: Callable[[], object]) -> bool:
@@ -172,24 +190,26 @@ def _told(
         path = max((path for path in loaders if not path or name.startswith(f"{path}.")), key=len, default=None)
         return None if path is None else loaders[path].name
 
-    def fits(name: str, key: str) -> bool:
-        free = name not in state and key not in given and name not in renamed
-        return free and given[name].shape == tuple(state[key].shape)
+    def free(name: str, key: str) -> bool:
+        return name not in state and key not in given and name not in renamed
 
     renamed: dict[str, tuple[str, str]] = {}
     made: dict[str, tuple[tuple[str, ...], str]] = {}
     used: set[str] = set()
     nothing: tuple[frozenset[str], bool] = (frozenset(), False)
     for key, value in state.items():
-        names, whole = seen.copies.get(place(value), nothing) if isinstance(value, torch.Tensor) else nothing
-        if not names & strange:
+        if not isinstance(value, torch.Tensor):
+            continue
+        copied = seen.copies.get(_start(value))
+        names, whole = copied or seen.stood.get(key, nothing)
+        if not names & strange or (copied is None and names == {key}):
             continue
         (name, *more) = sorted(names)
         by = who(key) or who(name) or "model"
         used |= names
-        if whole and not more and fits(name, key):
+        if whole and not more and free(name, key) and (copied is None or given[name].shape == tuple(value.shape)):
             renamed[name] = (key, by)
-        elif not (whole and names == {key}):
+        elif not whole or names != {key} or given[key].shape != tuple(value.shape):
             made[key] = (tuple(sorted(names)), by)
     gone = {name: who(name) for name in sorted(strange - used - set(unexpected) - state.keys())}
     tried = {name: by for name, by in gone.items() if not any(not path or name.startswith(f"{path}.") for path in failed)}

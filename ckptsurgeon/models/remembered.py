@@ -70,7 +70,7 @@ def _tensor(tensor: torch.Tensor) -> Undo:
 
     def back() -> None:
         with torch.no_grad():
-            if memory is not None and tensor.data_ptr() != memory.data_ptr():
+            if memory is not None and (tensor.data_ptr(), tensor.shape) != (memory.data_ptr(), memory.shape):
                 tensor.data = memory
             tensor.copy_(value)
         if tensor.is_leaf and tensor.requires_grad != learns:

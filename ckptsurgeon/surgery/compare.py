@@ -56,10 +56,11 @@ class Adapted:
 @dataclass(frozen=True)
 class Loaded:
     """A key that the model's own loading code takes, of a name that the model has not, or a key of the model that it computes from such;
-    and what becomes of it, in words."""
+    and what becomes of it, in words. `planned` is False for what a plan can't do."""
 
     key: str
     words: str
+    planned: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,11 @@ def _loaded(taken: Taken | None) -> tuple[Loaded, ...]:
     return (
         *(Loaded(name, f"→ {key}, {code_of(by)}") for name, (key, by) in taken.renamed.items()),
         *(Loaded(name, f"left out, {code_of(by)}") for name, by in taken.dropped.items()),
-        *(Loaded(key, f"is computed from {', '.join(names)}, {code_of(by)}: a merge can't") for key, (names, by) in taken.made.items()),
-        *(Loaded(path or "the model itself", f"its own loading code fails: {reason}") for path, reason in taken.failed.items()),
+        *(
+            Loaded(key, f"is computed from {', '.join(names)}, {code_of(by)}: a merge can't", False)
+            for key, (names, by) in taken.made.items()
+        ),
+        *(Loaded(path or "the model itself", f"its own loading code fails: {reason}", False) for path, reason in taken.failed.items()),
     )
 
 

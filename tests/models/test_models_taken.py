@@ -185,6 +185,7 @@ def test_a_value_that_a_loader_computes_is_named_with_its_class_and_never_fresh(
     source = write(state, tmp_path / "a.pt")
     diff = cs.diff(source, model)
     assert [row.key for row in diff.loaded] == [key] and kind.__name__ in str(diff)
+    assert "Next:" not in str(diff) and "load it by torch once" in str(diff)
     before = everything(model)
     for act in (lambda: cs.merge(source, model, tmp_path / "o.pt"), lambda: cs.transfer(source, model)):
         with pytest.raises(PlanError, match=rf"(?s){key}: a {kind.__name__} makes it from") as caught:
@@ -194,6 +195,42 @@ def test_a_value_that_a_loader_computes_is_named_with_its_class_and_never_fresh(
     strange = [name for name in state if name != "m.bias"]
     report = cs.transfer(source, model, drop=strange)
     assert report.fresh == (key,)
+
+
+def test_a_renamed_key_of_another_shape_is_a_mismatch_and_no_drop(tmp_path: Path) -> None:
+    saved = old(net())
+    saved["block.linear_2.weight"] = torch.ones(5, 4)
+    with pytest.raises(RuntimeError, match=r"size mismatch for block\.3\.weight"):
+        net().load_state_dict(copy.deepcopy(saved), strict=False)
+    source = write(saved, tmp_path / "a.pt")
+    diff = cs.diff(source, net())
+    assert [(row.key, row.source) for row in diff.mismatched] == [("block.3.weight", "block.linear_2.weight")]
+    report = cs.transfer(source, net())
+    assert report.fresh == ("block.3.weight",)
+    assert ("block.linear_2.weight", "shape (5, 4) does not fit (3, 4)") in report.dropped
+
+
+def test_a_tensor_that_its_loader_resizes_is_named(tmp_path: Path) -> None:
+    """torch.ao's FakeQuantize takes the shape of what it loads."""
+
+    class Observes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+            self.register_buffer("scale", torch.ones(1))
+
+        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+            self.scale.resize_(state[prefix + "scale"].shape)
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    model = Observes()
+    source = write({"w": torch.ones(2), "scale": torch.ones(3)}, tmp_path / "a.pt")
+    assert copy.deepcopy(model).load_state_dict(torch.load(source, weights_only=True)).missing_keys == []
+    assert [row.key for row in cs.diff(source, model).loaded] == ["scale"]
+    assert model.scale.shape == (1,)
+    with pytest.raises(PlanError, match="a Observes makes it from scale"):
+        cs.transfer(source, model)
+    assert model.scale.shape == (1,)
 
 
 def test_torchs_weight_norm_takes_the_names_of_the_old_one(tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
 
 
 def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[str]:
+    if not all(row.planned for row in found.loaded):
+        return [
+            "What the model's own loading code computes is in no file: load it by torch once, save model.state_dict(), and take that file."
+        ]
     renames = rename_hints(found.hints)
     lines = []
     if found.rivals or len(found.exchanges) > 1:
