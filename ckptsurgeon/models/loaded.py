@@ -65,7 +65,8 @@ def load(
     given._metadata = copy.deepcopy({**metadata, **versions})  # type: ignore[attr-defined]
     back = _remember(model, state, values, loaders)
     try:
-        persons_code.call(name, model.load_state_dict, given, strict=False)
+        result = persons_code.call(name, model.load_state_dict, given, strict=False)
+        _check_taken([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)
         _check_same_tensors(state, state_dict_of(model, name), name)
     except BaseException as error:
         with undisturbed():
@@ -108,6 +109,16 @@ def _set_back(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, An
 def _module_at(model: nn.Module, key: str) -> nn.Module | None:
     path = key.rpartition(".")[0]
     return next((module for place, module in model.named_modules(remove_duplicate=False) if place == path), None)
+
+
+def _check_taken(lost: list[str], name: str) -> None:
+    if lost:
+        raise TargetError(
+            f"its load_state_dict does not take {len(lost)} of the keys that its own state_dict has, so that their values would be lost",
+            path=name,
+            key=lost[0],
+            hint="the hook that renames them needs one that renames them back: register_load_state_dict_pre_hook",
+        )
 
 
 def _check_same_tensors(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> None:

@@ -18,10 +18,10 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models import persons_code
-from ckptsurgeon.models.loaders import HIDDEN, tensors_of
+from ckptsurgeon.models.loaders import tensors_of
 from ckptsurgeon.models.remembered import remembered
 from ckptsurgeon.models.skeleton import place, state_dict_of
-from ckptsurgeon.surgery.prefixes import unwrap
+from ckptsurgeon.surgery.prefixes import HIDDEN, unwrap
 from ckptsurgeon.surgery.taken import Taken
 from ckptsurgeon.tensors import Loader, TensorMeta
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import ModelError
+from ckptsurgeon.errors import ModelError, TargetError
 from ckptsurgeon.models.decay import without_decay
 from ckptsurgeon.models.depth import depths
 from ckptsurgeon.models.parameters import inner, named, named_tensors
@@ -128,11 +128,20 @@ def source_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: torch.ones_like(value).detach() for key, value in model.state_dict(keep_vars=True).items() if id(value) not in head}
 
 
+def transferred(model: nn.Module) -> Any:
+    """A transfer's report; where torch does not take the keys back that it gave, a record of the same."""
+    head = {id(own) for own in inner(model).head.parameters()}  # type: ignore[union-attr]
+    try:
+        return cs.transfer(source_of(model), model)
+    except TargetError:
+        return Recorded(tuple(key for key, value in model.state_dict(keep_vars=True).items() if id(value) in head))
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_what_is_fresh_is_found_by_groups_and_by_freeze(wrap: str) -> None:
     model = WRAPS[wrap](Net())
     head = {id(own) for own in inner(model).head.parameters()}  # type: ignore[union-attr]
-    report = cs.transfer(source_of(model), model)
+    report = transferred(model)
     groups = {group["name"]: group for group in cs.param_groups(model, report, lr=1e-3, fresh_lr=1e-2)}
     assert {id(own) for own in groups["fresh"]["params"]} == head
     assert {id(own) for own in groups["transferred"]["params"]} == {id(own) for own in model.parameters()} - head
@@ -172,7 +181,7 @@ def test_depth_decay_and_thawing_are_those_of_the_model_within(wrap: str) -> Non
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_initialize_gives_every_layer_its_own_scheme(wrap: str) -> None:
     model = WRAPS[wrap](Net())
-    report = cs.transfer(source_of(model), model)
+    report = transferred(model)
     before = [own.clone() for own in tensors(model)]
     assert len(cs.initialize(model, report)) == 2
     now, old = (sorted_like_state(model, values) for values in (tensors(model), before))
@@ -194,6 +203,17 @@ def sorted_like_state(model: nn.Module, values: list[torch.Tensor]) -> list[torc
 def in_module_order(module: nn.Module) -> list[torch.Tensor]:
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return own + [tensor for child in module.children() for tensor in in_module_order(child)]
+
+
+def test_keys_that_torch_would_not_take_back_are_an_error_not_silence() -> None:
+    """The hook within DataParallel renames the keys of the whole, and nothing renames them back before DataParallel looks at them."""
+    model = nn.DataParallel(checkpointed(renames(Net())))
+    source = source_of(model)
+    assert set(source) <= set(model.load_state_dict(model.state_dict(), strict=False).unexpected_keys)
+    before = [own.clone() for own in tensors(model)]
+    with pytest.raises(TargetError, match="would be lost"):
+        cs.transfer(source, model)
+    assert all(map(torch.equal, before, tensors(model)))
 
 
 def test_a_merged_file_says_what_is_fresh_in_the_wrapped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
