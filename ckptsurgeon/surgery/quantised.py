@@ -19,7 +19,7 @@ from ckptsurgeon.surgery.planned import Step
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 FP8 = frozenset(code for code in BY_CODE if code.startswith("F8_"))
-INTS = frozenset(code for code, row in BY_CODE.items() if row.kind == "int")
+INTS = frozenset({"U8", "I8", "I16", "I32"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,18 @@ class Scheme:
     beside: tuple[str, ...] = ()
     divisor: int | None = None
     unless: tuple[str, ...] = ()
-    in_bytes: bool = False  # the scales are bytes too
+    alike: bool = False  # the scales may be of the codes' dtype
 
 
 _NF4 = tuple(f".{name}" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"))
 _ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
 _ZERO = (".weight_zero_point",)
 TABLE: tuple[Scheme, ...] = (
-    Scheme("4-bit codes of bitsandbytes", "", frozenset(BY_CODE), (".absmax", ".quant_map"), _NF4),
+    Scheme("4-bit codes of bitsandbytes", "", frozenset(BY_CODE), (".absmax", ".quant_map"), _NF4, alike=True),
     Scheme("8-bit codes of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), (".weight_format",), 127),
     Scheme("codes of GPTQ or AWQ", ".qweight", INTS, (".scales",), (".qzeros", ".g_idx")),
     Scheme("packed codes of compressed-tensors", "_packed", INTS, ("_scale",), ("_shape", "_zero_point", "_g_idx", "_global_scale")),
-    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), in_bytes=True),
+    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), alike=True),
     Scheme("codes of torchao", "qdata", INTS | FP8, ("scale",), ("zero_point",)),
     Scheme("codes of quanto", "._data", INTS | FP8, ("._scale",), ("._shift",)),
     Scheme("codes of HQQ", ".W_q", INTS, (".scale",), (".zero", ".meta")),
@@ -62,14 +62,15 @@ TABLE: tuple[Scheme, ...] = (
     Scheme("packed codes with scales", ".weight", frozenset({"U8", "I8"}), (".weight_scale_inv",)),
     Scheme("packed codes with scales", ".weight", frozenset({"U8"}), (".weight_scale",), (".weight_scale_2", *_ACTIVATIONS)),
 )
-_FIRST = TABLE[0]
+_SCALES = tuple(sorted({row.scales[0].lstrip(".") for row in TABLE}))
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
     """The codes under `key`, the `scales` that they can't be read without, and what else belongs to them.
 
-    `op` makes values of codes and scale; None where no formula is known here.
+    `op` makes values of codes and scale; None where no formula is known here, or the shapes do not tell the blocks. `divisor` is the
+    formula's, None where there is none.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Codes:
     scales: tuple[str, ...]
     beside: tuple[str, ...] = ()
     op: Op | None = None
+    divisor: int | None = None
 
     @property
     def words(self) -> str:
@@ -99,41 +101,43 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     >>> find({"q.weight": meta("q.weight", "F8_E4M3", (4, 2)), "q.bias": meta("q.bias", "F32", (4,))})
     {}
     """
+    rows = _that_may_be(tensors)
     found = {}
-    for key, tensor in tensors.items():
-        if key.endswith(_FIRST.scales[0]):
-            stem = key[: -len(_FIRST.scales[0])]
-            if stem in tensors and stem + _FIRST.scales[1] in tensors:
-                found[stem] = _codes(stem, _FIRST, tensors)
-        elif tensor.dtype in INTS or tensor.dtype in FP8:
-            scheme = next((row for row in TABLE[1:] if _is(key, tensor, row, tensors)), None)
-            if scheme is not None:
-                found[key] = _codes(key, scheme, tensors)
+    for key, tensor in tensors.items() if rows else ():
+        scheme = next((row for row in rows if tensor.dtype in row.dtypes and _is(key, tensor, row, tensors)), None)
+        if scheme is not None:
+            found[key] = _codes(key, scheme, tensors)
     return found
+
+
+def _that_may_be(tensors: Mapping[str, TensorMeta]) -> list[Scheme]:
+    """The schemes of whose scales there is one at all: most files have none, and may have a million keys."""
+    scales = [key for key in tensors if key.endswith(_SCALES)]
+    return [row for row in TABLE if any(f".{key}".endswith(row.scales[0]) for key in scales)]
 
 
 def _named(key: str, scheme: Scheme, names: Iterable[str]) -> tuple[str, ...]:
     """The keys that stand in the place of a key's end. A layer's own file has no module before its names: `qweight`."""
     stem = f".{key}".removesuffix(scheme.ends)
-    return tuple((stem + name).removeprefix(".") for name in names)
+    return tuple((stem + name)[1:] for name in names)
 
 
 def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> bool:
-    if tensor.dtype not in scheme.dtypes or not f".{key}".endswith(scheme.ends):
+    if not key.endswith(scheme.ends) and key != scheme.ends[1:]:
         return False
-    scales = [tensors.get(name) for name in _named(key, scheme, scheme.scales)]
-    return all(scale is not None and (scale.dtype != tensor.dtype or scheme.in_bytes) for scale in scales)
+    names = _named(key, scheme, scheme.scales)
+    return all(name in tensors and (scheme.alike or tensors[name].dtype != tensor.dtype) for name in names)
 
 
 def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
     scales = _named(key, scheme, scheme.scales)
     beside = tuple(name for name in _named(key, scheme, scheme.beside) if name in tensors)
-    op: Op | None = None
-    if scheme.divisor is not None and not any(name in tensors for name in _named(key, scheme, scheme.unless)):
-        scale = tensors[scales[0]]
-        block = block_of(tensors[key].shape, scale.shape) if BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8" else None
-        op = None if block is None else {"op": "dequantize", "block": list(block), "divisor": scheme.divisor}
-    return Codes(key, scheme.name, scales, beside, op)
+    scale = tensors[scales[0]]
+    other = any(name in tensors for name in _named(key, scheme, scheme.unless))
+    divisor = None if other or not (BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8") else scheme.divisor
+    block = None if divisor is None else block_of(tensors[key].shape, scale.shape)
+    op = None if block is None else {"op": "dequantize", "block": list(block), "divisor": divisor}
+    return Codes(key, scheme.name, scales, beside, op, divisor)
 
 
 def refuse_broken(
@@ -201,10 +205,12 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
 
 
 def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
-    """Whether a step makes values of the codes at `place`, by their own scale."""
+    """Whether a step makes values of the codes at `place`, by their own scale and formula; a person may know the blocks better."""
+    first = step.adapters[0] if step.adapters else {"op": ""}
     index = step.sources.index(place)
     after = step.sources[index + 1 : index + 2]
-    return bool(step.adapters) and step.adapters[0]["op"] == "dequantize" and index % 2 == 0 and after == ((place[0], codes.scales[0]),)
+    by_formula = first["op"] == "dequantize" and first["divisor"] == codes.divisor
+    return by_formula and index % 2 == 0 and after == ((place[0], codes.scales[0]),)
 
 
 def scales_read(steps: Sequence[Step]) -> set[SourceKey]:

@@ -414,6 +414,35 @@ def test_one_dtype_for_all_values_leaves_scales_alone(tmp_path: Path) -> None:
         cs.merge(other, target, tmp_path / "p.pt", dtype="BF16")
 
 
+def test_a_rule_of_ones_own_follows_the_formula(tmp_path: Path) -> None:
+    """Blocks that the shapes do not tell may be given; another divisor, another weight's scale, or zero points left out are refused."""
+    key, state, _ = layer("bitsandbytes int8")
+    path = save(tmp_path, "a.safetensors", state)
+    rule = f"{key} + {MODULE}.SCB -> {key}"
+    with pytest.raises(CastError):
+        cs.merge(path, None, tmp_path / "o.pt", adapt={rule: "dequantize"})
+    cs.merge(path, None, tmp_path / "o.pt", adapt={rule: "dequantize(divisor=127)"}, dtype="F32")
+    assert torch.equal(support.load(tmp_path / "o.pt")[key], expected(state, key))
+    made, scale = by_block(random(100, 90), 48, 64)
+    other = save(
+        tmp_path, "b.safetensors", {f"{n}.weight{end}": part.clone() for n in "qk" for end, part in (("", made), ("_scale_inv", scale))}
+    )
+    with pytest.raises(CastError, match="is not known"):
+        cs.merge(other, None, tmp_path / "p.pt", dequantize=True)
+    told = {f"{n}.weight + {n}.weight_scale_inv -> {n}.weight": "dequantize(block=[48, 64])" for n in "qk"}
+    cs.merge(other, None, tmp_path / "p.pt", adapt=told, dtype="F32")
+    whole = scale.repeat_interleave(48, 0)[:100].repeat_interleave(64, 1)[:, :90]
+    support.same(support.load(tmp_path / "p.pt"), dict.fromkeys(["q.weight", "k.weight"], made.float() * whole))
+    crossed = {f"{n}.weight + {m}.weight_scale_inv -> {n}.weight": "dequantize(block=[48, 64])" for n, m in ("qk", "kq")}
+    with pytest.raises(CastError):
+        cs.merge(other, None, tmp_path / "r.pt", adapt=crossed)
+    key, state, _ = layer("int8 with zero points")
+    with pytest.raises(CastError):
+        cs.merge(
+            save(tmp_path, "z.safetensors", state), None, tmp_path / "z.pt", adapt={f"{key} + {MODULE}.weight_scale -> {key}": "dequantize"}
+        )
+
+
 def test_averages_of_values(tmp_path: Path) -> None:
     parts = [by_block(random(8, 16, seed=seed), 128, 128) for seed in (1, 2)]
     paths = [save(tmp_path, f"{n}.safetensors", {"w.weight": made, "w.weight_scale_inv": scale}) for n, (made, scale) in enumerate(parts)]
