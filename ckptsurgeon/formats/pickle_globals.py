@@ -20,6 +20,7 @@ from ckptsurgeon.formats.pickle_values import (
     Inert,
     NumpyArray,
     NumpyDType,
+    Opaque,
     PickledDict,
     StorageClass,
     StorageRef,
@@ -150,12 +151,15 @@ def _defaultdict(args: tuple[Any, ...]) -> PickledDict | Inert:
     return _dict(args[1:])
 
 
-def _members(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(args[0]) if args and type(args[0]) in (list, tuple) else ()
+def _size(args: tuple[Any, ...]) -> tuple[Any, ...] | Inert:
+    (numbers,) = args or ((),)
+    if type(numbers) not in (list, tuple) or any(type(number) is not int for number in numbers):
+        return Inert("torch.Size", args)
+    return tuple(numbers)
 
 
-def _text(args: tuple[Any, ...]) -> str:
-    return ":".join(str(arg) for arg in args if type(arg) in (str, int))[:200]
+def _opaque(what: str) -> Callable[[tuple[Any, ...]], Opaque]:
+    return lambda _args: Opaque(what)
 
 
 def _complex(args: tuple[Any, ...]) -> complex:
@@ -206,8 +210,8 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "collections.defaultdict": (_defaultdict, "a plain dict; its factory is never called"),
     "collections.Counter": (_counter, "a plain dict (training loops keep counts)"),
     "builtins.dict": (_dict, "a plain dict"),
-    "builtins.set": (_members, "a plain container"),
-    "builtins.frozenset": (_members, "a plain container"),
+    "builtins.set": (_opaque("a set"), "a plain container; its members are left alone"),
+    "builtins.frozenset": (_opaque("a set"), "a plain container; its members are left alone"),
     "builtins.complex": (_complex, "a number"),
     "torch._utils._rebuild_tensor": (_tensor_v2, "a tensor over a storage (before torch 0.4)"),
     "torch._utils._rebuild_tensor_v2": (_tensor_v2, "a tensor over a typed storage"),
@@ -216,9 +220,9 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "torch._utils._rebuild_parameter_with_state": (_parameter_with_state, "a Parameter is its tensor"),
     "torch._tensor._rebuild_from_type_v2": (_subclass, "a tensor with attributes"),
     "torch.nn.parameter.Parameter": (_parameter, "a Parameter is its tensor (before torch 0.4)"),
-    "torch.Size": (_members, "a tuple of integers"),
-    "torch.device": (_text, "the name of a device"),
-    "torch.serialization._get_layout": (_text, "the name of a memory layout"),
+    "torch.Size": (_size, "a tuple of integers"),
+    "torch.device": (_opaque("a device"), "the name of a device"),
+    "torch.serialization._get_layout": (_opaque("a memory layout"), "the name of a memory layout"),
     "_codecs.encode": (_encode, "how protocol 2 spells bytes, by one of two codecs that are built in"),
     "numpy.dtype": (_numpy_dtype, "the name of a dtype"),
     "numpy.core.multiarray.scalar": (_numpy_scalar, "a number"),
@@ -287,11 +291,13 @@ def describe(value: Any) -> str:
     """A few words for a value of the machine, safe to show."""
     if type(value) in (Inert, Global):
         return str(value.name)
+    if type(value) is Opaque:
+        return value.what
     return "a value of type " + type(value).__name__
 
 
 SCALARS = (str, int, float, bool, type(None), bytes)
-OTHER_KEYS = (Inert, Global, DType, TensorRef, Encoded, TupleKey)
+OTHER_KEYS = (Inert, Global, DType, TensorRef, Encoded, TupleKey, Opaque)
 
 
 def set_item(target: dict[Any, Any], key: Any, value: Any) -> None:

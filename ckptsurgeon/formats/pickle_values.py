@@ -71,6 +71,13 @@ class TensorRef:
     parameter: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """A plain value that no state_dict needs and that has no spelling among ours: a device, a memory layout, a set."""
+
+    what: str
+
+
 @dataclass(slots=True, eq=False)
 class NumpyDType:
     """A NumPy dtype by its type string, such as `f8`."""

@@ -16,7 +16,7 @@ from ckptsurgeon.formats import parts
 from ckptsurgeon.formats.limits import Budget, allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle_machine import name_globals
-from ckptsurgeon.formats.pickle_values import Encoded, Global, Inert, NumpyArray, NumpyDType, PickledDict, StorageRef, TensorRef
+from ckptsurgeon.formats.pickle_values import Encoded, Global, Inert, NumpyArray, NumpyDType, Opaque, PickledDict, StorageRef, TensorRef
 from ckptsurgeon.tensors import NOTHING, Part, Refused, Span, StateDict, TensorMeta
 
 Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage
@@ -245,6 +245,8 @@ def refusal(value: Any) -> str:
         return _WORDS.get(value.name, f"an object of {value.name}, which is never imported or called")
     if type(value) in (DType, NumpyDType):
         return "a dtype"
+    if type(value) is Opaque:
+        return str(value.what)
     return f"a {type(value).__name__}"
 
 

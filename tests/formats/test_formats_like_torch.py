@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,27 @@ def test_memo_places_of_many_digits_are_not_cut(tmp_path: Path) -> None:
     body = b"\x80\x02}(" + text("a") + plain("0") + b"p" + places[0] + b"\n" + text("b") + plain("1") + b"p" + places[1] + b"\n"
     body += text("w") + b"g" + places[0] + b"\nu."
     assert not isinstance(outcome(_put(zipped(body, RECORDS), tmp_path)), Archive)
+
+
+# --- values that are no tensors ---------------------------------------------------------------------------------------------------------
+
+EXTRA = [
+    *({1, 2}, frozenset([1]), torch.device("cuda:1"), torch.strided, torch.float16, 1 + 2j, bytearray(b"ab")),
+    *(torch.Size([2, 3]), Counter("aab"), OrderedDict(a=1), b"\xff", (1, [2, {"a": None}]), 2**70, True, "text", -1.5),
+]
+
+
+@pytest.mark.parametrize("value", EXTRA, ids=repr)
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_extra_state_is_torch_s_or_refused(nested: bool, value: Any, tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "_extra_state": [value] if nested else value, "beside": value, "deeper": {"value": value}}
+    torch.save(state, tmp_path / "it.pt")
+    found = outcome(tmp_path / "it.pt")
+    assert isinstance(found, Archive)
+    entry = found.state_dicts[0].entries["_extra_state"]
+    assert isinstance(entry, Refused) == (value in EXTRA[:7]), entry
+    assert isinstance(entry, Refused) or entry == torch.load(tmp_path / "it.pt", weights_only=False)["_extra_state"]
+    assert not isinstance(found.state_dicts[0].entries.get("beside"), Refused) or type(value) is bytearray
 
 
 # --- views of storages, in the old format -----------------------------------------------------------------------------------------------
