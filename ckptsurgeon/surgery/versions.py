@@ -89,6 +89,8 @@ def _of_unknown(
     sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]
 ) -> dict[str, Local]:
     """For a file or a skeleton, of whose modules' code nothing is known."""
+    if _alike(sources, steps, own):
+        return dict(own)
     placed = _placed(sources, names, _links(steps))
     mixed = {head for step in steps if not step.sources or step.filled for head in _heads(step.target)}
     norms = _norms(target)
@@ -112,6 +114,14 @@ def _of_unknown(
     return recorded
 
 
+def _alike(sources: Sequence[Checkpoint], steps: Iterable[Step], own: Mapping[str, Local]) -> bool:
+    """Whether no version differs at first sight, which is most often so: each is the first, or the sources record what the target does."""
+    recorded = [{path: plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
+    if all(local == {"version": 1} for locals in (own, *recorded) for local in locals.values()):
+        return True
+    return all(one == own for one in recorded) and all(key == step.target for step in steps for _, key in step.sources)
+
+
 def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> dict[str, Local]:
     """Where the target records nothing: what the sources do, each module's renamed as its tensors were."""
     recorded: dict[str, Local] = {}
@@ -120,6 +130,8 @@ def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names:
             place = names.prefixes[number].place(path)
             if place is not None:
                 recorded[place] = plain(local)
+    if len(sources) == 1 and all(key == step.target for step in steps for _, key in step.sources):
+        return recorded
     several = len([source for source in sources if source.module_metadata]) > 1
     placed = _placed(sources, names, _links(steps))
     norms = _norms({step.target: None for step in steps}) if several else frozenset()
