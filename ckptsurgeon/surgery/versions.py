@@ -72,7 +72,7 @@ def _of_model(sources: Sequence[Checkpoint], target: Checkpoint, names: Names, s
             recorded[path] = given[path]
         else:
             recorded.pop(path, None)
-        kept = "the output has what that leaves" if path in loaded else "the output keeps both"
+        kept = "a merged file has what that leaves" if path in loaded else "a merged file keeps both"
         words = f"{loader.name} loads in its own way, at {_number(mine)}, and the values have {_number(given[path])}; {kept}"
         told.setdefault(words, []).append(_shown(path))
     if problems:
