@@ -41,6 +41,9 @@ def is_code(target: str) -> bool:
     return looks_like_spec(target) and not os.path.exists(target)
 
 
+TREES = ("torch-zip", "torch-legacy")  # formats that hold more than tensors under names
+
+
 @dataclass(frozen=True)
 class Target:
     """A target: its names and shapes, and, when it is a model, how to make a fresh one on the CPU from a seed (or on meta)."""
@@ -71,8 +74,11 @@ def look(given: Given) -> Given:
     return read(text)
 
 
-def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None) -> Checkpoint:
-    """A source as a checkpoint: a file, or what `look` saw of it, under its named or best root, or a `Checkpoint` as it is."""
+def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
+    """A source as a checkpoint: a file, or what `look` saw of it, under its named or best root, or a `Checkpoint` as it is.
+
+    `parts`: as `roots.choose`.
+    """
     if isinstance(given, Checkpoint):
         if root is not None and root != given.root:
             raise RootError(
@@ -81,7 +87,13 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
         return given
     found = look(given)
     if isinstance(found, Archive):
-        return roots.choose(found, root=root, target=target)
+        try:
+            return roots.choose(found, root=root, target=target, parts=parts)
+        except RootError:
+            named = None if root is None or found.format not in TREES else roots.at_place(formats.read_tree(found.path).value, root)
+            if named is None:
+                raise
+            return roots.checkpoint(found, named)
     raise TargetError(
         f"a {type(given).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from ckptsurgeon import api
+from ckptsurgeon.api import opening
 from ckptsurgeon.cli import options
 from ckptsurgeon.cli.output import Show
-from ckptsurgeon.surgery import roots
 from ckptsurgeon.views import json, text
 
 
@@ -19,6 +19,6 @@ from ckptsurgeon.views import json, text
 def command(checkpoint: str, root: str | None, show: Show) -> int:
     """What is inside a checkpoint, without running any of it and without reading its data."""
     found = api.inspect(checkpoint)
-    chosen = None if root is None else roots.choose(found, root=root, parts=True)
+    chosen = None if root is None else opening.open_source(found, root=root, parts=True)
     show.answer(lambda: text.archive(found, show.verbose, show.width, chosen), lambda: json.archive(found, chosen))
     return 0

@@ -13,9 +13,10 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PartError, RootError
+from ckptsurgeon.surgery import training_places
 from ckptsurgeon.surgery.prefixes import NEAR, WRAPPERS, find_change
 from ckptsurgeon.surgery.rules import close_names
-from ckptsurgeon.surgery.training_places import all_moments, of_optimizer
+from ckptsurgeon.surgery.training_places import all_moments, average, of_optimizer
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
 
 ALL = "**"  # the name, below a parent that holds tensors of its own, of that parent and all below it read together
@@ -99,6 +100,20 @@ def _named(archive: Archive, root: str) -> StateDict:
         path=archive.path,
         hint=f"its roots: {_listing(archive.state_dicts)}",
     )
+
+
+def at_place(value: Any, place: str) -> StateDict | None:
+    """All tensors below a dotted place of what a file holds, an optimizer's too, their names joined; None where there are none."""
+    tensors: dict[str, TensorMeta] = {}
+    waiting = [("", training_places.at_place(value, place))]
+    while waiting:
+        head, one = waiting.pop()
+        if isinstance(one, TensorMeta) and head:
+            tensors[head] = replace(one, name=head)
+        elif isinstance(one, (Mapping, list, tuple)):
+            items = list(one.items() if isinstance(one, Mapping) else enumerate(one))
+            waiting += [(f"{head}.{key}" if head else str(key), child) for key, child in reversed(items) if type(key) in (str, int)]
+    return StateDict(place, tensors) if tensors else None
 
 
 def _words(state_dict: StateDict) -> str:
@@ -232,7 +247,12 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
         listing = ", ".join(f"{fit.found.root!r}" for fit in apart[:_SHOWN]) + (
             f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
         )
-        counts = tuple(f"{_words(fit.found)}: {len(fit.origins)} of the target's {len(target)}" for fit in apart[:_SHOWN])
+        averaged = average([found.root for found in archive.state_dicts], archive.beside)
+        counts = tuple(
+            f"{_words(fit.found)}: {len(fit.origins)} of the target's {len(target)}"
+            + (", the average of the weights" if fit.found.root == averaged else "")
+            for fit in apart[:_SHOWN]
+        )
         raise RootError(
             f"holds {len(apart)} state_dicts that fit {equally} well: {listing}",
             path=archive.path,

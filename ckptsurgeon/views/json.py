@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
 from ckptsurgeon.surgery.quantised import find
+from ckptsurgeon.surgery.training_places import average
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
 
 if TYPE_CHECKING:
@@ -40,13 +41,17 @@ def error(found: CheckpointError) -> dict[str, Any]:
 def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
     shown = chosen or found.state_dicts[0]
+    averaged = average([one.root for one in found.state_dicts], found.beside)
     return {
         "version": VERSION,
         "path": found.path,
         "format": found.format,
         "fingerprint": found.fingerprint,
         "root": shown.root,
-        "roots": [{"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes} for one in found.state_dicts],
+        "roots": [
+            {"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes, "average": one.root == averaged}
+            for one in found.state_dicts
+        ],
         "tensors": [
             {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
             for key, tensor in shown.tensors.items()
@@ -144,6 +149,7 @@ def matching(found: Proposal, refused: str = "") -> dict[str, Any]:
         "used": _coverage(found.used),
         "rules": [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in found.rules],
         "warnings": list(found.warnings),
+        "rivals": [_way(way) for way in found.rivals],
         "forward": None if found.forward is None else _twins(found.forward),
         "refused": refused or None,
     }

@@ -189,3 +189,84 @@ def test_the_root_is_in_the_plan():
     chosen = choose(archive({"model": NET, "head": ENCODER}), root="model")
     plan = make_plan([chosen], checkpoint(NET, "b.pt"))
     assert plan.sources[0].root == "model" and plan.left_behind == ("head (2 tensors)",)
+
+
+# ---- by a hair, the same bytes, and what is an optimizer's
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+
+def without_counter(state):
+    return {key: value for key, value in state.items() if "num_batches" not in key}
+
+
+@pytest.mark.parametrize("first", ["model", "ema"])
+def test_by_a_hair_is_asked(tmp_path, first):
+    full = Norm().state_dict()
+    dicts = {"model": without_counter(full), "ema": {key: value + 1 for key, value in full.items()}}
+    found = saved(tmp_path / "a.pt", {first: dicts[first], **dicts})
+    with pytest.raises(RootError) as error:
+        choose(found, target=live(Norm()))
+    assert "'model'" in error.value.reason and "'ema'" in error.value.reason and error.value.exit_code == 2
+    assert any("model (6 tensors): 6 of the target's 7" in words for words in error.value.problems)
+    for root in dicts:
+        chosen = choose(found, target=live(Norm()), root=root)
+        assert chosen.root == root and make_plan([chosen], live(Norm())).transferred == tuple(dicts[root])
+
+
+def test_nine_tenths_of_the_tensors_are_near_and_half_are_not():
+    keys = {f"block.{number}.weight": (number + 1, 2) for number in range(20)}
+    for lacking, asked in ((2, True), (10, False)):
+        found = archive({"model": keys, "old": dict(list(keys.items())[lacking:])})
+        if asked:
+            with pytest.raises(RootError, match="'model', 'old'"):
+                choose(found, target=model(keys))
+        else:
+            assert choose(found, target=model(keys)).root == "model"
+
+
+def test_the_same_bytes_are_no_rival(tmp_path):
+    state = Norm().state_dict()
+    assert choose(saved(tmp_path / "a.pt", {"model": state, "best": without_counter(state)}), target=live(Norm())).root == "model"
+    assert choose(saved(tmp_path / "b.pt", {"best": without_counter(state), "model": state}), target=live(Norm())).root == "model"
+    # Saved as copies, the archive's own checksums say that they are the same.
+    copies = {key: value.clone() for key, value in state.items()}
+    assert choose(saved(tmp_path / "c.pt", {"model": state, "copy": copies}), target=live(Norm())).root == "model"
+
+
+def test_a_parent_is_no_rival_of_its_parts_but_they_are_of_each_other(tmp_path):
+    state = Norm().state_dict()
+    part = saved(tmp_path / "a.pt", {"net": {"body": state, "head": {"w": torch.ones(1)}}})
+    assert choose(part, target=live(Norm())).root == "net.body"
+    both = saved(tmp_path / "b.pt", {"net": {"body": state, "twin": {key: value + 1 for key, value in state.items()}}})
+    with pytest.raises(RootError, match=r"'net\.body', 'net\.twin'"):
+        choose(both, target=live(Norm()))
+
+
+MOMENTS = [
+    lambda state: {"optimizer": {"exp_avg": state, "exp_avg_sq": state}},
+    lambda state: {"exp_avg": state},
+    lambda state: {"optimizer_states": [{"momentum_buffer": state}]},
+    lambda state: {"optim_state_dict": {"state": {f"{key}.exp_avg": value for key, value in state.items()}}},
+    lambda state: {"anything": {f"{key}.exp_avg": value for key, value in state.items()}},
+    lambda state: {"optimizer": {"state": {key: {"exp_avg": value, "step": torch.tensor(1.0)} for key, value in state.items()}}},
+]
+
+
+@pytest.mark.parametrize("make", MOMENTS)
+def test_moments_by_name_are_never_the_root_unasked(tmp_path, make):
+    state = Norm().state_dict()
+    moments = make({key: value + 1 for key, value in state.items()})
+    found = saved(tmp_path / "a.pt", {**moments, "weights": state})
+    assert choose(found, target=live(Norm())).root == choose(found).root == "weights"
+    alone = saved(tmp_path / "b.pt", moments)
+    for target in (None, live(Norm())):
+        with pytest.raises(RootError, match="an optimizer's state and no model's") as error:
+            choose(alone, target=target)
+        assert "--root" in (error.value.hint or "")
+    named = alone.state_dicts[0].root
+    assert choose(alone, root=named).root == named

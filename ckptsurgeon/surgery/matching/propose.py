@@ -20,6 +20,7 @@ from ckptsurgeon.surgery.matching.result import Link, Matching
 from ckptsurgeon.surgery.naming import NOTHING, name_sources
 from ckptsurgeon.surgery.origins import kept_out
 from ckptsurgeon.surgery.prefixes import find_prefix
+from ckptsurgeon.surgery.rivals import Way
 from ckptsurgeon.surgery.rules import Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Coverage
 
@@ -40,6 +41,7 @@ class Proposal(Matching):
         possible: the share of the side that is explained best that there would be with the uncertain links.
         toml: the rules as the text of a commented rules file.
         warnings: what speaks against links, where values were looked at; `forward`: how far both models' outputs differ, where they ran.
+        rivals: prefixes between which nothing decides, each with the rules that choose it.
     """
 
     source: str = ""
@@ -54,6 +56,7 @@ class Proposal(Matching):
     toml: str = ""
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
+    rivals: tuple[Way, ...] = ()
     text: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -117,7 +120,8 @@ def propose(
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
     )
     judged, warnings = judge(found) if judge is not None else (found, ())
-    return replace(rule(judged, task, accept=accept), warnings=warnings)
+    rivals = name_sources([source], target, before, outside).rivals[0]
+    return replace(rule(judged, task, accept=accept), warnings=warnings, rivals=rivals)
 
 
 def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.surgery.quantised import find
+from ckptsurgeon.surgery.training_places import average
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
 from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, quantised, shape, size, table
 
@@ -23,8 +24,13 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None, cho
         lines += _state_dict(chosen, True, verbose, width)
     else:
         several = len(found.state_dicts) > 1
+        averaged = average([one.root for one in found.state_dicts], found.beside)
         for state_dict in found.state_dicts:
             lines += _state_dict(state_dict, verbose or not several, verbose, width)
+            if state_dict.root == averaged:
+                lines.append(
+                    "    the average of the weights (Lightning's averaging_state says so); current_model_state has the last step's"
+                )
         if several and not verbose:
             lines.append(f"  {len(found.state_dicts)} state_dicts; see the tensors of one with --root, of all with -v")
     if found.globals:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from ckptsurgeon.surgery.generalising import written
 from ckptsurgeon.surgery.matching.propose import Proposal
 from ckptsurgeon.surgery.matching.result import Link
+from ckptsurgeon.views.text.compared import choices
 from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
@@ -44,6 +45,9 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None, o
     lines += _twins(found)
     done, total = found.coverage.counts
     lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
+    if found.rivals:
+        lines += choices(found.rivals, ["ckptsurgeon", "match", found.source, found.target], found.root, found.before, width)
+        return fitted(lines, width)
     return fitted([*lines, *_next(found, bool(left), output, width)], width)
 
 
