@@ -102,8 +102,9 @@ class Report:
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised); `still_fresh` are those of the fresh ones that come from a file which has them on record as fresh: an earlier
-    merge initialised them, and no training since. `coverage` counts all that a source gives, these included. `adapted` are those whose
+    and `fresh` (initialised). `still_fresh` are those of the fresh ones that come from a file which has them on record as fresh: an earlier
+    merge initialised them, and no training since; those that the target checkpoint kept are in `kept` too. `coverage` counts all that a
+    source gives, fresh or not. `adapted` are those whose
     shape or values adapters changed, `partial` those of which only a part is trained: adapters filled up the rest (the new rows of a
     vocabulary), or a source has it on record as fresh. `dropped` has every source key that went nowhere, with the reason. `proven`: the
     file was held against the plan byte by byte. `roots` and `prefixes` say by source which nested dict was read, and how its names were

@@ -174,7 +174,7 @@ class Plan:
     @property
     def kept(self) -> tuple[str, ...]:
         """Target keys that stay as a target checkpoint has them."""
-        return tuple(step.target for step in self.steps if step.action == "keep" and not step.fresh)
+        return tuple(step.target for step in self.steps if step.action == "keep")
 
     @property
     def fresh(self) -> tuple[str, ...]:
