@@ -260,6 +260,8 @@ def find_ties(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, ...], ...]:
 
     A tensor and its lazy conjugate have different values, so they are not tied.
     """
+    if len({tensor.span and tensor.span.storage for tensor in tensors.values()}) == len(tensors):
+        return ()  # as in every safetensors
     groups: dict[tuple[Any, ...], list[str]] = {}
     for key, tensor in tensors.items():
         span = tensor.span

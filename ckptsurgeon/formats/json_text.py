@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ckptsurgeon.errors import FormatError
@@ -10,10 +11,15 @@ from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.limits import allowed, exceeded
 
 
-def parse(raw: bytes, path: str, what: str) -> Any:
-    """The value of `raw`; FormatError, naming `what`, for anything that two parsers could read differently."""
+def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of `raw`; FormatError, naming `what`, for anything that two parsers could read differently.
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    `short` may put something shorter in an object's place, from its pairs; None where it stays what it is.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> Any:
+        if short is not None and (made := short(items)) is not None:
+            return made
         result = dict(items)
         if len(result) != len(items):
             left = iter(result)  # the distinct names, in the order in which each came first

@@ -33,7 +33,9 @@ def read(file: OpenFile) -> Archive:
     raw = file.read(8, bounded(file, length, "a header"))
     if raw[:1] != b"{":
         raise FormatError("has a safetensors header that does not begin with '{'", path=file.path)
-    header = parse(raw, file.path, "safetensors header")
+    fingerprint = sha256(b"%d\n" % file.size + raw).hexdigest()
+    header = parse(raw, file.path, "safetensors header", _row)
+    del raw  # a header of a million keys is large
     metadata = header.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -43,7 +45,7 @@ def read(file: OpenFile) -> Archive:
     return Archive(
         path=file.path,
         format="safetensors",
-        fingerprint=sha256(b"%d\n" % file.size + raw).hexdigest(),
+        fingerprint=fingerprint,
         files=(file.stamp,),
         state_dicts=(StateDict("", tensors),),
         metadata=metadata,
@@ -52,41 +54,80 @@ def read(file: OpenFile) -> Archive:
     )
 
 
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_TEXT = {code: code for code in SAFETENSORS_RANK if BY_CODE[code].safetensors}  # one object for each
+
+
+class _Row(tuple[str, tuple[int, ...], int, int]):
+    """What a header says of a tensor, where that is well formed: dtype, shape, first byte and the one after the last."""
+
+    __slots__ = ()
+
+
+def _row(pairs: list[tuple[str, Any]]) -> _Row | None:
+    """A header's object as a row, a tenth of the size; None for any other, of which `_tensors` says what is wrong."""
+    if len(pairs) != 3:
+        return None
+    info = dict(pairs)
+    if info.keys() != _FIELDS:
+        return None
+    code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if type(code) is not str or code not in _TEXT or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        return None
+    if len(shape) > 64 or not all(map(integer, shape)) or not all(map(integer, offsets)):
+        return None
+    return _Row((_TEXT[code], tuple(shape), offsets[0], offsets[1]))
+
+
 def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, TensorMeta]:
     path, size = file.path, file.size - data
-    tensors: dict[str, TensorMeta] = {}
-    places: list[tuple[int, int, str]] = []
+    if len(header) > (most := allowed("tensors")):
+        raise exceeded("tensors", f"has {len(header)} tensors, above the limit of {most}", len(header), path=path)
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}  # with strides and elements: many are alike
+    ordered, position = True, 0
     for name, info in header.items():
-        if type(info) is not dict or info.keys() != {"dtype", "shape", "data_offsets"}:
-            raise FormatError("has an entry with other fields than dtype, shape and data_offsets", path=path, key=name)
-        code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-        if type(code) is not str or code not in SAFETENSORS_RANK or not BY_CODE[code].safetensors:
-            raise FormatError(f"has the unknown dtype {short(code)}", path=path, key=name)
-        if type(shape) is not list or not all(map(integer, shape)) or len(shape) > 64:
-            raise FormatError("has a shape that is not a list of non-negative integers", path=path, key=name)
-        if 0 in shape and prod(size or 1 for size in shape) >= 1 << 63:
-            raise FormatError("has a shape that overflows 64 bits", path=path, key=name)
-        if type(offsets) is not list or len(offsets) != 2 or not all(map(integer, offsets)):
-            raise FormatError("has data_offsets that are not two non-negative integers", path=path, key=name)
-        start, stop = offsets
-        if stop - start != prod(shape) * BY_CODE[code].size:
-            raise FormatError(f"has {stop - start} bytes for the shape {tuple(shape)} of {code}", path=path, key=name)
+        if type(info) is not _Row:
+            raise _malformed(path, name, info)
+        code, shape, start, stop = info
+        known = shapes.get(shape)
+        if known is None:
+            if 0 in shape and prod(size or 1 for size in shape) >= 1 << 63:
+                raise FormatError("has a shape that overflows 64 bits", path=path, key=name)
+            known = shapes[shape] = shape, contiguous_stride(shape), prod(shape)
+        dims, stride, numel = known
+        if stop - start != numel * BY_CODE[code].size:
+            raise FormatError(f"has {stop - start} bytes for the shape {shape} of {code}", path=path, key=name)
         if stop > size:
             raise file.truncated(data + stop)
-        dims = tuple(shape)
-        places.append((start, stop, name))
-        tensors[name] = TensorMeta(name, code, dims, contiguous_stride(dims), Span(path, data + start, stop - start, name))
-    places.sort()
-    if len(places) > (most := allowed("tensors")):
-        raise exceeded("tensors", f"has {len(places)} tensors, above the limit of {most}", len(places), path=path)
-    position = 0
-    for start, stop, name in places:
-        if start != position:
-            raise FormatError("leaves a gap before it, or overlaps the tensor before it", path=path, key=name)
-        position = stop
+        ordered, position = ordered and start == position, stop
+        header[name] = TensorMeta(name, code, dims, stride, Span(path, data + start, stop - start, name))
+    if not ordered:
+        position = _position(path, header, data)
     if position != size:
         raise FormatError(f"has {size - position} bytes after its last tensor", path=path)
-    return tensors
+    return header
+
+
+def _position(path: str, tensors: Mapping[str, TensorMeta], data: int) -> int:
+    """Where the last tensor ends, of tensors that stand in another order than their data. FormatError for a gap or an overlap."""
+    position = data
+    for start, nbytes, name in sorted((meta.span.offset, meta.span.nbytes, name) for name, meta in tensors.items() if meta.span):
+        if start != position:
+            raise FormatError("leaves a gap before it, or overlaps the tensor before it", path=path, key=name)
+        position = start + nbytes
+    return position - data
+
+
+def _malformed(path: str, name: str, info: Any) -> FormatError:
+    """What is wrong with an entry of the header."""
+    reason = "has data_offsets that are not two non-negative integers"
+    if type(info) is not dict or info.keys() != _FIELDS:
+        reason = "has an entry with other fields than dtype, shape and data_offsets"
+    elif type(info["dtype"]) is not str or info["dtype"] not in _TEXT:
+        reason = f"has the unknown dtype {short(info['dtype'])}"
+    elif type(info["shape"]) is not list or not all(map(integer, info["shape"])) or len(info["shape"]) > 64:
+        reason = "has a shape that is not a list of non-negative integers"
+    return FormatError(reason, path=path, key=name)
 
 
 def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout:

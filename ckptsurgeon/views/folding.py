@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from sys import intern
 
 _NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.)(0|[1-9][0-9]{0,17})(?![0-9])")
 _MOST_NUMBERS = 16  # of one key; a model has a few, and each is looked at in turn
@@ -31,7 +32,7 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     """
     table: _Table = {}
     for key, common in rows:
-        place = (tuple(_NUMBER.split(key, _MOST_NUMBERS)), common)
+        place = (tuple([intern(part) for part in _NUMBER.split(key, _MOST_NUMBERS)]), common)  # most parts are many keys'
         table[place] = table.get(place, 0) + 1
     widest = max((len(parts) for parts, _ in table), default=0)
     for position in range(1, widest, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from ckptsurgeon.surgery.quantised import find
@@ -50,7 +51,8 @@ def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, wid
     kinds = ", ".join(f"{number} {code}" for code, number in dtypes.most_common())
     lines = [f"  {root}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {size(found.nbytes)} ({kinds})"]
     if tensors:
-        rows = [(key, (tensor.dtype, shape(tensor.shape))) for key, tensor in found.tensors.items()]
+        cells = cache(lambda dtype, dims: (dtype, shape(dims)))  # one for all that are alike
+        rows = ((key, cells(tensor.dtype, tensor.shape)) for key, tensor in found.tensors.items())
         lines += table([(key, *cells) for key, cells in rows], width, None) if verbose else folded(rows, width, ROWS)
         lines += [f"    tied, one tensor: {listing(group)}" for group in (found.ties or find_ties(found.tensors))[: most_rows(verbose)]]
     lines += quantised(find(found.tensors).values())
