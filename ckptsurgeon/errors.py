@@ -158,6 +158,10 @@ class VerificationError(CheckpointError):
     exit_code = 1
 
 
+class ArgumentError(CheckpointError, TypeError):
+    """An argument of another kind than the parameter takes; `key` names the parameter."""
+
+
 class MissingError(CheckpointError):
     """A library that is needed is not installed, or can't be loaded."""
 

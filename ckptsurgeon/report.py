@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ckptsurgeon.shown import Shown
 from ckptsurgeon.tensors import Coverage
 
 Level = Literal["error", "warning", "note"]
@@ -45,8 +46,8 @@ class Cast:
     truncated: int = 0
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """The outcome of holding a written file against a model, skeleton or checkpoint.
 
     `device` is where it was loaded, `tensors` how many were compared bit for bit (by name, dtype and shape alone where `bitwise` is
@@ -72,8 +73,8 @@ class Verification:
         return self.text
 
 
-@dataclass(frozen=True)
-class CarriedState:
+@dataclass(frozen=True, repr=False)
+class CarriedState(Shown):
     """What became of the training state that stands beside the weights.
 
     Every parameter of the new optimizer is in exactly one of `carried` (its state came as it was), `adapted` (its moments were adapted with
@@ -97,8 +98,8 @@ class CarriedState:
         return self.text
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
@@ -136,8 +137,8 @@ class Report:
         return self.text
 
 
-@dataclass(frozen=True)
-class Twins:
+@dataclass(frozen=True, repr=False)
+class Twins(Shown):
     """Two models run on the same inputs: by output its greatest absolute difference and its greatest absolute value, None for one that
     has no counterpart. They are the `same` where each output that has one differs by at most `tolerance` of that value."""
 
@@ -151,8 +152,8 @@ class Twins:
         return bool(found) and all(difference <= self.tolerance * scale for difference, scale in found)
 
 
-@dataclass(frozen=True)
-class FileCheck:
+@dataclass(frozen=True, repr=False)
+class FileCheck(Shown):
     """What `check` found in one file."""
 
     path: str
@@ -164,8 +165,8 @@ class FileCheck:
         return not any(finding.level == "error" for finding in self.findings)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, repr=False)
+class Settings(Shown):
     """A settings file that `check` followed: what it asked for, and what of it was not used, since it names code. By key, as written."""
 
     path: str
@@ -173,8 +174,8 @@ class Settings:
     not_used: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Shown):
     """What `check` found in all files, and the settings that it followed, if any."""
 
     files: tuple[FileCheck, ...]

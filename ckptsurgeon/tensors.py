@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.shown import Shown
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -132,8 +133,8 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True)
-class StateDict:
+@dataclass(frozen=True, repr=False)
+class StateDict(Shown):
     """One root of a file: its tensors, its other values, torch's `_metadata` (module path to version and the like), and the ties
     that its tensors' spans can't show (a skeleton's)."""
 
@@ -176,6 +177,11 @@ class Archive:
 
     `part` is set where it is one rank's part of a checkpoint, whose tensors are pieces.
     """
+
+
+@dataclass(frozen=True, repr=False)
+class Archive(Shown):
+    """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them."""
 
     path: str
     format: str

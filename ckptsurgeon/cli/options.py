@@ -131,7 +131,7 @@ init = click.option(
 dtype = click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors.")
 allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
 dequantize = click.option("--dequantize", is_flag=True, help="Make values of fp8 and int8 codes and the scales beside them.")
-seed = click.option("--seed", type=click.IntRange(min=0), show_default="0", help="For the constructor and the schemes.")
+seed = click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), show_default="0", help="For the constructor and the schemes.")
 min_coverage = click.option(
     "--min-coverage", type=click.FloatRange(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
 )

@@ -19,14 +19,15 @@ from ckptsurgeon.models.groups import FRESH, TRANSFERRED
 from ckptsurgeon.models.parameters import Named, listed, named, named_tensors, taken
 from ckptsurgeon.models.recorded import fresh_parameters, known_fresh, known_partial
 from ckptsurgeon.models.skeleton import state_dict_of
+from ckptsurgeon.shown import Shown
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass(frozen=True)
-class Frozen:
+@dataclass(frozen=True, repr=False)
+class Frozen(Shown):
     """What `freeze` froze, or `unfreeze` thawed, by first names, and what of the model is trainable now; printed, a short text.
 
     `modules` are the layers that are kept in eval mode from now on (or, thawed, no longer are), `elements` how many numbers `keys` hold.

@@ -15,19 +15,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptsurgeon.errors import ModelError, printable
+from ckptsurgeon.models.arguments import checked
 from ckptsurgeon.models.decay import NoDecay, without_decay
 from ckptsurgeon.models.depth import depths
 from ckptsurgeon.models.freezing import Frozen, thaw
 from ckptsurgeon.models.groups import NO_DECAY, check_decay, check_rates
 from ckptsurgeon.models.parameters import Named, listed, named, taken
 from ckptsurgeon.models.schedules import attach, check_schedulers, course
+from ckptsurgeon.shown import Shown
 from ckptsurgeon.views.folding import fold_siblings
 
 Patterns = str | Iterable[str]
 
 
-@dataclass(frozen=True)
-class Stage:
+@dataclass(frozen=True, repr=False)
+class Stage(Shown):
     """What comes back together: its name, at which count of `step()`, the rate that it has where the schedule stands at its base, names."""
 
     name: str
@@ -78,6 +80,7 @@ class Thaw:
 
     stages: tuple[Stage, ...]
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

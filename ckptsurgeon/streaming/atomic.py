@@ -59,7 +59,10 @@ def check_free(path: str, overwrite: bool) -> str:
 
     OutputError when it is taken and may not be replaced.
     """
-    real = os.path.realpath(path)
+    try:
+        real = os.path.realpath(path)
+    except ValueError as error:  # a null character, or one that no file system encodes
+        raise OutputError(f"is no path that a file can have ({error})", path=path, hint="choose another path") from error
     folder, name = os.path.split(real)
     _sweep(folder, _head(name), real)
     try:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckptsurgeon.shown import Shown
 from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import offers, texts
@@ -80,8 +81,8 @@ class Hint:
     extra: str
 
 
-@dataclass(frozen=True)
-class Diff:
+@dataclass(frozen=True, repr=False)
+class Diff(Shown):
     """What of a target a source covers.
 
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source

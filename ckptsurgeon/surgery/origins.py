@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import RuleError
+from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, made_dtype, needs_floats
 from ckptsurgeon.surgery.adapters.op import Op, Shape
 from ckptsurgeon.surgery.adapters.table import offers, texts
@@ -54,6 +54,8 @@ def find_origins(
     `codes` are to be dequantized; their scales go into the values, and nowhere by themselves.
     Raises RuleError, once for all, for adapters that can't be followed or don't give what the target needs.
     """
+    if auto not in (None, *AUTO):
+        raise PlanError(f"{auto!r} is nothing that may be applied unasked", hint=f"one of {', '.join(AUTO)}")
     known: Mapping[str, Shape] = {} if target is None else {key: tensor.shape for key, tensor in target.items()}
     problems: list[str] = []
     refused: dict[tuple[str, str], list[str]] = {}

@@ -19,7 +19,7 @@ from ckptsurgeon.surgery.freshness import mark_fresh
 from ckptsurgeon.surgery.initial import Initial, check_copies, find_initials
 from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
-from ckptsurgeon.surgery.origins import AUTO, Origin, find_origins, reasons
+from ckptsurgeon.surgery.origins import Origin, find_origins, reasons
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.planned import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest
 from ckptsurgeon.surgery.quantised import Codes, find, refuse_broken
@@ -65,7 +65,7 @@ def make_plan(
     [('w', 'copy'), ('head', 'init')]
     """
     choice = dtype or ("source" if target is None else "target")
-    _check(sources, choice, seed, auto)
+    _check(sources, choice, seed)
     allowed = (allow_cast,) if isinstance(allow_cast, str) else tuple(allow_cast)
     for pattern in allowed:
         compile_pattern(pattern)
@@ -127,11 +127,9 @@ def _scales(
     )
 
 
-def _check(sources: Sequence[Checkpoint], choice: str, seed: int, auto: str | None) -> None:
+def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
     if choice not in DTYPE_CHOICES:
         raise PlanError(f"{choice!r} is no dtype to choose", hint=f"one of {', '.join(DTYPE_CHOICES)}")
-    if auto not in (None, *AUTO):
-        raise PlanError(f"{auto!r} is nothing that may be applied unasked", hint=f"one of {', '.join(AUTO)}")
     if not 0 <= seed < 1 << 63:
         raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: --seed 0")
     for source in sources:

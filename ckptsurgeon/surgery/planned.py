@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.report import Finding
+from ckptsurgeon.shown import Shown
 from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.tensors import Coverage
@@ -127,8 +128,8 @@ class Entry:
     source: SourceKey | None
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Everything that `apply` will do.
 
     Attributes:

@@ -29,7 +29,7 @@ Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching wit
 UNWRITABLE = "a key that no pattern can name"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Proposal(Matching):
     """A matching of two sides, and the rules that lead to exactly the links that are applied.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptsurgeon.shown import Shown
 from ckptsurgeon.surgery.matching.ties import ENOUGH
 from ckptsurgeon.tensors import TensorMeta
 
@@ -36,8 +37,8 @@ class Link:
         return self.margin >= ENOUGH
 
 
-@dataclass(frozen=True)
-class Matching:
+@dataclass(frozen=True, repr=False)
+class Matching(Shown):
     """A mapping between two implementations.
 
     Attributes:

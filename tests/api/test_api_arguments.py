@@ -1,0 +1,190 @@
+"""A wrong argument of any verb is an error of ours that says what was expected; what is right passes unchanged."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckptsurgeon as cs
+from ckptsurgeon import api
+from ckptsurgeon.errors import ArgumentError, CheckpointError
+from ckptsurgeon.models.arguments import kind_of
+
+VERBS: dict[str, Callable[..., Any]] = {name: getattr(api, name) for name in api.__all__} | {"Thaw": cs.Thaw}
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(VERBS[name]).parameters)
+
+
+EVERY = [(verb, parameter) for verb in VERBS for parameter in parameters(verb)]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], dict[str, Any]]]:
+    """For each verb the least arguments that are right, made anew."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.ones(2, 2)}, "half.pt")
+    cs.merge("half.pt", nn.Linear(2, 2), "merged.pt")
+    torch.save(nn.Linear(2, 2).state_dict(), "a.pt")
+    model = lambda: nn.Linear(2, 2)  # noqa: E731
+    record = lambda: cs.transfer({"weight": torch.ones(2, 2)}, model())  # noqa: E731
+    frozen = model()
+    frozen.weight.requires_grad_(False)
+    Path("rules.toml").write_text('[[drop]]\nkey = "x"\n')
+    pairs = {"source": "a.pt", "target": "a.pt"}
+    return {
+        "apply": lambda: {"plan": cs.plan("a.pt"), "output": "out.pt"},
+        "check": lambda: {"paths": "a.pt"},
+        "diff": lambda: dict(pairs),
+        "freeze": lambda: {"model": model(), "what": "weight"},
+        "groups": lambda: {"checkpoint": "merged.pt", "target": model(), "lr": 1.0, "fresh_lr": 1.0},
+        "initialize": lambda: {"model": model(), "source": record(), "scheme": "zeros"},
+        "inspect": lambda: {"path": "a.pt"},
+        "load_plan": lambda: {"path": "a.pt"},
+        "load_rules": lambda: {"path": "rules.toml"},
+        "match": lambda: dict(pairs),
+        "merge": lambda: {"sources": "a.pt", "target": None, "output": "out.pt", "overwrite": True},
+        "open": lambda: {"path": "a.pt"},
+        "output_format": lambda: {"output": "out.pt"},
+        "param_groups": lambda: {"model": model(), "source": record(), "lr": 1.0, "fresh_lr": 1.0},
+        "plan": lambda: {"sources": "a.pt", "target": "a.pt"},
+        "skeleton": lambda: {"target": "a.pt"},
+        "transfer": lambda: {"source": "a.pt", "model": model()},
+        "unfreeze": lambda: {"model": model()},
+        "verify": lambda: {"checkpoint": "a.pt", "target": "a.pt"},
+        "Thaw": lambda: {"model": frozen, "optimizer": torch.optim.SGD([frozen.bias], 1.0), "stages": ["weight"], "lr": 1.0},
+    }
+
+
+def test_every_parameter_of_every_verb_has_a_kind() -> None:
+    assert [f"{verb}.{name}" for verb, name in EVERY if kind_of(verb, parameters(verb)[name]) is None] == []
+
+
+def test_what_is_right_passes(base) -> None:
+    for name, made in base.items():
+        if name != "load_plan":
+            VERBS[name](**made())
+    assert cs.diff(Path("a.pt"), nn.Linear(2, 2)).same and cs.diff("a.pt", cs.open("a.pt"), drop=iter([])).same
+    assert cs.plan(["a.pt", "a.pt"], average=(1, 2)).steps
+    cs.transfer("a.pt", nn.Linear(2, 2), rename=zip(["weight"], ["weight"], strict=True), strict=1, min_coverage=1)
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, "b.pt")
+    cs.merge("b.pt", nn.Linear(2, 2), Path("out.pt"), rules=["rules.toml"][:0], note=print, overwrite=True)
+
+
+WRONG = [object(), nn.Linear, io.BytesIO(b"x"), b"a.pt", [3.5, object()], {1: 2}, lambda: None, 1 + 2j, os]
+
+
+@pytest.mark.parametrize(("verb", "name"), EVERY, ids=lambda word: str(word))
+def test_a_wrong_argument_is_an_error_that_names_the_parameter(base, verb, name) -> None:
+    kind = kind_of(verb, parameters(verb)[name])
+    assert kind is not None
+    refused = 0
+    for value in [*WRONG, *([] if parameters(verb)[name].default is None else [None])]:
+        try:
+            VERBS[verb](**{**base[verb](), name: value})
+        except ArgumentError as error:
+            refused += 1
+            assert error.key == name and kind.words in error.reason and verb in error.reason and len(str(error).splitlines()[0]) < 300
+            assert isinstance(error, TypeError)
+        except CheckpointError:
+            pass
+    assert refused >= 3
+
+
+def test_arguments_that_changed_places(base) -> None:
+    net, plan = nn.Linear(2, 2), cs.plan("a.pt")
+    for call, order in (
+        (lambda: cs.transfer(net, "a.pt"), "transfer(source, model)"),
+        (lambda: cs.diff(net, "a.pt"), "diff(source, target)"),
+        (lambda: cs.match(net, "a.pt"), "match(source, target)"),
+        (lambda: cs.plan(net, "a.pt"), "plan(sources, target)"),
+        (lambda: cs.merge(net, "a.pt", "out.pt"), "merge(sources, target)"),
+        (lambda: cs.verify(net, "a.pt"), "verify(checkpoint, target)"),
+        (lambda: cs.apply("out.pt", plan), "apply(plan, output)"),
+        (lambda: cs.freeze("weight", net), "freeze(model, what)"),
+        (lambda: cs.unfreeze("weight", net), "unfreeze(model, what)"),
+        (lambda: cs.param_groups(cs.transfer("a.pt", net), net, lr=1), "param_groups(model, source)"),
+        (lambda: cs.initialize("a.pt", net), "initialize(model, source)"),
+        (lambda: cs.Thaw(torch.optim.SGD(net.parameters(), 1.0), net, lr=1), "Thaw(model, optimizer)"),
+    ):
+        with pytest.raises(ArgumentError) as found:
+            call()
+        assert found.value.hint == f"the other way round: {order}"
+
+
+def test_the_hint_is_what_to_write(base) -> None:
+    with pytest.raises(ArgumentError, match=r"the class Linear .*\n  try: make one first: Linear\(...\)"):
+        cs.transfer("a.pt", nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"rename: takes a dict .* a tuple of 2 .*\n  try: rename={'a.{p}': 'b.{p}'}"):
+        cs.transfer("a.pt", nn.Linear(2, 2), rename=("a.{p}", "b.{p}"))  # type: ignore[arg-type]
+    for call in (cs.open, cs.inspect, lambda file: cs.diff(file, "a.pt"), lambda file: cs.transfer(file, nn.Linear(2, 2))):
+        with pytest.raises(ArgumentError, match=r"a BytesIO was given .*\n  try: write it to a file and give its path"):
+            call(io.BytesIO())
+    with pytest.raises(ArgumentError, match=r"a list of 2 .*\n  try: give one of them"):
+        cs.open(["a.pt", "a.pt"])  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"strict: takes True or False, and 'no' was given to transfer"):
+        cs.transfer("a.pt", nn.Linear(2, 2), strict="no")  # type: ignore[arg-type]
+
+
+def test_a_word_of_the_right_kind_that_means_nothing(base) -> None:
+    for verb, name in EVERY:
+        if parameters(verb)[name].annotation in ("str | None", "str") and verb != "check":
+            with pytest.raises(CheckpointError):
+                VERBS[verb](**{**base[verb](), name: "nonsense\0"})
+    assert not cs.check("a.pt", root="nonsense").ok
+
+
+@pytest.mark.parametrize("path", ["", "\0", "a\0.pt", "x" * 5000, Path("folder"), Path("folder/missing"), "a.pt/b", "\ud800"], ids=ascii)
+def test_paths_that_no_file_can_have(base, path) -> None:
+    Path("folder").mkdir()
+    calls = [VERBS[verb] for verb in ("open", "inspect", "skeleton", "load_plan", "load_rules")]
+    calls += [lambda one: cs.diff(one, "a.pt"), lambda one: cs.transfer(one, nn.Linear(2, 2)), lambda one: cs.apply(one, "out.pt")]
+    calls += [lambda one: cs.merge("a.pt", None, f"{os.fspath(one)}/sub/out.pt"), lambda one: cs.diff("a.pt", "a.pt", rules=one)]
+    for call in calls:
+        with pytest.raises(CheckpointError):
+            call(path)
+    if path != Path("folder/missing"):
+        with pytest.raises(CheckpointError):
+            cs.merge("a.pt", None, path, format="torch")
+    assert path == Path("folder") or not cs.check(path).ok
+
+
+def test_a_parameter_that_there_is_not_is_pythons_own_error(base) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rot'"):
+        cs.open("a.pt", rot="x")  # type: ignore[call-arg]
+    assert "rename" in inspect.signature(cs.transfer).parameters and cs.transfer.__doc__
+
+
+def test_a_result_of_many_keys_has_a_short_repr(base) -> None:
+    many = {f"layers.{number}.some.long.name.weight": torch.zeros(1) for number in range(30_000)}
+    torch.save(many, "many.pt")
+    torch.save(dict(list(many.items())[:29_000]), "most.pt")
+    small = nn.Linear(2, 2)
+    results = [
+        cs.open("many.pt"),
+        cs.inspect("many.pt"),
+        cs.inspect("many.pt").state_dicts[0],
+        cs.diff("many.pt", "most.pt"),
+        cs.plan("many.pt", "most.pt"),
+        cs.merge("many.pt", "most.pt", "out.pt", provenance=False),
+        cs.verify("many.pt", "most.pt"),
+        cs.check("many.pt", against="most.pt"),
+        cs.check("many.pt", against="most.pt").files[0],
+        cs.match("a.pt", "a.pt"),
+        cs.transfer("a.pt", small),
+        cs.freeze(small, "weight"),
+    ]
+    for result in results:
+        line = repr(result)
+        assert type(result).__name__ in line and 10 < len(line) <= 200 and "\n" not in line, line
+        assert isinstance(str(result), str)
+    assert "29000" in repr(results[3]) and len(str(results[3])) > 200
