@@ -171,17 +171,12 @@ class Part:
     hint: str
 
 
-@dataclass(frozen=True)
-class Archive:
+@dataclass(frozen=True, repr=False)
+class Archive(Shown):
     """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them.
 
     `part` is set where it is one rank's part of a checkpoint, whose tensors are pieces.
     """
-
-
-@dataclass(frozen=True, repr=False)
-class Archive(Shown):
-    """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them."""
 
     path: str
     format: str
