@@ -96,6 +96,7 @@ MAKERS: dict[str, tuple[Make, str | None, str]] = {  # how to come by it, its ke
     "CK105": (lambda f, _: cs.check(written(f, POINTER)), None, "git lfs pull"),
     "CK106": (lambda f, _: cs.check(flipped(small(f)), full=True), "w", "checksum"),
     "CK107": (lambda f, _: cs.check(hugging_face(f)), None, "optimizer.pt"),
+    "CK108": (lambda f, _: cs.check(saved({"param_shapes": [{"w": (2,)}], "module": {"w": torch.empty(0)}}, f)), None, "ZeRO"),
     "CK201": (lambda f, _: cs.check(saved({"model": {"w": torch.ones(2)}, "config": Path("x")}, f)), None, "pathlib"),
     "CK202": (lambda f, _: cs.check(saved({"w": torch.ones(2), "s": torch.eye(2).to_sparse()}, f)), "s", "sparse tensor"),
     "CK301": (lambda f, _: cs.check(small(f), against={**GOAL, "b": torch.ones(1)}), "b", "in the target only"),
