@@ -108,11 +108,11 @@ def verify(
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
 
-    All that is read is held against the checksums that torch's zip format keeps. With a skeleton or another checkpoint as target, names,
-    dtypes and shapes are compared, and no value is read.
+    The data of every tensor is held against the checksums that torch's zip format keeps, whatever the target and the device. With a
+    skeleton or another checkpoint as target nothing is loaded: names, dtypes and shapes are compared.
 
     Args:
-        device: `cpu` (by itself), `cuda:0`, `mps`; `meta` compares names, dtypes and shapes only.
+        device: `cpu` (by itself), `cuda:0`, `mps`; `meta` compares names, dtypes and shapes, and no values.
         finite: NaN and infinite values fail instead of being warned about.
         inputs: shapes such as `"1x3x32x32"` (float32) or `"1x16:I64"` for one forward pass in eval mode.
 

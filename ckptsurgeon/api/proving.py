@@ -44,8 +44,10 @@ def verify_written(
                 found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
             reader.check_unchanged()
         found = replace(found, findings=(*found.findings, *checksums.damage(wrong, checkpoint), *checksums.without(spans)))
-        if finite and not found.bitwise:  # on meta there are no values, but the file has them
-            found = replace(found, findings=(*found.findings, *non_finite(checkpoint), *(_held(checkpoint) if shown is None else ())))
+        if not found.bitwise and shown is None:  # on meta there are no values, but the file has them
+            found = replace(found, findings=(*found.findings, *_of_data(checkpoint, finite)))
+        elif not found.bitwise and finite:
+            found = replace(found, findings=(*found.findings, *non_finite(checkpoint)))
     found = replace(found, root=checkpoint.root)
     if shown is not None and not found.ok:
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
@@ -60,8 +62,7 @@ def errors(found: Verification) -> tuple[Finding, ...]:
 
 def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
     findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
-    if finite:
-        findings += [*non_finite(checkpoint), *_held(checkpoint)]
+    findings += _of_data(checkpoint, finite)
     fresh = (checkpoint.provenance or {}).get("fresh")
     return Verification("none", len(target), tuple(findings), bitwise=False, fresh=None if fresh is None else tuple(fresh))
 
@@ -105,13 +106,11 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     return findings
 
 
-def _held(checkpoint: Checkpoint) -> list[Finding]:
-    """What there is to say of a file's checksums, where its values are read without a model."""
-    spans = checksums.entries_of(checkpoint)
-    with Reader([checkpoint]) as reader:
-        wrong = checksums.held(reader, spans)
-        reader.check_unchanged()
-    return [*checksums.damage(wrong, checkpoint), *checksums.without(spans)]
+def _of_data(checkpoint: Checkpoint, finite: bool) -> list[Finding]:
+    """What there is to say of a file's data where it is not loaded: what its checksums say, and with `finite` what its values are."""
+    values = non_finite(checkpoint) if finite else []
+    told = {finding.key for finding in values if finding.code == "checksum"}
+    return [*values, *(finding for finding in checksums.damaged(checkpoint) if finding.key is None or finding.key not in told)]
 
 
 def refuse_non_finite(path: str, shown: str) -> None:

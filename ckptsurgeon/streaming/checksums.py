@@ -22,7 +22,7 @@ from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.surgery.items import shortened
-from ckptsurgeon.tensors import Checkpoint, FileStamp, Span
+from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span
 
 _ZIP = b"PK\x03\x04"
 
@@ -163,6 +163,25 @@ def refuse(wrong: Sequence[Span], checkpoints: Iterable[Checkpoint]) -> None:
         problems=shortened(problems),
         hint=f"copy or download it again; see all that is wrong: ckptsurgeon check --full {shlex.quote(first)}",
     )
+
+
+def damaged(checkpoint: Checkpoint) -> list[Finding]:
+    """What there is to say of the checksums of a checkpoint's tensors, stored or deflated, where nothing else reads them."""
+    spans = entries_of(checkpoint)
+    with Reader([checkpoint]) as reader:
+        wrong = held(reader, spans) + [span for span in spans if span.packed is not None and not _inflates(reader, span, span.packed)]
+        reader.check_unchanged()
+    return [*damage(wrong, checkpoint), *without(spans)]
+
+
+def _inflates(reader: Reader, span: Span, packed: Packed) -> bool:
+    with copying.naming(span.file):
+        name = f"data/{span.storage}"
+        return _as_it_says(reader.open(span.file), Entry(name, packed.offset, packed.nbytes, packed.size, packed.crc, DEFLATED), _go_on)
+
+
+def _go_on() -> None:
+    """Nothing needs to be told between two buffers."""
 
 
 def held(reader: Reader, spans: Sequence[Span]) -> list[Span]:

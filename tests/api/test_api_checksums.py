@@ -10,7 +10,7 @@ import json
 import shlex
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 import ckptsurgeon as cs
 from ckptsurgeon.cli import main
 from ckptsurgeon.errors import FormatError, StaleError
+from ckptsurgeon.formats import skeleton
 from ckptsurgeon.streaming import checksums, copying
 
 METHODS = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}
@@ -261,12 +262,26 @@ def test_finite_values_of_a_damaged_file_are_held_too(method: int, tmp_path: Pat
     assert ("checksum", "two.weight") in {(row.code, row.key) for row in found.findings} and not found.ok
 
 
-def test_where_no_value_is_read_none_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = flip(save(Net().state_dict(), tmp_path / "in.pt"), "data/2")
-    read: list[int] = []
-    real: Callable[..., Any] = copying.chunks
-    monkeypatch.setattr(copying, "chunks", lambda *words: read.append(1) or real(*words))
-    assert cs.verify(path, Net(), device="meta").ok and cs.verify(path, path).ok and not read
+@pytest.mark.parametrize("finite", [False, True], ids=["", "finite"])
+@pytest.mark.parametrize("target", ["model", "file", "skeleton", "itself"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_verify_holds_the_data_whatever_it_is_held_against(method: int, target: str, finite: bool, tmp_path: Path) -> None:
+    path = save(Net().state_dict(), tmp_path / "in.pt", method)
+    save_file(Net().state_dict(), tmp_path / "target.safetensors")
+    (tmp_path / "skeleton.json").write_text(json.dumps(skeleton.to_json(cs.skeleton(tmp_path / "target.safetensors"))))
+    against: Any = {"model": Net(), "file": tmp_path / "target.safetensors", "skeleton": tmp_path / "skeleton.json", "itself": path}[target]
+    asked: dict[str, Any] = {"finite": finite, **({"device": "meta"} if target == "model" else {})}
+    assert cs.verify(path, against, **asked).ok
+    flip(path, "data/2")
+    errors = [(row.code, row.key) for row in cs.verify(path, against, **asked).findings if row.level == "error"]
+    assert errors == [("checksum", "two.weight")]
+
+
+def test_verify_says_of_a_file_target_too_that_there_are_no_checksums(tmp_path: Path) -> None:
+    with without_checksums():
+        path = save(Net().state_dict(), tmp_path / "in.pt")
+    for found in (cs.verify(path, path), cs.verify(path, Net(), device="meta")):
+        assert found.ok and [row.level for row in found.findings if row.code == "no-checksum"] == ["note"]
 
 
 # --- transfer -----------------------------------------------------------------------------------------------------------------------
