@@ -76,8 +76,11 @@ def _cast(step: Step, tensor: torch.Tensor, dtype: str, casts: list[Cast]) -> to
 def _refuse_overflow(step: Step, tensors: Sequence[torch.Tensor], made: torch.Tensor) -> None:
     """Raises CastError where finite values came to be infinite, or none, in the dtype in which they are computed."""
     if made.is_floating_point() and not _finite(made) and all(_finite(tensor) for tensor in tensors):
-        reason = f"its adapters give values that {str(made.dtype).removeprefix('torch.')} can't hold"
-        raise CastError(reason, key=step.target, hint="convert the source to a wider dtype first: merge FILE -o OUT --dtype F32")
+        raise _overflow(step.target, made, "convert the source to a wider dtype first: merge FILE -o OUT --dtype F32")
+
+
+def _overflow(key: str, made: torch.Tensor, hint: str) -> CastError:
+    return CastError(f"its adapters give values that {str(made.dtype).removeprefix('torch.')} can't hold", key=key, hint=hint)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -99,14 +102,17 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:
             yield memory[start : start + BUFFER]
 
 
-def dequantized(reader: Reader, codes: TensorMeta, scale: TensorMeta, op: Op) -> Iterator[Buffer]:
-    """The values of codes, in float32, some rows at a time."""
+def dequantized(reader: Reader, key: str, codes: TensorMeta, scale: TensorMeta, op: Op) -> Iterator[Buffer]:
+    """The values of codes, in float32, some rows at a time. CastError where finite codes and scales give none."""
     factor = tensor_from(reader.read(scale), scale.dtype)
     step = rows_at_a_time(codes.shape)
     for start in range(0, codes.shape[0], step):
         part = rows_of(codes, start, min(start + step, codes.shape[0]))
         given = tensor_from(reader.read(part), codes.dtype).view(part.shape)
-        yield memory_of(values(given, factor, op, codes.shape, start))
+        made = values(given, factor, op, codes.shape, start)
+        if not _finite(made.view(-1)[None]) and _finite(given[None]) and _finite(factor):
+            raise _overflow(key, made, f"its scale may be damaged; leave it out: --drop {key!r}")
+        yield memory_of(made)
 
 
 def rows_of(tensor: TensorMeta, start: int, stop: int) -> TensorMeta:

@@ -164,7 +164,7 @@ class _Run:
         if not step.adapters:
             return self.reader.parts(origins[0])
         if [op["op"] for op in step.adapters] == ["dequantize"] and len(origins) == 2 and origins[0].contiguous and origins[0].shape:
-            return dequantized(self.reader, *origins, step.adapters[0])
+            return dequantized(self.reader, step.target, *origins, step.adapters[0])
         if is_average(step.adapters):
             return averaged([self.reader.parts(origin) for origin in origins], origins[0].dtype, step.adapters[0]["weights"])
         pieces = pieces_of(origins, step.adapters)

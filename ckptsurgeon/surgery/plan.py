@@ -80,7 +80,7 @@ def make_plan(
     planner = _Planner(target, names, choice, origins, auto, *_scales(sources, target, codes))
     steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
     _refuse_unused(sources, target, steps, entries, names)
-    refuse_broken(steps, sources, target, allowed, asked=dequantize)
+    refuse_broken(steps, sources, target, allowed, asked=dequantize, averaged=average not in (None, False))
     dropped = fates(sources, target, names, origins, steps, entries, codes)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
     refuse_made(outside.taken, steps, names)

@@ -7,7 +7,7 @@ is a float weight with a `weight_scale` of its own beside it. Pure.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError
@@ -70,7 +70,7 @@ class Codes:
     """The codes under `key`, the `scales` that they can't be read without, and what else belongs to them.
 
     `op` makes values of codes and scale; None where no formula is known here, or the shapes do not tell the blocks. `divisor` is the
-    formula's, None where there is none.
+    formula's, None where there is none. `tied` is set for another name of codes, whose scales stand beside the first.
     """
 
     key: str
@@ -79,6 +79,7 @@ class Codes:
     beside: tuple[str, ...] = ()
     op: Op | None = None
     divisor: int | None = None
+    tied: bool = False
 
     @property
     def words(self) -> str:
@@ -107,7 +108,18 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
         scheme = next((row for row in rows if tensor.dtype in row.dtypes and _is(key, tensor, row, tensors)), None)
         if scheme is not None:
             found[key] = _codes(key, scheme, tensors)
-    return found
+    return found | _tied(found, tensors)
+
+
+def _tied(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
+    """The other names of codes: they are the same bytes."""
+    firsts = {_place(tensors[key]): one for key, one in found.items() if tensors[key].span is not None}
+    places = {key: _place(tensor) for key, tensor in tensors.items() if firsts and key not in found}
+    return {key: replace(firsts[place], key=key, tied=True) for key, place in places.items() if place in firsts}
+
+
+def _place(tensor: TensorMeta) -> TensorMeta:
+    return replace(tensor, name="")
 
 
 def _that_may_be(tensors: Mapping[str, TensorMeta]) -> list[Scheme]:
@@ -141,16 +153,23 @@ def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes
 
 
 def refuse_broken(
-    steps: Sequence[Step], sources: Sequence[Checkpoint], target: Checkpoint | None, allowed: Iterable[str], *, asked: bool = False
+    steps: Sequence[Step],
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    allowed: Iterable[str],
+    *,
+    asked: bool = False,
+    averaged: bool = False,
 ) -> None:
     """Raises CastError for codes that would be cast, adapted or parted from their scales, on either side, save keys that `allowed` names.
 
-    `asked`: dequantizing was asked for, so that the hint need not offer it.
+    `asked`: dequantizing was asked for, so that the hint need not offer it. `averaged`: the sources
+    are, and what is no float is the first's.
     """
     patterns = [compile_pattern(pattern) for pattern in allowed]
     by_source = [find(source) for source in sources]
     problems = [
-        *_misread(steps, by_source, asked),
+        *_misread(steps, by_source, asked, averaged),
         *(_mixed(steps, find(target), by_source) if target is not None else ()),
     ]
     told: dict[str, str] = {}
@@ -175,7 +194,7 @@ _DEQUANTIZE = "make values of them: --dequantize"
 _OF_TARGET = "take a target that is not quantised, and quantise what comes of it"
 
 
-def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool) -> Iterator[Problem]:
+def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool, averaged: bool) -> Iterator[Problem]:
     """Steps that compute with codes, or part them from their scales; where values are `asked` for, also those that leave them codes."""
     if not any(by_source):
         return
@@ -196,9 +215,11 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
                 yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", way
             elif step.cast is not None:
                 yield step.target, f"{what}, and would be cast to {step.cast}", way
+            elif averaged:
+                yield step.target, f"{what}, and would be the first source's and no average", way
             elif lost := [name for name in needed if (number, name) not in plain]:
                 yield step.target, f"{what}, and {', '.join(lost)} would not go with it", way
-            else:
+            elif not codes.tied:
                 found = made[step.target].scales if step.target in made else ()
                 if [by_key[name].sources for name in found] != [((number, name),) for name in codes.scales]:
                     yield step.target, f"{what}, and would not have these beside it under its new name", way

@@ -196,9 +196,6 @@ def test_codes_are_not_averaged(library: str, tmp_path: Path) -> None:
     key, state, _ = layer(library)
     one = save(tmp_path, "a.safetensors", state)
     other = save(tmp_path, "b.safetensors", {name: value + 1 if value.dtype == torch.float32 else value for name, value in state.items()})
-    if library == "MXFP4":
-        cs.merge([one, other], None, tmp_path / "o.pt", average=True)  # all bytes, and all of the first source
-        return
     with pytest.raises(CastError) as caught:
         cs.merge([one, other], None, tmp_path / "o.pt", average=True)
     assert key in caught.value.message
@@ -453,6 +450,44 @@ def test_averages_of_values(tmp_path: Path) -> None:
     path = save(tmp_path, "i.safetensors", state)
     with pytest.raises(PlanError, match="not averaged"):
         cs.merge([path, path], None, tmp_path / "p.pt", average=True, dequantize=True)
+
+
+def test_codes_that_are_all_bytes_are_averaged_by_name_only(tmp_path: Path) -> None:
+    """An average takes integers from the first source, which would be half a model of one and half a mean."""
+    state = {"w_blocks": codes(torch.uint8, 4, 2, 16), "w_scales": codes(torch.uint8, 4, 2), "norm.weight": random(4)}
+    paths = [save(tmp_path, f"{n}.safetensors", {**state, "norm.weight": random(4, seed=n)}) for n in range(2)]
+    with pytest.raises(CastError, match="no average") as caught:
+        cs.merge(paths, None, tmp_path / "o.pt", average=True)
+    assert caught.value.key == "w_blocks"
+    cs.merge(paths, None, tmp_path / "o.pt", average=True, allow_cast="w_blocks")
+    assert torch.equal(support.load(tmp_path / "o.pt")["w_blocks"], state["w_blocks"])
+
+
+def test_another_name_of_codes_has_the_same_values(tmp_path: Path) -> None:
+    made, scale = by_block(random(8, 16), 128, 128)
+    path = tmp_path / "a.pt"
+    torch.save({"w.weight": made, "w.weight_scale_inv": scale, "head.weight": made, "other.weight": made.clone()}, path)
+    save(tmp_path, "t.safetensors", {name: torch.zeros(8, 16) for name in ("w.weight", "head.weight", "other.weight")})
+    with pytest.raises(CastError) as caught:
+        cs.merge(path, tmp_path / "t.safetensors", tmp_path / "o.pt")
+    assert {problem.partition(":")[0] for problem in caught.value.problems} == {"w.weight", "head.weight"}
+    cs.merge(path, tmp_path / "t.safetensors", tmp_path / "o.pt", dequantize=True)
+    found = support.load(tmp_path / "o.pt")
+    assert torch.equal(found["w.weight"], made.float() * scale) and torch.equal(found["head.weight"], found["w.weight"])
+    assert torch.equal(found["other.weight"], made.float())  # bytes of its own and no scale: values
+    cs.merge(path, None, tmp_path / "p.pt")
+    copied = support.load(tmp_path / "p.pt")
+    assert torch.equal(copied["head.weight"].view(torch.uint8), made.view(torch.uint8))
+    assert copied["head.weight"].data_ptr() == copied["w.weight"].data_ptr()
+
+
+def test_a_scale_beyond_float32_is_refused(tmp_path: Path) -> None:
+    made = torch.full((8, 16), 448.0).to(FP8)
+    path = save(tmp_path, "a.safetensors", {"w.weight": made, "w.weight_scale": torch.tensor(1e38), "n.weight": random(4)})
+    with pytest.raises(CastError, match="float32") as caught:
+        cs.merge(path, None, tmp_path / "o.pt", dequantize=True)
+    assert caught.value.key == "w.weight" and "--drop" in str(caught.value.hint)
+    cs.merge(path, None, tmp_path / "o.pt", drop=["w.weight"])
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
