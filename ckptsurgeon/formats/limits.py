@@ -65,6 +65,8 @@ TABLE: tuple[Limit, ...] = (
     Limit("toml-nesting", 32, "what such a file nests, or the parts of one dotted key", most=150),
     Limit("toml-keys", 100_000, "the keys of such a file, dotted ones part by part, and the values in its lists"),
     Limit("choices", 200_000, "what all patterns of a call, or of one rules file, have to choose from: {a,b}, {0..11}"),
+    Limit("match-segments", 65, "the segments of a key that matching looks at; longer keys are left as they are", most=1000),
+    Limit("match-characters", 1000, "the characters of such a key", most=100_000),
     Limit("regex-seconds", 2, "one regular expression of a rule, over all keys"),
     Limit("all-regex-seconds", 20, "all regular expressions of a call"),
     Limit("metadata-entries", 1_000_000, "the entries of torch's _metadata where it is written out"),

@@ -22,7 +22,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, LimitError
 from ckptsurgeon.formats import read, read_tree, skeleton
 from ckptsurgeon.formats.labels import read_labels
-from ckptsurgeon.formats.limits import BY_NAME, TABLE, allowed, amount, current, limits
+from ckptsurgeon.formats.limits import BY_NAME, TABLE, allowed, amount, current, limits, shown
 from ckptsurgeon.formats.pickle_machine import run
 from ckptsurgeon.tensors import Checkpoint, Refused
 
@@ -164,9 +164,15 @@ def test_refused_beyond_it_and_read_with_the_flag_that_the_error_names(case: str
 
 def test_every_limit_is_tested_here() -> None:
     apart = {"shards", "extra-state-bytes", "metadata-entries", "label-bytes", "regex-seconds", "all-regex-seconds"}
-    apart |= {"toml-bytes", "toml-nesting", "toml-keys", "choices"}
+    apart |= {"toml-bytes", "toml-nesting", "toml-keys", "choices", "match-segments", "match-characters"}
     assert {name for name, _, _ in BEYOND.values()} | apart == BY_NAME.keys() == {limit.name for limit in TABLE}
     assert all(limit.bounds and limit.default > 0 for limit in TABLE)
+
+
+def test_the_readme_lists_every_limit() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \| (.+) \|$", readme.partition("Every limit,")[2].partition("\n## ")[0], re.MULTILINE)
+    assert rows == [(limit.name, shown(limit, limit.default), limit.bounds) for limit in TABLE]
 
 
 @pytest.mark.parametrize("name", ["shards", "tensors", "json-bytes"])

@@ -6,7 +6,8 @@ Rule: a number is `*` where that is harmless, words that differ are listed (`{we
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
 
 from ckptsurgeon.surgery.generalising.drafts import Known
 from ckptsurgeon.surgery.generalising.numbers import cut
@@ -43,15 +44,17 @@ def modules(keys: Collection[str], forbidden: Collection[str]) -> tuple[list[str
     >>> modules(["aux.0.w", "aux.1.w", "head.w"], ["head.b"])
     (['aux.**'], ['head.w'])
     """
-    kept = {key[:end] for key in forbidden for end in _dots(key)}
+    kept = sorted(forbidden)
     found: dict[str, list[str]] = {}
     rest = []
     for key in keys:
-        whole = next((key[:end] for end in _dots(key) if key[:end] not in kept), None)
-        if whole is None:
+        place = bisect_left(kept, key)  # what shares most with a key is beside it in this order
+        shared = max((_shared(key, other) for other in kept[max(place - 1, 0) : place + 1]), default=0)
+        end = key.find(".", shared)
+        if end < 0:
             rest.append(key)
         else:
-            found.setdefault(whole, []).append(key)
+            found.setdefault(key[:end], []).append(key)
     few = [whole for whole, named in found.items() if len(named) < 2]
     return [f"{whole}.**" for whole in found if whole not in few], [*rest, *(key for whole in few for key in found[whole])]
 
@@ -66,8 +69,9 @@ def dropping(keys: Collection[str], forbidden: Collection[str], number: str = ""
     return tuple(Rule("drop", number + pattern) for pattern in (*whole, *cover(rest, forbidden)))
 
 
-def _dots(key: str) -> Iterator[int]:
-    return (found.start() for found in re.finditer(r"\.", key))
+def _shared(one: str, other: str) -> int:
+    """The characters with which both begin."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _harmless(pattern: str, others: Known) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
+from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.surgery.matching.align import lay
 from ckptsurgeon.surgery.matching.evidence import Clues, count_pairs
 from ckptsurgeon.surgery.matching.forest import both, fold
@@ -25,7 +26,6 @@ from ckptsurgeon.tensors import TensorMeta
 
 PASSES = 2  # without the order of keys, and as many with it
 Z = 2.58  # 99 of 100 samples lie so many standard deviations around the truth
-MOST_CHARACTERS, MOST_SEGMENTS = 1000, 64  # of a key that is looked at
 Tensors = Mapping[str, TensorMeta]
 
 
@@ -45,9 +45,9 @@ def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = ()) 
 
 
 def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequence[str]]) -> Matching:
-    given, wanted = _short(source), _short(target)
-    looked_at = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
-    one, other = both(looked_at, wanted.values())
+    given, wanted = looked_at(source), looked_at(target)
+    turned_about = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
+    one, other = both(turned_about, wanted.values())
     ordered = has_order(given) and has_order(wanted)
     clues = Clues()
     for _ in range(PASSES):
@@ -63,9 +63,10 @@ def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequ
     return result(doubted(_tied(found, ties), given, wanted), source, target, trust)
 
 
-def _short(tensors: Tensors) -> Tensors:
+def looked_at(tensors: Tensors) -> Tensors:
     """Without keys that no model has, on which a stranger's file could make all that follows spend itself."""
-    return {key: tensor for key, tensor in tensors.items() if len(key) <= MOST_CHARACTERS and key.count(".") <= MOST_SEGMENTS}
+    longest, deepest = allowed("match-characters"), allowed("match-segments")
+    return {key: tensor for key, tensor in tensors.items() if len(key) <= longest and key.count(".") < deepest}
 
 
 def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:

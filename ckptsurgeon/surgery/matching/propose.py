@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptsurgeon.errors import CoverageError, RuleError
+from ckptsurgeon.formats.limits import allowed
 from ckptsurgeon.report import Twins
 from ckptsurgeon.surgery.generalising import written
 from ckptsurgeon.surgery.generalising.drafts import Known
 from ckptsurgeon.surgery.generalising.generalise import Ruled, Task, generalise
 from ckptsurgeon.surgery.generalising.replay import origins
-from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.surgery.matching.matcher import looked_at, match
 from ckptsurgeon.surgery.matching.result import Link, Matching
 from ckptsurgeon.surgery.naming import NOTHING, name_sources
 from ckptsurgeon.surgery.origins import kept_out
@@ -40,7 +41,8 @@ class Proposal(Matching):
         coverage: the share of the target that the applied links and the person's rules give; `used`: that of the source that they take.
         possible: the share of the side that is explained best that there would be with the uncertain links.
         toml: the rules as the text of a commented rules file.
-        warnings: what speaks against links, where values were looked at; `forward`: how far both models' outputs differ, where they ran.
+        warnings: keys too long to match, and what speaks against links, where values were looked at.
+        forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
     """
 
@@ -121,7 +123,18 @@ def propose(
     )
     judged, warnings = judge(found) if judge is not None else (found, ())
     rivals = name_sources([source], target, before, outside).rivals[0]
-    return replace(rule(judged, task, accept=accept), warnings=warnings, rivals=rivals)
+    return replace(rule(judged, task, accept=accept), warnings=(*_passed_over(source, target), *warnings), rivals=rivals)
+
+
+def _passed_over(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """What is said of keys that are too long to be matched."""
+    longest, deepest = allowed("match-characters"), allowed("match-segments")
+    for side in (source, target):
+        long = side.keys() - looked_at(side).keys()
+        if long:
+            number = f"{len(long)} keys have" if len(long) > 1 else "1 key has"
+            limits = f"--limit match-segments={deepest}, --limit match-characters={longest}"
+            yield f"{side.path}: {number} more segments or characters than are looked at, and no link ({limits})"
 
 
 def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
