@@ -132,7 +132,7 @@ def averaged(sources: Sequence[Iterable[Buffer]], dtype: str, weights: Sequence[
     """The weighted mean of tensors' bytes, part by part, accumulated in float32 or wider."""
     import torch
 
-    wide = torch.float64 if dtype == "F64" else torch.float32
+    wide = {"F64": torch.float64, "C128": torch.complex128, "C64": torch.complex64, "C32": torch.complex64}.get(dtype, torch.float32)
     for parts in zip(*sources, strict=True):
         given = [tensor_from(part, dtype) for part in parts]
         mean = torch.empty_like(given[0])

@@ -35,7 +35,8 @@ def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
 
 
 def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, problems: list[str]) -> list[Item]:
-    """One item for each name that the sources share. What is no floating number (a counter, an extra state) is the first source's."""
+    """One item for each name that the sources share. What is no number of a continuum (a counter, an extra state) is the first
+    source's."""
     rows: dict[str, dict[int, Item]] = {}
     for item in items:
         held = rows.setdefault(item.name, {})
@@ -54,7 +55,7 @@ def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, probl
         place = first.places[0]
         if any(one.asked != first.asked or one.entry != first.entry for one in row.values()):
             problems.append(f"{name!r} comes to be in another way in each source")
-        elif first.entry or BY_CODE[sources[place[0]][place[1]].dtype].kind != "float":
+        elif first.entry or BY_CODE[sources[place[0]][place[1]].dtype].kind not in ("float", "complex"):
             result.append(first)
         else:
             places = tuple(place for number in range(len(sources)) for place in row[number].places)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError, RuleError
-from ckptsurgeon.surgery.adapters.chain import Asked, fill_chain, made_dtype, needs_floats
+from ckptsurgeon.surgery.adapters.chain import Asked, can_compute, fill_chain, made_dtype
 from ckptsurgeon.surgery.adapters.op import Op, Shape
 from ckptsurgeon.surgery.adapters.table import offers, texts
 from ckptsurgeon.surgery.items import SHOWN, Claim, SourceKey, several, shortened
@@ -164,7 +163,7 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
             f"joins {' and '.join(sorted(mixed))}",
             hint="convert one of them first: merge FILE -o OUT --dtype …",
         )
-    if needs_floats(ops) and BY_CODE[dtype].kind != "float":
+    if not can_compute(ops, dtype):
         raise RuleError(f"computes values, and {claim.places[0][1]} is {dtype}")
     if wanted is not None and shapes[0] != wanted:
         if not any(rule.kind == "adapt" for rule in claim.rules):  # an average, which no rule has promised to fit

@@ -13,7 +13,7 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, StaleError
 from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.adapters.chain import check_fields, infer_chain, made_dtype, needs_floats
+from ckptsurgeon.surgery.adapters.chain import can_compute, check_fields, infer_chain, made_dtype
 from ckptsurgeon.surgery.adapters.table import is_own
 from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.patterns import compile_pattern
@@ -338,7 +338,7 @@ def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Chec
         yield f"{step.target}: {'' if step.adapters else f'its source {step.sources[0][1]} '}{words}, not {step.shape}"
     if len(dtypes) > 1 or (step.cast or next(iter(dtypes))) != step.dtype:
         yield f"{step.target}: its ops give {step.cast or ' and '.join(sorted(dtypes))}, and its dtype says {step.dtype}"
-    if needs_floats(step.adapters) and any(BY_CODE[code].kind != "float" for code in dtypes):
+    if not all(can_compute(step.adapters, code) for code in dtypes):
         yield f"{step.target}: its ops compute values, and it is {' and '.join(sorted(dtypes))}"
 
 

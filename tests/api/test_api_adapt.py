@@ -205,6 +205,21 @@ def test_an_average_is_the_weighted_mean(tmp_path: Path, dtype: torch.dtype, wei
     ] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("adapted", [{}, {"adapt": {"w": "transpose(dims=(0, 1))"}}], ids=["in chunks", "whole"])
+def test_complex_tensors_are_averaged_too(tmp_path: Path, dtype: torch.dtype, adapted: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [{"w": torch.randn(30, 7, dtype=torch.complex128, generator=generator).to(dtype), "n": torch.ones(2)} for _ in range(2)]
+    for number, state in enumerate(given):
+        torch.save(state, tmp_path / f"{number}.pt")
+    report = cs.merge([tmp_path / "0.pt", tmp_path / "1.pt"], None, tmp_path / "soup.pt", average=(3, 1), **adapted)
+    found = torch.load(tmp_path / "soup.pt", weights_only=True)["w"]
+    mean = 0.75 * given[0]["w"].to(torch.complex128) + 0.25 * given[1]["w"].to(torch.complex128)
+    assert found.dtype == dtype and not report.dropped
+    eps = {torch.complex32: 2**-10, torch.complex64: 2**-22}.get(dtype, 2**-50)
+    torch.testing.assert_close(found.to(torch.complex128), mean.T if adapted else mean, rtol=4 * eps, atol=4 * eps)
+
+
 def test_an_average_takes_rules_and_wrappers(tmp_path: Path) -> None:
     one, other = states(2)
     torch.save(one, tmp_path / "a.pt")

@@ -98,7 +98,7 @@ def _constant(value: float, dtype: torch.dtype) -> Any:
 
 
 def _averaged(tensors: list[torch.Tensor], op: Op, _initial: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-    wrong = next((tensor.dtype for tensor in tensors if not tensor.is_floating_point()), None)
+    wrong = next((tensor.dtype for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())), None)
     if wrong is not None:
         raise RuleError(f"average goes over floats, and a tensor is {_word(wrong)}")
     wide, weights = _wide(tensors), op["weights"]
@@ -126,7 +126,10 @@ def _pieces(shape: tuple[int, ...], whole: int | None = None) -> Iterator[tuple[
 def _wide(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     import torch
 
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    if any(tensor.is_complex() for tensor in tensors):
+        return torch.complex128 if double else torch.complex64
+    return torch.float64 if double else torch.float32
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.surgery.adapters.op import Op, Place, Shape
 from ckptsurgeon.surgery.adapters.table import adapter_of, is_own, op_text
@@ -96,6 +97,17 @@ def invert_chain(ops: Sequence[Op]) -> tuple[Op, ...] | None:
 def needs_floats(ops: Sequence[Op]) -> bool:
     """Whether a chain computes values, so that only floating tensors can take it."""
     return any(adapter_of(str(op["op"])).floats or op.get("fill") == "mean" for op in ops)
+
+
+def can_compute(ops: Sequence[Op], dtype: str) -> bool:
+    """Whether tensors of a dtype can take a chain.
+
+    >>> can_compute([{"op": "average"}], "C64"), can_compute([{"op": "average"}], "I64"), can_compute([{"op": "transpose"}], "I64")
+    (True, False, True)
+    """
+    kind = BY_CODE[dtype].kind
+    taken = [op for op in ops if kind == "complex" and adapter_of(str(op["op"])).complexes]
+    return kind == "float" or not needs_floats([op for op in ops if op not in taken])
 
 
 def made_dtype(ops: Sequence[Op], dtype: str) -> str:

@@ -270,6 +270,7 @@ COMBINING: dict[str, Adapter] = {
         _averaged,
         _filled_average,
         floats=True,
+        complexes=True,
         source="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
     ),
 }

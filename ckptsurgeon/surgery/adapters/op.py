@@ -48,7 +48,7 @@ class Adapter:
         invert: the op, as a rule writes it, that undoes a rule's op; None where nothing can.
         offer: the op, as a rule would write it, that makes a source's shape a target's; None where it can't, or where it would be a guess.
         planned: the fields that only a plan has, which a rule can't give.
-        floats: whether it computes values, so that only floating tensors can take it.
+        floats: whether it computes values, so that only floating tensors can take it; with `complexes`, complex ones too.
         safe: whether it can't change what a tensor means, so that `--auto safe` may apply what it offers.
         source: the paper or specification that the formula comes from.
         gives: the dtype (safetensors' code) of what comes out; None where it is that of what goes in.
@@ -62,6 +62,7 @@ class Adapter:
     offer: Callable[[Shape, Shape], Op | None] = lambda _source, _target: None
     planned: tuple[str, ...] = ()
     floats: bool = False
+    complexes: bool = False
     safe: bool = False
     source: str = ""
     gives: str | None = None
