@@ -59,7 +59,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_what_is_unsafe_is_told_even_where_the_root_is_not_clear(tmp_path: Path) -> None:
-    torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}, "config": Path("x")}, tmp_path / "in.pt")
+    torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}, "config": Path("x")}, tmp_path / "in.pt")
     report = cs.check(tmp_path / "in.pt", against={"w": torch.ones(2)})
     found = [code for code, _ in codes(report)]
     assert "CK201" in found and "CK104" in found

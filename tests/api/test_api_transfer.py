@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import (
+    ArgumentError,
     CastError,
     CheckpointError,
     CoverageError,
@@ -185,7 +186,7 @@ def failures(folder: Path) -> dict[str, tuple[type[CheckpointError], Callable[[n
         "a skeleton": (PlanError, lambda model: cs.transfer(cs.skeleton(support.network()), model)),
         "a source on meta": (ModelError, lambda model: cs.transfer(support.network().to("meta"), model)),
         "another root": (RootError, lambda model: cs.transfer(state, model, root="ema")),
-        "no source at all": (TargetError, lambda model: cs.transfer(3, model)),
+        "no source at all": (ArgumentError, lambda model: cs.transfer(3, model)),
     }
 
 
