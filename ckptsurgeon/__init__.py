@@ -80,7 +80,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+    from ckptsurgeon.errors import libraries
+
+    with libraries():
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:

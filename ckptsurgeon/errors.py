@@ -6,6 +6,9 @@ Every error that a person can meet is one of these. This module imports nothing 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def printable(text: object) -> str:
@@ -166,7 +169,7 @@ class ArgumentError(CheckpointError, TypeError):
     """An argument of another kind than the parameter takes; `key` names the parameter."""
 
 
-class MissingError(CheckpointError):
+class MissingError(CheckpointError, ImportError):
     """A library that is needed is not installed, or can't be loaded."""
 
 
@@ -208,3 +211,43 @@ def out_of_memory(error: BaseException, key: str | None = None) -> OutOfMemoryEr
     asked = next(filter(None, found.groups()), "") if found else ""
     words = f": {f'{int(asked):,} bytes' if asked.isdecimal() else asked} are asked for at once" if asked else ""
     return OutOfMemoryError(f"there is not enough memory for this{words}", key=key, hint="close other programs, or use a larger machine")
+
+
+_LIBRARIES = ("torch", "safetensors", "tabulate", "click")  # what the package depends on, each by the name that is imported
+_LONGEST = 300
+
+
+@contextmanager
+def libraries() -> Iterator[None]:
+    """Within it, a library of the package's that is not installed, or can't be loaded, is a MissingError."""
+    try:
+        yield
+    except ImportError as error:
+        missing = None if no_memory(error) else missing_library(error)
+        if missing is None or missing is error:
+            raise
+        raise missing from error
+
+
+def missing_library(error: ImportError) -> MissingError | None:
+    """Which library an import lacks and how to install it; None where the import is of something else.
+
+    >>> missing_library(ImportError("no such name", name="ckptsurgeon.api")) is None
+    True
+    """
+    if isinstance(error, MissingError):
+        return error
+    found = (error.name or "").partition(".")[0]
+    # torch alone has others to import, where it is not loaded now.
+    name = found if found in _LIBRARIES else "torch" if found != "ckptsurgeon" and sys.modules.get("torch") is None else None
+    if name is None:
+        return None
+    if isinstance(error, ModuleNotFoundError) and found == name and sys.modules.get(name) is None:
+        return MissingError(f"this needs {name}, which is not installed here", hint=f"pip install {name}")
+    return MissingError(f"this needs {name}, which can't be loaded here: {one_line(error)}", hint=f"python -c 'import {name}' shows why")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line that is not too long."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"

@@ -8,6 +8,7 @@ from typing import Literal
 from ckptsurgeon.errors import CoverageError, PlanError, RuleError, StrictError
 from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.plan import Plan
+from ckptsurgeon.surgery.planned import way_to_look
 from ckptsurgeon.surgery.rules import close_names
 from ckptsurgeon.views.text import words
 
@@ -16,15 +17,13 @@ Uncertain = Literal["accepted", "left out"]  # what becomes of links that matchi
 
 def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False) -> None:
     """Raises CoverageError or StrictError, both a true no, for a plan that must not be followed."""
-    path = plan.sources[0].path
+    first = plan.sources[0]
+    path = first.path
     if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="--min-coverage 0.9 asks for 90 %")
     if plan.steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
-        raise CoverageError(
-            "nothing fits: no tensor of the target would be taken from it",
-            path=path,
-            hint=f"see why with: ckptsurgeon diff {path} {plan.target.spec if plan.target is not None else 'TARGET'}",
-        )
+        look = way_to_look(path, first.root, first.format == "model", None if plan.target is None else plan.target.spec)
+        raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")
     if min_coverage is not None and min(plan.coverage.tensors, plan.coverage.elements) < min_coverage:
         raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {words.percent(min_coverage)} is asked for", path=path)
     if strict and plan.loose:

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 
 Names = tuple[str, ...] | Literal["model"] | None
+Rows = tuple[tuple[str, str], ...]  # what is not carried, each with the reason
+_STAYS = (
+    "the source has none for the averaged copy, where it stays as it was",
+    "the source has none for the averaged copy, where it stays as it was; at 0 the first update copies the model over the average",
+)
 
 
 def names_of(names: Iterable[str] | str | None) -> Names:
@@ -161,14 +166,14 @@ def give(
     given: Checkpoint,
     plan: Plan,
     model: nn.Module,
-    averaged: Callable[[], Report | None],
+    averaged: Callable[[], tuple[Report, Rows] | None],
     undo: ExitStack,
 ) -> CarriedState:
     """Carry what is asked for. What fails within `undo` is put back as it was.
 
     Args:
         around: what stands beside the weights; called only where something of it is asked for.
-        averaged: transfers into the averaged copy.
+        averaged: transfers into the averaged copy, and says what of its wrapper's own the source does not have.
 
     Raises:
         RootError: a state that is asked for is not in the source, or could be several.
@@ -207,9 +212,9 @@ def give(
     if driven:
         groups = asked.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
         undo.enter_context(optimizer_state.driving(groups, driven))
-    report = averaged()
-    if report is not None:
-        carried = replace(carried, others=(*carried.others, "ema"), ema=report)
+    done = averaged()
+    if done is not None:
+        carried = replace(carried, others=(*carried.others, "ema"), ema=done[0], not_carried=(*carried.not_carried, *done[1]))
     return replace(carried, text=text.carried(carried))
 
 
@@ -305,11 +310,14 @@ def averaged_into(
     around: Callable[[], Beside],
     again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report],
     undo: ExitStack,
-) -> Report | None:
+) -> tuple[Report, Rows] | None:
     """Transfer into the averaged copy by the same rules; the wrapper's own buffers, such as `n_averaged`, are copied by name.
 
     Args:
         again: transfers from a source into a model, under a root, some keys dropped.
+
+    Returns:
+        The report, and those of the wrapper's buffers that the source does not have, each with what that means.
     """
     if asked.ema is None:
         return None
@@ -325,16 +333,22 @@ def averaged_into(
         roots = opening.read(source).state_dicts
     root = training_places.choose_averaged([one.root for one in roots], asked.ema_root, found.path)
     chosen = next((one for one in roots if one.root == root), None)
-    ours = {} if chosen is None else {name: one for name, one in chosen.tensors.items() if name in buffers}
+    counts = training_places.COUNTS if root == training_places.average([one.root for one in roots]) else root
+    ours = {
+        name: (one.root, meta)
+        for one in roots
+        if one is chosen or one.root == counts
+        for name, meta in one.tensors.items()
+        if name in buffers and meta.shape == tuple(buffers[name].shape)
+    }
     undo.enter_context(averaged_copy.restored(model, buffers))
-    report = again(source, model, root, tuple(ours))
-    for name, meta in ours.items():
-        if meta.shape != tuple(buffers[name].shape):
-            continue
-        lives: Any = at_root(source, root) if found.live else {}
+    report = again(source, model, root, () if chosen is None else tuple(name for name in ours if name in chosen.tensors))
+    for name, (place, meta) in ours.items():
+        lives: Any = at_root(source, place) if found.live else {}
         value = lives[name] if found.live else tensor_from(found.reader.read(meta), meta.dtype).view(meta.shape)
         with torch.no_grad():
             buffers[name].copy_(value)
     kept = tuple(row for row in report.dropped if row[0] not in ours)
     report = replace(report, dropped=kept)
-    return replace(report, text=text.report(report))
+    missing = tuple((name, _STAYS[name == "n_averaged"]) for name in buffers if name not in ours)
+    return replace(report, text=text.report(report)), missing

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from ckptsurgeon.errors import ArgumentError
+from ckptsurgeon.errors import ArgumentError, libraries
 from ckptsurgeon.surgery.plan import Plan
 from ckptsurgeon.surgery.rules import Rule
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -196,6 +196,7 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
 
     Raises:
         ArgumentError: an argument of another kind.
+        MissingError: torch, or another library that the verb needs, is not installed.
 
     >>> from ckptsurgeon import open
     >>> open(None)
@@ -220,7 +221,8 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
             if each in kinds and not (value is None and each in optional) and not kinds[each].fits(value):
                 hint = _swapped(name, each, given, kinds) or _hint(each, kinds[each], value)
                 raise ArgumentError(f"takes {kinds[each].words}, and {described(value)} was given to {name}", key=each, hint=hint)
-        return verb(*args, **kwargs)
+        with libraries():
+            return verb(*args, **kwargs)
 
     return call
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.parameters import named, taken
+from ckptsurgeon.models.parameters import layers, named, taken
 
 NoDecay = bool | str | Iterable[bool | str]
 _PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
@@ -39,10 +39,10 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
     rest = [name for first, one in parameters.items() if first not in wanted for name in one.every]
     found = set(taken([word for word in words if isinstance(word, str)], wanted, rest, "frozen" if among is None else "other"))
     if True in words:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = layers(model)
         for first in wanted:
-            places = [_layer(name) for name in parameters[first].names]
-            owners = [modules[path] for path, _ in places]
+            places = [_layer(name) for name in parameters[first].bare]
+            owners = [modules[path] for path, _ in places if path in modules]
             leaves = [leaf for _, leaf in places]
             biased = any(leaf.endswith("bias") or leaf.startswith("bias_") for leaf in leaves)  # bias_k, bias_ih_l0
             if parameters[first].tensor.ndim <= 1 or biased or any(isinstance(owner, _PLAIN) for owner in owners):

@@ -23,6 +23,7 @@ from ckptsurgeon.models.parameters import Named, inner, named_tensors
 from ckptsurgeon.models.reset import held, reset_value
 from ckptsurgeon.models.scheme_text import SCHEMES, effective_scheme, is_own, parse_scheme
 from ckptsurgeon.models.unset import is_unset
+from ckptsurgeon.surgery.prefixes import WRAPPERS
 
 KEEP = "model"
 _FILL: dict[str, Callable[..., Any]] = {
@@ -176,7 +177,10 @@ def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
     for name in path:
         if module is None:
             return None
-        module = module._modules[name] if name in module._modules else inner(module)._modules.get(name)
+        within = inner(module)
+        if name in WRAPPERS and within is not module and name not in {*module._modules, *within._modules}:
+            continue  # a wrapper between these two, whose own segment a hook of the outer one left out
+        module = module._modules[name] if name in module._modules else within._modules.get(name)
     if module is None:
         return None
     own_state = leaf == "_extra_state" and type(module).get_extra_state is not nn.Module.get_extra_state

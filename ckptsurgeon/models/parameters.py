@@ -27,7 +27,7 @@ from ckptsurgeon.surgery.prefixes import WRAPPERS
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter or buffer and all its names: those in the model, the first first, each of these without wrappers' segments (`bare`),
+    """A parameter or buffer and all its names: those in the model, the first first, its places there without wrappers' segments (`bare`),
     and its keys in the state_dict, of which it may have none."""
 
     names: tuple[str, ...]
@@ -72,11 +72,38 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Named], dict[str, Named]]
     parameters = len(found)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         found.setdefault(id(buffer), (buffer, []))[1].append(name)
-    wrappers = {path for path, module in model.named_modules(remove_duplicate=False) if inner(module) is not module}
-    bare = {number: tuple(_unwrapped(name, wrappers) for name in names) for number, (_, names) in found.items()}
+    wrappers, places = _wrappers(model), _places(model)
+    bare = {
+        number: tuple(dict.fromkeys(_unwrapped(name, wrappers) for name in places.get(number, names)))
+        for number, (_, names) in found.items()
+    }
     keys = _keys(_live_state_dict(model), found, bare)
     rows = [(names[0], Named(tuple(names), bare[number], tuple(keys[number]), tensor)) for number, (tensor, names) in found.items()]
     return dict(rows[:parameters]), dict(rows[parameters:])
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its path without wrappers' segments; of a wrapper and what it wraps, the latter.
+
+    >>> list(layers(nn.DataParallel(nn.Sequential(nn.Linear(3, 2)))))
+    ['', '0']
+    """
+    wrappers = _wrappers(model)
+    return {_unwrapped(path, wrappers): module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _wrappers(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules(remove_duplicate=False) if inner(module) is not module}
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Where each parameter and buffer stands, by its id: what a wrapper that overrides `named_parameters` tells otherwise."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(f"{path}.{leaf}" if path else leaf)
+    return found
 
 
 def inner(module: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from ckptsurgeon.surgery.items import SourceKey, shortened
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
 from ckptsurgeon.surgery.origins import Origin, find_origins, reasons
 from ckptsurgeon.surgery.patterns import compile_pattern
-from ckptsurgeon.surgery.planned import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest
+from ckptsurgeon.surgery.planned import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
 from ckptsurgeon.surgery.quantised import Codes, find, refuse_broken
 from ckptsurgeon.surgery.rules import Outside, Rule
 from ckptsurgeon.surgery.versions import find_versions
@@ -163,8 +163,8 @@ def _refuse_unused(
     dropped = sum(number == unused[0] for number, _ in names.dropped)
     why = "rules drop all of its keys" if dropped == len(source) + len(source.entries) else "no key of the target takes a value from it"
     more = [f"{sources[number].path}: nothing of it is used either" for number in unused[1:]]
-    spec = target.path if target is not None else "TARGET"
-    hint = f"leave it out, or see what is in the way: ckptsurgeon diff {source.path} {spec}"
+    look = way_to_look(source.path, source.root, source.format == "model", None if target is None else target.path)
+    hint = f"leave it out, or see what is in the way: {look}"
     raise PlanError(
         f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=tuple(more), hint=hint
     )

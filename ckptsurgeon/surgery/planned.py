@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -228,3 +229,18 @@ def digest(plan: Plan) -> str:
         *([[{path: dict(local) for path, local in plan.versions.items()}, list(plan.loaded)]] if plan.versions else []),
     ]
     return sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
+def way_to_look(source: str, root: str, live: bool, target: str | None) -> str:
+    """What shows how a source's names stand to a target's: a command, or where one of them is no file and no spec, a call.
+
+    >>> way_to_look("my net.pt", "ema", False, "model:Net")
+    "ckptsurgeon diff 'my net.pt' model:Net --root ema"
+    >>> way_to_look("net.pt", "", False, "Net")
+    "print(ckptsurgeon.diff('net.pt', model))"
+    """
+    if live:
+        return "hold its keys against model.state_dict()"
+    if target is not None and target.isidentifier():  # the class of a live model
+        return f"print(ckptsurgeon.diff({source!r}, model{f', root={root!r}' if root else ''}))"
+    return shlex.join(["ckptsurgeon", "diff", source, target or "TARGET", *(["--root", root] if root else [])])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ckptsurgeon.surgery.heads import Tensors, equal_keys, one_head, two_heads
 from ckptsurgeon.surgery.training_places import of_optimizer
+from ckptsurgeon.tensors import TensorMeta
 
 # Segments that wrappers (DataParallel, torch.compile, FSDP, activation checkpointing) put into a key, at its head or within.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
@@ -112,9 +113,18 @@ class Change:
     mapping: Mapping[str, str]
     collides: bool = False
 
-    def within(self, other: Change) -> bool:
-        """Whether the other maps all that this one maps, and in the same way."""
-        return self.mapping.items() <= other.mapping.items()
+    def within(self, other: Change, source: Tensors) -> bool:
+        """Whether the other gives all that this one gives: by the same keys, or by others that are the very same bytes (a module that
+        stands in the model at two places)."""
+        if self.mapping.items() <= other.mapping.items():
+            return True
+        given = {name: _bytes(source[key]) for key, name in other.mapping.items()}
+        return all(given.get(name) == _bytes(source[key]) for key, name in self.mapping.items())
+
+
+def _bytes(tensor: TensorMeta) -> object:
+    """Where a tensor's bytes lie and how they are read; in a skeleton its name."""
+    return tensor.name if tensor.span is None else (tensor.span, tensor.dtype, tensor.stride)
 
 
 @dataclass(frozen=True)
@@ -163,17 +173,17 @@ def find_change(source: Tensors, target: Tensors) -> Choice:
         if score < (NEAR * best if near else best):
             break
         change = _change(source, target, prefix)
-        if len(change.mapping) >= (NEAR * best if near else best) and not any(change.within(one) for one in near):
-            near = [*(one for one in near if not one.within(change)), change]
+        if len(change.mapping) >= (NEAR * best if near else best) and not any(change.within(one, source) for one in near):
+            near = [*(one for one in near if not one.within(change, source)), change]
             best = max(best, len(change.mapping))
     near = sorted((one for one in near if len(one.mapping) >= NEAR * best), key=lambda one: -len(one.mapping))
     if not near:
         return Choice(base)
     first = near[0]
     close = len(base.mapping) >= NEAR * len(first.mapping)
-    if len(near) == 1 and not first.collides and (not close or base.within(first)):
+    if len(near) == 1 and not first.collides and (not close or base.within(first, source)):
         return Choice(base if close else first)
-    stays = (base,) if base.mapping and (close or first.collides) and not base.within(first) else ()
+    stays = (base,) if base.mapping and (close or first.collides) and not base.within(first, source) else ()
     return Choice(base, (*near, *stays))
 
 
@@ -190,7 +200,7 @@ def find_exchange(source: Tensors, target: Tensors) -> tuple[Change, ...]:
     found: list[Change] = []
     for _, prefix in (row for row in rows if row[0] >= NEAR * best):
         change = _change(given, target, prefix)
-        if not change.collides and not any(change.within(one) for one in found):
+        if not change.collides and not any(change.within(one, given) for one in found):
             found.append(change)
     return tuple(sorted(found, key=lambda one: -len(one.mapping)))
 

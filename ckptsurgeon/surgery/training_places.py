@@ -35,6 +35,7 @@ AVERAGED = (
     "ema_model_state_dict",
     "ema_params",
 )
+COUNTS = "averaging_state"  # where Lightning's WeightAveraging has what its average keeps beside the weights: `n_averaged`
 _OPTIMIZERS = frozenset(PLACES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
 _MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta")
 
@@ -157,7 +158,7 @@ def average(roots: Iterable[str], beside: Iterable[str] = ()) -> str | None:
     'state_dict'
     """
     names = {*roots, *beside}
-    return "state_dict" if {"state_dict", "averaging_state"} <= names else None
+    return "state_dict" if {"state_dict", COUNTS} <= names else None
 
 
 def averaged(roots: Sequence[str]) -> tuple[str, ...]:

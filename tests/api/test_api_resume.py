@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from variants import NetDeeper, NetGrey, NetRenamed, NetTwoClasses
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import CheckpointError, FormatError, ModelError, RootError, StaleError
+from ckptsurgeon.errors import ArgumentError, CheckpointError, FormatError, ModelError, RootError, StaleError
 from ckptsurgeon.views import json as json_view
 
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -425,6 +425,28 @@ def test_an_averaged_copy_follows_by_the_same_rules(tmp_path: Path) -> None:
     assert torch.equal(bare.dense2.weight, averaged.module.fc2.weight)
 
 
+def test_the_count_of_an_average_is_had_where_lightning_has_it_or_its_lack_is_told(tmp_path: Path) -> None:
+    """With `n_averaged` at 0, AveragedModel's first update would copy the trained weights over the average."""
+    trained, averaged = Net(), Net()
+    lightning = {
+        "state_dict": {f"model.{key}": value for key, value in averaged.state_dict().items()},
+        "current_model_state": {f"model.{key}": value for key, value in trained.state_dict().items()},
+        "averaging_state": {"n_averaged": torch.tensor(8)},
+    }
+    torch.save(lightning, tmp_path / "lightning.ckpt")
+    for source in (tmp_path / "lightning.ckpt", lightning):
+        net, ema = Net(), torch.optim.swa_utils.AveragedModel(Net())
+        report = cs.transfer(source, net, ema=ema)
+        assert ema.n_averaged.item() == 8 and report.optimizer is not None and report.optimizer.not_carried == ()
+        assert torch.equal(net.fc2.weight, trained.fc2.weight) and torch.equal(ema.module.fc2.weight, averaged.fc2.weight)
+        ema.update_parameters(net)
+        assert not torch.equal(ema.module.fc2.weight, trained.fc2.weight)
+    torch.save({"model": trained.state_dict(), "model_ema": averaged.state_dict()}, tmp_path / "bare.pt")
+    report = cs.transfer(tmp_path / "bare.pt", Net(), ema=torch.optim.swa_utils.AveragedModel(Net()))
+    assert report.optimizer is not None and "copies the model over" in dict(report.optimizer.not_carried)["n_averaged"]
+    assert "n_averaged" in str(report)
+
+
 def everything(*things: Any) -> list[bytes]:
     """All values of models and optimizers, and the states of schedulers."""
     found = []
@@ -496,7 +518,7 @@ def test_what_is_asked_for_must_be_there(tmp_path: Path) -> None:
     begun(MAKERS["SGD"], tmp_path / "a.pt")
     with pytest.raises(ModelError, match="no parameter of the model"):
         cs.transfer(tmp_path / "a.pt", net, optimizer=MAKERS["SGD"](Net().parameters()))
-    with pytest.raises(ModelError, match="no optimizer of torch"):
+    with pytest.raises(ArgumentError, match="takes an optimizer"):
         cs.transfer(tmp_path / "a.pt", net, optimizer="adam")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="another optimizer"):
         cs.transfer(tmp_path / "a.pt", net, optimizer=MAKERS["SGD"](net.parameters()), scheduler=scheduler)

@@ -118,6 +118,38 @@ def test_without_torch_each_command_works_or_says_how_to_install_it(two, how):
             assert "error: this needs torch" in err and hint in err, (words, err)
 
 
+VERBS = {
+    "diff": "cs.diff('a.safetensors', 'model:Net')",
+    "match": "cs.match('a.safetensors', 'model:Net')",
+    "plan": "cs.plan('a.safetensors', 'model:Net')",
+    "merge": "cs.merge('a.safetensors', None, 'out.pt', dtype='BF16')",
+    "apply": "cs.apply('model.json', 'out.pt')",
+    "verify": "cs.verify('a.safetensors', 'model:Net')",
+    "check": "cs.check('a.safetensors', finite=True)",
+    "skeleton": "cs.skeleton('model:Net')",
+    "Thaw": "cs.Thaw",
+}
+
+
+@pytest.mark.parametrize("how", NO_TORCH)
+def test_without_torch_each_verb_of_the_library_says_how_to_install_it(two, how):
+    code = (
+        f"import sys\n{NO_TORCH[how]}\nimport json\nimport ckptsurgeon as cs\nfound = {{}}\n"
+        "for name, call in json.loads(sys.stdin.read()).items():\n"
+        "    try:\n        eval(call)\n"
+        "    except cs.CheckpointError as error:\n        found[name] = [type(error).__name__, isinstance(error, ImportError), str(error)]\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(VERBS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hint = "pip install torch" if how in ("halted", "not installed") else "python -c 'import torch'"
+    found = json.loads(done.stdout)
+    assert found.keys() == VERBS.keys()
+    for name, (kind, is_import_error, words) in found.items():
+        assert kind == "MissingError" and is_import_error and "this needs torch" in words and hint in words, (name, words)
+    assert not Path("out.pt").exists()
+
+
 def test_another_library_that_is_not_there_is_named_too(two):
     code = "import sys\nsys.modules['safetensors'] = None\nsys.argv = ['x', 'verify', 'net_params.pkl', 'model:Net']\n"
     done = subprocess.run([sys.executable, "-c", f"{code}from ckptsurgeon.cli.main import main\nmain()"], capture_output=True, text=True)

@@ -45,6 +45,7 @@ def test_a_found_settings_file_imports_nothing_and_is_named(stranger, program, f
     ended = program("check", NET, *quiet)
     assert ended.code == 0 and not ran()
     assert "pyproject.toml" in ended.out and "not followed" in ended.out and "evil" in ended.out
+    assert "1 file checked, all good; not held against" in ended.out
     assert ended.err.startswith("note: pyproject.toml: ") and "--against" in ended.err and "--config" in ended.err
     as_json = program("check", NET, "--json", *quiet)
     jsonschema.validate(as_json.json, SCHEMA)

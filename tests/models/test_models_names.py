@@ -66,6 +66,8 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": torch.compile,  # type: ignore[dict-item]
     "compiled over activation checkpointing": lambda net: torch.compile(checkpointed(net)),  # type: ignore[dict-item,return-value]
     "DataParallel of all that": lambda net: nn.DataParallel(torch.compile(checkpoint_wrapper(checkpointed(net)))),  # type: ignore[arg-type]
+    "activation checkpointing of the whole": lambda net: checkpoint_wrapper(checkpointed(net)),
+    "activation checkpointing of what is compiled": lambda net: checkpoint_wrapper(torch.compile(net)),  # type: ignore[arg-type]
     "averaged": lambda net: torch.optim.swa_utils.AveragedModel(checkpointed(net)),
     "a hook": renames,
     "a hook on a wrapper's inside": lambda net: nn.DataParallel(checkpointed(renames(net))),

@@ -1,9 +1,14 @@
 """When a plan is a no: nothing covered, too little covered, or, under strict, a key that no rule names."""
 
+import shlex
+
 import pytest
+import torch
 from surgery_support import checkpoint, model, rule
 
+import ckptsurgeon as cs
 from ckptsurgeon.api import gates
+from ckptsurgeon.cli.main import cli
 from ckptsurgeon.errors import CoverageError, PlanError, StrictError
 from ckptsurgeon.surgery.plan import make_plan
 from ckptsurgeon.tensors import Coverage
@@ -72,3 +77,21 @@ def test_many_loose_keys_are_counted():
 )
 def test_coverage_is_never_rounded_up(share, words):
     assert coverage(Coverage(share, share)) == f"{words} of tensors, {words} of elements"
+
+
+def test_what_shows_why_can_be_run(tmp_path, monkeypatch):
+    """A path with a space, a root that was chosen, a live model: the hint is a command, or a call, that works."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"w": torch.zeros(2)}, "ema": {"w": torch.ones(2)}}, "my run.pt")
+    torch.save({"x": torch.zeros(3)}, "target.pt")
+    with pytest.raises(CoverageError) as caught:
+        cs.merge("my run.pt", "target.pt", "out.pt", root="ema")
+    command = shlex.split((caught.value.hint or "").partition("ckptsurgeon ")[2])
+    assert cli.main(command, standalone_mode=False) == 0 and "--root" in command
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(CoverageError) as caught:
+        cs.transfer("my run.pt", model, root="ema")
+    eval((caught.value.hint or "").removeprefix("see why: "), {"ckptsurgeon": cs, "model": model})
+    with pytest.raises(CoverageError) as caught:
+        cs.transfer({"w": torch.zeros(2)}, model)
+    assert caught.value.hint == "see why: hold its keys against model.state_dict()"

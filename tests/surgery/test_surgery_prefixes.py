@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from surgery_support import checkpoint, live, metas, model, shapes
 from torch import nn
 
+import ckptsurgeon as cs
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.surgery.compare import compare
 from ckptsurgeon.surgery.plan import make_plan
@@ -297,3 +298,19 @@ def test_the_plan_names_the_prefix():
     for before, words in (("module.", "prefix module. stripped"), ("net.", "prefix net. stripped")):
         (finding,) = make_plan([checkpoint(wrapped(before))], model(NET)).findings
         assert (finding.code, finding.level, finding.message) == ("prefix", "note", f"a.pt: {words}")
+
+
+def test_one_module_at_two_places_is_no_rival_of_itself(tmp_path):
+    """Both prefixes give the same bytes; as copies, or read another way, they are two that may differ."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    both = nn.ModuleDict({"net": net, "loss": nn.ModuleDict({"net": net})})
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    torch.save(both.state_dict(), tmp_path / "shared.pt")
+    plan = cs.plan(tmp_path / "shared.pt", tmp_path / "net.pt")
+    assert plan.coverage.tensors == 1 and plan.sources[0].prefix["stripped"] in ("net.", "loss.net.")
+    torch.save({key: value.clone() for key, value in both.state_dict().items()}, tmp_path / "copies.pt")
+    state = both.state_dict()
+    torch.save({key: value.T if key == "loss.net.0.weight" else value for key, value in state.items()}, tmp_path / "turned.pt")
+    for name in ("copies.pt", "turned.pt"):
+        with pytest.raises(PlanError, match="2 ways"):
+            cs.plan(tmp_path / name, tmp_path / "net.pt")

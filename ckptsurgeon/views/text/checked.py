@@ -59,13 +59,15 @@ def _toml(value: Any) -> str:
 
 
 def totals(found: CheckReport, verbose: bool = True) -> str:
-    """How many files, how many not good, and where to read on."""
+    """How many files, how many not good, what they were not held against, and where to read on."""
     bad = sum(not file.ok for file in found.files)
     first = next((one.code for file in found.files for one in file.findings if one.level == "error"), "")
     read_on = f" (what a code means: ckptsurgeon check --explain {first})" if bad else ""
     notes = 0 if verbose else sum(one.level == "note" for file in found.files for one in file.findings)
     aside = f"; {count(notes, 'note')} (-v shows {'it' if notes == 1 else 'them'})" if notes else ""
-    return f"{count(len(found.files), 'file')} checked, {f'{bad} not good' if bad else 'all good'}{aside}{read_on}"
+    unheld = [value for _, value in found.settings.not_used] if found.settings is not None else []
+    gate = f"; not held against {listing([*map(str, dict.fromkeys(unheld))])}" if unheld else ""
+    return f"{count(len(found.files), 'file')} checked, {f'{bad} not good' if bad else 'all good'}{gate}{aside}{read_on}"
 
 
 def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, str, str], list[str]]:

@@ -91,7 +91,12 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
         return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
     if found.matched or renames or found.offers or found.exchanges:
         return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
-    return [*lines, pasted("Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source], width)]
+    return [
+        *lines,
+        pasted(
+            "Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source, *(["--root", found.root] if found.root else [])], width
+        ),
+    ]
 
 
 def choices(ways: Sequence[Way], command: Sequence[str], root: str, rules: Sequence[Rule | str], width: int | None) -> list[str]:
