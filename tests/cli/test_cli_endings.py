@@ -137,7 +137,8 @@ def test_without_torch_each_verb_of_the_library_says_how_to_install_it(two, how)
         f"import sys\n{NO_TORCH[how]}\nimport json\nimport ckptsurgeon as cs\nfound = {{}}\n"
         "for name, call in json.loads(sys.stdin.read()).items():\n"
         "    try:\n        eval(call)\n"
-        "    except cs.CheckpointError as error:\n        found[name] = [type(error).__name__, isinstance(error, ImportError), str(error)]\n"
+        "    except cs.CheckpointError as error:\n"
+        "        found[name] = [type(error).__name__, isinstance(error, ImportError), str(error)]\n"
         "print(json.dumps(found))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(VERBS), capture_output=True, text=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import ModelError, NoRecordError
+from ckptsurgeon.errors import ArgumentError, ModelError, NoRecordError
 from ckptsurgeon.models.freezing import is_kept
 from ckptsurgeon.report import Report
 from ckptsurgeon.tensors import Checkpoint, Coverage
@@ -222,9 +222,9 @@ def test_a_merged_file_freezes_by_its_record(tmp_path):
         (["conv1.*", "conv9.*"], ModelError),
         ("norm1.running_mean", ModelError),
         ([], ModelError),
-        ([3], ModelError),
-        (3, ModelError),
-        (None, NoRecordError),
+        ([3], ArgumentError),
+        (3, ArgumentError),
+        (None, ArgumentError),
         (report("fc9.weight"), ModelError),
         (Checkpoint("m.pt", "torch-zip", "", {}), NoRecordError),
     ],
