@@ -293,8 +293,7 @@ def _any_rule(draw: st.DrawFn) -> Rule:
     return Rule(kind, draw(st.sampled_from([key, f"a + b -> {results}", f"0:a + 1:a -> {results}", f"a -> {results}"])), op)
 
 
-@settings(max_examples=500)
-@settings(deadline=None)  # a regular expression starts a process
+@settings(max_examples=500, deadline=None)  # a regular expression starts a process
 @given(st.lists(_any_rule(), max_size=6))
 @example([Rule("drop", '"""\n[[rename]]\n"""')])
 @example([Rule("drop", "\\U0000005b"), Rule("drop", "\x7f\x00\r\n")])
