@@ -87,10 +87,6 @@ class FormatError(CheckpointError):
     """The bytes are not a checkpoint of a known format, or contradict themselves."""
 
 
-class ChecksumError(FormatError):
-    """A record that says what the file holds is not what its own checksum says."""
-
-
 class PointerError(FormatError):
     """The file is a Git LFS pointer: a note of where the checkpoint is."""
 

@@ -12,8 +12,7 @@ from ckptsurgeon.api.loading import learned
 from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
 from ckptsurgeon.api.proving import verify_written
 from ckptsurgeon.api.ruling import Rules, gather
-from ckptsurgeon.errors import ChecksumError
-from ckptsurgeon.report import Finding, Verification
+from ckptsurgeon.report import Verification
 from ckptsurgeon.surgery.compare import Diff, compare
 from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -127,17 +126,10 @@ def verify(
     >>> verify("merged.pt", "fixtures/variants.py:NetTwoClasses", inputs=["1x3x32x32"]).outputs
     {'output': (1, 2)}
     """
-    damaged = None
-    try:
-        opening.look(checkpoint)
-    except ChecksumError as error:
-        damaged = Finding("checksum", error.reason)
+    opening.look(checkpoint)
     goal = opening.open_target(target, note=note)
     model, shapes = goal.build is not None, tuple(inputs)
     known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)
-    if damaged is None:
-        found = verify_written(os.fspath(checkpoint), goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
-    else:
-        found = Verification((device or "cpu") if model else "none", 0, (damaged,), bitwise=False)
+    found = verify_written(os.fspath(checkpoint), goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
     return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.errors import ChecksumError, FormatError
+from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.limits import allowed, exceeded
@@ -124,7 +124,7 @@ def content(file: OpenFile, entry: Entry, limit: str) -> bytes:
     if entry.method == DEFLATED:
         data = b"".join(inflated([data], entry.size, file.path, entry.name))
     if entry.crc and zlib.crc32(data) != entry.crc:
-        raise ChecksumError(f"has a wrong checksum for {entry.name}", path=file.path, hint="copy or download it again")
+        raise FormatError(f"has a wrong checksum for {entry.name}", path=file.path, hint="copy or download it again")
     return data
 
 
