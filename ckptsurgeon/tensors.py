@@ -263,6 +263,8 @@ def find_ties(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, ...], ...]:
     """
     if len({tensor.span and tensor.span.storage for tensor in tensors.values()}) == len(tensors):
         return ()  # as in every safetensors
+    if len({tensor.span and (tensor.span.file, tensor.span.storage, tensor.span.offset) for tensor in tensors.values()}) == len(tensors):
+        return ()  # views of one storage, each of another part
     groups: dict[tuple[Any, ...], list[str]] = {}
     for key, tensor in tensors.items():
         span = tensor.span

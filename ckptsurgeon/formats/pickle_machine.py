@@ -16,6 +16,7 @@ from ckptsurgeon.formats.limits import allowed, exceeded
 from ckptsurgeon.formats.pickle_globals import construct
 from ckptsurgeon.formats.pickle_opcodes import RARE
 from ckptsurgeon.formats.pickle_state import NO_FRAME, Machine, TruncatedPickle, name_globals
+from ckptsurgeon.formats.pickle_tensors import asked_for, tensor
 
 __all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
 
@@ -60,6 +61,10 @@ def _loop(m: Machine) -> Pickled:
     position, frame = m.position, m.frame
     from_bytes = int.from_bytes
     steps, most = allowed("pickle-steps"), allowed("pickle-memo")
+    # Of values kept to use again only those are kept that may be asked for; of these there are few where there are very many.
+    asked: set[bytes] | None = None
+    sizes: dict[bytes, tuple[int, ...]] = {}
+    few = len(data) <= steps  # so many opcodes can't be in it, however they are read
     # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
     try:
         for _ in range(steps):
@@ -69,8 +74,14 @@ def _loop(m: Machine) -> Pickled:
             position += 1
             if op == 0x72:  # LONG_BINPUT
                 position += 4
-                memo[from_bytes(data[position - 4 : position], "little")] = stack[-1]
-                if len(memo) > most:
+                place = data[position - 4 : position]
+                if asked is None:
+                    asked = asked_for(data, position)
+                if place in asked:
+                    memo[from_bytes(place, "little")] = stack[-1]
+                else:
+                    m.dropped += 1
+                if len(memo) + m.dropped > most:
                     raise m.full()
             elif op == 0x4B:  # BININT1
                 stack.append(data[position])
@@ -82,6 +93,12 @@ def _loop(m: Machine) -> Pickled:
                 memo[data[position]] = stack[-1]
                 position += 1
             elif op == 0x28:  # MARK
+                if asked is not None and data[position] == 0x28 and few and stack and frame == NO_FRAME:
+                    read = tensor(m, position - 1, stack[-1], asked, sizes)
+                    if read is not None:
+                        stack[-1], position = read
+                        m.dropped += 5
+                        continue
                 outer.append(stack)
                 stack = []
             elif op == 0x58:  # BINUNICODE
@@ -116,6 +133,8 @@ def _loop(m: Machine) -> Pickled:
                 position += 4
                 stack.append(from_bytes(data[position - 4 : position], "little", signed=True))
             elif op == 0x94:  # MEMOIZE
+                if m.dropped:
+                    raise FormatError("the pickle counts the values that it keeps in two ways")
                 memo[len(memo)] = stack[-1]
                 if len(memo) > most:
                     raise m.full()

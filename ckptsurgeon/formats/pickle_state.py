@@ -42,6 +42,7 @@ class Machine:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.dropped = 0  # values that the pickle keeps to use again, and never asks for
         self.asked: dict[str, None] = {}
         self.globals: dict[tuple[str, str], Any] = {}
         self.budget = Budget(None, len(data))

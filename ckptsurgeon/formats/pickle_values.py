@@ -55,7 +55,7 @@ class StorageRef:
     start: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TensorRef:
     """A tensor: a storage, an offset into it (in elements of `dtype`), shape and stride (in elements).
 

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -85,6 +86,7 @@ def _read(file: OpenFile) -> _Read:
     def persistent(identity: Any) -> StorageRef:
         return _storage(identity, storages)
 
+    @cache
     def locate(storage: StorageRef) -> Span:
         entry = entries[f"data/{storage.key}"]
         if entry.method == DEFLATED:

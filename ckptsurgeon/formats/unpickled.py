@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from ckptsurgeon.dtypes import DType
@@ -166,11 +167,13 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Cl
     start = ref.storage.start + ref.offset * size
     if ref.lazy:
         _refuse_unresolvable(path, name, ref)
-    span = Span(whole.file, whole.offset + start, length * size, whole.storage, whole.packed, whole.record, ref.lazy)
+    reach, span = length * size, whole
+    if start or reach != whole.nbytes or ref.lazy:
+        span = Span(whole.file, whole.offset + start, reach, whole.storage, whole.packed, whole.record, ref.lazy)
     meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
-    nbytes = meta.nbytes
-    if length and nbytes > length * size and nbytes > allowed("view-bytes"):
-        raise exceeded("view-bytes", f"repeats {length * size} stored bytes into {nbytes}", nbytes, path=path, key=name)
+    nbytes = prod(ref.shape) * size
+    if nbytes > reach > 0 and nbytes > allowed("view-bytes"):
+        raise exceeded("view-bytes", f"repeats {reach} stored bytes into {nbytes}", nbytes, path=path, key=name)
     claims.nbytes += nbytes
     claims.stored[whole.storage] = whole.nbytes
     return meta

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("resource", reason="the memory of a process is told by POSIX")
 KEYS = 200_000
@@ -34,3 +35,14 @@ def test_a_safetensors_of_very_many_keys(tmp_path: Path, reverse: bool) -> None:
     count, seconds, megabytes, folded = ended.stdout.split()
     assert int(count) == KEYS and folded == "True"
     assert float(seconds) < 8 and int(megabytes) < 200
+
+
+def test_a_torch_file_of_very_many_views(tmp_path: Path) -> None:
+    count = KEYS // 4
+    views = torch.zeros(2 * count).view(count, 2).unbind()
+    torch.save({f"layers.{i // 50}.block_{i % 50}.weight": view for i, view in enumerate(views)}, tmp_path / "many.pt")
+    look = LOOK.replace("{0..3999}", "{0..999}")
+    ended = subprocess.run([sys.executable, "-c", look, tmp_path / "many.pt"], capture_output=True, text=True, check=True)
+    found, seconds, megabytes, folded = ended.stdout.split()
+    assert int(found) == count and folded == "True"
+    assert float(seconds) < 5 and int(megabytes) < 60
