@@ -85,7 +85,8 @@ def transfer(
     with Reader([given]) as reader, ExitStack() as undo:
         casts: list[Cast] = []
         run = _Run(plan, given, live, reader, model, ruling.own, casts)
-        values = {step.target: run.value(step) for step in plan.steps if step.sources}
+        values = {step.target: run.value(step) for step in plan.steps if step.sources and step.action != "load"}
+        handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
         refuse_losses(casts, plan.allow_cast)
         _refuse_torn_ties(plan, values)
         reader.check_unchanged()
@@ -95,7 +96,7 @@ def transfer(
             carried = resuming.give(asked, around, given, plan, model, lambda: averaged_into(asked, source, around, again, undo), undo)
         if checksums:
             hold_all(reader, [given])
-        put(plan, model, values.__getitem__, extra, ruling.own.schemes)
+        put(plan, model, values.__getitem__, extra, ruling.own.schemes, handed)
         _check_still_unchanged(reader)
     report = Report(
         sources=(given.path,),
@@ -207,16 +208,17 @@ class _Run:
         key = step.sources[0][1]
         dtype = self.given[key].dtype
         if step.adapters:
-            tensors = [at_hand(self._value(one)) for _, one in step.sources]
+            tensors = [at_hand(self.value_of(one)) for _, one in step.sources]
             return adapted_and_cast(step, tensors, dtype, lambda: self._initial(step), self.own.kernels, self.casts)
-        made = self._value(key)
+        made = self.value_of(key)
         if step.cast is None:
             return made
         parts = self.reader.parts(made.meta) if isinstance(made, Waiting) else dense_parts(made)
         data = bytearray().join(cast(step.target, parts, dtype, step.cast, self.casts))
         return tensor_from(data, step.dtype).view(step.shape)
 
-    def _value(self, key: str) -> Value:
+    def value_of(self, key: str) -> Value:
+        """The source's own value of a key."""
         if key not in self.live:
             origin = with_data(self.given, key)
             assert origin.span is not None

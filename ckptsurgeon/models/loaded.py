@@ -40,6 +40,7 @@ def load(
     loaders: Mapping[str, Loader],
     versions: Mapping[str, Any],
     others: Collection[str] = (),
+    computed: Collection[str] = (),
 ) -> Undo:
     """Run `model.load_state_dict(strict=False)` on `values`, which the model's code may change, and return what undoes it.
 
@@ -49,6 +50,7 @@ def load(
         loaders: the modules with loading code of their own.
         versions: what was recorded for these modules when the values were saved.
         others: keys that get a value later; here they get the model's own.
+        computed: keys to which the model's code has to give a value, which it computes from others.
 
     Raises:
         TargetError: the model's code fails, refuses the values, or gives the model other tensors. The model is as it was before.
@@ -66,6 +68,7 @@ def load(
     back = _remember(model, state, values, loaders)
     try:
         result = persons_code.call(name, model.load_state_dict, given, strict=False)
+        _check_given([key for key in getattr(result, "missing_keys", None) or () if key in computed], name)
         _check_taken([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)
         _check_same_tensors(state, state_dict_of(model, name), name)
     except BaseException as error:
@@ -109,6 +112,16 @@ def _set_back(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, An
 def _module_at(model: nn.Module, key: str) -> nn.Module | None:
     path = key.rpartition(".")[0]
     return next((module for place, module in model.named_modules(remove_duplicate=False) if place == path), None)
+
+
+def _check_given(missing: list[str], name: str) -> None:
+    if missing:
+        raise TargetError(
+            "the model's loading code was to compute a value, and gave none: what it does hangs on values, not on names alone",
+            path=name,
+            key=missing[0],
+            hint="load the file by torch once, save model.state_dict(), and take that file",
+        )
 
 
 def _check_taken(lost: list[str], name: str) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models import persons_code
 from ckptsurgeon.models.loaders import tensors_of
 from ckptsurgeon.models.remembered import remembered
 from ckptsurgeon.models.skeleton import place, state_dict_of
 from ckptsurgeon.surgery.prefixes import HIDDEN, unwrap
-from ckptsurgeon.surgery.taken import Taken
+from ckptsurgeon.surgery.taken import Made, Taken, is_below
 from ckptsurgeon.tensors import Loader, TensorMeta
 
 # What leaves a tensor's values as they are, where its dtype and shape stay as well.
@@ -30,13 +30,23 @@ _SAME = ("detach", "clone", "contiguous", "cpu", "to", "type_as", "requires_grad
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__setitem__")
 
 
+@dataclass(frozen=True)
+class _Put:
+    """What stands for a tensor of the model: made of these names, `whole` where it is a name's tensor as it is, in `dtype`, put into a
+    tensor of `shape`."""
+
+    names: frozenset[str] = frozenset()
+    whole: bool = False
+    dtype: Any = None
+    shape: tuple[int, ...] | None = None
+
+
 @dataclass
 class _Seen:
-    """The names of what was copied, and whether that was a name's tensor as it is: by where a tensor of the model lies, and where none was
-    copied, by the model's key that it stood at."""
+    """What was copied, by where a tensor of the model lies, and, where nothing was copied, what stood at a key of the model."""
 
-    copies: dict[Any, tuple[frozenset[str], bool]] = field(default_factory=dict)
-    stood: dict[str, tuple[frozenset[str], bool]] = field(default_factory=dict)
+    copies: dict[Any, _Put] = field(default_factory=dict)
+    stood: dict[str, _Put] = field(default_factory=dict)
 
 
 class _Named(torch.Tensor):
@@ -53,7 +63,7 @@ class _Named(torch.Tensor):
         given = [one for one in _flat((args, kwargs or {})) if isinstance(one, _Named)]
         names = frozenset().union(*(one.names for one in given))
         if name == "copy_" and not isinstance(args[0], _Named):
-            given[0].seen.copies[_start(args[0])] = (names, given[0].whole)
+            given[0].seen.copies[_start(args[0])] = _Put(names, given[0].whole, _dtype(given[0]), tuple(args[0].shape))
             return args[0]
         if name in _IN_PLACE or (name.endswith("_") and not name.startswith("__") and name not in _SAME):
             if isinstance(args[0], _Named):
@@ -129,7 +139,7 @@ def probe(model: nn.Module, loaders: Mapping[str, Loader], given: Mapping[str, T
                 _guarded(failed, "", lambda: model.load_state_dict(loaded, strict=False))
             for key, value in state_dict_of(model, path).items():
                 if isinstance(value, _Named) and key in state:
-                    seen.copies[_start(state[key])] = (value.names, value.whole)
+                    seen.copies[_start(state[key])] = _Put(value.names, value.whole, _dtype(value), tuple(_shape(value)))
     finally:
         back()
     return _told(state, loaders, strange, given, seen, unexpected, failed)
@@ -161,7 +171,7 @@ def _load(
     for name in (*module._parameters, *module._buffers):
         value = state.get(prefix + name)
         if isinstance(value, _Named):
-            seen.stood[unwrap(prefix + name, HIDDEN)] = (value.names, value.whole)
+            seen.stood[unwrap(prefix + name, HIDDEN)] = _Put(value.names, value.whole, _dtype(value))
     for name, child in module._modules.items():
         if child is not None:
             below = f"{prefix}{name}."
@@ -187,30 +197,54 @@ def _told(
     failed: Mapping[str, str],
 ) -> Taken:
     def who(name: str) -> str | None:
-        path = max((path for path in loaders if not path or name.startswith(f"{path}.")), key=len, default=None)
+        path = max((path for path in loaders if is_below(name, path)), key=len, default=None)
         return None if path is None else loaders[path].name
 
     def free(name: str, key: str) -> bool:
         return name not in state and key not in given and name not in renamed
 
     renamed: dict[str, tuple[str, str]] = {}
-    made: dict[str, tuple[tuple[str, ...], str]] = {}
+    made: dict[str, Made] = {}
     used: set[str] = set()
-    nothing: tuple[frozenset[str], bool] = (frozenset(), False)
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
         copied = seen.copies.get(_start(value))
-        names, whole = copied or seen.stood.get(key, nothing)
-        if not names & strange or (copied is None and names == {key}):
+        put = copied or seen.stood.get(key, _Put())
+        if not put.names & strange or (copied is None and put.names == {key}):
             continue
-        (name, *more) = sorted(names)
+        (name, *more) = sorted(put.names)
         by = who(key) or who(name) or "model"
-        used |= names
-        if whole and not more and free(name, key) and (copied is None or given[name].shape == tuple(value.shape)):
+        used |= put.names
+        if put.whole and not more and free(name, key) and (copied is None or given[name].shape == tuple(value.shape)):
             renamed[name] = (key, by)
-        elif not whole or names != {key} or given[key].shape != tuple(value.shape):
-            made[key] = (tuple(sorted(names)), by)
+        elif not put.whole or put.names != {key} or given[key].shape != tuple(value.shape):
+            dtype = BY_TORCH[str(put.dtype).removeprefix("torch.")].code
+            made[key] = Made(tuple(sorted(put.names)), by, dtype, put.shape == tuple(value.shape))
     gone = {name: who(name) for name in sorted(strange - used - set(unexpected) - state.keys())}
-    tried = {name: by for name, by in gone.items() if not any(not path or name.startswith(f"{path}.") for path in failed)}
-    return Taken(renamed, {name: by for name, by in tried.items() if by is not None}, made, failed)
+    tried = {name: by for name, by in gone.items() if not any(is_below(name, path) for path in failed)}
+    dropped = {name: by for name, by in tried.items() if by is not None}
+    heads = _heads(loaders, made)
+    for name, (key, by) in list(renamed.items()):
+        if _head(name, heads) is not None or _head(key, heads) is not None:
+            made[key] = Made((name,), by, given[name].dtype, given[name].shape == tuple(state[key].shape))
+            del renamed[name]
+    needed = {*made, *(name for one in made.values() for name in one.names)}
+    handed = {
+        name: head
+        for name in given
+        if (name in strange or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
+    }
+    return Taken(renamed, dropped, made, handed, failed)
+
+
+def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
+    """The outermost modules whose code may compute one of these values: what lies below them is not told apart."""
+    names = {name for key, one in made.items() for name in (key, *one.names)}
+    paths = dict.fromkeys(unwrap(path, HIDDEN) if path else "" for path in loaders)
+    found = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
+    return [path for path in found if not any(path != other and (not other or path.startswith(f"{other}.")) for other in found)]
+
+
+def _head(name: str, heads: list[str]) -> str | None:
+    return next((path for path in heads if is_below(name, path)), None)

@@ -33,7 +33,7 @@ def settled(
 
     Args:
         build: a fresh model from a seed.
-        fetch: the plan's value of a key, in the plan's dtype.
+        fetch: the plan's value of a key, in the plan's dtype, and what the plan hands to torch's load, by name.
         extra: values of keys that are no tensors.
         versionless: the file's format keeps no versions.
 
@@ -46,9 +46,10 @@ def settled(
     truth = build(plan.seed)
     state = state_dict_of(truth, target.path)
     keys = reached(state, loaders, [key for group in target.overlaps for key in group]) & steps.keys()
-    given = {key: fetch(key) for key in keys if _is_given(steps[key])}
+    computed = {key for key, step in steps.items() if step.action == "load"}
+    given = {key: fetch(key) for key in (*(key for key in keys if _is_given(steps[key])), *plan.handed)}
     others = [key for key, step in steps.items() if step.sources and key not in keys]
-    load(truth, state, given, extra, loaders, plan.versions, others)
+    load(truth, state, given, extra, loaders, plan.versions, others, computed)
     wanted = state_dict_of(truth, target.path)
     chosen = {key for path in plan.loaded for key in loaders[path].keys} | {key for group in target.overlaps for key in group}
     recorded = {} if versionless else {path: plan.module_metadata[path] for path in loaders if path in plan.module_metadata}
@@ -61,11 +62,11 @@ def settled(
         unlike = _unlike(truth, again, keys, steps, loaders)
         if unlike is None:
             return values
-    raise _refusal(str(unlike), target, loaders, versionless)
+    raise _refusal(str(unlike), target, loaders, versionless, bool(computed))
 
 
 def _is_given(step: Step) -> bool:
-    return bool(step.sources) or (step.fresh and step.schemes != ("model",))
+    return (bool(step.sources) and step.action != "load") or (step.fresh and step.schemes != ("model",))
 
 
 def _cast(value: torch.Tensor, step: Step) -> torch.Tensor:
@@ -88,14 +89,15 @@ def _unlike(one: nn.Module, other: nn.Module, keys: Iterable[str], steps: Mappin
     return None
 
 
-def _refusal(key: str, target: Checkpoint, loaders: Mapping[str, Loader], versionless: bool) -> PlanError:
+def _refusal(key: str, target: Checkpoint, loaders: Mapping[str, Loader], versionless: bool, computed: bool) -> PlanError:
     path = max((path for path in loaders if not path or key.startswith(f"{path}.")), key=len, default="")
     who = f"{path or 'the model itself'}, a {loaders[path].name}," if path in loaders else target.path
     if versionless:
         words = f"{who} loads by the version of its values, which safetensors does not keep: the file would not load to the same model"
         return PlanError(words, path=target.path, key=key, hint="write a .pt file instead: -o OUT.pt")
+    part = "is computed from keys that it has not" if computed else "would be fresh"
     return PlanError(
-        f"{who} changes what it loads every time, and a part of its values would be fresh: no file loads to the same model",
+        f"{who} changes what it loads every time, and a part of its values {part}: no file loads to the same model",
         path=target.path,
         key=key,
         hint=f"leave it as the model makes it: --drop {f'{path}.**' if path else '**'!r}",

@@ -62,7 +62,14 @@ def at_hand(value: Value) -> torch.Tensor:
     return tensor_from(value.reader.read(value.meta), value.meta.dtype).view(value.meta.shape)
 
 
-def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapping[str, Any], schemes: Mapping[str, Fill]) -> None:
+def put(
+    plan: Plan,
+    model: nn.Module,
+    fetch: Callable[[str], Value],
+    extra: Mapping[str, Any],
+    schemes: Mapping[str, Fill],
+    handed: Mapping[str, Value] = {},
+) -> None:
     """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on whatever device it is.
 
     Args:
@@ -70,6 +77,7 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
         fetch: a target key's value, of the target's shape and dtype, on any device; raises for one that can't be had or must not be cast.
         extra: values for keys that are no tensors.
         schemes: a person's own, by name.
+        handed: what the model's own loading code gets as it is, by the names that it needs.
 
     Raises:
         ModelError: the model is on meta, or has a tensor that can't be written to.
@@ -86,7 +94,9 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
     steps = {step.target: step for step in plan.steps}
     places = {key: place for place, key in enumerate(state)}
     for step in plan.steps:
-        if step.sources:
+        if step.action == "load":
+            _check_writable(step.target, state[step.target])
+        elif step.sources:
             values[step.target] = fetch(step.target)
         elif step.fresh:
             scheme = next(str(op["scheme"]) for op in step.ops if op["op"] == "init")
@@ -117,9 +127,10 @@ def put(plan: Plan, model: nn.Module, fetch: Callable[[str], Value], extra: Mapp
             _set_extra(model, state, extra, name)
             _copy(state, values)
         return
-    through = {key: _owned(value) for key, value in values.items() if key in special}
+    computed = {step.target for step in plan.steps if step.action == "load"}
+    through = {key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in special), *handed.items())}
     rest = {key: value for key, value in values.items() if key not in special}
-    undo = load(model, state, through, extra, loaders, plan.versions, rest)
+    undo = load(model, state, through, extra, loaders, plan.versions, rest, computed)
     after = state_dict_of(model, name)
     reachable = {key for loader in loaders.values() for key in loader.keys}
     wrong = [key for key in foreign - reachable if not _same(after.get(key), at_hand(values[key]))]

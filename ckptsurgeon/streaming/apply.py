@@ -44,7 +44,7 @@ class Values:
 
     `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
     key that is no tensor, `kernels` a person's own adapters by name. `settled`, given the plan's values and the values that are no tensors,
-    gives those that loading decides, to be written instead.
+    gives those that loading decides, to be written instead; what torch's load gets of the sources as it is counts as the plan's.
     """
 
     initial: Callable[[str], Buffer]
@@ -109,6 +109,10 @@ class _Run:
         lost: dict[str, list[Cast]] = {}
 
         def fetch(key: str) -> torch.Tensor:
+            if key in self.plan.handed:
+                number, name = self.plan.handed[key]
+                origin = with_data(self.sources[number], name)
+                return tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape)
             step = self.steps[key]
             apart = replace(self, casts=lost.setdefault(key, []))
             apart.casts.clear()
@@ -126,6 +130,8 @@ class _Run:
         """The tensors of files that a step reads; none where its value is made."""
         if step.target in self.settled:
             return ()
+        if step.action == "load":
+            raise PlanError("is computed by the target's own loading code, and no model is at hand that has it", key=step.target)
         if step.action == "keep" and self.target is not None:
             return (with_data(self.target, step.target),)
         return tuple(with_data(self.sources[number], key) for number, key in step.sources)

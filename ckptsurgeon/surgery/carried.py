@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from ckptsurgeon.errors import PlanError, UnsafeError
+from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.report import Finding
 from ckptsurgeon.surgery.compare import find_refused
 from ckptsurgeon.surgery.items import shortened
@@ -36,26 +36,6 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
             path=target.path,
             problems=shortened(problems),
             hint="give the model itself, or its skeleton, as the target",
-        )
-
-
-def refuse_made(taken: Mapping[int, Taken], steps: Sequence[Step], names: Names) -> None:
-    """Raises PlanError for keys whose value the target's own loading code computes from keys that it has not: no file has that value."""
-    sources = {step.target: step.sources for step in steps}
-    named = {key for rule in (*names.inits, *names.keeps) for key in sources if rule.match(key) is not None}
-    made = {
-        key: (of, by)
-        for one in taken.values()
-        for key, (of, by) in one.made.items()
-        if key not in named and not (sources.get(key) and set(of) == {key})
-    }
-    if made:
-        first = next(name for of, _ in made.values() for name in of)
-        raise PlanError(
-            "the target's own loading code computes values from keys that it has not; they are in no file, so a plan can't have them",
-            problems=shortened(f"{key}: a {by} makes it from {', '.join(of)}" for key, (of, by) in made.items()),
-            hint="load the file by torch once, save model.state_dict(), and take that file; "
-            f"or leave the keys out: --drop {first!r} (one for each)",
         )
 
 

@@ -10,6 +10,7 @@ from ckptsurgeon.shown import Shown
 from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.adapters.op import Op
 from ckptsurgeon.surgery.adapters.table import offers, texts
+from ckptsurgeon.surgery.computed import Computed, find_computed
 from ckptsurgeon.surgery.matching.matcher import match
 from ckptsurgeon.surgery.matching.result import Link
 from ckptsurgeon.surgery.naming import NOTHING, Names, name_sources
@@ -18,7 +19,7 @@ from ckptsurgeon.surgery.prefixes import WRAPPERS, Prefix, unwrap
 from ckptsurgeon.surgery.quantised import Codes, find
 from ckptsurgeon.surgery.rivals import Way, ways_to_exchange
 from ckptsurgeon.surgery.rules import Outside, Rule
-from ckptsurgeon.surgery.taken import Taken, code_of
+from ckptsurgeon.surgery.taken import Made, Taken, code_of
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused
 
 MOST = 2_000  # missing and extra tensors that are matched for hints
@@ -136,15 +137,17 @@ def compare(
     adapters that can't be followed.
     """
     names = name_sources([source], target, rules, outside, auto=auto)
-    origins = find_origins([source], target, names, auto)
+    computed = find_computed([source], target, names)
+    origins = {key: origin for key, origin in find_origins([source], target, names, auto).items() if key not in computed.made}
     refused = find_refused(source, 0, names)
     given = {name: key for name, (_, key) in names.entries.items() if key not in refused}
-    matched = [key for key, origin in origins.items() if origin.fits]
-    missing = [key for key in target if key not in origins]
+    matched = [key for key in target if key in computed.made or (key in origins and origins[key].fits)]
+    missing = [key for key in target if key not in origins and key not in computed.made]
     mismatched = {key: origin.places[0][1] for key, origin in origins.items() if not origin.fits}
     kept = kept_out(target, names)
     codes = find(source)
     used = {key for origin in origins.values() for _, key in origin.places}
+    used |= {key for places in computed.places.values() for _, key in places}
     used |= {key for name, key in given.items() if name in target.entries}
     used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
@@ -165,16 +168,22 @@ def compare(
         extra=tuple(extra),
         mismatched=tuple(Mismatch(key, source[origin].shape, target[key].shape, origin) for key, origin in mismatched.items()),
         dtype_changed=tuple(
-            DtypeChange(key, origins[key].dtype, target[key].dtype) for key in matched if origins[key].dtype != target[key].dtype
+            DtypeChange(key, origins[key].dtype, target[key].dtype)
+            for key in matched
+            if key in origins and origins[key].dtype != target[key].dtype
         ),
         coverage=Coverage.of(
-            {key: target[key] for key in matched}, target, sum(filled_elements(origins[key].ops, origins[key].shape) for key in matched)
+            {key: target[key] for key in matched},
+            target,
+            sum(filled_elements(origins[key].ops, origins[key].shape) for key in matched if key in origins),
         ),
         dropped=tuple(key for _, key in names.dropped),
         hints=hints,
         refused=refused,
         adapted=tuple(
-            Adapted(key, tuple(name for _, name in origins[key].places), origins[key].ops) for key in matched if origins[key].ops
+            Adapted(key, tuple(name for _, name in origins[key].places), origins[key].ops)
+            for key in matched
+            if key in origins and origins[key].ops
         ),
         offers=tuple(
             Offer(
@@ -189,22 +198,24 @@ def compare(
         parted_codes=_parted(origins, codes, target),
         rivals=names.rivals[0],
         exchanges=exchanges,
-        loaded=_loaded(outside.taken.get(0)),
+        loaded=_loaded(outside.taken.get(0), computed),
     )
 
 
-def _loaded(taken: Taken | None) -> tuple[Loaded, ...]:
+def _loaded(taken: Taken | None, computed: Computed) -> tuple[Loaded, ...]:
     if taken is None:
         return ()
     return (
         *(Loaded(name, f"→ {key}, {code_of(by)}") for name, (key, by) in taken.renamed.items()),
         *(Loaded(name, f"left out, {code_of(by)}") for name, by in taken.dropped.items()),
-        *(
-            Loaded(key, f"is computed from {', '.join(names)}, {code_of(by)}: a merge can't", False)
-            for key, (names, by) in taken.made.items()
-        ),
+        *(Loaded(key, _from(one)) for key, one in computed.made.items()),
+        *(Loaded(key, f"{_from(one)}: a merge can't, since {why}", False) for key, (one, why) in computed.refused.items()),
         *(Loaded(path or "the model itself", f"its own loading code fails: {reason}", False) for path, reason in taken.failed.items()),
     )
+
+
+def _from(one: Made) -> str:
+    return f"is computed from {', '.join(one.names)}, {code_of(one.by)}"
 
 
 def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: Checkpoint) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class Names:
         dropped: the rule that drops a key; `spared` are the names that dropped keys would have landed on.
         inits, keeps, adapts: the rules that are held against the target's names.
         rivals: by source, the prefixes between which nothing decides, with the rules that choose each; none of them is applied.
+        handed: by source and name, what torch's load needs as it is, since the target's own loading code computes with it.
     """
 
     prefixes: tuple[Prefix, ...]
@@ -50,6 +51,7 @@ class Names:
     adapts: tuple[CompiledRule, ...]
     outside: Outside = NOTHING
     rivals: tuple[tuple[Way, ...], ...] = ()
+    handed: Mapping[tuple[int, str], Sequence[Item]] = field(default_factory=dict)
 
 
 @dataclass
@@ -171,7 +173,8 @@ def name_sources(
         problems += idle.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
     if auto == "safe" and known is not None:
         items = repaired(items, known, mean is not None)
-    items = taken(items, outside.taken, dropped)
+    handed: dict[tuple[int, str], list[Item]] = {}
+    items = taken(items, outside.taken, dropped, handed)
     landed = [(place, item.name) for item in items for place in item.places]
     if mean is not None:
         items = averaged(items, sources, mean, problems)
@@ -187,7 +190,7 @@ def name_sources(
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     numbers = range(len(sources)) if len(sources) > 1 else (None,)
     rivals = tuple(ways_to_choose(choice, source, number) for choice, source, number in zip(choices, sources, numbers, strict=True))
-    return replace(_names(items, landed, prefixes, dropped, spared, compiled, sources, outside), rivals=rivals)
+    return replace(_names(items, landed, prefixes, dropped, spared, compiled, sources, outside), rivals=rivals, handed=handed)
 
 
 def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:

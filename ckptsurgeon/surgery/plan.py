@@ -13,7 +13,8 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.surgery.averaging import Weights
-from ckptsurgeon.surgery.carried import findings, refuse_made, refuse_unsafe, untried
+from ckptsurgeon.surgery.carried import findings, refuse_unsafe, untried
+from ckptsurgeon.surgery.computed import Computed, casts, find_computed, refuse
 from ckptsurgeon.surgery.fates import fates, loose
 from ckptsurgeon.surgery.freshness import mark_fresh
 from ckptsurgeon.surgery.initial import Initial, check_copies, find_initials
@@ -24,6 +25,7 @@ from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.surgery.planned import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
 from ckptsurgeon.surgery.quantised import Codes, find, refuse_broken
 from ckptsurgeon.surgery.rules import Outside, Rule
+from ckptsurgeon.surgery.taken import code_of
 from ckptsurgeon.surgery.versions import find_versions
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
 
@@ -76,15 +78,16 @@ def make_plan(
         rule = (*names.inits, *names.keeps)[0].rule
         raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
     codes = _codes(sources, average) if dequantize else {}
+    computed = find_computed(sources, target, names, average=average not in (None, False), allowed=allowed)
+    refuse(computed, sources[min(outside.taken, default=0)])
     origins = find_origins(sources, target, names, auto, codes)
-    planner = _Planner(target, names, choice, origins, auto, *_scales(sources, target, codes))
+    planner = _Planner(target, names, choice, origins, auto, *_scales(sources, target, codes), computed)
     steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
     _refuse_unused(sources, target, steps, entries, names)
     refuse_broken(steps, sources, target, allowed, asked=dequantize, averaged=average not in (None, False))
     dropped = fates(sources, target, names, origins, steps, entries, codes)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
-    refuse_made(outside.taken, steps, names)
-    versions = find_versions(sources, target, names, steps)
+    versions = find_versions(sources, target, names, steps, computed.handed)
     whole: Mapping[str, TensorMeta] = target if target is not None else covered
     return Plan(
         sources=tuple(_plan_source(source, names, number) for number, source in enumerate(sources)),
@@ -97,10 +100,11 @@ def make_plan(
         module_metadata=versions.recorded,
         versions=versions.given,
         loaded=versions.loaded,
+        handed=computed.handed,
         ties=target.ties if target is not None else (),
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
-        findings=(*findings(sources, target, names, steps), *versions.notes, *untried(outside.taken)),
+        findings=(*findings(sources, target, names, steps), *versions.notes, *casts(computed, target), *untried(outside.taken)),
         loose=loose(names, target, steps, entries, dropped),
     )
 
@@ -188,6 +192,7 @@ class _Planner:
 
     scales: frozenset[SourceKey]
     own_scales: frozenset[str]
+    computed: Computed
 
     def steps(self) -> tuple[Step, ...]:
         """One step for every tensor of the target; without a target, for every one that is converted."""
@@ -198,7 +203,9 @@ class _Planner:
         bare = []
         for key in self.target:
             origin = self.origins.get(key)
-            if origin is not None and origin.fits:
+            if key in self.computed.made:
+                steps.append(self._load(key, self.target[key]))
+            elif origin is not None and origin.fits:
                 steps.append(self._transfer(key, origin, initials.get(key)))
             elif self.target.format != "skeleton" or (key in initials and not initials[key].kept):
                 steps.append(self._own(key, origin, initials.get(key)))
@@ -240,6 +247,12 @@ class _Planner:
             )
             reason = ", ".join(word for word in words if word)
         return Step(key, dtype, origin.shape, action, origin.places, (*ops, *_cast(origin.dtype, dtype)), False, reason)
+
+    def _load(self, key: str, wanted: TensorMeta) -> Step:
+        """A key whose value the target's own loading code computes."""
+        dtype, by = self._dtype(wanted.dtype, wanted.dtype), self.computed.made[key].by
+        ops = ({"op": "load", "by": by}, *_cast(wanted.dtype, dtype))
+        return Step(key, dtype, wanted.shape, "load", self.computed.places[key], ops, False, f"computed ({code_of(by)})")
 
     def _own(self, key: str, origin: Origin | None, initial: Initial | None) -> Step:
         """A key that no source gives: kept from a target checkpoint, or initialised by rule or by the model."""

@@ -13,6 +13,7 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, StaleError
 from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.report import Finding
+from ckptsurgeon.surgery import computed
 from ckptsurgeon.surgery.adapters.chain import can_compute, check_fields, infer_chain, made_dtype
 from ckptsurgeon.surgery.adapters.table import is_own
 from ckptsurgeon.surgery.items import SourceKey, shortened
@@ -22,12 +23,13 @@ from ckptsurgeon.surgery.quantised import refuse_broken
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
 
 VERSION = 1
-OPS = {"cast": "dtype", "init": "scheme"}  # each op that is no adapter, and the field it needs
+OPS = {"cast": "dtype", "init": "scheme", "load": "by"}  # each op that is no adapter, and the field it needs
 # By action: whether a step reads sources, and which ops it may have, where None stands for one adapter or more.
 ACTIONS: Mapping[str, tuple[bool, tuple[tuple[str | None, ...], ...]]] = {
     "copy": (True, ((), ("cast",))),
     "rename": (True, ((), ("cast",))),
     "adapt": (True, ((None,), (None, "cast"))),
+    "load": (True, (("load",), ("load", "cast"))),
     "init": (False, (("init",), ("init", "cast"))),
     "keep": (False, ((), ("cast",))),
 }
@@ -79,6 +81,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "module_metadata": {path: dict(local) for path, local in plan.module_metadata.items()},
         "versions": {path: dict(local) for path, local in plan.versions.items()},
         "loaded": list(plan.loaded),
+        **({"handed": {name: _place(place) for name, place in plan.handed.items()}} if plan.handed else {}),
         "ties": [list(group) for group in plan.ties],
         "left_behind": list(plan.left_behind),
         "allow_cast": list(plan.allow_cast),
@@ -150,6 +153,7 @@ def _plan(value: Mapping[str, Any]) -> Plan:
         module_metadata={name: _local(local) for name, local in _row(value["module_metadata"]).items()},
         versions={name: _local(local) for name, local in _row(value["versions"]).items()},
         loaded=tuple(_texts(value["loaded"])),
+        handed={name: _source(_row(place), len(sources)) for name, place in _row(value.get("handed", {})).items()},
         ties=ties,
         left_behind=tuple(_texts(value["left_behind"])),
         allow_cast=allow_cast,
@@ -250,15 +254,15 @@ def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step
     reads, chains = ACTIONS[action]
     kinds = tuple(op["op"] if op["op"] in OPS else None for op in ops)
     folded = tuple(kind for place, kind in enumerate(kinds) if kind is not None or place == 0 or kinds[place - 1] is not None)
-    if bool(places) is not reads or (len(places) > 1 and action != "adapt") or folded not in chains:
+    if bool(places) is not reads or (len(places) > 1 and action not in ("adapt", "load")) or folded not in chains:
         raise ValueError(f"{name}: its action {action!r} does not go with its sources and ops")
     step = Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]), partial is True)  # type: ignore[arg-type]
     kind = None if target is None else target.kind
     if not places and (kind is None or (action == "keep" and kind in ("model", "skeleton"))):
         raise ValueError(f"{name}: its action {action!r} does not go with the target")
-    needs = next((scheme for scheme in step.schemes if scheme in FROM_MODEL), None)
+    needs = next((scheme for scheme in step.schemes if scheme in FROM_MODEL), "load" if action == "load" else None)
     if needs is not None and kind != "model":
-        raise ValueError(f"{name}: its scheme {needs!r} needs a model")
+        raise ValueError(f"{name}: {needs!r} needs a model")
     return step
 
 
@@ -283,7 +287,8 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
         _check_same(plan.target.fingerprint, target)
     steps = {step.target: step for step in plan.steps}
     problems = [
-        *(problem for step in plan.steps for problem in _step_problems(step, steps, sources, target)),
+        *(problem for step in plan.steps for problem in _step_problems(step, plan, steps, sources, target)),
+        *computed.plan_problems(plan, sources),
         *_entry_problems(plan, sources, target),
         *_target_problems(plan, target),
         *_fate_problems(plan, sources),
@@ -305,13 +310,18 @@ def _check_same(fingerprint: str, found: Checkpoint) -> None:
         raise StaleError("has changed since the plan was made", path=found.path, hint="plan again: ckptsurgeon plan … -o plan.json")
 
 
-def _step_problems(step: Step, steps: Mapping[str, Step], sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterable[str]:
+def _step_problems(
+    step: Step, plan: Plan, steps: Mapping[str, Step], sources: Sequence[Checkpoint], target: Checkpoint | None
+) -> Iterable[str]:
     wanted = None if target is None else target.get(step.target)
     if target is not None and wanted is None:
         yield f"{step.target}: is not in the target"
         return
     if wanted is not None and wanted.shape != step.shape:
         yield f"{step.target}: has shape {wanted.shape} in the target, {step.shape} in the plan"
+    if step.action == "load":
+        yield from computed.step_problems(step, plan, sources, target)
+        return
     copied, seen = copied_key(step), {step.target}
     while copied is not None:
         if copied in seen or copied not in steps or steps[copied].shape != step.shape:

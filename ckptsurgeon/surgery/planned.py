@@ -19,7 +19,7 @@ from ckptsurgeon.surgery.adapters.chain import filled_elements
 from ckptsurgeon.surgery.items import SourceKey
 from ckptsurgeon.tensors import Coverage
 
-Action = Literal["copy", "rename", "adapt", "init", "keep"]
+Action = Literal["copy", "rename", "adapt", "load", "init", "keep"]
 FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the target model itself
 _COPY = re.compile(r"from\((?P<key>.+)\)", re.DOTALL)
 
@@ -56,8 +56,9 @@ class PlanTarget:
 class Step:
     """How one target key gets its value.
 
-    `sources` are (number of the source, key) pairs, in order; `ops` what is done to them, in order, each a dict with `op`. `dtype` and
-    `shape` are the result's. `fresh`: no training has touched the value, whether this plan initialises it or a merge before it did;
+    `sources` are (number of the source, key) pairs, in order; `ops` what is done to them, in order, each a dict with `op`. The op `load`
+    is what the target's own loading code (`by` names the class) makes of them in torch's load. `dtype` and `shape` are the result's.
+    `fresh`: no training has touched the value, whether this plan initialises it or a merge before it did;
     `partial`: by the sources' records, training has touched a part of it.
     """
 
@@ -78,7 +79,7 @@ class Step:
 
     @property
     def adapters(self) -> tuple[Mapping[str, Any], ...]:
-        """The ops that adapt source tensors, without casts and initial values."""
+        """The ops that change source tensors, without casts and initial values."""
         return tuple(op for op in self.ops if op["op"] not in ("cast", "init"))
 
     @property
@@ -137,6 +138,7 @@ class Plan(Shown):
         module_metadata: what the output records as torch's `_metadata`.
         versions: what the sources recorded for the target's modules that load in their own way.
         loaded: such modules of which the output has what torch's load leaves.
+        handed: by name, what torch's load gets of the sources as it is, since the target's loading code computes values with it.
         ties: groups of target keys that share one tensor in the target.
         loose: what `strict` refuses: each missing, extra or mismatched key that no rule names.
     """
@@ -151,6 +153,7 @@ class Plan(Shown):
     module_metadata: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     loaded: tuple[str, ...] = ()
+    handed: Mapping[str, SourceKey] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     left_behind: tuple[str, ...] = ()
     allow_cast: tuple[str, ...] = ()
@@ -227,6 +230,7 @@ def digest(plan: Plan) -> str:
         [list(group) for group in plan.ties],
         {path: dict(local) for path, local in plan.module_metadata.items()},
         *([[{path: dict(local) for path, local in plan.versions.items()}, list(plan.loaded)]] if plan.versions else []),
+        *([{name: list(place) for name, place in plan.handed.items()}] if plan.handed else []),
     ]
     return sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 

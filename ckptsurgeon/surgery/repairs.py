@@ -68,14 +68,22 @@ def _repaired(item: Item, known: Collection[str], number: int, taken: Collection
     return item
 
 
-def taken(items: Sequence[Item], by_source: Mapping[int, Taken], dropped: dict[SourceKey, Rule]) -> list[Item]:
-    """The items as the target's own loading code takes them: under its names, without those that it drops, which are added to `dropped`."""
+def taken(
+    items: Sequence[Item], by_source: Mapping[int, Taken], dropped: dict[SourceKey, Rule], handed: dict[tuple[int, str], list[Item]]
+) -> list[Item]:
+    """The items as the target's own loading code takes them: under its names, without those that it drops, which are added to `dropped`.
+    Those that torch's load needs as they are are added to `handed`, by source and name."""
     found = []
     for item in items:
         of = by_source.get(item.source)
-        if of is not None and not item.entry and item.name in of.dropped:
+        if of is None or item.entry:
+            found.append(item)
+            continue
+        if item.name in of.handed:
+            handed.setdefault((item.source, item.name), []).append(item)
+        if item.name in of.dropped:
             dropped.update(dict.fromkeys(item.places, Rule("drop", file=code_of(of.dropped[item.name]))))
             continue
-        key, by = of.renamed.get(item.name, ("", "")) if of is not None and not item.entry else ("", "")
+        key, by = of.renamed.get(item.name, ("", ""))
         found.append(item.moved(key, Rule("rename", file=code_of(by))) if key else item)
     return found

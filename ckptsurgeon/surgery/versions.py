@@ -16,7 +16,7 @@ from typing import Any
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.formats.unpickled import written_out
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.items import several, shortened
+from ckptsurgeon.surgery.items import SourceKey, several, shortened
 from ckptsurgeon.surgery.naming import Names
 from ckptsurgeon.surgery.planned import Step
 from ckptsurgeon.surgery.prefixes import HIDDEN, Prefix, unwrap
@@ -37,24 +37,44 @@ class Versions:
     notes: tuple[Finding, ...] = ()
 
 
-def find_versions(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> Versions:
-    """Decide by module. Raises PlanError, by name, where a module's values are of several versions."""
+def find_versions(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    names: Names,
+    steps: Sequence[Step],
+    handed: Mapping[str, SourceKey] = {},
+) -> Versions:
+    """Decide by module. `handed` is what torch's load gets as it is in the sources, by name.
+
+    Raises PlanError, by name, where a module's values are of several versions.
+    """
     if target is None or not target.module_metadata:
         return Versions(_of_sources(sources, target, names, steps))
     own = {path: plain(local) for path, local in written_out(target.module_metadata).items()}
     if target.format == "model":
-        return _of_model(sources, target, names, steps, own)
+        return _of_model(sources, target, names, steps, own, handed)
     return Versions(_of_unknown(sources, target, names, steps, own))
 
 
-def _of_model(sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]) -> Versions:
+def _of_model(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint,
+    names: Names,
+    steps: Sequence[Step],
+    own: Mapping[str, Local],
+    handed: Mapping[str, SourceKey],
+) -> Versions:
     changing = {path: loader for path, loader in target.loaders.items() if loader.changes}
     if not changing:
         return Versions(own)
-    placed = _placed(sources, names, _links(steps))
+    links = [*_links(step for step in steps if step.action != "load"), *((name, *place) for name, place in handed.items())]
+    placed = _placed(sources, names, links)
     mixed = {step.target for step in steps if not step.sources or step.filled}
-    recorded, given, loaded, problems = dict(own), {}, [], []
-    told: dict[str, list[str]] = {}
+    computed = {step.target for step in steps if step.action == "load"}
+    given: dict[str, Local] = {}
+    differ: dict[str, bool] = {}  # whether the sources recorded anything
+    loaded: set[str] = set()
+    problems = []
     for path, loader in changing.items():
         found = placed.get(unwrap(path, HIDDEN) if path else "", {})
         mine = own.get(path, {})
@@ -64,23 +84,30 @@ def _of_model(sources: Sequence[Checkpoint], target: Checkpoint, names: Names, s
             problems.append(f"{_shown(path)}, a {loader.name}: {_told(found, sources)}")
             continue
         given[path] = next(iter(stated.values()), {})
-        if given[path] == mine or not loader.keys - mixed:
-            continue
-        if loader.keys & mixed:
-            loaded.append(path)
-        elif stated:
+        if given[path] != mine and loader.keys - mixed:
+            differ[path] = bool(stated)
+        if loader.keys & computed or (path in differ and loader.keys & mixed):
+            loaded.add(path)
+    # What such code leaves is of the target's version, for every module that has a part of it.
+    while more := {path for path in given if path not in loaded and any(changing[path].keys & changing[one].keys for one in loaded)}:
+        loaded |= more
+    recorded = dict(own)
+    told: dict[str, list[str]] = {}
+    for path, stated_there in differ.items():
+        if path not in loaded and stated_there:
             recorded[path] = given[path]
-        else:
+        elif path not in loaded:
             recorded.pop(path, None)
         kept = "a merged file has what that leaves" if path in loaded else "a merged file keeps both"
-        words = f"{loader.name} loads in its own way, at {_number(mine)}, and the values have {_number(given[path])}; {kept}"
+        now = _number(own.get(path, {}))
+        words = f"{changing[path].name} loads in its own way, at {now}, and the values have {_number(given[path])}; {kept}"
         told.setdefault(words, []).append(_shown(path))
     if problems:
         raise _several(problems, f"merge each source with the model alone first: ckptsurgeon merge A {target.path} -o A.pt")
     return Versions(
         recorded,
         given,
-        tuple(loaded),
+        tuple(path for path in given if path in loaded),
         tuple(Finding("version", f"{several(paths)}: {words}", None, "note") for words, paths in told.items()),
     )
 

@@ -143,60 +143,6 @@ def test_trying_it_out_leaves_a_live_model_as_it_was(tmp_path: Path) -> None:
     assert model["block"].seen == []
 
 
-class Fused(nn.Module):
-    """It computes one value from two names that it has no longer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 3))
-        self.bias = nn.Parameter(torch.randn(4))
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        if prefix + "q" in state:
-            state[prefix + "weight"] = torch.cat([state.pop(prefix + "q"), state.pop(prefix + "k") * 2])
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-class Resizes(nn.Module):
-    """It brings a table of another size to its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(4))
-        self.bias = nn.Parameter(torch.randn(4))
-        self.register_load_state_dict_pre_hook(self._resize)
-
-    @staticmethod
-    def _resize(module: Any, state: Any, prefix: str, *_: Any) -> None:
-        if prefix + "table" in state:
-            state[prefix + "table"] = state[prefix + "table"][: module.table.numel()]
-
-
-@pytest.mark.parametrize(
-    ("kind", "names", "key"),
-    [(Fused, {"q": (2, 3), "k": (2, 3), "bias": (4,)}, "m.weight"), (Resizes, {"table": (6,), "bias": (4,)}, "m.table")],
-)
-def test_a_value_that_a_loader_computes_is_named_with_its_class_and_never_fresh(
-    kind: type[nn.Module], names: dict[str, tuple[int, ...]], key: str, tmp_path: Path
-) -> None:
-    model = nn.ModuleDict({"m": kind()})
-    state = {f"m.{name}": torch.randn(shape) for name, shape in names.items()}
-    copy.deepcopy(model).load_state_dict(copy.deepcopy(state))  # torch takes it, strictly
-    source = write(state, tmp_path / "a.pt")
-    diff = cs.diff(source, model)
-    assert [row.key for row in diff.loaded] == [key] and kind.__name__ in str(diff)
-    assert "Next:" not in str(diff) and "load it by torch once" in str(diff)
-    before = everything(model)
-    for act in (lambda: cs.merge(source, model, tmp_path / "o.pt"), lambda: cs.transfer(source, model)):
-        with pytest.raises(PlanError, match=rf"(?s){key}: a {kind.__name__} makes it from") as caught:
-            act()
-        assert "--drop" in str(caught.value.hint)
-    same(everything(model), before)
-    strange = [name for name in state if name != "m.bias"]
-    report = cs.transfer(source, model, drop=strange)
-    assert report.fresh == (key,)
-
-
 def test_a_renamed_key_of_another_shape_is_a_mismatch_and_no_drop(tmp_path: Path) -> None:
     saved = old(net())
     saved["block.linear_2.weight"] = torch.ones(5, 4)

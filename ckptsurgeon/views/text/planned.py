@@ -9,7 +9,7 @@ from ckptsurgeon.surgery.plan import Plan, Step
 from ckptsurgeon.views.text.words import coverage as coverage_words
 from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys, listing, most_rows, name, shape, table
 
-WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "init": "initialise", "keep": "keep"}
+WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "load": "load", "init": "initialise", "keep": "keep"}
 
 
 def plan(found: Plan, verbose: bool = False, width: int | None = None) -> str:
