@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, TextIO
 
 import click
@@ -34,7 +35,7 @@ class Show:
 
     def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
         """Print the answer on stdout."""
-        put(_json(value()) if self.json else text())
+        put(_json(value()) if self.json else [text()])
 
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""
@@ -48,14 +49,14 @@ class Show:
         return listen
 
 
-def put(words: str) -> None:
-    """Write to stdout, and flush it. A reader that has gone (`| head`) is no error.
+def put(parts: Iterable[str]) -> None:
+    """Write a line, part by part, to stdout, and flush it. A reader that has gone (`| head`) is no error.
 
     Raises:
         StdoutError: it can't be written: its disk is full, say.
     """
     try:
-        _print(lambda: click.echo(words))
+        _print(lambda: [click.echo(part, nl=False) for part in chain(parts, "\n")])
     except OSError as error:
         raise StdoutError(f"the answer can't be written: {error.strerror or error}", path="stdout") from error
 
@@ -109,8 +110,11 @@ def open_streams() -> bool:
     return can_write
 
 
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=True)
+def _json(value: dict[str, Any]) -> Iterator[str]:
+    """The text in parts, so that an answer about a million tensors is never held whole."""
+    words = json.JSONEncoder(indent=2).iterencode(value)
+    while part := "".join(islice(words, 1 << 16)):
+        yield part
 
 
 def _coloured(word: str) -> str:

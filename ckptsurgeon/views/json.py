@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
 from ckptsurgeon.surgery.quantised import find
 from ckptsurgeon.surgery.training_places import average
-from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused
+from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused, TensorMeta
 
 if TYPE_CHECKING:
     from ckptsurgeon.surgery.codes import Code
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
+
+
+class _Tensors(list[dict[str, Any]]):
+    """The rows of many tensors as a list that makes each row when it is asked for: a million of them would take half a gigabyte."""
+
+    def __init__(self, tensors: Mapping[str, TensorMeta]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for key, tensor in self._tensors.items():
+            yield {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
 
 
 def _coverage(found: Coverage) -> dict[str, float]:
@@ -52,10 +67,7 @@ def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
             {"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes, "average": one.root == averaged}
             for one in found.state_dicts
         ],
-        "tensors": [
-            {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
-            for key, tensor in shown.tensors.items()
-        ],
+        "tensors": _Tensors(shown.tensors),
         "quantised": [_codes(one) for one in find(shown.tensors).values()],
         "refused": {key: entry.reason for key, entry in shown.entries.items() if isinstance(entry, Refused)},
         "globals": list(found.globals),

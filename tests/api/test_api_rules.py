@@ -50,8 +50,7 @@ def test_a_file_that_can_not_be_read_says_which(here):
 
 @pytest.mark.parametrize(
     ("raw", "words"),
-    [(b"\xff\xfe[\x00", "is no text"), (b"\x80", "is no text"), (b"[[rename]", "is not TOML"), (b"\x00", "is not TOML"),
-     (b"x" * (1 << 20) + b"x", "characters")],
+    [(b"\xff\xfe[\x00", "is no text"), (b"\x80", "is no text"), (b"[[rename]", "is not TOML"), (b"\x00", "is not TOML")],
 )  # fmt: skip
 def test_a_file_that_is_no_toml_says_so(here, raw, words):
     with pytest.raises(RuleError, match=words) as caught:
