@@ -25,7 +25,10 @@ _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
 
 
 class _Tensors(list[dict[str, Any]]):
-    """The rows of many tensors as a list that makes each row when it is asked for: a million of them would take half a gigabyte."""
+    """A list that makes each tensor's row when it is asked for, since a million rows would take a quarter of a gigabyte.
+
+    json writes it whole with an `indent` only: without one it looks past `__iter__`.
+    """
 
     def __init__(self, tensors: Mapping[str, TensorMeta]) -> None:
         super().__init__()

@@ -37,6 +37,27 @@ def test_a_safetensors_of_very_many_keys(tmp_path: Path, reverse: bool) -> None:
     assert float(seconds) < 8 and int(megabytes) < 200
 
 
+def test_json_is_written_in_parts(tmp_path: Path) -> None:
+    """An answer of many megabytes is never held whole, as text or as rows."""
+    rows = {f"layers.{i // 50}.block_{i % 50}.weight": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(KEYS)}
+    head = json.dumps(rows).encode()
+    (tmp_path / "many.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(KEYS))
+    code = """
+import sys, tracemalloc
+from ckptsurgeon import api
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.views import json
+found = api.inspect(sys.argv[1])
+tracemalloc.start()
+Show(json=True).answer(str, lambda: json.archive(found))
+print(tracemalloc.get_traced_memory()[1], file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "many.safetensors"], capture_output=True, text=True, check=True)
+    told = json.loads(ended.stdout)["tensors"]
+    assert [row["name"] for row in told] == list(rows) and told[7] == {"name": list(rows)[7], "dtype": "U8", "shape": [1], "bytes": 1}
+    assert int(ended.stderr) < len(ended.stdout) / 2
+
+
 def test_a_torch_file_of_very_many_views(tmp_path: Path) -> None:
     count = KEYS // 4
     views = torch.zeros(2 * count).view(count, 2).unbind()
