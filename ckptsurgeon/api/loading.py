@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptsurgeon.api.ruling import Ruling
 from ckptsurgeon.surgery.averaging import Weights
 from ckptsurgeon.surgery.naming import Names, name_sources
-from ckptsurgeon.surgery.taken import Taken
+from ckptsurgeon.surgery.taken import Taken, is_below
 from ckptsurgeon.surgery.versions import stated
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -54,4 +54,4 @@ def _given(number: int, source: Checkpoint, names: Names, target: Checkpoint) ->
 
 
 def _reached(name: str, target: Checkpoint) -> bool:
-    return any(not path or name.startswith(f"{path}.") for path in target.loaders)
+    return any(is_below(name, path) for path in target.loaders)

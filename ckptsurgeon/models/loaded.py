@@ -18,7 +18,7 @@ from ckptsurgeon.errors import CheckpointError, TargetError
 from ckptsurgeon.models import persons_code
 from ckptsurgeon.models.loaders import storage_of, tensors_of
 from ckptsurgeon.models.remembered import Undo, remembered
-from ckptsurgeon.models.skeleton import state_dict_of
+from ckptsurgeon.models.skeleton import place, state_dict_of
 from ckptsurgeon.streaming.undisturbed import undisturbed
 from ckptsurgeon.tensors import Loader
 
@@ -68,7 +68,9 @@ def load(
     back = _remember(model, state, values, loaders)
     try:
         result = persons_code.call(name, model.load_state_dict, given, strict=False)
-        _check_given([key for key in getattr(result, "missing_keys", None) or () if key in computed], name)
+        missing = set(getattr(result, "missing_keys", None) or ())
+        has = {place(state[key]) for key in computed if key not in missing}  # a tied key has its value by another name
+        _check_given([key for key in state if key in computed and key in missing and place(state[key]) not in has], name)
         _check_taken([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)
         _check_same_tensors(state, state_dict_of(model, name), name)
     except BaseException as error:

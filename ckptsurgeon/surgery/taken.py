@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ckptsurgeon.surgery.prefixes import HIDDEN, unwrap
+
 
 @dataclass(frozen=True)
 class Made:
@@ -45,5 +47,5 @@ def code_of(name: str) -> str:
 
 
 def is_below(name: str, path: str) -> bool:
-    """Whether a key's name lies in the module at a path; `""` is the model itself."""
-    return not path or name.startswith(f"{path}.")
+    """Whether a key's name lies in the module at a path; `""` is the model itself. Keys lack the segments that wrappers hide."""
+    return not path or name.startswith(f"{unwrap(path, HIDDEN)}.")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from loading_support import everything, same
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, PlanError, TargetError
@@ -467,3 +468,31 @@ def test_moments_do_not_follow_a_value_that_code_computes(tmp_path: Path) -> Non
     assert report.optimizer is not None and report.optimizer.carried == ("m0.gain",)
     assert {key: words for key, words in report.optimizer.not_carried if "m0.weight" in (key, words)} != {} or report.optimizer.zeroed
     assert "computed by load, which moments can't follow" in str(report.optimizer.not_carried)
+
+
+def test_under_activation_checkpointing_old_keys_are_found(tmp_path: Path) -> None:
+    model, state = of(Scaled, Fused, Plain), old(of(Scaled, Fused, Plain))
+    for name in ("m0", "m1"):
+        setattr(model, name, checkpoint_wrapper(getattr(model, name)))
+    truth, told = by_torch(model, state)
+    assert not told.missing_keys
+    assert not cs.merge(write(state, tmp_path / "a.pt"), model, tmp_path / "o.pt").fresh
+    same(loaded(model, tmp_path / "o.pt"), truth)
+    assert not cs.transfer(tmp_path / "a.pt", model).fresh
+    same(everything(model), truth)
+
+
+def test_a_key_that_is_tied_to_a_computed_one_is_computed_too(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        model = of(Fused, Plain)
+        model.out = nn.Linear(3, 4)
+        model.out.weight = model.m0.weight  # type: ignore[union-attr,assignment]
+        return model
+
+    model, state = net(), old(of(Fused, Plain))
+    state["out.bias"] = torch.ones(4)
+    truth, _ = by_torch(model, state)
+    assert not cs.merge(write(state, tmp_path / "a.pt"), model, tmp_path / "o.pt").fresh
+    same(loaded(model, tmp_path / "o.pt"), truth)
+    assert not cs.transfer(tmp_path / "a.pt", model).fresh
+    same(everything(model), truth)
