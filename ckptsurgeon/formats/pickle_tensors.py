@@ -33,7 +33,7 @@ def asked_for(data: bytes, start: int) -> set[bytes]:
     """The memo's places that the pickle may ask for from `start` on, as LONG_BINPUT writes them: those of every GET, and a few by chance.
 
     >>> sorted(asked_for(b"j" + bytes([1, 2, 0, 0]) + b"g300" + bytes([10]), 0) - _SMALL)
-    [b',\\x01\\x00\\x00', b'\\x01\\x02\\x00\\x00']
+    [b'\\x01\\x02\\x00\\x00', b',\\x01\\x00\\x00']
     """
     lines = {int(place) for place in _ASKED_LINE.findall(data, start)}
     return {*_SMALL, *_ASKED.findall(data, start), *(place.to_bytes(4, "little") for place in lines if place < 1 << 32)}
