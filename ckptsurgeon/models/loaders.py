@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ckptsurgeon.surgery.prefixes import HIDDEN, unwrap
+from ckptsurgeon.surgery.versions import module_paths
 from ckptsurgeon.tensors import Loader
 
 # torch's own code that gives what copying a key's value gives.
@@ -38,7 +39,7 @@ def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader
     by_storage: dict[int, set[str]] = {}
     heads = {unwrap(path, HIDDEN) if path else "" for path, _, _ in found}
     for key, value in state.items():
-        for head in _heads(unwrap(key, HIDDEN)):
+        for head in module_paths(unwrap(key, HIDDEN)):
             if head in heads:
                 below.setdefault(head, set()).add(key)
         if isinstance(value, torch.Tensor):
@@ -89,12 +90,3 @@ def _overridden(module: nn.Module, name: str, plain: tuple[Any, ...]) -> bool:
 
 def _place(hook: Any) -> tuple[str, str]:
     return str(getattr(hook, "__module__", "")), str(getattr(hook, "__qualname__", ""))
-
-
-def _heads(key: str) -> Iterator[str]:
-    """The paths of the modules that a key may belong to, the model's own first."""
-    yield ""
-    dot = key.find(".")
-    while dot >= 0:
-        yield key[:dot]
-        dot = key.find(".", dot + 1)

@@ -119,7 +119,7 @@ def _of_unknown(
     if _alike(sources, steps, own):
         return dict(own)
     placed = _placed(sources, names, _links(steps))
-    mixed = {head for step in steps if not step.sources or step.filled for head in _heads(step.target)}
+    mixed = {head for step in steps if not step.sources or step.filled for head in module_paths(step.target)}
     norms = _norms(target)
     recorded, problems = {}, []
     for path, mine in own.items():
@@ -255,7 +255,7 @@ def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
     {'': '', 'encoder.mlp.0': 'net.mlp.linear_1', 'encoder.mlp': 'net.mlp', 'encoder': 'net'}
     """
     found = {}
-    for head in _heads(f"{source}." if source else ""):
+    for head in module_paths(f"{source}." if source else ""):
         place = prefix.place(head)
         if place is not None and (not place or f"{target}.".startswith(f"{place}.")):
             found[place] = head
@@ -267,7 +267,7 @@ def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
     return found
 
 
-def _heads(key: str) -> Iterator[str]:
+def module_paths(key: str) -> Iterator[str]:
     """The paths of the modules that a key may belong to, the model's own first."""
     yield ""
     dot = key.find(".")
