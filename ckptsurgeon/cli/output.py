@@ -55,8 +55,13 @@ def put(parts: Iterable[str]) -> None:
     Raises:
         StdoutError: it can't be written: its disk is full, say.
     """
+
+    def write() -> None:
+        for part in chain(parts, "\n"):
+            click.echo(part, nl=False)
+
     try:
-        _print(lambda: [click.echo(part, nl=False) for part in chain(parts, "\n")])
+        _print(write)
     except OSError as error:
         raise StdoutError(f"the answer can't be written: {error.strerror or error}", path="stdout") from error
 
