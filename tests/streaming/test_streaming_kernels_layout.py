@@ -351,7 +351,6 @@ def test_means_of_narrow_floats_are_taken_in_wide_ones(dtype):
         ("pad(size=3, fill='init')", torch.ones(2), torch.ones(4), "makes (3,) and fills up with an initial value of (4,)"),
         ("pad(size=3, fill='init')", torch.ones(2, dtype=torch.int64), torch.ones(3), "fills int64 up with an initial float32"),
         ("average", torch.ones(2, dtype=torch.int64), None, "goes over floats, and a tensor is int64"),
-        ("average", torch.ones(2, dtype=torch.complex64), None, "a tensor is complex64"),
     ],
 )
 def test_values_that_a_dtype_has_not_are_refused(text, tensor, initial, words):
