@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from loading_support import KINDS, Frozen, InPlace, Plain, Scaled, Turned, by_torch, everything, same
+from loading_support import KINDS, Assigns, Frozen, InPlace, Plain, Scaled, Turned, by_torch, everything, same
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -63,6 +63,7 @@ def test_a_merged_file_of_any_tree_loads_to_the_model_of_torch(data: st.DataObje
     own: Any = model.state_dict()
     fresh = {key.partition(".")[0] for key in own if key not in state}
     apart = {path for path in fresh if getattr(state, "_metadata", {}).get(path, {}) == own._metadata[path]}
+    apart |= {path for path in fresh if kinds[int(path[1:])] is Assigns}  # changes its values at every load, whatever their version
     try:
         truth = everything(by_torch(model, torch.load(folder / "a.pt", weights_only=True)))
     except (KeyError, RuntimeError):
