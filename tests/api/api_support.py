@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -93,6 +94,16 @@ def network(classes: int = 3, seed: int = 0) -> nn.Module:
 def folder_state(folder: Path) -> dict[str, bytes]:
     """Every file of a folder with its content, hidden ones included."""
     return {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder)) if (folder / name).is_file()}
+
+
+@contextlib.contextmanager
+def without_checksums() -> Iterator[None]:
+    """torch.save writes every CRC as 0."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(True)
 
 
 def _legacy(state: Mapping[str, Tensor], folder: Path) -> Path:

@@ -10,10 +10,10 @@ import json
 import shlex
 import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import api_support as support
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,15 +58,6 @@ def flip(path: Path, entry: str) -> Path:
 def weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {key: torch.randn(6, 4, generator=generator) for key in ("first", "second", "third")}
-
-
-@contextlib.contextmanager
-def without_checksums() -> Iterator[None]:
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(True)
 
 
 OPS: dict[str, dict[str, Any]] = {
@@ -205,7 +196,7 @@ def test_the_thread_ends_with_what_it_stands_beside(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_records_without_a_checksum_are_said_and_not_refused(output: str, tmp_path: Path) -> None:
-    with without_checksums():
+    with support.without_checksums():
         path = save(weights(), tmp_path / "in.pt")
     report = cs.merge(path, None, tmp_path / output, drop=["third"])
     (found,) = [found for found in report.findings if found.code == "no-checksum"]
@@ -246,7 +237,7 @@ def test_verify_says_no_on_the_command_line_with_exit_code_1(tmp_path: Path, mon
 
 
 def test_verify_without_checksums_says_so(tmp_path: Path) -> None:
-    with without_checksums():
+    with support.without_checksums():
         path = save(Net().state_dict(), tmp_path / "in.pt")
     found = cs.verify(path, Net())
     assert found.ok and [row.level for row in found.findings if row.code == "no-checksum"] == ["note"]
@@ -278,7 +269,7 @@ def test_verify_holds_the_data_whatever_it_is_held_against(method: int, target: 
 
 
 def test_verify_says_of_a_file_target_too_that_there_are_no_checksums(tmp_path: Path) -> None:
-    with without_checksums():
+    with support.without_checksums():
         path = save(Net().state_dict(), tmp_path / "in.pt")
     for found in (cs.verify(path, path), cs.verify(path, Net(), device="meta")):
         assert found.ok and [row.level for row in found.findings if row.code == "no-checksum"] == ["note"]
@@ -322,7 +313,7 @@ def test_transfer_holds_the_optimizers_state_too(apart: bool, tmp_path: Path) ->
 
 
 def test_transfer_notes_what_has_no_checksum(tmp_path: Path) -> None:
-    with without_checksums():
+    with support.without_checksums():
         path = save(Net().state_dict(), tmp_path / "in.pt")
     assert [row.level for row in cs.transfer(path, Net(), checksums=True).findings if row.code == "no-checksum"] == ["note"]
     assert not [row for row in cs.transfer(path, Net()).findings if row.code == "no-checksum"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import api_support as support
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,17 +25,8 @@ from ckptsurgeon.streaming import sampling
 State = dict[str, torch.Tensor]
 
 
-@contextlib.contextmanager
-def without_checksums() -> Iterator[None]:
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(True)
-
-
 def _zip_without(state: State, path: Path) -> None:
-    with without_checksums():
+    with support.without_checksums():
         torch.save(state, path)
 
 
