@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from ckptsurgeon.adapters.user_adapter import adapter
     from ckptsurgeon.api import (
         apply,
         check,
@@ -30,18 +31,17 @@ if TYPE_CHECKING:
         verify,
     )
     from ckptsurgeon.errors import CheckpointError
-    from ckptsurgeon.formats.limits import limits
-    from ckptsurgeon.models.thawing import Thaw
-    from ckptsurgeon.surgery.adapters.own import adapter
-    from ckptsurgeon.surgery.rules import Rule
+    from ckptsurgeon.limits import limits
+    from ckptsurgeon.models.training.thawing import Thaw
+    from ckptsurgeon.rules.rules import Rule
     from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 _HOMES = {
-    "adapter": "surgery.adapters.own",
-    "Rule": "surgery.rules",
-    "Thaw": "models.thawing",
+    "adapter": "adapters.user_adapter",
+    "Rule": "rules.rules",
+    "Thaw": "models.training.thawing",
     "CheckpointError": "errors",
-    "limits": "formats.limits",
+    "limits": "limits",
     "Checkpoint": "tensors",
     "TensorMeta": "tensors",
 }

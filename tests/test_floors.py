@@ -13,18 +13,37 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 # From the ground up; a module may import its own floor and those before it.
 FLOORS = [
-    {"errors", "shown", "dtypes", "tensors", "report", "version"},
-    {"formats", "regular_expressions"},
-    {"surgery"},
-    {"views"},
+    {
+        *("errors", "shown", "dtypes", "tensors", "report", "version", "limits", "hints", "wrappers", "call_text", "finding_codes"),
+        "regular_expressions",
+    },
+    {"adapters"},
+    {"rules"},
+    {"formats"},
+    {"planning"},
+    {"optimizer"},
+    {"matching"},
     {"streaming"},
+    {"views"},
     {"models"},
     {"api"},
     {"loops"},
     {"cli", "__main__"},
 ]
+# Rooms within a floor, from the ground up as well.
+ROOMS = {"models": [{"arguments"}, {"target"}, {"init"}, {"own_loading"}, {"training"}, {"verify"}]}
+MOST_MODULES, MOST_LINES = 20, 400
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
+ROOM_HEIGHT = {floor: {name: height for height, room in enumerate(rooms) for name in room} for floor, rooms in ROOMS.items()}
+EVERY = sorted(PACKAGE.rglob("*.py"))
+MODULES = [path for path in EVERY if path.parent != PACKAGE or path.stem != "__init__"]
+
+
+def name_of(path: Path) -> str:
+    return ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+NAMES = {name_of(path): path for path in EVERY}
 
 
 def floor_of(path: Path) -> str:
@@ -45,26 +64,58 @@ def imports(path: Path, top_only: bool = False) -> set[str]:
                 found.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{path} imports relatively"
-                found.add(child.module or "")
-                found.update(f"{child.module}.{alias.name}" for alias in child.names)
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
+                found.update(name if name in NAMES else child.module or "" for name in names)
             walk(child)
 
     walk(ast.parse(path.read_text()))
     return found
 
 
-def ours(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("ckptsurgeon.") and name.split(".")[1] in HEIGHT}
+def ours(path: Path) -> set[str]:
+    """The package's own modules that a file imports."""
+    return {name for name in imports(path) if name in NAMES and name != PACKAGE.name}
 
 
-def test_every_module_has_a_floor() -> None:
+def part(name: str, depth: int) -> str:
+    return (name.split(".") + [""] * depth)[depth]
+
+
+def test_every_module_has_a_floor_and_every_room_a_place() -> None:
     assert {floor_of(path) for path in MODULES} == set(HEIGHT)
+    for floor, rooms in ROOM_HEIGHT.items():
+        assert {path.stem if path.is_file() else path.name for path in (PACKAGE / floor).glob("[!_]*")} == set(rooms), floor
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_its_own_floor_and_lower_ones(path: Path) -> None:
-    height = HEIGHT[floor_of(path)]
-    assert {name for name in ours(imports(path)) if HEIGHT[name] > height} == set()
+    floor, room = floor_of(path), part(name_of(path), 2)
+    assert {name for name in ours(path) if HEIGHT[part(name, 1)] > HEIGHT[floor]} == set()
+    if room:
+        rooms = ROOM_HEIGHT.get(floor, {})
+        higher = {name for name in ours(path) if part(name, 1) == floor and part(name, 2) and rooms and rooms[part(name, 2)] > rooms[room]}
+        assert higher == set()
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    """Those inside functions too: a circle that is broken by a late import is one all the same."""
+    left = {name: ours(path) - {name} for name, path in NAMES.items() if name != PACKAGE.name}
+    for name, needs in left.items():  # what a package offers, it may import; and its modules do not need it for it
+        needs.difference_update(name.rsplit(".", depth)[0] for depth in range(1, name.count(".")))
+    while ready := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in ready:
+            del left[name]
+    assert not left, f"these import each other: {sorted(left)}"
+
+
+def test_no_folder_and_no_module_is_too_large() -> None:
+    for folder in {path.parent for path in MODULES}:
+        assert len([path for path in folder.glob("*.py") if path.stem != "__init__"]) <= MOST_MODULES, folder
+    assert [path for path in EVERY if len(path.read_text().splitlines()) > MOST_LINES] == []
+
+
+def test_every_folder_says_its_rule() -> None:
+    assert [path for path in EVERY if path.stem == "__init__" and not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -73,8 +124,9 @@ def test_torch_stands_at_the_top_of_models_alone(path: Path) -> None:
         assert not {name for name in imports(path, top_only=True) if name.split(".")[0] == "torch"}
 
 
-def test_compare_and_plan_touch_no_file_and_no_torch() -> None:
-    for path in (PACKAGE / "surgery").glob("*.py"):
+@pytest.mark.parametrize("floor", ["rules", "planning", "optimizer", "matching"])
+def test_what_decides_touches_no_file_and_no_torch(floor: str) -> None:
+    for path in (PACKAGE / floor).rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & {"torch", "os", "io", "pathlib", "click", "sys"}, path
 
 
@@ -102,7 +154,7 @@ def test_a_broad_except_stands_only_where_a_persons_own_code_is_called_and_where
                 caught = "" if node.type is None else ast.unparse(node.type)
                 if not caught or re.search(r"\b(Base)?Exception\b", caught):
                     broad.add(str(path.relative_to(PACKAGE)))
-    assert broad == {"models/persons_code.py", "cli/main.py"}
+    assert broad == {"models/target/user_code.py", "cli/main.py"}
 
 
 def run(code: str, *arguments: str) -> str:

@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptsurgeon.api._rules import load_rules
+    from ckptsurgeon.api._stale import load_plan
     from ckptsurgeon.api.checking import check
     from ckptsurgeon.api.looking import diff, inspect, open, skeleton, verify
     from ckptsurgeon.api.matching import match
     from ckptsurgeon.api.merging import apply, merge, output_format, plan
-    from ckptsurgeon.api.ruling import load_rules
-    from ckptsurgeon.api.stale import load_plan
     from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
 
 _HOMES = {
@@ -23,8 +23,8 @@ _HOMES = {
     "looking": ("diff", "inspect", "open", "skeleton", "verify"),
     "matching": ("match",),
     "merging": ("apply", "merge", "output_format", "plan"),
-    "ruling": ("load_rules",),
-    "stale": ("load_plan",),
+    "_rules": ("load_rules",),
+    "_stale": ("load_plan",),
     "tuning": ("freeze", "groups", "initialize", "param_groups", "transfer", "unfreeze"),
 }
 _HOME = {verb: home for home, verbs in _HOMES.items() for verb in verbs}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.api import opening
-from ckptsurgeon.api.applying import facts, refuse_idle
-from ckptsurgeon.api.loading import learned
-from ckptsurgeon.api.opening import Given, Note, Path, Renames, silent
-from ckptsurgeon.api.proving import verify_written
-from ckptsurgeon.api.ruling import Rules, gather
+from ckptsurgeon.api import _opening
+from ckptsurgeon.api._opening import Given, Note, Path, Renames, silent
+from ckptsurgeon.api._options import facts, refuse_idle
+from ckptsurgeon.api._own_loading import learned
+from ckptsurgeon.api._proving import verify_written
+from ckptsurgeon.api._rules import Rules, gather
+from ckptsurgeon.planning.diff import Diff, compare
+from ckptsurgeon.planning.links import Link
 from ckptsurgeon.report import Verification
-from ckptsurgeon.surgery.compare import Diff, compare
-from ckptsurgeon.surgery.rules import from_arguments
-from ckptsurgeon.tensors import Archive, Checkpoint
+from ckptsurgeon.rules.rules import from_arguments
+from ckptsurgeon.tensors import Archive, Checkpoint, TensorMeta
 from ckptsurgeon.views import text
 
 
@@ -35,7 +36,7 @@ def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's na
     >>> ckpt["fc3.weight"].shape
     (10, 84)
     """
-    return opening.open_source(path, root=root)
+    return _opening.open_source(path, root=root)
 
 
 def inspect(path: Path) -> Archive:
@@ -47,7 +48,7 @@ def inspect(path: Path) -> Archive:
     >>> inspect("fixtures/net_params.pkl").format
     'torch-legacy'
     """
-    return opening.read(path)
+    return _opening.read(path)
 
 
 def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:
@@ -59,7 +60,7 @@ def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:
     >>> len(skeleton("fixtures/variants.py:NetVariant"))
     15
     """
-    return opening.open_target(target, note=note).checkpoint
+    return _opening.open_target(target, note=note).checkpoint
 
 
 def diff(
@@ -85,14 +86,21 @@ def diff(
     >>> diff("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses").coverage.counts
     (8, 10)
     """
-    seen = opening.look(source)
+    seen = _opening.look(source)
     ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
-    aim = opening.open_target(target, note=note)
+    aim = _opening.open_target(target, note=note)
     goal = aim.checkpoint
-    given = opening.open_source(seen, root=root, target=goal)
+    given = _opening.open_source(seen, root=root, target=goal)
     ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
-    found = compare(given, goal, ruling.rules, ruling.outside, auto)
+    found = compare(given, goal, ruling.rules, ruling.outside, auto, _links)
     return replace(found, text=text.diff(found, rules=ruling.rules))
+
+
+def _links(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Sequence[Link]:
+    """Matching, loaded where keys are left over on both sides."""
+    from ckptsurgeon.matching.matcher import match
+
+    return match(source, target).links
 
 
 def verify(
@@ -126,8 +134,8 @@ def verify(
     >>> verify("merged.pt", "fixtures/variants.py:NetTwoClasses", inputs=["1x3x32x32"]).outputs
     {'output': (1, 2)}
     """
-    opening.look(checkpoint)
-    goal = opening.open_target(target, note=note)
+    _opening.look(checkpoint)
+    goal = _opening.open_target(target, note=note)
     model, shapes = goal.build is not None, tuple(inputs)
     known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from ckptsurgeon.api import opening
-from ckptsurgeon.api.applying import facts, refuse_idle
-from ckptsurgeon.api.opening import Given, Note, Renames, Target, silent
-from ckptsurgeon.api.ruling import Rules, Ruling, bring, gather
+from ckptsurgeon.api import _opening
+from ckptsurgeon.api._opening import Given, Note, Renames, Target, silent
+from ckptsurgeon.api._options import facts, refuse_idle
+from ckptsurgeon.api._rules import Rules, Ruling, bring, gather
 from ckptsurgeon.errors import PlanError
+from ckptsurgeon.matching.evidence.value_evidence import judged
+from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
 from ckptsurgeon.report import Twins
-from ckptsurgeon.surgery.matching.judged import judged
-from ckptsurgeon.surgery.matching.propose import LEAST, Judge, Proposal, propose
-from ckptsurgeon.surgery.rules import from_arguments
+from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 
@@ -65,7 +65,7 @@ def match(
     >>> [(rule.pattern, rule.result) for rule in found.rules]
     [('fc2.{p}', 'dense2.{p}')]
     """
-    seen = opening.look(source)
+    seen = _opening.look(source)
     ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
     if (forward is None) != (source_model is None):
         raise PlanError("compares two models, and needs both", hint="--source-model module:Net --forward module:make_inputs")
@@ -73,12 +73,12 @@ def match(
     tolerance = TOLERANCE if tolerance is None else tolerance
     if not 0 <= tolerance < 1:
         raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="--tolerance 1e-4")
-    aim = opening.open_target(target, note=note)
-    given = opening.open_source(seen, root=root, target=aim.checkpoint)
+    aim = _opening.open_target(target, note=note)
+    given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
     found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
     if forward is not None:
-        found = replace(found, forward=_ran(found, given, aim, opening.open_target(source_model, note=note), forward, tolerance, note))
+        found = replace(found, forward=_ran(found, given, aim, _opening.open_target(source_model, note=note), forward, tolerance, note))
     return replace(found, text=text.matching(found))
 
 
@@ -91,7 +91,7 @@ def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
 
     of_target = partial(statistics.of_file, aim.checkpoint)
     if aim.build is not None:
-        from ckptsurgeon.models.skeleton import state_dict_of
+        from ckptsurgeon.models.target.skeleton import state_dict_of
 
         note(f"the values of {aim.checkpoint.path} are its constructor's, and tell only how it is initialised")
         state = state_dict_of(aim.build(0), aim.checkpoint.path)
@@ -105,26 +105,13 @@ def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forwar
     for one in (origin, aim):
         if one.build is None:
             raise PlanError("is no model that can be run", path=one.checkpoint.path, hint="write module:Net")
-    from ckptsurgeon.api import live
-    from ckptsurgeon.models import twins
+    from ckptsurgeon.api import _live
+    from ckptsurgeon.models.verify import output_comparison
 
     assert origin.build is not None and aim.build is not None
-    inputs = twins.make_inputs(forward, note)
+    inputs = output_comparison.make_inputs(forward, note)
     models = origin.build(0), aim.build(0)
     for model, ruling in zip(models, (Ruling(()), bring(found.rules, note)), strict=True):
         strict = model is models[0]  # what the checkpoint is of must take all of it
-        live.transfer(given, model, ruling, root=None, seed=None, allow_cast=(), min_coverage=None, strict=strict)
-    return twins.compare(*models, inputs, tolerance)
-
-
-def matched(found: list[Checkpoint], target: Checkpoint | None, ruling: Ruling, accept: bool) -> Ruling:
-    """A call's rules, and after them those that matching adds. Raises CoverageError where it finds too little."""
-    if target is None or len(found) != 1:
-        raise PlanError(
-            "matching is between one source and a target", hint="match one at a time: ckptsurgeon match CKPT TARGET -o rules.toml"
-        )
-    proposed = propose(found[0], target, ruling.rules, ruling.outside, accept=accept)
-    refusal = proposed.refusal(LEAST)
-    if refusal is not None:
-        raise refusal
-    return replace(ruling, rules=proposed.rules)
+        _live.transfer(given, model, ruling, root=None, seed=None, allow_cast=(), min_coverage=None, strict=strict)
+    return output_comparison.compare(*models, inputs, tolerance)

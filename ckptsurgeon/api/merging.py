@@ -7,25 +7,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ckptsurgeon.api import gates, opening
-from ckptsurgeon.api.applying import facts_of, refuse_idle, refuse_idle_writing
-from ckptsurgeon.api.gates import Uncertain
-from ckptsurgeon.api.loading import learned
-from ckptsurgeon.api.opening import Given, Note, Path, Renames, Target, silent
-from ckptsurgeon.api.provenance import record
-from ckptsurgeon.api.proving import refuse_non_finite, verify_written
-from ckptsurgeon.api.ruling import Own, Rules, Ruling, gather, load_own, own_code, say_code
-from ckptsurgeon.api.stale import check_data, load_plan, sampled
+from ckptsurgeon.api import _gates, _opening
+from ckptsurgeon.api._gates import Uncertain
+from ckptsurgeon.api._opening import Given, Note, Path, Renames, Target, silent
+from ckptsurgeon.api._options import facts_of, refuse_idle, refuse_idle_writing
+from ckptsurgeon.api._own_loading import learned
+from ckptsurgeon.api._provenance import record
+from ckptsurgeon.api._proving import refuse_non_finite, verify_written
+from ckptsurgeon.api._rules import Own, Rules, Ruling, gather, load_own, own_code, say_code
+from ckptsurgeon.api._stale import check_data, load_plan, sampled
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.planning.averaging import Weights
+from ckptsurgeon.planning.plan import Plan, make_plan
 from ckptsurgeon.report import Report, Verification
+from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.streaming.apply import SUFFIXES, Output, Training, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free, named
 from ckptsurgeon.streaming.values import Buffer
-from ckptsurgeon.surgery import planfile
-from ckptsurgeon.surgery.averaging import Weights
-from ckptsurgeon.surgery.plan import Plan, make_plan
-from ckptsurgeon.surgery.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views import text
 
@@ -85,14 +85,14 @@ def plan(
     """
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
     choices = _Choices(
-        ruling, root, dtype, seed or 0, gates.patterns(allow_cast), dequantize, average, auto, gates.matching(match, accept_uncertain)
+        ruling, root, dtype, seed or 0, _gates.patterns(allow_cast), dequantize, average, auto, _gates.matching(match, accept_uncertain)
     )
     seen = _look(sources)
-    goal = None if target is None else opening.open_target(target, note=note)
+    goal = None if target is None else _opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
     refuse_idle(facts_of(made), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
-    gates.refuse_idle_casts(choices.allow_cast, [step.target for step in made.steps])
-    gates.check(made, min_coverage=min_coverage, strict=strict)
+    _gates.refuse_idle_casts(choices.allow_cast, [step.target for step in made.steps])
+    _gates.check(made, min_coverage=min_coverage, strict=strict)
     return sampled(made, found, None if goal is None else goal.checkpoint, full)
 
 
@@ -113,17 +113,17 @@ class _Choices:
 
 def _look(sources: Given | Sequence[Given]) -> list[Given]:
     """What can be told before a model is imported: that the sources can be read."""
-    return [opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
+    return [_opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 
 def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> tuple[list[Checkpoint], Plan]:
     wanted = None if goal is None else goal.checkpoint
     if not given or (wanted is None and len(given) > 1 and not choices.average):
         raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
-    found = [opening.open_source(one, root=choices.root, target=wanted) for one in given]
+    found = [_opening.open_source(one, root=choices.root, target=wanted) for one in given]
     ruling = choices.ruling
     if choices.match is not None:
-        from ckptsurgeon.api.matching import matched
+        from ckptsurgeon.api._matched import matched
 
         ruling = matched(found, wanted, ruling, choices.match == "accepted")
     ruling = learned(found, wanted, None if goal is None else goal.any_model, ruling, average=choices.average, auto=choices.auto)
@@ -212,27 +212,27 @@ def merge(
     with_optimizer = with_optimizer or optimizer_from is not None
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
     choices = _Choices(
-        ruling, root, dtype, seed or 0, gates.patterns(allow_cast), dequantize, average, auto, gates.matching(match, accept_uncertain)
+        ruling, root, dtype, seed or 0, _gates.patterns(allow_cast), dequantize, average, auto, _gates.matching(match, accept_uncertain)
     )
     seen = _look(sources)
-    goal = None if target is None else opening.open_target(target, note=note)
+    goal = None if target is None else _opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
-        settled = opening.settle(goal, choices.seed, note)
+        settled = _opening.settle(goal, choices.seed, note)
         if settled is not goal:
             goal = settled
             found, made = _decide(seen, goal, choices)
     refuse_idle(facts_of(made, verify), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
     refuse_idle_writing(made, written_format, verify, device, tied, with_optimizer, optimizer_root, optimizer_names)
-    gates.check(made, min_coverage=min_coverage, strict=strict)
+    _gates.check(made, min_coverage=min_coverage, strict=strict)
     how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
     around, carried = None, None
     if with_optimizer:
-        from ckptsurgeon.api.carrying import training
-        from ckptsurgeon.api.resuming import names_of
+        from ckptsurgeon.api._merged_training_state import training
+        from ckptsurgeon.api._training_state import names_of
 
         around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from, verify)
-    gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
+    _gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
     done = _carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
     if carried is None:
         return done
@@ -267,20 +267,20 @@ def apply(
     made = plan if isinstance(plan, Plan) else load_plan(plan)
     schemes = [scheme for step in made.steps for scheme in step.schemes]
     if not isinstance(plan, Plan):
-        note = opening.unmissable(note)
-        target = [made.target.spec] if made.target is not None and opening.is_code(made.target.spec) else []
+        note = _opening.unmissable(note)
+        target = [made.target.spec] if made.target is not None and _opening.is_code(made.target.spec) else []
         say_code(os.fspath(plan), [*target, *own_code(made.own_adapters, schemes)], note)
     written_format = output_format(output, format)
     check_free(os.fspath(output), overwrite)
     refuse_idle_writing(made, written_format, verify, device, tied)
-    found = [opening.open_source(source.path, root=source.root) for source in made.sources]
+    found = [_opening.open_source(source.path, root=source.root) for source in made.sources]
     planfile.check_sources(made, found)  # before the target's module is imported
     check_data(made, found, None)
     goal = None
     if made.target is not None:
-        goal = opening.open_planned(made.target, note)
+        goal = _opening.open_planned(made.target, note)
         if goal.build is not None and (made.needs_model or verify):
-            goal = opening.settle(goal, made.seed, note)
+            goal = _opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
     if goal is not None:
         check_data(replace(made, sources=()), (), goal.checkpoint)
@@ -337,7 +337,7 @@ def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | 
     settle = _settling(made, goal, format)
     if goal is None or not (schemes or made.needs_model):
         return Values(_no_initial, _no_initial, own.kernels, settle) if own.kernels or settle else None
-    from ckptsurgeon.models.values import extra_state, make_provider
+    from ckptsurgeon.models.init.values import extra_state, make_provider
 
     model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
     provide = make_provider(model, schemes, goal.checkpoint, made.seed, own.schemes)
@@ -364,7 +364,7 @@ def _settling(made: Plan, goal: Target | None, format: str) -> Any:
     """What finds the values that loading decides; None where it decides none."""
     if goal is None or goal.build is None or not (goal.checkpoint.loaders or goal.checkpoint.overlaps):
         return None
-    from ckptsurgeon.models.settled import is_needed, settled
+    from ckptsurgeon.models.own_loading.settled import is_needed, settled
 
     build, wanted, versionless = goal.build, goal.checkpoint, format == "safetensors"
     if not is_needed(made, wanted, versionless):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptsurgeon.api import gates, opening
-from ckptsurgeon.api.opening import Given, Note, Renames, silent
-from ckptsurgeon.api.ruling import Rules, gather
+from ckptsurgeon.api import _gates, _opening
+from ckptsurgeon.api._opening import Given, Note, Renames, silent
+from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.report import Report
-from ckptsurgeon.surgery.rules import from_arguments
+from ckptsurgeon.rules.rules import from_arguments
 
 Scheme = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ckptsurgeon.models.decay import NoDecay
-    from ckptsurgeon.models.freezing import Frozen
+    from ckptsurgeon.models.training.decay import NoDecay
+    from ckptsurgeon.models.training.freezing import Frozen
 
 
 def transfer(
@@ -90,22 +90,22 @@ def transfer(
     >>> report.transferred, report.fresh
     (('weight',), ('bias',))
     """
-    from ckptsurgeon.api import live
-    from ckptsurgeon.api.resuming import Asked, names_of
+    from ckptsurgeon.api import _live
+    from ckptsurgeon.api._training_state import Asked, names_of
 
     ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse)
-    return live.transfer(
+    return _live.transfer(
         source,
         model,
         ruling,
         root=root,
         seed=seed,
-        allow_cast=gates.patterns(allow_cast),
+        allow_cast=_gates.patterns(allow_cast),
         min_coverage=min_coverage,
         strict=strict,
         auto=auto,
         dequantize=dequantize,
-        match=gates.matching(match, accept_uncertain),
+        match=_gates.matching(match, accept_uncertain),
         checksums=checksums,
         asked=Asked(
             optimizer=optimizer,
@@ -144,9 +144,9 @@ def initialize(
     >>> initialize(net, ["bias"], "zeros"), net.bias.tolist()
     (('bias',), [0.0, 0.0])
     """
-    from ckptsurgeon.api import live
+    from ckptsurgeon.api import _live
 
-    return live.initialize_fresh(model, source, scheme, seed, note)
+    return _live.initialize_fresh(model, source, scheme, seed, note)
 
 
 def param_groups(
@@ -193,9 +193,9 @@ def param_groups(
     >>> [(group["name"], group["lr"], group["param_names"]) for group in groups]
     [('transferred', 0.001, ['weight']), ('fresh', 0.01, ['bias'])]
     """
-    from ckptsurgeon.api import live
+    from ckptsurgeon.api import _live
 
-    return live.param_groups(
+    return _live.param_groups(
         model,
         source,
         lr=lr,
@@ -233,9 +233,9 @@ def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> Frozen
     >>> freeze(net, ["0.*", "1.*"]).modules, net.train()[1].training
     (('1',), False)
     """
-    from ckptsurgeon.api import live
+    from ckptsurgeon.api import _live
 
-    return live.freeze(model, what, partial)
+    return _live.freeze(model, what, partial)
 
 
 def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
@@ -255,7 +255,7 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
     >>> freeze(net, "weight").trainable, unfreeze(net).trainable
     (('bias',), ('weight', 'bias'))
     """
-    from ckptsurgeon.models import freezing
+    from ckptsurgeon.models.training import freezing
 
     return freezing.unfreeze(model, what)
 
@@ -284,11 +284,11 @@ def groups(
         NoRecordError: the checkpoint does not record what is fresh.
         TargetError: the target is no model.
     """
-    seen = opening.look(checkpoint)
-    goal = opening.open_target(target, note=note)
+    seen = _opening.look(checkpoint)
+    goal = _opening.open_target(target, note=note)
     if goal.build_meta is None:
         raise TargetError("is no model, and only a model has parameters", path=goal.checkpoint.path, hint="give module:Net")
-    source = opening.open_source(seen, target=goal.checkpoint)
+    source = _opening.open_source(seen, target=goal.checkpoint)
     found = param_groups(
         goal.build_meta(),
         source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ckptsurgeon.api.opening import Note
+from ckptsurgeon.api._opening import Note
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import json_text
 from ckptsurgeon.formats.files import open_regular

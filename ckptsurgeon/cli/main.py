@@ -36,7 +36,7 @@ class Flow(click.Group):
         """The command of a name, imported now."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"ckptsurgeon.cli.{cmd_name}").command
+        command: click.Command = import_module(f"ckptsurgeon.cli.commands.{cmd_name}").command
         return command
 
 

@@ -13,9 +13,9 @@ from ckptsurgeon.cli.files import name_list
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.formats.limits import limits
-from ckptsurgeon.surgery.origins import AUTO
-from ckptsurgeon.surgery.rules import Kind, Rule
+from ckptsurgeon.limits import limits
+from ckptsurgeon.planning.resolve import AUTO
+from ckptsurgeon.rules.rules import Kind, Rule
 
 F = TypeVar("F", bound=Callable[..., Any])
 Wrap = Callable[[F], F]

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.loops.words import BY, numbers, record
-from ckptsurgeon.models.thawing import Thaw
+from ckptsurgeon.models.training.thawing import Thaw
 from ckptsurgeon.report import Report
 
 

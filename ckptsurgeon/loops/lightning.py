@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from ckptsurgeon import api
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.loops.words import BY, Recorded, numbers, record, recorded
-from ckptsurgeon.models.thawing import Thaw
+from ckptsurgeon.models.training.thawing import Thaw
 from ckptsurgeon.report import Report
 
 

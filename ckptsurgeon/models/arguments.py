@@ -17,8 +17,8 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from ckptsurgeon.errors import ArgumentError, libraries
-from ckptsurgeon.surgery.plan import Plan
-from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.planning.plan import Plan
+from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 P = ParamSpec("P")

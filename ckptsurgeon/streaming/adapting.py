@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ckptsurgeon.adapters.chain import made_dtype, needs_floats
+from ckptsurgeon.adapters.kernels.scales import rows_at_a_time, values
+from ckptsurgeon.adapters.kernels.table import Initial, OwnKernel, run
+from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, PlanError
+from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.copying import BUFFER
-from ckptsurgeon.streaming.kernels.scales import rows_at_a_time, values
-from ckptsurgeon.streaming.kernels.table import Initial, OwnKernel, run
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
-from ckptsurgeon.surgery.adapters.chain import made_dtype, needs_floats
-from ckptsurgeon.surgery.adapters.op import Op
-from ckptsurgeon.surgery.planned import Step
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:

@@ -13,23 +13,24 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from ckptsurgeon.adapters.chain import made_dtype
+from ckptsurgeon.adapters.kernels.table import OwnKernel
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
-from ckptsurgeon.formats import safetensors, torch_zip_writer
 from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
+from ckptsurgeon.formats.plain import safetensors
+from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
+from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, dequantized, is_average
 from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without
-from ckptsurgeon.streaming.kernels.table import OwnKernel
-from ckptsurgeon.streaming.pieces import Pieces, pieces_of
+from ckptsurgeon.streaming.moved_ranges import Pieces, pieces_of
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import Buffer, cast, refuse_losses, reported, tensor_from
-from ckptsurgeon.surgery.adapters.chain import made_dtype
-from ckptsurgeon.surgery.planned import Plan, Step, resolved
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from hashlib import sha256
 from ckptsurgeon.errors import CheckpointError, OutputError
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming.file_attributes import hand_over
-from ckptsurgeon.streaming.undisturbed import undisturbed
+from ckptsurgeon.streaming.signals import undisturbed
 
 _MARK = ".ckptsurgeon-"
 _HEAD = 50  # characters of the output's name in the temporary one: at most 200 bytes of the 255 that a name may have

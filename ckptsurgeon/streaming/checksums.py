@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from ckptsurgeon.errors import CheckpointError, FormatError, StaleError
 from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
 from ckptsurgeon.formats.inflate import inflated
-from ckptsurgeon.formats.zip_directory import DEFLATED, Entry, read_directory
+from ckptsurgeon.formats.torch.zip_directory import DEFLATED, Entry, read_directory
+from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.surgery.items import shortened
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span
 
 _ZIP = b"PK\x03\x04"

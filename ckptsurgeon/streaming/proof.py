@@ -15,7 +15,7 @@ from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.streaming import copying
-from ckptsurgeon.streaming.pieces import Pieces
+from ckptsurgeon.streaming.moved_ranges import Pieces
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta
 

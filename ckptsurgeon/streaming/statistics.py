@@ -10,9 +10,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.matching.evidence.value_evidence import Stats, noise_share
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, tensor_from
-from ckptsurgeon.surgery.matching.judged import Stats, noise_share
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptsurgeon.formats.layout import OutTensor
-from ckptsurgeon.surgery.planned import Plan, Step, resolved
+from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.tensors import TensorMeta
 
 

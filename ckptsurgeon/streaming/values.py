@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
+from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.streaming.losses import added, losses, wide
-from ckptsurgeon.surgery.patterns import compile_pattern
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 
 from ckptsurgeon.errors import printable
+from ckptsurgeon.finding_codes import BY_CODE
 from ckptsurgeon.report import CheckReport
-from ckptsurgeon.surgery.codes import BY_CODE
-from ckptsurgeon.views.text.checked import about, alike, followed, totals
+from ckptsurgeon.views.text.check import about, alike, followed, totals
 
 _COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}
 

@@ -7,18 +7,18 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.planning.quantised import find
+from ckptsurgeon.planning.training_places import average
 from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
-from ckptsurgeon.surgery.quantised import find
-from ckptsurgeon.surgery.training_places import average
 from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused, TensorMeta
 
 if TYPE_CHECKING:
-    from ckptsurgeon.surgery.codes import Code
-    from ckptsurgeon.surgery.compare import Diff
-    from ckptsurgeon.surgery.matching.propose import Proposal
-    from ckptsurgeon.surgery.matching.result import Link
-    from ckptsurgeon.surgery.quantised import Codes
-    from ckptsurgeon.surgery.rivals import Way
+    from ckptsurgeon.finding_codes import Code
+    from ckptsurgeon.matching.proposals.propose import Proposal
+    from ckptsurgeon.planning.diff import Diff
+    from ckptsurgeon.planning.links import Link
+    from ckptsurgeon.planning.prefixes.rivals import Way
+    from ckptsurgeon.planning.quantised import Codes
 
 VERSION = 1
 _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}

@@ -15,7 +15,7 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, ModelError, PlanError, RuleError, StaleError, TargetError
-from ckptsurgeon.surgery import planfile
+from ckptsurgeon.planning import planfile
 
 OWN = """
 import torch

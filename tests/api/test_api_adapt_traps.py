@@ -14,8 +14,8 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CastError, CheckpointError, CoverageError, PlanError, RuleError, StrictError
-from ckptsurgeon.surgery import planfile
-from ckptsurgeon.surgery.patterns import compile_pattern
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.rules.patterns import compile_pattern
 
 
 class Tied(nn.Module):
@@ -265,7 +265,7 @@ def test_many_idle_rules_are_told_soon(tmp_path: Path) -> None:
 
 
 def test_orthogonal_values_do_not_depend_on_the_number_of_threads() -> None:
-    from ckptsurgeon.models.initialize import value
+    from ckptsurgeon.models.init.initialize import value
 
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):

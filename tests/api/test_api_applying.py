@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ckptsurgeon as cs
-from ckptsurgeon.api.applying import OPTIONS, option
+from ckptsurgeon.api._options import OPTIONS, option
 from ckptsurgeon.errors import CheckpointError, SettingsError
 
 Call = Callable[["Place"], Any]
@@ -240,7 +240,7 @@ def test_finite_is_held_whatever_the_target(dtype: torch.dtype, suffix: str, bad
 
 
 def test_finite_of_what_has_no_values_is_told(tmp_path: Path) -> None:
-    from ckptsurgeon.formats import skeleton
+    from ckptsurgeon.formats.plain import skeleton
 
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     (tmp_path / "net.json").write_text(json.dumps(skeleton.to_json(cs.skeleton(tmp_path / "a.pt"))))

@@ -13,7 +13,7 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ArgumentError, CheckpointError
-from ckptsurgeon.formats.skeleton import to_json
+from ckptsurgeon.formats.plain.skeleton import to_json
 
 
 def codes(report: object, number: int = 0) -> list[tuple[str, str | None]]:

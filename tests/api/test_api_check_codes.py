@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 
 import ckptsurgeon as cs
-from ckptsurgeon.api import opening
+from ckptsurgeon import finding_codes
+from ckptsurgeon.api import _opening
 from ckptsurgeon.errors import CheckpointError, SettingsError
 from ckptsurgeon.report import CheckReport
-from ckptsurgeon.surgery import codes
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
@@ -58,7 +58,7 @@ def flipped(path: Path, key: str = "data/0") -> Path:
 
 def changing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
     """Somebody appends to the file between the reading of its header and of its data."""
-    path, read = small(folder), opening.read
+    path, read = small(folder), _opening.read
 
     def and_then(given: str | os.PathLike[str]) -> object:
         archive = read(given)
@@ -66,7 +66,7 @@ def changing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
             file.write(b"more")
         return archive
 
-    monkeypatch.setattr(opening, "read", and_then)
+    monkeypatch.setattr(_opening, "read", and_then)
     return cs.check(path, full=True)
 
 
@@ -116,8 +116,8 @@ MAKERS: dict[str, tuple[Make, str | None, str]] = {  # how to come by it, its ke
 
 
 def test_each_code_of_the_table_is_here() -> None:
-    assert list(MAKERS) == [row.code for row in codes.TABLE] == sorted(codes.BY_CODE)
-    assert len({row.name for row in codes.TABLE}) == len(codes.TABLE)
+    assert list(MAKERS) == [row.code for row in finding_codes.TABLE] == sorted(finding_codes.BY_CODE)
+    assert len({row.name for row in finding_codes.TABLE}) == len(finding_codes.TABLE)
 
 
 @pytest.mark.parametrize("code", MAKERS)
@@ -136,7 +136,7 @@ def test_each_code_can_be_produced(code: str, tmp_path: Path, monkeypatch: pytes
 def test_the_option_in_the_table_is_what_asks_for_it(tmp_path: Path) -> None:
     asked = {"CK106": "--full", "CK401": "--finite", "CK501": "--max-size", "CK502": "--allow", "CK503": "--dtype"}
     asked |= {f"CK30{number}": "--against" for number in range(1, 5)}
-    assert {row.code: row.option for row in codes.TABLE if row.option} == asked
+    assert {row.code: row.option for row in finding_codes.TABLE if row.option} == asked
     path = flipped(saved({"w": torch.tensor([1.0, torch.nan])}, tmp_path))
     assert cs.check(path).ok  # nobody asked
 
@@ -357,7 +357,7 @@ def test_allowed_formats(allow: str | list[str], good: set[str], tmp_path: Path)
         (tmp_path / name).mkdir()
         paths[name] = make({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / name)
     paths["skeleton"] = written(tmp_path, json.dumps({"ckptsurgeon": "skeleton", "version": 1, "tensors": []}), "net.json")
-    from ckptsurgeon.formats.skeleton import to_json
+    from ckptsurgeon.formats.plain.skeleton import to_json
 
     paths["skeleton"].write_text(json.dumps(to_json(cs.open(paths["zip"]))))
     report = cs.check(paths.values(), allow=allow)
@@ -372,7 +372,7 @@ def test_a_format_is_told_by_content(tmp_path: Path) -> None:
 
 
 def test_values_of_what_has_none(tmp_path: Path) -> None:
-    from ckptsurgeon.formats.skeleton import to_json
+    from ckptsurgeon.formats.plain.skeleton import to_json
 
     path = written(tmp_path, json.dumps(to_json(cs.open(small(tmp_path)))), "net.json")
     assert cs.check(path, finite=True).ok

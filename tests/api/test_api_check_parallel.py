@@ -118,7 +118,7 @@ def test_memory_that_does_not_suffice_is_a_finding(folder: Path, monkeypatch: py
     def short(_path: str) -> object:
         raise MemoryError
 
-    monkeypatch.setattr("ckptsurgeon.api.opening.read", short)
+    monkeypatch.setattr("ckptsurgeon.api._opening.read", short)
     report = cs.check([folder / "00.pt", folder / "01.pt"])
     assert [[one.code for one in file.findings] for file in report.files] == [["CK100"], ["CK100"]]
 

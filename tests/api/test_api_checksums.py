@@ -22,7 +22,7 @@ from torch import nn
 import ckptsurgeon as cs
 from ckptsurgeon.cli import main
 from ckptsurgeon.errors import FormatError, StaleError
-from ckptsurgeon.formats import skeleton
+from ckptsurgeon.formats.plain import skeleton
 from ckptsurgeon.streaming import checksums, copying
 
 METHODS = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}

@@ -17,8 +17,8 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.surgery import planfile
-from ckptsurgeon.surgery.plan import make_plan
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 NETS = """

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ckptsurgeon as cs
-from ckptsurgeon.surgery.rulefile import parse_rules
+from ckptsurgeon.rules.rulefile import parse_rules
 
 
 class Here(nn.Module):

@@ -32,7 +32,7 @@ def target_of(kind: str, folder: Path, state: dict[str, Tensor]) -> str | None:
     spec = support.nets(folder) + ":Net"
     if kind == "model":
         return spec
-    from ckptsurgeon.formats.skeleton import to_json
+    from ckptsurgeon.formats.plain.skeleton import to_json
 
     (folder / "net.json").write_text(json.dumps(to_json(cs.skeleton(spec))))
     return str(folder / "net.json")
@@ -294,7 +294,7 @@ def test_extra_state_that_would_have_to_be_imported_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize("target", ["skeleton", "model file"])
 def test_a_source_without_values_is_refused(target: str, tmp_path: Path) -> None:
     net = support.network()
-    from ckptsurgeon.formats.skeleton import to_json
+    from ckptsurgeon.formats.plain.skeleton import to_json
 
     (tmp_path / "net.json").write_text(json.dumps(to_json(cs.skeleton(net))))
     source = tmp_path / "net.json" if target == "skeleton" else cs.skeleton(net)
@@ -319,7 +319,7 @@ def test_a_live_model_and_a_live_state_dict_as_target(tmp_path: Path) -> None:
 
 
 def test_rules_and_keyword_rules_both_hold(tmp_path: Path) -> None:
-    from ckptsurgeon.surgery.rules import Rule
+    from ckptsurgeon.rules.rules import Rule
 
     torch.save({"a": torch.ones(1), "b": torch.ones(2), "c": torch.ones(3)}, tmp_path / "in.pt")
     cs.merge(tmp_path / "in.pt", None, tmp_path / "out.pt", drop=["a"], rules=[Rule("rename", "b", "d")])

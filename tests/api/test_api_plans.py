@@ -14,8 +14,8 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, PlanError, StaleError, UnreadableError
-from ckptsurgeon.surgery import planfile
-from ckptsurgeon.surgery.plan import Plan
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.planning.plan import Plan
 
 
 def written(plan: Plan, path: Path) -> Path:

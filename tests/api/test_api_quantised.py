@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CastError, CheckpointError, PlanError, RuleError, SettingsError
-from ckptsurgeon.surgery.quantised import TABLE, find
+from ckptsurgeon.planning.quantised import TABLE, find
 from ckptsurgeon.tensors import TensorMeta
 
 FP8 = torch.float8_e4m3fn
@@ -265,7 +265,7 @@ def test_values_are_made_of_codes_and_scales(library: str, out: str, tmp_path: P
         assert report.coverage.elements == 1 and report.findings == ()
         decided = cs.plan(path, target, dequantize=True)
         written = tmp_path / "plan.json"
-        from ckptsurgeon.surgery import planfile
+        from ckptsurgeon.planning import planfile
 
         written.write_text(json.dumps(planfile.to_json(decided)))
         cs.apply(written, tmp_path / f"again-{out}", overwrite=True)
@@ -307,7 +307,7 @@ def test_transformers_makes_the_same_values(tmp_path: Path) -> None:
 
 
 def test_a_large_matrix_is_made_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptsurgeon.streaming.kernels import scales
+    from ckptsurgeon.adapters.kernels import scales
 
     made, scale = by_block(random(700, 300), 128, 128)
     path = save(tmp_path, "a.safetensors", {"w.weight": made, "w.weight_scale_inv": scale})
@@ -514,7 +514,7 @@ def test_scales_that_do_not_go_with_their_codes(tmp_path: Path) -> None:
 
 
 def test_an_edited_plan_casts_no_codes(tmp_path: Path) -> None:
-    from ckptsurgeon.surgery import planfile
+    from ckptsurgeon.planning import planfile
 
     _, state, _ = layer("fp8, by block")
     key = f"{MODULE}.weight"

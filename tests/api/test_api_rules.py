@@ -8,9 +8,9 @@ import torch
 from api_support import same
 
 import ckptsurgeon as cs
-from ckptsurgeon.api.ruling import gather
+from ckptsurgeon.api._rules import gather
 from ckptsurgeon.errors import CheckpointError, FormatError, RuleError, UnreadableError
-from ckptsurgeon.surgery.rules import Rule, from_arguments
+from ckptsurgeon.rules.rules import Rule, from_arguments
 
 RENAME = '[[rename]]\nfrom = "{}"\nto = "{}"\n'
 

@@ -89,7 +89,7 @@ def test_what_is_saved_anew_with_other_values_makes_a_plan_stale(
 
 
 def _to_json(plan: Any) -> dict[str, Any]:
-    from ckptsurgeon.surgery import planfile
+    from ckptsurgeon.planning import planfile
 
     return planfile.to_json(plan)
 
@@ -170,7 +170,7 @@ def test_only_planning_and_applying_look_at_data(
     taken: list[str] = []
     for name in ("sample", "digest"):
         real = getattr(sampling, name)
-        monkeypatch.setattr(f"ckptsurgeon.api.stale.{name}", lambda found, real=real, name=name: taken.append(name) or real(found))
+        monkeypatch.setattr(f"ckptsurgeon.api._stale.{name}", lambda found, real=real, name=name: taken.append(name) or real(found))
     cs.inspect(tmp_path / "source")
     cs.diff(tmp_path / "source", tmp_path / "target")
     cs.match(tmp_path / "source", tmp_path / "target")

@@ -263,15 +263,15 @@ def test_a_source_that_changes_before_the_first_copy_is_stale(tmp_path: Path, mo
 
 def test_a_source_that_changes_during_the_copy_is_never_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(dict(support.network(seed=1).state_dict()), tmp_path)
-    from ckptsurgeon.api import live
+    from ckptsurgeon.api import _live
 
-    real = live.put
+    real = _live.put
 
     def writing(*arguments: Any) -> None:
         real(*arguments)
         os.utime(source, ns=(5, 5))
 
-    monkeypatch.setattr(live, "put", writing)
+    monkeypatch.setattr(_live, "put", writing)
     with pytest.raises(StaleError, match="mixture"):
         cs.transfer(source, support.network(seed=2))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.matching.matcher import match
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "matching"))

@@ -17,8 +17,8 @@ import yaml
 from cli_support import PROGRAM, ROOT
 from jsonschema import Draft202012Validator
 
+from ckptsurgeon import finding_codes
 from ckptsurgeon.report import CheckReport, FileCheck, Finding
-from ckptsurgeon.surgery import codes
 from ckptsurgeon.views import github, text
 
 SCHEMAS = resources("ckptsurgeon") / "views" / "schemas"
@@ -53,25 +53,25 @@ def test_explain(run):
     family = run("check", "--explain", "CK3").out
     assert [line.split()[0] for line in family.splitlines() if line.startswith("CK")] == ["CK301", "CK302", "CK303", "CK304"]
     assert "(looked for with --against)" in family
-    for row in codes.TABLE:
+    for row in finding_codes.TABLE:
         assert f"{row.code} {row.name}" in run("check", "--explain", "all").out
 
 
 def test_explain_in_json(run):
     value = run("check", "--explain", "CK", "--json").json
     fits(value, "explain")
-    assert [row["code"] for row in value["codes"]] == list(codes.BY_CODE)
+    assert [row["code"] for row in value["codes"]] == list(finding_codes.BY_CODE)
 
 
 @pytest.mark.parametrize("word", ["CK999", "safe", "", "--json"])
 def test_explain_what_there_is_not(run, word):
     ended = run("check", f"--explain={word}")
     assert ended.code == 2 and ended.out == "" and ended.err.startswith("error: ")
-    assert all(f"{row.code} {row.name}" in ended.err for row in codes.TABLE)
+    assert all(f"{row.code} {row.name}" in ended.err for row in finding_codes.TABLE)
 
 
 def test_every_sentence_about_a_code_is_one():
-    for row in codes.TABLE:
+    for row in finding_codes.TABLE:
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", row.name)
         for words in (row.meaning, row.why, row.todo):
             assert words.endswith((".", "…"))
@@ -79,7 +79,7 @@ def test_every_sentence_about_a_code_is_one():
 
 def test_the_readme_lists_every_code():
     table = re.findall(r"^\| `(CK\d+)` \| ([a-z-]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert table == [(row.code, row.name) for row in codes.TABLE]
+    assert table == [(row.code, row.name) for row in finding_codes.TABLE]
 
 
 # --- the command line ---------------------------------------------------------------------------------------------------------------
@@ -417,5 +417,5 @@ def test_lines_end_where_the_terminal_does(width):
     assert len(lines) > 2 and all(len(line) <= width for line in lines)
     whole = text.check(report).splitlines()
     assert len(whole) == 3 and max(map(len, whole)) > 200  # a program gets each on one line
-    explained = text.explain(codes.TABLE, width).splitlines()
+    explained = text.explain(finding_codes.TABLE, width).splitlines()
     assert all(len(line) <= width for line in explained)

@@ -273,7 +273,7 @@ def test_what_nobody_foresaw_asks_for_a_report(two, run, monkeypatch, error):
     def fails(*_words: object, **_more: object) -> object:
         raise error
 
-    monkeypatch.setattr("ckptsurgeon.api.opening.read", fails)
+    monkeypatch.setattr("ckptsurgeon.api._opening.read", fails)
     monkeypatch.delenv("CKPTSURGEON_DEBUG", raising=False)
     ended = run("inspect", "a.safetensors")
     assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err

@@ -9,7 +9,7 @@ import torch
 from test_cli_schemas import fits
 from torch import nn
 
-from ckptsurgeon.surgery.rulefile import parse_rules
+from ckptsurgeon.rules.rulefile import parse_rules
 
 NET, RENAMED, VARIANT = "model:Net", "variants:NetRenamed", "variants:NetVariant"
 MODELS = """

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import PartError
-from ckptsurgeon.formats.parts import TABLE
+from ckptsurgeon.formats.folders.parts import TABLE
 
 WRITER = """
 import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp

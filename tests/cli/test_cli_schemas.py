@@ -127,8 +127,8 @@ def test_errors(run, words):
 
 
 def test_adapters(run):
-    from ckptsurgeon.models.scheme_text import SCHEMES
-    from ckptsurgeon.surgery.adapters.table import ADAPTERS
+    from ckptsurgeon.adapters.table import ADAPTERS
+    from ckptsurgeon.models.init.scheme_text import SCHEMES
 
     value = run("adapters", "--json").json
     fits(value, "adapters")

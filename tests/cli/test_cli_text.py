@@ -6,10 +6,10 @@ import shlex
 
 import pytest
 
+from ckptsurgeon.planning.diff import Diff, Hint, Mismatch, compare
+from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.report import Cast, CheckReport, FileCheck, Finding, Report, Verification
-from ckptsurgeon.surgery.compare import Diff, Hint, Mismatch, compare
-from ckptsurgeon.surgery.plan import make_plan
-from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta, contiguous_stride
 from ckptsurgeon.views import text
 from ckptsurgeon.views.text.words import broken, findings, fitted, pasted, table

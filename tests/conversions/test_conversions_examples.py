@@ -8,7 +8,7 @@ import pytest
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.surgery.rulefile import parse_rules, to_toml
+from ckptsurgeon.rules.rulefile import parse_rules, to_toml
 
 FOLDER = Path(__file__).resolve().parent
 FILES = sorted((FOLDER / "rules").glob("*.toml"))

@@ -155,7 +155,7 @@ def test_llama_whose_rotary_rows_stay_would_be_seen(tmp_path: Path) -> None:
 
 
 def cs_rules(name: str) -> tuple:
-    from ckptsurgeon.api.ruling import load_rules
+    from ckptsurgeon.api._rules import load_rules
 
     return load_rules(rules(name))
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.formats.pickle_opcodes import RARE
+from ckptsurgeon.formats.pickle.opcodes import RARE
 from ckptsurgeon.tensors import Archive
 
 EXAMPLES = int(os.environ.get("FORMATS_FUZZ", "300"))

@@ -21,7 +21,8 @@ import torch
 from formats_support import Save, bits, carry_out, out_tensors, outcome, refusal, save_legacy, save_zip
 
 from ckptsurgeon.errors import CheckpointError, FormatError, UnreadableError, UnsafeError
-from ckptsurgeon.formats import read, torch_zip_writer
+from ckptsurgeon.formats import read
+from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 from ckptsurgeon.tensors import Archive
 
 

@@ -15,8 +15,8 @@ import torch
 from formats_support import only, save_legacy, save_zip
 
 from ckptsurgeon import formats
-from ckptsurgeon.formats import torch_zip_writer
 from ckptsurgeon.formats.layout import OutTensor
+from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 
 TERABYTE = 1 << 40
 PROBE = """

@@ -22,8 +22,8 @@ from hostile_pickles import BOMBS, MEGABYTE, OPCODES, dims, legacy, long, named,
 from ckptsurgeon import formats
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError
 from ckptsurgeon.formats import read
-from ckptsurgeon.formats.pickle_globals import ALLOWED
-from ckptsurgeon.formats.pickle_machine import run
+from ckptsurgeon.formats.pickle.globals import ALLOWED
+from ckptsurgeon.formats.pickle.machine import run
 from ckptsurgeon.tensors import Archive, Refused
 
 ids = pytest.mark.parametrize("opcode", OPCODES)

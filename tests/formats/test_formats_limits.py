@@ -20,10 +20,11 @@ from formats_support import only, save_legacy, save_zip
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, LimitError
-from ckptsurgeon.formats import read, read_tree, skeleton
+from ckptsurgeon.formats import read, read_tree
 from ckptsurgeon.formats.labels import read_labels
-from ckptsurgeon.formats.limits import BY_NAME, TABLE, allowed, amount, current, limits, shown
-from ckptsurgeon.formats.pickle_machine import run
+from ckptsurgeon.formats.pickle.machine import run
+from ckptsurgeon.formats.plain import skeleton
+from ckptsurgeon.limits import BY_NAME, TABLE, allowed, amount, current, limits, shown
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 

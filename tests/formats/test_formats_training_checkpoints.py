@@ -19,9 +19,9 @@ from formats_support import Save, assert_same, only, roots, save_legacy, save_zi
 
 from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats import read
-from ckptsurgeon.formats.limits import allowed
-from ckptsurgeon.formats.pickle_machine import TruncatedPickle, run
-from ckptsurgeon.formats.torch_legacy import MAGIC, PROTOCOL
+from ckptsurgeon.formats.pickle.machine import TruncatedPickle, run
+from ckptsurgeon.formats.torch.legacy import MAGIC, PROTOCOL
+from ckptsurgeon.limits import allowed
 from ckptsurgeon.tensors import Archive, Refused
 
 both = pytest.mark.parametrize("save", [save_zip, save_legacy])

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.formats import pickle_machine
-from ckptsurgeon.formats.pickle_machine import run
-from ckptsurgeon.formats.pickle_values import StorageRef, TensorRef
+from ckptsurgeon.formats.pickle import machine as pickle_machine
+from ckptsurgeon.formats.pickle.machine import run
+from ckptsurgeon.formats.pickle.values import StorageRef, TensorRef
 
 
 def pickled(value: Any, protocol: int = 2) -> bytes:

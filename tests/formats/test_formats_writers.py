@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from ckptsurgeon.dtypes import TABLE
 from ckptsurgeon.errors import OutputError
-from ckptsurgeon.formats import read, torch_zip_writer
-from ckptsurgeon.formats import safetensors as safetensors_writer
+from ckptsurgeon.formats import read
 from ckptsurgeon.formats.layout import OutTensor
+from ckptsurgeon.formats.plain import safetensors as safetensors_writer
+from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 from ckptsurgeon.tensors import Refused, find_ties
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")

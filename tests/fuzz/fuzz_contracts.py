@@ -28,12 +28,13 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.formats.archive_tree import read_tree
 from ckptsurgeon.formats.labels import read_labels
-from ckptsurgeon.formats.tree import read_tree
-from ckptsurgeon.models import training_state as _training_state  # noqa: F401  what is imported late is no cost of an input
-from ckptsurgeon.surgery import optimizer_saved, planfile, rulefile
-from ckptsurgeon.surgery.patterns import check_template, compile_pattern, expand
-from ckptsurgeon.surgery.rules import compile_rules
+from ckptsurgeon.optimizer import format as optimizer_saved
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.rules import rulefile
+from ckptsurgeon.rules.patterns import check_template, compile_pattern, expand
+from ckptsurgeon.rules.rules import compile_rules
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 from ckptsurgeon.views import json as views_json
 from ckptsurgeon.views import text as views_text

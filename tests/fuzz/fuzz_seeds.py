@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 
 import ckptsurgeon as cs
-from ckptsurgeon.formats import skeleton
-from ckptsurgeon.surgery import planfile
+from ckptsurgeon.formats.plain import skeleton
+from ckptsurgeon.planning import planfile
 
 Seeds = Mapping[str, bytes]
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)

@@ -55,10 +55,10 @@ def _run(words: list[str], out: BinaryIO, err: BinaryIO) -> None:
 
 def _import_all() -> None:
     """All that the commands import, so that each child need not."""
-    for floor in ("formats", "surgery", "views"):
+    for floor in ("adapters", "rules", "formats", "planning", "views"):
         for found in pkgutil.walk_packages([str(ROOT / "ckptsurgeon" / floor)], f"ckptsurgeon.{floor}."):
             importlib.import_module(found.name)
-    for name in ("api.looking", "cli.check", "cli.diff", "cli.inspect", "cli.verify"):
+    for name in ("api.looking", *(f"cli.commands.{name}" for name in ("check", "diff", "inspect", "verify"))):
         importlib.import_module(f"ckptsurgeon.{name}")
     assert "torch" not in sys.modules
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_TORCH
-from ckptsurgeon.surgery.matching.result import Link, Matching
+from ckptsurgeon.matching.result import Matching
+from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta, contiguous_stride
 
 PAIRS = Path(__file__).parent / "pairs"

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.surgery.generalising.generalise import Task
-from ckptsurgeon.surgery.matching.propose import Proposal, rule
-from ckptsurgeon.surgery.matching.result import Link, Matching
-from ckptsurgeon.surgery.plan import Plan, make_plan
-from ckptsurgeon.surgery.rulefile import parse_rules
-from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.matching.proposals.propose import Proposal, rule
+from ckptsurgeon.matching.result import Matching
+from ckptsurgeon.matching.rules_from_links.generalise import Task
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.plan import Plan, make_plan
+from ckptsurgeon.rules.rulefile import parse_rules
+from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
 
 Led = dict[str, tuple[tuple[str, ...], tuple[Any, ...]]]

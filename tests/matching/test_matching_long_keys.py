@@ -11,7 +11,7 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CoverageError
-from ckptsurgeon.surgery.generalising.cover import modules
+from ckptsurgeon.rules.drafting.cover import modules
 
 pytest.importorskip("resource", reason="the memory of a process is told by POSIX")
 COSTLY = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pairs_support import PAIRS, Pair, read_pair, score
 
-from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.matching.matcher import match
 
 FILES = sorted(PAIRS.glob("*.json"))
 # What names and shapes can't tell: how many tensors stay uncertain there, and why.

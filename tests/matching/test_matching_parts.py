@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs_support import meta
 
-from ckptsurgeon.surgery.matching.assignment import assign, margins
-from ckptsurgeon.surgery.matching.forest import Node, both, fold
-from ckptsurgeon.surgery.matching.matcher import has_order, match
-from ckptsurgeon.surgery.matching.words import concepts, conflict, gated
+from ckptsurgeon.matching.assignment import assign, margins
+from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict, gated
+from ckptsurgeon.matching.matcher import has_order, match
+from ckptsurgeon.matching.module_tree import Node, both, fold
 
 tables = st.integers(1, 5).flatmap(
     lambda columns: st.lists(st.lists(st.integers(-5, 5).map(float), min_size=columns, max_size=columns), min_size=1, max_size=5)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_support import PAIRS, read_pair
 
-from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.tensors import TensorMeta
 
 MODELS = {

@@ -11,13 +11,13 @@ from pairs_support import PAIRS, read_pair
 from rules_support import checkpoint, led, literal_plan, proposed, read_back
 
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.surgery.compare import compare
-from ckptsurgeon.surgery.matching.matcher import match
-from ckptsurgeon.surgery.matching.propose import propose
-from ckptsurgeon.surgery.matching.result import Link
-from ckptsurgeon.surgery.plan import make_plan
-from ckptsurgeon.surgery.rulefile import parse_rules
-from ckptsurgeon.surgery.rules import Rule
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.proposals.propose import propose
+from ckptsurgeon.planning.diff import compare
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.plan import make_plan
+from ckptsurgeon.rules.rulefile import parse_rules
+from ckptsurgeon.rules.rules import Rule
 
 FILES = sorted(PAIRS.glob("*.json"))
 MOST = {  # rules that a pair may take

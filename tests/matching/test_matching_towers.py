@@ -5,8 +5,8 @@ from __future__ import annotations
 from pairs_support import meta
 from rules_support import checkpoint, literal_plan, proposed, read_back
 
-from ckptsurgeon.surgery.matching.matcher import match
-from ckptsurgeon.surgery.matching.result import Link
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 HERE = {

@@ -8,7 +8,7 @@ import time
 import pytest
 from pairs_support import meta
 
-from ckptsurgeon.surgery.matching.matcher import match
+from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.tensors import TensorMeta
 
 Side = dict[str, TensorMeta]

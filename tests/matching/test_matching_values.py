@@ -12,10 +12,11 @@ from rules_support import checkpoint
 from torch import nn
 
 import ckptsurgeon as cs
+from ckptsurgeon.matching.evidence import value_evidence as judging
+from ckptsurgeon.matching.evidence.value_evidence import NEAR_ONE, NEAR_ZERO, NOISE, SMOOTH, Stats, judged
+from ckptsurgeon.matching.result import Matching
+from ckptsurgeon.planning.links import Link
 from ckptsurgeon.streaming import statistics
-from ckptsurgeon.surgery.matching import judged as judging
-from ckptsurgeon.surgery.matching.judged import NEAR_ONE, NEAR_ZERO, NOISE, SMOOTH, Stats, judged
-from ckptsurgeon.surgery.matching.result import Link, Matching
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

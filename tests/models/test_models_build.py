@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ckptsurgeon.errors import TargetError
-from ckptsurgeon.models.build import build, build_meta, forked, resolve
-from ckptsurgeon.models.spec import parse
+from ckptsurgeon.models.target.build import build, build_meta, forked, resolve
+from ckptsurgeon.models.target.spec import parse
 
 NET = """
 from torch import nn

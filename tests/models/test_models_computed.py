@@ -23,7 +23,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, PlanError, TargetError
-from ckptsurgeon.surgery.planfile import from_json, to_json
+from ckptsurgeon.planning.planfile import from_json, to_json
 
 
 class Scaled(nn.Module):

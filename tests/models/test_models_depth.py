@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.depth import depths, stacks
+from ckptsurgeon.models.training.depth import depths, stacks
 
 
 def block(width=2):

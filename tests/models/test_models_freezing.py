@@ -9,7 +9,7 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ArgumentError, ModelError, NoRecordError
-from ckptsurgeon.models.freezing import is_kept
+from ckptsurgeon.models.training.freezing import is_kept
 from ckptsurgeon.report import Report
 from ckptsurgeon.tensors import Checkpoint, Coverage
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptsurgeon.errors import ModelError, NoRecordError
-from ckptsurgeon.models.groups import check_groups, fresh_keys, param_groups
+from ckptsurgeon.models.training.groups import check_groups, fresh_keys, param_groups
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.tensors import Checkpoint, Coverage
 
@@ -518,7 +518,7 @@ def test_a_fresh_stack_is_no_candidate_for_the_layers():
 
 
 def test_a_group_that_lost_a_parameter_is_never_handed_out(monkeypatch):
-    from ckptsurgeon.models import groups
+    from ckptsurgeon.models.training import groups
 
     whole = groups._group
     monkeypatch.setattr(groups, "_group", lambda *row: {**whole(*row), "params": whole(*row)["params"][1:]})

@@ -149,7 +149,7 @@ def test_one_module_at_two_places() -> None:
 
 
 def test_other_modules_take_their_values_straight_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptsurgeon.models import transfer
+    from ckptsurgeon.models.training import transfer
 
     torch.save(nn.Sequential(Turned(), nn.Linear(3, 3)).state_dict(), tmp_path / "a.pt")
     held: list[tuple[int, ...]] = []

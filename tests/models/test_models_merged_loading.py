@@ -18,7 +18,7 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.surgery.planfile import from_json, to_json
+from ckptsurgeon.planning.planfile import from_json, to_json
 
 VERSIONS = st.sampled_from([None, 1, 2, 3])
 

@@ -13,9 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ModelError, TargetError
-from ckptsurgeon.models.decay import without_decay
-from ckptsurgeon.models.depth import depths
-from ckptsurgeon.models.parameters import inner, named, named_tensors
+from ckptsurgeon.models.target.parameters import inner, named, named_tensors
+from ckptsurgeon.models.training.decay import without_decay
+from ckptsurgeon.models.training.depth import depths
 
 
 class Net(nn.Module):

@@ -14,9 +14,9 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, ModelError
-from ckptsurgeon.models import averaged_copy, optimizer_state, training_state
-from ckptsurgeon.surgery.optimizer_plan import ParameterPlan, SlotPlan
-from ckptsurgeon.surgery.optimizer_saved import Slot
+from ckptsurgeon.models.training import ema, optimizer_state, training_state
+from ckptsurgeon.optimizer.format import Slot
+from ckptsurgeon.optimizer.plan import ParameterPlan, SlotPlan
 from ckptsurgeon.tensors import Refused
 
 
@@ -145,17 +145,17 @@ def test_live_trees_end_and_name_each_tensor_once():
 
 def test_averaged_models_in_their_wrappers():
     net = nn.Linear(3, 2)
-    assert averaged_copy.inner(net) is net and averaged_copy.own_buffers(net) == {}
+    assert ema.inner(net) is net and ema.own_buffers(net) == {}
     swa = torch.optim.swa_utils.AveragedModel(net)
-    assert averaged_copy.inner(swa) is swa.module and list(averaged_copy.own_buffers(swa)) == ["n_averaged"]
+    assert ema.inner(swa) is swa.module and list(ema.own_buffers(swa)) == ["n_averaged"]
 
     class Ultra:
         def __init__(self) -> None:
             self.ema = net
 
-    assert averaged_copy.inner(Ultra()) is net
+    assert ema.inner(Ultra()) is net
     with pytest.raises(ModelError, match="no averaged model"):
-        averaged_copy.inner(3)
+        ema.inner(3)
 
 
 _junk = st.one_of(

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import RuleError, TargetError
-from ckptsurgeon.models.initial import value
-from ckptsurgeon.models.initialize import initialize
-from ckptsurgeon.models.own import load, load_adapter, own_schemes
-from ckptsurgeon.models.skeleton import checkpoint_of
-from ckptsurgeon.models.values import make_provider
+from ckptsurgeon.models.init.initialize import initialize
+from ckptsurgeon.models.init.schemes import value
+from ckptsurgeon.models.init.user_functions import load, load_adapter, own_schemes
+from ckptsurgeon.models.init.values import make_provider
+from ckptsurgeon.models.target.skeleton import checkpoint_of
 
 INITS = """
 import torch
-from ckptsurgeon.surgery.adapters.own import adapter
+from ckptsurgeon.adapters.user_adapter import adapter
 
 print("imported")
 number = 3
@@ -195,7 +195,7 @@ def test_initialize_imports_it_and_says_so_and_a_failure_writes_nothing(inits):
 
 
 def test_the_mark_and_the_scheme_texts_need_no_torch():
-    code = "import sys, ckptsurgeon.surgery.adapters.own, ckptsurgeon.models.scheme_text as s; s.parse_scheme('a:b(c=1)')"
+    code = "import sys, ckptsurgeon.adapters.user_adapter, ckptsurgeon.models.init.scheme_text as s; s.parse_scheme('a:b(c=1)')"
     assert subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=False).returncode == 0
 
 
@@ -239,8 +239,8 @@ def test_two_processes_give_the_same_bytes(inits):
     code = textwrap.dedent(
         f"""
         import json
-        from ckptsurgeon.models.initial import value
-        from ckptsurgeon.models.own import own_schemes
+        from ckptsurgeon.models.init.schemes import value
+        from ckptsurgeon.models.init.user_functions import own_schemes
         texts = ["{inits}:in_place", "{inits}:returned"]
         own = own_schemes(texts, lambda line: None)
         print(json.dumps([value(text, "w", (3, 4), "F32", 0, None, own).tolist() for text in texts]))

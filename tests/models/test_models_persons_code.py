@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 from ckptsurgeon.errors import FormatError, TargetError
-from ckptsurgeon.models.persons_code import call, is_persons, words
+from ckptsurgeon.models.target.user_code import call, is_persons, words
 
 
 def make(tmp_path, text):

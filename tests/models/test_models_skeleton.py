@@ -10,7 +10,7 @@ from torch import nn
 
 from ckptsurgeon.dtypes import TABLE
 from ckptsurgeon.errors import FormatError, TargetError
-from ckptsurgeon.models.skeleton import checkpoint_of, checkpoint_of_state_dict
+from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict
 
 
 class Tied(nn.Module):

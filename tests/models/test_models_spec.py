@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptsurgeon.errors import TargetError
-from ckptsurgeon.models.spec import Spec, looks_like_spec, parse
+from ckptsurgeon.models.target.spec import Spec, looks_like_spec, parse
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_any_text_is_parsed_or_refused_by_our_own_error(text):
 
 
 def test_specs_and_scheme_texts_do_not_load_torch():
-    code = "import sys; import ckptsurgeon.models.spec, ckptsurgeon.models.scheme_text; sys.exit('torch' in sys.modules)"
+    code = "import sys; import ckptsurgeon.models.target.spec, ckptsurgeon.models.init.scheme_text; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_module_never_evaluates():
-    import ckptsurgeon.models.spec as module
+    import ckptsurgeon.models.target.spec as module
 
     tree = ast.parse(Path(module.__file__).read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -9,7 +9,7 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.groups import check_groups
+from ckptsurgeon.models.training.groups import check_groups
 
 
 class Net(nn.Module):

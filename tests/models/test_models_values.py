@@ -11,9 +11,9 @@ from torch import nn
 
 from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.errors import CastError, ModelError, RuleError
-from ckptsurgeon.models.initialize import value
-from ckptsurgeon.models.skeleton import checkpoint_of
-from ckptsurgeon.models.values import extra_state, make_provider, tensor_bytes
+from ckptsurgeon.models.init.initialize import value
+from ckptsurgeon.models.init.values import extra_state, make_provider, tensor_bytes
+from ckptsurgeon.models.target.skeleton import checkpoint_of
 from ckptsurgeon.tensors import TensorMeta
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from ckptsurgeon.errors import DeviceError, ModelError, TargetError
-from ckptsurgeon.models import readback
-from ckptsurgeon.models.official import at_root
-from ckptsurgeon.models.skeleton import checkpoint_of_state_dict
-from ckptsurgeon.models.values import tensor_bytes
-from ckptsurgeon.models.verify import check_device, verify_on_device
+from ckptsurgeon.models.init.values import tensor_bytes
+from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict
+from ckptsurgeon.models.verify import readback
+from ckptsurgeon.models.verify.official import at_root
+from ckptsurgeon.models.verify.verify import check_device, verify_on_device
 from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta, contiguous_stride
 
 

@@ -246,7 +246,7 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("wrong", ["reader", "bytes"])
 def test_a_proof_that_fails_names_the_output(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.ones(3)}, tmp_path / "in.pt")
-    from ckptsurgeon.models import official
+    from ckptsurgeon.models.verify import official
     from ckptsurgeon.streaming import copying
 
     def refuses(path: str) -> Any:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptsurgeon import formats
+from ckptsurgeon.adapters.chain import infer_chain
+from ckptsurgeon.adapters.kernels.table import KERNELS
+from ckptsurgeon.adapters.table import ADAPTERS
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.streaming.kernels.table import KERNELS
-from ckptsurgeon.streaming.pieces import BY_BYTES, pieces_of
-from ckptsurgeon.surgery import roots
-from ckptsurgeon.surgery.adapters.chain import infer_chain
-from ckptsurgeon.surgery.adapters.table import ADAPTERS
+from ckptsurgeon.planning import roots
+from ckptsurgeon.streaming.moved_ranges import BY_BYTES, pieces_of
 from ckptsurgeon.tensors import Checkpoint
 
 Op = dict[str, Any]

@@ -13,11 +13,11 @@ from streaming_support import names
 from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import Layout, Slot
+from ckptsurgeon.planning import roots
+from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.streaming import apply as applying
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.apply import Output, apply
-from ckptsurgeon.surgery import roots
-from ckptsurgeon.surgery.plan import make_plan
 
 REAL = copying.copy_range
 Copy = Callable[[int, int, int, int, int], None]

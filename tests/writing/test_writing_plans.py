@@ -17,7 +17,7 @@ from writing_support import Ended, content, inside, one_error, setting
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, PlanError, StaleError
-from ckptsurgeon.surgery import planfile
+from ckptsurgeon.planning import planfile
 
 Place = tuple[str | int, ...]
 KINDS: tuple[Any, ...] = (None, True, False, 0, 1, -1, 10**30, 0.5, "", "x", "\x1b[31m", [], [0], ["first"], [[]], {}, {"a": 1}, [{}])

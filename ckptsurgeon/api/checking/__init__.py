@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ckptsurgeon.api import opening
+from ckptsurgeon.api import _opening
+from ckptsurgeon.api._opening import Given, Note, Path, Target, silent
 from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, Words, gate, refuse_unheard
-from ckptsurgeon.api.opening import Given, Note, Path, Target, silent
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.report import CheckReport, FileCheck, Settings
 from ckptsurgeon.views import text
@@ -84,7 +84,7 @@ def check(
 
 def target_of(against: Given, note: Note) -> Target:
     """What files must fit, opened."""
-    return opening.open_target(against, note=note)
+    return _opening.open_target(against, note=note)
 
 
 def check_each(

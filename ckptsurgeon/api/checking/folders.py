@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator
 
 from ckptsurgeon.errors import PartError, UnreadableError
-from ckptsurgeon.formats import parts
-from ckptsurgeon.formats.shards import find_in_folder
+from ckptsurgeon.formats.folders import parts
+from ckptsurgeon.formats.folders.hf_shards import find_in_folder
 from ckptsurgeon.tensors import Archive
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")  # those of .pre-commit-hooks.yaml

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from ckptsurgeon.api import opening, proving
+from ckptsurgeon.api import _opening, _proving
 from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
 from ckptsurgeon.dtypes import BY_CODE
@@ -24,12 +24,12 @@ from ckptsurgeon.errors import (
     UnsafeError,
     no_memory,
 )
+from ckptsurgeon.planning import roots
+from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming.checksums import hold
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, count_non_finite
-from ckptsurgeon.surgery import roots
-from ckptsurgeon.surgery.quantised import find
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 
 # The code of each kind of refusal; a class that is not here has its nearest base's.
@@ -67,7 +67,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     """Each a kind of question, so that one that can't be answered does not keep the others from being asked."""
     archive = None
     try:
-        archive = opening.read(path)
+        archive = _opening.read(path)
     except CheckpointError as error:
         yield [_refusal(error, path)]
         if isinstance(error, PartError):
@@ -91,7 +91,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
             chosen = roots.choose(archive, root=gate.root, target=None if against is None else against.checkpoint, parts=True)
             checkpoints = [chosen]
             if against is not None:
-                yield [replace(found, code=FITS[found.code]) for found in proving.fits(chosen, against.checkpoint)]
+                yield [replace(found, code=FITS[found.code]) for found in _proving.fits(chosen, against.checkpoint)]
         except CheckpointError as error:
             yield [_refusal(error, path)]
     if gate.dtypes:

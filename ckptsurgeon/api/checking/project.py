@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptsurgeon.api import opening
+from ckptsurgeon.api import _opening
+from ckptsurgeon.api._opening import Note, Target, is_code, unmissable
 from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
-from ckptsurgeon.api.opening import Note, Target, is_code, unmissable
 from ckptsurgeon.errors import CheckpointError, SettingsError
-from ckptsurgeon.formats import toml_text
 from ckptsurgeon.formats.files import open_regular
-from ckptsurgeon.formats.limits import current, limits
-from ckptsurgeon.models.spec import looks_like_spec, parse
+from ckptsurgeon.limits import current, limits
+from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.report import CheckReport, Settings, Unmissable
-from ckptsurgeon.surgery import long_keys
-from ckptsurgeon.surgery.long_keys import Piece
+from ckptsurgeon.rules import long_keys, toml_text
+from ckptsurgeon.rules.long_keys import Piece
 
 NAME = "pyproject.toml"
 TABLE = "tool.ckptsurgeon"
@@ -236,7 +235,7 @@ def glob(words: str) -> Glob:
 
 
 def check_project(
-    paths: Iterable[str], project: Project, given: Mapping[str, Any], *, jobs: int | None = None, note: Note = opening.silent
+    paths: Iterable[str], project: Project, given: Mapping[str, Any], *, jobs: int | None = None, note: Note = _opening.silent
 ) -> CheckReport:
     """`check` with what a project asks; what is `given` (arguments of `check`) goes before it.
 

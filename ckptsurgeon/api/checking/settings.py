@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ckptsurgeon.api.applying import is_given
-from ckptsurgeon.api.opening import Target
+from ckptsurgeon import finding_codes
+from ckptsurgeon.api._opening import Target
+from ckptsurgeon.api._options import is_given
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.formats.limits import amount
-from ckptsurgeon.surgery import codes
+from ckptsurgeon.limits import amount
 
 Words = str | Iterable[str]  # one, several with commas between them, or several
 
@@ -50,7 +50,7 @@ class Gate:
 
     def wants(self, code: str) -> bool:
         """Whether findings of this code are told."""
-        return codes.wanted(code, self.select, self.ignore)
+        return finding_codes.wanted(code, self.select, self.ignore)
 
 
 def gate(
@@ -97,10 +97,12 @@ def gate(
 
 def refuse_unheard(given: Mapping[str, Any]) -> None:
     """Raises SettingsError where one call asks for something and, by `select` or `ignore`, not to be told of it."""
-    select, ignore = ([row.code for word in _split(given.get(name) or ()) for row in codes.named(word)] for name in ("select", "ignore"))
+    select, ignore = (
+        [row.code for word in _split(given.get(name) or ()) for row in finding_codes.named(word)] for name in ("select", "ignore")
+    )
     for name, option in _ASKS.items():
-        found = [row.code for row in codes.TABLE if row.option == option]
-        if is_given(given.get(name)) and not any(codes.wanted(code, select, ignore) for code in found):
+        found = [row.code for row in finding_codes.TABLE if row.option == option]
+        if is_given(given.get(name)) and not any(finding_codes.wanted(code, select, ignore) for code in found):
             reason = f"looks for {' and '.join(found)}, which --select or --ignore leaves out"
             raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {found[0]} be told")
 
@@ -116,16 +118,16 @@ def _unknown(option: str, what: str, word: str, known: Sequence[str], hint: str)
     return SettingsError(f"there is no {what} {word!r}{f'; is it {near}?' if near else ''}", key=option, hint=hint)
 
 
-def _codes(word: str, option: str) -> tuple[codes.Code, ...]:
-    found = codes.named(word)
+def _codes(word: str, option: str) -> tuple[finding_codes.Code, ...]:
+    found = finding_codes.named(word)
     if not found:
-        raise _unknown(option, "code", word, [*codes.BY_CODE, *(row.name for row in codes.TABLE)], every_code())
+        raise _unknown(option, "code", word, [*finding_codes.BY_CODE, *(row.name for row in finding_codes.TABLE)], every_code())
     return found
 
 
 def every_code() -> str:
     """The codes, as a hint names them."""
-    return f"the codes are {', '.join(codes.BY_CODE)}; or the beginning of some, such as CK2"
+    return f"the codes are {', '.join(finding_codes.BY_CODE)}; or the beginning of some, such as CK2"
 
 
 def _dtype(word: str) -> str:

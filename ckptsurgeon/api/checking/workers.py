@@ -19,7 +19,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.report import Finding
-from ckptsurgeon.streaming.undisturbed import HELD, undisturbed
+from ckptsurgeon.streaming.signals import HELD, undisturbed
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

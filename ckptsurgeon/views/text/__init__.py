@@ -4,12 +4,12 @@ Every name is made printable, so that a key can't steer a terminal. With `verbos
 terminal's, in columns, and None where there is no terminal, so that a file or a program gets each row on one line.
 """
 
-from ckptsurgeon.views.text.checked import check, explain, verification
-from ckptsurgeon.views.text.compared import diff, next_command, rename_hints
-from ckptsurgeon.views.text.done import carried, groups, report, skeleton
-from ckptsurgeon.views.text.inside import archive, known
-from ckptsurgeon.views.text.matched import matching
-from ckptsurgeon.views.text.planned import plan, summary
+from ckptsurgeon.views.text.check import check, explain, verification
+from ckptsurgeon.views.text.diff import diff, next_command, rename_hints
+from ckptsurgeon.views.text.inspect import archive, known
+from ckptsurgeon.views.text.match import matching
+from ckptsurgeon.views.text.merge import carried, groups, report, skeleton
+from ckptsurgeon.views.text.plan import plan, summary
 from ckptsurgeon.views.text.words import shape, size
 
 __all__ = [

@@ -8,11 +8,11 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from tabulate import tabulate
 
+from ckptsurgeon.adapters.op import Op
+from ckptsurgeon.adapters.table import texts
 from ckptsurgeon.errors import printable
+from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.report import Finding
-from ckptsurgeon.surgery.adapters.op import Op
-from ckptsurgeon.surgery.adapters.table import texts
-from ckptsurgeon.surgery.quantised import Codes
 from ckptsurgeon.tensors import Coverage
 from ckptsurgeon.views.folding import fold, fold_siblings
 

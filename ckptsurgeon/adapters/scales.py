@@ -1,0 +1,78 @@
+"""The adapter that makes values of quantised codes: value = code × scale ÷ divisor, a scale for each block of the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from ckptsurgeon.adapters.layout import need, refused
+from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, whole, wholes
+from ckptsurgeon.errors import RuleError
+
+BLOCK = 128  # what fp8 checkpoints that scale by blocks use; a file does not say
+
+
+def block_of(codes: Shape, scale: Shape) -> tuple[int, ...] | None:
+    """The block of codes that has one scale, a size for each dim (0 for the whole dim); None where the shapes do not tell.
+
+    >>> block_of((256, 200), (2, 2)), block_of((4, 6), (4,)), block_of((4, 6), (4, 1)), block_of((4, 6), ()), block_of((4, 6), (3,))
+    ((128, 128), (1, 0), (1, 0), (0, 0), None)
+    """
+    if prod(scale) == 1:
+        return (0,) * len(codes)
+    if len(scale) > len(codes) or not prod(codes):
+        return None
+    if len(scale) < len(codes):
+        return (*(1 for _ in scale), *(0 for _ in codes[len(scale) :])) if scale == codes[: len(scale)] else None
+    sizes = [_size(size, count) for size, count in zip(codes, scale, strict=True)]
+    return None if None in sizes else tuple(size for size in sizes if size is not None)
+
+
+def _size(size: int, count: int) -> int | None:
+    if count in (1, size):
+        return 0 if count == 1 else 1
+    if count and -(-size // BLOCK) == count:
+        return BLOCK
+    return size // count if count and size % count == 0 else None
+
+
+def grid(codes: Shape, block: Sequence[int]) -> Shape:
+    """How many scales there are along each dim.
+
+    >>> grid((256, 200), (128, 0))
+    (2, 1)
+    """
+    return tuple(-(-size // part) if part else 1 for size, part in zip(codes, block, strict=True))
+
+
+def _pairs(op: Op, shapes: tuple[Shape, ...]) -> list[tuple[Shape, Shape]]:
+    if not shapes or len(shapes) % 2:
+        raise refused(op, f"takes codes and their scale by turns, and {len(shapes)} tensors come in")
+    return list(zip(shapes[::2], shapes[1::2], strict=True))
+
+
+def _dequantized(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    block, divisor = need(op, "block"), need(op, "divisor")
+    for codes, scale in _pairs(op, shapes):
+        if divisor < 1 or len(block) != len(codes) or prod(grid(codes, block)) != prod(scale):
+            raise refused(op, f"has blocks {list(block)[:8]} and divisor {divisor}, which codes {codes} and scales {scale} do not have")
+    return shapes[::2]
+
+
+def _filled(op: Op, place: Place) -> Op:
+    blocks = {block_of(codes, scale) for codes, scale in _pairs(op, place.shapes)}
+    block = op.get("block", next(iter(blocks)) if len(blocks) == 1 else None)
+    if block is None:
+        raise RuleError("dequantize can't tell the blocks by the shapes", hint="write dequantize(block=[128, 128])")
+    return {"op": "dequantize", "block": list(block), "divisor": op.get("divisor", 1)}
+
+
+SCALES: dict[str, Adapter] = {
+    "dequantize": Adapter(
+        "float32 values of codes and their scale, by turns: out = code * scale / divisor (1), a scale for each `block` (0 is a whole dim)",
+        {"block": wholes, "divisor": whole},
+        _dequantized,
+        _filled,
+        gives="F32",
+    )
+}

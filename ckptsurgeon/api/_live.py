@@ -1,0 +1,278 @@
+"""From a checkpoint to the first training step: transfer into a live model, initialise what is fresh, parameter groups.
+
+The verbs of `api` that need torch and a model; imported only when one of them is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ckptsurgeon.api import _gates, _opening, _training_state
+from ckptsurgeon.api._gates import Uncertain
+from ckptsurgeon.api._opening import Given, Note
+from ckptsurgeon.api._options import facts, facts_of, refuse_idle
+from ckptsurgeon.api._own_loading import learned
+from ckptsurgeon.api._rules import Own, Ruling
+from ckptsurgeon.api._training_state import Asked, averaged_into
+from ckptsurgeon.errors import ModelError, RootError, StaleError
+from ckptsurgeon.models.init import initialize
+from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
+from ckptsurgeon.models.training import freezing, groups
+from ckptsurgeon.models.training.ema import live_roots
+from ckptsurgeon.models.training.transfer import Value, Waiting, at_hand, put
+from ckptsurgeon.models.verify.official import at_root
+from ckptsurgeon.planning.plan import Plan, Step, make_plan
+from ckptsurgeon.planning.roots import choose
+from ckptsurgeon.report import CarriedState, Cast, Finding, Report
+from ckptsurgeon.rules.rules import from_arguments
+from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
+from ckptsurgeon.streaming.apply import torn, with_data
+from ckptsurgeon.streaming.checksums import hold_all, without
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
+from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.views import text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+State = Mapping[str, Any]
+
+
+def transfer(
+    source: Given,
+    model: nn.Module,
+    ruling: Ruling,
+    *,
+    root: str | None,
+    seed: int | None,
+    allow_cast: Iterable[str],
+    min_coverage: float | None,
+    strict: bool,
+    auto: str | None = None,
+    dequantize: bool = False,
+    match: Uncertain | None = None,
+    asked: Asked | None = None,
+    checksums: bool = False,
+) -> Report:
+    """See `ckptsurgeon.transfer`. Without `asked` it is a step of another call, whose options have been held against it."""
+    goal = checkpoint_of(model, type(model).__name__)
+    given, live = _open(source, root, goal, asked is not None and asked.ema is not None)
+    if match is not None:
+        from ckptsurgeon.api._matched import matched
+
+        ruling = matched([given], goal, ruling, match == "accepted")
+    ruling = learned([given], goal, lambda: model, ruling, auto=auto)
+    plan = make_plan(
+        [given], goal, ruling.rules, seed=seed or 0, allow_cast=allow_cast, auto=auto, dequantize=dequantize, outside=ruling.outside
+    )
+    if asked is not None:
+        _refuse_idle(plan, seed, dequantize, asked)
+        _gates.refuse_idle_casts(plan.allow_cast, [step.target for step in plan.steps])
+    _gates.check(plan, min_coverage=min_coverage, strict=strict)
+
+    def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
+        rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
+        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto, "checksums": checksums, "dequantize": dequantize}
+        return transfer(other, copy, rules, root=where, seed=seed, allow_cast=allow_cast, **chosen)  # type: ignore[arg-type]
+
+    carried: CarriedState | None = None
+    with Reader([given]) as reader, ExitStack() as undo:
+        casts: list[Cast] = []
+        run = _Run(plan, given, live, reader, model, ruling.own, casts)
+        values = {step.target: run.value(step) for step in plan.steps if step.sources and step.action != "load"}
+        handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
+        refuse_losses(casts, plan.allow_cast)
+        _refuse_torn_ties(plan, values)
+        reader.check_unchanged()
+        extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
+        if asked:
+            around = cache(lambda: _training_state.beside(source, given, reader))
+            carried = _training_state.give(
+                asked, around, given, plan, model, lambda: averaged_into(asked, source, around, again, undo), undo
+            )
+        if checksums:
+            hold_all(reader, [given])
+        put(plan, model, values.__getitem__, extra, ruling.own.schemes, handed)
+        _check_still_unchanged(reader)
+    report = Report(
+        sources=(given.path,),
+        target=goal.path,
+        transferred=plan.transferred,
+        kept=plan.kept,
+        fresh=plan.fresh,
+        still_fresh=plan.still_fresh,
+        roots=tuple(source.root for source in plan.sources),
+        prefixes=tuple(source.prefix for source in plan.sources),
+        dropped=tuple((row.source, row.reason) for row in plan.dropped),
+        coverage=plan.coverage,
+        casts=reported(casts),
+        findings=(*plan.findings, *(_without_checksums(reader, given) if checksums else ())),
+        adapted=plan.adapted,
+        partial=plan.partial,
+        optimizer=carried,
+    )
+    return replace(report, text=text.report(report))
+
+
+def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
+    entries = reader.entries()
+    if not entries:
+        return [Finding("no-checksum", f"{given.format} keeps no checksums that the data could be held against", level="note")]
+    return without(entries.values())
+
+
+def _refuse_idle(plan: Plan, seed: int | None, dequantize: bool, asked: Asked) -> None:
+    drawn = any(scheme != "model" for step in plan.steps for scheme in step.schemes)  # "model" is what the live model has already
+    present = {kind: getattr(asked, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
+    known = facts(initial_values=drawn, codes="codes" in facts_of(plan), **present)
+    words = ("optimizer_root", "optimizer_names", "optimizer_from", "scheduler_from", "ema_root")
+    refuse_idle(known, seed=seed, dequantize=dequantize, **{word: getattr(asked, word) for word in words})
+
+
+def _check_still_unchanged(reader: Reader) -> None:
+    # Values are read from the file straight into the model: reading them all beforehand would take the memory of a second one.
+    try:
+        reader.check_unchanged()
+    except StaleError as error:
+        error.reason = "changed while it was copied into the model, which may hold a mixture now"
+        error.hint = "transfer again when nothing writes to it"
+        raise
+
+
+def _open(source: Given, root: str | None, goal: Checkpoint, beside_average: bool) -> tuple[Checkpoint, State]:
+    """The source as a checkpoint, and, when it is in memory, its live tensors. `beside_average`: the averaged copy is asked for too."""
+    from torch import nn
+
+    if root is None and isinstance(source, Mapping) and not isinstance(source, Checkpoint):
+        root = _live_root(source, goal, beside_average)
+    if root is not None and isinstance(source, (nn.Module, Mapping)) and not isinstance(source, Checkpoint):
+        source = at_root(source, root)
+        if not isinstance(source, Mapping):
+            raise RootError(f"has no state_dict at {root!r}", path="the source")
+    if isinstance(source, nn.Module):
+        state = state_dict_of(source, type(source).__name__)
+        return checkpoint_of(source, type(source).__name__), state
+    if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
+        return replace(checkpoint_of_state_dict(source), root=root or ""), source
+    found = _opening.look(source)
+    if root is None and beside_average:
+        found = _training_state.without_averaged(found)
+    return _opening.open_source(found, root=root, target=goal), {}
+
+
+def _live_root(source: Mapping[Any, Any], goal: Checkpoint, beside_average: bool) -> str | None:
+    """The root that a live training checkpoint's state_dict is at, by the rule for files; None for a state_dict itself."""
+    from torch import Tensor
+
+    if any(isinstance(value, Tensor) for value in source.values()):
+        return None
+    found = live_roots(source)
+    found = _training_state.without_averaged(found) if beside_average else found
+    roots = {one.root for one in found.state_dicts}
+    chosen = choose(found, target=goal).root if roots else None
+    return chosen if chosen in roots else None
+
+
+def _refuse_torn_ties(plan: Plan, values: Mapping[str, Value]) -> None:
+    for group in plan.ties:
+        first, *rest = [key for key in group if key in values] or [""]
+        for key in rest:
+            if not _same(values[key], values[first]):
+                raise torn(first, key)
+
+
+def _same(one: Value, other: Value) -> bool:
+    if isinstance(one, Waiting) and isinstance(other, Waiting) and (one.meta.span, one.meta.stride) == (other.meta.span, other.meta.stride):
+        return True
+    return one is other or memory_of(at_hand(one)) == memory_of(at_hand(other))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One transfer: where values come from, and what the casts lose."""
+
+    plan: Plan
+    given: Checkpoint
+    live: State
+    reader: Reader
+    model: nn.Module
+    own: Own
+    casts: list[Cast]
+
+    def value(self, step: Step) -> Value:
+        """A step's value. One that is neither adapted nor cast is not copied: it waits in the file, or lies in the live source."""
+        key = step.sources[0][1]
+        dtype = self.given[key].dtype
+        if step.adapters:
+            tensors = [at_hand(self.value_of(one)) for _, one in step.sources]
+            return adapted_and_cast(step, tensors, dtype, lambda: self._initial(step), self.own.kernels, self.casts)
+        made = self.value_of(key)
+        if step.cast is None:
+            return made
+        parts = self.reader.parts(made.meta) if isinstance(made, Waiting) else dense_parts(made)
+        data = bytearray().join(cast(step.target, parts, dtype, step.cast, self.casts))
+        return tensor_from(data, step.dtype).view(step.shape)
+
+    def value_of(self, key: str) -> Value:
+        """The source's own value of a key."""
+        if key not in self.live:
+            origin = with_data(self.given, key)
+            assert origin.span is not None
+            self.reader.locate(origin.span)  # opened, held against its stamp and unpacked now: not between two copies
+            return Waiting(origin, self.reader)
+        tensor: torch.Tensor = self.live[key].detach()
+        if tensor.device.type == "meta":
+            raise ModelError("has no values: it is on the meta device", path=self.given.path, key=key)
+        return tensor.resolve_conj().resolve_neg()  # a copy only of what torch conjugates or negates lazily
+
+    def _initial(self, step: Step) -> torch.Tensor:
+        """The model's own value, or a scheme's, where an adapter fills up with it."""
+        scheme = next(iter(step.schemes), "model")
+        state = state_dict_of(self.model, type(self.model).__name__)
+        if scheme == "model":
+            found: torch.Tensor = state[step.target].detach()
+            return found
+        leader = self.plan.leader(step.target)
+        owner, leaf = initialize.layer_of(self.model, leader)
+        return initialize.value(scheme, leader, step.shape, step.dtype, self.plan.seed, owner, self.own.schemes, leaf)
+
+
+def _record(source: Any) -> Any:
+    """What says which keys are fresh: a report, plan or checkpoint as it is; a path is opened."""
+    return _opening.open_source(source) if isinstance(source, (str, os.PathLike)) else source
+
+
+def param_groups(
+    model: nn.Module, source: Any, *, overrides: Mapping[str, float] | None, partial: str | None, **choices: Any
+) -> list[dict[str, Any]]:
+    """See `ckptsurgeon.param_groups`."""
+    record = not isinstance(source, Mapping) or isinstance(source, Checkpoint)
+    refuse_idle(facts(record=record), partial=partial, **{name: choices[name] for name in ("fresh_lr", "fresh_scale")})
+    if not record:
+        overrides, source = {**source, **(overrides or {})}, ()
+    return groups.param_groups(model, _record(source), overrides=overrides, partial=partial or groups.TRANSFERRED, **choices)
+
+
+def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:
+    """See `ckptsurgeon.freeze`. A string is a pattern, never a file, though the error says so where it names one."""
+    refuse_idle(facts(record=not freezing.is_patterns(what)), partial=partial)
+    try:
+        return freezing.freeze(
+            model, _opening.open_source(what) if isinstance(what, os.PathLike) else what, partial=partial or groups.FRESH
+        )
+    except ModelError as error:
+        if isinstance(what, str) and os.path.isfile(what):
+            error.hint = f"to go by a merged file's record: freeze(model, ckptsurgeon.open({what!r}))"
+        raise
+
+
+def initialize_fresh(model: nn.Module, source: Any, scheme: Any, seed: int, note: Note) -> tuple[str, ...]:
+    """See `ckptsurgeon.initialize`."""
+    return initialize.initialize(model, _record(source), scheme, seed=seed, note=note)

@@ -1,0 +1,172 @@
+"""Turns what a person gives (a path, a spec, a model, a state_dict, a checkpoint) into a `Checkpoint`, and for a model the way to build it.
+
+torch is imported only when a model or a live state_dict is given. Nothing is compared or decided here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptsurgeon import formats
+from ckptsurgeon.errors import PlanError, RootError, TargetError
+from ckptsurgeon.models.target.spec import looks_like_spec, parse
+from ckptsurgeon.planning import roots
+from ckptsurgeon.planning.plan import PlanTarget
+from ckptsurgeon.report import Unmissable
+from ckptsurgeon.tensors import Archive, Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Note = Callable[[str], None]
+Renames = Mapping[str, str] | Iterable[tuple[str, str]]
+Path = str | os.PathLike[str]
+Given = Any  # str | PathLike | Checkpoint | nn.Module | Mapping[str, Tensor]
+
+
+def silent(_note: str) -> None:
+    """Where nobody listens."""
+
+
+def unmissable(note: Note) -> Note:
+    """A listener whose notes `-q` does not hide: for code that not the call itself names, but a file."""
+    return lambda words: note(Unmissable(words))
+
+
+def is_code(target: str) -> bool:
+    """Whether a target's text names code to import, such as `module:Net`, and no file that is there."""
+    return looks_like_spec(target) and not os.path.exists(target)
+
+
+TREES = ("torch-zip", "torch-legacy")  # formats that hold more than tensors under names
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target: its names and shapes, and, when it is a model, how to make a fresh one on the CPU from a seed (or on meta)."""
+
+    checkpoint: Checkpoint
+    build: Callable[[int], nn.Module] | None = None
+    build_meta: Callable[[], nn.Module] | None = None
+
+    @property
+    def any_model(self) -> Callable[[], nn.Module] | None:
+        """The cheapest way to a model with the target's modules, whatever its values; None where the target is no model."""
+        build = self.build
+        return self.build_meta or (None if build is None else lambda: build(0))
+
+
+def read(path: str | os.PathLike[str]) -> Archive:
+    """The header of the file or folder at `path`, with every root in it."""
+    return formats.read(os.fspath(path))
+
+
+def look(given: Given) -> Given:
+    """A path's header, anything else as it is: a file that can't be read is told before a model is imported."""
+    if not isinstance(given, (str, os.PathLike)):
+        return given
+    text = os.fspath(given)
+    if is_code(text):
+        raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
+    return read(text)
+
+
+def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
+    """A source as a checkpoint: a file, or what `look` saw of it, under its named or best root, or a `Checkpoint` as it is.
+
+    `parts`: as `roots.choose`.
+    """
+    if isinstance(given, Checkpoint):
+        if root is not None and root != given.root:
+            raise RootError(
+                f"was opened under the root {given.root!r}, not {root!r}", path=given.path, hint="open it again under that root"
+            )
+        return given
+    found = look(given)
+    if isinstance(found, Archive):
+        try:
+            return roots.choose(found, root=root, target=target, parts=parts)
+        except RootError:
+            named = None if root is None or found.format not in TREES else roots.at_place(formats.read_tree(found.path).value, root)
+            if named is None:
+                raise
+            return roots.checkpoint(found, named)
+    raise TargetError(
+        f"a {type(given).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
+    )
+
+
+def open_target(given: Given, *, root: str | None = None, note: Note = silent) -> Target:
+    """A target as a checkpoint: a spec such as `module:Net`, a live model or state_dict, a skeleton, or another checkpoint file.
+
+    Raises TargetError for a spec that can't be imported or built, and the readers' errors for a file.
+    """
+    if isinstance(given, Target):
+        return given
+    if isinstance(given, Checkpoint):
+        return Target(given)
+    if isinstance(given, (str, os.PathLike)):
+        text = os.fspath(given)
+        if is_code(text):
+            return _from_spec(text, note)
+        return Target(roots.choose(read(text), root=root))
+    return _from_live(given, note)
+
+
+def open_planned(planned: PlanTarget, note: Note = silent) -> Target:
+    """The target that a plan names; PlanError for a model that was in memory when the plan was made."""
+    if planned.kind == "model" and not looks_like_spec(planned.spec):
+        raise PlanError(
+            f"was made for a {planned.spec} in memory, which it can't bring back",
+            hint="plan with a spec such as 'model:Net' as the target, or call merge with the model",
+        )
+    if planned.kind != "model" and is_code(planned.spec):
+        raise PlanError(f"was made for a {planned.kind}, and its target is code", path=planned.spec, hint="plan again: ckptsurgeon plan …")
+    return open_target(planned.spec, root=planned.root or None, note=note)
+
+
+def settle(target: Target, seed: int, note: Note) -> Target:
+    """The target as its model is really built on the CPU: a constructor may catch what fails on meta, and build another shape there."""
+    assert target.build is not None
+    from ckptsurgeon.models.target.skeleton import checkpoint_of
+
+    real = checkpoint_of(target.build(seed), target.checkpoint.path)
+    if real.fingerprint == target.checkpoint.fingerprint:
+        return target
+    note(f"{target.checkpoint.path} has other tensors on the CPU than on the meta device; those of the CPU are taken")
+    return Target(real, target.build, None)
+
+
+def _from_spec(text: str, note: Note) -> Target:
+    spec = parse(text)
+    from ckptsurgeon.models.target.build import build, build_meta
+    from ckptsurgeon.models.target.skeleton import checkpoint_of
+
+    def fresh(seed: int) -> nn.Module:
+        return build(spec, seed, silent)
+
+    def on_meta() -> nn.Module:
+        return build_meta(spec, silent)
+
+    return Target(checkpoint_of(build_meta(spec, note), text, note=note), fresh, on_meta)
+
+
+def _from_live(given: Given, note: Note) -> Target:
+    from torch import nn
+
+    from ckptsurgeon.models.target.build import copied as deep_copy
+    from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict
+
+    if isinstance(given, nn.Module):
+        name = type(given).__name__
+
+        def copied(_seed: int) -> nn.Module:
+            return deep_copy(given, name)
+
+        return Target(checkpoint_of(given, name, note=note), copied, lambda: given)
+    if isinstance(given, Mapping):
+        return Target(checkpoint_of_state_dict(given))
+    raise TargetError(f"a {type(given).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")

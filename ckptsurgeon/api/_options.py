@@ -1,0 +1,124 @@
+"""Which options apply to which call, as one table: an option that would be ignored is refused, with the reason.
+
+An option counts as given when it is not None, False or empty; so whatever has a default says None where it is not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.planning.plan_types import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An option applies where the call has at least one of the facts `needs`; `reason` says why it does not without them."""
+
+    option: str
+    needs: tuple[str, ...]
+    reason: str
+    hint: str
+
+
+TABLE: tuple[Row, ...] = (
+    Row("seed", ("model built", "initial values"), "has nothing to draw: no model is built, and no rule initialises a key", "leave it out"),
+    Row("device", ("model",), "is where a model is loaded, and the target is no model", "give module:Net as the target, or leave it out"),
+    Row("device", ("verify",), "is where the proof loads the model, and --no-verify skips it", "leave out one of the two"),
+    Row("inputs", ("model",), "is for a forward pass, and the target is no model", "give module:Net as the target"),
+    Row("inputs", ("values",), "is for a forward pass, and there are no values on meta", "name another --device"),
+    Row("tied", ("safetensors",), "says how safetensors gets tied keys; torch's format keeps them tied", "leave it out"),
+    Row("dequantize", ("codes",), "makes values of quantised weights, and none is taken that is one", "leave it out"),
+    Row("finite", ("written",), "is for what is written, and --dry-run writes nothing", "leave it out, or merge without --dry-run"),
+    Row("auto", ("target",), "makes a source fit a target, and there is no target", "give the target as the last path"),
+    Row("min_coverage", ("target",), "is the share of a target, and there is no target", "give the target as the last path"),
+    Row("strict", ("target",), "is about a target's keys, and there is no target", "give the target as the last path"),
+    Row("dtype target", ("target",), "takes the target's dtypes, and there is no target", "name a dtype: --dtype BF16"),
+    Row("weights", ("average",), "goes with --average", "--average --weights 3,1"),
+    Row("overwrite", ("output",), "replaces the file that -o names, and none is named", "add -o FILE"),
+    Row("tolerance", ("forward",), "is for outputs that --forward compares", "--source-model module:Net --forward module:make_inputs"),
+    Row("optimizer_root", ("optimizer",), "says where an optimizer's state stands, and none is asked for", "--with-optimizer"),
+    Row("optimizer_names", ("optimizer",), "names an optimizer's parameters, and none is asked for", "--with-optimizer"),
+    Row("optimizer_from", ("optimizer",), "holds an optimizer's state, and none is asked for", "transfer(..., optimizer=optimizer)"),
+    Row("scheduler_from", ("scheduler",), "holds a scheduler's state, and none is asked for", "transfer(..., scheduler=scheduler)"),
+    Row("ema_root", ("ema",), "says where an averaged copy stands, and none is asked for", "transfer(..., ema=copy)"),
+    *(
+        Row(name, ("record",), "is about a record of what is fresh, and patterns are none", "give a report, a plan or a checkpoint")
+        for name in ("partial", "fresh_lr", "fresh_scale")
+    ),
+)
+OPTIONS = frozenset(row.option for row in TABLE)
+
+
+def refuse_idle(facts: Collection[str], **given: Any) -> None:
+    """Raises SettingsError for each given option that would do nothing in a call that has these `facts`.
+
+    >>> refuse_idle({"target"}, strict=True, device=None)
+    >>> refuse_idle((), strict=True)
+    Traceback (most recent call last):
+    ckptsurgeon.errors.SettingsError: --strict: is about a target's keys, and there is no target
+      try: give the target as the last path
+    """
+    if given.get("dtype") == "target":
+        given["dtype target"] = True
+    idle = [row for row in TABLE if is_given(given.get(row.option)) and not set(row.needs) & set(facts)]
+    if len(idle) == 1:
+        raise SettingsError(idle[0].reason, key=option(idle[0].option), hint=idle[0].hint)
+    if idle:
+        problems = tuple(f"{option(row.option)} {row.reason}" for row in idle)
+        raise SettingsError("options that would do nothing here", problems=problems, hint=idle[0].hint)
+
+
+def is_given(value: Any) -> bool:
+    """Whether an option's value was given: 0 is one.
+
+    >>> is_given(0), is_given(None), is_given(False), is_given(())
+    (True, False, False, False)
+    """
+    return value is not None and value is not False and value != () and value != ""
+
+
+def option(name: str) -> str:
+    """An option as the command line writes it.
+
+    >>> option("min_coverage"), option("inputs")
+    ('--min-coverage', '--input')
+    """
+    return "--" + {"inputs": "input"}.get(name, name).replace("_", "-")
+
+
+def facts(**said: object) -> frozenset[str]:
+    """The names of what is true of a call.
+
+    >>> sorted(facts(target=True, model_built=None, initial_values=[1]))
+    ['initial values', 'target']
+    """
+    return frozenset(name.replace("_", " ") for name, true in said.items() if true)
+
+
+def facts_of(made: Plan, verify: bool = True) -> frozenset[str]:
+    """What is true of a call that made this plan, and, for `merge`, proves the result."""
+    model = made.target is not None and made.target.kind == "model"
+    drawn = any(step.schemes for step in made.steps)
+    codes = any(op["op"] == "dequantize" for step in made.steps for op in step.ops)
+    return facts(target=made.target, model_built=model and (verify or made.needs_model), initial_values=drawn, codes=codes)
+
+
+def refuse_idle_writing(
+    made: Plan,
+    written_format: str,
+    verify: bool,
+    device: str | None,
+    tied: str | None,
+    with_optimizer: bool = False,
+    optimizer_root: str | None = None,
+    optimizer_names: Iterable[str] | None = None,
+    *,
+    finite: bool = False,
+) -> None:
+    """Raises SettingsError for an option about the output that would do nothing; `finite` is given where nothing is written."""
+    model = made.target is not None and made.target.kind == "model"
+    known = facts(model=model, verify=verify, safetensors=written_format == "safetensors", optimizer=with_optimizer)
+    refuse_idle(known, device=device, tied=tied, optimizer_root=optimizer_root, optimizer_names=optimizer_names, finite=finite)

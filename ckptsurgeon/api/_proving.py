@@ -1,0 +1,136 @@
+"""Holds a file against a target afresh: against a model by loading it there, against anything else by names, dtypes and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckptsurgeon import formats
+from ckptsurgeon.api import _opening
+from ckptsurgeon.api._opening import Target
+from ckptsurgeon.errors import FormatError, PlanError, VerificationError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.planning import roots
+from ckptsurgeon.report import Finding, Verification
+from ckptsurgeon.streaming import checksums
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+
+def verify_written(
+    path: str,
+    target: Target,
+    device: str,
+    *,
+    finite: bool = False,
+    inputs: tuple[str, ...] = (),
+    seed: int = 0,
+    root: str | None = None,
+    shown: str | None = None,
+) -> Verification:
+    """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
+    checkpoint = _opening.open_source(path, root=root, target=target.checkpoint)
+    if target.build is None:
+        found = _by_names(checkpoint, target.checkpoint, finite)
+    else:
+        from ckptsurgeon.models.verify.verify import verify_on_device
+
+        build, build_meta = target.build, target.build_meta
+        builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
+        spans = () if shown is not None or device == "meta" else checksums.entries_of(checkpoint)
+        with Reader([checkpoint]) as reader:
+            with checksums.holding(reader, spans) as wrong:
+                found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
+            reader.check_unchanged()
+        found = replace(found, findings=(*found.findings, *checksums.damage(wrong, checkpoint), *checksums.without(spans)))
+        if not found.bitwise and shown is None:  # on meta there are no values, but the file has them
+            found = replace(found, findings=(*found.findings, *_of_data(checkpoint, finite)))
+        elif not found.bitwise and finite:
+            found = replace(found, findings=(*found.findings, *non_finite(checkpoint)))
+    found = replace(found, root=checkpoint.root)
+    if shown is not None and not found.ok:
+        problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
+        raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
+    return found
+
+
+def errors(found: Verification) -> tuple[Finding, ...]:
+    """The findings that make a no."""
+    return tuple(finding for finding in found.findings if finding.level == "error")
+
+
+def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
+    findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
+    findings += _of_data(checkpoint, finite)
+    fresh = (checkpoint.provenance or {}).get("fresh")
+    return Verification("none", len(target), tuple(findings), bitwise=False, fresh=None if fresh is None else tuple(fresh))
+
+
+def fits(checkpoint: Checkpoint, target: Checkpoint) -> list[Finding]:
+    """What keeps `checkpoint` from loading strictly into `target`.
+
+    In safetensors, whose library writes one name of a tied tensor, a key that is tied to one that is there may lack.
+    """
+    tied = {key for group in target.ties if any(key in checkpoint for key in group) for key in group}
+    may_lack = tied if checkpoint.format.startswith("safetensors") else frozenset()
+    findings = [Finding("missing", "is in the target only", key) for key in target if key not in checkpoint and key not in may_lack]
+    findings += [Finding("missing", "is an extra state in the target only", key) for key in target.entries if key not in checkpoint.entries]
+    findings += [Finding("unexpected", "is in the file only", key) for key in checkpoint if key not in target]
+    for key, wanted in target.items():
+        given = checkpoint.get(key)
+        if given is not None and given.shape != wanted.shape:
+            findings.append(Finding("shape", f"has shape {given.shape}, the target {wanted.shape}", key))
+        elif given is not None and given.dtype != wanted.dtype:
+            findings.append(Finding("dtype", f"is {given.dtype}, in the target {wanted.dtype}", key, "warning"))
+    return findings
+
+
+def non_finite(checkpoint: Checkpoint) -> list[Finding]:
+    """Every tensor with a NaN or an infinite value, streamed through torch, or with data that is damaged."""
+    from ckptsurgeon.streaming.values import count_non_finite
+
+    if checkpoint.format == "skeleton":
+        raise PlanError("is a skeleton and has no values that could be NaN", path=checkpoint.path, hint="leave out --finite")
+    findings = []
+    with Reader([checkpoint]) as reader:
+        for key, tensor in checkpoint.items():
+            try:
+                count = 0 if tensor.span is None else count_non_finite(reader.parts(tensor), tensor.dtype)
+            except FormatError as error:
+                findings.append(Finding("checksum", error.reason, key))
+                continue
+            if count:
+                findings.append(Finding("non-finite", f"has {count} values that are NaN or infinite", key))
+        reader.check_unchanged()
+    return findings
+
+
+def _of_data(checkpoint: Checkpoint, finite: bool) -> list[Finding]:
+    """What there is to say of a file's data where it is not loaded: what its checksums say, and with `finite` what its values are."""
+    values = non_finite(checkpoint) if finite else []
+    told = {finding.key for finding in values if finding.code == "checksum"}
+    return [*values, *(finding for finding in checksums.damaged(checkpoint) if finding.key is None or finding.key not in told)]
+
+
+def refuse_non_finite(path: str, shown: str) -> None:
+    """Raises VerificationError for NaN and infinite values in any tensor of the file at `path`, which is to be named `shown`."""
+    archive = _opening.read(path)
+    weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
+    beside = {} if archive.format.startswith("safetensors") else dict(_tensors("", formats.read_tree(path).value))
+    known = {tensor.span for tensor in weights.values()}
+    every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.span not in known}}
+    found = non_finite(replace(weights, tensors=every))
+    if found:
+        problems = shortened(f"{finding.key}: {finding.message}" for finding in found)
+        hint = "take an earlier checkpoint; see which: ckptsurgeon check --finite CKPT"
+        raise VerificationError("would hold values that are NaN or infinite; nothing was kept", path=shown, problems=problems, hint=hint)
+
+
+def _tensors(place: str, value: Any) -> Iterator[tuple[str, TensorMeta]]:
+    """Every tensor of a tree, by its dotted place."""
+    if isinstance(value, TensorMeta):
+        yield place, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, one in items:
+        yield from _tensors(f"{place}.{name}" if place else str(name), one)

@@ -1,0 +1,167 @@
+"""Gathers the rules of a call: arguments, rules files, and what they name outside of themselves, which is read and imported here.
+
+A person's own code is imported only when a rule names it, and `note` says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ckptsurgeon.adapters.chain import OwnShape
+from ckptsurgeon.adapters.table import is_own, parse_ops
+from ckptsurgeon.api._opening import Note, Path, silent, unmissable
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.formats.labels import read_labels
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.models.init import scheme_text
+from ckptsurgeon.models.init.scheme_text import parse_scheme
+from ckptsurgeon.rules import toml_text
+from ckptsurgeon.rules.reversing import reverse as turn_round
+from ckptsurgeon.rules.rulefile import parse_rules
+from ckptsurgeon.rules.rules import Outside, Rule, beside
+
+if TYPE_CHECKING:
+    from ckptsurgeon.adapters.kernels.table import OwnKernel
+    from ckptsurgeon.models.init.user_functions import Fill
+
+Rules = Path | Rule | Sequence[Path | Rule]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A person's own code by name: the kernels of adapters, and the functions of schemes."""
+
+    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    schemes: Mapping[str, Fill] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code."""
+
+    rules: tuple[Rule, ...]
+    outside: Outside = field(default_factory=Outside)
+    own: Own = field(default_factory=Own)
+
+
+def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
+    """The rules of a TOML file, turned round with `reverse`.
+
+    Raises:
+        RuleError: rules that are not well formed, all at once and with their lines, or that can't be turned round.
+        UnreadableError: the file can't be read.
+
+    >>> from pathlib import Path
+    >>> _ = Path("rules.toml").write_text('[[rename]]\\nfrom = "fc2.{p}"\\nto = "dense2.{p}"')
+    >>> str(load_rules("rules.toml", reverse=True)[0])
+    "rename 'dense2.{p}' 'fc2.{p}' (rules.toml:1)"
+    """
+    name = os.fspath(path)
+    with open_regular(name) as file:
+        toml_text.check({"toml-bytes": file.size}, name)
+        raw = bytes(file.read(0, file.size))
+    try:
+        found = parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name)
+    except UnicodeDecodeError as error:
+        raise RuleError("is no text", path=name, hint="a rules file is TOML, in UTF-8") from error
+    return turn_round(found) if reverse else found
+
+
+def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, schemes: bool = True, note: Note = silent) -> Ruling:
+    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name.
+
+    `reverse` turns the files round as if they were one; without `schemes`, for verbs that initialise nothing, no own scheme is imported.
+    """
+    given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
+    if reverse and all(isinstance(one, Rule) for one in given):
+        raise RuleError("there is no rules file to turn round", hint="--rules FILE --reverse")
+    return bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
+
+
+def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:
+    """The rules of each file, and each rule that is given as it is. RuleError for the problems of all files at once."""
+    found, errors = [], []
+    for one in given:
+        try:
+            found.append((one,) if isinstance(one, Rule) else load_rules(one))
+        except RuleError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [f"{error.path}: {problem}" for error in errors for problem in error.problems or (error.reason,)]
+        raise RuleError("rules files that can't be followed", problems=shortened(problems), hint=errors[0].hint)
+    return found
+
+
+def _turned(found: Sequence[tuple[Rule, ...]], given: Sequence[Path | Rule], reverse: bool) -> Iterable[Rule]:
+    """All rules in order; with `reverse` the files' turned round as one, since a stage of one file goes on in the next."""
+    if not reverse:
+        return [rule for rules in found for rule in rules]
+    plain = [one for one in given if isinstance(one, Rule)]
+    read = [rule for one, rules in zip(given, found, strict=True) if not isinstance(one, Rule) for rule in rules]
+    return [*plain, *turn_round(read)]
+
+
+def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True) -> Ruling:
+    """What rules name outside: read, or imported. What is not well formed is left to `compile_rules` to tell, save schemes.
+
+    Raises RuleError for a scheme without a meaning, TargetError for a person's own code that can't be had.
+    """
+    labels: dict[str, tuple[str | None, ...]] = {}
+    adapters: list[str] = []
+    wanted: list[str] = []
+    named: dict[str, list[str]] = {}  # by rules file, the code that it names
+    for rule in rules:
+        ours: tuple[list[str], list[str]] = ([], [rule.result] if rule.kind == "init" else [])
+        for op in _ops(rule):
+            ours[0].extend([str(op["op"])] if is_own(op) else [])
+            ours[1].extend([str(op["scheme"])] if type(op.get("scheme")) is str else [])
+            for name in ("source", "target"):
+                if type(op.get(name)) is str:
+                    path = beside(rule, op[name])
+                    labels[path] = labels.get(path) or read_labels(path)
+        adapters += ours[0]
+        wanted += ours[1]
+        if rule.line:
+            named.setdefault(rule.file, []).extend(own_code(ours[0], ours[1] if schemes else ()))
+    for scheme in wanted:
+        parse_scheme(scheme)
+    for file, code in named.items():
+        say_code(file, code, unmissable(note))
+    shapes, own = load_own(adapters, wanted if schemes else (), unmissable(note) if any(named.values()) else note)
+    return Ruling(rules, Outside(labels, shapes), own)
+
+
+def own_code(adapters: Iterable[str], schemes: Iterable[str]) -> list[str]:
+    """What of the adapters and schemes is a person's own code."""
+    return list(dict.fromkeys([*adapters, *(scheme for scheme in schemes if scheme_text.is_own(scheme))]))
+
+
+def say_code(file: str, code: Sequence[str], note: Note) -> None:
+    """Say which code a plan or a rules file names, before any of it is imported."""
+    if code:
+        note(f"{file} names code, which is imported now: {', '.join(dict.fromkeys(code))}")
+
+
+def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, OwnShape], Own]:
+    """The shape functions, kernels and schemes of a person's own, imported; nothing is imported where none is named."""
+    wanted, fills = list(dict.fromkeys(adapters)), [scheme for scheme in schemes if scheme_text.is_own(scheme)]
+    if not wanted and not fills:
+        return {}, Own()
+    from ckptsurgeon.models.init.user_functions import load_adapter, once, own_schemes
+
+    say = once(note)
+    found = {name: load_adapter(name, say) for name in wanted}
+    return {name: one.shape for name, one in found.items()}, Own({name: one.kernel for name, one in found.items()}, own_schemes(fills, say))
+
+
+def _ops(rule: Rule) -> Iterable[Mapping[str, Any]]:
+    try:
+        return parse_ops(rule.result) if rule.kind == "adapt" and rule.result else ()
+    except RuleError:
+        return ()  # told with all others when the rules are compiled

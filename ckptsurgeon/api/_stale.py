@@ -1,0 +1,72 @@
+"""Whether the data that a plan was made for is still what it was, by a sample of it or as a whole; and plans that lie in files.
+
+Headers are compared before, by their fingerprints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ckptsurgeon.api._opening import Path
+from ckptsurgeon.errors import StaleError
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.planning.plan import Plan, PlanSource, PlanTarget
+from ckptsurgeon.streaming.sampling import digest, sample
+from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.views import text
+
+
+def sampled(made: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None, full: bool) -> Plan:
+    """A plan that knows of the data it was made for: by a sample, and with `full` by a digest of all."""
+
+    def all_of(checkpoint: Checkpoint) -> str:
+        return digest(checkpoint) if full else ""
+
+    rows = [replace(row, sample=sample(found), sha256=all_of(found)) for row, found in zip(made.sources, sources, strict=True)]
+    goal = made.target
+    if goal is not None and target is not None:
+        goal = replace(goal, sample=sample(target), sha256=all_of(target))
+    return replace(made, sources=tuple(rows), target=goal)
+
+
+def check_data(made: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> None:
+    """Raises StaleError when a source or the target has other data than the plan was made for; their headers are known to be the same."""
+    held: list[tuple[PlanSource | PlanTarget, Checkpoint]] = [*zip(made.sources, sources, strict=True)]
+    if made.target is not None and target is not None:
+        held.append((made.target, target))
+    for planned, found in held:
+        for known, take in ((planned.sha256, digest), (planned.sample, sample)):
+            if known and known != take(found):
+                raise StaleError(
+                    "was saved anew with other values since the plan was made",
+                    path=found.path,
+                    hint="plan again: ckptsurgeon plan … -o plan.json",
+                )
+            if known:
+                break  # what is known of all needs no sample
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in a plan.json.
+
+    Raises:
+        PlanError: it is none, of another version, or damaged.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> from ckptsurgeon import plan
+    >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
+    >>> _ = Path("plan.json").write_text(json.dumps(planfile.to_json(decided)))
+    >>> load_plan("plan.json").fresh
+    ('fc3.weight', 'fc3.bias')
+    """
+    from ckptsurgeon.formats.files import open_regular
+    from ckptsurgeon.limits import allowed, exceeded
+
+    with open_regular(os.fspath(path)) as file:
+        if file.size > (most := allowed("json-bytes")):
+            raise exceeded("json-bytes", f"is a file of {file.size} bytes, above the limit of {most}", file.size, path=os.fspath(path))
+        made = planfile.from_json(file.read(0, file.size), os.fspath(path))
+    return replace(made, text=text.plan(made))

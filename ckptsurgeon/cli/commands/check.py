@@ -1,0 +1,84 @@
+"""`check`: the gate for pre-commit and CI, and what its codes mean."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from ckptsurgeon import finding_codes
+from ckptsurgeon.cli import options
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.errors import SettingsError
+
+
+@click.command("check", short_help="The gate: are files readable, safe, whole, and do they fit?")
+@click.argument("paths", nargs=-1, metavar="PATH...")
+@click.option("--against", metavar="TARGET", help="What every file must fit: a skeleton (no torch needed), a model, a checkpoint.")
+@click.option("--finite/--no-finite", help="NaN or infinite values are found (needs torch).")
+@click.option("--full/--no-full", help="Hold the data against the checksums of torch's zip format; reads whole files.")
+@click.option("--max-size", metavar="SIZE", help="The most a checkpoint may have: 500MB, 1.5GB, 5GiB.")
+@click.option("--dtype", "dtypes", multiple=True, metavar="DTYPE,...", help="What floating tensors must be: F16,BF16 or float16,bfloat16.")
+@click.option(
+    "--allow", multiple=True, metavar="FORMAT,...", help="The formats that may be: safetensors, torch, torch-zip, torch-legacy, skeleton."
+)
+@click.option(
+    "--select", multiple=True, metavar="CODE,...", help="Tell these codes alone, or beginnings such as CK2 (and what can't be read)."
+)
+@click.option("--ignore", multiple=True, metavar="CODE,...", help="Do not tell these codes.")
+@options.root
+@options.limit
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Files at a time; by itself as many as there are cores, at most 8.")
+@click.option("--config", metavar="FILE", help="Take the settings from this file instead of the nearest pyproject.toml.")
+@click.option("--no-config", is_flag=True, help="Take no settings from any file.")
+@click.option("--github", is_flag=True, help="Answer as annotations of GitHub Actions.")
+@click.option("--explain", metavar="CODE", help="What a code means, why it matters, and what to do; checks nothing.")
+@options.shown
+@click.pass_context
+def command(ctx: click.Context, /, paths: tuple[str, ...], show: Show, **words: Any) -> int:
+    """Are the files readable, safe, whole, and do they fit? Exit 1 when anything is found.
+
+    A Hugging Face folder is one checkpoint; of any other folder every .pt, .pth, .pkl, .bin, .ckpt and .safetensors file is checked, in it
+    and below (names that begin with a dot aside).
+
+    Settings stand in [tool.ckptsurgeon.check] of the nearest pyproject.toml, by the options' names; what is given here goes before them.
+    """
+    github, explain, file, no_config = (words.pop(name) for name in ("github", "explain", "config", "no_config"))
+    if github and show.json:
+        raise click.UsageError("--github and --json are two answers; ask for one", ctx)
+    spoken = [name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if explain is not None:
+        idle = [name for name in spoken if name not in ("explain", "as_json", "verbose", "quiet")]
+        if idle:
+            raise click.UsageError("--explain checks nothing; give it alone", ctx)
+        return _explain(explain, show)
+    if not paths:
+        raise click.UsageError("Missing argument 'PATH...'.", ctx)
+    if file and no_config:
+        raise click.UsageError("--config and --no-config contradict each other", ctx)
+    from ckptsurgeon.api.checking import project
+
+    asked = project.Project() if no_config else project.read(file) if file else project.find(os.getcwd())
+    jobs = words.pop("jobs")
+    given = {name: value for name, value in words.items() if name in spoken}
+    found = project.check_project(paths, asked or project.Project(), given, jobs=jobs, note=show.note())
+    from ckptsurgeon.views import github as annotations
+    from ckptsurgeon.views import json, text
+
+    if github:
+        show.answer(lambda: annotations.check(found, os.environ.get("GITHUB_WORKSPACE")), dict)
+    else:
+        show.answer(lambda: text.check(found, show.verbose, show.width), lambda: json.check(found))
+    return int(not found.ok)
+
+
+def _explain(words: str, show: Show) -> int:
+    found = finding_codes.TABLE if words.lower() == "all" else finding_codes.named(words)
+    if not found:
+        listing = ", ".join(f"{row.code} {row.name}" for row in finding_codes.TABLE)
+        raise SettingsError(f"there is no code {words!r}", key="--explain", hint=f"one of {listing}; or all")
+    from ckptsurgeon.views import json, text
+
+    show.answer(lambda: text.explain(found, show.width), lambda: json.explain(found))
+    return 0

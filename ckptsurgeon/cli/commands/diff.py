@@ -1,0 +1,33 @@
+"""`diff`: what of a target does a checkpoint cover?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckptsurgeon import api
+from ckptsurgeon.cli import options
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.views import json, text
+
+
+@click.command("diff", cls=options.RuleCommand, short_help="What matches, is missing, extra or mismatched.")
+@click.argument("checkpoint", metavar="CKPT")
+@click.argument("target", metavar="TARGET")
+@options.mapping
+@click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
+@click.option("--strict", is_flag=True, help="Exit 1 for any missing, extra or mismatched key.")
+@options.limit
+@options.shown
+@options.ordered_rules
+def command(checkpoint: str, target: str, rules: tuple[Rule | str, ...], exit_code: bool, strict: bool, show: Show, **choices: Any) -> int:
+    """What matches, what is missing, extra or mismatched, and how much of TARGET that covers.
+
+    A key that --drop names is not extra. The last line is the command to run next.
+    """
+    found = api.diff(checkpoint, target, rules=rules, note=show.note(), **choices)
+    show.answer(lambda: text.diff(found, show.verbose, show.width, rules), lambda: json.diff(found))
+    loose = bool(found.missing or found.extra or found.mismatched)
+    return int((exit_code and not found.same) or (strict and loose))

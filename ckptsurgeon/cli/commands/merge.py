@@ -1,0 +1,88 @@
+"""`merge`: plan, apply and verify in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckptsurgeon import api
+from ckptsurgeon.api import merging
+from ckptsurgeon.api._options import refuse_idle_writing
+from ckptsurgeon.cli import options
+from ckptsurgeon.cli.commands.plan import mean, split
+from ckptsurgeon.cli.output import Show
+from ckptsurgeon.planning import planfile
+from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.views import json, text
+
+DECIDING = (
+    "root",
+    "reverse",
+    "auto",
+    "match",
+    "accept_uncertain",
+    "average",
+    "dtype",
+    "allow_cast",
+    "dequantize",
+    "seed",
+    "min_coverage",
+    "strict",
+)
+WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "optimizer_names", "finite")
+
+
+@click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")
+@click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
+@options.deciding
+@options.writing
+@click.option("--with-optimizer", is_flag=True, help="Write a training checkpoint: the optimizer's state goes with the weights.")
+@click.option("--optimizer", "optimizer_from", metavar="FILE", help="That state stands in a second file, such as optimizer.pt.")
+@click.option(
+    "--optimizer-names",
+    metavar="FILE|model",
+    callback=options.names,
+    help="Whose the optimizer's positions are: a file of names, one a line or in JSON, or as the target model registers them.",
+)
+@click.option("--optimizer-root", metavar="NAME", help="Where the optimizer's state stands, such as optimizer_states.1.")
+@click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
+@options.limit
+@options.shown
+@options.ordered_rules
+def command(
+    paths: tuple[str, ...],
+    rules: tuple[Rule | str, ...],
+    average: bool,
+    weights: str | None,
+    dry_run: bool,
+    show: Show,
+    **choices: Any,
+) -> int:
+    """Take what fits, keep or initialise the rest, write it, and prove it before the file takes its name.
+
+    \b
+    ckptsurgeon merge net.pt model:Net -o out.pt --rename 'fc2.{p}' 'dense2.{p}'
+    ckptsurgeon merge vit.pt other:ViT -o out.pt --rules vit.toml
+    ckptsurgeon merge vit.pt vit:Large -o out.pt --adapt pos_embed interpolate
+    ckptsurgeon merge net.pt -o net.safetensors    one path alone is converted
+    ckptsurgeon merge a.pt b.pt c.pt -o soup.pt --average
+
+    Rules hold in the order given; the first that matches a key wins. In a pattern * matches within a segment, ** across
+    segments; {p} is one segment and {**rest} one or more, which a rename's result can use again; /…/ is a regular expression.
+    """
+    sources, target = split(paths, average)
+    choices |= {"average": mean(average, weights)}
+    note = show.note()
+    choices["with_optimizer"] = choices["with_optimizer"] or choices["optimizer_from"] is not None
+    if dry_run:
+        if choices["with_optimizer"]:
+            note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")
+        made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})
+        written = merging.output_format(choices["output"], choices["format"])
+        refuse_idle_writing(made, written, **{name: choices[name] for name in WRITING})
+        show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
+        return 0
+    done = api.merge(sources, target, rules=rules, note=note, **choices)
+    show.answer(lambda: text.report(done, show.verbose, show.width), lambda: json.report(done))
+    return 0

@@ -1,0 +1,112 @@
+"""A torch file's whole value as plain values, with a `TensorMeta` for each tensor: optimizer states and what else stands beside weights.
+
+Rule: only dicts, lists, tuples, scalars and tensors come through; everything else becomes `Refused`, with the reason. Nothing is imported,
+called or looked for here, and no tensor's bytes are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats.files import OpenFile, open_regular
+from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
+from ckptsurgeon.formats.pickle.unpickled import NAMES, Claims, Locate, Unpacked, refusal, tensor_meta
+from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
+from ckptsurgeon.formats.registry import no_collections, reader_of
+from ckptsurgeon.formats.torch import legacy as torch_legacy
+from ckptsurgeon.formats.torch import zip as torch_zip
+from ckptsurgeon.limits import Budget, allowed, exceeded
+from ckptsurgeon.tensors import FileStamp, Refused
+
+_UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}
+
+
+@dataclass(frozen=True)
+class ValueTree:
+    """All that a file holds: `value` has dicts, lists, tuples, scalars, `TensorMeta` (named by dotted place) and `Refused`.
+
+    What the pickle shares is shared here too; what contains itself is `Refused` where it comes round. `files` guards one run.
+    """
+
+    path: str
+    value: Any
+    files: tuple[FileStamp, ...] = ()
+
+
+def read_tree(path: str) -> ValueTree:
+    """Everything in the torch file at `path`, without running any of it.
+
+    Args:
+        path: a torch zip or legacy file.
+
+    Raises:
+        FormatError: a file of another format, which holds no more than tensors under names, or none that can be read.
+        UnreadableError, LimitError: as the reader's.
+
+    >>> read_tree("fixtures/net_params.pkl").value["fc3.bias"].shape
+    (10,)
+    """
+    with no_collections(), open_regular(path) as file:
+        try:
+            unpack = _UNPACK.get(reader_of(file))
+            if unpack is None:
+                raise FormatError("holds tensors under names and nothing beside them", hint="give the torch file that training wrote")
+            found = unpack(file)
+            return ValueTree(path, plain_tree(path, found), (file.stamp,))
+        except CheckpointError as error:
+            error.path = error.path or path
+            raise
+
+
+def plain_tree(path: str, found: Unpacked) -> Any:
+    """What the opcode machine made of a pickle as a tree of plain values."""
+    walk = _Walk(path, found.locate, Budget(path, found.nbytes), {}, allowed("nesting"), Claims())
+    value = walk.told("", found.value, 0)
+    walk.claims.check(path)
+    return value
+
+
+@dataclass
+class _Walk:
+    """One walk. `known` has what was told by the id of its value, so that the shared is told once, and the endless ends."""
+
+    path: str
+    locate: Locate
+    budget: Budget
+    known: dict[int, Any]
+    deepest: int
+    claims: Claims
+
+    def told(self, place: str, node: Any, depth: int) -> Any:
+        kind = type(node)
+        if kind in SCALARS or kind is complex:
+            return node
+        if depth > self.deepest and kind in (PickledDict, list, tuple):
+            raise exceeded("nesting", f"nests its containers more than {self.deepest} deep", path=self.path)
+        if id(node) not in self.known:
+            self.known[id(node)] = Refused("a value that contains itself")
+            self.known[id(node)] = self._told(place, node, depth)
+        return self.known[id(node)]
+
+    def _told(self, place: str, node: Any, depth: int) -> Any:
+        kind = type(node)
+        if kind is TensorRef:
+            return tensor_meta(self.path, place, node, self.locate, self.claims)
+        if kind is Encoded:
+            return node.raw
+        if kind in (list, tuple):
+            return kind([self._child(place, str(index), child, depth) for index, child in enumerate(node)])
+        if kind is not PickledDict:
+            return Refused(refusal(node))
+        if not all(type(key) in SCALARS for key in node):
+            return Refused("a dict with keys that are neither text nor numbers")
+        return {key: self._child(place, key if type(key) is str else key_text(key), child, depth) for key, child in node.items()}
+
+    def _child(self, place: str, name: str, child: Any, depth: int) -> Any:
+        if type(child) in SCALARS:
+            return child
+        self.budget.spend("name-characters", len(place) + len(name) + 1, NAMES)
+        return self.told(f"{place}.{name}" if place else name, child, depth + 1)

@@ -1,0 +1,1 @@
+"""Checkpoints of several files, and files that are a part of one."""

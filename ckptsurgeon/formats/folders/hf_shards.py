@@ -1,0 +1,139 @@
+"""Checkpoints in several files: a Hugging Face folder, or its `*.index.json` with a `weight_map` from key to shard.
+
+Rule: the index and the shards must tell the same story, key by key; a shard is a plain name beside its index, and a link may lead
+only to a regular file in that folder or, in a Hugging Face cache, into the `blobs` of the same model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from hashlib import sha256
+
+from ckptsurgeon.errors import FormatError, RootError, UnreadableError
+from ckptsurgeon.formats.files import OpenFile, unreadable
+from ckptsurgeon.formats.folders import parts
+from ckptsurgeon.formats.json_text import parse, whole
+from ckptsurgeon.formats.pickle.unpickled import Claims
+from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
+
+# In the order in which Hugging Face's own loaders look.
+FOLDER_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+)
+
+
+def find_in_folder(folder: str) -> str:
+    """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    for name in FOLDER_NAMES:
+        if name in names:
+            return os.path.join(folder, name)
+    indexes = [name for name in names if name.endswith(".index.json")]
+    if len(indexes) == 1:
+        return os.path.join(folder, indexes[0])
+    if (part := parts.of_folder(names)) is not None:
+        raise parts.refused(part, folder)
+    here = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
+    raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)
+
+
+def is_index(file: OpenFile) -> bool:
+    """Whether a JSON file is an index of shards, told by its content."""
+    return file.size <= allowed("json-bytes") and b'"weight_map"' in file.read(0, file.size)
+
+
+def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
+    """Read an index and the header of every shard it names."""
+    raw = whole(file)
+    value = parse(raw, file.path, "index")
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError("has a weight_map that is not a map from keys to file names", path=file.path)
+    folder = os.path.dirname(file.path)
+    names = sorted(set(weight_map.values()))
+    for limit, count, what in (("shards", len(names), "files"), ("tensors", len(weight_map), "tensors")):
+        if count > allowed(limit):
+            raise exceeded(limit, f"is an index of {count} {what}, above the limit of {allowed(limit)}", count, path=file.path)
+    archives: dict[str, Archive] = {}
+    shards: dict[str, StateDict] = {}
+    for name in names:
+        path = _shard_path(file.path, folder, name)
+        archive = archives[name] = read_shard(path)
+        if os.path.islink(path):
+            _check_place(file.path, folder, name, archive.files[0])
+        shard = shards[name] = _only_state_dict(archive)
+        # Before the next one is read: one file under many names is read once.
+        unlisted = next((key for key in shard.tensors if weight_map.get(key) != name), None)
+        if unlisted is not None:
+            raise FormatError(f"is in the shard {name}, where the index does not have it", path=file.path, key=unlisted)
+    tensors: dict[str, TensorMeta] = {}
+    for key, name in weight_map.items():
+        if key not in shards[name].tensors:
+            raise FormatError(f"is in the index, but not in its shard {name}", path=file.path, key=key)
+        tensors[key] = shards[name].tensors[key]
+    metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
+    entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
+    formats = {archive.format for archive in archives.values()}
+    if formats != {"safetensors"}:  # whose tensors have bytes of their own
+        sizes = {name: archive.files[0].size for name, archive in archives.items()}
+        Claims(sum(meta.nbytes for meta in tensors.values()), sizes).check(file.path)
+    stamps: list[FileStamp] = [file.stamp, *(stamp for archive in archives.values() for stamp in archive.files)]
+    digest = sha256(raw + "".join(archive.fingerprint for archive in archives.values()).encode())
+    return Archive(
+        path=file.path,
+        format="safetensors-shards" if formats == {"safetensors"} else "torch-shards",
+        fingerprint=digest.hexdigest(),
+        files=tuple(stamps),
+        state_dicts=(StateDict("", tensors, entries, metadata),),
+        globals=tuple(dict.fromkeys(name for archive in archives.values() for name in archive.globals)),
+        metadata=next(iter(archives.values())).metadata,
+        provenance=next((archive.provenance for archive in archives.values() if archive.provenance), None),
+        part=next((archive.part for archive in archives.values() if archive.part), None),
+        notes=tuple(dict.fromkeys(note for archive in archives.values() for note in archive.notes)),
+    )
+
+
+def _only_state_dict(archive: Archive) -> StateDict:
+    if len(archive.state_dicts) != 1 or archive.state_dicts[0].root:
+        raise RootError("is a shard with more than one plain state_dict", path=archive.path)
+    return archive.state_dicts[0]
+
+
+def _shard_path(index: str, folder: str, name: str) -> str:
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FormatError(f"names the shard {name[:200]!r}, which is not a plain file name", path=index)
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        _check_place(index, folder, name)
+    if not os.path.exists(path):
+        raise UnreadableError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")
+    return path
+
+
+def _check_place(index: str, folder: str, name: str, opened: FileStamp | None = None) -> None:
+    """Hold where a link leads against where it may lead; after it was opened too, when it may no longer be the link that it was."""
+    real, home = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder or ".")
+    before, cache, after = home.rpartition("/models--")
+    blobs = f"{before}{cache}{after.partition('/')[0]}/blobs" if cache else home
+    if not real.startswith((f"{home}/", f"{blobs}/")):
+        raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
+    if opened is not None:
+        try:
+            found = os.lstat(real)
+        except OSError as error:
+            raise unreadable(real, error) from error
+        if (found.st_dev, found.st_ino) != (opened.device, opened.inode):
+            raise FormatError(f"names the shard {name!r}, a link that was changed while it was read", path=index)

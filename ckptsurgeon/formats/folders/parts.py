@@ -1,0 +1,194 @@
+"""Files that are one rank's part of a checkpoint, and folders in which a checkpoint lies in pieces: one table of their kinds.
+
+Told by what is in a file, and by its name where that says nothing. Nothing here reads them: their tensors are pieces, never whole ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptsurgeon.errors import PartError
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.pickle.values import Inert, PickledDict, TensorRef
+from ckptsurgeon.tensors import Part
+
+_DCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt"
+_ZERO = "the folder with all ranks' files holds the whole; DeepSpeed's zero_to_fp32.py, which lies beside it, reads it"
+_GATHER = (
+    "gather it where it was trained, and save that: "
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+)
+_CONSOLIDATE = (
+    "the folder with all ranks' files holds the whole; "
+    "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files(FOLDER, OUT, {KEY: 1, …}) reads it"
+)
+_MEGATRON = "the folder with all ranks' files holds the whole; Megatron's own tools/checkpoint/convert.py reads it"
+TABLE: Mapping[str, Part] = {
+    row.kind: row
+    for row in (
+        Part("dtensor", "is one rank's file: it holds DTensors, this rank's pieces of a sharded model's tensors", _GATHER),
+        Part("sharded-tensor", "is one rank's file: it holds ShardedTensors, this rank's pieces of a sharded model's tensors", _GATHER),
+        Part("rank", "is one rank's file, as its name says, with this rank's pieces of a sharded model's tensors", _GATHER),
+        Part(
+            "dcp-safetensors",
+            "is one rank's file of torch.distributed.checkpoint (HuggingFaceStorageWriter): its tensors are pieces",
+            _CONSOLIDATE,
+        ),
+        Part(
+            "dcp-safetensors-folder",
+            "is a folder of torch.distributed.checkpoint (HuggingFaceStorageWriter): each rank's file holds pieces of tensors",
+            _CONSOLIDATE,
+        ),
+        Part(
+            "distcp",
+            "is one rank's data file (.distcp) of torch.distributed.checkpoint: torch files of pieces, one after another",
+            f"the folder with its .metadata holds the whole: {_DCP}",
+        ),
+        Part(
+            "dcp-metadata",
+            "is the .metadata of torch.distributed.checkpoint: where the pieces lie in the ranks' files, without their data",
+            f"its folder holds the whole: {_DCP}",
+        ),
+        Part(
+            "dcp-folder",
+            "is a folder of torch.distributed.checkpoint, whose tensors lie in pieces in the ranks' .distcp files",
+            _DCP,
+        ),
+        Part("zero-model", "is one rank's model states of DeepSpeed ZeRO stage 3: its tensors are partitioned over all ranks", _ZERO),
+        Part("zero-optimizer", "is one rank's optimizer states of DeepSpeed ZeRO: a partition of the weights and moments", _ZERO),
+        Part(
+            "zero-folder",
+            "is a folder of DeepSpeed ZeRO: its tensors lie in pieces in the ranks' files",
+            "python zero_to_fp32.py FOLDER OUT",
+        ),
+        Part("deepspeed-parallel", "is one rank's model states of DeepSpeed with model parallelism: its tensors are pieces", _ZERO),
+        Part("deepspeed-layer", "is one layer of a pipeline of DeepSpeed, not the model", _ZERO),
+        Part("megatron", "is one rank's file of Megatron with model parallelism: its tensors are pieces, or some layers only", _MEGATRON),
+        Part("megatron-folder", "is a folder of Megatron's ranks (mp_rank_…), whose files hold pieces of tensors", _MEGATRON),
+    )
+}
+_PIECES = {"DTensor": "dtensor", "ShardedTensor": "sharded-tensor"}
+METADATA_CLASS = "torch.distributed.checkpoint.metadata.Metadata"
+_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "model_parallel_size")
+# Names that say what a content may leave open. A rank's own number that is not 0 is that of one of several.
+_NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"), "zero-optimizer"),
+    (re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"), "zero-model"),
+    (re.compile(r"mp_rank_(?!0+_)\d+_model_states\.pt"), "deepspeed-parallel"),
+    (re.compile(r"layer_\d+-model_\d+-model_states\.pt"), "deepspeed-layer"),
+    (re.compile(r"(?:model|optim)_world_size_(?!1_)\d+_rank_\d+\.pt"), "rank"),
+)
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_WHOLE = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors")
+_MEGATRON_FOLDER = re.compile(r"mp_rank_\d\d+(?:_\d{3})*")
+
+
+def of_safetensors(path: str, metadata: Mapping[str, Any]) -> Part | None:
+    """A rank's safetensors. Where all pieces begin at 0, as rank 0's do, and those of a whole saved by one rank, the name decides."""
+    if "DCP_SHARDING_INFO" not in metadata:
+        return None
+    try:
+        info = json.loads(metadata["DCP_SHARDING_INFO"])
+        first = all(not any(row["saved_offsets"]) for row in info.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        first = False
+    return None if first and _WHOLE.fullmatch(os.path.basename(path)) else TABLE["dcp-safetensors"]
+
+
+def pieces(values: Iterable[Any]) -> Part | None:
+    """What the first tensor among `values` that is one rank's piece of another says of its file."""
+    for value in values:
+        if type(value) is Inert and value.name.startswith("torch.distributed."):
+            kind = _PIECES.get(value.name.rpartition(".")[2])
+            if kind is not None:
+                return TABLE[kind]
+    return None
+
+
+def of_pickle(path: str, value: Any) -> Part | None:
+    """A training framework's file of one rank, by its top dict, then by its name."""
+    found = _deepspeed(value) or _megatron(path, value) if type(value) is PickledDict else None
+    if found is None:
+        name = os.path.basename(path)
+        found = next((kind for pattern, kind in _NAMES if pattern.fullmatch(name)), None)
+    return None if found is None else TABLE[found]
+
+
+def _deepspeed(value: PickledDict) -> str | None:
+    optimizer = value.get("optimizer_state_dict")
+    if type(optimizer) is PickledDict and "partition_count" in optimizer:
+        return "zero-optimizer"
+    shapes, module = value.get("param_shapes"), value.get("module")
+    if shapes is None and "ds_version" not in value and "ds_config" not in value:
+        return None
+    if type(module) is PickledDict:
+        for group in shapes if type(shapes) is list else [shapes]:
+            for name, shape in group.items() if type(group) is PickledDict else ():
+                tensor = module.get(name)
+                if type(tensor) is TensorRef and tensor.shape != shape:
+                    return "zero-model"
+    world = value.get("mp_world_size")
+    return "deepspeed-parallel" if type(world) is int and world > 1 else None
+
+
+def _megatron(path: str, value: PickledDict) -> str | None:
+    args = value.get("args")
+    state = args.state if type(args) is Inert else args
+    sizes = [state[name] for name in _PARALLEL if type(state.get(name)) is int] if isinstance(state, dict) else []
+    if not any(name == "model" or re.fullmatch(r"model\d+", name) for name in value if type(name) is str):
+        return None
+    if sizes:
+        return "megatron" if max(sizes) > 1 else None
+    folder, above = os.path.split(os.path.dirname(os.path.abspath(path)))[::-1]
+    if not _MEGATRON_FOLDER.fullmatch(folder):
+        return None
+    try:
+        ranks = [name for name in os.listdir(above) if _MEGATRON_FOLDER.fullmatch(name)]
+    except OSError:
+        ranks = []
+    return "megatron" if len(ranks) > 1 or set(folder) & set("123456789") else None
+
+
+def joined(file: OpenFile) -> bool:
+    """Whether a file that begins as a zip archive is several, one after another: the last one begins where another ended."""
+    end = file.size - 22
+    if end < 22:
+        return False
+    last = file.read(end, 22)
+    if last[:4] != b"PK\5\6" or last[20:] != b"\0\0":
+        return False
+    size, start = int.from_bytes(last[12:16], "little"), int.from_bytes(last[16:20], "little")
+    if end >= 76 and file.read(end - 20, 4) == b"PK\6\7":  # torch writes the records of zip64 too
+        end -= 76
+        wide = file.read(end, 56)
+        size, start = int.from_bytes(wide[40:48], "little"), int.from_bytes(wide[48:56], "little")
+    begin = end - size - start
+    return 22 <= begin < end and file.read(begin, 4) == b"PK\3\4" and file.read(begin - 22, 4) == b"PK\5\6"
+
+
+def of_broken(file: OpenFile) -> Part | None:
+    """A zip archive that could not be read as a checkpoint, where it is a `.distcp`."""
+    if file.size < 4 or file.read(0, 4) != b"PK\3\4":
+        return None
+    return TABLE["distcp"] if file.path.endswith(".distcp") or joined(file) else None
+
+
+def of_folder(names: Iterable[str]) -> Part | None:
+    """A folder in which a checkpoint lies in pieces, by the names in it."""
+    every = list(names)
+    if ".metadata" in every or any(name.endswith(".distcp") for name in every):
+        return TABLE["dcp-folder"]
+    if any(map(_SHARD.fullmatch, every)):
+        return TABLE["dcp-safetensors-folder"]
+    if "zero_to_fp32.py" in every or any(pattern.fullmatch(name) for name in every for pattern, _ in _NAMES[:3]):
+        return TABLE["zero-folder"]
+    return TABLE["megatron-folder"] if any(map(_MEGATRON_FOLDER.fullmatch, every)) else None
+
+
+def refused(part: Part, path: str) -> PartError:
+    """The error where a whole checkpoint is needed."""
+    return PartError(part.reason, path=path, hint=part.hint)

@@ -1,0 +1,159 @@
+"""A small, bounded machine for pickle opcodes. It imports nothing, calls nothing and knows no class.
+
+Rule: one pass over the bytes, a stack, a memo, and values of `pickle_values`; whatever the allow-list does not know becomes inert.
+It must never use `pickle`, and never raise anything but a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats.pickle.globals import construct
+from ckptsurgeon.formats.pickle.opcodes import RARE
+from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
+from ckptsurgeon.formats.pickle.tensors import asked_for, tensor
+from ckptsurgeon.limits import allowed, exceeded
+
+__all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A pickle's value, where it ended, and every global that it asked for beyond the allow-list."""
+
+    value: Any
+    end: int
+    globals: tuple[str, ...]
+
+
+def _no_persistent(_identity: Any) -> Any:
+    raise FormatError("a pickle refers to something outside itself")
+
+
+def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_persistent) -> Pickled:
+    """Run the pickle that begins at `start`.
+
+    `persistent` turns a persistent id into a value. Raises FormatError for what is no pickle, TruncatedPickle where the bytes end
+    too early, LimitError where it would cost too much; each lists in its `problems` what the pickle had asked for until then.
+
+    >>> run(b"\\x80\\x02}X\\x01\\x00\\x00\\x00aK\\x01s.").value
+    {'a': 1}
+    """
+    machine = Machine(data, start, persistent)
+    try:
+        return _loop(machine)
+    except CheckpointError as error:
+        name_globals(error, tuple(machine.asked))
+        raise
+    except (IndexError, KeyError, struct.error) as error:
+        raise machine.failure("an opcode finds nothing to work on") from error
+    except (ValueError, UnicodeDecodeError, OverflowError) as error:
+        raise machine.failure("a number or text in it can't be read") from error
+
+
+def _loop(m: Machine) -> Pickled:
+    """The opcodes, the most frequent first."""
+    data, memo, outer, stack, rare = m.data, m.memo, m.outer, m.stack, RARE
+    position, frame = m.position, m.frame
+    from_bytes = int.from_bytes
+    steps, most = allowed("pickle-steps"), allowed("pickle-memo")
+    # Of values kept to use again only those are kept that may be asked for; of these there are few where there are very many.
+    asked: set[bytes] | None = None
+    sizes: dict[bytes, tuple[int, ...]] = {}
+    few = len(data) <= steps  # so many opcodes can't be in it, however they are read
+    # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
+    try:
+        for _ in range(steps):
+            if position >= frame:
+                frame = m.close_frame(position)
+            op = data[position]
+            position += 1
+            if op == 0x72:  # LONG_BINPUT
+                position += 4
+                place = data[position - 4 : position]
+                if asked is None:
+                    asked = asked_for(data, position)
+                if place in asked:
+                    memo[from_bytes(place, "little")] = stack[-1]
+                else:
+                    m.dropped += 1
+                if len(memo) + m.dropped > most:
+                    raise m.full()
+            elif op == 0x4B:  # BININT1
+                stack.append(data[position])
+                position += 1
+            elif op == 0x68:  # BINGET
+                stack.append(memo[data[position]])
+                position += 1
+            elif op == 0x71:  # BINPUT
+                memo[data[position]] = stack[-1]
+                position += 1
+            elif op == 0x28:  # MARK
+                if asked is not None and data[position] == 0x28 and few and stack and frame == NO_FRAME:
+                    read = tensor(m, position - 1, stack[-1], asked, sizes)
+                    if read is not None:
+                        stack[-1], position = read
+                        m.dropped += 5
+                        continue
+                outer.append(stack)
+                stack = []
+            elif op == 0x58:  # BINUNICODE
+                begin = position + 4
+                position = begin + from_bytes(data[position:begin], "little")
+                stack.append(data[begin:position].decode("utf-8", "surrogatepass"))
+            elif op == 0x74:  # TUPLE
+                items = tuple(stack)
+                stack = outer.pop()
+                stack.append(items)
+            elif op == 0x86:  # TUPLE2
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif op == 0x52:  # REDUCE
+                args = stack.pop()
+                if args:
+                    m.charge(args)
+                stack[-1] = construct(stack[-1], args)
+            elif op == 0x6A:  # LONG_BINGET
+                position += 4
+                stack.append(memo[from_bytes(data[position - 4 : position], "little")])
+            elif op == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif op == 0x89:  # NEWFALSE
+                stack.append(False)
+            elif op == 0x51:  # BINPERSID
+                stack[-1] = m.persistent(stack[-1])
+            elif op == 0x4D:  # BININT2
+                position += 2
+                stack.append(data[position - 2] | data[position - 1] << 8)
+            elif op == 0x4A:  # BININT
+                position += 4
+                stack.append(from_bytes(data[position - 4 : position], "little", signed=True))
+            elif op == 0x94:  # MEMOIZE
+                if m.dropped:
+                    raise FormatError("the pickle counts the values that it keeps in two ways")
+                memo[len(memo)] = stack[-1]
+                if len(memo) > most:
+                    raise m.full()
+            elif op == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif op == 0x2E:  # STOP
+                value = stack.pop()
+                if stack or outer:
+                    raise FormatError("the pickle stops with values left over")
+                if frame != NO_FRAME:
+                    m.close_frame(position)
+                return Pickled(value, position, tuple(m.asked))
+            else:
+                handler = rare.get(op)
+                if handler is None:
+                    raise FormatError(f"the pickle has an unknown opcode 0x{op:02x}")
+                m.position, m.stack = position, stack
+                handler(m)
+                position, stack, frame = m.position, m.stack, m.frame
+        raise exceeded("pickle-steps", f"the pickle takes more than {steps} steps")
+    finally:
+        m.position = position

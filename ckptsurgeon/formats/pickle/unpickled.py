@@ -1,0 +1,326 @@
+"""From a pickle's value to the state_dicts in it: every dict that holds tensors is a root, everything else stands beside.
+
+Rule: walk containers only (dicts, lists, tuples of the allow-list), each once, never a stand-in; every value ends in exactly one
+of: a root's tensors, a root's entries, beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from ckptsurgeon.dtypes import DType
+from ckptsurgeon.errors import CheckpointError, FormatError, UnsafeError
+from ckptsurgeon.formats.folders import parts
+from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
+from ckptsurgeon.formats.pickle.machine import name_globals
+from ckptsurgeon.formats.pickle.values import Encoded, Global, Inert, NumpyArray, NumpyDType, Opaque, PickledDict, StorageRef, TensorRef
+from ckptsurgeon.limits import Budget, allowed, exceeded
+from ckptsurgeon.tensors import NOTHING, Part, Refused, Span, StateDict, TensorMeta
+
+Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage
+NAMES = "names its values with more than {} characters"
+Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its size
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A file's pickle of `nbytes` bytes as the opcode machine has it, before anything is looked for in it; every storage was held
+    against the file."""
+
+    value: Any
+    globals: tuple[str, ...]
+    locate: Locate
+    nbytes: int
+
+
+@dataclass
+class Claims:
+    """What the tensors of a file come to, `nbytes`, and the bytes of the storages that they are in."""
+
+    nbytes: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
+
+    def check(self, path: str) -> None:
+        """LimitError where the tensors come to far more than is stored: each alone may be within its bound, and all together not."""
+        stored = sum(self.stored.values())
+        beyond, most = self.nbytes - stored, allowed("claimed-bytes", stored)
+        if beyond > most:
+            words = f"has tensors of {self.nbytes} bytes together in storages of {stored}, above the limit of {most} beyond these"
+            raise exceeded("claimed-bytes", words, beyond, path=path)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The state_dicts found in a pickle, by dotted place what stands beside them, and why they are not whole, where they are not."""
+
+    state_dicts: tuple[StateDict, ...]
+    beside: tuple[str, ...]
+    part: Part | None = None
+
+
+def collect(path: str, found: Unpacked) -> Tree:
+    """Find every state_dict in a pickle. FormatError or UnsafeError, with what the pickle asked for, when there is none."""
+    value, locate = found.value, found.locate
+    deepest, budget = allowed("nesting"), Budget(path, found.nbytes)
+    roots: list[StateDict] = []
+    beside: list[str] = []
+    arrays = 0
+    seen: set[int] = set()
+    known: Known = {}
+    claims = Claims()
+    part: Part | None = None
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    while waiting:
+        place, node, depth = waiting.pop()
+        if depth > deepest:
+            raise exceeded("nesting", f"nests its containers more than {deepest} deep", path=path)
+        if id(node) in seen or _is_optimizer(node):
+            beside.append(place)
+            continue
+        seen.add(id(node))
+        children = node.values() if type(node) is PickledDict else node if _is_container(node) else ()
+        kinds = set(map(type, children))
+        holds = not kinds.isdisjoint(_CONTAINERS)
+        if holds:
+            budget.spend("containers", sum(map(_is_container, children)), "has more than {} dicts, lists and tuples")
+        if not kinds or (type(node) is not PickledDict and kinds <= _PLAIN):
+            beside.append(place)  # empty, or a list of plain values: one thing
+            continue
+        budget.spend("name-characters", (len(children) + 1) * (len(place) + 1), NAMES)
+        items = _children(path, place, node)
+        budget.spend("name-characters", sum([len(name) for name, _ in items]), NAMES)
+        if Inert in kinds:
+            part = part or parts.pieces(children)
+        if NumpyArray in kinds:
+            arrays += sum(type(child) is NumpyArray for child in children)
+        if TensorRef in kinds and type(node) is PickledDict:
+            budget.spend("tensors", sum(type(child) is TensorRef for child in children), "has more than {} tensors")
+            budget.spend("dense-keys", len(items), "has more than {} keys, for which its pickle is too short")
+            root = _state_dict(path, place, node, items, locate, known, claims)
+            roots.append(root)
+            items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
+        beside += [_join(place, name) for name, child in items if not (holds and _is_container(child))]
+        if holds:
+            waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
+    if len({root.root for root in roots}) != len(roots):
+        raise FormatError("has two nested dicts of one name", path=path)
+    part = part or parts.of_pickle(path, value)
+    if not roots:
+        error = parts.refused(part, path) if part is not None else _nothing(path, value, arrays)
+        name_globals(error, found.globals)
+        raise error
+    claims.check(path)
+    return Tree(tuple(roots), tuple(beside), part)
+
+
+def _state_dict(
+    path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate, known: Known, claims: Claims
+) -> StateDict:
+    tensors: dict[str, TensorMeta] = {}
+    entries: dict[str, Any] = {}
+    refused: dict[int, Refused] = {}
+    for name, child in items:
+        if type(child) is TensorRef:
+            tensors[name] = tensor_meta(path, name, child, locate, claims)
+        elif name.rpartition(".")[2] == "_extra_state":
+            entries[name] = plain(child, known)
+        elif type(child) in (Inert, NumpyArray):
+            entries[name] = refused.setdefault(id(child), Refused(refusal(child)))
+    metadata = getattr(node, "state", None)
+    found = metadata.get("_metadata") if isinstance(metadata, dict) else None
+    return StateDict(place, tensors, entries, _module_metadata(found))
+
+
+def _module_metadata(found: Any) -> Mapping[str, Any]:
+    """torch's `_metadata`, as plain values; what is not plain in it is left out, as it can't matter to a load."""
+    if not isinstance(found, dict):
+        return NOTHING
+    locals_ = {id(local): local for local in found.values() if isinstance(local, dict)}  # a shared one is told once
+    plain_locals = {
+        key: {name: value for name, value in local.items() if type(name) is str and type(value) in (int, str, bool, float, type(None))}
+        for key, local in locals_.items()
+    }
+    return {path: plain_locals[id(local)] for path, local in found.items() if type(path) is str and isinstance(local, dict)}
+
+
+def written_out(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """torch's `_metadata`, where it may be written out: what is one shared dict in a pickle then stands there once for each path."""
+    entries, most = sum(len(local) for local in metadata.values()), allowed("metadata-entries")
+    if entries > most:
+        raise exceeded("metadata-entries", f"has a _metadata of {entries} entries, above the limit of {most}", entries)
+    return metadata
+
+
+def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Claims) -> TensorMeta:
+    """The `TensorMeta` of a tensor in a pickle, its bytes found by `locate`, its size added to `claims`."""
+    whole = locate(ref.storage)
+    size = ref.dtype.size
+    if 0 in ref.shape:
+        length = 0
+    else:
+        length = 1
+        for count, step in zip(ref.shape, ref.stride, strict=True):
+            length += (count - 1) * step
+    start = ref.storage.start + ref.offset * size
+    if ref.lazy:
+        _refuse_unresolvable(path, name, ref)
+    reach, span = length * size, whole
+    if start or reach != whole.nbytes or ref.lazy:
+        span = Span(whole.file, whole.offset + start, reach, whole.storage, whole.packed, whole.record, ref.lazy)
+    meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
+    nbytes = prod(ref.shape) * size
+    if nbytes > reach > 0 and nbytes > allowed("view-bytes"):
+        raise exceeded("view-bytes", f"repeats {reach} stored bytes into {nbytes}", nbytes, path=path, key=name)
+    claims.nbytes += nbytes
+    claims.stored[whole.storage] = whole.nbytes
+    return meta
+
+
+def _refuse_unresolvable(path: str, name: str, ref: TensorRef) -> None:
+    """Raises FormatError for lazy bits that torch can't carry out, or never sets, on a dtype."""
+    kinds = ("complex",) if "conj" in ref.lazy else ("complex", "float")
+    if ref.dtype.kind not in kinds or ref.dtype.size == 1 or (ref.dtype.code == "C32" and len(ref.lazy) == 2):
+        words = " and ".join({"conj": "conjugated", "neg": "negated"}[bit] for bit in ref.lazy)
+        raise FormatError(f"is a lazily {words} {ref.dtype.torch}, which torch can't compute", path=path, key=name, hint="do not trust it")
+
+
+def plain(value: Any, known: Known | None = None) -> Any:
+    """An `_extra_state` as plain Python values, or `Refused` with the reason why it can't be carried.
+
+    `known` is shared by all values of one pickle: what they share is told once, though its size counts each time.
+    """
+    return _plain(value, {} if known is None else known, 0)[0]
+
+
+def _plain(value: Any, known: Known, depth: int) -> tuple[Any, int]:
+    if type(value) in SCALARS:
+        return value, len(value) if type(value) in (str, bytes) else 8
+    if id(value) not in known:
+        known[id(value)] = Refused("an _extra_state that contains itself"), 0
+        known[id(value)] = _told(value, known, depth)
+    return known[id(value)]
+
+
+def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
+    """`value` as plain values and the bytes that it takes when written."""
+    if depth > 32:
+        return Refused("an _extra_state nested more than 32 deep"), 0
+    kind = type(value)
+    if kind is TensorRef:
+        return Refused("an _extra_state with tensors inside other values"), 0
+    if kind is Encoded:
+        raw = value.raw
+        return raw, len(raw)
+    if kind not in (PickledDict, list, tuple):
+        return Refused(refusal(value)), 0
+    keys = value.keys() if kind is PickledDict else ()
+    if any(type(key) not in (str, int) for key in keys):
+        return Refused("an _extra_state with keys that are neither text nor integers"), 0
+    children = [_plain(child, known, depth + 1) for child in (value.values() if kind is PickledDict else value)]
+    refused = next((child for child, _ in children if type(child) is Refused), None)
+    if refused is not None:
+        return refused, 0
+    size = 8 + sum(size for _, size in children) + sum(len(key) for key in keys if type(key) is str)
+    if size > (most := allowed("extra-state-bytes")):
+        return Refused(f"an _extra_state of more than {most} bytes (--limit extra-state-bytes={size} takes it)"), 0
+    values = [child for child, _ in children]
+    return dict(zip(keys, values, strict=True)) if kind is PickledDict else kind(values), size
+
+
+_WORDS = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without data (saved from the meta device)",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
+}
+
+
+def refusal(value: Any) -> str:
+    """What a value is that can't be carried, in words."""
+    if type(value) is NumpyArray:
+        return "a NumPy array, not a tensor"
+    if type(value) in (Inert, Global):
+        return _WORDS.get(value.name, f"an object of {value.name}, which is never imported or called")
+    if type(value) in (DType, NumpyDType):
+        return "a dtype"
+    if type(value) is Opaque:
+        return str(value.what)
+    return f"a {type(value).__name__}"
+
+
+_CONTAINERS = frozenset((PickledDict, list, tuple))
+_PLAIN = frozenset(SCALARS)
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in _CONTAINERS
+
+
+def _is_optimizer(node: Any) -> bool:
+    return type(node) is PickledDict and "state" in node and "param_groups" in node
+
+
+def _is_module(value: Any) -> bool:
+    return type(value) is Inert and isinstance(value.state, dict) and "_modules" in value.state
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _children(path: str, place: str, node: Any) -> list[tuple[str, Any]]:
+    if type(node) in (list, tuple):
+        return [(str(index), child) for index, child in enumerate(node)]
+    if type(node) is not PickledDict:
+        return []
+    items = [(key if type(key) is str else key_text(key), child) for key, child in node.items()]
+    if set(map(type, node)) != {str}:  # texts are all different
+        if len({name for name, _ in items}) != len(items):
+            items = _numbered(node, items)
+        if len({name for name, _ in items}) != len(items):
+            raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
+    for name, _ in items:
+        if not name.isascii():
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise FormatError("has a key that is not valid Unicode", path=path, key=name) from error
+    return items
+
+
+def _numbered(node: PickledDict, items: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The items, with a number to the name of each key that is neither text nor a number: such names only tell a kind."""
+    return [
+        (name if type(key) in SCALARS else f"{name}#{index}", child)
+        for index, (key, (name, child)) in enumerate(zip(node, items, strict=True))
+    ]
+
+
+def _nothing(path: str, value: Any, arrays: int) -> CheckpointError:
+    """Why there is no state_dict in this file, and what to do."""
+    children = list(value.values()) if isinstance(value, dict) else []
+    whole = value if type(value) is Inert else next(filter(_is_module, children), None)
+    if whole is not None:
+        return UnsafeError(
+            f"holds a whole pickled object of {whole.name}, not a state_dict",
+            path=path,
+            hint="where that class can be imported and the file is trusted, load it there and save `model.state_dict()` instead",
+        )
+    if arrays:
+        return FormatError(
+            f"holds {arrays} NumPy arrays and no tensor",
+            path=path,
+            hint="convert it once: torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, 'out.pt')",
+        )
+    if type(value) is TensorRef:
+        return FormatError(
+            "holds one bare tensor, not a state_dict", path=path, hint="save it under a key: torch.save({'weight': tensor}, 'out.pt')"
+        )
+    if any(map(_is_optimizer, [value, *children])):
+        return FormatError("holds an optimizer's state and no model's", path=path, hint="give the file that has the model's state_dict")
+    return FormatError("holds no tensors under names", path=path, hint="give a file saved by torch.save(model.state_dict(), …)")

@@ -1,0 +1,163 @@
+"""safetensors: a JSON header, then every tensor's bytes, one after another without gaps.
+
+Reads and validates the whole header before it hands out one tensor, never the data. Lays a file out exactly as the official library
+does (dtype from the widest, then by name; compact JSON, padded with spaces to 8 bytes). Specification: safetensors README, `tensor.rs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from math import prod
+from typing import Any
+
+from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
+from ckptsurgeon.errors import FormatError, OutputError
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.folders import parts
+from ckptsurgeon.formats.json_text import bounded, integer, parse, short
+from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
+from ckptsurgeon.formats.torch.zip import parse_provenance
+from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
+
+METADATA = "__metadata__"
+MOST_HEADER = 100_000_000  # what the official library reads
+PROVENANCE = "ckptsurgeon"
+
+
+def read(file: OpenFile) -> Archive:
+    """Read the header of a safetensors file."""
+    length = int.from_bytes(file.read(0, 8), "little")
+    raw = file.read(8, bounded(file, length, "a header"))
+    if raw[:1] != b"{":
+        raise FormatError("has a safetensors header that does not begin with '{'", path=file.path)
+    fingerprint = sha256(b"%d\n" % file.size + raw).hexdigest()
+    header = parse(raw, file.path, "safetensors header", _row)
+    del raw  # a header of a million keys is large
+    metadata = header.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("has a __metadata__ that is not a map from text to text", path=file.path)
+    tensors = _tensors(file, header, 8 + length)
+    provenance = metadata.get(PROVENANCE)
+    return Archive(
+        path=file.path,
+        format="safetensors",
+        fingerprint=fingerprint,
+        files=(file.stamp,),
+        state_dicts=(StateDict("", tensors),),
+        metadata=metadata,
+        part=parts.of_safetensors(file.path, metadata),
+        provenance=parse_provenance(provenance) if provenance else None,
+    )
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_TEXT = {code: code for code in SAFETENSORS_RANK if BY_CODE[code].safetensors}  # one object for each
+
+
+class _Row(tuple[str, tuple[int, ...], int, int]):
+    """What a header says of a tensor, where that is well formed: dtype, shape, first byte and the one after the last."""
+
+    __slots__ = ()
+
+
+def _row(pairs: list[tuple[str, Any]]) -> _Row | None:
+    """A header's object as a row, a tenth of the size; None for any other, of which `_tensors` says what is wrong."""
+    if len(pairs) != 3:
+        return None
+    info = dict(pairs)
+    if info.keys() != _FIELDS:
+        return None
+    code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if type(code) is not str or code not in _TEXT or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        return None
+    if len(shape) > 64 or not all(map(integer, shape)) or not all(map(integer, offsets)):
+        return None
+    return _Row((_TEXT[code], tuple(shape), offsets[0], offsets[1]))
+
+
+def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, TensorMeta]:
+    path, size = file.path, file.size - data
+    if len(header) > (most := allowed("tensors")):
+        raise exceeded("tensors", f"has {len(header)} tensors, above the limit of {most}", len(header), path=path)
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}  # with strides and elements: many are alike
+    ordered, position = True, 0
+    for name, info in header.items():
+        if type(info) is not _Row:
+            raise _malformed(path, name, info)
+        code, shape, start, stop = info
+        known = shapes.get(shape)
+        if known is None:
+            if 0 in shape and prod(size or 1 for size in shape) >= 1 << 63:
+                raise FormatError("has a shape that overflows 64 bits", path=path, key=name)
+            known = shapes[shape] = shape, contiguous_stride(shape), prod(shape)
+        dims, stride, numel = known
+        if stop - start != numel * BY_CODE[code].size:
+            raise FormatError(f"has {stop - start} bytes for the shape {shape} of {code}", path=path, key=name)
+        if stop > size:
+            raise file.truncated(data + stop)
+        ordered, position = ordered and start == position, stop
+        header[name] = TensorMeta(name, code, dims, stride, Span(path, data + start, stop - start, name))
+    if not ordered:
+        position = _position(path, header, data)
+    if position != size:
+        raise FormatError(f"has {size - position} bytes after its last tensor", path=path)
+    return header
+
+
+def _position(path: str, tensors: Mapping[str, TensorMeta], data: int) -> int:
+    """Where the last tensor ends, of tensors that stand in another order than their data. FormatError for a gap or an overlap."""
+    position = data
+    for start, nbytes, name in sorted((meta.span.offset, meta.span.nbytes, name) for name, meta in tensors.items() if meta.span):
+        if start != position:
+            raise FormatError("leaves a gap before it, or overlaps the tensor before it", path=path, key=name)
+        position = start + nbytes
+    return position - data
+
+
+def _malformed(path: str, name: str, info: Any) -> FormatError:
+    """What is wrong with an entry of the header."""
+    reason = "has data_offsets that are not two non-negative integers"
+    if type(info) is not dict or info.keys() != _FIELDS:
+        reason = "has an entry with other fields than dtype, shape and data_offsets"
+    elif type(info["dtype"]) is not str or info["dtype"] not in _TEXT:
+        reason = f"has the unknown dtype {short(info['dtype'])}"
+    elif type(info["shape"]) is not list or not all(map(integer, info["shape"])) or len(info["shape"]) > 64:
+        reason = "has a shape that is not a list of non-negative integers"
+    return FormatError(reason, path=path, key=name)
+
+
+def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout:
+    """Where everything goes in a new file; every tensor, tied or not, has bytes of its own.
+
+    Raises OutputError, by key, for a dtype that the format does not have.
+    """
+    for tensor in tensors:
+        if not BY_CODE[tensor.dtype].safetensors:
+            raise OutputError(
+                f"has the dtype {tensor.dtype}, which safetensors does not have", key=tensor.name, hint="write a .pt file instead"
+            )
+        if tensor.name == METADATA:
+            raise OutputError("is a name that safetensors keeps for itself", key=tensor.name, hint="rename it, or write a .pt file")
+        if not tensor.name.isprintable() and any("\ud800" <= character <= "\udfff" for character in tensor.name):
+            raise OutputError("is a name that is not valid Unicode", key=tensor.name, hint="rename it")
+    # Rust orders text by its UTF-8 bytes.
+    order = sorted(range(len(tensors)), key=lambda index: (-SAFETENSORS_RANK[tensors[index].dtype], tensors[index].name.encode()))
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    position = 0
+    places = []
+    for index in order:
+        tensor = tensors[index]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        places.append((position, index))
+        position += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MOST_HEADER:
+        raise OutputError(f"would have a header of {len(raw)} bytes, more than safetensors allows", hint="write a .pt file instead")
+    base = 8 + len(raw)
+    slots = tuple(Slot(base + start, tensors[index].nbytes, index) for start, index in places)
+    return Layout(slots, ((0, len(raw).to_bytes(8, "little") + raw),), base + position)

@@ -1,0 +1,191 @@
+"""torch's zip format (since torch 1.6): a pickle `data.pkl` and one record per storage, in one folder of a zip archive.
+
+Reads headers only. Refuses TorchScript (it holds a program), big-endian files, and any storage whose record is not what the pickle
+says. Format as in torch `serialization.py` (`_save`, `_load`) and `caffe2/serialize/inline_container.cc`.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from typing import Any
+
+from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.files import OpenFile
+from ckptsurgeon.formats.inflate import inflated
+from ckptsurgeon.formats.pickle.globals import MAX_INT
+from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, run
+from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
+from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
+from ckptsurgeon.formats.torch.zip_directory import DEFLATED, Entry, read_directory
+from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.tensors import Archive, Packed, Record, Span
+
+PROVENANCE_RECORD = "ckptsurgeon.json"
+# What torch looks for by name, beside the storages.
+_RECORDS = frozenset({"data.pkl", "byteorder", "version", "constants.pkl"})
+_RECORDS |= {".data/version", ".data/serialization_id", ".format_version", ".storage_alignment"}
+
+
+def read(file: OpenFile) -> Archive:
+    """Read the header of a torch zip file."""
+    found = _read(file)
+    tree = collect(file.path, found.unpacked)
+    return Archive(
+        path=file.path,
+        format="torch-zip",
+        fingerprint=found.fingerprint,
+        files=(file.stamp,),
+        state_dicts=tree.state_dicts,
+        globals=found.unpacked.globals,
+        provenance=_provenance(file, found.entries),
+        beside=tree.beside,
+        part=tree.part,
+        notes=_notes(found.entries, found.storages),
+    )
+
+
+def unpack(file: OpenFile) -> Unpacked:
+    """The whole pickle of a torch zip file, with what else it holds than state_dicts."""
+    return _read(file).unpacked
+
+
+@dataclass(frozen=True)
+class _Read:
+    unpacked: Unpacked
+    entries: Mapping[str, Entry]
+    storages: Mapping[str, StorageRef]
+    fingerprint: str
+
+
+def _read(file: OpenFile) -> _Read:
+    directory = read_directory(file)
+    entries = _in_one_folder(file, directory.entries)
+    if "data.pkl" not in entries:
+        raise FormatError(
+            "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
+        )
+    if "constants.pkl" in entries or any(name.startswith("code/") for name in entries):
+        raise FormatError(
+            "is a TorchScript archive: a program, not a checkpoint",
+            path=file.path,
+            hint="where it is trusted: torch.save(torch.jit.load(path).state_dict(), 'out.pt')",
+        )
+    if "byteorder" in entries and _byteorder(file, entries["byteorder"]) != b"little":
+        raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
+    pickle = content(file, entries["data.pkl"], "pickle-bytes")
+    inflated, most = sum(entry.size for entry in entries.values() if entry.method == DEFLATED), allowed("inflated-data-bytes", file.size)
+    if inflated > most:
+        raise exceeded("inflated-data-bytes", f"inflates to {inflated} bytes, above the limit of {most}", inflated, path=file.path)
+    storages: dict[str, StorageRef] = {}
+
+    def persistent(identity: Any) -> StorageRef:
+        return _storage(identity, storages)
+
+    @cache
+    def locate(storage: StorageRef) -> Span:
+        entry = entries[f"data/{storage.key}"]
+        if entry.method == DEFLATED:
+            return Span(file.path, 0, entry.size, storage.key, Packed(entry.offset, entry.packed, entry.size, entry.crc))
+        return Span(file.path, entry.offset, entry.size, storage.key, None, Record(entry.offset, entry.size, entry.crc))
+
+    try:
+        pickled = run(pickle, 0, persistent)
+        if pickled.end != len(pickle):
+            raise FormatError("has bytes after its pickle")
+        for storage in storages.values():
+            _check_record(storage, entries.get(f"data/{storage.key}"))
+    except TruncatedPickle as error:
+        hint = "copy or download it again"
+        early = FormatError("has a data.pkl that ends too early", path=file.path, hint=hint)
+        name_globals(early, error.globals)
+        raise early from error
+    digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
+    return _Read(Unpacked(pickled.value, pickled.globals, locate, len(pickle)), entries, storages, digest.hexdigest())
+
+
+def _byteorder(file: OpenFile, entry: Entry) -> bytes:
+    if entry.size > 16:
+        raise FormatError(f"has a {entry.name} of {entry.size} bytes, where torch writes one word", path=file.path)
+    return content(file, entry, "pickle-bytes")
+
+
+def content(file: OpenFile, entry: Entry, limit: str) -> bytes:
+    """A small entry's bytes, inflated if need be, its CRC checked unless the archive has none (0)."""
+    bounds = {limit: allowed(limit)}
+    if entry.method == DEFLATED:
+        bounds["inflated-bytes"] = allowed("inflated-bytes", file.size)
+    for name, most in bounds.items():
+        if entry.size > most:
+            raise exceeded(name, f"has a {entry.name} of {entry.size} bytes, above the limit of {most}", entry.size, path=file.path)
+    data = file.read(entry.offset, entry.packed)
+    if entry.method == DEFLATED:
+        data = b"".join(inflated([data], entry.size, file.path, entry.name))
+    if entry.crc and zlib.crc32(data) != entry.crc:
+        raise FormatError(f"has a wrong checksum for {entry.name}", path=file.path, hint="copy or download it again")
+    return data
+
+
+def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    folders = {name.partition("/")[0] for name in entries}
+    if len(folders) != 1 or not all("/" in name for name in entries):
+        raise FormatError(
+            "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
+        )
+    found = {name.partition("/")[2]: entry for name, entry in entries.items()}
+    for name in found:
+        if name not in _RECORDS and name.lower() in _RECORDS:  # torch finds it, where others see none
+            raise FormatError(f"has the entry {name!r}, where torch writes {name.lower()!r}", path=file.path, hint="do not trust it")
+    return found
+
+
+def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
+    if type(identity) is not tuple or len(identity) != 5 or identity[0] != "storage":
+        raise FormatError("refers to something that is no storage")
+    _, kind, key, _location, numel = identity
+    if type(kind) is not StorageClass or type(key) is not str or type(numel) is not int or not 0 <= numel <= MAX_INT:
+        raise FormatError("describes a storage in a way that torch does not")
+    known = storages.get(key)
+    if known is None:
+        known = storages[key] = StorageRef(key, kind.dtype, numel)
+    elif known.dtype is not kind.dtype or known.numel != numel:
+        raise FormatError(f"uses the storage {key!r} with two dtypes or lengths")
+    return known
+
+
+def _check_record(storage: StorageRef, entry: Entry | None) -> None:
+    nbytes = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
+    if entry is None:
+        raise FormatError(f"lacks the record of its storage {storage.key!r}")
+    if entry.size != nbytes:
+        raise FormatError(f"has a record of {entry.size} bytes for the storage {storage.key!r}, whose pickle says {nbytes}")
+
+
+def _provenance(file: OpenFile, entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
+    entry = entries.get(PROVENANCE_RECORD)
+    return parse_provenance(content(file, entry, "json-bytes")) if entry else None
+
+
+def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
+    """A merge's record about itself, or None where it can't be read: it is a note, never a reason to refuse weights."""
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    fresh = record.get("fresh") if isinstance(record, dict) else None
+    return record if isinstance(fresh, list) and all(isinstance(key, str) for key in fresh) else None
+
+
+def _notes(entries: Mapping[str, Entry], storages: Mapping[str, StorageRef]) -> tuple[str, ...]:
+    notes = []
+    records = [entry for name, entry in entries.items() if name.startswith("data/") and entry.size]
+    unused = [name for name in entries if name.startswith("data/") and name[5:] and name[5:] not in storages]
+    if unused:
+        notes.append(f"{len(unused)} storages that nothing refers to")
+    if records and not any(entry.crc for entry in records):
+        notes.append("written without checksums (every CRC is zero)")
+    return tuple(notes)

@@ -1,0 +1,120 @@
+"""Lays out a torch zip file as torch itself does: stored records, 64-byte alignment, CRCs in descriptors after the data.
+
+It decides places only; the bytes of tensors are copied by `streaming`. The archive's folder and dates are fixed, so that the same
+state_dict gives the same bytes. `.format_version` is left out on purpose: it would let readers compute offsets instead of reading them.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsurgeon.formats.layout import WEIGHTS, Chunk, Layout, OutTensor, Slot
+from ckptsurgeon.formats.pickle.writer import state_dict_pickle
+from ckptsurgeon.formats.torch.zip import PROVENANCE_RECORD
+
+FOLDER = "archive"
+ALIGNMENT = 64
+_MAX32 = 0xFFFFFFFF
+_FLAGS = 0x0808  # sizes and CRC in a descriptor after the data; names in UTF-8
+
+
+@dataclass(frozen=True)
+class _Record:
+    name: bytes
+    header: int
+    data: int
+    size: int
+    crc: int | None  # None: a slot's, known when its data is
+
+    @property
+    def wide(self) -> bool:
+        return self.size >= _MAX32 or self.header >= _MAX32
+
+
+def lay_out(
+    tensors: Sequence[OutTensor],
+    entries: Mapping[str, Any],
+    module_metadata: Mapping[str, Any],
+    order: Sequence[str],
+    provenance: bytes | None,
+    around: Any = WEIGHTS,
+) -> Layout:
+    """Where everything goes in a new torch zip file; tied tensors (one `storage` number) share a record.
+
+    `around` is the value in which the state_dict stands, as for `state_dict_pickle`.
+    """
+    storage_keys: dict[int, str] = {}
+    first: list[int] = []
+    for index, tensor in enumerate(tensors):
+        if tensor.storage not in storage_keys:
+            storage_keys[tensor.storage] = str(len(first))
+            first.append(index)
+    pickle = state_dict_pickle(tensors, storage_keys, entries, module_metadata, order, around)
+    contents: list[tuple[str, bytes | int]] = [("data.pkl", pickle), ("byteorder", b"little")]
+    contents += [(f"data/{number}", index) for number, index in enumerate(first)]
+    contents.append(("version", b"3\n"))
+    if provenance is not None:
+        contents.append((PROVENANCE_RECORD, provenance))
+
+    position = 0
+    records: list[_Record] = []
+    chunks: list[Chunk] = []
+    slots: list[Slot] = []
+    for name, content in contents:
+        full = f"{FOLDER}/{name}".encode()
+        size = len(content) if isinstance(content, bytes) else tensors[content].nbytes
+        header = _local_header(full, position)
+        data = position + len(header)
+        known = isinstance(content, bytes)
+        record = _Record(full, position, data, size, zlib.crc32(content) if isinstance(content, bytes) else None)
+        chunks.append((position, header + content if isinstance(content, bytes) else header))
+        if not known:
+            slots.append(Slot(data, size, content))  # type: ignore[arg-type]
+        records.append(record)
+        position = data + size + len(_descriptor(record, 0))
+
+    def tail(checksums: Sequence[int]) -> tuple[Chunk, ...]:
+        found = iter(checksums)
+        crcs = [next(found) if record.crc is None else record.crc for record in records]
+        descriptors = [(record.data + record.size, _descriptor(record, crc)) for record, crc in zip(records, crcs, strict=True)]
+        return (*descriptors, (position, _directory(records, crcs, position)))
+
+    size = position + len(_directory(records, [0] * len(records), position))
+    return Layout(tuple(slots), tuple(chunks), size, checksums=True, tail=tail)
+
+
+def _local_header(name: bytes, position: int) -> bytes:
+    # The extra field "FB" is torch's own padding: it brings the data to a multiple of 64.
+    padding = -(position + 30 + len(name) + 4) % ALIGNMENT
+    extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    return struct.pack("<4s5H3L2H", b"PK\x03\x04", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
+
+
+def _descriptor(record: _Record, crc: int) -> bytes:
+    if not record.size:
+        return b""  # as miniz does
+    return struct.pack("<4sLQQ" if record.wide else "<4sLLL", b"PK\x07\x08", crc, record.size, record.size)
+
+
+def _directory(records: Sequence[_Record], crcs: Sequence[int], start: int) -> bytes:
+    parts = []
+    for record, crc in zip(records, crcs, strict=True):
+        wide = [value for value in (record.size, record.size, record.header) if value >= _MAX32]
+        extra = struct.pack("<2H", 1, 8 * len(wide)) + struct.pack(f"<{len(wide)}Q", *wide) if wide else b""
+        size = min(record.size, _MAX32)
+        lengths = (len(record.name), len(extra), 0)
+        header = min(record.header, _MAX32)
+        parts.append(struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 0, 0, _FLAGS, 0, 0, 0, crc, size, size, *lengths, 0, 0, 0, header))
+        parts += [record.name, extra]
+    body = b"".join(parts)
+    count, end = len(records), start + len(body)
+    small = (min(count, 0xFFFF), min(count, 0xFFFF), min(len(body), _MAX32), min(start, _MAX32))
+    return body + (
+        struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, len(body), start)
+        + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+        + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, *small, 0)
+    )

@@ -1,0 +1,256 @@
+"""Two trees laid on each other from the top down, the largest modules first.
+
+Rule: of all modules that are not placed yet, the largest is looked at. Where the other side has one of the same contents they are a pair,
+and what is in the one is looked for in the other only; where it has one that is much alike, so are they; otherwise the module is opened and
+its children stand in its place. What is left over in a pair is tried again one level higher.
+Nothing here knows what an adapter is: units that are left over go to `leftover`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import inf
+
+from ckptsurgeon.matching.choose import Choice, choose
+from ckptsurgeon.matching.evidence.likeness import ALIKE, alike, in_order, only_way
+from ckptsurgeon.matching.evidence.score import Anchors, Clues
+from ckptsurgeon.matching.frontier import Frontier
+from ckptsurgeon.matching.leftover import Place, settle
+from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.matching.pairing import Laid, Left, Record, laid, under
+
+_DEPTH = 60
+_TABLE = 1_000_000  # pairs of two rows that are compared each with each
+_ANCHORS = 12
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What was decided below two modules, to be repeated for two that are equal to them."""
+
+    source: Node
+    target: Node
+    units: Sequence[Laid]
+    modules: Sequence[Laid]
+    lost: Sequence[Node]
+    left: Left
+
+    def repeat(self, choice: Choice, record: Record) -> Left:
+        """Write the same decisions down for the two of another choice."""
+        twins = {
+            id(old): new
+            for before, now in ((self.source, choice.source), (self.target, choice.target))
+            for old, new in zip(before.nodes, now.nodes, strict=True)
+        }
+
+        def same(nodes: Sequence[Node]) -> tuple[Node, ...]:
+            return tuple(twins[id(node)] for node in nodes)
+
+        for rows, laids in ((record.units, self.units), (record.modules, self.modules)):
+            for pair in laids:
+                rivals = [twins.get(id(node)) for node in pair.runner_up or ()]
+                rival = (rivals[0], rivals[1]) if rivals and rivals[0] and rivals[1] else choice.runner_up
+                rows.append(replace(pair, sources=same(pair.sources), targets=same(pair.targets), runner_up=rival))
+        record.lost += same(self.lost)
+        return Left(same(self.left.sources), same(self.left.targets))
+
+
+def lay(source: Node, target: Node, clues: Clues) -> Record:
+    """Lay one tree on the other."""
+    record = Record()
+    here, there = (Counter(unit.form for unit in node.units()) for node in (source, target))
+    pass_ = _Pass(clues, record, frozenset(form for form, count in here.items() if there[form] == count))
+    pass_.pair(Choice(source, target, inf, ("the whole",)), 0)
+    return record
+
+
+class _Pass:
+    """One pass over both trees with the same clues; what was decided for two modules holds for all that are equal to them."""
+
+    def __init__(self, clues: Clues, record: Record, balanced: frozenset[int]) -> None:
+        self.clues, self.record, self.balanced = clues, record, balanced
+        self.likenesses: dict[tuple[int, int], float] = {}
+        self.done: dict[tuple[int, int, float], _Done] = {}
+
+    def alike(self, one: Node, other: Node) -> float:
+        key = (one.form, other.form)
+        found = self.likenesses.get(key) if not (one.leaf or other.leaf) else None
+        if found is None:
+            found = self.likenesses[key] = alike(one, other)
+        return found
+
+    def pair(self, choice: Choice, depth: int) -> Left:
+        """Two nodes go together: write it down, and place what is in them."""
+        one, other = choice.source, choice.target
+        if one.leaf and other.leaf:
+            self.record.units.append(laid(choice))
+            return Left()
+        self.record.modules.append(laid(choice))
+        key = (one.inner, other.inner, choice.margin)
+        if key in self.done:
+            return self.done[key].repeat(choice, self.record)
+        starts = len(self.record.units), len(self.record.modules), len(self.record.lost)
+        left = self.place(choice, depth + 1)
+        units, modules, lost = self.record.units[starts[0] :], self.record.modules[starts[1] :], self.record.lost[starts[2] :]
+        self.done[key] = _Done(one, other, units, modules, lost, left)
+        return left
+
+    def place(self, above: Choice, depth: int) -> Left:
+        """Place what is in one module on what is in another; what is left over is tried together once more at the end."""
+        one, other = above.source, above.target
+        sources, targets = one.children or (one,), other.children or (other,)
+        exact = one.form == other.form
+        here, there = Frontier(sources), Frontier(targets)
+        left: tuple[list[Node], list[Node]] = ([], [])
+        anchors = self.anchors(sources, targets)
+        while here and there:
+            largest = max(here.largest, there.largest)
+            group = self._same(here, there, largest, anchors) or self._much_alike(here, there, largest)
+            if group is None:
+                _open(here, left[0], largest)
+                _open(there, left[1], largest)
+                continue
+            if group.units and not (exact and group.even):  # others of that shape may come back from below
+                _move(here, group.sources, left[0])
+                _move(there, group.targets, left[1])
+                continue
+            for choice in group.choices:
+                below = self.pair(under(choice, above), depth) if depth < _DEPTH else Left()
+                left[0].extend(below.sources)
+                left[1].extend(below.targets)
+                here.remove(choice.source)
+                there.remove(choice.target)
+            for frontier, lost, units in ((here, group.lost(0), left[0]), (there, group.lost(1), left[1])):
+                self.record.lost += lost
+                for node in lost:
+                    frontier.open(node)
+                    units += [node] if node.leaf else []
+        rest = Left((*left[0], *here.nodes.values()), (*left[1], *there.nodes.values()))
+        placed, unplaced = settle(rest, Place(above, exact, depth == 1, self.balanced), self.clues)
+        self.record.units += placed
+        return unplaced
+
+    def anchors(self, sources: Sequence[Node], targets: Sequence[Node]) -> list[tuple[Node, Node]]:
+        """A few pairs of an earlier pass among nodes and their children."""
+        there = {id(node) for target in targets for node in (target, *target.children)}
+        pairs = (
+            (node, self.clues.partners[id(node)])
+            for source in sources
+            for node in (source, *source.children)
+            if id(node) in self.clues.partners
+        )
+        return list(islice(((one, other) for one, other in pairs if id(other) in there), _ANCHORS))
+
+    def _same(self, here: Frontier, there: Frontier, size: int, anchors: Anchors) -> _Group | None:
+        """Nodes of the greatest size with equal contents on both sides; modules may be equal in size alone (parts fused or turned)."""
+        ones, others = here.of_size(size), there.of_size(size)
+        forms = {node.form for node in others}
+        form = next((node.form for node in ones if node.form in forms), None)
+        if form is not None:
+            ones, others = [node for node in ones if node.form == form], [node for node in others if node.form == form]
+            return self._group(ones, others, here, there, anchors)
+        modules, other_modules = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
+        spreads = [dict(node.spread) for node in others]
+        if not any(dict(node.spread) in spreads for node in ones):
+            return None
+        if modules and others and (other_modules or len(modules) == len(others)):
+            return self._group(modules, other_modules or others, here, there, anchors)
+        if other_modules and len(other_modules) == len(ones):
+            return self._group(ones, other_modules, here, there, anchors)
+        return None
+
+    def _group(self, ones: Sequence[Node], others: Sequence[Node], here: Frontier, there: Frontier, anchors: Anchors) -> _Group:
+        if len(ones) != len(others):
+            if ones[0].leaf and others[0].leaf:
+                return _Group([], ones, others)
+            if len({node.folded for node in ones}) == len({node.folded for node in others}) == 1:
+                rows = here.in_row(ones[0]), there.in_row(others[0])
+                if len(rows[0]) > 1 or len(rows[1]) > 1:
+                    return self._sequence(*rows)
+        group = {id(node) for node in (*ones, *others)}
+        apart = [(one, other) for one, other in anchors if id(one) not in group and id(other) not in group]
+        return _Group(choose(ones, others, self.clues, apart), ones, others)
+
+    def _much_alike(self, here: Frontier, there: Frontier, size: int) -> _Group | None:
+        """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone."""
+        for mine, theirs in ((here, there), (there, here)):
+            for one in mine.of_size(size):
+                candidates = [] if one.leaf else theirs.like(one)
+                best = max(candidates, key=lambda node: self.alike(one, node), default=None)
+                if best is None or not self._nearest(one, best, mine):
+                    continue
+                ones = [node for node in mine.in_row(one) if not node.leaf]
+                others = [node for node in theirs.in_row(best) if node.leaf == best.leaf]
+                return self._sequence(others, ones) if mine is there else self._sequence(ones, others)
+        return None
+
+    def _nearest(self, one: Node, best: Node, mine: Frontier) -> bool:
+        """Whether a module is much like another, and nothing beside or inside of them is more so."""
+        value = self.alike(one, best)
+        if value < (0.9 if best.leaf else ALIKE) or any(
+            self.alike(node, best) > value + 1e-9 for node in mine.like(best) if node.folded != one.folded
+        ):
+            return False
+        return not any(self.alike(node, best) > value for node in one.children) and not any(
+            self.alike(one, node) > value for node in best.children
+        )
+
+    def _sequence(self, ones: Sequence[Node], others: Sequence[Node]) -> _Group:
+        """Pair two rows of modules that are alike but not equal, in the order of their numbers."""
+        pairs, unique = self._in_step(ones, others)
+        same_names = all(ones[row].numbers == others[column].numbers for row, column in pairs)
+        margin = inf if unique else 1.0 if same_names else 0.5
+        told = ("much alike",) if len(pairs) == 1 else ("much alike, in the order of their numbers",)
+        choices = [Choice(ones[row], others[column], margin, told) for row, column in pairs]
+        return _Group(choices, [choice.source for choice in choices], [choice.target for choice in choices])
+
+    def _in_step(self, ones: Sequence[Node], others: Sequence[Node]) -> tuple[list[tuple[int, int]], bool]:
+        """Which of two rows go together, and whether in this way only."""
+        if len(ones) == len(others) and all(self.alike(one, other) >= ALIKE for one, other in zip(ones, others, strict=True)):
+            return [(place, place) for place in range(len(ones))], True
+        if len(ones) * len(others) > _TABLE:
+            there = {other.numbers: place for place, other in enumerate(others)}
+            return [(place, there[one.numbers]) for place, one in enumerate(ones) if one.numbers in there], False
+        table = [[self.alike(one, other) for other in others] for one in ones]
+        pairs = in_order(table)
+        return pairs, len(ones) == len(others) or only_way(table, pairs)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes that may be one another's, and which are."""
+
+    choices: Sequence[Choice]
+    sources: Sequence[Node]
+    targets: Sequence[Node]
+
+    @property
+    def units(self) -> bool:
+        """Whether all are units."""
+        return self.sources[0].leaf and self.targets[0].leaf
+
+    @property
+    def even(self) -> bool:
+        """Whether both sides have as many."""
+        return len(self.sources) == len(self.targets)
+
+    def lost(self, side: int) -> list[Node]:
+        """Those of a side that no choice has."""
+        taken = {id((choice.source, choice.target)[side]) for choice in self.choices}
+        return [node for node in (self.sources, self.targets)[side] if id(node) not in taken]
+
+
+def _move(frontier: Frontier, some: Iterable[Node], to: list[Node]) -> None:
+    for node in some:
+        frontier.remove(node)
+        to.append(node)
+
+
+def _open(frontier: Frontier, left: list[Node], size: int) -> None:
+    """Put the children of the largest nodes in their place; units of that size are left over."""
+    for node in frontier.of_size(size):
+        frontier.open(node)
+        left += [node] if node.leaf else []

@@ -1,0 +1,147 @@
+"""Which of several look-alikes goes with which: by names, by numbers, by order where order can be trusted, by what was decided elsewhere.
+
+Rule: evidence is added up in points; a choice that beats its runner-up by fewer than `ENOUGH` is uncertain. Sizes and shapes decide nothing
+here: whoever calls has seen that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from math import inf
+
+from ckptsurgeon.matching.assignment import assign, margins
+from ckptsurgeon.matching.evidence.distinguish import telling
+from ckptsurgeon.matching.evidence.score import AGAINST_IT, NUMBERS, ORDER, Anchors, Clues, Table
+from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.planning.links import ENOUGH
+
+MANY = 48  # nodes on a side, above which not each is compared with each
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One pair: its margin over the runner-up in points, what spoke for it, and the runner-up."""
+
+    source: Node
+    target: Node
+    margin: float
+    evidence: tuple[str, ...]
+    runner_up: tuple[Node, Node] | None = None
+
+
+def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors = ()) -> list[Choice]:
+    """Pair as many as the shorter side has; `anchors` are pairs in the same surroundings that are certain."""
+    if len(sources) == len(targets) == 1:
+        return [Choice(sources[0], targets[0], inf, ("only one of its shape here",))]
+    if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
+        return [
+            Choice(one, other, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
+            for one, other in zip(*(sorted(nodes, key=lambda node: node.numbers) for nodes in (sources, targets)), strict=True)
+        ]
+    in_rows = _in_rows(sources, targets, clues, anchors)
+    if in_rows:
+        return in_rows
+    if min(len(sources), len(targets)) > MANY:
+        return _many(sources, targets, clues, anchors)
+    table = Table(sources, targets, clues, anchors)
+    scores = [[table.score(row, column) for column in range(len(targets))] for row in range(len(sources))]
+    pairs = assign(scores)
+    found = []
+    for (row, column), (margin, other) in zip(pairs, margins(scores, pairs), strict=True):
+        runner_up = (sources[other[0]], targets[other[1]]) if other else None
+        if any(words.endswith(AGAINST_IT) for words in table.parts(row, column)):
+            margin = min(margin, 0.5)  # the best of bad ones
+        found.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
+    return _without_the_clear(found, sources, targets, clues, anchors)
+
+
+def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> bool:
+    """Whether both sides differ by numbers alone, and keys stand in the order of the numbers (or in none)."""
+    if len({node.folded for node in sources}) > 1 or len({node.folded for node in targets}) > 1:
+        return False
+    return not trust or all(
+        before.at < after.at for nodes in (sources, targets) for before, after in pairwise(sorted(nodes, key=lambda node: node.numbers))
+    )
+
+
+def _in_rows(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> list[Choice]:
+    """Where both sides are rows of numbered ones (two norms of each layer, or a list of each): which row is which, once for all."""
+    if len(sources) != len(targets):
+        return []
+    found: list[list[Choice]] = []
+    for rows in _rows(sources):
+        for other_rows in _rows(targets):
+            if len(rows) == len(other_rows) > 1 and len({len(row) for row in (*rows, *other_rows)}) == 1 < len(rows[0]):
+                if len({node.folded for node in sources}) == len({node.folded for node in targets}) == 1:
+                    continue  # numbers alone: their order tells
+                chosen = choose([row[0] for row in rows], [row[0] for row in other_rows], clues, anchors)
+                of = {id(row[0]): row for row in (*rows, *other_rows)}
+                found.append(
+                    [
+                        replace(choice, source=one, target=other)
+                        for choice in chosen
+                        for one, other in zip(of[id(choice.source)], of[id(choice.target)], strict=True)
+                    ]
+                )
+    if len(found) > 1:  # as many rows as each has: which number counts the rows is not told
+        return [replace(choice, margin=min(choice.margin, 0.5)) for choice in found[0]]
+    return found[0] if found else []
+
+
+def _rows(nodes: Sequence[Node]) -> list[list[list[Node]]]:
+    """The ways in which nodes are rows: those that differ by numbers alone; or, where all do, those with one number in common."""
+    keys: list[Callable[[Node], object]] = [lambda node: node.folded]
+    if len({node.folded for node in nodes}) == 1:
+        keys = [
+            partial(_number_at, at) for at, values in enumerate(zip(*(node.numbers for node in nodes), strict=True)) if len(set(values)) > 1
+        ]
+    found = []
+    for key in keys:
+        rows: dict[object, list[Node]] = {}
+        for node in sorted(nodes, key=lambda node: node.numbers):
+            rows.setdefault(key(node), []).append(node)
+        found.append(list(rows.values()))
+    return found
+
+
+def _number_at(at: int, node: Node) -> int:
+    return node.numbers[at]
+
+
+def _many(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> list[Choice]:
+    """Too many to compare each with each: those that the same words tell apart, among themselves; the others in their order, uncertain."""
+    words = [dict(zip(map(id, nodes), telling(nodes), strict=True)) for nodes in (sources, targets)]
+    both = frozenset().union(*words[0].values()) & frozenset().union(*words[1].values())
+    rows: dict[frozenset[str], tuple[list[Node], list[Node]]] = {}
+    for side, nodes in enumerate((sources, targets)):
+        for node in nodes:
+            rows.setdefault(frozenset(word for word in words[side][id(node)] & both if word[0] != "#"), ([], []))[side].append(node)
+    found: list[Choice] = []
+    rest: tuple[list[Node], list[Node]] = ([], [])
+    for told, (ones, others) in rows.items():
+        if told and ones and others and max(len(ones), len(others)) < max(len(sources), len(targets)):
+            found += choose(ones, others, clues, anchors)
+        else:
+            rest[0].extend(ones)
+            rest[1].extend(others)
+    return [*found, *(Choice(one, other, 0.0, ("in the order of keys",)) for one, other in zip(*rest, strict=False))]
+
+
+def _without_the_clear(
+    found: list[Choice], sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors
+) -> list[Choice]:
+    """Look again at those that are not clear, among themselves: other words may tell them apart."""
+    clear = [choice for choice in found if choice.margin >= ENOUGH]
+    if not clear or len(clear) == len(found):
+        return found
+    done = {id(node) for choice in clear for node in (choice.source, choice.target)}
+    rest = [[node for node in nodes if id(node) not in done] for nodes in (sources, targets)]
+    above = min(choice.margin for choice in clear)
+    again = choose(rest[0], rest[1], clues, anchors) if rest[0] and rest[1] else []
+    if len(again) == 1 and conflict(*(frozenset(concepts(node.path)) for node in (again[0].source, again[0].target))):
+        above = min(above, 0.5)
+    return [*clear, *(replace(choice, margin=min(choice.margin, above)) for choice in again)]

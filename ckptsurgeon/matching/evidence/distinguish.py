@@ -1,0 +1,121 @@
+"""What tells look-alikes apart: the words, the numbers and the company that not all of them have. Looks at names, and adds nothing up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
+from ckptsurgeon.matching.module_tree import Node
+
+_ENDS = (-100, -90, 10, 50, 90, 100)
+_ORDINALS = {
+    "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "cross": 30, "premlp": 40, "mlp": 50,
+    "second": 60, "postmlp": 90, "final": 100,
+}  # fmt: skip
+
+
+def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
+    """For each node the concepts in its path that not all of them have."""
+    found = [frozenset(concepts(node.path)) for node in nodes]
+    common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
+    last = [node.name.rpartition(".")[2] for node in nodes]
+    gates = gated(last)
+    return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(found, last, strict=True)]
+
+
+def either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
+    """Whether one side says gate and up, and the other `w1` and `w2`: which of these is the gate is not agreed on."""
+    words = frozenset().union(*(concepts(node.name) for node in named))
+    return {"gate", "up"} <= words and {node.name.rpartition(".")[2] for node in numbered} == {"w1", "w2"}
+
+
+def abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether a word of one name is the beginning of one of the other's."""
+    return any(
+        len(short) >= 3 and long.startswith(short) and long != short
+        for a in one
+        for b in other
+        for short, long in ((a, b) if len(a) < len(b) else (b, a),)
+    )
+
+
+def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
+    """How many more parts of its path each node shares with another than the farthest does; equal but for numbers is one more."""
+    near = [_shared_parts(node.path, anchor.path) + (node.folded == anchor.folded) for node in nodes]
+    return [value - min(near) for value in near]
+
+
+def _shared_parts(one: str, other: str) -> int:
+    a, b = one.split("."), other.split(".")
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int] | None:
+    """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like."""
+    if len({node.folded for node in nodes}) == 1:
+        return ranks([node.numbers for node in nodes])
+    differ = _first_difference(nodes)
+    if differ:
+        return ranks(differ)
+    said = [_place([place for word, place in _ORDINALS.items() if word in found]) for found in words]
+    numbers = [
+        [int(word[1:]) for word in concepts(node.path) if word in found and word.startswith("#")]
+        for node, found in zip(nodes, words, strict=True)
+    ]
+    silent = [index for index in range(len(nodes)) if not said[index] and not numbers[index]]
+    if any(said):
+        mixed = [place[0] for place, number in zip(said, numbers, strict=True) if place and not number] if any(numbers) else []
+        if any(number and not place for place, number in zip(said, numbers, strict=True)) and not set(mixed) <= {-100, 100}:
+            return None
+        if silent and not (len(nodes) == 2 and said[1 - silent[0]][0] in _ENDS):
+            return None  # of two, the one that is not said to be first is the second
+        told = [tuple(place[:1] or ([50] if silent else [0]) + number) for place, number in zip(said, numbers, strict=True)]
+    elif silent or len({len(number) for number in numbers}) != 1:
+        return None
+    else:
+        told = [tuple(number) for number in numbers]
+    return ranks(told) if len(set(told)) == len(told) else None
+
+
+def _first_difference(nodes: Sequence[Node]) -> list[int]:
+    """The numbers that the first parts hold in which all paths differ, where these parts differ by number alone; else nothing."""
+    for parts in zip(*(node.path.split(".") for node in nodes), strict=False):
+        if len(set(parts)) > 1:
+            numbers = [part[len(part.rstrip("0123456789")) :] for part in parts]
+            same = len({part.rstrip("0123456789") for part in parts}) == 1 and all(numbers)
+            return [int(number) for number in numbers] if same and len(set(numbers)) == len(nodes) else []
+    return []
+
+
+def _place(places: list[int]) -> list[int]:
+    """The place that several words give together: being first counts most, then what comes latest."""
+    return [min(places) if min(places) < 0 else max(places)] if places else []
+
+
+def in_family(nodes: Sequence[Node]) -> list[tuple[int, int]]:
+    """Each node's place among those that differ from it by numbers alone, and how many they are."""
+    rows: dict[str, list[Node]] = {}
+    for node in nodes:
+        rows.setdefault(node.folded, []).append(node)
+    for row in rows.values():
+        row.sort(key=lambda node: node.numbers)
+    return [(rows[node.folded].index(node), len(rows[node.folded])) for node in nodes]
+
+
+def other_roles(one: Node, other: Node) -> bool:
+    """Whether two units hold tensors of different roles only."""
+    return one.leaf and other.leaf and not set(one.tensors) & set(other.tensors) and "param" not in (*one.tensors, *other.tensors)
+
+
+def ranks(values: Sequence[object]) -> list[int]:
+    order = sorted(range(len(values)), key=lambda index: values[index])  # type: ignore[arg-type,return-value]
+    ranks = [0] * len(values)
+    for rank, index in enumerate(order):
+        ranks[index] = rank
+    return ranks
+
+
+def near(one: int, other: int, even: bool) -> float:
+    """1 for the same place; less the further apart."""
+    away = abs(one - other)
+    return max(0.0, 1.0 - away) if even and away else 1.0 / (1 + away)

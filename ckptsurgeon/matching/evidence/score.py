@@ -1,0 +1,124 @@
+"""Evidence for a pair of look-alikes, in points: what names say, how numbers and keys are ordered, what was decided elsewhere.
+
+Rule: each kind of evidence has one weight, in one line of this module; kinds are added up and none rules another out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptsurgeon.matching.evidence.distinguish import (
+    abbreviated,
+    either_gate,
+    in_family,
+    near,
+    nearness,
+    ordinals,
+    other_roles,
+    ranks,
+    telling,
+)
+from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
+from ckptsurgeon.matching.module_tree import Node
+
+AGAINST_IT = "against it"
+WORD = 3.0  # a word that tells look-alikes apart is on both sides
+ABBREVIATED = 1.8  # one side's word begins the other's
+AGAINST = -2.0  # names exclude each other; twice that for roles
+SAME = 1.0  # the same name
+NUMBERS = 2.0  # numbers are in the same order
+ORDER = 1.5  # keys are in the same order, as far as that can be trusted
+ELSEWHERE = 2.5  # the same two names were paired elsewhere, always
+COMPANY = 2.0  # as near as the other to what is paired already
+Anchors = Sequence[tuple[Node, Node]]  # pairs in the same surroundings that are certain
+
+
+@dataclass(frozen=True)
+class Clues:
+    """What is known before a choice: how far the order of keys can be trusted (0 to 1), how often which names were paired elsewhere,
+    and which node of the target each node of the source (by its id) was paired with."""
+
+    trust: float = 0.0
+    pairs: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    sources: Mapping[str, int] = field(default_factory=dict)
+    targets: Mapping[str, int] = field(default_factory=dict)
+    partners: Mapping[int, Node] = field(default_factory=dict)
+
+
+class Table:
+    """The points of every pair of a group, and why."""
+
+    def __init__(self, sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> None:
+        self.sources, self.targets, self.clues = sources, targets, clues
+        self.words = tuple(telling(nodes) for nodes in (sources, targets))
+        self.ordinals = tuple(ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
+        if either_gate(sources, targets) or either_gate(targets, sources):
+            self.ordinals = (None, None)
+        self.places = tuple(ranks([node.at for node in nodes]) for nodes in (sources, targets))
+        self.even = len(sources) == len(targets)
+        self.families = tuple(in_family(nodes) for nodes in (sources, targets))
+        self.nearness = [(nearness(sources, one), nearness(targets, other)) for one, other in anchors]
+
+    def parts(self, row: int, column: int) -> dict[str, float]:
+        """The points of a pair by kind of evidence."""
+        source, target = self.sources[row], self.targets[column]
+        told, wanted = self.words[0][row], self.words[1][column]
+        shared = {word for word in told & wanted if not word.startswith("#")}
+        found = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
+        if not shared and abbreviated(told, wanted):
+            found["a name cut short"] = ABBREVIATED
+        if conflict(told, wanted):
+            found[f"names {AGAINST_IT}"] = AGAINST
+        if source.name == target.name:
+            found["same name"] = SAME
+        if self.ordinals[0] and self.ordinals[1]:
+            found["numbers in the same order"] = NUMBERS * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
+        elif self.families[0][row] == self.families[1][column] != (0, 1):
+            found["numbers in the same order"] = NUMBERS
+        if other_roles(source, target):
+            found[f"roles {AGAINST_IT}"] = 2 * AGAINST
+        trust = self.clues.trust * (0.3 if self._confused(row) or self._confused(column, 1) else 1.0)
+        if trust:
+            found["same order"] = ORDER * trust * near(self.places[0][row], self.places[1][column], self.even)
+        if self.nearness:
+            apart = sum(abs(near[row] - other[column]) for near, other in self.nearness) / len(self.nearness)
+            found["in the same company"] = COMPANY * self.clues.trust * (1.0 - min(apart, 1.0))
+        elsewhere = self._elsewhere(source, target)
+        if elsewhere:
+            found["paired so elsewhere"] = ELSEWHERE * elsewhere
+        return found
+
+    def score(self, row: int, column: int) -> float:
+        """The sum of a pair's points."""
+        return sum(self.parts(row, column).values())
+
+    def evidence(self, row: int, column: int) -> tuple[str, ...]:
+        """What spoke for a pair, and what against it."""
+        return tuple(words for words, points in self.parts(row, column).items() if points) or ("the others fit less",)
+
+    def _confused(self, index: int, side: int = 0) -> bool:
+        return any(self.words[side][index] & names for names in CONFUSED)
+
+    def _elsewhere(self, source: Node, target: Node) -> float:
+        best = 0.0
+        own = int(self.clues.partners.get(id(source)) is target)  # what was decided of these two is no evidence for it
+        for one in source.tails:
+            for other in target.tails:
+                count = self.clues.pairs.get((one, other), 0) - own
+                if count > 0:
+                    best = max(best, count / max(self.clues.sources[one] - own, self.clues.targets[other] - own))
+        return best
+
+
+def count_pairs(choices: Sequence[tuple[Node, Node]]) -> tuple[dict[tuple[str, str], int], dict[str, int], dict[str, int]]:
+    """How often names of nodes were paired, and how often each was seen."""
+    pairs: Counter[tuple[str, str]] = Counter()
+    sources: Counter[str] = Counter()
+    targets: Counter[str] = Counter()
+    for source, target in choices:
+        sources.update(source.tails)
+        targets.update(target.tails)
+        pairs.update((one, other) for one in source.tails for other in target.tails)
+    return pairs, sources, targets

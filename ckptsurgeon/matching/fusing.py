@@ -1,0 +1,214 @@
+"""Units that are left over and may be one another's parts: fused and split matrices, stacked experts. Also turned (transposed) ones.
+
+Rule: shapes must add up exactly, and the parts must be of one module, or of numbered ones; their order is told by their names (q, k, v;
+gate, up), and is uncertain where names do not tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import inf, prod
+
+from ckptsurgeon.matching.choose import choose
+from ckptsurgeon.matching.evidence.score import Clues
+from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
+from ckptsurgeon.matching.module_tree import Node, fold
+from ckptsurgeon.planning.links import ENOUGH
+
+# Parts that make a whole, in the order in which the field lays them side by side.
+_ORDERS = (("q", "k", "v"), ("q", "k", "v", "mlp"), ("k", "v"), ("gate", "up"), ("q", "kv"))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Units that together are one of the other side's, in order."""
+
+    sources: tuple[Node, ...]
+    targets: tuple[Node, ...]
+    margin: float
+    evidence: tuple[str, ...]
+
+
+def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, top: bool = True) -> list[Fused]:
+    """Find them among what is left over of two modules that go together; `top` says that nothing more can come from outside of these."""
+    found: list[Fused] = []
+    free_sources, free_targets = list(sources), list(targets)
+    for wholes, units, turned in ((free_targets, free_sources, False), (free_sources, free_targets, True)):
+        named, waiting = _named(wholes, units, clues, turned, top)
+        found += named
+        done = {id(node) for fused in named for node in (*fused.sources, *fused.targets)}
+        wholes[:], units[:] = ([node for node in nodes if id(node) not in done] for nodes in (wholes, units))
+        pieces = _Pieces(units)
+        for whole in [whole for whole in wholes if len(whole.main) > 1 and id(whole) not in waiting]:
+            told = pieces.of(whole)
+            if told:
+                parts, margin, evidence = told
+                found.append(Fused((whole,), parts, margin, (evidence,)) if turned else Fused(parts, (whole,), margin, (evidence,)))
+                pieces.taken |= {id(part) for part in parts}
+                wholes.remove(whole)
+        units[:] = [unit for unit in units if id(unit) not in pieces.taken]
+    by_shape: dict[tuple[int, ...], tuple[list[Node], list[Node]]] = {}
+    for side, nodes in enumerate((free_sources, free_targets)):
+        for node in nodes:
+            if len(node.main) > 1:
+                by_shape.setdefault(_either_way(node.main), ([], []))[side].append(node)
+    for ones, others in by_shape.values():
+        if ones and others and all(turns(one.main, other.main) for one in ones for other in others):
+            chosen = choose(ones, others, clues)
+            found += [Fused((choice.source,), (choice.target,), choice.margin, (*choice.evidence, "turned")) for choice in chosen]
+    return found
+
+
+def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: bool, top: bool) -> tuple[list[Fused], set[int]]:
+    """Wholes and the parts that names tell; and the wholes that may find theirs higher up."""
+    shapes = {whole.main for whole in wholes if len(whole.main) > 1}
+    rows: list[tuple[Node, ...]] = []
+    for row in sorted(_named_rows([unit for unit in units if len(unit.main) > 1]), key=len, reverse=True):
+        if any(_adds_up(shape, row) for shape in shapes) and not any(set(map(id, row)) & set(map(id, longer)) for longer in rows):
+            rows.append(row)
+    by_shape: dict[tuple[int, ...], list[Node]] = {}
+    for whole in wholes if rows else ():
+        if len(whole.main) > 1:
+            by_shape.setdefault(whole.main, []).append(whole)
+    found: list[Fused] = []
+    waiting: set[int] = set()
+    for shape, some in by_shape.items():
+        fits = {id(row[0]): row for row in rows if _adds_up(shape, row)}
+        if not fits:
+            continue
+        firsts = [row[0] for row in fits.values()]
+        chosen = choose(some, firsts, clues) if turned else choose(firsts, some, clues)
+        if not top and len(some) != len(firsts) and any(choice.margin < ENOUGH for choice in chosen):
+            waiting |= {id(whole) for whole in some}
+            continue
+        for choice in chosen:
+            parts, whole = fits[id(choice.target if turned else choice.source)], choice.source if turned else choice.target
+            evidence = ("its parts side by side", *(choice.evidence if len(some) + len(firsts) > 2 else ()))
+            sides = ((whole,), parts) if turned else (parts, (whole,))
+            found.append(Fused(sides[0], sides[1], choice.margin, evidence))
+    return found, waiting
+
+
+def _named_rows(units: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
+    """The units of one module that names tell to be parts of a whole, in order; their names differ by that alone."""
+    for family in _families(units, lambda unit: unit.parent):
+        for order in _ORDERS:
+            rows: dict[frozenset[str], dict[str, list[Node]]] = {}
+            for unit in family:
+                words = frozenset(concepts(unit.name))
+                part = words & set(order)
+                if len(part) == 1:
+                    rows.setdefault(words - part, {}).setdefault(next(iter(part)), []).append(unit)
+            for row in (*rows.values(), *(_merged(rows) if len(rows) > 1 else ())):
+                if all(len(row.get(word, ())) == 1 for word in order):
+                    yield tuple(row[word][0] for word in order)
+
+
+def _merged(rows: dict[frozenset[str], dict[str, list[Node]]]) -> list[dict[str, list[Node]]]:
+    """All rows as one, for parts whose other words differ; only where no row is whole by itself."""
+    merged: dict[str, list[Node]] = {}
+    for row in rows.values():
+        for word, units in row.items():
+            merged.setdefault(word, []).extend(units)
+    return [merged] if all(len(row) < len(merged) for row in rows.values()) else []
+
+
+def _adds_up(whole: tuple[int, ...], parts: Sequence[Node]) -> bool:
+    return sum(prod(part.main) for part in parts) == prod(whole) and all(_beside(whole, part.main) for part in parts)
+
+
+def _either_way(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for a matrix and its transpose, and for a linear layer and a convolution over the same window."""
+    return tuple(sorted((shape[0], prod(shape[1:]))))
+
+
+def turns(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether a matrix is the other transposed, or a linear layer over a flattened window (same rows, same elements)."""
+    if len(one) < 2 or len(other) < 2 or one == other:
+        return False
+    return (len(one) == 2 and one == other[::-1]) or (len(one) != len(other) and one[0] == other[0] and prod(one) == prod(other))
+
+
+_Told = tuple[tuple[Node, ...], float, str]
+
+
+class _Pieces:
+    """Units that may be parts of a whole: those of one module by the dimensions that they may share with it, and rows of numbered ones."""
+
+    def __init__(self, units: Sequence[Node]) -> None:
+        self.taken: set[int] = set()
+        matrices = [unit for unit in units if len(unit.main) > 1]
+        self.by_edge: dict[tuple[int, ...], dict[int, list[Node]]] = {}
+        for place, family in enumerate(_families(matrices, lambda unit: unit.parent)):
+            if len(family) > 1:
+                for unit in family:
+                    for edge in (*_edges(unit.main), *_edges(unit.main[::-1])):
+                        self.by_edge.setdefault(edge, {})[place] = family
+        self.rows: dict[int, list[list[Node]]] = {}
+        for row in _families(matrices, _without_numbers):
+            self.rows.setdefault(len(row), []).append(sorted(row, key=lambda unit: unit.numbers))
+
+    def of(self, whole: Node) -> _Told | None:
+        """The units that add up to a whole, in order, with a margin and words."""
+        families = {place: family for edge in _edges(whole.main) for place, family in self.by_edge.get(edge, {}).items()}
+        for _, family in sorted(families.items()):
+            group = [unit for unit in family if unit.size < whole.size and id(unit) not in self.taken]
+            for parts, margin in _orders(group, whole) if len(group) > 1 else ():
+                if _adds_up(whole.main, parts):
+                    return parts, margin, "its parts side by side"
+        if len(whole.main) != 3:
+            return None
+        rows = self.rows.get(whole.main[0], [])
+        return _stacked(whole, [row for row in rows if not any(id(unit) in self.taken for unit in row)])
+
+
+def _edges(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A shape without one of its dimensions, for each."""
+    return [(*shape[:dim], *shape[dim + 1 :]) for dim in range(len(shape))]
+
+
+def _families(units: Sequence[Node], key: Callable[[Node], str]) -> list[list[Node]]:
+    groups: dict[str, list[Node]] = {}
+    for unit in units:
+        groups.setdefault(key(unit), []).append(unit)
+    return list(groups.values())
+
+
+def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ...], float]]:
+    """Choices of a family's members in an order, where words do not tell it."""
+    if {"gate", "up"} <= set(concepts(whole.name)) and len({unit.folded for unit in group}) == 1 < len(group) < 4:
+        yield tuple(sorted(group, key=lambda unit: unit.numbers)[:2]), inf  # the gate is the first, by custom
+    if len(group) <= 6:
+        for count in range(len(group), 1, -1):
+            for some in combinations(group, count):
+                yield some, 0.5
+
+
+def _beside(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether a part can lie beside others in a whole: all of its dimensions but one are the whole's, as they are or turned."""
+    return len(whole) == len(part) and any(sum(a != b for a, b in zip(whole, turned, strict=True)) == 1 for turned in (part, part[::-1]))
+
+
+def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Told | None:
+    """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
+    rest = list(whole.main[1:])
+    gates = gated([row[0].name for row in rows])
+    said = {id(row[0]): {*concepts(row[0].name), gates.get(row[0].name, "")} for row in rows}
+    fits = [row for row in rows if list(row[0].main) == rest] or [row for row in rows if sorted(row[0].main) == sorted(rest)]
+    if fits:
+        told = set(concepts(whole.name))
+        shared = [len(told & said[id(row[0])]) for row in fits]
+        row = fits[shared.index(max(shared))]
+        return tuple(row), inf if len(fits) == 1 or shared.count(max(shared)) == 1 else 0.5, "one for each number, stacked"
+    for one, other in ((one, other) for one in rows for other in rows if one is not other):
+        if 2 * prod(one[0].main) == prod(rest) and one[0].main == other[0].main:
+            named = "gate" in said[id(one[0])] and "up" in said[id(other[0])]
+            if named or len(rows) == 2:
+                return tuple(unit for pair in zip(one, other, strict=True) for unit in pair), inf if named else 0.5, "stacked pairs"
+    return None
+
+
+def _without_numbers(unit: Node) -> str:
+    return f"{unit.folded.removesuffix(fold(unit.name))}{unit.name}"

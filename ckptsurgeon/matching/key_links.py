@@ -1,0 +1,111 @@
+"""From units that go together to keys that do, with what has to be done to their tensors. Knows shapes and roles, and chooses nothing new.
+
+Rule: a tensor goes to the one of its role. A square matrix is turned only where its model's other matrices are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import inf
+
+from ckptsurgeon.matching.module_tree import Node, Shape, is_float, squeezed
+from ckptsurgeon.matching.pairing import Laid
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
+
+
+class Turned:
+    """The source's tensors as they are in the file, and those of them that were looked at transposed."""
+
+    def __init__(self, source: Mapping[str, TensorMeta], keys: Collection[str] = ()) -> None:
+        self.source, self.keys = source, keys
+
+    def chain(self, name: str, *ops: str) -> str:
+        """The ops of a link, after the transpose that its sources need first."""
+        return " | ".join(op for op in ("transpose" if name in self.keys else "", *ops) if op)
+
+
+def links(laid: Laid, turned: Turned) -> Iterator[Link]:
+    """The links of the tensors in units that go together."""
+
+    def link(sources: Sequence[str], targets: Sequence[str], op: str, margin: float = inf) -> Link:
+        rival = f"{laid.runner_up[0].path} -> {laid.runner_up[1].path}" if laid.runner_up else ""
+        return Link(tuple(sources), tuple(targets), op, min(laid.margin, margin), laid.evidence, rival)
+
+    if len(laid.sources) == len(laid.targets) == 1:
+        for one, other in _roles(laid.sources[0], laid.targets[0]):
+            op, margin = _one_to_one(one, other, turned)
+            if op is not None:
+                yield link([one.name], [other.name], op, margin)
+        return
+    whole, parts, joins = (laid.targets[0], laid.sources, True) if len(laid.targets) == 1 else (laid.sources[0], laid.targets, False)
+    for tensor, pieces in _fused_roles(whole, parts):
+        op = _join(tensor.shape, [piece.shape for piece in pieces], joins)
+        if op is None:
+            continue
+        names = [piece.name for piece in pieces]
+        sources, targets = (names, [tensor.name]) if joins else ([tensor.name], names)
+        yield link(sources, targets, turned.chain(sources[0], op))
+
+
+def _roles(one: Node, other: Node) -> Iterator[tuple[TensorMeta, TensorMeta]]:
+    """The tensors of two units that have the same role; those left over, where only one of each has its shape."""
+    for role, tensor in one.tensors.items():
+        same = other.tensors.get(role)
+        if same and (is_float(tensor) == is_float(same) or role == "num_batches_tracked"):
+            yield tensor, same
+    rest = [tensor for role, tensor in one.tensors.items() if role not in other.tensors and is_float(tensor)]
+    wanted = [tensor for role, tensor in other.tensors.items() if role not in one.tensors and is_float(tensor)]
+    for tensor in rest:
+        fits = [target for target in wanted if target.numel == tensor.numel]
+        if len(fits) == 1 and sum(other.numel == tensor.numel for other in rest) == 1:
+            yield tensor, fits[0]
+
+
+def _one_to_one(one: TensorMeta, other: TensorMeta, turned: Turned) -> tuple[str | None, float]:
+    """What makes a tensor the other, and how sure that is; None where nothing does."""
+    shape = turned.source[one.name].shape
+    if one.name in turned.keys:
+        return "transpose", inf
+    if shape == other.shape:
+        bare = len(shape) == 2 and shape[0] == shape[1] and one.name.endswith("weight") != other.name.endswith("weight")
+        return "", 0.5 if bare else inf  # `x @ w` of a bare square parameter is `linear` of its transpose, or is not
+    if squeezed(shape) == squeezed(other.shape):
+        return "reshape", inf
+    if len(shape) == 2 and shape == other.shape[::-1]:
+        return "transpose", inf
+    return ("reshape", inf) if one.numel == other.numel and shape[:1] == other.shape[:1] else (None, inf)
+
+
+def _fused_roles(whole: Node, parts: Sequence[Node]) -> Iterator[tuple[TensorMeta, list[TensorMeta]]]:
+    """Each tensor of a whole with the tensors that are its parts; a bare parameter is made of the largest of each."""
+    for role, tensor in whole.tensors.items():
+        if all(role in part.tensors for part in parts):
+            yield tensor, [part.tensors[role] for part in parts]
+        elif len(whole.tensors) == 1:
+            yield tensor, [part.largest for part in parts]
+
+
+def _join(whole: Shape, parts: Sequence[Shape], joins: bool) -> str | None:
+    """The op that makes one of several (`joins`), or several of one."""
+    for turn, shapes in (("", parts), ("transpose", [shape[::-1] for shape in parts])):
+        dims = [
+            dim
+            for dim in range(len(whole))
+            if all(len(shape) == len(whole) and (*shape[:dim], *shape[dim + 1 :]) == (*whole[:dim], *whole[dim + 1 :]) for shape in shapes)
+            and sum(shape[dim] for shape in shapes) == whole[dim]
+        ]
+        if dims:
+            return _chain(turn, f"concat(dim={dims[0]})" if joins else f"chunk(dim={dims[0]})", joins)
+        if all((len(shapes), *shape) == whole for shape in shapes):
+            return _chain(turn, "stack(dim=0)" if joins else "unstack(dim=0)", joins)
+        for dim in range(1, len(whole)):
+            pair = (*whole[1:dim], whole[dim] // 2, *whole[dim + 1 :])
+            if len(shapes) == 2 * whole[0] and all(shape == pair for shape in shapes):
+                both = f"concat(dim={dim - 1}, of=2) | stack(dim=0)" if joins else f"unstack(dim=0) | chunk(dim={dim - 1})"
+                return _chain(turn, both, joins)
+    return None
+
+
+def _chain(turn: str, op: str, joins: bool) -> str:
+    return " | ".join(part for part in ((turn, op) if joins else (op, turn)) if part)

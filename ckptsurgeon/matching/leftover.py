@@ -1,0 +1,100 @@
+"""What is left over of two modules that go together, units only: look-alikes among themselves, then parts that are fused, split or turned.
+
+Rule: where more units of a shape may come from outside, nothing is decided here. A pair that is one only because nothing else is left
+needs a name that speaks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ckptsurgeon.matching.choose import Choice, choose
+from ckptsurgeon.matching.evidence.score import Clues
+from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.fusing import fuse
+from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.matching.pairing import Laid, Left, laid, under
+from ckptsurgeon.planning.links import ENOUGH
+
+UNSAID = "names do not say so"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where units are left over.
+
+    Attributes:
+        above: the choice of the modules that they are in.
+        exact: whether these modules hold the same.
+        top: whether they are the whole of both sides.
+        balanced: the forms of units that both sides have equally often, everywhere.
+    """
+
+    above: Choice
+    exact: bool
+    top: bool
+    balanced: frozenset[int]
+
+
+def settle(left: Left, place: Place, clues: Clues) -> tuple[list[Laid], Left]:
+    """Pair what can be paired of what is left over; the rest may be tried again one level higher."""
+    sources = [unit for node in left.sources for unit in node.units()]
+    targets = [unit for node in left.targets for unit in node.units()]
+    placed = _look_alikes(sources, targets, replace(place, top=False), clues)
+    sources, targets = _without(sources, targets, placed)
+    for fused in fuse(sources, targets, clues, place.top):
+        rival = place.above.runner_up if place.above.margin < fused.margin else None
+        placed.append(Laid(fused.sources, fused.targets, min(place.above.margin, fused.margin), fused.evidence, rival))
+    sources, targets = _without(sources, targets, placed)
+    placed += _look_alikes(sources, targets, place, clues)  # of whose shape others were parts
+    sources, targets = _without(sources, targets, placed)
+    doubted = [at for at, pair in enumerate(placed) if UNSAID in pair.evidence]
+    if len(doubted) == 1 and not any(node.size for node in (*sources, *targets)):
+        margin = min(place.above.margin, ENOUGH)
+        placed[doubted[0]] = replace(placed[doubted[0]], margin=margin, evidence=("all that is left on both sides",))
+    return placed, Left(tuple(sources), tuple(targets))
+
+
+def _look_alikes(sources: Sequence[Node], targets: Sequence[Node], place: Place, clues: Clues) -> list[Laid]:
+    """Pairs of units of equal form."""
+    by_form: dict[int, tuple[list[Node], list[Node]]] = {}
+    for side, nodes in enumerate((sources, targets)):
+        for node in nodes:
+            by_form.setdefault(node.form, ([], []))[side].append(node)
+    choices = [choice for form, (ones, others) in by_form.items() for choice in _among(form, ones, others, place, clues)]
+    return [laid(under(choice, place.above)) for choice in choices]
+
+
+def _among(form: int, ones: Sequence[Node], others: Sequence[Node], place: Place, clues: Clues) -> list[Choice]:
+    """The pairs of units of one form, or none where they can't be told yet."""
+    if not ones or not others or not ones[0].size:
+        return []
+    choices = choose(ones, others, clues)
+    if len(ones) == len(others) == 1:
+        return choices if place.exact else [_doubted(choices[0])]
+    if len(ones) != len(others) and not place.top and (form in place.balanced or any(choice.margin < ENOUGH for choice in choices)):
+        return []  # higher up there are, or may be, more of them
+    return choices
+
+
+def _doubted(choice: Choice) -> Choice:
+    """The only one left of its shape, from modules that are not equal: names must speak for it."""
+    told, wanted = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
+    if conflict(told, wanted):
+        return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
+    running = "running_var" in choice.source.tensors and set(choice.source.tensors) == set(choice.target.tensors)
+    if running or len(choice.source.main) > 1 or _last_word(choice.source) & _last_word(choice.target):
+        return choice
+    return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))
+
+
+def _last_word(node: Node) -> frozenset[str]:
+    """What the last part of a path says that is not a number alone."""
+    parts = [part for part in node.path.split(".") if not part.isdigit()]
+    return frozenset(word for word in concepts(parts[-1]) if word[0] != "#") if parts else frozenset()
+
+
+def _without(sources: Sequence[Node], targets: Sequence[Node], placed: Iterable[Laid]) -> tuple[list[Node], list[Node]]:
+    done = {id(node) for pair in placed for node in (*pair.sources, *pair.targets)}
+    return [node for node in sources if id(node) not in done], [node for node in targets if id(node) not in done]

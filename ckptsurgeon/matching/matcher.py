@@ -1,0 +1,157 @@
+"""The mapping between two implementations, found from what their headers say: passes over both trees, then others that use order too.
+
+Rule: the first passes use names, numbers and shapes alone. What they are certain of tells which names stand for which, and how far the
+order of keys can be trusted; later passes use that too. No name of a model is known here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+
+from ckptsurgeon.limits import allowed
+from ckptsurgeon.matching.align import lay
+from ckptsurgeon.matching.evidence.score import Clues, count_pairs
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.key_links import Turned, links
+from ckptsurgeon.matching.module_tree import both, fold
+from ckptsurgeon.matching.pairing import Laid, Record
+from ckptsurgeon.matching.result import Matching, result
+from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
+from ckptsurgeon.matching.towers import doubted
+from ckptsurgeon.planning.links import ENOUGH, Link
+from ckptsurgeon.tensors import TensorMeta
+
+PASSES = 2  # without the order of keys, and as many with it
+Z = 2.58  # 99 of 100 samples lie so many standard deviations around the truth
+Tensors = Mapping[str, TensorMeta]
+
+
+def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = ()) -> Matching:
+    """Find the mapping of a source's tensors to a target's by their names, shapes and order.
+
+    Where the source's matrices fit only transposed, they are looked at so. `ties` are groups of the target's keys that are one tensor: all
+    of a group get what its first one gets.
+    """
+    found = _match(source, target, Turned(source), ties)
+    keys = _turned(source, target)
+    if keys:
+        other = _match(source, target, Turned(source, keys), ties)
+        if other.share >= found.share:
+            return other
+    return found
+
+
+def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequence[str]]) -> Matching:
+    given, wanted = looked_at(source), looked_at(target)
+    turned_about = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
+    one, other = both(turned_about, wanted.values())
+    ordered = has_order(given) and has_order(wanted)
+    clues = Clues()
+    for _ in range(PASSES):
+        record = lay(one, other, clues)
+        clues = _learned(record)
+    trust = _trust(_certain(record)) if ordered else 0.0
+    for _ in range(PASSES if trust else 0):
+        record = lay(one, other, replace(clues, trust=trust))
+        clues = _learned(record)
+    found = [link for laid in between(record.units, one, other, trust) for link in links(laid, turned)]
+    found += orphans(found, record, given, wanted)
+    found += shared(found, record, given, wanted)
+    return result(doubted(_tied(found, ties), given, wanted), source, target, trust)
+
+
+def looked_at(tensors: Tensors) -> Tensors:
+    """Without keys that no model has, on which a stranger's file could make all that follows spend itself."""
+    longest, deepest = allowed("match-characters"), allowed("match-segments")
+    return {key: tensor for key, tensor in tensors.items() if len(key) <= longest and key.count(".") < deepest}
+
+
+def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
+    """The links, where all keys of one tensor get what the first of them that has a link gets."""
+    for tied in ties:
+        links = [link for key in tied for link in found if link.targets == (key,)]
+        if links:
+            others = {key for key in tied if key != links[0].targets[0]}
+            found = [link for link in found if not others & set(link.targets)]
+            found += [replace(links[0], targets=(key,), evidence=(f"the same tensor as {links[0].targets[0]}",)) for key in sorted(others)]
+    return found
+
+
+def _turned(source: Tensors, target: Tensors) -> frozenset[str]:
+    """The source's matrices that could be the target's transposed, embeddings aside; none where more fit only as they are."""
+    shapes = {tensor.shape for tensor in target.values()}
+    matrices = {
+        key: tensor.shape
+        for key, tensor in source.items()
+        if len(tensor.shape) == 2 and not set(concepts(key.rpartition(".")[0])) & {"embed", "tok", "pos"}
+    }
+    only = sum(shape not in shapes and shape[::-1] in shapes for shape in matrices.values())
+    never = sum(shape in shapes and shape[::-1] not in shapes for shape in matrices.values())
+    return frozenset(key for key, shape in matrices.items() if shape[::-1] in shapes) if only > never else frozenset()
+
+
+def _certain(record: Record) -> list[Laid]:
+    """What a pass is certain of, one to one."""
+    return [laid for laid in (*record.units, *record.modules) if laid.margin >= ENOUGH and len(laid.sources) == len(laid.targets) == 1]
+
+
+def _learned(record: Record) -> Clues:
+    """What a pass is certain of, as clues for the next."""
+    certain = _certain(record)
+    pairs, sources, targets = count_pairs([(laid.sources[0], laid.targets[0]) for laid in certain])
+    return Clues(0.0, pairs, sources, targets, {id(laid.sources[0]): laid.targets[0] for laid in certain})
+
+
+def _trust(certain: list[Laid]) -> float:
+    """How far to trust that keys stand in the same order: the lower end of what the share of rising neighbours may be (Wilson 1927).
+
+    For a pass that used no order: what order has decided would only bear itself out.
+    """
+    pairs = [(laid.sources[0], laid.targets[0]) for laid in certain if laid.sources[0].leaf]
+    rising: dict[tuple[str, ...], bool] = {}  # one pair of neighbours speaks for all that are called so
+    for (source, target), (next_source, next_target) in itertools.pairwise(sorted(pairs, key=lambda pair: (pair[0].at, pair[1].at))):
+        names = (*_parted(source.path, next_source.path), *_parted(target.path, next_target.path))
+        if names[0] != names[1] or names[2] != names[3]:  # numbers alone rise in any order of modules
+            rising.setdefault(names, target.at < next_target.at)
+    total = len(rising)
+    if not total:
+        return 0.0
+    share = sum(rising.values()) / total
+    low = (share + Z * Z / (2 * total) - Z * sqrt(share * (1 - share) / total + Z * Z / (4 * total * total))) / (1 + Z * Z / total)
+    return min(1.0, max(0.0, (low - 0.5) / 0.2))
+
+
+def _parted(one: str, other: str) -> tuple[str, str]:
+    """The two modules of one module that two paths lead through, without numbers."""
+    a, b = one.split("."), other.split(".")
+    same = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
+    return fold(".".join(a[: same + 1])), fold(".".join(b[: same + 1]))
+
+
+def has_order(tensors: Tensors) -> bool:
+    """Whether the order of keys can be a model's own: each module's stand together, and it is not the alphabet's.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> has_order({key: TensorMeta(key, "F32", (), ()) for key in ("b.w", "a.w", "b.b")})
+    False
+    """
+    by_dtype: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        by_dtype.setdefault(tensor.dtype, []).append(key)
+    if all(keys == sorted(keys) for keys in by_dtype.values()):
+        return False
+    seen: set[str] = set()
+    before: list[str] = []
+    for key in tensors:
+        parts = key.split(".")[:-1]
+        same = next((at for at, (x, y) in enumerate(zip(parts, before, strict=False)) if x != y), min(len(parts), len(before)))
+        for depth in range(same + 1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path in seen:
+                return False
+            seen.add(path)
+        before = parts
+    return True

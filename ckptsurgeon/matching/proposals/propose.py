@@ -1,0 +1,258 @@
+"""The whole of matching: what a person's rules leave open is matched, and the links become rules that were replayed.
+
+Rule: a key that a person's rule names is never matched again. Pure: no file, no torch, no printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from ckptsurgeon.errors import CoverageError, RuleError
+from ckptsurgeon.limits import allowed
+from ckptsurgeon.matching.matcher import looked_at, match
+from ckptsurgeon.matching.result import Matching
+from ckptsurgeon.matching.rules_from_links import to_toml
+from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, generalise
+from ckptsurgeon.matching.rules_from_links.replay import origins
+from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.prefixes.find import find_prefix
+from ckptsurgeon.planning.prefixes.rivals import Way
+from ckptsurgeon.planning.resolve import kept_out
+from ckptsurgeon.report import Twins
+from ckptsurgeon.rules.drafting.drafts import Known
+from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
+from ckptsurgeon.tensors import Checkpoint, Coverage
+
+LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
+Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
+UNWRITABLE = "a key that no pattern can name"
+
+
+@dataclass(frozen=True, repr=False)
+class Proposal(Matching):
+    """A matching of two sides, and the rules that lead to exactly the links that are applied.
+
+    Attributes:
+        source, target, root: of what, as a person gave them.
+        applied: the links that the rules give: the certain ones, and where they were accepted the uncertain ones too.
+        ruled: each rule with the links that it is for; `before` are a person's own rules, which come first.
+        coverage: the share of the target that the applied links and the person's rules give; `used`: that of the source that they take.
+        possible: the share of the side that is explained best that there would be with the uncertain links.
+        toml: the rules as the text of a commented rules file.
+        warnings: keys too long to match, and what speaks against links, where values were looked at.
+        forward: how far both models' outputs differ, where they ran.
+        rivals: prefixes between which nothing decides, each with the rules that choose it.
+    """
+
+    source: str = ""
+    target: str = ""
+    root: str = ""
+    applied: tuple[Link, ...] = ()
+    ruled: tuple[Ruled, ...] = ()
+    before: tuple[Rule, ...] = ()
+    coverage: Coverage = field(default_factory=lambda: Coverage(0.0, 0.0))
+    used: Coverage = field(default_factory=lambda: Coverage(0.0, 0.0))
+    possible: float = 0.0
+    toml: str = ""
+    warnings: tuple[str, ...] = ()
+    forward: Twins | None = None
+    rivals: tuple[Way, ...] = ()
+    text: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.text or repr(self)
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules, the person's own first; those that were found say in a plan what speaks for them."""
+        return (
+            *self.before,
+            *(
+                replace(one.rule, file=f"matched: {to_toml.evidence(one.links) if one.links else to_toml.comment(one)}")
+                for one in self.ruled
+            ),
+        )
+
+    def refusal(self, least: float = LEAST) -> CoverageError | None:
+        """Why this is no mapping to follow: applied links explain less than `least` of the tensors or elements of both sides. None where
+        it is one."""
+        share = max(_share(self.coverage), _share(self.used))
+        if share >= least and (self.applied or self.before or (self.links and not least)):
+            return None
+        if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
+            doubtful = next(link for link in self.links if link not in self.applied)
+            rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
+            return CoverageError(
+                f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of either side",
+                path=self.source,
+                hint="leave out what rivals it (--drop 'other_tower.**'), or take them as they are: --accept-uncertain",
+            )
+        return CoverageError(
+            f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
+            path=self.source,
+            hint="are they the same architecture? see both with: ckptsurgeon diff; or ask for less: --min-coverage 0.1",
+        )
+
+
+def _share(coverage: Coverage) -> float:
+    """The lesser share of a side's tensors and elements: a few large tensors that fit by chance are no mapping, nor are many small ones."""
+    return min(coverage.tensors, coverage.elements)
+
+
+def propose(
+    source: Checkpoint,
+    target: Checkpoint,
+    before: Sequence[Rule] = (),
+    outside: Outside = NOTHING,
+    *,
+    accept: bool = False,
+    judge: Judge | None = None,
+) -> Proposal:
+    """Match what a person's rules leave open, and make rules of the links; `judge` may look at the values behind them first.
+
+    Raises RuleError for rules of the person's that can't be followed.
+    """
+    task = _told(source, target, tuple(before), outside)
+    kept = kept_out(target, name_sources([source], target, before, outside)) if before else {}
+    found = match(
+        {key: tensor for key, tensor in source.items() if key not in task.touched},
+        {key: tensor for key, tensor in target.items() if key not in task.given and key not in kept},
+        [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
+    )
+    judged, warnings = judge(found) if judge is not None else (found, ())
+    rivals = name_sources([source], target, before, outside).rivals[0]
+    return replace(rule(judged, task, accept=accept), warnings=(*_passed_over(source, target), *warnings), rivals=rivals)
+
+
+def _passed_over(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """What is said of keys that are too long to be matched."""
+    longest, deepest = allowed("match-characters"), allowed("match-segments")
+    for side in (source, target):
+        long = side.keys() - looked_at(side).keys()
+        if long:
+            number = f"{len(long)} keys have" if len(long) > 1 else "1 key has"
+            limits = f"--limit match-segments={deepest}, --limit match-characters={longest}"
+            yield f"{side.path}: {number} more segments or characters than are looked at, and no link ({limits})"
+
+
+def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
+    """The proposal of a matching."""
+    applied, left = _applied(found, accept)
+    asked = replace(task, links=applied, doubtful=frozenset(key for link in left for key in link.sources))
+    try:
+        ruled = generalise(asked)
+    except RuleError:
+        writable = [link for link in applied if _is_writable(link)]
+        if len(writable) == len(applied):
+            raise
+        found = replace(found, links=tuple(link if link in writable else _unwritable(link) for link in found.links))
+        applied = tuple(writable)
+        ruled = generalise(replace(asked, links=applied))
+        left = [link for link in found.links if link not in applied]
+    return _proposal(found, asked, applied, ruled, left)
+
+
+def _told(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...], outside: Outside) -> Task:
+    """What a person's rules lead to, and the source keys that they name."""
+    if not before:
+        return Task(source, target, ())
+    prefix = find_prefix(source, target)
+    active = [one for one in compile_rules(before, outside) if not one.of_target]
+    given = {key: origin for key, origin in origins(source, target, before, outside).items() if origin.fits and origin.rules}
+    read = {key for origin in given.values() for _, key in origin.places}
+    touched = {key for key in source if any(one.match(name, 0) is not None for one in active for name in (prefix.bare(key), key))}
+    led = {key: (tuple(place for _, place in origin.places), origin.ops) for key, origin in given.items()}
+    return Task(source, target, (), before, outside, led, frozenset(touched | read))
+
+
+def _applied(found: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link]]:
+    """The links that are applied, and those that are not: of several that want one target, or one source each in its own way, the one with
+    the greatest margin. A source may go to several targets as it is, or be cut or joined once."""
+    reached: set[str] = set()
+    used: dict[str, object] = {}
+    kept: set[int] = set()
+    for link in sorted(found.links if accept else found.certain, key=lambda link: -link.margin):
+        way: object = id(link) if len(link.sources) > 1 or (len(link.targets) > 1 and link.op) else "as it is"
+        if reached.isdisjoint(link.targets) and all(used.get(key, way) == way for key in link.sources):
+            reached.update(link.targets)
+            used.update(dict.fromkeys(link.sources, way))
+            kept.add(id(link))
+    return tuple(link for link in found.links if id(link) in kept), [link for link in found.links if id(link) not in kept]
+
+
+def _writable(key: str) -> bool:
+    """Whether a pattern can name just this key."""
+    try:
+        return key.isprintable() and not set(key) & set("*{}+| ") and "->" not in key and compile_rules([Rule("drop", key)]) is not None
+    except RuleError:
+        return False
+
+
+def _is_writable(link: Link) -> bool:
+    stays = link.sources == link.targets and not link.op
+    return stays or all(map(_writable, (*link.sources, *link.targets)))
+
+
+def _unwritable(link: Link) -> Link:
+    if _is_writable(link):
+        return link
+    return replace(link, margin=0.0, evidence=(*link.evidence, UNWRITABLE))
+
+
+def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tuple[Ruled, ...], left: Iterable[Link]) -> Proposal:
+    source, target = task.source, task.target
+    doubtful = [link for link in left if UNWRITABLE not in link.evidence]
+    reached = {*task.given, *(key for link in applied for key in link.targets)}
+    taken = {key for keys, _ in task.given.values() for key in keys} | {key for link in applied for key in link.sources}
+    maybe = reached | {key for link in doubtful for key in link.targets}
+    coverage = Coverage.of({key: target[key] for key in target if key in reached}, target)
+    used = Coverage.of({key: source[key] for key in source if key in taken}, source)
+    maybe_taken = taken | {key for link in doubtful for key in link.sources}
+    possible = max(
+        _share(Coverage.of({key: target[key] for key in target if key in maybe}, target)),
+        _share(Coverage.of({key: source[key] for key in source if key in maybe_taken}, source)),
+    )
+    prefix = task.prefix
+    bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}
+    doubts = to_toml.doubts(doubtful, bare, Known([bare[key] for key in source if key not in task.touched]))
+    head = list(_head(found, source, target, coverage, applied, doubtful))
+    return Proposal(
+        found.links,
+        found.unmatched,
+        found.unused,
+        found.order,
+        found.share,
+        source.path,
+        target.path,
+        source.root,
+        applied,
+        ruled,
+        task.before,
+        coverage,
+        used,
+        possible,
+        to_toml.toml(head, task.before, doubts, ruled),
+    )
+
+
+def _head(
+    found: Matching, source: Checkpoint, target: Checkpoint, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link]
+) -> Iterator[str]:
+    done, total = coverage.counts
+    root = f" (root {source.root})" if source.root else ""
+    by = "names, numbers, shapes and order" if found.order else "names, numbers and shapes"  # no order was trusted
+    yield f"{source.path}{root} -> {target.path}, matched by {by}."
+    yield f"Given: {done} of {total} tensors of the target, {int(coverage.elements * 1000) / 10} % of its elements."
+    stays = sum(link.sources == link.targets and not link.op for link in applied)
+    if stays:
+        yield f"{stays} of them keep their names and need no rule."
+    if left:
+        yield f"Uncertain: {sum(len(link.targets) for link in left)} tensors."
+    if found.unmatched:
+        yield f"Only in the target: {len(found.unmatched)}, such as {found.unmatched[0]}."
+    if found.unused:
+        yield f"Only in the source: {len(found.unused)}, such as {found.unused[0]}."
+    yield f"Follow it: ckptsurgeon merge {source.path} {target.path} -o OUT --rules THIS_FILE"

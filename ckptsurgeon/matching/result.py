@@ -1,0 +1,61 @@
+"""What matching found, as values: links between keys, each with its evidence and its margin over the runner-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.shown import Shown
+from ckptsurgeon.tensors import TensorMeta
+
+
+@dataclass(frozen=True, repr=False)
+class Matching(Shown):
+    """A mapping between two implementations.
+
+    Attributes:
+        links: in the target's order.
+        unmatched: the target's keys that no link has; `unused`: the source's.
+        order: how far the order of keys was trusted, 0 to 1.
+        share: the part of the target's elements that certain links give, 0 to 1.
+    """
+
+    links: tuple[Link, ...]
+    unmatched: tuple[str, ...]
+    unused: tuple[str, ...]
+    order: float
+    share: float
+
+    @cached_property
+    def certain(self) -> tuple[Link, ...]:
+        """The links that are applied."""
+        return tuple(link for link in self.links if link.certain)
+
+    @cached_property
+    def uncertain(self) -> tuple[Link, ...]:
+        """The links that are shown only."""
+        return tuple(link for link in self.links if not link.certain)
+
+    @cached_property
+    def by_target(self) -> Mapping[str, Link]:
+        """The link of each target key that has one."""
+        return {key: link for link in self.links for key in link.targets}
+
+
+def result(links: list[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], order: float) -> Matching:
+    """A matching of these links, in the target's order."""
+    places = {key: place for place, key in enumerate(target)}
+    links = sorted(links, key=lambda link: places[link.targets[0]])
+    reached = {key for link in links for key in link.targets}
+    used = {key for link in links for key in link.sources}
+    total = sum(tensor.numel for tensor in target.values())
+    done = sum(target[key].numel for link in links if link.certain for key in link.targets)
+    return Matching(
+        tuple(links),
+        tuple(key for key in target if key not in reached),
+        tuple(key for key in source if key not in used),
+        order,
+        done / total if total else 0.0,
+    )

@@ -1,0 +1,275 @@
+"""From links to the shortest general rules that give exactly them: folded numbers, whole modules, drops for what would go astray.
+
+Rule: what is given back has been replayed. Rules that do not lead to the links, and to nothing else, are made again, less general,
+in the end one for each link. Pure; the text that is written of them is made in `written`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from ckptsurgeon.adapters.table import offers
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.matching.rules_from_links.modules import renamings
+from ckptsurgeon.matching.rules_from_links.order import settled
+from ckptsurgeon.matching.rules_from_links.parts import line_of
+from ckptsurgeon.matching.rules_from_links.replay import Given, replay, wanted
+from ckptsurgeon.matching.rules_from_links.stages import first_stage, places
+from ckptsurgeon.planning.apply_rules import NOTHING
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.prefixes.find import Prefix, find_prefix, rename_all
+from ckptsurgeon.rules.drafting import cover
+from ckptsurgeon.rules.drafting.drafts import Draft, Known, merge
+from ckptsurgeon.rules.drafting.rows import Line, Row, literal, rows
+from ckptsurgeon.rules.rulefile import parse_rules, to_toml
+from ckptsurgeon.rules.rules import Outside, Rule
+from ckptsurgeon.tensors import Checkpoint
+
+_TRIES = 3
+MANY = 24  # rules, from which on two stages are tried
+GENERAL, FOLDED, LITERAL = "general", "folded", "literal"  # how far rules are generalised, from the shortest on
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """A rule, and the links that it is for; `without` are source keys that it leaves out since no link has them."""
+
+    rule: Rule
+    links: tuple[Link, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What rules must lead to.
+
+    `before` are rules that a person gave, which come first, `given` what they lead to, and `touched` the source keys that they match;
+    `links` are asked for beside it. `doubtful` are source keys of links that are not asked for.
+    """
+
+    source: Checkpoint
+    target: Checkpoint
+    links: tuple[Link, ...]
+    before: tuple[Rule, ...] = ()
+    outside: Outside = NOTHING
+    given: Given = field(default_factory=dict)
+    touched: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
+
+    @cached_property
+    def prefix(self) -> Prefix:
+        """The prefix that the planner would strip."""
+        return find_prefix(self.source, self.target)
+
+    @cached_property
+    def wanted(self) -> Given:
+        """By target key, what must come of it; keys that are one tensor in the target get what the first of them gets."""
+        found = {**self.given, **wanted(self.links, self.source, self.target)}
+        for group in self.target.ties:
+            first = next((key for key in group if key in found), None)
+            if first is not None:
+                found.update({key: found[first] for key in group if key not in found})
+        return found
+
+    def replayed(self, rules: Iterable[Rule]) -> Given:
+        """What rules lead to when they are read back from their text, after those of the person."""
+        found = parse_rules(to_toml(rules), "matched")
+        return replay(self.source, self.target, (*self.before, *found), self.outside)
+
+
+def generalise(task: Task) -> tuple[Ruled, ...]:
+    """The shortest rules found that lead to exactly the task's links. RuleError where none do: keys that no pattern can name."""
+    goal = task.wanted
+    problem: RuleError | None = None
+    for view in _views(task):
+        for how in (GENERAL, FOLDED, LITERAL):
+            also: frozenset[str] = frozenset()  # keys to drop that went astray by a prefix which only rules bring about
+            for _ in range(_TRIES):
+                try:
+                    found = list(view.rules(how, also))
+                    led = task.replayed(ruled.rule for ruled in found)
+                    if led == goal:
+                        return _shorter(view, found, goal) if how == GENERAL and len(found) > MANY else tuple(found)
+                    more = {key for name, (keys, _) in led.items() if name not in goal for key in keys} & view.loose
+                except RuleError as error:
+                    problem, more = error, set(view.loose)
+                if more <= also:
+                    break
+                also |= more
+    raise problem or RuleError("no rules lead to these links", path=task.source.path, hint="rename the keys that look like patterns")
+
+
+def _shorter(view: View, found: Sequence[Ruled], goal: Given) -> tuple[Ruled, ...]:
+    """The same in two stages where that is right and much shorter, else as it is."""
+    try:
+        other = tuple(view.in_stages())
+        right = 3 * len(other) <= 2 * len(found) and view.task.replayed(ruled.rule for ruled in other) == goal
+    except RuleError:
+        right = False
+    return other if right else tuple(found)
+
+
+def _views(task: Task) -> Iterator[View]:
+    """The source's names as patterns are to name them: without the prefix that the planner strips, else as they stand."""
+    prefixed = View(task, task.prefix)
+    if not task.prefix:
+        yield prefixed
+        return
+    # A prefix that the planner would find for a few keys alone is no way to tell a person what becomes of them.
+    stays = sum(prefixed.default[link.sources[0]] == link.targets[0] for link in task.links)
+    first = task.prefix.of_wrappers or 2 * stays >= len(task.links)
+    if first:
+        yield prefixed
+    yield View(task, Prefix())
+    if not first:
+        yield prefixed
+
+
+class View:
+    """A task with the names that patterns see."""
+
+    def __init__(self, task: Task, prefix: Prefix) -> None:
+        self.task, self.prefix = task, prefix
+        keys = (*task.source, *task.source.entries)
+        self.bare = {key: prefix.bare(key) for key in keys}
+        self.default = rename_all(keys, {*task.target, *task.target.entries}, prefix)
+        self.key_of = {name: key for key, name in self.bare.items()}
+        self.known = Known([name for key, name in self.bare.items() if key not in task.touched])
+        self.reached = frozenset(task.wanted)
+        self.loose = frozenset(task.source) - {key for link in task.links for key in link.sources} - task.touched
+
+    def rules(self, how: str, also: frozenset[str] = frozenset()) -> Iterator[Ruled]:
+        """Rules of one generality, in the order in which they must stand; keys in `also` are dropped whatever becomes of them."""
+        moves, joints = self._lines()
+        drafts = [*self._joined(joints, how), *self._moved(moves, how)]
+        links = self._links()
+        order, drops = settled(drafts, self.known, self._goals(), self._astray)
+        drops += [name for key in sorted(self.loose & also) if (name := self.bare[key]) not in drops]
+        doubtful = {self.bare[key] for key in self.task.doubtful}
+        apart = [name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]
+        for some, others in (apart, apart[::-1]):  # a person who takes an uncertain link in takes only its own drop out
+            for pattern, left in self._dropped(some, others):
+                yield Ruled(Rule("drop", pattern), (), left)
+        for draft in order:
+            found = [link for line in draft.lines for link in links.get(line, ())]
+            yield Ruled(draft.rule, tuple(dict.fromkeys(found)))
+        yield from self._adapted(how)
+
+    def in_stages(self) -> Iterator[Ruled]:
+        """Rules in two stages: numbered modules get their places first, and what is in them its names. None where there are no such."""
+        if self.task.before or self.prefix.added or self.prefix.stripped:
+            return
+        goals = self._goals()
+        moved = places({name: results[0] if results and len(results) == 1 else None for name, results in goals.items()})
+        if not moved:
+            return
+        order, after = first_stage(moved, self.known.names, goals)
+        by_name = {self.bare[link.sources[0]]: link for link in self.task.links if not _joins(link)}
+        for draft in order:
+            yield Ruled(draft.rule, tuple(by_name[line.sources[0]] for line in draft.lines))
+        yield Ruled(Rule("stage"))
+        called = {key: after.get(name, name) for key, name in self.bare.items()}
+        own = {link.targets: link for link in self.task.links}
+        key_of = {name: key for key, name in called.items()}
+        if len(key_of) < len(called):
+            raise RuleError("two keys have one name between the stages")
+        for ruled in View(self._called(called), Prefix()).rules(GENERAL):
+            yield Ruled(ruled.rule, tuple(own[link.targets] for link in ruled.links), tuple(key_of[name] for name in ruled.without))
+
+    def _called(self, names: Mapping[str, str]) -> Task:
+        """The task with other names for the source's keys."""
+        task = self.task
+        source = replace(
+            task.source,
+            tensors={names[key]: tensor for key, tensor in task.source.items()},
+            entries={names[key]: value for key, value in task.source.entries.items()},
+            ties=(),
+        )
+        links = tuple(replace(link, sources=tuple(names[key] for key in link.sources)) for link in task.links)
+        return Task(source, task.target, links, doubtful=frozenset(names[key] for key in task.doubtful))
+
+    def _lines(self) -> tuple[list[Line], list[Line]]:
+        """Lines that rename (one source, to all of its targets), and those that link several keys of a side."""
+        return list(self._moves()), [line_of(link, self.bare) for link in self.task.links if _joins(link)]
+
+    def _moves(self) -> Iterator[Line]:
+        to: dict[str, list[str]] = {}
+        for link in self.task.links:
+            if not _joins(link):
+                to.setdefault(link.sources[0], []).extend(link.targets)
+        return (Line((self.bare[key],), tuple(targets)) for key, targets in to.items())
+
+    def _links(self) -> Mapping[Line, list[Link]]:
+        found: dict[Line, list[Link]] = {line_of(link, self.bare): [link] for link in self.task.links if _joins(link)}
+        by_source: dict[str, list[Link]] = {}
+        for link in self.task.links:
+            if not _joins(link):
+                by_source.setdefault(self.bare[link.sources[0]], []).append(link)
+        return {**found, **{line: by_source[line.sources[0]] for line in self._moves()}}
+
+    def _joined(self, lines: Sequence[Line], how: str) -> list[Draft]:
+        drafts = [Draft.of(row) for row in (map(literal, lines) if how == LITERAL else rows(lines))]
+        return merge(drafts, self.known) if how == GENERAL else drafts
+
+    def _moved(self, lines: Sequence[Line], how: str) -> list[Draft]:
+        if how == GENERAL:
+            return merge(renamings(rows(lines), self.prefix.added), self.known)
+        found: Iterable[Row] = map(literal, lines) if how == LITERAL else rows(lines)
+        return [Draft.of(row) for row in found if not self._stays(row)]
+
+    def _stays(self, row: Row) -> bool:
+        return all(line.targets == (self.default[self.key_of[line.sources[0]]],) for line in row.lines)
+
+    def _goals(self) -> Mapping[str, tuple[str, ...] | None]:
+        """By name where it must land; None for a name that a link with several keys takes, or a person's rule."""
+        goals: dict[str, tuple[str, ...] | None] = {line.sources[0]: line.targets for line in self._moves()}
+        goals.update({self.bare[key]: None for link in self.task.links if _joins(link) for key in link.sources})
+        return goals
+
+    def _astray(self, name: str, results: Sequence[str] | None) -> bool:
+        """Whether a name that no link has would do harm as these names; without any, under the one that it has by itself."""
+        key, target = self.key_of[name], self.task.target
+        if key not in self.task.source:
+            return False
+        shape = self.task.source[key].shape
+        for result in results if results is not None else (self.default[key],):
+            if result in self.reached or (
+                result in target and (target[result].shape == shape or offers(shape, target[result].shape, safe=True))
+            ):
+                return True
+        return False
+
+    def _dropped(self, drops: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Patterns that drop names, and nothing that a link has; each with the keys that it is for."""
+        meant = set(drops)
+        goals = self._goals()
+        loose = [name for name in self.bare.values() if name not in goals]
+        whole, rest = cover.modules([name for name in loose if name in meant], [*goals, *(name for name in loose if name not in meant)])
+        for pattern in (*whole, *cover.cover(rest, [*goals, *others])):
+            matched = [name for name in self.known.matched(Draft((pattern,), (), "", ()).compiled) if name in meant]
+            meant -= set(matched)
+            if matched:  # else others before it match all that it is for
+                yield pattern, tuple(self.key_of[name] for name in matched)
+
+    def _adapted(self, how: str) -> Iterator[Ruled]:
+        """Ops of single tensors, as adapt rules over the target's keys."""
+        by_op: dict[str, dict[str, Link]] = {}
+        for link in self.task.links:
+            if not _joins(link):
+                for key in link.targets:
+                    by_op.setdefault(link.op, {})[key] = link
+        for op, links in by_op.items():
+            others = [key for other, named in by_op.items() if other != op for key in named]
+            others += [key for link in self.task.links if _joins(link) for key in link.targets]
+            patterns = list(links) if how == LITERAL else cover.cover(links, others)
+            for pattern in patterns if op else ():
+                matched = Known(links).matched(Draft((pattern,), (), "", ()).compiled)
+                if matched:  # else others before it match all that it is for
+                    yield Ruled(Rule("adapt", pattern, op), tuple(dict.fromkeys(links.pop(key) for key in matched)))
+
+
+def _joins(link: Link) -> bool:
+    """Whether a link is one of several sources, or cuts one in parts: all others are renames, and an op of each target."""
+    return len(link.sources) > 1 or (len(link.targets) > 1 and bool(link.op))

@@ -1,0 +1,108 @@
+"""From rows of renames to fewest rules for whole modules: a tree of the source's patterns, and for each of its nodes its best name.
+
+Rule: a node's rule holds for all below that has none of its own, as a route holds for all addresses below (Draves et al. 1999,
+Constructing optimal IP routing tables). What needs no rule, since it keeps its name, is the rule that stands at the root and costs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from ckptsurgeon.rules.drafting.drafts import Draft
+from ckptsurgeon.rules.drafting.rows import Row
+
+Path = tuple[str, ...]
+Called = tuple[Path, ...]  # what a node is called: one path for each of several results
+_PART = re.compile(r"\{[^{}]*\}")
+_NAME = re.compile(r"[a-z]+")
+
+
+@dataclass
+class Node:
+    """A module of the source, or a key; `own` is the row of a key, and `best` by what the node is called the rules needed below."""
+
+    path: Path = ()
+    children: dict[str, Node] = field(default_factory=dict)
+    own: Row | None = None
+    costs: dict[Called, float] = field(default_factory=dict)
+    other: float = inf  # the rules needed where nothing that the node is called is of use
+    rule: Called | None = None  # the rule that is then given here
+
+
+def renamings(rows: Iterable[Row], added: str) -> list[Draft]:
+    """The fewest renames that give each row its targets; none for what keeps its name, with `added` before it.
+
+    In no order that matters: a rule for a part may stand after that for the whole.
+    """
+    root = Node()
+    for row in rows:
+        node = root
+        for segment in row.sources[0].split("."):
+            node = node.children.setdefault(segment, Node((*node.path, segment)))
+        node.own = row
+    _weigh(root)
+    found: dict[tuple[Path, Called], list[Row]] = {}
+    start: Called = (tuple(added.rstrip(".").split(".")) if added else (),)
+    _give(root, start, ((), start), found)
+    made = [(path, called, given) for (path, called), given in found.items() if (path, called) != ((), start)]
+    return [_draft(path, called, given) for path, called, given in made]
+
+
+def _needed(row: Row) -> Called:
+    return tuple(tuple(target.split(".")) for target in row.targets)
+
+
+def _weigh(node: Node) -> None:
+    """Fill in the costs of a node and all below."""
+    for child in node.children.values():
+        _weigh(child)
+    if node.own is not None and not node.children:
+        node.costs, node.other, node.rule = {_needed(node.own): 0.0}, 1.0, _needed(node.own)
+        return
+    without = sum(child.other for child in node.children.values()) + (node.own is not None)
+    sums: dict[Called, float] = {}
+    for segment, child in node.children.items():
+        for called, cost in child.costs.items():
+            above = tuple(path[:-1] for path in called)
+            if all(path and path[-1] == segment for path in called) and _told(above, node.path):
+                sums[above] = sums.get(above, without) + cost - child.other
+    best = min(sums, key=lambda called: sums[called], default=None)
+    if best is not None and sums[best] + 1 < without:
+        node.other, node.rule = sums[best] + 1, best
+    else:
+        node.other = without
+    node.costs = {called: cost for called, cost in sums.items() if cost < node.other}
+
+
+def _told(called: Called, path: Path) -> bool:
+    """Whether all numbers that the names count with stand in the path."""
+    known = {name for segment in path for name in _NAME.findall("".join(_PART.findall(segment)))}
+    return all(set(_NAME.findall("".join(_PART.findall(segment)))) <= known for one in called for segment in one)
+
+
+def _give(node: Node, called: Called, by: tuple[Path, Called], found: dict[tuple[Path, Called], list[Row]]) -> None:
+    """Write down, from a node that is called so by a rule, which rule each row falls to."""
+    if called not in node.costs and node.rule is not None:
+        called, by = node.rule, (node.path, node.rule)
+    if node.own is not None:
+        if _needed(node.own) == called:
+            found.setdefault(by, []).append(node.own)
+        else:
+            found.setdefault((node.path, _needed(node.own)), []).append(node.own)
+    for segment, child in node.children.items():
+        _give(child, tuple((*path, segment) for path in called), by, found)
+
+
+def _draft(path: Path, called: Called, rows: Sequence[Row]) -> Draft:
+    """A rename of a key, of all keys right in a module (`{p}`), or of all below it (`{**rest}`)."""
+    lengths = {len(row.sources[0].split(".")) - len(path) for row in rows}
+    rest = "" if lengths == {0} else "{p}" if lengths == {1} else "{**rest}"
+    results = tuple(_joined((*one, rest.replace("*", ""))) for one in called)
+    return Draft((_joined((*path, rest)),), results, "", tuple(line for row in rows for line in row.lines))
+
+
+def _joined(path: Iterable[str]) -> str:
+    return ".".join(segment for segment in path if segment)

@@ -1,0 +1,128 @@
+"""What is decided once both trees are laid on each other: doubts that neighbours settle, tensors that several targets share, tensors that
+stand apart from their module on one side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.module_tree import ROLES, Node, Shape, is_float, squeezed
+from ckptsurgeon.matching.pairing import Laid, Record
+from ckptsurgeon.planning.links import ENOUGH, Link
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+# An output layer is often the embedding itself: what the two are called.
+_EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
+
+
+def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> list[Laid]:
+    """Doubtful pairs between neighbours that are certain pairs are doubtful no more, where the order of keys can be trusted."""
+    if trust < 0.5:
+        return list(units)
+    placed = {id(laid.sources[0]): laid.targets[0] for laid in units if _single(laid) and laid.margin >= ENOUGH}
+    beside = tuple({id(unit): (before, after) for before, unit, after in _triples(node)} for node in (source, target))
+    found = []
+    for laid in units:
+        if _single(laid) and 0 < laid.margin < ENOUGH:
+            here, there = beside[0][id(laid.sources[0])], beside[1][id(laid.targets[0])]
+            if all(
+                one is other is None or (one and other and placed.get(id(one)) is other) for one, other in zip(here, there, strict=True)
+            ):
+                laid = replace(laid, margin=ENOUGH, evidence=(*laid.evidence, "between the same neighbours"))
+        found.append(laid)
+    return found
+
+
+def _single(laid: Laid) -> bool:
+    return len(laid.sources) == len(laid.targets) == 1
+
+
+def _triples(node: Node) -> Iterator[tuple[Node | None, Node, Node | None]]:
+    units = sorted((unit for unit in node.units()), key=lambda unit: unit.at)
+    return zip([None, *units[:-1]], units, [*units[1:], None], strict=True)
+
+
+def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
+    """Targets without a source of their own, whose shape the source has once: an embedding that is the output layer too, and the like.
+
+    A source that keeps one embedding under several names counts as having it once.
+    """
+    used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+    owners: dict[Shape, Link] = {}
+    for link in sorted(links, key=lambda link: link.sources[0].count(".")):
+        if len(link.sources) == len(link.targets) == 1:
+            owners.setdefault(target[link.targets[0]].shape, link)
+    names: dict[Shape, list[str]] = {}
+    for key, tensor in source.items():
+        names.setdefault(tensor.shape, []).append(key)
+    lost = tuple(f"{node.path}." for node in record.lost)
+    found = []
+    for key, tensor in target.items():
+        owner = owners.get(tensor.shape)
+        if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
+            continue
+        once = names.get(tensor.shape, [])
+        if used.issuperset(once) and (len(once) == 1 or all(_EMBEDS & set(concepts(name)) for name in once)):
+            found += _shared(key, tensor, owner, len(once) == 1)
+    return found
+
+
+def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]:
+    """The link of a target to the source that another target has, if any."""
+    of = owner.targets[0]
+    told, other = set(concepts(key)), set(concepts(of))
+    tied = bool(_EMBEDS & other and _HEADS & told) and "pos" not in other | told
+    (module, last), (owner_module, owner_last) = ((name.rpartition(".")[0], name.rpartition(".")[2]) for name in (key, of))
+    within = f"{module}.".startswith(f"{owner_module}.") or f"{owner_module}.".startswith(f"{module}.")
+    if len(squeezed(tensor.shape)) < 2 and not (last == owner_last and within):
+        return []  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
+    same_name = last == owner_last and (last not in ROLES or last == "bias" or module.rpartition(".")[2] == owner_module.rpartition(".")[2])
+    margin = min(owner.margin, inf if tied or (same_name and once) else 0.5)
+    return [Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {of}",))]
+
+
+def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
+    """Tensors that stand apart from their module on the other side (a fused layer's separate biases), and buffers, by names and places;
+    then matrices of a shape that is left over once in modules that go together."""
+    used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+    places = [(laid.sources[0].path, laid.targets[0].path) for laid in record.modules if laid.margin >= ENOUGH]
+    places.sort(key=lambda pair: -len(pair[0]))
+    free = {key: tensor for key, tensor in source.items() if key not in used}
+    wanted = {key: tensor for key, tensor in target.items() if key not in reached}
+    found: list[Link] = []
+    if not free or not wanted:
+        return found
+    for fits, words in ((_named, "named so in modules that go together"), (_alone, "the only one of its shape that is left there")):
+        for one, other in places:
+            here, there = _below(free, one), _below(wanted, other)
+            for tensor in there:
+                mine = [item for item in here if item.name in free and fits(item, tensor, one, other)]
+                rivals = [item for item in there if item.name in wanted and mine and fits(mine[0], item, one, other)]
+                if len(mine) == len(rivals) == 1:
+                    found.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (words,)))
+                    del free[mine[0].name], wanted[tensor.name]
+    return found
+
+
+def _below(tensors: Tensors, path: str) -> list[TensorMeta]:
+    return [tensor for key, tensor in tensors.items() if not path or key.startswith(f"{path}.")]
+
+
+def _named(one: TensorMeta, other: TensorMeta, here: str, there: str) -> bool:
+    """Whether two tensors of equal shape have the same role and, below their modules, the same words."""
+    if one.shape != other.shape or is_float(one) != is_float(other) or not squeezed(one.shape):
+        return False
+    told, wanted = (concepts(tensor.name[len(path) :].lstrip(".")) for tensor, path in ((one, here), (other, there)))
+    return bool(told and wanted) and (told == wanted or (told[-1] == wanted[-1] and set(told) <= {*wanted, "attn", "self"}))
+
+
+def _alone(one: TensorMeta, other: TensorMeta, _here: str, _there: str) -> bool:
+    """Whether two matrices, not square (or kernels), are of one shape and not named against it."""
+    shape = squeezed(one.shape)
+    square = len(one.shape) == 2 and len(set(shape)) == 1
+    if one.shape != other.shape or not is_float(one) or not is_float(other) or len(shape) < 2 or square:
+        return False
+    return not conflict(frozenset(concepts(one.name)), frozenset(concepts(other.name)))

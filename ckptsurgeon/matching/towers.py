@@ -1,0 +1,92 @@
+"""Two towers of one form on one side, of which the other side has one: nothing but a name can tell which it is.
+
+Rule: where of two large parts of a side with the same keys and shapes, the twins, each key is taken from one alone, the links of both are
+doubted, save those of the one whose name the other side has, and not the twin's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import permutations
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
+
+_LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its twin must have
+Tensors = Mapping[str, TensorMeta]
+
+
+def doubted(links: list[Link], source: Tensors, target: Tensors) -> list[Link]:
+    """The links, those of a tower with a twin that is idle without any margin."""
+    taken = {key: link.targets for link in links for key in link.sources}, {key: link.sources for link in links for key in link.targets}
+    twins = _twins(taken[0], source, target), _twins(taken[1], target, source)
+    return [_doubted(link, *twins) for link in links] if any(twins) else links
+
+
+def _doubted(link: Link, here: Mapping[str, str], there: Mapping[str, str]) -> Link:
+    one, other = _twin_of(link.sources, here), _twin_of(link.targets, there)
+    if one is None and other is None:
+        return link
+    rival = f"{one or link.sources[0]} -> {other or link.targets[0]}"
+    return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, "an idle twin is just the same"), runner_up=rival)
+
+
+def _twin_of(keys: Iterable[str], twins: Mapping[str, str]) -> str | None:
+    """The first key under the name of its twin."""
+    for key in keys:
+        for end in _dots(key):
+            if key[:end] in twins:
+                return twins[key[:end]] + key[end:]
+    return None
+
+
+def _twins(taken: Mapping[str, tuple[str, ...]], side: Tensors, other: Tensors) -> dict[str, str]:
+    """By tower its twin, where of each key only one of both towers' is taken, or both by the same. `taken` has by whom."""
+    if len(taken) < _LEAST_KEYS:
+        return {}
+    below = Counter(key[:end] for key in side for end in _dots(key))
+    total, found = sum(tensor.numel for tensor in side.values()), {}
+    elements: Counter[str] = Counter()
+    for key, tensor in side.items():
+        elements.update(dict.fromkeys((key[:end] for end in _dots(key)), tensor.numel))
+    large = [  # a handful, however many modules there are
+        head
+        for head, count in below.items()
+        if count >= _LEAST_KEYS and elements[head] >= max(_LEAST_SHARE * total, 1) and not head.rpartition(".")[2].isdecimal()
+    ]
+    words = frozenset(word for key in other for part in key.split(".")[:-1] for word in concepts(part))
+    by_parent: dict[str, list[str]] = {}
+    for head in large:
+        by_parent.setdefault(head.rpartition(".")[0], []).append(head)
+    for heads in by_parent.values():
+        for one, twin in permutations(heads, 2):
+            if below[one] == below[twin] and not _told(one, twin, words):
+                keys = [key for key in side if key.startswith(f"{one}.")]
+                same = [key for key in keys if _alike(side, key, twin + key[len(one) :])]
+                once = [key for key in same if _once(taken.get(key), taken.get(twin + key[len(one) :]))]
+                enough = len(once) >= _ALL * len(keys) and sum(side[key].numel for key in once) >= _LEAST_SHARE * total
+                if enough:
+                    found[one] = twin
+    return found
+
+
+def _alike(side: Tensors, key: str, twin: str) -> bool:
+    return twin in side and side[twin].shape == side[key].shape
+
+
+def _once(one: tuple[str, ...] | None, other: tuple[str, ...] | None) -> bool:
+    """Whether there is one partner for both."""
+    return (one is None) != (other is None) or (one is not None and one == other)
+
+
+def _told(one: str, twin: str, words: frozenset[str]) -> bool:
+    """Whether the other side has what the name of a tower says, and not what its twin's does."""
+    own, rival = (frozenset(concepts(path.rpartition(".")[2])) for path in (one, twin))
+    return bool((own - rival) & words) and not (rival - own) & words
+
+
+def _dots(key: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(key) if letter == ".")

@@ -1,0 +1,196 @@
+"""The initialisation schemes as a person names them: `xavier_normal`, `normal(std=0.02)`, `from(layers.11.weight)`, `mylib:ortho(gain=2)`.
+
+Facts and words only, without torch, so that a plan can check a scheme and say what it will do. The names and parameters are those
+of `torch.nn.init`; a name with a colon is a person's own function, which is not imported here. `initial.py` makes the values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+from ckptsurgeon.call_text import literal_call
+from ckptsurgeon.errors import RuleError, TargetError
+from ckptsurgeon.models.target import spec
+
+NONLINEARITIES = (
+    *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("sigmoid", "tanh", "relu", "leaky_relu", "selu"),
+)
+Check = Callable[[Any], bool]
+Needs = Literal["nothing", "fans", "model", "layer", "key"]
+OWN_FORMS = "mylib:ortho, path/to/file.py:ortho or mylib:ortho(gain=2)"
+
+# `from(KEY)`, where the key may stand without quotes, and may use the parts of a pattern: {i-1}.
+_FROM = re.compile(r"""\s*from\s*\(\s*(?P<key>(?:[^\s'"(),={}]|\{[^{}'"]*\})+)\s*\)\s*""")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _spread(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _one_of(*names: str) -> Check:
+    return lambda value: isinstance(value, str) and value in names
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme: its parameters with their checks, and what it needs.
+
+    `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions), `model` (the target's constructor), `layer` (the
+    module that owns the tensor, on meta or not) or `key` (another key's value). `required` names the parameters that must be given,
+    `bounds` the defaults of `a` and `b` where they are an interval; `words` say what it does, `source` where it comes from.
+    """
+
+    words: str
+    parameters: Mapping[str, Check] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    needs: Needs = "nothing"
+    bounds: tuple[float, float] | None = None
+    source: str = ""
+
+
+_GLOROT = "Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks"
+_HE = "He et al. 2015, Delving deep into rectifiers"
+_SAXE = "Saxe et al. 2013, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks"
+_KAIMING: Mapping[str, Check] = {"a": _number, "mode": _one_of("fan_in", "fan_out"), "nonlinearity": _one_of(*NONLINEARITIES)}
+
+SCHEMES: dict[str, Scheme] = {
+    "model": Scheme("the value of the target's own constructor", needs="model"),
+    "per_layer_type": Scheme("by layer type: convolutions xavier_normal, norms 1 and 0, linear N(0, 0.01), biases 0", needs="model"),
+    "reset": Scheme("what the layer's own reset_parameters gives, run on a copy of that layer alone", needs="layer"),
+    "from": Scheme("the value that another key of the target gets", {"key": _name}, ("key",), needs="key"),
+    "zeros": Scheme("0"),
+    "ones": Scheme("1"),
+    "constant": Scheme("one value", {"value": _number}, ("value",)),
+    "normal": Scheme("N(mean, std²), by default N(0, 1)", {"mean": _number, "std": _spread}),
+    "uniform": Scheme("U(a, b), by default U(0, 1)", {"a": _number, "b": _number}, bounds=(0.0, 1.0)),
+    "trunc_normal": Scheme(
+        "N(mean, std²) within [a, b], by default N(0, 1) within [-2, 2]",
+        {"mean": _number, "std": _spread, "a": _number, "b": _number},
+        bounds=(-2.0, 2.0),
+    ),
+    "xavier_normal": Scheme("N(0, gain² · 2 / (fan_in + fan_out))", {"gain": _spread}, needs="fans", source=_GLOROT),
+    "xavier_uniform": Scheme("U(-x, x), x = gain · √(6 / (fan_in + fan_out))", {"gain": _spread}, needs="fans", source=_GLOROT),
+    "kaiming_normal": Scheme("N(0, gain² / fan)", _KAIMING, needs="fans", source=_HE),
+    "kaiming_uniform": Scheme("U(-x, x), x = gain · √(3 / fan)", _KAIMING, needs="fans", source=_HE),
+    "orthogonal": Scheme("a (semi-)orthogonal matrix, times gain", {"gain": _spread}, needs="fans", source=_SAXE),
+}
+
+# What a fan-based scheme gives a tensor of fewer than two dimensions, by the last segment of its key.
+WITHOUT_FANS: dict[str, str] = {"bias": "zeros", "weight": "ones"}
+
+
+def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
+    """The scheme's name and its arguments by name. A person's own has the name `module:function` or `path/to/file.py:function`.
+
+    Raises:
+        RuleError: not a scheme's form, an unknown name (with close names and the list), an unknown or unfit argument. Whether a
+            person's own is there, and takes its arguments, is known only when it is imported.
+
+    >>> parse_scheme("constant(0.1)"), parse_scheme("kaiming_normal(mode='fan_out')")
+    (('constant', {'value': 0.1}), ('kaiming_normal', {'mode': 'fan_out'}))
+    >>> parse_scheme("from(layers.11.weight)"), parse_scheme("mylib:ortho(gain=2)")
+    (('from', {'key': 'layers.11.weight'}), ('mylib:ortho', {'gain': 2}))
+    """
+    if is_own(text):
+        return _own(text)
+    copied = _FROM.fullmatch(text)
+    found = ("from", (copied["key"],), {}) if copied else literal_call(text)
+    if found is None:
+        raise RuleError(
+            f"{text!r} is not a scheme", hint="write a name, or a name with literal arguments: normal(std=0.02), from(layers.11.weight)"
+        )
+    name, args, kwargs = found
+    scheme = SCHEMES.get(name)
+    if scheme is None:
+        close = difflib.get_close_matches(name, SCHEMES, n=3)
+        hint = f"is it {' or '.join(close)}? " if close else ""
+        raise RuleError(f"there is no scheme {name!r}", hint=f"{hint}the schemes are {', '.join(SCHEMES)}, or your own: {OWN_FORMS}")
+    names = list(scheme.parameters)
+    problems = [f"{word} is given twice" for word in names[: len(args)] if word in kwargs]
+    problems += [f"takes no argument {word!r}" for word in kwargs if word not in names]
+    problems += [f"takes {len(names)} arguments, not {len(args)}"] if len(args) > len(names) else []
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    problems += [f"{word} can't be {value!r}" for word, value in given.items() if word in names and not scheme.parameters[word](value)]
+    problems += [f"needs {word}" for word in scheme.required if word not in given]
+    if not problems and scheme.bounds and given.get("a", scheme.bounds[0]) > given.get("b", scheme.bounds[1]):
+        problems = ["has an a that is greater than b"]
+    if problems:
+        takes = f"{name}({', '.join(f'{word}=...' for word in names)})" if names else f"{name} alone"
+        raise RuleError(f"the scheme {text!r} {'; '.join(problems)}", hint=f"write {takes}: {scheme.words}")
+    return name, given
+
+
+def is_own(text: str) -> bool:
+    """Whether a scheme, by its name or its whole text, is a person's own.
+
+    >>> is_own("mylib:ortho"), is_own("inits/a.py:ortho(gain=2)"), is_own("normal"), is_own("from('a:b')")
+    (True, True, False, False)
+    """
+    return ":" in text.partition("(")[0]
+
+
+def needs(text: str) -> Needs:
+    """What a scheme's value is made from, `nothing` for a person's own. Raises RuleError as `parse_scheme`.
+
+    >>> needs("reset"), needs("normal(std=2)"), needs("mylib:ortho")
+    ('layer', 'nothing', 'nothing')
+    """
+    name, _ = parse_scheme(text)
+    return "nothing" if is_own(name) else SCHEMES[name].needs
+
+
+def _own(text: str) -> tuple[str, dict[str, Any]]:
+    try:
+        found = spec.parse(text.strip())
+    except TargetError as error:
+        raise RuleError(f"the scheme {text!r} {error.reason}", hint=f"a function of your own is named as {OWN_FORMS}") from error
+    if found.args:
+        raise RuleError(f"the scheme {text!r} has arguments without names", hint="name them: mylib:ortho(gain=2)")
+    return f"{found.place}:{found.attribute}", dict(found.kwargs)
+
+
+def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
+    """The scheme's text that a tensor really gets: a fan-based one gives a 1-d or 0-d bias zeros and a 1-d or 0-d weight ones.
+
+    Raises:
+        RuleError: as `parse_scheme`; a fan-based scheme on another tensor of fewer than two dimensions, with its key.
+    """
+    name, _ = parse_scheme(scheme)
+    if is_own(name) or SCHEMES[name].needs != "fans" or len(shape) >= 2 or prod(shape) == 0:
+        return scheme
+    last = key.rpartition(".")[2]
+    if last not in WITHOUT_FANS:
+        raise RuleError(
+            f"{name} needs at least two dimensions, and this tensor has the shape {shape}",
+            key=key,
+            hint=f"give it a rule of its own, before that one: --init {key!r} zeros",
+        )
+    return WITHOUT_FANS[last]
+
+
+def describe_effective(scheme: str, key: str, shape: tuple[int, ...]) -> str:
+    """The words that a plan records for what a tensor really gets.
+
+    Raises:
+        RuleError: as `effective_scheme`.
+
+    >>> describe_effective("xavier_normal", "fc3.bias", (2,)), describe_effective("xavier_normal", "fc3.weight", (2, 84))
+    ('zeros (bias under xavier_normal)', 'xavier_normal')
+    """
+    done = effective_scheme(scheme, key, shape)
+    return scheme if done == scheme else f"{done} ({key.rpartition('.')[2]} under {scheme})"

@@ -1,0 +1,271 @@
+"""The initial value of one tensor: the schemes of `scheme_text` as tensors.
+
+A named scheme's values, and a person's own, depend on the seed and the key's name only, and `reset`'s on the seed and the name of the
+layer, so that one more layer doesn't change another's values; torch's global random state is neither read nor moved, and no
+model is written to. The formulas are `torch.nn.init`'s, whose sources `SCHEMES` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CastError, ModelError, RuleError, TargetError
+from ckptsurgeon.models.init.reset import held, reset_value
+from ckptsurgeon.models.init.scheme_text import SCHEMES, effective_scheme, is_own, parse_scheme
+from ckptsurgeon.models.init.user_functions import Fill, checked_tensor
+from ckptsurgeon.models.target.build import forked
+from ckptsurgeon.models.target.parameters import Named, inner, named_tensors
+from ckptsurgeon.models.target.uninitialized import is_unset
+from ckptsurgeon.wrappers import WRAPPERS
+
+KEEP = "model"
+_FILL: dict[str, Callable[..., Any]] = {
+    "normal": nn.init.normal_,
+    "uniform": nn.init.uniform_,
+    "trunc_normal": nn.init.trunc_normal_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "kaiming_normal": nn.init.kaiming_normal_,
+    "kaiming_uniform": nn.init.kaiming_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+}
+_FIXED: dict[str, float] = {"zeros": 0.0, "ones": 1.0}
+_NORM = {"weight": "ones", "bias": "zeros", "running_mean": "zeros", "running_var": "ones", "num_batches_tracked": "zeros"}
+
+# `per_layer_type`: the first row whose types a layer is; another layer, or another name in it, keeps its constructor's value.
+PER_LAYER_TYPE: tuple[tuple[tuple[type[nn.Module], ...], Mapping[str, str]], ...] = (
+    (
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        {"weight": "xavier_normal", "bias": "zeros"},
+    ),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _NORM),
+    ((nn.LayerNorm, nn.GroupNorm), {"weight": "ones", "bias": "zeros"}),
+    ((nn.Linear,), {"weight": "normal(std=0.01)", "bias": "zeros"}),
+)
+
+
+def value(
+    scheme: str,
+    key: str,
+    shape: tuple[int, ...],
+    dtype_code: str,
+    seed: int,
+    module: nn.Module | None,
+    own: Mapping[str, Fill] = {},
+    leaf: str | None = None,
+) -> torch.Tensor:
+    """The initial value of one tensor, dense on the CPU.
+
+    Args:
+        scheme: a scheme's text, `xavier_normal` or `normal(std=0.02)`; `from(KEY)` has no value by itself.
+        key: the tensor's key; with `seed` it seeds the values.
+        dtype_code: safetensors' code. Values are drawn in float32 (float64 for `F64`) and then cast.
+        module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. Its own value is taken for the first two;
+            for `reset` it may be on meta.
+        own: the loaded functions of a person's own schemes, by name (`own.own_schemes`).
+        leaf: the tensor's name in its layer; None where it is the key's last part.
+
+    Raises:
+        RuleError: the scheme is malformed, does not suit this tensor, or needs a module or a function that is not there.
+        TargetError: a person's own function, or a layer's `reset_parameters`, fails, or gives something else.
+
+    >>> value("constant(2)", "fc.bias", (2,), "I64", 0, None)
+    tensor([2, 2])
+    """
+    chosen = concrete(scheme, key, shape, dtype_code, module, leaf)
+    if chosen == KEEP:
+        return fitted(held(module, leaf or key), key, shape, dtype_code)
+    return drawn(chosen, key, shape, dtype_code, seed, module, own, leaf)
+
+
+def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, module: nn.Module | None, leaf: str | None = None) -> str:
+    """The scheme that this tensor really gets, `model` for its constructor's value, checked against its shape and dtype.
+
+    Raises:
+        RuleError: as `value`.
+    """
+    name, _ = parse_scheme(scheme)
+    if is_own(name):
+        return scheme
+    if name == "from":
+        raise RuleError(f"{scheme} is another key's value, and no other values are at hand here", key=key, hint=f"--init {key!r} zeros")
+    if SCHEMES[name].needs in ("model", "layer") and module is None:
+        raise RuleError(f"{name} needs the layer itself, and no model is known here", key=key, hint=f"--init {key!r} zeros")
+    if name == "per_layer_type":
+        row = next((row for types, row in PER_LAYER_TYPE if isinstance(module, types)), {})
+        scheme = row.get((leaf or key).rpartition(".")[2], KEEP)
+        name, _ = parse_scheme(scheme)
+    if name in (KEEP, "reset"):
+        return name
+    chosen = effective_scheme(scheme, key, shape)
+    name, kwargs = parse_scheme(chosen)
+    if name in _FILL and (BY_CODE[dtype_code].kind != "float" or dtype_code == "F8_E8M0"):
+        raise RuleError(f"{name} can't be drawn in {dtype_code}", key=key, hint=f"give it a value: --init {key!r} zeros")
+    if name not in _FILL:
+        wanted = _FIXED.get(name, kwargs.get("value", 0.0))
+        kept = float(_scalar(wanted, dtype_code).to(torch.float64).real)
+        exact = name in _FIXED or BY_CODE[dtype_code].kind in ("int", "bool")
+        if abs(kept) == float("inf") or kept != kept or (exact and kept != wanted):
+            raise RuleError(f"{chosen} is not a value of {dtype_code}", key=key)
+    return chosen
+
+
+def drawn(
+    chosen: str,
+    key: str,
+    shape: tuple[int, ...],
+    dtype_code: str,
+    seed: int,
+    module: nn.Module | None,
+    own: Mapping[str, Fill],
+    leaf: str | None = None,
+) -> torch.Tensor:
+    """The value of a scheme that `concrete` gave, other than `model`. Raises as `value`."""
+    name, kwargs = parse_scheme(chosen)
+    try:
+        if name == "reset" and module is not None:
+            return fitted(reset_value(module, key, seed_of(seed, key.rpartition(".")[0]), leaf), key, shape, dtype_code)
+        if is_own(name):
+            return _cast(_filled(chosen, key, shape, dtype_code, seed, own), chosen, key, dtype_code)
+    except TargetError as error:
+        raise TargetError(error.reason, path=error.path, key=error.key or key, hint=error.hint) from error.__cause__
+    if name not in _FILL:
+        return _scalar(_FIXED.get(name, kwargs.get("value", 0.0)), dtype_code).expand(shape).contiguous()
+    tensor = torch.zeros(shape, dtype=torch.float64 if dtype_code == "F64" else torch.float32, device="cpu")
+    if tensor.numel():
+        with _one_thread() if name == "orthogonal" else nullcontext():  # whose decomposition depends on how many there are
+            _FILL[name](tensor, generator=torch.Generator("cpu").manual_seed(seed_of(seed, key)), **kwargs)
+    return _cast(tensor, chosen, key, dtype_code)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed that a key, or a layer, has of its own: 64 bits of SHA-256.
+
+    >>> seed_of(0, "fc.weight") == seed_of(0, "fc.weight") != seed_of(1, "fc.weight")
+    True
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+
+
+def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
+    """The layer whose own tensor, or extra state, the key names; None without a model or where the key is no path in it.
+
+    The key need not have the segments that wrappers put into a path.
+
+    >>> owner_of(nn.Sequential(nn.DataParallel(nn.Linear(3, 2))), "0.weight")
+    Linear(in_features=3, out_features=2, bias=True)
+    """
+    *path, leaf = key.split(".")
+    module = model
+    for name in path:
+        if module is None:
+            return None
+        within = inner(module)
+        if name in WRAPPERS and within is not module and name not in {*module._modules, *within._modules}:
+            continue  # a wrapper between these two, whose own segment a hook of the outer one left out
+        module = module._modules[name] if name in module._modules else within._modules.get(name)
+    if module is None:
+        return None
+    own_state = leaf == "_extra_state" and type(module).get_extra_state is not nn.Module.get_extra_state
+    return module if own_state or leaf in module._parameters or leaf in module._buffers else inner(module)
+
+
+def layer_of(model: nn.Module | None, key: str, tensors: Iterable[Named] | None = None) -> tuple[nn.Module | None, str]:
+    """`owner_of`, and the tensor's name in it, also where a hook gives the tensor another key in the state_dict.
+
+    Args:
+        tensors: the model's parameters and buffers, where they are known.
+    """
+    owner, leaf = owner_of(model, key), key.rpartition(".")[2]
+    if model is None or (owner is not None and held(owner, leaf) is not None):
+        return owner, leaf
+    if tensors is None:
+        tensors = [one for part in named_tensors(model) for one in part.values()]
+    name = next((one.names[0] for one in tensors if key in one.keys), None)
+    return (owner, leaf) if name is None else (owner_of(model, name), name.rpartition(".")[2])
+
+
+def fitted(found: object, key: str, shape: tuple[int, ...], dtype_code: str) -> torch.Tensor:
+    """A constructor's own value as a CPU tensor of the dtype that is wanted: finite stays finite, an integer stays what it is.
+
+    Raises:
+        ModelError: `found` is no tensor, has another shape, is on meta, or was never written to.
+        CastError: a value does not fit the dtype.
+    """
+    if not isinstance(found, torch.Tensor):
+        raise ModelError("is not among the model's tensors", key=key)
+    if tuple(found.shape) != tuple(shape):
+        raise ModelError(f"has the shape {tuple(found.shape)} in the model, not {tuple(shape)}", key=key)
+    if found.is_meta:
+        raise ModelError("is on the meta device and has no value", key=key, hint="build the model on the CPU")
+    if is_unset(found):
+        raise ModelError(
+            "is left without a value by the model's constructor: it is memory as it was", key=key, hint=f"--init {key!r} zeros"
+        )
+    own = found.detach().to("cpu")
+    cast = own.to(getattr(torch, BY_CODE[dtype_code].torch))
+    if cast.dtype == own.dtype:
+        return cast
+    if own.is_floating_point() and cast.is_floating_point():
+        fits = bool((_finite(cast) | ~_finite(own)).all())
+    else:
+        fits = torch.equal(cast.to(own.dtype), own)
+    if not fits:
+        raise CastError(f"the model's initial value ({own.dtype}) does not fit {dtype_code}", key=key)
+    return cast
+
+
+def _filled(chosen: str, key: str, shape: tuple[int, ...], dtype_code: str, seed: int, own: Mapping[str, Fill]) -> torch.Tensor:
+    """What a person's own scheme gives. Its tensor has the dtype that is wanted, float32 for narrower floats."""
+    name, arguments = parse_scheme(chosen)
+    if name not in own:
+        raise RuleError(f"{name} is a function of your own, and it has not been imported here", key=key)
+    row = BY_CODE[dtype_code]
+    tensor = torch.zeros(shape, dtype=torch.float32 if row.kind == "float" and row.size < 4 else getattr(torch, row.torch), device="cpu")
+    if not tensor.numel():
+        return tensor
+    number = seed_of(seed, key)
+    with forked(number):  # for what it draws without the generator
+        given = own[name](tensor, torch.Generator("cpu").manual_seed(number), **arguments)
+    found = checked_tensor(tensor if given is None else given, chosen)
+    if found.shape != tensor.shape:
+        raise TargetError(f"gives the shape {tuple(found.shape)}, not {tuple(shape)}", path=chosen, key=key)
+    return found
+
+
+def _cast(tensor: torch.Tensor, chosen: str, key: str, dtype_code: str) -> torch.Tensor:
+    cast = tensor.to(getattr(torch, BY_CODE[dtype_code].torch))
+    if (
+        BY_CODE[dtype_code].kind not in ("float", "complex")
+        and cast.dtype != tensor.dtype
+        and not torch.equal(cast.to(tensor.dtype), tensor)
+    ):
+        raise RuleError(f"{chosen} gives values that {dtype_code} can't have", key=key)
+    if not bool(_finite(cast).all()):
+        raise RuleError(f"{chosen} gives values that are not finite in {dtype_code}", key=key)
+    return cast
+
+
+def _scalar(number: float, dtype_code: str) -> torch.Tensor:
+    return torch.full((), number, dtype=torch.float64, device="cpu").to(getattr(torch, BY_CODE[dtype_code].torch))
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32))

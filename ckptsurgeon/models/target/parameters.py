@@ -1,0 +1,234 @@
+"""A model's parameters and buffers with every name that each goes by, and patterns held against them. Nothing is changed here.
+
+A tensor's names in the model (`named_parameters`) and its keys in the state_dict may differ: wrappers and hooks rename keys. A key is told
+by the tensor that stands there, and by its name only where a hook put a copy there. A tied parameter stands under its first name, in the
+model's own order (that of registration). A pattern takes a tensor if it matches any of its names; one that takes nothing is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.hints import close_hint
+from ckptsurgeon.models.target import user_code
+from ckptsurgeon.models.target.skeleton import place
+from ckptsurgeon.rules.patterns import Pattern, compile_pattern
+from ckptsurgeon.wrappers import WRAPPERS
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter or buffer and all its names: those in the model, the first first, its places there without wrappers' segments (`bare`),
+    and its keys in the state_dict, of which it may have none."""
+
+    names: tuple[str, ...]
+    bare: tuple[str, ...]
+    keys: tuple[str, ...]
+    tensor: torch.Tensor
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it requires a gradient now."""
+        return self.tensor.requires_grad
+
+    @cached_property
+    def every(self) -> tuple[str, ...]:
+        """All its names, which patterns are held against."""
+        return tuple(dict.fromkeys((*self.names, *self.bare, *self.keys)))
+
+
+def named(model: nn.Module) -> dict[str, Named]:
+    """First name to the parameter with all its names, in the model's order.
+
+    Raises:
+        ModelError: a lazy parameter, which is replaced by another object at the first forward pass.
+
+    >>> list(named(nn.Linear(3, 2)))
+    ['weight', 'bias']
+    """
+    return named_tensors(model)[0]
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, Named], dict[str, Named]]:
+    """`named`, and the same of the buffers; a buffer that is not persistent has no key. Raises as `named`.
+
+    >>> [list(part) for part in named_tensors(nn.BatchNorm1d(2))]
+    [['weight', 'bias'], ['running_mean', 'running_var', 'num_batches_tracked']]
+    """
+    found: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_lazy(parameter):
+            raise ModelError("is lazy: it has no shape before the first forward pass", key=name, hint="run one forward pass first")
+        found.setdefault(id(parameter), (parameter, []))[1].append(name)
+    parameters = len(found)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found.setdefault(id(buffer), (buffer, []))[1].append(name)
+    wrappers, places = _wrappers(model), _places(model)
+    bare = {
+        number: tuple(dict.fromkeys(_unwrapped(name, wrappers) for name in places.get(number, names)))
+        for number, (_, names) in found.items()
+    }
+    keys = _keys(_live_state_dict(model), found, bare)
+    rows = [(names[0], Named(tuple(names), bare[number], tuple(keys[number]), tensor)) for number, (tensor, names) in found.items()]
+    return dict(rows[:parameters]), dict(rows[parameters:])
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its path without wrappers' segments; of a wrapper and what it wraps, the latter.
+
+    >>> list(layers(nn.DataParallel(nn.Sequential(nn.Linear(3, 2)))))
+    ['', '0']
+    """
+    wrappers = _wrappers(model)
+    return {_unwrapped(path, wrappers): module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _wrappers(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules(remove_duplicate=False) if inner(module) is not module}
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Where each parameter and buffer stands, by its id: what a wrapper that overrides `named_parameters` tells otherwise."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(f"{path}.{leaf}" if path else leaf)
+    return found
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The module within a wrapper, or in several; of any other module itself. A wrapper has no parameter of its own, and one child, under a
+    name that wrappers use.
+
+    >>> inner(nn.DataParallel(nn.Linear(3, 2))), inner(nn.Flatten())
+    (Linear(in_features=3, out_features=2, bias=True), Flatten(start_dim=1, end_dim=-1))
+    """
+    while True:
+        children = {id(child): child for child in module._modules.values() if child is not None}
+        if len(children) != 1 or not WRAPPERS.issuperset(module._modules) or any(one is not None for one in module._parameters.values()):
+            return module
+        (module,) = children.values()
+
+
+def _unwrapped(name: str, wrappers: Iterable[str]) -> str:
+    """A name in the model without the segments that stand right below a wrapper's path."""
+    segments = name.split(".")
+    return ".".join(
+        segment for depth, segment in enumerate(segments) if segment not in WRAPPERS or ".".join(segments[:depth]) not in wrappers
+    )
+
+
+def _live_state_dict(model: nn.Module) -> Mapping[str, Any]:
+    """The state_dict with the model's own tensors, where its `state_dict` can give them."""
+    known = inspect.signature(model.state_dict).parameters
+    live = "keep_vars" in known or any(one.kind is one.VAR_KEYWORD for one in known.values())
+    state: Mapping[str, Any] = user_code.call(type(model).__name__, partial(model.state_dict, keep_vars=True) if live else model.state_dict)
+    return state
+
+
+def _keys(
+    state: Mapping[str, Any], found: Mapping[int, tuple[torch.Tensor, list[str]]], bare: Mapping[int, tuple[str, ...]]
+) -> dict[int, list[str]]:
+    """The keys of each tensor: of the entries that are it, that share its memory, and of copies by name."""
+    keys: dict[int, list[str]] = {number: [] for number in found}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    shared: dict[Any, list[int]] = {}
+    for number, (tensor, _) in found.items():
+        shared.setdefault(_memory(tensor), []).append(number)
+    copies = []
+    for key, value in tensors.items():
+        owners = [id(value)] if id(value) in found else shared.get(_memory(value), [])
+        by_name = [number for number in owners if key in found[number][1] or key in bare[number]]
+        for number in by_name or owners:
+            keys[number].append(key)
+        if not owners:
+            copies.append(key)
+    lost = {name: number for number, own in keys.items() if not own for name in (*found[number][1], *bare[number])}
+    for key in copies:
+        owner = lost.get(key)
+        if owner is not None and tensors[key].shape == found[owner][0].shape:
+            keys[owner].append(key)
+    return keys
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """What tensors have in common that are the same memory, seen in the same way; the tensor's own id where that can't be told."""
+    try:
+        return place(tensor)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
+        return id(tensor)
+
+
+def other_names(tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
+    """Every name to the keys of its tensor: the key of that name, or all keys where none has it.
+
+    >>> other_names(named(nn.DataParallel(nn.Linear(3, 2))).values())["weight"]
+    ('module.weight',)
+    """
+    return {name: (name,) if name in one.keys else one.keys for one in tensors for name in one.every if one.keys}
+
+
+def listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern or several, as several.
+
+    >>> listed("fc.*"), listed(["fc.*"])
+    (('fc.*',), ('fc.*',))
+    """
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def taken(patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: Iterable[str], other: str) -> dict[str, str]:
+    """What each pattern takes: the first that matches wins.
+
+    Args:
+        patterns: held against whole names.
+        wanted: what may be taken, to the names that it goes by.
+        others: names that may not, and `other`, what they are, for the error.
+
+    Returns:
+        What was taken to the pattern that took it.
+
+    Raises:
+        ModelError: a pattern matches nothing that may be taken; all such patterns are told at once.
+        RuleError: a pattern that is not well formed.
+
+    >>> taken(["b*", "*"], {"a": ["a"], "b": ["b"]}, [], "")
+    {'b': 'b*', 'a': '*'}
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for text in patterns:
+        pattern = compile_pattern(text)
+        firsts = matched(pattern, wanted)
+        for first in firsts:
+            found.setdefault(first, text)
+        if not firsts:
+            only = any(pattern.match(name) is not None for name in others)
+            problems.append((f"the pattern {text!r} matches {f'{other} parameters only' if only else 'no parameter'}", text))
+    if problems:
+        hint = close_hint(problems[0][1], [*(name for names in wanted.values() for name in names), *others])
+        if len(problems) == 1:
+            raise ModelError(problems[0][0], hint=hint)
+        raise ModelError(f"{len(problems)} patterns match nothing", hint=hint, problems=tuple(reason for reason, _ in problems))
+    return found
+
+
+def matched(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
+    """What a pattern matches under any of its names, to the pattern's parts in the first of the names that it matches.
+
+    >>> matched(compile_pattern("fc{i}.*"), {"fc1.weight": ["module.fc1.weight", "fc1.weight"], "head": ["head"]})
+    {'fc1.weight': {'i': '1'}}
+    """
+    pattern.learn(name for every in names.values() for name in every)
+    rows = ((first, next((parts for name in every if (parts := pattern.match(name)) is not None), None)) for first, every in names.items())
+    return {first: parts for first, parts in rows if parts is not None}

@@ -1,0 +1,143 @@
+"""A live model, or a live state_dict, as a `Checkpoint`: names, dtypes, shapes, strides and ties, without data behind them.
+
+No tensor is copied or read, so a model on the meta device is as good as any other. What a checkpoint can't hold (sparse,
+quantized, nested, lazy, a dtype without a code) is refused by its key, never left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.plain.skeleton import fingerprint
+from ckptsurgeon.models.target import user_code
+from ckptsurgeon.models.target.loaders import find_loaders
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+
+def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | None = None) -> Checkpoint:
+    """The model's state_dict as a `Checkpoint` of format `model`, in state_dict order, non-persistent buffers left out.
+
+    Args:
+        path: what stands as the checkpoint's path, usually the spec.
+        note: takes one line when the state_dict holds values that are not tensors.
+
+    Raises:
+        TargetError: a hook of the model's own failed.
+        FormatError: a tensor that no checkpoint of ours can hold, with its key.
+
+    >>> checkpoint_of(nn.Linear(3, 2), "demo")["weight"].shape
+    (2, 3)
+    """
+    state = state_dict_of(model, path)
+    checkpoint = replace(checkpoint_of_state_dict(state, path), loaders=find_loaders(model, state), overlaps=_overlaps(state))
+    if note is not None and checkpoint.entries:
+        note(f"{path} keeps {len(checkpoint.entries)} values beside its tensors: {', '.join(checkpoint.entries)}")
+    return checkpoint
+
+
+def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "state_dict") -> Checkpoint:
+    """A live dict of tensors as a `Checkpoint` of format `model`; its other values become `entries`.
+
+    Ties are tensors of one storage with the same offset, dtype, shape and stride, on any device. The fingerprint is the SHA-256
+    of names, dtypes, shapes and ties.
+
+    Raises:
+        FormatError: a key that is no string, or a tensor that no checkpoint of ours can hold, with its key.
+
+    >>> checkpoint_of_state_dict({"w": torch.zeros(2, 3), "epoch": 3}).entries
+    {'epoch': 3}
+    """
+    tensors: dict[str, TensorMeta] = {}
+    entries: dict[str, Any] = {}
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise FormatError(f"has a key that is not a string: {key!r}", path=path)
+        if not isinstance(value, torch.Tensor):
+            entries[key] = value
+            continue
+        tensors[key] = _meta(key, value, path)
+        if value.numel():
+            places.setdefault(place(value), []).append(key)
+    ties = tuple(tuple(keys) for keys in places.values() if len(keys) > 1)
+    return Checkpoint(
+        path=path,
+        format="model",
+        fingerprint=fingerprint(tensors, ties),
+        tensors=tensors,
+        entries=entries,
+        module_metadata=module_metadata(state_dict),
+        ties=ties,
+    )
+
+
+def state_dict_of(model: nn.Module, path: str) -> dict[str, Any]:
+    """The model's `state_dict()`, whose hooks are a person's code; a `TargetError` with `path` where they fail."""
+    state_dict: dict[str, Any] = user_code.call(path, model.state_dict)
+    return state_dict
+
+
+def module_metadata(state_dict: Mapping[str, object]) -> dict[str, Any]:
+    """torch's `_metadata` (module path to version and the like) as plain dicts; empty for a plain dict."""
+    found = getattr(state_dict, "_metadata", None)
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(name): dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+
+
+def _overlaps(state_dict: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
+    """Groups of keys whose memory overlaps without being one tensor, from the first to the last byte that each reaches."""
+    by_storage: dict[int, list[tuple[int, int, str]]] = {}
+    for key, value in state_dict.items():
+        if isinstance(value, torch.Tensor) and value.numel() and not is_traceable_wrapper_subclass(value):
+            first = int(value.storage_offset()) * value.element_size()
+            reach = sum((int(size) - 1) * int(step) for size, step in zip(value.shape, value.stride(), strict=True)) + 1
+            by_storage.setdefault(value.untyped_storage()._cdata, []).append((first, first + reach * value.element_size(), key))
+    groups: list[list[str]] = []
+    for spans in by_storage.values():
+        end = -1
+        for first, last, key in sorted(spans) if len(spans) > 1 else ():
+            groups[-1].append(key) if first < end else groups.append([key])
+            end = max(end, last)
+    places = {key: place(value) for key, value in state_dict.items() if isinstance(value, torch.Tensor)} if groups else {}
+    return tuple(tuple(group) for group in groups if len({places[key] for key in group}) > 1)
+
+
+def _meta(key: str, tensor: torch.Tensor, path: str) -> TensorMeta:
+    problem = _unsupported(tensor)
+    if problem is not None:
+        reason, hint = problem
+        raise FormatError(reason, path=path, key=key, hint=hint)
+    dtype = BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise FormatError(f"has the dtype {tensor.dtype}, which no checkpoint of ours can hold", path=path, key=key)
+    return TensorMeta(key, dtype.code, tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def _unsupported(tensor: torch.Tensor) -> tuple[str, str] | None:
+    """Why a tensor is not a plain slice of a storage, and what to do; None for one that is."""
+    if is_lazy(tensor):
+        return "is lazy: it has no shape before the first forward pass", "run one forward pass first"
+    if tensor.is_quantized:
+        return "is quantized", "use its dequantized values: tensor.dequantize()"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"is not a dense tensor ({'nested' if tensor.is_nested else tensor.layout})", "use its dense form: tensor.to_dense()"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}, which wraps other tensors", "use a plain tensor: its full or dequantized values"
+    return None
+
+
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tied tensors have in common; a storage is told by its object, since on meta every data pointer is 0."""
+    storage = tensor.untyped_storage()._cdata
+    views = (tensor.is_conj(), tensor.is_neg())
+    return (storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride(), views)

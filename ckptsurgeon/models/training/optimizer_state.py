@@ -1,0 +1,223 @@
+"""Makes the state of a new optimizer from planned moments, and gives it to the optimizer: everything is made before anything is loaded.
+
+The groups' hyper-parameters stay the new optimizer's. What a dtype can't hold is left out with its reason, never rounded to infinity.
+Nothing here opens a file: tensors come through `fetch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.models.target import user_code
+from ckptsurgeon.models.target.parameters import named, named_tensors
+from ckptsurgeon.optimizer.format import SLOTS, Leaf, wanted_slots
+from ckptsurgeon.optimizer.order import LiveOrder, live_order
+from ckptsurgeon.optimizer.plan import Parameter, ParameterPlan, SlotPlan
+from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.report import Cast
+from ckptsurgeon.streaming.adapting import adapted, dense_parts
+from ckptsurgeon.streaming.values import cast, tensor_from
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+Fetch = Callable[[TensorMeta], torch.Tensor]
+LARGEST_STEP = 1 << 53  # beyond which a float counts no longer one by one
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new optimizer's state: what `load_state_dict` takes, what became of each parameter, what casts lost, and what there is to say."""
+
+    state_dict: dict[str, Any]
+    plans: tuple[ParameterPlan, ...]
+    casts: tuple[Cast, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str | None:
+    """The name by which `SLOTS` has an optimizer; None for one that it has not, a person's own subclass included.
+
+    >>> kind_of(torch.optim.SGD([torch.zeros(1)], lr=0.1)), kind_of(torch.optim.Adagrad([torch.zeros(1)]))
+    ('SGD', None)
+    """
+    kind = type(optimizer)
+    return kind.__name__ if kind.__module__.startswith("torch.optim.") and kind.__name__ in SLOTS else None
+
+
+def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Parameter, ...]:
+    """The optimizer's parameters in its own order, with the keys of the model's state_dict that are each of them.
+
+    Raises:
+        ModelError: `optimizer` is none, or has no parameter of the model.
+
+    >>> net = nn.Linear(3, 2)
+    >>> [(one.name, one.keys, one.shape) for one in parameters_of(net, torch.optim.SGD(net.parameters(), lr=0.1))]
+    [('weight', ('weight',), (2, 3)), ('bias', ('bias',), (2,))]
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ModelError(f"a {type(optimizer).__name__} is no optimizer of torch", hint="give the new torch.optim optimizer itself")
+    known = {id(one.tensor): (first, one.keys) for first, one in named(model).items()}
+    kind = kind_of(optimizer)
+    found = []
+    for number, group in enumerate(optimizer.param_groups):
+        slots = wanted_slots(kind, group) if kind is not None else ()
+        for index, parameter in enumerate(group["params"]):
+            name, own = known.get(id(parameter), (f"parameter {index} of group {number}", ()))
+            dtype = BY_TORCH.get(str(parameter.dtype).removeprefix("torch."))
+            found.append(Parameter(name, own, "F32" if dtype is None else dtype.code, tuple(parameter.shape), slots))
+    if found and not any(parameter.keys for parameter in found):
+        raise ModelError(
+            "the optimizer has no parameter of the model", path=type(model).__name__, hint="make it from this model's own parameters"
+        )
+    return tuple(found)
+
+
+def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: Mapping[str, Step], source: Checkpoint) -> LiveOrder:
+    """What a model, and its optimizer's groups, say about whose the source's moments are.
+
+    Args:
+        optimizer: over the model's parameters; without one, a model's order never decides unasked.
+        steps: the weights' plan by target key.
+    """
+    parameters, buffers = named_tensors(model)
+    keys = {id(one.tensor): one.keys for one in parameters.values()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    return live_order(
+        {name: one.keys for one in parameters.values() for name in one.every},
+        list(keys.values()),
+        [key for one in buffers.values() for key in one.keys],
+        [[keys.get(id(parameter), ()) for parameter in group["params"]] for group in groups],
+        groups,
+        steps,
+        source,
+        leads=optimizer is not None,
+    )
+
+
+def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch) -> Made:
+    """The state that `plans` say, on the parameters' devices, in their dtypes and strides; nothing is loaded yet.
+
+    Args:
+        plans: one for each parameter, in the optimizer's order.
+        fetch: a leaf's tensor, of its dtype and shape, on any device; it is copied.
+
+    Raises:
+        PlanError: a tensor is not what it was planned to be.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    casts: list[Cast] = []
+    notes: list[tuple[str, str]] = []
+    done: list[ParameterPlan] = []
+    for position, (parameter, plan) in enumerate(zip(parameters, plans, strict=True)):
+        lost: list[Cast] = []
+        values: dict[str, torch.Tensor] = {}
+        for slot in plan.slots:
+            made = _step(slot, fetch) if slot.slot.kind == "step" else _moment(parameter, plan, slot, fetch, lost)
+            if isinstance(made, str):
+                plan = replace(plan, slots=(), reason=f"the source's {slot.slot.name} {made}")
+                break
+            values[slot.slot.name] = made
+        done.append(plan)
+        if plan.reason is None:
+            casts += lost
+            notes += _notes(plan, fetch)
+        if plan.slots:
+            state[position] = values
+    own = user_code.call(type(optimizer).__name__, optimizer.state_dict)
+    return Made({"state": state, "param_groups": own["param_groups"]}, tuple(done), tuple(casts), tuple(notes))
+
+
+def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
+    for name in plan.started:
+        yield plan.parameter.name, f"{name} starts at zero: the source has none"
+    for slot in plan.slots:
+        counts = {count_of(leaf, fetch) for leaf in slot.leaves} if slot.slot.kind == "step" else set()
+        if len(counts) > 1:
+            words = " and ".join(f"{count:g}" for count in sorted(count for count in counts if count is not None))
+            yield plan.parameter.name, f"its parts had taken {words} steps; the most is kept"
+
+
+def count_of(leaf: Leaf, fetch: Fetch) -> float | None:
+    """A step count; None for what is none."""
+    value = fetch(leaf).reshape(()).item() if type(leaf) is TensorMeta else leaf
+    plain = type(value) in (int, float) and 0 <= value <= LARGEST_STEP  # which NaN is not either
+    return float(value) if plain else None
+
+
+def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
+    counts = [count_of(leaf, fetch) for leaf in slot.leaves]
+    if None in counts:
+        return "is no count of steps"
+    # As torch itself keeps it: a float on the CPU, which its loader moves where a fused or captured step needs it.
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(max(count for count in counts if count is not None), dtype=dtype)
+
+
+def _moment(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast]) -> torch.Tensor | str:
+    """A moment as the parameter lies in memory; or why it can't be had."""
+    found = torch.zeros_like(parameter, requires_grad=False)
+    if not slot.leaves:
+        return found
+    name, goal = f"{plan.parameter.name} {slot.slot.name}", plan.parameter
+    tensors = [fetch(leaf).detach() for leaf in slot.leaves]
+    dtype = slot.leaves[0].dtype
+    made = tensors[0]
+    if slot.ops:
+        step = Step(name, dtype, goal.shape, "adapt", plan.sources, slot.ops, False, "")
+        made = adapted(step, [tensor.cpu() for tensor in tensors], lambda: found, {})
+    if dtype != goal.dtype:
+        made = tensor_from(bytearray().join(cast(name, dense_parts(made), dtype, goal.dtype, casts)), goal.dtype).view(goal.shape)
+        if casts[-1].overflowed:
+            return f"has values that {goal.dtype} can't hold"
+    with torch.no_grad():
+        return found.copy_(made)
+
+
+@contextmanager
+def loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[None]:
+    """Give an optimizer its state; when that, or what is done within, fails, it has what it had.
+
+    Raises:
+        TargetError: the optimizer, or a hook on it, refuses the state.
+    """
+    name = type(optimizer).__name__
+    before = user_code.call(name, optimizer.state_dict)
+    try:
+        user_code.call(name, optimizer.load_state_dict, dict(state_dict))
+        yield
+    except BaseException:
+        user_code.call(name, optimizer.load_state_dict, before)
+        raise
+
+
+@contextmanager
+def driving(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Set what a scheduler drives in its optimizer's groups; when what is done within fails, they have what they had."""
+    before = [{word: _kept(group[word]) for word in own if word in group} for group, own in zip(groups, values, strict=True)]
+    try:
+        _drive(groups, values)
+        yield
+    except BaseException:
+        _drive(groups, before)
+        raise
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _drive(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
+    for group, own in zip(groups, values, strict=True):
+        for word, value in own.items():
+            if isinstance(group.get(word), torch.Tensor):
+                group[word].copy_(value) if isinstance(value, torch.Tensor) else group[word].fill_(value)
+            else:
+                group[word] = float(value) if isinstance(value, torch.Tensor) else value

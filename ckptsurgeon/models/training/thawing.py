@@ -1,0 +1,198 @@
+"""Gradual unfreezing: frozen parameters come back stage by stage, top down, in groups of their own of a live optimizer.
+
+A stage turns `requires_grad` on and calls `add_param_group`; no other group and no state in the optimizer is touched. A scheduler that is
+given learns of the new group, at the point of its course where it stands. Nothing counts by itself: call `step()` once per epoch, or once
+per optimizer step, and `at` is in that unit. Gradual unfreezing: Howard and Ruder 2018, arXiv:1801.06146, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ckptsurgeon.errors import ModelError, printable
+from ckptsurgeon.models.arguments import checked
+from ckptsurgeon.models.target.parameters import Named, listed, named, taken
+from ckptsurgeon.models.training.decay import NoDecay, without_decay
+from ckptsurgeon.models.training.depth import depths
+from ckptsurgeon.models.training.freezing import Frozen, thaw
+from ckptsurgeon.models.training.groups import NO_DECAY, check_decay, check_rates
+from ckptsurgeon.models.training.schedules import attach, check_schedulers, course
+from ckptsurgeon.shown import Shown
+from ckptsurgeon.views.folding import fold_siblings
+
+Patterns = str | Iterable[str]
+
+
+@dataclass(frozen=True, repr=False)
+class Stage(Shown):
+    """What comes back together: its name, at which count of `step()`, the rate that it has where the schedule stands at its base, names."""
+
+    name: str
+    at: int
+    lr: float
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.at}: {printable(self.name)}, lr {self.lr:g}: {printable(', '.join(fold_siblings(self.keys)))}"
+
+
+class Thaw:
+    """A schedule that thaws a model stage by stage.
+
+    Args:
+        model: with what is to come later frozen (`freeze`).
+        optimizer: over what is trainable now; its first group lends new groups every option that is not given (betas, eps, fused …).
+        stages: patterns, the first stage first, each one or several, held against the names of frozen parameters; the first stage that
+            matches wins, and what none matches stays frozen. None: the head, the layers from the top down, the stem, as `depths` finds
+            them; each of which something is frozen.
+        lr: the rate of the model's top, as `param_groups` has it.
+        layer_decay: a stage's rate is `lr` × layer_decay ** (its distance from the head): 1 for the first of the stages given, or the last
+            layer; 1 / 2.6 is ULMFiT's discriminative fine-tuning.
+        at: a stage comes after so many calls of `step()`: a number for every so many, or a number for each stage, ascending.
+        weight_decay: of the new groups; None for that of the first group.
+        no_decay: which parameters get none, as `param_groups` has it; a stage is then two groups.
+        layers: what a layer is, where no stages are given, as for `depths`.
+        scheduler: the `torch.optim.lr_scheduler` at work, or several; it must be given where there is one, since its lists are per group. A
+            new group starts at `lr` × (what the schedule has made of the first group's rate by now) and goes on from there. `lr` stands for
+            the peak under OneCycleLR, for `base_lr` under CyclicLR. A floor (`eta_min`, `min_lr`) is one for all, as torch has it.
+
+    Raises:
+        ModelError: a stage that matches nothing frozen, rates or counts that can't be, layers that can't be told, a scheduler of another
+            optimizer, or one that is not given.
+
+    >>> import torch
+    >>> from ckptsurgeon import freeze
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> _ = freeze(net, ["0.*", "1.*"])
+    >>> optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    >>> schedule = Thaw(net, optimizer, ["1.*", "0.*"], lr=0.01, layer_decay=0.5)
+    >>> for epoch in range(3):
+    ...     print([group["lr"] for group in optimizer.param_groups], schedule.step())
+    [0.1] ('1.weight', '1.bias')
+    [0.1, 0.005] ('0.weight', '0.bias')
+    [0.1, 0.005, 0.0025] ()
+    """
+
+    stages: tuple[Stage, ...]
+
+    @checked
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        stages: Sequence[Patterns] | None = None,
+        *,
+        lr: float,
+        layer_decay: float = 1.0,
+        at: int | Sequence[int] = 1,
+        weight_decay: float | None = None,
+        no_decay: NoDecay = False,
+        layers: Patterns | None = None,
+        scheduler: object = (),
+    ) -> None:
+        check_rates({"lr": lr, "weight_decay": weight_decay})
+        check_decay(layer_decay)
+        every = named(model)
+        rows = _found(model, every, layers) if stages is None else _given(every, stages)
+        self.stages = tuple(
+            Stage(name, when, lr * layer_decay**below, keys) for when, (name, below, keys) in zip(_counts(at, len(rows)), rows, strict=True)
+        )
+        self._bare = without_decay(model, no_decay, {first for stage in self.stages for first in stage.keys})
+        self._model, self._optimizer, self._weight_decay = model, optimizer, weight_decay
+        self._schedulers = check_schedulers(optimizer, scheduler)
+        self._base = course(optimizer.param_groups[0])
+        self._steps = self._done = 0
+
+    def step(self) -> tuple[str, ...]:
+        """Count one; thaw the stages whose turn has come.
+
+        Returns:
+            The names that were thawed, mostly none.
+
+        Raises:
+            ModelError: a scheduler is at work that was not given.
+        """
+        self._steps += 1
+        return self._catch_up(self._steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the count, and which names each stage has that has come."""
+        return {"steps": self._steps, "stages": [list(stage.keys) for stage in self.stages[: self._done]]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another process was: thaw what it had thawed. Load the optimizer's and the scheduler's state after this, not before.
+
+        Raises:
+            ModelError: the state is of other stages.
+        """
+        found = [tuple(keys) for keys in state["stages"]]
+        if found != [stage.keys for stage in self.stages[: len(found)]] or self._done > len(found):
+            raise ModelError("the state is of other stages", hint="freeze the model and build Thaw as it was at the beginning")
+        self._steps = int(state["steps"])
+        while self._done < len(found):
+            self._come(self.stages[self._done])
+
+    def __str__(self) -> str:
+        return "\n".join(f"{stage}{'' if number >= self._done else ' (thawed)'}" for number, stage in enumerate(self.stages))
+
+    def _catch_up(self, count: int) -> tuple[str, ...]:
+        thawed: list[str] = []
+        while self._done < len(self.stages) and self.stages[self._done].at <= count:
+            thawed += self._come(self.stages[self._done]).keys
+        return tuple(thawed)
+
+    def _come(self, stage: Stage) -> Frozen:
+        every = named(self._model)
+        here = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        # one that was in the optimizer before it was frozen stays in its group, with its state
+        new = [first for first in stage.keys if id(every[first].tensor) not in here]
+        check_schedulers(self._optimizer, self._schedulers)
+        for plain in (False, True):
+            own = [first for first in new if (first in self._bare) is plain]
+            if own:
+                title = f"thawed/{stage.name}{NO_DECAY if plain else ''}"
+                decay = 0.0 if plain else self._weight_decay
+                group = {"name": title, "params": [every[first].tensor for first in own], "param_names": own}
+                attach(self._optimizer, self._schedulers, group, stage.lr, self._base, decay)
+        found = thaw(self._model, every, {id(every[first].tensor) for first in stage.keys})
+        self._done += 1
+        return found
+
+
+def _counts(at: int | Sequence[int], number: int) -> list[int]:
+    counts = [at * place for place in range(1, number + 1)] if isinstance(at, int) else list(at)
+    if len(counts) != number:
+        raise ModelError(f"at has {len(counts)} counts, and there are {number} stages", hint="give one for each, or one number for all")
+    if not all(isinstance(count, int) and count > 0 for count in counts) or counts != sorted(counts):
+        raise ModelError(f"at can't be {at!r}", hint="give counts from 1 up, ascending")
+    return counts
+
+
+def _given(every: Mapping[str, Named], stages: Sequence[Patterns]) -> list[tuple[str, int, tuple[str, ...]]]:
+    frozen = {first: one.every for first, one in every.items() if not one.trainable}
+    others = [name for one in every.values() if one.trainable for name in one.every]
+    rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
+    by_pattern = taken([text for row in rows for text in row], frozen, others, "trainable")
+    found: list[tuple[str, int, tuple[str, ...]]] = []
+    left = dict(by_pattern)
+    for below, row in enumerate(rows, start=1):
+        keys = tuple(first for first, text in left.items() if text in row)
+        left = {first: text for first, text in left.items() if first not in keys}
+        if not keys:
+            raise ModelError(f"the stage {', '.join(row)!r} has nothing left that an earlier one does not thaw")
+        found.append((", ".join(row), below, keys))
+    return found
+
+
+def _found(model: nn.Module, every: Mapping[str, Named], layers: Patterns | None) -> list[tuple[str, int, tuple[str, ...]]]:
+    frozen = [first for first, one in every.items() if not one.trainable]
+    if not frozen:
+        raise ModelError("the model has no frozen parameter", hint="freeze it first: freeze(model, report)")
+    deep = depths(model, layers, frozen)
+    rows = [(depth, tuple(first for first in frozen if deep.of[first] == depth)) for depth in range(deep.top, -1, -1)]
+    return [(deep.label(depth), deep.top - depth, keys) for depth, keys in rows if keys]

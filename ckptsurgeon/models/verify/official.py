@@ -1,0 +1,95 @@
+"""A checkpoint's files as torch's and safetensors' own readers give them, file by file, always `weights_only` and on the CPU.
+
+This is the other opinion that our reader is held against, so nothing of ours is used to read here. What these readers refuse is
+reported with their own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ckptsurgeon.errors import TargetError
+from ckptsurgeon.models.target import user_code
+from ckptsurgeon.tensors import Checkpoint
+
+Reader = Callable[[str], Any]
+
+
+def _torch_zip(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _torch_legacy(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+
+
+def _safetensors(path: str) -> Any:
+    return safetensors.torch.load_file(path, device="cpu")
+
+
+def _torch_shard(path: str) -> Any:
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    return (_torch_zip if is_zip else _torch_legacy)(path)
+
+
+READERS: dict[str, Reader] = {
+    "torch-zip": _torch_zip,
+    "torch-legacy": _torch_legacy,
+    "torch-shards": _torch_shard,
+    "safetensors": _safetensors,
+    "safetensors-shards": _safetensors,
+}
+
+
+def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The files that hold tensors, in the order in which the checkpoint first names them; its only file where none does."""
+    spans = (tensor.span for tensor in checkpoint.values())
+    files = tuple(dict.fromkeys(span.file for span in spans if span is not None))
+    return files or tuple(stamp.path for stamp in checkpoint.files) or (checkpoint.path,)
+
+
+def load_file(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
+    """The state_dict at the checkpoint's root in one of its files.
+
+    Raises:
+        TargetError: the format has no such reader, the reader refuses the file, or it has no dict at the root.
+    """
+    reader = READERS.get(checkpoint.format)
+    if reader is None:
+        raise TargetError(f"a {checkpoint.format} holds no values to load", path=file)
+    loaded = user_code.call(file, reader, file)
+    found = at_root(loaded, checkpoint.root)
+    if not isinstance(found, Mapping):
+        where = f"at the root {checkpoint.root!r}" if checkpoint.root else "at its top"
+        raise TargetError(f"holds no dict {where} when torch loads it", path=file)
+    return found
+
+
+def at_root(loaded: object, root: str) -> object:
+    """What lies at a root's dotted place in nested dicts and lists; None where nothing does.
+
+    >>> at_root({"ema": {"net.params": {"w": 1}}}, "ema.net.params"), at_root([{"w": 1}], "0")
+    ({'w': 1}, {'w': 1})
+    """
+    if not root:
+        return loaded
+    if isinstance(loaded, Mapping):
+        items = [(str(key), value) for key, value in loaded.items()]
+    elif isinstance(loaded, Sequence) and not isinstance(loaded, (str, bytes)):
+        items = [(str(index), value) for index, value in enumerate(loaded)]
+    else:
+        return None
+    for name, value in items:
+        if name == root:
+            return value
+    for name, value in items:
+        if root.startswith(f"{name}."):
+            found = at_root(value, root[len(name) + 1 :])
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,84 @@
+"""Two models that should compute the same, run on the same inputs of a person's own making, and their outputs compared.
+
+Both run in eval mode, without gradients, under forked random states; each gets copies of the inputs. That outputs agree on one input is
+a proof of the weights that it reaches, and of no others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.errors import ModelError, TargetError
+from ckptsurgeon.models.target import imports, user_code
+from ckptsurgeon.models.target.build import Note, forked, resolve
+from ckptsurgeon.models.target.spec import parse
+from ckptsurgeon.models.verify.forward import tensors_of
+from ckptsurgeon.report import Twins
+
+SIDES = ("source", "target")
+
+
+def make_inputs(text: str, note: Note) -> tuple[Any, Any]:
+    """What a person's `module:make_inputs` gives the source's model and the target's: the same for both, or for each its own.
+
+    Raises TargetError where it can't be imported or fails.
+    """
+    spec = parse(text)
+    with imports.search(spec):
+        found = resolve(spec, note)
+        if not callable(found):
+            raise TargetError(
+                "is no function that makes inputs", path=text, hint="write: def make_inputs(): return torch.randn(1, 3, 224, 224)"
+            )
+        with forked(0):
+            given = user_code.call(text, found, *spec.args, **spec.kwargs)
+    if isinstance(given, Mapping) and set(given) == set(SIDES):
+        return given["source"], given["target"]
+    return given, given
+
+
+def compare(source: nn.Module, target: nn.Module, inputs: tuple[Any, Any], tolerance: float) -> Twins:
+    """Run both models, and compare each output of the source's with the target's of the same place, else the first of the same shape.
+
+    Raises TargetError where a model fails on its inputs.
+    """
+    one, other = (_run(model, given, side) for model, given, side in zip((source, target), inputs, SIDES, strict=True))
+    if not one or not other:
+        raise ModelError("gives no tensor to compare", path="the source's model" if not one else "the target's model")
+    rows: list[tuple[str, float | None, float | None]] = []
+    left = dict(other)
+    for place, tensor in one.items():
+        fits = [name for name, found in left.items() if found.shape == tensor.shape]
+        name = place if place in fits else fits[0] if fits else None
+        if name is None:
+            rows.append((place, None, None))
+            continue
+        wanted, given = tensor.double(), left.pop(name).double()
+        difference = float((wanted - given).abs().max()) if wanted.numel() else 0.0
+        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        rows.append((place if name == place else f"{place} and {name}", difference, scale))
+    return Twins((*rows, *((name, None, None) for name in left)), tolerance)
+
+
+def _run(model: nn.Module, given: Any, side: str) -> dict[str, torch.Tensor]:
+    """The floating outputs by place."""
+    args, kwargs = _arguments(copy.deepcopy(given))
+    what = f"the {side}'s model"
+    with torch.no_grad(), forked(0):
+        user_code.call(what, model.eval)
+        found = user_code.call(what, model, *args, **kwargs)
+    return {place: tensor for place, tensor in tensors_of(found) if tensor.is_floating_point()}
+
+
+def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One argument, a tuple of them, arguments by name, or a pair of both."""
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
+        return given[0], dict(given[1])
+    return (given if isinstance(given, tuple) else (given,)), {}

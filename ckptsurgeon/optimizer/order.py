@@ -1,0 +1,138 @@
+"""What may tell the order in which an optimizer counts parameters: the keys' own order in a file, and a live model with its optimizer.
+
+torch counts parameters in the order in which a model registers them, group after group. A file's keys are in that order as long as nobody
+sorted them: torch's `_metadata` beside them proves it, and keys in the order of their names are taken for sorted. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.tensors import Checkpoint
+
+# The buffers of torch's norms; others are told by their dtype, by a live model, or by not fitting.
+BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_NUMBERS = re.compile(r"(\d+)")
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LiveOrder:
+    """What a live model says, in the source's keys, of which a parameter may have none, or several where they are joined in it.
+
+    Attributes:
+        registered: the keys of each of the model's parameters, in the order of registration.
+        groups: the same by the groups of the live optimizer; empty where there is none.
+        options: these groups' hyper-parameters.
+        passed: the source's keys that are no parameters of their own: buffers in the model, and copies of a parameter that is tied in it.
+        named: the keys of each parameter by every name that it has in the model.
+        as_registered: whether the optimizer, if there is one, has its parameters in the order of registration, in one group.
+        leads: whether it may decide alone, where the file's order does not.
+    """
+
+    registered: tuple[Keys, ...]
+    groups: tuple[tuple[Keys, ...], ...] = ()
+    options: tuple[Mapping[str, Any], ...] = ()
+    passed: frozenset[str] = frozenset()
+    named: Mapping[str, Keys] = field(default_factory=dict)
+    as_registered: bool = True
+    leads: bool = False
+
+
+def live_order(
+    names: Mapping[str, Keys],
+    parameters: Sequence[Keys],
+    buffers: Iterable[str],
+    groups: Sequence[Sequence[Keys]],
+    options: Sequence[Mapping[str, Any]],
+    steps: Mapping[str, Step],
+    source: Checkpoint,
+    leads: bool,
+) -> LiveOrder:
+    """What a live model says about the source.
+
+    Args:
+        names: every name of every parameter, to its keys in the model's state_dict.
+        parameters: their keys, in the order of registration; `buffers`, those of the persistent buffers.
+        groups: the keys of the parameters in each group of the optimizer, and `options`, the groups' hyper-parameters.
+        steps: the weights' plan by target key.
+    """
+    firsts = {key: group[0] for group in source.ties for key in group}
+    used = {key for step in steps.values() for _, key in step.sources}
+    heads = Counter(key[: -len(step.target)] for step in steps.values() for _, key in step.sources if key.endswith(step.target))
+    head = heads.most_common(1)[0][0] if heads else ""
+
+    def every(keys: Keys) -> list[Keys]:
+        """The source's keys of each of a parameter's own keys that has any."""
+        found = [tuple(firsts.get(key, key) for _, key in steps[target].sources) for target in keys if target in steps]
+        if not any(found):  # it has another shape in the source, and was left there
+            found = [(firsts.get(head + key, head + key),) for key in keys if head + key in source and head + key not in used]
+        return [own for own in found if own]
+
+    def counterpart(keys: Keys) -> Keys:
+        return next((tuple(dict.fromkeys(own)) for own in every(keys)), ())
+
+    place = {keys: number for number, keys in enumerate(parameters)}
+    places = [place.get(keys, -1) for group in groups for keys in group]
+    copies = {key for keys in parameters for own in every(keys) for key in own if key not in counterpart(keys)}
+    return LiveOrder(
+        tuple(map(counterpart, parameters)),
+        tuple(tuple(map(counterpart, group)) for group in groups),
+        tuple(options),
+        frozenset(key for buffer in buffers for key in counterpart((buffer,))) | copies,
+        {name: counterpart(keys) for name, keys in names.items()},
+        len(groups) <= 1 and places == sorted(places),
+        leads,
+    )
+
+
+def candidates(source: Checkpoint, passed: Collection[str] = ()) -> list[str]:
+    """The source's keys that may be parameters, in its own order, tied ones once, without those that are `passed`."""
+    later = {key for group in source.ties for key in group[1:]}
+    return [
+        key
+        for key, tensor in source.items()
+        if key not in later
+        and key not in passed
+        and key.rpartition(".")[2] not in BUFFERS
+        and BY_CODE[tensor.dtype].kind in ("float", "complex")
+    ]
+
+
+def order_of_keys(source: Checkpoint) -> Literal["registered", "plain", "sorted"]:
+    """What the order of a state_dict's keys is worth: `registered` where torch's `_metadata` names the modules in the same order, `sorted`
+    where it is that of the names (of each dtype, as safetensors has it, and whether numbers count as numbers or not), else `plain`.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> def order(*keys, **more):
+    ...     return order_of_keys(Checkpoint("", "", "", {key: TensorMeta(key, "F32", (), ()) for key in keys}, **more))
+    >>> order("b.weight", "b.bias"), order("a", "b"), order("b.w", "a.w", module_metadata={"b": {}, "a": {}}), order("a.2", "a.10")
+    ('plain', 'sorted', 'registered', 'sorted')
+    """
+    places = {path: number for number, path in enumerate(source.module_metadata)}
+    modules = [places.get(key.rpartition(".")[0], -1) for key in source]
+    known = bool(places) and modules == sorted(modules) and modules[:1] != [-1]
+    by_name = _sorted(source)
+    if known and not (by_name and len(set(modules)) < len(modules)):  # `_metadata` says nothing of the order within a module
+        return "registered"
+    return "sorted" if by_name else "plain"
+
+
+def _sorted(source: Checkpoint) -> bool:
+    by_dtype: dict[str, list[str]] = {}
+    for key, tensor in source.items():
+        by_dtype.setdefault(tensor.dtype, []).append(key)
+    return any(all(keys == sorted(keys, key=how) for keys in by_dtype.values()) for how in (None, _natural))
+
+
+def _natural(key: str) -> list[tuple[int, int, str]]:
+    """A key that sorts by its numbers' values."""
+    parts = _NUMBERS.split(key)
+    return [(0, int(part), "") if number % 2 and len(part) < 20 else (1, 0, part) for number, part in enumerate(parts)]

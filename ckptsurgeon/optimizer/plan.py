@@ -1,0 +1,140 @@
+"""Decides what an optimizer's state becomes when its model changes: how each moment follows its weight, by the steps of the weights' plan.
+
+Moments go where their weight goes, zeros where it was filled up; nothing is carried for a weight that is fresh or computed, and the reason
+is told. Pure: no tensor is read and no torch loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptsurgeon.adapters.chain import infer_chain
+from ckptsurgeon.adapters.op import Op, Shape
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.optimizer.format import Leaf, Slot, State
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.tensors import Refused, TensorMeta
+
+FRESH = "is fresh"  # the one reason that the weights' own report gives too
+# How moments follow their weight: as it goes, or with zeros where it is filled up. Any other op computes new weights, whose gradients
+# no moment tells.
+_FOLLOWED = {"transpose", "permute", "reshape", "squeeze", "unsqueeze", "interleave", "deinterleave", "permute_rope"}
+_FOLLOWED |= {"slice", "concat", "chunk", "stack", "unstack"}
+_FILLED = {"pad", "rows"}
+_FILLS = ("fill", "value", "scheme")  # their fields about what fills up
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the new optimizer: its name, its keys in the state_dict, dtype code and shape, and the slots its group asks for."""
+
+    name: str
+    keys: tuple[str, ...]
+    dtype: str
+    shape: Shape
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """How a slot gets its value: from the leaves of the sources, in order, by `ops`; zeros where there are no leaves."""
+
+    slot: Slot
+    leaves: tuple[Leaf, ...]
+    ops: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What a parameter's state becomes: `slots`, or nothing, and the `reason` why. `sources` are the keys it comes from."""
+
+    parameter: Parameter
+    slots: tuple[SlotPlan, ...] = ()
+    sources: tuple[SourceKey, ...] = ()
+    reason: str | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a moment is adapted."""
+        return any(slot.ops for slot in self.slots)
+
+    @property
+    def started(self) -> tuple[str, ...]:
+        """The slots of a carried state that start at zero, since the source has none."""
+        return tuple(slot.slot.name for slot in self.slots if not slot.leaves)
+
+
+def moment_ops(ops: Sequence[Op]) -> tuple[Op, ...] | None:
+    """The ops by which moments follow a weight that goes through `ops`; None where one has no meaning for them.
+
+    >>> moment_ops([{"op": "pad", "dim": 0, "size": 9, "fill": "mean", "at": "end"}])
+    ({'op': 'pad', 'dim': 0, 'size': 9, 'at': 'end', 'fill': 'zeros'},)
+    >>> moment_ops([{"op": "average", "weights": [0.5, 0.5]}]) is None
+    True
+    """
+    found: list[Op] = []
+    for op in ops:
+        if op["op"] not in _FOLLOWED and op["op"] not in _FILLED:
+            return None
+        if op["op"] in _FILLED:
+            fill = "none" if op.get("fill") == "none" else "zeros"
+            op = {**{name: value for name, value in op.items() if name not in _FILLS}, "fill": fill}
+        found.append(op)
+    return tuple(found)
+
+
+def plan_states(parameters: Sequence[Parameter], steps: Mapping[str, Step], held: Mapping[SourceKey, State]) -> tuple[ParameterPlan, ...]:
+    """For each parameter what its state becomes.
+
+    Args:
+        parameters: those of the new optimizer.
+        steps: the plan's steps by target key.
+        held: what the source's optimizer keeps, by the source's keys; tied keys each.
+    """
+    return tuple(_planned(parameter, steps, held) for parameter in parameters)
+
+
+def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[SourceKey, State]) -> ParameterPlan:
+    own = [steps[key] for key in parameter.keys if key in steps]
+    step = next((step for step in own if step.sources), None)
+    if step is None:
+        return ParameterPlan(parameter, reason=FRESH if own else "is not in the state_dict")
+    ops = moment_ops(step.adapters)
+    if ops is None:
+        names = " | ".join(dict.fromkeys(str(op["op"]) for op in step.adapters))
+        return ParameterPlan(parameter, sources=step.sources, reason=f"its weights are computed by {names}, which moments can't follow")
+    missing = next((key for key in step.sources if key not in held), None)
+    if missing is not None:
+        return ParameterPlan(parameter, sources=step.sources, reason=f"the source's optimizer has no state of {missing[1]}")
+    states = [held[key] for key in step.sources]
+    empty = next((key for key, state in zip(step.sources, states, strict=True) if all(leaf is None for leaf in state.values())), None)
+    if empty is not None and parameter.slots:
+        return ParameterPlan(parameter, sources=step.sources, reason=f"the source's optimizer keeps nothing of {empty[1]}")
+    plans = []
+    for slot in parameter.slots:
+        leaves = tuple(state.get(slot.name) for state in states)
+        lacking = _lacking(slot, leaves, ops, parameter)
+        if lacking is not None and (slot.needed or any(leaf is not None for leaf in leaves)):
+            return ParameterPlan(parameter, sources=step.sources, reason=f"the source's {slot.name} {lacking}")
+        plans.append(SlotPlan(slot, () if lacking is not None else leaves, ops if slot.kind == "moment" and lacking is None else ()))
+    return ParameterPlan(parameter, tuple(plans), step.sources)
+
+
+def _lacking(slot: Slot, leaves: tuple[Leaf, ...], ops: tuple[Op, ...], parameter: Parameter) -> str | None:
+    """Why a slot's leaves do not make its value; None where they do."""
+    for leaf in leaves:
+        if leaf is None:
+            return "is not there"
+        if isinstance(leaf, Refused):
+            return f"is {leaf.reason}"
+    if slot.kind == "step":
+        whole = all(type(leaf) in (int, float) or (type(leaf) is TensorMeta and leaf.numel == 1) for leaf in leaves)
+        return None if whole else "is no number"
+    if not all(type(leaf) is TensorMeta for leaf in leaves):
+        return "is no tensor"
+    if {BY_CODE[leaf.dtype].kind for leaf in leaves} != {BY_CODE[parameter.dtype].kind} or len({leaf.dtype for leaf in leaves}) > 1:
+        return f"has the dtype {' and '.join(dict.fromkeys(leaf.dtype for leaf in leaves))}"
+    shapes = infer_chain(ops, [leaf.shape for leaf in leaves])
+    return None if shapes == (parameter.shape,) else f"becomes {', '.join(map(str, shapes[:4]))}, not {parameter.shape}"

@@ -1,0 +1,258 @@
+"""Where each source key wants to go: first the wrapper prefix, then, stage by stage, the first rule that matches.
+
+The one place where rules meet the sources' keys; `compare` and `plan` both build on it. All problems with rules are raised together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.planning import linking, unused_rules
+from ckptsurgeon.planning.averaging import Weights, averaged, weights_of
+from ckptsurgeon.planning.keys import Claim, Item, SourceKey
+from ckptsurgeon.planning.legacy_names import repaired, taken
+from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
+from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
+from ckptsurgeon.rules.patterns import expand
+from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
+from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
+from ckptsurgeon.wrappers import WRAPPERS, unwrap
+
+__all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
+NOTHING = Outside()
+NONE = Choice(Change(Prefix(), {}))
+
+
+@dataclass(frozen=True)
+class Names:
+    """What every key of every source becomes.
+
+    Attributes:
+        prefixes: by source.
+        claims: by name, which tensors of the sources want to be there. With a target, the first of several for a name that it has not.
+        entries: by name, the source's value that is no tensor.
+        names_of: the names that a source key went to, also those that the target has not.
+        dropped: the rule that drops a key; `spared` are the names that dropped keys would have landed on.
+        inits, keeps, adapts: the rules that are held against the target's names.
+        rivals: by source, the prefixes between which nothing decides, with the rules that choose each; none of them is applied.
+        handed: by source and name, what torch's load needs as it is, since the target's own loading code computes with it.
+    """
+
+    prefixes: tuple[Prefix, ...]
+    claims: Mapping[str, Claim]
+    entries: Mapping[str, SourceKey]
+    names_of: Mapping[SourceKey, tuple[str, ...]]
+    dropped: Mapping[SourceKey, Rule]
+    spared: frozenset[str]
+    inits: tuple[CompiledRule, ...]
+    keeps: tuple[CompiledRule, ...]
+    adapts: tuple[CompiledRule, ...]
+    outside: Outside = NOTHING
+    rivals: tuple[tuple[Way, ...], ...] = ()
+    handed: Mapping[tuple[int, str], Sequence[Item]] = field(default_factory=dict)
+
+
+@dataclass
+class _Stage:
+    """One stage as it runs. `given` has, by a rule's place, the names it gave; `failed` the first result that couldn't be told."""
+
+    rules: Sequence[CompiledRule]
+    sources: Sequence[Checkpoint]
+    outside: Outside
+    given: dict[int, list[str]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    dropped: dict[SourceKey, Rule] = field(default_factory=dict)
+    spared: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._forms = [
+            (index, which, number, pattern, pattern.test)
+            for index, rule in enumerate(self.rules)
+            for which, (number, pattern) in enumerate(rule.patterns)
+        ]
+
+    def run(self, items: Sequence[Item]) -> list[Item]:
+        for *_, pattern, _test in self._forms:
+            pattern.learn(name for item in items for name in item.readings)
+        out: list[Item | linking.Group] = []
+        groups: dict[object, linking.Group] = {}
+        for item in items:
+            index, match = self._first(item)
+            if match is None:
+                out.append(item)
+                continue
+            compiled = self.rules[index]
+            given = self.given.setdefault(index, [])
+            try:
+                if compiled.rule.kind == "drop":
+                    self.dropped.update(dict.fromkeys(item.places, compiled.rule))
+                    self.spared.add(item.name)
+                elif compiled.rule.kind == "rename":
+                    names = [expand(result, dict(match.parts)) for result in compiled.results]
+                    out += [item.moved(name, compiled.rule, which) for which, name in enumerate(names)]
+                    given += names
+                else:
+                    group = linking.group_of(index, compiled, match, item)
+                    if group.key not in groups:
+                        groups[group.key] = group
+                        out.append(group)
+                    groups[group.key].members.append(linking.Member(match, item))
+            except RuleError as error:
+                self.failed.setdefault(index, f"{compiled.rule}: {error.reason}, in {item.seen!r}")
+        by_rule: dict[int, list[linking.Group]] = {}
+        for group in groups.values():
+            by_rule.setdefault(group.index, []).append(group)
+        for index, found in by_rule.items():
+            try:
+                linking.check_even(found)
+            except RuleError as error:
+                self.failed.setdefault(index, f"{self.rules[index].rule}: {error.reason}")
+        return [one for row in out for one in ([row] if isinstance(row, Item) else self._linked(row))]
+
+    def _linked(self, group: linking.Group) -> list[Item]:
+        try:
+            found = linking.join(group, self.sources, self.outside)
+        except RuleError as error:
+            self.failed.setdefault(group.index, f"{group.compiled.rule}: {error.reason}")
+            return []
+        self.given[group.index] += [item.name for item in found]
+        return found
+
+    def _first(self, item: Item) -> tuple[int, Match | None]:
+        source = item.source
+        for name in item.readings:
+            for index, which, number, pattern, matches in self._forms:
+                if (number is None or number == source) and matches(name):
+                    return index, Match(which, pattern.match(name) or {})
+        return -1, None
+
+
+def name_sources(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    rules: Iterable[Rule],
+    outside: Outside = NOTHING,
+    *,
+    average: Weights | None = None,
+    auto: str | None = None,
+) -> Names:
+    """Name every source key. Without a target no prefix is stripped, save for an average, whose first source is the measure of the others.
+
+    Raises RuleError, once for all problems: a rule that matches nothing, a rename none of whose results is in the target, two sources
+    that land on one of the target's names, keys that a link needs and that are not there.
+    """
+    compiled = compile_rules(rules, outside)
+    mean = None if average in (None, False) else weights_of(average, sources)
+    measure = sources[0] if mean is not None and target is None else target
+    active = [rule for rule in compiled if not rule.of_target]
+    choices = [_choice(source, number, measure, active) if measure is not None else NONE for number, source in enumerate(sources)]
+    prefixes = tuple(choice.applied.prefix for choice in choices)
+    known: Collection[str] | None = None if target is None else {*target, *target.entries}
+    for rule in compiled:
+        if rule.of_target:
+            rule.learn(known or ())
+    items = [
+        Item(prefixes[number].bare(key), name, ((number, key),), entry=key not in source)
+        for number, source in enumerate(sources)
+        for key, name in rename_all((*source, *source.entries), known or measure or (), prefixes[number]).items()
+    ]
+    problems: list[str] = []
+    dropped: dict[SourceKey, Rule] = {}
+    spared: set[str] = set()
+    tried: list[tuple[_Stage, list[Item]]] = []
+    for number in range(max((rule.stage for rule in active), default=-1) + 1):
+        stage = _Stage([rule for rule in active if rule.stage == number], sources, outside)
+        tried.append((stage, items))
+        items = stage.run(items)
+        dropped.update(stage.dropped)
+        spared |= stage.spared
+        problems += stage.failed.values()
+    for stage, before in tried:
+        problems += unused_rules.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
+    if auto == "safe" and known is not None:
+        items = repaired(items, known, mean is not None)
+    handed: dict[tuple[int, str], list[Item]] = {}
+    items = taken(items, outside.taken, dropped, handed)
+    landed = [(place, item.name) for item in items for place in item.places]
+    if mean is not None:
+        items = averaged(items, sources, mean, problems)
+    lost = () if known is None else unused_rules.rules_without_effect(active, items, known)
+    kept = [rule for rule in compiled if rule.rule.kind == "keep"]
+    problems += lost
+    crossed = unused_rules.crossed(items, known, kept, sources, prefixes)
+    problems += crossed
+    if problems:
+        hint = "see the names with: ckptsurgeon inspect CKPT"
+        if crossed:
+            hint = next(iter(crossed.values()))
+        raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
+    numbers = range(len(sources)) if len(sources) > 1 else (None,)
+    rivals = tuple(ways_to_choose(choice, source, number) for choice, source, number in zip(choices, sources, numbers, strict=True))
+    return replace(_names(items, landed, prefixes, dropped, spared, compiled, sources, outside), rivals=rivals, handed=handed)
+
+
+def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
+    """The prefix between a source and what measures it, and its rivals. A wrapper's is stripped whatever the rules say; another one must
+    not come from the few keys that chance makes equal while rules name the rest as they stand in the file."""
+    found = find_change(source, measure)
+    applied = found.applied.prefix
+    if not rules or (applied and applied.of_wrappers and not found.rivals):
+        return found
+    bare = {key: unwrap(key, WRAPPERS) for key in source}
+    for rule in rules:
+        rule.learn({*bare, *bare.values()})
+    unnamed: dict[str, TensorMeta] = {}
+    given: set[str] = set()  # what rules give, no prefix need explain
+    for key, name in bare.items():
+        match = next(((rule, match) for rule in rules if (match := rule.match(name, number) or rule.match(key, number))), None)
+        if match is None:
+            unnamed[key] = source[key]
+            continue
+        if match[0].counted is None:
+            with suppress(RuleError):  # told where the rule is followed
+                given.update(expand(result, dict(match[1].parts)) for result in match[0].results)
+    if len(unnamed) == len(source):
+        return found
+    return find_change(unnamed, {key: tensor for key, tensor in measure.items() if key not in given})
+
+
+def _names(
+    items: Sequence[Item],
+    landed: Iterable[tuple[SourceKey, str]],
+    prefixes: tuple[Prefix, ...],
+    dropped: Mapping[SourceKey, Rule],
+    spared: Iterable[str],
+    compiled: Sequence[CompiledRule],
+    sources: Sequence[Checkpoint],
+    outside: Outside,
+) -> Names:
+    claims: dict[str, Claim] = {}
+    entries: dict[str, SourceKey] = {}
+    names_of: dict[SourceKey, list[str]] = {}
+    for item in items:
+        if item.entry:
+            number, key = item.places[0]
+            if isinstance(sources[number].entries[key], Refused) and item.name in entries:
+                continue
+            entries.setdefault(item.name, item.places[0])
+        else:
+            claims.setdefault(item.name, item.claim)
+    for place, name in landed:
+        names_of.setdefault(place, []).append(name)
+    by_kind = {kind: tuple(rule for rule in compiled if rule.rule.kind == kind and rule.of_target) for kind in ("init", "keep", "adapt")}
+    return Names(
+        prefixes,
+        claims,
+        entries,
+        {place: tuple(names) for place, names in names_of.items()},
+        {place: rule for place, rule in dropped.items() if place not in names_of},
+        frozenset(spared),
+        by_kind["init"],
+        by_kind["keep"],
+        by_kind["adapt"],
+        outside,
+    )

@@ -1,0 +1,66 @@
+"""The same key of every source as one weighted mean: model soups (Wortsman et al. 2022, arXiv:2203.05482), checkpoint averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ckptsurgeon.adapters.chain import Asked
+from ckptsurgeon.adapters.op import Op
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.planning.keys import Item
+from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.tensors import Checkpoint
+
+Weights = Sequence[float] | bool
+BY = Rule("average")
+
+
+def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
+    """The op of an average. PlanError for weights that are not one number for each source."""
+    if len(sources) < 2:
+        raise PlanError("an average needs two sources or more")
+    if isinstance(average, bool):
+        return {"op": "average"}
+    try:
+        weights = [float(weight) for weight in average]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"an average has weights {str(average)[:60]}", hint="give a number for each source, in order") from error
+    if len(weights) != len(sources):
+        raise PlanError(f"an average has {len(weights)} weights for {len(sources)} sources", hint="give one for each source, in order")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise PlanError(f"an average has weights {weights[:8]}", hint="they are finite and not negative, and one at least is more than 0")
+    return {"op": "average", "weights": weights}
+
+
+def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, problems: list[str]) -> list[Item]:
+    """One item for each name that the sources share. What is no number of a continuum (a counter, an extra state) is the first
+    source's."""
+    rows: dict[str, dict[int, Item]] = {}
+    for item in items:
+        held = rows.setdefault(item.name, {})
+        if item.source < 0:
+            problems.append(f"{item.name!r} joins keys of several sources, and can't be averaged in the same run")
+        elif item.source in held:
+            problems.append(f"two keys of {sources[item.source].path} land on {item.name!r}: {held[item.source].words} and {item.words}")
+        held[item.source] = item
+    result = []
+    for name, row in rows.items():
+        lacking = [source.path for number, source in enumerate(sources) if number not in row]
+        if lacking:
+            problems += [f"{name!r} is not in {path}, or a rule dropped it there" for path in lacking if -1 not in row]
+            continue
+        first = row[0]
+        place = first.places[0]
+        if any(one.asked != first.asked or one.entry != first.entry for one in row.values()):
+            problems.append(f"{name!r} comes to be in another way in each source")
+        elif first.entry or BY_CODE[sources[place[0]][place[1]].dtype].kind not in ("float", "complex"):
+            result.append(first)
+        else:
+            places = tuple(place for number in range(len(sources)) for place in row[number].places)
+            many = len(first.places) > 1
+            if many:
+                problems.append(f"{name!r} joins keys, and can't be averaged in the same run")
+            result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), (*first.steps, (BY, 0))))
+    return result

@@ -1,0 +1,111 @@
+"""What becomes of every source key that nothing reads, and what `strict` calls loose: keys that no rule names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ckptsurgeon.planning.apply_rules import Names
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.planning.legacy_names import is_counter
+from ckptsurgeon.planning.metadata import lost_parts
+from ckptsurgeon.planning.plan_types import Dropped, Entry, Step
+from ckptsurgeon.planning.quantised import Codes
+from ckptsurgeon.planning.resolve import Origin, kept_out
+from ckptsurgeon.tensors import Checkpoint
+
+BESIDE = "stands beside the codes "
+TIED = "tied to "  # how the fate begins of a key whose tensor is taken under another name
+
+
+def fates(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    names: Names,
+    origins: Mapping[str, Origin],
+    steps: Sequence[Step],
+    entries: Sequence[Entry],
+    codes: Mapping[SourceKey, Codes] = {},
+) -> tuple[Dropped, ...]:
+    """The fate of every source key that nothing reads; `codes` are dequantized, and what stands beside them goes nowhere."""
+    beside = {(number, name): key for (number, key), one in codes.items() for name in (*one.scales, *one.beside)}
+    used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
+    kept = {} if target is None else kept_out(target, names)
+    twins = _twins(sources, steps)
+    first = {
+        key: group[0] for group in (target.ties if target is not None else ()) for key in group
+    }  # the same for all that are one tensor
+
+    def why(place: SourceKey) -> str:
+        if place in names.dropped:
+            return str(names.dropped[place])
+        if place in beside:
+            return f"{BESIDE}{beside[place]}, of which values are made"
+        landed = names.names_of.get(place, ())
+        name = next((one for one in landed if target is not None and one in target), landed[0] if landed else "")
+        if name in kept:
+            return str(kept[name])
+        lost = name in names.claims and place not in names.claims[name].places and name in origins
+        if lost or names.entries.get(name, place) != place:
+            return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
+        if target is not None and name in target:
+            if name in first and place in twins and first[name] in map(first.get, names.names_of.get((place[0], twins[place]), ())):
+                return f"{TIED}{twins[place]}, which is taken"
+            if place[1] in sources[place[0]].entries:
+                return "no tensor, which the target has there"
+            return f"shape {sources[place[0]][place[1]].shape} does not fit {target[name].shape}"
+        return "not in the target" if name == place[1] else f"not in the target, as {name}"
+
+    return tuple(
+        Dropped(number, key, why((number, key)))
+        for number, source in enumerate(sources)
+        for key in (*source, *source.entries)
+        if (number, key) not in used
+    )
+
+
+def _twins(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
+    """The source keys that are one tensor with a key that a step reads, and that key."""
+    used = {place for step in steps for place in step.sources}
+    groups = [(number, group) for number, source in enumerate(sources) for group in source.ties]
+    taken = [next((key for key in reversed(group) if (number, key) in used), None) for number, group in groups]
+    return {
+        (number, key): twin
+        for (number, group), twin in zip(groups, taken, strict=True)
+        if twin is not None
+        for key in group
+        if (number, key) not in used
+    }
+
+
+def loose(
+    names: Names,
+    target: Checkpoint | None,
+    steps: Sequence[Step],
+    entries: Sequence[Entry],
+    dropped: Sequence[Dropped],
+) -> tuple[str, ...]:
+    """Every key that is missing, extra or mismatched without a rule that names it."""
+    rules = (*names.inits, *names.keeps)
+    tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
+
+    def named(key: str) -> bool:
+        return any(one in names.spared or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
+
+    def repaired(step: Step) -> bool:
+        return is_counter(step.target) and step.schemes == ("zeros",)  # without a rule that names it, only a repair says so
+
+    def landed(row: Dropped) -> tuple[str, ...]:
+        return names.names_of.get((row.file, row.source), ("",))
+
+    return (
+        *(f"{key}: {words}" for key, words in lost_parts(target, names, steps)),
+        *(f"{step.target}: {step.reason}" for step in steps if not step.sources and not named(step.target) and not repaired(step)),
+        *(f"{entry.target}: not in the source" for entry in entries if entry.source is None and not named(entry.target)),
+        *(
+            f"{row.source}: {row.reason}"
+            for row in dropped
+            if (row.file, row.source) not in names.dropped
+            and not any(map(named, landed(row)))
+            and not row.reason.startswith((TIED, BESIDE))
+        ),
+    )

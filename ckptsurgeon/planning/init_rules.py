@@ -1,0 +1,139 @@
+"""Which rule says what a key gets that no source gives: keep and init rules against the target's names.
+
+What a scheme means is not known here, but for `from(KEY)`, the value that another key of the target gets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.hints import close_words, shortened
+from ckptsurgeon.planning.apply_rules import Names
+from ckptsurgeon.planning.legacy_names import BY, COUNTER, is_counter
+from ckptsurgeon.planning.plan_types import FROM_MODEL, Step, copied_key
+from ckptsurgeon.planning.resolve import Origin, kept_out
+from ckptsurgeon.rules.patterns import check_template, expand
+from ckptsurgeon.rules.rules import CompiledRule, Rule
+from ckptsurgeon.tensors import Checkpoint
+
+_FROM = re.compile(r"\s*from\s*\(\s*(?:key\s*=\s*)?(?P<quote>['\"]?)(?P<key>.+?)(?P=quote)\s*\)\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The rule of a key: an init rule with its scheme, or, with `kept`, one that leaves the target's own value."""
+
+    rule: Rule
+    scheme: str
+    kept: bool = False
+
+
+def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin], auto: str | None = None) -> dict[str, Initial]:
+    """The keep or init rule of each key of the target that no source gives, or that adapters fill up with initial values.
+
+    With `auto` "safe", BatchNorm's counter begins at 0. A rule that names a key holds for all keys that are tied to it. Raises RuleError,
+    once for all rules that get no turn.
+    """
+    tied = {key: group for group in target.ties for key in group}
+    kept = kept_out(target, names)
+    found: dict[str, Initial] = {}
+    named: set[int] = set()
+    used: set[int] = set()
+    problems = []
+    for key in target:
+        matching = [
+            number for number, rule in enumerate(names.inits) if any(rule.match(name) is not None for name in tied.get(key, (key,)))
+        ]
+        origin = origins.get(key)
+        filled = origin is not None and any(op.get("fill") == "init" for op in origin.ops)
+        if key in kept:
+            found[key] = Initial(kept[key], "model", kept=True)
+        elif origin is None or not origin.fits or filled:
+            named.update(matching)
+            if not matching and auto == "safe" and is_counter(key) and target.format in ("model", "skeleton"):
+                found[key] = Initial(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
+            if matching:
+                used.add(matching[0])
+                try:
+                    found[key] = Initial(names.inits[matching[0]].rule, _scheme(names.inits[matching[0]], tied.get(key, (key,))))
+                except RuleError as error:
+                    problems.append(f"{names.inits[matching[0]].rule}: {error.reason}")
+        problems += _without_a_value(key, target, origin if filled else None, found.get(key))
+    for number, compiled in enumerate(names.inits):
+        if number in used:
+            continue
+        if any(compiled.match(key) is not None for key in kept):
+            problems.append(f"{compiled.rule} names keys that {next(iter(kept.values()))} keeps")
+        elif number in named:
+            problems.append(f"{compiled.rule} never gets a turn: earlier rules name all of its keys")
+        elif any(compiled.match(key) is not None for key in target):
+            problems.append(f"{compiled.rule} matches only keys that take weights from the source; to initialise them, --drop them too")
+        else:
+            problems.append(f"{compiled.rule} matches nothing in the target{close_words(compiled.rule.pattern, target)}")
+    if problems:
+        raise RuleError(
+            "rules that can't be followed",
+            problems=shortened(dict.fromkeys(problems)),
+            hint="see the target's keys with: ckptsurgeon diff CKPT TARGET",
+        )
+    return found
+
+
+def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, initial: Initial | None) -> Iterator[str]:
+    """A problem for a key whose scheme has no value here: a model's own without a model, or another key's to fill up with."""
+    if initial is not None and initial.kept:
+        return
+    own = None if initial is None else initial.scheme
+    asked = [] if filled is None else [str(op["scheme"]) for op in filled.ops if op.get("fill") == "init"]
+    schemes = [own if scheme == "model" and own is not None else scheme for scheme in asked] if filled is not None else [own]
+    by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([initial.rule] if initial is not None else []))))
+    for scheme in schemes:
+        if scheme in FROM_MODEL and target.format != "model":
+            yield f"{by}: {key} would get a value of the model itself ({scheme}), and the target is none: name a scheme, such as zeros"
+        elif filled is not None and scheme is not None and _FROM.fullmatch(scheme):
+            yield f"{by}: {key} can't be filled up with another key's value"
+
+
+def _scheme(compiled: CompiledRule, keys: Sequence[str]) -> str:
+    """The rule's scheme; in `from(KEY)` the parts of its pattern are filled in."""
+    written = _FROM.fullmatch(compiled.rule.result)
+    if written is None:
+        return compiled.rule.result
+    match = next(found for key in keys if (found := compiled.match(key)) is not None)
+    check_template(written["key"], compiled.patterns[0][1])
+    return f"from({expand(written['key'], dict(match.parts))!r})"
+
+
+def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
+    """The steps, those of `from(KEY)` held against the step that they copy. RuleError for all that can't."""
+    by_key = {step.target: step for step in steps}
+    problems = []
+    for step in steps:
+        key = copied_key(step)
+        if key is None:
+            continue
+        if key not in by_key:
+            problems.append(f"{step.target}: copies {key!r}, which is not in the target{close_words(key, target)}")
+        elif _copies_itself(step, by_key):
+            problems.append(f"{step.target}: copies {key!r}, which copies it in turn")
+        elif (by_key[key].shape, by_key[key].dtype) != (step.shape, step.dtype):
+            problems.append(
+                f"{step.target}: is {step.dtype} {step.shape}, and {key!r}, which it copies, {by_key[key].dtype} {by_key[key].shape}"
+            )
+    if problems:
+        raise RuleError("copies that can't be made", problems=shortened(problems))
+    return tuple(step if copied_key(step) is None else replace(step, ops=step.ops[:1]) for step in steps)
+
+
+def _copies_itself(step: Step, steps: Mapping[str, Step]) -> bool:
+    seen = {step.target}
+    key = copied_key(step)
+    while key is not None and key in steps:
+        if key in seen:
+            return True
+        seen.add(key)
+        key = copied_key(steps[key])
+    return False

@@ -1,0 +1,135 @@
+"""Adapt rules with `->`: which source keys go together, and which keys come of them.
+
+Several patterns are one result's sources in the order in which they are written; keys that differ in a part that no result names are
+gathered in numerical order (`experts.{e}.w1 -> experts.w1`), as are those that results only count with (`{i//2}`); a part that only the
+results name counts what `unstack` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from ckptsurgeon.adapters.chain import Asked, fill_chain
+from ckptsurgeon.adapters.table import is_own
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.planning.keys import Item
+from ckptsurgeon.rules.patterns import expand
+from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, counts_with
+from ckptsurgeon.tensors import Checkpoint
+
+MOST = 100_000  # results of one unstack
+JOINING = ("concat", "stack", "average")  # adapters that make one tensor of all that come in
+
+
+@dataclass(frozen=True)
+class Member:
+    """A key of a group, and how it matched."""
+
+    match: Match
+    item: Item
+
+
+@dataclass(frozen=True)
+class Group:
+    """The keys that one application of a link needs together; `index` is the rule's place among its stage's."""
+
+    key: object
+    index: int
+    compiled: CompiledRule
+    names: tuple[str, ...]
+    members: list[Member] = field(default_factory=list)
+
+
+def group_of(index: int, compiled: CompiledRule, match: Match, item: Item) -> Group:
+    """The empty group that a matched key belongs to. Raises RuleError where a result can't be told, or the key holds no tensor."""
+    if item.entry:
+        raise RuleError("is for tensors, and this is none")
+    parts = dict(match.parts) | ({compiled.counted: "0"} if compiled.counted else {})
+    names = tuple(expand(result, parts) for result in compiled.results)
+    across = any(number is not None for number, _ in compiled.patterns)  # only numbered patterns join keys of several sources
+    return Group((index, names, None if across else item.source), index, compiled, names)
+
+
+def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[Item]:
+    """What comes of a group. Raises RuleError where a key that it needs is not there."""
+    compiled = group.compiled
+    members = sorted(group.members, key=lambda member: (_order(compiled, member), member.match.which))
+    _check_whole(group, members)
+    first = members[0].item
+    if len(members) > 1 and not all(_alike(member.item, first) for member in members):
+        raise RuleError(f"joins keys for {group.names[0]!r} that earlier stages adapted, each in its own way")
+    places = tuple(place for member in members for place in member.item.places)
+    before = tuple(dict.fromkeys(step for member in members for step in member.item.steps))
+    results = []
+    for number in _numbers(group, members, sources, outside):
+        parts = dict(members[0].match.parts) | ({compiled.counted: str(number)} if compiled.counted else {})
+        names = tuple(expand(result, parts) for result in compiled.results)
+        for index, name in enumerate(names):
+            asked = (*first.asked, *(Asked(op, index, names, number) for op in compiled.ops))
+            steps = (*before, (compiled.rule, index))
+            results.append(Item(name, name, places, asked, steps, begins=number == 0))
+    return results
+
+
+def _alike(item: Item, other: Item) -> bool:
+    """Whether what earlier stages do to both, tensor by tensor, is one chain of ops over both."""
+    chains = [[(asked.op, asked.index, asked.number) for asked in one.asked] for one in (item, other)]
+    joined = any(is_own(asked.op) or asked.op["op"] in JOINING for asked in item.asked)
+    return chains[0] == chains[1] and len(item.places) == 1 and not joined
+
+
+def _order(compiled: CompiledRule, member: Member) -> tuple[tuple[int, str], ...]:
+    """The place of a key among those that are gathered: numbers by value, before words."""
+    values = (member.match.parts[part] for part in compiled.gathered)
+    return tuple((int(value), "") if value.isascii() and value.isdecimal() and len(value) < 19 else (1 << 62, value) for value in values)
+
+
+def _check_whole(group: Group, members: Sequence[Member]) -> None:
+    compiled = group.compiled
+    rows = dict.fromkeys(_order(compiled, member) for member in members)
+    have = {(_order(compiled, member), member.match.which) for member in members}
+    if len(have) != len(members):
+        raise RuleError(f"gives {group.names[0]!r} two keys by one pattern", hint="name the part in which they differ on both sides")
+    for row in rows:
+        for which, (_, pattern) in enumerate(compiled.patterns):
+            if (row, which) not in have:
+                words = ", ".join(f"{part}={value[1] or value[0]}" for part, value in zip(compiled.gathered, row, strict=True))
+                raise RuleError(f"{group.names[0]!r} lacks what {pattern.text!r} names{f' for {words}' if words else ''}")
+    if len(compiled.gathered) > 1:
+        grid = prod(len({row[place] for row in rows}) for place in range(len(compiled.gathered)))
+        if grid != len(rows):
+            raise RuleError(f"{group.names[0]!r} gathers {len(rows)} keys by {' and '.join(compiled.gathered)}, and a full grid has {grid}")
+    if len(compiled.gathered) == 1 and not counts_with(compiled.results[0], compiled.gathered[0]):
+        numbers = [row[0][0] for row in rows if not row[0][1]]
+        hole = next((number for number, found in enumerate(numbers, numbers[0]) if number != found), None) if numbers else None
+        if hole is not None:
+            raise RuleError(f"{group.names[0]!r} lacks {compiled.gathered[0]}={hole}, between {numbers[0]} and {numbers[-1]}")
+
+
+def check_even(groups: Sequence[Group]) -> None:
+    """Raises RuleError where the averages of one rule go over unequally many keys: some are not there."""
+    sizes = {len(group.members): group for group in groups}
+    if len(sizes) > 1 and any(op["op"] == "average" for op in groups[0].compiled.ops):
+        least, most = sizes[min(sizes)], sizes[max(sizes)]
+        raise RuleError(
+            f"averages {len(least.members)} keys for {least.names[0]!r}, and {len(most.members)} for {most.names[0]!r}: some are not there"
+        )
+
+
+def _numbers(group: Group, members: Sequence[Member], sources: Sequence[Checkpoint], outside: Outside) -> Sequence[int | None]:
+    """What the counted part stands for, one after the other; without one, None once."""
+    if group.compiled.counted is None:
+        return (None,)
+    ops = group.compiled.ops
+    place = next(index for index, op in enumerate(ops) if op["op"] == "unstack")
+    before = (*members[0].item.asked, *(Asked(op) for op in ops[:place]))
+    shapes = [sources[number][key].shape for member in members for number, key in member.item.places]
+    _, given = fill_chain(before, shapes, None, {}, outside.shapes)
+    dim = ops[place].get("dim", 0)
+    if not given[0] or not -len(given[0]) <= dim < len(given[0]):
+        raise RuleError(f"unstacks dim {dim} of shape {given[0]}")
+    if given[0][dim] > MOST:
+        raise RuleError(f"unstacks {given[0][dim]} tensors; at most {MOST} are")
+    return range(given[0][dim])

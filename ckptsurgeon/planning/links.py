@@ -1,0 +1,33 @@
+"""A link: keys of a source and a target that hold the same values. Matching finds links, a diff shows them, rules carry them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ENOUGH = 1.0  # points by which a choice must beat its runner-up
+
+
+@dataclass(frozen=True)
+class Link:
+    """Keys of both sides that hold the same values, in a rule's form.
+
+    Attributes:
+        sources, targets: in order; more than one on one side only (parts of a fused or stacked tensor), save for one source that
+            several targets share (`op` is empty then).
+        op: what makes the targets of the sources, as an `adapt` rule writes it; empty where nothing is changed.
+        margin: by how many points the link beats its runner-up; inf where nothing else is possible.
+        evidence: what speaks for it, in words.
+        runner_up: the nearest other choice, as `source -> target`, or empty.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    op: str = ""
+    margin: float = 0.0
+    evidence: tuple[str, ...] = ()
+    runner_up: str = ""
+
+    @property
+    def certain(self) -> bool:
+        """Whether it beats its runner-up clearly; other links are shown and not applied."""
+        return self.margin >= ENOUGH

@@ -1,0 +1,112 @@
+"""What goes along with the tensors: values that can't be carried, and what there is to say about ties and memory. Decides no step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from ckptsurgeon.errors import UnsafeError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.planning.apply_rules import Names
+from ckptsurgeon.planning.diff import find_refused
+from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.planning.quantised import scales_read
+from ckptsurgeon.report import Finding
+from ckptsurgeon.rules.loading_code import Taken
+from ckptsurgeon.tensors import Checkpoint, Refused, find_overlaps
+
+
+def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> None:
+    """Raises UnsafeError for every value that would have to be carried and can't be."""
+    for number, source in enumerate(sources):
+        found = find_refused(source, number, names)
+        if found:
+            raise UnsafeError(
+                "has values inside its state_dict that can't be carried",
+                path=source.path,
+                problems=shortened(f"{key}: {reason}" for key, reason in found.items()),
+                hint=f"leave them out: --drop {names.prefixes[number].bare(next(iter(found)))!r}",
+            )
+    given = set(names.entries)
+    own = {} if target is None or target.format in ("model", "skeleton") else target.entries
+    problems = [f"{key}: {entry.reason}" for key, entry in own.items() if isinstance(entry, Refused) and key not in given]
+    if problems and target is not None:
+        raise UnsafeError(
+            "has values inside its state_dict that can't be kept",
+            path=target.path,
+            problems=shortened(problems),
+            hint="give the model itself, or its skeleton, as the target",
+        )
+
+
+def untried(taken: Mapping[int, Taken]) -> list[Finding]:
+    """Warnings for loading code that failed when it was tried on the names of a source."""
+    return [
+        Finding(
+            "loading",
+            f"{path or 'the model itself'}: its own loading code fails, so that what it takes can't be told: {reason}",
+            None,
+            "warning",
+        )
+        for one in taken.values()
+        for path, reason in one.failed.items()
+    ]
+
+
+def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> tuple[Finding, ...]:
+    findings = [
+        Finding(
+            "overlap", f"shares memory with {other} in {source.path} without being the same tensor; they are written apart", key, "note"
+        )
+        for source in sources
+        for key, other in find_overlaps(source)
+    ]
+    for first, *rest in target.overlaps if target is not None else ():
+        words = f"shares a part of its memory with {first} in the target: both hold what is there as loading leaves it"
+        findings += [Finding("overlap", words, key, "note") for key in rest]
+    for source, prefix in zip(sources, names.prefixes, strict=True):
+        if prefix:
+            findings.append(Finding("prefix", f"{source.path}: {prefix}", None, "note"))
+    findings += _lost_parts(target, names, steps)
+    findings += [Finding("partial", _filled(step), step.target, "note") for step in steps if step.sources and step.filled]
+    origin = {step.target: step for step in steps}
+    leader = {(number, key): (number, group[0]) for number, source in enumerate(sources) for group in source.ties for key in group}
+    for group in target.ties if target is not None else ():
+        tensors = {(tuple(leader.get(place, place) for place in origin[key].sources), repr(origin[key].adapters)) for key in group}
+        if len(tensors - {((), "()")}) > 1:
+            findings.append(
+                Finding("untied", f"one tensor in the target ({', '.join(group)}), but apart in the source", group[0], "warning")
+            )
+    for source in sources:
+        findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
+    return tuple(findings)
+
+
+def _filled(step: Step) -> str:
+    """How much of a tensor that was filled up comes from the source, in words."""
+    rows = next((op for op in step.ops if op["op"] == "rows"), None)
+    if rows is not None:
+        return (
+            f"{sum(count for _, _, count in rows['runs'])} of {rows['rows']} rows come from the source, the rest is filled: {rows['fill']}"
+        )
+    total = prod(step.shape)
+    return f"{total - step.filled} of {total} elements come from the source, the rest is filled"
+
+
+def _lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[Finding]:
+    """What rules give of a source key that is taken, and the target has no place for."""
+    return [Finding("lost-part", words, key, "warning") for key, words in lost_parts(target, names, steps)]
+
+
+def lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """Source keys that are taken, and of which a part goes to a name that the target has not; each with that in words."""
+    if target is None:
+        return []
+    used = {place for step in steps for place in step.sources} - scales_read(steps)
+    return [
+        (place[1], f"{name} is not in the target, and what {place[1]} has for it goes nowhere")
+        for place, given in names.names_of.items()
+        if place in used
+        for name in given
+        if name not in target
+    ]

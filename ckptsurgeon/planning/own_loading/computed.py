@@ -1,0 +1,160 @@
+"""Target keys whose values the target's own loading code computes from keys that it has not, such as a fused or a rescaled tensor.
+
+Torch's load has these values, no file has. So a plan hands torch's load the source's own keys, and takes what that leaves. Where one value
+of a module is in doubt, all of them are refused: its code gets all of its old keys, or none. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.planning.apply_rules import Names
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.planning.plan_types import Plan, Step
+from ckptsurgeon.report import Finding
+from ckptsurgeon.rules.loading_code import Made, Taken, is_below
+from ckptsurgeon.rules.patterns import Pattern, compile_pattern
+from ckptsurgeon.tensors import Checkpoint
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The values that loading code computes, by key, and the source keys of each (`places`); what torch's load is `handed` for them, by the
+    names that it needs; and what is `refused`, each with why."""
+
+    made: Mapping[str, Made] = field(default_factory=dict)
+    places: Mapping[str, tuple[SourceKey, ...]] = field(default_factory=dict)
+    handed: Mapping[str, SourceKey] = field(default_factory=dict)
+    refused: Mapping[str, tuple[Made, str]] = field(default_factory=dict)
+
+
+def find_computed(
+    sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, *, average: bool = False, allowed: Iterable[str] = ()
+) -> Computed:
+    """What the target's loading code computes; `allowed` are patterns of the keys whose casts a person allows."""
+    made: dict[str, Made] = {}
+    places: dict[str, tuple[SourceKey, ...]] = {}
+    handed: dict[str, SourceKey] = {}
+    refused: dict[str, tuple[Made, str]] = {}
+    if target is None:
+        return Computed()
+    patterns = [compile_pattern(pattern) for pattern in allowed]
+    for number, taken in names.outside.taken.items():
+        for head, found in _by_module(taken).items():
+            rules = (*names.inits, *names.keeps, *names.adapts)
+            ruled = {key: str(rule.rule) for rule in rules for key in found if rule.match(key) is not None}
+            if len(ruled) == len(found):
+                continue
+            given = {name: names.handed.get((number, name), ()) for name, place in taken.handed.items() if place == head}
+            claims = {name: names.claims[name].places for one in found.values() for name in one.names if name in names.claims}
+            whole = "sources are averaged, and each has its own" if average else _in_doubt(number, head, given, sources, names, found)
+            own = {key: whole or _unfit(one, target[key].dtype, key, patterns) or ruled.get(key, "") for key, one in found.items()}
+            if any(own.values()):
+                first = next(key for key, why in own.items() if why)
+                refused.update({key: (one, own[key] or f"it goes with {first}") for key, one in found.items()})
+                continue
+            here = {name: items[0].places[0] for name, items in given.items()}
+            made.update(found)
+            handed.update(here)
+            for key, one in found.items():
+                places[key] = tuple(place for name in one.names for place in ([here[name]] if name in here else claims.get(name, ())))
+    return Computed({key: made[key] for key in target if key in made}, places, handed, refused)
+
+
+def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
+    """What is computed, by the path of the outermost module whose code it is."""
+    found: dict[str, dict[str, Made]] = {}
+    for key, one in taken.made.items():
+        head = next(taken.handed[name] for name in (*one.names, key) if name in taken.handed)
+        found.setdefault(head, {})[key] = one
+    return found
+
+
+def _in_doubt(
+    number: int, head: str, given: Mapping[str, Sequence[object]], sources: Sequence[Checkpoint], names: Names, found: Mapping[str, Made]
+) -> str:
+    """Why a module's code can't get its old keys as they are in one source; nothing where it can."""
+    for name in given:
+        items = names.handed.get((number, name), ())
+        if len(items) != 1 or len(items[0].places) != 1 or items[0].asked:
+            return f"rules lead several tensors, or an adapted one, to {name}"
+    for other, taken in names.outside.taken.items():
+        if other != number and any(is_below(head, place) or is_below(place, head) or place == head for place in taken.handed.values()):
+            return f"{sources[other].path} has old keys for its module too"
+    for key in found:
+        claimed = names.claims[key].places[0][0] if key in names.claims else number
+        if claimed != number:
+            return f"{sources[claimed].path} has {key} itself"
+    return ""
+
+
+def _unfit(one: Made, wanted: str, key: str, allowed: Sequence[Pattern]) -> str:
+    if not one.fits:
+        return "it has another shape than the model's"
+    if _widens(one.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
+        return ""
+    return f"torch's load casts it from {one.dtype} to {wanted}, and what that loses is not counted; allow it: --allow-cast {key!r}"
+
+
+def _widens(given: str, wanted: str) -> bool:
+    """Whether every value of one dtype is one of the other."""
+    one, other = BY_CODE[given], BY_CODE[wanted]
+    if given == wanted:
+        return True
+    if one.kind == other.kind == "float":
+        return other.size > one.size and wanted in ("F32", "F64")
+    return one.kind == other.kind == "int" and other.size > one.size and (given[0] == wanted[0] or wanted[0] == "I")
+
+
+def refuse(computed: Computed, source: Checkpoint) -> None:
+    """Raises PlanError for what is computed and can't be had."""
+    if not computed.refused:
+        return
+    first = next(name for one, _ in computed.refused.values() for name in one.names)
+    read = (
+        "safetensors.torch.load_file({!r})" if source.format.startswith("safetensors") else "torch.load({!r}, weights_only=True)"
+    ).format(source.path)
+    raise PlanError(
+        "the target's own loading code computes values from keys that it has not, in a way that a plan can't follow",
+        problems=shortened(
+            f"{key}: a {one.by} makes it from {', '.join(one.names)}; {why}" for key, (one, why) in computed.refused.items()
+        ),
+        hint=f"load the file by torch once, and take what it leaves: model.load_state_dict({read}, strict=False); "
+        f"torch.save(model.state_dict(), 'loaded.pt'); or leave the keys out: --drop {first!r} (one for each)",
+    )
+
+
+def casts(computed: Computed, target: Checkpoint | None) -> list[Finding]:
+    """Notes on casts that torch's load does, and nobody counts."""
+    return [
+        Finding("cast", f"is cast from {one.dtype} to {target[key].dtype} by torch's load; what that loses is not counted", key, "note")
+        for key, one in computed.made.items()
+        if target is not None and not _widens(one.dtype, target[key].dtype)
+    ]
+
+
+def step_problems(step: Step, plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterator[str]:
+    """What does not add up in a plan's step of such a value."""
+    if target is None or step.target not in target:
+        return
+    if not any(path in target.loaders and step.target in target.loaders[path].keys for path in plan.loaded):
+        yield f"{step.target}: no module of the target computes it"
+    known = {*plan.handed.values(), *(place for other in plan.steps if other.action != "load" for place in other.sources)}
+    lost = [key for number, key in step.sources if (number, key) not in known or key not in sources[number]]
+    if lost:
+        yield f"{step.target}: its source {lost[0]} is not there, or not handed to torch's load"
+    if (step.cast or target[step.target].dtype) != step.dtype:
+        yield f"{step.target}: its ops give {step.cast or target[step.target].dtype}, and its dtype says {step.dtype}"
+
+
+def plan_problems(plan: Plan, sources: Sequence[Checkpoint]) -> Iterator[str]:
+    """What does not add up in what a plan hands to torch's load."""
+    own = {step.target for step in plan.steps if step.action != "load"}
+    if plan.handed and not any(step.action == "load" for step in plan.steps):
+        yield "keys are handed to torch's load, and nothing is computed of them"
+    yield from (f"{name}: is handed to torch's load, and has a step" for name in plan.handed if name in own)
+    yield from (f"{key}: is handed to torch's load, and is not there" for number, key in plan.handed.values() if key not in sources[number])

@@ -1,0 +1,278 @@
+"""Of which version of its module's code each value is, and what the output records in torch's `_metadata`.
+
+A module that loads in its own way may change values by the version that was recorded with them. So an output keeps the source's version
+where all of a module's values are the source's. Where some are the target's, the output has what torch's load leaves, with the target's
+version. Values of several versions within one such module are refused. Pure: no code of a module is known here but by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.formats.pickle.unpickled import written_out
+from ckptsurgeon.hints import several, shortened
+from ckptsurgeon.planning.apply_rules import Names
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.planning.prefixes.find import Prefix
+from ckptsurgeon.report import Finding
+from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.wrappers import HIDDEN, unwrap
+
+Local = Mapping[str, Any]
+NORM = ("running_mean", "running_var")  # torch's own norms have both, and load values of every version alike
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What the output records by module (`recorded`), what the sources recorded for the target's modules with loading code (`given`),
+    which of these get what torch's load leaves (`loaded`), and what there is to say."""
+
+    recorded: Mapping[str, Local]
+    given: Mapping[str, Local] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
+    notes: tuple[Finding, ...] = ()
+
+
+def find_versions(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    names: Names,
+    steps: Sequence[Step],
+    handed: Mapping[str, SourceKey] = {},
+) -> Versions:
+    """Decide by module. `handed` is what torch's load gets as it is in the sources, by name.
+
+    Raises PlanError, by name, where a module's values are of several versions.
+    """
+    if target is None or not target.module_metadata:
+        return Versions(_of_sources(sources, target, names, steps))
+    own = {path: plain(local) for path, local in written_out(target.module_metadata).items()}
+    if target.format == "model":
+        return _of_model(sources, target, names, steps, own, handed)
+    return Versions(_of_unknown(sources, target, names, steps, own))
+
+
+def _of_model(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint,
+    names: Names,
+    steps: Sequence[Step],
+    own: Mapping[str, Local],
+    handed: Mapping[str, SourceKey],
+) -> Versions:
+    changing = {path: loader for path, loader in target.loaders.items() if loader.changes}
+    if not changing:
+        return Versions(own)
+    links = [*_links(step for step in steps if step.action != "load"), *((name, *place) for name, place in handed.items())]
+    placed = _placed(sources, names, links)
+    mixed = {step.target for step in steps if not step.sources or step.filled}
+    computed = {step.target for step in steps if step.action == "load"}
+    given: dict[str, Local] = {}
+    differ: dict[str, bool] = {}  # whether the sources recorded anything
+    loaded: set[str] = set()
+    problems = []
+    for path, loader in changing.items():
+        found = placed.get(unwrap(path, HIDDEN) if path else "", {})
+        mine = own.get(path, {})
+        stated = {number: local for number, local in found.items() if local is not None}
+        versions = {_version(local) for local in stated.values()}
+        if len(versions) > 1 or (versions and len(stated) < len(found) and versions != {_version(mine)}):
+            problems.append(f"{_shown(path)}, a {loader.name}: {_told(found, sources)}")
+            continue
+        given[path] = next(iter(stated.values()), {})
+        if given[path] != mine and loader.keys - mixed:
+            differ[path] = bool(stated)
+        if loader.keys & computed or (path in differ and loader.keys & mixed):
+            loaded.add(path)
+    # What such code leaves is of the target's version, for every module that has a part of it.
+    while more := {path for path in given if path not in loaded and any(changing[path].keys & changing[one].keys for one in loaded)}:
+        loaded |= more
+    recorded = dict(own)
+    told: dict[str, list[str]] = {}
+    for path, stated_there in differ.items():
+        if path not in loaded and stated_there:
+            recorded[path] = given[path]
+        elif path not in loaded:
+            recorded.pop(path, None)
+        kept = "a merged file has what that leaves" if path in loaded else "a merged file keeps both"
+        now = _number(own.get(path, {}))
+        words = f"{changing[path].name} loads in its own way, at {now}, and the values have {_number(given[path])}; {kept}"
+        told.setdefault(words, []).append(_shown(path))
+    if problems:
+        raise _several(problems, f"merge each source with the model alone first: ckptsurgeon merge A {target.path} -o A.pt")
+    return Versions(
+        recorded,
+        given,
+        tuple(path for path in given if path in loaded),
+        tuple(Finding("version", f"{several(paths)}: {words}", None, "note") for words, paths in told.items()),
+    )
+
+
+def _of_unknown(
+    sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]
+) -> dict[str, Local]:
+    """For a file or a skeleton, of whose modules' code nothing is known."""
+    if _alike(sources, steps, own):
+        return dict(own)
+    placed = _placed(sources, names, _links(steps))
+    mixed = {head for step in steps if not step.sources or step.filled for head in module_paths(step.target)}
+    norms = _norms(target)
+    recorded, problems = {}, []
+    for path, mine in own.items():
+        place = unwrap(path, HIDDEN) if path else ""
+        found = placed.get(place, {})
+        stated = [local for local in found.values() if local is not None]
+        versions = {_version(local) for local in (*stated, *([mine] if place in mixed else []))}
+        if len(versions) > 1 and place not in norms:
+            kept = f", {_number(mine)} in {target.path}" if place in mixed else ""
+            problems.append(f"{_shown(path)}: {_told(found, sources)}{kept}")
+        elif not found or place in mixed or place in norms:
+            recorded[path] = mine
+        elif stated:
+            recorded[path] = stated[0]
+        elif _version(mine) in (None, 1):
+            recorded[path] = mine
+    if problems:
+        raise _several(problems, "give the model itself as the target: its code tells what the versions mean")
+    return recorded
+
+
+def _alike(sources: Sequence[Checkpoint], steps: Iterable[Step], own: Mapping[str, Local]) -> bool:
+    """Whether no version differs at first sight, which is most often so: each is the first, or the sources record what the target does."""
+    recorded = [{path: plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
+    if all(local == {"version": 1} for locals in (own, *recorded) for local in locals.values()):
+        return True
+    return all(one == own for one in recorded) and all(key == step.target for step in steps for _, key in step.sources)
+
+
+def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> dict[str, Local]:
+    """Where the target records nothing: what the sources do, each module's renamed as its tensors were."""
+    recorded: dict[str, Local] = {}
+    for number, source in enumerate(sources):
+        for path, local in written_out(source.module_metadata).items():
+            place = names.prefixes[number].place(path)
+            if place is not None:
+                recorded[place] = plain(local)
+    if len(sources) == 1 and all(key == step.target for step in steps for _, key in step.sources):
+        return recorded
+    several = len([source for source in sources if source.module_metadata]) > 1
+    placed = _placed(sources, names, _links(steps))
+    norms = _norms({step.target: None for step in steps}) if several else frozenset()
+    problems = []
+    for place, found in placed.items():
+        stated = [local for local in found.values() if local is not None]
+        if several and place and place not in norms and len({_version(local) for local in stated}) > 1:
+            problems.append(f"{_shown(place)}: {_told(found, sources)}")
+        if stated and place not in recorded:
+            recorded[place] = stated[0]
+    if problems:
+        raise _several(problems, "give the model itself as the target, and merge one source at a time")
+    return recorded
+
+
+def _several(problems: Sequence[str], hint: str) -> PlanError:
+    return PlanError("modules would get values of several versions of their code", problems=shortened(problems), hint=hint)
+
+
+def _told(found: Mapping[int, Local | None], sources: Sequence[Checkpoint]) -> str:
+    return ", ".join(f"{_number(local)} in {sources[number].path}" for number, local in sorted(found.items()))
+
+
+def _number(local: Local | None) -> str:
+    return "no version" if local is None or _version(local) is None else f"version {_version(local)}"
+
+
+def _shown(path: str) -> str:
+    return path or "the model itself"
+
+
+def _version(local: Local) -> Any:
+    return local.get("version")
+
+
+def plain(local: Any) -> dict[str, Any]:
+    """A module's `_metadata` without what a plan can't write down; torch's own are numbers and flags."""
+    items = local.items() if isinstance(local, Mapping) else ()
+    found = {name: plain(value) if isinstance(value, Mapping) else value for name, value in items if type(name) is str}
+    known = (int, str, bool, float, dict, type(None))
+    return {name: value for name, value in found.items() if type(value) in known and not _endless(value)}
+
+
+def _endless(value: Any) -> bool:
+    return type(value) is float and not math.isfinite(value)
+
+
+def _norms(keys: Iterable[str]) -> frozenset[str]:
+    have = set(keys)
+    heads = {key.rpartition(".")[0] for key in have}
+    return frozenset(head for head in heads if all((f"{head}." if head else "") + name in have for name in NORM))
+
+
+def stated(number: int, sources: Sequence[Checkpoint], names: Names, paths: Iterable[str]) -> dict[str, Local]:
+    """What a source recorded for the target's modules at these paths, by all names that its keys have, those of no target key included."""
+    links = [(name, number, key) for (other, key), given in names.names_of.items() if other == number for name in given]
+    placed = _placed(sources, names, links)
+    found = {path: placed.get(unwrap(path, HIDDEN) if path else "", {}).get(number) for path in paths}
+    return {path: local for path, local in found.items() if local is not None}
+
+
+def _links(steps: Iterable[Step]) -> list[tuple[str, int, str]]:
+    return [(step.target, number, key) for step in steps for number, key in step.sources]
+
+
+def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[str, int, str]]) -> dict[str, dict[int, Local | None]]:
+    """For each module of the target, by the path that its keys have, what each source that gives it a value recorded (None: nothing).
+
+    `links` are keys of the target, each with a source's number and key.
+    """
+    by_path = [
+        {unwrap(path, HIDDEN) if path else "": plain(local) for path, local in written_out(source.module_metadata).items()}
+        for source in sources
+    ]
+
+    @cache
+    def pairs(number: int, target: str, source: str) -> tuple[tuple[str, str], ...]:
+        return tuple(_pairs(target, source, names.prefixes[number]).items())
+
+    found: dict[str, dict[int, Local | None]] = {}
+    for number, target, source in dict.fromkeys((number, key.rpartition(".")[0], given.rpartition(".")[0]) for key, number, given in links):
+        matched = pairs(number, unwrap(target, HIDDEN) if target else "", unwrap(source, HIDDEN) if source else "")
+        for path, place in matched:
+            local = by_path[number].get(place)
+            if local is not None or number not in found.get(path, {}):
+                found.setdefault(path, {})[number] = local
+    return found
+
+
+def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
+    """Which module of the source each module around a target key is, told by the paths of the two modules that hold the tensor.
+
+    >>> _pairs("encoder.mlp.0", "net.mlp.linear_1", Prefix())
+    {'': '', 'encoder.mlp.0': 'net.mlp.linear_1', 'encoder.mlp': 'net.mlp', 'encoder': 'net'}
+    """
+    found = {}
+    for head in module_paths(f"{source}." if source else ""):
+        place = prefix.place(head)
+        if place is not None and (not place or f"{target}.".startswith(f"{place}.")):
+            found[place] = head
+    ours, theirs = (path.split(".") if path else [] for path in (target, source))
+    found[target] = source
+    while ours and theirs and (ours[-1] == theirs[-1] or ours[-2:-1] == theirs[-2:-1] != []):
+        ours, theirs = ours[:-1], theirs[:-1]
+        found[".".join(ours)] = ".".join(theirs)
+    return found
+
+
+def module_paths(key: str) -> Iterator[str]:
+    """The paths of the modules that a key may belong to, the model's own first."""
+    yield ""
+    dot = key.find(".")
+    while dot >= 0:
+        yield key[:dot]
+        dot = key.find(".", dot + 1)

@@ -1,0 +1,300 @@
+"""Decides: for every target key exactly one step, for every source key exactly one fate, each with its reason.
+
+Pure: no file is opened, no torch imported, nothing printed. What is decided here is all that `apply` will do.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
+from ckptsurgeon.errors import PlanError, RuleError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.planning.apply_rules import NOTHING, Names, name_sources
+from ckptsurgeon.planning.averaging import Weights
+from ckptsurgeon.planning.dropped import fates, loose
+from ckptsurgeon.planning.freshness import mark_fresh
+from ckptsurgeon.planning.init_rules import Initial, check_copies, find_initials
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.planning.metadata import findings, refuse_unsafe, untried
+from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
+from ckptsurgeon.planning.own_loading.versions import find_versions
+from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
+from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
+from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
+from ckptsurgeon.rules.loading_code import code_of
+from ckptsurgeon.rules.patterns import compile_pattern
+from ckptsurgeon.rules.rules import Outside, Rule
+from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
+
+__all__ = ["DTYPE_CHOICES", "Action", "Dropped", "Entry", "Plan", "PlanSource", "PlanTarget", "Step", "digest", "make_plan"]
+
+
+def make_plan(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    rules: Iterable[Rule] = (),
+    *,
+    dtype: str | None = None,
+    seed: int = 0,
+    allow_cast: Iterable[str] = (),
+    average: Weights | None = None,
+    auto: str | None = None,
+    dequantize: bool = False,
+    outside: Outside = NOTHING,
+) -> Plan:
+    """Decide how every key of `target` gets its value; without a target, convert the one source, or average them all.
+
+    Args:
+        dtype: `target` (the default with a target), `source` (the default without), or a floating code that every floating tensor gets.
+        average: a weight for each source, or True for equal ones: each key is the weighted mean of all sources' tensors.
+        auto: "safe" applies adapters and repairs that can't change what a tensor means.
+        dequantize: make values of quantised weights and their scales, where a formula is known; in BF16 where no dtype is chosen.
+        outside: the token lists and own adapters that the rules name.
+
+    Raises:
+        RuleError: rules that can't be followed.
+        PlanError: nothing says what a key gets.
+        CastError: quantised weights would be cast, adapted or parted from their scales.
+        UnsafeError: a value inside the state_dict would have to be imported.
+
+    >>> meta = lambda name, n: TensorMeta(name, "F32", (n,), (1,))
+    >>> source = Checkpoint("a.pt", "torch-zip", "0", {"w": meta("w", 2), "head": meta("head", 10)})
+    >>> target = Checkpoint("net", "model", "1", {"w": meta("w", 2), "head": meta("head", 5)})
+    >>> [(step.target, step.action) for step in make_plan([source], target).steps]
+    [('w', 'copy'), ('head', 'init')]
+    """
+    choice = dtype or ("source" if target is None else "target")
+    _check(sources, choice, seed)
+    allowed = (allow_cast,) if isinstance(allow_cast, str) else tuple(allow_cast)
+    for pattern in allowed:
+        compile_pattern(pattern)
+    names = name_sources(sources, target, rules, outside, average=average, auto=auto)
+    _refuse_rivals(sources, names)
+    refuse_unsafe(sources, target, names)
+    if target is None and (names.inits or names.keeps):
+        rule = (*names.inits, *names.keeps)[0].rule
+        raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
+    codes = _codes(sources, average) if dequantize else {}
+    computed = find_computed(sources, target, names, average=average not in (None, False), allowed=allowed)
+    refuse(computed, sources[min(outside.taken, default=0)])
+    origins = find_origins(sources, target, names, auto, codes)
+    planner = _Planner(target, names, choice, origins, auto, *_scales(sources, target, codes), computed)
+    steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
+    _refuse_unused(sources, target, steps, entries, names)
+    refuse_broken(steps, sources, target, allowed, asked=dequantize, averaged=average not in (None, False))
+    dropped = fates(sources, target, names, origins, steps, entries, codes)
+    covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
+    versions = find_versions(sources, target, names, steps, computed.handed)
+    whole: Mapping[str, TensorMeta] = target if target is not None else covered
+    return Plan(
+        sources=tuple(_plan_source(source, names, number) for number, source in enumerate(sources)),
+        target=None if target is None else PlanTarget(target.path, target.fingerprint, target.format, target.root),
+        seed=seed,
+        steps=steps,
+        dropped=dropped,
+        coverage=Coverage.of(covered, whole, sum(step.filled for step in steps if step.sources)),
+        entries=entries,
+        module_metadata=versions.recorded,
+        versions=versions.given,
+        loaded=versions.loaded,
+        handed=computed.handed,
+        ties=target.ties if target is not None else (),
+        left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
+        allow_cast=allowed,
+        findings=(*findings(sources, target, names, steps), *versions.notes, *casts(computed, target), *untried(outside.taken)),
+        loose=loose(names, target, steps, entries, dropped),
+    )
+
+
+def _codes(sources: Sequence[Checkpoint], average: Weights | None) -> dict[SourceKey, Codes]:
+    """The codes of all sources that values can be made of."""
+    found = {(number, key): one for number, source in enumerate(sources) for key, one in find(source).items() if one.op is not None}
+    whole = next((key for number, key in found if BY_CODE[sources[number][key].dtype].kind != "float"), None)
+    if average not in (None, False) and whole is not None:
+        hint = "dequantize each source first: merge FILE -o OUT --dequantize"
+        raise PlanError("is codes in integers, which are not averaged", key=whole, hint=hint)
+    return found
+
+
+def _scales(
+    sources: Sequence[Checkpoint], target: Checkpoint | None, made: Mapping[SourceKey, Codes]
+) -> tuple[frozenset[SourceKey], frozenset[str]]:
+    """What stands beside codes that stay codes, in the sources and in the target."""
+    left = [(number, one) for number, source in enumerate(sources) for key, one in find(source).items() if (number, key) not in made]
+    own = find(target).values() if target is not None else ()
+    return (
+        frozenset((number, name) for number, one in left for name in (*one.scales, *one.beside)),
+        frozenset(name for one in own for name in (*one.scales, *one.beside)),
+    )
+
+
+def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
+    if choice not in DTYPE_CHOICES:
+        raise PlanError(f"{choice!r} is no dtype to choose", hint=f"one of {', '.join(DTYPE_CHOICES)}")
+    if not 0 <= seed < 1 << 63:
+        raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: --seed 0")
+    for source in sources:
+        if source.format == "skeleton":
+            raise PlanError("is a skeleton and has no values behind its names", path=source.path)
+
+
+def _refuse_rivals(sources: Sequence[Checkpoint], names: Names) -> None:
+    """Raises PlanError where nothing decides between two prefixes of a source."""
+    for source, ways in zip(sources, names.rivals, strict=True):
+        if ways:
+            raise PlanError(
+                f"its names fit the target's in {len(ways)} ways, and none is chosen unasked"
+                if len(ways) > 1
+                else "its names fit the target's by a prefix under which two keys would be one",
+                path=source.path,
+                problems=tuple(map(str, ways)),
+                hint=f"choose one: {shlex.join(ways[0].options)}",
+            )
+
+
+def _refuse_unused(
+    sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step], entries: Sequence[Entry], names: Names
+) -> None:
+    """Raises PlanError where nothing is used of one of several sources. Of a single one this is zero coverage, which is another answer."""
+    used = {number for step in steps for number, _ in step.sources} | {entry.source[0] for entry in entries if entry.source is not None}
+    unused = [number for number in range(len(sources)) if number not in used]
+    if len(sources) < 2 or not unused:
+        return
+    source = sources[unused[0]]
+    dropped = sum(number == unused[0] for number, _ in names.dropped)
+    why = "rules drop all of its keys" if dropped == len(source) + len(source.entries) else "no key of the target takes a value from it"
+    more = [f"{sources[number].path}: nothing of it is used either" for number in unused[1:]]
+    look = way_to_look(source.path, source.root, source.format == "model", None if target is None else target.path)
+    hint = f"leave it out, or see what is in the way: {look}"
+    raise PlanError(
+        f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=tuple(more), hint=hint
+    )
+
+
+def _plan_source(source: Checkpoint, names: Names, number: int) -> PlanSource:
+    prefix = names.prefixes[number]
+    words = {"stripped": prefix.stripped, "added": prefix.added, "unwrapped": list(prefix.unwrapped)}
+    return PlanSource(source.path, source.fingerprint, source.format, source.root, words if prefix else {})
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The inputs of one planning, and what they lead to."""
+
+    target: Checkpoint | None
+    names: Names
+    choice: str
+    origins: Mapping[str, Origin]
+    auto: str | None
+
+    scales: frozenset[SourceKey]
+    own_scales: frozenset[str]
+    computed: Computed
+
+    def steps(self) -> tuple[Step, ...]:
+        """One step for every tensor of the target; without a target, for every one that is converted."""
+        if self.target is None:
+            return tuple(self._transfer(name, origin) for name, origin in self.origins.items())
+        initials = find_initials(self.target, self.names, self.origins, self.auto)
+        steps = []
+        bare = []
+        for key in self.target:
+            origin = self.origins.get(key)
+            if key in self.computed.made:
+                steps.append(self._load(key, self.target[key]))
+            elif origin is not None and origin.fits:
+                steps.append(self._transfer(key, origin, initials.get(key)))
+            elif self.target.format != "skeleton" or (key in initials and not initials[key].kept):
+                steps.append(self._own(key, origin, initials.get(key)))
+            else:
+                bare.append(key)
+        if bare:
+            raise PlanError(
+                f"nothing says what {len(bare)} keys get: the target has no values of its own",
+                path=self.target.path,
+                problems=shortened(bare),
+                hint=f"say so: --init {bare[0]!r} zeros (or another scheme), or give the model itself as the target",
+            )
+        return check_copies(steps, self.target)
+
+    def _dtype(self, given: str, wanted: str) -> str:
+        """The dtype of a tensor that the source has as `given` and the target as `wanted`."""
+        if self.choice in ("source", "target"):
+            return given if self.choice == "source" else wanted
+        return self.choice if BY_CODE[wanted].kind == "float" and BY_CODE[given].kind == "float" else wanted
+
+    def _transfer(self, key: str, origin: Origin, initial: Initial | None = None) -> Step:
+        place = origin.places[0]
+        dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
+        if self.choice == "source" and origin.values:
+            dtype = "BF16"  # the source has codes, whose dtype is none for values
+        if self.choice not in ("source", "target") and self.scales.issuperset(origin.places):
+            dtype = origin.dtype  # one dtype for all values is none for what codes are read with
+        ops = tuple(_filled_up(op, initial) for op in origin.ops)
+        if any(op.get("fill") == "init" and str(op.get("scheme")).startswith("from(") for op in ops):
+            raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
+        action: Action = "adapt" if ops else "copy" if place[1] == key else "rename"
+        if action == "copy":
+            reason = "same name, same shape" if self.target is not None else "converted as it is"
+        else:
+            words = (
+                "dequantized" if origin.values else "",
+                reasons(origin.rules) or str(self.names.prefixes[place[0]]),
+                f"tied to {origin.tied_to}" if origin.tied_to else "",
+            )
+            reason = ", ".join(word for word in words if word)
+        return Step(key, dtype, origin.shape, action, origin.places, (*ops, *_cast(origin.dtype, dtype)), False, reason)
+
+    def _load(self, key: str, wanted: TensorMeta) -> Step:
+        """A key whose value the target's own loading code computes."""
+        dtype, by = self._dtype(wanted.dtype, wanted.dtype), self.computed.made[key].by
+        ops = ({"op": "load", "by": by}, *_cast(wanted.dtype, dtype))
+        return Step(key, dtype, wanted.shape, "load", self.computed.places[key], ops, False, f"computed ({code_of(by)})")
+
+    def _own(self, key: str, origin: Origin | None, initial: Initial | None) -> Step:
+        """A key that no source gives: kept from a target checkpoint, or initialised by rule or by the model."""
+        assert self.target is not None
+        wanted = self.target[key]
+        why = "not in the source"
+        if origin is not None:
+            given = origin.places[0][1]
+            why = "the source has another shape" if given == key else f"the source's {given} has another shape"
+        elif key in self.names.spared:
+            why = "dropped from the source by a rule"
+        dtype = wanted.dtype if key in self.own_scales else self._dtype(wanted.dtype, wanted.dtype)
+        cast = _cast(wanted.dtype, dtype)
+        if initial is not None and initial.kept:
+            why = str(initial.rule)
+        if self.target.format != "model" and (initial is None or initial.kept):
+            return Step(key, dtype, wanted.shape, "keep", (), cast, False, f"{why}; the target's value stays")
+        scheme = "model" if initial is None else initial.scheme
+        reason = why + ("; the model's own value" if initial is None or initial.kept else f"; {initial.rule}")
+        return Step(key, dtype, wanted.shape, "init", (), ({"op": "init", "scheme": scheme}, *cast), True, reason)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """What becomes of the values that are no tensors: a target's own keys, or, converting, all of them."""
+        given = self.names.entries
+        if self.target is None:
+            return tuple(Entry(name, place) for name, place in given.items())
+        rows = tuple(Entry(key, given.get(key)) for key in self.target.entries)
+        bare = [row.target for row in rows if row.source is None and self.target.format == "skeleton"]
+        if bare:
+            raise PlanError(
+                "nothing says what this extra state is", path=self.target.path, key=bare[0], hint="give the model itself as the target"
+            )
+        return rows
+
+
+def _filled_up(op: Mapping[str, Any], initial: Initial | None) -> Mapping[str, Any]:
+    """An op that fills up with initial values takes the scheme of an init rule for its key, unless it names its own."""
+    if op.get("fill") == "init" and op.get("scheme") == "model" and initial is not None and not initial.kept:
+        return {**op, "scheme": initial.scheme}
+    return op
+
+
+def _cast(given: str, wanted: str) -> tuple[Mapping[str, Any], ...]:
+    return () if given == wanted else ({"op": "cast", "dtype": wanted},)

@@ -1,0 +1,250 @@
+"""A plan as a value: what every target key gets, and what becomes of every source key. Nothing is decided here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Literal
+
+from ckptsurgeon.adapters.chain import filled_elements
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.report import Finding
+from ckptsurgeon.shown import Shown
+from ckptsurgeon.tensors import Coverage
+
+Action = Literal["copy", "rename", "adapt", "load", "init", "keep"]
+FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the target model itself
+_COPY = re.compile(r"from\((?P<key>.+)\)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """A source: its path as given, fingerprint, format, root, and how its names were changed, in words.
+
+    `sample` is the digest of a sample of its data, `sha256` that of all its bytes; each is `""` where it was not taken.
+    """
+
+    path: str
+    fingerprint: str
+    format: str
+    root: str = ""
+    prefix: Mapping[str, Any] = field(default_factory=dict)
+    sample: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class PlanTarget:
+    """What the sources must fit: a spec or path, its kind (`model`, `skeleton` or a file's format), and digests as a source has them."""
+
+    spec: str
+    fingerprint: str
+    kind: str
+    root: str = ""
+    sample: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one target key gets its value.
+
+    `sources` are (number of the source, key) pairs, in order; `ops` what is done to them, in order, each a dict with `op`. The op `load`
+    is what the target's own loading code (`by` names the class) makes of them in torch's load. `dtype` and `shape` are the result's.
+    `fresh`: no training has touched the value, whether this plan initialises it or a merge before it did;
+    `partial`: by the sources' records, training has touched a part of it.
+    """
+
+    target: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: Action
+    sources: tuple[SourceKey, ...]
+    ops: tuple[Mapping[str, Any], ...]
+    fresh: bool
+    reason: str
+    partial: bool = False
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes of the initial values that go into it: its own, or those that an adapter fills up with."""
+        return tuple(str(op["scheme"]) for op in self.ops if op["op"] == "init" or op.get("fill") == "init")
+
+    @property
+    def adapters(self) -> tuple[Mapping[str, Any], ...]:
+        """The ops that change source tensors, without casts and initial values."""
+        return tuple(op for op in self.ops if op["op"] not in ("cast", "init"))
+
+    @property
+    def filled(self) -> int:
+        """How many of the result's elements no source gives: adapters filled them up."""
+        return filled_elements(self.ops, self.shape)
+
+    @property
+    def cast(self) -> str | None:
+        """The dtype that an op casts to, if one does."""
+        return next((str(op["dtype"]) for op in self.ops if op["op"] == "cast"), None)
+
+
+def copied_key(step: Step) -> str | None:
+    """The key whose value a step initialised by `from(KEY)` takes."""
+    found = _COPY.fullmatch(step.ops[0]["scheme"]) if step.action == "init" else None
+    try:
+        key = None if found is None else ast.literal_eval(found["key"])
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return key if isinstance(key, str) else None
+
+
+def resolved(step: Step, steps: Mapping[str, Step]) -> Step:
+    """The step whose value a step has: its own, or under `from(KEY)`, however often, that of the key it copies."""
+    for _ in range(len(steps) + 1):
+        copied = copied_key(step)
+        if copied is None:
+            return step
+        step = steps[copied]
+    raise PlanError("copies itself", key=step.target)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A source key (of a tensor or of another value) that goes nowhere, and why."""
+
+    file: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value that is no tensor (`_extra_state`): carried from a source, or, with `source` None, the target's own."""
+
+    target: str
+    source: SourceKey | None
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """Everything that `apply` will do.
+
+    Attributes:
+        module_metadata: what the output records as torch's `_metadata`.
+        versions: what the sources recorded for the target's modules that load in their own way.
+        loaded: such modules of which the output has what torch's load leaves.
+        handed: by name, what torch's load gets of the sources as it is, since the target's loading code computes values with it.
+        ties: groups of target keys that share one tensor in the target.
+        loose: what `strict` refuses: each missing, extra or mismatched key that no rule names.
+    """
+
+    sources: tuple[PlanSource, ...]
+    target: PlanTarget | None
+    seed: int
+    steps: tuple[Step, ...]
+    dropped: tuple[Dropped, ...]
+    coverage: Coverage
+    entries: tuple[Entry, ...] = ()
+    module_metadata: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
+    handed: Mapping[str, SourceKey] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    left_behind: tuple[str, ...] = ()
+    allow_cast: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    loose: tuple[str, ...] = ()
+    text: str = field(default="", repr=False, compare=False)
+
+    @property
+    def transferred(self) -> tuple[str, ...]:
+        """Target keys that take weights from a source, without those that are still fresh there."""
+        return tuple(step.target for step in self.steps if step.sources and not step.fresh)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Target keys whose sources adapters change."""
+        return tuple(step.target for step in self.steps if step.adapters)
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Target keys a part of which is trained: adapters fill up the rest, or a record says so."""
+        return tuple(step.target for step in self.steps if not step.fresh and (step.partial or (step.sources and step.filled)))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Target keys that stay as a target checkpoint has them."""
+        return tuple(step.target for step in self.steps if step.action == "keep")
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Target keys that are initialised, now or by an earlier merge (`still_fresh`)."""
+        return tuple(step.target for step in self.steps if step.fresh)
+
+    @property
+    def still_fresh(self) -> tuple[str, ...]:
+        """Target keys whose value comes from a file that has it on record as fresh: initialised by an earlier merge, not trained since."""
+        return tuple(step.target for step in self.steps if step.fresh and step.action != "init")
+
+    def leader(self, key: str) -> str:
+        """The first of the keys that are one tensor with `key`: it seeds the value, and its layer owns it."""
+        return self._leaders.get(key, key)
+
+    @cached_property
+    def _leaders(self) -> dict[str, str]:
+        return {key: group[0] for group in reversed(self.ties) for key in group}
+
+    @property
+    def own_adapters(self) -> tuple[str, ...]:
+        """A person's own adapters that steps name, as `module:function`."""
+        return tuple(dict.fromkeys(str(op["op"]) for step in self.steps for op in step.ops if ":" in op["op"]))
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a value comes from the target model itself."""
+        if self.target is None or self.target.kind != "model":
+            return False
+        from_model = any(scheme in FROM_MODEL for step in self.steps for scheme in step.schemes)
+        return from_model or bool(self.loaded) or any(entry.source is None for entry in self.entries)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def digest(plan: Plan) -> str:
+    """SHA-256 (hex) of what a plan does; the paths of its sources and target do not enter it."""
+    body = [
+        [[source.fingerprint, source.root] for source in plan.sources],
+        None if plan.target is None else [plan.target.fingerprint, plan.target.root],
+        plan.seed,
+        [
+            [step.target, step.dtype, list(step.shape), step.action, [list(p) for p in step.sources], [dict(op) for op in step.ops]]
+            for step in plan.steps
+        ],
+        [[entry.target, entry.source and list(entry.source)] for entry in plan.entries],
+        [list(group) for group in plan.ties],
+        {path: dict(local) for path, local in plan.module_metadata.items()},
+        *([[{path: dict(local) for path, local in plan.versions.items()}, list(plan.loaded)]] if plan.versions else []),
+        *([{name: list(place) for name, place in plan.handed.items()}] if plan.handed else []),
+    ]
+    return sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
+def way_to_look(source: str, root: str, live: bool, target: str | None) -> str:
+    """What shows how a source's names stand to a target's: a command, or where one of them is no file and no spec, a call.
+
+    >>> way_to_look("my net.pt", "ema", False, "model:Net")
+    "ckptsurgeon diff 'my net.pt' model:Net --root ema"
+    >>> way_to_look("net.pt", "", False, "Net")
+    "print(ckptsurgeon.diff('net.pt', model))"
+    """
+    if live:
+        return "hold its keys against model.state_dict()"
+    if target is not None and target.isidentifier():  # the class of a live model
+        return f"print(ckptsurgeon.diff({source!r}, model{f', root={root!r}' if root else ''}))"
+    return shlex.join(["ckptsurgeon", "diff", source, target or "TARGET", *(["--root", root] if root else [])])

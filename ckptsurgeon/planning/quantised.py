@@ -1,0 +1,258 @@
+"""Quantised weights: numbers that are codes, and mean something only together with the scales beside them.
+
+One table says which pairs of keys these are, by dtype and by the scales' names together: an fp8 tensor without a scale is a value, and so
+is a float weight with a `weight_scale` of its own beside it. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptsurgeon.adapters.op import Op
+from ckptsurgeon.adapters.scales import block_of
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import CastError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.planning.keys import SourceKey
+from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.rules.patterns import compile_pattern
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+FP8 = frozenset(code for code in BY_CODE if code.startswith("F8_"))
+INTS = frozenset({"U8", "I8", "I16", "I32"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way to quantise: codes of `dtypes` under a key that ends in `ends`, and in its place each of `scales`.
+
+    `beside` are what else belongs to them, where it is there. `divisor` is given where the value is code × scale ÷ divisor; `unless` names
+    what, if it is there, makes the formula another one.
+    """
+
+    name: str
+    ends: str
+    dtypes: frozenset[str]
+    scales: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    divisor: int | None = None
+    unless: tuple[str, ...] = ()
+    alike: bool = False  # the scales may be of the codes' dtype
+
+
+_NF4 = tuple(f".{name}" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"))
+_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
+_ZERO = (".weight_zero_point",)
+TABLE: tuple[Scheme, ...] = (
+    Scheme("4-bit codes of bitsandbytes", "", frozenset(BY_CODE), (".absmax", ".quant_map"), _NF4, alike=True),
+    Scheme("8-bit codes of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), (".weight_format",), 127),
+    Scheme("codes of GPTQ or AWQ", ".qweight", INTS, (".scales",), (".qzeros", ".g_idx")),
+    Scheme("packed codes of compressed-tensors", "_packed", INTS, ("_scale",), ("_shape", "_zero_point", "_g_idx", "_global_scale")),
+    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), alike=True),
+    Scheme("codes of torchao", "qdata", INTS | FP8, ("scale",), ("zero_point",)),
+    Scheme("codes of quanto", "._data", INTS | FP8, ("._scale",), ("._shift",)),
+    Scheme("codes of HQQ", ".W_q", INTS, (".scale",), (".zero", ".meta")),
+    Scheme("codes of AQLM", ".codes", INTS, (".codebooks",), (".scales",)),
+    Scheme("fp8 codes with scales", "", FP8, ("_scale_inv",), (), 1),
+    Scheme("fp8 codes with scales", ".weight", FP8, (".weight_scale",), (*_ACTIVATIONS, *_ZERO), 1, _ZERO),
+    Scheme("fp8 codes with scales", ".weight", FP8, (".scale_weight",), (".scale_input",), 1),
+    Scheme("fp8 codes with scales", ".weight", FP8, (".scale",), (), 1),
+    Scheme("fp8 codes with scales", "", FP8, ("_scale",), (), 1),
+    Scheme("int8 codes with scales", ".weight", frozenset({"I8"}), (".weight_scale",), (*_ACTIVATIONS, *_ZERO), 1, _ZERO),
+    Scheme("packed codes with scales", ".weight", frozenset({"U8", "I8"}), (".weight_scale_inv",)),
+    Scheme("packed codes with scales", ".weight", frozenset({"U8"}), (".weight_scale",), (".weight_scale_2", *_ACTIVATIONS)),
+)
+_SCALES = tuple(sorted({row.scales[0].lstrip(".") for row in TABLE}))
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The codes under `key`, the `scales` that they can't be read without, and what else belongs to them.
+
+    `op` makes values of codes and scale; None where no formula is known here, or the shapes do not tell the blocks. `divisor` is the
+    formula's, None where there is none. `tied` is set for another name of codes, whose scales stand beside the first.
+    """
+
+    key: str
+    scheme: str
+    scales: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    op: Op | None = None
+    divisor: int | None = None
+    tied: bool = False
+
+    @property
+    def words(self) -> str:
+        """What it is, as a sentence goes on after its key."""
+        return f"is {self.scheme} ({', '.join(self.scales)}), no values by themselves"
+
+    @property
+    def of_target(self) -> str:
+        """The same of a target's."""
+        return f"is {self.scheme} in the target ({', '.join(self.scales)})"
+
+
+def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
+    """Every quantised weight among tensors, by its key.
+
+    >>> meta = lambda name, dtype, shape: TensorMeta(name, dtype, shape, ())
+    >>> pair = {"q.weight": meta("q.weight", "I8", (4, 2)), "q.SCB": meta("q.SCB", "F32", (4,))}
+    >>> find(pair)["q.weight"].words
+    'is 8-bit codes of bitsandbytes (q.SCB), no values by themselves'
+    >>> find({"q.weight": meta("q.weight", "F8_E4M3", (4, 2)), "q.bias": meta("q.bias", "F32", (4,))})
+    {}
+    """
+    rows = _that_may_be(tensors)
+    found = {}
+    for key, tensor in tensors.items() if rows else ():
+        scheme = next((row for row in rows if tensor.dtype in row.dtypes and _is(key, tensor, row, tensors)), None)
+        if scheme is not None:
+            found[key] = _codes(key, scheme, tensors)
+    return found | _tied(found, tensors)
+
+
+def _tied(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
+    """The other names of codes: they are the same bytes."""
+    firsts = {_place(tensors[key]): one for key, one in found.items() if tensors[key].span is not None}
+    places = {key: _place(tensor) for key, tensor in tensors.items() if firsts and key not in found}
+    return {key: replace(firsts[place], key=key, tied=True) for key, place in places.items() if place in firsts}
+
+
+def _place(tensor: TensorMeta) -> TensorMeta:
+    return replace(tensor, name="")
+
+
+def _that_may_be(tensors: Mapping[str, TensorMeta]) -> list[Scheme]:
+    """The schemes of whose scales there is one at all: most files have none, and may have a million keys."""
+    scales = [key for key in tensors if key.endswith(_SCALES)]
+    return [row for row in TABLE if any(f".{key}".endswith(row.scales[0]) for key in scales)]
+
+
+def _named(key: str, scheme: Scheme, names: Iterable[str]) -> tuple[str, ...]:
+    """The keys that stand in the place of a key's end. A layer's own file has no module before its names: `qweight`."""
+    stem = f".{key}".removesuffix(scheme.ends)
+    return tuple((stem + name)[1:] for name in names)
+
+
+def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> bool:
+    if not key.endswith(scheme.ends) and key != scheme.ends[1:]:
+        return False
+    names = _named(key, scheme, scheme.scales)
+    return all(name in tensors and (scheme.alike or tensors[name].dtype != tensor.dtype) for name in names)
+
+
+def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
+    scales = _named(key, scheme, scheme.scales)
+    beside = tuple(name for name in _named(key, scheme, scheme.beside) if name in tensors)
+    scale = tensors[scales[0]]
+    other = any(name in tensors for name in _named(key, scheme, scheme.unless))
+    divisor = None if other or not (BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8") else scheme.divisor
+    block = None if divisor is None else block_of(tensors[key].shape, scale.shape)
+    op = None if block is None else {"op": "dequantize", "block": list(block), "divisor": divisor}
+    return Codes(key, scheme.name, scales, beside, op, divisor)
+
+
+def refuse_broken(
+    steps: Sequence[Step],
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    allowed: Iterable[str],
+    *,
+    asked: bool = False,
+    averaged: bool = False,
+) -> None:
+    """Raises CastError for codes that would be cast, adapted or parted from their scales, on either side, save keys that `allowed` names.
+
+    `asked`: dequantizing was asked for, so that the hint need not offer it. `averaged`: the sources
+    are, and what is no float is the first's.
+    """
+    patterns = [compile_pattern(pattern) for pattern in allowed]
+    by_source = [find(source) for source in sources]
+    problems = [
+        *_misread(steps, by_source, asked, averaged),
+        *(_mixed(steps, find(target), by_source) if target is not None else ()),
+    ]
+    told: dict[str, str] = {}
+    for key, words, _ in problems:
+        if not any(pattern.match(key) is not None for pattern in patterns):
+            told.setdefault(key, words)
+    if not told:
+        return
+    first, alone = next(iter(told)), len(told) == 1
+    words = f"if the codes are meant as they are, allow it by name: --allow-cast {first!r}"
+    ways = {way for key, _, way in problems if key in told} - ({_DEQUANTIZE} if asked else set())
+    raise CastError(
+        told[first] if alone else "quantised weights, whose numbers are codes and no values",
+        key=first if alone else None,
+        problems=() if alone else shortened(f"{key}: {words}" for key, words in told.items()),
+        hint=f"{ways.pop()}; {words}" if len(ways) == 1 and "" not in ways else words,
+    )
+
+
+Problem = tuple[str, str, str]  # a key of the output, what is wrong, and a way out, if there is one
+_DEQUANTIZE = "make values of them: --dequantize"
+_OF_TARGET = "take a target that is not quantised, and quantise what comes of it"
+
+
+def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool, averaged: bool) -> Iterator[Problem]:
+    """Steps that compute with codes, or part them from their scales; where values are `asked` for, also those that leave them codes."""
+    if not any(by_source):
+        return
+    by_key = {step.target: step for step in steps}
+    made = find({step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps})
+    plain = {step.sources[0] for step in steps if len(step.sources) == 1 and not step.adapters}
+    for step in steps:
+        for number, key in step.sources:
+            codes = by_source[number].get(key)
+            if codes is None or _dequantized(step, (number, key), codes):
+                continue
+            what = f"{'' if key == step.target else f'{key} '}{codes.words}"
+            way = "" if codes.op is None else _DEQUANTIZE
+            needed = (*codes.scales, *(() if codes.op else codes.beside))
+            if asked and codes.op is None:
+                yield step.target, f"{what}, and how to make values of them is not known here", ""
+            elif step.adapters:
+                yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", way
+            elif step.cast is not None:
+                yield step.target, f"{what}, and would be cast to {step.cast}", way
+            elif averaged:
+                yield step.target, f"{what}, and would be the first source's and no average", way
+            elif lost := [name for name in needed if (number, name) not in plain]:
+                yield step.target, f"{what}, and {', '.join(lost)} would not go with it", way
+            elif not codes.tied:
+                found = made[step.target].scales if step.target in made else ()
+                if [by_key[name].sources for name in found] != [((number, name),) for name in codes.scales]:
+                    yield step.target, f"{what}, and would not have these beside it under its new name", way
+
+
+def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
+    """Whether a step makes values of the codes at `place`, by their own scale and formula; a person may know the blocks better."""
+    first = step.adapters[0] if step.adapters else {"op": ""}
+    index = step.sources.index(place)
+    after = step.sources[index + 1 : index + 2]
+    by_formula = first["op"] == "dequantize" and first["divisor"] == codes.divisor
+    return by_formula and index % 2 == 0 and after == ((place[0], codes.scales[0]),)
+
+
+def scales_read(steps: Sequence[Step]) -> set[SourceKey]:
+    """The scales that go into values, and so nowhere by themselves."""
+    made = [step for step in steps if step.adapters and step.adapters[0]["op"] == "dequantize"]
+    return {place for step in made for place in step.sources[1::2]}
+
+
+def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequence[Mapping[str, Codes]]) -> Iterator[Problem]:
+    """The target's own codes whose numbers and scales would not come from one place."""
+    by_key = {step.target: step for step in steps}
+    for key, codes in wanted.items():
+        first, *scales = [by_key[name] for name in (key, *codes.scales) if name in by_key]
+        if all(not row.sources and row.action == first.action for row in (first, *scales)):  # all kept, or all the model's own
+            if first.cast is not None:
+                yield key, f"{codes.of_target}, and would be cast to {first.cast}", _OF_TARGET
+            continue
+        number, given = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
+        whole = by_source[number].get(given)
+        wanted_scales = [] if whole is None else [((number, name),) for name in whole.scales]
+        same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == wanted_scales
+        if not same or any(row.adapters for row in scales):
+            yield key, f"{codes.of_target}, and would not get codes and scales from one place", _OF_TARGET

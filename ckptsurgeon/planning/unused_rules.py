@@ -1,0 +1,120 @@
+"""What is wrong with rules as they met the keys: those that had no turn, those without effect, and two sources on one name. Words only."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+
+from ckptsurgeon.hints import SHOWN, close_words
+from ckptsurgeon.planning.keys import Item
+from ckptsurgeon.planning.prefixes.find import Prefix
+from ckptsurgeon.rules.drafting.cover import dropping
+from ckptsurgeon.rules.rules import CompiledRule, Rule
+from ckptsurgeon.tensors import Checkpoint, Refused
+
+FEW = 3  # collisions of one kind that are told one by one
+
+
+def rules_without_a_turn(
+    rules: Sequence[CompiledRule],
+    given: Mapping[int, Sequence[str]],
+    items: Sequence[Item],
+    sources: Sequence[Checkpoint],
+    prefixes: Sequence[Prefix],
+) -> Iterable[str]:
+    """A problem for each rule of a stage that no key fell to; `items` are the names that the stage saw."""
+    told = 0
+    for index, rule in enumerate(rules):
+        if index in given:
+            continue
+        numbers = [number for number, _ in rule.patterns if number is not None and number >= len(sources)]
+        raw = [place for item in items for place in item.places if rule.match(place[1], place[0]) is not None]
+        if any(rule.match(name, item.source) is not None for item in items for name in item.readings):
+            if not (rule.rule.file and any(not other.rule.file for other in rules[:index])):  # a command line overrides files
+                yield f"{rule.rule} never gets a turn: earlier rules match all of its keys"
+        elif raw and prefixes[raw[0][0]]:
+            seen = next((item.seen for item in items), "")
+            yield f"{rule.rule} matches nothing: patterns see the names after the change ({prefixes[raw[0][0]]}), such as {seen!r}"
+        elif raw:
+            yield f"{rule.rule} matches nothing: an earlier stage gives other names"
+        elif numbers:
+            yield f"{rule.rule} matches nothing: there is no source {numbers[0]}, the first is 0"
+        else:
+            told += 1  # close names are looked for where they are shown
+            close = close_words(rule.patterns[0][1].text, (item.seen for item in items)) if told <= SHOWN else ""
+            yield f"{rule.rule} matches nothing{close}"
+
+
+def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], known: Collection[str]) -> Iterable[str]:
+    """A problem for each rename or link that gives nothing, or loses a part: one of its results never is in the target.
+
+    What a later stage drops is meant so.
+    """
+    given: dict[tuple[Rule, int], str] = {}
+    arrived: set[tuple[Rule, int]] = set()
+    lost: dict[Rule, str] = {}
+    for item in items:
+        for step in item.steps:
+            given.setdefault(step, item.name)
+            if item.name in known:
+                arrived.add(step)
+            elif item.begins:  # the target counts from another number, and each part would go one place too far
+                lost.setdefault(step[0], item.name)
+    for one in rules:
+        missing = [name for (rule, which), name in given.items() if rule == one.rule and (rule, which) not in arrived]
+        told = [which for (rule, which) in given if rule == one.rule]
+        if missing and len(missing) == len(told):
+            yield f"{one.rule} gives {missing[0]!r}, and none of its results is in the target{close_words(missing[0], sorted(known))}"
+        elif missing or one.rule in lost:
+            name = missing[0] if missing else lost[one.rule]
+            close = close_words(name, sorted(known))
+            yield f"{one.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
+
+
+def crossed(
+    items: Sequence[Item],
+    known: Collection[str] | None,
+    kept: Sequence[CompiledRule],
+    sources: Sequence[Checkpoint],
+    prefixes: Sequence[Prefix],
+) -> dict[str, str]:
+    """Two sources on one name of the target (without a target: on any) that no rule keeps, and what to do: a rule that drops the second."""
+    first: dict[str, Item] = {}
+    problems = {}
+
+    def words(item: Item) -> str:
+        number, key = item.places[0]
+        where = f" of {sources[number].path}" if len(sources) > 1 else ""
+        by = f" (by {', '.join(map(str, item.rules))})" if item.rules else ""
+        return f"{key!r}{where}{by}"
+
+    # Those that come about in one way are told once: two whole files would be a line for every key.
+    alike: dict[Hashable, list[tuple[Item, Item]]] = {}
+    for item in items:
+        number, key = item.places[0]
+        if (known is not None and item.name not in known) or isinstance(sources[number].entries.get(key), Refused):
+            continue
+        other = first.setdefault(item.name, item)
+        if other is not item and not any(rule.match(item.name) is not None for rule in kept):
+            alike.setdefault((other.source, other.rules, item.source, item.rules), []).append((other, item))
+
+    def bare(number: int, rows: Iterable[Item]) -> set[str]:
+        return {prefixes[number].bare(key) for item in rows for place, key in item.places if place == number}
+
+    for pairs in alike.values():
+        many = len(pairs) > FEW
+        number = pairs[0][1].places[0][0]
+        told = bare(number, [item for _, item in pairs])
+        prefix, path = (f"{number}:", sources[number].path) if len(sources) > 1 else ("", None)
+        hint = _way_out(told, bare(number, items) - told, prefix, path)
+        for other, item in pairs[:1] if many else pairs:
+            more = f", and on {len(pairs) - 1} more names" if many else ""
+            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}{more}"] = hint
+    return problems
+
+
+def _way_out(names: set[str], others: set[str], number: str, path: str | None) -> str:
+    """What leaves out these names of a source: rules, or, where one of several files has no others, the file itself."""
+    if not others and path is not None:
+        return f"give one of the two files only: {path} has nothing else"
+    return f"drop one of the two: {shlex.join(word for rule in dropping(names, others, number)[:SHOWN] for word in rule.options)}"

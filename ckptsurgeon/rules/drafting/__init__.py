@@ -1,0 +1,1 @@
+"""Patterns for sets of keys: few, general, and matching nothing else. Pure text."""

@@ -1,0 +1,124 @@
+"""Rules on their way: patterns, results and the lines that they are meant for; which names they would match; and merging those alike.
+
+Rule: a merged draft matches no name but those that its parts were meant for.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ckptsurgeon.rules.drafting.rows import Line, Row
+from ckptsurgeon.rules.patterns import expand
+from ckptsurgeon.rules.rules import CompiledRule, Rule, compile_rule
+
+Forms = Callable[["Draft"], Iterator[tuple[object, str, "Draft"]]]  # a draft with one word taken out, and the word
+_PARTS = ("part", "side", "kind")  # the names of words that differ
+_WORD = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Known:
+    """The names that patterns are held against, so sorted that a pattern looks only at those that begin as it does."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = sorted(names)
+
+    def matched(self, compiled: CompiledRule) -> list[str]:
+        """The names that a rule matches, sorted."""
+        found: set[str] = set()
+        for _, pattern in compiled.patterns:
+            expression = pattern.text[0] == "/"
+            head = "" if expression else re.split(r"[{*]", pattern.text, maxsplit=1)[0]
+            start = bisect_left(self.names, head)
+            stop = bisect_left(self.names, f"{head}\U0010ffff") if head else len(self.names)
+            found.update(name for name in self.names[start:stop] if pattern.fits(name))
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A rule to be: a rename, or with an op a link; without results a drop of what it matches."""
+
+    patterns: tuple[str, ...]
+    results: tuple[str, ...]
+    op: str
+    lines: tuple[Line, ...]
+
+    @classmethod
+    def of(cls, row: Row) -> Draft:
+        """The draft of one row."""
+        return cls(row.sources, row.targets, row.op, row.lines)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule as it is written."""
+        if not self.results:
+            return Rule("drop", self.patterns[0])
+        if not self.op:
+            return Rule("rename", self.patterns[0], " + ".join(self.results))
+        return Rule("adapt", f"{' + '.join(self.patterns)} -> {' + '.join(self.results)}", self.op)
+
+    @cached_property
+    def compiled(self) -> CompiledRule:
+        """The rule, ready to match. RuleError where it is not well formed."""
+        return compile_rule(self.rule)
+
+    def gives(self, name: str) -> tuple[str, ...] | None:
+        """The names that a rename makes of a name; None where it is a link, which takes several. RuleError where it can't count."""
+        match = None if self.op else self.compiled.match(name)
+        return None if match is None else tuple(expand(result, dict(match.parts)) for result in self.results)
+
+
+def merge(drafts: Sequence[Draft], known: Known) -> list[Draft]:
+    """Drafts that differ in one word alone, which their results keep, become one: encoder and decoder, weight and bias."""
+    found = list(drafts)
+    for forms in (_ends, _words, _words):
+        found = _merged(found, known, forms)
+    return found
+
+
+def _merged(drafts: Sequence[Draft], known: Known, forms: Forms) -> list[Draft]:
+    buckets: dict[object, list[tuple[int, str, Draft]]] = {}
+    for place, draft in enumerate(drafts):
+        for form, word, whole in forms(draft):
+            buckets.setdefault(form, []).append((place, word, whole))
+    gone: set[int] = set()
+    instead: dict[int, Draft] = {}
+    for bucket in sorted(buckets.values(), key=len, reverse=True):
+        places = [place for place, _, _ in bucket]
+        if len(bucket) < 2 or gone & set(places) or len({word for _, word, _ in bucket}) < len(bucket):
+            continue
+        lines = tuple(line for place in places for line in drafts[place].lines)
+        one = Draft(bucket[0][2].patterns, bucket[0][2].results, bucket[0][2].op, lines)
+        if set(known.matched(one.compiled)) <= {name for place in places for name in known.matched(drafts[place].compiled)}:
+            gone.update(places)
+            instead[places[0]] = one
+    return [instead.get(place, draft) for place, draft in enumerate(drafts) if place in instead or place not in gone]
+
+
+def _ends(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
+    """The last word, where all keys of a rule end in it: `{p}` stands for it."""
+    word = draft.patterns[0].rpartition(".")[2]
+    keys = (*draft.patterns, *draft.results)
+    if _WORD.fullmatch(word) and all(key.endswith(word) for key in keys):
+        yield _form(draft, "{p}", [key.removesuffix(word) + "{p}" for key in keys], word)
+
+
+def _words(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
+    """Each segment that is a word and that all keys of a rule have."""
+    keys = [key.split(".") for key in (*draft.patterns, *draft.results)]
+    name = next((name for name in _PARTS if not any(f"{{{name}}}" in key for key in keys)), None)
+    if name is None:
+        return
+    for at, word in enumerate(keys[0]):
+        if _WORD.fullmatch(word) and not word.isdecimal() and all(word in key for key in keys) and keys[0].count(word) == 1:
+            changed = [".".join(f"{{{name}}}" if segment == word else segment for segment in key) for key in keys]
+            yield _form(draft, at, changed, word)
+
+
+def _form(draft: Draft, place: object, keys: Sequence[str], word: str) -> tuple[object, str, Draft]:
+    count = len(draft.patterns)
+    return (place, *keys, draft.op), word, Draft(tuple(keys[:count]), tuple(keys[count:]), draft.op, ())

@@ -1,0 +1,236 @@
+"""A rules file: TOML text to rules and back. Pure; who reads the file is not known here.
+
+Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, in the order in which they stand, whatever their kinds; `[[stage]]`
+stands between rules of which the later ones see the names that the earlier ones gave. Every problem is told at once, with its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+from ckptsurgeon.errors import LimitError, RuleError, printable
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.regular_expressions import one_child
+from ckptsurgeon.rules import toml_text
+from ckptsurgeon.rules.rules import Kind, Rule, check_choices, compile_rule, linked
+
+_HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_-]+)(?P=quote)\s*\]\]\s*(#.*)?")
+_NAMES = re.compile(r"\s*(?:\[\[?\s*)?(?:(?:\"[^\"\\]*\"|'[^']*'|[A-Za-z0-9_-]+)\s*[].=]\s*)+")  # before a value
+_NAME = re.compile(r"\"(?P<one>[^\"\\]*)\"|'(?P<two>[^']*)'|(?P<bare>[A-Za-z0-9_-]+)")
+_WRITTEN = re.compile(  # comments and strings
+    r'#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3,5}|\'{3}.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL
+)
+_LINE = re.compile(r"line (\d+)")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kind of rule is written: for each choice of fields that hold the pattern, and the field that holds the result."""
+
+    patterns: tuple[tuple[str, ...], ...]
+    result: str = ""
+
+
+FORMS: Mapping[Kind, Form] = {
+    "rename": Form((("from", "to"),)),
+    "drop": Form((("key",),)),
+    "keep": Form((("key",),)),
+    "adapt": Form((("key",), ("from", "to")), "op"),
+    "init": Form((("key",),), "scheme"),
+    "stage": Form(((),)),
+}
+_JOINT = {"from": " + ", "to": " + ", "key": " + ", "op": " | "}
+
+
+def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
+    """The rules of a TOML text, in its order. RuleError, with a line for every problem.
+
+    >>> parse_rules('[[drop]]\\nkey = "aux.**"', "rules.toml")
+    (Rule(kind='drop', pattern='aux.**', result='', file='rules.toml', line=1),)
+    """
+    try:
+        value = toml_text.parse(text, path)
+    except ValueError as error:
+        found = _LINE.search(str(error))
+        raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path) from error
+    text = _WRITTEN.sub(lambda found: found[0] if "\n" not in found[0] else "\n" * found[0].count("\n"), text)
+    lines = text.split("\n")
+    places = _places(lines)
+    known = {name: tables for name, tables in value.items() if _tables(name, tables)}
+    problems = [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if name not in known]
+    rows = list(_rows(lines, known, path))
+    _held = one_child()  # for the regular expressions of all rules
+    rules: list[Rule] = []
+    choices = 0
+    for line, kind, table in rows:
+        wrong = list(_wrong_fields(places, line, kind, table))
+        problems += wrong
+        if not wrong:
+            for rule in _rules(kind, table, path, line):
+                rules.append(rule)
+                malformed, more = _malformed(rule, path)
+                problems += malformed
+                choices += more
+                check_choices(choices)
+    if problems:
+        raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=_example(rows))
+    return tuple(rules)
+
+
+def _tables(name: str, value: Any) -> bool:
+    return name in FORMS and type(value) is list and all(type(row) is dict for row in value)
+
+
+def _unknown(name: str) -> str:
+    if name in FORMS:
+        return f"write each rule as a table of its own: [[{name}]]"
+    close = difflib.get_close_matches(name, FORMS, n=1)
+    return f"there is no rule {name[:60]!r}" + (f"; is it [[{close[0]}]]?" if close else f"; the rules are {', '.join(FORMS)}")
+
+
+def _rows(lines: Sequence[str], value: Mapping[str, Any], path: str) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
+    """Each table with its line, in the order of the text, which TOML's own values lose between names."""
+    left = {name: iter(rows) for name, rows in value.items()}
+    seen = 0
+    for number, line in enumerate(lines, 1):
+        header = _HEADER.fullmatch(line)
+        if header is None or header["name"] not in left:
+            continue
+        table = next(left[header["name"]], None)
+        if table is not None:
+            seen += 1
+            yield number, header["name"], table  # type: ignore[misc]
+    if seen != sum(len(rows) for rows in value.values()):
+        raise RuleError(
+            "has rules whose order can't be told", path=path, hint="write each as a table of its own, on lines of its own: [[rename]]"
+        )
+
+
+def _places(lines: Sequence[str]) -> Mapping[str, Sequence[int]]:
+    """The lines that begin with a name, or a dotted one that has it, in order, by name."""
+    places: dict[str, list[int]] = {}
+    for number, line in enumerate(lines, 1):
+        head = _NAMES.match(line)
+        for found in _NAME.finditer(head[0]) if head is not None else ():
+            places.setdefault(found["one"] or found["two"] or found["bare"] or "", []).append(number)
+    return places
+
+
+def _line_of(places: Mapping[str, Sequence[int]], name: str, after: int = 1) -> int:
+    """The first line from `after` on that begins with a name; `after` itself where there is none."""
+    lines = places.get(name, ())
+    index = bisect_left(lines, after)
+    return lines[index] if index < len(lines) else after
+
+
+def _wrong_fields(places: Mapping[str, Sequence[int]], line: int, kind: Kind, table: Mapping[str, Any]) -> Iterator[str]:
+    form = FORMS[kind]
+    known = (
+        {name for choice in form.patterns for name in choice}
+        | ({form.result} if form.result else set())
+        | ({"name"} if kind == "stage" else set())
+    )
+    for name, value in table.items():
+        place = _line_of(places, name, line)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            yield f"line {place}: [[{kind}]] has no {name[:60]!r}" + (
+                f"; is it {close[0]!r}?" if close else f"; it has {' and '.join(sorted(known))}"
+            )
+        elif not _texts(value):
+            yield f"line {place}: {name} is not text, or a list of texts"
+    choices = [choice for choice in form.patterns if all(name in table for name in choice)]
+    given = {name for choice in form.patterns for name in choice if name in table}
+    if not choices or given != set(choices[0]):
+        yield f"line {line}: [[{kind}]] needs {' or '.join(' and '.join(choice) for choice in form.patterns)}"
+    if form.result and form.result not in table:
+        yield f"line {line}: [[{kind}]] needs {form.result}"
+
+
+def _texts(value: Any) -> bool:
+    return type(value) is str or (type(value) is list and bool(value) and all(type(one) is str for one in value))
+
+
+def _rules(kind: Kind, table: Mapping[str, Any], path: str, line: int) -> Iterator[Rule]:
+    """The rules of a table; one for each of several keys that are dropped, kept or initialised."""
+
+    def joined(name: str) -> str:
+        value = table[name]
+        return value if type(value) is str else _JOINT.get(name, " ").join(value)
+
+    result = joined(FORMS[kind].result) if FORMS[kind].result else ""
+    if kind == "stage":
+        yield Rule("stage", file=path, line=line)
+    elif kind == "rename":
+        yield from (Rule("rename", one, joined("to"), path, line) for one in _each(table["from"]))
+    elif "from" in table:
+        yield Rule(kind, f"{joined('from')} -> {joined('to')}", result, path, line)
+    else:
+        yield from (Rule(kind, one, result, path, line) for one in _each(table["key"]))
+
+
+def _each(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _malformed(rule: Rule, path: str) -> tuple[list[str], int]:
+    """The problem of a rule, if any, and how much its patterns have to choose from."""
+    try:
+        return [], 0 if rule.kind == "stage" else compile_rule(rule).choices
+    except RuleError as error:
+        return [f"line {rule.line}: {error.reason}" + (f" ({error.hint})" if error.hint else "")], 0
+    except LimitError as error:
+        error.path = error.path or path
+        raise
+
+
+def _example(rows: Sequence[object]) -> str | None:
+    return None if rows else 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
+
+
+def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:
+    """Rules as the text of a rules file, one that `parse_rules` gives back; `comments` are for one rule each, of any number of lines.
+
+    >>> print(to_toml([Rule("rename", "fc2.{p}", "dense2.{p}")]))
+    [[rename]]
+    from = "fc2.{p}"
+    to = "dense2.{p}"
+    <BLANKLINE>
+    """
+    said = chain(comments, repeat(""))
+    return "\n".join("\n".join([*_comment(next(said)), f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
+
+
+def _comment(text: str) -> Iterator[str]:
+    """The lines of a comment; a key in it can't end the line."""
+    return (f"# {printable(line)}" for line in text.splitlines() or ())
+
+
+def _fields(rule: Rule) -> Iterator[str]:
+    if rule.kind == "stage":
+        return
+    sources, results = linked(rule)
+    if results:
+        yield f"from = {_value(sources)}"
+        yield f"to = {_value(results)}"
+    else:
+        yield f"key = {_value([rule.pattern])}"
+    if FORMS[rule.kind].result:
+        yield f"{FORMS[rule.kind].result} = {_value([rule.result])}"
+
+
+def _value(texts: Sequence[str]) -> str:
+    quoted = [_quoted(text) for text in texts]
+    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in escaped) + '"'

@@ -1,0 +1,263 @@
+"""What a person writes: rename, drop, keep, adapt and init rules, as values. What a rule matches is told in `naming`.
+
+A rule is text, one form for a command line and a rules file: `A -> B` links keys by an adapter, ` + ` stands between several keys,
+`0:` before a pattern names the only source that it is for, ` | ` stands between the adapters of a chain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from ckptsurgeon.adapters.chain import OwnShape
+from ckptsurgeon.adapters.op import Op
+from ckptsurgeon.adapters.table import is_own, parse_ops
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.rules.loading_code import Taken
+from ckptsurgeon.rules.patterns import Pattern, check_template, compile_pattern
+
+Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
+_NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
+_SPACED, _PLUS = re.compile(r"(?<!\s)\s+\+\s+"), re.compile(r"\{[^{}]*\}|(\+)")
+_BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    `pattern` is held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
+    without); `result` is a rename's template or templates, an adapt rule's adapters, an init's scheme. `stage` has neither: the rules
+    after it see the names that those before it gave. `file` and `line` say where it was written.
+    """
+
+    kind: Kind
+    pattern: str = ""
+    result: str = ""
+    file: str = field(default="", compare=False)
+    line: int = field(default=0, compare=False)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The rule as the words of a command line."""
+        return (f"--{self.kind}", *(text for text in (self.pattern, self.result) if text))
+
+    def __str__(self) -> str:
+        words = " ".join([self.kind, *(repr(text) for text in (self.pattern, self.result) if text)])
+        if not self.file:
+            return f"--{words}"
+        return f"{words} ({self.file}:{self.line})" if self.line else f"{words} ({self.file})"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What lies outside of the rules and bears on names, brought before they are compiled: token lists by path, the shape functions of a
+    person's own adapters by name, and, by the source's number, what the target's own loading code does with names that it has not."""
+
+    labels: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, OwnShape] = field(default_factory=dict)
+    taken: Mapping[int, Taken] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A name that a rule's pattern matched: which of its patterns, and what the parts stand for."""
+
+    which: int
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CompiledRule:
+    """A rule with its patterns ready to match (each with the number of the only source that it is for), its results and its ops.
+
+    `gathered` are parts that the patterns name and results do not, or only count with (`{i//2}`): keys that differ in them alone go into
+    one result, in numerical order.
+    `counted` is the one part that results name and no pattern does: it counts what `unstack` gives.
+    """
+
+    rule: Rule
+    patterns: tuple[tuple[int | None, Pattern], ...]
+    results: tuple[str, ...] = ()
+    ops: tuple[Op, ...] = ()
+    gathered: tuple[str, ...] = ()
+    counted: str | None = None
+    stage: int = 0
+
+    @property
+    def of_target(self) -> bool:
+        """Whether the patterns are held against the target's names."""
+        return self.rule.kind in ("init", "keep") or (self.rule.kind == "adapt" and not self.results)
+
+    @property
+    def choices(self) -> int:
+        """How many words and numbers its patterns have to choose from."""
+        return sum(pattern.choices for _, pattern in self.patterns)
+
+    def learn(self, names: Collection[str]) -> None:
+        """Say which names it will be held against, as `Pattern.learn`."""
+        for _, pattern in self.patterns:
+            pattern.learn(names)
+
+    def match(self, name: str, source: int | None = None) -> Match | None:
+        """The first pattern that matches a name (of a source's key), or None."""
+        for which, (number, pattern) in enumerate(self.patterns):
+            parts = pattern.match(name) if number in (None, source) else None
+            if parts is not None:
+                return Match(which, parts)
+        return None
+
+
+def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[CompiledRule, ...]:
+    """Compile every rule; one RuleError names all that are not well formed. Stages are counted, and leave no rule behind."""
+    compiled: list[CompiledRule] = []
+    problems: list[str] = []
+    hint = None
+    stage = choices = 0
+    for rule in rules:
+        if rule.kind == "stage":
+            stage += 1
+            continue
+        try:
+            compiled.append(compile_rule(rule, stage, outside))
+            choices += compiled[-1].choices
+            check_choices(choices)
+        except RuleError as error:
+            problems.append(f"{rule}: {error.reason}")
+            hint = hint or error.hint
+    if problems:
+        raise RuleError("rules that are not well formed", problems=tuple(problems), hint=hint)
+    return tuple(compiled)
+
+
+def check_choices(number: int) -> None:
+    """LimitError where rules have so many words and numbers to choose from, together."""
+    if number > allowed("choices"):
+        raise exceeded("choices", f"rules have more than {allowed('choices')} words and numbers to choose from", number)
+
+
+def linked(rule: Rule) -> tuple[list[str], list[str]]:
+    """The keys of a rule's two sides as it writes them; the second is empty for a rule that links nothing.
+
+    >>> linked(Rule("adapt", "q.{p} + k.{p} -> qk.{p}", "concat"))
+    (['q.{p}', 'k.{p}'], ['qk.{p}'])
+    """
+    if rule.kind == "rename":
+        return [rule.pattern], _several(rule.result)
+    if rule.kind != "adapt":
+        return [rule.pattern], []
+    sides = rule.pattern.split("->")
+    if len(sides) > 2:
+        raise RuleError("has more than one ' -> '", hint="write it as two rules")
+    return _several(sides[0].strip()), _several(sides[1].strip()) if len(sides) == 2 else []
+
+
+def _several(side: str) -> list[str]:
+    """The keys of a side; a regular expression may have a plus of its own, so there it stands between blanks."""
+    if "/" in side:
+        return _SPACED.split(side)
+    places = [found.start() for found in _PLUS.finditer(side) if found[1]]
+    keys = [side[start + 1 : stop] for start, stop in pairwise([-1, *places, len(side)])]
+    return [keys[0].rstrip(), *(key.strip() for key in keys[1:-1]), keys[-1].lstrip()] if places else keys
+
+
+def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:
+    """Compile one rule, without `outside` to see only whether it is well formed. Raises RuleError."""
+    if rule.kind in ("init", "adapt") and not rule.result:
+        example = "--init 'fc3.*' xavier_normal" if rule.kind == "init" else "--adapt pos_embed interpolate"
+        raise RuleError("names no scheme" if rule.kind == "init" else "names no adapter", hint=example)
+    keys, results = linked(rule)
+    of_target = rule.kind in ("init", "keep") or (rule.kind == "adapt" and not results)
+    patterns = tuple(_pattern(rule, key, of_target) for key in keys)
+    if rule.kind == "rename":
+        for result in results:
+            check_template(result, patterns[0][1])
+        return CompiledRule(rule, patterns, tuple(results), stage=stage)
+    ops = tuple(_brought(rule, op, outside) for op in parse_ops(rule.result)) if rule.kind == "adapt" else ()
+    gathered, counted = _loose_parts([pattern for _, pattern in patterns], results, ops) if results else ((), None)
+    return CompiledRule(rule, patterns, tuple(results), ops, gathered, counted, stage)
+
+
+def _pattern(rule: Rule, text: str, of_target: bool) -> tuple[int | None, Pattern]:
+    numbered = None if of_target else _NUMBERED.fullmatch(text)
+    number, text = (int(numbered[1]), numbered[2]) if numbered else (None, text)
+    return number, compile_pattern(text, str(rule))
+
+
+def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Sequence[Op]) -> tuple[tuple[str, ...], str | None]:
+    """The parts of a link that only its patterns name, and the one that only its results do."""
+    parts = patterns[0].parts
+    for pattern in patterns:
+        if set(pattern.parts) != set(parts):
+            raise RuleError(f"{patterns[0].text!r} and {pattern.text!r} name other parts", hint="name the same parts in each: {i}, {p}")
+    used = [{part for part in parts if counts_with(result, part)} for result in results]
+    extra = dict.fromkeys(name for result in results for name in _BRACED.findall(result) if name not in parts)
+    counted = next(iter(extra), None) if any(op["op"] == "unstack" for op in ops) else None
+    for result in results:
+        check_template(re.sub(rf"\{{{counted}\}}", "0", result) if counted else result, patterns[0])
+    if any(one != used[0] for one in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):
+        raise RuleError("has results that use other parts", hint="use the same parts in each: {i}, {p}")
+    told = {name for result in results for name in _BRACED.findall(result)}
+    return tuple(part for part in parts if part not in told), counted
+
+
+def counts_with(result: str, part: str) -> bool:
+    """Whether a result names a part, by itself or in arithmetic.
+
+    >>> counts_with("h.{i//2}.w", "i"), counts_with("h.{i//2}.w", "w")
+    (True, False)
+    """
+    return any(re.search(rf"\b{part}\b", braced) for braced in re.findall(r"\{[^{}]*\}", result))
+
+
+def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
+    """The op with the token lists that it names, and its shape function at hand."""
+    if outside is None:
+        return op
+    if is_own(op):
+        if op["op"] not in outside.shapes:
+            raise RuleError(f"{op['op']!r} was not imported")
+        return op
+    paths = {name: beside(rule, op[name]) for name in ("source", "target") if type(op.get(name)) is str}
+    return {**op, **{name: outside.labels[path] for name, path in paths.items() if path in outside.labels}}
+
+
+def beside(rule: Rule, path: str) -> str:
+    """A file that a rule names: one that a rules file names is looked for beside it.
+
+    >>> beside(Rule("adapt", "w", "rows", "conf/rules.toml", 1), "vocab.txt")
+    'conf/vocab.txt'
+    """
+    return path if path.startswith("/") else rule.file[: rule.file.rfind("/") + 1] + path
+
+
+def from_arguments(
+    rename: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    drop: Iterable[str] = (),
+    init: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    adapt: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    keep: Iterable[str] = (),
+) -> tuple[Rule, ...]:
+    """Rules from the library's keyword arguments: drops first, then renames, keeps, adapts and inits, each in the order given.
+
+    >>> from_arguments(rename={"fc2.{p}": "dense2.{p}"})
+    (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}', file='', line=0),)
+    """
+
+    def pairs(kind: Kind, given: Mapping[str, str] | Iterable[tuple[str, str]]) -> Iterable[Rule]:
+        return (Rule(kind, pattern, result) for pattern, result in (given.items() if isinstance(given, Mapping) else given))
+
+    def words(kind: Kind, given: Iterable[str]) -> Iterable[Rule]:
+        return (Rule(kind, pattern) for pattern in ((given,) if isinstance(given, str) else given))
+
+    return (
+        *words("drop", drop),
+        *pairs("rename", rename),
+        *words("keep", keep),
+        *pairs("adapt", adapt),
+        *pairs("init", init),
+    )

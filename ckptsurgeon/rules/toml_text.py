@@ -1,0 +1,72 @@
+"""TOML from a file, whose cost is known before `tomllib` sees it: its length, how deep it nests, how many keys it has.
+
+`tomllib` takes time that grows with the square of a dotted key's parts, and recurses into what nests.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+from ckptsurgeon.limits import allowed, exceeded
+
+# Bare text, a comment or a string. What is not closed ends it, as it ends `tomllib`; nothing is gone over twice.
+_PART = re.compile(
+    r"""(?P<bare>[^"'#]++)|\#[^\n]*+|\"{3}(?:[^"\\]|\\.|"(?!""))*+\"{3,5}|'{3}(?:[^']|'(?!''))*+'{3,5}"""
+    r"""|"(?!"")(?:[^"\\\n]|\\.)*+"|'(?!'')[^'\n]*+'""",
+    re.DOTALL,
+)
+_MARKS = re.compile(r"[\[\]{}\n=,.]")
+_WORDS = {
+    "toml-bytes": "is longer than {} bytes",
+    "toml-nesting": "nests more than {} deep",
+    "toml-keys": "has more than {} keys and values",
+}
+_DEEPER = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+
+def parse(text: str, path: str) -> dict[str, Any]:
+    """The tables of `text`.
+
+    Raises:
+        LimitError: it is longer or deeper than a limit allows, or has more keys and values.
+        ValueError: it is not TOML.
+
+    >>> parse("[[drop]]\\nkey = 'a'", "rules.toml")
+    {'drop': [{'key': 'a'}]}
+    """
+    measured = {"toml-bytes": len(text)}
+    check(measured, path)
+    measured["toml-nesting"], measured["toml-keys"] = _measured(text)
+    check(measured, path)
+    return tomllib.loads(text)
+
+
+def check(measured: dict[str, int], path: str) -> None:
+    """LimitError for the first measure that is beyond its limit."""
+    for name, found in measured.items():
+        if found > allowed(name):
+            raise exceeded(name, _WORDS[name].format(allowed(name)), found, path=path)
+
+
+def _measured(text: str) -> tuple[int, int]:
+    """How deep brackets, or the parts of one key, nest, and how many keys and values there are, each part of a dotted key counted."""
+    deepest = depth = dots = keys = 0
+    for mark in _marks(text):
+        if mark == ".":
+            dots += 1
+        else:
+            dots = 0
+            depth = max(depth + _DEEPER.get(mark, 0), 0)
+        deepest = max(deepest, depth, dots)
+        keys += mark in "=[.,"
+    return deepest, keys
+
+
+def _marks(text: str) -> Iterator[str]:
+    at = 0
+    while at < len(text) and (part := _PART.match(text, at)) is not None:
+        at = part.end()
+        yield from _MARKS.findall(part["bare"] or "")

@@ -1,0 +1,105 @@
+"""The texts of `verify` and `check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ckptsurgeon.finding_codes import Code
+from ckptsurgeon.report import CheckReport, FileCheck, Finding, Settings, Verification
+from ckptsurgeon.views.folding import fold_siblings
+from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, shape
+
+
+def verification(found: Verification, path: str, target: str, verbose: bool = False, width: int | None = None) -> str:
+    """What was compared, every finding, a forward pass's shapes, and what is on record as fresh."""
+    root = f" (root {name(found.root)})" if found.root else ""
+    lines = [f"{name(path)}{root} → {name(target)}: {'ok' if found.ok else 'NOT ok'}", f"  {proved(found)}"]
+    # torch's own words for what the other findings say one by one
+    shown = [finding for finding in found.findings if verbose or (finding.code, finding.level) != ("load", "note")]
+    lines += findings(shown, verbose, width)
+    lines += [f"  forward pass: {name(place)} {shape(dims)}" for place, dims in found.outputs.items()]
+    if found.fresh:
+        fresh = found.fresh if verbose else fold_siblings(found.fresh)
+        lines.append(f"  fresh on record: {listing(fresh, None if verbose else 8)}")
+    return fitted(lines, width)
+
+
+def proved(found: Verification) -> str:
+    """How much was compared, and how."""
+    errors = sum(finding.level == "error" for finding in found.findings)
+    compared = count(found.tensors, "tensor")
+    if not found.bitwise:
+        return f"{'verified' if found.ok else 'NOT verified'}: names, dtypes and shapes of {compared}"
+    if not found.ok:
+        return f"NOT verified on {found.device}: {count(errors, 'error')}; {compared} compared"
+    return f"verified: {compared}, loaded strictly on {found.device} and compared bit for bit"
+
+
+def check(found: CheckReport, verbose: bool = False, width: int | None = None) -> str:
+    """A line for each thing found, keys of which the same is said together, and the totals; of a good file nothing.
+
+    Notes are counted, and shown with `verbose`.
+    """
+    lines = [line for file in found.files for line in _file(file, verbose)]
+    lines += [followed(found.settings)] if found.settings is not None else []
+    return fitted([*lines, totals(found, verbose)], width)
+
+
+def followed(settings: Settings) -> str:
+    """Which settings file was followed, what it asks, and what of it was not followed."""
+    used, unused = (", ".join(f"{key} = {_toml(value)}" for key, value in rows) for rows in (settings.used, settings.not_used))
+    aside = f"; not followed, since it names code: {unused}" if unused else ""
+    return name(f"settings: {settings.path}: {used or 'nothing that holds here'}{aside}")
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def totals(found: CheckReport, verbose: bool = True) -> str:
+    """How many files, how many not good, what they were not held against, and where to read on."""
+    bad = sum(not file.ok for file in found.files)
+    first = next((one.code for file in found.files for one in file.findings if one.level == "error"), "")
+    read_on = f" (what a code means: ckptsurgeon check --explain {first})" if bad else ""
+    notes = 0 if verbose else sum(one.level == "note" for file in found.files for one in file.findings)
+    aside = f"; {count(notes, 'note')} (-v shows {'it' if notes == 1 else 'them'})" if notes else ""
+    unheld = [value for _, value in found.settings.not_used] if found.settings is not None else []
+    gate = f"; not held against {listing([*map(str, dict.fromkeys(unheld))])}" if unheld else ""
+    return f"{count(len(found.files), 'file')} checked, {f'{bad} not good' if bad else 'all good'}{gate}{aside}{read_on}"
+
+
+def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, str, str], list[str]]:
+    """The keys of which the same is said, by code, level and message; with `apart` each finding by itself."""
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for place, finding in enumerate(findings):
+        message = f"{finding.message}\0{place}" if apart else finding.message
+        together.setdefault((finding.code, finding.level, message), []).extend([finding.key] if finding.key is not None else [])
+    return together
+
+
+def about(keys: Sequence[str], message: str, most: int | None = 4) -> str:
+    """What is said of which keys."""
+    return f"{f'{listing(fold_siblings(keys), most)}: ' if keys else ''}{name(message)}"
+
+
+def _file(found: FileCheck, verbose: bool) -> list[str]:
+    told = [finding for finding in found.findings if verbose or finding.level != "note"]
+    rows = list(alike(told, apart=verbose).items())
+    lines = []
+    for (code, level, message), keys in rows[: most_rows(verbose)]:
+        kind = "" if level == "error" else f" ({level})"
+        lines.append(f"{name(found.path)}: {code}{kind} {about(keys, message.partition(chr(0))[0])}")
+    rest = len(rows) - len(lines)
+    return lines + ([f"{name(found.path)}: and {rest} more (-v shows all)"] if rest else [])
+
+
+def explain(found: Sequence[Code], width: int | None = None) -> str:
+    """What codes mean, why they matter and what to do."""
+    blocks = []
+    for row in found:
+        asked = f"   (looked for with {row.option})" if row.option else ""
+        lines = [f"{row.code} {row.name}{asked}", f"  {row.meaning}", f"  Why it matters: {row.why}", f"  What to do: {row.todo}"]
+        blocks.append(fitted(lines, width))
+    return "\n\n".join(blocks)

@@ -1,0 +1,92 @@
+"""The text of `match`: the rules that were found with what speaks for them, what is uncertain, what is left over, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ckptsurgeon.matching.proposals.propose import Proposal
+from ckptsurgeon.matching.rules_from_links import to_toml
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.views.text.diff import choices
+from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table
+from ckptsurgeon.views.text.words import coverage as coverage_words
+
+ROWS = 20  # rules that are shown
+
+
+def matching(found: Proposal, verbose: bool = False, width: int | None = None, output: str | None = None) -> str:
+    """What goes where by which evidence, what is uncertain and over which runner-up, what is left over, and the command to run next."""
+    most = most_rows(verbose)
+    root = f" (root {name(found.root)})" if found.root else ""
+    lines = [f"{name(found.source)}{root} → {name(found.target)}"]
+    applied = {id(link) for link in found.applied}
+    certain = [link for link in found.links if id(link) in applied]
+    left = [link for link in found.links if id(link) not in applied]
+    if found.before:
+        lines.append(f"  by {count(len(found.before), 'rule')} of yours, which come first")
+    accepted = ", uncertain ones among them, as you accept them" if any(not link.certain for link in certain) else ""
+    lines.append(heading("matched", _tensors(certain), f"by {count(len(found.ruled), 'rule')}{accepted}" if found.ruled else "same names"))
+    if verbose:
+        lines += table([_row(link) for link in certain], width, None)
+    else:
+        rows = [(to_toml.arrow(one.rule), to_toml.comment(one)) for one in found.ruled if one.rule.kind != "stage"]
+        stays = sum(link.sources == link.targets and not link.op for link in certain)
+        lines += _pairs([*rows, *([(f"{stays} keep their names", "")] if stays and rows else [])], width, ROWS)
+    lines.append(heading("uncertain", _tensors(left), "not applied, unless you accept it"))
+    if verbose:
+        lines += table([_row(link) for link in left], width, None)
+    else:
+        lines += _pairs([(to_toml.arrow(one.rule), to_toml.comment(one)) for one in to_toml.sketched(left)], width, ROWS)
+    lines.append(heading("unmatched", len(found.unmatched), "only in the target"))
+    lines += keys(found.unmatched, width, most)
+    lines.append(heading("unused", len(found.unused), "only in the source"))
+    lines += keys(found.unused, width, most)
+    lines += [f"  warning: {name(words)}" for words in found.warnings]
+    lines += _twins(found)
+    done, total = found.coverage.counts
+    lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
+    if found.rivals:
+        lines += choices(found.rivals, ["ckptsurgeon", "match", found.source, found.target], found.root, found.before, width)
+        return fitted(lines, width)
+    return fitted([*lines, *_next(found, bool(left), output, width)], width)
+
+
+def _tensors(links: Iterable[Link]) -> int:
+    return sum(len(link.targets) for link in links)
+
+
+def _pairs(rows: Sequence[tuple[str, str]], width: int | None, most: int) -> list[str]:
+    """Each rule, and what speaks for it on the same line where it has room, else below, further in."""
+    lines = []
+    for rule, words in rows[:most]:
+        whole = f"    {name(rule)}" + (f"   ({name(words)})" if words else "")
+        lines += [whole] if width is None or len(whole) <= width else [f"    {name(rule)}", f"        {name(words)}"]
+    return lines + ([f"    … and {len(rows) - most} more (-v shows all keys)"] if len(rows) > most else [])
+
+
+def _row(link: Link) -> tuple[str, ...]:
+    return " + ".join(link.targets), "←", " + ".join(link.sources), link.op or "-", to_toml.evidence([link])
+
+
+def _twins(found: Proposal) -> list[str]:
+    """How both models' outputs compare."""
+    if found.forward is None:
+        return []
+    same = "the same from both models" if found.forward.same else "NOT the same from both models"
+    lines = [heading("outputs", len(found.forward.outputs), f"{same}, run on one input")]
+    rows = [
+        (place, "no counterpart" if difference is None else f"differs by at most {difference:.3g}, of {scale:.3g}")
+        for place, difference, scale in found.forward.outputs
+    ]
+    return lines + table(rows, None)
+
+
+def _next(found: Proposal, doubtful: bool, output: str | None, width: int | None) -> list[str]:
+    if not found.links and not found.before:
+        return [pasted("Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], width)]
+    root = ["--root", found.root] if found.root else []
+    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
+    if output is not None:
+        return [pasted("Next: read it, then", [*words, "--rules", output], width)]
+    look = ["ckptsurgeon", "match", found.source, found.target, *root, "-o", "rules.toml"]
+    return [pasted("Next: look closer, in a file," if doubtful else "Next:", look if doubtful else [*words, "--match"], width)]

@@ -1,0 +1,73 @@
+"""The text of `plan`, which `merge --dry-run` prints too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ckptsurgeon.planning.plan import Plan, Step
+from ckptsurgeon.views.text.words import coverage as coverage_words
+from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys, listing, most_rows, name, shape, table
+
+WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "load": "load", "init": "initialise", "keep": "keep"}
+
+
+def plan(found: Plan, verbose: bool = False, width: int | None = None) -> str:
+    """What each key gets, by action and reason, what is dropped, and the line that sums it up; with `verbose` a row for every key."""
+    most = most_rows(verbose)
+    target = f" → {name(found.target.spec)}" if found.target is not None else ""
+    lines = [f"{name(' + '.join(source.path for source in found.sources))}{target}"]
+    for number, source in enumerate(found.sources):
+        words = [f"root {source.root}"] if source.root else []
+        words += [f"{word} {listing(value) if isinstance(value, list) else value}" for word, value in source.prefix.items() if value]
+        if words:
+            lines.append(f"  {f'source {number}: ' if len(found.sources) > 1 else ''}{name(', '.join(words))}")
+    if verbose:
+        lines += table([_row(step) for step in found.steps], width, None)
+    else:
+        for action, word in WORDS.items():
+            lines += _action(word, [step for step in found.steps if step.action == action], width)
+    lines += _dropped(found, width, most)
+    if found.left_behind:
+        lines.append(f"  left behind: {listing(found.left_behind, None if verbose else 8)}")
+    told = [finding for finding in found.findings if finding.code != "prefix"]  # it stands above
+    return fitted([*lines, *findings(told, verbose, width), summary(found)], width)
+
+
+def _reason(step: Step) -> str:
+    return step.reason if step.cast is None else f"{step.reason}; cast to {step.cast}"
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    return step.target, step.action, step.dtype, shape(step.shape), _reason(step)
+
+
+def _action(word: str, steps: Sequence[Step], width: int | None) -> list[str]:
+    """A heading for each reason that several keys share, and one for the keys that each have their own."""
+    by_reason: dict[str, list[str]] = {}
+    for step in steps:
+        by_reason.setdefault(_reason(step), []).append(step.target)
+    single = sum(len(named) == 1 for named in by_reason.values())
+    lines = []
+    for reason, named in by_reason.items():
+        if len(named) > 1 or single <= 1:
+            lines += [heading(word, len(named), name(reason)), *keys(named, width)]
+    apart = [(named[0], reason) for reason, named in by_reason.items() if len(named) == 1 < single]
+    return [*lines, heading(word, len(apart), "each for its own reason"), *table(apart, width)] if apart else lines
+
+
+def _dropped(found: Plan, width: int | None, most: int | None) -> list[str]:
+    if not found.dropped:
+        return []
+    return [
+        heading("drop", len(found.dropped), "of the source"),
+        *folded([(row.source, (row.reason,)) for row in found.dropped], width, most),
+    ]
+
+
+def summary(found: Plan) -> str:
+    """The plan in one line."""
+    counts = Counter(step.action for step in found.steps)
+    words = [f"{counts[action]} to {word}" for action, word in WORDS.items() if counts[action]]  # type: ignore[index]
+    words += [f"{len(found.dropped)} to drop"] if found.dropped else []
+    return f"Plan: {', '.join(words) or 'nothing to do'}. Coverage {coverage_words(found.coverage)}."

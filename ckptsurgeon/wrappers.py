@@ -1,0 +1,21 @@
+"""The one table of the segments that wrappers put into a model's names: DataParallel, torch.compile, FSDP, activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# They stand at a key's head or within it.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+# Those that are in a module's path and a parameter's name, and that a hook takes out of the keys of the state_dict.
+HIDDEN = frozenset(name for name in WRAPPERS if name.endswith("_wrapped_module"))
+
+
+def unwrap(key: str, wrappers: Iterable[str]) -> str:
+    """`key` without the segments in `wrappers`.
+
+    >>> unwrap("module.layer1._orig_mod.conv.weight", ("module", "_orig_mod"))
+    'layer1.conv.weight'
+    """
+    if not wrappers:
+        return key
+    return ".".join(segment for segment in key.split(".") if segment not in wrappers) or key

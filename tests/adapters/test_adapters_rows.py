@@ -1,0 +1,162 @@
+"""The adapter `rows`: which row takes which, held against plain dicts; and that no op of an edited plan does worse than RuleError."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsurgeon.adapters.op import Place, Shape
+from ckptsurgeon.adapters.rows import ROWS
+from ckptsurgeon.errors import RuleError
+
+ADAPTER = ROWS["rows"]
+Lines = list[str | None]
+
+
+def filled(rows: int, wanted: int | None = None, **fields: Any) -> dict[str, Any]:
+    return dict(ADAPTER.fill({"op": "rows", **fields}, Place(((rows, 4),), None if wanted is None else (wanted, 4))))
+
+
+def taken(op: dict[str, Any]) -> list[int | None]:
+    """The source's row for each of the target's, from the runs."""
+    found: list[int | None] = [None] * op["rows"]
+    for start, source, count in op["runs"]:
+        for step in range(count):
+            assert found[start + step] is None
+            found[start + step] = source + step
+    return found
+
+
+def test_by_numbers() -> None:
+    op = filled(8, index=[3, 7, 0])
+    assert op == {"op": "rows", "dim": 0, "rows": 3, "runs": [[0, 3, 1], [1, 7, 1], [2, 0, 1]], "fill": "none"}
+    assert filled(8, 3, index=(4, 5, 6))["runs"] == [[0, 4, 3]]
+    assert filled(8, 5, index=[2, -1, 3], fill="zeros")["runs"] == [[0, 2, 1], [2, 3, 1]]
+    assert filled(8, index=[-1, 0], fill="mean", dim=-2)["dim"] == 0
+
+
+def test_by_tokens() -> None:
+    source, target = ("<pad>", "the", "cat", "sat"), ("the", "cat", "<new>", "dog", "sat")
+    op = filled(4, 8, source=source, target=target, fill="mean", copy={"<new>": "the"})
+    assert op == {"op": "rows", "dim": 0, "rows": 8, "runs": [[0, 1, 2], [2, 1, 1], [4, 3, 1]], "fill": "mean"}
+    assert ADAPTER.infer(op, ((4, 4), (4,))) == ((8, 4), (8,))
+    init = filled(6, 8, source=source, target=target, fill="init", copy={"the": "cat"})
+    assert (init["scheme"], taken(init)) == ("model", [2, 2, None, None, 3, None, None, None])
+    assert filled(4, 5, source=source, target=target, fill="init", scheme="normal(std=0.02)")["scheme"] == "normal(std=0.02)"
+    assert json.loads(json.dumps(op)) == op
+    whole = filled(4, 4, source=source, target=source, fill="init")
+    assert whole == {"op": "rows", "dim": 0, "rows": 4, "runs": [[0, 0, 4]], "fill": "none"}  # nothing to fill, nothing to ask a model for
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "wanted", "fields"),
+    [
+        (
+            "3 of the target's 6 rows have no counterpart in the source: 'x', row 3 .no token., row 5 .no token.",
+            4,
+            6,
+            {"target": ["a", "x", "b", None, "c"]},
+        ),
+        ("7 of the target's 8 rows .*: 'x1', 'x2', 'x3', 'x4', 'x5' \\.\\.\\.", 4, 8, {"target": ["a", *(f"x{i}" for i in range(1, 8))]}),
+        ("the target has 2 rows, and its list has 3 tokens", 4, 2, {"target": ["a", "b", "c"]}),
+        ("the source has 2 rows, and its list has 3 tokens", 2, 3, {"target": ["a", "b", "c"]}),
+        ("no token in common", 4, 2, {"target": ["x", "y"], "fill": "mean"}),
+        ("the target's list has the token 'a' twice", 4, 2, {"target": ["a", "a"]}),
+        ("the source's list has the token 'b' twice", 4, 2, {"target": ["a", "b"], "source": ["b", "a", "b"]}),
+        ("copy names tokens that are not there\n.*'n' is no token of the target", 4, 2, {"target": ["a", "b"], "copy": {"n": "a"}}),
+        ("'m' is no token of the source", 4, 2, {"target": ["a", "n"], "copy": {"n": "m"}}),
+        ("the list 'a/vocab.txt' was not read", 4, 2, {"target": ["a"], "source": "a/vocab.txt"}),
+        ("the source has 4 rows, and none with the number 4", 4, 2, {"index": [0, 4]}),
+        ("not index and source", 4, 2, {"index": [0, 1], "source": ["a"]}),
+        ("the target has 1 rows, and its list has 2 numbers", 4, 1, {"index": [0, 1]}),
+        ("1 of the target's 3 rows have no counterpart in the source: row 1", 4, 3, {"index": [0, -1, 2]}),
+        ("needs an index, or both", 4, 2, {"source": ["a"]}),
+        ("only it takes a scheme", 4, 2, {"index": [0, 1], "scheme": "zeros"}),
+        ("last adapter", 4, None, {"index": [0, -1], "fill": "init"}),
+        ("has no dimension 2", 4, 2, {"index": [0, 1], "dim": 2}),
+        ("a plan's own fields", 4, 2, {"runs": [[0, 0, 2]]}),
+    ],
+)
+def test_what_can_not_be_told_is_refused(words: str, rows: int, wanted: int | None, fields: dict[str, Any]) -> None:
+    if "target" in fields:
+        fields = {"source": ["a", "b", "c"], **fields}
+    with pytest.raises(RuleError, match=f"(?s){words}"):
+        filled(rows, wanted, **fields)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    source=st.lists(st.none() | st.sampled_from("abcdefgh"), max_size=8),
+    target=st.lists(st.none() | st.sampled_from("abcdefgh"), max_size=8),
+    more=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+def test_each_token_takes_the_row_of_the_same_token(source: Lines, target: Lines, more: tuple[int, int]) -> None:
+    rows, wanted = len(source) + more[0], len(target) + more[1]
+    try:
+        op = filled(rows, wanted, source=source, target=target, fill="zeros")
+    except RuleError:
+        twice = any(len(names := [one for one in lines if one]) != len(set(names)) for lines in (source, target))
+        assert twice or not ({*source} & {*target}) - {None}
+        return
+    assert taken(op) == [source.index(token) if token and token in source else None for token in target] + [None] * more[1]
+    starts = [(run[0] + run[2], run[1] + run[2]) for run in op["runs"]]
+    assert not set(starts) & {(run[0], run[1]) for run in op["runs"]}  # no two runs that are one
+    assert ADAPTER.infer(op, ((rows, 3),)) == ((wanted, 3),)
+
+
+@settings(max_examples=60, deadline=None)
+@given(index=st.permutations(range(5)))
+def test_a_permutation_is_undone(index: list[int]) -> None:
+    back = ADAPTER.invert({"op": "rows", "index": index})
+    assert back is not None
+    once, again = taken(filled(5, 5, index=index)), taken(filled(5, 5, index=back["index"]))
+    assert [once[row] for row in again if row is not None] == list(range(5))
+    assert ADAPTER.invert({"op": "rows", "index": [*index, 0]}) is None
+    assert ADAPTER.invert({"op": "rows", "source": "a", "target": "b"}) is None
+
+
+def test_fields_take_what_a_rule_or_a_caller_gives() -> None:
+    good: dict[str, Any] = {"source": "a.txt", "target": ("a", None), "copy": {"a": "b"}, "index": [0, -1], "scheme": "zeros", "dim": -1}
+    assert all(ADAPTER.fields[name](value) for name, value in good.items())
+    bad: dict[str, Any] = {"source": "", "target": ["a", 1], "copy": {"a": 1}, "index": [-2], "fill": None, "runs": [[0, 0]], "rows": True}
+    assert not any(ADAPTER.fields[name](value) for name, value in bad.items())
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["mean", "init"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+SHAPES = st.lists(st.lists(st.integers(0, 9) | st.just(1 << 61), max_size=4).map(tuple), max_size=3).map(tuple)
+
+
+@settings(max_examples=500, deadline=None)
+@given(shapes=SHAPES, data=st.data())
+def test_no_op_does_worse_than_a_rule_error(shapes: tuple[Shape, ...], data: st.DataObject) -> None:
+    good: dict[str, st.SearchStrategy[Any]] = {
+        "dim": st.integers(-1, 2),
+        "rows": st.integers(0, 9),
+        "runs": st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), max_size=3),
+        "fill": st.sampled_from(["mean", "zeros", "init", "none"]),
+        "scheme": st.just("model"),
+        "index": st.lists(st.integers(-1, 9), max_size=4),
+        "source": st.lists(st.none() | st.sampled_from("abcd"), max_size=4),
+        "target": st.lists(st.none() | st.sampled_from("abcd"), max_size=4),
+        "copy": st.dictionaries(st.sampled_from("abcd"), st.sampled_from("abcd"), max_size=1),
+    }
+    often = {name: data.draw(st.integers(0, 9)) for name in good}
+    op: dict[str, Any] = {"op": "rows", **{name: data.draw(good[name] if often[name] > 1 else JUNK) for name in good if often[name] % 5}}
+    for name in ("index", "source", "target", "copy"):
+        if data.draw(st.booleans()):
+            op.pop(name, None)
+    with suppress(RuleError):
+        assert len(ADAPTER.infer(op, shapes)) == len(shapes)
+    rule = {name: value for name, value in op.items() if name not in ("op", "rows", "runs") and ADAPTER.fields[name](value)}
+    wanted = data.draw(st.none() | st.lists(st.integers(0, 9), max_size=4).map(tuple))
+    with suppress(RuleError):
+        ADAPTER.infer(ADAPTER.fill({"op": "rows", **rule}, Place(shapes, wanted)), shapes)
