@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         verify,
     )
     from ckptsurgeon.errors import CheckpointError
-    from ckptsurgeon.limits import limits
+    from ckptsurgeon.limit_table import limits
     from ckptsurgeon.models.training.thawing import Thaw
     from ckptsurgeon.rules.rules import Rule
     from ckptsurgeon.tensors import Checkpoint, TensorMeta
@@ -41,7 +41,7 @@ _HOMES = {
     "Rule": "rules.rules",
     "Thaw": "models.training.thawing",
     "CheckpointError": "errors",
-    "limits": "limits",
+    "limits": "limit_table",
     "Checkpoint": "tensors",
     "TensorMeta": "tensors",
 }

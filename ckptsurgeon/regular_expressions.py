@@ -168,7 +168,7 @@ class Expression:
         return self._known[key]
 
     def _answer(self, keys: Sequence[str]) -> tuple[Mapping[str, int], int, Sequence[Sequence[str | None] | None]]:
-        from ckptsurgeon.limits import allowed, exceeded
+        from ckptsurgeon.limit_table import allowed, exceeded
 
         one, every = (allowed(name) for name in ("regex-seconds", "all-regex-seconds"))
         seconds = min(one - self._used, every - self._child.used)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 # From the ground up; a module may import its own floor and those before it.
 FLOORS = [
     {
-        *("errors", "shown", "dtypes", "tensors", "report", "version", "limits", "hints", "wrappers", "call_text", "finding_codes"),
+        *("errors", "shown", "dtypes", "tensors", "report", "version", "limit_table", "hints", "wrappers", "call_text", "finding_codes"),
         "regular_expressions",
     },
     {"adapters"},

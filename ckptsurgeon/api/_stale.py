@@ -63,7 +63,7 @@ def load_plan(path: Path) -> Plan:
     ('fc3.weight', 'fc3.bias')
     """
     from ckptsurgeon.formats.files import open_regular
-    from ckptsurgeon.limits import allowed, exceeded
+    from ckptsurgeon.limit_table import allowed, exceeded
 
     with open_regular(os.fspath(path)) as file:
         if file.size > (most := allowed("json-bytes")):

@@ -13,7 +13,7 @@ from ckptsurgeon.cli.files import name_list
 from ckptsurgeon.cli.output import Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.limits import limits
+from ckptsurgeon.limit_table import limits
 from ckptsurgeon.planning.resolve import AUTO
 from ckptsurgeon.rules.rules import Kind, Rule
 

@@ -18,7 +18,7 @@ from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
 from ckptsurgeon.formats.registry import no_collections, reader_of
 from ckptsurgeon.formats.torch import legacy as torch_legacy
 from ckptsurgeon.formats.torch import zip as torch_zip
-from ckptsurgeon.limits import Budget, allowed, exceeded
+from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.tensors import FileStamp, Refused
 
 _UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from ckptsurgeon.limits import allowed
+from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.evidence.vocabulary import concepts

@@ -16,7 +16,7 @@ from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.patterns import Pattern, check_template, compile_pattern
 

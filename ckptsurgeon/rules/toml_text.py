@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any
 
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 
 # Bare text, a comment or a string. What is not closed ends it, as it ends `tomllib`; nothing is gone over twice.
 _PART = re.compile(

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ckptsurgeon.limits import BY_NAME
+from ckptsurgeon.limit_table import BY_NAME
 
 FILE = "net_params.pkl"
 COMMANDS = [

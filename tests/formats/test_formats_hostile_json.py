@@ -17,7 +17,7 @@ from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, Unreada
 from ckptsurgeon.formats import read
 from ckptsurgeon.formats import registry as sniff
 from ckptsurgeon.formats.plain import skeleton as skeletons
-from ckptsurgeon.limits import allowed
+from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 

@@ -16,7 +16,7 @@ from transformers import ViTConfig
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, UnreadableError
 from ckptsurgeon.formats.labels import read_labels
-from ckptsurgeon.limits import limits
+from ckptsurgeon.limit_table import limits
 
 TEXT = ["the cat sat on the mat", "a dog", 'naïve 猫 {"x": [1]}', "the mat\tsat"]
 

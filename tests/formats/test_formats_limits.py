@@ -24,7 +24,7 @@ from ckptsurgeon.formats import read, read_tree
 from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.formats.pickle.machine import run
 from ckptsurgeon.formats.plain import skeleton
-from ckptsurgeon.limits import BY_NAME, TABLE, allowed, amount, current, limits, shown
+from ckptsurgeon.limit_table import BY_NAME, TABLE, allowed, amount, current, limits, shown
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 

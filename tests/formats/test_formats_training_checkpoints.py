@@ -21,7 +21,7 @@ from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats import read
 from ckptsurgeon.formats.pickle.machine import TruncatedPickle, run
 from ckptsurgeon.formats.torch.legacy import MAGIC, PROTOCOL
-from ckptsurgeon.limits import allowed
+from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.tensors import Archive, Refused
 
 both = pytest.mark.parametrize("save", [save_zip, save_legacy])

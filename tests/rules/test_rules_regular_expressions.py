@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ckptsurgeon import regular_expressions
 from ckptsurgeon.errors import CheckpointError, LimitError, RuleError
-from ckptsurgeon.limits import limits
+from ckptsurgeon.limit_table import limits
 from ckptsurgeon.planning.apply_rules import name_sources
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.rules.patterns import compile_pattern, expand

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ckptsurgeon.api._rules import load_rules
 from ckptsurgeon.api.checking.project import read
 from ckptsurgeon.errors import CheckpointError, LimitError, RuleError
-from ckptsurgeon.limits import limits
+from ckptsurgeon.limit_table import limits
 from ckptsurgeon.rules.toml_text import parse
 
 SIZE = (1 << 20) - 200

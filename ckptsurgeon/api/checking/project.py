@@ -20,7 +20,7 @@ from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import CheckpointError, SettingsError
 from ckptsurgeon.formats.files import open_regular
-from ckptsurgeon.limits import current, limits
+from ckptsurgeon.limit_table import current, limits
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.report import CheckReport, Settings, Unmissable
 from ckptsurgeon.rules import long_keys, toml_text

@@ -17,7 +17,7 @@ from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._options import is_given
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.limits import amount
+from ckptsurgeon.limit_table import amount
 
 Words = str | Iterable[str]  # one, several with commas between them, or several
 

@@ -15,7 +15,7 @@ from ckptsurgeon.formats.files import OpenFile, unreadable
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
 
 # In the order in which Hugging Face's own loaders look.

@@ -26,7 +26,7 @@ from ckptsurgeon.formats.pickle.values import (
     TensorRef,
     TupleKey,
 )
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 
 MAX_INT = (1 << 63) - 1
 

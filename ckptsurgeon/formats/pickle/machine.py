@@ -16,7 +16,7 @@ from ckptsurgeon.formats.pickle.globals import construct
 from ckptsurgeon.formats.pickle.opcodes import RARE
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
 from ckptsurgeon.formats.pickle.tensors import asked_for, tensor
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 
 __all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
 

@@ -16,7 +16,7 @@ from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.pickle.globals import construct, create, describe, set_item
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle
 from ckptsurgeon.formats.pickle.values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 
 
 def _pop(m: Machine) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, PartError
 from ckptsurgeon.formats.pickle.globals import resolve
 from ckptsurgeon.formats.pickle.values import PickledDict
-from ckptsurgeon.limits import Budget, allowed, exceeded
+from ckptsurgeon.limit_table import Budget, allowed, exceeded
 
 
 class TruncatedPickle(FormatError):

@@ -17,7 +17,7 @@ from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle.machine import name_globals
 from ckptsurgeon.formats.pickle.values import Encoded, Global, Inert, NumpyArray, NumpyDType, Opaque, PickledDict, StorageRef, TensorRef
-from ckptsurgeon.limits import Budget, allowed, exceeded
+from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.tensors import NOTHING, Part, Refused, Span, StateDict, TensorMeta
 
 Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage

@@ -19,7 +19,7 @@ from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
 from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
 from ckptsurgeon.formats.torch.zip import parse_provenance
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
 
 METADATA = "__metadata__"

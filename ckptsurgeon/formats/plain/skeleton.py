@@ -15,7 +15,7 @@ from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.json_text import integer, parse, short, whole
 from ckptsurgeon.formats.pickle.unpickled import written_out
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, contiguous_stride
 
 VERSION = 1

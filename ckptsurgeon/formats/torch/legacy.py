@@ -18,7 +18,7 @@ from ckptsurgeon.formats.pickle.globals import MAX_INT
 from ckptsurgeon.formats.pickle.machine import Pickled, TruncatedPickle, name_globals, run
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import Inert, StorageClass, StorageRef
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.tensors import Archive, Span
 
 T = TypeVar("T")

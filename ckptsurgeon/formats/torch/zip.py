@@ -22,7 +22,7 @@ from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, ru
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
 from ckptsurgeon.formats.torch.zip_directory import DEFLATED, Entry, read_directory
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
 PROVENANCE_RECORD = "ckptsurgeon.json"

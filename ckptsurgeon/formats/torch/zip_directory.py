@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
-from ckptsurgeon.limits import allowed, exceeded
+from ckptsurgeon.limit_table import allowed, exceeded
 
 STORED, DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptsurgeon.errors import CoverageError, RuleError
-from ckptsurgeon.limits import allowed
+from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.matcher import looked_at, match
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links import to_toml

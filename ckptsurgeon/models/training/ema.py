@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.limits import allowed
+from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict
 from ckptsurgeon.planning.training_places import AVERAGED
 from ckptsurgeon.tensors import Archive, StateDict

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.limits import allowed
+from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict
 from ckptsurgeon.tensors import Refused, TensorMeta
