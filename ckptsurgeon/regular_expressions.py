@@ -1,8 +1,9 @@
 """A person's or a stranger's regular expression, run in a child process, so that none can hang this one.
 
 Rule: no `/…/` is compiled or matched here. The child is a bare Python (`-I -S`) that knows `re` alone. It gives up by itself when the time
-of a request is over, also when nobody waits for it any more, and ends with the last expression that uses it. Its answers are those of
-`re.fullmatch`. Nothing is started, nor `subprocess` imported, before there is an expression.
+of a request is over, also when nobody waits for it any more, and ends with the last expression that uses it. One whose time is used up
+belongs to the call that it stopped; the next call gets a new one. Its answers are those of `re.fullmatch`. Nothing is started, nor
+`subprocess` imported, before there is an expression.
 """
 
 from __future__ import annotations
@@ -124,6 +125,13 @@ def one_child() -> _Child:
     return child
 
 
+def _leave(child: _Child) -> None:
+    """Later expressions get another process: an error that is kept, as a notebook keeps the last one, must not stop calls after it."""
+    global _current
+    if _current is not None and _current() is child:
+        _current = None
+
+
 class Expression:
     """A regular expression that holds whole keys against itself elsewhere. It remembers its answers."""
 
@@ -185,6 +193,7 @@ class Expression:
                 raise RuleError(f"{self._text} can't be used: {found[0]}")
             if found:
                 return found[0], found[1], found[2]
+        _leave(self._child)
         if self._child.used >= every:
             raise exceeded("all-regex-seconds", f"{self._words}up to {self._text}, regular expressions took more than {every} s together")
         raise exceeded("regex-seconds", f"{self._words}{self._text} takes more than {one} s{_over(keys)}")

@@ -32,8 +32,9 @@ KEY = "a" * 40 + "!"
 
 
 @pytest.fixture(autouse=True)
-def child() -> Iterator[object]:
-    """One process for a test's expressions, as the command line has it."""
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """One process for a test's expressions, as the command line has it: no other test's time counts."""
+    monkeypatch.setattr(regular_expressions, "_current", None)
     yield one_child()
     gc.collect()
 
@@ -45,7 +46,6 @@ def source(*names: str) -> Checkpoint:
 plain = st.sampled_from(["a", "b", ".", "é", r"\.", r"\d", "[^.]", "(?i:A)", "^", "$", r"\Z"])
 groups = st.sampled_from(["(a|b)", "(?:ab)", "(?P<n>.)", "(b)?", "(?=a)", "(?<=b)", r"\1", "*", "+", "?", "{2}", "|", "(", ")"])
 words = st.one_of(plain, groups)
-HELD = one_child()
 
 
 @settings(max_examples=600, deadline=None)
@@ -105,13 +105,25 @@ def test_nor_can_compiling_one_take_for_ever(body: str) -> None:
 
 
 def test_many_that_are_each_quick_are_bounded_together() -> None:
-    slow = "/" + "(?i:[\\0-\U0010ffff])" + "/"  # some tenths of a second to compile
-    rules = [Rule("drop", slow.replace("(?i:", f"(?i:{number}")) for number in range(60)]
+    slow = "/" + "(?i:[\\0-\U0010ffff])" * 8 + "/"  # some tenths of a second to compile
+    rules = [Rule("drop", slow.replace("(?i:", f"(?i:{number}", 1)) for number in range(60)]
     with pytest.raises(LimitError, match="all-regex-seconds=4"), limits(all_regex_seconds=1):
         compile_rules(rules)
     text = "".join(f"[[drop]]\nkey = '{rule.pattern}'\n" for rule in rules)
     with pytest.raises(LimitError, match="all-regex-seconds=4"), limits(all_regex_seconds=1):
         parse_rules(text.replace("\\0-\U0010ffff", "\\x00-\\U0010ffff"), "rules.toml")
+
+
+def test_a_kept_error_does_not_stop_the_calls_after_it() -> None:
+    """A notebook keeps the last error, and with it the expression that took too long and the seconds that it used."""
+    kept = []
+    for _ in range(3):
+        with limits(regex_seconds=1, all_regex_seconds=1):
+            assert compile_pattern("/a(.)/").match("ab") == {"1": "b"}
+            with pytest.raises(LimitError) as caught:
+                compile_pattern(ENDLESS).match(KEY)
+        kept.append(caught.value)
+    assert len(kept) == 3
 
 
 def test_a_part_that_stands_twice_is_tried_elsewhere_where_a_key_is_long() -> None:
