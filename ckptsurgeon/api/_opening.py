@@ -74,6 +74,13 @@ def look(given: Given) -> Given:
     return read(text)
 
 
+def name_of(target: Given) -> str:
+    """What a target that was not opened is called: its path or spec as it was given, or its class."""
+    if isinstance(target, (str, os.PathLike)):
+        return os.fspath(target)
+    return target.path if isinstance(target, Checkpoint) else type(target).__name__
+
+
 def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
     """A source as a checkpoint: a file, or what `look` saw of it, under its named or best root, or a `Checkpoint` as it is.
 

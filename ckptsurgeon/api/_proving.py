@@ -1,19 +1,25 @@
-"""Holds a file against a target afresh: against a model by loading it there, against anything else by names, dtypes and shapes."""
+"""Holds a file against a target afresh: against a model by loading it there, against anything else by names, dtypes and shapes.
+
+Every entry of a torch zip file is held against its checksum too, in a second thread beside the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import Target
-from ckptsurgeon.errors import FormatError, PlanError, VerificationError
+from ckptsurgeon.errors import CheckpointError, FormatError, PlanError, VerificationError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning import roots
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming import checksums
+from ckptsurgeon.streaming.checksums import Held
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -31,23 +37,13 @@ def verify_written(
 ) -> Verification:
     """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
     checkpoint = _opening.open_source(path, root=root, target=target.checkpoint)
-    if target.build is None:
-        found = _by_names(checkpoint, target.checkpoint, finite)
-    else:
-        from ckptsurgeon.models.verify.verify import verify_on_device
-
-        build, build_meta = target.build, target.build_meta
-        builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
-        spans = () if shown is not None or device == "meta" else checksums.entries_of(checkpoint)
-        with Reader([checkpoint]) as reader:
-            with checksums.holding(reader, spans) as wrong:
-                found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
-            reader.check_unchanged()
-        found = replace(found, findings=(*found.findings, *checksums.damage(wrong, checkpoint), *checksums.without(spans)))
-        if not found.bitwise and shown is None:  # on meta there are no values, but the file has them
-            found = replace(found, findings=(*found.findings, *_of_data(checkpoint, finite)))
-        elif not found.bitwise and finite:
+    with checksums.holding_files(() if shown is not None else checkpoint.files) as held:
+        found = (
+            _by_names(checkpoint, target.checkpoint) if target.build is None else _loaded(checkpoint, target, device, finite, inputs, seed)
+        )
+        if finite and not found.bitwise:  # no value was looked at, but the file has them
             found = replace(found, findings=(*found.findings, *non_finite(checkpoint)))
+    found = replace(found, findings=(*found.findings, *_damage(held, checkpoint, found)))
     found = replace(found, root=checkpoint.root)
     if shown is not None and not found.ok:
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
@@ -60,11 +56,43 @@ def errors(found: Verification) -> tuple[Finding, ...]:
     return tuple(finding for finding in found.findings if finding.level == "error")
 
 
-def _by_names(checkpoint: Checkpoint, target: Checkpoint, finite: bool) -> Verification:
-    findings = [*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note")]
-    findings += _of_data(checkpoint, finite)
+def unreadable(error: FormatError, path: str) -> Verification:
+    """A no for a file that can't be read, where entries of it are not what their checksums say. Raises `error` where all are."""
+    found: list[Finding] = []
+    with suppress(CheckpointError):  # it is no zip archive, or one whose directory is damaged
+        held = checksums.hold_now(error.path or path)
+        found += checksums.findings_of(held, (), "" if held.path == path else f"{os.path.basename(held.path)}: ")
+    if not any(finding.level == "error" for finding in found):
+        raise error
+    note = Finding("unreadable", f"nothing was loaded or compared, since the file {error.reason}", level="note")
+    return Verification("none", 0, (*found, note), bitwise=False)
+
+
+def _loaded(checkpoint: Checkpoint, target: Target, device: str, finite: bool, inputs: tuple[str, ...], seed: int) -> Verification:
+    from ckptsurgeon.models.verify.verify import verify_on_device
+
+    build, build_meta = target.build, target.build_meta
+    assert build is not None
+    builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
+    with Reader([checkpoint]) as reader:
+        found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
+        reader.check_unchanged()
+    return found
+
+
+def _by_names(checkpoint: Checkpoint, target: Checkpoint) -> Verification:
+    findings = (*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note"))
     fresh = (checkpoint.provenance or {}).get("fresh")
-    return Verification("none", len(target), tuple(findings), bitwise=False, fresh=None if fresh is None else tuple(fresh))
+    return Verification("none", len(target), findings, bitwise=False, fresh=None if fresh is None else tuple(fresh))
+
+
+def _damage(files: Sequence[Held], checkpoint: Checkpoint, found: Verification) -> Iterator[Finding]:
+    """What the checksums of files say of all that is in them, beyond what was found where their values were read."""
+    told = {finding.key for finding in found.findings if finding.code == "checksum"}
+    for held in files:
+        where = f"{os.path.basename(held.path)}: " if len(files) > 1 else ""
+        findings = checksums.findings_of(held, checksums.places_in(checkpoint.tensors), where)
+        yield from (finding for finding in findings if finding.key is None or finding.key not in told)
 
 
 def fits(checkpoint: Checkpoint, target: Checkpoint) -> list[Finding]:
@@ -104,13 +132,6 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
                 findings.append(Finding("non-finite", f"has {count} values that are NaN or infinite", key))
         reader.check_unchanged()
     return findings
-
-
-def _of_data(checkpoint: Checkpoint, finite: bool) -> list[Finding]:
-    """What there is to say of a file's data where it is not loaded: what its checksums say, and with `finite` what its values are."""
-    values = non_finite(checkpoint) if finite else []
-    told = {finding.key for finding in values if finding.code == "checksum"}
-    return [*values, *(finding for finding in checksums.damaged(checkpoint) if finding.key is None or finding.key not in told)]
 
 
 def refuse_non_finite(path: str, shown: str) -> None:

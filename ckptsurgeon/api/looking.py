@@ -10,8 +10,9 @@ from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import Given, Note, Path, Renames, silent
 from ckptsurgeon.api._options import facts, refuse_idle
 from ckptsurgeon.api._own_loading import learned
-from ckptsurgeon.api._proving import verify_written
+from ckptsurgeon.api._proving import unreadable, verify_written
 from ckptsurgeon.api._rules import Rules, gather
+from ckptsurgeon.errors import FormatError
 from ckptsurgeon.planning.diff import Diff, compare
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.report import Verification
@@ -116,8 +117,8 @@ def verify(
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
 
-    The data of every tensor is held against the checksums that torch's zip format keeps, whatever the target and the device. With a
-    skeleton or another checkpoint as target nothing is loaded: names, dtypes and shapes are compared.
+    Everything in the file, what stands beside the weights too, is held against the checksums that torch's zip format keeps, whatever the
+    target and the device. With a skeleton or another checkpoint as target nothing is loaded: names, dtypes and shapes are compared.
 
     Args:
         device: `cpu` (by itself), `cuda:0`, `mps`; `meta` compares names, dtypes and shapes, and no values.
@@ -127,17 +128,23 @@ def verify(
     Raises:
         DeviceError: the device is not on this machine.
         SettingsError: a device, input or seed where the target is no model.
-        CheckpointError: the file or the target can't be read or built. A file that does not fit is a report whose `ok` is False.
+        CheckpointError: the file or the target can't be read or built. A file that does not fit, or that is not what its own checksums
+            say, is a report whose `ok` is False.
 
     >>> from ckptsurgeon import merge
     >>> _ = merge("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses", "merged.pt", overwrite=True)
     >>> verify("merged.pt", "fixtures/variants.py:NetTwoClasses", inputs=["1x3x32x32"]).outputs
     {'output': (1, 2)}
     """
-    _opening.look(checkpoint)
+    path = os.fspath(checkpoint)
+    try:
+        _opening.look(path)
+    except FormatError as error:
+        found = unreadable(error, path)
+        return replace(found, text=text.verification(found, path, _opening.name_of(target)))
     goal = _opening.open_target(target, note=note)
     model, shapes = goal.build is not None, tuple(inputs)
     known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)
-    found = verify_written(os.fspath(checkpoint), goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
-    return replace(found, text=text.verification(found, os.fspath(checkpoint), goal.checkpoint.path))
+    found = verify_written(path, goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
+    return replace(found, text=text.verification(found, path, goal.checkpoint.path))

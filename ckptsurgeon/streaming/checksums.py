@@ -1,7 +1,7 @@
 """Holds the data of zip archives against the checksums that they keep: torch.load does not look at them.
 
-Each entry is read once and whole, by small buffers and without torch; nothing is interpreted or kept. `holding` does it for what a reader
-has read, beside other work; `hold` for everything that is in a file.
+Each entry is read once and whole, by small buffers and without torch; nothing is interpreted or kept. `hold` does it for everything that is
+in a file, `holding` for what a reader has read, beside other work; `holding_files` does the first beside other work.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 import shlex
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ckptsurgeon.errors import CheckpointError, FormatError, StaleError
@@ -22,16 +22,17 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span
+from ckptsurgeon.tensors import Checkpoint, FileStamp, Span, TensorMeta
 
 _ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
 class Held:
-    """What became of one file: the storages, or other entries by name, whose data is not what its checksum says, and how many entries
-    have no checksum (a CRC of zero). `keeps` is False for a format that has none."""
+    """What became of the file at `path`: the storages, or other entries by name, whose data is not what its checksum says, and how many
+    entries have no checksum (a CRC of zero). `keeps` is False for a format that has none."""
 
+    path: str
     keeps: bool
     wrong_storages: tuple[str, ...] = ()
     wrong_entries: tuple[str, ...] = ()
@@ -43,24 +44,34 @@ def hold(seen: FileStamp, alive: Callable[[], None]) -> Held:
 
     StaleError when the file is no longer what it was.
     """
+    with _opened(seen) as file:
+        return _hold(file, alive)
+
+
+@contextmanager
+def _opened(seen: FileStamp) -> Iterator[OpenFile]:
     with open_regular(seen.path) as file:
         if file.stamp != seen:
             raise _changed(seen.path)
-        if file.read(0, min(len(_ZIP), file.size)) != _ZIP:
-            return Held(keeps=False)
-        storages: list[str] = []
-        others: list[str] = []
-        without = 0
-        with copying.naming(seen.path):
-            for entry in read_directory(file).entries.values():
-                without += not entry.crc and entry.size > 0
-                if not _as_it_says(file, entry, alive):
-                    name = entry.name.partition("/")[2]
-                    storages += [name[len("data/") :]] if name.startswith("data/") else []
-                    others += [] if name.startswith("data/") else [name]
-        if stamp(seen.path, os.fstat(file.fd)) != seen:
-            raise _changed(seen.path)
-    return Held(True, tuple(storages), tuple(others), without)
+        yield file
+
+
+def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
+    if file.read(0, min(len(_ZIP), file.size)) != _ZIP:
+        return Held(file.path, keeps=False)
+    storages: list[str] = []
+    others: list[str] = []
+    without = 0
+    with copying.naming(file.path):
+        for entry in read_directory(file).entries.values():
+            without += not entry.crc and entry.size > 0
+            if not _as_it_says(file, entry, alive):
+                name = entry.name.partition("/")[2]
+                storages += [name[len("data/") :]] if name.startswith("data/") else []
+                others += [] if name.startswith("data/") else [name]
+    if stamp(file.path, os.fstat(file.fd)) != file.stamp:
+        raise _changed(file.path)
+    return Held(file.path, True, tuple(storages), tuple(others), without)
 
 
 def _as_it_says(file: OpenFile, entry: Entry, alive: Callable[[], None]) -> bool:
@@ -81,6 +92,29 @@ def _changed(path: str) -> StaleError:
     return StaleError("changed while it was read", path=path, hint="run it again when nothing writes to it")
 
 
+def hold_now(path: str) -> Held:
+    """`hold` for the file at `path` as it is now."""
+    with open_regular(path) as file:
+        return _hold(file, lambda: None)
+
+
+@contextmanager
+def holding_files(files: Sequence[FileStamp]) -> Iterator[list[Held]]:
+    """While the block runs, `hold` files in a second thread. What became of each stands in the list after the block.
+
+    StaleError, before the block or after it, when a file is no longer what it was.
+    """
+    found: list[Held] = []
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_opened(seen)) for seen in files]  # here, where no one's code has changed the folder
+
+        def work(alive: Callable[[], None]) -> None:
+            found.extend(_hold(file, alive) for file in opened)
+
+        with _beside(work):
+            yield found
+
+
 @contextmanager
 def holding(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
     """While the block runs, hold the entries around spans against their checksums in a second thread, whole, each once.
@@ -89,25 +123,46 @@ def holding(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
     entry from being read is raised after the block.
     """
     wrong: list[Span] = []
-    failed: list[CheckpointError] = []
     # Files are opened here: the thread shares nothing with the block but their descriptors.
     waiting = [(span, *reader.locate(span)) for span in spans if span.record is not None and span.record.crc]
-    held: list[Span] = []
-    stop = threading.Event()
 
-    def work() -> None:
+    def work(alive: Callable[[], None]) -> None:
+        wrong.extend(span for span, fd, offset in waiting if not _as_its_record_says(span, fd, offset, alive))
+
+    with _beside(work):
+        yield wrong
+
+
+class _Stopped(Exception):
+    """The block beside has failed, so that nobody waits for the answer."""
+
+
+@contextmanager
+def _beside(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Run `work` in a second thread while the block runs, and wait for its end; its error is raised where the block has none.
+
+    What it is given raises `_Stopped` once the block has failed: to be called between buffers.
+    """
+    stop, done = threading.Event(), threading.Event()
+    failed: list[CheckpointError] = []
+
+    def alive() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    def run() -> None:
         try:
-            for span, fd, offset in waiting:
-                if not _as_its_record_says(span, fd, offset, stop):
-                    wrong.append(span)
-                held.append(span)
+            work(alive)
+            done.set()
+        except _Stopped:
+            return
         except CheckpointError as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        yield wrong
+        yield
     except BaseException:
         stop.set()
         raise
@@ -115,29 +170,18 @@ def holding(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
         thread.join()
     if failed:
         raise failed[0]
-    assert len(held) == len(waiting), "the thread that holds checksums came to no end"
+    assert done.is_set(), "the thread that holds checksums came to no end"
 
 
-def _as_its_record_says(span: Span, fd: int, offset: int, stop: threading.Event) -> bool:
-    """Whether the record around a span, which begins at `offset` in an open file, is what its checksum says; False when it is stopped."""
+def _as_its_record_says(span: Span, fd: int, offset: int, alive: Callable[[], None]) -> bool:
+    """Whether the record around a span, which begins at `offset` in an open file, is what its checksum says."""
     record, crc = span.record, 0
     assert record is not None
     with copying.naming(span.file):
         for part in copying.chunks(fd, offset - span.offset + record.offset, record.nbytes):
-            if stop.is_set():
-                return False
+            alive()
             crc = zlib.crc32(part, crc)
     return crc == record.crc
-
-
-def entries_of(checkpoint: Checkpoint) -> tuple[Span, ...]:
-    """A span of each zip entry that a checkpoint's tensors lie in."""
-    found: dict[tuple[str, int], Span] = {}
-    for tensor in checkpoint.values():
-        entry = None if tensor.span is None else tensor.span.packed or tensor.span.record
-        if tensor.span is not None and entry is not None:
-            found.setdefault((tensor.span.file, entry.offset), tensor.span)
-    return tuple(found.values())
 
 
 def keys_in(spans: Iterable[Span], checkpoints: Iterable[Checkpoint]) -> Iterator[tuple[str, Span]]:
@@ -165,25 +209,6 @@ def refuse(wrong: Sequence[Span], checkpoints: Iterable[Checkpoint]) -> None:
     )
 
 
-def damaged(checkpoint: Checkpoint) -> list[Finding]:
-    """What there is to say of the checksums of a checkpoint's tensors, stored or deflated, where nothing else reads them."""
-    spans = entries_of(checkpoint)
-    with Reader([checkpoint]) as reader:
-        wrong = held(reader, spans) + [span for span in spans if span.packed is not None and not _inflates(reader, span, span.packed)]
-        reader.check_unchanged()
-    return [*damage(wrong, checkpoint), *without(spans)]
-
-
-def _inflates(reader: Reader, span: Span, packed: Packed) -> bool:
-    with copying.naming(span.file):
-        name = f"data/{span.storage}"
-        return _as_it_says(reader.open(span.file), Entry(name, packed.offset, packed.nbytes, packed.size, packed.crc, DEFLATED), _go_on)
-
-
-def _go_on() -> None:
-    """Nothing needs to be told between two buffers."""
-
-
 def held(reader: Reader, spans: Sequence[Span]) -> list[Span]:
     """Those spans the entries around which are not what their checksums say."""
     with holding(reader, spans) as wrong:
@@ -196,10 +221,29 @@ def hold_all(reader: Reader, checkpoints: Iterable[Checkpoint]) -> None:
     refuse(held(reader, tuple(reader.entries().values())), checkpoints)
 
 
-def damage(wrong: Iterable[Span], checkpoint: Checkpoint) -> list[Finding]:
-    """An error for each key whose data is not what the file's own checksum says."""
-    words = "is not what the file's own checksum says (try: copy or download it again)"
-    return [Finding("checksum", words, key) for key, _ in keys_in(wrong, [checkpoint])]
+Place = tuple[str, str]  # a file's path and one of its storages
+
+
+def findings_of(held: Held, places: Iterable[tuple[str, Place]], where: str = "") -> Iterator[Finding]:
+    """An error for each thing in a file whose data is not what its checksum says, and a note where there are no checksums.
+
+    Args:
+        places: keys, each with where its data lies; a damaged storage in which none lies is told by its entry's name.
+        where: what the sentences begin with, such as the file's name.
+    """
+    words = f"{where}is not what the file's own checksum says (try: copy or download it again)"
+    wrong: dict[Place, str] = {(held.path, storage): f"data/{storage}" for storage in held.wrong_storages}
+    found = [(key, place) for key, place in places if place in wrong] if wrong else []
+    told = {place for _, place in found}
+    entries = [*(entry for place, entry in wrong.items() if place not in told), *held.wrong_entries]
+    yield from (Finding("checksum", words, key) for key in [*(key for key, _ in found), *entries])
+    if held.without:
+        yield Finding("no-checksum", f"{where}{held.without} of its entries have no checksum to be held against", level="note")
+
+
+def places_in(tensors: Mapping[str, TensorMeta]) -> Iterator[tuple[str, Place]]:
+    """Every key, and the file and storage that its data lies in."""
+    return ((key, (tensor.span.file, tensor.span.storage)) for key, tensor in tensors.items() if tensor.span is not None)
 
 
 def without(spans: Iterable[Span]) -> list[Finding]:

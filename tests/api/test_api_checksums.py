@@ -23,6 +23,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.cli import main
 from ckptsurgeon.errors import FormatError, StaleError
 from ckptsurgeon.formats.plain import skeleton
+from ckptsurgeon.report import Verification
 from ckptsurgeon.streaming import checksums, copying
 
 METHODS = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}
@@ -273,6 +274,134 @@ def test_verify_says_of_a_file_target_too_that_there_are_no_checksums(tmp_path: 
         path = save(Net().state_dict(), tmp_path / "in.pt")
     for found in (cs.verify(path, path), cs.verify(path, Net(), device="meta")):
         assert found.ok and [row.level for row in found.findings if row.code == "no-checksum"] == ["note"]
+
+
+def entries(path: Path) -> list[str]:
+    """The names of a file's entries, without the folder that torch puts them in."""
+    with zipfile.ZipFile(path) as archive:
+        return [info.filename.partition("/")[2] for info in archive.infolist() if info.file_size]
+
+
+def wrong(found: Verification) -> list[tuple[str, str | None]]:
+    """The codes and keys of what verification says no to."""
+    assert found.ok == all(row.level != "error" for row in found.findings)
+    return [(row.code, row.key) for row in found.findings if row.level == "error"]
+
+
+@pytest.mark.parametrize("target", ["model", "meta", "file", "skeleton", "itself"])
+def test_verify_holds_every_entry_of_the_file(target: str, tmp_path: Path) -> None:
+    state = Net().state_dict()
+    cs.merge(state_file := save(state, tmp_path / "state.pt"), Net(), path := tmp_path / "in.pt")
+    (tmp_path / "skeleton.json").write_text(json.dumps(skeleton.to_json(cs.skeleton(state_file))))
+    against: Any = {"file": state_file, "skeleton": tmp_path / "skeleton.json", "itself": path}.get(target, Net())
+    asked: dict[str, Any] = {"device": "meta"} if target == "meta" else {}
+    whole, names = path.read_bytes(), entries(path)
+    assert {"data.pkl", "byteorder", "version", "ckptsurgeon.json"} <= set(names) and cs.verify(path, against, **asked).ok
+    places = {f"data/{tensor.span.storage}": key for key, tensor in cs.open(path).items() if tensor.span is not None}
+    assert set(places) == {name for name in names if name.startswith("data/")} and len(places) == 4
+    for name in names:
+        path.write_bytes(whole)
+        flip(path, f"/{name}")
+        with zipfile.ZipFile(path) as archive:
+            assert (archive.testzip() or "").partition("/")[2] == name  # the oracle: this entry, and it is the first
+        assert wrong(cs.verify(path, against, **asked)) == [("checksum", places.get(name, name))]
+
+
+def test_verify_holds_what_stands_beside_the_weights_too(tmp_path: Path) -> None:
+    model, average = Net(), Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model.two(model.one(torch.ones(30))).sum().backward()
+    optimizer.step()
+    path = tmp_path / "in.pt"
+    torch.save({"model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    whole = path.read_bytes()
+    used = {f"data/{tensor.span.storage}" for tensor in cs.open(path, root="model").values() if tensor.span is not None}
+    beside = [name for name in entries(path) if name.startswith("data/") and name not in used]
+    assert len(beside) == 8 and cs.verify(path, Net(), root="model").ok
+    for name in beside:
+        path.write_bytes(whole)
+        flip(path, f"/{name}")
+        Net().load_state_dict(torch.load(path, weights_only=True)["model"])  # the weights are whole
+        assert wrong(cs.verify(path, Net(), root="model")) == [("checksum", name)]
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "byteorder", "version"])
+@pytest.mark.parametrize("against", ["nets_here:net", "in.pt", "nowhere:net"])
+def test_a_damaged_header_is_exit_code_1_in_verify(
+    entry: str, against: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "nets_here.py").write_text("from torch import nn\ndef net(): return nn.Linear(30, 20)\n")
+    monkeypatch.chdir(tmp_path)
+    flip(save(nn.Linear(30, 20).state_dict(), tmp_path / "in.pt"), f"/{entry}")
+    code = 2 if (entry, against) == ("version", "nowhere:net") else 1  # which can be read, so that the target is looked for
+    for json_too in (True, False):
+        monkeypatch.setattr("sys.argv", ["ckptsurgeon", "verify", "in.pt", against, *(["--json"] if json_too else [])])
+        assert main._run(json_too) == code
+        out = capsys.readouterr().out
+        if code == 1 and json_too:
+            answer = json.loads(out)
+            assert not answer["ok"] and answer["tensors"] == (0 if entry != "version" else 2)
+            assert [row["key"] for row in answer["findings"] if row["level"] == "error"] == [entry]
+        elif code == 1:
+            assert out.startswith(f"in.pt → {against}: NOT ok\n") and f"  error: {entry}: is not what the file's own checksum says" in out
+            assert entry == "version" or "  NOT verified: 1 error; 0 tensors compared\n" in out
+    for words in (["merge", "in.pt", "-o", "out.pt"], ["inspect", "in.pt"], ["diff", "in.pt", "in.pt"]):
+        monkeypatch.setattr("sys.argv", ["ckptsurgeon", *words])
+        assert main._run(False) == (0 if entry == "version" else 2)
+
+
+def test_a_file_that_is_unreadable_for_another_reason_is_an_error_of_verify(tmp_path: Path) -> None:
+    path = save(Net().state_dict(), tmp_path / "in.pt")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(FormatError, match="truncated"):
+        cs.verify(path, Net())
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(FormatError):
+        cs.verify(path, Net())
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
+def test_verify_names_the_damaged_shard(entry: str, tmp_path: Path) -> None:
+    state = Net().state_dict()
+    shards = {"one.bin": ["one.weight", "one.bias"], "two.bin": ["two.weight", "two.bias"]}
+    for name, keys in shards.items():
+        save({key: state[key] for key in keys}, tmp_path / name)
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert cs.verify(tmp_path, Net()).ok
+    flip(tmp_path / "two.bin", f"/{entry}")
+    found = cs.verify(tmp_path, Net())
+    assert wrong(found) == [("checksum", "two.weight" if entry == "data/0" else entry)]
+    assert [row.message.startswith("two.bin: ") for row in found.findings if row.level == "error"] == [True]
+
+
+def test_verify_holds_everything_once_in_a_second_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(nn.Linear(300_000, 20).state_dict(), tmp_path / "in.pt")
+    counted: list[tuple[int, int]] = []
+
+    class Counting:
+        @staticmethod
+        def crc32(data: Any, crc: int = 0) -> int:
+            counted.append((len(data), threading.get_ident()))
+            return zipfile.zlib.crc32(data, crc)  # type: ignore[attr-defined,no-any-return]
+
+    monkeypatch.setattr(checksums, "zlib", Counting)
+    assert cs.verify(path, nn.Linear(300_000, 20)).ok
+    with zipfile.ZipFile(path) as archive:
+        assert sum(size for size, _ in counted) == sum(info.file_size for info in archive.infolist())
+    assert threading.get_ident() not in {ident for _, ident in counted}
+    assert max(size for size, _ in counted) <= copying.BUFFER  # memory stays flat
+
+
+def test_what_fails_in_the_thread_fails_the_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(Net().state_dict(), tmp_path / "in.pt")
+
+    def fails(*_: Any) -> bool:
+        raise StaleError("became shorter while it was read")
+
+    monkeypatch.setattr(checksums, "_as_it_says", fails)
+    with pytest.raises(StaleError, match="became shorter"):
+        cs.verify(path, Net())
 
 
 # --- transfer -----------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from writing_support import environment
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
+from ckptsurgeon.models.training.transfer import Waiting
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
 
@@ -148,6 +149,69 @@ def test_a_file_that_becomes_shorter_under_it_is_an_error_that_says_how_far_it_c
     found, old, new = values(net), values(model(2)), values(model(1))
     assert [key for key in found if found[key] == new[key]] == ["0.weight", "0.bias"]
     assert all(found[key] in (old[key], new[key]) for key in found)
+
+
+class Halved(nn.Linear):
+    """Loads half of each value, and keeps the version that it was loaded from."""
+
+    loaded = 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] / 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.loaded += 1
+
+
+class Counted(nn.Linear):
+    """Has an extra state."""
+
+    count = 0
+
+    def get_extra_state(self) -> int:
+        return self.count
+
+    def set_extra_state(self, state: int) -> None:
+        self.count = state
+
+
+@pytest.mark.parametrize("special", [Halved, Counted])
+def test_what_took_new_values_before_the_file_fails_takes_the_old_ones_again(
+    special: type[nn.Linear], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        net = nn.Sequential(*[nn.Linear(30, 30) for _ in range(3)], special(30, 30))
+        net[3].count = seed  # type: ignore[assignment]
+        return net
+
+    path = tmp_path / "a.pt"
+    torch.save(made(1).state_dict(), path)
+    whole, net = made(2), made(2)
+    whole.load_state_dict(torch.load(path, weights_only=True))  # the oracle: all of it, by torch
+    cs.transfer(path, done := made(2))
+    assert values_and_state(done) == values_and_state(whole)
+    old, new, plain = values_and_state(net), values_and_state(whole), Waiting.into
+
+    def into(waiting: Waiting, tensor: torch.Tensor) -> None:
+        if len(seen) == 2:
+            os.truncate(path, 0)
+        seen.append(values_and_state(net))
+        plain(waiting, tensor)
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(Waiting, "into", into)
+    with pytest.raises(StaleError, match=r"the model holds 2 of \d new tensors by now, and a part of 1.weight") as caught:
+        cs.transfer(path, net)
+    assert ("what its own loading code changed in it is undone" in caught.value.reason) == (special is Halved)
+    found, marks = values_and_state(net), [key for key in old if key.startswith("3.") or key in ("loaded", "count")]
+    assert any(seen[2][key] == new[key] != old[key] for key in marks)  # it had them
+    assert all(found[key] == old[key] for key in marks)
+    assert all(found[key] == new[key] for key in ("0.weight", "0.bias"))
+
+
+def values_and_state(net: nn.Sequential) -> dict[str, Any]:
+    state = {key: tensor.tolist() for key, tensor in net.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    return {**state, "loaded": getattr(net[3], "loaded", 0), "count": net[3].count}
 
 
 def test_a_disk_that_fails_under_it_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

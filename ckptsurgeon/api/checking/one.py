@@ -27,7 +27,7 @@ from ckptsurgeon.errors import (
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.report import Finding
-from ckptsurgeon.streaming.checksums import hold
+from ckptsurgeon.streaming.checksums import findings_of, hold, places_in
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, count_non_finite
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
@@ -149,26 +149,10 @@ def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
         held = hold(stamp, alive)
         keeps = keeps or held.keeps
         where = f"{os.path.basename(stamp.path)}: " if len(archive.files) > 1 else ""
-        words = f"{where}is not what the file's own checksum says (try: copy or download it again)"
-        wrong = {(stamp.path, storage): f"data/{storage}" for storage in held.wrong_storages}
-        for key, place in _places(archive):
-            if place in wrong:
-                yield Finding("CK106", words, key)
-        named = {place for _, place in _places(archive)}
-        entries = [*(entry for place, entry in wrong.items() if place not in named), *held.wrong_entries]
-        yield from (Finding("CK106", words, entry) for entry in entries)
-        if held.without:
-            yield Finding("CK106", f"{where}{held.without} of its entries have no checksum to be held against", level="note")
+        places = (place for state_dict in archive.state_dicts for place in places_in(state_dict.tensors))
+        yield from (replace(found, code="CK106") for found in findings_of(held, places, where))
     if not keeps:
         yield Finding("CK106", f"{archive.format} keeps no checksums that the data could be held against", level="note")
-
-
-def _places(archive: Archive) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Every key, and the file and storage that it lies in."""
-    for state_dict in archive.state_dicts:
-        for key, tensor in state_dict.tensors.items():
-            if tensor.span is not None:
-                yield key, (tensor.span.file, tensor.span.storage)
 
 
 def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:

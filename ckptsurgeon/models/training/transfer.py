@@ -8,7 +8,7 @@ loading code can reach goes through torch's `load_state_dict` first, all or noth
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.init.user_functions import Fill
 from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reached
+from ckptsurgeon.models.own_loading.snapshot import Undo
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of
@@ -86,7 +87,7 @@ def put(
         VerificationError: what the model holds afterwards is not what was put in.
         The model is as it was before each of them.
         UnreadableError, StaleError: a file fails or shrinks while it is read into the model; they name what the model has of it by then.
-        An interrupt waits until the model is whole.
+        Extra state, and what the model's own loading code changed in it, is as it was before. An interrupt waits until the model is whole.
     """
     name = type(model).__name__
     state = state_dict_of(model, name)
@@ -126,7 +127,7 @@ def put(
     if not loaders and not special and not foreign:
         with undisturbed(), torch.no_grad():
             _set_extra(model, state, extra, name)
-            _copy(state, values)
+            _copy(state, values, lambda: _reset_extra(model, state, extra, name))
         return
     computed = {step.target for step in plan.steps if step.action == "load"}
     through = {key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in special), *handed.items())}
@@ -140,7 +141,7 @@ def put(
             undo()
         raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
     with undisturbed(), torch.no_grad():
-        _copy(after, rest)
+        _copy(after, rest, undo, "; what its own loading code changed in it is undone")
 
 
 def _owned(value: Value) -> torch.Tensor:
@@ -148,15 +149,18 @@ def _owned(value: Value) -> torch.Tensor:
     return at_hand(value) if isinstance(value, Waiting) else value.detach().clone()
 
 
-def _copy(state: Mapping[str, Any], values: Mapping[str, Value]) -> None:
+def _copy(state: Mapping[str, Any], values: Mapping[str, Value], undo: Undo, undone: str = "") -> None:
+    """Copy values into the model. Where one can't be read, those before it stay, and `undo` is run; `undone` says so."""
     done: list[str] = []
     for key, value in values.items():
         try:
             state[key].copy_(value) if isinstance(value, torch.Tensor) else value.into(state[key])
-        except CheckpointError as error:
-            error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}"
-            error.problems = shortened([f"{one}: has its new value" for one in done])
-            error.hint = "transfer again when the file is whole, or build the model anew"
+        except BaseException as error:
+            undo()
+            if isinstance(error, CheckpointError):
+                error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}{undone}"
+                error.problems = shortened([f"{one}: has its new value" for one in done])
+                error.hint = "transfer again when the file is whole, or build the model anew"
             raise
         done.append(key)
 
@@ -180,10 +184,14 @@ def _set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, A
             done.append(key)
             _set_one(model, key, value, name)
     except BaseException:
-        for key in done:
-            with suppress(TargetError):
-                _set_one(model, key, state[key], name)
+        _reset_extra(model, state, done, name)
         raise
+
+
+def _reset_extra(model: nn.Module, state: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
+    for key in keys:
+        with suppress(TargetError):
+            _set_one(model, key, state[key], name)
 
 
 def _set_one(model: nn.Module, key: str, value: Any, name: str) -> None:

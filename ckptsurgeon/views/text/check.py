@@ -30,10 +30,11 @@ def proved(found: Verification) -> str:
     """How much was compared, and how."""
     errors = sum(finding.level == "error" for finding in found.findings)
     compared = count(found.tensors, "tensor")
-    if not found.bitwise:
+    if not found.bitwise and (found.ok or found.tensors):
         return f"{'verified' if found.ok else 'NOT verified'}: names, dtypes and shapes of {compared}"
     if not found.ok:
-        return f"NOT verified on {found.device}: {count(errors, 'error')}; {compared} compared"
+        where = "" if found.device == "none" else f" on {found.device}"
+        return f"NOT verified{where}: {count(errors, 'error')}; {compared} compared"
     return f"verified: {compared}, loaded strictly on {found.device} and compared bit for bit"
 
 
