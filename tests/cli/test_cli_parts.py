@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import PartError
-from ckptsurgeon.formats.folders.parts import TABLE
+from ckptsurgeon.formats.folders.parts import TABLE, located
 
 WRITER = """
 import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
@@ -91,6 +91,7 @@ PARTS = {
 def told(run: Callable[..., Any], path: str, kind: str) -> None:
     """Every command names the kind, and none takes the file for a whole or calls it damaged."""
     words = TABLE[kind].reason
+    hint = located(TABLE[kind], path).hint
     save_file({"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(6)}, "target.safetensors")
     torch.save({"fc.weight": torch.zeros(3, 4)}, "source.pt")
     checked = run("check", path, "--json")
@@ -101,7 +102,7 @@ def told(run: Callable[..., Any], path: str, kind: str) -> None:
     looked = run("inspect", path)
     assert words in looked.out + looked.err and looked.code in (0, 2)
     if looked.code == 0:
-        assert run("inspect", path, "--json").json["part"] == {"kind": kind, "reason": words, "hint": TABLE[kind].hint}
+        assert run("inspect", path, "--json").json["part"] == {"kind": kind, "reason": words, "hint": hint}
     for command in (
         ("diff", path, "target.safetensors"),
         ("diff", "source.pt", path),
@@ -115,7 +116,7 @@ def told(run: Callable[..., Any], path: str, kind: str) -> None:
         ("skeleton", path, "-o", "net.json"),
     ):
         ended = run(*command)
-        assert ended.code == 2 and words in ended.err and TABLE[kind].hint in ended.err, (command, ended)
+        assert ended.code == 2 and words in ended.err and hint in ended.err, (command, ended)
     assert not any(os.path.exists(name) for name in ("plan.json", "out.pt", "out.safetensors", "net.json"))
     with pytest.raises(PartError):
         cs.transfer(path, torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 3)}))
@@ -159,18 +160,78 @@ def test_a_folder_of_runs_is_gone_through(run: Callable[..., Any], place: Path, 
     assert bad == {"runs/dcp", *shards} and {file["path"] for file in ended.json["files"]} == bad | {"runs/dcp/beside.pt", "runs/hf_whole"}
 
 
-def test_torch_reads_what_the_hint_says(place: Path, written: Path) -> None:
-    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+def command_of(run: Callable[..., Any], path: str) -> str:
+    """The command that a refusal ends in, as it is printed."""
+    said = str(run("skeleton", path, "-o", "net.json").err)
+    assert "FOLDER" not in said, said
+    return said[said.index("python ") :].strip()
 
-    command = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(written / "dcp"), "dcp.pt"]
-    subprocess.run(command, check=True, capture_output=True)
-    assert "dcp_to_torch FOLDER OUT.pt" in TABLE["dcp-folder"].hint
-    assert torch.equal(torch.load("dcp.pt", weights_only=True)["fc.weight"], torch.arange(24.0).reshape(6, 4))
-    (place / "joined").mkdir()
-    consolidate_safetensors_files(str(written / "hf_ranks"), str(place / "joined"), {"fc.weight": 1, "fc.bias": 1})
-    (joined,) = (place / "joined").glob("*.safetensors")
+
+def as_printed(command: str) -> None:
+    """Run by a shell in which `python` is this one."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    subprocess.run(command, shell=True, check=True, capture_output=True, env={**os.environ, "PATH": path})
+
+
+@pytest.mark.parametrize("folder", ["dcp", "run 1's/dcp"])
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", ""])
+def test_torch_reads_the_folder_of_the_command_that_is_printed(
+    run: Callable[..., Any], place: Path, written: Path, folder: str, file: str
+) -> None:
+    shutil.copytree(written / "dcp", place / folder)
+    as_printed(command_of(run, os.path.join(folder, file)))
+    assert torch.equal(torch.load("OUT.pt", weights_only=True)["fc.weight"], torch.arange(24.0).reshape(6, 4))
+
+
+@pytest.mark.parametrize("file", ["shard-00002-model-00001-of-00001.safetensors", ""])
+def test_torch_joins_the_folder_of_the_command_that_is_printed(run: Callable[..., Any], place: Path, written: Path, file: str) -> None:
+    shutil.copytree(written / "hf_ranks", place / "run [1]'s")
+    as_printed(command_of(run, os.path.join("run [1]'s", file)))
+    (joined,) = (place / "OUT").glob("*.safetensors")
     cs.merge(joined, None, place / "joined.pt")
     assert torch.equal(torch.load(place / "joined.pt", weights_only=True)["fc.weight"], torch.arange(24.0).reshape(6, 4))
+
+
+ZERO_TO_FP32 = """
+import argparse, glob, os
+parser = argparse.ArgumentParser()
+parser.add_argument("checkpoint_dir"); parser.add_argument("output_dir"); parser.add_argument("-t", "--tag")
+args = parser.parse_args()
+tag = args.tag or open(os.path.join(args.checkpoint_dir, "latest")).read().strip()
+assert glob.glob(os.path.join(args.checkpoint_dir, tag, "*_optim_states.pt"))
+os.makedirs(args.output_dir)
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "script"),
+    [
+        ("run 1", "run 1/zero_to_fp32.py"),
+        ("run 1/global_step5", "run 1/zero_to_fp32.py"),
+        ("run 1/global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", "run 1/zero_to_fp32.py"),
+        ("run 1/global_step5", "deepspeed/utils/zero_to_fp32.py"),
+    ],
+)
+def test_deepspeeds_script_finds_the_folder_of_the_command(run: Callable[..., Any], place: Path, path: str, script: str) -> None:
+    """A script with the arguments of DeepSpeed's own, which lies above the tags' folders or is installed, and looks where that looks."""
+    (place / "run 1/global_step5").mkdir(parents=True)
+    (place / script).parent.mkdir(parents=True, exist_ok=True)
+    (place / script).write_text(ZERO_TO_FP32)
+    (place / "run 1/latest").write_text("global_step5")
+    for rank in range(2):
+        torch.save({"optimizer_state_dict": STAGE_2}, place / f"run 1/global_step5/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    as_printed(command_of(run, path))
+    assert (place / "OUT").is_dir()
+
+
+@pytest.mark.parametrize("name", ["dcp/__0_0.distcp", "dcp/.metadata", "hf_ranks/shard-00001-model-00001-of-00001.safetensors"])
+def test_no_folder_is_named_that_has_not_the_rest(run: Callable[..., Any], place: Path, written: Path, name: str) -> None:
+    shutil.copy(written / name, place / "net.bin")
+    said = run("skeleton", "net.bin", "-o", "net.json").err
+    assert "the folder with all ranks' files" in said and "FOLDER" in said
+    (place / "some").mkdir()
+    shutil.copy(written / "dcp/__0_0.distcp", place / "some")
+    assert "FOLDER" in run("inspect", "some").err
 
 
 SHAPES = {"fc.weight": torch.Size((6, 4)), "fc.bias": torch.Size((6,))}

@@ -1,6 +1,7 @@
 """Files that are one rank's part of a checkpoint, and folders in which a checkpoint lies in pieces: one table of their kinds.
 
 Told by what is in a file, and by its name where that says nothing. Nothing here reads them: their tensors are pieces, never whole ones.
+What reads the whole is named by a command that runs as it is printed; where it is not known which folder that is, the word FOLDER stands.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptsurgeon.errors import PartError
@@ -16,17 +19,37 @@ from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.pickle.values import Inert, PickledDict, TensorRef
 from ckptsurgeon.tensors import Part
 
-_DCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt"
-_ZERO = "the folder with all ranks' files holds the whole; DeepSpeed's zero_to_fp32.py, which lies beside it, reads it"
 _GATHER = (
     "gather it where it was trained, and save that: "
     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
 )
-_CONSOLIDATE = (
-    "the folder with all ranks' files holds the whole; "
-    "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files(FOLDER, OUT, {KEY: 1, …}) reads it"
-)
 _MEGATRON = "the folder with all ranks' files holds the whole; Megatron's own tools/checkpoint/convert.py reads it"
+_DEEPSPEED = "the folder with all ranks' files holds the whole; DeepSpeed's own tools read it"
+_JOIN = (
+    "import glob, os, sys; from safetensors import safe_open; "
+    "from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files as join; "
+    "out = os.path.abspath(sys.argv[2]); os.makedirs(out); os.chdir(sys.argv[1]); "  # torch globs the folder's name
+    'join(".", out, {key: 1 for file in glob.glob("*.safetensors") for key in safe_open(file, "pt").keys()})'
+)
+# What makes a whole of the folder that holds it, what is in that folder, and how its files are called.
+_SAFETENSORS, _DISTCP = re.compile(r".+\.safetensors"), re.compile(r"\.metadata|.+\.distcp")
+_DCP = ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt", re.compile(r"\.metadata"), _DISTCP)
+_CONSOLIDATE = (f"python -c {shlex.quote(_JOIN)} FOLDER OUT", _SAFETENSORS, _SAFETENSORS)
+_ZERO = ("python -m deepspeed.utils.zero_to_fp32 FOLDER OUT", re.compile(r"latest|.+_optim_states\.pt"), re.compile(r".+_states\.pt"))
+_COMMANDS: Mapping[str, tuple[str, re.Pattern[str], re.Pattern[str]]] = {
+    **dict.fromkeys(("distcp", "dcp-metadata", "dcp-folder"), _DCP),
+    **dict.fromkeys(("dcp-safetensors", "dcp-safetensors-folder"), _CONSOLIDATE),
+    **dict.fromkeys(("zero-model", "zero-optimizer", "zero-folder"), _ZERO),
+}
+
+
+def _unplaced(kind: str) -> str:
+    """What holds the whole, where it is not known which folder that is."""
+    command, held, _ = _COMMANDS[kind]
+    beside = " and .metadata" if held is _DCP[1] else ""
+    return f"the folder with all ranks' files{beside} holds the whole: {command}"
+
+
 TABLE: Mapping[str, Part] = {
     row.kind: row
     for row in (
@@ -36,37 +59,41 @@ TABLE: Mapping[str, Part] = {
         Part(
             "dcp-safetensors",
             "is one rank's file of torch.distributed.checkpoint (HuggingFaceStorageWriter): its tensors are pieces",
-            _CONSOLIDATE,
+            _unplaced("dcp-safetensors"),
         ),
         Part(
             "dcp-safetensors-folder",
             "is a folder of torch.distributed.checkpoint (HuggingFaceStorageWriter): each rank's file holds pieces of tensors",
-            _CONSOLIDATE,
+            _unplaced("dcp-safetensors-folder"),
         ),
         Part(
             "distcp",
             "is one rank's data file (.distcp) of torch.distributed.checkpoint: torch files of pieces, one after another",
-            f"the folder with its .metadata holds the whole: {_DCP}",
+            _unplaced("distcp"),
         ),
         Part(
             "dcp-metadata",
             "is the .metadata of torch.distributed.checkpoint: where the pieces lie in the ranks' files, without their data",
-            f"its folder holds the whole: {_DCP}",
+            _unplaced("dcp-metadata"),
         ),
         Part(
             "dcp-folder",
             "is a folder of torch.distributed.checkpoint, whose tensors lie in pieces in the ranks' .distcp files",
-            _DCP,
+            _unplaced("dcp-folder"),
         ),
-        Part("zero-model", "is one rank's model states of DeepSpeed ZeRO stage 3: its tensors are partitioned over all ranks", _ZERO),
-        Part("zero-optimizer", "is one rank's optimizer states of DeepSpeed ZeRO: a partition of the weights and moments", _ZERO),
         Part(
-            "zero-folder",
-            "is a folder of DeepSpeed ZeRO: its tensors lie in pieces in the ranks' files",
-            "python zero_to_fp32.py FOLDER OUT",
+            "zero-model",
+            "is one rank's model states of DeepSpeed ZeRO stage 3: its tensors are partitioned over all ranks",
+            _unplaced("zero-model"),
         ),
-        Part("deepspeed-parallel", "is one rank's model states of DeepSpeed with model parallelism: its tensors are pieces", _ZERO),
-        Part("deepspeed-layer", "is one layer of a pipeline of DeepSpeed, not the model", _ZERO),
+        Part(
+            "zero-optimizer",
+            "is one rank's optimizer states of DeepSpeed ZeRO: a partition of the weights and moments",
+            _unplaced("zero-optimizer"),
+        ),
+        Part("zero-folder", "is a folder of DeepSpeed ZeRO: its tensors lie in pieces in the ranks' files", _unplaced("zero-folder")),
+        Part("deepspeed-parallel", "is one rank's model states of DeepSpeed with model parallelism: its tensors are pieces", _DEEPSPEED),
+        Part("deepspeed-layer", "is one layer of a pipeline of DeepSpeed, not the model", _DEEPSPEED),
         Part("megatron", "is one rank's file of Megatron with model parallelism: its tensors are pieces, or some layers only", _MEGATRON),
         Part("megatron-folder", "is a folder of Megatron's ranks (mp_rank_…), whose files hold pieces of tensors", _MEGATRON),
     )
@@ -96,7 +123,7 @@ def of_safetensors(path: str, metadata: Mapping[str, Any]) -> Part | None:
         first = all(not any(row["saved_offsets"]) for row in info.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         first = False
-    return None if first and _WHOLE.fullmatch(os.path.basename(path)) else TABLE["dcp-safetensors"]
+    return None if first and _WHOLE.fullmatch(os.path.basename(path)) else located(TABLE["dcp-safetensors"], path)
 
 
 def pieces(values: Iterable[Any]) -> Part | None:
@@ -115,7 +142,7 @@ def of_pickle(path: str, value: Any) -> Part | None:
     if found is None:
         name = os.path.basename(path)
         found = next((kind for pattern, kind in _NAMES if pattern.fullmatch(name)), None)
-    return None if found is None else TABLE[found]
+    return None if found is None else located(TABLE[found], path)
 
 
 def _deepspeed(value: PickledDict) -> str | None:
@@ -191,4 +218,33 @@ def of_folder(names: Iterable[str]) -> Part | None:
 
 def refused(part: Part, path: str) -> PartError:
     """The error where a whole checkpoint is needed."""
-    return PartError(part.reason, path=path, hint=part.hint)
+    return PartError(part.reason, path=path, hint=located(part, path).hint)
+
+
+def located(part: Part, path: str) -> Part:
+    """A part as its file or folder at `path` has it: the command names the real folder where that has what the command reads."""
+    if part.kind not in _COMMANDS:
+        return part
+    command, held, called = _COMMANDS[part.kind]
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or os.curdir
+    try:
+        names = [name for name in os.listdir(folder) if held.fullmatch(name)]
+    except OSError:
+        names = []
+    if not names or not (folder == path or called.fullmatch(os.path.basename(path))):
+        return part
+    before, _, after = command.partition("FOLDER")
+    if held is _ZERO[1]:
+        scripts = (os.path.join(place, "zero_to_fp32.py") for place in (folder, os.path.join(folder, os.pardir)))
+        before = next((f"python {word(script)} " for script in scripts if os.path.isfile(script)), before)
+        after += "" if "latest" in names else " -t ."  # the folder is a tag's own
+    return replace(part, hint=before + word(folder) + after)
+
+
+def word(path: str) -> str:
+    """A path as a shell and a command's options take it.
+
+    >>> word("run 1"), word("-a.pt")
+    ("'run 1'", './-a.pt')
+    """
+    return shlex.quote(os.path.join(os.curdir, path) if path.startswith("-") else path)
