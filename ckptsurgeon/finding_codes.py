@@ -111,7 +111,7 @@ TABLE: tuple[Code, ...] = (
     Code(
         "CK301",
         "missing",
-        "A key of the target is not in the file.",
+        "A key of the target is not in the file, and no loading code of the target's makes it of what is there.",
         "A strict load_state_dict fails; one that is not strict leaves random weights there.",
         "ckptsurgeon diff FILE TARGET shows whether it was renamed; merge fills it in.",
         "--against",
@@ -119,7 +119,7 @@ TABLE: tuple[Code, ...] = (
     Code(
         "CK302",
         "unexpected",
-        "A key of the file is not in the target.",
+        "A key of the file is not in the target, and no loading code of the target's takes it.",
         "A strict load_state_dict fails; one that is not strict drops trained weights.",
         "ckptsurgeon diff FILE TARGET shows whether it was renamed; merge --drop leaves it out.",
         "--against",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._rules import Ruling
+from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.planning.apply_rules import Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
-from ckptsurgeon.planning.own_loading.versions import stated
+from ckptsurgeon.planning.own_loading.versions import plain, stated
 from ckptsurgeon.rules.loading_code import Taken, is_below
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -34,12 +36,29 @@ def learned(
     found: dict[int, Taken] = {}
     for number, source in enumerate(sources):
         given = _given(number, source, names, target)
-        if any(_reached(name, target) for name, meta in given.items() if name not in target or target[name].shape != meta.shape):
+        if _asks(given, target):
             from ckptsurgeon.models.own_loading.probe import probe
 
             versions = stated(number, sources, names, target.loaders)
             found[number] = probe(model(), target.loaders, given, versions)
     return replace(ruling, outside=replace(ruling.outside, taken=found)) if found else ruling
+
+
+def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
+    """What the target's loading code does with a file's own names, as torch's load of that file would have it do."""
+    goal, model = target.checkpoint, target.any_model
+    if model is None or not _asks(source, goal):
+        return Taken()
+    from ckptsurgeon.models.own_loading.probe import probe
+
+    recorded = written_out(source.module_metadata)
+    return probe(model(), goal.loaders, source, {path: plain(recorded[path]) for path in goal.loaders if path in recorded})
+
+
+def _asks(given: Mapping[str, TensorMeta], target: Checkpoint) -> bool:
+    """Whether a module with loading code gets names that the target has not, or has with another shape."""
+    strange = (name for name, meta in given.items() if name not in target or target[name].shape != meta.shape)
+    return any(is_below(name, path) for name in strange for path in target.loaders)
 
 
 def _given(number: int, source: Checkpoint, names: Names, target: Checkpoint) -> dict[str, TensorMeta]:
@@ -51,7 +70,3 @@ def _given(number: int, source: Checkpoint, names: Names, target: Checkpoint) ->
         if other == number and key in source
         for name in given
     }
-
-
-def _reached(name: str, target: Checkpoint) -> bool:
-    return any(is_below(name, path) for path in target.loaders)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from threading import Lock
 
 from ckptsurgeon.api import _opening, _proving
+from ckptsurgeon.api._own_loading import taken_as_it_stands
 from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
 from ckptsurgeon.dtypes import BY_CODE
@@ -46,6 +48,8 @@ REFUSALS: dict[type[CheckpointError], str] = {
 FITS = {"missing": "CK301", "unexpected": "CK302", "shape": "CK303", "dtype": "CK304"}
 ASKS = "asks for {}, which is never imported here and would be elsewhere"
 MEMORY = CheckpointError("there was not enough memory to check it", hint="check it alone, with --jobs 1")
+
+_TRYING = Lock()  # loading code is tried out on a model that several files may share
 
 Alive = Callable[[], None]  # called every few megabytes; raises where nobody waits for the answer any more
 
@@ -91,7 +95,9 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
             chosen = roots.choose(archive, root=gate.root, target=None if against is None else against.checkpoint, parts=True)
             checkpoints = [chosen]
             if against is not None:
-                yield [replace(found, code=FITS[found.code]) for found in _proving.fits(chosen, against.checkpoint)]
+                with _TRYING:
+                    taken = taken_as_it_stands(chosen, against)
+                yield [replace(found, code=FITS[found.code]) for found in _proving.fits(chosen, against.checkpoint, taken)]
         except CheckpointError as error:
             yield [_refusal(error, path)]
     if gate.dtypes:
