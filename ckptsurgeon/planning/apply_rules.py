@@ -5,6 +5,7 @@ The one place where rules meet the sources' keys; `compare` and `plan` both buil
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from ckptsurgeon.planning.averaging import Weights, averaged, weights_of
 from ckptsurgeon.planning.keys import Claim, Item, SourceKey
 from ckptsurgeon.planning.legacy_names import repaired, taken
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
-from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
+from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.rules.patterns import expand
 from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
@@ -38,7 +39,7 @@ class Names:
         names_of: the names that a source key went to, also those that the target has not.
         dropped: the rule that drops a key; `spared` are the names that dropped keys would have landed on.
         inits, keeps, adapts: the rules that are held against the target's names.
-        rivals: by source, the prefixes between which nothing decides, with the rules that choose each; none of them is applied.
+        choices: by source, the prefix that is applied, and the rivals between which nothing decides; none of these is applied.
         handed: by source and name, what torch's load needs as it is, since the target's own loading code computes with it.
     """
 
@@ -52,7 +53,7 @@ class Names:
     keeps: tuple[CompiledRule, ...]
     adapts: tuple[CompiledRule, ...]
     outside: Outside = NOTHING
-    rivals: tuple[tuple[Way, ...], ...] = ()
+    choices: tuple[Choice, ...] = ()
     handed: Mapping[tuple[int, str], Sequence[Item]] = field(default_factory=dict)
 
 
@@ -186,19 +187,22 @@ def name_sources(
     crossed = unused_rules.crossed(items, known, kept, sources, prefixes)
     problems += crossed
     if problems:
-        hint = "see the names with: ckptsurgeon inspect CKPT"
+        first = sources[0]
+        look = f"ckptsurgeon inspect -v {shlex.quote(first.path)}"
+        if target is not None or first.format == "model":
+            look = way_to_look(first.path, first.root, first.format == "model", None if target is None else target.path)
+        hint = f"see the names: {look}"
         if crossed:
             hint = next(iter(crossed.values()))
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
-    numbers = range(len(sources)) if len(sources) > 1 else (None,)
-    rivals = tuple(ways_to_choose(choice, source, number) for choice, source, number in zip(choices, sources, numbers, strict=True))
-    return replace(_names(items, landed, prefixes, dropped, spared, compiled, sources, outside), rivals=rivals, handed=handed)
+    found = _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
+    return replace(found, choices=tuple(choices), handed=handed)
 
 
 def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
     """The prefix between a source and what measures it, and its rivals. A wrapper's is stripped whatever the rules say; another one must
     not come from the few keys that chance makes equal while rules name the rest as they stand in the file."""
-    found = find_change(source, measure)
+    found = replace(find_change(source, measure), among=source)
     applied = found.applied.prefix
     if not rules or (applied and applied.of_wrappers and not found.rivals):
         return found
@@ -217,7 +221,7 @@ def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequenc
                 given.update(expand(result, dict(match[1].parts)) for result in match[0].results)
     if len(unnamed) == len(source):
         return found
-    return find_change(unnamed, {key: tensor for key, tensor in measure.items() if key not in given})
+    return replace(find_change(unnamed, {key: tensor for key, tensor in measure.items() if key not in given}), among=unnamed)
 
 
 def _names(

@@ -13,7 +13,7 @@ from ckptsurgeon.planning.apply_rules import NOTHING, Names, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.prefixes.find import Prefix
-from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_exchange
+from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, kept_out
 from ckptsurgeon.rules.loading_code import Made, Taken, code_of
@@ -144,6 +144,7 @@ def compare(
     A key of the target that is tied to a matched one is matched too. Raises RuleError for rules that match nothing or collide, and for
     adapters that can't be followed.
     """
+    rules = tuple(rules)
     names = name_sources([source], target, rules, outside, auto=auto)
     computed = find_computed([source], target, names)
     origins = {key: origin for key, origin in find_origins([source], target, names, auto).items() if key not in computed.made}
@@ -204,7 +205,7 @@ def compare(
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
         parted_codes=_parted(origins, codes, target),
-        rivals=names.rivals[0],
+        rivals=ways_to_choose([source], target, names, rules)[0],
         exchanges=exchanges,
         loaded=_loaded(outside.taken.get(0), computed),
     )

@@ -23,6 +23,7 @@ from ckptsurgeon.planning.metadata import findings, refuse_unsafe, untried
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
 from ckptsurgeon.planning.own_loading.versions import find_versions
 from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
+from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
 from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
 from ckptsurgeon.rules.loading_code import code_of
@@ -72,8 +73,9 @@ def make_plan(
     allowed = (allow_cast,) if isinstance(allow_cast, str) else tuple(allow_cast)
     for pattern in allowed:
         compile_pattern(pattern)
+    rules = tuple(rules)
     names = name_sources(sources, target, rules, outside, average=average, auto=auto)
-    _refuse_rivals(sources, names)
+    _refuse_rivals(sources, ways_to_choose(sources, target, names, rules, average=average))
     refuse_unsafe(sources, target, names)
     if target is None and (names.inits or names.keeps):
         rule = (*names.inits, *names.keeps)[0].rule
@@ -113,10 +115,11 @@ def make_plan(
 def _codes(sources: Sequence[Checkpoint], average: Weights | None) -> dict[SourceKey, Codes]:
     """The codes of all sources that values can be made of."""
     found = {(number, key): one for number, source in enumerate(sources) for key, one in find(source).items() if one.op is not None}
-    whole = next((key for number, key in found if BY_CODE[sources[number][key].dtype].kind != "float"), None)
+    whole = next(((number, key) for number, key in found if BY_CODE[sources[number][key].dtype].kind != "float"), None)
     if average not in (None, False) and whole is not None:
-        hint = "dequantize each source first: merge FILE -o OUT --dequantize"
-        raise PlanError("is codes in integers, which are not averaged", key=whole, hint=hint)
+        path = sources[whole[0]].path
+        hint = f"dequantize each source first: ckptsurgeon merge {shlex.quote(path)} -o values.safetensors --dequantize"
+        raise PlanError("is codes in integers, which are not averaged", path=path, key=whole[1], hint=hint)
     return found
 
 
@@ -142,17 +145,18 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
             raise PlanError("is a skeleton and has no values behind its names", path=source.path)
 
 
-def _refuse_rivals(sources: Sequence[Checkpoint], names: Names) -> None:
+def _refuse_rivals(sources: Sequence[Checkpoint], rivals: Sequence[Sequence[Way]]) -> None:
     """Raises PlanError where nothing decides between two prefixes of a source."""
-    for source, ways in zip(sources, names.rivals, strict=True):
+    for source, ways in zip(sources, rivals, strict=True):
         if ways:
+            options = next((way.options for way in ways if way.rules), ("--rename", "KEY", "NAME"))
             raise PlanError(
                 f"its names fit the target's in {len(ways)} ways, and none is chosen unasked"
                 if len(ways) > 1
                 else "its names fit the target's by a prefix under which two keys would be one",
                 path=source.path,
                 problems=tuple(map(str, ways)),
-                hint=f"choose one: {shlex.join(ways[0].options)}",
+                hint=f"choose one: {shlex.join(options)}",
             )
 
 

@@ -5,6 +5,7 @@ Rule: a key that a person's rule names is never matched again. Pure: no file, no
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,8 @@ from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.prefixes.find import find_prefix
-from ckptsurgeon.planning.prefixes.rivals import Way
+from ckptsurgeon.planning.plan_types import way_to_look
+from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import kept_out
 from ckptsurgeon.report import Twins
 from ckptsurgeon.rules.drafting.drafts import Known
@@ -93,7 +95,8 @@ class Proposal(Matching):
         return CoverageError(
             f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
             path=self.source,
-            hint="are they the same architecture? see both with: ckptsurgeon diff; or ask for less: --min-coverage 0.1",
+            hint=f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}; "
+            "or ask for less: --min-coverage 0.1",
         )
 
 
@@ -123,7 +126,7 @@ def propose(
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
     )
     judged, warnings = judge(found) if judge is not None else (found, ())
-    rivals = name_sources([source], target, before, outside).rivals[0]
+    rivals = ways_to_choose([source], target, name_sources([source], target, before, outside), before)[0]
     return replace(rule(judged, task, accept=accept), warnings=(*_passed_over(source, target), *warnings), rivals=rivals)
 
 
@@ -255,4 +258,5 @@ def _head(
         yield f"Only in the target: {len(found.unmatched)}, such as {found.unmatched[0]}."
     if found.unused:
         yield f"Only in the source: {len(found.unused)}, such as {found.unused[0]}."
-    yield f"Follow it: ckptsurgeon merge {source.path} {target.path} -o OUT --rules THIS_FILE"
+    words = ["ckptsurgeon", "merge", source.path, target.path, "-o", "merged.pt", *(["--root", source.root] if source.root else [])]
+    yield f"Follow it: {shlex.join(words)} --rules THIS_FILE"

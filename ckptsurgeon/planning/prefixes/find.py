@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptsurgeon.planning.prefixes.heads import Tensors, equal_keys, one_head, two_heads
 from ckptsurgeon.planning.training_places import of_optimizer
@@ -113,10 +113,14 @@ def _bytes(tensor: TensorMeta) -> object:
 
 @dataclass(frozen=True)
 class Choice:
-    """The change that is applied, and, where several explain about as much and map keys otherwise, those, the best first."""
+    """The change that is applied, and, where several explain about as much and map keys otherwise, those, the best first.
+
+    `among` are the source's tensors that were looked at: those that no rule names.
+    """
 
     applied: Change
     rivals: tuple[Change, ...] = ()
+    among: Tensors = field(default_factory=dict)
 
     @property
     def best(self) -> Change:

@@ -105,7 +105,10 @@ def choices(ways: Sequence[Way], command: Sequence[str], root: str, rules: Seque
     lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
     for way in ways:
         lines.append(f"  {name(way.words)}: {count(len(way.mapping), 'tensor')}")
-        lines.append(pasted("  Choose it:", [*words, *way.options], width))
+        if way.rules:
+            lines.append(pasted("  Choose it:", [*words, *way.options], width))
+        else:
+            lines.append("  No few rules choose it: it takes a --rename or a --drop for each key.")
     return lines
 
 
