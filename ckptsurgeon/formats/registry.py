@@ -122,7 +122,7 @@ def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
     raise FormatError(
         "is no checkpoint: neither torch's zip or legacy format, nor safetensors, an index or a skeleton",
         path=file.path,
-        hint="look at its first bytes: head -c 64 FILE | xxd",
+        hint=f"look at its first bytes: head -c 64 {parts.word(file.path)} | xxd",
     )
 
 

@@ -11,6 +11,7 @@ import fcntl
 import glob
 import os
 import secrets
+import shlex
 import stat
 import threading
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def check_free(path: str, overwrite: bool) -> str:
         status = os.stat(real)
     except FileNotFoundError:
         if not os.path.isdir(folder):
-            raise OutputError("its folder does not exist", path=path, hint=f"mkdir -p {folder}") from None
+            raise OutputError("its folder does not exist", path=path, hint=f"mkdir -p {shlex.quote(folder)}") from None
         return real
     except OSError as error:
         raise output_error(path, error) from error
