@@ -16,8 +16,8 @@ from ckptsurgeon.planning import linking, unused_rules
 from ckptsurgeon.planning.averaging import Weights, averaged, weights_of
 from ckptsurgeon.planning.keys import Claim, Item, SourceKey
 from ckptsurgeon.planning.legacy_names import repaired, taken
-from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
 from ckptsurgeon.planning.plan_types import way_to_look
+from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
 from ckptsurgeon.rules.patterns import expand
 from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from planning_support import checkpoint, model, names
 
 from ckptsurgeon.errors import PlanError, RuleError
-from ckptsurgeon.planning.prefixes import rivals
-from ckptsurgeon.planning.diff import compare
 from ckptsurgeon.planning.apply_rules import name_sources
+from ckptsurgeon.planning.diff import compare
 from ckptsurgeon.planning.plan import make_plan
+from ckptsurgeon.planning.prefixes import rivals
 from ckptsurgeon.planning.prefixes.rivals import ways_to_choose
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint

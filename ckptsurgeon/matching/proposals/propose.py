@@ -19,8 +19,8 @@ from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, genera
 from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.plan_types import way_to_look
+from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import kept_out
 from ckptsurgeon.report import Twins
