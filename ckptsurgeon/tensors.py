@@ -171,6 +171,14 @@ class Part:
     hint: str
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file that is one shard of several: the index or folder of the `whole`, and the keys of the `others`, None without an index."""
+
+    whole: str
+    others: frozenset[str] | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Archive(Shown):
     """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them.
@@ -209,6 +217,7 @@ class Checkpoint(Mapping[str, TensorMeta]):
         files: the files that hold the data, as they were when read; empty for a model or skeleton.
         loaders: a model's modules with loading code of their own, by path.
         overlaps: groups of a model's keys whose memory partly overlaps, so that loading one changes the others.
+        shard: where it is one shard of several and lacks scales that its codes may have, what tells of the others.
     """
 
     path: str
@@ -227,6 +236,7 @@ class Checkpoint(Mapping[str, TensorMeta]):
     notes: tuple[str, ...] = ()
     loaders: Mapping[str, Loader] = field(default_factory=dict)
     overlaps: tuple[tuple[str, ...], ...] = ()
+    shard: Shard | None = None
 
     @property
     def loaded_keys(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.api import _gates, _opening, _training_state
+from ckptsurgeon.api import _gates, _gpu_layouts, _opening, _training_state
 from ckptsurgeon.api._gates import Uncertain
 from ckptsurgeon.api._opening import Given, Note
 from ckptsurgeon.api._options import facts, facts_of, refuse_idle
@@ -76,6 +76,7 @@ def transfer(
         _refuse_idle(plan, seed, dequantize, asked)
         _gates.refuse_idle_casts(plan.allow_cast, [step.target for step in plan.steps])
     _gates.check(plan, min_coverage=min_coverage, strict=strict)
+    _gpu_layouts.refuse(plan, [given], live)
 
     def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
         rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
+from ckptsurgeon.formats.folders.hf_shards import shard_of
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.plan import PlanTarget
+from ckptsurgeon.planning.quantised import lacks_scales
 from ckptsurgeon.report import Unmissable
 from ckptsurgeon.tensors import Archive, Checkpoint
 
@@ -95,7 +97,7 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
     found = look(given)
     if isinstance(found, Archive):
         try:
-            return roots.choose(found, root=root, target=target, parts=parts)
+            return _with_shard(roots.choose(found, root=root, target=target, parts=parts))
         except RootError:
             named = None if root is None or found.format not in TREES else roots.at_place(formats.read_tree(found.path).value, root)
             if named is None:
@@ -104,6 +106,12 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
     raise TargetError(
         f"a {type(given).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
     )
+
+
+def _with_shard(found: Checkpoint) -> Checkpoint:
+    """A checkpoint as it is; of one file that lacks the scales of what may be codes, with what tells that it is a shard."""
+    alone = len(found.files) == 1 and lacks_scales(found)
+    return replace(found, shard=shard_of(found.files[0].path)) if alone else found
 
 
 def open_target(given: Given, *, root: str | None = None, note: Note = silent) -> Target:
@@ -119,7 +127,7 @@ def open_target(given: Given, *, root: str | None = None, note: Note = silent) -
         text = os.fspath(given)
         if is_code(text):
             return _from_spec(text, note)
-        return Target(roots.choose(read(text), root=root))
+        return Target(_with_shard(roots.choose(read(text), root=root)))
     return _from_live(given, note)
 
 

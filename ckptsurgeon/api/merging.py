@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ckptsurgeon.api import _gates, _opening
+from ckptsurgeon.api import _gates, _gpu_layouts, _opening
 from ckptsurgeon.api._gates import Uncertain
 from ckptsurgeon.api._opening import Given, Note, Path, Renames, Target, silent
 from ckptsurgeon.api._options import facts_of, refuse_idle, refuse_idle_writing
@@ -139,6 +139,7 @@ def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> t
         dequantize=choices.dequantize,
         outside=ruling.outside,
     )
+    _gpu_layouts.refuse(made, found)
     return found, replace(made, text=text.plan(made))
 
 
@@ -276,11 +277,9 @@ def apply(
     found = [_opening.open_source(source.path, root=source.root) for source in made.sources]
     planfile.check_sources(made, found)  # before the target's module is imported
     check_data(made, found, None)
-    goal = None
-    if made.target is not None:
-        goal = _opening.open_planned(made.target, note)
-        if goal.build is not None and (made.needs_model or verify):
-            goal = _opening.settle(goal, made.seed, note)
+    goal = None if made.target is None else _opening.open_planned(made.target, note)
+    if goal is not None and goal.build is not None and (made.needs_model or verify):
+        goal = _opening.settle(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
     if goal is not None:
         check_data(replace(made, sources=()), (), goal.checkpoint)

@@ -233,7 +233,7 @@ def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: C
     found = []
     for key, origin in origins.items():
         read = [codes[name] for _, name in origin.places if name in codes]
-        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.scales) for one in read)
+        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.here) for one in read)
         found += [one.key for one in read if origin.fits and not as_it_is]
     return tuple(found)
 

@@ -1,7 +1,8 @@
 """Quantised weights: numbers that are codes, and mean something only together with the scales beside them.
 
 One table says which pairs of keys these are, by dtype and by the scales' names together: an fp8 tensor without a scale is a value, and so
-is a float weight with a `weight_scale` of its own beside it. Pure.
+is a float weight with a `weight_scale` of its own beside it. In one shard of several the scale may stand in another shard: the index says
+so by its name; without an index, every tensor of a dtype for codes may have one. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.rules.patterns import compile_pattern
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, Shard, TensorMeta
 
 FP8 = frozenset(code for code in BY_CODE if code.startswith("F8_"))
 INTS = frozenset({"U8", "I8", "I16", "I32"})
@@ -64,6 +65,9 @@ TABLE: tuple[Scheme, ...] = (
     Scheme("packed codes with scales", ".weight", frozenset({"U8"}), (".weight_scale",), (".weight_scale_2", *_ACTIVATIONS)),
 )
 _SCALES = tuple(sorted({row.scales[0].lstrip(".") for row in TABLE}))
+_BY_DTYPE = tuple(row for row in TABLE if row.dtypes != frozenset(BY_CODE))  # whose dtypes alone say that a tensor may be codes
+_DTYPES = frozenset().union(*(row.dtypes for row in _BY_DTYPE))
+_UNSEEN = "codes whose scales may stand in another shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,8 @@ class Codes:
     """The codes under `key`, the `scales` that they can't be read without, and what else belongs to them.
 
     `op` makes values of codes and scale; None where no formula is known here, or the shapes do not tell the blocks. `divisor` is the
-    formula's, None where there is none. `tied` is set for another name of codes, whose scales stand beside the first.
+    formula's, None where there is none. `tied` is set for another name of codes, whose scales stand beside the first. `whole` is set where
+    the scales stand in another shard, or may: the index, or the folder, that has all shards.
     """
 
     key: str
@@ -81,16 +86,25 @@ class Codes:
     op: Op | None = None
     divisor: int | None = None
     tied: bool = False
+    whole: str = ""
+
+    @property
+    def here(self) -> tuple[str, ...]:
+        """The scales that stand in the same file, or in the same checkpoint."""
+        return () if self.whole else self.scales
 
     @property
     def words(self) -> str:
         """What it is, as a sentence goes on after its key."""
+        if self.whole:
+            where = f"{self.scheme} ({', '.join(self.scales)}), which stand in another shard"
+            return f"is {where}" if self.scales else f"may be {_UNSEEN}, as the file's name says that it is one of several"
         return f"is {self.scheme} ({', '.join(self.scales)}), no values by themselves"
 
     @property
     def of_target(self) -> str:
         """The same of a target's."""
-        return f"is {self.scheme} in the target ({', '.join(self.scales)})"
+        return f"is {self.scheme} in the target" + (f" ({', '.join(self.scales)})" if self.scales else "")
 
 
 def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
@@ -109,7 +123,39 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
         scheme = next((row for row in rows if tensor.dtype in row.dtypes and _is(key, tensor, row, tensors)), None)
         if scheme is not None:
             found[key] = _codes(key, scheme, tensors)
-    return found | _tied(found, tensors)
+    found |= _tied(found, tensors)
+    shard = tensors.shard if isinstance(tensors, Checkpoint) else None
+    return found if shard is None else found | dict(_in_shards(found, tensors, shard))
+
+
+def lacks_scales(tensors: Mapping[str, TensorMeta]) -> bool:
+    """Whether any tensor may be codes by its dtype and the end of its key, and has no scale among `tensors`.
+
+    >>> meta = lambda name, dtype: {name: TensorMeta(name, dtype, (4, 2), ())}
+    >>> lacks_scales(meta("q.weight", "I8")), lacks_scales(meta("q.weight", "F16")), lacks_scales(meta("position_ids", "I8"))
+    (True, False, False)
+    """
+    return any(one.dtype in _DTYPES for one in tensors.values()) and next(_suspects(find(tensors), tensors), None) is not None
+
+
+def _suspects(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> Iterator[str]:
+    known = {name for one in found.values() for name in (one.key, *one.scales, *one.beside)}
+    for key, tensor in tensors.items():
+        if key not in known and any(tensor.dtype in row.dtypes and _ends(key, row) for row in _BY_DTYPE):
+            yield key
+
+
+def _in_shards(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta], shard: Shard) -> Iterator[tuple[str, Codes]]:
+    """What is codes by the index's names, or may be where there is no index."""
+    for key in _suspects(found, tensors):
+        if shard.others is None:
+            yield key, Codes(key, _UNSEEN, (), whole=shard.whole)
+            continue
+        rows = [row for row in TABLE if tensors[key].dtype in row.dtypes and _ends(key, row)]
+        for row, names in ((row, _named(key, row, row.scales)) for row in rows):
+            if all(name in shard.others or name in tensors for name in names) and not all(name in tensors for name in names):
+                yield key, Codes(key, row.name, names, whole=shard.whole)
+                break
 
 
 def _tied(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
@@ -135,8 +181,12 @@ def _named(key: str, scheme: Scheme, names: Iterable[str]) -> tuple[str, ...]:
     return tuple((stem + name)[1:] for name in names)
 
 
+def _ends(key: str, scheme: Scheme) -> bool:
+    return key.endswith(scheme.ends) or key == scheme.ends[1:]
+
+
 def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> bool:
-    if not key.endswith(scheme.ends) and key != scheme.ends[1:]:
+    if not _ends(key, scheme):
         return False
     names = _named(key, scheme, scheme.scales)
     return all(name in tensors and (scheme.alike or tensors[name].dtype != tensor.dtype) for name in names)
@@ -208,10 +258,11 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
             if codes is None or _dequantized(step, (number, key), codes):
                 continue
             what = f"{'' if key == step.target else f'{key} '}{codes.words}"
-            way = "" if codes.op is None else _DEQUANTIZE
-            needed = (*codes.scales, *(() if codes.op else codes.beside))
+            way = _DEQUANTIZE if codes.op is not None else f"give the whole checkpoint: {codes.whole}" if codes.whole else ""
+            needed = (*codes.here, *(() if codes.op else codes.beside))
             if asked and codes.op is None:
-                yield step.target, f"{what}, and how to make values of them is not known here", ""
+                why = "values are made of both together" if codes.whole else "how to make values of them is not known here"
+                yield step.target, f"{what}, and {why}", way
             elif step.adapters:
                 yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", way
             elif step.cast is not None:
@@ -220,7 +271,7 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
                 yield step.target, f"{what}, and would be the first source's and no average", way
             elif lost := [name for name in needed if (number, name) not in plain]:
                 yield step.target, f"{what}, and {', '.join(lost)} would not go with it", way
-            elif not codes.tied:
+            elif not codes.tied and not codes.whole:
                 found = made[step.target].scales if step.target in made else ()
                 if [by_key[name].sources for name in found] != [((number, name),) for name in codes.scales]:
                     yield step.target, f"{what}, and would not have these beside it under its new name", way
@@ -245,14 +296,14 @@ def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequen
     """The target's own codes whose numbers and scales would not come from one place."""
     by_key = {step.target: step for step in steps}
     for key, codes in wanted.items():
-        first, *scales = [by_key[name] for name in (key, *codes.scales) if name in by_key]
+        first, *scales = [by_key[name] for name in (key, *codes.here) if name in by_key]
         if all(not row.sources and row.action == first.action for row in (first, *scales)):  # all kept, or all the model's own
             if first.cast is not None:
                 yield key, f"{codes.of_target}, and would be cast to {first.cast}", _OF_TARGET
             continue
         number, given = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
         whole = by_source[number].get(given)
-        wanted_scales = [] if whole is None else [((number, name),) for name in whole.scales]
+        wanted_scales = [] if whole is None else [((number, name),) for name in whole.here]
         same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == wanted_scales
         if not same or any(row.adapters for row in scales):
             yield key, f"{codes.of_target}, and would not get codes and scales from one place", _OF_TARGET

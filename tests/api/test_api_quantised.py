@@ -235,7 +235,7 @@ def expected(state: dict[str, Tensor], key: str) -> Tensor:
     """Each value by the formula, by torch's broadcasting; the blocks of these are whole dims, or divide them."""
     stem = key.removesuffix(".weight")
     if f"{stem}.SCB" in state:
-        return state[key].float() * state[f"{stem}.SCB"].view(-1, 1) / 127
+        return state[key] * state[f"{stem}.SCB"].view(-1, 1) * 7.874015718698502e-3  # as transformers and bitsandbytes have it
     names = (f"{key}_scale_inv", f"{key}_scale", f"{stem}.scale_weight")
     scale = next(state[name] for name in names if name in state)
     factor = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
@@ -450,6 +450,133 @@ def test_averages_of_values(tmp_path: Path) -> None:
     path = save(tmp_path, "i.safetensors", state)
     with pytest.raises(PlanError, match="not averaged"):
         cs.merge([path, path], None, tmp_path / "p.pt", average=True, dequantize=True)
+
+
+def test_int8_is_what_bitsandbytes_makes_of_it(tmp_path: Path) -> None:
+    """Its own dequantisation of its own layer's state_dict, bit for bit, for every code."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    every = torch.arange(-128, 128).to(torch.int8).repeat(64, 1)
+    scale = random(64, seed=3).abs() * 100
+    path = save(tmp_path, "a.safetensors", {"q.weight": every, "q.SCB": scale})
+    cs.merge(path, None, tmp_path / "o.pt", dequantize=True, dtype="F32")
+    assert torch.equal(support.load(tmp_path / "o.pt")["q.weight"], bnb.functional.int8_vectorwise_dequant(every, scale))
+    layer = bnb.nn.Linear8bitLt(32, 16, bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": random(16, 32)})
+    state = layer.to("cpu").state_dict()
+    if state["weight"].dtype != torch.int8:
+        pytest.skip("this bitsandbytes quantises on a GPU only")
+    path = save(tmp_path, "b.safetensors", {f"q.{name}": value for name, value in state.items() if isinstance(value, Tensor)})
+    cs.merge(path, None, tmp_path / "o.pt", dequantize=True, dtype="F32", overwrite=True)
+    assert torch.equal(support.load(tmp_path / "o.pt")["q.weight"], bnb.functional.int8_vectorwise_dequant(state["weight"], state["SCB"]))
+
+
+@pytest.mark.parametrize(("form", "suffix"), [(2, "safetensors"), (3, "pt"), ("col_turing", "pt")])
+def test_int8_in_the_order_of_a_gpu_is_refused(form: int | str, suffix: str, tmp_path: Path) -> None:
+    """What bitsandbytes before 0.45 saves after a forward pass: its `weight_format` is the number or the name of the order."""
+    key, state, _ = layer("bitsandbytes int8")
+    value: Any = {**state, f"{MODULE}.weight_format": torch.tensor(form, dtype=torch.uint8) if isinstance(form, int) else form}
+    path = tmp_path / f"a.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(value, path)
+    for call in (
+        lambda **more: cs.merge(path, None, tmp_path / "o.pt", **more),
+        lambda **more: cs.plan(path, **more),
+    ):
+        with pytest.raises(CastError, match="the order of a GPU's kernels") as caught:
+            call(dequantize=True)
+        assert caught.value.key == key and not (tmp_path / "o.pt").exists()
+        call()
+        (tmp_path / "o.pt").unlink(missing_ok=True)
+    model = torch.nn.Linear(16, 8, bias=False)
+    renames = {"rename": {f"{MODULE}.{{p}}": "{p}"}, "drop": ["norm.weight"]}
+    for source in (path, value):
+        with pytest.raises(CastError, match="the order of a GPU's kernels"):
+            cs.transfer(source, model, dequantize=True, **renames)
+
+
+INDEX = "model.safetensors.index.json"
+FIRST = "model-00001-of-00002.safetensors"
+
+
+def one_shard(folder: Path, codes: Tensor, index: dict[str, str] | None, name: str = FIRST, key: str = "w.weight") -> Path:
+    """A file of codes alone, beside what an index says of the others, if there is one."""
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {key: name, "norm.weight": name, **index}}))
+    return save(folder, name, {key: codes, "norm.weight": torch.ones(4)})
+
+
+SECOND = "model-00002-of-00002.safetensors"
+APART: dict[str, tuple[str, Tensor, dict[str, str] | None, str]] = {
+    "the index names the scale": ("w.weight", random(8, 16).to(FP8), {"w.weight_scale_inv": SECOND}, FIRST),
+    "the index names the scale, and the file is called otherwise": ("w.weight", random(8, 16).to(FP8), {"w.weight_scale": "b.st"}, "a.st"),
+    "int8": ("w.weight", codes(torch.int8, 8, 16), {"w.SCB": SECOND}, FIRST),
+    "GPTQ": ("w.qweight", codes(torch.int32, 2, 8), {"w.scales": SECOND, "w.qzeros": SECOND}, FIRST),
+    "fp8 without an index": ("w.weight", random(8, 16).to(FP8), None, FIRST),
+    "int8 without an index": ("w.weight", codes(torch.int8, 8, 16), None, FIRST),
+    "torch's format": ("w.weight", random(8, 16).to(FP8), None, "pytorch_model-00002-of-00003.pt"),
+    "an index that can't be read": ("w.weight", random(8, 16).to(FP8), {"w": 3}, FIRST),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_codes_of_one_shard_whose_scales_stand_in_another(case: str, tmp_path: Path) -> None:
+    """Copied bit for bit; a cast, an average and an adapter are refused by name, with where the whole is."""
+    key, made, index, name = APART[case]
+    path = one_shard(tmp_path, made, index, name, key)
+    (tmp_path / "out").mkdir()
+    cs.merge(path, None, tmp_path / "out" / "copied.pt")
+    copied = torch.load(tmp_path / "out" / "copied.pt")[key]
+    assert copied.dtype == made.dtype and torch.equal(copied.view(torch.uint8), made.view(torch.uint8))
+    target = save(tmp_path / "out", "t.safetensors", {key: torch.zeros(made.shape), "norm.weight": torch.ones(4)})
+    same = save(tmp_path / "out", "s.safetensors", {key: torch.zeros(made.shape).to(made.dtype), "norm.weight": torch.ones(4)})
+    cs.merge(path, same, tmp_path / "out" / "same.pt")
+    refused: list[Any] = [
+        lambda **more: cs.merge(path, target, tmp_path / "out" / "no.pt", **more),
+        lambda **more: cs.merge(path, None, tmp_path / "out" / "no.pt", adapt={key: "transpose"}, **more),
+        lambda **more: cs.merge([path, path], None, tmp_path / "out" / "no.pt", average=True, **more),
+        lambda **more: cs.plan(cs.open(path), target, **more),
+    ]
+    for call in refused:
+        with pytest.raises(CastError) as caught:
+            call()
+        assert caught.value.key == key and "another shard" in caught.value.reason
+        whole = str(tmp_path if index is None or "w" in index else tmp_path / INDEX)
+        assert f"give the whole checkpoint: {whole};" in str(caught.value.hint) and not (tmp_path / "out" / "no.pt").exists()
+        call(allow_cast=[key])
+        (tmp_path / "out" / "no.pt").unlink(missing_ok=True)
+    with pytest.raises(CastError, match="another shard"):
+        cs.merge(path, None, tmp_path / "out" / "no.pt", dequantize=True)
+    found = cs.diff(path, target)
+    assert [one.key for one in found.quantised] == [key] and "give the whole checkpoint" in str(found)
+
+
+def test_the_whole_that_the_hint_names_is_dequantized(tmp_path: Path) -> None:
+    made, scale = by_block(random(8, 16), 128, 128)
+    path = one_shard(tmp_path, made, {"w.weight_scale_inv": SECOND})
+    save(tmp_path, SECOND, {"w.weight_scale_inv": scale})
+    save(tmp_path, "t.pt", {"w.weight": torch.zeros(8, 16), "norm.weight": torch.zeros(4)})
+    with pytest.raises(CastError) as caught:
+        cs.merge(path, tmp_path / "t.pt", tmp_path / "o.pt")
+    whole = str(caught.value.hint).removeprefix("give the whole checkpoint: ").partition(";")[0]
+    cs.merge(whole, tmp_path / "t.pt", tmp_path / "o.pt", dequantize=True)
+    assert torch.equal(support.load(tmp_path / "o.pt")["w.weight"], made.float() * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("model.safetensors", None),
+        ("model-00001-of-00001.safetensors", None),
+        (FIRST, {"v.weight": SECOND}),  # an index that lists all keys, and no scale
+        ("model.safetensors", {"v.weight_scale": SECOND}),  # another weight's
+        ("fp8-of-2024.safetensors", None),
+    ],
+)
+def test_fp8_without_scales_stays_castable(name: str, index: dict[str, str] | None, tmp_path: Path) -> None:
+    made = random(8, 16).to(FP8)
+    path = one_shard(tmp_path, made, index, name)
+    target = save(tmp_path, "t.pt", {"w.weight": torch.zeros(8, 16), "norm.weight": torch.ones(4)})
+    cs.merge(path, target, tmp_path / "o.pt")
+    assert torch.equal(support.load(tmp_path / "o.pt")["w.weight"], made.float())
 
 
 def test_codes_that_are_all_bytes_are_averaged_by_name_only(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def values(codes: torch.Tensor, scale: torch.Tensor, op: Op, shape: Sequence[int
         if part:
             factor = factor.index_select(dim, torch.arange(first, first + codes.shape[dim]) // part)
     found = codes.float() * factor
-    return found / op["divisor"] if op["divisor"] != 1 else found
+    return found * (1 / op["divisor"]) if op["divisor"] != 1 else found  # rounded as bitsandbytes does it
 
 
 def _dequantized(tensors: list[torch.Tensor], op: Op, _initial: Callable[[], torch.Tensor]) -> list[torch.Tensor]:

@@ -7,16 +7,18 @@ only to a regular file in that folder or, in a Hugging Face cache, into the `blo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from hashlib import sha256
+from typing import Any
 
-from ckptsurgeon.errors import FormatError, RootError, UnreadableError
-from ckptsurgeon.formats.files import OpenFile, unreadable
+from ckptsurgeon.errors import CheckpointError, FormatError, RootError, UnreadableError
+from ckptsurgeon.formats.files import OpenFile, open_regular, unreadable
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
 from ckptsurgeon.limit_table import allowed, exceeded
-from ckptsurgeon.tensors import Archive, FileStamp, StateDict, TensorMeta
+from ckptsurgeon.tensors import Archive, FileStamp, Shard, StateDict, TensorMeta
 
 # In the order in which Hugging Face's own loaders look.
 FOLDER_NAMES = (
@@ -58,10 +60,7 @@ def is_index(file: OpenFile) -> bool:
 def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     """Read an index and the header of every shard it names."""
     raw = whole(file)
-    value = parse(raw, file.path, "index")
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FormatError("has a weight_map that is not a map from keys to file names", path=file.path)
+    weight_map = _weight_map(raw, file.path)
     folder = os.path.dirname(file.path)
     names = sorted(set(weight_map.values()))
     for limit, count, what in (("shards", len(names), "files"), ("tensors", len(weight_map), "tensors")):
@@ -104,6 +103,40 @@ def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         part=next((archive.part for archive in archives.values() if archive.part), None),
         notes=tuple(dict.fromkeys(note for archive in archives.values() for note in archive.notes)),
     )
+
+
+def _weight_map(raw: bytes, path: str) -> dict[str, str]:
+    value: Any = parse(raw, path, "index")
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError("has a weight_map that is not a map from keys to file names", path=path)
+    return weight_map
+
+
+_NAME = re.compile(r"(?:.*[-_.])?\d+[-_]of[-_](\d+)(?:\.\w+)+", re.ASCII)
+
+
+def shard_of(path: str) -> Shard | None:
+    """What says that a file is one shard of several: an index beside it that names it among others, else its own name. None for a whole.
+
+    An index that can't be read says nothing.
+    """
+    folder, name = os.path.split(path)
+    try:
+        indexes = sorted(one for one in os.listdir(folder or ".") if one.endswith(".index.json"))
+    except OSError:
+        indexes = []
+    for index in (os.path.join(folder, one) for one in indexes):
+        try:
+            with open_regular(index) as file:
+                weight_map = _weight_map(whole(file), index)
+        except CheckpointError:
+            continue
+        if name in weight_map.values():
+            others = frozenset(key for key, shard in weight_map.items() if shard != name)
+            return Shard(index, others) if others else None
+    found = _NAME.fullmatch(name)
+    return Shard(folder or ".") if found is not None and int(found[1]) > 1 else None
 
 
 def _only_state_dict(archive: Archive) -> StateDict:

@@ -83,6 +83,10 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
             (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
         ]
         lines += ["Would fit by an adapter, if you ask for it (--adapt KEY OP):", *folded(rows, width, OFFERS)]
+    apart = [one for one in found.quantised if one.whole and one.key in found.parted_codes]
+    if apart:
+        words = f"{count(len(apart), 'weight')} as {apart[0].scheme} would be cast without them"
+        return [*lines, f"{words}: give the whole checkpoint, {name(apart[0].whole)}, then diff again."]
     unread = [one for one in found.quantised if one.op is None and one.key in found.parted_codes]
     if unread:
         words = (

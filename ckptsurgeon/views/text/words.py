@@ -186,7 +186,8 @@ def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
     for one in found:
         by_scheme.setdefault(one.scheme, []).append(one)
     return [
-        f"  quantised{whose}: {count(len(same), 'weight')} as {scheme}, such as {name(same[0].key)} ({listing(same[0].scales)})"
+        f"  quantised{whose}: {count(len(same), 'weight')} as {scheme}, such as {name(same[0].key)}"
+        + (f" ({listing(same[0].scales)})" if same[0].scales else "")
         for scheme, same in by_scheme.items()
     ]
 
