@@ -19,7 +19,7 @@ from ckptsurgeon.errors import FormatError, ModelError, StaleError
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.optimizer.assign import MODEL, Assigned, assign, held_by_key
-from ckptsurgeon.optimizer.format import MARKS, SLOTS, Saved, read_saved
+from ckptsurgeon.optimizer.format import BITSANDBYTES, MARKS, SLOTS, Saved, read_saved
 from ckptsurgeon.optimizer.plan import ParameterPlan, plan_states
 from ckptsurgeon.planning import training_places
 from ckptsurgeon.planning.plan import Plan
@@ -247,6 +247,11 @@ def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
     """Why nothing of the source's optimizer is any good to the new one; None where it is."""
     if kind is None:
         return f"is none of {', '.join(SLOTS)}: it was left as it is"
+    if saved.state and saved.by_bitsandbytes != (kind == BITSANDBYTES):
+        other = "8-bit codes of bitsandbytes" if saved.by_bitsandbytes else "none of bitsandbytes"
+        return f"the source's state is {other}, which this optimizer can't take; it was left as it is"
+    if kind == BITSANDBYTES:
+        return None
     if saved.groups and not all(MARKS[kind] in group for group in saved.groups):
         return f"the source's groups have no {MARKS[kind]!r}, so that its optimizer was none such; this one was left as it is"
     return None

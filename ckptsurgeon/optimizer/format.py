@@ -20,19 +20,27 @@ State = Mapping[str, Leaf]
 
 @dataclass(frozen=True)
 class Slot:
-    """One value that an optimizer keeps for a parameter: a `moment` of its shape, or a `step` count.
+    """One value that an optimizer keeps for a parameter: a `moment` of its shape, a `step` count, or a `code`, which is carried as it is or
+    not at all.
 
     `when` is the hyper-parameter that asks for it, None for always. Without one that is `needed`, nothing of a parameter is carried;
     another starts at zero.
     """
 
     name: str
-    kind: Literal["moment", "step"] = "moment"
+    kind: Literal["moment", "step", "code"] = "moment"
     when: str | None = None
     needed: bool = True
 
 
 _STEP = Slot("step", "step")
+# What the optimizers of bitsandbytes keep: 8-bit codes (`state1`) in blocks of the parameter's elements, which mean something only with the
+# blocks' scales (`absmax1`, else `max1`) and the table of values (`qmap1`); of small parameters, float32. Newer versions save the tensors
+# in a dict of their own.
+BITSANDBYTES = "bitsandbytes"
+_WRAPPED = "__bnb_optimizer_quant_state__"
+_KEPT: tuple[str, ...] = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2")
+_KEPT += ("gnorm_vec", "unorm_vec", "step")
 _ADAM = (_STEP, Slot("exp_avg"), Slot("exp_avg_sq"), Slot("max_exp_avg_sq", when="amsgrad", needed=False))
 SLOTS: Mapping[str, tuple[Slot, ...]] = {
     "SGD": (Slot("momentum_buffer", when="momentum"),),
@@ -44,6 +52,7 @@ SLOTS: Mapping[str, tuple[Slot, ...]] = {
         Slot("momentum_buffer", when="momentum", needed=False),
         Slot("grad_avg", when="centered", needed=False),
     ),
+    BITSANDBYTES: tuple(Slot(name, "code", needed=name in ("step", "state1")) for name in _KEPT),
 }
 # A hyper-parameter that tells an optimizer's saved groups from those of others: RMSprop's momentum_buffer is none for SGD.
 MARKS: Mapping[str, str] = {"SGD": "dampening", "Adam": "betas", "AdamW": "betas", "RMSprop": "alpha"}
@@ -64,15 +73,22 @@ class Saved:
         """All positions, group after group."""
         return tuple(position for group in self.positions for position in group)
 
+    @property
+    def by_bitsandbytes(self) -> bool:
+        """Whether an optimizer of bitsandbytes wrote it."""
+        return any("state1" in state for state in self.state.values())
+
     def shape_of(self, position: Hashable) -> Shape | None:
         """The shape of a position's moments; None without one. FormatError where they differ."""
-        shapes = {name: leaf.shape for name, leaf in self.state.get(position, {}).items() if type(leaf) is TensorMeta and name in _MOMENTS}
+        state = self.state.get(position, {})
+        moments = _MOMENTS if "state2" not in state else _MOMENTS - {"state1"}  # AdEMAMix keeps two averages in one `state1`
+        shapes = {name: leaf.shape for name, leaf in state.items() if type(leaf) is TensorMeta and name in moments}
         if len(set(shapes.values())) > 1:
             raise FormatError(f"has moments of unlike shapes for position {_short(position)}: {_shapes(shapes)}")
         return next(iter(shapes.values()), None)
 
 
-_MOMENTS = frozenset(slot.name for slots in SLOTS.values() for slot in slots if slot.kind == "moment")
+_MOMENTS = frozenset(slot.name for slots in SLOTS.values() for slot in slots if slot.kind == "moment") | {"state1", "state2"}
 
 
 def read_saved(value: Any) -> Saved:
@@ -96,13 +112,20 @@ def read_saved(value: Any) -> Saved:
     if len(set(flat)) != len(flat):
         raise FormatError("has a position in two groups, or twice in one")
     known = set(flat)
-    for position, kept in state.items():
+    flattened = {position: _flat(kept) for position, kept in state.items()}
+    for position, kept in flattened.items():
         if position not in known or type(position) is bool:
             raise FormatError(f"has state for position {_short(position)}, which no group has")
         if not isinstance(kept, Mapping) or not all(type(name) is str for name in kept):
             raise FormatError(f"has something other than named values as the state of position {_short(position)}")
     plain = tuple({name: one for name, one in group.items() if name not in ("params", "param_names")} for group in groups)
-    return Saved(plain, positions, _names(groups, positions), state)
+    return Saved(plain, positions, _names(groups, positions), flattened)
+
+
+def _flat(kept: Any) -> Any:
+    """A parameter's state without the dict in which bitsandbytes saves its tensors."""
+    wrapped = kept.get(_WRAPPED) if isinstance(kept, Mapping) else None
+    return {**{name: value for name, value in kept.items() if name != _WRAPPED}, **wrapped} if isinstance(wrapped, Mapping) else kept
 
 
 def _positions(number: int, group: Any) -> tuple[Hashable, ...]:

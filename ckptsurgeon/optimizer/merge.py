@@ -13,7 +13,7 @@ from typing import Any
 from ckptsurgeon.errors import FormatError, PlanError
 from ckptsurgeon.formats.layout import Stored
 from ckptsurgeon.optimizer.assign import Assigned
-from ckptsurgeon.optimizer.format import MARKS, SLOTS, Leaf, Saved, Slot, State
+from ckptsurgeon.optimizer.format import BITSANDBYTES, MARKS, SLOTS, Leaf, Saved, Slot, State
 from ckptsurgeon.optimizer.plan import Parameter, ParameterPlan, SlotPlan, plan_states
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.tensors import Refused, TensorMeta
@@ -34,11 +34,13 @@ class MergedState:
 
 
 def kind_of(saved: Saved) -> str:
-    """The kind of optimizer that a state is of, told by its groups' hyper-parameters. PlanError for one of none.
+    """The kind of optimizer that a state is of, told by what it keeps, or its groups' hyper-parameters. PlanError for one of none.
 
     >>> kind_of(Saved(({"lr": 0.1, "alpha": 0.99},), ((),), None, {}))
     'RMSprop'
     """
+    if saved.by_bitsandbytes:
+        return BITSANDBYTES
     for kind, mark in MARKS.items():
         if saved.groups and all(mark in group for group in saved.groups):
             return kind
@@ -46,9 +48,9 @@ def kind_of(saved: Saved) -> str:
 
 
 def slots_of(saved: Saved, kind: str) -> tuple[Slot, ...]:
-    """The slots that a state has anywhere, all of them needed: what is written must be whole."""
+    """The slots that a state has anywhere, all of them needed, save codes: what is written must be whole."""
     present = {name for state in saved.state.values() for name, value in state.items() if value is not None}
-    return tuple(replace(slot, needed=True) for slot in SLOTS[kind] if slot.name in present)
+    return tuple(slot if slot.kind == "code" else replace(slot, needed=True) for slot in SLOTS[kind] if slot.name in present)
 
 
 def merge_state(
@@ -105,10 +107,11 @@ def _written(
     made: list[Step],
     leaves: dict[str, TensorMeta],
 ) -> Any:
-    """What stands in the state for a slot: a plain step count, or `Stored` for a tensor, whose step and leaves are added."""
+    """What stands in the state for a slot: a plain number, or `Stored` for a tensor, whose step and leaves are added."""
     used, shape = slot.leaves, plan.parameter.shape
     if slot.slot.kind == "step":
         used = (slot.leaves[max(range(len(counts)), key=lambda place: counts[place] or 0.0)],)
+    if slot.slot.kind != "moment":
         if type(used[0]) is not TensorMeta:
             return used[0]
         shape = used[0].shape

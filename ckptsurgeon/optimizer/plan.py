@@ -1,7 +1,7 @@
 """Decides what an optimizer's state becomes when its model changes: how each moment follows its weight, by the steps of the weights' plan.
 
 Moments go where their weight goes, zeros where it was filled up; nothing is carried for a weight that is fresh or computed, and the reason
-is told. Pure: no tensor is read and no torch loaded.
+is told. 8-bit moments are codes: they go as they are, with a weight that goes as it is. Pure: no tensor is read and no torch loaded.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
     plans = []
     for slot in parameter.slots:
         leaves = tuple(state.get(slot.name) for state in states)
+        if slot.kind == "code" and not slot.needed and all(leaf is None for leaf in leaves):
+            continue
         lacking = _lacking(slot, leaves, ops, parameter)
         if lacking is not None and (slot.needed or any(leaf is not None for leaf in leaves)):
             return ParameterPlan(parameter, sources=step.sources, reason=f"the source's {slot.name} {lacking}")
@@ -129,6 +131,11 @@ def _lacking(slot: Slot, leaves: tuple[Leaf, ...], ops: tuple[Op, ...], paramete
             return "is not there"
         if isinstance(leaf, Refused):
             return f"is {leaf.reason}"
+    if slot.kind == "code":
+        if ops or len(leaves) > 1:
+            changed = " | ".join(str(op["op"]) for op in ops)
+            return f"is of bitsandbytes, whose codes go as they are or not at all, and {changed} changes them"
+        return None if type(leaves[0]) in (int, float, TensorMeta) else "is no tensor"
     if slot.kind == "step":
         whole = all(type(leaf) in (int, float) or (type(leaf) is TensorMeta and leaf.numel == 1) for leaf in leaves)
         return None if whole else "is no number"

@@ -18,7 +18,7 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.parameters import named, named_tensors
-from ckptsurgeon.optimizer.format import SLOTS, Leaf, wanted_slots
+from ckptsurgeon.optimizer.format import BITSANDBYTES, SLOTS, Leaf, wanted_slots
 from ckptsurgeon.optimizer.order import LiveOrder, live_order
 from ckptsurgeon.optimizer.plan import Parameter, ParameterPlan, SlotPlan
 from ckptsurgeon.planning.plan_types import Step
@@ -48,6 +48,8 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str | None:
     ('SGD', None)
     """
     kind = type(optimizer)
+    if kind.__module__.startswith("bitsandbytes.optim."):
+        return BITSANDBYTES
     return kind.__name__ if kind.__module__.startswith("torch.optim.") and kind.__name__ in SLOTS else None
 
 
@@ -112,15 +114,15 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
         PlanError: a tensor is not what it was planned to be.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     casts: list[Cast] = []
     notes: list[tuple[str, str]] = []
     done: list[ParameterPlan] = []
     for position, (parameter, plan) in enumerate(zip(parameters, plans, strict=True)):
         lost: list[Cast] = []
-        values: dict[str, torch.Tensor] = {}
+        values: dict[str, Any] = {}
         for slot in plan.slots:
-            made = _step(slot, fetch) if slot.slot.kind == "step" else _moment(parameter, plan, slot, fetch, lost)
+            made = _value(parameter, plan, slot, fetch, lost)
             if isinstance(made, str):
                 plan = replace(plan, slots=(), reason=f"the source's {slot.slot.name} {made}")
                 break
@@ -133,6 +135,16 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
             state[position] = values
     own = user_code.call(type(optimizer).__name__, optimizer.state_dict)
     return Made({"state": state, "param_groups": own["param_groups"]}, tuple(done), tuple(casts), tuple(notes))
+
+
+def _value(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast]) -> Any:
+    """A slot's value; or why it can't be had, as text."""
+    if slot.slot.kind == "step":
+        return _step(slot, fetch)
+    if slot.slot.kind == "code":
+        (leaf,) = slot.leaves
+        return fetch(leaf).detach().to(parameter.device, copy=True) if type(leaf) is TensorMeta else leaf
+    return _moment(parameter, plan, slot, fetch, casts)
 
 
 def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
