@@ -1,7 +1,7 @@
-"""What the parameters of the library's verbs take: one table, by their annotations, held against the arguments of every call.
+"""What the parameters of the public functions take: one table, by their annotations, held against the arguments of every call.
 
-A wrong argument is an `ArgumentError` that says what was expected and what to write. Nothing is read, imported or used up here: of an
-iterator only that it is one is seen.
+A wrong argument is an `ArgumentError` that says what was expected and what to write for this very parameter. Nothing is read, imported or
+used up here: of an iterator only that it is one is seen, and a class of a higher floor is known by its name.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from ckptsurgeon.errors import ArgumentError, libraries
-from ckptsurgeon.planning.plan import Plan
-from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 P = ParamSpec("P")
@@ -28,11 +26,12 @@ Fits = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a parameter takes: in words, whether a value fits, and an example to write, in which `{name}` is the parameter's."""
+    """What a parameter takes: in words, and whether a value fits; whether it can be the path of a `file`, or an `instance` of a class."""
 
     words: str
     fits: Fits
-    example: str = ""
+    file: bool = False
+    instance: bool = False
 
 
 def _is_text(value: Any) -> bool:
@@ -94,6 +93,10 @@ def _is(*classes: type) -> Fits:
     return lambda value: isinstance(value, classes)
 
 
+def _ours(name: str) -> Fits:
+    return lambda value: any(one.__name__ == name and one.__module__.startswith("ckptsurgeon.") for one in type(value).__mro__)
+
+
 def _mapping(fits: Fits) -> Fits:
     return lambda value: isinstance(value, Mapping) and all(_is_text(key) and fits(one) for key, one in value.items())
 
@@ -106,67 +109,69 @@ def _has_fresh(value: Any) -> bool:
     return not isinstance(value, type) and hasattr(value, "fresh")
 
 
-_is_rule = _any(_is_path, _is(Rule))
-_SOURCE = Kind("a path or a Checkpoint", _any(_is_path, _is(Checkpoint, Archive)), "'net.pt'")
-_LIVE = Kind("a path, a Checkpoint, a state_dict or a model", _any(_is_path, _is(Archive, Mapping), _is_model), "'net.pt'")
-_TARGET = Kind("a path, a spec such as 'module:Net', a model, a state_dict or a Checkpoint", _any(_is_path, _is(Mapping), _is_model))
-_MODEL = Kind("a model, an instance of torch.nn.Module", _is_model)
+_is_rule = _any(_is_path, _ours("Rule"))
+_SOURCE = Kind("a path or a Checkpoint", _any(_is_path, _is(Checkpoint, Archive)), file=True)
+_LIVE = Kind("a path, a Checkpoint, a state_dict or a model", _any(_is_path, _is(Archive, Mapping), _is_model), file=True, instance=True)
+_TARGET = Kind(
+    "a path, a spec such as 'module:Net', a model, a state_dict or a Checkpoint",
+    _any(_is_path, _is(Mapping), _is_model),
+    file=True,
+    instance=True,
+)
+_MODEL = Kind("a model, an instance of torch.nn.Module", _is_model, instance=True)
 _TEXT = Kind("text", _is_text)
-_PATH = Kind("a path", _is_path, "{name}='net.pt'")
-_WORDS = Kind("a pattern or a list of them", _any(_is_text, _all(_is_text)), "{name}=['fc3.*']")
-_NUMBER = Kind("a number", _is_number, "{name}=0.01")
-_RATES = Kind("a dict of rates by pattern", _mapping(_is_number), "{name}={{'fc3.*': 1e-2}}")
-_OBJECT = Kind("an object of yours, no class and no text", _is_object)
-_WHOLE = Kind("a whole number from 0 to 2**63 - 1", _is_whole, "{name}=0")
+_PATH = Kind("a path", _is_path, file=True)
+_WORDS = Kind("a pattern or a list of them", _any(_is_text, _all(_is_text)))
+_NUMBER = Kind("a number", _is_number)
+_OBJECT = Kind("an object of yours, no class and no text", _is_object, instance=True)
+_WHOLE = Kind("a whole number from 0 to 2**63 - 1", _is_whole)
 _RECORD = Kind(
     "a report, a plan, a merged checkpoint or its path, or patterns or keys",
     _any(_has_fresh, _is_path, _is(Mapping), _all(_is_text)),
-    "the report of transfer, or the merged file",
+    file=True,
 )
-_OPTIMIZER = Kind("an optimizer", lambda value: _is_object(value) and hasattr(value, "param_groups") and hasattr(value, "state_dict"))
+_OPTIMIZER = Kind(
+    "an optimizer", lambda value: _is_object(value) and hasattr(value, "param_groups") and hasattr(value, "state_dict"), instance=True
+)
+_RULES = ("rename", "drop", "keep", "adapt", "init", "stage", "average")
 
 # By annotation; `| None` is added to what may be left out.
 KINDS: dict[str, Kind] = {
     "Path": _PATH,
     "str": _TEXT,
-    "bool": Kind("True or False", _is_flag, "{name}=True"),
+    "bool": Kind("True or False", _is_flag),
     "int": _WHOLE,
     "float": _NUMBER,
-    "Note": Kind("a function of one text", callable, "{name}=print"),
+    "Note": Kind("a function of one text", callable),
     "nn.Module": _MODEL,
     "Optimizer": _OPTIMIZER,
     "torch.optim.Optimizer": _OPTIMIZER,
     "Given": _TARGET,
-    "Given | Sequence[Given]": Kind(
-        "a path or a Checkpoint, or a list of them",
-        _any(_SOURCE.fits, _list_of(_SOURCE.fits)),
-    ),
-    "Plan | Path": Kind("a plan, or the path of a plan.json", _any(_is(Plan), _is_path), "'plan.json'"),
-    "Path | Iterable[Path]": Kind("a path or a list of them", _any(_is_path, _all(_is_path)), "['net.pt']"),
-    "int | str": Kind("a number of bytes, or text such as '500MB'", _any(_is_whole, _is_text), "{name}='500MB'"),
+    "Given | Sequence[Given]": Kind("a path or a Checkpoint, or a list of them", _any(_SOURCE.fits, _list_of(_SOURCE.fits)), file=True),
+    "Plan | Path": Kind("a plan, or the path of a plan.json", _any(_ours("Plan"), _is_path), file=True),
+    "Path | Iterable[Path]": Kind("a path or a list of them", _any(_is_path, _all(_is_path)), file=True),
+    "int | str": Kind("a number of bytes, or text such as '500MB'", _any(_is_whole, _is_text)),
     "Words": _WORDS,
     "Patterns": _WORDS,
     "Iterable[str]": _WORDS,
     "str | Iterable[str]": _WORDS,
-    "Iterable[str] | Literal['model']": Kind("a list of names", _any(_is_text, _all(_is_text)), "{name}=['fc1.weight', 'fc1.bias']"),
-    "Renames": Kind(
-        "a dict from patterns to texts, or a list of pairs",
-        _any(_mapping(_is_text), _all(_is_pair)),
-        "{name}={{'fc2.{{p}}': 'dense2.{{p}}'}}",
-    ),
-    "Rules": Kind("a rules file's path, a Rule, or a list of them", _any(_is_rule, _all(_is_rule)), "{name}='rules.toml'"),
-    "Weights": Kind("True, or a list of numbers", _any(_is_flag, _all(_is_number)), "{name}=[3, 1]"),
-    "Mapping[str, float]": _RATES,
-    "NoDecay": Kind("True or False, or patterns", _any(_is_flag, _is_text, _all(_any(_is_flag, _is_text))), "{name}=True"),
+    "Iterable[str] | Literal['model']": Kind("a list of names, or 'model'", _any(_is_text, _all(_is_text))),
+    "Renames": Kind("a dict from patterns to texts, or a list of pairs", _any(_mapping(_is_text), _all(_is_pair))),
+    "Rules": Kind("a rules file's path, a Rule, or a list of them", _any(_is_rule, _all(_is_rule)), file=True),
+    "Kind": Kind(f"one of {', '.join(map(repr, _RULES[:-2]))}", lambda value: _is_text(value) and value in _RULES),
+    "Weights": Kind("True, or a list of numbers", _any(_is_flag, _all(_is_number))),
+    "Mapping[str, float]": Kind("a dict of rates by pattern", _mapping(_is_number)),
+    "NoDecay": Kind("True or False, or patterns", _any(_is_flag, _is_text, _all(_any(_is_flag, _is_text)))),
     "Scheme | Mapping[str, Scheme]": Kind(
-        "a scheme's name, a function, or a dict of them by pattern",
-        _any(_is_text, callable, _mapping(_any(_is_text, callable))),
-        "{name}='xavier_normal'",
+        "a scheme's name, a function, or a dict of them by pattern", _any(_is_text, callable, _mapping(_any(_is_text, callable)))
     ),
-    "Sequence[Patterns]": Kind("a list of patterns, one or several for each stage", _all(_WORDS.fits), "{name}=['layer4.**', 'layer3.**']"),
-    "int | Sequence[int]": Kind("a whole number, or one for each stage", _any(_is_whole, _all(_is_whole)), "{name}=1"),
-    "object": Kind("a scheduler, or several", lambda value: not isinstance(value, (type, str, bytes, numbers.Number))),
+    "Sequence[Patterns]": Kind("a list of patterns, one or several for each stage", _all(_WORDS.fits)),
+    "int | Sequence[int]": Kind("a whole number, or one for each stage", _any(_is_whole, _all(_is_whole))),
+    "object": Kind("a scheduler, or several", lambda value: not isinstance(value, (type, str, bytes, numbers.Number)), instance=True),
+    "Callable[..., Any]": Kind("a function", lambda value: callable(value) and not isinstance(value, type)),
 }
+_CODES = Kind("a code such as 'CK201', a name, or a list of them", _WORDS.fits)
+_NAMES = Kind("a name or a list of them", _WORDS.fits)
 # By verb and parameter, or by parameter, where an annotation says less than is meant.
 NAMED: dict[str, Kind] = {
     "transfer.source": _LIVE,
@@ -177,12 +182,95 @@ NAMED: dict[str, Kind] = {
     "initialize.source": _RECORD,
     "param_groups.source": _RECORD,
     "what": _RECORD,
+    "unfreeze.what": _WORDS,
     "scheduler": _OBJECT,
     "scaler": _OBJECT,
     "ema": _OBJECT,
     "verify.checkpoint": _PATH,
     "Thaw.scheduler": KINDS["object"],
+    "Thaw.load_state_dict.state": Kind(
+        "what Thaw.state_dict() gave", lambda value: isinstance(value, Mapping) and {"steps", "stages"} <= set(value)
+    ),
+    "select": _CODES,
+    "ignore": _CODES,
+    "allow": _NAMES,
+    "dtypes": _NAMES,
+    "inputs": Kind("a shape such as '1x3x32x32', or a list of them", _WORDS.fits),
+    "limits.bounds": Kind("a number, or text such as '2GiB'", _any(_is(int), _is_text)),
 }
+# What to write for a parameter, as Python; by verb and parameter, or by parameter. True for a flag, which no row names.
+EXAMPLES: dict[str, str] = {
+    "adapt": "{'pos_embed': 'interpolate'}",
+    "against": "'model:Net'",
+    "allow": "['safetensors']",
+    "allow_cast": "['fc1.weight']",
+    "at": "1",
+    "auto": "'safe'",
+    "average": "[3, 1]",
+    "checkpoint": "'net.pt'",
+    "device": "'cpu'",
+    "drop": "['aux.**']",
+    "dtype": "'F16'",
+    "dtypes": "['F16', 'F32']",
+    "ema": "torch.optim.swa_utils.AveragedModel(model)",
+    "ema_root": "'model_ema'",
+    "file": "'rules.toml'",
+    "format": "'safetensors'",
+    "forward": "'module:make_inputs'",
+    "fresh_lr": "1e-2",
+    "fresh_scale": "10",
+    "ignore": "['CK203']",
+    "init": "{'fc3.*': 'xavier_normal'}",
+    "initialize.source": "report",
+    "inputs": "['1x3x32x32']",
+    "jobs": "4",
+    "keep": "['head.**']",
+    "kind": "'drop'",
+    "layer_decay": "0.75",
+    "layers": "'blocks.{i}.**'",
+    "line": "1",
+    "load_plan.path": "'plan.json'",
+    "load_rules.path": "'rules.toml'",
+    "lr": "1e-3",
+    "max_size": "'500MB'",
+    "min_coverage": "0.9",
+    "model": "Net()",
+    "note": "print",
+    "optimizer": "torch.optim.AdamW(model.parameters())",
+    "optimizer_from": "'optimizer.pt'",
+    "optimizer_names": "['fc1.weight', 'fc1.bias']",
+    "optimizer_root": "'optimizer'",
+    "output": "'out.pt'",
+    "overrides": "{'fc3.*': 1e-2}",
+    "param_groups.source": "report",
+    "partial": "'fresh'",
+    "path": "'net.pt'",
+    "paths": "['net.pt']",
+    "pattern": "'aux.**'",
+    "plan": "'plan.json'",
+    "rename": "{'fc2.{p}': 'dense2.{p}'}",
+    "result": "'dense2.{p}'",
+    "root": "'model'",
+    "rules": "'rules.toml'",
+    "scaler": "torch.amp.GradScaler()",
+    "scheduler": "torch.optim.lr_scheduler.StepLR(optimizer, 10)",
+    "scheduler_from": "'scheduler.pt'",
+    "scheme": "'xavier_normal'",
+    "seed": "0",
+    "select": "['CK201']",
+    "shape": "lambda shapes, **arguments: shapes[0]",
+    "source": "'net.pt'",
+    "source_model": "'model:Net'",
+    "sources": "'net.pt'",
+    "stages": "['layer4.**', 'layer3.**']",
+    "state": "thaw.state_dict()",
+    "target": "'model:Net'",
+    "tied": "'alias'",
+    "tolerance": "1e-4",
+    "weight_decay": "0.01",
+    "what": "['fc1.*']",
+}
+CALLS = {"limits": "limits(pickle_bytes='2GiB', tensors=10_000_000)"}  # by verb, where the person names the parameters
 
 
 def kind_of(verb: str, parameter: inspect.Parameter) -> Kind | None:
@@ -206,10 +294,7 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
     """
     name = verb.__qualname__.removesuffix(".__init__")
     signature = inspect.signature(verb)
-    kinds = {each: kind for each, parameter in signature.parameters.items() if (kind := kind_of(name, parameter)) is not None}
-    optional = {
-        each for each, parameter in signature.parameters.items() if parameter.default is None or "None" in str(parameter.annotation)
-    }
+    named = next((each for each, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD), "")
 
     @wraps(verb)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -217,14 +302,31 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return verb(*args, **kwargs)  # Python's own words for a parameter that there is not
-        for each, value in given.items():
-            if each in kinds and not (value is None and each in optional) and not kinds[each].fits(value):
-                hint = _swapped(name, each, given, kinds) or _hint(each, kinds[each], value)
-                raise ArgumentError(f"takes {kinds[each].words}, and {described(value)} was given to {name}", key=each, hint=hint)
+        hold(verb, name, {**{each: value for each, value in given.items() if each != named}, **given.get(named, {})})
         with libraries():
             return verb(*args, **kwargs)
 
     return call
+
+
+def hold(verb: Callable[..., Any], name: str, given: Mapping[str, Any]) -> None:
+    """Hold arguments by name against the tables; of a dataclass, its fields. ArgumentError for one of another kind."""
+    kinds, optional, rest = _expected(verb, name)
+    for each, value in given.items():
+        kind = kinds.get(each, rest)
+        if kind is not None and not (value is None and each in optional) and not kind.fits(value):
+            hint = _swapped(name, each, given, kinds) or _hint(name, each, kind, value)
+            raise ArgumentError(f"takes {kind.words}, and {described(value)} was given to {name}", key=each, hint=hint)
+
+
+@cache
+def _expected(verb: Callable[..., Any], name: str) -> tuple[dict[str, Kind], set[str], Kind | None]:
+    """The kinds of a verb's parameters, those that may be None, and the kind of what the person names."""
+    parameters = inspect.signature(verb).parameters
+    kinds = {each: kind for each, parameter in parameters.items() if (kind := kind_of(name, parameter)) is not None}
+    optional = {each for each, parameter in parameters.items() if parameter.default is None or "None" in str(parameter.annotation)}
+    rest = next((kinds.pop(each) for each, one in parameters.items() if one.kind is one.VAR_KEYWORD and each in kinds), None)
+    return kinds, optional, rest
 
 
 def described(value: Any) -> str:
@@ -248,21 +350,21 @@ def described(value: Any) -> str:
 def _swapped(verb: str, wrong: str, given: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str | None:
     """The right order, where two arguments fit when they change places."""
     for other, value in given.items():
-        if other != wrong and other in kinds and kinds[wrong].fits(value) and kinds[other].fits(given[wrong]):
+        if other != wrong and other in kinds and wrong in kinds and kinds[wrong].fits(value) and kinds[other].fits(given[wrong]):
             order = [each for each in given if each in (wrong, other)]
             return f"the other way round: {verb}({', '.join(order)})"
     return None
 
 
-def _hint(name: str, kind: Kind, value: Any) -> str | None:
-    if isinstance(value, type):
+def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
+    if isinstance(value, type) and kind.instance:
         return f"make one first: {value.__name__}(...)"
-    if hasattr(value, "read"):
+    if hasattr(value, "read") and kind.file:
         return "write it to a file and give its path; nothing is read from memory" + (
             ", or give what torch.load makes of it" if kind is _LIVE else ""
         )
     if kind is KINDS["Renames"] and _is_pair(value):
         return f"{name}={{{value[0]!r}: {value[1]!r}}}"
-    if isinstance(value, (list, tuple)) and value and all(map(kind.fits, value)):
+    if isinstance(value, (list, tuple)) and value and all(map(kind.fits, value)) and verb not in CALLS:
         return "give one of them"
-    return kind.example.format(name=name) or None
+    return CALLS.get(verb) or f"{name}={EXAMPLES.get(f'{verb}.{name}') or EXAMPLES.get(name, 'True')}"

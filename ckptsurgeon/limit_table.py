@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import CheckpointError, LimitError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -88,6 +89,7 @@ def current() -> dict[str, int]:
     return {name.replace("-", "_"): value for name, value in _raised.get().items()}
 
 
+@checked
 @contextmanager
 def limits(**bounds: int | str) -> Iterator[None]:
     """Read with other limits, for the time of a `with` block: larger for a file that is trusted, or smaller.
@@ -96,6 +98,7 @@ def limits(**bounds: int | str) -> Iterator[None]:
         bounds: limits by name (those of `--limit`, with `_`), as a number or as text such as `"2GiB"`.
 
     Raises:
+        ArgumentError: a value is no number and no text.
         CheckpointError: there is no such limit, or the value is no amount.
 
     >>> from ckptsurgeon import open

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ckptsurgeon.arguments import checked, described
+from ckptsurgeon.errors import ArgumentError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@checked
 def adapter(shape: Callable[..., Any]) -> Callable[[F], F]:
     """Mark a function as an adapter, which rules and plans then name as `module:function` or `path/to/file.py:function`.
 
@@ -25,6 +29,7 @@ def adapter(shape: Callable[..., Any]) -> Callable[[F], F]:
         The decorator, which gives the function itself back.
 
     Raises:
+        ArgumentError: `shape`, or what is marked, is no function.
         TargetError: not here, but where a rule names the function and it gives no shape, or no tensor.
 
     >>> @adapter(shape=lambda shapes, **arguments: shapes[0][::-1])
@@ -35,6 +40,8 @@ def adapter(shape: Callable[..., Any]) -> Callable[[F], F]:
     """
 
     def mark(function: F) -> F:
+        if not callable(function):
+            raise ArgumentError(f"marks a function, and {described(function)} was given", key="adapter", hint="write it above a function")
         function.shape = shape  # type: ignore[attr-defined]
         return function
 

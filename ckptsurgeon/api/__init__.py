@@ -55,7 +55,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptsurgeon.models.arguments import checked
+    from ckptsurgeon.arguments import checked
 
     globals()[name] = verb = checked(getattr(import_module(f"{__name__}.{_HOME[name]}"), name))
     return verb

@@ -15,6 +15,7 @@ from typing import Literal
 from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import is_own, parse_ops
+from ckptsurgeon.arguments import hold
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.rules.loading_code import Taken
@@ -33,6 +34,9 @@ class Rule:
     `pattern` is held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
     without); `result` is a rename's template or templates, an adapt rule's adapters, an init's scheme. `stage` has neither: the rules
     after it see the names that those before it gave. `file` and `line` say where it was written.
+
+    Raises:
+        ArgumentError: a field of another kind.
     """
 
     kind: Kind
@@ -40,6 +44,9 @@ class Rule:
     result: str = ""
     file: str = field(default="", compare=False)
     line: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        hold(Rule, "Rule", vars(self))
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A wrong argument of any verb is an error of ours that says what was expected; what is right passes unchanged."""
+"""A wrong argument of any public function is an error of ours that says what was expected; what is right passes unchanged."""
 
 from __future__ import annotations
 
@@ -7,18 +7,32 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 import ckptsurgeon as cs
-from ckptsurgeon import api
-from ckptsurgeon.errors import ArgumentError, CheckpointError
-from ckptsurgeon.models.arguments import kind_of
+from ckptsurgeon import api, finding_codes
+from ckptsurgeon.arguments import CALLS, EXAMPLES, KINDS, NAMED, kind_of
+from ckptsurgeon.errors import ArgumentError, CheckpointError, SettingsError
+from ckptsurgeon.models.init.scheme_text import parse_scheme
+from ckptsurgeon.rules import rules
 
-VERBS: dict[str, Callable[..., Any]] = {name: getattr(api, name) for name in api.__all__} | {"Thaw": cs.Thaw}
+
+def thawing() -> cs.Thaw:
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    return cs.Thaw(model, torch.optim.SGD([model.bias], 1.0), ["weight"], lr=1.0)
+
+
+def load_state_dict(state: Any) -> None:
+    thawing().load_state_dict(state)
+
+
+VERBS: dict[str, Callable[..., Any]] = {name: getattr(api, name) for name in api.__all__}
+VERBS |= {"Thaw": cs.Thaw, "Thaw.load_state_dict": load_state_dict, "limits": cs.limits, "adapter": cs.adapter, "Rule": cs.Rule}
 
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -61,8 +75,26 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[
         "transfer": lambda: {"source": "a.pt", "model": model()},
         "unfreeze": lambda: {"model": model()},
         "verify": lambda: {"checkpoint": "a.pt", "target": "a.pt"},
+        "limits": lambda: {"tensors": 5},
+        "adapter": lambda: {"shape": lambda shapes: shapes[0]},
+        "Rule": lambda: {"kind": "drop", "pattern": "a"},
+        "Thaw.load_state_dict": lambda: {"state": thawing().state_dict()},
         "Thaw": lambda: {"model": frozen, "optimizer": torch.optim.SGD([frozen.bias], 1.0), "stages": ["weight"], "lr": 1.0},
     }
+
+
+def test_every_public_function_is_held_against_the_table() -> None:
+    """All but errors, and the values that only the library makes."""
+    public = {name for name in cs.__all__ if callable(getattr(cs, name))} - {"CheckpointError", "Checkpoint", "TensorMeta"}
+    assert public <= set(VERBS)
+
+
+def test_the_tables_have_no_row_that_nothing_uses() -> None:
+    words = {f"{verb}.{name}" for verb, name in EVERY} | {name for _, name in EVERY}
+    assert set(NAMED) <= words and set(EXAMPLES) <= words and set(CALLS) <= set(VERBS)
+    annotations = {str(parameters(verb)[name].annotation).removesuffix(" | None") for verb, name in EVERY}
+    assert set(KINDS) <= annotations
+    assert all(KINDS["Kind"].fits(kind) for kind in get_args(rules.Kind))
 
 
 def test_every_parameter_of_every_verb_has_a_kind() -> None:
@@ -98,6 +130,79 @@ def test_a_wrong_argument_is_an_error_that_names_the_parameter(base, verb, name)
         except CheckpointError:
             pass
     assert refused >= 3
+
+
+WORLD = {
+    "Net": lambda: nn.Linear(2, 2),
+    "model": nn.Linear(2, 2),
+    "optimizer": torch.optim.SGD([torch.zeros(1)], 1.0),
+    "torch": torch,
+    "limits": cs.limits,
+    "report": {"weight": torch.ones(1)},
+    "thaw": None,
+}
+SENSE: dict[str, Callable[[Any], object]] = {
+    "adapt": lambda value: rules.compile_rules(rules.from_arguments(adapt=value)),
+    "init": lambda value: [parse_scheme(scheme) for scheme in value.values()],
+    "rename": lambda value: rules.compile_rules(rules.from_arguments(rename=value)),
+    "select": lambda value: finding_codes.named(value[0])[0],
+    "ignore": lambda value: finding_codes.named(value[0])[0],
+}
+# A flag or a place that does not go with the least call is refused as such, which is no fault of what the hint says.
+IDLE = ("leave it out", "give ", "--", "add -o", "ckptsurgeon", "transfer(", "check the path", "1 or more")
+
+
+@pytest.mark.parametrize(("verb", "name"), EVERY, ids=lambda word: str(word))
+def test_the_hint_is_right_for_its_parameter(base, verb, name) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        VERBS[verb](**{**base[verb](), name: 1 + 2j})
+    hint = caught.value.hint
+    assert hint is not None and hint == CALLS.get(verb, hint)
+    if verb in CALLS:
+        eval(hint, WORLD)
+        return
+    assert hint.startswith(f"{name}=")
+    kind = kind_of(verb, parameters(verb)[name])
+    value = eval(hint.removeprefix(f"{name}="), {**WORLD, "thaw": thawing()})
+    assert kind is not None and kind.fits(value)
+    assert hint != f"{name}=True" or str(parameters(verb)[name].annotation) in ("bool", "NoDecay")
+    SENSE.get(name, bool)(value)
+    try:
+        VERBS[verb](**{**base[verb](), name: value})
+    except ArgumentError:
+        raise
+    except SettingsError as error:
+        assert verb != "check" and str(error.hint).startswith(IDLE), error
+    except CheckpointError:
+        assert verb != "check"  # what the hint names is not in this small world
+
+
+def test_a_rule_of_another_kind(base) -> None:
+    for arguments, key, hint in (
+        (("drop", 3), "pattern", "pattern='aux.**'"),
+        (("nonsense", "a"), "kind", "kind='drop'"),
+        (("rename", "a", ["b"]), "result", "give one of them"),
+        (("a.*", "drop"), "kind", "the other way round: Rule(kind, pattern)"),
+        (("drop", "a", "", 3), "file", "file='rules.toml'"),
+        (("drop", "a", "", "r.toml", "3"), "line", "line=1"),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            cs.Rule(*arguments)  # type: ignore[arg-type]
+        assert (caught.value.key, caught.value.hint) == (key, hint)
+
+
+def test_what_is_marked_as_an_adapter_is_a_function() -> None:
+    with pytest.raises(ArgumentError, match="shape: takes a function"):
+        cs.adapter((2, 3))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="marks a function"):
+        cs.adapter(shape=lambda shapes: shapes[0])(3)  # type: ignore[type-var]
+
+
+def test_limits_of_another_kind() -> None:
+    for value in (None, 3.5, b"2GiB", [1]):
+        with pytest.raises(ArgumentError, match="pickle_bytes: takes a number, or text such as '2GiB'") as caught:
+            cs.limits(pickle_bytes=value)  # type: ignore[arg-type]
+        assert caught.value.hint == "limits(pickle_bytes='2GiB', tensors=10_000_000)"
 
 
 def test_arguments_that_changed_places(base) -> None:
@@ -137,7 +242,7 @@ def test_the_hint_is_what_to_write(base) -> None:
 
 def test_a_word_of_the_right_kind_that_means_nothing(base) -> None:
     for verb, name in EVERY:
-        if parameters(verb)[name].annotation in ("str | None", "str") and verb != "check":
+        if parameters(verb)[name].annotation in ("str | None", "str") and verb not in ("check", "Rule"):
             with pytest.raises(CheckpointError):
                 VERBS[verb](**{**base[verb](), name: "nonsense\0"})
     assert not cs.check("a.pt", root="nonsense").ok

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import ModelError, printable
-from ckptsurgeon.models.arguments import checked
 from ckptsurgeon.models.target.parameters import Named, listed, named, taken
 from ckptsurgeon.models.training.decay import NoDecay, without_decay
 from ckptsurgeon.models.training.depth import depths
@@ -124,10 +124,12 @@ class Thaw:
         """Plain values: the count, and which names each stage has that has come."""
         return {"steps": self._steps, "stages": [list(stage.keys) for stage in self.stages[: self._done]]}
 
+    @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another process was: thaw what it had thawed. Load the optimizer's and the scheduler's state after this, not before.
 
         Raises:
+            ArgumentError: it is no such state.
             ModelError: the state is of other stages.
         """
         found = [tuple(keys) for keys in state["stages"]]
