@@ -1,13 +1,18 @@
 """What ended a run, as one error that a person can read: a row for each kind of exception, and for all others a request to report it.
 
-What a missing library or a failed allocation looks like, `errors` knows. Nothing here prints.
+What a missing library or a failed allocation looks like, `errors` knows. A hint that is written for Python gets the command line's words.
+Nothing here prints.
 """
 
 from __future__ import annotations
 
+import ast
 import os
+import re
+import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -35,6 +40,40 @@ def told(error: BaseException) -> CheckpointError:
     if isinstance(error, OSError):
         return OutputError(error.strerror or str(error), path=error.filename)
     return _unforeseen(error)
+
+
+# A parameter as Python has it: with a value, or by its name alone, which then has an underscore. Not within a call, a path or quotes.
+_PYTHON = re.compile(
+    r"""(?<![\w(./'"-])([a-z]+(?:_[a-z]+)*)=(\[[^\]]*\]|'[^']*'|"[^"]*"|[0-9][0-9.e-]*|…)"""
+    r"""|(?<![\w(./'"-])([a-z]+(?:_[a-z]+)+)(?![\w/'"=(-]|\.\w)"""
+)
+
+
+def as_options(words: str, options: Mapping[str, str]) -> str:
+    """A sentence that names parameters, in the words of a command line; `options` are its options, by the names of their parameters.
+
+    >>> known = {name: f"--{name.replace('_', '-')}" for name in ("optimizer_root", "layers", "layer_decay", "grid")}
+    >>> as_options("choose one: optimizer_root='optim', or layers=['a.{i}', 'b']", known)
+    "choose one: --optimizer-root optim, or --layers 'a.{i}' --layers b"
+    >>> as_options("no layer_decay is given: give layer_decay=0.75; interpolate(grid=[7, 7])", known)
+    'no --layer-decay is given: give --layer-decay 0.75; interpolate(grid=[7, 7])'
+    """
+
+    def written(found: re.Match[str]) -> str:
+        option = options.get(found[1] or found[3])
+        if option is None or found[3]:
+            return option or found[0]
+        value = "NAME" if found[2] == "…" else ast.literal_eval(found[2])
+        return " ".join(f"{option} {shlex.quote(str(one))}" for one in (value if isinstance(value, list) else [value]))
+
+    return _PYTHON.sub(written, words)
+
+
+def say_options(error: CheckpointError, command: click.Command | None) -> None:
+    """Put an error of the library into the words of the command that ran."""
+    options = {one.name: one.opts[-1] for one in command.params if isinstance(one, click.Option) and one.name} if command else {}
+    error.reason = as_options(error.reason, options)
+    error.hint = None if error.hint is None else as_options(error.hint, options)
 
 
 def _unforeseen(error: BaseException) -> CheckpointError:

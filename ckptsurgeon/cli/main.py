@@ -8,13 +8,13 @@ import sys
 import traceback
 import warnings
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from ckptsurgeon.cli.endings import debug, told, with_traceback
+from ckptsurgeon.cli.endings import debug, say_options, told, with_traceback
 from ckptsurgeon.cli.output import StdoutError, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
-from ckptsurgeon.errors import InternalError
+from ckptsurgeon.errors import CheckpointError, InternalError
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.version import VERSION
 
@@ -38,6 +38,14 @@ class Flow(click.Group):
             return None
         command: click.Command = import_module(f"ckptsurgeon.cli.commands.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what the library says of its parameters is said of the command's options."""
+        try:
+            return super().invoke(ctx)
+        except CheckpointError as error:
+            say_options(error, self.get_command(ctx, ctx.invoked_subcommand or ""))
+            raise
 
 
 @click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
