@@ -10,9 +10,9 @@ from typing import Any
 
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.formats import read_tree
-from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.planning.plan_types import Plan
 from ckptsurgeon.planning.training_places import at_place
+from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint
 
 

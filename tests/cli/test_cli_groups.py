@@ -84,7 +84,8 @@ def test_a_network_without_blocks_is_told_by_order(run, place):
     run("merge", "net_params.pkl", VARIANT, "--rename", "fc2.{p}", "dense2.{p}", "-o", "merged.pt")
     words = ("groups", "merged.pt", VARIANT, "--lr", "1", "--fresh-lr", "3", "--layer-decay", "0.5")
     ended = run(*words)
-    assert ended.code == 2 and "no repeated blocks" in ended.err and "--layers 'conv1.**' --layers 'norm1.**' --layers 'conv2.**'" in ended.err
+    assert ended.code == 2 and "no repeated blocks" in ended.err
+    assert "--layers 'conv1.**' --layers 'norm1.**' --layers 'conv2.**'" in ended.err
     layers = [word for name in ("conv1.*", "conv2.*", "fc1.*", "dense2.*") for word in ("--layers", name)]
     assert [row["lr"] for row in rows(run(*words, *layers, "--json"))] == [0.0625, 0.125, 0.25, 0.5, 3.0]
 
