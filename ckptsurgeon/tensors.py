@@ -35,6 +35,11 @@ class Record:
     nbytes: int
     crc: int
 
+    @property
+    def size(self) -> int:
+        """Its length when read, as a deflated entry's `size`."""
+        return self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

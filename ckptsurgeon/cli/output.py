@@ -117,9 +117,14 @@ def open_streams() -> bool:
 
 def _json(value: dict[str, Any]) -> Iterator[str]:
     """The text in parts, so that an answer about a million tensors is never held whole."""
-    words = json.JSONEncoder(indent=2).iterencode(value)
-    while part := "".join(islice(words, 1 << 16)):
-        yield part
+    comma = "{"
+    for name, one in value.items():
+        yield f"{comma}\n  {json.dumps(name)}: "
+        words = one.texts() if isinstance(one, views_json.Rows) else json.JSONEncoder(indent=2).iterencode(one)
+        while part := "".join(islice(words, 1 << 14)):
+            yield part.replace("\n", "\n  ")
+        comma = ","
+    yield "\n}"
 
 
 def _coloured(word: str) -> str:

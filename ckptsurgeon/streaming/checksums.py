@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from ckptsurgeon.errors import CheckpointError, FormatError, StaleError
 from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
 from ckptsurgeon.formats.inflate import inflated
-from ckptsurgeon.formats.torch.zip_directory import DEFLATED, Entry, read_directory
+from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
 from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import Checkpoint, FileStamp, Span, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Record, Span, TensorMeta
 
 _ZIP = b"PK\x03\x04"
 
@@ -63,10 +63,10 @@ def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
     others: list[str] = []
     without = 0
     with copying.naming(file.path):
-        for entry in read_directory(file).entries.values():
+        for full, entry in read_directory(file).entries.items():
             without += not entry.crc and entry.size > 0
-            if not _as_it_says(file, entry, alive):
-                name = entry.name.partition("/")[2]
+            if not _as_it_says(file, full, entry, alive):
+                name = full.partition("/")[2]
                 storages += [name[len("data/") :]] if name.startswith("data/") else []
                 others += [] if name.startswith("data/") else [name]
     if stamp(file.path, os.fstat(file.fd)) != file.stamp:
@@ -74,13 +74,13 @@ def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
     return Held(file.path, True, tuple(storages), tuple(others), without)
 
 
-def _as_it_says(file: OpenFile, entry: Entry, alive: Callable[[], None]) -> bool:
-    if not entry.crc and entry.method != DEFLATED:
+def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], None]) -> bool:
+    if not entry.crc and isinstance(entry, Record):
         return True  # nothing is said of it
-    parts: Iterable[bytes | memoryview] = copying.chunks(file.fd, entry.offset, entry.packed)
+    parts: Iterable[bytes | memoryview] = copying.chunks(file.fd, entry.offset, entry.nbytes)
     crc = 0
     try:
-        for part in inflated(parts, entry.size, file.path, entry.name) if entry.method == DEFLATED else parts:
+        for part in inflated(parts, entry.size, file.path, name) if isinstance(entry, Packed) else parts:
             alive()
             crc = zlib.crc32(part, crc)
     except FormatError:

@@ -6,9 +6,9 @@ Only a number that reads back as itself folds: not `01`, not one of more than 18
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from sys import intern
 
 _NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.)(0|[1-9][0-9]{0,17})(?![0-9])")
 _MOST_NUMBERS = 16  # of one key; a model has a few, and each is looked at in turn
@@ -30,14 +30,35 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     >>> [row.key for row in fold([("h.0.w", 1), ("h.1.w", 1), ("h.2.w", 2), ("out.w", 1)])]
     ['h.{0..1}.w', 'h.2.w', 'out.w']
     """
-    table: _Table = {}
+    # By the first number at once: what then is left to fold is little, where there are a million keys.
+    alike: defaultdict[tuple[str, str | None, Hashable], list[str]] = defaultdict(list)
+    find = _NUMBER.search
     for key, common in rows:
-        place = (tuple([intern(part) for part in _NUMBER.split(key, _MOST_NUMBERS)]), common)  # most parts are many keys'
-        table[place] = table.get(place, 0) + 1
+        found = find(key)
+        if found is None:
+            alike[key, None, common].append("")
+        else:
+            alike[key[: found.start()], key[found.end() :], common].append(found[0])
+    table: _Table = {}
+    for (head, tail, common), numbers in alike.items():
+        rest = () if tail is None else _NUMBER.split(tail, _MOST_NUMBERS - 1)
+        for times, same in _as_often(numbers):
+            parts = (head,) if tail is None else (head, _range(same), *rest)
+            table[parts, common] = times * len(same)
     widest = max((len(parts) for parts, _ in table), default=0)
-    for position in range(1, widest, 2):
+    for position in range(3, widest, 2):
         table = _fold_at(table, position)
     return [Folded("".join(parts), common, count) for (parts, common), count in table.items()]
+
+
+def _as_often(numbers: list[str]) -> list[tuple[int, list[str]]]:
+    """Numbers by how often they stand there."""
+    if len(set(numbers)) == len(numbers):
+        return [(1, numbers)]
+    found: dict[int, list[str]] = {}
+    for number, times in Counter(numbers).items():
+        found.setdefault(times, []).append(number)
+    return list(found.items())
 
 
 def _fold_at(table: _Table, position: int) -> _Table:
@@ -61,14 +82,15 @@ def _range(numbers: list[str]) -> str:
     """
     if len(numbers) == 1:
         return numbers[0]
+    values = sorted(map(int, numbers))
+    if values[-1] - values[0] == len(values) - 1:
+        return f"{{{values[0]}..{values[-1]}}}"
     runs: list[list[int]] = []
-    for value in sorted(map(int, numbers)):
+    for value in values:
         if runs and value == runs[-1][-1] + 1:
             runs[-1].append(value)
         else:
             runs.append([value])
-    if len(runs) == 1:
-        return f"{{{runs[0][0]}..{runs[0][-1]}}}"
     return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs) + "}"
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import inf
+from functools import lru_cache
+from json import JSONEncoder, dumps
+from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import average
@@ -24,10 +27,10 @@ VERSION = 1
 _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
 
 
-class _Tensors(list[dict[str, Any]]):
+class Rows(list[dict[str, Any]]):
     """A list that makes each tensor's row when it is asked for, since a million rows would take a quarter of a gigabyte.
 
-    json writes it whole with an `indent` only: without one it looks past `__iter__`.
+    json writes it whole with an `indent` only: without one it looks past `__iter__`. `texts` writes it ten times as fast.
     """
 
     def __init__(self, tensors: Mapping[str, TensorMeta]) -> None:
@@ -39,7 +42,25 @@ class _Tensors(list[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for key, tensor in self._tensors.items():
-            yield {"name": key, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
+            yield _row(key, tensor.dtype, tensor.shape)
+
+    def texts(self) -> Iterator[str]:
+        """The list as json writes it with an indent of 2, row by row: but for its name, a row is most often like one before."""
+        encode = JSONEncoder().encode
+        comma = "["
+        for key, tensor in self._tensors.items():
+            yield f'{comma}\n  {{\n    "name": {encode(key)},{_after_name(tensor.dtype, tensor.shape)}'
+            comma = ","
+        yield "[]" if comma == "[" else "\n]"
+
+
+def _row(key: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"name": key, "dtype": dtype, "shape": list(shape), "bytes": prod(shape) * BY_CODE[dtype].size}
+
+
+@lru_cache(maxsize=4096)
+def _after_name(dtype: str, shape: tuple[int, ...]) -> str:
+    return dumps(_row("", dtype, shape), indent=2).partition('"name": "",')[2].replace("\n", "\n  ")
 
 
 def _coverage(found: Coverage) -> dict[str, float]:
@@ -70,7 +91,7 @@ def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
             {"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes, "average": one.root == averaged}
             for one in found.state_dicts
         ],
-        "tensors": _Tensors(shown.tensors),
+        "tensors": Rows(shown.tensors),
         "quantised": [_codes(one) for one in find(shown.tensors).values()],
         "refused": {key: entry.reason for key, entry in shown.entries.items() if isinstance(entry, Refused)},
         "globals": list(found.globals),

@@ -103,6 +103,16 @@ def test_the_bytes_read_do_not_grow_with_the_file(make: object, tmp_path: Path, 
     assert nbytes < (1 << 20) + (1 << 17) and more <= nbytes + 128 and more_calls == calls
 
 
+def test_headers_that_stand_near_one_another_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"{i}": torch.zeros(4 if i != 700 else 1 << 20) for i in range(2000)}
+    save_zip(state, tmp_path / "it")
+    real, asked = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda fd, nbytes, offset: (asked.append(nbytes), real(fd, nbytes, offset))[1])
+    assert len(only(formats.read(str(tmp_path / "it"))).tensors) == 2000
+    assert len(asked) < 20
+    assert sum(asked) < (tmp_path / "it").stat().st_size - (4 << 20) + (1 << 17)  # what is large is passed over; the end is read twice
+
+
 @pytest.mark.parametrize("save", [save_zip, save_legacy, safetensors.torch.save_file])
 def test_a_file_is_opened_once(save: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save({"a": torch.ones(3)}, tmp_path / "it")

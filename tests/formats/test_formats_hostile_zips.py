@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import torch
 from formats_support import assert_same, bits, carry_out, only, out_tensors, refusal, save_zip
 from hostile_zips import ENDS, LEGAL, LIES, Item, archive, at, changed, items, twice
 
-from ckptsurgeon.errors import FormatError, UnreadableError
+from ckptsurgeon.errors import CheckpointError, FormatError, UnreadableError
 from ckptsurgeon.formats import read
+from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.formats.torch import zip_directory
 from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
+from ckptsurgeon.formats.torch.zip_directory import read_directory
 
 STATE = {"w": torch.arange(6.0), "b": torch.ones(300, dtype=torch.float16)}
 
@@ -45,6 +49,20 @@ def test_lies(case: str, tmp_path: Path) -> None:
     error = refusal(changed("data/0", **LIES[case]), tmp_path)
     assert isinstance(error, FormatError | UnreadableError)
     assert error.hint or "storage" in error.reason, error
+
+
+def test_a_directory_in_another_order(tmp_path: Path) -> None:
+    """The entries come in the order of the file."""
+    raw = archive(*items())
+    start, end = raw.index(b"PK\x01\x02"), raw.rindex(b"PK\x05\x06")
+    first, *rows = raw[start:end].split(b"PK\x01\x02")
+    assert not first and len(rows) == len(items())
+    (tmp_path / "it").write_bytes(raw[:start] + b"".join(b"PK\x01\x02" + row for row in reversed(rows)) + raw[end:])
+    with zipfile.ZipFile(tmp_path / "it") as official:
+        assert official.namelist() == [item.name for item in reversed(items())]
+    assert_same(only(read(str(tmp_path / "it"))).tensors, STATE)
+    with open_regular(str(tmp_path / "it")) as file:
+        assert list(read_directory(file).entries) == [item.name for item in items()]
 
 
 @pytest.mark.parametrize("name", ["data.pkl", "data/0", "byteorder"])
@@ -111,6 +129,33 @@ def test_a_deflated_storage_is_never_taken_raw(tmp_path: Path) -> None:
     assert inflated[meta.span.offset : meta.span.offset + meta.span.nbytes] == bits(STATE["b"])
     plain = only(read(str(tmp_path / "it"))).tensors["w"]
     assert plain.span is not None and plain.span.packed is None
+
+
+def test_headers_as_torch_writes_them_are_read_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever byte is changed, the quick look at a usual header and the full one come to the same end."""
+    save_zip({"w": torch.zeros(2), "empty": torch.zeros(0)}, tmp_path / "it")
+    raw = (tmp_path / "it").read_bytes()
+
+    def read_with(change: Callable[[int], int], place: int) -> object:
+        broken = bytearray(raw)
+        broken[place] = change(broken[place])
+        (tmp_path / "it").write_bytes(broken)
+        try:
+            with open_regular(str(tmp_path / "it")) as file:
+                return read_directory(file)
+        except CheckpointError as error:
+            return type(error), error.reason
+
+    pickle = raw.index(b"\x80\x02")
+    changes: list[Callable[[int], int]] = [lambda old: old ^ 1, lambda old: old ^ 8, lambda _: 0xFF]
+    for place in (*range(pickle), *range(raw.index(b".PK\x07\x08"), len(raw))):
+        if raw[place] == ord("Z"):
+            continue  # padding
+        quick = read_with(changes[place % 3], place)
+        with monkeypatch.context() as patch:
+            patch.setattr(zip_directory, "_NO_SIZES", b"never")  # then no header is a usual one
+            patch.setattr(zip_directory, "_USUAL", zip_directory._DESCRIPTORS[24])  # and no descriptor
+            assert read_with(changes[place % 3], place) == quick, place
 
 
 def test_a_pickle_with_a_wrong_checksum(tmp_path: Path) -> None:

@@ -56,12 +56,16 @@ print(tracemalloc.get_traced_memory()[1], file=sys.stderr)
     told = json.loads(ended.stdout)["tensors"]
     assert [row["name"] for row in told] == list(rows) and told[7] == {"name": list(rows)[7], "dtype": "U8", "shape": [1], "bytes": 1}
     assert int(ended.stderr) < len(ended.stdout) / 2
+    assert ended.stdout == json.dumps(json.loads(ended.stdout), indent=2) + "\n"
 
 
-def test_a_torch_file_of_very_many_views(tmp_path: Path) -> None:
+@pytest.mark.parametrize("records", [False, True])
+def test_a_torch_file_of_very_many_tensors(tmp_path: Path, records: bool) -> None:
+    """Views of one storage, or each with a record of its own."""
     count = KEYS // 4
-    views = torch.zeros(2 * count).view(count, 2).unbind()
-    torch.save({f"layers.{i // 50}.block_{i % 50}.weight": view for i, view in enumerate(views)}, tmp_path / "many.pt")
+    tensors = torch.zeros(2 * count).view(count, 2).unbind()
+    named = {f"layers.{i // 50}.block_{i % 50}.weight": one.clone() if records else one for i, one in enumerate(tensors)}
+    torch.save(named, tmp_path / "many.pt")
     look = LOOK.replace("{0..3999}", "{0..999}")
     ended = subprocess.run([sys.executable, "-c", look, tmp_path / "many.pt"], capture_output=True, text=True, check=True)
     found, seconds, megabytes, folded = ended.stdout.split()

@@ -52,7 +52,12 @@ def _tensor_v3(args: tuple[Any, ...]) -> TensorRef | Inert:
 def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: Any, metadata: list[Any]) -> TensorRef:
     if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride) or len(shape) > 64:
         raise FormatError("a tensor's shape and stride are not two tuples of one length")
-    reach, empty, numel = 0, False, 1
+    return view(storage, dtype, offset, shape, stride, extent(shape, stride), _lazy(*metadata) if metadata else ())
+
+
+def extent(shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
+    """How many elements of its storage a tensor reaches over, 0 for an empty one. FormatError for a shape and stride that none has."""
+    reach, empty, numel = 1, False, 1
     for size, step in zip(shape, stride, strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
             raise FormatError("a tensor's shape or stride has something other than non-negative integers")
@@ -62,14 +67,21 @@ def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: 
             empty = True
         reach += (size - 1) * step
         numel *= size
-        if numel > MAX_INT or reach > MAX_INT:
+        if numel > MAX_INT or reach > MAX_INT + 1:
             raise FormatError("a tensor's shape overflows 64 bits")
+    return 0 if empty else reach
+
+
+def view(
+    storage: StorageRef, dtype: DType, offset: Any, shape: tuple[int, ...], stride: tuple[int, ...], reach: int, lazy: tuple[str, ...] = ()
+) -> TensorRef:
+    """A tensor that reaches over `reach` elements, as `extent` has them. FormatError where the storage ends before."""
     if type(offset) is not int or not 0 <= offset <= MAX_INT:
         raise FormatError("a tensor's offset is not a non-negative integer")
-    held = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
-    if not empty and (offset + reach + 1) * dtype.size > held:
+    held = storage.numel if storage.dtype is None else storage.numel * storage.dtype.size
+    if reach and (offset + reach) * dtype.size > held:
         raise FormatError(f"a tensor of shape {shape} reaches beyond its storage of {held} bytes")
-    return TensorRef(storage, dtype, offset, shape, stride, _lazy(*metadata) if metadata else ())
+    return TensorRef(storage, dtype, offset, shape, stride, lazy)
 
 
 LAZY = ("conj", "neg")
@@ -312,6 +324,15 @@ def set_item(target: dict[Any, Any], key: Any, value: Any) -> None:
     if key in target:
         raise FormatError("a dict in the pickle has a key twice", key=key_text(key)[:200])
     target[key] = value
+
+
+def set_items(target: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:
+    """`set_item` for each of two lists of one length; for texts, which nearly all keys are, at once."""
+    if set(map(type, keys)) == {str} and len(set(keys)) == len(keys) and target.keys().isdisjoint(keys):
+        target.update(zip(keys, values, strict=True))
+    else:
+        for key, value in zip(keys, values, strict=True):
+            set_item(target, key, value)
 
 
 def key_text(key: Any) -> str:

@@ -15,7 +15,7 @@ from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.pickle.globals import construct
 from ckptsurgeon.formats.pickle.opcodes import RARE
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
-from ckptsurgeon.formats.pickle.tensors import asked_for, tensor
+from ckptsurgeon.formats.pickle.tensors import Extents, asked_for, tensors
 from ckptsurgeon.limit_table import allowed, exceeded
 
 __all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
@@ -63,7 +63,7 @@ def _loop(m: Machine) -> Pickled:
     steps, most = allowed("pickle-steps"), allowed("pickle-memo")
     # Of values kept to use again only those are kept that may be asked for; of these there are few where there are very many.
     asked: set[bytes] | None = None
-    sizes: dict[bytes, tuple[int, ...]] = {}
+    extents: Extents = {}
     few = len(data) <= steps  # so many opcodes can't be in it, however they are read
     # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
     try:
@@ -94,10 +94,9 @@ def _loop(m: Machine) -> Pickled:
                 position += 1
             elif op == 0x28:  # MARK
                 if asked is not None and data[position] == 0x28 and few and stack and frame == NO_FRAME:
-                    read = tensor(m, position - 1, stack[-1], asked, sizes)
+                    read = tensors(m, position - 1, stack, asked, extents)
                     if read is not None:
-                        stack[-1], position = read
-                        m.dropped += 5
+                        position = read
                         continue
                 outer.append(stack)
                 stack = []

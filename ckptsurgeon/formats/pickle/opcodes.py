@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats.pickle.globals import construct, create, describe, set_item
+from ckptsurgeon.formats.pickle.globals import construct, create, describe, set_items
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle
 from ckptsurgeon.formats.pickle.values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
 from ckptsurgeon.limit_table import allowed, exceeded
@@ -91,8 +91,7 @@ def _set(m: Machine, target: Any, items: list[Any]) -> None:
     if len(items) % 2:
         raise FormatError("the pickle sets a key without a value")
     if type(target) is PickledDict:
-        for index in range(0, len(items), 2):
-            set_item(target, items[index], items[index + 1])
+        set_items(target, items[::2], items[1::2])
     elif type(target) is Inert:
         _items(target).extend(items)
     else:

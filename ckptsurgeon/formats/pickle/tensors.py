@@ -1,4 +1,4 @@
-"""A tensor as torch has always written it (protocol 2, `_rebuild_tensor_v2`), read in one step instead of some thirty opcodes.
+"""Tensors as torch has always written them (protocol 2, `_rebuild_tensor_v2`), read in one step instead of some thirty opcodes each.
 
 Rule: nothing is read here that the opcodes would not read to the same value. What is spelled otherwise in the least, or keeps a value on
 its way that the pickle may ask for again, is left to the opcodes.
@@ -9,20 +9,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ckptsurgeon.formats.pickle.globals import construct
+from ckptsurgeon.formats.pickle.globals import construct, extent, view
 from ckptsurgeon.formats.pickle.state import Machine
-from ckptsurgeon.formats.pickle.values import Global, TensorRef
+from ckptsurgeon.formats.pickle.values import Global, StorageRef
 
 _NUMBER = rb"(?:K.|M..|J....)"
 _SIZES = rb"(\(?" + _NUMBER + rb"{1,8}[\x85-\x87t])r(....)"
 _TENSOR = re.compile(
-    rb"\(\(h(.)h(.)"  # 'storage', its class
+    rb"\((\(h(.)h(.)"  # the storage: 'storage', its class
     rb"(?:h(.)|j(....)|X(.)\0\0\0([0-9]{1,20})r(....))"  # its key
-    rb"h(.)(" + _NUMBER + rb")tr(....)Q"  # where it was, and its length
+    rb"h(.)(" + _NUMBER + rb")t)r(....)Q"  # where it was, and its length
     rb"(" + _NUMBER + rb")" + _SIZES + _SIZES +  # offset, shape, stride
     rb"\x89h(.)\)Rr(....)tr(....)R",  # requires_grad, hooks
     re.DOTALL,
 )  # fmt: skip
+_NEXT = re.compile(rb"r(....)h(.)(?=\(\()", re.DOTALL)  # after a tensor's key: the function that makes it
 _EACH = re.compile(_NUMBER, re.DOTALL)
 _ASKED = re.compile(rb"j(?=(....))", re.DOTALL)
 _ASKED_LINE = re.compile(rb"g(?=([0-9]{1,19})\n)")
@@ -39,46 +40,79 @@ def asked_for(data: bytes, start: int) -> set[bytes]:
     return {*_SMALL, *_ASKED.findall(data, start), *(place.to_bytes(4, "little") for place in lines if place < 1 << 32)}
 
 
-def tensor(
-    m: Machine, position: int, function: Any, asked: set[bytes], sizes: dict[bytes, tuple[int, ...]]
-) -> tuple[TensorRef, int] | None:
-    """The tensor whose arguments begin at `position`, for `function`, and where it ends; None where the opcodes must read it.
+Extents = dict[tuple[bytes, bytes], tuple[tuple[int, ...], tuple[int, ...], int]]  # shape, stride and `extent` by how they are spelled
 
-    `sizes` keeps the shapes and strides that were read.
+
+def tensors(m: Machine, position: int, stack: list[Any], asked: set[bytes], extents: Extents) -> int | None:
+    """Put the tensor whose arguments begin at `position` in the place of its function, on top of `stack`, and after it each key and tensor
+    that follow; return where they end. None where the opcodes must read even the first.
+
+    `extents` keeps what was read of shapes and strides.
     """
-    found = _TENSOR.match(m.data, position)
-    if found is None or type(function) is not Global or function.name != "torch._utils._rebuild_tensor_v2":
+    function = stack[-1]
+    if type(function) is not Global or function.name != "torch._utils._rebuild_tensor_v2":
         return None
-    (word, kind, short, long, length, key, key_put, place, numel, put, offset, shape, shape_put, stride, stride_put, hooks,
-     hooks_put, args_put) = found.groups()  # fmt: skip
-    if not asked.isdisjoint((put, shape_put, stride_put, hooks_put, args_put, key_put)):
-        return None
-    memo = m.memo
-    made = memo.get(hooks[0])
-    if type(made) is not Global or made.name != "collections.OrderedDict":
-        return None
-    if key is not None:
-        if len(key) != length[0]:
-            return None
-        name: Any = key.decode()
-    else:
-        name = memo.get(short[0] if short is not None else int.from_bytes(long, "little"))
-    dims, steps = sizes.get(shape) or _sizes(shape, sizes), sizes.get(stride) or _sizes(stride, sizes)
-    if not dims or not steps or word[0] not in memo or kind[0] not in memo or place[0] not in memo:
-        return None
-    storage = m.persistent((memo[word[0]], memo[kind[0]], name, memo[place[0]], _number(numel)))
-    return construct(function, (storage, _number(offset), dims, steps, False, None)), found.end()
+    data, memo, persistent, match, following = m.data, m.memo, m.persistent, _TENSOR.match, _NEXT.match
+    storages: dict[bytes, Any] = {}  # by how they are spelled, where that keeps nothing; a memo's place is not written to here
+    end, key = None, None
+    while (found := match(data, position)) is not None:
+        (spelled, word, kind, short, long, length, digits, digits_put, place, numel, put, offset, shape, shape_put, stride, stride_put,
+         hooks, hooks_put, args_put) = found.groups()  # fmt: skip
+        if not asked.isdisjoint((put, shape_put, stride_put, hooks_put, args_put, digits_put)):
+            break
+        made = memo.get(hooks[0])
+        if type(made) is not Global or made.name != "collections.OrderedDict":
+            break
+        dims, steps, reach = extents.get((shape, stride)) or (_sizes(shape), _sizes(stride), None)
+        if not dims or not steps:
+            break
+        storage = storages.get(spelled)
+        if storage is None:
+            if digits is None:
+                name = memo.get(short[0] if short is not None else int.from_bytes(long, "little"))
+            elif len(digits) == length[0]:
+                name = digits.decode()
+            else:
+                break
+            if word[0] not in memo or kind[0] not in memo or place[0] not in memo:
+                break
+            storage = persistent((memo[word[0]], memo[kind[0]], name, memo[place[0]], _number(numel)))
+            if digits is None:
+                storages[spelled] = storage
+        if type(storage) is not StorageRef or storage.dtype is None or len(dims) != len(steps):
+            tensor = construct(function, (storage, _number(offset), dims, steps, False, None))
+        else:
+            if reach is None:
+                reach = extent(dims, steps)
+                extents[shape, stride] = dims, steps, reach
+            tensor = view(storage, storage.dtype, _number(offset), dims, steps, reach)
+        if key is None:
+            stack[-1] = tensor
+        else:
+            stack += (key, tensor)
+        m.dropped += 6
+        end = found.end()
+        if data.startswith(b"r", end) and data[end + 1 : end + 5] not in asked and end + 5 < len(data):  # the tensor itself is kept
+            end += 5
+            m.dropped += 1
+        begin = end + 5
+        stop = begin + int.from_bytes(data[end + 1 : begin], "little")
+        head = following(data, stop) if data.startswith(b"X", end) else None  # the next key is a text, as torch writes it
+        if head is None or head[1] in asked or memo.get(head[2][0]) is not function:
+            break
+        text = data[begin:stop]
+        if not text.isascii():
+            break
+        key, position = text.decode(), head.end()
+    return end
 
 
 def _number(raw: bytes) -> int:
     return int.from_bytes(raw[1:], "little", signed=len(raw) == 5)
 
 
-def _sizes(raw: bytes, known: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
+def _sizes(raw: bytes) -> tuple[int, ...]:
     """The numbers of a tuple; none where it is no whole tuple of them."""
     numbers = tuple([_number(one) for one in _EACH.findall(raw[raw[:1] == b"(" : -1])])
     end = b"t" if raw[:1] == b"(" else bytes([0x84 + len(numbers)])
-    if raw[-1:] != end:
-        return ()
-    known[raw] = numbers
-    return numbers
+    return numbers if raw[-1:] == end else ()

@@ -6,7 +6,7 @@ of: a root's tensors, a root's entries, beside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -38,10 +38,12 @@ class Unpacked:
 
 @dataclass
 class Claims:
-    """What the tensors of a file come to, `nbytes`, and the bytes of the storages that they are in."""
+    """What the tensors of a file come to, `nbytes`, and the bytes of the storages that they are in; by shape and stride, how many elements
+    a tensor has and how many it reaches over."""
 
     nbytes: int = 0
     stored: dict[str, int] = field(default_factory=dict)
+    extents: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = field(default_factory=dict)
 
     def check(self, path: str) -> None:
         """LimitError where the tensors come to far more than is stored: each alone may be within its bound, and all together not."""
@@ -81,27 +83,33 @@ def collect(path: str, found: Unpacked) -> Tree:
             beside.append(place)
             continue
         seen.add(id(node))
-        children = node.values() if type(node) is PickledDict else node if _is_container(node) else ()
-        kinds = set(map(type, children))
+        children = list(node.values()) if type(node) is PickledDict else node if _is_container(node) else ()
+        types = list(map(type, children))
+        kinds = set(types)
         holds = not kinds.isdisjoint(_CONTAINERS)
         if holds:
-            budget.spend("containers", sum(map(_is_container, children)), "has more than {} dicts, lists and tuples")
+            budget.spend("containers", sum(map(types.count, _CONTAINERS)), "has more than {} dicts, lists and tuples")
         if not kinds or (type(node) is not PickledDict and kinds <= _PLAIN):
             beside.append(place)  # empty, or a list of plain values: one thing
             continue
         budget.spend("name-characters", (len(children) + 1) * (len(place) + 1), NAMES)
-        items = _children(path, place, node)
-        budget.spend("name-characters", sum([len(name) for name, _ in items]), NAMES)
+        names = _names(path, place, node)
+        budget.spend("name-characters", sum(map(len, names)), NAMES)
         if Inert in kinds:
             part = part or parts.pieces(children)
         if NumpyArray in kinds:
-            arrays += sum(type(child) is NumpyArray for child in children)
-        if TensorRef in kinds and type(node) is PickledDict:
-            budget.spend("tensors", sum(type(child) is TensorRef for child in children), "has more than {} tensors")
-            budget.spend("dense-keys", len(items), "has more than {} keys, for which its pickle is too short")
-            root = _state_dict(path, place, node, items, locate, known, claims)
-            roots.append(root)
-            items = [item for item in items if item[0] not in root.tensors and item[0] not in root.entries]
+            arrays += types.count(NumpyArray)
+        is_root = TensorRef in kinds and type(node) is PickledDict
+        if is_root:
+            budget.spend("tensors", types.count(TensorRef), "has more than {} tensors")
+            budget.spend("dense-keys", len(names), "has more than {} keys, for which its pickle is too short")
+            roots.append(_state_dict(path, place, node, zip(names, children, strict=True), locate, known, claims))
+        taken = roots[-1].entries if is_root else NOTHING
+        items = [
+            (name, child)
+            for name, child in zip(names, children, strict=True)
+            if not (is_root and type(child) is TensorRef) and name not in taken
+        ]
         beside += [_join(place, name) for name, child in items if not (holds and _is_container(child))]
         if holds:
             waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
@@ -117,7 +125,7 @@ def collect(path: str, found: Unpacked) -> Tree:
 
 
 def _state_dict(
-    path: str, place: str, node: PickledDict, items: list[tuple[str, Any]], locate: Locate, known: Known, claims: Claims
+    path: str, place: str, node: PickledDict, items: Iterable[tuple[str, Any]], locate: Locate, known: Known, claims: Claims
 ) -> StateDict:
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
@@ -158,25 +166,25 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Cl
     """The `TensorMeta` of a tensor in a pickle, its bytes found by `locate`, its size added to `claims`."""
     whole = locate(ref.storage)
     size = ref.dtype.size
-    if 0 in ref.shape:
-        length = 0
-    else:
-        length = 1
-        for count, step in zip(ref.shape, ref.stride, strict=True):
-            length += (count - 1) * step
-    start = ref.storage.start + ref.offset * size
+    sizes = ref.shape, ref.stride
+    extent = claims.extents.get(sizes)
+    if extent is None:
+        extent = claims.extents[sizes] = prod(ref.shape), _reach(*sizes)
+    start, nbytes, reach = ref.storage.start + ref.offset * size, extent[0] * size, extent[1] * size
     if ref.lazy:
         _refuse_unresolvable(path, name, ref)
-    reach, span = length * size, whole
-    if start or reach != whole.nbytes or ref.lazy:
-        span = Span(whole.file, whole.offset + start, reach, whole.storage, whole.packed, whole.record, ref.lazy)
-    meta = TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
-    nbytes = prod(ref.shape) * size
     if nbytes > reach > 0 and nbytes > allowed("view-bytes"):
         raise exceeded("view-bytes", f"repeats {reach} stored bytes into {nbytes}", nbytes, path=path, key=name)
+    span = whole
+    if start or reach != whole.nbytes or ref.lazy:
+        span = Span(whole.file, whole.offset + start, reach, whole.storage, whole.packed, whole.record, ref.lazy)
     claims.nbytes += nbytes
     claims.stored[whole.storage] = whole.nbytes
-    return meta
+    return TensorMeta(name, ref.dtype.code, ref.shape, ref.stride, span)
+
+
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    return 0 if 0 in shape else 1 + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
 
 
 def _refuse_unresolvable(path: str, name: str, ref: TensorRef) -> None:
@@ -273,32 +281,24 @@ def _join(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
 
 
-def _children(path: str, place: str, node: Any) -> list[tuple[str, Any]]:
-    if type(node) in (list, tuple):
-        return [(str(index), child) for index, child in enumerate(node)]
+def _names(path: str, place: str, node: Any) -> list[str]:
+    """The names of a container's values: no two the same, and valid Unicode."""
     if type(node) is not PickledDict:
-        return []
-    items = [(key if type(key) is str else key_text(key), child) for key, child in node.items()]
+        return list(map(str, range(len(node))))
+    names = [key if type(key) is str else key_text(key) for key in node]
     if set(map(type, node)) != {str}:  # texts are all different
-        if len({name for name, _ in items}) != len(items):
-            items = _numbered(node, items)
-        if len({name for name, _ in items}) != len(items):
+        if len(set(names)) != len(names):
+            # A number to the name of each key that is neither text nor a number: such names only tell a kind.
+            names = [name if type(key) in SCALARS else f"{name}#{index}" for index, (key, name) in enumerate(zip(node, names, strict=True))]
+        if len(set(names)) != len(names):
             raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
-    for name, _ in items:
+    for name in names:
         if not name.isascii():
             try:
                 name.encode()
             except UnicodeEncodeError as error:
                 raise FormatError("has a key that is not valid Unicode", path=path, key=name) from error
-    return items
-
-
-def _numbered(node: PickledDict, items: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The items, with a number to the name of each key that is neither text nor a number: such names only tell a kind."""
-    return [
-        (name if type(key) in SCALARS else f"{name}#{index}", child)
-        for index, (key, (name, child)) in enumerate(zip(node, items, strict=True))
-    ]
+    return names
 
 
 def _nothing(path: str, value: Any, arrays: int) -> CheckpointError:

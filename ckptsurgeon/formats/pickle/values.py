@@ -42,7 +42,7 @@ class Inert:
     items: list[Any] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StorageRef:
     """A storage: its key in the file, dtype (None if untyped), and length in elements (bytes if untyped).
 

@@ -10,7 +10,6 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -21,7 +20,7 @@ from ckptsurgeon.formats.pickle.globals import MAX_INT
 from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, run
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
-from ckptsurgeon.formats.torch.zip_directory import DEFLATED, Entry, read_directory
+from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
@@ -42,10 +41,10 @@ def read(file: OpenFile) -> Archive:
         files=(file.stamp,),
         state_dicts=tree.state_dicts,
         globals=found.unpacked.globals,
-        provenance=_provenance(file, found.entries),
+        provenance=found.provenance,
         beside=tree.beside,
         part=tree.part,
-        notes=_notes(found.entries, found.storages),
+        notes=found.notes,
     )
 
 
@@ -56,91 +55,94 @@ def unpack(file: OpenFile) -> Unpacked:
 
 @dataclass(frozen=True)
 class _Read:
+    """What is read of a file; its entries and the storages' own values, of which there may be a million, are let go."""
+
     unpacked: Unpacked
-    entries: Mapping[str, Entry]
-    storages: Mapping[str, StorageRef]
     fingerprint: str
+    provenance: Mapping[str, Any] | None
+    notes: tuple[str, ...]
 
 
 def _read(file: OpenFile) -> _Read:
     directory = read_directory(file)
-    entries = _in_one_folder(file, directory.entries)
-    if "data.pkl" not in entries:
-        raise FormatError(
-            "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
-        )
-    if "constants.pkl" in entries or any(name.startswith("code/") for name in entries):
+    entries = directory.entries
+    data, others = _in_one_folder(file, entries)
+    if "data.pkl" not in others:
+        raise _no_checkpoint(file)
+    if "constants.pkl" in others or any(name.startswith("code/") for name in others):
         raise FormatError(
             "is a TorchScript archive: a program, not a checkpoint",
             path=file.path,
             hint="where it is trusted: torch.save(torch.jit.load(path).state_dict(), 'out.pt')",
         )
-    if "byteorder" in entries and _byteorder(file, entries["byteorder"]) != b"little":
+    if "byteorder" in others and _byteorder(file, others["byteorder"]) != b"little":
         raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
-    pickle = content(file, entries["data.pkl"], "pickle-bytes")
-    inflated, most = sum(entry.size for entry in entries.values() if entry.method == DEFLATED), allowed("inflated-data-bytes", file.size)
+    pickle = content(file, "data.pkl", others["data.pkl"], "pickle-bytes")
+    inflated, most = sum(entry.size for entry in entries.values() if type(entry) is Packed), allowed("inflated-data-bytes", file.size)
     if inflated > most:
         raise exceeded("inflated-data-bytes", f"inflates to {inflated} bytes, above the limit of {most}", inflated, path=file.path)
+    digest = sha256(b"%d\n" % file.size)
+    digest.update(pickle)
+    digest.update(directory.raw)
+    del directory
     storages: dict[str, StorageRef] = {}
 
     def persistent(identity: Any) -> StorageRef:
         return _storage(identity, storages)
 
-    @cache
-    def locate(storage: StorageRef) -> Span:
-        entry = entries[f"data/{storage.key}"]
-        if entry.method == DEFLATED:
-            return Span(file.path, 0, entry.size, storage.key, Packed(entry.offset, entry.packed, entry.size, entry.crc))
-        return Span(file.path, entry.offset, entry.size, storage.key, None, Record(entry.offset, entry.size, entry.crc))
-
     try:
         pickled = run(pickle, 0, persistent)
         if pickled.end != len(pickle):
             raise FormatError("has bytes after its pickle")
-        for storage in storages.values():
-            _check_record(storage, entries.get(f"data/{storage.key}"))
+        spans = {key: _whole(file.path, storage, entries.get(f"{data}{key}")) for key, storage in storages.items()}
     except TruncatedPickle as error:
         hint = "copy or download it again"
         early = FormatError("has a data.pkl that ends too early", path=file.path, hint=hint)
         name_globals(early, error.globals)
         raise early from error
-    digest = sha256(b"%d\n" % file.size + pickle + directory.raw)
-    return _Read(Unpacked(pickled.value, pickled.globals, locate, len(pickle)), entries, storages, digest.hexdigest())
+    unpacked = Unpacked(pickled.value, pickled.globals, lambda storage: spans[storage.key], len(pickle))
+    return _Read(unpacked, digest.hexdigest(), _provenance(file, others), _notes(data, entries, len(others), storages))
 
 
 def _byteorder(file: OpenFile, entry: Entry) -> bytes:
     if entry.size > 16:
-        raise FormatError(f"has a {entry.name} of {entry.size} bytes, where torch writes one word", path=file.path)
-    return content(file, entry, "pickle-bytes")
+        raise FormatError(f"has a byteorder of {entry.size} bytes, where torch writes one word", path=file.path)
+    return content(file, "byteorder", entry, "pickle-bytes")
 
 
-def content(file: OpenFile, entry: Entry, limit: str) -> bytes:
+def content(file: OpenFile, name: str, entry: Entry, limit: str) -> bytes:
     """A small entry's bytes, inflated if need be, its CRC checked unless the archive has none (0)."""
     bounds = {limit: allowed(limit)}
-    if entry.method == DEFLATED:
+    if isinstance(entry, Packed):
         bounds["inflated-bytes"] = allowed("inflated-bytes", file.size)
-    for name, most in bounds.items():
+    for bound, most in bounds.items():
         if entry.size > most:
-            raise exceeded(name, f"has a {entry.name} of {entry.size} bytes, above the limit of {most}", entry.size, path=file.path)
-    data = file.read(entry.offset, entry.packed)
-    if entry.method == DEFLATED:
-        data = b"".join(inflated([data], entry.size, file.path, entry.name))
+            raise exceeded(bound, f"has a {name} of {entry.size} bytes, above the limit of {most}", entry.size, path=file.path)
+    data = file.read(entry.offset, entry.nbytes)
+    if isinstance(entry, Packed):
+        data = b"".join(inflated([data], entry.size, file.path, name))
     if entry.crc and zlib.crc32(data) != entry.crc:
-        raise FormatError(f"has a wrong checksum for {entry.name}", path=file.path, hint="copy or download it again")
+        raise FormatError(f"has a wrong checksum for {name}", path=file.path, hint="copy or download it again")
     return data
 
 
-def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    folders = {name.partition("/")[0] for name in entries}
-    if len(folders) != 1 or not all("/" in name for name in entries):
-        raise FormatError(
-            "is a zip archive, but none that torch.save wrote", path=file.path, hint="unpack it and give the checkpoint inside"
-        )
-    found = {name.partition("/")[2]: entry for name, entry in entries.items()}
+def _no_checkpoint(file: OpenFile) -> FormatError:
+    words = "is a zip archive, but none that torch.save wrote"
+    return FormatError(words, path=file.path, hint="unpack it and give the checkpoint inside")
+
+
+def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> tuple[str, dict[str, Entry]]:
+    """What the names of the storages' records begin with, and all other entries by their names in the archive's one folder."""
+    folder = next(iter(entries), "").partition("/")[0] + "/"
+    data = f"{folder}data/"
+    others = [name for name in entries if not name.startswith(data)]
+    if not entries or not all(name.startswith(folder) for name in others):
+        raise _no_checkpoint(file)
+    found = {name[len(folder) :]: entries[name] for name in others}
     for name in found:
         if name not in _RECORDS and name.lower() in _RECORDS:  # torch finds it, where others see none
             raise FormatError(f"has the entry {name!r}, where torch writes {name.lower()!r}", path=file.path, hint="do not trust it")
-    return found
+    return data, found
 
 
 def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
@@ -157,17 +159,21 @@ def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
     return known
 
 
-def _check_record(storage: StorageRef, entry: Entry | None) -> None:
+def _whole(path: str, storage: StorageRef, entry: Entry | None) -> Span:
+    """The span of a storage, whose record is as long as the pickle says."""
     nbytes = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
     if entry is None:
         raise FormatError(f"lacks the record of its storage {storage.key!r}")
     if entry.size != nbytes:
         raise FormatError(f"has a record of {entry.size} bytes for the storage {storage.key!r}, whose pickle says {nbytes}")
+    if isinstance(entry, Record):
+        return Span(path, entry.offset, nbytes, storage.key, None, entry)
+    return Span(path, 0, nbytes, storage.key, entry)
 
 
 def _provenance(file: OpenFile, entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
     entry = entries.get(PROVENANCE_RECORD)
-    return parse_provenance(content(file, entry, "json-bytes")) if entry else None
+    return parse_provenance(content(file, PROVENANCE_RECORD, entry, "json-bytes")) if entry else None
 
 
 def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
@@ -180,12 +186,12 @@ def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
     return record if isinstance(fresh, list) and all(isinstance(key, str) for key in fresh) else None
 
 
-def _notes(entries: Mapping[str, Entry], storages: Mapping[str, StorageRef]) -> tuple[str, ...]:
+def _notes(data: str, entries: Mapping[str, Entry], others: int, storages: Mapping[str, StorageRef]) -> tuple[str, ...]:
     notes = []
-    records = [entry for name, entry in entries.items() if name.startswith("data/") and entry.size]
-    unused = [name for name in entries if name.startswith("data/") and name[5:] and name[5:] not in storages]
+    unused = len(entries) - others - (data in entries) - sum(key != "" for key in storages)
     if unused:
-        notes.append(f"{len(unused)} storages that nothing refers to")
+        notes.append(f"{unused} storages that nothing refers to")
+    records = [entry for name, entry in entries.items() if name.startswith(data) and entry.size]
     if records and not any(entry.crc for entry in records):
         notes.append("written without checksums (every CRC is zero)")
     return tuple(notes)

@@ -7,42 +7,42 @@ archives in one file. It reads headers, never contents. Specification: PKWARE AP
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.tensors import Packed, Record
 
-STORED, DEFLATED = 0, 8
+_STORED, _DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_CENTRAL = struct.Struct("<4s4x2H4x3L4H6xL")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _DESCRIPTOR = 0x1, 0x8
 _FLAGS = 0x80E  # descriptor, UTF-8 names, how hard deflate tried; readers differ over all others (patch data, strong encryption)
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTORS = {form.size: form for form in map(struct.Struct, ("<3L", "<4s3L", "<LQQ", "<4sLQQ"))}  # with and without a signature
+_USUAL, _LONGEST = _DESCRIPTORS[16], max(_DESCRIPTORS)
+_NO_SIZES = bytes(12)  # CRC and sizes of a local header that leaves them to the descriptor
 _INFLATION = 1032  # deflate can't make more of a byte
 _UNICODE_PATH = 0x7075
 _NO_PATH = frozenset(("", ".", ".."))  # parts of a name that lead to another place than the one that is written
+_SUSPECT = ("\\", "//", "/./", "/../")  # one of them stands among all names, each between slashes, where one is unusable
+_NEAR, _TOGETHER = 4096, 1 << 20  # headers no further apart are read together, with what is between, up to so many bytes
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry: `offset` and `packed` (bytes as stored) locate its data, `size` is its length when inflated."""
-
-    name: str
-    offset: int
-    packed: int
-    size: int
-    crc: int
-    method: int
+Entry = Record | Packed  # stored or deflated
+# An entry as the directory has it: where its header is, where in the directory its name is and its length, flags, method, CRC, stored and
+# inflated size. There may be a million.
+_Row = tuple[int, int, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Directory:
-    """All entries in file order, and the directory's own bytes."""
+    """All entries by name, in file order, and the directory's own bytes."""
 
     entries: dict[str, Entry]
     raw: bytes
@@ -57,52 +57,132 @@ def read_directory(file: OpenFile) -> Directory:
     raw = file.read(start, size)
     if start + size != end:
         raise _bad(file, "has bytes between its directory and its end record")
-    entries: dict[str, Entry] = {}
-    spellings: dict[str, str] = {}  # torch finds an entry without regard to case
-    position = 0
-    found = []
+    rows = _rows(file, raw, count)
+    rows.sort()  # by where their headers are
+    return Directory(_entries(file, raw, start, rows, _names(file, raw, rows)), raw)
+
+
+def _rows(file: OpenFile, raw: bytes, count: int) -> list[_Row]:
+    rows: list[_Row] = []
+    unpack, position = _CENTRAL.unpack_from, 0
     for _ in range(count):
-        entry, header, flags, position = _central(file, raw, position)
-        if entry.name in entries:
-            raise _bad(file, f"has the entry {entry.name!r} twice")
-        other = spellings.setdefault(entry.name.casefold(), entry.name)
-        if other != entry.name:
-            raise _bad(file, f"has the entries {other!r} and {entry.name!r}, which torch takes for one name")
-        entries[entry.name] = entry
-        found.append((header, entry, flags))
-    if position != size:
+        begin = position + _CENTRAL.size
+        if begin > len(raw):
+            raise _bad(file, "has a directory that is shorter than its entries")
+        signature, flags, method, crc, packed, size, length, extra_len, comment_len, disk, header = unpack(raw, position)
+        extra = begin + length
+        position = extra + extra_len + comment_len
+        if signature != b"PK\x01\x02" or position > len(raw):
+            raise _bad(file, "has a damaged directory")
+        if extra_len:
+            size, packed, header, disk = _zip64(file, raw[extra : extra + extra_len], size, packed, header, disk)
+        if method or packed != size or disk or flags & ~_FLAGS:
+            _check(file, raw[begin:extra], flags, method, packed, size, disk)
+        rows.append((header, begin, length, flags, method, crc, packed, size))
+    if position != len(raw):
         raise _bad(file, "has a directory that is longer than its entries")
-    found.sort(key=lambda item: item[0])
+    return rows
+
+
+def _check(file: OpenFile, raw_name: bytes, flags: int, method: int, packed: int, size: int, disk: int) -> None:
+    """Raises FormatError for an entry that torch would not write, unless it is deflated."""
+    name = raw_name.decode(errors="replace")
+    if flags & _ENCRYPTED:
+        raise _bad(file, f"has the encrypted entry {name!r}")
+    if flags & ~_FLAGS:
+        raise _bad(file, f"has the entry {name!r} with flags 0x{flags:x}, which torch does not write")
+    if method not in (_STORED, _DEFLATED) or (method == _STORED and packed != size):
+        raise _bad(file, f"has the entry {name!r} in a compression that torch does not write")
+    if size > packed * _INFLATION:
+        raise _bad(file, f"has the entry {name!r} that can't inflate to what it says")
+    if disk:
+        raise _bad(file, "spans several disks")
+
+
+def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row]) -> list[str]:
+    """The names of the rows, each usable and no two the same. They are looked at together; one by one only to tell which is wrong."""
+    spelled = [raw[row[1] : row[1] + row[2]] for row in rows]
+    try:
+        names = b"\0".join(spelled).decode().split("\0") if rows else []
+    except UnicodeDecodeError as error:
+        raise _bad(file, "has an entry whose name is not UTF-8") from error
+    together = f"/{'/'.join(names)}/"
+    if len(names) != len(rows) or any(one in together for one in _SUSPECT):
+        for name in map(bytes.decode, spelled):
+            if "\0" in name or "\\" in name or not _NO_PATH.isdisjoint(name.removesuffix("/").split("/")):
+                raise _bad(file, f"has an entry with the unusable name {name!r}")
+    if len(set(names)) != len(names):
+        twice = next(one for one, other in pairwise(sorted(names)) if one == other)
+        raise _bad(file, f"has the entry {twice!r} twice")
+    if together.casefold() != together and len(set(map(str.casefold, names))) != len(names):
+        pairs = pairwise(sorted(names, key=str.casefold))
+        one, other = next(pair for pair in pairs if pair[0].casefold() == pair[1].casefold())
+        raise _bad(file, f"has the entries {one!r} and {other!r}, which torch takes for one name")  # it looks without regard to case
+    return names
+
+
+def _windows(file: OpenFile, rows: Sequence[_Row]) -> Iterator[tuple[bytes, int, int]]:
+    """Ranges of the file that have all headers, and the descriptors before them: bytes, where they begin, and the last header in them."""
+    first = 0
+    for index in range(1, len(rows) + 1):
+        last, length = rows[index - 1][0], rows[index - 1][2]
+        if index < len(rows) and rows[index][0] - last <= _NEAR and rows[index][0] - rows[first][0] <= _TOGETHER:
+            continue
+        base = max(rows[first][0] - _LONGEST, 0)
+        yield file.read(base, max(min(last + _LOCAL.size + length, file.size) - base, 0)), base, last
+        first = index
+
+
+def _entries(file: OpenFile, raw: bytes, start: int, rows: Sequence[_Row], names: Sequence[str]) -> dict[str, Entry]:
+    """Hold what stands in front of and behind each entry's data against the directory, which begins at `start`."""
+    entries: dict[str, Entry] = {}
+    windows = _windows(file, rows)
+    window, base, last = b"", 0, -1
     position = 0
-    before: Entry | None = None  # the entry whose descriptor may stand at `position`
-    for header, entry, flags in found:
+    before: tuple[str, _Row] | None = None  # the entry whose descriptor may stand at `position`
+    usual: bytes | None = b""  # and what does, where torch wrote it
+    for name, row in zip(names, rows, strict=True):
+        header, begin, length, flags, method, crc, packed, size = row
         gap = header - position
-        if not 0 <= gap <= max(_DESCRIPTORS):
-            raise _bad(file, f"hides bytes, or overlaps, before the entry {entry.name!r}")
-        head = file.read(position, gap + _LOCAL.size + len(entry.name.encode()))
-        _descriptor(file, head[:gap], before)
-        offset = _local(file, head[gap:], header, entry, flags)
-        entries[entry.name] = Entry(entry.name, offset, entry.packed, entry.size, entry.crc, entry.method)
-        position = offset + entry.packed
-        before = entry if flags & _DESCRIPTOR else None
+        if not 0 <= gap <= _LONGEST:
+            raise _bad(file, f"hides bytes, or overlaps, before the entry {name!r}")
+        if header > last:
+            window, base, last = next(windows)
+        at = header - base
+        if window[at - gap : at] != usual:
+            _descriptor(file, window[at - gap : at], before)
+        # torch's local header repeats the directory's, and leaves CRC and sizes to the descriptor: then there is nothing to tell apart.
+        same = b"PK\x03\x04" + raw[begin - 40 : begin - 30] + _NO_SIZES + raw[begin - 18 : begin - 16]
+        if flags & _DESCRIPTOR and window.startswith(same, at) and window.startswith(raw[begin : begin + length], at + 30):
+            offset = header + 30 + length + (window[at + 28] | window[at + 29] << 8)
+        else:
+            offset = _local(file, window[at : at + _LOCAL.size + length], name, row)
+        entries[name] = Record(offset, packed, crc) if method == _STORED else Packed(offset, packed, size, crc)
+        position = offset + packed
         if position > start:
             raise file.truncated(position)
-    if start - position > max(_DESCRIPTORS):
+        before, usual = None, b""
+        if flags & _DESCRIPTOR:
+            before = name, row
+            if size:
+                usual = _USUAL.pack(b"PK\x07\x08", crc, packed, size) if packed < _MAX32 > size else None
+    if start - position > _LONGEST:
         raise _bad(file, "hides bytes before its directory")
     _descriptor(file, file.read(position, start - position), before)
-    return Directory(entries, raw)
+    return entries
 
 
-def _descriptor(file: OpenFile, raw: bytes, entry: Entry | None) -> None:
+def _descriptor(file: OpenFile, raw: bytes, entry: tuple[str, _Row] | None) -> None:
     """Hold what stands after an entry's data against the directory: its descriptor, or nothing (miniz writes none for an empty one)."""
-    if not raw and (entry is None or not entry.size):
+    if not raw and (entry is None or not entry[1][-1]):
         return
     form = _DESCRIPTORS.get(len(raw))
     if entry is None or form is None:
         raise _bad(file, "hides bytes between its entries")
-    *signature, crc, packed, size = form.unpack(raw)
-    if (crc, packed, size) != (entry.crc, entry.packed, entry.size) or signature not in ([], [b"PK\x07\x08"]):
-        raise _bad(file, f"describes the entry {entry.name!r} differently before and after its data")
+    name, (*_, crc, packed, size) = entry
+    *signature, local_crc, local_packed, local_size = form.unpack(raw)
+    if (local_crc, local_packed, local_size) != (crc, packed, size) or signature not in ([], [b"PK\x07\x08"]):
+        raise _bad(file, f"describes the entry {name!r} differently before and after its data")
 
 
 def _bad(file: OpenFile, what: str) -> FormatError:
@@ -154,37 +234,6 @@ def ends_as_zip(file: OpenFile) -> bool:
     return False
 
 
-def _central(file: OpenFile, raw: bytes, position: int) -> tuple[Entry, int, int, int]:
-    if position + _CENTRAL.size > len(raw):
-        raise _bad(file, "has a directory that is shorter than its entries")
-    fields = _CENTRAL.unpack_from(raw, position)
-    signature, flags, method, crc, packed, size = fields[0], fields[3], fields[4], *fields[7:10]
-    name_len, extra_len, comment_len, disk, header = *fields[10:14], fields[16]
-    position += _CENTRAL.size
-    if signature != b"PK\x01\x02" or position + name_len + extra_len + comment_len > len(raw):
-        raise _bad(file, "has a damaged directory")
-    try:
-        name = raw[position : position + name_len].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _bad(file, "has an entry whose name is not UTF-8") from error
-    extra = raw[position + name_len : position + name_len + extra_len]
-    if extra:
-        size, packed, header, disk = _zip64(file, extra, size, packed, header, disk)
-    if flags & _ENCRYPTED:
-        raise _bad(file, f"has the encrypted entry {name!r}")
-    if flags & ~_FLAGS:
-        raise _bad(file, f"has the entry {name!r} with flags 0x{flags:x}, which torch does not write")
-    if method not in (STORED, DEFLATED) or (method == STORED and packed != size):
-        raise _bad(file, f"has the entry {name!r} in a compression that torch does not write")
-    if size > packed * _INFLATION:
-        raise _bad(file, f"has the entry {name!r} that can't inflate to what it says")
-    if disk:
-        raise _bad(file, "spans several disks")
-    if "\0" in name or "\\" in name or not _NO_PATH.isdisjoint(name.removesuffix("/").split("/")):
-        raise _bad(file, f"has an entry with the unusable name {name!r}")
-    return Entry(name, 0, packed, size, crc, method), header, flags, position + name_len + extra_len + comment_len
-
-
 def _zip64(file: OpenFile, extra: bytes, size: int, packed: int, header: int, disk: int) -> tuple[int, int, int, int]:
     position, seen = 0, False
     while position + 4 <= len(extra):
@@ -211,19 +260,21 @@ def _zip64(file: OpenFile, extra: bytes, size: int, packed: int, header: int, di
     return size, packed, header, disk
 
 
-def _local(file: OpenFile, raw: bytes, header: int, entry: Entry, central_flags: int) -> int:
-    """Hold the local header (`raw`, at `header`) against the directory; return where the data begins."""
-    name_bytes = entry.name.encode()
+def _local(file: OpenFile, raw: bytes, name: str, row: _Row) -> int:
+    """Hold the local header (`raw`) against the directory; return where the data begins."""
+    header, _, length, central_flags, central_method, *central = row
+    if len(raw) < _LOCAL.size + length:
+        raise file.truncated(header + _LOCAL.size + length)
     signature, _needs, flags, method, _time, _date, crc, packed, size, name_len, extra_len = _LOCAL.unpack_from(raw)
-    if signature != b"PK\x03\x04" or raw[_LOCAL.size :] != name_bytes or name_len != len(name_bytes):
-        raise _bad(file, f"names the entry {entry.name!r} differently in its two headers")
-    if method != entry.method or (flags ^ central_flags) & (_ENCRYPTED | _DESCRIPTOR) or flags & ~_FLAGS:
-        raise _bad(file, f"describes the entry {entry.name!r} differently in its two headers")
-    begin = header + _LOCAL.size + int(name_len)
+    if signature != b"PK\x03\x04" or raw[_LOCAL.size :] != name.encode() or name_len != length:
+        raise _bad(file, f"names the entry {name!r} differently in its two headers")
+    if method != central_method or (flags ^ central_flags) & (_ENCRYPTED | _DESCRIPTOR) or flags & ~_FLAGS:
+        raise _bad(file, f"describes the entry {name!r} differently in its two headers")
+    begin = header + _LOCAL.size + length
     if _MAX32 in (packed, size):
         size, packed, _, _ = _zip64(file, file.read(begin, extra_len), size, packed, 0, 0)
     later = flags & _DESCRIPTOR
-    for local, central in ((packed, entry.packed), (size, entry.size), (crc, entry.crc)):
-        if local != central and not (later and local == 0):
-            raise _bad(file, f"gives the entry {entry.name!r} two sizes or checksums")
+    for local, told in zip((crc, packed, size), central, strict=True):
+        if local != told and not (later and local == 0):
+            raise _bad(file, f"gives the entry {name!r} two sizes or checksums")
     return begin + int(extra_len)

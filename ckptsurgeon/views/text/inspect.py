@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from math import prod
 from typing import Any
 
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import average
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
@@ -45,14 +46,19 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None, cho
 
 
 def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, width: int | None) -> list[str]:
-    dtypes = Counter(tensor.dtype for tensor in found.tensors.values())
-    numel = sum(tensor.numel for tensor in found.tensors.values())
+    alike = Counter((tensor.dtype, tensor.shape) for tensor in found.tensors.values())  # of a million tensors most are
+    dtypes: Counter[str] = Counter()
+    numel = nbytes = 0
+    for (code, dims), number in alike.items():
+        dtypes[code] += number
+        numel += number * prod(dims)
+        nbytes += number * prod(dims) * BY_CODE[code].size
     root = f"root {name(found.root)}: " if found.root else ""
     kinds = ", ".join(f"{number} {code}" for code, number in dtypes.most_common())
-    lines = [f"  {root}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {size(found.nbytes)} ({kinds})"]
+    lines = [f"  {root}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {size(nbytes)} ({kinds})"]
     if tensors:
-        cells = cache(lambda dtype, dims: (dtype, shape(dims)))  # one for all that are alike
-        rows = ((key, cells(tensor.dtype, tensor.shape)) for key, tensor in found.tensors.items())
+        cells = {(code, dims): (code, shape(dims)) for code, dims in alike}
+        rows = ((key, cells[tensor.dtype, tensor.shape]) for key, tensor in found.tensors.items())
         lines += table([(key, *cells) for key, cells in rows], width, None) if verbose else folded(rows, width, ROWS)
         lines += [f"    tied, one tensor: {listing(group)}" for group in (found.ties or find_ties(found.tensors))[: most_rows(verbose)]]
     lines += quantised(find(found.tensors).values())
