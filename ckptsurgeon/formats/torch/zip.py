@@ -94,14 +94,16 @@ def _read(file: OpenFile) -> _Read:
         pickled = run(pickle, 0, persistent)
         if pickled.end != len(pickle):
             raise FormatError("has bytes after its pickle")
-        spans = {key: _whole(file.path, storage, entries.get(f"{data}{key}")) for key, storage in storages.items()}
+        nbytes, notes = len(pickle), _notes(data, entries, len(others), storages)
+        del pickle  # as with the names of entries below, there is no room for it where there are a million
+        spans = {key: _whole(file.path, storage, entries.pop(f"{data}{key}", None)) for key, storage in storages.items()}
     except TruncatedPickle as error:
         hint = "copy or download it again"
         early = FormatError("has a data.pkl that ends too early", path=file.path, hint=hint)
         name_globals(early, error.globals)
         raise early from error
-    unpacked = Unpacked(pickled.value, pickled.globals, lambda storage: spans[storage.key], len(pickle))
-    return _Read(unpacked, digest.hexdigest(), _provenance(file, others), _notes(data, entries, len(others), storages))
+    unpacked = Unpacked(pickled.value, pickled.globals, lambda storage: spans[storage.key], nbytes)
+    return _Read(unpacked, digest.hexdigest(), _provenance(file, others), notes)
 
 
 def _byteorder(file: OpenFile, entry: Entry) -> bytes:
