@@ -287,7 +287,7 @@ def raise_hint(path: Path) -> None:
         ("tensors", 0, "above zero"),
         ("tensors", -1, "above zero"),
         ("tensors", True, "above zero"),
-        ("tensors", 1.5, "above zero"),
+        ("tensors", 1.5, "pickle_bytes="),
         ("tensors", "many", "such as 4000000"),
         ("pickle-bytes", "2 apples", "such as 1GiB"),
         ("pickle-bytes", "", "such as 1GiB"),
