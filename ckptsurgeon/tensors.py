@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.shown import Shown
 
+Kind = Literal["file", "model", "skeleton"]  # where a checkpoint's names come from; a skeleton has no values
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -202,6 +203,7 @@ class Archive(Shown):
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     part: Part | None = None
+    kind: Kind = "file"
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +225,7 @@ class Checkpoint(Mapping[str, TensorMeta]):
         loaders: a model's modules with loading code of their own, by path.
         overlaps: groups of a model's keys whose memory partly overlaps, so that loading one changes the others.
         shard: where it is one shard of several and lacks scales that its codes may have, what tells of the others.
+        kind: `file`, `model`, or `skeleton` (names, dtypes and shapes without values).
     """
 
     path: str
@@ -242,6 +245,7 @@ class Checkpoint(Mapping[str, TensorMeta]):
     loaders: Mapping[str, Loader] = field(default_factory=dict)
     overlaps: tuple[tuple[str, ...], ...] = ()
     shard: Shard | None = None
+    kind: Kind = "file"
 
     @property
     def loaded_keys(self) -> frozenset[str]:

@@ -22,7 +22,7 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
     if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="--min-coverage 0.9 asks for 90 %")
     if plan.steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
-        look = way_to_look(path, first.root, first.format == "model", None if plan.target is None else plan.target.spec)
+        look = way_to_look(path, first.root, first.live, None if plan.target is None else plan.target.spec)
         raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")
     if min_coverage is not None and min(plan.coverage.tensors, plan.coverage.elements) < min_coverage:
         raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {words.percent(min_coverage)} is asked for", path=path)

@@ -130,7 +130,7 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     """Every tensor with a NaN or an infinite value, streamed through torch, or with data that is damaged."""
     from ckptsurgeon.streaming.values import count_non_finite
 
-    if checkpoint.format == "skeleton":
+    if checkpoint.kind == "skeleton":
         raise PlanError("is a skeleton and has no values that could be NaN", path=checkpoint.path, hint="leave out --finite")
     findings = []
     with Reader([checkpoint]) as reader:

@@ -84,8 +84,8 @@ def match(
 
 def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
     """Looks at the values on both sides. Raises PlanError where a side has none."""
-    if given.format == "skeleton" or (aim.build is None and aim.checkpoint.format == "skeleton"):
-        empty = given if given.format == "skeleton" else aim.checkpoint
+    if given.kind == "skeleton" or (aim.build is None and aim.checkpoint.kind == "skeleton"):
+        empty = given if given.kind == "skeleton" else aim.checkpoint
         raise PlanError("is a skeleton and has no values to look at", path=empty.path, hint="give a checkpoint, or the model itself")
     from ckptsurgeon.streaming import statistics
 

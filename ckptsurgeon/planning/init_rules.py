@@ -53,7 +53,7 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
             found[key] = Initial(kept[key], "model", kept=True)
         elif origin is None or not origin.fits or filled:
             named.update(matching)
-            if not matching and auto == "safe" and is_counter(key) and target.format in ("model", "skeleton"):
+            if not matching and auto == "safe" and is_counter(key) and target.kind != "file":
                 found[key] = Initial(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
             if matching:
                 used.add(matching[0])
@@ -91,7 +91,7 @@ def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, initia
     schemes = [own if scheme == "model" and own is not None else scheme for scheme in asked] if filled is not None else [own]
     by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([initial.rule] if initial is not None else []))))
     for scheme in schemes:
-        if scheme in FROM_MODEL and target.format != "model":
+        if scheme in FROM_MODEL and target.kind != "model":
             yield f"{by}: {key} would get a value of the model itself ({scheme}), and the target is none: name a scheme, such as zeros"
         elif filled is not None and scheme is not None and _FROM.fullmatch(scheme):
             yield f"{by}: {key} can't be filled up with another key's value"

@@ -28,7 +28,7 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
                 hint=f"leave them out: --drop {names.prefixes[number].bare(next(iter(found)))!r}",
             )
     given = set(names.entries)
-    own = {} if target is None or target.format in ("model", "skeleton") else target.entries
+    own = {} if target is None or target.kind != "file" else target.entries
     problems = [f"{key}: {entry.reason}" for key, entry in own.items() if isinstance(entry, Refused) and key not in given]
     if problems and target is not None:
         raise UnsafeError(

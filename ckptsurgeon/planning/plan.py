@@ -64,7 +64,7 @@ def make_plan(
 
     >>> meta = lambda name, n: TensorMeta(name, "F32", (n,), (1,))
     >>> source = Checkpoint("a.pt", "torch-zip", "0", {"w": meta("w", 2), "head": meta("head", 10)})
-    >>> target = Checkpoint("net", "model", "1", {"w": meta("w", 2), "head": meta("head", 5)})
+    >>> target = Checkpoint("net", "model", "1", {"w": meta("w", 2), "head": meta("head", 5)}, kind="model")
     >>> [(step.target, step.action) for step in make_plan([source], target).steps]
     [('w', 'copy'), ('head', 'init')]
     """
@@ -141,7 +141,7 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
     if not 0 <= seed < 1 << 63:
         raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: --seed 0")
     for source in sources:
-        if source.format == "skeleton":
+        if source.kind == "skeleton":
             raise PlanError("is a skeleton and has no values behind its names", path=source.path)
 
 
@@ -172,7 +172,7 @@ def _refuse_unused(
     dropped = sum(number == unused[0] for number, _ in names.dropped)
     why = "rules drop all of its keys" if dropped == len(source) + len(source.entries) else "no key of the target takes a value from it"
     more = [f"{sources[number].path}: nothing of it is used either" for number in unused[1:]]
-    look = way_to_look(source.path, source.root, source.format == "model", None if target is None else target.path)
+    look = way_to_look(source.path, source.root, source.kind == "model", None if target is None else target.path)
     hint = f"leave it out, or see what is in the way: {look}"
     raise PlanError(
         f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=tuple(more), hint=hint
@@ -212,7 +212,7 @@ class _Planner:
                 steps.append(self._load(key, self.target[key]))
             elif origin is not None and origin.fits:
                 steps.append(self._transfer(key, origin, initials.get(key)))
-            elif self.target.format != "skeleton" or (key in initials and not initials[key].kept):
+            elif self.target.kind != "skeleton" or (key in initials and not initials[key].kept):
                 steps.append(self._own(key, origin, initials.get(key)))
             else:
                 bare.append(key)
@@ -273,7 +273,7 @@ class _Planner:
         cast = _cast(wanted.dtype, dtype)
         if initial is not None and initial.kept:
             why = str(initial.rule)
-        if self.target.format != "model" and (initial is None or initial.kept):
+        if self.target.kind != "model" and (initial is None or initial.kept):
             return Step(key, dtype, wanted.shape, "keep", (), cast, False, f"{why}; the target's value stays")
         scheme = "model" if initial is None else initial.scheme
         reason = why + ("; the model's own value" if initial is None or initial.kept else f"; {initial.rule}")
@@ -285,7 +285,7 @@ class _Planner:
         if self.target is None:
             return tuple(Entry(name, place) for name, place in given.items())
         rows = tuple(Entry(key, given.get(key)) for key in self.target.entries)
-        bare = [row.target for row in rows if row.source is None and self.target.format == "skeleton"]
+        bare = [row.target for row in rows if row.source is None and self.target.kind == "skeleton"]
         if bare:
             raise PlanError(
                 "nothing says what this extra state is", path=self.target.path, key=bare[0], hint="give the model itself as the target"

@@ -39,6 +39,11 @@ class PlanSource:
     sample: str = ""
     sha256: str = ""
 
+    @property
+    def live(self) -> bool:
+        """Whether it is a model or a state_dict in memory, and no file."""
+        return self.format == "model"
+
 
 @dataclass(frozen=True)
 class PlanTarget:

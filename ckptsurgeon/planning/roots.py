@@ -85,6 +85,7 @@ def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> C
         provenance=archive.provenance,
         files=archive.files,
         notes=archive.notes,
+        kind=archive.kind,
     )
 
 

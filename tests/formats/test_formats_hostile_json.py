@@ -95,7 +95,7 @@ def test_a_skeleton_keeps_everything(tmp_path: Path) -> None:
     (tmp_path / "it").write_text(json.dumps(value))
     archive = read(str(tmp_path / "it"))
     state = only(archive)
-    assert archive.format == "skeleton" and archive.files == ()
+    assert archive.format == archive.kind == "skeleton" and archive.files == ()
     assert [(meta.name, meta.dtype, meta.shape, meta.span) for meta in state.tensors.values()] == [
         ("w", "F32", (2, 3), None), ("v", "F32", (2, 3), None), ("n", "I64", (), None), ("e", "C32", (0,), None)]  # fmt: skip
     assert (state.ties, list(state.entries), state.module_metadata) == ((("w", "v"),), ["x._extra_state"], {"": {"version": 2}})

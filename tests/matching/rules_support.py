@@ -25,7 +25,7 @@ def checkpoint(tensors: Mapping[str, TensorMeta] | Mapping[str, tuple[int, ...]]
         for key, one in tensors.items()
     }
     form = "torch-zip" if path.endswith(".pt") else "model"
-    return Checkpoint(path, form, sha256(path.encode()).hexdigest(), metas, **more)
+    return Checkpoint(path, form, sha256(path.encode()).hexdigest(), metas, kind="model" if form == "model" else "file", **more)
 
 
 def proposed(source: Checkpoint, target: Checkpoint, links: Sequence[Link], accept: bool = False) -> Proposal:

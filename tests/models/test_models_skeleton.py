@@ -40,7 +40,7 @@ def test_it_is_the_models_state_dict(device):
     model.head.weight = model.embed.weight
     checkpoint = checkpoint_of(model, "model:Tied")
     state = model.state_dict()
-    assert list(checkpoint) == list(state) and checkpoint.path == "model:Tied" and checkpoint.format == "model"
+    assert list(checkpoint) == list(state) and checkpoint.path == "model:Tied" and checkpoint.format == checkpoint.kind == "model"
     for key, tensor in state.items():
         meta = checkpoint[key]
         assert (meta.name, meta.shape, meta.stride, meta.span) == (key, tuple(tensor.shape), tensor.stride(), None)

@@ -30,6 +30,7 @@ def metas(shapes: Shapes, dtype: str = "F32", file: str | None = None) -> dict[s
 def checkpoint(shapes: Shapes, path: str = "a.pt", format: str = "torch-zip", dtype: str = "F32", **more: Any) -> Checkpoint:
     """A checkpoint by hand."""
     tensors = metas(shapes, dtype, path if format.startswith("torch") else None)
+    more.setdefault("kind", format if format in ("model", "skeleton") else "file")
     return Checkpoint(path, format, more.pop("fingerprint", sha256(path.encode()).hexdigest()), tensors, **more)
 
 

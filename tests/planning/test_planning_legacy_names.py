@@ -149,10 +149,13 @@ def test_a_batch_norm_without_its_counter_begins_at_0():
 
 def test_a_batch_norm_alone_for_a_skeleton_or_a_file():
     wanted = metas({"weight": (3,)}) | metas({"num_batches_tracked": ()}, "I64")
-    for kind, action in (("skeleton", "init"), ("model", "init"), ("torch-zip", "keep")):
-        plan = make_plan([checkpoint({"weight": (3,)})], Checkpoint("t", kind, "t", wanted), auto="safe")
+    for kind, action in (("skeleton", "init"), ("model", "init"), ("file", "keep")):
+        plan = make_plan([checkpoint({"weight": (3,)})], Checkpoint("t", kind, "t", wanted, kind=kind), auto="safe")
         assert [step.action for step in plan.steps] == ["copy", action]
     ruled = make_plan(
-        [checkpoint({"weight": (3,)})], Checkpoint("t", "model", "t", wanted), [rule("init", "*tracked", "constant(7)")], auto="safe"
+        [checkpoint({"weight": (3,)})],
+        Checkpoint("t", "model", "t", wanted, kind="model"),
+        [rule("init", "*tracked", "constant(7)")],
+        auto="safe",
     )
     assert ruled.steps[1].ops[0]["scheme"] == "constant(7)"

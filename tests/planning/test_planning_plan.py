@@ -178,7 +178,7 @@ def test_a_batch_norm_loads_as_version_2_after_a_rename(tmp_path):
     torch.save(source.state_dict(), tmp_path / "a.pt")
     given = choose(read(str(tmp_path / "a.pt")))
     target = nn.ModuleDict({"new": Spy(3), "fc": nn.Linear(3, 3)})
-    bare = replace(live(target), format="safetensors", module_metadata={})
+    bare = replace(live(target), format="safetensors", kind="file", module_metadata={})
     plan = make_plan([given], bare, [rule("rename", "old.{p}", "new.{p}")])
     state = OrderedDict()
     for step in plan.steps:
@@ -591,7 +591,7 @@ def test_the_digest_is_of_what_a_plan_does():
         make_plan([source], target, [rule("drop", "fc1.bias")]),
         make_plan([source], replace(target, module_metadata={"": {"version": 2}})),
         make_plan([source], replace(target, ties=(("fc1.bias", "fc2.bias"),))),
-        make_plan([source], replace(target, format="torch-zip")),
+        make_plan([source], replace(target, format="torch-zip", kind="file")),
         make_plan([source], model({"x": (2,), **NET})),
         make_plan([source], replace(target, entries={"e": None})),
     ]

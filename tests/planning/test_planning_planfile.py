@@ -75,7 +75,7 @@ def test_the_design_page_shows_what_stands_there():
 def test_a_plan_with_all_there_is_comes_back():
     plan = make_plan([replace(SOURCE, ties=())], TARGET, seed=3)
     assert plan.findings and plan.loose and plan.entries and plan.left_behind and plan.dropped
-    for one in (PLAN, plan, make_plan([SOURCE], None), make_plan([SOURCE], replace(TARGET, format="torch-zip"))):
+    for one in (PLAN, plan, make_plan([SOURCE], None), make_plan([SOURCE], replace(TARGET, format="torch-zip", kind="file"))):
         assert again(one) == one and digest(again(one)) == digest(one)
     assert json.loads(text(to_json(PLAN))) == to_json(PLAN)
 
@@ -304,7 +304,7 @@ def test_a_plan_without_a_target_makes_nothing_up():
 
 
 def test_only_a_model_has_values_of_its_own_and_only_a_file_keeps_them():
-    kept = make_plan([SOURCE], replace(TARGET, format="torch-zip", entries={}))
+    kept = make_plan([SOURCE], replace(TARGET, format="torch-zip", kind="file", entries={}))
     value = to_json(kept)
     value["target"]["kind"] = "model"
     with pytest.raises(PlanError, match="does not go with the target"):

@@ -169,7 +169,7 @@ def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
             alive()
             yield part
 
-    if checkpoint.format == "skeleton":
+    if checkpoint.kind == "skeleton":
         yield Finding("CK401", "is a skeleton, and has no values that could be looked at", level="note")
     with Reader([checkpoint]) as reader:
         for key, tensor in checkpoint.items():

@@ -53,6 +53,7 @@ def read(file: OpenFile) -> Archive:
     return Archive(
         path=file.path,
         format="skeleton",
+        kind="skeleton",
         fingerprint=fingerprint(tensors, tuple(tuple(group) for group in ties)),
         files=(),
         state_dicts=(StateDict("", tensors, dict.fromkeys(entries), metadata, tuple(tuple(group) for group in ties)),),

@@ -72,6 +72,7 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
     return Checkpoint(
         path=path,
         format="model",
+        kind="model",
         fingerprint=fingerprint(tensors, ties),
         tensors=tensors,
         entries=entries,

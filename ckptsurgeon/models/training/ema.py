@@ -66,7 +66,7 @@ def live_roots(source: Mapping[Any, Any]) -> Archive:
     >>> [found.root for found in live_roots({"epoch": 3, "net": {"w": torch.zeros(2)}}).state_dicts]
     ['net']
     """
-    return Archive("the source", "model", "", (), tuple(_roots("", source, set(), 0)))
+    return Archive("the source", "model", "", (), tuple(_roots("", source, set(), 0)), kind="model")
 
 
 def _roots(place: str, value: Any, seen: set[int], depth: int) -> Iterator[StateDict]:

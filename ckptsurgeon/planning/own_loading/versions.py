@@ -53,7 +53,7 @@ def find_versions(
     if target is None or not target.module_metadata:
         return Versions(_of_sources(sources, target, names, steps))
     own = {path: plain(local) for path, local in written_out(target.module_metadata).items()}
-    if target.format == "model":
+    if target.kind == "model":
         return _of_model(sources, target, names, steps, own, handed)
     return Versions(_of_unknown(sources, target, names, steps, own))
 
