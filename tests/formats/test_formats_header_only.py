@@ -15,6 +15,7 @@ import torch
 from formats_support import only, save_legacy, save_zip
 
 from ckptsurgeon import formats
+from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.formats.layout import OutTensor
 from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 
@@ -127,7 +128,7 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"PK\x03\x04 and no more")
     before = len(os.listdir("/proc/self/fd"))
     formats.read(str(tmp_path / "good"))
-    with pytest.raises(formats.sniff.CheckpointError):
+    with pytest.raises(CheckpointError):
         formats.read(str(tmp_path / "bad"))
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -139,7 +140,7 @@ def test_the_garbage_collector_is_left_as_it_was(running: bool, tmp_path: Path) 
     try:
         formats.read(str(tmp_path / "good"))
         assert gc.isenabled() is running
-        with pytest.raises(formats.sniff.CheckpointError):
+        with pytest.raises(CheckpointError):
             formats.read(str(tmp_path / "missing"))
         assert gc.isenabled() is running
     finally:
