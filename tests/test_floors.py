@@ -18,6 +18,7 @@ FLOORS = [
         "arguments",
         "regular_expressions",
     },
+    {"storage"},
     {"adapters"},
     {"rules"},
     {"formats"},

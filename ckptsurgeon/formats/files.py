@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckptsurgeon.errors import UnreadableError
+from ckptsurgeon.storage import platform
 from ckptsurgeon.tensors import FileStamp
 
 
@@ -35,9 +36,9 @@ class OpenFile:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise self.truncated(offset + nbytes)
         try:
-            data = os.pread(self.fd, nbytes, offset)
+            data = platform.read(self.fd, nbytes, offset)
             while len(data) < nbytes:
-                more = os.pread(self.fd, nbytes - len(data), offset + len(data))
+                more = platform.read(self.fd, nbytes - len(data), offset + len(data))
                 if not more:
                     raise self.truncated(offset + nbytes)
                 data += more
@@ -59,7 +60,8 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
     reasons = {
         errno.ENOENT: ("does not exist", "check the path; `ls` its folder"),
         errno.EACCES: ("may not be read by you", "check its permissions"),
-        errno.ENXIO: ("is not a regular file", "give a file on disk, not a pipe or a device"),
+        errno.ENXIO: ("is not a regular file", "give a checkpoint file on disk, not a pipe or a device"),
+        errno.EISDIR: ("is a folder", "give a checkpoint file on disk, not a pipe or a device"),
         errno.ELOOP: ("is a link that leads back to itself", "give the file itself"),
         errno.ENOTDIR: ("does not exist: a part of its path is a file", "check the path"),
     }
@@ -71,8 +73,7 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
 def open_regular(path: str) -> Iterator[OpenFile]:
     """Open `path` for reading, once; UnreadableError for what is missing or is not a regular file."""
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = platform.open_to_read(path)
     except (OSError, ValueError) as error:
         raise unreadable(path, error if isinstance(error, OSError) else OSError(errno.ENOENT, "bad path")) from error
     try:

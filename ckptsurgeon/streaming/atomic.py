@@ -7,20 +7,20 @@ speak of the output, never of the temporary file.
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import os
 import secrets
 import shlex
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from ckptsurgeon.errors import CheckpointError, OutputError
 from ckptsurgeon.report import Finding
+from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming.file_attributes import hand_over
 from ckptsurgeon.streaming.signals import undisturbed
 
@@ -90,10 +90,11 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
     """
     real = check_free(path, overwrite)
     folder, name = os.path.split(real)
-    temporary: Temporary | None = None
+    opened = ExitStack()
     tried: list[str] = []  # noted before they are made: an interrupt can come in between
     try:
         temporary = _create(os.path.join(folder, _head(name)), _mode(real), tried)
+        opened.callback(os.close, temporary.fd)
         try:
             yield temporary
         except CheckpointError as error:
@@ -101,17 +102,16 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
             raise
         os.fsync(temporary.fd)
         with undisturbed():
-            _take_name(temporary, real, path, overwrite)
+            _take_name(temporary, real, path, overwrite, opened.close)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         with undisturbed():
+            with suppress(OSError):  # all is synced, or nothing is kept
+                opened.close()
             for one in tried:
                 with suppress(OSError):
                     os.unlink(one)
-            if temporary is not None:
-                with suppress(OSError):  # all is synced, or nothing is kept
-                    os.close(temporary.fd)
 
 
 def lost(temporary: Temporary) -> list[Finding]:
@@ -149,12 +149,12 @@ def _create(start: str, mode: int, tried: list[str]) -> Temporary:
         path = _name(start, secrets.token_hex(4))
         tried.append(path)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            fd = platform.create(path, mode)
         except FileExistsError:
             tried.remove(path)
             continue
         try:
-            _lock(fd)
+            platform.lock(fd)
             if os.path.exists(path):
                 return Temporary(path, fd)
         except BaseException:
@@ -169,18 +169,13 @@ def _name(start: str, chance: str) -> str:
     return f"{start}{chance}{check}.tmp"
 
 
-def _lock(fd: int) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise  # a file system without locks: nothing can be swept there, and nothing is
-
-
-def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> None:
+def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, close: Callable[[], None]) -> None:
     if overwrite:
         with suppress(FileNotFoundError):
-            temporary.lost.extend(hand_over(temporary.fd, real))
+            temporary.lost.extend(hand_over(temporary.fd, temporary.path, real))
+    if not platform.locks():
+        close()  # Windows renames no open file; elsewhere the lock is held until the file has its name
+    if overwrite:
         os.replace(temporary.path, real)
     else:
         try:
@@ -195,7 +190,7 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool) -> N
                 raise _taken(path) from None
             os.rename(temporary.path, real)  # a file system without hard links
     try:
-        sync_folder(os.path.dirname(real))
+        platform.sync_folder(os.path.dirname(real))
     except OSError as error:
         reason = f"is written whole, but its folder could not be synced ({error.strerror}): a power cut may yet undo it"
         raise OutputError(reason, path=path, hint="check the disk") from error
@@ -205,29 +200,17 @@ def _taken(path: str) -> OutputError:
     return OutputError("exists already", path=path, hint="add --overwrite to replace it, or choose another path")
 
 
-def sync_folder(folder: str) -> None:
-    """Make a new name in `folder` last through a power cut, where the file system can."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):
-            raise
-    finally:
-        os.close(fd)
-
-
 def _sweep(folder: str, head: str, output: str = "") -> None:
-    """Take away what a killed run over the same output left: its lock is gone with it."""
+    """Take away what a killed run over the same output left: its lock is gone with it. Where there are no locks it stays."""
     start = os.path.join(folder, head)
     for stale in glob.glob(f"{glob.escape(start)}*.tmp"):
         if stale != _name(start, stale[len(start) : len(start) + 8]):
             continue  # somebody else's
         with suppress(OSError):
-            fd = os.open(stale, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = platform.open_itself(stale)
             try:
                 if _own(os.fstat(fd), output):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    platform.lock_at_once(fd)
                     os.unlink(stale)
             finally:
                 os.close(fd)
@@ -235,7 +218,7 @@ def _sweep(folder: str, head: str, output: str = "") -> None:
 
 def _own(found: os.stat_result, output: str) -> bool:
     """Whether a file under a name of ours is one that we left: regular, this user's, and of no other name but that of the output."""
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+    if not stat.S_ISREG(found.st_mode) or not platform.is_mine(found):
         return False
     try:
         return found.st_nlink == 1 or (found.st_nlink == 2 and os.path.samestat(found, os.stat(output)))

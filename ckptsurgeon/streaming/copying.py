@@ -5,18 +5,14 @@ Rule: offsets and lengths in, nothing is known of tensors. Memory is a fixed few
 
 from __future__ import annotations
 
-import errno
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ckptsurgeon.errors import StaleError, UnreadableError
+from ckptsurgeon.storage import platform
 
 BUFFER = 4 << 20
-_AT_ONCE = 1 << 30
-# The kernel can't copy between these two files (another file system, an old kernel): do it by hand. EIO too: that tells which file it is.
-_NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EIO}
 
 
 def copy_range(source: int, source_offset: int, output: int, output_offset: int, nbytes: int) -> None:
@@ -25,16 +21,10 @@ def copy_range(source: int, source_offset: int, output: int, output_offset: int,
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
     """
     done = 0
-    by_kernel = hasattr(os, "copy_file_range")
-    while by_kernel and done < nbytes:
-        try:
-            copied = os.copy_file_range(source, output, min(nbytes - done, _AT_ONCE), source_offset + done, output_offset + done)
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            break
+    while done < nbytes:
+        copied = platform.copy_in_kernel(source, output, nbytes - done, source_offset + done, output_offset + done)
         if not copied:
-            break  # some file systems answer 0 instead of an error; reading tells whether the file really ended
+            break  # by hand, which also tells whether the file ended: some file systems answer 0 instead of an error
         done += copied
     for chunk in chunks(source, source_offset + done, nbytes - done):
         write_at(output, chunk, output_offset + done)
@@ -55,7 +45,7 @@ def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> 
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
     while len(view):
-        written = os.pwrite(output, view, offset)
+        written = platform.write(output, view, offset)
         view, offset = view[written:], offset + written
 
 
@@ -102,7 +92,7 @@ def _fill(source: int, buffer: bytearray | memoryview, offset: int) -> bool:
     view = memoryview(buffer)
     while len(view):
         try:
-            got = os.preadv(source, [view], offset)
+            got = platform.read_into(source, view, offset)
         except OSError as error:
             raise UnreadableError(f"could not be read ({error.strerror})", hint="check the disk") from error
         if not got:

@@ -10,13 +10,15 @@ import os
 import stat
 from contextlib import suppress
 
+from ckptsurgeon.storage import platform
+
 _ACL = "system.posix_acl_access"
 _OTHER_ACLS = ("system.nfs4_acl", "system.richacl")
 _NONE_HERE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
 
 
-def hand_over(fd: int, old: str) -> tuple[str, ...]:
-    """Give an open file what the one at `old`, which it is to replace, has beside its bytes. Returns what could not be kept, in words.
+def hand_over(fd: int, path: str, old: str) -> tuple[str, ...]:
+    """Give the open file at `path` what the one at `old`, which it is to replace, has beside its bytes. Returns what could not be kept.
 
     Raises:
         OSError: its permissions can't be set; FileNotFoundError where there is no old file.
@@ -31,7 +33,7 @@ def hand_over(fd: int, old: str) -> tuple[str, ...]:
         mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # of a list these bits are the most that anybody on it may do, and not the group's
         lost.append("its access control list")
         del attributes[_ACL]
-    os.fchmod(fd, mode)
+    platform.set_mode(fd, path, mode)
     for name, value in attributes.items():
         if not _set(fd, name, value):
             lost.append(f"its extended attribute {name}" if name not in (_ACL, *_OTHER_ACLS) else "its access control list")
@@ -44,12 +46,12 @@ def _owner(fd: int, before: os.stat_result) -> tuple[int, list[str]]:
     lost = []
     if before.st_uid != new.st_uid:
         try:
-            os.fchown(fd, before.st_uid, -1)
+            platform.set_owner(fd, before.st_uid, -1)
         except OSError:
             lost.append("its owner")
     if before.st_gid != new.st_gid:
         try:
-            os.fchown(fd, -1, before.st_gid)
+            platform.set_owner(fd, -1, before.st_gid)
         except OSError:
             lost.append("its group, whose permissions were taken away")
             mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # it was another group's to read

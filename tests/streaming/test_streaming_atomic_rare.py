@@ -14,6 +14,7 @@ import pytest
 from streaming_support import names
 
 from ckptsurgeon.errors import OutputError
+from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming import atomic
 from ckptsurgeon.streaming.atomic import check_free, new_file
 from ckptsurgeon.streaming.copying import write_at
@@ -54,7 +55,7 @@ def test_with_overwrite_what_appears_or_goes_during_the_run_does_not_matter(tmp_
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic.fcntl, "flock", refusing(code))
+    monkeypatch.setattr(platform.fcntl, "flock", refusing(code))
     write(tmp_path / "out", b"data")
     write(tmp_path / "out", b"again", overwrite=True)
     assert (tmp_path / "out").read_bytes() == b"again"
@@ -128,7 +129,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 
 def test_a_file_swept_in_the_moment_before_its_lock_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, swept = atomic._lock, list[list[str]]()
+    real, swept = platform.lock, list[list[str]]()
 
     def late(fd: int) -> None:
         if not swept:
@@ -137,7 +138,7 @@ def test_a_file_swept_in_the_moment_before_its_lock_is_made_again(tmp_path: Path
             assert names(tmp_path) == []
         real(fd)
 
-    monkeypatch.setattr(atomic, "_lock", late)
+    monkeypatch.setattr(platform, "lock", late)
     write(tmp_path / "out", b"data")
     assert len(swept[0]) == 1
     assert names(tmp_path) == ["out"]

@@ -19,6 +19,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.report import Finding
+from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming.signals import HELD, undisturbed
 
 if TYPE_CHECKING:
@@ -50,15 +51,7 @@ def in_order(work: Work, count: int, jobs: int, *, values: bool, large: bool) ->
         return done
     if jobs == 1:
         return done + [work(number, _nobody_stops) for number in rest]
-    return done + (_in_threads(work, rest, jobs) if values or not may_fork() else _in_processes(work, rest, jobs))
-
-
-def may_fork() -> bool:
-    """Whether this process has one thread, torch's and BLAS's own counted, and so can be forked."""
-    try:
-        return "torch" not in sys.modules and len(os.listdir("/proc/self/task")) == 1
-    except OSError:  # no Linux
-        return False
+    return done + (_in_threads(work, rest, jobs) if values or not platform.may_fork() else _in_processes(work, rest, jobs))
 
 
 def _nobody_stops() -> None:
@@ -87,10 +80,9 @@ def _in_threads(work: Work, numbers: Sequence[int], jobs: int) -> list[Findings]
 
 
 def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Findings]:
-    from multiprocessing import get_context
     from multiprocessing.connection import wait
 
-    context = get_context("fork")
+    context = platform.forking()
     left = list(reversed(numbers))
     answers: dict[int, Findings] = {}
     busy: dict[Connection, int] = {}  # a worker's line, and the number that it has
@@ -100,14 +92,13 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Finding
         ours, theirs = context.Pipe()
         worker = context.Process(target=_serve, args=(work, theirs, [*workers, ours]), daemon=True)
         # A signal between the fork and a worker's own first words would send it back up through all that called us.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         try:
-            worker.start()
-            workers[ours] = worker
+            with platform.signals_blocked(HELD):
+                worker.start()
+                workers[ours] = worker
         except OSError:  # there may be no more processes; who is there already does the work
             ours.close()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         if ours in workers:
             give(ours)
@@ -147,7 +138,7 @@ def _serve(work: Work, line: Connection, others: Sequence[Connection]) -> None:
     """A worker's life: numbers in, findings out, until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits for us is told, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    platform.unblock_signals(HELD)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for life; the traceback of an error of ours, which the caller meets again, goes there
     for other in others:
         other.close()

@@ -1,0 +1,193 @@
+"""What only POSIX systems have, each with a plain way beside it for where it is missing (Windows, and some of it macOS).
+
+Rule: no other module names these. A plain way gives the same bytes; where it guards less, its docstring says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkContext
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_POSITION = threading.Lock()  # a file has one position, and several threads may read it
+_AT_ONCE = 1 << 30
+# The kernel can't copy between these two files (another file system, an old kernel). EIO too: reading then tells which file it is.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EIO}
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def _flags(*names: str) -> int:
+    """The flags of `os.open` of these names; 0 for those that the system does not have."""
+    found = 0
+    for name in names:
+        found |= getattr(os, name, 0)
+    return found
+
+
+def open_to_read(path: str) -> int:
+    """A descriptor of the file at `path`, without waiting for a writer where it is a pipe.
+
+    Without O_NONBLOCK a pipe or a folder is opened only to be refused, so it is not opened: OSError ENXIO or EISDIR.
+    """
+    if not hasattr(os, "O_NONBLOCK"):
+        import stat
+
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
+            raise OSError(code, os.strerror(code), path)
+    return os.open(path, os.O_RDONLY | _flags("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
+
+
+def create(path: str, mode: int) -> int:
+    """A descriptor of a new file; FileExistsError where there is one."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _flags("O_CLOEXEC", "O_BINARY"), mode)
+
+
+def open_itself(path: str) -> int:
+    """A descriptor of the very file at `path`: no link is followed, and no pipe waited for. Without the flags both are."""
+    return os.open(path, os.O_RDWR | _flags("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+
+
+def read(fd: int, nbytes: int, offset: int) -> bytes:
+    """Up to `nbytes` bytes from `offset`; none at the file's end."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, nbytes, offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, nbytes)
+
+
+def read_into(fd: int, view: memoryview, offset: int) -> int:
+    """Fill `view` as far as one read goes, from `offset`; the number of bytes, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    data = read(fd, len(view), offset)
+    view[: len(data)] = data
+    return len(data)
+
+
+def write(fd: int, view: memoryview, offset: int) -> int:
+    """Write as much of `view` at `offset` as one write takes; the number of bytes."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, view, offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, view)
+
+
+def copy_in_kernel(source: int, output: int, nbytes: int, source_offset: int, output_offset: int) -> int:
+    """Copy up to `nbytes` bytes without bringing them into memory; the number of bytes, 0 where that can't be done between these files."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, output, min(nbytes, _AT_ONCE), source_offset, output_offset)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+        return 0
+
+
+def locks() -> bool:
+    """Whether a file can be locked, so that the file of a run that still writes can be told from one that a killed run left."""
+    return fcntl is not None
+
+
+def lock(fd: int) -> None:
+    """Lock a file for as long as it is open, where the system and the file system have locks."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+
+
+def lock_at_once(fd: int) -> None:
+    """Lock a file; OSError where another holds its lock, or there are no locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_mine(found: os.stat_result) -> bool:
+    """Whether a file is this user's; yes where files have no owners."""
+    return not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+
+
+def sync_folder(folder: str) -> None:
+    """Make a new name in `folder` last through a power cut, where the system and the file system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _flags("O_CLOEXEC"))
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise
+    finally:
+        os.close(fd)
+
+
+def set_mode(fd: int, path: str, mode: int) -> None:
+    """Set the permissions of an open file; by its path where they can't be set otherwise."""
+    if hasattr(os, "fchmod"):
+        os.fchmod(fd, mode)
+    else:
+        os.chmod(path, mode)
+
+
+def set_owner(fd: int, user: int, group: int) -> None:
+    """Give an open file to a user and a group; -1 leaves one as it is. OSError where the system can't, or does not let us."""
+    if not hasattr(os, "fchown"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    os.fchown(fd, user, group)
+
+
+def may_fork() -> bool:
+    """Whether this process can be forked soundly: it has one thread, torch's and BLAS's own counted, and signals can be held meanwhile."""
+    if not (hasattr(os, "fork") and hasattr(signal, "pthread_sigmask")):
+        return False
+    try:
+        return "torch" not in sys.modules and len(os.listdir("/proc/self/task")) == 1
+    except OSError:  # no Linux
+        return False
+
+
+def forking() -> ForkContext:
+    """multiprocessing's way to start workers by a fork; only where `may_fork`."""
+    from multiprocessing import get_context
+
+    return get_context("fork")
+
+
+@contextmanager
+def signals_blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """Let signals wait while the block runs; they do not where a thread's signals can't be blocked."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock_signals(numbers: Iterable[int]) -> None:
+    """Let signals come in this thread."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
