@@ -44,6 +44,7 @@ def call(what: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) ->
     >>> call("int", int, "7")
     7
     """
+    stdout = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return function(*args, **kwargs)
@@ -52,6 +53,8 @@ def call(what: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) ->
     except (Exception, SystemExit) as error:
         place = innermost_place(error)
         raise TargetError(f"{words(error)}{f' ({place})' if place else ''}", path=what, hint=_hint(error, place)) from error
+    finally:
+        sys.stdout = stdout  # an interrupt may have ended the redirection before it was undone
 
 
 def words(error: BaseException) -> str:
@@ -99,7 +102,7 @@ def _hint(error: BaseException, place: str | None) -> str | None:
     return f"look at {place}" if place else None
 
 
-_PACKAGE = os.path.realpath(Path(__file__).parent.parent)
+_PACKAGE = os.path.realpath(Path(__file__).parents[2])
 _INSTALLED = tuple(
     {os.path.realpath(folder) for name, folder in sysconfig.get_paths().items() if name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {os.path.realpath(Path(os.__file__).parent)}

@@ -1,10 +1,13 @@
 """A person's code may print, fail or exit; what comes out is one clear error."""
 
+import contextlib
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
+import ckptsurgeon
 from ckptsurgeon.errors import FormatError, TargetError
 from ckptsurgeon.models.target.user_code import call, is_persons, words
 
@@ -86,3 +89,18 @@ def test_installed_and_standard_modules_are_not_a_persons():
 
     assert is_persons(__file__)
     assert not is_persons(json.__file__) and not is_persons(torch.__file__) and not is_persons(sys.modules[call.__module__].__file__)
+
+
+def test_our_own_modules_are_not_a_persons():
+    assert not any(is_persons(str(path)) for path in Path(ckptsurgeon.__file__).parent.rglob("*.py"))
+
+
+def test_an_interrupt_of_the_redirections_end_leaves_stdout_where_it_was(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = sys.stdout
+    monkeypatch.setattr(contextlib.redirect_stdout, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("int", int, "7")
+    assert sys.stdout is before
