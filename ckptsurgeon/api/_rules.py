@@ -14,7 +14,6 @@ from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.api._opening import Note, Path, silent, unmissable
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.init import scheme_text
@@ -23,6 +22,7 @@ from ckptsurgeon.rules import toml_text
 from ckptsurgeon.rules.reversing import reverse as turn_round
 from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Outside, Rule, beside
+from ckptsurgeon.storage.files import open_regular
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.kernels.table import OwnKernel

@@ -62,8 +62,8 @@ def load_plan(path: Path) -> Plan:
     >>> load_plan("plan.json").fresh
     ('fc3.weight', 'fc3.bias')
     """
-    from ckptsurgeon.formats.files import open_regular
     from ckptsurgeon.limit_table import allowed, exceeded
+    from ckptsurgeon.storage.files import open_regular
 
     with open_regular(os.fspath(path)) as file:
         if file.size > (most := allowed("json-bytes")):

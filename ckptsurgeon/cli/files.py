@@ -8,9 +8,9 @@ from typing import Any
 from ckptsurgeon.api._opening import Note
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import json_text
-from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.storage.copying import write_at
+from ckptsurgeon.storage.files import open_regular
 from ckptsurgeon.streaming.atomic import lost, new_file
-from ckptsurgeon.streaming.copying import write_at
 
 
 def name_list(path: str) -> tuple[str, ...]:

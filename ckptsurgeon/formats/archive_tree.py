@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError
-from ckptsurgeon.formats.files import OpenFile, open_regular
 from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle.unpickled import NAMES, Claims, Locate, Unpacked, refusal, tensor_meta
 from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
@@ -19,6 +18,7 @@ from ckptsurgeon.formats.registry import no_collections, reader_of
 from ckptsurgeon.formats.torch import legacy as torch_legacy
 from ckptsurgeon.formats.torch import zip as torch_zip
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile, open_regular
 from ckptsurgeon.tensors import FileStamp, Refused
 
 _UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}

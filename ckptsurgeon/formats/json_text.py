@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile
 
 
 def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

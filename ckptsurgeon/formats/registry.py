@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
-from ckptsurgeon.formats.files import OpenFile, open_regular
 from ckptsurgeon.formats.folders import hf_shards, parts
 from ckptsurgeon.formats.plain import safetensors, skeleton
 from ckptsurgeon.formats.torch import legacy as torch_legacy
 from ckptsurgeon.formats.torch import zip as torch_zip
 from ckptsurgeon.formats.torch.zip_directory import ends_as_zip
+from ckptsurgeon.storage.files import OpenFile, open_regular
 from ckptsurgeon.tensors import Archive
 
 _HEAD = 512

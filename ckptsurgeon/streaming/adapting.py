@@ -17,7 +17,7 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, PlanError
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
-from ckptsurgeon.streaming.copying import BUFFER
+from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
 from ckptsurgeon.tensors import TensorMeta

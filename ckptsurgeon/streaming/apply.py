@@ -22,7 +22,7 @@ from ckptsurgeon.formats.plain import safetensors
 from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast, Finding
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, dequantized, is_average
 from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without

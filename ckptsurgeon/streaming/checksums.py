@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ckptsurgeon.errors import CheckpointError, FormatError, StaleError
-from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.files import OpenFile, open_regular, stamp
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Record, Span, TensorMeta
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
-from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.layout import WEIGHTS, Stored
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.files import open_regular
 from ckptsurgeon.streaming.moved_ranges import Pieces
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import BinaryIO
 
 from ckptsurgeon.errors import FormatError, OutputError, StaleError
-from ckptsurgeon.formats.files import OpenFile, open_regular, stamp
 from ckptsurgeon.formats.inflate import inflated
-from ckptsurgeon.streaming import copying
-from ckptsurgeon.streaming.copying import BUFFER
+from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.copying import BUFFER
+from ckptsurgeon.storage.files import OpenFile, open_regular, stamp
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
 

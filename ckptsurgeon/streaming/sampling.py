@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from hashlib import sha256
 
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 

@@ -24,7 +24,8 @@ from ckptsurgeon.cli import main
 from ckptsurgeon.errors import FormatError, StaleError
 from ckptsurgeon.formats.plain import skeleton
 from ckptsurgeon.report import Verification
-from ckptsurgeon.streaming import checksums, copying
+from ckptsurgeon.storage import copying
+from ckptsurgeon.streaming import checksums
 
 METHODS = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}
 OUTPUTS = ["out.pt", "out.safetensors"]

@@ -16,8 +16,8 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, OutputError, StaleError, VerificationError
+from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import apply as applying
-from ckptsurgeon.streaming import copying
 
 REAL = copying.copy_range
 

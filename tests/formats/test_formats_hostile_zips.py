@@ -15,10 +15,10 @@ from hostile_zips import ENDS, LEGAL, LIES, Item, archive, at, changed, items, t
 
 from ckptsurgeon.errors import CheckpointError, FormatError, UnreadableError
 from ckptsurgeon.formats import read
-from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.formats.torch import zip_directory
 from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 from ckptsurgeon.formats.torch.zip_directory import read_directory
+from ckptsurgeon.storage.files import open_regular
 
 STATE = {"w": torch.arange(6.0), "b": torch.ones(300, dtype=torch.float16)}
 

@@ -15,9 +15,9 @@ from streaming_support import names
 
 from ckptsurgeon.errors import OutputError
 from ckptsurgeon.storage import platform
+from ckptsurgeon.storage.copying import write_at
 from ckptsurgeon.streaming import atomic
 from ckptsurgeon.streaming.atomic import check_free, new_file
-from ckptsurgeon.streaming.copying import write_at
 
 
 def write(path: Path, data: bytes, overwrite: bool = False) -> None:

@@ -10,7 +10,7 @@ import pytest
 from streaming_support import opened
 
 from ckptsurgeon.errors import StaleError
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
 
 DATA = os.urandom(700)
 RANGES = [(0, 0), (0, 700), (13, 500), (699, 1), (350, 350)]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptsurgeon.errors import StaleError
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
 
 REAL = os.copy_file_range
 

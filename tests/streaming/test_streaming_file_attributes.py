@@ -247,7 +247,7 @@ class Failing(nn.Module):
 def test_a_proof_that_fails_names_the_output(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.ones(3)}, tmp_path / "in.pt")
     from ckptsurgeon.models.verify import official
-    from ckptsurgeon.streaming import copying
+    from ckptsurgeon.storage import copying
 
     def refuses(path: str) -> Any:
         raise RuntimeError(f"PytorchStreamReader failed reading {path}: file {os.path.basename(path)} not found")

@@ -15,8 +15,8 @@ from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import Layout, Slot
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.plan import make_plan
+from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import apply as applying
-from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.apply import Output, apply
 
 REAL = copying.copy_range

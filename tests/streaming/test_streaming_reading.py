@@ -13,7 +13,8 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import FormatError, StaleError
-from ckptsurgeon.streaming import copying, reading
+from ckptsurgeon.storage import copying
+from ckptsurgeon.streaming import reading
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import memory_of
 from ckptsurgeon.tensors import Checkpoint

@@ -19,7 +19,6 @@ from writing_support import environment
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
 from ckptsurgeon.models.training.transfer import Waiting
-from ckptsurgeon.streaming import copying
 from ckptsurgeon.streaming.reading import Reader
 
 
@@ -218,7 +217,7 @@ def test_a_disk_that_fails_under_it_too(source: Path, monkeypatch: pytest.Monkey
     def fails(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    at_the_third(monkeypatch, lambda: monkeypatch.setattr(copying.os, "preadv", fails))
+    at_the_third(monkeypatch, lambda: monkeypatch.setattr(os, "preadv", fails))
     with pytest.raises(UnreadableError, match=r"could not be read \(Input/output error\); the model holds 2 of 10 new tensors"):
         cs.transfer(source, model(2))
 

@@ -13,11 +13,11 @@ from hashlib import sha256
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError, RootError, UnreadableError
-from ckptsurgeon.formats.files import OpenFile, open_regular, unreadable
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile, open_regular, unreadable
 from ckptsurgeon.tensors import Archive, FileStamp, Shard, StateDict, TensorMeta
 
 # In the order in which Hugging Face's own loaders look.

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from ckptsurgeon.errors import PartError
-from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.pickle.values import Inert, PickledDict, TensorRef
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Part
 
 _GATHER = (

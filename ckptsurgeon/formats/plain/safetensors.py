@@ -14,12 +14,12 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
 from ckptsurgeon.errors import FormatError, OutputError
-from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
 from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
 from ckptsurgeon.formats.torch.zip import parse_provenance
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
 
 METADATA = "__metadata__"

@@ -12,10 +12,10 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.json_text import integer, parse, short, whole
 from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, contiguous_stride
 
 VERSION = 1

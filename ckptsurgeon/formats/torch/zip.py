@@ -14,7 +14,6 @@ from hashlib import sha256
 from typing import Any
 
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.pickle.globals import MAX_INT
 from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, run
@@ -22,6 +21,7 @@ from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
 from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
 PROVENANCE_RECORD = "ckptsurgeon.json"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ckptsurgeon.errors import FormatError
-from ckptsurgeon.formats.files import OpenFile
 from ckptsurgeon.limit_table import allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Packed, Record
 
 _STORED, _DEFLATED = 0, 8
