@@ -1,4 +1,5 @@
-"""What messages are made of: names that are close to one that is not there, and long lists cut to what a person reads."""
+"""What messages are made of: names that are close to one that is not there, long lists cut to what a person reads, and
+notes that are never hidden."""
 
 from __future__ import annotations
 
@@ -7,6 +8,12 @@ from collections.abc import Iterable, Sequence
 
 SHOWN = 20  # problems that an error lists
 _POOL = 5_000  # names that are compared
+
+
+class Unmissable(str):
+    """A note that `-q` does not hide: code is imported that a file names, or a setting was not followed."""
+
+    __slots__ = ()
 
 
 def close_names(text: str, names: Iterable[str], most: int = 3) -> list[str]:

@@ -1,6 +1,6 @@
 """What a run has to say, as frozen values: findings, casts, and the reports of merge, transfer, verify and check.
 
-A report words nothing itself: `text` is what a view made of it, so that printing a report shows the command line's table.
+A report words nothing itself: `shown` finds the view that does, so that printing a report shows the command line's table.
 """
 
 from __future__ import annotations
@@ -9,16 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ckptsurgeon.shown import Shown
+from ckptsurgeon.shown import Result, Shown
 from ckptsurgeon.tensors import Coverage
 
 Level = Literal["error", "warning", "note"]
-
-
-class Unmissable(str):
-    """A note that `-q` does not hide: code is imported that a file names, or a setting was not followed."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -47,12 +41,12 @@ class Cast:
 
 
 @dataclass(frozen=True, repr=False)
-class Verification(Shown):
+class Verification(Result):
     """The outcome of holding a written file against a model, skeleton or checkpoint.
 
     `device` is where it was loaded, `tensors` how many were compared bit for bit (by name, dtype and shape alone where `bitwise` is
     False), `outputs` the shapes of a forward pass by place, `fresh` the keys that the file records as fresh, or None without a record,
-    `root` the nested dict of the file that was taken.
+    `root` the nested dict of the file that was taken. `source` and `target` are what was held against what.
     """
 
     device: str
@@ -62,19 +56,17 @@ class Verification(Shown):
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fresh: tuple[str, ...] | None = None
     root: str = ""
-    text: str = field(default="", repr=False, compare=False)
+    source: str = field(default="", repr=False, compare=False)
+    target: str = field(default="", repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
         """Whether no finding is an error."""
         return not any(finding.level == "error" for finding in self.findings)
 
-    def __str__(self) -> str:
-        return self.text
-
 
 @dataclass(frozen=True, repr=False)
-class CarriedState(Shown):
+class CarriedState(Result):
     """What became of the training state that stands beside the weights.
 
     Every parameter of the new optimizer is in exactly one of `carried` (its state came as it was), `adapted` (its moments were adapted with
@@ -92,14 +84,10 @@ class CarriedState(Shown):
     casts: tuple[Cast, ...] = ()
     others: tuple[str, ...] = ()
     ema: Report | None = None
-    text: str = field(default="", repr=False, compare=False)
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Shown):
+class Report(Result):
     """What a merge, an apply or a transfer did.
 
     Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
@@ -131,10 +119,6 @@ class Report(Shown):
     roots: tuple[str, ...] = ()
     prefixes: tuple[Mapping[str, object], ...] = ()
     optimizer: CarriedState | None = None
-    text: str = field(default="", repr=False, compare=False)
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True, repr=False)
@@ -175,17 +159,13 @@ class Settings(Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class CheckReport(Shown):
+class CheckReport(Result):
     """What `check` found in all files, and the settings that it followed, if any."""
 
     files: tuple[FileCheck, ...]
     settings: Settings | None = None
-    text: str = field(default="", repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
         """Whether every file is ok."""
         return all(file.ok for file in self.files)
-
-    def __str__(self) -> str:
-        return self.text

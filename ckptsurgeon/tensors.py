@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.shown import Shown
+from ckptsurgeon.shown import Result, Shown
 
 Kind = Literal["file", "model", "skeleton"]  # where a checkpoint's names come from; a skeleton has no values
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -186,10 +186,10 @@ class Shard:
 
 
 @dataclass(frozen=True, repr=False)
-class Archive(Shown):
+class Archive(Result):
     """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them.
 
-    `part` is set where it is one rank's part of a checkpoint, whose tensors are pieces.
+    `part` is set where it is one rank's part of a checkpoint, whose tensors are pieces. `chosen` is the root to show, None for all.
     """
 
     path: str
@@ -204,10 +204,13 @@ class Archive(Shown):
     notes: tuple[str, ...] = ()
     part: Part | None = None
     kind: Kind = "file"
+    chosen: Checkpoint | None = field(default=None, repr=False, compare=False)
+
+    __str__ = Shown.__repr__
 
 
 @dataclass(frozen=True, eq=False)
-class Checkpoint(Mapping[str, TensorMeta]):
+class Checkpoint(Result, Mapping[str, TensorMeta]):
     """One state_dict without its data: keys to `TensorMeta`, in the file's or model's own order.
 
     Attributes:

@@ -99,6 +99,23 @@ def test_a_module_imports_only_from_its_own_floor_and_lower_ones(path: Path) -> 
         assert higher == set()
 
 
+def test_the_table_of_views_is_the_only_way_up() -> None:
+    """A module that is imported by its name, as a string, is an import all the same."""
+    up = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if named.startswith(f"{PACKAGE.name}.") and named.split(".")[1] in HEIGHT:
+                up.update({floor_of(path)} if HEIGHT[named.split(".")[1]] > HEIGHT[floor_of(path)] else ())
+    assert up == {"shown"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli" / "commands").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_command_imports_only_the_options_at_its_top(path: Path) -> None:
+    """All else it imports when it runs, so that no command pays for another."""
+    assert {name for name in imports(path, top_only=True) if name in NAMES} == {"ckptsurgeon.cli.options"}
+
+
 def test_no_imports_go_round_in_a_circle() -> None:
     """Those inside functions too: a circle that is broken by a late import is one all the same."""
     left = {name: ours(path) - {name} for name, path in NAMES.items() if name != PACKAGE.name}

@@ -10,7 +10,6 @@ from ckptsurgeon.hints import close_words
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.rules.patterns import compile_pattern
-from ckptsurgeon.views.text import words
 
 Uncertain = Literal["accepted", "left out"]  # what becomes of links that matching is not certain of
 
@@ -25,6 +24,8 @@ def check(plan: Plan, *, min_coverage: float | None = None, strict: bool = False
         look = way_to_look(path, first.root, first.live, None if plan.target is None else plan.target.spec)
         raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")
     if min_coverage is not None and min(plan.coverage.tensors, plan.coverage.elements) < min_coverage:
+        from ckptsurgeon.views.text import words
+
         raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {words.percent(min_coverage)} is asked for", path=path)
     if strict and plan.loose:
         more = len(plan.loose) - 20

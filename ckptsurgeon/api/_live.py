@@ -36,7 +36,6 @@ from ckptsurgeon.streaming.checksums import hold_all, without
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views import text
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +101,7 @@ def transfer(
             hold_all(reader, [given])
         put(plan, model, values.__getitem__, extra, ruling.own.schemes, handed)
         _check_still_unchanged(reader)
-    report = Report(
+    return Report(
         sources=(given.path,),
         target=goal.path,
         transferred=plan.transferred,
@@ -119,7 +118,6 @@ def transfer(
         partial=plan.partial,
         optimizer=carried,
     )
-    return replace(report, text=text.report(report))
 
 
 def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:

@@ -29,7 +29,6 @@ from ckptsurgeon.streaming.apply import Training
 from ckptsurgeon.streaming.checksums import hold_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views import text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +86,7 @@ def training(
         _training_state.account(_training_state.shown(beside, place), saved, assigned, given, state.plans, state.notes), others=others
     )
     source = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)
-    return Training(around, state.steps, source), replace(carried, text=text.carried(carried))
+    return Training(around, state.steps, source), carried
 
 
 def _parameters(model: nn.Module, slots: Any, steps: Mapping[str, Any]) -> list[Parameter]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
 from ckptsurgeon.formats.folders.hf_shards import shard_of
+from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.plan import PlanTarget
 from ckptsurgeon.planning.quantised import lacks_scales
-from ckptsurgeon.report import Unmissable
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:

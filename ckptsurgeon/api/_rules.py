@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters.chain import OwnShape
@@ -21,7 +21,7 @@ from ckptsurgeon.models.init.scheme_text import parse_scheme
 from ckptsurgeon.rules import toml_text
 from ckptsurgeon.rules.reversing import reverse as turn_round
 from ckptsurgeon.rules.rulefile import parse_rules
-from ckptsurgeon.rules.rules import Outside, Rule, beside
+from ckptsurgeon.rules.rules import Outside, Rule, beside, rule_options
 from ckptsurgeon.storage.files import open_regular
 
 if TYPE_CHECKING:
@@ -41,11 +41,15 @@ class Own:
 
 @dataclass(frozen=True)
 class Ruling:
-    """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code."""
+    """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code.
+
+    `options` are the rules as they were given, as words of a command line.
+    """
 
     rules: tuple[Rule, ...]
     outside: Outside = field(default_factory=Outside)
     own: Own = field(default_factory=Own)
+    options: tuple[str, ...] = ()
 
 
 def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
@@ -79,7 +83,9 @@ def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, sc
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
     if reverse and all(isinstance(one, Rule) for one in given):
         raise RuleError("there is no rules file to turn round", hint="--rules FILE --reverse")
-    return bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
+    found = bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
+    words = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
+    return replace(found, options=(*words, *(["--reverse"] if reverse else [])))
 
 
 def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:

@@ -15,7 +15,6 @@ from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.plan import Plan, PlanSource, PlanTarget
 from ckptsurgeon.streaming.sampling import digest, sample
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views import text
 
 
 def sampled(made: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None, full: bool) -> Plan:
@@ -68,5 +67,4 @@ def load_plan(path: Path) -> Plan:
     with open_regular(os.fspath(path)) as file:
         if file.size > (most := allowed("json-bytes")):
             raise exceeded("json-bytes", f"is a file of {file.size} bytes, above the limit of {most}", file.size, path=os.fspath(path))
-        made = planfile.from_json(file.read(0, file.size), os.fspath(path))
-    return replace(made, text=text.plan(made))
+        return planfile.from_json(file.read(0, file.size), os.fspath(path))

@@ -28,7 +28,6 @@ from ckptsurgeon.streaming.checksums import hold_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import reported, tensor_from
 from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, TensorMeta
-from ckptsurgeon.views import text
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +214,7 @@ def give(
     done = averaged()
     if done is not None:
         carried = replace(carried, others=(*carried.others, "ema"), ema=done[0], not_carried=(*carried.not_carried, *done[1]))
-    return replace(carried, text=text.carried(carried))
+    return carried
 
 
 def _optimizer(
@@ -354,6 +353,5 @@ def averaged_into(
         with torch.no_grad():
             buffers[name].copy_(value)
     kept = tuple(row for row in report.dropped if row[0] not in ours)
-    report = replace(report, dropped=kept)
     missing = tuple((name, _STAYS[name == "n_averaged"]) for name in buffers if name not in ours)
-    return replace(report, text=text.report(report)), missing
+    return replace(report, dropped=kept), missing

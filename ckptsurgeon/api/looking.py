@@ -18,7 +18,6 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.report import Verification
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.tensors import Archive, Checkpoint, TensorMeta
-from ckptsurgeon.views import text
 
 
 def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
@@ -94,7 +93,7 @@ def diff(
     given = _opening.open_source(seen, root=root, target=goal)
     ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
     found = compare(given, goal, ruling.rules, ruling.outside, auto, _links)
-    return replace(found, text=text.diff(found, rules=ruling.rules))
+    return replace(found, options=(*ruling.options, *(["--auto", auto] if auto else [])))
 
 
 def _links(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Sequence[Link]:
@@ -140,11 +139,10 @@ def verify(
     try:
         _opening.look(path)
     except FormatError as error:
-        found = unreadable(error, path)
-        return replace(found, text=text.verification(found, path, _opening.name_of(target)))
+        return replace(unreadable(error, path), source=path, target=_opening.name_of(target))
     goal = _opening.open_target(target, note=note)
     model, shapes = goal.build is not None, tuple(inputs)
     known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)
     found = verify_written(path, goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
-    return replace(found, text=text.verification(found, path, goal.checkpoint.path))
+    return replace(found, source=path, target=goal.checkpoint.path)

@@ -16,7 +16,6 @@ from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
 from ckptsurgeon.report import Twins
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views import text
 
 TOLERANCE = 1e-4  # of the greatest output
 
@@ -79,7 +78,7 @@ def match(
     found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
     if forward is not None:
         found = replace(found, forward=_ran(found, given, aim, _opening.open_target(source_model, note=note), forward, tolerance, note))
-    return replace(found, text=text.matching(found))
+    return found
 
 
 def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:

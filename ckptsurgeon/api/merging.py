@@ -27,7 +27,6 @@ from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free, named
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views import text
 
 
 def plan(
@@ -140,7 +139,7 @@ def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> t
         outside=ruling.outside,
     )
     _gpu_layouts.refuse(made, found)
-    return found, replace(made, text=text.plan(made))
+    return found, made
 
 
 def merge(
@@ -235,10 +234,7 @@ def merge(
         around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from, verify)
     _gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
     done = _carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
-    if carried is None:
-        return done
-    done = replace(done, optimizer=carried)
-    return replace(done, text=text.report(done))
+    return done if carried is None else replace(done, optimizer=carried)
 
 
 def apply(
@@ -376,7 +372,7 @@ def _no_initial(key: str) -> Any:
 
 
 def _report(made: Plan, written: Written, output: str, proven: bool, verification: Verification | None) -> Report:
-    report = Report(
+    return Report(
         sources=tuple(source.path for source in made.sources),
         target=made.target.spec if made.target is not None else "",
         transferred=made.transferred,
@@ -396,4 +392,3 @@ def _report(made: Plan, written: Written, output: str, proven: bool, verificatio
         adapted=made.adapted,
         partial=made.partial,
     )
-    return replace(report, text=text.report(report))

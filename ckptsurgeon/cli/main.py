@@ -21,22 +21,40 @@ from ckptsurgeon.version import VERSION
 USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
-# Each a module.
-COMMANDS = ("inspect", "diff", "match", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters")
+# By name, each a module of `commands`, in the order in which a person uses them; and what `--help` says of it.
+COMMANDS = {
+    "inspect": "What is inside a checkpoint, without running any of it.",
+    "diff": "What matches, is missing, extra or mismatched.",
+    "match": "Propose a mapping between two implementations.",
+    "plan": "Decide what every key gets; write nothing but the plan.",
+    "apply": "Do what a plan says, if nothing has changed since.",
+    "merge": "plan, apply and verify in one.",
+    "verify": "Load it strictly on a device; compare every tensor.",
+    "check": "The gate: are files readable, safe, whole, and do they fit?",
+    "skeleton": "Save a target's names and shapes, for check --against.",
+    "groups": "Parameter groups: what is fresh learns at its own rate.",
+    "adapters": "The adapters and schemes that rules can name.",
+}
 
 
 class Flow(click.Group):
-    """Lists its commands in the order in which a person uses them, and imports only the one that is used."""
+    """Lists its commands from the table, and imports only the one that is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of use."""
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table, as click writes it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([*COMMANDS.items()])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a name, imported now."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"ckptsurgeon.cli.commands.{cmd_name}").command
+        command.short_help = COMMANDS[cmd_name]
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

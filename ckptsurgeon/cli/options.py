@@ -1,21 +1,24 @@
-"""The options that several commands share, each written once. Rules keep the order in which they stand on the command line."""
+"""The options that several commands share, each written once, and what commands make of them. Rules keep their order.
+
+Rule: what reads or decides is imported by the command that needs it, when it runs; this module has only what `--help` needs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckptsurgeon.cli.endings import debug
-from ckptsurgeon.cli.files import name_list
-from ckptsurgeon.cli.output import Show
+from ckptsurgeon.cli.output import Show as Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.limit_table import limits
-from ckptsurgeon.planning.resolve import AUTO
-from ckptsurgeon.rules.rules import Kind, Rule
+from ckptsurgeon.rules import AUTO
+
+if TYPE_CHECKING:
+    from ckptsurgeon.rules.rules import Kind
 
 F = TypeVar("F", bound=Callable[..., Any])
 Wrap = Callable[[F], F]
@@ -52,6 +55,8 @@ class RuleCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note the rules in the order in which click's own parser meets them, then parse as ever."""
+        from ckptsurgeon.rules.rules import Rule
+
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         left = {kind: iter(values.get(kind) or ()) for kind in RULES}
         words = [(name, next(left[name])) for name in (option.name for option in order) if name in left]
@@ -70,6 +75,8 @@ def ordered_rules(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> None:
+    from ckptsurgeon.limit_table import limits
+
     for word in words:
         name, _, value = word.partition("=")
         try:
@@ -78,8 +85,28 @@ def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str
             raise click.BadParameter(f"{error.reason} ({error.hint})", ctx) from error
 
 
+def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]:
+    """Sources and target: the last of several paths is the target; one alone has none, and neither has an average."""
+    return ([*paths[:-1]], paths[-1]) if len(paths) > 1 and not average else ([*paths], None)
+
+
+def mean(average: bool, weights: str | None) -> list[float] | bool | None:
+    """What `--average` and `--weights` ask for."""
+    from ckptsurgeon.api._options import facts, refuse_idle
+
+    refuse_idle(facts(average=average), weights=weights)
+    if weights is None:
+        return average or None
+    try:
+        return [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--weights are numbers with commas between them, as in 3,1; not {weights!r}") from error
+
+
 def names(_ctx: click.Context, _option: click.Parameter, word: str | None) -> tuple[str, ...] | str | None:
     """`model`, or the names in a file."""
+    from ckptsurgeon.cli.files import name_list
+
     return word if word in (None, "model") else name_list(word)
 
 

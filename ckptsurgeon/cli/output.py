@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, TextIO
 
 import click
 
 from ckptsurgeon.errors import CheckpointError, OutputError, printable
-from ckptsurgeon.report import Unmissable
-from ckptsurgeon.views import json as views_json
+from ckptsurgeon.hints import Unmissable
+from ckptsurgeon.shown import Result, json_parts
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,19 @@ class Show:
     @property
     def width(self) -> int | None:
         """The terminal's columns, or None when the answer goes to a file or a program."""
-        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if not sys.stdout.isatty():
+            return None
+        from shutil import get_terminal_size
+
+        return get_terminal_size().columns
+
+    def result(self, found: Result) -> None:
+        """Print a result of the library on stdout."""
+        put(found.json_parts() if self.json else [found.to_text(verbose=self.verbose, width=self.width)])
 
     def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
-        """Print the answer on stdout."""
-        put(_json(value()) if self.json else [text()])
+        """Print another answer on stdout: its text, or its value as JSON."""
+        put(json_parts(value()) if self.json else [text()])
 
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""
@@ -115,18 +121,6 @@ def open_streams() -> bool:
     return can_write
 
 
-def _json(value: dict[str, Any]) -> Iterator[str]:
-    """The text in parts, so that an answer about a million tensors is never held whole."""
-    comma = "{"
-    for name, one in value.items():
-        yield f"{comma}\n  {json.dumps(name)}: "
-        words = one.texts() if isinstance(one, views_json.Rows) else json.JSONEncoder(indent=2).iterencode(one)
-        while part := "".join(islice(words, 1 << 14)):
-            yield part.replace("\n", "\n  ")
-        comma = ","
-    yield "\n}"
-
-
 def _coloured(word: str) -> str:
     return word if os.environ.get("NO_COLOR") else click.style(word, fg="red", bold=True)
 
@@ -135,7 +129,9 @@ def show_error(error: CheckpointError, as_json: bool) -> None:
     """A refusal: on stdout as JSON, else, or where stdout can't be written, on stderr as what, where, why, and what to try."""
     if as_json and not isinstance(error, StdoutError):
         try:
-            return put(_json(views_json.error(error)))
+            from ckptsurgeon.views.json import error as as_value
+
+            return put(json_parts(as_value(error)))
         except StdoutError as full:
             tell(f"{_coloured('error:')} {full}")
     tell(f"{_coloured('error:')} {error}")

@@ -18,7 +18,7 @@ from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, kept_out
 from ckptsurgeon.rules.loading_code import Made, Taken, code_of
 from ckptsurgeon.rules.rules import Outside, Rule
-from ckptsurgeon.shown import Shown
+from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
@@ -85,7 +85,7 @@ class Hint:
 
 
 @dataclass(frozen=True, repr=False)
-class Diff(Shown):
+class Diff(Result):
     """What of a target a source covers.
 
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source
@@ -94,7 +94,7 @@ class Diff(Shown):
     the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and
     `parted_codes` those keys of them that a merge would cast or part from their scales. `rivals` are prefixes
     between which nothing decides, so that none is applied; `exchanges` are renames of one prefix to another that would explain most of
-    what is left, the best first, and its rivals.
+    what is left, the best first, and its rivals. `options` are the rules that it was made with, as words of a command line.
     """
 
     source: str
@@ -119,10 +119,7 @@ class Diff(Shown):
     loaded: tuple[Loaded, ...] = ()
     rivals: tuple[Way, ...] = ()
     exchanges: tuple[Way, ...] = ()
-    text: str = field(default="", repr=False, compare=False)
-
-    def __str__(self) -> str:
-        return self.text or repr(self)
+    options: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def same(self) -> bool:

@@ -16,7 +16,7 @@ from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.report import Finding
-from ckptsurgeon.shown import Shown
+from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Coverage
 
 Action = Literal["copy", "rename", "adapt", "load", "init", "keep"]
@@ -136,7 +136,7 @@ class Entry:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Shown):
+class Plan(Result):
     """Everything that `apply` will do.
 
     Attributes:
@@ -164,7 +164,6 @@ class Plan(Shown):
     allow_cast: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     loose: tuple[str, ...] = ()
-    text: str = field(default="", repr=False, compare=False)
 
     @property
     def transferred(self) -> tuple[str, ...]:
@@ -216,9 +215,6 @@ class Plan(Shown):
             return False
         from_model = any(scheme in FROM_MODEL for step in self.steps for scheme in step.schemes)
         return from_model or bool(self.loaded) or any(entry.source is None for entry in self.entries)
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def digest(plan: Plan) -> str:

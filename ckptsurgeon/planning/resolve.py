@@ -14,10 +14,9 @@ from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import Claim, SourceKey
 from ckptsurgeon.planning.legacy_names import BY
 from ckptsurgeon.planning.quantised import Codes
+from ckptsurgeon.rules import AUTO
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
-
-AUTO = ("safe",)  # what may be applied unasked
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,11 @@ class Rule:
         return f"{words} ({self.file}:{self.line})" if self.line else f"{words} ({self.file})"
 
 
+def rule_options(rules: Iterable[Rule | str]) -> tuple[str, ...]:
+    """Rules, and the paths of rules files, as the words of a command line."""
+    return tuple(word for rule in rules for word in (("--rules", rule) if isinstance(rule, str) else rule.options))
+
+
 @dataclass(frozen=True)
 class Outside:
     """What lies outside of the rules and bears on names, brought before they are compiled: token lists by path, the shape functions of a

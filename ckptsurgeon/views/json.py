@@ -13,7 +13,7 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import average
 from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
-from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, Refused, TensorMeta
+from ckptsurgeon.tensors import Archive, Coverage, Refused, TensorMeta
 
 if TYPE_CHECKING:
     from ckptsurgeon.finding_codes import Code
@@ -77,9 +77,9 @@ def error(found: CheckpointError) -> dict[str, Any]:
     return {"version": VERSION, "error": {**body, "problems": list(found.problems)}}
 
 
-def archive(found: Archive, chosen: Checkpoint | None = None) -> dict[str, Any]:
+def archive(found: Archive) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
-    shown = chosen or found.state_dicts[0]
+    shown = found.state_dicts[0] if found.chosen is None else found.chosen
     averaged = average([one.root for one in found.state_dicts], found.beside)
     return {
         "version": VERSION,
@@ -169,8 +169,8 @@ def _twins(found: Twins) -> dict[str, Any]:
     return {"same": found.same, "tolerance": found.tolerance, "outputs": rows}
 
 
-def matching(found: Proposal, refused: str = "") -> dict[str, Any]:
-    """`match`; `refused` says why the links are no mapping to follow."""
+def matching(found: Proposal) -> dict[str, Any]:
+    """`match`."""
     applied = {id(link) for link in found.applied}
     return {
         "version": VERSION,
@@ -187,7 +187,7 @@ def matching(found: Proposal, refused: str = "") -> dict[str, Any]:
         "warnings": list(found.warnings),
         "rivals": [_way(way) for way in found.rivals],
         "forward": None if found.forward is None else _twins(found.forward),
-        "refused": refused or None,
+        "refused": found.refused,
     }
 
 

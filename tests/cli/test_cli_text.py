@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from ckptsurgeon.planning.diff import Diff, Hint, Mismatch, compare
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.report import Cast, CheckReport, FileCheck, Finding, Report, Verification
-from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta, contiguous_stride
 from ckptsurgeon.views import text
 from ckptsurgeon.views.text.words import broken, findings, fitted, pasted, table
@@ -94,11 +95,13 @@ def test_many_casts_are_summed_up_and_few_are_named():
 
 
 def test_a_failed_verification_never_says_that_it_is_verified():
-    found = Verification("cpu", 3, (Finding("shape", "differs", "w"),))
-    words = text.verification(found, "out.pt", "model:Net")
+    found = Verification("cpu", 3, (Finding("shape", "differs", "w"),), source="out.pt", target="model:Net")
+    words = str(found)
     assert words.splitlines()[:2] == ["out.pt → model:Net: NOT ok", "  NOT verified on cpu: 1 error; 3 tensors compared"]
-    warned = Verification("cpu", 3, (Finding("non-finite", "has 2 values that are NaN", "w", "warning"),))
-    assert "out.pt → model:Net: ok\n  verified: 3 tensors" in text.verification(warned, "out.pt", "model:Net")
+    warned = Verification(
+        "cpu", 3, (Finding("non-finite", "has 2 values that are NaN", "w", "warning"),), source="out.pt", target="model:Net"
+    )
+    assert "out.pt → model:Net: ok\n  verified: 3 tensors" in str(warned)
 
 
 def test_check_tells_a_warning_from_an_error_and_a_good_file_from_a_bad_one():
@@ -123,7 +126,8 @@ def test_rename_hints_stay_with_keys_that_have_no_module():
 
 def test_the_next_command_takes_in_root_and_rules():
     found = compare(checkpoint({"a.w": (2,), "b.w": (3,)}), checkpoint({"x.w": (2,)}, path="other.pt"), [Rule("rename", "a.{p}", "x.{p}")])
-    assert text.next_command(found, (), [Rule("rename", "a.{p}", "x.{p}"), Rule("drop", "b.**")]) == [
+    found = replace(found, options=rule_options([Rule("rename", "a.{p}", "x.{p}"), Rule("drop", "b.**")]))
+    assert text.next_command(found) == [
         *("ckptsurgeon", "merge", "net.pt", "other.pt", "-o", "merged.pt", "--rename", "a.{p}", "x.{p}", "--drop", "b.**")
     ]
 

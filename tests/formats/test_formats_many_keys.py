@@ -46,10 +46,9 @@ def test_json_is_written_in_parts(tmp_path: Path) -> None:
 import sys, tracemalloc
 from ckptsurgeon import api
 from ckptsurgeon.cli.output import Show
-from ckptsurgeon.views import json
 found = api.inspect(sys.argv[1])
 tracemalloc.start()
-Show(json=True).answer(str, lambda: json.archive(found))
+Show(json=True).result(found)
 print(tracemalloc.get_traced_memory()[1], file=sys.stderr)
 """
     ended = subprocess.run([sys.executable, "-c", code, tmp_path / "many.safetensors"], capture_output=True, text=True, check=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from ckptsurgeon.api import _opening
@@ -17,7 +16,6 @@ from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, Words, gate, refuse_unheard
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.report import CheckReport, FileCheck, Settings
-from ckptsurgeon.views import text
 
 __all__ = ["check", "check_each", "target_of"]
 
@@ -108,5 +106,4 @@ def check_each(
         values=any(asked.finite and asked.wants("CK401") for asked in gates),
         large=any(asked.full for asked in gates) or sum(map(folders.size, files)) > _LARGE,
     )
-    report = CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)), settings)
-    return replace(report, text=text.check(report))
+    return CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)), settings)

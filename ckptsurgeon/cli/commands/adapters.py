@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import click
 
-from ckptsurgeon.adapters.table import ADAPTERS
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.models.init.scheme_text import SCHEMES
-from ckptsurgeon.views import json, text
 
 
-@click.command("adapters", short_help="The adapters and schemes that rules can name.")
+@click.command("adapters")
 @options.shown
-def command(show: Show) -> int:
+def command(show: options.Show) -> int:
     """The adapters of --adapt with their arguments, and the schemes of --init.
 
     An argument that is left out is told from the shapes. Your own are named as module:function.
     """
+    from ckptsurgeon.adapters.table import ADAPTERS
+    from ckptsurgeon.models.init.scheme_text import SCHEMES
+    from ckptsurgeon.views import json, text
+
     rows = [
         *(("adapter", name, tuple(field for field in one.fields if field not in one.planned), one.words) for name, one in ADAPTERS.items()),
         *(("scheme", name, tuple(one.parameters), one.words) for name, one in SCHEMES.items()),

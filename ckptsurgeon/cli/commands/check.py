@@ -7,13 +7,10 @@ from typing import Any
 
 import click
 
-from ckptsurgeon import finding_codes
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.errors import SettingsError
 
 
-@click.command("check", short_help="The gate: are files readable, safe, whole, and do they fit?")
+@click.command("check")
 @click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option("--against", metavar="TARGET", help="What every file must fit: a skeleton (no torch needed), a model, a checkpoint.")
 @click.option("--finite/--no-finite", help="NaN or infinite values are found (needs torch).")
@@ -36,7 +33,7 @@ from ckptsurgeon.errors import SettingsError
 @click.option("--explain", metavar="CODE", help="What a code means, why it matters, and what to do; checks nothing.")
 @options.shown
 @click.pass_context
-def command(ctx: click.Context, /, paths: tuple[str, ...], show: Show, **words: Any) -> int:
+def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, **words: Any) -> int:
     """Are the files readable, safe, whole, and do they fit? Exit 1 when anything is found.
 
     A Hugging Face folder is one checkpoint; of any other folder every .pt, .pth, .pkl, .bin, .ckpt and .safetensors file is checked, in it
@@ -63,22 +60,24 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: Show, **words: 
     jobs = words.pop("jobs")
     given = {name: value for name, value in words.items() if name in spoken}
     found = project.check_project(paths, asked or project.Project(), given, jobs=jobs, note=show.note())
-    from ckptsurgeon.views import github as annotations
-    from ckptsurgeon.views import json, text
-
     if github:
+        from ckptsurgeon.views import github as annotations
+
         show.answer(lambda: annotations.check(found, os.environ.get("GITHUB_WORKSPACE")), dict)
     else:
-        show.answer(lambda: text.check(found, show.verbose, show.width), lambda: json.check(found))
+        show.result(found)
     return int(not found.ok)
 
 
-def _explain(words: str, show: Show) -> int:
+def _explain(words: str, show: options.Show) -> int:
+    from ckptsurgeon import finding_codes
+    from ckptsurgeon.views import json, text
+
     found = finding_codes.TABLE if words.lower() == "all" else finding_codes.named(words)
     if not found:
         listing = ", ".join(f"{row.code} {row.name}" for row in finding_codes.TABLE)
-        raise SettingsError(f"there is no code {words!r}", key="--explain", hint=f"one of {listing}; or all")
-    from ckptsurgeon.views import json, text
+        from ckptsurgeon.errors import SettingsError
 
+        raise SettingsError(f"there is no code {words!r}", key="--explain", hint=f"one of {listing}; or all")
     show.answer(lambda: text.explain(found, show.width), lambda: json.explain(found))
     return 0

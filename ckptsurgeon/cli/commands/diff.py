@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptsurgeon import api
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.rules.rules import Rule
-from ckptsurgeon.views import json, text
+
+if TYPE_CHECKING:
+    from ckptsurgeon.rules.rules import Rule
 
 
-@click.command("diff", cls=options.RuleCommand, short_help="What matches, is missing, extra or mismatched.")
+@click.command("diff", cls=options.RuleCommand)
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @options.mapping
@@ -22,12 +21,16 @@ from ckptsurgeon.views import json, text
 @options.limit
 @options.shown
 @options.ordered_rules
-def command(checkpoint: str, target: str, rules: tuple[Rule | str, ...], exit_code: bool, strict: bool, show: Show, **choices: Any) -> int:
+def command(
+    checkpoint: str, target: str, rules: tuple[Rule | str, ...], exit_code: bool, strict: bool, show: options.Show, **choices: Any
+) -> int:
     """What matches, what is missing, extra or mismatched, and how much of TARGET that covers.
 
     A key that --drop names is not extra. The last line is the command to run next.
     """
+    from ckptsurgeon import api
+
     found = api.diff(checkpoint, target, rules=rules, note=show.note(), **choices)
-    show.answer(lambda: text.diff(found, show.verbose, show.width, rules), lambda: json.diff(found))
+    show.result(found)
     loose = bool(found.missing or found.extra or found.mismatched)
     return int((exit_code and not found.same) or (strict and loose))

@@ -6,14 +6,10 @@ from typing import Any
 
 import click
 
-from ckptsurgeon import api
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.errors import NoRecordError
-from ckptsurgeon.views import json, text
 
 
-@click.command("groups", short_help="Parameter groups: what is fresh learns at its own rate.")
+@click.command("groups")
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @click.option("--lr", type=float, required=True, help="For what was transferred.")
@@ -47,13 +43,15 @@ def command(
     layers: tuple[str, ...],
     no_decay: bool,
     no_decay_for: tuple[str, ...],
-    show: Show,
+    show: options.Show,
     **choices: Any,
 ) -> int:
     """Parameter groups for fine-tuning: what CKPT records as fresh learns at its own rate.
 
     Fresh parameters and overrides keep their rates under --layer-decay.
     """
+    from ckptsurgeon import api
+
     rows = api.groups(
         checkpoint,
         target,
@@ -66,8 +64,12 @@ def command(
         **choices,
     )
     if not overrides and layer_decay is None and all(row["name"].split("/")[0] != "fresh" for row in rows):
+        from ckptsurgeon.errors import NoRecordError
+
         raise NoRecordError(
             "records that nothing trainable is fresh", path=checkpoint, hint="give rates by pattern: --override 'fc3.*' 1e-2"
         )
+    from ckptsurgeon.views import json, text
+
     show.answer(lambda: text.groups(rows, show.verbose, show.width), lambda: json.groups(rows))
     return 0

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import click
 
-from ckptsurgeon import api
-from ckptsurgeon.api import _opening
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.views import json, text
 
 
-@click.command("inspect", short_help="What is inside a checkpoint, without running any of it.")
+@click.command("inspect")
 @click.argument("checkpoint", metavar="CKPT")
 @options.root
 @options.limit
 @options.shown
-def command(checkpoint: str, root: str | None, show: Show) -> int:
+def command(checkpoint: str, root: str | None, show: options.Show) -> int:
     """What is inside a checkpoint, without running any of it and without reading its data."""
+    from ckptsurgeon import api
+
     found = api.inspect(checkpoint)
-    chosen = None if root is None else _opening.open_source(found, root=root, parts=True)
-    show.answer(lambda: text.archive(found, show.verbose, show.width, chosen), lambda: json.archive(found, chosen))
+    if root is not None:
+        from dataclasses import replace
+
+        from ckptsurgeon.api._opening import open_source
+
+        found = replace(found, chosen=open_source(found, root=root, parts=True))
+    show.result(found)
     return 0

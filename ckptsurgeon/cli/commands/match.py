@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptsurgeon import api
-from ckptsurgeon.api._options import facts, refuse_idle
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.files import write_text
-from ckptsurgeon.cli.output import Show, show_error
-from ckptsurgeon.matching.proposals.propose import LEAST
-from ckptsurgeon.rules.rules import Rule
-from ckptsurgeon.views import json, text
+
+if TYPE_CHECKING:
+    from ckptsurgeon.rules.rules import Rule
 
 
-@click.command("match", cls=options.RuleCommand, short_help="Propose a mapping between two implementations.")
+@click.command("match", cls=options.RuleCommand)
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @options.known
@@ -26,8 +22,7 @@ from ckptsurgeon.views import json, text
 @click.option(
     "--min-coverage",
     type=click.FloatRange(0, 1),
-    default=LEAST,
-    show_default=True,
+    show_default="0.5",
     metavar="SHARE",
     help="Least share of one side's tensors and elements that must be matched.",
 )
@@ -51,9 +46,9 @@ def command(
     rules: tuple[Rule | str, ...],
     output: str | None,
     overwrite: bool,
-    min_coverage: float,
+    min_coverage: float | None,
     strict: bool,
-    show: Show,
+    show: options.Show,
     **choices: Any,
 ) -> int:
     """Find which tensor of CKPT is which of TARGET, where names, nesting, numbering, order and layout differ.
@@ -65,18 +60,27 @@ def command(
 
     What is uncertain is shown with its runner-up and not applied. What you know already is said by --rename, --drop and the like.
     """
+    from dataclasses import replace
+
+    from ckptsurgeon import api
+    from ckptsurgeon.api._options import facts, refuse_idle
+
     note = show.note()
     refuse_idle(facts(output=output), overwrite=overwrite)
     found = api.match(checkpoint, target, rules=rules, note=note, **choices)
-    refusal = found.refusal(min_coverage)
+    refusal = found.refusal() if min_coverage is None else found.refusal(min_coverage)
     differs = found.forward is not None and not found.forward.same
-    if output is not None and refusal is None and not differs:
+    if refusal is not None:
+        found = replace(found, refused=refusal.message)
+    elif output is not None and not differs:
+        from ckptsurgeon.cli.files import write_text
+
         write_text(output, found.toml, overwrite, note)
         note(f"wrote {output}: {len(found.rules)} rules")
-    show.answer(
-        lambda: text.matching(found, show.verbose, show.width, output if refusal is None and not differs else None),
-        lambda: json.matching(found, "" if refusal is None else refusal.message),
-    )
+        found = replace(found, written=output)
+    show.result(found)
     if refusal is not None and not show.json:
+        from ckptsurgeon.cli.output import show_error
+
         show_error(refusal, as_json=False)
     return int(refusal is not None or differs or (strict and len(found.applied) < len(found.links)))

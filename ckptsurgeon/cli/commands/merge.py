@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptsurgeon import api
-from ckptsurgeon.api import merging
-from ckptsurgeon.api._options import refuse_idle_writing
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.commands.plan import mean, split
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.planning import planfile
-from ckptsurgeon.rules.rules import Rule
-from ckptsurgeon.views import json, text
+
+if TYPE_CHECKING:
+    from ckptsurgeon.rules.rules import Rule
 
 DECIDING = (
     "root",
@@ -33,7 +28,7 @@ DECIDING = (
 WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "optimizer_names", "finite")
 
 
-@click.command("merge", cls=options.RuleCommand, short_help="plan, apply and verify in one.")
+@click.command("merge", cls=options.RuleCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
 @options.deciding
 @options.writing
@@ -56,7 +51,7 @@ def command(
     average: bool,
     weights: str | None,
     dry_run: bool,
-    show: Show,
+    show: options.Show,
     **choices: Any,
 ) -> int:
     """Take what fits, keep or initialise the rest, write it, and prove it before the file takes its name.
@@ -71,18 +66,22 @@ def command(
     Rules hold in the order given; the first that matches a key wins. In a pattern * matches within a segment, ** across
     segments; {p} is one segment and {**rest} one or more, which a rename's result can use again; /…/ is a regular expression.
     """
-    sources, target = split(paths, average)
-    choices |= {"average": mean(average, weights)}
+    from ckptsurgeon import api
+
+    sources, target = options.split(paths, average)
+    choices |= {"average": options.mean(average, weights)}
     note = show.note()
     choices["with_optimizer"] = choices["with_optimizer"] or choices["optimizer_from"] is not None
     if dry_run:
         if choices["with_optimizer"]:
             note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")
         made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})
-        written = merging.output_format(choices["output"], choices["format"])
+        from ckptsurgeon.api._options import refuse_idle_writing
+
+        written = api.output_format(choices["output"], choices["format"])
         refuse_idle_writing(made, written, **{name: choices[name] for name in WRITING})
-        show.answer(lambda: text.plan(made, show.verbose, show.width), lambda: planfile.to_json(made))
+        show.result(made)
         return 0
     done = api.merge(sources, target, rules=rules, note=note, **choices)
-    show.answer(lambda: text.report(done, show.verbose, show.width), lambda: json.report(done))
+    show.result(done)
     return 0

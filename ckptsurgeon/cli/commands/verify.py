@@ -6,13 +6,10 @@ from typing import Any
 
 import click
 
-from ckptsurgeon import api
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.output import Show
-from ckptsurgeon.views import json, text
 
 
-@click.command("verify", short_help="Load it strictly on a device; compare every tensor.")
+@click.command("verify")
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @options.root
@@ -22,8 +19,10 @@ from ckptsurgeon.views import json, text
 @options.seed
 @options.limit
 @options.shown
-def command(checkpoint: str, target: str, show: Show, **choices: Any) -> int:
+def command(checkpoint: str, target: str, show: options.Show, **choices: Any) -> int:
     """Load CKPT strictly into a fresh TARGET on a device, and compare every tensor bit for bit with the file."""
+    from ckptsurgeon import api
+
     found = api.verify(checkpoint, target, note=show.note(), **choices)
-    show.answer(lambda: text.verification(found, checkpoint, target, show.verbose, show.width), lambda: json.verification(found))
+    show.result(found)
     return int(not found.ok)

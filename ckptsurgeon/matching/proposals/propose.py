@@ -26,6 +26,7 @@ from ckptsurgeon.planning.resolve import kept_out
 from ckptsurgeon.report import Twins
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
+from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Checkpoint, Coverage
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
@@ -34,7 +35,7 @@ UNWRITABLE = "a key that no pattern can name"
 
 
 @dataclass(frozen=True, repr=False)
-class Proposal(Matching):
+class Proposal(Matching, Result):
     """A matching of two sides, and the rules that lead to exactly the links that are applied.
 
     Attributes:
@@ -47,6 +48,7 @@ class Proposal(Matching):
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
+        written: the rules file that was written, or None; `refused`: why the links are no mapping to follow, where that was asked.
     """
 
     source: str = ""
@@ -62,10 +64,8 @@ class Proposal(Matching):
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
     rivals: tuple[Way, ...] = ()
-    text: str = field(default="", repr=False, compare=False)
-
-    def __str__(self) -> str:
-        return self.text or repr(self)
+    written: str | None = field(default=None, repr=False, compare=False)
+    refused: str | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:

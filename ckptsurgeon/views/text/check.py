@@ -12,10 +12,10 @@ from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, shape
 
 
-def verification(found: Verification, path: str, target: str, verbose: bool = False, width: int | None = None) -> str:
+def verification(found: Verification, verbose: bool = False, width: int | None = None) -> str:
     """What was compared, every finding, a forward pass's shapes, and what is on record as fresh."""
     root = f" (root {name(found.root)})" if found.root else ""
-    lines = [f"{name(path)}{root} → {name(target)}: {'ok' if found.ok else 'NOT ok'}", f"  {proved(found)}"]
+    lines = [f"{name(found.source)}{root} → {name(found.target)}: {'ok' if found.ok else 'NOT ok'}", f"  {proved(found)}"]
     # torch's own words for what the other findings say one by one
     shown = [finding for finding in found.findings if verbose or (finding.code, finding.level) != ("load", "note")]
     lines += findings(shown, verbose, width)

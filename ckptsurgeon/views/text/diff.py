@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.diff import Diff, Hint, Offer
 from ckptsurgeon.planning.prefixes.rivals import Way
-from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, quantised, shape, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
@@ -15,11 +14,8 @@ OFFERS = 6  # rows of adapters that would fit
 RENAMES = 4  # likely renames that the next command takes in
 
 
-def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Sequence[Rule | str] = ()) -> str:
-    """What matches, what does not and why, coverage, and the command to run next.
-
-    `rules` are those that this diff was made with: rules, and the paths of rules files.
-    """
+def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
+    """What matches, what does not and why, coverage, and the command to run next."""
     most = most_rows(verbose)
     root = f" (root {name(found.root)})" if found.root else ""
     lines = [f"{name(found.source)}{root} → {name(found.target)}"]
@@ -51,10 +47,10 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None, rules: Se
         lines += table(list(found.refused.items()), width, most)
     done, total = found.coverage.counts
     lines.append(f"Coverage {coverage_words(found.coverage)} ({done} of {count(total, 'tensor')}).")
-    return fitted([*lines, *_next(found, rules, width)], width)
+    return fitted([*lines, *_next(found, width)], width)
 
 
-def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[str]:
+def _next(found: Diff, width: int | None) -> list[str]:
     if not all(row.planned for row in found.loaded):
         return [
             "What the model's own loading code computes is in no file: load it by torch once, save model.state_dict(), and take that file."
@@ -62,7 +58,9 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
     renames = rename_hints(found.hints)
     lines = []
     if found.rivals or len(found.exchanges) > 1:
-        return choices(found.rivals or found.exchanges, ["ckptsurgeon", "diff", found.source, found.target], found.root, rules, width)
+        return choices(
+            found.rivals or found.exchanges, ["ckptsurgeon", "diff", found.source, found.target], found.root, found.options, width
+        )
     if found.exchanges:
         lines.append(f"Likely another prefix, never exchanged unasked: {name(found.exchanges[0].words)}")
     if renames:
@@ -94,7 +92,7 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
         )
         return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
     if found.matched or renames or found.offers or found.exchanges:
-        return [*lines, pasted("Next:", next_command(found, renames, rules), width)]
+        return [*lines, pasted("Next:", next_command(found, renames), width)]
     return [
         *lines,
         pasted(
@@ -103,9 +101,9 @@ def _next(found: Diff, rules: Sequence[Rule | str], width: int | None) -> list[s
     ]
 
 
-def choices(ways: Sequence[Way], command: Sequence[str], root: str, rules: Sequence[Rule | str], width: int | None) -> list[str]:
+def choices(ways: Sequence[Way], command: Sequence[str], root: str, options: Sequence[str], width: int | None) -> list[str]:
     """Changes of names between which nothing decides, each with the command that chooses it."""
-    words = [*command, *(["--root", root] if root else []), *rule_words(rules)]
+    words = [*command, *(["--root", root] if root else []), *options]
     lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
     for way in ways:
         lines.append(f"  {name(way.words)}: {count(len(way.mapping), 'tensor')}")
@@ -114,11 +112,6 @@ def choices(ways: Sequence[Way], command: Sequence[str], root: str, rules: Seque
         else:
             lines.append("  No few rules choose it: it takes a --rename or a --drop for each key.")
     return lines
-
-
-def rule_words(rules: Sequence[Rule | str]) -> list[str]:
-    """Rules, and the paths of rules files, as the words of a command line."""
-    return [word for rule in rules for word in (("--rules", rule) if isinstance(rule, str) else rule.options)]
 
 
 def rename_hints(hints: Sequence[Hint]) -> list[tuple[str, str]]:
@@ -148,14 +141,14 @@ def _renamed(extra: str, missing: str) -> tuple[str, str]:
     return (f"{one[0]}.{{p}}", f"{other[0]}.{{p}}") if whole else (extra, missing)
 
 
-def next_command(found: Diff, renames: Sequence[tuple[str, str]] = (), rules: Sequence[Rule | str] = ()) -> list[str]:
+def next_command(found: Diff, renames: Sequence[tuple[str, str]] = ()) -> list[str]:
     """The words of the command that follows a diff: `verify` where the file fits as it is, else `merge`."""
     root = ["--root", found.root] if found.root else []
-    if found.same and not (found.dropped or rules or found.prefix):
+    if found.same and not (found.dropped or found.options or found.prefix):
         return ["ckptsurgeon", "verify", found.source, found.target, *root]
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
     words += ["--dequantize"] if found.parted_codes else []
-    words += rule_words(rules)
+    words += found.options
     for way in found.exchanges[:1]:
         words += way.options
     for one, other in renames[:RENAMES]:

@@ -16,14 +16,14 @@ from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, m
 ROWS = 40
 
 
-def archive(found: Archive, verbose: bool = False, width: int | None = None, chosen: Checkpoint | None = None) -> str:
-    """The format, the roots, every tensor folded (of several roots, only the `chosen` one's), and what else the file holds."""
+def archive(found: Archive, verbose: bool = False, width: int | None = None) -> str:
+    """The format, the roots, every tensor folded (of several roots, only the chosen one's), and what else the file holds."""
     lines = [f"{name(found.path)}: {found.format}, {size(sum(stamp.size for stamp in found.files))}"]
     if found.part is not None:
         lines.append(f"  {found.part.reason}")
         lines.append(f"  {found.part.hint}")
-    if chosen is not None:
-        lines += _state_dict(chosen, True, verbose, width)
+    if found.chosen is not None:
+        lines += _state_dict(found.chosen, True, verbose, width)
     else:
         several = len(found.state_dicts) > 1
         averaged = average([one.root for one in found.state_dicts], found.beside)

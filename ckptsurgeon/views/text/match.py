@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.rules.rules import rule_options
 from ckptsurgeon.views.text.diff import choices
 from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -14,7 +15,7 @@ from ckptsurgeon.views.text.words import coverage as coverage_words
 ROWS = 20  # rules that are shown
 
 
-def matching(found: Proposal, verbose: bool = False, width: int | None = None, output: str | None = None) -> str:
+def matching(found: Proposal, verbose: bool = False, width: int | None = None) -> str:
     """What goes where by which evidence, what is uncertain and over which runner-up, what is left over, and the command to run next."""
     most = most_rows(verbose)
     root = f" (root {name(found.root)})" if found.root else ""
@@ -46,9 +47,9 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None, o
     done, total = found.coverage.counts
     lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
     if found.rivals:
-        lines += choices(found.rivals, ["ckptsurgeon", "match", found.source, found.target], found.root, found.before, width)
+        lines += choices(found.rivals, ["ckptsurgeon", "match", found.source, found.target], found.root, rule_options(found.before), width)
         return fitted(lines, width)
-    return fitted([*lines, *_next(found, bool(left), output, width)], width)
+    return fitted([*lines, *_next(found, bool(left), width)], width)
 
 
 def _tensors(links: Iterable[Link]) -> int:
@@ -81,12 +82,12 @@ def _twins(found: Proposal) -> list[str]:
     return lines + table(rows, None)
 
 
-def _next(found: Proposal, doubtful: bool, output: str | None, width: int | None) -> list[str]:
+def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
     if not found.links and not found.before:
         return [pasted("Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], width)]
     root = ["--root", found.root] if found.root else []
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
-    if output is not None:
-        return [pasted("Next: read it, then", [*words, "--rules", output], width)]
+    if found.written is not None:
+        return [pasted("Next: read it, then", [*words, "--rules", found.written], width)]
     look = ["ckptsurgeon", "match", found.source, found.target, *root, "-o", "rules.toml"]
     return [pasted("Next: look closer, in a file," if doubtful else "Next:", look if doubtful else [*words, "--match"], width)]
