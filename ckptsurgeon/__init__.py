@@ -30,28 +30,101 @@ if TYPE_CHECKING:
         unfreeze,
         verify,
     )
-    from ckptsurgeon.errors import CheckpointError
+    from ckptsurgeon.errors import (
+        ArgumentError,
+        CastError,
+        CheckpointError,
+        CoverageError,
+        DeviceError,
+        FormatError,
+        InternalError,
+        LimitError,
+        MissingError,
+        ModelError,
+        NoRecordError,
+        OutOfMemoryError,
+        OutputError,
+        PartError,
+        PlanError,
+        PointerError,
+        RootError,
+        RuleError,
+        SettingsError,
+        StaleError,
+        StrictError,
+        TargetError,
+        UnreadableError,
+        UnsafeError,
+        VerificationError,
+    )
     from ckptsurgeon.limit_table import limits
-    from ckptsurgeon.models.training.thawing import Thaw
+    from ckptsurgeon.matching.proposals.propose import Proposal
+    from ckptsurgeon.models.training.freezing import Frozen
+    from ckptsurgeon.models.training.thawing import Stage, Thaw
+    from ckptsurgeon.planning.diff import Diff
+    from ckptsurgeon.planning.plan_types import Plan
+    from ckptsurgeon.report import CarriedState, Cast, CheckReport, FileCheck, Finding, Report, Verification
     from ckptsurgeon.rules.rules import Rule
-    from ckptsurgeon.tensors import Checkpoint, TensorMeta
+    from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, TensorMeta
 
 _HOMES = {
-    "adapter": "adapters.user_adapter",
-    "Rule": "rules.rules",
-    "Thaw": "models.training.thawing",
-    "CheckpointError": "errors",
-    "limits": "limit_table",
-    "Checkpoint": "tensors",
-    "TensorMeta": "tensors",
+    "adapters.user_adapter": "adapter",
+    "limit_table": "limits",
+    "matching.proposals.propose": "Proposal",
+    "models.training.freezing": "Frozen",
+    "models.training.thawing": "Stage Thaw",
+    "planning.diff": "Diff",
+    "planning.plan_types": "Plan",
+    "report": "CarriedState Cast CheckReport FileCheck Finding Report Verification",
+    "rules.rules": "Rule",
+    "tensors": "Archive Checkpoint Coverage TensorMeta",
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "Archive",
+    "ArgumentError",
+    "CarriedState",
+    "Cast",
+    "CastError",
+    "CheckReport",
     "Checkpoint",
     "CheckpointError",
+    "Coverage",
+    "CoverageError",
+    "DeviceError",
+    "Diff",
+    "FileCheck",
+    "Finding",
+    "FormatError",
+    "Frozen",
+    "InternalError",
+    "LimitError",
+    "MissingError",
+    "ModelError",
+    "NoRecordError",
+    "OutOfMemoryError",
+    "OutputError",
+    "PartError",
+    "Plan",
+    "PlanError",
+    "PointerError",
+    "Proposal",
+    "Report",
+    "RootError",
     "Rule",
+    "RuleError",
+    "SettingsError",
+    "Stage",
+    "StaleError",
+    "StrictError",
+    "TargetError",
     "TensorMeta",
     "Thaw",
+    "UnreadableError",
+    "UnsafeError",
+    "Verification",
+    "VerificationError",
     "__version__",
     "adapter",
     "apply",
@@ -82,8 +155,9 @@ def __getattr__(name: str) -> Any:
 
     from ckptsurgeon.errors import libraries
 
+    home = "errors" if name.endswith("Error") else _HOME.get(name, "api")
     with libraries():
-        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+        return getattr(import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

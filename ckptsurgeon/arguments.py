@@ -152,7 +152,6 @@ KINDS: dict[str, Kind] = {
     "Path | Iterable[Path]": Kind("a path or a list of them", _any(_is_path, _all(_is_path)), file=True),
     "int | str": Kind("a number of bytes, or text such as '500MB'", _any(_is_whole, _is_text)),
     "Words": _WORDS,
-    "Patterns": _WORDS,
     "Iterable[str]": _WORDS,
     "str | Iterable[str]": _WORDS,
     "Iterable[str] | Literal['model']": Kind("a list of names, or 'model'", _any(_is_text, _all(_is_text))),
@@ -165,7 +164,7 @@ KINDS: dict[str, Kind] = {
     "Scheme | Mapping[str, Scheme]": Kind(
         "a scheme's name, a function, or a dict of them by pattern", _any(_is_text, callable, _mapping(_any(_is_text, callable)))
     ),
-    "Sequence[Patterns]": Kind("a list of patterns, one or several for each stage", _all(_WORDS.fits)),
+    "Sequence[Words]": Kind("a list of patterns, one or several for each stage", _all(_WORDS.fits)),
     "int | Sequence[int]": Kind("a whole number, or one for each stage", _any(_is_whole, _all(_is_whole))),
     "object": Kind("a scheduler, or several", lambda value: not isinstance(value, (type, str, bytes, numbers.Number)), instance=True),
     "Callable[..., Any]": Kind("a function", lambda value: callable(value) and not isinstance(value, type)),

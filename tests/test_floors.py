@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 FLOORS = [
     {
         *("errors", "shown", "dtypes", "tensors", "report", "version", "limit_table", "hints", "wrappers", "call_text", "finding_codes"),
-        "arguments",
+        *("arguments", "parameter_types"),
         "regular_expressions",
     },
     {"storage"},

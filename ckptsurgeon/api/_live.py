@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import _gates, _gpu_layouts, _opening, _training_state
 from ckptsurgeon.api._gates import Uncertain
-from ckptsurgeon.api._opening import Given, Note
 from ckptsurgeon.api._options import facts, facts_of, refuse_idle
 from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._rules import Own, Ruling
@@ -26,6 +25,7 @@ from ckptsurgeon.models.training import freezing, groups
 from ckptsurgeon.models.training.ema import live_roots
 from ckptsurgeon.models.training.transfer import Value, Waiting, at_hand, put
 from ckptsurgeon.models.verify.official import at_root
+from ckptsurgeon.parameter_types import Given, Note
 from ckptsurgeon.planning.plan import Plan, Step, make_plan
 from ckptsurgeon.planning.roots import choose
 from ckptsurgeon.report import CarriedState, Cast, Finding, Report
@@ -35,7 +35,7 @@ from ckptsurgeon.streaming.apply import torn, with_data
 from ckptsurgeon.streaming.checksums import hold_all, without
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
-from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -152,16 +152,17 @@ def _open(source: Given, root: str | None, goal: Checkpoint, beside_average: boo
     if root is None and isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         root = _live_root(source, goal, beside_average)
     if root is not None and isinstance(source, (nn.Module, Mapping)) and not isinstance(source, Checkpoint):
-        source = at_root(source, root)
-        if not isinstance(source, Mapping):
+        held = at_root(source, root)
+        if not isinstance(held, Mapping):
             raise RootError(f"has no state_dict at {root!r}", path="the source")
+        source = held
     if isinstance(source, nn.Module):
         state = state_dict_of(source, type(source).__name__)
         return checkpoint_of(source, type(source).__name__), state
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         return replace(checkpoint_of_state_dict(source), root=root or ""), source
     found = _opening.look(source)
-    if root is None and beside_average:
+    if root is None and beside_average and isinstance(found, Archive):
         found = _training_state.without_averaged(found)
     return _opening.open_source(found, root=root, target=goal), {}
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import _training_state
-from ckptsurgeon.api._opening import Path, Target
+from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._training_state import Names
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, PlanError, TargetError
@@ -23,6 +23,7 @@ from ckptsurgeon.optimizer.assign import ON_THE_COMMAND_LINE, assign, held_by_ke
 from ckptsurgeon.optimizer.format import read_saved
 from ckptsurgeon.optimizer.merge import is_plain, kind_of, merge_state, slots_of
 from ckptsurgeon.optimizer.plan import Parameter
+from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import CarriedState
 from ckptsurgeon.streaming.apply import Training
@@ -63,7 +64,8 @@ def training(
     steps = {step.target: step for step in made.steps}
     with Reader([given]) as reader, ExitStack() as opened:
         weights = _training_state.beside(given, given, reader) if second is None or _training_state.holds_more(given) else None
-        beside = _training_state.apart("optimizer", second, opened) if weights is None or second is not None else weights
+        beside = weights if second is None else _training_state.apart("optimizer", second, opened)
+        assert beside is not None
         place, value = _training_state.find("optimizer", beside, optimizer_root)
         tree, fetch = beside.tree(place, value)
         try:

@@ -6,15 +6,16 @@ torch is imported only when a model or a live state_dict is given. Nothing is co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
 from ckptsurgeon.formats.folders.hf_shards import shard_of
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
+from ckptsurgeon.parameter_types import Given, Note
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.plan import PlanTarget
 from ckptsurgeon.planning.quantised import lacks_scales
@@ -22,11 +23,6 @@ from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
-
-Note = Callable[[str], None]
-Renames = Mapping[str, str] | Iterable[tuple[str, str]]
-Path = str | os.PathLike[str]
-Given = Any  # str | PathLike | Checkpoint | nn.Module | Mapping[str, Tensor]
 
 
 def silent(_note: str) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.table import is_own, parse_ops
-from ckptsurgeon.api._opening import Note, Path, silent, unmissable
+from ckptsurgeon.api._opening import silent, unmissable
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.init import scheme_text
 from ckptsurgeon.models.init.scheme_text import parse_scheme
+from ckptsurgeon.parameter_types import Note, Path
 from ckptsurgeon.rules import toml_text
 from ckptsurgeon.rules.reversing import reverse as turn_round
 from ckptsurgeon.rules.rulefile import parse_rules

@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ckptsurgeon.api._opening import Path
 from ckptsurgeon.errors import StaleError
+from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.plan import Plan, PlanSource, PlanTarget
 from ckptsurgeon.streaming.sampling import digest, sample

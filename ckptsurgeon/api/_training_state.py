@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
-from ckptsurgeon.api._opening import Given
 from ckptsurgeon.errors import FormatError, ModelError, StaleError
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.optimizer.assign import MODEL, Assigned, assign, held_by_key
 from ckptsurgeon.optimizer.format import BITSANDBYTES, MARKS, SLOTS, Saved, read_saved
 from ckptsurgeon.optimizer.plan import ParameterPlan, plan_states
+from ckptsurgeon.parameter_types import Given
 from ckptsurgeon.planning import training_places
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import CarriedState, Report
@@ -58,9 +58,9 @@ class Asked:
     optimizer: Any = None
     optimizer_root: str | None = None
     optimizer_names: Names = None
-    optimizer_from: Given = None
+    optimizer_from: Given | None = None
     scheduler: Any = None
-    scheduler_from: Given = None
+    scheduler_from: Given | None = None
     scaler: Any = None
     ema: Any = None
     ema_root: str | None = None
@@ -70,10 +70,8 @@ class Asked:
         return any(one is not None for one in (self.optimizer, self.scheduler, self.scaler, self.ema))
 
 
-def without_averaged(found: Given) -> Given:
+def without_averaged(found: Archive) -> Archive:
     """An archive without its averaged copies, where it has others: the model's own weights are meant."""
-    if not isinstance(found, Archive):
-        return found
     copies = training_places.averaged([one.root for one in found.state_dicts])
     rest = tuple(one for one in found.state_dicts if one.root not in copies)
     return replace(found, state_dicts=rest) if rest else found
@@ -334,6 +332,7 @@ def averaged_into(
         roots = ema.live_roots(source).state_dicts
     else:
         source = source.path if isinstance(source, Checkpoint) else source
+        assert isinstance(source, (str, os.PathLike))
         roots = _opening.read(source).state_dicts
     root = training_places.choose_averaged([one.root for one in roots], asked.ema_root, found.path)
     chosen = next((one for one in roots if one.root == root), None)

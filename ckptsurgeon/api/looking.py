@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ckptsurgeon.api import _opening
-from ckptsurgeon.api._opening import Given, Note, Path, Renames, silent
+from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import facts, refuse_idle
 from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._proving import unreadable, verify_written
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import FormatError
+from ckptsurgeon.parameter_types import Given, Note, Path, Renames
 from ckptsurgeon.planning.diff import Diff, compare
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.report import Verification

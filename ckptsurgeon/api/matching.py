@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from ckptsurgeon.api import _opening
-from ckptsurgeon.api._opening import Given, Note, Renames, Target, silent
+from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import facts, refuse_idle
 from ckptsurgeon.api._rules import Rules, Ruling, bring, gather
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.evidence.value_evidence import judged
 from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
+from ckptsurgeon.parameter_types import Given, Note, Renames
 from ckptsurgeon.report import Twins
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
@@ -76,7 +77,7 @@ def match(
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
     found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
-    if forward is not None:
+    if forward is not None and source_model is not None:
         found = replace(found, forward=_ran(found, given, aim, _opening.open_target(source_model, note=note), forward, tolerance, note))
     return found
 

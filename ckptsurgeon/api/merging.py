@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ckptsurgeon.api import _gates, _gpu_layouts, _opening
 from ckptsurgeon.api._gates import Uncertain
-from ckptsurgeon.api._opening import Given, Note, Path, Renames, Target, silent
+from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import facts_of, refuse_idle, refuse_idle_writing
 from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._provenance import record
@@ -17,6 +17,7 @@ from ckptsurgeon.api._proving import refuse_non_finite, verify_written
 from ckptsurgeon.api._rules import Own, Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, load_plan, sampled
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
+from ckptsurgeon.parameter_types import Given, Note, Path, Renames
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan, make_plan
@@ -110,7 +111,7 @@ class _Choices:
     match: Uncertain | None = None
 
 
-def _look(sources: Given | Sequence[Given]) -> list[Given]:
+def _look(sources: Any) -> list[Given]:
     """What can be told before a model is imported: that the sources can be read."""
     return [_opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptsurgeon.api import _gates, _opening
-from ckptsurgeon.api._opening import Given, Note, Renames, silent
+from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, Renames, Scheme, nn, torch
 from ckptsurgeon.report import Report
 from ckptsurgeon.rules.rules import from_arguments
 
-Scheme = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
-
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from ckptsurgeon.models.training.decay import NoDecay
-    from ckptsurgeon.models.training.freezing import Frozen
+    from ckptsurgeon.models.training import freezing
+else:
+    freezing = LazyModule("ckptsurgeon.models.training.freezing")
 
 
 def transfer(
@@ -45,9 +42,9 @@ def transfer(
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_root: str | None = None,
     optimizer_names: Iterable[str] | Literal["model"] | None = None,
-    optimizer_from: Given = None,
+    optimizer_from: Given | None = None,
     scheduler: Any = None,
-    scheduler_from: Given = None,
+    scheduler_from: Given | None = None,
     scaler: Any = None,
     ema: Any = None,
     ema_root: str | None = None,
@@ -210,7 +207,7 @@ def param_groups(
     )
 
 
-def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> Frozen:
+def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> freezing.Frozen:
     """Freeze parameters: `requires_grad` off, and wholly frozen norms that keep running statistics in eval mode across `model.train()`.
 
     The norms stay so in copies and pickles of the model; state_dict and forward are not changed. Dropout, LayerNorm and GroupNorm, which
@@ -238,7 +235,7 @@ def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> Frozen
     return _live.freeze(model, what, partial)
 
 
-def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
+def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> freezing.Frozen:
     """Undo `freeze` for what the patterns match, all by default; `Thaw` does so stage by stage, with the optimizer.
 
     Args:
@@ -255,8 +252,6 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
     >>> freeze(net, "weight").trainable, unfreeze(net).trainable
     (('bias',), ('weight', 'bias'))
     """
-    from ckptsurgeon.models.training import freezing
-
     return freezing.unfreeze(model, what)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ckptsurgeon.api._opening import Note
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import json_text
+from ckptsurgeon.parameter_types import Note
 from ckptsurgeon.storage.copying import write_at
 from ckptsurgeon.storage.files import open_regular
 from ckptsurgeon.streaming.atomic import lost, new_file

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ckptsurgeon.api import _opening
-from ckptsurgeon.api._opening import Given, Note, Path, Target, silent
+from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api.checking import folders, one, workers
-from ckptsurgeon.api.checking.settings import Gate, Words, gate, refuse_unheard
+from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.parameter_types import Given, Note, Path, Words
 from ckptsurgeon.report import CheckReport, FileCheck, Settings
 
 __all__ = ["check", "check_each", "target_of"]

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptsurgeon.api import _opening
-from ckptsurgeon.api._opening import Note, Target, is_code, unmissable
+from ckptsurgeon.api._opening import Target, is_code, unmissable
 from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import CheckpointError, SettingsError
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.limit_table import current, limits
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
+from ckptsurgeon.parameter_types import Note
 from ckptsurgeon.report import CheckReport, Settings
 from ckptsurgeon.rules import long_keys, toml_text
 from ckptsurgeon.rules.long_keys import Piece

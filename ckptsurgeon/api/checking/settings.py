@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,8 +18,7 @@ from ckptsurgeon.api._options import is_given
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.limit_table import amount
-
-Words = str | Iterable[str]  # one, several with commas between them, or several
+from ckptsurgeon.parameter_types import Words
 
 FORMATS: dict[str, tuple[str, ...]] = {  # what `allow` may name, and the formats that it lets through
     "safetensors": ("safetensors", "safetensors-shards"),

@@ -5,15 +5,15 @@ Norms and embeddings are told by their module's type, biases by their name. Noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.target.parameters import layers, named, taken
+from ckptsurgeon.parameter_types import NoDecay
 
-NoDecay = bool | str | Iterable[bool | str]
 _PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 
 

@@ -18,8 +18,9 @@ from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.init.recorded import fresh_keys, fresh_parameters, known_fresh, known_partial
 from ckptsurgeon.models.target.parameters import Named, named, named_tensors, taken
 from ckptsurgeon.models.target.skeleton import state_dict_of
-from ckptsurgeon.models.training.decay import NoDecay, without_decay
+from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import Depths, depths
+from ckptsurgeon.parameter_types import NoDecay
 
 __all__ = ["FRESH", "TRANSFERRED", "check_decay", "check_groups", "check_rates", "fresh_keys", "known_fresh", "param_groups"]
 

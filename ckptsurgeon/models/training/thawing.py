@@ -7,7 +7,7 @@ per optimizer step, and `at` is in that unit. Gradual unfreezing: Howard and Rud
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,14 @@ from torch.optim import Optimizer
 from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import ModelError, printable
 from ckptsurgeon.models.target.parameters import Named, listed, named, taken
-from ckptsurgeon.models.training.decay import NoDecay, without_decay
+from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import depths
 from ckptsurgeon.models.training.freezing import Frozen, thaw
 from ckptsurgeon.models.training.groups import NO_DECAY, check_decay, check_rates
 from ckptsurgeon.models.training.schedules import attach, check_schedulers, course
+from ckptsurgeon.parameter_types import NoDecay, Words
 from ckptsurgeon.shown import Shown
 from ckptsurgeon.views.folding import fold_siblings
-
-Patterns = str | Iterable[str]
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,14 +84,14 @@ class Thaw:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        stages: Sequence[Patterns] | None = None,
+        stages: Sequence[Words] | None = None,
         *,
         lr: float,
         layer_decay: float = 1.0,
         at: int | Sequence[int] = 1,
         weight_decay: float | None = None,
         no_decay: NoDecay = False,
-        layers: Patterns | None = None,
+        layers: Words | None = None,
         scheduler: object = (),
     ) -> None:
         check_rates({"lr": lr, "weight_decay": weight_decay})
@@ -175,7 +174,7 @@ def _counts(at: int | Sequence[int], number: int) -> list[int]:
     return counts
 
 
-def _given(every: Mapping[str, Named], stages: Sequence[Patterns]) -> list[tuple[str, int, tuple[str, ...]]]:
+def _given(every: Mapping[str, Named], stages: Sequence[Words]) -> list[tuple[str, int, tuple[str, ...]]]:
     frozen = {first: one.every for first, one in every.items() if not one.trainable}
     others = [name for one in every.values() if one.trainable for name in one.every]
     rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
@@ -191,7 +190,7 @@ def _given(every: Mapping[str, Named], stages: Sequence[Patterns]) -> list[tuple
     return found
 
 
-def _found(model: nn.Module, every: Mapping[str, Named], layers: Patterns | None) -> list[tuple[str, int, tuple[str, ...]]]:
+def _found(model: nn.Module, every: Mapping[str, Named], layers: Words | None) -> list[tuple[str, int, tuple[str, ...]]]:
     frozen = [first for first, one in every.items() if not one.trainable]
     if not frozen:
         raise ModelError("the model has no frozen parameter", hint="freeze it first: freeze(model, report)")

@@ -1,0 +1,44 @@
+"""The types that several public functions take, each by one name; `arguments` says in words what each of them accepts.
+
+`torch` and `nn` here are imported when something of them is first used: signatures name torch's types, and only asking for their hints
+(`typing.get_type_hints`) imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ForwardRef
+
+from ckptsurgeon.tensors import Archive, Checkpoint
+
+
+class LazyModule(ModuleType):
+    """A module that is imported when one of its names is first asked for.
+
+    >>> LazyModule("math").sqrt(4)
+    2.0
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:
+    import torch as torch
+    from torch import nn as nn
+
+    Model = nn.Module
+else:
+    torch, nn = LazyModule("torch"), LazyModule("torch.nn")
+    Model = ForwardRef("nn.Module", module=__name__)
+
+Path = str | os.PathLike[str]
+Note = Callable[[str], None]  # gets each note, a line of text
+Renames = Mapping[str, str] | Iterable[tuple[str, str]]
+Words = str | Iterable[str]
+Given = Path | Checkpoint | Archive | Model | Mapping[str, Any]  # a file, a spec such as "module:Net", a model, a state_dict
+Scheme = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
+NoDecay = bool | str | Iterable[bool | str]
