@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
+from ckptsurgeon.formats import registry
 from ckptsurgeon.formats.folders.hf_shards import shard_of
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
@@ -37,9 +38,6 @@ def unmissable(note: Note) -> Note:
 def is_code(target: str) -> bool:
     """Whether a target's text names code to import, such as `module:Net`, and no file that is there."""
     return looks_like_spec(target) and not os.path.exists(target)
-
-
-TREES = ("torch-zip", "torch-legacy")  # formats that hold more than tensors under names
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,8 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
         try:
             return _with_shard(roots.choose(found, root=root, target=target, parts=parts))
         except RootError:
-            named = None if root is None or found.format not in TREES else roots.at_place(formats.read_tree(found.path).value, root)
+            tree = None if root is None or not registry.named(found.format).pickled else formats.read_tree(found.path).value
+            named = None if tree is None else roots.at_place(tree, root or "")
             if named is None:
                 raise
             return roots.checkpoint(found, named)

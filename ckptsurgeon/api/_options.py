@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.formats.registry import WRITTEN
 from ckptsurgeon.planning.plan_types import Plan
 
 
@@ -29,7 +30,7 @@ TABLE: tuple[Row, ...] = (
     Row("device", ("verify",), "is where the proof loads the model, and --no-verify skips it", "leave out one of the two"),
     Row("inputs", ("model",), "is for a forward pass, and the target is no model", "give module:Net as the target"),
     Row("inputs", ("values",), "is for a forward pass, and there are no values on meta", "name another --device"),
-    Row("tied", ("safetensors",), "says how safetensors gets tied keys; torch's format keeps them tied", "leave it out"),
+    Row("tied", ("leaves out tied",), "says how safetensors gets tied keys; torch's format keeps them tied", "leave it out"),
     Row("dequantize", ("codes",), "makes values of quantised weights, and none is taken that is one", "leave it out"),
     Row("finite", ("written",), "is for what is written, and --dry-run writes nothing", "leave it out, or merge without --dry-run"),
     Row("auto", ("target",), "makes a source fit a target, and there is no target", "give the target as the last path"),
@@ -120,5 +121,5 @@ def refuse_idle_writing(
 ) -> None:
     """Raises SettingsError for an option about the output that would do nothing; `finite` is given where nothing is written."""
     model = made.target is not None and made.target.kind == "model"
-    known = facts(model=model, verify=verify, safetensors=written_format == "safetensors", optimizer=with_optimizer)
+    known = facts(model=model, verify=verify, leaves_out_tied=WRITTEN[written_format].leaves_out_tied, optimizer=with_optimizer)
     refuse_idle(known, device=device, tied=tied, optimizer_root=optimizer_root, optimizer_names=optimizer_names, finite=finite)

@@ -15,6 +15,7 @@ from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import Target
 from ckptsurgeon.errors import CheckpointError, FormatError, PlanError, VerificationError
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning import roots
 from ckptsurgeon.report import Finding, Verification
@@ -105,7 +106,7 @@ def fits(checkpoint: Checkpoint, target: Checkpoint, taken: Taken = NOTHING) -> 
     """
     given = _as_taken(checkpoint, target, taken)
     tied = {key for group in target.ties if any(key in given for key in group) for key in group}
-    may_lack = tied if checkpoint.format.startswith("safetensors") else frozenset()
+    may_lack = tied if named(checkpoint.format).leaves_out_tied else frozenset()
     findings = [Finding("missing", "is in the target only", key) for key in target if key not in given and key not in may_lack]
     findings += [Finding("missing", "is an extra state in the target only", key) for key in target.entries if key not in checkpoint.entries]
     findings += [Finding("unexpected", "is in the file only", key) for key in given if key not in target]
@@ -150,7 +151,7 @@ def refuse_non_finite(path: str, shown: str) -> None:
     """Raises VerificationError for NaN and infinite values in any tensor of the file at `path`, which is to be named `shown`."""
     archive = _opening.read(path)
     weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
-    beside = {} if archive.format.startswith("safetensors") else dict(_tensors("", formats.read_tree(path).value))
+    beside = dict(_tensors("", formats.read_tree(path).value)) if named(archive.format).pickled else {}
     known = {tensor.span for tensor in weights.values()}
     every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.span not in known}}
     found = non_finite(replace(weights, tensors=every))

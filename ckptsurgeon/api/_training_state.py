@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
 from ckptsurgeon.errors import FormatError, ModelError, StaleError
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.optimizer.assign import MODEL, Assigned, assign, held_by_key
@@ -99,7 +100,7 @@ class Beside:
 
 def holds_more(given: Checkpoint) -> bool:
     """Whether a checkpoint's file may hold more than the weights."""
-    return given.format in ("torch-zip", "torch-legacy")
+    return named(given.format).pickled
 
 
 def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:

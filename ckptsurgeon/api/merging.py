@@ -17,13 +17,14 @@ from ckptsurgeon.api._proving import refuse_non_finite, verify_written
 from ckptsurgeon.api._rules import Own, Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, load_plan, sampled
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
+from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
 from ckptsurgeon.parameter_types import Given, Note, Path, Renames
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan, make_plan
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.rules.rules import from_arguments
-from ckptsurgeon.streaming.apply import SUFFIXES, Output, Training, Values, Written
+from ckptsurgeon.streaming.apply import Output, Training, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free, named
 from ckptsurgeon.streaming.values import Buffer
@@ -288,17 +289,17 @@ def apply(
 def output_format(output: Path, format: str | None = None) -> str:
     """`torch` or `safetensors`, as `format` or the output's suffix says. OutputError for neither."""
     if format is not None:
-        if format not in SUFFIXES.values():
-            raise OutputError(f"{format!r} is no format to write", path=output, hint="torch or safetensors")
+        if format not in WRITTEN:
+            raise OutputError(f"{format!r} is no format to write", path=output, hint=" or ".join(WRITTEN))
         return format
     suffix = os.path.splitext(os.fspath(output))[1].lower()
-    if suffix not in SUFFIXES:
+    if suffix not in OUTPUTS:
         raise OutputError(
             f"its suffix {suffix!r} does not say which format to write",
             path=output,
-            hint=f"end it in one of {' '.join(SUFFIXES)}, or add --format torch",
+            hint=f"end it in one of {' '.join(OUTPUTS)}, or add --format torch",
         )
-    return SUFFIXES[suffix]
+    return OUTPUTS[suffix]
 
 
 def _carry_out(
@@ -362,7 +363,7 @@ def _settling(made: Plan, goal: Target | None, format: str) -> Any:
         return None
     from ckptsurgeon.models.own_loading.settled import is_needed, settled
 
-    build, wanted, versionless = goal.build, goal.checkpoint, format == "safetensors"
+    build, wanted, versionless = goal.build, goal.checkpoint, not WRITTEN[format].keeps_versions
     if not is_needed(made, wanted, versionless):
         return None
     return lambda fetch, extra: settled(made, wanted, build, fetch, extra, versionless)

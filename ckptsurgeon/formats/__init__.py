@@ -1,6 +1,19 @@
-"""One module per container: sniff by content, read the header into an `Archive`, lay out a new file. Knows no rule and no model."""
+"""One module per container, each a line of `registry`: header to `Archive`, layout of a new file. Knows no rule and no model."""
 
-from ckptsurgeon.formats.archive_tree import ValueTree, read_tree
-from ckptsurgeon.formats.registry import read
+from __future__ import annotations
 
-__all__ = ["ValueTree", "read", "read_tree"]
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.formats.sniff import read
+
+if TYPE_CHECKING:
+    from ckptsurgeon.formats.archive_tree import ValueTree
+
+__all__ = ["read", "read_tree"]
+
+
+def read_tree(path: str) -> ValueTree:
+    """As `archive_tree.read_tree`, which only a file with a pickle needs."""
+    from ckptsurgeon.formats import archive_tree
+
+    return archive_tree.read_tree(path)

@@ -6,7 +6,6 @@ called or looked for here, and no tensor's bytes are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,11 @@ from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle.unpickled import NAMES, Claims, Locate, Unpacked, refusal, tensor_meta
 from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
-from ckptsurgeon.formats.registry import no_collections, reader_of
-from ckptsurgeon.formats.torch import legacy as torch_legacy
-from ckptsurgeon.formats.torch import zip as torch_zip
+from ckptsurgeon.formats.registry import module
+from ckptsurgeon.formats.sniff import format_of, no_collections
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
-from ckptsurgeon.storage.files import OpenFile, open_regular
+from ckptsurgeon.storage.files import open_regular
 from ckptsurgeon.tensors import FileStamp, Refused
-
-_UNPACK: Mapping[Any, Callable[[OpenFile], Unpacked]] = {torch_zip.read: torch_zip.unpack, torch_legacy.read: torch_legacy.unpack}
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,10 @@ def read_tree(path: str) -> ValueTree:
     """
     with no_collections(), open_regular(path) as file:
         try:
-            unpack = _UNPACK.get(reader_of(file))
-            if unpack is None:
+            form = format_of(file)
+            if not form.pickled:
                 raise FormatError("holds tensors under names and nothing beside them", hint="give the torch file that training wrote")
-            found = unpack(file)
+            found: Unpacked = module(form.module).unpack(file)
             return ValueTree(path, plain_tree(path, found), (file.stamp,))
         except CheckpointError as error:
             error.path = error.path or path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 
@@ -34,6 +35,29 @@ class Stored:
 
 
 WEIGHTS = Stored()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a new file is to hold, whatever its format.
+
+    Attributes:
+        tensors: in the order of the state_dict.
+        aliases: tied keys that are left out, each with the key that stands for it.
+        entries: the values that are no tensors, by key.
+        module_metadata: torch's `_metadata`.
+        order: all keys, those of entries among them.
+        record: what a merge tells of itself, as JSON, or None.
+        around: the value in which the state_dict stands, as for `state_dict_pickle`.
+    """
+
+    tensors: Sequence[OutTensor]
+    aliases: Mapping[str, str]
+    entries: Mapping[str, Any]
+    module_metadata: Mapping[str, Any]
+    order: Sequence[str]
+    record: str | None
+    around: Any = WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,144 +1,147 @@
-"""Tells a file's format by its content, never by its suffix, and hands it to that format's reader.
+"""Every format of files that is read, in one table: how a file of it begins, which module reads it, and what sets it apart from others.
 
-What is often found in a checkpoint's place (an LFS pointer, an HTML page, …) is named, with the way to mend it.
+Rule: whatever depends on a format asks its `Format` here; no other module compares names of formats. A format's module is named as text
+and imported only for a file that is its own. A new format is one module with `read(file)`, and one line of the table.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
-from ckptsurgeon.formats.folders import hf_shards, parts
-from ckptsurgeon.formats.plain import safetensors, skeleton
-from ckptsurgeon.formats.torch import legacy as torch_legacy
-from ckptsurgeon.formats.torch import zip as torch_zip
-from ckptsurgeon.formats.torch.zip_directory import ends_as_zip
-from ckptsurgeon.storage.files import OpenFile, open_regular
-from ckptsurgeon.tensors import Archive
-
-_HEAD = 512
-_POINTER = b"version https://git-lfs"
-# What a file begins with, and what it then is; never a checkpoint that we read.
-_STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, h5py)", "convert it with the library that wrote it"),
-    (0, b"GGUF", "is a GGUF file (llama.cpp)", "use the original PyTorch or safetensors checkpoint"),
-    (0, b"\x93NUMPY", "is a NumPy array file", "torch.save({'weight': torch.from_numpy(numpy.load(path))}, 'out.pt')"),
-    (0, b"\x1f\x8b", "is compressed with gzip", "gunzip it first"),
-    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it and give the checkpoint inside"),
-    (0, b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unzstd it first"),
-    (
-        257,
-        b"ustar",
-        "is a tar archive (torch before 0.2 wrote such files)",
-        "unpack it, or load and save it again with a torch of that age",
-    ),
-    (0, b"PK\x05\x06", "is an empty zip archive", "copy or download it again"),
-    (4, b"ftyp", "is a video or image file", "give a checkpoint file"),
-)
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
 
 
-def read(path: str) -> Archive:
-    """Read the header of the checkpoint at `path`: a file, a Hugging Face folder, or its index.
+def _is_zip(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04")
 
-    Raises a CheckpointError, and nothing else, for anything that is not one.
+
+def _is_pickle(head: bytes) -> bool:
+    return head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
+
+
+def _is_json(head: bytes) -> bool:
+    return head.lstrip()[:1] == b"{"
+
+
+def _never(_head: bytes) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+        name: as an `Archive` and a `Checkpoint` say it.
+        module: its module below `ckptsurgeon.formats`. `read(file)` there gives the Archive.
+        begins: whether a file begins as this format does, by its first 4096 bytes.
+        family: what `--allow` and `--format` call it, together with its other versions and its shards; by itself its name.
+        suffixes: how files of it are called. Files so called are checked in a folder, and an output's suffix says its format.
+        writer: the module whose `layout_of(contents)` lays a new file out; `""` for a format that is only read.
+        shards: the format of several such files with an index; `""` where they can't be shards.
+        index: it is such an index. `read(file, read_shard)` in its module reads it, `is_own(file)` tells it from other JSON.
+        pickled: it holds a pickle: `unpack(file)` in its module gives all that it has beside the weights, and tensors may share bytes.
+        keeps_versions: it keeps the versions of modules (torch's `_metadata`).
+        leaves_out_tied: its library writes one name of a tied tensor, and takes the other names for it when it loads.
+        official: the library that reads it too, a name in `models.verify.official`; `""` where there is none.
     """
-    with no_collections():
-        return _read_file(hf_shards.find_in_folder(path) if os.path.isdir(path) else path, reader_of)
+
+    name: str
+    module: str = ""
+    begins: Callable[[bytes], bool] = _never
+    family: str = ""
+    suffixes: tuple[str, ...] = ()
+    writer: str = ""
+    shards: str = ""
+    index: bool = False
+    pickled: bool = False
+    keeps_versions: bool = False
+    leaves_out_tied: bool = False
+    official: str = ""
+
+    @property
+    def word(self) -> str:
+        """What a person calls it."""
+        return self.family or self.name
 
 
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Pause the garbage collector: a header makes many small values and no garbage, so that its passes find nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+_TORCH = (".pt", ".pth", ".pkl", ".bin", ".ckpt")
+TABLE: tuple[Format, ...] = (
+    Format(
+        "safetensors",
+        "plain.safetensors",
+        _is_safetensors,
+        suffixes=(".safetensors",),
+        writer="plain.safetensors",
+        shards="safetensors-shards",
+        leaves_out_tied=True,
+        official="safetensors",
+    ),
+    Format(
+        "safetensors-shards",
+        "folders.hf_shards",
+        _is_json,
+        family="safetensors",
+        index=True,
+        leaves_out_tied=True,
+        official="safetensors",
+    ),
+    Format(
+        "torch-zip",
+        "torch.zip",
+        _is_zip,
+        family="torch",
+        suffixes=_TORCH,
+        writer="torch.zip_writer",
+        shards="torch-shards",
+        pickled=True,
+        keeps_versions=True,
+        official="torch",
+    ),
+    Format("torch-legacy", "torch.legacy", _is_pickle, family="torch", shards="torch-shards", pickled=True, official="torch"),
+    Format("torch-shards", "folders.hf_shards", family="torch", index=True, official="torch"),
+    Format("skeleton", "plain.skeleton", _is_json),
+)
+BY_NAME: Mapping[str, Format] = MappingProxyType({one.name: one for one in TABLE})
+WRITTEN: Mapping[str, Format] = MappingProxyType({one.word: one for one in TABLE if one.writer})  # by the names of --format
+SUFFIXES: Mapping[str, Format] = MappingProxyType({suffix: one for one in TABLE for suffix in one.suffixes})
+
+OUTPUTS: Mapping[str, str] = MappingProxyType({suffix: one.word for suffix, one in SUFFIXES.items() if one.writer})  # what a suffix writes
+LOADING: Mapping[str, str] = MappingProxyType(
+    {"torch": "torch.load({}, weights_only=True)", "safetensors": "safetensors.torch.load_file({})"}
+)  # by the library that reads it: the call that gives a file's state_dict
 
 
-def _read_file(path: str, choose: Callable[[OpenFile], Callable[[OpenFile], Archive]]) -> Archive:
-    with open_regular(path) as file:
-        try:
-            return choose(file)(file)
-        except CheckpointError as error:
-            error.path = error.path or path
-            part = parts.of_broken(file) if isinstance(error, FormatError) else None
-            if part is not None:
-                raise parts.refused(part, path) from error
-            raise
+def loading(name: str) -> str:
+    """The call by which a person loads a file of the format of this name, with `{}` for its path."""
+    return LOADING.get(named(name).official, LOADING["torch"])
 
 
-def _read_shard(path: str) -> Archive:
-    return _read_file(path, _shard_reader)
+def named(name: str) -> Format:
+    """The format of this name. What is no file (`model`), and what a person made by hand, has none of a format's peculiarities."""
+    return BY_NAME.get(name) or Format(name)
 
 
-def _shard_reader(file: OpenFile) -> Callable[[OpenFile], Archive]:
-    reader = reader_of(file)
-    if reader is _read_json:  # an index in an index could lead back to itself
-        raise FormatError("is named as a shard, but holds no tensors", path=file.path)
-    return reader
+def module(name: str) -> Any:
+    """A format's module, or its writer's, imported now."""
+    return import_module(f"ckptsurgeon.formats.{name}")
 
 
-def reader_of(file: OpenFile) -> Callable[[OpenFile], Archive]:
-    """The reader of an open file's format, told by its first bytes. FormatError, in words that help, for what has none."""
-    if not file.size:
-        raise FormatError("is empty", path=file.path, hint="copy or download it again")
-    head = file.read(0, min(_HEAD, file.size))
-    if head.startswith(_POINTER):
-        raise PointerError("is a Git LFS pointer, not the file itself", path=file.path, hint="git lfs pull")
-    for offset, magic, what, hint in _STRANGERS:
-        if head[offset : offset + len(magic)] == magic:
-            raise FormatError(what, path=file.path, hint=hint)
-    text = head.lstrip()[:64].lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
-        raise FormatError("is an HTML page", path=file.path, hint="the download was answered by a web page: log in, or use its raw link")
-    if _begins_as_tar(head):
-        raise FormatError(
-            "is two files in one: torch and tar take its beginning for a tar archive's", path=file.path, hint="do not trust it"
-        )
-    if head[:4] == b"PK\x03\x04":
-        return torch_zip.read
-    reader = None
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
-        reader = safetensors.read
-    elif head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
-        reader = torch_legacy.read
-    if reader is not None:
-        if ends_as_zip(file):
-            raise FormatError(
-                "is two files in one: it begins as a checkpoint and ends as a zip archive", path=file.path, hint="do not trust it"
-            )
-        return reader
-    if text[:1] == b"{":
-        return _read_json
-    if file.size < 9:
-        raise FormatError("is too short to be a checkpoint", path=file.path, hint="copy or download it again")
-    raise FormatError(
-        "is no checkpoint: neither torch's zip or legacy format, nor safetensors, an index or a skeleton",
-        path=file.path,
-        hint=f"look at its first bytes: head -c 64 {parts.word(file.path)} | xxd",
-    )
+def allowed_by() -> dict[str, tuple[str, ...]]:
+    """What `--allow` may name, each with the formats that it lets through.
 
-
-def _begins_as_tar(head: bytes) -> bool:
-    """Whether tar takes these 512 bytes for a header, as Python's tarfile does: whatever they are, their sum stands among them."""
-    if len(head) < _HEAD:
-        return False
-    field, rest = head[148:156], head[:148] + head[156:]
-    sums = {8 * ord(" ") + sum(numbers) for numbers in (rest, struct.unpack(f"{len(rest)}b", rest))}
-    if field[0] in (0o200, 0o377):  # GNU's way to write a large number
-        return int.from_bytes(field[1:], "big") - (256**7 if field[0] == 0o377 else 0) in sums
-    try:
-        return int(field.partition(b"\0")[0].decode("ascii").strip() or "0", 8) in sums
-    except ValueError:
-        return False
-
-
-def _read_json(file: OpenFile) -> Archive:
-    return hf_shards.read_index(file, _read_shard) if hf_shards.is_index(file) else skeleton.read(file)
+    >>> allowed_by()["torch"]
+    ('torch-zip', 'torch-legacy', 'torch-shards')
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for one in TABLE:
+        found.setdefault(one.word, tuple(other.name for other in TABLE if other.word == one.word))
+        if not one.index:
+            found.setdefault(one.name, (one.name,))
+    return found

@@ -189,8 +189,8 @@ def name_sources(
     if problems:
         first = sources[0]
         look = f"ckptsurgeon inspect -v {shlex.quote(first.path)}"
-        if target is not None or first.format == "model":
-            look = way_to_look(first.path, first.root, first.format == "model", None if target is None else target.path)
+        if target is not None or first.kind == "model":
+            look = way_to_look(first.path, first.root, first.kind == "model", None if target is None else target.path)
         hint = f"see the names: {look}"
         if crossed:
             hint = next(iter(crossed.values()))

@@ -17,9 +17,8 @@ from ckptsurgeon.adapters.chain import made_dtype
 from ckptsurgeon.adapters.kernels.table import OwnKernel
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
-from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutTensor, Slot
-from ckptsurgeon.formats.plain import safetensors
-from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
+from ckptsurgeon.formats import registry
+from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, OutTensor, Slot
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.storage import copying
@@ -35,8 +34,6 @@ from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:
     import torch
-
-SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pt", ".pth", ".pkl", ".bin", ".ckpt"), "torch")
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,11 @@ class Output:
     tied: str = "copy"
     provenance: Mapping[str, Any] | None = None
     proof: bool = True
+
+    @property
+    def form(self) -> registry.Format:
+        """The format as the registry has it."""
+        return registry.WRITTEN[self.format]
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def apply(
         storages = storages_of(plan, run.steps, run.origins)
         if training is not None:  # each moment is its own: two that shared memory would be counted on twice
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
-        tensors, aliases = tensors_of(plan, storages, alias=output.format == "safetensors" and output.tied == "alias")
+        tensors, aliases = tensors_of(plan, storages, alias=output.form.leaves_out_tied and output.tied == "alias")
         layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)
         _refuse_part_of_source(output.path, checkpoints)
         with new_file(output.path, output.overwrite) as temporary, copying.naming(output.path):
@@ -295,18 +297,10 @@ def _layout(
     around: Any,
 ) -> Layout:
     record = None if output.provenance is None else json.dumps(output.provenance, separators=(",", ":"), ensure_ascii=False)
+    contents = Contents(tensors, aliases, entries, plan.module_metadata, order, record, around)
     try:
-        if output.format == "safetensors":
-            if around != WEIGHTS:
-                raise OutputError("can't hold a training state: safetensors holds nothing but tensors", hint="write a .pt file instead")
-            if entries:
-                raise OutputError(
-                    "is no tensor, and safetensors holds nothing else", key=next(iter(entries)), hint="write a .pt file instead"
-                )
-            metadata = {"format": "pt", **aliases} | ({safetensors.PROVENANCE: record} if record is not None else {})
-            return safetensors.lay_out(tensors, metadata)
-        raw = None if record is None else record.encode()
-        return torch_zip_writer.lay_out(tensors, entries, plan.module_metadata, order, raw, around)
+        layout: Layout = registry.module(output.form.writer).layout_of(contents)
+        return layout
     except OutputError as error:
         error.path = error.path or output.path
         raise
@@ -383,7 +377,7 @@ def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, st
     first: dict[int, str] = {}
     for tensor in tensors:
         kept = first.setdefault(tensor.storage, tensor.name)
-        if kept != tensor.name and output.format == "safetensors":
+        if kept != tensor.name and output.form.leaves_out_tied:
             words = f"is tied to {kept} and written as a copy, which costs {tensor.nbytes} bytes (--tied alias writes one)"
             findings.append(Finding("tied-copy", words, tensor.name, "note"))
     findings += [Finding("tied-alias", f"is tied to {kept} and written as its alias", key, "note") for key, kept in aliases.items()]

@@ -16,6 +16,7 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, OutputError, StaleError, VerificationError
+from ckptsurgeon.formats.torch import zip_writer
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import apply as applying
 
@@ -238,12 +239,12 @@ def test_the_official_readers_do_not_trust_our_proof(tmp_path: Path, monkeypatch
     """With the proof blinded, and a pickle that names a storage wrongly, loading into the model still finds it."""
     given, spec = source(tmp_path), support.nets(tmp_path) + ":Net"
     monkeypatch.setattr(applying, "prove", lambda *_: None)
-    real = applying.torch_zip_writer.lay_out
+    real = zip_writer.lay_out
 
     def wrong(tensors: Any, entries: Any, metadata: Any, order: Any, *rest: Any) -> Any:
         return real(tensors, entries, metadata, [key for key in order if key != "head.bias"], *rest)
 
-    monkeypatch.setattr(applying.torch_zip_writer, "lay_out", wrong)
+    monkeypatch.setattr(zip_writer, "lay_out", wrong)
     with pytest.raises(VerificationError, match="does not load") as caught:
         cs.merge(given, spec, tmp_path / "out.pt")
     assert any("head.bias" in problem for problem in caught.value.problems)

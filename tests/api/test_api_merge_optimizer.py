@@ -20,6 +20,7 @@ from variants import NetDeeper, NetGrey, NetRenamed
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, OutputError, PlanError, TargetError, VerificationError
+from ckptsurgeon.formats.torch import zip_writer
 from ckptsurgeon.streaming import apply as applying
 
 VARIANTS = str(support.FIXTURES / "variants.py")
@@ -180,9 +181,9 @@ def test_a_file_that_is_not_what_was_to_be_written_is_not_kept(what: str, tmp_pa
         around = {**around, "epoch": 4} if what == "value" else around
         return laid_out(*rest, around, **more)
 
-    laid_out = applying.torch_zip_writer.lay_out
+    laid_out = zip_writer.lay_out
     monkeypatch.setattr(applying, "_write", dishonest)
-    monkeypatch.setattr(applying.torch_zip_writer, "lay_out", misplaced)
+    monkeypatch.setattr(zip_writer, "lay_out", misplaced)
     with pytest.raises(VerificationError) as error:
         cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True, root="model")
     assert any("exp_avg" in problem or "epoch" in problem for problem in error.value.problems)

@@ -14,8 +14,7 @@ from formats_support import assert_same, bits, only, refusal, save_legacy, save_
 from hostile_json import EIGHT, FOUR, HEADERS, INDEXES, ROW, SKELETONS, entry, safetensor, skeleton
 
 from ckptsurgeon.errors import CheckpointError, FormatError, LimitError, UnreadableError
-from ckptsurgeon.formats import read
-from ckptsurgeon.formats import registry as sniff
+from ckptsurgeon.formats import read, sniff
 from ckptsurgeon.formats.plain import skeleton as skeletons
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.tensors import Archive, Checkpoint

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptsurgeon.errors import FormatError, UnsafeError
-from ckptsurgeon.formats.registry import _begins_as_tar
+from ckptsurgeon.formats.sniff import _begins_as_tar
 from ckptsurgeon.tensors import Archive
 
 

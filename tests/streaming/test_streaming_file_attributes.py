@@ -253,7 +253,7 @@ def test_a_proof_that_fails_names_the_output(wrong: str, tmp_path: Path, monkeyp
         raise RuntimeError(f"PytorchStreamReader failed reading {path}: file {os.path.basename(path)} not found")
 
     if wrong == "reader":
-        monkeypatch.setitem(official.READERS, "torch-zip", refuses)
+        monkeypatch.setitem(official.READERS, "torch", refuses)
     else:
         monkeypatch.setattr(copying, "copy_range", lambda *_: None)
     with pytest.raises(VerificationError) as caught:

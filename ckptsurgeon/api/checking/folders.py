@@ -10,10 +10,9 @@ from collections.abc import Iterator
 
 from ckptsurgeon.errors import PartError, UnreadableError
 from ckptsurgeon.formats.folders import parts
-from ckptsurgeon.formats.folders.hf_shards import find_in_folder
+from ckptsurgeon.formats.folders.hf_folder import find_in_folder
+from ckptsurgeon.formats.registry import SUFFIXES
 from ckptsurgeon.tensors import Archive
-
-SUFFIXES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")  # those of .pre-commit-hooks.yaml
 
 
 def expand(path: str) -> list[str]:
@@ -54,7 +53,7 @@ def _is_one(folder: str) -> bool:
 
 
 def _is_checkpoint(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(tuple(SUFFIXES)) and not name.startswith(".")
 
 
 def beside(path: str, archive: Archive) -> list[str]:

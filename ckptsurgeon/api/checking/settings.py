@@ -17,16 +17,10 @@ from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._options import is_given
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import SettingsError
+from ckptsurgeon.formats.registry import allowed_by
 from ckptsurgeon.limit_table import amount
 from ckptsurgeon.parameter_types import Words
 
-FORMATS: dict[str, tuple[str, ...]] = {  # what `allow` may name, and the formats that it lets through
-    "safetensors": ("safetensors", "safetensors-shards"),
-    "torch": ("torch-zip", "torch-legacy", "torch-shards"),
-    "torch-zip": ("torch-zip",),
-    "torch-legacy": ("torch-legacy",),
-    "skeleton": ("skeleton",),
-}
 _ASKS = {"against": "--against", "max_size": "--max-size", "dtypes": "--dtype", "allow": "--allow", "finite": "--finite", "full": "--full"}
 _FLAGS = {"--finite": "finite", "--full": "full"}  # that naming their code turns on
 _SIZE = re.compile(r"(?P<number>\d[\d_,]*(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
@@ -139,9 +133,9 @@ def _dtype(word: str) -> str:
 
 
 def _format(word: str) -> tuple[str, ...]:
-    found = FORMATS.get(word.lower())
+    found = allowed_by().get(word.lower())
     if found is None:
-        raise _unknown("--allow", "format", word, list(FORMATS), f"the formats are {', '.join(FORMATS)}")
+        raise _unknown("--allow", "format", word, list(allowed_by()), f"the formats are {', '.join(allowed_by())}")
     return found
 
 

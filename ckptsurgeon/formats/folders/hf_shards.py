@@ -1,4 +1,4 @@
-"""Checkpoints in several files: a Hugging Face folder, or its `*.index.json` with a `weight_map` from key to shard.
+"""Checkpoints in several files: the `*.index.json` of a Hugging Face folder, with a `weight_map` from key to shard.
 
 Rule: the index and the shards must tell the same story, key by key; a shard is a plain name beside its index, and a link may lead
 only to a regular file in that folder or, in a Hugging Face cache, into the `blobs` of the same model.
@@ -13,51 +13,20 @@ from hashlib import sha256
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError, RootError, UnreadableError
-from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile, open_regular, unreadable
 from ckptsurgeon.tensors import Archive, FileStamp, Shard, StateDict, TensorMeta
 
-# In the order in which Hugging Face's own loaders look.
-FOLDER_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.bin",
-)
 
-
-def find_in_folder(folder: str) -> str:
-    """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise unreadable(folder, error) from error
-    for name in FOLDER_NAMES:
-        if name in names:
-            return os.path.join(folder, name)
-    indexes = [name for name in names if name.endswith(".index.json")]
-    if len(indexes) == 1:
-        return os.path.join(folder, indexes[0])
-    if (part := parts.of_folder(names)) is not None:
-        raise parts.refused(part, folder)
-    here = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-    hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
-    raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)
-
-
-def is_index(file: OpenFile) -> bool:
+def is_own(file: OpenFile) -> bool:
     """Whether a JSON file is an index of shards, told by its content."""
     return file.size <= allowed("json-bytes") and b'"weight_map"' in file.read(0, file.size)
 
 
-def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
+def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     """Read an index and the header of every shard it names."""
     raw = whole(file)
     weight_map = _weight_map(raw, file.path)
@@ -85,15 +54,16 @@ def read_index(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         tensors[key] = shards[name].tensors[key]
     metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
     entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
-    formats = {archive.format for archive in archives.values()}
-    if formats != {"safetensors"}:  # whose tensors have bytes of their own
+    formats = [named(archive.format) for archive in archives.values()]
+    form = next((one for one in formats if one.pickled), formats[0])
+    if form.pickled:
         sizes = {name: archive.files[0].size for name, archive in archives.items()}
         Claims(sum(meta.nbytes for meta in tensors.values()), sizes).check(file.path)
     stamps: list[FileStamp] = [file.stamp, *(stamp for archive in archives.values() for stamp in archive.files)]
     digest = sha256(raw + "".join(archive.fingerprint for archive in archives.values()).encode())
     return Archive(
         path=file.path,
-        format="safetensors-shards" if formats == {"safetensors"} else "torch-shards",
+        format=form.shards,
         fingerprint=digest.hexdigest(),
         files=tuple(stamps),
         state_dicts=(StateDict("", tensors, entries, metadata),),

@@ -14,17 +14,16 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
 from ckptsurgeon.errors import FormatError, OutputError
+from ckptsurgeon.formats import provenance as provenances
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
-from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
-from ckptsurgeon.formats.torch.zip import parse_provenance
+from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, OutTensor, Slot
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
 
 METADATA = "__metadata__"
 MOST_HEADER = 100_000_000  # what the official library reads
-PROVENANCE = "ckptsurgeon"
 
 
 def read(file: OpenFile) -> Archive:
@@ -41,7 +40,7 @@ def read(file: OpenFile) -> Archive:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("has a __metadata__ that is not a map from text to text", path=file.path)
     tensors = _tensors(file, header, 8 + length)
-    provenance = metadata.get(PROVENANCE)
+    provenance = metadata.get(provenances.METADATA)
     return Archive(
         path=file.path,
         format="safetensors",
@@ -50,7 +49,7 @@ def read(file: OpenFile) -> Archive:
         state_dicts=(StateDict("", tensors),),
         metadata=metadata,
         part=parts.of_safetensors(file.path, metadata),
-        provenance=parse_provenance(provenance) if provenance else None,
+        provenance=provenances.parse_provenance(provenance) if provenance else None,
     )
 
 
@@ -128,6 +127,17 @@ def _malformed(path: str, name: str, info: Any) -> FormatError:
     elif type(info["shape"]) is not list or not all(map(integer, info["shape"])) or len(info["shape"]) > 64:
         reason = "has a shape that is not a list of non-negative integers"
     return FormatError(reason, path=path, key=name)
+
+
+def layout_of(contents: Contents) -> Layout:
+    """A new file of these contents. OutputError for what safetensors can't hold."""
+    if contents.around != WEIGHTS:
+        raise OutputError("can't hold a training state: safetensors holds nothing but tensors", hint="write a .pt file instead")
+    if contents.entries:
+        key = next(iter(contents.entries))
+        raise OutputError("is no tensor, and safetensors holds nothing else", key=key, hint="write a .pt file instead")
+    record = {} if contents.record is None else {provenances.METADATA: contents.record}
+    return lay_out(contents.tensors, {"format": "pt", **contents.aliases, **record})
 
 
 def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout:

@@ -6,7 +6,6 @@ says. Format as in torch `serialization.py` (`_save`, `_load`) and `caffe2/seria
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from ckptsurgeon.formats.pickle.globals import MAX_INT
 from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, run
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
+from ckptsurgeon.formats.provenance import RECORD, parse_provenance
 from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
-PROVENANCE_RECORD = "ckptsurgeon.json"
 # What torch looks for by name, beside the storages.
 _RECORDS = frozenset({"data.pkl", "byteorder", "version", "constants.pkl"})
 _RECORDS |= {".data/version", ".data/serialization_id", ".format_version", ".storage_alignment"}
@@ -174,18 +173,8 @@ def _whole(path: str, storage: StorageRef, entry: Entry | None) -> Span:
 
 
 def _provenance(file: OpenFile, entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
-    entry = entries.get(PROVENANCE_RECORD)
-    return parse_provenance(content(file, PROVENANCE_RECORD, entry, "json-bytes")) if entry else None
-
-
-def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
-    """A merge's record about itself, or None where it can't be read: it is a note, never a reason to refuse weights."""
-    try:
-        record = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    fresh = record.get("fresh") if isinstance(record, dict) else None
-    return record if isinstance(fresh, list) and all(isinstance(key, str) for key in fresh) else None
+    entry = entries.get(RECORD)
+    return parse_provenance(content(file, RECORD, entry, "json-bytes")) if entry else None
 
 
 def _notes(data: str, entries: Mapping[str, Entry], others: int, storages: Mapping[str, StorageRef]) -> tuple[str, ...]:

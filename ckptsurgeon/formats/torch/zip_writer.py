@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.formats.layout import WEIGHTS, Chunk, Layout, OutTensor, Slot
+from ckptsurgeon.formats.layout import WEIGHTS, Chunk, Contents, Layout, OutTensor, Slot
 from ckptsurgeon.formats.pickle.writer import state_dict_pickle
-from ckptsurgeon.formats.torch.zip import PROVENANCE_RECORD
+from ckptsurgeon.formats.provenance import RECORD
 
 FOLDER = "archive"
 ALIGNMENT = 64
@@ -33,6 +33,12 @@ class _Record:
     @property
     def wide(self) -> bool:
         return self.size >= _MAX32 or self.header >= _MAX32
+
+
+def layout_of(contents: Contents) -> Layout:
+    """A new file of these contents; tied tensors stay tied, so it has no aliases."""
+    record = None if contents.record is None else contents.record.encode()
+    return lay_out(contents.tensors, contents.entries, contents.module_metadata, contents.order, record, contents.around)
 
 
 def lay_out(
@@ -58,7 +64,7 @@ def lay_out(
     contents += [(f"data/{number}", index) for number, index in enumerate(first)]
     contents.append(("version", b"3\n"))
     if provenance is not None:
-        contents.append((PROVENANCE_RECORD, provenance))
+        contents.append((RECORD, provenance))
 
     position = 0
     records: list[_Record] = []

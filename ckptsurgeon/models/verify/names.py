@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Checkpoint
 
@@ -27,7 +28,7 @@ def tied_in_model(checkpoint: Checkpoint, found: Iterable[str], ties: Iterable[t
     This is the rule of `safetensors.torch.load_model`, whose `save_model` writes one name of a tied tensor. torch's formats keep
     every name, so there it is empty.
     """
-    if not checkpoint.format.startswith("safetensors"):
+    if not named(checkpoint.format).leaves_out_tied:
         return {}
     present = set(found)
     aliases = {}

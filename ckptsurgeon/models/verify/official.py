@@ -13,37 +13,24 @@ import safetensors.torch
 import torch
 
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.tensors import Checkpoint
 
 Reader = Callable[[str], Any]
 
 
-def _torch_zip(path: str) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _torch_legacy(path: str) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+def _torch(path: str) -> Any:
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _safetensors(path: str) -> Any:
     return safetensors.torch.load_file(path, device="cpu")
 
 
-def _torch_shard(path: str) -> Any:
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    return (_torch_zip if is_zip else _torch_legacy)(path)
-
-
-READERS: dict[str, Reader] = {
-    "torch-zip": _torch_zip,
-    "torch-legacy": _torch_legacy,
-    "torch-shards": _torch_shard,
-    "safetensors": _safetensors,
-    "safetensors-shards": _safetensors,
-}
+READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors}  # by a format's `official`
 
 
 def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -59,7 +46,7 @@ def load_file(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
     Raises:
         TargetError: the format has no such reader, the reader refuses the file, or it has no dict at the root.
     """
-    reader = READERS.get(checkpoint.format)
+    reader = READERS.get(named(checkpoint.format).official)
     if reader is None:
         raise TargetError(f"a {checkpoint.format} holds no values to load", path=file)
     loaded = user_code.call(file, reader, file)

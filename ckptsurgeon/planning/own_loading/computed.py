@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
+from ckptsurgeon.formats.registry import loading
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import SourceKey
@@ -115,9 +116,7 @@ def refuse(computed: Computed, source: Checkpoint) -> None:
     if not computed.refused:
         return
     first = next(name for one, _ in computed.refused.values() for name in one.names)
-    read = (
-        "safetensors.torch.load_file({!r})" if source.format.startswith("safetensors") else "torch.load({!r}, weights_only=True)"
-    ).format(source.path)
+    read = loading(source.format).format(repr(source.path))
     raise PlanError(
         "the target's own loading code computes values from keys that it has not, in a way that a plan can't follow",
         problems=shortened(

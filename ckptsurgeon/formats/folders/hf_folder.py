@@ -1,0 +1,41 @@
+"""Which file of a Hugging Face folder holds its weights, or indexes them. Names decide here; what the file is, its content tells."""
+
+from __future__ import annotations
+
+import os
+
+from ckptsurgeon.errors import UnreadableError
+from ckptsurgeon.formats.folders import parts
+from ckptsurgeon.formats.registry import SUFFIXES
+from ckptsurgeon.storage.files import unreadable
+
+# In the order in which Hugging Face's own loaders look.
+FOLDER_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+)
+
+
+def find_in_folder(folder: str) -> str:
+    """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    for name in FOLDER_NAMES:
+        if name in names:
+            return os.path.join(folder, name)
+    indexes = [name for name in names if name.endswith(".index.json")]
+    if len(indexes) == 1:
+        return os.path.join(folder, indexes[0])
+    if (part := parts.of_folder(names)) is not None:
+        raise parts.refused(part, folder)
+    here = [name for name in names if name.endswith(tuple(SUFFIXES))]
+    hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
+    raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)

@@ -1,0 +1,135 @@
+"""Tells a file's format by its content, never by its suffix, and hands it to the module that the registry names for it.
+
+What is often found in a checkpoint's place (an LFS pointer, an HTML page, …) is named, with the way to mend it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
+from ckptsurgeon.formats.folders import parts
+from ckptsurgeon.formats.folders.hf_folder import find_in_folder
+from ckptsurgeon.formats.registry import TABLE, Format, module
+from ckptsurgeon.formats.torch.zip_directory import ends_as_zip
+from ckptsurgeon.storage.files import OpenFile, open_regular
+from ckptsurgeon.tensors import Archive
+
+_HEAD = 4096
+_TAR = 512
+_POINTER = b"version https://git-lfs"
+# What a file begins with, and what it then is; never a checkpoint that we read.
+_STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, h5py)", "convert it with the library that wrote it"),
+    (0, b"GGUF", "is a GGUF file (llama.cpp)", "use the original PyTorch or safetensors checkpoint"),
+    (0, b"\x93NUMPY", "is a NumPy array file", "torch.save({'weight': torch.from_numpy(numpy.load(path))}, 'out.pt')"),
+    (0, b"\x1f\x8b", "is compressed with gzip", "gunzip it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it and give the checkpoint inside"),
+    (0, b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unzstd it first"),
+    (
+        257,
+        b"ustar",
+        "is a tar archive (torch before 0.2 wrote such files)",
+        "unpack it, or load and save it again with a torch of that age",
+    ),
+    (0, b"PK\x05\x06", "is an empty zip archive", "copy or download it again"),
+    (4, b"ftyp", "is a video or image file", "give a checkpoint file"),
+)
+
+
+def read(path: str) -> Archive:
+    """Read the header of the checkpoint at `path`: a file, a Hugging Face folder, or its index.
+
+    Raises a CheckpointError, and nothing else, for anything that is not one.
+    """
+    with no_collections():
+        return _read_file(find_in_folder(path) if os.path.isdir(path) else path, format_of)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Pause the garbage collector: a header makes many small values and no garbage, so that its passes find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_file(path: str, choose: Callable[[OpenFile], Format]) -> Archive:
+    with open_regular(path) as file:
+        try:
+            form = choose(file)
+            reader = module(form.module)
+            found: Archive = reader.read(file, _read_shard) if form.index else reader.read(file)
+            return found
+        except CheckpointError as error:
+            error.path = error.path or path
+            part = parts.of_broken(file) if isinstance(error, FormatError) else None
+            if part is not None:
+                raise parts.refused(part, path) from error
+            raise
+
+
+def _read_shard(path: str) -> Archive:
+    return _read_file(path, _format_of_shard)
+
+
+def _format_of_shard(file: OpenFile) -> Format:
+    form = format_of(file)
+    if not form.shards:  # an index in an index could lead back to itself
+        raise FormatError("is named as a shard, but is of a format that has none", path=file.path)
+    return form
+
+
+def format_of(file: OpenFile) -> Format:
+    """An open file's format, told by its content. FormatError, in words that help, for what has none."""
+    if not file.size:
+        raise FormatError("is empty", path=file.path, hint="copy or download it again")
+    head = file.read(0, min(_HEAD, file.size))
+    if head.startswith(_POINTER):
+        raise PointerError("is a Git LFS pointer, not the file itself", path=file.path, hint="git lfs pull")
+    for offset, magic, what, hint in _STRANGERS:
+        if head[offset : offset + len(magic)] == magic:
+            raise FormatError(what, path=file.path, hint=hint)
+    text = head.lstrip()[:64].lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+        raise FormatError("is an HTML page", path=file.path, hint="the download was answered by a web page: log in, or use its raw link")
+    if _begins_as_tar(head[:_TAR]):
+        raise FormatError(
+            "is two files in one: torch and tar take its beginning for a tar archive's", path=file.path, hint="do not trust it"
+        )
+    for form in TABLE:
+        if form.begins(head) and (not form.index or module(form.module).is_own(file)):
+            if head[:2] != b"PK" and ends_as_zip(file):
+                raise FormatError(
+                    "is two files in one: it begins as a checkpoint and ends as a zip archive", path=file.path, hint="do not trust it"
+                )
+            return form
+    if file.size < 9:
+        raise FormatError("is too short to be a checkpoint", path=file.path, hint="copy or download it again")
+    raise FormatError(
+        "is no checkpoint: neither torch's zip or legacy format, nor safetensors, an index or a skeleton",
+        path=file.path,
+        hint=f"look at its first bytes: head -c 64 {parts.word(file.path)} | xxd",
+    )
+
+
+def _begins_as_tar(head: bytes) -> bool:
+    """Whether tar takes these 512 bytes for a header, as Python's tarfile does: whatever they are, their sum stands among them."""
+    if len(head) < _TAR:
+        return False
+    field, rest = head[148:156], head[:148] + head[156:]
+    sums = {8 * ord(" ") + sum(numbers) for numbers in (rest, struct.unpack(f"{len(rest)}b", rest))}
+    if field[0] in (0o200, 0o377):  # GNU's way to write a large number
+        return int.from_bytes(field[1:], "big") - (256**7 if field[0] == 0o377 else 0) in sums
+    try:
+        return int(field.partition(b"\0")[0].decode("ascii").strip() or "0", 8) in sums
+    except ValueError:
+        return False

@@ -1,0 +1,77 @@
+"""The table of formats: each is told by its content, read by the one module that the table names, and asked by its traits."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptsurgeon as cs
+from ckptsurgeon.formats import registry
+from ckptsurgeon.models.verify import official
+
+PACKAGE = Path(cs.__file__).parent
+W = {"w": torch.arange(6.0).reshape(2, 3)}
+
+
+def saved(folder: Path) -> dict[str, Path]:
+    """A file of each format, by the format's name."""
+    files = {name: folder / name for name in ("torch-zip", "torch-legacy", "safetensors", "skeleton")}
+    torch.save(W, files["torch-zip"])
+    torch.save(W, files["torch-legacy"], _use_new_zipfile_serialization=False)
+    save_file(W, files["safetensors"])
+    files["skeleton"].write_text('{"version": 1, "kind": "skeleton", "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3]}]}')
+    for of_one, name in (("safetensors", "safetensors-shards"), ("torch-zip", "torch-shards")):
+        files[name] = folder / f"{name}.index.json"
+        files[name].write_text(f'{{"weight_map": {{"w": "{of_one}"}}}}')
+    return files
+
+
+def test_every_format_of_the_table_is_told_by_its_content(tmp_path: Path) -> None:
+    files = saved(tmp_path)
+    assert files.keys() == registry.BY_NAME.keys()
+    for name, path in files.items():
+        assert cs.inspect(path).format == name
+        assert cs.open(path).kind == ("skeleton" if name == "skeleton" else "file")
+        assert registry.named(name).official in ("", *official.READERS)
+
+
+def test_a_module_is_imported_only_for_a_file_that_is_its_own(tmp_path: Path) -> None:
+    modules = {one.module for one in registry.TABLE}
+    code = "import sys; from ckptsurgeon import formats; formats.read(sys.argv[1]); print(*sys.modules, sep='\\n')"
+    for name, path in saved(tmp_path).items():
+        loaded = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.split()
+        found = {module for module in modules if f"ckptsurgeon.formats.{module}" in loaded}
+        shard = {"safetensors-shards": "plain.safetensors", "torch-shards": "torch.zip"}.get(name)
+        json = {"folders.hf_shards"} if name == "skeleton" else set()  # which looks whether it is its own
+        assert found == {registry.named(name).module, *([shard] if shard else []), *json}, name
+
+
+def test_no_other_module_compares_names_of_formats() -> None:
+    names = set(registry.BY_NAME) | set(registry.WRITTEN)
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and "format" in ast.unparse(node):
+                texts = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+                assert not texts & names, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+                assert not ast.unparse(node.func.value).endswith(".format"), f"{path}:{node.lineno}"
+
+
+def test_suffixes_stand_in_one_table() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            texts = {one.value for one in ast.iter_child_nodes(node) if isinstance(one, ast.Constant)}
+            assert len(texts & set(registry.SUFFIXES)) < 2 or path.stem == "registry", f"{path}:{node.lineno}"
+
+
+def test_a_format_that_is_only_read_is_no_output() -> None:
+    for one in registry.TABLE:
+        assert (one.word in registry.WRITTEN) is any(other.writer for other in registry.TABLE if other.word == one.word)
+    with pytest.raises(cs.CheckpointError, match="no format to write"):
+        cs.merge("fixtures/net_params.pkl", None, "out.pt", format="skeleton")
