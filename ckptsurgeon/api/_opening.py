@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
-from ckptsurgeon.formats import registry
-from ckptsurgeon.formats.folders.hf_shards import shard_of
 from ckptsurgeon.hints import Unmissable
-from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.parameter_types import Given, Note
-from ckptsurgeon.planning import roots
-from ckptsurgeon.planning.plan import PlanTarget
-from ckptsurgeon.planning.quantised import lacks_scales
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ckptsurgeon.planning.plan_types import PlanTarget
 
 
 def silent(_note: str) -> None:
@@ -37,6 +33,8 @@ def unmissable(note: Note) -> Note:
 
 def is_code(target: str) -> bool:
     """Whether a target's text names code to import, such as `module:Net`, and no file that is there."""
+    from ckptsurgeon.models.target.spec import looks_like_spec
+
     return looks_like_spec(target) and not os.path.exists(target)
 
 
@@ -90,9 +88,13 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
         return given
     found = look(given)
     if isinstance(found, Archive):
+        from ckptsurgeon.planning import roots
+
         try:
             return _with_shard(roots.choose(found, root=root, target=target, parts=parts))
         except RootError:
+            from ckptsurgeon.formats import registry
+
             tree = None if root is None or not registry.named(found.format).pickled else formats.read_tree(found.path).value
             named = None if tree is None else roots.at_place(tree, root or "")
             if named is None:
@@ -105,6 +107,9 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
 
 def _with_shard(found: Checkpoint) -> Checkpoint:
     """A checkpoint as it is; of one file that lacks the scales of what may be codes, with what tells that it is a shard."""
+    from ckptsurgeon.formats.folders.hf_shards import shard_of
+    from ckptsurgeon.planning.quantised import lacks_scales
+
     alone = len(found.files) == 1 and lacks_scales(found)
     return replace(found, shard=shard_of(found.files[0].path)) if alone else found
 
@@ -122,12 +127,16 @@ def open_target(given: Given, *, root: str | None = None, note: Note = silent) -
         text = os.fspath(given)
         if is_code(text):
             return _from_spec(text, note)
+        from ckptsurgeon.planning import roots
+
         return Target(_with_shard(roots.choose(read(text), root=root)))
     return _from_live(given, note)
 
 
 def open_planned(planned: PlanTarget, note: Note = silent) -> Target:
     """The target that a plan names; PlanError for a model that was in memory when the plan was made."""
+    from ckptsurgeon.models.target.spec import looks_like_spec
+
     if planned.kind == "model" and not looks_like_spec(planned.spec):
         raise PlanError(
             f"was made for a {planned.spec} in memory, which it can't bring back",
@@ -151,6 +160,8 @@ def settle(target: Target, seed: int, note: Note) -> Target:
 
 
 def _from_spec(text: str, note: Note) -> Target:
+    from ckptsurgeon.models.target.spec import parse
+
     spec = parse(text)
     from ckptsurgeon.models.target.build import build, build_meta
     from ckptsurgeon.models.target.skeleton import checkpoint_of

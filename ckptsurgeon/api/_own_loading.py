@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._rules import Ruling
-from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.planning.apply_rules import Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
-from ckptsurgeon.planning.own_loading.versions import plain, stated
 from ckptsurgeon.rules.loading_code import Taken, is_below
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -38,6 +36,7 @@ def learned(
         given = _given(number, source, names, target)
         if _asks(given, target):
             from ckptsurgeon.models.own_loading.probe import probe
+            from ckptsurgeon.planning.own_loading.versions import stated
 
             versions = stated(number, sources, names, target.loaders)
             found[number] = probe(model(), target.loaders, given, versions)
@@ -49,7 +48,9 @@ def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
     goal, model = target.checkpoint, target.any_model
     if model is None or not _asks(source, goal):
         return Taken()
+    from ckptsurgeon.formats.pickle.unpickled import written_out
     from ckptsurgeon.models.own_loading.probe import probe
+    from ckptsurgeon.planning.own_loading.versions import plain
 
     recorded = written_out(source.module_metadata)
     return probe(model(), goal.loaders, source, {path: plain(recorded[path]) for path in goal.loaders if path in recorded})

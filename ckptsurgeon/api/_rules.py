@@ -14,16 +14,9 @@ from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.api._opening import silent, unmissable
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.models.init import scheme_text
-from ckptsurgeon.models.init.scheme_text import parse_scheme
 from ckptsurgeon.parameter_types import Note, Path
-from ckptsurgeon.rules import toml_text
-from ckptsurgeon.rules.reversing import reverse as turn_round
-from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Outside, Rule, beside, rule_options
-from ckptsurgeon.storage.files import open_regular
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.kernels.table import OwnKernel
@@ -65,6 +58,10 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     >>> str(load_rules("rules.toml", reverse=True)[0])
     "rename 'dense2.{p}' 'fc2.{p}' (rules.toml:1)"
     """
+    from ckptsurgeon.rules import toml_text
+    from ckptsurgeon.rules.rulefile import parse_rules
+    from ckptsurgeon.storage.files import open_regular
+
     name = os.fspath(path)
     with open_regular(name) as file:
         toml_text.check({"toml-bytes": file.size}, name)
@@ -73,7 +70,11 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
         found = parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name)
     except UnicodeDecodeError as error:
         raise RuleError("is no text", path=name, hint="a rules file is TOML, in UTF-8") from error
-    return turn_round(found) if reverse else found
+    if not reverse:
+        return found
+    from ckptsurgeon.rules.reversing import reverse as turn_round
+
+    return turn_round(found)
 
 
 def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, schemes: bool = True, note: Note = silent) -> Ruling:
@@ -109,6 +110,8 @@ def _turned(found: Sequence[tuple[Rule, ...]], given: Sequence[Path | Rule], rev
     """All rules in order; with `reverse` the files' turned round as one, since a stage of one file goes on in the next."""
     if not reverse:
         return [rule for rules in found for rule in rules]
+    from ckptsurgeon.rules.reversing import reverse as turn_round
+
     plain = [one for one in given if isinstance(one, Rule)]
     read = [rule for one, rules in zip(given, found, strict=True) if not isinstance(one, Rule) for rule in rules]
     return [*plain, *turn_round(read)]
@@ -130,14 +133,19 @@ def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True)
             ours[1].extend([str(op["scheme"])] if type(op.get("scheme")) is str else [])
             for name in ("source", "target"):
                 if type(op.get(name)) is str:
+                    from ckptsurgeon.formats.labels import read_labels
+
                     path = beside(rule, op[name])
                     labels[path] = labels.get(path) or read_labels(path)
         adapters += ours[0]
         wanted += ours[1]
         if rule.line:
             named.setdefault(rule.file, []).extend(own_code(ours[0], ours[1] if schemes else ()))
-    for scheme in wanted:
-        parse_scheme(scheme)
+    if wanted:
+        from ckptsurgeon.models.init.scheme_text import parse_scheme
+
+        for scheme in wanted:
+            parse_scheme(scheme)
     for file, code in named.items():
         say_code(file, code, unmissable(note))
     shapes, own = load_own(adapters, wanted if schemes else (), unmissable(note) if any(named.values()) else note)
@@ -146,7 +154,17 @@ def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True)
 
 def own_code(adapters: Iterable[str], schemes: Iterable[str]) -> list[str]:
     """What of the adapters and schemes is a person's own code."""
-    return list(dict.fromkeys([*adapters, *(scheme for scheme in schemes if scheme_text.is_own(scheme))]))
+    return list(dict.fromkeys([*adapters, *_own(schemes)]))
+
+
+def _own(schemes: Iterable[str]) -> list[str]:
+    """Those of the schemes that are a person's own functions; `scheme_text` is loaded where there is a scheme at all."""
+    found = list(schemes)
+    if not found:
+        return []
+    from ckptsurgeon.models.init.scheme_text import is_own as is_function
+
+    return [scheme for scheme in found if is_function(scheme)]
 
 
 def say_code(file: str, code: Sequence[str], note: Note) -> None:
@@ -157,7 +175,7 @@ def say_code(file: str, code: Sequence[str], note: Note) -> None:
 
 def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, OwnShape], Own]:
     """The shape functions, kernels and schemes of a person's own, imported; nothing is imported where none is named."""
-    wanted, fills = list(dict.fromkeys(adapters)), [scheme for scheme in schemes if scheme_text.is_own(scheme)]
+    wanted, fills = list(dict.fromkeys(adapters)), _own(schemes)
     if not wanted and not fills:
         return {}, Own()
     from ckptsurgeon.models.init.user_functions import load_adapter, once, own_schemes

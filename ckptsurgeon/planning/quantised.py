@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from ckptsurgeon.adapters.op import Op
-from ckptsurgeon.adapters.scales import block_of
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.planning.keys import SourceKey
-from ckptsurgeon.planning.plan_types import Step
-from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.tensors import Checkpoint, Shard, TensorMeta
+
+if TYPE_CHECKING:
+    from ckptsurgeon.adapters.op import Op
+    from ckptsurgeon.planning.keys import SourceKey
+    from ckptsurgeon.planning.plan_types import Step
 
 FP8 = frozenset(code for code in BY_CODE if code.startswith("F8_"))
 INTS = frozenset({"U8", "I8", "I16", "I32"})
@@ -193,6 +194,8 @@ def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, Tens
 
 
 def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
+    from ckptsurgeon.adapters.scales import block_of
+
     scales = _named(key, scheme, scheme.scales)
     beside = tuple(name for name in _named(key, scheme, scheme.beside) if name in tensors)
     scale = tensors[scales[0]]
@@ -217,6 +220,8 @@ def refuse_broken(
     `asked`: dequantizing was asked for, so that the hint need not offer it. `averaged`: the sources
     are, and what is no float is the first's.
     """
+    from ckptsurgeon.rules.patterns import compile_pattern
+
     patterns = [compile_pattern(pattern) for pattern in allowed]
     by_source = [find(source) for source in sources]
     problems = [

@@ -8,7 +8,6 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from ckptsurgeon.hints import SHOWN, close_words
 from ckptsurgeon.planning.keys import Item
 from ckptsurgeon.planning.prefixes.find import Prefix
-from ckptsurgeon.rules.drafting.cover import dropping
 from ckptsurgeon.rules.rules import CompiledRule, Rule
 from ckptsurgeon.tensors import Checkpoint, Refused
 
@@ -117,4 +116,6 @@ def _way_out(names: set[str], others: set[str], number: str, path: str | None) -
     """What leaves out these names of a source: rules, or, where one of several files has no others, the file itself."""
     if not others and path is not None:
         return f"give one of the two files only: {path} has nothing else"
+    from ckptsurgeon.rules.drafting.cover import dropping
+
     return f"drop one of the two: {shlex.join(word for rule in dropping(names, others, number)[:SHOWN] for word in rule.options)}"

@@ -9,19 +9,18 @@ from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.planning.quantised import find
-from ckptsurgeon.planning.training_places import average
-from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
-from ckptsurgeon.tensors import Archive, Coverage, Refused, TensorMeta
+from ckptsurgeon.tensors import Refused
 
 if TYPE_CHECKING:
+    from ckptsurgeon.errors import CheckpointError
     from ckptsurgeon.finding_codes import Code
     from ckptsurgeon.matching.proposals.propose import Proposal
     from ckptsurgeon.planning.diff import Diff
     from ckptsurgeon.planning.links import Link
     from ckptsurgeon.planning.prefixes.rivals import Way
     from ckptsurgeon.planning.quantised import Codes
+    from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
+    from ckptsurgeon.tensors import Archive, Coverage, TensorMeta
 
 VERSION = 1
 _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
@@ -79,6 +78,9 @@ def error(found: CheckpointError) -> dict[str, Any]:
 
 def archive(found: Archive) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
+    from ckptsurgeon.planning.quantised import find
+    from ckptsurgeon.planning.training_places import average
+
     shown = found.state_dicts[0] if found.chosen is None else found.chosen
     averaged = average([one.root for one in found.state_dicts], found.beside)
     return {

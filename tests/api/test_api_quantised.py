@@ -145,10 +145,9 @@ def test_codes_are_named_in_inspect_diff_and_check(library: str, tmp_path: Path)
     (finding,) = [one for one in cs.check(path).files[0].findings if one.code == "CK203"]
     assert (finding.key, finding.level) == (key, "note") and cs.check(path).ok
     from ckptsurgeon.views import json as views
-    from ckptsurgeon.views import text
 
     assert [(row["key"], row["dequantize"]) for row in views.archive(cs.inspect(path))["quantised"]] == [(key, readable)]
-    assert f"quantised: 1 weight as {found[key].scheme}, such as {key}" in text.archive(cs.inspect(path))
+    assert f"quantised: 1 weight as {found[key].scheme}, such as {key}" in cs.inspect(path).to_text()
     wanted = save(tmp_path, "t.safetensors", {key: torch.zeros(state[key].shape, dtype=torch.float32), "norm.weight": torch.ones(4)})
     diff = cs.diff(path, wanted)
     assert [one.key for one in diff.quantised] == [key] and "quantised" in str(diff)

@@ -19,7 +19,8 @@ from jsonschema import Draft202012Validator
 
 from ckptsurgeon import finding_codes
 from ckptsurgeon.report import CheckReport, FileCheck, Finding
-from ckptsurgeon.views import github, text
+from ckptsurgeon.views import github
+from ckptsurgeon.views.text.check import explain
 
 SCHEMAS = resources("ckptsurgeon") / "views" / "schemas"
 NET = "net_params.pkl"
@@ -413,9 +414,9 @@ def test_lines_end_where_the_terminal_does(width):
     rows = [Finding("CK301", "is in the target only", f"backbone.stage{n % 3}.block{n}.conv.weight") for n in range(40)]
     rows += [Finding("CK102", "is no checkpoint " + "of any kind that anybody knows " * 6)]
     report = CheckReport((FileCheck("some/where/weights.pt", tuple(rows)),))
-    lines = text.check(report, width=width).splitlines()
+    lines = report.to_text(width=width).splitlines()
     assert len(lines) > 2 and all(len(line) <= width for line in lines)
-    whole = text.check(report).splitlines()
+    whole = str(report).splitlines()
     assert len(whole) == 3 and max(map(len, whole)) > 200  # a program gets each on one line
-    explained = text.explain(finding_codes.TABLE, width).splitlines()
+    explained = explain(finding_codes.TABLE, width).splitlines()
     assert all(len(line) <= width for line in explained)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ckptsurgeon import api
-from ckptsurgeon.views import text
 
 Run = Callable[..., Any]
 RULES = """
@@ -159,8 +158,8 @@ def test_auto_safe_is_asked_for_by_name(run: Run, files: Path) -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_long_rules_stay_within_the_terminal(files: Path, width: int) -> None:
     adapt = {"pos": "interpolate(prefix=1, grid=[2, 2], to=[3, 3])"}
-    plan = text.plan(api.plan("a.pt", "b.pt", rules="rules.toml", adapt=adapt), width=width)
-    diff = text.diff(api.diff("a.pt", "b.pt", rules="rules.toml", adapt=adapt), width=width)
+    plan = api.plan("a.pt", "b.pt", rules="rules.toml", adapt=adapt).to_text(width=width)
+    diff = api.diff("a.pt", "b.pt", rules="rules.toml", adapt=adapt).to_text(width=width)
     assert max(map(len, [*plan.splitlines(), *diff.splitlines()])) <= width, plan + diff
 
 

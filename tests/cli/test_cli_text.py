@@ -12,7 +12,7 @@ from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.report import Cast, CheckReport, FileCheck, Finding, Report, Verification
 from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta, contiguous_stride
-from ckptsurgeon.views import text
+from ckptsurgeon.views.text.diff import next_command, rename_hints
 from ckptsurgeon.views.text.words import broken, findings, fitted, pasted, table
 
 
@@ -30,18 +30,18 @@ def transformer(layers: int, width: int = 64) -> dict[str, tuple[int, ...]]:
 def test_a_transformer_is_told_on_one_screen_of_eighty_columns():
     source = checkpoint(transformer(80))
     target = checkpoint(transformer(96) | {"lm_head.weight": (1200, 64)}, "model", "model:Net")
-    for words in (text.diff(compare(source, target), width=80), text.plan(make_plan([source], target), width=80)):
+    for words in (compare(source, target).to_text(width=80), make_plan([source], target).to_text(width=80)):
         lines = words.splitlines()
         assert len(lines) <= 32 and max(map(len, lines)) <= 80, words
         assert "model.layers.{80..95}.self_attn.q_proj.weight" in words
-    long = text.plan(make_plan([source], target), verbose=True)
+    long = make_plan([source], target).to_text(verbose=True)
     assert all(f"model.layers.{n}.mlp.up_proj.weight" in long for n in range(96))
 
 
 def test_every_count_in_a_diff_reconciles_with_its_keys():
     source, target = checkpoint(transformer(4)), checkpoint(transformer(6) | {"lm_head.weight": (9, 64)}, path="other.pt")
     found = compare(source, target)
-    words = text.diff(found, verbose=True)
+    words = found.to_text(verbose=True)
     assert len(found.matched) + len(found.missing) + len(found.mismatched) == len(target)
     for name, keys in (("matched", found.matched), ("missing", found.missing), ("extra", found.extra)):
         assert f"  {name:<11} {len(keys):>5}" in words and all(f"    {key}\n" in words for key in keys)
@@ -88,7 +88,7 @@ def test_findings_that_say_the_same_stand_together_and_many_are_counted():
 def test_many_casts_are_summed_up_and_few_are_named():
     def report(count: int) -> str:
         casts = tuple(Cast(f"layer{n}", "F32", "F16", largest_error=n / 1000, changed=10) for n in range(count))
-        return text.report(Report(("a.pt",), "model:Net", (), (), (), (), Coverage(1, 1), casts=casts, output="out.pt"))
+        return str(Report(("a.pt",), "model:Net", (), (), (), (), Coverage(1, 1), casts=casts, output="out.pt"))
 
     assert "    layer2  F32 → F16  10 values changed, by at most 0.002" in report(3)
     assert "lossy casts   400\n    F32 → F16  400 tensors  4,000 values changed, by at most 0.399" in report(400)
@@ -107,18 +107,18 @@ def test_a_failed_verification_never_says_that_it_is_verified():
 def test_check_tells_a_warning_from_an_error_and_a_good_file_from_a_bad_one():
     warned = FileCheck("a.pt", (Finding("CK304", "is F16, in the target F32", "w", "warning"),))
     bad = FileCheck("b.pt", tuple(Finding("CK301", "is in the target only", f"layers.{n}.w") for n in range(9)))
-    assert text.check(CheckReport((warned, bad))).splitlines() == [
+    assert str(CheckReport((warned, bad))).splitlines() == [
         "a.pt: CK304 (warning) w: is F16, in the target F32",
         "b.pt: CK301 layers.{0..8}.w: is in the target only",
         "2 files checked, 1 not good (what a code means: ckptsurgeon check --explain CK301)",
     ]
-    assert text.check(CheckReport((warned, bad)), verbose=True).count("b.pt: CK301 layers.") == 9
+    assert CheckReport((warned, bad)).to_text(verbose=True).count("b.pt: CK301 layers.") == 9
     many = FileCheck("c.pt", tuple(Finding("CK201", f"asks for os.f{n}") for n in range(100)))
-    assert text.check(CheckReport((many,))).splitlines()[-2] == "c.pt: and 88 more (-v shows all)"
+    assert str(CheckReport((many,))).splitlines()[-2] == "c.pt: and 88 more (-v shows all)"
 
 
 def test_rename_hints_stay_with_keys_that_have_no_module():
-    assert text.rename_hints([Hint("scale", "gain"), Hint("new.a.weight", "old.a.weight")]) == [
+    assert rename_hints([Hint("scale", "gain"), Hint("new.a.weight", "old.a.weight")]) == [
         ("gain", "scale"),
         ("old.a.{p}", "new.a.{p}"),
     ]
@@ -127,7 +127,7 @@ def test_rename_hints_stay_with_keys_that_have_no_module():
 def test_the_next_command_takes_in_root_and_rules():
     found = compare(checkpoint({"a.w": (2,), "b.w": (3,)}), checkpoint({"x.w": (2,)}, path="other.pt"), [Rule("rename", "a.{p}", "x.{p}")])
     found = replace(found, options=rule_options([Rule("rename", "a.{p}", "x.{p}"), Rule("drop", "b.**")]))
-    assert text.next_command(found) == [
+    assert next_command(found) == [
         *("ckptsurgeon", "merge", "net.pt", "other.pt", "-o", "merged.pt", "--rename", "a.{p}", "x.{p}", "--drop", "b.**")
     ]
 
@@ -136,4 +136,4 @@ def test_shapes_in_a_mismatch_read_from_source_to_target():
     source, target = checkpoint({"w": (3, 4), "v": (1,)}), checkpoint({"w": (5, 4), "v": (1,)}, path="other.pt")
     found: Diff = compare(source, target)
     assert found.mismatched == (Mismatch("w", (3, 4), (5, 4), "w"),)
-    assert "    w  (3, 4)  →  (5, 4)" in text.diff(found)
+    assert "    w  (3, 4)  →  (5, 4)" in str(found)

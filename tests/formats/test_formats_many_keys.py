@@ -16,10 +16,9 @@ KEYS = 200_000
 LOOK = """
 import resource, sys, time
 from ckptsurgeon import api
-from ckptsurgeon.views import text
 began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = api.inspect(sys.argv[1])
-shown = text.archive(found)
+shown = found.to_text()
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(len(found.state_dicts[0].tensors), time.process_time(), (usage.ru_maxrss - began) // 1024, "{0..3999}" in shown)
 """

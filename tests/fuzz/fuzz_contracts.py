@@ -37,7 +37,6 @@ from ckptsurgeon.rules.patterns import check_template, compile_pattern, expand
 from ckptsurgeon.rules.rules import compile_rules
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 from ckptsurgeon.views import json as views_json
-from ckptsurgeon.views import text as views_text
 
 SECONDS, MEGABYTES = 2.0, 200
 STUCK = 20.0  # CPU seconds after which an input is given up
@@ -130,7 +129,7 @@ def _spans(archive: Archive) -> None:
 
 def _views(archive: Archive) -> None:
     for verbose, width in ((False, None), (True, None), (False, 80)):
-        _lines(views_text.archive(archive, verbose, width))
+        _lines(archive.to_text(verbose=verbose, width=width))
     _data("inspect", views_json.archive(archive))
 
 
@@ -140,7 +139,7 @@ def checkpoint(data: bytes, folder: Path) -> str:
     path.write_bytes(data)
     with bounded():
         report = cs.check(path)
-        _lines(views_text.check(report, True))
+        _lines(report.to_text(verbose=True))
         _data("check", views_json.check(report))
         findings = report.files[0].findings
         expect(all(CODE.fullmatch(one.code) for one in findings), f"a finding without a code: {findings}")
@@ -166,7 +165,7 @@ def checkpoint(data: bytes, folder: Path) -> str:
             differs = {*difference.missing, *difference.extra, *difference.mismatched, *difference.dtype_changed}
             expect(differs <= set(difference.refused or ()) and (difference.same or difference.refused), "differs from itself")
             for verbose, width in ((False, None), (True, 80)):
-                _lines(views_text.diff(difference, verbose, width))
+                _lines(difference.to_text(verbose=verbose, width=width))
             _data("diff", views_json.diff(difference))
         if found and found.nbytes < SMALL and len(found) < 50 and found.format != "skeleton":
             converted(path, found, folder)
@@ -282,7 +281,7 @@ def plan(data: bytes, folder: Path) -> str:
         except CheckpointError as error:
             return refused(error, path)
         for verbose, width in ((False, None), (True, 80)):
-            _lines(views_text.plan(made, verbose, width))
+            _lines(made.to_text(verbose=verbose, width=width))
         value = planfile.to_json(made)
         _data("plan", value)
         again = planfile.from_json(json.dumps(value).encode(), str(path))

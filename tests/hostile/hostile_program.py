@@ -58,7 +58,12 @@ def _import_all() -> None:
     for floor in ("adapters", "rules", "formats", "planning", "views"):
         for found in pkgutil.walk_packages([str(ROOT / "ckptsurgeon" / floor)], f"ckptsurgeon.{floor}."):
             importlib.import_module(found.name)
-    for name in ("api.looking", *(f"cli.commands.{name}" for name in ("check", "diff", "inspect", "verify"))):
+    for name in (
+        "api.looking",
+        "api.comparing",
+        "api.verifying",
+        *(f"cli.commands.{name}" for name in ("check", "diff", "inspect", "verify")),
+    ):
         importlib.import_module(f"ckptsurgeon.{name}")
     assert "torch" not in sys.modules
 

@@ -16,7 +16,8 @@ def command(show: options.Show) -> int:
     """
     from ckptsurgeon.adapters.table import ADAPTERS
     from ckptsurgeon.models.init.scheme_text import SCHEMES
-    from ckptsurgeon.views import json, text
+    from ckptsurgeon.views import json
+    from ckptsurgeon.views.text import inspect as text
 
     rows = [
         *(("adapter", name, tuple(field for field in one.fields if field not in one.planned), one.words) for name, one in ADAPTERS.items()),

@@ -71,7 +71,8 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
 
 def _explain(words: str, show: options.Show) -> int:
     from ckptsurgeon import finding_codes
-    from ckptsurgeon.views import json, text
+    from ckptsurgeon.views import json
+    from ckptsurgeon.views.text import check as text
 
     found = finding_codes.TABLE if words.lower() == "all" else finding_codes.named(words)
     if not found:

@@ -69,7 +69,8 @@ def command(
         raise NoRecordError(
             "records that nothing trainable is fresh", path=checkpoint, hint="give rates by pattern: --override 'fc3.*' 1e-2"
         )
-    from ckptsurgeon.views import json, text
+    from ckptsurgeon.views import json
+    from ckptsurgeon.views.text import merge as text
 
     show.answer(lambda: text.groups(rows, show.verbose, show.width), lambda: json.groups(rows))
     return 0

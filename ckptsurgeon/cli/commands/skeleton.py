@@ -17,7 +17,7 @@ def command(target: str, output: str, overwrite: bool, show: options.Show) -> in
     """Write a target's names and shapes as JSON, so that a gate can hold files against it without torch."""
     from ckptsurgeon import api
     from ckptsurgeon.cli.files import write_json
-    from ckptsurgeon.views import text
+    from ckptsurgeon.views.text import merge as text
 
     found = api.skeleton(target, note=show.note())
     value = found.to_dict()

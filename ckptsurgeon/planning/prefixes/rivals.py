@@ -16,7 +16,6 @@ from ckptsurgeon.planning.apply_rules import Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.prefixes.find import Change, find_exchange
 from ckptsurgeon.planning.prefixes.heads import Tensors
-from ckptsurgeon.rules.drafting.cover import dropping
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
@@ -113,6 +112,8 @@ class _Tried:
 
 def _rules(chosen: Change, rivals: Sequence[Change], source: Checkpoint, head: str) -> Iterator[tuple[Rule, ...]]:
     """Rules that may choose a change, the shortest first: by its prefix, by what each of its keys gets for its head, and key by key."""
+    from ckptsurgeon.rules.drafting.cover import dropping
+
     others = {key for rival in rivals for key in rival.mapping} - chosen.mapping.keys()
     if chosen.collides:
         taken = chosen.mapping.values()
@@ -132,6 +133,8 @@ def _by_prefix(chosen: Change, others: set[str], source: Tensors, head: str) -> 
     rename = Rule("rename", f"{head}{prefix.stripped}{{**rest}}", f"{prefix.added}{{**rest}}")
     if not others:
         return (rename,)
+    from ckptsurgeon.rules.drafting.cover import dropping
+
     left_out = {unwrap(key, WRAPPERS) for key in others}
     seen = {prefix.bare(key) for key in chosen.mapping}
     rest = {name for key in source if key not in others for name in (key, unwrap(key, WRAPPERS))}

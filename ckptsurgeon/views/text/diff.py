@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.diff import Diff, Hint, Offer
 from ckptsurgeon.planning.prefixes.rivals import Way
 from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, quantised, shape, table
@@ -68,6 +67,8 @@ def _next(found: Diff, width: int | None) -> list[str]:
         more = len(renames) - RENAMES
         lines.append(f"Likely renamed: {shown}{f' and {more} more' if more > 0 else ''}")
     if found.likely:
+        from ckptsurgeon.matching.rules_from_links import to_toml
+
         sure = [link for link in found.likely if link.certain] or found.likely
         lines += [
             "Probably the same under other names:",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 from ckptsurgeon.optimizer.plan import FRESH
 from ckptsurgeon.report import CarriedState, Cast, Report
 from ckptsurgeon.tensors import Checkpoint
@@ -115,6 +113,8 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
     before = sum(max(len(row[place]) for row in [headers, *cells]) + 2 for place in range(len(headers) - 1))
     if width is not None:
         cells = [[*row[:-1], "\n".join(broken(row[-1], max(width - before, 24)))] for row in cells]
+    from tabulate import tabulate
+
     return tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from tabulate import tabulate
-
-from ckptsurgeon.adapters.op import Op
-from ckptsurgeon.adapters.table import texts
 from ckptsurgeon.errors import printable
-from ckptsurgeon.planning.quantised import Codes
-from ckptsurgeon.report import Finding
-from ckptsurgeon.tensors import Coverage
 from ckptsurgeon.views.folding import fold, fold_siblings
+
+if TYPE_CHECKING:
+    from ckptsurgeon.adapters.op import Op
+    from ckptsurgeon.planning.quantised import Codes
+    from ckptsurgeon.report import Finding
+    from ckptsurgeon.tensors import Coverage
 
 MOST = 12  # rows of one kind before the rest is counted
 WIDEST = 240  # characters of a cell with which others are aligned
@@ -64,6 +64,8 @@ def chain(ops: Iterable[Op]) -> str:
     'transpose(dims=[0, 1])'
     """
     cut = [{field: value if len(repr(value)) <= FIELD else Cut() for field, value in op.items()} for op in ops]
+    from ckptsurgeon.adapters.table import texts
+
     return texts(cut)
 
 
@@ -112,6 +114,8 @@ def table(rows: Iterable[Row], width: int | None, most: int | None = MOST) -> li
 def _aligned(rows: Sequence[Row]) -> list[str]:
     if not any(rows):
         return [""] * len(rows)
+    from tabulate import tabulate
+
     # A row with an endless cell stands by itself, or every other row would be as wide.
     wide = [any(len(cell) > WIDEST for cell in row) for row in rows]
     narrow = [row for row, alone in zip(rows, wide, strict=True) if not alone]
@@ -213,6 +217,7 @@ def pasted(label: str, words: Sequence[str], width: int | None) -> str:
 def coverage(found: Coverage) -> str:
     """Coverage as a person reads it; never rounded up to the whole.
 
+    >>> from ckptsurgeon.tensors import Coverage
     >>> coverage(Coverage(0.5, 0.99999))
     '50.0 % of tensors, 99.9 % of elements'
     """
