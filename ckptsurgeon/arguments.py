@@ -7,6 +7,7 @@ used up here: of an iterator only that it is one is seen, and a class of a highe
 from __future__ import annotations
 
 import inspect
+import io
 import numbers
 import operator
 import os
@@ -71,7 +72,7 @@ def _all(fits: Fits) -> Fits:
 
     def fit(value: Any) -> bool:
         if isinstance(value, Iterator):
-            return True
+            return not hasattr(value, "read")
         if isinstance(value, (str, bytes, Mapping)) or _is_model(value) or hasattr(value, "read"):
             return False
         if isinstance(value, (list, tuple, Set)):
@@ -111,7 +112,13 @@ def _has_fresh(value: Any) -> bool:
 
 _is_rule = _any(_is_path, _ours("Rule"))
 _SOURCE = Kind("a path or a Checkpoint", _any(_is_path, _is(Checkpoint, Archive)), file=True)
-_LIVE = Kind("a path, a Checkpoint, a state_dict or a model", _any(_is_path, _is(Archive, Mapping), _is_model), file=True, instance=True)
+_LIVE = Kind(
+    "a path, a Checkpoint, an io.BytesIO, a state_dict or a model",
+    _any(_is_path, _is(Archive, Mapping, io.BytesIO), _is_model),
+    file=True,
+    instance=True,
+)
+_READ = Kind("a path, an io.BytesIO or a Checkpoint", _any(_SOURCE.fits, _is(io.BytesIO)), file=True)
 _TARGET = Kind(
     "a path, a spec such as 'module:Net', a model, a state_dict or a Checkpoint",
     _any(_is_path, _is(Mapping), _is_model),
@@ -138,6 +145,7 @@ _RULES = ("rename", "drop", "keep", "adapt", "init", "stage", "average")
 # By annotation; `| None` is added to what may be left out.
 KINDS: dict[str, Kind] = {
     "Path": _PATH,
+    "Path | BytesIO": Kind("a path or an io.BytesIO", _any(_is_path, _is(io.BytesIO)), file=True),
     "str": _TEXT,
     "bool": Kind("True or False", _is_flag),
     "int": _WHOLE,
@@ -174,6 +182,7 @@ _NAMES = Kind("a name or a list of them", _WORDS.fits)
 # By verb and parameter, or by parameter, where an annotation says less than is meant.
 NAMED: dict[str, Kind] = {
     "transfer.source": _LIVE,
+    "diff.source": _READ,
     "source": _SOURCE,
     "checkpoint": _SOURCE,
     "optimizer_from": _LIVE,
@@ -288,7 +297,7 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
     >>> from ckptsurgeon import open
     >>> open(None)
     Traceback (most recent call last):
-    ckptsurgeon.errors.ArgumentError: path: takes a path, and None was given to open
+    ckptsurgeon.errors.ArgumentError: path: takes a path or an io.BytesIO, and None was given to open
       try: path='net.pt'
     """
     name = verb.__qualname__.removesuffix(".__init__")
@@ -359,9 +368,7 @@ def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
     if isinstance(value, type) and kind.instance:
         return f"make one first: {value.__name__}(...)"
     if hasattr(value, "read") and kind.file:
-        return "write it to a file and give its path; nothing is read from memory" + (
-            ", or give what torch.load makes of it" if kind is _LIVE else ""
-        )
+        return "write it to a file and give its path; open, inspect, diff and transfer also take an io.BytesIO"
     if kind is KINDS["Renames"] and _is_pair(value):
         return f"{name}={{{value[0]!r}: {value[1]!r}}}"
     if isinstance(value, (list, tuple)) and value and all(map(kind.fits, value)) and verb not in CALLS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from io import BytesIO
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ForwardRef
 
@@ -39,6 +40,6 @@ Path = str | os.PathLike[str]
 Note = Callable[[str], None]  # gets each note, a line of text
 Renames = Mapping[str, str] | Iterable[tuple[str, str]]
 Words = str | Iterable[str]
-Given = Path | Checkpoint | Archive | Model | Mapping[str, Any]  # a file, a spec such as "module:Net", a model, a state_dict
+Given = Path | BytesIO | Checkpoint | Archive | Model | Mapping[str, Any]  # a file on disk or in memory, a spec, a model, a state_dict
 Scheme = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
 NoDecay = bool | str | Iterable[bool | str]

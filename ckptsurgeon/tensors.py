@@ -123,13 +123,14 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """A file as it was when its header was read; guards one run against a file that changes under it."""
+    """A file as it was when its header was read; guards one run against a file that changes under it. `data` is set for one in memory."""
 
     path: str
     size: int
     mtime_ns: int
     inode: int
     device: int
+    data: bytes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

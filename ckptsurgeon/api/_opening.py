@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
 from ckptsurgeon.hints import Unmissable
-from ckptsurgeon.parameter_types import Given, Note
+from ckptsurgeon.parameter_types import Given, Note, Path
+from ckptsurgeon.storage.memory import held
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:
@@ -53,13 +55,15 @@ class Target:
         return self.build_meta or (None if build is None else lambda: build(0))
 
 
-def read(path: str | os.PathLike[str]) -> Archive:
-    """The header of the file or folder at `path`, with every root in it."""
-    return formats.read(os.fspath(path))
+def read(given: Path | BytesIO) -> Archive:
+    """The header of the file or folder at a path, or of a file in memory, with every root in it."""
+    return formats.read(held(given) if isinstance(given, BytesIO) else os.fspath(given))
 
 
 def look(given: Given) -> Given:
     """A path's header, anything else as it is: a file that can't be read is told before a model is imported."""
+    if isinstance(given, BytesIO):
+        return read(given)
     if not isinstance(given, (str, os.PathLike)):
         return given
     text = os.fspath(given)
@@ -95,7 +99,7 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
         except RootError:
             from ckptsurgeon.formats import registry
 
-            tree = None if root is None or not registry.named(found.format).pickled else formats.read_tree(found.path).value
+            tree = None if root is None or not registry.named(found.format).pickled else formats.read_tree(found.files[0]).value
             named = None if tree is None else roots.at_place(tree, root or "")
             if named is None:
                 raise
@@ -110,7 +114,7 @@ def _with_shard(found: Checkpoint) -> Checkpoint:
     from ckptsurgeon.formats.folders.hf_shards import shard_of
     from ckptsurgeon.planning.quantised import lacks_scales
 
-    alone = len(found.files) == 1 and lacks_scales(found)
+    alone = len(found.files) == 1 and found.files[0].data is None and lacks_scales(found)
     return replace(found, shard=shard_of(found.files[0].path)) if alone else found
 
 

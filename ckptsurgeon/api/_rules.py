@@ -60,7 +60,7 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     """
     from ckptsurgeon.rules import toml_text
     from ckptsurgeon.rules.rulefile import parse_rules
-    from ckptsurgeon.storage.files import open_regular
+    from ckptsurgeon.storage.opening import open_regular
 
     name = os.fspath(path)
     with open_regular(name) as file:

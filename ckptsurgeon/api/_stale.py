@@ -62,7 +62,7 @@ def load_plan(path: Path) -> Plan:
     ('fc3.weight', 'fc3.bias')
     """
     from ckptsurgeon.limit_table import allowed, exceeded
-    from ckptsurgeon.storage.files import open_regular
+    from ckptsurgeon.storage.opening import open_regular
 
     with open_regular(os.fspath(path)) as file:
         if file.size > (most := allowed("json-bytes")):

@@ -10,11 +10,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
-from ckptsurgeon.errors import FormatError, ModelError, StaleError
+from ckptsurgeon.errors import FormatError, ModelError
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
@@ -25,6 +26,7 @@ from ckptsurgeon.parameter_types import Given
 from ckptsurgeon.planning import training_places
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import CarriedState, Report
+from ckptsurgeon.storage.memory import held as held_in_memory
 from ckptsurgeon.streaming.checksums import hold_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import reported, tensor_from
@@ -113,7 +115,7 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         return Beside("the source", source, given.root, reader, True)
-    if not isinstance(source, (str, os.PathLike, Checkpoint)):
+    if not isinstance(source, (str, os.PathLike, BytesIO, Checkpoint)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the checkpoint that training wrote")
     if not holds_more(given):
         raise FormatError(
@@ -121,9 +123,7 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
             path=given.path,
             hint="give the torch file that training wrote, or the optimizer's own file: optimizer_from='optimizer.pt'",
         )
-    tree = formats.read_tree(given.files[0].path)
-    if tree.files != given.files:
-        raise StaleError("changed while it was read", path=given.path, hint="run it again when nothing writes to it")
+    tree = formats.read_tree(given.files[0])
     return Beside(given.path, tree.value, given.root, reader, False, files=tree.files)
 
 
@@ -137,13 +137,17 @@ def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> Beside:
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         return Beside("the state", source, "", undo.enter_context(Reader([])), True, True)
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike, BytesIO)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the file that has it, such as optimizer.pt")
-    path = os.fspath(source)
-    files = [os.path.join(path, name) for name in training_places.FILES[kind]]
-    tree = formats.read_tree(next((one for one in files if os.path.isfile(one)), path))
+    tree = formats.read_tree(held_in_memory(source) if isinstance(source, BytesIO) else _state_file(kind, os.fspath(source)))
     held = Checkpoint(tree.path, "", "", {}, files=tree.files)
     return Beside(tree.path, tree.value, "", undo.enter_context(Reader([held])), False, True, tree.files)
+
+
+def _state_file(kind: training_places.Kind, path: str) -> str:
+    """The file of a kind of state, where a path is the folder that has it; else the path."""
+    files = [os.path.join(path, name) for name in training_places.FILES[kind]]
+    return next((one for one in files if os.path.isfile(one)), path)
 
 
 def find(kind: training_places.Kind, found: Beside, asked: str | None) -> tuple[str, Any]:

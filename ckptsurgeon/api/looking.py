@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
 from ckptsurgeon.parameter_types import Given, Note, Path
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 
-def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
-    """The state_dict of the file or Hugging Face folder at `path`, without its data.
+def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
+    """The state_dict of the file or Hugging Face folder at `path`, or of the file that an `io.BytesIO` holds, without its data.
 
     Args:
         root: which nested dict holds it, when there are several (`"model"`, `"ema"`).
@@ -27,7 +29,7 @@ def open(path: Path, *, root: str | None = None) -> Checkpoint:  # the verb's na
     return _opening.open_source(path, root=root)
 
 
-def inspect(path: Path) -> Archive:
+def inspect(path: Path | BytesIO) -> Archive:
     """What a file holds: every root, what a pickle asked for, what else is there; nothing of it is run and no data is read.
 
     Raises:

@@ -9,7 +9,7 @@ from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import json_text
 from ckptsurgeon.parameter_types import Note
 from ckptsurgeon.storage.copying import write_at
-from ckptsurgeon.storage.files import open_regular
+from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.streaming.atomic import lost, new_file
 
 

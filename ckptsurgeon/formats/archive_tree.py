@@ -16,7 +16,7 @@ from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
 from ckptsurgeon.formats.registry import module
 from ckptsurgeon.formats.sniff import format_of, no_collections
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
-from ckptsurgeon.storage.files import open_regular
+from ckptsurgeon.storage.opening import Source, open_regular
 from ckptsurgeon.tensors import FileStamp, Refused
 
 
@@ -32,28 +32,29 @@ class ValueTree:
     files: tuple[FileStamp, ...] = ()
 
 
-def read_tree(path: str) -> ValueTree:
-    """Everything in the torch file at `path`, without running any of it.
+def read_tree(source: Source) -> ValueTree:
+    """Everything in a torch file, without running any of it.
 
     Args:
-        path: a torch zip or legacy file.
+        source: a torch zip or legacy file: its path, or the file as it was seen.
 
     Raises:
         FormatError: a file of another format, which holds no more than tensors under names, or none that can be read.
         UnreadableError, LimitError: as the reader's.
+        StaleError: it is no longer the file that was seen.
 
     >>> read_tree("fixtures/net_params.pkl").value["fc3.bias"].shape
     (10,)
     """
-    with no_collections(), open_regular(path) as file:
+    with no_collections(), open_regular(source) as file:
         try:
             form = format_of(file)
             if not form.pickled:
                 raise FormatError("holds tensors under names and nothing beside them", hint="give the torch file that training wrote")
             found: Unpacked = module(form.module).unpack(file)
-            return ValueTree(path, plain_tree(path, found), (file.stamp,))
+            return ValueTree(file.path, plain_tree(file.path, found), (file.stamp,))
         except CheckpointError as error:
-            error.path = error.path or path
+            error.path = error.path or file.path
             raise
 
 

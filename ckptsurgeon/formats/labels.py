@@ -15,7 +15,7 @@ from typing import Any
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.json_text import integer, parse, short
 from ckptsurgeon.limit_table import allowed, exceeded
-from ckptsurgeon.storage.files import open_regular
+from ckptsurgeon.storage.opening import open_regular
 
 MOST_ROWS = 10_000_000
 SPARSE = (4, 1000)  # rows may be this many times the tokens, and so many more

@@ -16,7 +16,8 @@ from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.folders.hf_folder import find_in_folder
 from ckptsurgeon.formats.registry import TABLE, Format, module
 from ckptsurgeon.formats.torch.zip_directory import ends_as_zip
-from ckptsurgeon.storage.files import OpenFile, open_regular
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.opening import Source, open_regular
 from ckptsurgeon.tensors import Archive
 
 _HEAD = 4096
@@ -41,13 +42,14 @@ _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
 )
 
 
-def read(path: str) -> Archive:
-    """Read the header of the checkpoint at `path`: a file, a Hugging Face folder, or its index.
+def read(source: Source) -> Archive:
+    """Read the header of a checkpoint: a file, a Hugging Face folder, or its index, at a path; or a file in memory.
 
     Raises a CheckpointError, and nothing else, for anything that is not one.
     """
     with no_collections():
-        return _read_file(find_in_folder(path) if os.path.isdir(path) else path, format_of)
+        folder = isinstance(source, str) and os.path.isdir(source)
+        return _read_file(find_in_folder(str(source)) if folder else source, format_of)
 
 
 @contextmanager
@@ -62,18 +64,18 @@ def no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _read_file(path: str, choose: Callable[[OpenFile], Format]) -> Archive:
-    with open_regular(path) as file:
+def _read_file(source: Source, choose: Callable[[OpenFile], Format]) -> Archive:
+    with open_regular(source) as file:
         try:
             form = choose(file)
             reader = module(form.module)
             found: Archive = reader.read(file, _read_shard) if form.index else reader.read(file)
             return found
         except CheckpointError as error:
-            error.path = error.path or path
+            error.path = error.path or file.path
             part = parts.of_broken(file) if isinstance(error, FormatError) else None
             if part is not None:
-                raise parts.refused(part, path) from error
+                raise parts.refused(part, file.path) from error
             raise
 
 
@@ -117,7 +119,7 @@ def format_of(file: OpenFile) -> Format:
     raise FormatError(
         "is no checkpoint: neither torch's zip or legacy format, nor safetensors, an index or a skeleton",
         path=file.path,
-        hint=f"look at its first bytes: head -c 64 {parts.word(file.path)} | xxd",
+        hint="look at its first bytes" + (f": head -c 64 {parts.word(file.path)} | xxd" if file.fd is not None else ""),
     )
 
 

@@ -7,38 +7,28 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-from ckptsurgeon.errors import StaleError, UnreadableError
+from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import platform
+from ckptsurgeon.storage.files import OpenFile
 
 BUFFER = 4 << 20
 
 
-def copy_range(source: int, source_offset: int, output: int, output_offset: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes between two open files.
+def copy_range(source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int) -> None:
+    """Copy `nbytes` bytes of a file into the one behind the descriptor `output`.
 
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
     """
     done = 0
-    while done < nbytes:
-        copied = platform.copy_in_kernel(source, output, nbytes - done, source_offset + done, output_offset + done)
+    while source.fd is not None and done < nbytes:
+        copied = platform.copy_in_kernel(source.fd, output, nbytes - done, source_offset + done, output_offset + done)
         if not copied:
             break  # by hand, which also tells whether the file ended: some file systems answer 0 instead of an error
         done += copied
     for chunk in chunks(source, source_offset + done, nbytes - done):
         write_at(output, chunk, output_offset + done)
         done += len(chunk)
-
-
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Tell which file it was that could not be read, or ended early."""
-    try:
-        yield
-    except (StaleError, UnreadableError) as error:
-        error.path = error.path or path
-        raise
 
 
 def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -49,7 +39,7 @@ def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> 
         view, offset = view[written:], offset + written
 
 
-def chunks(source: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+def chunks(source: OpenFile, offset: int, nbytes: int) -> Iterator[memoryview]:
     """The bytes from `offset`, a whole buffer at a time, the last one shorter; each view is good until the next one."""
     buffer = memoryview(bytearray(min(nbytes, BUFFER)))
     while nbytes:
@@ -60,13 +50,13 @@ def chunks(source: int, offset: int, nbytes: int) -> Iterator[memoryview]:
         nbytes -= len(view)
 
 
-def read_at(source: int, buffer: bytearray | memoryview, offset: int) -> None:
+def read_at(source: OpenFile, buffer: bytearray | memoryview, offset: int) -> None:
     """Read from `offset` until `buffer` is full. StaleError where the file ends before."""
-    if not _fill(source, buffer, offset):
-        raise StaleError("became shorter while it was read", hint="run it again when nothing writes to it")
+    if not source.fill(buffer, offset):
+        raise StaleError("became shorter while it was read", path=source.path, hint="run it again when nothing writes to it")
 
 
-def checksum(source: int, offset: int, nbytes: int) -> int:
+def checksum(source: OpenFile, offset: int, nbytes: int) -> int:
     """The CRC-32 of `nbytes` bytes from `offset`."""
     crc = 0
     for chunk in chunks(source, offset, nbytes):
@@ -74,7 +64,7 @@ def checksum(source: int, offset: int, nbytes: int) -> int:
     return crc
 
 
-def equal_ranges(one: int, one_offset: int, other: int, other_offset: int, nbytes: int) -> bool:
+def equal_ranges(one: OpenFile, one_offset: int, other: OpenFile, other_offset: int, nbytes: int) -> bool:
     """Whether two files have the same `nbytes` bytes there."""
     size = min(nbytes, BUFFER)
     first, second = bytearray(size), bytearray(size)
@@ -82,20 +72,7 @@ def equal_ranges(one: int, one_offset: int, other: int, other_offset: int, nbyte
         if nbytes < size:
             size = nbytes
             first, second = bytearray(size), bytearray(size)
-        if not _fill(one, first, one_offset) or not _fill(other, second, other_offset) or first != second:
+        if not one.fill(first, one_offset) or not other.fill(second, other_offset) or first != second:
             return False
         one_offset, other_offset, nbytes = one_offset + size, other_offset + size, nbytes - size
-    return True
-
-
-def _fill(source: int, buffer: bytearray | memoryview, offset: int) -> bool:
-    view = memoryview(buffer)
-    while len(view):
-        try:
-            got = platform.read_into(source, view, offset)
-        except OSError as error:
-            raise UnreadableError(f"could not be read ({error.strerror})", hint="check the disk") from error
-        if not got:
-            return False
-        view, offset = view[got:], offset + got
     return True

@@ -22,6 +22,7 @@ from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, OutTensor, Slo
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, dequantized, is_average
 from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without
@@ -226,7 +227,7 @@ def apply(
         tensors, aliases = tensors_of(plan, storages, alias=output.form.leaves_out_tied and output.tied == "alias")
         layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)
         _refuse_part_of_source(output.path, checkpoints)
-        with new_file(output.path, output.overwrite) as temporary, copying.naming(output.path):
+        with new_file(output.path, output.overwrite) as temporary:
             _write(run, layout, tensors, temporary, output.proof)
             reader.check_unchanged()
             with syncing(temporary):
@@ -320,11 +321,11 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
     for slot in layout.slots:
         position = slot.offset
         for piece in moved[slot.index] or ():
-            with copying.naming(piece.file):
-                copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
+            copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
             position += piece.nbytes
     _refuse_torn_ties(run, layout, tensors, temporary)
-    checksums = [copying.checksum(temporary.fd, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
+    written = LocalFile(temporary.path, temporary.fd)
+    checksums = [copying.checksum(written, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for slot, crc in zip(layout.slots, checksums, strict=bool(checksums)):
         pieces = moved[slot.index] or ()
         if len(pieces) == 1 and pieces[0].checksum() == crc:
@@ -338,6 +339,7 @@ def _refuse_torn_ties(run: _Run, layout: Layout, tensors: Sequence[OutTensor], t
     if run.plan.target is None or run.plan.target.kind not in ("model", "skeleton"):
         return
     slots = {tensors[slot.index].name: slot for slot in layout.slots}
+    written = LocalFile(temporary.path, temporary.fd)
     number = {tensor.name: tensor.storage for tensor in tensors}
     for group in run.plan.ties:
         first, *rest = [key for key in group if key in number]
@@ -345,7 +347,7 @@ def _refuse_torn_ties(run: _Run, layout: Layout, tensors: Sequence[OutTensor], t
             one, other = slots.get(first), slots.get(key)
             if number[key] == number[first] or one is None or other is None:
                 continue
-            if not copying.equal_ranges(temporary.fd, one.offset, temporary.fd, other.offset, one.nbytes):
+            if not copying.equal_ranges(written, one.offset, written, other.offset, one.nbytes):
                 raise torn(first, key)
 
 

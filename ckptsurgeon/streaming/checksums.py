@@ -6,7 +6,6 @@ in a file, `holding` for what a reader has read, beside other work; `holding_fil
 
 from __future__ import annotations
 
-import os
 import shlex
 import threading
 import zlib
@@ -14,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from ckptsurgeon.errors import CheckpointError, FormatError, StaleError
+from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
 from ckptsurgeon.storage import copying
-from ckptsurgeon.storage.files import OpenFile, open_regular, stamp
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Record, Span, TensorMeta
 
@@ -44,16 +44,8 @@ def hold(seen: FileStamp, alive: Callable[[], None]) -> Held:
 
     StaleError when the file is no longer what it was.
     """
-    with _opened(seen) as file:
+    with open_regular(seen) as file:
         return _hold(file, alive)
-
-
-@contextmanager
-def _opened(seen: FileStamp) -> Iterator[OpenFile]:
-    with open_regular(seen.path) as file:
-        if file.stamp != seen:
-            raise _changed(seen.path)
-        yield file
 
 
 def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
@@ -62,22 +54,20 @@ def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
     storages: list[str] = []
     others: list[str] = []
     without = 0
-    with copying.naming(file.path):
-        for full, entry in read_directory(file).entries.items():
-            without += not entry.crc and entry.size > 0
-            if not _as_it_says(file, full, entry, alive):
-                name = full.partition("/")[2]
-                storages += [name[len("data/") :]] if name.startswith("data/") else []
-                others += [] if name.startswith("data/") else [name]
-    if stamp(file.path, os.fstat(file.fd)) != file.stamp:
-        raise _changed(file.path)
+    for full, entry in read_directory(file).entries.items():
+        without += not entry.crc and entry.size > 0
+        if not _as_it_says(file, full, entry, alive):
+            name = full.partition("/")[2]
+            storages += [name[len("data/") :]] if name.startswith("data/") else []
+            others += [] if name.startswith("data/") else [name]
+    file.check_unchanged()
     return Held(file.path, True, tuple(storages), tuple(others), without)
 
 
 def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], None]) -> bool:
     if not entry.crc and isinstance(entry, Record):
         return True  # nothing is said of it
-    parts: Iterable[bytes | memoryview] = copying.chunks(file.fd, entry.offset, entry.nbytes)
+    parts: Iterable[bytes | memoryview] = copying.chunks(file, entry.offset, entry.nbytes)
     crc = 0
     try:
         for part in inflated(parts, entry.size, file.path, name) if isinstance(entry, Packed) else parts:
@@ -86,10 +76,6 @@ def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], Non
     except FormatError:
         return False
     return entry.crc in (0, crc)
-
-
-def _changed(path: str) -> StaleError:
-    return StaleError("changed while it was read", path=path, hint="run it again when nothing writes to it")
 
 
 def hold_now(path: str) -> Held:
@@ -106,7 +92,7 @@ def holding_files(files: Sequence[FileStamp]) -> Iterator[list[Held]]:
     """
     found: list[Held] = []
     with ExitStack() as stack:
-        opened = [stack.enter_context(_opened(seen)) for seen in files]  # here, where no one's code has changed the folder
+        opened = [stack.enter_context(open_regular(seen)) for seen in files]  # here, where no one's code has changed the folder
 
         def work(alive: Callable[[], None]) -> None:
             found.extend(_hold(file, alive) for file in opened)
@@ -127,7 +113,7 @@ def holding(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
     waiting = [(span, *reader.locate(span)) for span in spans if span.record is not None and span.record.crc]
 
     def work(alive: Callable[[], None]) -> None:
-        wrong.extend(span for span, fd, offset in waiting if not _as_its_record_says(span, fd, offset, alive))
+        wrong.extend(span for span, file, offset in waiting if not _as_its_record_says(span, file, offset, alive))
 
     with _beside(work):
         yield wrong
@@ -173,14 +159,13 @@ def _beside(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
     assert done.is_set(), "the thread that holds checksums came to no end"
 
 
-def _as_its_record_says(span: Span, fd: int, offset: int, alive: Callable[[], None]) -> bool:
+def _as_its_record_says(span: Span, file: OpenFile, offset: int, alive: Callable[[], None]) -> bool:
     """Whether the record around a span, which begins at `offset` in an open file, is what its checksum says."""
     record, crc = span.record, 0
     assert record is not None
-    with copying.naming(span.file):
-        for part in copying.chunks(fd, offset - span.offset + record.offset, record.nbytes):
-            alive()
-            crc = zlib.crc32(part, crc)
+    for part in copying.chunks(file, offset - span.offset + record.offset, record.nbytes):
+        alive()
+        crc = zlib.crc32(part, crc)
     return crc == record.crc
 
 
@@ -205,8 +190,13 @@ def refuse(wrong: Sequence[Span], checkpoints: Iterable[Checkpoint]) -> None:
         "has data that is not what its own checksum says",
         path=first,
         problems=shortened(problems),
-        hint=f"copy or download it again; see all that is wrong: ckptsurgeon check --full {shlex.quote(first)}",
+        hint="copy or download it again"
+        + (f"; see all that is wrong: ckptsurgeon check --full {shlex.quote(first)}" if not _in_memory(first, checkpoints) else ""),
     )
+
+
+def _in_memory(path: str, checkpoints: Iterable[Checkpoint]) -> bool:
+    return any(file.path == path and file.data is not None for checkpoint in checkpoints for file in checkpoint.files)
 
 
 def held(reader: Reader, spans: Sequence[Span]) -> list[Span]:

@@ -14,7 +14,8 @@ from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.storage import copying
-from ckptsurgeon.storage.files import open_regular
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.streaming.moved_ranges import Pieces
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta
@@ -55,7 +56,7 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
                 continue
             if (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
                 problems.append(f"{item.name}: is {tensor.dtype} {tensor.shape}, not {item.dtype} {item.shape}")
-            elif not _same(file.fd, tensor, item, reader):
+            elif not _same(file, tensor, item, reader):
                 problems.append(f"{item.name}: its bytes differ")
     if problems:
         raise VerificationError(
@@ -88,18 +89,17 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _same(fd: int, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
+def _same(file: OpenFile, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
     assert tensor.span is not None
     position, end = tensor.span.offset, tensor.span.offset + tensor.span.nbytes
     if item.pieces is not None:
         for piece in item.pieces:
             source, offset = reader.locate(piece)
-            with copying.naming(piece.file):
-                if position + piece.nbytes > end or not copying.equal_ranges(fd, position, source, offset, piece.nbytes):
-                    return False
+            if position + piece.nbytes > end or not copying.equal_ranges(file, position, source, offset, piece.nbytes):
+                return False
             position += piece.nbytes
         return position == end
     digest = sha256()
-    for chunk in copying.chunks(fd, tensor.span.offset, tensor.span.nbytes):
+    for chunk in copying.chunks(file, tensor.span.offset, tensor.span.nbytes):
         digest.update(chunk)
     return digest.hexdigest() == item.digest

@@ -6,7 +6,6 @@ lie densely.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,13 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import BinaryIO
 
-from ckptsurgeon.errors import FormatError, OutputError, StaleError
+from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.copying import BUFFER
-from ckptsurgeon.storage.files import OpenFile, open_regular, stamp
+from ckptsurgeon.storage.files import OpenFile, changed
+from ckptsurgeon.storage.local import LocalFile
+from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
 
@@ -30,9 +31,9 @@ class Reader:
         self._stamps: dict[str, FileStamp] = {}
         for seen in (seen for found in checkpoints for seen in found.files):
             if self._stamps.setdefault(seen.path, seen) != seen:
-                raise _changed(seen.path)  # between the reading of two headers
+                raise changed(seen.path)  # between the reading of two headers
         self._files: dict[str, OpenFile] = {}
-        self._inflated: dict[tuple[str, int], BinaryIO] = {}
+        self._inflated: dict[tuple[str, int], LocalFile] = {}
         self._entries: dict[tuple[str, int], Span] = {}
         self._stack = ExitStack()
 
@@ -46,31 +47,28 @@ class Reader:
         """The open file at a path, which is as it was when its header was read."""
         file = self._files.get(path)
         if file is None:
-            file = self._files[path] = self._stack.enter_context(open_regular(path))
-            if file.stamp != self._stamps.get(path, file.stamp):
-                raise _changed(path)
+            file = self._files[path] = self._stack.enter_context(open_regular(self._stamps.get(path, path)))
         return file
 
-    def locate(self, span: Span) -> tuple[int, int]:
+    def locate(self, span: Span) -> tuple[OpenFile, int]:
         """The open file and the offset at which a span's bytes begin."""
         file = self.open(span.file)
         entry = span.packed or span.record
         if entry is not None:
             self._entries.setdefault((span.file, entry.offset), span)
         if span.packed is None:
-            return file.fd, span.offset
+            return file, span.offset
         place = span.file, span.packed.offset
         if place not in self._inflated:
             with _unpacking(file.path):
-                self._inflated[place] = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-                _inflate(file, span, span.packed, self._inflated[place])
-        return self._inflated[place].fileno(), span.offset
+                unnamed = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+                _inflate(file, span, span.packed, unnamed)
+                self._inflated[place] = LocalFile(file.path, unnamed.fileno())
+        return self._inflated[place], span.offset
 
     def chunks(self, span: Span) -> Iterator[memoryview]:
         """A span's bytes, a buffer at a time; each view is good until the next one."""
-        fd, offset = self.locate(span)
-        with copying.naming(span.file):
-            yield from copying.chunks(fd, offset, span.nbytes)
+        yield from copying.chunks(*self.locate(span), span.nbytes)
 
     def read(self, tensor: TensorMeta) -> bytearray:
         """A tensor's elements, densely in row-major order."""
@@ -88,9 +86,8 @@ class Reader:
             memory[:] = self.read(tensor)
 
     def _read(self, span: Span, memory: memoryview) -> None:
-        fd, offset = self.locate(span)
-        with copying.naming(span.file):
-            copying.read_at(fd, memory, offset)
+        file, offset = self.locate(span)
+        copying.read_at(file, memory, offset)
 
     def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
@@ -106,14 +103,8 @@ class Reader:
 
     def check_unchanged(self) -> None:
         """Raises StaleError when a file that was read is no longer what it was."""
-        # A file that was replaced or taken away since it was opened is still whole for us.
-        for path, file in self._files.items():
-            if stamp(path, os.fstat(file.fd)) != file.stamp:
-                raise _changed(path)
-
-
-def _changed(path: str) -> StaleError:
-    return StaleError("changed while it was read", path=path, hint="run it again when nothing writes to it")
+        for file in self._files.values():
+            file.check_unchanged()
 
 
 @contextmanager
@@ -127,7 +118,7 @@ def _unpacking(path: str) -> Iterator[None]:
 
 def _inflate(file: OpenFile, span: Span, packed: Packed, output: BinaryIO) -> None:
     crc = 0
-    for part in inflated(copying.chunks(file.fd, packed.offset, packed.nbytes), packed.size, file.path, f"data/{span.storage}"):
+    for part in inflated(copying.chunks(file, packed.offset, packed.nbytes), packed.size, file.path, f"data/{span.storage}"):
         crc = zlib.crc32(part, crc)
         output.write(part)
     if packed.crc and crc != packed.crc:

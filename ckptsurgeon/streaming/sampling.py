@@ -49,9 +49,8 @@ def digest(checkpoint: Checkpoint) -> str:
     found = sha256()
     with Reader([checkpoint]) as reader:
         for stamp in checkpoint.files:
-            with copying.naming(stamp.path):
-                for part in copying.chunks(reader.open(stamp.path).fd, 0, stamp.size):
-                    found.update(part)
+            for part in copying.chunks(reader.open(stamp.path), 0, stamp.size):
+                found.update(part)
         reader.check_unchanged()
     return found.hexdigest()
 

@@ -231,7 +231,7 @@ def test_the_hint_is_what_to_write(base) -> None:
         cs.transfer("a.pt", nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"rename: takes a dict .* a tuple of 2 .*\n  try: rename={'a.{p}': 'b.{p}'}"):
         cs.transfer("a.pt", nn.Linear(2, 2), rename=("a.{p}", "b.{p}"))  # type: ignore[arg-type]
-    for call in (cs.open, cs.inspect, lambda file: cs.diff(file, "a.pt"), lambda file: cs.transfer(file, nn.Linear(2, 2))):
+    for call in (lambda file: cs.merge(file, "a.pt", "out.pt"), lambda file: cs.verify(file, "a.pt")):
         with pytest.raises(ArgumentError, match=r"a BytesIO was given .*\n  try: write it to a file and give its path"):
             call(io.BytesIO())
     with pytest.raises(ArgumentError, match=r"a list of 2 .*\n  try: give one of them"):

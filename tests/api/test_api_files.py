@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pyte
 KILLED = """
 import os, signal, sys
 import ckptsurgeon as cs
-from ckptsurgeon.streaming import copying
+from ckptsurgeon.storage import copying
 
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -18,7 +18,7 @@ from ckptsurgeon.formats import read
 from ckptsurgeon.formats.torch import zip_directory
 from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
 from ckptsurgeon.formats.torch.zip_directory import read_directory
-from ckptsurgeon.storage.files import open_regular
+from ckptsurgeon.storage.opening import open_regular
 
 STATE = {"w": torch.arange(6.0), "b": torch.ones(300, dtype=torch.float16)}
 

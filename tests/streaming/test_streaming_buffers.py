@@ -11,6 +11,7 @@ from streaming_support import opened
 
 from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.local import LocalFile
 
 DATA = os.urandom(700)
 RANGES = [(0, 0), (0, 700), (13, 500), (699, 1), (350, 350)]
@@ -23,10 +24,10 @@ def test_chunks_checksum_and_comparison(start: int, length: int, buffer: int, tm
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(b"xyz" + DATA)
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
-        assert b"".join(bytes(chunk) for chunk in copying.chunks(one, start, length)) == DATA[start : start + length]
-        assert copying.checksum(one, start, length) == zlib.crc32(DATA[start : start + length])
-        assert copying.equal_ranges(one, start, other, start + 3, length)
-        assert copying.equal_ranges(one, start, other, start + 2, length) == (
+        assert b"".join(bytes(chunk) for chunk in copying.chunks(LocalFile("it", one), start, length)) == DATA[start : start + length]
+        assert copying.checksum(LocalFile("it", one), start, length) == zlib.crc32(DATA[start : start + length])
+        assert copying.equal_ranges(LocalFile("it", one), start, LocalFile("it", other), start + 3, length)
+        assert copying.equal_ranges(LocalFile("it", one), start, LocalFile("it", other), start + 2, length) == (
             DATA[start : start + length] == (b"xyz" + DATA)[start + 2 :][:length]
         )
 
@@ -35,9 +36,9 @@ def test_beyond_the_end_nothing_is_equal_and_nothing_is_read(tmp_path: Path) -> 
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(DATA)
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
-        assert not copying.equal_ranges(one, 0, other, 0, 701)
+        assert not copying.equal_ranges(LocalFile("it", one), 0, LocalFile("it", other), 0, 701)
         with pytest.raises(StaleError):
-            copying.checksum(one, 0, 701)
+            copying.checksum(LocalFile("it", one), 0, 701)
 
 
 @pytest.mark.parametrize("place", [0, 349, 350, 699])
@@ -46,4 +47,4 @@ def test_one_wrong_bit_is_seen_in_every_buffer(place: int, tmp_path: Path, monke
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(DATA[:place] + bytes([DATA[place] ^ 1]) + DATA[place + 1 :])
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
-        assert not copying.equal_ranges(one, 0, other, 0, 700)
+        assert not copying.equal_ranges(LocalFile("it", one), 0, LocalFile("it", other), 0, 700)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.local import LocalFile
 
 REAL = os.copy_file_range
 
@@ -66,7 +67,7 @@ def test_every_path_copies_the_same_bytes(path: str, data: bytes, start: int, pl
     start = min(start, len(data))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "copy_file_range", PATHS[path])
-        copying.copy_range(source, start, output, place, len(data) - start)
+        copying.copy_range(LocalFile("it", source), start, output, place, len(data) - start)
     assert os.pread(output, 1000, place) == data[start:]
 
 
@@ -76,10 +77,10 @@ def test_more_than_a_buffer(path: str, files: tuple[int, int], monkeypatch: pyte
     data = os.urandom(2 * copying.BUFFER + 17)
     os.pwrite(source, data, 0)
     monkeypatch.setattr(os, "copy_file_range", PATHS[path])
-    copying.copy_range(source, 3, output, 5, len(data) - 3)
+    copying.copy_range(LocalFile("it", source), 3, output, 5, len(data) - 3)
     assert os.pread(output, len(data), 5) == data[3:]
-    assert copying.checksum(output, 5, len(data) - 3) == zlib.crc32(data[3:])
-    assert copying.equal_ranges(source, 3, output, 5, len(data) - 3)
+    assert copying.checksum(LocalFile("it", output), 5, len(data) - 3) == zlib.crc32(data[3:])
+    assert copying.equal_ranges(LocalFile("it", source), 3, LocalFile("it", output), 5, len(data) - 3)
 
 
 def test_a_real_refusal_is_raised(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +88,14 @@ def test_a_real_refusal_is_raised(files: tuple[int, int], monkeypatch: pytest.Mo
     os.pwrite(source, b"12345678", 0)
     monkeypatch.setattr(os, "copy_file_range", failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
-        copying.copy_range(source, 0, output, 0, 8)
+        copying.copy_range(LocalFile("it", source), 0, output, 0, 8)
 
 
 def test_a_source_that_ends_early_is_told(files: tuple[int, int]) -> None:
     source, output = files
     os.pwrite(source, b"1234", 0)
     with pytest.raises(StaleError, match="shorter"):
-        copying.copy_range(source, 0, output, 0, 8)
+        copying.copy_range(LocalFile("it", source), 0, output, 0, 8)
 
 
 @given(data=st.binary(min_size=1, max_size=300), where=st.data())
@@ -106,5 +107,5 @@ def test_one_flipped_bit_is_seen(data: bytes, where: st.DataObject, files: tuple
     other[position] ^= 1 << where.draw(st.integers(0, 7))
     os.pwrite(source, data, 0)
     os.pwrite(output, other, 0)
-    assert not copying.equal_ranges(source, 0, output, 0, len(data))
-    assert copying.equal_ranges(source, 0, output, 0, position)
+    assert not copying.equal_ranges(LocalFile("it", source), 0, LocalFile("it", output), 0, len(data))
+    assert copying.equal_ranges(LocalFile("it", source), 0, LocalFile("it", output), 0, position)

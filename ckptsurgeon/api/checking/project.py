@@ -26,7 +26,7 @@ from ckptsurgeon.parameter_types import Note
 from ckptsurgeon.report import CheckReport, Settings
 from ckptsurgeon.rules import long_keys, toml_text
 from ckptsurgeon.rules.long_keys import Piece
-from ckptsurgeon.storage.files import open_regular
+from ckptsurgeon.storage.opening import open_regular
 
 NAME = "pyproject.toml"
 TABLE = "tool.ckptsurgeon"

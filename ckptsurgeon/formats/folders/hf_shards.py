@@ -17,7 +17,9 @@ from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.limit_table import allowed, exceeded
-from ckptsurgeon.storage.files import OpenFile, open_regular, unreadable
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.local import unreadable
+from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.tensors import Archive, FileStamp, Shard, StateDict, TensorMeta
 
 
@@ -28,6 +30,8 @@ def is_own(file: OpenFile) -> bool:
 
 def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     """Read an index and the header of every shard it names."""
+    if file.stamp.data is not None:
+        raise FormatError("is an index in memory, and its shards are files beside it", path=file.path, hint="give the index's path")
     raw = whole(file)
     weight_map = _weight_map(raw, file.path)
     folder = os.path.dirname(file.path)

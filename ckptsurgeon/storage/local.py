@@ -1,0 +1,77 @@
+"""Files on disk. Only regular ones: a pipe or a device would hang a reader or never end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckptsurgeon.errors import UnreadableError
+from ckptsurgeon.storage import platform
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.tensors import FileStamp
+
+
+class LocalFile(OpenFile):
+    """A file on disk behind an open descriptor, which stays its owner's to close."""
+
+    fd: int
+
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path, _stamp(path, os.fstat(fd)))
+        self.fd = fd
+
+    def some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.some`."""
+        try:
+            return platform.read(self.fd, nbytes, offset)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.some_into`."""
+        try:
+            return platform.read_into(self.fd, view, offset)
+        except OSError as error:
+            raise UnreadableError(f"could not be read ({error.strerror})", path=self.path, hint="check the disk") from error
+
+    def now(self) -> FileStamp:
+        """As `OpenFile.now`. A file that was replaced or taken away since it was opened is still whole for us."""
+        return _stamp(self.path, os.fstat(self.fd))
+
+
+@contextmanager
+def open_path(path: str) -> Iterator[LocalFile]:
+    """Open `path` for reading, once; UnreadableError for what is missing or is not a regular file."""
+    try:
+        fd = platform.open_to_read(path)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error if isinstance(error, OSError) else OSError(errno.ENOENT, "bad path")) from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UnreadableError(f"is {kind}", path=path, hint="give a checkpoint file on disk, not a pipe or a device")
+        yield LocalFile(path, fd)
+    finally:
+        os.close(fd)
+
+
+def _stamp(path: str, status: os.stat_result) -> FileStamp:
+    return FileStamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+
+
+def unreadable(path: str, error: OSError) -> UnreadableError:
+    """The error for a file that the system does not let us read."""
+    reasons = {
+        errno.ENOENT: ("does not exist", "check the path; `ls` its folder"),
+        errno.EACCES: ("may not be read by you", "check its permissions"),
+        errno.ENXIO: ("is not a regular file", "give a checkpoint file on disk, not a pipe or a device"),
+        errno.EISDIR: ("is a folder", "give a checkpoint file on disk, not a pipe or a device"),
+        errno.ELOOP: ("is a link that leads back to itself", "give the file itself"),
+        errno.ENOTDIR: ("does not exist: a part of its path is a file", "check the path"),
+    }
+    reason, hint = reasons.get(error.errno or 0, (f"could not be read ({error.strerror})", "check the path and the disk"))
+    return UnreadableError(reason, path=path, hint=hint)

@@ -1,0 +1,49 @@
+"""Files in memory: what an `io.BytesIO` held when it was given.
+
+Rule: its bytes never change, whatever becomes of the buffer, since `getvalue` shares them until the buffer is written to. Its name is
+`<BytesIO 1>`, the next one's `<BytesIO 2>`: a name for spans and messages, and no path. The bytes stand in its `FileStamp`.
+"""
+
+from __future__ import annotations
+
+import io
+from itertools import count
+
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.tensors import FileStamp
+
+_NUMBERS = count(1)
+
+
+def held(buffer: io.BytesIO) -> FileStamp:
+    """The whole content of a buffer as a file, wherever the buffer's position is; it is neither copied nor moved.
+
+    >>> seen = held(io.BytesIO(b"abc"))
+    >>> seen.size, MemoryFile(seen).read(1, 2)
+    (3, b'bc')
+    """
+    data = buffer.getvalue()
+    return FileStamp(f"<BytesIO {next(_NUMBERS)}>", len(data), 0, 0, 0, data)
+
+
+class MemoryFile(OpenFile):
+    """A file in memory, by the stamp that holds its bytes."""
+
+    def __init__(self, seen: FileStamp) -> None:
+        assert seen.data is not None
+        super().__init__(seen.path, seen)
+        self._view = memoryview(seen.data)
+
+    def some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.some`."""
+        return bytes(self._view[offset : offset + nbytes])
+
+    def some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.some_into`."""
+        part = self._view[offset : offset + len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+    def now(self) -> FileStamp:
+        """As `OpenFile.now`: it never changes."""
+        return self.stamp
