@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.formats.sniff import read
+from ckptsurgeon.storage.opening import Source
 
 if TYPE_CHECKING:
     from ckptsurgeon.formats.archive_tree import ValueTree
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["read", "read_tree"]
 
 
-def read_tree(path: str) -> ValueTree:
+def read_tree(source: Source) -> ValueTree:
     """As `archive_tree.read_tree`, which only a file with a pickle needs."""
     from ckptsurgeon.formats import archive_tree
 
-    return archive_tree.read_tree(path)
+    return archive_tree.read_tree(source)
