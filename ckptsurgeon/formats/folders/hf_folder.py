@@ -7,7 +7,7 @@ import os
 from ckptsurgeon.errors import UnreadableError
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.registry import SUFFIXES
-from ckptsurgeon.storage.files import unreadable
+from ckptsurgeon.storage.local import unreadable
 
 # In the order in which Hugging Face's own loaders look.
 FOLDER_NAMES = (
