@@ -72,6 +72,15 @@ def look(given: Given) -> Given:
     return read(text)
 
 
+def look_on_disk(given: Given) -> Given:
+    """What `look` sees, where it is to be found again by its path; PlanError for a file in memory."""
+    found = look(given)
+    if isinstance(found, (Archive, Checkpoint)) and any(file.data is not None for file in found.files):
+        words = "lies in memory, and a plan names its sources by path"
+        raise PlanError(words, path=found.path, hint="write it to a file and give its path")
+    return found
+
+
 def name_of(target: Given) -> str:
     """What a target that was not opened is called: its path or spec as it was given, or its class."""
     if isinstance(target, (str, os.PathLike)):

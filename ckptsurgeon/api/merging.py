@@ -28,7 +28,7 @@ from ckptsurgeon.streaming.apply import Output, Training, Values, Written
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free, named
 from ckptsurgeon.streaming.values import Buffer
-from ckptsurgeon.tensors import Archive, Checkpoint
+from ckptsurgeon.tensors import Checkpoint
 
 
 def plan(
@@ -114,13 +114,7 @@ class _Choices:
 
 def _look(sources: Any) -> list[Given]:
     """What can be told before a model is imported: that the sources can be read."""
-    seen = [_opening.look(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
-    for one in seen:
-        if isinstance(one, (Archive, Checkpoint)) and any(file.data is not None for file in one.files):
-            raise PlanError(
-                "lies in memory, and a plan names its sources by path", path=one.path, hint="write it to a file and give its path"
-            )
-    return seen
+    return [_opening.look_on_disk(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 
 def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> tuple[list[Checkpoint], Plan]:
