@@ -13,12 +13,13 @@ from ckptsurgeon.errors import FormatError
 _AT_ONCE = 4 << 20
 
 
-def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: str) -> Iterator[bytes]:
+def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: str, at_once: int = _AT_ONCE) -> Iterator[bytes]:
     """The `size` bytes that a deflated zip entry holds, in parts of a few megabytes.
 
     Args:
         parts: its bytes as they lie in the file, in order.
         path, entry: the file's path and the entry's name, for the error.
+        at_once: the bytes of a part, at most.
 
     Raises:
         FormatError: the stream is not a whole one of `size` bytes, with nothing behind it.
@@ -32,7 +33,7 @@ def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: s
         more = True
         while more:
             try:
-                made = inflate.decompress(left, _AT_ONCE)
+                made = inflate.decompress(left, at_once)
             except zlib.error as error:
                 raise _bad("is damaged", path, entry) from error
             total += len(made)
@@ -41,9 +42,19 @@ def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: s
             if made:
                 yield made
             left = inflate.unconsumed_tail
-            more = not inflate.eof and (bool(left) or len(made) == _AT_ONCE)
+            more = not inflate.eof and (bool(left) or len(made) == at_once)
     if total != size or not inflate.eof:
         raise _bad("is shorter than it says", path, entry)
+
+
+def beginning(parts: Iterable[bytes | memoryview], size: int, count: int, path: str, entry: str) -> bytes:
+    """The first `count` bytes of the `size` that an entry holds; no more than these are inflated. Arguments and errors as `inflated`."""
+    found = b""
+    for part in inflated(parts, size, path, entry, at_once=max(count, 1)):
+        found += part
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
 def _bad(what: str, path: str, entry: str) -> FormatError:

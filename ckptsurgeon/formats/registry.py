@@ -12,9 +12,15 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+_ZIP = b"PK\x03\x04"  # how a zip archive begins; the length of its first entry's name is at byte 26, the name at byte 30
+
 
 def _is_zip(head: bytes) -> bool:
-    return head.startswith(b"PK\x03\x04")
+    return head.startswith(_ZIP) and not _is_zip_of_arrays(head)
+
+
+def _is_zip_of_arrays(head: bytes) -> bool:
+    return head.startswith(_ZIP) and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy")
 
 
 def _is_pickle(head: bytes) -> bool:
@@ -107,6 +113,7 @@ TABLE: tuple[Format, ...] = (
     Format("torch-legacy", "torch.legacy", _is_pickle, family="torch", shards="torch-shards", pickled=True, official="torch"),
     Format("torch-shards", "folders.hf_shards", family="torch", index=True, official="torch"),
     Format("skeleton", "plain.skeleton", _is_json),
+    Format("npz", "plain.npz", _is_zip_of_arrays, official="numpy"),  # no suffix: most .npz files in a folder are no checkpoints
 )
 BY_NAME: Mapping[str, Format] = MappingProxyType({one.name: one for one in TABLE})
 WRITTEN: Mapping[str, Format] = MappingProxyType({one.word: one for one in TABLE if one.writer})  # by the names of --format
@@ -114,7 +121,11 @@ SUFFIXES: Mapping[str, Format] = MappingProxyType({suffix: one for one in TABLE 
 
 OUTPUTS: Mapping[str, str] = MappingProxyType({suffix: one.word for suffix, one in SUFFIXES.items() if one.writer})  # what a suffix writes
 LOADING: Mapping[str, str] = MappingProxyType(
-    {"torch": "torch.load({}, weights_only=True)", "safetensors": "safetensors.torch.load_file({})"}
+    {
+        "torch": "torch.load({}, weights_only=True)",
+        "safetensors": "safetensors.torch.load_file({})",
+        "numpy": "{{key: torch.from_numpy(array) for key, array in numpy.load({}).items()}}",
+    }
 )  # by the library that reads it: the call that gives a file's state_dict
 
 

@@ -116,8 +116,9 @@ def format_of(file: OpenFile) -> Format:
             return form
     if file.size < 9:
         raise FormatError("is too short to be a checkpoint", path=file.path, hint="copy or download it again")
+    names = ", ".join(form.name for form in TABLE if not form.index)
     raise FormatError(
-        "is no checkpoint: neither torch's zip or legacy format, nor safetensors, an index or a skeleton",
+        f"is no checkpoint: of none of the formats {names}, nor an index of shards",
         path=file.path,
         hint="look at its first bytes" + (f": head -c 64 {parts.word(file.path)} | xxd" if file.fd is not None else ""),
     )

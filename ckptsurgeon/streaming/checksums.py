@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.inflate import inflated
@@ -29,13 +29,12 @@ _ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class Held:
-    """What became of the file at `path`: the storages, or other entries by name, whose data is not what its checksum says, and how many
-    entries have no checksum (a CRC of zero). `keeps` is False for a format that has none."""
+    """What became of the file at `path`: the entries whose data is not what its checksum says, by where they begin, with their names, and
+    how many entries have no checksum (a CRC of zero). `keeps` is False for a format that has none."""
 
     path: str
     keeps: bool
-    wrong_storages: tuple[str, ...] = ()
-    wrong_entries: tuple[str, ...] = ()
+    wrong: Mapping[int, str] = field(default_factory=dict)
     without: int = 0
 
 
@@ -51,17 +50,17 @@ def hold(seen: FileStamp, alive: Callable[[], None]) -> Held:
 def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
     if file.read(0, min(len(_ZIP), file.size)) != _ZIP:
         return Held(file.path, keeps=False)
-    storages: list[str] = []
-    others: list[str] = []
+    wrong: dict[int, str] = {}
     without = 0
-    for full, entry in read_directory(file).entries.items():
+    entries = read_directory(file, cased=True).entries
+    folder = f"{next(iter(entries), '').partition('/')[0]}/"
+    below = len(folder) if all(name.startswith(folder) for name in entries) else 0
+    for name, entry in entries.items():
         without += not entry.crc and entry.size > 0
-        if not _as_it_says(file, full, entry, alive):
-            name = full.partition("/")[2]
-            storages += [name[len("data/") :]] if name.startswith("data/") else []
-            others += [] if name.startswith("data/") else [name]
+        if not _as_it_says(file, name, entry, alive):
+            wrong[entry.offset] = name[below:]
     file.check_unchanged()
-    return Held(file.path, True, tuple(storages), tuple(others), without)
+    return Held(file.path, True, wrong, without)
 
 
 def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], None]) -> bool:
@@ -211,29 +210,31 @@ def hold_all(reader: Reader, checkpoints: Iterable[Checkpoint]) -> None:
     refuse(held(reader, tuple(reader.entries().values())), checkpoints)
 
 
-Place = tuple[str, str]  # a file's path and one of its storages
+Place = tuple[str, int]  # a file's path, and where in it an entry begins
 
 
 def findings_of(held: Held, places: Iterable[tuple[str, Place]], where: str = "") -> Iterator[Finding]:
     """An error for each thing in a file whose data is not what its checksum says, and a note where there are no checksums.
 
     Args:
-        places: keys, each with where its data lies; a damaged storage in which none lies is told by its entry's name.
+        places: keys, each with where its data lies; a damaged entry in which none lies is told by its entry's name.
         where: what the sentences begin with, such as the file's name.
     """
     words = f"{where}is not what the file's own checksum says (try: copy or download it again)"
-    wrong: dict[Place, str] = {(held.path, storage): f"data/{storage}" for storage in held.wrong_storages}
-    found = [(key, place) for key, place in places if place in wrong] if wrong else []
-    told = {place for _, place in found}
-    entries = [*(entry for place, entry in wrong.items() if place not in told), *held.wrong_entries]
+    found = [(key, offset) for key, (path, offset) in places if path == held.path and offset in held.wrong] if held.wrong else []
+    told = {offset for _, offset in found}
+    entries = [name for offset, name in held.wrong.items() if offset not in told]
     yield from (Finding("checksum", words, key) for key in [*(key for key, _ in found), *entries])
     if held.without:
         yield Finding("no-checksum", f"{where}{held.without} of its entries have no checksum to be held against", level="note")
 
 
 def places_in(tensors: Mapping[str, TensorMeta]) -> Iterator[tuple[str, Place]]:
-    """Every key, and the file and storage that its data lies in."""
-    return ((key, (tensor.span.file, tensor.span.storage)) for key, tensor in tensors.items() if tensor.span is not None)
+    """Every key whose data lies in a zip archive, and the file and the entry that it lies in."""
+    for key, tensor in tensors.items():
+        entry = None if tensor.span is None else tensor.span.packed or tensor.span.record
+        if tensor.span is not None and entry is not None:
+            yield key, (tensor.span.file, entry.offset)
 
 
 def without(spans: Iterable[Span]) -> list[Finding]:

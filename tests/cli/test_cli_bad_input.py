@@ -71,7 +71,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "NumPy arrays, pickled": (lambda path: path.write_bytes(pickle.dumps(ARRAYS)), "2 NumPy arrays", "torch.from_numpy"),
     "NumPy arrays, torch.save": (lambda path: torch.save(ARRAYS, path), "2 NumPy arrays", "torch.from_numpy"),
-    "npz": (lambda path: np.savez(path.open("wb"), **ARRAYS), "is a zip archive, but none that torch.save wrote", "unpack it"),
+    "npz": (lambda path: np.savez(path.open("wb"), words=np.array(["a"])), "holds no tensors: words is an array of text", "the weights"),
     "whole module": (lambda path: torch.save(Whole(), path), "a whole pickled object of", "model.state_dict()"),
     "optimizer only": (lambda path: torch.save(optimizer_state(), path), "holds an optimizer's state and no model's", "state_dict"),
     "text": (lambda path: path.write_text("import this\n"), "is no checkpoint", "first bytes"),

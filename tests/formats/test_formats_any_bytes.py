@@ -84,6 +84,9 @@ def _seeds() -> dict[str, bytes]:
         {"version": 1, "kind": "skeleton", "tensors": rows, "ties": [["w"]], "entries": [], "module_metadata": {}}
     ).encode()
     seeds["index"] = json.dumps({"metadata": {}, "weight_map": {"a": "it", "b": "other"}}).encode()
+    arrays = BytesIO()
+    numpy.savez(arrays, a=numpy.ones(2), b=numpy.asfortranarray(numpy.ones((2, 3))))
+    seeds["npz"] = arrays.getvalue()
     seeds["pickle"] = pickle.dumps({"w": numpy.ones(2)})
     return seeds
 

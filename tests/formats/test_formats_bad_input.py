@@ -225,7 +225,7 @@ STRANGERS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "tar": (_tar, "tar archive", "unpack"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5", "convert"),
     "npy": (lambda: b"\x93NUMPY\x01\x00" + bytes(100), "NumPy array file", "torch.from_numpy"),
-    "npz": (lambda: _zip("w.npy", "b.npy"), "none that torch.save wrote", "unpack"),
+    "npz": (lambda: _zip("w.npy", "b.npy"), "is no NumPy array", "download"),
     "zip": (lambda: _zip("folder/readme.txt", "folder/model.pt"), "none that torch.save wrote", "unpack"),
     "empty zip": (lambda: _zip(), "empty zip", "download"),
     "GGUF": (lambda: b"GGUF" + bytes(100), "GGUF", "original"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,10 +25,12 @@ W = {"w": torch.arange(6.0).reshape(2, 3)}
 
 def saved(folder: Path) -> dict[str, Path]:
     """A file of each format, by the format's name."""
-    files = {name: folder / name for name in ("torch-zip", "torch-legacy", "safetensors", "skeleton")}
+    files = {name: folder / name for name in ("torch-zip", "torch-legacy", "safetensors", "skeleton", "npz")}
     torch.save(W, files["torch-zip"])
     torch.save(W, files["torch-legacy"], _use_new_zipfile_serialization=False)
     save_file(W, files["safetensors"])
+    with files["npz"].open("wb") as file:
+        numpy.savez(file, w=W["w"].numpy())
     files["skeleton"].write_text('{"version": 1, "kind": "skeleton", "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3]}]}')
     for of_one, name in (("safetensors", "safetensors-shards"), ("torch-zip", "torch-shards")):
         files[name] = folder / f"{name}.index.json"
@@ -75,3 +81,41 @@ def test_a_format_that_is_only_read_is_no_output() -> None:
         assert (one.word in registry.WRITTEN) is any(other.writer for other in registry.TABLE if other.word == one.word)
     with pytest.raises(cs.CheckpointError, match="no format to write"):
         cs.merge("fixtures/net_params.pkl", None, "out.pt", format="skeleton")
+
+
+def test_the_readme_names_every_format_that_may_be_allowed() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text()
+    (sentence,) = re.findall(r"`--allow` knows([^.]*), by content", readme)
+    assert set(re.findall("`([^`]+)`", sentence)) == set(registry.allowed_by())
+    assert "reads both of torch's\nformats, safetensors, Hugging Face folders and indexes of shards, and NumPy's npz" in readme
+
+
+def test_a_new_format_is_one_module_and_one_line_of_the_table(tmp_path: Path) -> None:
+    """A format that nobody knows is read, shown, checked and merged by a program that has no more of it than that."""
+    module = """
+from hashlib import sha256
+from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta
+
+def read(file):
+    count = (file.size - 4) // 4
+    span = Span(file.path, 4, 4 * count, "w")
+    tensors = {"w": TensorMeta("w", "F32", (count,), (1,), span)}
+    return Archive(file.path, "flat", sha256(file.read(0, 4)).hexdigest(), (file.stamp,), (StateDict("", tensors),))
+"""
+    package = shutil.copytree(PACKAGE, tmp_path / "ckptsurgeon", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "formats" / "plain" / "flat.py").write_text(module)
+    table = package / "formats" / "registry.py"
+    line = '    Format("flat", "plain.flat", lambda head: head.startswith(b"FLAT")),\n'
+    table.write_text(table.read_text().replace("TABLE: tuple[Format, ...] = (\n", f"TABLE: tuple[Format, ...] = (\n{line}"))
+    (tmp_path / "it").write_bytes(b"FLAT" + W["w"].numpy().tobytes())
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-P", "-m", "ckptsurgeon", *words]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run("inspect", "it").startswith("it: flat")
+    run("check", "it", "--allow", "flat,torch")
+    run("merge", "it", "-o", "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt")["w"], W["w"].flatten())
+    run("diff", "out.pt", "it", "--exit-code")

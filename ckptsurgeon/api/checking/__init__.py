@@ -49,7 +49,7 @@ def check(
         max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"5GiB"` (2³⁰).
         dtypes: the expected ones, by safetensors' codes or torch's names. Floating and complex tensors of others are found; integers and
             booleans only where one of their kind is expected.
-        allow: the formats that may be: `safetensors`, `torch` (or only `torch-zip`, `torch-legacy`), `skeleton`.
+        allow: the formats that may be, such as `safetensors` or `torch` (or only `torch-zip`); the error for another word lists all.
         select: codes, or beginnings of codes such as `"CK2"`, that alone are told; a file that can't be read is told all the same.
         ignore: codes that are not told; goes before `select`.
         root: which nested dict holds the state_dict. Without it and `against`, every one is looked at.

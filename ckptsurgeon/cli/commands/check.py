@@ -17,9 +17,7 @@ from ckptsurgeon.cli import options
 @click.option("--full/--no-full", help="Hold the data against the checksums of torch's zip format; reads whole files.")
 @click.option("--max-size", metavar="SIZE", help="The most a checkpoint may have: 500MB, 1.5GB, 5GiB.")
 @click.option("--dtype", "dtypes", multiple=True, metavar="DTYPE,...", help="What floating tensors must be: F16,BF16 or float16,bfloat16.")
-@click.option(
-    "--allow", multiple=True, metavar="FORMAT,...", help="The formats that may be: safetensors, torch, torch-zip, torch-legacy, skeleton."
-)
+@click.option("--allow", multiple=True, metavar="FORMAT,...", help="The formats that may be, such as safetensors,torch-zip.")
 @click.option(
     "--select", multiple=True, metavar="CODE,...", help="Tell these codes alone, or beginnings such as CK2 (and what can't be read)."
 )

@@ -48,8 +48,11 @@ class Directory:
     raw: bytes
 
 
-def read_directory(file: OpenFile) -> Directory:
-    """Read and validate the directory of `file`. Raises FormatError for any contradiction, LimitError for too many entries."""
+def read_directory(file: OpenFile, *, cased: bool = False) -> Directory:
+    """Read and validate the directory of `file`. Raises FormatError for any contradiction, LimitError for too many entries.
+
+    `cased`: names may be equal but for case, as to all readers but torch they are two.
+    """
     start, size, count, end = _end_records(file)
     for name, value, what in (("zip-entries", count, "entries"), ("zip-directory-bytes", size, "bytes of directory")):
         if value > allowed(name):
@@ -59,7 +62,7 @@ def read_directory(file: OpenFile) -> Directory:
         raise _bad(file, "has bytes between its directory and its end record")
     rows = _rows(file, raw, count)
     rows.sort()  # by where their headers are
-    return Directory(_entries(file, raw, start, rows, _names(file, raw, rows)), raw)
+    return Directory(_entries(file, raw, start, rows, _names(file, raw, rows, cased)), raw)
 
 
 def _rows(file: OpenFile, raw: bytes, count: int) -> list[_Row]:
@@ -99,7 +102,7 @@ def _check(file: OpenFile, raw_name: bytes, flags: int, method: int, packed: int
         raise _bad(file, "spans several disks")
 
 
-def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row]) -> list[str]:
+def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row], cased: bool) -> list[str]:
     """The names of the rows, each usable and no two the same. They are looked at together; one by one only to tell which is wrong."""
     spelled = [raw[row[1] : row[1] + row[2]] for row in rows]
     try:
@@ -114,7 +117,7 @@ def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row]) -> list[str]:
     if len(set(names)) != len(names):
         twice = next(one for one, other in pairwise(sorted(names)) if one == other)
         raise _bad(file, f"has the entry {twice!r} twice")
-    if together.casefold() != together and len(set(map(str.casefold, names))) != len(names):
+    if not cased and together.casefold() != together and len(set(map(str.casefold, names))) != len(names):
         pairs = pairwise(sorted(names, key=str.casefold))
         one, other = next(pair for pair in pairs if pair[0].casefold() == pair[1].casefold())
         raise _bad(file, f"has the entries {one!r} and {other!r}, which torch takes for one name")  # it looks without regard to case

@@ -1,4 +1,4 @@
-"""A checkpoint's files as torch's and safetensors' own readers give them, file by file, always `weights_only` and on the CPU.
+"""A checkpoint's files as torch's, safetensors' and NumPy's own readers give them, file by file, always `weights_only` and on the CPU.
 
 This is the other opinion that our reader is held against, so nothing of ours is used to read here. What these readers refuse is
 reported with their own words.
@@ -30,7 +30,14 @@ def _safetensors(path: str) -> Any:
     return safetensors.torch.load_file(path, device="cpu")
 
 
-READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors}  # by a format's `official`
+def _numpy(path: str) -> Any:
+    import numpy
+
+    with numpy.load(path, allow_pickle=False) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors, "numpy": _numpy}  # by a format's `official`
 
 
 def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
