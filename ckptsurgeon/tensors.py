@@ -59,6 +59,11 @@ class Span:
     record: Record | None = field(default=None, compare=False)
     lazy: tuple[str, ...] = ()
 
+    @property
+    def entry(self) -> str:
+        """The zip entry that it lies in, as messages name it: torch's storages are records below `data/`, an array is a file of its own."""
+        return self.storage if self.storage.endswith(".npy") else f"data/{self.storage}"
+
     def checksum(self) -> int | None:
         """The CRC-32 that the file gives for just these bytes, or None."""
         record = self.record

@@ -118,10 +118,10 @@ def _unpacking(path: str) -> Iterator[None]:
 
 def _inflate(file: OpenFile, span: Span, packed: Packed, output: BinaryIO) -> None:
     crc = 0
-    for part in inflated(copying.chunks(file, packed.offset, packed.nbytes), packed.size, file.path, span.storage):
+    for part in inflated(copying.chunks(file, packed.offset, packed.nbytes), packed.size, file.path, span.entry):
         crc = zlib.crc32(part, crc)
         output.write(part)
     if packed.crc and crc != packed.crc:
-        words = f"has the deflated entry {span.storage!r}, which is not what its checksum says"
+        words = f"has the deflated entry {span.entry!r}, which is not what its checksum says"
         raise FormatError(words, path=file.path, hint="copy or download it again")
     output.flush()
