@@ -1,4 +1,4 @@
-"""Adapters: named operations on tensors' shapes, each one entry of `table.ADAPTERS`.
+"""Adapters: named operations on tensors, each a module with its fields, shapes, traits and kernel, in a room by family.
 
-Pure shape inference, no value is touched and no torch imported; the kernels of the same names are in `streaming/kernels/`.
+Only kernels import torch, inside of them, so that a merge that moves bytes alone never loads it. `table` names them all.
 """

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from ckptsurgeon.adapters.op import Op, Place, Shape
-from ckptsurgeon.adapters.table import adapter_of, is_own, op_text
+from ckptsurgeon.adapters.table import adapter_of, is_own, listed, op_text
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RuleError
 
@@ -43,8 +43,8 @@ def fill_chain(
     """
     ops: list[Op] = []
     given = tuple(shapes)
-    # What a part of the result's name counts is the first unstack's.
-    counted = next((place for place, one in enumerate(asked) if one.op["op"] == "unstack"), None)
+    # What a part of the result's name counts is for the first op that counts parts.
+    counted = counted_at([one.op for one in asked])
     for place, one in enumerate(asked):
         last = place == len(asked) - 1
         siblings = tuple(known.get(name) if last else None for name in one.siblings)
@@ -53,16 +53,11 @@ def fill_chain(
         op: Op = one.op
         if is_own(op):
             op = {**op, "shape": list(own[str(op["op"])](given, **op["arguments"]))}
-        op = {name: _listed(value) for name, value in adapter_of(str(op["op"])).fill(op, look).items()}
+        op = {name: listed(value) for name, value in adapter_of(op).fill(op, look).items()}
         given = _infer(op, given)
         ops.append(op)
     infer_chain(ops, shapes)
     return tuple(ops), given
-
-
-def _listed(value: Any) -> Any:
-    """As JSON has it, so that a plan is equal to what is read of it."""
-    return [_listed(one) for one in value] if type(value) in (list, tuple) else value
 
 
 def infer_chain(ops: Sequence[Op], shapes: Sequence[Shape]) -> tuple[Shape, ...]:
@@ -83,20 +78,25 @@ def _elements(shapes: Sequence[Shape]) -> int:
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     try:
-        return adapter_of(str(op["op"])).infer(op, shapes)
+        return adapter_of(op).infer(op, shapes)
     except KeyError as error:
         raise RuleError(f"{op_text(op)} lacks {error}") from error
 
 
 def invert_chain(ops: Sequence[Op]) -> tuple[Op, ...] | None:
     """The ops that undo a rule's ops, or None where one can't be undone."""
-    found = [adapter_of(str(op["op"])).invert(op) for op in reversed(ops)]
+    found = [adapter_of(op).invert(op) for op in reversed(ops)]
     return tuple(op for op in found if op is not None) if None not in found else None
 
 
 def needs_floats(ops: Sequence[Op]) -> bool:
     """Whether a chain computes values, so that only floating tensors can take it."""
-    return any(adapter_of(str(op["op"])).floats or op.get("fill") == "mean" for op in ops)
+    return any(adapter_of(op).floats or op.get("fill") == "mean" for op in ops)
+
+
+def decodes(ops: Sequence[Op]) -> bool:
+    """Whether a chain begins by making values of codes, so that codes and scales come in by turns."""
+    return bool(ops) and adapter_of(ops[0]).decodes
 
 
 def can_compute(ops: Sequence[Op], dtype: str) -> bool:
@@ -106,7 +106,7 @@ def can_compute(ops: Sequence[Op], dtype: str) -> bool:
     (True, False, True)
     """
     kind = BY_CODE[dtype].kind
-    taken = [op for op in ops if kind == "complex" and adapter_of(str(op["op"])).complexes]
+    taken = [op for op in ops if kind == "complex" and adapter_of(op).complexes]
     return kind == "float" or not needs_floats([op for op in ops if op not in taken])
 
 
@@ -116,24 +116,27 @@ def made_dtype(ops: Sequence[Op], dtype: str) -> str:
     >>> made_dtype([{"op": "dequantize"}, {"op": "transpose"}], "I8"), made_dtype([{"op": "transpose"}], "I8")
     ('F32', 'I8')
     """
-    given = [adapter_of(str(op["op"])).gives for op in ops]
+    given = [adapter_of(op).gives for op in ops]
     return next((code for code in reversed(given) if code is not None), dtype)
+
+
+def counted_at(ops: Sequence[Op]) -> int | None:
+    """The place of the first op that counts parts.
+
+    >>> counted_at([{"op": "transpose"}, {"op": "unstack"}]), counted_at([{"op": "chunk"}])
+    (1, None)
+    """
+    return next((place for place, op in enumerate(ops) if adapter_of(op).counts_parts), None)
 
 
 def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
     """How many elements of what filled ops give, of `shape`, come from no source: rows and margins that were filled up."""
-    given = 1.0
-    for op in ops:
-        if op["op"] == "rows" and op["rows"]:
-            given *= sum(count for _, _, count in op["runs"]) / op["rows"]
-        elif op["op"] == "pad" and op["size"] and op["given"]:
-            given *= sum(op["given"]) / (op["size"] * len(op["given"]))
-    return round(prod(shape) * (1 - given))
+    return round(prod(shape) * (1 - prod(adapter_of(op).share(op) for op in ops)))
 
 
 def check_fields(op: Mapping[str, Any]) -> None:
     """Raises RuleError for a field that the op's adapter has not, or whose value it can't have."""
-    adapter = adapter_of(str(op["op"]))
+    adapter = adapter_of(op)
     wrong = [name for name, value in op.items() if name != "op" and not (name in adapter.fields and adapter.fields[name](value))]
     if wrong:
         raise RuleError(f"the op {str(op['op'])[:40]!r} can't have {wrong[0][:40]!r} as it is")

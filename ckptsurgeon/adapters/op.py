@@ -1,4 +1,4 @@
-"""What an adapter is, as a value: fields with their checks, and pure functions from shapes to shapes.
+"""What an adapter is, as a value: fields with their checks, functions from shapes to shapes, a kernel on tensors, and traits.
 
 An op stands in a rule with some of its fields (`chunk(dim=0)`), and in a plan with all of them (`{"op": "chunk", "dim": 0, "index": 1,
 "of": 3}`): `fill` completes it from the shapes at hand, so that whoever follows the plan decides nothing.
@@ -6,13 +6,21 @@ An op stands in a rule with some of its fields (`chunk(dim=0)`), and in a plan w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
 Shape = tuple[int, ...]
 Op = Mapping[str, Any]  # {"op": name, **fields}; values are JSON's own
 Check = Callable[[Any], bool]
+Initial = Callable[[], "torch.Tensor"]  # gives the target's initial value
+Kernel = Callable[[Op, Sequence["torch.Tensor"], Initial], Sequence["torch.Tensor"]]
+Range = tuple[int, int, int]  # which tensor, and its elements from start to stop, counted in row-major order
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,9 @@ class Place:
     number: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """One adapter.
+    """One adapter: what it is, and the traits that others ask for instead of its name.
 
     Attributes:
         words: what it does, as a formula in words; one line.
@@ -45,27 +53,70 @@ class Adapter:
         infer: the shapes that come out of a filled op for the shapes that go in. RuleError where they do not go together.
         fill: the op as a plan has it, with all that `infer` and the kernel need, from what the rule gave (it may be another, simpler
             op: an uneven `chunk` is a `slice`). RuleError, with a hint, where it can't be told.
+        kernel: the tensors that a filled op makes of tensors; views where torch has one. It decides nothing and writes to no input.
+        moments: the op by which an optimizer's moments follow a weight that goes through a filled op: `same_op`, `zeros_where_filled`
+            or `cannot_follow`.
         invert: the op, as a rule writes it, that undoes a rule's op; None where nothing can.
         offer: the op, as a rule would write it, that makes a source's shape a target's; None where it can't, or where it would be a guess.
+        ranges: where it moves bytes only, the elements of the inputs that each result consists of, one range after the other; None in
+            its place where they do not lie together. Without the function, it never moves bytes only.
+        share: the share of what comes out of a filled op that comes from the source; the rest is filled up.
+        told: what a plan's report says of a filled op that fills up, if not the number of elements.
         planned: the fields that only a plan has, which a rule can't give.
-        floats: whether it computes values, so that only floating tensors can take it; with `complexes`, complex ones too.
         safe: whether it can't change what a tensor means, so that `--auto safe` may apply what it offers.
-        source: the paper or specification that the formula comes from.
+        floats: whether it computes values, so that only floating tensors can take it; with `complexes`, complex ones too.
         gives: the dtype (safetensors' code) of what comes out; None where it is that of what goes in.
+        decodes: whether it makes values of codes: codes and their scale come in by turns.
+        joins: whether it makes one tensor of several.
+        counts_parts: whether it takes one of many parts, whose number only the result's name says (`experts.{e}`).
+        elementwise: whether each element of the result needs the same element of each input alone, so that it can be computed in parts.
+        by_rows: where some rows of the result need only the same rows of the first tensor, and the others whole: these rows, for those
+            tensors, the first one's whole shape, and the number of the first row.
+        source: the paper or specification that the formula comes from.
     """
 
     words: str
     fields: Mapping[str, Check]
     infer: Callable[[Op, tuple[Shape, ...]], tuple[Shape, ...]]
     fill: Callable[[Op, Place], Op]
+    kernel: Kernel
+    moments: Callable[[Op], Op | None]
     invert: Callable[[Op], Op | None] = lambda _op: None
     offer: Callable[[Shape, Shape], Op | None] = lambda _source, _target: None
+    ranges: Callable[[Op, Sequence[Shape]], Sequence[Sequence[Range] | None]] | None = None
+    share: Callable[[Op], float] = lambda _op: 1.0
+    told: Callable[[Op], str | None] = lambda _op: None
     planned: tuple[str, ...] = ()
+    safe: bool = False
     floats: bool = False
     complexes: bool = False
-    safe: bool = False
-    source: str = ""
     gives: str | None = None
+    decodes: bool = False
+    joins: bool = False
+    counts_parts: bool = False
+    elementwise: bool = False
+    by_rows: Callable[[Op, Sequence[torch.Tensor], Shape, int], torch.Tensor] | None = None
+    source: str = ""
+
+
+def each(one: Callable[[Op, T], T]) -> Callable[..., tuple[T, ...]]:
+    """The `infer` or the kernel of an op that takes every tensor by itself, from that of one."""
+    return lambda op, given, *_: tuple(one(op, item) for item in given)
+
+
+def same_op(op: Op) -> Op:
+    """Moments go where their weight goes."""
+    return op
+
+
+def zeros_where_filled(op: Op) -> Op:
+    """Moments go where their weight goes, and are zero where it is filled up: no gradient has come there yet."""
+    kept = {name: value for name, value in op.items() if name not in ("fill", "value", "scheme")}
+    return {**kept, "fill": "none" if op.get("fill") == "none" else "zeros"}
+
+
+def cannot_follow(_op: Op) -> None:
+    """The weight is computed anew, and no moment tells its gradients."""
 
 
 def whole(value: Any) -> bool:
@@ -78,14 +129,19 @@ def signed(value: Any) -> bool:
     return type(value) is int and abs(value) < 1 << 62
 
 
-def wholes(value: Any) -> bool:
-    """A list of whole numbers from 0 up."""
-    return type(value) in (list, tuple) and all(map(whole, value))
+def number(value: Any) -> bool:
+    """A finite number."""
+    return (type(value) is float and math.isfinite(value)) or signed(value)
 
 
 def flag(value: Any) -> bool:
     """True or False."""
     return type(value) is bool
+
+
+def list_of(check: Check) -> Check:
+    """A list of values that pass a check."""
+    return lambda value: type(value) in (list, tuple) and all(map(check, value))
 
 
 def one_of(*names: str) -> Check:

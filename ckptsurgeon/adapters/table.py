@@ -1,42 +1,71 @@
-"""The one table of adapters. A name with a colon is a person's own, whose shapes its own function tells."""
+"""The one table of adapters: a new one is a module in its room, and its line here. A name with a colon is a person's own adapter.
+
+Others ask for an adapter's traits, never for its name.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptsurgeon.adapters.combining import COMBINING
-from ckptsurgeon.adapters.layout import LAYOUT, bounded
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, wholes
-from ckptsurgeon.adapters.rows import ROWS
-from ckptsurgeon.adapters.scales import SCALES
-from ckptsurgeon.adapters.vision import VISION
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Shape, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.shapes import bounded
 from ckptsurgeon.call_text import literal_call
-from ckptsurgeon.errors import RuleError
+from ckptsurgeon.errors import PlanError, RuleError
 
-ADAPTERS: dict[str, Adapter] = {**LAYOUT, **COMBINING, **VISION, **ROWS, **SCALES}
+if TYPE_CHECKING:
+    import torch
+
+OwnKernel = Callable[..., "torch.Tensor"]  # (tensors, **arguments) -> tensor
+
+_ROOM = {  # in the order in which they are shown and offered
+    "transpose": "layout",
+    "permute": "layout",
+    "reshape": "layout",
+    "squeeze": "layout",
+    "unsqueeze": "layout",
+    "interleave": "layout",
+    "deinterleave": "layout",
+    "permute_rope": "layout",
+    "slice": "combining",
+    "pad": "combining",
+    "concat": "combining",
+    "chunk": "combining",
+    "stack": "combining",
+    "unstack": "combining",
+    "average": "combining",
+    "interpolate": "vision",
+    "relative_position_bias": "vision",
+    "patch_embed": "vision",
+    "in_channels": "vision",
+    "inflate": "vision",
+    "rows": "rows",
+    "dequantize": "quantised",
+}
+ADAPTERS: dict[str, Adapter] = {name: import_module(f"ckptsurgeon.adapters.{room}.{name}").ADAPTER for name, room in _ROOM.items()}
 
 
-def _own_shape(op: Op, _shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    return (bounded(op, tuple(op["shape"])),)
-
-
-def _own_filled(op: Op, _place: Place) -> Op:
-    return op  # `chain` has called the person's shape function
+def _not_imported(op: Op, _tensors: Sequence[torch.Tensor], _initial: Initial) -> NoReturn:
+    raise PlanError(f"{op['op']!r} was not imported")
 
 
 OWN = Adapter(
-    "a person's own function, `module:function`",
-    {"shape": wholes, "arguments": lambda value: type(value) is dict and all(type(name) is str for name in value)},
-    _own_shape,
-    _own_filled,
+    words="a person's own function, `module:function`",
+    fields={"shape": list_of(whole), "arguments": lambda value: type(value) is dict and all(type(name) is str for name in value)},
+    infer=lambda op, _shapes: (bounded(op, tuple(op["shape"])),),
+    fill=lambda op, _place: op,  # `chain` has called the person's shape function
+    kernel=_not_imported,
+    moments=cannot_follow,
+    joins=True,
 )
 
 
-def adapter_of(name: str) -> Adapter:
-    """The adapter of a name. RuleError, with close names, for one that is not there."""
+def adapter_of(op: Op) -> Adapter:
+    """The adapter of an op. RuleError, with close names, for one that is not there."""
+    name = str(op["op"])
     found = OWN if ":" in name else ADAPTERS.get(name)
     if found is None:
         close = difflib.get_close_matches(name, ADAPTERS, n=3)
@@ -48,6 +77,13 @@ def adapter_of(name: str) -> Adapter:
 def is_own(op: Op) -> bool:
     """Whether an op is a person's own."""
     return ":" in op["op"]
+
+
+def run(op: Op, tensors: Sequence[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> Sequence[torch.Tensor]:
+    """What one filled op makes of tensors. PlanError for a person's own that was not handed in."""
+    if op["op"] in own:
+        return [own[op["op"]](list(tensors), **op["arguments"])]
+    return adapter_of(op).kernel(op, tensors, initial)
 
 
 def parse_ops(text: str) -> tuple[Op, ...]:
@@ -80,7 +116,7 @@ def _parse(text: str) -> Op:
     if found is None:
         raise RuleError(f"{text.strip()!r} is no adapter", hint="write a name, or a name with literal arguments: chunk(dim=0)")
     name, args, kwargs = found
-    adapter = adapter_of(name)
+    adapter = adapter_of({"op": name})
     if adapter is OWN:
         if args:
             raise RuleError(f"{text.strip()!r} has arguments without names", hint="name them: mylib:flip(dim=1)")
@@ -88,7 +124,7 @@ def _parse(text: str) -> Op:
         if wrong is not None:
             reason = f"{text.strip()!r}: {wrong} is nothing that a plan can hold"
             raise RuleError(reason, hint="numbers, text, True, None, lists, and dicts by text")
-        return {"op": name, "arguments": {word: _listed(value) for word, value in kwargs.items()}}
+        return {"op": name, "arguments": {word: listed(value) for word, value in kwargs.items()}}
     fields = [name for name in adapter.fields if name not in adapter.planned]
     problems = [f"{word} is given twice" for word in fields[: len(args)] if word in kwargs]
     problems += [f"takes no argument {word!r}" for word in kwargs if word not in fields]
@@ -114,10 +150,11 @@ def _plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int)
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """A value as JSON has it, so that a plan is equal to what is read of it."""
     if isinstance(value, dict):
-        return {name: _listed(one) for name, one in value.items()}
-    return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: listed(one) for name, one in value.items()}
+    return [listed(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def op_text(op: Op) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.formats.registry import WRITTEN
 from ckptsurgeon.planning.plan_types import Plan
@@ -103,7 +104,7 @@ def facts_of(made: Plan, verify: bool = True) -> frozenset[str]:
     """What is true of a call that made this plan, and, for `merge`, proves the result."""
     model = made.target is not None and made.target.kind == "model"
     drawn = any(step.schemes for step in made.steps)
-    codes = any(op["op"] == "dequantize" for step in made.steps for op in step.ops)
+    codes = any(adapter_of(op).decodes for step in made.steps for op in step.adapters)
     return facts(target=made.target, model_built=model and (verify or made.needs_model), initial_values=drawn, codes=codes)
 
 

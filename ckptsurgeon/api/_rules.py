@@ -19,7 +19,7 @@ from ckptsurgeon.parameter_types import Note, Path
 from ckptsurgeon.rules.rules import Outside, Rule, beside, rule_options
 
 if TYPE_CHECKING:
-    from ckptsurgeon.adapters.kernels.table import OwnKernel
+    from ckptsurgeon.adapters.table import OwnKernel
     from ckptsurgeon.models.init.user_functions import Fill
 
 Rules = Path | Rule | Sequence[Path | Rule]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ckptsurgeon.adapters.chain import infer_chain
 from ckptsurgeon.adapters.op import Op, Shape
+from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.optimizer.format import Leaf, Slot, State
 from ckptsurgeon.planning.keys import SourceKey
@@ -18,12 +19,6 @@ from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.tensors import Refused, TensorMeta
 
 FRESH = "is fresh"  # the one reason that the weights' own report gives too
-# How moments follow their weight: as it goes, or with zeros where it is filled up. Any other op computes new weights, whose gradients
-# no moment tells.
-_FOLLOWED = {"transpose", "permute", "reshape", "squeeze", "unsqueeze", "interleave", "deinterleave", "permute_rope"}
-_FOLLOWED |= {"slice", "concat", "chunk", "stack", "unstack"}
-_FILLED = {"pad", "rows"}
-_FILLS = ("fill", "value", "scheme")  # their fields about what fills up
 
 
 @dataclass(frozen=True)
@@ -74,15 +69,8 @@ def moment_ops(ops: Sequence[Op]) -> tuple[Op, ...] | None:
     >>> moment_ops([{"op": "average", "weights": [0.5, 0.5]}]) is None
     True
     """
-    found: list[Op] = []
-    for op in ops:
-        if op["op"] not in _FOLLOWED and op["op"] not in _FILLED:
-            return None
-        if op["op"] in _FILLED:
-            fill = "none" if op.get("fill") == "none" else "zeros"
-            op = {**{name: value for name, value in op.items() if name not in _FILLS}, "fill": fill}
-        found.append(op)
-    return tuple(found)
+    found = [adapter_of(op).moments(op) for op in ops]
+    return tuple(op for op in found if op is not None) if None not in found else None
 
 
 def plan_states(parameters: Sequence[Parameter], steps: Mapping[str, Step], held: Mapping[SourceKey, State]) -> tuple[ParameterPlan, ...]:

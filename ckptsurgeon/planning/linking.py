@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from ckptsurgeon.adapters.chain import Asked, fill_chain
-from ckptsurgeon.adapters.table import is_own
+from ckptsurgeon.adapters.chain import Asked, counted_at, fill_chain
+from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning.keys import Item
 from ckptsurgeon.rules.patterns import expand
@@ -20,7 +20,6 @@ from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, counts_with
 from ckptsurgeon.tensors import Checkpoint
 
 MOST = 100_000  # results of one unstack
-JOINING = ("concat", "stack", "average")  # adapters that make one tensor of all that come in
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
 def _alike(item: Item, other: Item) -> bool:
     """Whether what earlier stages do to both, tensor by tensor, is one chain of ops over both."""
     chains = [[(asked.op, asked.index, asked.number) for asked in one.asked] for one in (item, other)]
-    joined = any(is_own(asked.op) or asked.op["op"] in JOINING for asked in item.asked)
+    joined = any(adapter_of(asked.op).joins for asked in item.asked)
     return chains[0] == chains[1] and len(item.places) == 1 and not joined
 
 
@@ -109,9 +108,10 @@ def _check_whole(group: Group, members: Sequence[Member]) -> None:
 
 
 def check_even(groups: Sequence[Group]) -> None:
-    """Raises RuleError where the averages of one rule go over unequally many keys: some are not there."""
+    """Raises RuleError where one rule joins unequally many keys element by element, so that no shape tells that some are not there."""
     sizes = {len(group.members): group for group in groups}
-    if len(sizes) > 1 and any(op["op"] == "average" for op in groups[0].compiled.ops):
+    adapters = [adapter_of(op) for op in groups[0].compiled.ops] if len(sizes) > 1 else []
+    if any(one.joins and one.elementwise for one in adapters):
         least, most = sizes[min(sizes)], sizes[max(sizes)]
         raise RuleError(
             f"averages {len(least.members)} keys for {least.names[0]!r}, and {len(most.members)} for {most.names[0]!r}: some are not there"
@@ -120,10 +120,10 @@ def check_even(groups: Sequence[Group]) -> None:
 
 def _numbers(group: Group, members: Sequence[Member], sources: Sequence[Checkpoint], outside: Outside) -> Sequence[int | None]:
     """What the counted part stands for, one after the other; without one, None once."""
-    if group.compiled.counted is None:
-        return (None,)
     ops = group.compiled.ops
-    place = next(index for index, op in enumerate(ops) if op["op"] == "unstack")
+    place = counted_at(ops)
+    if group.compiled.counted is None or place is None:
+        return (None,)
     before = (*members[0].item.asked, *(Asked(op) for op in ops[:place]))
     shapes = [sources[number][key].shape for member in members for number, key in member.item.places]
     _, given = fill_chain(before, shapes, None, {}, outside.shapes)

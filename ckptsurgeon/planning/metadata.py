@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.apply_rules import Names
@@ -84,11 +85,9 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
 
 def _filled(step: Step) -> str:
     """How much of a tensor that was filled up comes from the source, in words."""
-    rows = next((op for op in step.ops if op["op"] == "rows"), None)
-    if rows is not None:
-        return (
-            f"{sum(count for _, _, count in rows['runs'])} of {rows['rows']} rows come from the source, the rest is filled: {rows['fill']}"
-        )
+    told = next((words for op in step.adapters if (words := adapter_of(op).told(op)) is not None), None)
+    if told is not None:
+        return told
     total = prod(step.shape)
     return f"{total - step.filled} of {total} elements come from the source, the rest is filled"
 

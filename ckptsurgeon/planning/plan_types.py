@@ -90,7 +90,7 @@ class Step:
     @property
     def filled(self) -> int:
         """How many of the result's elements no source gives: adapters filled them up."""
-        return filled_elements(self.ops, self.shape)
+        return filled_elements(self.adapters, self.shape)
 
     @property
     def cast(self) -> str | None:

@@ -194,7 +194,7 @@ def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, Tens
 
 
 def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
-    from ckptsurgeon.adapters.scales import block_of
+    from ckptsurgeon.adapters.quantised.dequantize import block_of
 
     scales = _named(key, scheme, scheme.scales)
     beside = tuple(name for name in _named(key, scheme, scheme.beside) if name in tensors)
@@ -284,17 +284,19 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
 
 def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
     """Whether a step makes values of the codes at `place`, by their own scale and formula; a person may know the blocks better."""
-    first = step.adapters[0] if step.adapters else {"op": ""}
+    from ckptsurgeon.adapters.chain import decodes
+
     index = step.sources.index(place)
     after = step.sources[index + 1 : index + 2]
-    by_formula = first["op"] == "dequantize" and first["divisor"] == codes.divisor
+    by_formula = decodes(step.adapters) and step.adapters[0]["divisor"] == codes.divisor
     return by_formula and index % 2 == 0 and after == ((place[0], codes.scales[0]),)
 
 
 def scales_read(steps: Sequence[Step]) -> set[SourceKey]:
     """The scales that go into values, and so nowhere by themselves."""
-    made = [step for step in steps if step.adapters and step.adapters[0]["op"] == "dequantize"]
-    return {place for step in made for place in step.sources[1::2]}
+    from ckptsurgeon.adapters.chain import decodes
+
+    return {place for step in steps if decodes(step.adapters) for place in step.sources[1::2]}
 
 
 def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequence[Mapping[str, Codes]]) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptsurgeon.adapters.chain import Asked, can_compute, fill_chain, made_dtype
+from ckptsurgeon.adapters.chain import Asked, can_compute, decodes, fill_chain, made_dtype
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.errors import PlanError, RuleError
@@ -37,7 +37,7 @@ class Origin:
     @property
     def values(self) -> bool:
         """Whether values are made of codes."""
-        return bool(self.ops) and self.ops[0]["op"] == "dequantize"
+        return decodes(self.ops)
 
 
 def find_origins(

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ckptsurgeon.adapters.chain import invert_chain
-from ckptsurgeon.adapters.op import Op
-from ckptsurgeon.adapters.table import parse_ops, texts
+from ckptsurgeon.adapters.chain import counted_at, invert_chain
+from ckptsurgeon.adapters.table import adapter_of, parse_ops, texts
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.rules.rules import Rule, compile_rule, linked
@@ -70,12 +69,13 @@ def _linked_to_itself(rule: Rule) -> Rule:
 
 def _reversed(rule: Rule) -> Rule:
     if rule.kind == "adapt":
-        ops = invert_chain(parse_ops(rule.result))
+        given = parse_ops(rule.result)
+        ops = invert_chain(given)
         if ops is None:
             raise RuleError("an adapter of it loses what would be needed to go back")
         sources, results = linked(rule)
-        if len(results) > 1 and any(op["op"] == "stack" for op in ops[1:]) and "of" not in ops[0]:
-            ops = (_grouped(ops[0], len(results)), *ops[1:])
+        if len(results) > 1 and counted_at(given[:-1]) is not None and adapter_of(ops[0]).joins and "of" not in ops[0]:
+            ops = ({**ops[0], "of": len(results)}, *ops[1:])  # the parts that one key was cut into, before they are gathered
         text = rule.pattern if not results else " -> ".join((" + ".join(_sides(results, sources)), " + ".join(_sides(sources, results))))
         return Rule("adapt", text, texts(ops), rule.file, rule.line)
     if rule.kind != "rename":
@@ -85,11 +85,6 @@ def _reversed(rule: Rule) -> Rule:
         raise RuleError("one key goes to several, and no one of them is told to come back")
     (result,), (pattern,) = _sides(sources, results), _sides(results, sources)
     return Rule("rename", pattern, result, rule.file, rule.line)
-
-
-def _grouped(op: Op, count: int) -> Op:
-    """A join of the parts that one key was cut into, before another join joins what is gathered."""
-    return {**op, "of": count} if op["op"] in ("concat", "stack") else op
 
 
 def _sides(turned: list[str], other: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from ckptsurgeon.adapters.chain import OwnShape
+from ckptsurgeon.adapters.chain import OwnShape, counted_at
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.arguments import hold
@@ -208,7 +208,7 @@ def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Seque
             raise RuleError(f"{patterns[0].text!r} and {pattern.text!r} name other parts", hint="name the same parts in each: {i}, {p}")
     used = [{part for part in parts if counts_with(result, part)} for result in results]
     extra = dict.fromkeys(name for result in results for name in _BRACED.findall(result) if name not in parts)
-    counted = next(iter(extra), None) if any(op["op"] == "unstack" for op in ops) else None
+    counted = next(iter(extra), None) if counted_at(ops) is not None else None
     for result in results:
         check_template(re.sub(rf"\{{{counted}\}}", "0", result) if counted else result, patterns[0])
     if any(one != used[0] for one in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):

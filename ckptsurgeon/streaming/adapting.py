@@ -1,4 +1,4 @@
-"""Carries out a step's adapters on values: one result at a time, by the kernels, or, for an average, one chunk at a time.
+"""Carries out a step's adapters on values: one result at a time, by the kernels, or a part of it where that is enough.
 
 It decides nothing: the ops come filled in from the plan. What comes out is held against the plan's shape and the sources' dtype.
 """
@@ -10,16 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.adapters.chain import made_dtype, needs_floats
-from ckptsurgeon.adapters.kernels.scales import rows_at_a_time, values
-from ckptsurgeon.adapters.kernels.table import Initial, OwnKernel, run
-from ckptsurgeon.adapters.op import Op
+from ckptsurgeon.adapters.op import Initial, Op
+from ckptsurgeon.adapters.table import OwnKernel, adapter_of, run
+from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, PlanError
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
+from ckptsurgeon.streaming.values import Buffer, cast, memory_of, tensor_from
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROWS = 1 << 20  # bytes of rows that are made dense at a time
 
 
-def adapted(step: Step, tensors: list[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> torch.Tensor:
+def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> torch.Tensor:
     """What a step's adapters make of its sources' tensors, which are not written to, in their dtype.
 
     Raises PlanError where a kernel gives another shape or dtype than planned: a person's own may.
@@ -102,15 +102,16 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:
             yield memory[start : start + BUFFER]
 
 
-def dequantized(reader: Reader, key: str, codes: TensorMeta, scale: TensorMeta, op: Op) -> Iterator[Buffer]:
-    """The values of codes, in float32, some rows at a time. CastError where finite codes and scales give none."""
-    factor = tensor_from(reader.read(scale), scale.dtype)
-    step = rows_at_a_time(codes.shape)
-    for start in range(0, codes.shape[0], step):
-        part = rows_of(codes, start, min(start + step, codes.shape[0]))
-        given = tensor_from(reader.read(part), codes.dtype).view(part.shape)
-        made = values(given, factor, op, codes.shape, start)
-        if not _finite(made.view(-1)[None]) and _finite(given[None]) and _finite(factor):
+def by_rows(reader: Reader, key: str, op: Op, first: TensorMeta, *others: TensorMeta) -> Iterator[Buffer]:
+    """What an op makes of some rows of the first tensor at a time and the others whole. CastError where finite values give none."""
+    make, wholes = adapter_of(op).by_rows, [tensor_from(reader.read(one), one.dtype) for one in others]
+    assert make is not None
+    step = rows_at_a_time(first.shape)
+    for start in range(0, first.shape[0], step):
+        part = rows_of(first, start, min(start + step, first.shape[0]))
+        given = tensor_from(reader.read(part), first.dtype).view(part.shape)
+        made = make(op, [given, *wholes], first.shape, start)
+        if not _finite(made.view(-1)[None]) and all(_finite(one[None]) for one in (given, *wholes)):
             raise _overflow(key, made, f"its scale may be damaged; leave it out: --drop {key!r}")
         yield memory_of(made)
 
@@ -123,23 +124,12 @@ def rows_of(tensor: TensorMeta, start: int, stop: int) -> TensorMeta:
     return replace(tensor, shape=(stop - start, *tensor.shape[1:]), span=span)
 
 
-def is_average(ops: Sequence[Op]) -> bool:
-    """Whether a chain is an average and nothing else, which needs no more than a chunk of each source."""
-    return [op["op"] for op in ops] == ["average"]
+def elementwise(sources: Sequence[Iterable[Buffer]], dtype: str, op: Op) -> Iterator[Buffer]:
+    """What an op makes of tensors' bytes, element by element, part by part."""
 
+    def initial() -> torch.Tensor:
+        raise AssertionError("a target's initial value has no parts")
 
-def averaged(sources: Sequence[Iterable[Buffer]], dtype: str, weights: Sequence[float]) -> Iterator[Buffer]:
-    """The weighted mean of tensors' bytes, part by part, accumulated in float32 or wider."""
-    import torch
-
-    wide = {"F64": torch.float64, "C128": torch.complex128, "C64": torch.complex64, "C32": torch.complex64}.get(dtype, torch.float32)
     for parts in zip(*sources, strict=True):
-        given = [tensor_from(part, dtype) for part in parts]
-        mean = torch.empty_like(given[0])
-        for start in range(0, len(mean), PIECE):
-            piece = slice(start, start + PIECE)
-            total = given[0][piece].to(wide) * weights[0]
-            for tensor, weight in zip(given[1:], weights[1:], strict=True):
-                total.add_(tensor[piece].to(wide), alpha=weight)
-            mean[piece] = total
-        yield memory_of(mean)
+        (made,) = adapter_of(op).kernel(op, [tensor_from(part, dtype) for part in parts], initial)
+        yield memory_of(made)

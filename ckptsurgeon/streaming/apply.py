@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters.chain import made_dtype
-from ckptsurgeon.adapters.kernels.table import OwnKernel
+from ckptsurgeon.adapters.table import OwnKernel, adapter_of
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import registry
@@ -23,7 +23,7 @@ from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.local import LocalFile
-from ckptsurgeon.streaming.adapting import adapted_and_cast, averaged, dense_parts, dequantized, is_average
+from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
 from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without
 from ckptsurgeon.streaming.moved_ranges import Pieces, pieces_of
@@ -173,10 +173,11 @@ class _Run:
             return [self._initial(step)]
         if not step.adapters:
             return self.reader.parts(origins[0])
-        if [op["op"] for op in step.adapters] == ["dequantize"] and len(origins) == 2 and origins[0].contiguous and origins[0].shape:
-            return dequantized(self.reader, step.target, *origins, step.adapters[0])
-        if is_average(step.adapters):
-            return averaged([self.reader.parts(origin) for origin in origins], origins[0].dtype, step.adapters[0]["weights"])
+        op, adapter = step.adapters[0], adapter_of(step.adapters[0])
+        if len(step.adapters) == 1 and adapter.by_rows is not None and origins[0].contiguous and origins[0].shape:
+            return by_rows(self.reader, step.target, op, *origins)
+        if len(step.adapters) == 1 and adapter.elementwise:
+            return elementwise([self.reader.parts(origin) for origin in origins], origins[0].dtype, op)
         pieces = pieces_of(origins, step.adapters)
         if pieces is None:
             return None

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from ckptsurgeon.adapters.kernels import combining, layout
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.core_model_loading import PermuteForRope
@@ -10,7 +11,6 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ckptsurgeon.adapters.combining import COMBINING
-from ckptsurgeon.adapters.kernels import combining, layout
 from ckptsurgeon.adapters.layout import LAYOUT
 from ckptsurgeon.adapters.op import Place
 from ckptsurgeon.adapters.table import parse_ops

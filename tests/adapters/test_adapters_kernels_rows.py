@@ -7,11 +7,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from ckptsurgeon.adapters.kernels import rows as module
+from ckptsurgeon.adapters.kernels.rows import KERNELS
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from ckptsurgeon.adapters.kernels import rows as module
-from ckptsurgeon.adapters.kernels.rows import KERNELS
 from ckptsurgeon.adapters.op import Place
 from ckptsurgeon.adapters.rows import ROWS
 from ckptsurgeon.errors import RuleError

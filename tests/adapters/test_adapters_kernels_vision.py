@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ckptsurgeon.adapters.kernels.vision import KERNELS
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -18,7 +19,6 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from ckptsurgeon.adapters.kernels.vision import KERNELS
 from ckptsurgeon.adapters.op import Place
 from ckptsurgeon.adapters.vision import VISION
 from ckptsurgeon.errors import RuleError

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from ckptsurgeon.adapters.kernels.table import KERNELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptsurgeon import formats
 from ckptsurgeon.adapters.chain import infer_chain
-from ckptsurgeon.adapters.kernels.table import KERNELS
 from ckptsurgeon.adapters.table import ADAPTERS
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning import roots

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ckptsurgeon.adapters.chain import counted_at
 from ckptsurgeon.adapters.table import parse_ops
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.drafting.numbers import cut
@@ -22,7 +23,7 @@ def line_of(link: Link, name: Mapping[str, str]) -> Line:
     targets = link.targets
     if len(sources) > 1:
         sources = numbered(sources) or sources
-    elif len(targets) > 1 and any(op["op"] == "unstack" for op in parse_ops(link.op)):
+    elif len(targets) > 1 and counted_at(parse_ops(link.op)) is not None:
         targets = numbered(targets, start=0) or targets
     return Line(sources, targets, link.op)
 

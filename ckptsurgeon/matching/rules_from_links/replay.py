@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from ckptsurgeon.adapters.chain import Asked, fill_chain
+from ckptsurgeon.adapters.chain import Asked, counted_at, fill_chain
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import parse_ops
 from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
@@ -53,7 +53,7 @@ def _asked(link: Link, place: int, shapes: Sequence[Shape]) -> list[Asked]:
     """The ops of one of a link's targets; where a tensor is unstacked into several groups, the group's number is the unstack's."""
     ops = _parsed(link.op) if link.op else ()
     names, index, number = link.targets, place, None
-    at = next((at for at, op in enumerate(ops) if op["op"] == "unstack"), None)
+    at = counted_at(ops)
     if at is not None and len(names) > 1:
         _, given = fill_chain([Asked(op) for op in ops[:at]], shapes, None, {})
         count = max(len(names) // given[0][ops[at].get("dim", 0)], 1)

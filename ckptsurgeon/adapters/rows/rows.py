@@ -1,21 +1,31 @@
-"""The adapter `rows`: which row of a source becomes which row of a target, told by numbers or by the names of tokens and labels.
+"""`rows` chooses which row of a source becomes which row of a target, by numbers or by the names of tokens and labels.
 
 No file is read here: a rule's `source` and `target` are paths until the caller puts the lists themselves in their place. A row without a
-counterpart is an error unless the rule says what fills it. The filled op holds whole runs of rows, so that most rows need no number.
+counterpart is an error unless the rule says what fills it. The filled op holds whole runs of rows, so that most rows need no number. Rows
+are copied bit by bit, in any dtype; a mean is that of all of the source's rows, summed in float64.
+
+>>> import torch
+>>> op = {"dim": 0, "rows": 3, "runs": [[0, 1, 2]], "fill": "zeros"}
+>>> ADAPTER.kernel(op, [torch.tensor([10, 11, 12])], None)[0].tolist()
+[11, 12, 0]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, one_of, signed, whole
+from ckptsurgeon.adapters import widening
+from ckptsurgeon.adapters.op import Adapter, Check, Initial, Op, Place, Range, Shape, list_of, one_of, signed, whole, zeros_where_filled
+from ckptsurgeon.adapters.shapes import MOST_ELEMENTS, checked, cut, in_words, resized
 from ckptsurgeon.errors import RuleError
 
-MOST_ELEMENTS = 1 << 62
+if TYPE_CHECKING:
+    import torch
+
 _EXAMPLE = "rows(source='a/vocab.txt', target='b/tokenizer.json', fill='mean') or rows(index=[3, 7, 0])"
-_FILLED = {"op", "dim", "rows", "runs", "fill"}
+_FILLED = ("dim", "rows", "runs", "fill")
 _FILLS = one_of("mean", "zeros", "init", "none")
 
 
@@ -24,23 +34,23 @@ def _text(value: Any) -> bool:
 
 
 def _tokens(value: Any) -> bool:
-    return _text(value) or (type(value) in (list, tuple) and all(one is None or type(one) is str for one in value))
+    return _text(value) or list_of(lambda one: one is None or type(one) is str)(value)
 
 
-def _index(value: Any) -> bool:
-    return type(value) in (list, tuple) and all(signed(one) and one >= -1 for one in value)
+def _row(value: Any) -> bool:
+    return signed(value) and value >= -1
 
 
 def _copy(value: Any) -> bool:
     return type(value) is dict and all(type(one) is str for item in value.items() for one in item)
 
 
-def _runs(value: Any) -> bool:
-    return type(value) in (list, tuple) and all(type(run) in (list, tuple) and len(run) == 3 and all(map(whole, run)) for run in value)
+def _run(value: Any) -> bool:
+    return list_of(whole)(value) and len(value) == 3
 
 
 _FIELDS: dict[str, Check] = {
-    "index": _index,
+    "index": list_of(_row),
     "source": _tokens,
     "target": _tokens,
     "fill": _FILLS,
@@ -48,17 +58,13 @@ _FIELDS: dict[str, Check] = {
     "scheme": _text,
     "dim": signed,
     "rows": whole,
-    "runs": _runs,
+    "runs": list_of(_run),
 }
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    names = _FILLED | ({"scheme"} if op.get("fill") == "init" else set())
-    lacks = sorted(names - set(op))
-    wrong = [name for name, value in op.items() if name != "op" and not (name in names and _FIELDS[name](value))]
-    if lacks or wrong:
-        raise RuleError("the op rows " + (f"lacks {lacks[0]!r}" if lacks else f"can't have {wrong[0]!r:.60} as it is"))
-    dim, rows, runs = op["dim"], op["rows"], op["runs"]
+    names = (*_FILLED, "scheme") if op.get("fill") == "init" else _FILLED
+    dim, rows, runs, *_ = checked(op, {name: _FIELDS[name] for name in names})
     covered, end, most = 0, 0, 0
     for start, source, count in runs:
         if start < end or not count or start + count > rows:
@@ -69,17 +75,13 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     found: list[Shape] = []
     for shape in shapes:
         if dim not in range(len(shape)) or shape[dim] < most:
-            raise RuleError(f"rows: {_shape(shape)} has not the {most} rows that are taken along dim {dim}")
+            raise RuleError(f"rows: {in_words(shape)} has not the {most} rows that are taken along dim {dim}")
         if covered < rows and op["fill"] == "mean" and not shape[dim]:
-            raise RuleError(f"rows: {_shape(shape)} has no rows to take the mean of")
-        found.append((*shape[:dim], rows, *shape[dim + 1 :]))
+            raise RuleError(f"rows: {in_words(shape)} has no rows to take the mean of")
+        found.append(resized(shape, dim, rows))
         if prod(size or 1 for size in found[-1]) >= MOST_ELEMENTS:
-            raise RuleError(f"rows can't make {_shape(found[-1])}")
+            raise RuleError(f"rows can't make {in_words(found[-1])}")
     return tuple(found)
-
-
-def _shape(shape: Shape) -> str:
-    return f"the shape ({', '.join(map(str, shape))})"
 
 
 def _fill(op: Op, place: Place) -> Op:
@@ -91,7 +93,7 @@ def _fill(op: Op, place: Place) -> Op:
     dim = op.get("dim", 0)
     dim += len(shape) if dim < 0 else 0
     if dim not in range(len(shape)):
-        raise RuleError(f"rows: {_shape(shape)} has no dimension {op.get('dim', 0)}")
+        raise RuleError(f"rows: {in_words(shape)} has no dimension {op.get('dim', 0)}")
     given, wanted = shape[dim], _wanted(place, shape, dim)
     if ("scheme" in op and fill != "init") or (fill == "init" and wanted is None):
         raise RuleError(
@@ -119,7 +121,7 @@ def _wanted(place: Place, shape: Shape, dim: int) -> int | None:
     if place.wanted is None:
         return None
     if len(place.wanted) != len(shape):
-        raise RuleError(f"rows does not make {_shape(place.wanted)} of {_shape(shape)}: it keeps the number of dimensions")
+        raise RuleError(f"rows does not make {in_words(place.wanted)} of {in_words(shape)}: it keeps the number of dimensions")
     return place.wanted[dim]
 
 
@@ -188,12 +190,102 @@ def _invert(op: Op) -> Op | None:
     return {"op": "rows", "index": back, **{name: op[name] for name in ("dim",) if name in op}}
 
 
-ROWS: dict[str, Adapter] = {
-    "rows": Adapter(
-        "rows chosen by number, or by the token or label that two lists have in common; the others are filled",
-        _FIELDS,
-        _infer,
-        _fill,
-        invert=_invert,
-    )
-}
+def _covered(op: Op) -> int:
+    """How many rows come from the source."""
+    return sum(count for _, _, count in op["runs"])
+
+
+def _ranges(op: Op, shapes: Sequence[Shape]) -> list[list[Range] | None]:
+    return [_range(op, tensor, shape) for tensor, shape in enumerate(shapes)]
+
+
+def _range(op: Op, tensor: int, shape: Shape) -> list[Range] | None:
+    parts = [cut(tensor, shape, op["dim"], start, start + count) for _, start, count in op["runs"]]
+    if not parts or _covered(op) != op["rows"]:
+        return None  # rows that have no counterpart are made
+    return None if None in parts else [part for found in parts if found is not None for part in found]
+
+
+def _kernel(op: Op, tensors: Sequence[torch.Tensor], initial: Initial) -> list[torch.Tensor]:
+    holes = list(_holes(op["runs"], op["rows"]))
+    first = initial() if holes and op["fill"] == "init" else None  # asked for once: it may build a model
+    return [_one(tensor, op, holes, first) for tensor in tensors]
+
+
+def _holes(runs: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, int]]:
+    """Where the rows without a run start, and how many they are.
+
+    >>> list(_holes([[1, 0, 2], [3, 7, 1]], 6))
+    [(0, 1), (4, 2)]
+    """
+    end = 0
+    for start, _, count in (*runs, (rows, 0, 0)):
+        if start > end:
+            yield end, start - end
+        end = start + count
+
+
+def _one(tensor: torch.Tensor, op: Op, holes: Sequence[tuple[int, int]], initial: torch.Tensor | None) -> torch.Tensor:
+    dim = op["dim"]
+    found = _copied(tensor, dim, op["rows"], op["runs"])
+    if not holes:
+        return found
+    if initial is not None and initial.shape != found.shape:
+        raise RuleError(f"rows: the target's initial value has the shape {tuple(initial.shape)}, not {tuple(found.shape)}")
+    mean = _mean(tensor, dim) if op["fill"] == "mean" else None
+    for start, count in holes:
+        hole = found.narrow(dim, start, count)
+        if mean is not None:
+            hole.copy_(mean)
+        elif initial is not None:
+            hole.copy_(initial.narrow(dim, start, count))
+        else:
+            hole.zero_()
+    return found
+
+
+def _copied(tensor: torch.Tensor, dim: int, rows: int, runs: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`rows` rows along `dim`, those of the runs with the source's bits; the others hold anything.
+
+    One selection for all runs: they may be many and short.
+    """
+    import torch
+
+    if not runs:
+        return tensor.new_empty(resized(tuple(tensor.shape), dim, rows))
+    starts, sources, counts = torch.tensor(runs, dtype=torch.int64).unbind(1)
+    place = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    index = torch.zeros(rows, dtype=torch.int64)
+    index[place + torch.repeat_interleave(starts, counts)] = place + torch.repeat_interleave(sources, counts)
+    if tensor.dtype == torch.complex128:
+        return tensor.index_select(dim, index)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]  # torch can select these, not all dtypes
+    return tensor.view(whole).index_select(dim, index).view(tensor.dtype)
+
+
+def _mean(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The mean along `dim`, which stays with size 1, in the tensor's dtype."""
+    import torch
+
+    if not tensor.is_floating_point():
+        raise RuleError(f"rows: there is no mean of {tensor.dtype} rows", hint="fill with zeros or init")
+    rows = tensor.shape[dim]
+    step = max(1, widening.PIECE // max(1, tensor.numel() // rows))
+    total = torch.zeros([1 if at == dim else size for at, size in enumerate(tensor.shape)], dtype=torch.float64)
+    for start in range(0, rows, step):
+        total += tensor.narrow(dim, start, min(step, rows - start)).to(torch.float64).sum(dim, keepdim=True)
+    return (total / rows).to(tensor.dtype)
+
+
+ADAPTER = Adapter(
+    words="rows chosen by number, or by the token or label that two lists have in common; the others are filled",
+    fields=_FIELDS,
+    infer=_infer,
+    fill=_fill,
+    kernel=_kernel,
+    moments=zeros_where_filled,
+    invert=_invert,
+    ranges=_ranges,
+    share=lambda op: _covered(op) / op["rows"] if op["rows"] else 1.0,
+    told=lambda op: f"{_covered(op)} of {op['rows']} rows come from the source, the rest is filled: {op['fill']}",
+)

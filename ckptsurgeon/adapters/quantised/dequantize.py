@@ -1,13 +1,24 @@
-"""The adapter that makes values of quantised codes: value = code × scale ÷ divisor, a scale for each block of the codes."""
+"""`dequantize` makes values of quantised codes: value = code × scale ÷ divisor, a scale for each block of the codes.
+
+>>> import torch
+>>> op = {"block": [1, 0], "divisor": 1}
+>>> ADAPTER.kernel(op, [torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), torch.tensor([0.5, 10.0])], None)[0].tolist()
+[[0.5, 1.0], [30.0, 40.0]]
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
-from ckptsurgeon.adapters.layout import need, refused
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, whole, wholes
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.shapes import need, refused
+from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.errors import RuleError
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 128  # what fp8 checkpoints that scale by blocks use; a file does not say
 
@@ -51,7 +62,7 @@ def _pairs(op: Op, shapes: tuple[Shape, ...]) -> list[tuple[Shape, Shape]]:
     return list(zip(shapes[::2], shapes[1::2], strict=True))
 
 
-def _dequantized(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     block, divisor = need(op, "block"), need(op, "divisor")
     for codes, scale in _pairs(op, shapes):
         if divisor < 1 or len(block) != len(codes) or prod(grid(codes, block)) != prod(scale):
@@ -59,7 +70,7 @@ def _dequantized(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return shapes[::2]
 
 
-def _filled(op: Op, place: Place) -> Op:
+def _fill(op: Op, place: Place) -> Op:
     blocks = {block_of(codes, scale) for codes, scale in _pairs(op, place.shapes)}
     block = op.get("block", next(iter(blocks)) if len(blocks) == 1 else None)
     if block is None:
@@ -67,12 +78,45 @@ def _filled(op: Op, place: Place) -> Op:
     return {"op": "dequantize", "block": list(block), "divisor": op.get("divisor", 1)}
 
 
-SCALES: dict[str, Adapter] = {
-    "dequantize": Adapter(
-        "float32 values of codes and their scale, by turns: out = code * scale / divisor (1), a scale for each `block` (0 is a whole dim)",
-        {"block": wholes, "divisor": whole},
-        _dequantized,
-        _filled,
-        gives="F32",
-    )
-}
+def _rows(op: Op, tensors: Sequence[torch.Tensor], shape: Shape, start: int) -> torch.Tensor:
+    """The values of some rows of codes, those from `start` of codes of `shape`; their scale is whole."""
+    import torch
+
+    (codes, scale), block = tensors, op["block"]
+    factor = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float().reshape(grid(shape, block))
+    for dim, part in enumerate(block):
+        first = start if dim == 0 else 0
+        if part:
+            factor = factor.index_select(dim, torch.arange(first, first + codes.shape[dim]) // part)
+    found = codes.float() * factor
+    return found * (1 / op["divisor"]) if op["divisor"] != 1 else found  # rounded as bitsandbytes does it
+
+
+def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+    return [_values(op, codes, scale) for codes, scale in zip(tensors[::2], tensors[1::2], strict=True)]
+
+
+def _values(op: Op, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    shape = tuple(codes.shape)
+    if not shape:
+        return _rows(op, [codes, scale], shape, 0)
+    out, step = torch.empty(shape, dtype=torch.float32), rows_at_a_time(shape)
+    for start in range(0, shape[0], step):
+        out[start : start + step] = _rows(op, [codes[start : start + step], scale], shape, start)
+    return out
+
+
+ADAPTER = Adapter(
+    words="float32 values of codes and their scale, by turns: "
+    "out = code * scale / divisor (1), a scale for each `block` (0 is a whole dim)",
+    fields={"block": list_of(whole), "divisor": whole},
+    infer=_infer,
+    fill=_fill,
+    kernel=_kernel,
+    moments=cannot_follow,
+    gives="F32",
+    decodes=True,
+    by_rows=_rows,
+)

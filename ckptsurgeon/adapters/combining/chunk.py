@@ -1,0 +1,79 @@
+"""`chunk` cuts a dim into parts, one for each result of its rule.
+
+>>> import torch
+>>> ADAPTER.kernel({"dim": 0, "index": 1, "of": 3}, [torch.arange(6)], None)[0].tolist()
+[2, 3]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, list_of, same_op, signed, whole
+from ckptsurgeon.adapters.shapes import from_front, need, part_of, part_ranges, refused, resized, size_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _shape(op: Op, shape: Shape) -> Shape:
+    dim, index, of = need(op, "dim"), need(op, "index"), need(op, "of")
+    part = part_of(op, dim, of, shape)
+    if not 0 <= index < of:
+        raise refused(op, f"takes part {index} of {of}: parts count from 0")
+    return resized(shape, dim, part)
+
+
+def _fill(op: Op, place: Place) -> Op:
+    dim = from_front(op, op.get("dim", 0), place.shapes)
+    own = "index" not in op and op.get("of", place.of) == place.of  # each result is one part
+    sizes = op.get("sizes", _sibling_sizes(place, dim) if own else None)
+    of = op.get("of", place.of if sizes is None else len(sizes))
+    if sizes is not None and len(sizes) != of:
+        raise refused(op, f"has {len(sizes)} sizes for {of} parts")
+    if "index" not in op and (of != place.of or (of == 1 and sizes is None)):
+        results = "one result" if place.of == 1 else f"{place.of} results"
+        raise refused(
+            op, f"has {results} for {of} parts" if of > 1 else "has one result", "name each part (a -> b + c), or say index= and of="
+        )
+    index = op.get("index", place.index)
+    if index >= of:
+        raise refused(op, f"takes part {index} of {of}: parts count from 0")
+    if sizes is None:
+        return {"op": "chunk", "dim": dim, "index": index, "of": of}
+    for shape in place.shapes:
+        if size_of(op, dim, shape) != sum(sizes):
+            raise refused(op, f"cuts dim {dim} into {list(sizes)[:8]}, {sum(sizes)} in all, and {shape} has {shape[dim]} there")
+    if len(set(sizes)) == 1 and sizes[0]:
+        return {"op": "chunk", "dim": dim, "index": index, "of": of}
+    return {"op": "slice", "dim": dim, "start": sum(sizes[:index]), "stop": sum(sizes[: index + 1])}
+
+
+def _sibling_sizes(place: Place, dim: int) -> list[int] | None:
+    """The sizes of all results along `dim` as the target has them, if they are what comes in."""
+    known = [shape[dim] for shape in place.siblings if shape is not None and dim < len(shape)]
+    whole = all(dim < len(shape) and shape[dim] == sum(known) for shape in place.shapes)
+    return known if whole and place.wanted is not None and len(known) == place.of > 1 else None
+
+
+def _bounds(op: Op, shape: Sequence[int]) -> tuple[int, int]:
+    part = shape[op["dim"]] // op["of"]
+    return op["index"] * part, (op["index"] + 1) * part
+
+
+def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+    start, stop = _bounds(op, tensor.shape)
+    return tensor.narrow(op["dim"], start, stop - start)
+
+
+ADAPTER = Adapter(
+    words="cuts dim `dim` into parts, one for each result: of `sizes`, else of the results' own sizes in the target, else equal ones",
+    fields={"dim": signed, "sizes": list_of(whole), "index": whole, "of": whole},
+    infer=each(_shape),
+    fill=_fill,
+    kernel=each(_kernel),
+    moments=same_op,
+    invert=lambda op: None if "index" in op else {**op, "op": "concat"},
+    ranges=part_ranges(_bounds),
+)

@@ -1,0 +1,58 @@
+"""`concat` joins tensors along a dim that they have.
+
+>>> import torch
+>>> ADAPTER.kernel({"op": "concat", "dim": 0, "of": 2}, [torch.tensor([1, 2]), torch.tensor([3])], None)[0].tolist()
+[1, 2, 3]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, list_of, same_op, signed, whole
+from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, resized, size_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    dim, found = need(op, "dim"), []
+    for group in groups(op, shapes):
+        first, total = group[0], sum(size_of(op, dim, shape) for shape in group)
+        other = next((shape for shape in group if resized(shape, dim, 0) != resized(first, dim, 0)), None)
+        if other is not None:
+            raise refused(op, f"joins dim {dim} of {first} and {other}, which differ in another dim too")
+        found.append(bounded(op, resized(first, dim, total)))
+    return tuple(found)
+
+
+def _fill(op: Op, place: Place) -> Op:
+    dim, sizes = from_front(op, op.get("dim", 0), place.shapes), list(op.get("sizes", ()))
+    filled = {"op": "concat", "dim": dim, "of": op.get("of", len(sizes) if "sizes" in op else len(place.shapes))}
+    for group in groups(filled, place.shapes) if "sizes" in op else ():
+        have = [size_of(op, dim, shape) for shape in group]
+        if have != sizes:
+            raise refused(op, f"is to join sizes {sizes[:8]} of dim {dim}, and {have[:8]} come in")
+    return filled
+
+
+def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+    import torch
+
+    return [torch.cat(list(group), op["dim"]) for group in groups(op, tensors)]
+
+
+ADAPTER = Adapter(
+    words="joins all tensors, or each `of` in a row, along dim `dim`; `sizes` are held against what comes in",
+    fields={"dim": signed, "sizes": list_of(whole), "of": whole},
+    infer=_infer,
+    fill=_fill,
+    kernel=_kernel,
+    moments=same_op,
+    invert=lambda op: {**op, "op": "chunk"},
+    ranges=joined_ranges,
+    joins=True,
+)

@@ -1,0 +1,54 @@
+"""`stack` makes tensors of one shape one tensor, with a dim more.
+
+>>> import torch
+>>> ADAPTER.kernel({"op": "stack", "dim": 0, "of": 2}, [torch.tensor([1, 2]), torch.tensor([3, 4])], None)[0].tolist()
+[[1, 2], [3, 4]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, same_op, signed, whole
+from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    dim, found = need(op, "dim"), []
+    for group in groups(op, shapes):
+        first = group[0]
+        other = next((shape for shape in group if shape != first), None)
+        if other is not None:
+            raise refused(op, f"stacks {first} and {other}, which differ")
+        if not 0 <= dim <= len(first):
+            raise refused(op, f"adds dim {dim}, and {first} has {len(first)} dims")
+        found.append(bounded(op, (*first[:dim], len(group), *first[dim:])))
+    return tuple(found)
+
+
+def _fill(op: Op, place: Place) -> Op:
+    return {"op": "stack", "dim": from_front(op, op.get("dim", 0), place.shapes, 1), "of": op.get("of", len(place.shapes))}
+
+
+def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+    import torch
+
+    return [torch.stack(list(group), op["dim"]) for group in groups(op, tensors)]
+
+
+ADAPTER = Adapter(
+    words="makes all tensors, or each `of` in a row, one along a new dim `dim`: out[i] = in_i",
+    fields={"dim": signed, "of": whole},
+    infer=_infer,
+    fill=_fill,
+    kernel=_kernel,
+    moments=same_op,
+    invert=lambda op: None if "of" in op else {**op, "op": "unstack"},
+    ranges=joined_ranges,
+    joins=True,
+)

@@ -1,0 +1,21 @@
+"""`interleave` takes turns between equal parts of a dim.
+
+>>> import torch
+>>> ADAPTER.kernel({"dim": 0, "parts": 2}, [torch.tensor([1, 2, 3, 10, 20, 30])], None)[0].tolist()
+[1, 10, 2, 20, 3, 30]
+"""
+
+from __future__ import annotations
+
+from ckptsurgeon.adapters.layout.regroup import fill_parted, parted_shape, regrouped
+from ckptsurgeon.adapters.op import Adapter, each, same_op, signed, whole
+
+ADAPTER = Adapter(
+    words="takes turns between `parts` equal parts of dim `dim`, p parts of n: out[i * p + j] = in[j * n + i]",
+    fields={"dim": signed, "parts": whole},
+    infer=each(parted_shape),
+    fill=fill_parted,
+    kernel=each(lambda op, tensor: regrouped(tensor, op["dim"], op["parts"], tensor.shape[op["dim"]] // op["parts"])),
+    moments=same_op,
+    invert=lambda op: {**op, "op": "deinterleave"},
+)

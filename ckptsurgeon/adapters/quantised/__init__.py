@@ -1,0 +1,1 @@
+"""Adapters that make values of quantised codes and what stands beside them."""

@@ -1,0 +1,1 @@
+"""Adapters that choose rows: by number, or by what stands for a row in two lists."""

@@ -1,0 +1,83 @@
+"""`relative_position_bias` gives a table of relative positions another window.
+
+>>> import torch
+>>> op = {"grid": [1, 1], "to": [1, 2], "extra": 0, "mode": "bilinear"}
+>>> ADAPTER.kernel(op, [torch.tensor([[5.0]])], None)[0].tolist()
+[[5.0], [5.0], [5.0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, cannot_follow, each, whole
+from ckptsurgeon.adapters.shapes import checked, in_words
+from ckptsurgeon.adapters.vision.resize import resize_tokens
+from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, first_shape, pair, square_root, wanted_shape
+from ckptsurgeon.errors import RuleError
+
+if TYPE_CHECKING:
+    import torch
+
+_FIELDS: dict[str, Check] = {"grid": pair, "to": pair, "extra": whole, "mode": SMOOTH}
+
+
+def _entries(window: Sequence[int]) -> int:
+    return (2 * window[0] - 1) * (2 * window[1] - 1)
+
+
+def _window(entries: int) -> int | None:
+    """The side of the square window whose table has that many entries."""
+    side = square_root(entries)
+    return (side + 1) // 2 if side is not None and side % 2 else None
+
+
+def _shape(op: Op, shape: Shape) -> Shape:
+    grid, to, extra, _ = checked(op, _FIELDS)
+    if len(shape) != 2 or shape[0] != _entries(grid) + extra:
+        rows = f"{_entries(grid)} + {extra} rows, which a window of {grid[0]} x {grid[1]} needs"
+        raise RuleError(f"relative_position_bias: {in_words(shape)} is no table of {rows}")
+    return (_entries(to) + extra, shape[1])
+
+
+def _fill(op: Op, place: Place) -> Op:
+    shape, extra = first_shape(place), op.get("extra", 0)
+    goal = () if "to" in op else wanted_shape(place, 2, "to", "relative_position_bias")
+    windows: list[list[int]] = []
+    for field, rows in (("grid", shape), ("to", goal)):
+        side = _window(rows[0] - extra) if rows and field not in op else None
+        if field not in op and side is None:
+            raise RuleError(
+                f"relative_position_bias can't tell a window from {in_words(rows)} with {extra} extra rows",
+                hint="BEiT's tables have extra=3; give other windows than squares: relative_position_bias(grid=[7, 7], to=[8, 12])",
+            )
+        windows.append(list(op.get(field, (side, side))))
+    return {"op": "relative_position_bias", "grid": windows[0], "to": windows[1], "extra": extra, "mode": op.get("mode", "bicubic")}
+
+
+def _offer(source: Shape, target: Shape) -> Op | None:
+    if len(source) != 2 or len(target) != 2 or source[1] != target[1]:
+        return None
+    return {"op": "relative_position_bias"} if _window(source[0]) and _window(target[0]) else None
+
+
+def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+    (h, w), (to_h, to_w) = ((2 * one[0] - 1, 2 * one[1] - 1) for one in (op["grid"], op["to"]))
+    found = tensor.new_empty(to_h * to_w + op["extra"], tensor.shape[1])
+    found[: to_h * to_w].copy_(resize_tokens(tensor[: h * w].unsqueeze(0), op, (h, w), (to_h, to_w), False).squeeze(0))
+    found[to_h * to_w :].copy_(tensor[h * w :])
+    return found
+
+
+ADAPTER = Adapter(
+    words="a table of (2h-1)(2w-1) relative positions for another window h x w: interpolated, its last `extra` rows stay",
+    fields=_FIELDS,
+    infer=each_with_elements(_shape),
+    fill=_fill,
+    kernel=each(_kernel),
+    moments=cannot_follow,
+    offer=between(_offer),
+    floats=True,
+    source="Liu et al. 2021 (arXiv:2103.14030); Bao et al. 2021 (arXiv:2106.08254)",
+)
