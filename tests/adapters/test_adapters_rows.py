@@ -1,4 +1,4 @@
-"""The adapter `rows`: which row takes which, held against plain dicts; and that no op of an edited plan does worse than RuleError."""
+"""The adapter `rows`: which row takes which, held against plain dicts; its values, against plain indexing and NumPy's mean."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 from contextlib import suppress
 from typing import Any
 
+import numpy
 import pytest
+import torch
+from adapters_support import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptsurgeon.adapters import widening
 from ckptsurgeon.adapters.op import Place, Shape
-from ckptsurgeon.adapters.rows import ROWS
+from ckptsurgeon.adapters.table import ADAPTERS
 from ckptsurgeon.errors import RuleError
 
-ADAPTER = ROWS["rows"]
+ADAPTER = ADAPTERS["rows"]
 Lines = list[str | None]
 
 
@@ -160,3 +164,62 @@ def test_no_op_does_worse_than_a_rule_error(shapes: tuple[Shape, ...], data: st.
     wanted = data.draw(st.none() | st.lists(st.integers(0, 9), max_size=4).map(tuple))
     with suppress(RuleError):
         ADAPTER.infer(ADAPTER.fill({"op": "rows", **rule}, Place(shapes, wanted)), shapes)
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().view(torch.uint8).flatten().tolist()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint16, torch.bool, torch.complex64, torch.complex128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_are_copied_bit_for_bit(dtype: torch.dtype, dim: int) -> None:
+    given = (torch.arange(30).reshape(5, 6) % 7).to(dtype)
+    index = [4, 0, 0, 2, 3, 1]
+    op = ADAPTER.fill({"op": "rows", "index": index, "dim": dim}, Place(((5, 6),)))
+    before = bits(given)
+    (found,) = run(op, given)
+    assert bits(found) == bits(given.view(torch.uint8).unflatten(1, (6, -1)).index_select(dim, torch.tensor(index)))
+    assert bits(given) == before
+    bias, head = run({**op, "dim": 0, "runs": [[0, 2, 3], [4, 1, 2]], "fill": "zeros"}, given[0], given)
+    assert bits(head[:3]) == bits(given[2:5]) and bits(head[4:]) == bits(given[1:3])
+    assert bits(bias[:3]) == bits(given[0, 2:5]) and not any(bits(bias[3:4]) + bits(head[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_the_mean_is_that_of_all_source_rows(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widening, "PIECE", piece)
+    torch.manual_seed(0)
+    given = torch.randn(3, 50, 2).to(dtype) + 100
+    op = {"op": "rows", "dim": 1, "rows": 4, "runs": [[1, 7, 2]], "fill": "mean"}
+    (found,) = run(op, given)
+    mean = torch.from_numpy(numpy.mean(given.to(torch.float64).numpy(), axis=1))
+    assert torch.allclose(found[:, 0].to(torch.float64), mean.to(dtype).to(torch.float64), rtol=1e-12)
+    assert torch.equal(found[:, 3], found[:, 0]) and torch.equal(found[:, 1:3], given[:, 7:9])
+
+
+def test_initial_values_are_asked_for_once_and_fill_the_rows_without_a_source() -> None:
+    asked: list[int] = []
+
+    def initial() -> torch.Tensor:
+        asked.append(1)
+        return torch.arange(8.0).reshape(4, 2) + 0.5
+
+    op = {"op": "rows", "dim": 0, "rows": 4, "runs": [[1, 0, 1], [3, 2, 1]], "fill": "init", "scheme": "model"}
+    given = torch.ones(3, 2, dtype=torch.bfloat16)
+    one, two = run(op, given, given, initial=initial)
+    assert one.tolist() == two.tolist() == [[0.5, 1.5], [1, 1], [4.5, 5.5], [1, 1]]
+    assert asked == [1] and one.dtype == torch.bfloat16
+    (whole,) = run({**op, "rows": 2, "runs": [[0, 0, 2]]}, given)  # nothing to fill: not asked
+    assert whole.tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(RuleError, match=r"initial value has the shape \(4, 2\), not \(5, 2\)"):
+        run({**op, "rows": 5}, given, initial=initial)
+
+
+def test_integers_have_no_mean() -> None:
+    op = {"op": "rows", "dim": 0, "rows": 3, "runs": [[0, 0, 2]], "fill": "mean"}
+    with pytest.raises(RuleError, match="no mean"):
+        run(op, torch.ones(2, 2, dtype=torch.int64))

@@ -306,12 +306,12 @@ def test_transformers_makes_the_same_values(tmp_path: Path) -> None:
 
 
 def test_a_large_matrix_is_made_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptsurgeon.adapters.kernels import scales
+    from ckptsurgeon.adapters import widening
 
     made, scale = by_block(random(700, 300), 128, 128)
     path = save(tmp_path, "a.safetensors", {"w.weight": made, "w.weight_scale_inv": scale})
     cs.merge(path, None, tmp_path / "one.safetensors", dequantize=True, dtype="F32")
-    monkeypatch.setattr(scales, "PIECE", 1000)  # three rows, which end within a block
+    monkeypatch.setattr(widening, "PIECE", 1000)  # three rows, which end within a block
     cs.merge(path, None, tmp_path / "two.safetensors", dequantize=True, dtype="F32")
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 

@@ -285,15 +285,6 @@ def test_what_computes_values_is_not_followed():
     assert moment_ops([rows]) == ({"op": "rows", "dim": 0, "rows": 2, "runs": [[0, 0, 1]], "fill": "zeros"},)
 
 
-def test_every_adapter_is_followed_or_not_by_choice():
-    """A new adapter computes values until someone says that it does not."""
-    from ckptsurgeon.adapters.table import ADAPTERS
-    from ckptsurgeon.optimizer.plan import _FILLED, _FOLLOWED
-
-    assert set(ADAPTERS) >= _FOLLOWED | _FILLED
-    assert not any(ADAPTERS[name].floats for name in _FOLLOWED | _FILLED)
-
-
 def test_slots_by_the_groups_hyper_parameters():
     names = {kind: [slot.name for slot in wanted_slots(kind, {"amsgrad": True, "momentum": 0.9, "centered": True})] for kind in SLOTS}
     assert names["Adam"] == names["AdamW"] == ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
