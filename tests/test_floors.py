@@ -33,7 +33,16 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 # Rooms within a floor, from the ground up as well.
-ROOMS = {"models": [{"target"}, {"init"}, {"own_loading"}, {"training"}, {"verify"}]}
+ROOMS = {
+    "adapters": [
+        {"op", "user_adapter", "widening"},
+        {"shapes"},
+        {"layout", "combining", "vision", "rows", "quantised"},
+        {"table"},
+        {"chain"},
+    ],
+    "models": [{"target"}, {"init"}, {"own_loading"}, {"training"}, {"verify"}],
+}
 MOST_MODULES, MOST_LINES = 20, 400
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 ROOM_HEIGHT = {floor: {name: height for height, room in enumerate(rooms) for name in room} for floor, rooms in ROOMS.items()}
