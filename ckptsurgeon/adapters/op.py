@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor as Tensor
+else:
+    Tensor = Any  # torch is not imported for a name
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
 Op = Mapping[str, Any]  # {"op": name, **fields}; values are JSON's own
 Check = Callable[[Any], bool]
-Initial = Callable[[], "torch.Tensor"]  # gives the target's initial value
-Kernel = Callable[[Op, Sequence["torch.Tensor"], Initial], Sequence["torch.Tensor"]]
+Initial = Callable[[], Tensor]  # gives the target's initial value
+Kernel = Callable[[Op, Sequence[Tensor], Initial], Sequence[Tensor]]
 Range = tuple[int, int, int]  # which tensor, and its elements from start to stop, counted in row-major order
 
 
@@ -95,7 +97,7 @@ class Adapter:
     joins: bool = False
     counts_parts: bool = False
     elementwise: bool = False
-    by_rows: Callable[[Op, Sequence[torch.Tensor], Shape, int], torch.Tensor] | None = None
+    by_rows: Callable[[Op, Sequence[Tensor], Shape, int], Tensor] | None = None
     source: str = ""
 
 

@@ -9,17 +9,14 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Shape, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Shape, Tensor, cannot_follow, list_of, whole
 from ckptsurgeon.adapters.shapes import bounded
 from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import PlanError, RuleError
 
-if TYPE_CHECKING:
-    import torch
-
-OwnKernel = Callable[..., "torch.Tensor"]  # (tensors, **arguments) -> tensor
+OwnKernel = Callable[..., Tensor]  # (tensors, **arguments) -> tensor
 
 _ROOM = {  # in the order in which they are shown and offered
     "transpose": "layout",
@@ -48,7 +45,7 @@ _ROOM = {  # in the order in which they are shown and offered
 ADAPTERS: dict[str, Adapter] = {name: import_module(f"ckptsurgeon.adapters.{room}.{name}").ADAPTER for name, room in _ROOM.items()}
 
 
-def _not_imported(op: Op, _tensors: Sequence[torch.Tensor], _initial: Initial) -> NoReturn:
+def _not_imported(op: Op, _tensors: Sequence[Tensor], _initial: Initial) -> NoReturn:
     raise PlanError(f"{op['op']!r} was not imported")
 
 
@@ -79,7 +76,7 @@ def is_own(op: Op) -> bool:
     return ":" in op["op"]
 
 
-def run(op: Op, tensors: Sequence[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> Sequence[torch.Tensor]:
+def run(op: Op, tensors: Sequence[Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> Sequence[Tensor]:
     """What one filled op makes of tensors. PlanError for a person's own that was not handed in."""
     if op["op"] in own:
         return [own[op["op"]](list(tensors), **op["arguments"])]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from ckptsurgeon.adapters.op import Tensor
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,7 +31,7 @@ def rows_at_a_time(shape: Sequence[int]) -> int:
     return max(1, PIECE * shape[0] // max(1, prod(shape)))
 
 
-def wide(*tensors: torch.Tensor) -> torch.dtype:
+def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float32, float64 where values are, complex where one is."""
     import torch
 
@@ -44,6 +46,6 @@ def in_words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """The tensor in the dtype to compute in."""
     return tensor.to(wide(tensor))

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, cannot_follow, list_of, number
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, list_of, number
 from ckptsurgeon.adapters.shapes import need, refused
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 _SLACK = 1e-6  # by which a plan's weights may miss a sum of 1
 
@@ -43,7 +39,7 @@ def _fill(op: Op, place: Place) -> Op:
     return {"op": "average", "weights": [weight / math.fsum(scaled) for weight in scaled]}
 
 
-def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
     wrong = next((tensor.dtype for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())), None)
     if wrong is not None:
         raise RuleError(f"average goes over floats, and a tensor is {widening.in_words(wrong)}")

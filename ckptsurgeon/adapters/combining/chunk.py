@@ -8,13 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, list_of, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, Tensor, each, list_of, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import from_front, need, part_of, part_ranges, refused, resized, size_of
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _shape(op: Op, shape: Shape) -> Shape:
@@ -62,7 +58,7 @@ def _bounds(op: Op, shape: Sequence[int]) -> tuple[int, int]:
     return op["index"] * part, (op["index"] + 1) * part
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     start, stop = _bounds(op, tensor.shape)
     return tensor.narrow(op["dim"], start, stop - start)
 

@@ -8,14 +8,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, list_of, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, list_of, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, resized, size_of
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
@@ -39,7 +35,7 @@ def _fill(op: Op, place: Place) -> Op:
     return filled
 
 
-def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
     import torch
 
     return [torch.cat(list(group), op["dim"]) for group in groups(op, tensors)]

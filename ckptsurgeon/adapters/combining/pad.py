@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, list_of, number, one_of, signed, whole, zeros_where_filled
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, list_of, number, one_of, signed, whole, zeros_where_filled
 from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, resized, size_of, wanted_size
 from ckptsurgeon.errors import RuleError
 
@@ -66,11 +66,11 @@ def _share(op: Op) -> float:
     return sum(op["given"]) / whole if whole else 1.0
 
 
-def _kernel(op: Op, tensors: Sequence[torch.Tensor], initial: Initial) -> list[torch.Tensor]:
+def _kernel(op: Op, tensors: Sequence[Tensor], initial: Initial) -> list[Tensor]:
     return [_padded(op, tensor, initial) for tensor in tensors]
 
 
-def _padded(op: Op, tensor: torch.Tensor, initial: Initial) -> torch.Tensor:
+def _padded(op: Op, tensor: Tensor, initial: Initial) -> Tensor:
     dim, size, have = op["dim"], op["size"], tensor.shape[op["dim"]]
     out = tensor.new_empty(resized(tuple(tensor.shape), dim, size))
     given, rest = (0, have) if op["at"] == "end" else (size - have, 0)
@@ -86,7 +86,7 @@ def _padded(op: Op, tensor: torch.Tensor, initial: Initial) -> torch.Tensor:
     return out
 
 
-def _fill_by_mean(room: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
+def _fill_by_mean(room: Tensor, tensor: Tensor, dim: int) -> None:
     if not tensor.is_floating_point():
         words = widening.in_words(tensor.dtype)
         raise RuleError(f"pad fills up with a mean, and the tensor is {words}", hint="fill it with zeros or a value")
@@ -95,7 +95,7 @@ def _fill_by_mean(room: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
         room[piece] = tensor[piece].to(wide).mean(dim, keepdim=True).to(room.dtype)
 
 
-def _checked(value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _checked(value: Tensor, out: Tensor) -> Tensor:
     """The target's initial value, if it can fill `out` up."""
     if value.shape != out.shape:
         raise RuleError(f"pad makes {tuple(out.shape)} and fills up with an initial value of {tuple(value.shape)}")

@@ -8,14 +8,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
@@ -35,7 +31,7 @@ def _fill(op: Op, place: Place) -> Op:
     return {"op": "stack", "dim": from_front(op, op.get("dim", 0), place.shapes, 1), "of": op.get("of", len(place.shapes))}
 
 
-def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
     import torch
 
     return [torch.stack(list(group), op["dim"]) for group in groups(op, tensors)]

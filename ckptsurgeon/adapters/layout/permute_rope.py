@@ -7,14 +7,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ckptsurgeon.adapters.layout.regroup import regrouped
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, one_of, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, Tensor, each, one_of, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import from_front, need, part_of, refused
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _shape(op: Op, shape: Shape) -> Shape:
@@ -34,7 +29,7 @@ def _fill(op: Op, place: Place) -> Op:
     return {"op": op["op"], "heads": op["heads"], "to": op["to"], "dim": from_front(op, op.get("dim", 0), place.shapes)}
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     half = tensor.shape[op["dim"]] // op["heads"] // 2
     return regrouped(tensor, op["dim"], op["heads"], *((half, 2) if op["to"] == "halves" else (2, half)))
 

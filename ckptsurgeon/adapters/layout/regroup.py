@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ckptsurgeon.adapters.op import Op, Place, Shape
+from ckptsurgeon.adapters.op import Op, Place, Shape, Tensor
 from ckptsurgeon.adapters.shapes import from_front, need, part_of
 
-if TYPE_CHECKING:
-    import torch
 
-
-def regrouped(tensor: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
+def regrouped(tensor: Tensor, dim: int, *sizes: int) -> Tensor:
     """Dim `dim` under the shape `sizes`, whose last two dims are swapped, flat again."""
     last = dim + len(sizes) - 1
     parts = tensor.reshape((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, list_of, whole
 from ckptsurgeon.adapters.shapes import need, refused
 from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK = 128  # what fp8 checkpoints that scale by blocks use; a file does not say
 
@@ -78,7 +74,7 @@ def _fill(op: Op, place: Place) -> Op:
     return {"op": "dequantize", "block": list(block), "divisor": op.get("divisor", 1)}
 
 
-def _rows(op: Op, tensors: Sequence[torch.Tensor], shape: Shape, start: int) -> torch.Tensor:
+def _rows(op: Op, tensors: Sequence[Tensor], shape: Shape, start: int) -> Tensor:
     """The values of some rows of codes, those from `start` of codes of `shape`; their scale is whole."""
     import torch
 
@@ -92,11 +88,11 @@ def _rows(op: Op, tensors: Sequence[torch.Tensor], shape: Shape, start: int) -> 
     return found * (1 / op["divisor"]) if op["divisor"] != 1 else found  # rounded as bitsandbytes does it
 
 
-def _kernel(op: Op, tensors: Sequence[torch.Tensor], _initial: Initial) -> list[torch.Tensor]:
+def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
     return [_values(op, codes, scale) for codes, scale in zip(tensors[::2], tensors[1::2], strict=True)]
 
 
-def _values(op: Op, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _values(op: Op, codes: Tensor, scale: Tensor) -> Tensor:
     import torch
 
     shape = tuple(codes.shape)

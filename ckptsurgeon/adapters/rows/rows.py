@@ -14,15 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Adapter, Check, Initial, Op, Place, Range, Shape, list_of, one_of, signed, whole, zeros_where_filled
+from ckptsurgeon.adapters.op import (
+    Adapter,
+    Check,
+    Initial,
+    Op,
+    Place,
+    Range,
+    Shape,
+    Tensor,
+    list_of,
+    one_of,
+    signed,
+    whole,
+    zeros_where_filled,
+)
 from ckptsurgeon.adapters.shapes import MOST_ELEMENTS, checked, cut, in_words, resized
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 _EXAMPLE = "rows(source='a/vocab.txt', target='b/tokenizer.json', fill='mean') or rows(index=[3, 7, 0])"
 _FILLED = ("dim", "rows", "runs", "fill")
@@ -206,7 +217,7 @@ def _range(op: Op, tensor: int, shape: Shape) -> list[Range] | None:
     return None if None in parts else [part for found in parts if found is not None for part in found]
 
 
-def _kernel(op: Op, tensors: Sequence[torch.Tensor], initial: Initial) -> list[torch.Tensor]:
+def _kernel(op: Op, tensors: Sequence[Tensor], initial: Initial) -> list[Tensor]:
     holes = list(_holes(op["runs"], op["rows"]))
     first = initial() if holes and op["fill"] == "init" else None  # asked for once: it may build a model
     return [_one(tensor, op, holes, first) for tensor in tensors]
@@ -225,7 +236,7 @@ def _holes(runs: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[int, int]
         end = start + count
 
 
-def _one(tensor: torch.Tensor, op: Op, holes: Sequence[tuple[int, int]], initial: torch.Tensor | None) -> torch.Tensor:
+def _one(tensor: Tensor, op: Op, holes: Sequence[tuple[int, int]], initial: Tensor | None) -> Tensor:
     dim = op["dim"]
     found = _copied(tensor, dim, op["rows"], op["runs"])
     if not holes:
@@ -244,7 +255,7 @@ def _one(tensor: torch.Tensor, op: Op, holes: Sequence[tuple[int, int]], initial
     return found
 
 
-def _copied(tensor: torch.Tensor, dim: int, rows: int, runs: Sequence[Sequence[int]]) -> torch.Tensor:
+def _copied(tensor: Tensor, dim: int, rows: int, runs: Sequence[Sequence[int]]) -> Tensor:
     """`rows` rows along `dim`, those of the runs with the source's bits; the others hold anything.
 
     One selection for all runs: they may be many and short.
@@ -263,7 +274,7 @@ def _copied(tensor: torch.Tensor, dim: int, rows: int, runs: Sequence[Sequence[i
     return tensor.view(whole).index_select(dim, index).view(tensor.dtype)
 
 
-def _mean(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def _mean(tensor: Tensor, dim: int) -> Tensor:
     """The mean along `dim`, which stays with size 1, in the tensor's dtype."""
     import torch
 

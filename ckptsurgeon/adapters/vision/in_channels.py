@@ -7,16 +7,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, cannot_follow, each, signed
+from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, signed
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.sizes import axis, between, each_with_elements, first_shape, positive, wanted_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 _FIELDS: dict[str, Check] = {"dim": signed, "channels": positive}
 
@@ -52,7 +47,7 @@ def _offer(source: Shape, target: Shape) -> Op | None:
     return {"op": "in_channels"} if same and known and {source[1], target[1]} & {1, 3} else None
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     dim, wanted = op["dim"], op["channels"]
     given = tensor.shape[dim]
     if wanted == 1:

@@ -7,16 +7,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, cannot_follow, each, one_of, signed
+from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, one_of, signed
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.sizes import axis, between, each_with_elements, first_shape, positive, wanted_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 _FIELDS: dict[str, Check] = {"dim": signed, "size": positive, "mode": one_of("mean", "center")}
 
@@ -44,7 +39,7 @@ def _offer(source: Shape, target: Shape) -> Op | None:
     return {"op": "inflate"} if inserted and target[2] > 1 else None  # a size of 1 needs a reshape only
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     dim, size = op["dim"], op["size"]
     found = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim:])
     if op["mode"] == "center":

@@ -9,17 +9,13 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, cannot_follow, each, flag, one_of, whole
+from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, flag, one_of, whole
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.resize import resize, resize_tokens
 from ckptsurgeon.adapters.vision.sizes import between, each_with_elements, first_shape, pair, square_root, wanted_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 MOST_PREFIX = 8  # class and register tokens that are looked for; more have to be given
 _FIELDS: dict[str, Check] = {
@@ -117,7 +113,7 @@ def _offer(source: Shape, target: Shape) -> Op | None:
     return {"op": "interpolate", "prefix": found[0]} if len(found) == 1 else None
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     to = (op["to"][0], op["to"][1])
     if op["layout"] == "channels_first":
         planes = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)

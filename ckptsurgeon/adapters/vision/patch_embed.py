@@ -8,17 +8,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, cannot_follow, each, flag
+from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, flag
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.resize import resize
 from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, pair, wanted_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 MOST_SIDE = 1024  # of a patch: its resize matrix is inverted
 _FIELDS: dict[str, Check] = {"to": pair, "mode": SMOOTH, "antialias": flag}
@@ -43,19 +38,19 @@ def _offer(source: Shape, target: Shape) -> Op | None:
     return {"op": "patch_embed"} if square else None
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     """w' = pinv(Bᵀ) w. The resize is one of rows and one of columns, B = B_h ⊗ B_w, so each side has its own small pseudo-inverse."""
     import torch
 
-    def inverse(size: int, to: int) -> torch.Tensor:
+    def inverse(size: int, to: int) -> Tensor:
         """pinv(Bᵀ) of one side, (to, size); what the resize makes of the unit vectors are the rows of Bᵀ."""
         units = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1)
-        inverted: torch.Tensor = torch.linalg.pinv(resize(units, op, (to, 1), op["antialias"])[0, :, :, 0])
+        inverted: Tensor = torch.linalg.pinv(resize(units, op, (to, 1), op["antialias"])[0, :, :, 0])
         return inverted
 
     kernel = widened(tensor)
     rows, columns = (inverse(size, to).to(kernel.dtype) for size, to in zip(tensor.shape[2:], op["to"], strict=True))
-    found: torch.Tensor = rows @ kernel @ columns.T
+    found: Tensor = rows @ kernel @ columns.T
     return found.to(tensor.dtype)
 
 

@@ -9,16 +9,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, cannot_follow, each, whole
+from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, whole
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.resize import resize_tokens
 from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, first_shape, pair, square_root, wanted_shape
 from ckptsurgeon.errors import RuleError
-
-if TYPE_CHECKING:
-    import torch
 
 _FIELDS: dict[str, Check] = {"grid": pair, "to": pair, "extra": whole, "mode": SMOOTH}
 
@@ -62,7 +58,7 @@ def _offer(source: Shape, target: Shape) -> Op | None:
     return {"op": "relative_position_bias"} if _window(source[0]) and _window(target[0]) else None
 
 
-def _kernel(op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _kernel(op: Op, tensor: Tensor) -> Tensor:
     (h, w), (to_h, to_w) = ((2 * one[0] - 1, 2 * one[1] - 1) for one in (op["grid"], op["to"]))
     found = tensor.new_empty(to_h * to_w + op["extra"], tensor.shape[1])
     found[: to_h * to_w].copy_(resize_tokens(tensor[: h * w].unsqueeze(0), op, (h, w), (to_h, to_w), False).squeeze(0))
