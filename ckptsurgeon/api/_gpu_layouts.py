@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptsurgeon.adapters.chain import decodes
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.formats import read_tree
 from ckptsurgeon.planning.plan_types import Plan
@@ -18,7 +19,7 @@ from ckptsurgeon.tensors import Checkpoint
 
 def refuse(plan: Plan, sources: Sequence[Checkpoint], live: Mapping[str, Any] | None = None) -> None:
     """Raises CastError where a plan makes values of codes that are not in rows; `live` has the tensors of a source in memory."""
-    made = [step for step in plan.steps if step.adapters and step.adapters[0]["op"] == "dequantize"]
+    made = [step for step in plan.steps if decodes(step.adapters)]
     for number, source in enumerate(sources):
         codes = dict.fromkeys(key for step in made for first, key in step.sources[::2] if first == number)
         forms = _forms(source, [f"{key.removesuffix('weight')}weight_format" for key in codes], live)
