@@ -17,7 +17,7 @@ class Unmissable(str):
 
 
 def close_names(text: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """The names that look most like `text`, its wildcards left out.
+    """The names that look most like `text`, its wildcards and case left out.
 
     >>> close_names("fc4.*", ["conv1.weight", "fc1.weight"])
     ['fc1.weight']
@@ -27,7 +27,8 @@ def close_names(text: str, names: Iterable[str], most: int = 3) -> list[str]:
     pool = list(dict.fromkeys(names))
     plain = re.sub(r"[*{}]", "", text)
     head = re.split(r"[.0-9]", plain)[0]
-    close = get_close_matches(plain, pool[:_POOL], n=most, cutoff=0.5)
+    by_lower = {name.lower(): name for name in reversed(pool[:_POOL])}
+    close = [by_lower[name] for name in get_close_matches(plain.lower(), by_lower, n=most, cutoff=0.5)]
     return close or [name for name in pool if head and name.startswith(head)][:most]
 
 

@@ -5,7 +5,6 @@ Others ask for an adapter's traits, never for its name.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -15,6 +14,7 @@ from ckptsurgeon.adapters.op import Adapter, Initial, Op, Shape, Tensor, cannot_
 from ckptsurgeon.adapters.shapes import bounded
 from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import PlanError, RuleError
+from ckptsurgeon.hints import close_names
 
 OwnKernel = Callable[..., Tensor]  # (tensors, **arguments) -> tensor
 
@@ -65,7 +65,7 @@ def adapter_of(op: Op) -> Adapter:
     name = str(op["op"])
     found = OWN if ":" in name else ADAPTERS.get(name)
     if found is None:
-        close = difflib.get_close_matches(name, ADAPTERS, n=3)
+        close = close_names(name, ADAPTERS)
         words = f"is it {' or '.join(close)}? " if close else ""
         raise RuleError(f"there is no adapter {name!r}", hint=f"{words}the adapters are {', '.join(ADAPTERS)}")
     return found

@@ -6,7 +6,6 @@ stands between rules of which the later ones see the names that the earlier ones
 
 from __future__ import annotations
 
-import difflib
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from itertools import chain, repeat
 from typing import Any
 
 from ckptsurgeon.errors import LimitError, RuleError, printable
-from ckptsurgeon.hints import shortened
+from ckptsurgeon.hints import close_names, shortened
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.rules import toml_text
 from ckptsurgeon.rules.rules import Kind, Rule, check_choices, compile_rule, linked
@@ -90,7 +89,7 @@ def _tables(name: str, value: Any) -> bool:
 def _unknown(name: str) -> str:
     if name in FORMS:
         return f"write each rule as a table of its own: [[{name}]]"
-    close = difflib.get_close_matches(name, FORMS, n=1)
+    close = close_names(name, FORMS, 1)
     return f"there is no rule {name[:60]!r}" + (f"; is it [[{close[0]}]]?" if close else f"; the rules are {', '.join(FORMS)}")
 
 
@@ -139,7 +138,7 @@ def _wrong_fields(places: Mapping[str, Sequence[int]], line: int, kind: Kind, ta
     for name, value in table.items():
         place = _line_of(places, name, line)
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = close_names(name, sorted(known), 1)
             yield f"line {place}: [[{kind}]] has no {name[:60]!r}" + (
                 f"; is it {close[0]!r}?" if close else f"; it has {' and '.join(sorted(known))}"
             )

@@ -6,7 +6,6 @@ those of the file's folder. Nothing is opened or imported that no file of this r
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -19,7 +18,8 @@ from ckptsurgeon.api._opening import Target, is_code, unmissable
 from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import CheckpointError, SettingsError
-from ckptsurgeon.hints import Unmissable
+from ckptsurgeon.formats.files import open_regular
+from ckptsurgeon.hints import Unmissable, close_names
 from ckptsurgeon.limit_table import current, limits
 from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.parameter_types import Note
@@ -174,7 +174,7 @@ def _known(path: str, place: str, table: Any, keys: Mapping[str, _Key]) -> None:
     for name, value in table.items():
         key = keys.get(name)
         if key is None:
-            close = difflib.get_close_matches(name.replace("_", "-"), keys, n=1)
+            close = close_names(name.replace("_", "-"), keys, 1)
             near = f"; is it {close[0]!r}?" if close else ""
             raise SettingsError(f"there is no such setting{near}", path=path, key=f"{place}.{name}", hint=f"there are {', '.join(keys)}")
         if not key.fits(value):

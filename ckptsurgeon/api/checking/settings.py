@@ -5,7 +5,6 @@ Nothing is read or imported here: a target comes as it was opened.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ckptsurgeon.api._options import is_given
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.formats.registry import allowed_by
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.limit_table import amount
 from ckptsurgeon.parameter_types import Words
 
@@ -106,9 +106,8 @@ def _split(words: Words) -> list[str]:
 
 
 def _unknown(option: str, what: str, word: str, known: Sequence[str], hint: str) -> SettingsError:
-    close = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1)
-    near = next((name for name in known if close and name.lower() == close[0]), None)
-    return SettingsError(f"there is no {what} {word!r}{f'; is it {near}?' if near else ''}", key=option, hint=hint)
+    near = close_names(word, known, 1)
+    return SettingsError(f"there is no {what} {word!r}{f'; is it {near[0]}?' if near else ''}", key=option, hint=hint)
 
 
 def _codes(word: str, option: str) -> tuple[finding_codes.Code, ...]:

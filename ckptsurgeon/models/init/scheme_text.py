@@ -6,7 +6,6 @@ of `torch.nn.init`; a name with a colon is a person's own function, which is not
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import RuleError, TargetError
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import spec
 
 NONLINEARITIES = (
@@ -117,7 +117,7 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     name, args, kwargs = found
     scheme = SCHEMES.get(name)
     if scheme is None:
-        close = difflib.get_close_matches(name, SCHEMES, n=3)
+        close = close_names(name, SCHEMES)
         hint = f"is it {' or '.join(close)}? " if close else ""
         raise RuleError(f"there is no scheme {name!r}", hint=f"{hint}the schemes are {', '.join(SCHEMES)}, or your own: {OWN_FORMS}")
     names = list(scheme.parameters)

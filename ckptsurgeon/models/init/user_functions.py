@@ -6,7 +6,6 @@ Importing says what it imports through `note`, each module once, and happens onl
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.init.scheme_text import is_own, parse_scheme
 from ckptsurgeon.models.target import build, imports, user_code
 from ckptsurgeon.models.target.spec import Spec, parse
@@ -160,7 +160,7 @@ def _close_functions(spec: Spec) -> str | None:
     with imports.search(spec):
         module = vars(imports.load(spec, lambda _line: None))
     names = [name for name, value in module.items() if inspect.isfunction(value) and not name.startswith("_")]
-    close = difflib.get_close_matches(spec.attribute, names, n=3) or names[:3]
+    close = close_names(spec.attribute, names) or names[:3]
     return f"is it {' or '.join(f'{spec.place}:{name}' for name in close)}?" if close else None
 
 

@@ -8,7 +8,6 @@ modules of the same name that were there before are as they were when this retur
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import random
 import sys
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import imports, user_code
 from ckptsurgeon.models.target.spec import Spec
 from ckptsurgeon.models.target.uninitialized import marked
@@ -169,7 +169,7 @@ def _attribute(spec: Spec, module: object) -> object:
 def _no_attribute(spec: Spec, owner: object, path: str, name: str) -> TargetError:
     names = [other for other in dir(owner) if not other.startswith("_")]
     models = [other for other in names if _is_model(vars(owner).get(other) if hasattr(owner, "__dict__") else None)]
-    close = difflib.get_close_matches(name, names, n=3) or models[:5]
+    close = close_names(name, names) or models[:5]
     hint = f"is it {' or '.join(f'{spec.place}:{other}' for other in close)}?" if close and "." not in spec.attribute else None
     return TargetError(f"{path} has no {name!r}", path=spec.text, hint=hint or (f"is it {' or '.join(close)}?" if close else None))
 

@@ -6,7 +6,6 @@ the same name left in sys.modules step aside; afterwards both are as they were. 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.spec import Spec
 
@@ -146,4 +146,4 @@ def _close_files(name: str, folder: Path) -> list[str]:
         files = sorted(path.name for path in folder.iterdir() if path.suffix == ".py")
     except OSError:
         return []
-    return [str(folder / close) for close in difflib.get_close_matches(name, files, n=3, cutoff=0.5)]
+    return [str(folder / close) for close in close_names(name, files)]
