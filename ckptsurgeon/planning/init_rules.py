@@ -5,7 +5,6 @@ What a scheme means is not known here, but for `from(KEY)`, the value that anoth
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,11 +14,9 @@ from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.legacy_names import BY, COUNTER, is_counter
 from ckptsurgeon.planning.plan_types import FROM_MODEL, Step, copied_key
 from ckptsurgeon.planning.resolve import Origin, kept_out
-from ckptsurgeon.rules.patterns import check_template, expand
+from ckptsurgeon.rules.copied_value import copied, filled_in, follow
 from ckptsurgeon.rules.rules import CompiledRule, Rule
 from ckptsurgeon.tensors import Checkpoint
-
-_FROM = re.compile(r"\s*from\s*\(\s*(?:key\s*=\s*)?(?P<quote>['\"]?)(?P<key>.+?)(?P=quote)\s*\)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,18 +90,14 @@ def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, initia
     for scheme in schemes:
         if scheme in FROM_MODEL and target.kind != "model":
             yield f"{by}: {key} would get a value of the model itself ({scheme}), and the target is none: name a scheme, such as zeros"
-        elif filled is not None and scheme is not None and _FROM.fullmatch(scheme):
+        elif filled is not None and scheme is not None and copied(scheme) is not None:
             yield f"{by}: {key} can't be filled up with another key's value"
 
 
 def _scheme(compiled: CompiledRule, keys: Sequence[str]) -> str:
     """The rule's scheme; in `from(KEY)` the parts of its pattern are filled in."""
-    written = _FROM.fullmatch(compiled.rule.result)
-    if written is None:
-        return compiled.rule.result
     match = next(found for key in keys if (found := compiled.match(key)) is not None)
-    check_template(written["key"], compiled.patterns[0][1])
-    return f"from({expand(written['key'], dict(match.parts))!r})"
+    return filled_in(compiled.rule.result, compiled.patterns[0][1], dict(match.parts))
 
 
 def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
@@ -117,7 +110,7 @@ def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
             continue
         if key not in by_key:
             problems.append(f"{step.target}: copies {key!r}, which is not in the target{close_words(key, target)}")
-        elif _copies_itself(step, by_key):
+        elif follow(step.target, lambda name: copied_key(by_key[name]) if name in by_key else None) is None:
             problems.append(f"{step.target}: copies {key!r}, which copies it in turn")
         elif (by_key[key].shape, by_key[key].dtype) != (step.shape, step.dtype):
             problems.append(
@@ -126,14 +119,3 @@ def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
     if problems:
         raise RuleError("copies that can't be made", problems=shortened(problems))
     return tuple(step if copied_key(step) is None else replace(step, ops=step.ops[:1]) for step in steps)
-
-
-def _copies_itself(step: Step, steps: Mapping[str, Step]) -> bool:
-    seen = {step.target}
-    key = copied_key(step)
-    while key is not None and key in steps:
-        if key in seen:
-            return True
-        seen.add(key)
-        key = copied_key(steps[key])
-    return False

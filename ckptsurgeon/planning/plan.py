@@ -26,6 +26,7 @@ from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSo
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
 from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
+from ckptsurgeon.rules.copied_value import copied
 from ckptsurgeon.rules.loading_code import code_of
 from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.rules.rules import Outside, Rule
@@ -239,7 +240,7 @@ class _Planner:
         if self.choice not in ("source", "target") and self.scales.issuperset(origin.places):
             dtype = origin.dtype  # one dtype for all values is none for what codes are read with
         ops = tuple(_filled_up(op, initial) for op in origin.ops)
-        if any(op.get("fill") == "init" and str(op.get("scheme")).startswith("from(") for op in ops):
+        if any(op.get("fill") == "init" and copied(str(op.get("scheme"))) is not None for op in ops):
             raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
         action: Action = "adapt" if ops else "copy" if place[1] == key else "rename"
         if action == "copy":

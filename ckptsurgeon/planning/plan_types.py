@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,12 +14,12 @@ from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.report import Finding
+from ckptsurgeon.rules.copied_value import copied, follow
 from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Coverage
 
 Action = Literal["copy", "rename", "adapt", "load", "init", "keep"]
 FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the target model itself
-_COPY = re.compile(r"from\((?P<key>.+)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -100,22 +98,17 @@ class Step:
 
 def copied_key(step: Step) -> str | None:
     """The key whose value a step initialised by `from(KEY)` takes."""
-    found = _COPY.fullmatch(step.ops[0]["scheme"]) if step.action == "init" else None
-    try:
-        key = None if found is None else ast.literal_eval(found["key"])
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return key if isinstance(key, str) else None
+    return copied(step.ops[0]["scheme"]) if step.action == "init" else None
 
 
 def resolved(step: Step, steps: Mapping[str, Step]) -> Step:
     """The step whose value a step has: its own, or under `from(KEY)`, however often, that of the key it copies."""
-    for _ in range(len(steps) + 1):
-        copied = copied_key(step)
-        if copied is None:
-            return step
-        step = steps[copied]
-    raise PlanError("copies itself", key=step.target)
+    if copied_key(step) is None:
+        return step
+    keys = follow(step.target, lambda key: copied_key(steps[key]))
+    if keys is None:
+        raise PlanError("copies itself", key=step.target)
+    return steps[keys[-1]]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ckptsurgeon.planning.own_loading import computed
 from ckptsurgeon.planning.plan_types import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, copied_key
 from ckptsurgeon.planning.quantised import refuse_broken
 from ckptsurgeon.report import Finding
+from ckptsurgeon.rules.copied_value import follow
 from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
 
@@ -323,14 +324,11 @@ def _step_problems(
     if step.action == "load":
         yield from computed.step_problems(step, plan, sources, target)
         return
-    copied, seen = copied_key(step), {step.target}
-    while copied is not None:
-        if copied in seen or copied not in steps or steps[copied].shape != step.shape:
-            yield f"{step.target}: copies {copied}, which is not there, has another shape, or copies it in turn"
-            return
-        seen.add(copied)
-        copied = copied_key(steps[copied])
     copied = copied_key(step)
+    keys = follow(step.target, lambda key: copied_key(steps[key]) if key in steps else None)
+    if keys is None or any(key not in steps or steps[key].shape != step.shape for key in keys):
+        yield f"{step.target}: copies {copied}, which is not there, has another shape, or copies it in turn"
+        return
     found = [sources[number].get(key) for number, key in step.sources]
     given = [tensor for tensor in found if tensor is not None]
     if len(given) < len(found):

@@ -21,7 +21,8 @@ from ckptsurgeon.models.init.schemes import KEEP, PER_LAYER_TYPE, concrete, draw
 from ckptsurgeon.models.init.user_functions import Fill, in_hand, own_schemes
 from ckptsurgeon.models.target.parameters import Named, matched, named_tensors, other_names
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
-from ckptsurgeon.rules.patterns import Pattern, check_template, compile_pattern, expand
+from ckptsurgeon.rules.copied_value import copied, filled_in, follow
+from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
 __all__ = [
     "PER_LAYER_TYPE",
@@ -133,22 +134,23 @@ def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], writ
 
     A tied tensor goes by its first name with a scheme.
     """
-    passed: list[str] = []
-    while True:
-        passed.append(key)
-        name, arguments = parse_scheme(schemes[key]) if key in written else (KEEP, {})
-        if name != "from":
-            return key
-        source = arguments["key"]
+
+    def source_of(key: str) -> str | None:
+        source = copied(schemes[key]) if key in written else None
+        if source is None:
+            return None
         if not isinstance(state.get(source), torch.Tensor):
             reason = "is not a tensor" if source in state else "is not in the model"
             raise RuleError(f"takes the value of {source!r}, which {reason}", key=key, hint=close_hint(source, state))
         if state[source].shape != state[key].shape:
             shapes = f"{tuple(state[key].shape)}, and {source!r}, whose value it takes, {tuple(state[source].shape)}"
             raise RuleError(f"has the shape {shapes}", key=key)
-        key = _named(written[source], schemes) if source in written else source
-        if key in passed:
-            raise RuleError(f"takes its value from {source!r}, which leads back to it", key=passed[0], hint="give one of them a scheme")
+        return _named(written[source], schemes) if source in written else source
+
+    keys = follow(key, source_of)
+    if keys is None:
+        raise RuleError(f"takes its value by {schemes[key]}, which leads back to it", key=key, hint="give one of them a scheme")
+    return keys[-1]
 
 
 def _named(names: Group, schemes: Mapping[str, str]) -> str:
@@ -192,11 +194,8 @@ def _by_key(scheme: str | Mapping[str, str], fresh: Mapping[str, tuple[str, ...]
 
 def _written_out(scheme: str, pattern: Pattern, parts: dict[str, str] | None) -> str:
     """A scheme, checked; in `from(KEY)` the parts of a match are filled in."""
-    name, arguments = parse_scheme(scheme)
-    if name != "from":
-        return scheme
-    check_template(arguments["key"], pattern)
-    return scheme if parts is None else f"from({expand(arguments['key'], parts)!r})"
+    parse_scheme(scheme)
+    return filled_in(scheme, pattern, parts)
 
 
 def _tie_groups(state: Mapping[str, Any], schemes: Mapping[str, str], fresh: frozenset[str]) -> list[tuple[str, ...]]:

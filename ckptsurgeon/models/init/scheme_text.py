@@ -7,7 +7,6 @@ of `torch.nn.init`; a name with a colon is a person's own function, which is not
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -17,6 +16,7 @@ from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import RuleError, TargetError
 from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import spec
+from ckptsurgeon.rules.copied_value import copied
 
 NONLINEARITIES = (
     *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -25,9 +25,6 @@ NONLINEARITIES = (
 Check = Callable[[Any], bool]
 Needs = Literal["nothing", "fans", "model", "layer", "key"]
 OWN_FORMS = "mylib:ortho, path/to/file.py:ortho or mylib:ortho(gain=2)"
-
-# `from(KEY)`, where the key may stand without quotes, and may use the parts of a pattern: {i-1}.
-_FROM = re.compile(r"""\s*from\s*\(\s*(?P<key>(?:[^\s'"(),={}]|\{[^{}'"]*\})+)\s*\)\s*""")
 
 
 def _number(value: Any) -> bool:
@@ -108,8 +105,8 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     """
     if is_own(text):
         return _own(text)
-    copied = _FROM.fullmatch(text)
-    found = ("from", (copied["key"],), {}) if copied else literal_call(text)
+    key = copied(text)
+    found = literal_call(text) if key is None else ("from", (key,), {})
     if found is None:
         raise RuleError(
             f"{text!r} is not a scheme", hint="write a name, or a name with literal arguments: normal(std=0.02), from(layers.11.weight)"
