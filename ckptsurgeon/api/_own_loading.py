@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._rules import Ruling
 from ckptsurgeon.planning.apply_rules import Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
-from ckptsurgeon.rules.loading_code import Taken, is_below
+from ckptsurgeon.rules.loading_code import Taken, needs_probe
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def learned(
     found: dict[int, Taken] = {}
     for number, source in enumerate(sources):
         given = _given(number, source, names, target)
-        if _asks(given, target):
+        if needs_probe(given, target):
             from ckptsurgeon.models.own_loading.probe import probe
             from ckptsurgeon.planning.own_loading.versions import stated
 
@@ -45,21 +45,12 @@ def learned(
 
 def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
     """What the target's loading code does with a file's own names, as torch's load of that file would have it do."""
-    goal, model = target.checkpoint, target.any_model
-    if model is None or not _asks(source, goal):
+    model = target.any_model
+    if model is None:
         return Taken()
-    from ckptsurgeon.formats.pickle.unpickled import written_out
-    from ckptsurgeon.models.own_loading.probe import probe
-    from ckptsurgeon.planning.own_loading.versions import plain
+    from ckptsurgeon.models.own_loading.probe import probe_file
 
-    recorded = written_out(source.module_metadata)
-    return probe(model(), goal.loaders, source, {path: plain(recorded[path]) for path in goal.loaders if path in recorded})
-
-
-def _asks(given: Mapping[str, TensorMeta], target: Checkpoint) -> bool:
-    """Whether a module with loading code gets names that the target has not, or has with another shape."""
-    strange = (name for name, meta in given.items() if name not in target or target[name].shape != meta.shape)
-    return any(is_below(name, path) for name in strange for path in target.loaders)
+    return probe_file(model, target.checkpoint, source)
 
 
 def _given(number: int, source: Checkpoint, names: Names, target: Checkpoint) -> dict[str, TensorMeta]:

@@ -18,14 +18,13 @@ from ckptsurgeon.errors import CheckpointError, FormatError, PlanError, Verifica
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning import roots
+from ckptsurgeon.planning.fits import NOTHING, fits
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.streaming import checksums
 from ckptsurgeon.streaming.checksums import Held
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
-
-NOTHING = Taken()
 
 
 def verify_written(
@@ -85,9 +84,16 @@ def _loaded(checkpoint: Checkpoint, target: Target, device: str, finite: bool, i
 
 
 def _by_names(checkpoint: Checkpoint, target: Checkpoint) -> Verification:
-    findings = (*fits(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note"))
+    findings = (*strict_load(checkpoint, target), Finding("names", "names, dtypes and shapes only: the target is no model", None, "note"))
     fresh = (checkpoint.provenance or {}).get("fresh")
     return Verification("none", len(target), findings, bitwise=False, fresh=None if fresh is None else tuple(fresh))
+
+
+def strict_load(checkpoint: Checkpoint, target: Checkpoint, taken: Taken = NOTHING) -> list[Finding]:
+    """What keeps a checkpoint from loading strictly into a target, as `fits` has it, and a warning for each dtype that loading casts."""
+    findings, loaded = fits(checkpoint, target, taken)
+    casts = ((key, meta.dtype, target[key].dtype) for key, meta in loaded.items())
+    return findings + [Finding("dtype", f"is {own}, in the target {goal}", key, "warning") for key, own, goal in casts if own != goal]
 
 
 def _damage(files: Sequence[Held], checkpoint: Checkpoint, found: Verification) -> Iterator[Finding]:
@@ -97,34 +103,6 @@ def _damage(files: Sequence[Held], checkpoint: Checkpoint, found: Verification) 
         where = f"{os.path.basename(held.path)}: " if len(files) > 1 else ""
         findings = checksums.findings_of(held, checksums.places_in(checkpoint.tensors), where)
         yield from (finding for finding in findings if finding.key is None or finding.key not in told)
-
-
-def fits(checkpoint: Checkpoint, target: Checkpoint, taken: Taken = NOTHING) -> list[Finding]:
-    """What keeps `checkpoint` from loading strictly into `target`, whose own loading code does with its names what `taken` says.
-
-    In safetensors, whose library writes one name of a tied tensor, a key that is tied to one that is there may lack.
-    """
-    given = _as_taken(checkpoint, target, taken)
-    tied = {key for group in target.ties if any(key in given for key in group) for key in group}
-    may_lack = tied if named(checkpoint.format).leaves_out_tied else frozenset()
-    findings = [Finding("missing", "is in the target only", key) for key in target if key not in given and key not in may_lack]
-    findings += [Finding("missing", "is an extra state in the target only", key) for key in target.entries if key not in checkpoint.entries]
-    findings += [Finding("unexpected", "is in the file only", key) for key in given if key not in target]
-    for key, wanted in target.items():
-        found = given.get(key)
-        if found is not None and found.shape != wanted.shape:
-            findings.append(Finding("shape", f"has shape {found.shape}, the target {wanted.shape}", key))
-        elif found is not None and found.dtype != wanted.dtype:
-            findings.append(Finding("dtype", f"is {found.dtype}, in the target {wanted.dtype}", key, "warning"))
-    return findings
-
-
-def _as_taken(checkpoint: Checkpoint, target: Checkpoint, taken: Taken) -> dict[str, TensorMeta]:
-    """A file's tensors under the names that loading code gives them, with those that it computes, without those that it takes for them."""
-    unfit = {name for one in taken.made.values() if not one.fits for name in one.names}
-    gone = taken.dropped.keys() | (taken.handed.keys() - unfit)
-    found = {taken.renamed.get(name, (name,))[0]: tensor for name, tensor in checkpoint.items() if name not in gone}
-    return {**found, **{key: replace(target[key], dtype=one.dtype) for key, one in taken.made.items() if one.fits}}
 
 
 def non_finite(checkpoint: Checkpoint) -> list[Finding]:

@@ -16,7 +16,7 @@ from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, kept_out
-from ckptsurgeon.rules.loading_code import Made, Taken, code_of
+from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
@@ -212,16 +212,11 @@ def _loaded(taken: Taken | None, computed: Computed) -> tuple[Loaded, ...]:
     if taken is None:
         return ()
     return (
-        *(Loaded(name, f"→ {key}, {code_of(by)}") for name, (key, by) in taken.renamed.items()),
-        *(Loaded(name, f"left out, {code_of(by)}") for name, by in taken.dropped.items()),
-        *(Loaded(key, _from(one)) for key, one in computed.made.items()),
-        *(Loaded(key, f"{_from(one)}: a merge can't, since {why}", False) for key, (one, why) in computed.refused.items()),
+        *(Loaded(name, words) for name, words in taken.moved()),
+        *(Loaded(key, one.words) for key, one in computed.made.items()),
+        *(Loaded(key, f"{one.words}: a merge can't, since {why}", False) for key, (one, why) in computed.refused.items()),
         *(Loaded(path or "the model itself", f"its own loading code fails: {reason}", False) for path, reason in taken.failed.items()),
     )
-
-
-def _from(one: Made) -> str:
-    return f"is computed from {', '.join(one.names)}, {code_of(one.by)}"
 
 
 def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: Checkpoint) -> tuple[str, ...]:

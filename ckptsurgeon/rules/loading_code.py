@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
 
@@ -19,6 +20,11 @@ class Made:
     by: str
     dtype: str
     fits: bool = True
+
+    @property
+    def words(self) -> str:
+        """What becomes of the names."""
+        return f"is computed from {', '.join(self.names)}, {code_of(self.by)}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,22 @@ class Taken:
     made: Mapping[str, Made] = field(default_factory=dict)
     handed: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+
+    def words(self) -> Iterator[tuple[str, str]]:
+        """Each name that the code takes, and each key that it computes, with what becomes of it in words."""
+        yield from self.moved()
+        yield from ((key, made.words) for key, made in self.made.items())
+
+    def moved(self) -> Iterator[tuple[str, str]]:
+        """Each name that the code renames or leaves out, with what becomes of it in words."""
+        yield from ((name, f"→ {key}, {code_of(by)}") for name, (key, by) in self.renamed.items())
+        yield from ((name, f"left out, {code_of(by)}") for name, by in self.dropped.items())
+
+
+def needs_probe(tensors: Mapping[str, TensorMeta], target: Checkpoint) -> bool:
+    """Whether a module with loading code gets names that the target has not, or has with another shape."""
+    strange = (name for name, meta in tensors.items() if name not in target or target[name].shape != meta.shape)
+    return any(is_below(name, path) for name in strange for path in target.loaders)
 
 
 def code_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`check --against`: keys that a module's own loading code takes are not missing nor unexpected, as torch's load and `transfer` have it."""
+"""`check --against` and `verify`: keys that a module's own loading code takes are not missing nor unexpected, as torch's load has it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,66 @@ def found(path: Path, against: Any) -> dict[str, set[str | None]]:
     """The keys of each code of what does not fit."""
     (file,) = cs.check(path, against=against, select="CK3").files
     return {code: {one.key for one in file.findings if one.code == code} for code in ("CK301", "CK302", "CK303", "CK304")}
+
+
+def misfits(path: Path, against: Any, device: str) -> dict[str, set[str | None]]:
+    """The keys of each code that `verify` tells as an error."""
+    errors = [one for one in cs.verify(path, against, device=device).findings if one.level == "error"]
+    return {code: {one.key for one in errors if one.code == code} for code in ("missing", "unexpected", "shape", "kind")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_verify_says_what_torch_says(change: str, name: str, device: str, tmp_path: Path) -> None:
+    saved = old(net())
+    CHANGES[change](saved)
+    path = write(saved, tmp_path / name)
+    state = load_file(path) if name == "a.safetensors" else torch.load(path, weights_only=True)
+    told = net().load_state_dict(state, strict=False)
+    expected = {"missing": set(told.missing_keys), "unexpected": set(told.unexpected_keys), "shape": set(), "kind": set()}
+    assert misfits(path, net(), device) == expected
+
+
+def test_verify_names_what_loading_code_did_with_each_name(tmp_path: Path) -> None:
+    done = cs.verify(write(old(net()), tmp_path / "a.pt"), net(), device="meta")
+    told = {one.key: one.message for one in done.findings if one.code == "hook"}
+    assert done.ok and done.tensors == len(net().state_dict())
+    assert told["block.linear_1.weight"] == "→ block.0.weight, as Block loads it"
+    assert told["norm.num_batches_tracked"] == "left out, as Frozen loads it"
+
+
+class Extra(nn.Module):
+    """Its extra state is a tensor, whose shape follows what was done, as in Transformer Engine."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.extra = torch.zeros(size)
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize("state", [torch.ones(3), {"step": 1}], ids=["tensor", "dict"])
+def test_an_extra_state_fits_whatever_it_is(state: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(Extra(2), nn.Linear(2, 2))
+    path = write({**model.state_dict(), "0._extra_state": state}, tmp_path / "a.pt")
+    model.load_state_dict(torch.load(path, weights_only=True))
+    assert not any(found(path, nn.Sequential(Extra(2), nn.Linear(2, 2))).values())
+    for device in ("cpu", "meta"):
+        assert cs.verify(path, nn.Sequential(Extra(2), nn.Linear(2, 2)), device=device).ok, device
+
+
+def test_an_extra_state_that_no_module_takes_is_unexpected(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    path = write({**model.state_dict(), "0._extra_state": {"step": 1}}, tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"0\._extra_state"'):
+        model.load_state_dict(torch.load(path, weights_only=True))
+    assert found(path, model)["CK302"] == {"0._extra_state"}
+    assert misfits(path, model, "cpu")["unexpected"] == misfits(path, model, "meta")["unexpected"] == {"0._extra_state"}
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])

@@ -45,7 +45,7 @@ REFUSALS: dict[type[CheckpointError], str] = {
     PartError: "CK108",
     UnsafeError: "CK201",
 }
-FITS = {"missing": "CK301", "unexpected": "CK302", "shape": "CK303", "dtype": "CK304"}
+FITS = {"missing": "CK301", "unexpected": "CK302", "shape": "CK303", "kind": "CK301", "dtype": "CK304"}
 ASKS = "asks for {}, which is never imported here and would be elsewhere"
 MEMORY = CheckpointError("there was not enough memory to check it", hint="check it alone, with --jobs 1")
 
@@ -97,7 +97,8 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
             if against is not None:
                 with _TRYING:
                     taken = taken_as_it_stands(chosen, against)
-                yield [replace(found, code=FITS[found.code]) for found in _proving.fits(chosen, against.checkpoint, taken)]
+                misfits = _proving.strict_load(chosen, against.checkpoint, taken)
+                yield [replace(found, code=FITS[found.code]) for found in misfits if found.code in FITS]
         except CheckpointError as error:
             yield [_refusal(error, path)]
     if gate.dtypes:

@@ -18,7 +18,6 @@ from ckptsurgeon.api._opening import Target, is_code, unmissable
 from ckptsurgeon.api.checking import check_each, target_of
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import CheckpointError, SettingsError
-from ckptsurgeon.formats.files import open_regular
 from ckptsurgeon.hints import Unmissable, close_names
 from ckptsurgeon.limit_table import current, limits
 from ckptsurgeon.models.target.spec import looks_like_spec, parse

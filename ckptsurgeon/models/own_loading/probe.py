@@ -17,12 +17,14 @@ from torch import nn
 
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.models.own_loading.snapshot import remembered
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import tensors_of
 from ckptsurgeon.models.target.skeleton import place, state_dict_of
-from ckptsurgeon.rules.loading_code import Made, Taken, is_below
-from ckptsurgeon.tensors import Loader, TensorMeta
+from ckptsurgeon.planning.own_loading.versions import plain
+from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
+from ckptsurgeon.tensors import Checkpoint, Loader, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
 # What leaves a tensor's values as they are, where its dtype and shape stay as well.
@@ -143,6 +145,18 @@ def probe(model: nn.Module, loaders: Mapping[str, Loader], given: Mapping[str, T
     finally:
         back()
     return _told(state, loaders, strange, given, seen, unexpected, failed)
+
+
+def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Checkpoint) -> Taken:
+    """What loading code does with a file's own names, as torch's load of that file would have it do; the model is made only where it runs.
+
+    Args:
+        target: the model's state_dict and its modules with loading code.
+    """
+    if not needs_probe(source, target):
+        return Taken()
+    recorded = written_out(source.module_metadata)
+    return probe(model(), target.loaders, source, {path: plain(recorded[path]) for path in target.loaders if path in recorded})
 
 
 def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.verify import names, official
+from ckptsurgeon.models.verify import official
+from ckptsurgeon.planning.fits import misfits, shapes_of, tied_keys
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Checkpoint
 
@@ -44,15 +46,14 @@ class _Account:
     fits_are_in: bool = True
 
 
-def load_strictly(model: nn.Module, checkpoint: Checkpoint, expected: names.Shapes, ties: tuple[tuple[str, ...], ...]) -> Loaded:
+def load_strictly(model: nn.Module, checkpoint: Checkpoint, skeleton: Checkpoint) -> Loaded:
     """Load `checkpoint` into `model`, in place.
 
     Args:
-        expected: the model's shapes by key, from before.
-        ties: the model's tied keys.
+        skeleton: the model's state_dict, from before.
 
     Returns:
-        Findings of `names.compare_names`, and of the codes `load` (a reader or `load_state_dict` failed: an error, or a note where other
+        Findings of `misfits`, and of the codes `load` (a reader or `load_state_dict` failed: an error, or a note where other
         findings explain it) and `hook` (a note: the model's own code took care of a key that is missing or unexpected).
     """
     files = official.data_files(checkpoint)
@@ -65,13 +66,13 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint, expected: names.Shap
         except TargetError as error:
             refused.append(Finding("load", f"torch's or safetensors' reader refuses {file}: {error.reason}"))
             continue
-        found.update(names.shapes_of(state))
-        accounts.append(_load(model, state, checkpoint, ties, strict=len(files) == 1))
+        found.update({key: tuple(value.shape) if isinstance(value, torch.Tensor) else None for key, value in state.items()})
+        accounts.append(_load(model, state, checkpoint, skeleton.ties, strict=len(files) == 1))
         del state
-    aliases = names.tied_in_model(checkpoint, found, ties)
+    aliases = tied_keys(checkpoint, found, skeleton.ties)
     if refused:
         return Loaded(found, tuple(refused), False, aliases)
-    findings = _settled(names.compare_names(expected, found, aliases), accounts)
+    findings = _settled(misfits(found, shapes_of(skeleton), aliases), accounts)
     explained = any(finding.level == "error" for finding in findings)
     for account in accounts:
         if account.reason is not None:
@@ -81,20 +82,24 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint, expected: names.Shap
 
 def _load(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint, ties: tuple[tuple[str, ...], ...], strict: bool) -> _Account:
     if strict:
-        aliases = names.tied_in_model(checkpoint, state, ties)
+        aliases = tied_keys(checkpoint, state, ties)
         if aliases:
             state = {**state, **{key: state[kept] for key, kept in aliases.items()}}
+    told: list[Any] = []  # torch's account, also of a load that fails
+    hook = model.register_load_state_dict_post_hook(lambda _model, keys: told.append(keys))  # type: ignore[no-untyped-call]
+    reason, fits_are_in = None, True
     try:
         result: object = user_code.call(checkpoint.path, model.load_state_dict, state, strict=strict)
+        told = [result] if hasattr(result, "missing_keys") and hasattr(result, "unexpected_keys") else told
     except TargetError as error:
         cause = error.__cause__
-        fits = isinstance(cause, RuntimeError) and str(cause).startswith(_MISFIT)
-        return _Account(None, None, error.reason, fits)
-    if strict:
-        return _Account(frozenset(), frozenset())
-    missing, unexpected = getattr(result, "missing_keys", None), getattr(result, "unexpected_keys", None)
-    known = missing is not None and unexpected is not None
-    return _Account(frozenset(missing or ()), frozenset(unexpected or ())) if known else _Account(None, None)
+        reason, fits_are_in = error.reason, isinstance(cause, RuntimeError) and str(cause).startswith(_MISFIT)
+    finally:
+        hook.remove()
+    if not told:
+        done = frozenset[str]() if strict and reason is None else None
+        return _Account(done, done, reason, fits_are_in)
+    return _Account(frozenset(told[-1].missing_keys), frozenset(told[-1].unexpected_keys), reason, fits_are_in)
 
 
 def _settled(findings: list[Finding], accounts: list[_Account]) -> list[Finding]:

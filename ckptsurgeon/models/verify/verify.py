@@ -17,11 +17,13 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, TargetError
 from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reached
+from ckptsurgeon.models.own_loading.probe import probe_file
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.devices import check_device
 from ckptsurgeon.models.target.loaders import find_loaders
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
-from ckptsurgeon.models.verify import forward, loading, names, readback
+from ckptsurgeon.models.verify import forward, loading, readback
+from ckptsurgeon.planning.fits import fits
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming.values import tensor_from
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta, contiguous_stride
@@ -72,9 +74,9 @@ def verify_on_device(
         finding = Finding("device", f"the model can't be moved to {device}: {error.reason}")
         return Verification(device=device, tensors=0, findings=(finding,), fresh=record)
     state = state_dict_of(model, checkpoint.path)
-    expected, ties = names.shapes_of(state), checkpoint_of_state_dict(state, checkpoint.path).ties
+    skeleton = checkpoint_of_state_dict(state, checkpoint.path)
     del state
-    loaded = loading.load_strictly(model, checkpoint, expected, ties)
+    loaded = loading.load_strictly(model, checkpoint, skeleton)
     findings = list(loaded.findings)
     findings += _readers_agree(checkpoint, loaded) if loaded.complete else []
     compared = 0
@@ -94,20 +96,15 @@ def verify_on_device(
 def _by_names(checkpoint: Checkpoint, model: nn.Module, device: str, asked_forward: bool) -> Verification:
     """What can be told on meta: names, shapes and dtypes, by our reader alone."""
     skeleton = checkpoint_of(model, checkpoint.path)
-    expected = {**{key: meta.shape for key, meta in skeleton.items()}, **dict.fromkeys(skeleton.entries)}
-    found = {**{key: meta.shape for key, meta in checkpoint.items()}, **dict.fromkeys(checkpoint.entries)}
-    aliases = names.tied_in_model(checkpoint, found, skeleton.ties)
+    taken = probe_file(lambda: model, skeleton, checkpoint)
+    misfits, loaded = fits(checkpoint, skeleton, taken)
     findings = [Finding("meta", "on meta only names, shapes and dtypes are compared; no value was loaded", level="note")]
     if asked_forward:
         findings.append(Finding("no-forward", "no forward pass was run: there are no values on meta", level="note"))
-    findings += names.compare_names(expected, found, aliases)
-    matched = 0
-    for key, wanted in skeleton.items():
-        given = checkpoint.get(aliases.get(key, key))
-        if given is not None and given.shape == wanted.shape:
-            matched += 1
-            findings += readback.dtype_note(key, wanted.dtype, given.dtype)
-    return Verification(device=device, tensors=matched, findings=tuple(findings), bitwise=False, fresh=_fresh(checkpoint))
+    findings += misfits
+    findings += [Finding("hook", words, name, "note") for name, words in taken.words()]
+    findings += [note for key, meta in loaded.items() for note in readback.dtype_note(key, skeleton[key].dtype, meta.dtype)]
+    return Verification(device=device, tensors=len(loaded), findings=tuple(findings), bitwise=False, fresh=_fresh(checkpoint))
 
 
 def _readers_agree(checkpoint: Checkpoint, loaded: loading.Loaded) -> list[Finding]:
