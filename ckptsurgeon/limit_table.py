@@ -97,6 +97,9 @@ def limits(**bounds: int | str) -> Iterator[None]:
     Args:
         bounds: limits by name (those of `--limit`, with `_`), as a number or as text such as `"2GiB"`.
 
+    Returns:
+        A context manager.
+
     Raises:
         ArgumentError: a value is no number and no text.
         CheckpointError: there is no such limit, or the value is no amount.

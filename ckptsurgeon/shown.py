@@ -52,6 +52,9 @@ class Result(Shown):
         Args:
             verbose: a row for every key, as `-v` shows them.
             width: the terminal's, in columns; None for one line a row.
+
+        Returns:
+            The table as text.
         """
         path, _ = VIEWS[type(self).__name__]
         return repr(self) if path is None else str(_view(path)(self, verbose, width))
@@ -60,15 +63,27 @@ class Result(Shown):
         return self.to_text()
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints, as plain dicts and lists; the schemas that ship in the package describe it."""
+        """The result as plain values.
+
+        Returns:
+            What `--json` prints, as dicts and lists; the schemas that ship in the package describe it.
+        """
         return {name: [*value] if isinstance(value, list) else value for name, value in self._values().items()}
 
     def to_json(self) -> str:
-        """What `--json` prints, as text."""
+        """The result as JSON text.
+
+        Returns:
+            What `--json` prints.
+        """
         return "".join(self.json_parts())
 
     def json_parts(self) -> Iterator[str]:
-        """The text of `to_json` in parts, so that an answer about a million tensors need never be held whole."""
+        """The text of `to_json` in parts, so that an answer about a million tensors need never be held whole.
+
+        Returns:
+            An iterator over the parts.
+        """
         return json_parts(self._values())
 
     def _values(self) -> dict[str, Any]:

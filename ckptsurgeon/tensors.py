@@ -337,9 +337,15 @@ class Coverage:
 
     @classmethod
     def of(cls, transferred: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], filled: int = 0) -> Coverage:
-        """Coverage of `target` by the subset `transferred` of its own tensors, `filled` of whose elements no source gives.
+        """Coverage of a target. An empty one is wholly covered.
 
-        An empty target is wholly covered.
+        Args:
+            transferred: the tensors of the target that were transferred.
+            target: all tensors of the target.
+            filled: how many elements of `transferred` no source gives.
+
+        Returns:
+            The shares and counts.
         """
         total = sum(tensor.numel for tensor in target.values())
         done = sum(tensor.numel for tensor in transferred.values()) - filled

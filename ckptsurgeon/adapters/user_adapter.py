@@ -18,12 +18,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def adapter(shape: Callable[..., Any]) -> Callable[[F], F]:
     """Mark a function as an adapter, which rules and plans then name as `module:function` or `path/to/file.py:function`.
 
-    Args:
-        shape: `shape(shapes, **arguments)` gives the shape of the tensor that the function gives for tensors of `shapes`, a tuple of
-            tuples. It is called when a plan is made, where no tensor is at hand.
-
     The function is called as `function(tensors, **arguments)` with the CPU tensors that a rule names, in order, and the rule's literal
     arguments; it gives one new tensor. It must not write into `tensors`.
+
+    Args:
+        shape: `shape(shapes, **arguments)` returns the shape of the function's result for tensors of `shapes`, a tuple of tuples. It is
+            called when a plan is made, where no tensor is at hand.
 
     Returns:
         The decorator, which gives the function itself back.

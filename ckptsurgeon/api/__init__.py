@@ -1,7 +1,7 @@
 """The library's verbs, each in one call; nothing here prints. The command line is their thin twin, training code their first client.
 
-The modules whose names are words have the verbs; those whose names begin with `_` have what they share: opening what a person gives,
-gates, proof. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
+The modules whose names are words have the verbs. Those under `_` are what they share: opening what a person gives, its rules and options,
+gates, writing, proof. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptsurgeon.api._rules import load_rules
     from ckptsurgeon.api._stale import load_plan
+    from ckptsurgeon.api._writing import output_format
     from ckptsurgeon.api.checking import check
     from ckptsurgeon.api.comparing import diff
     from ckptsurgeon.api.looking import inspect, open, skeleton
     from ckptsurgeon.api.matching import match
-    from ckptsurgeon.api.merging import apply, merge, output_format, plan
+    from ckptsurgeon.api.merging import apply, merge, plan
     from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
     from ckptsurgeon.api.verifying import verify
 
@@ -25,9 +26,10 @@ _HOMES = {
     "comparing": ("diff",),
     "looking": ("inspect", "open", "skeleton"),
     "matching": ("match",),
-    "merging": ("apply", "merge", "output_format", "plan"),
+    "merging": ("apply", "merge", "plan"),
     "_rules": ("load_rules",),
     "_stale": ("load_plan",),
+    "_writing": ("output_format",),
     "tuning": ("freeze", "groups", "initialize", "param_groups", "transfer", "unfreeze"),
     "verifying": ("verify",),
 }

@@ -49,6 +49,13 @@ class Ruling:
 def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     """The rules of a TOML file, turned round with `reverse`.
 
+    Args:
+        path: a rules file (TOML).
+        reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+
+    Returns:
+        The rules, in the order of the file.
+
     Raises:
         RuleError: rules that are not well formed, all at once and with their lines, or that can't be turned round.
         UnreadableError: the file can't be read.

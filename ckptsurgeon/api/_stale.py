@@ -50,6 +50,12 @@ def check_data(made: Plan, sources: Sequence[Checkpoint], target: Checkpoint | N
 def load_plan(path: Path) -> Plan:
     """The plan in a plan.json.
 
+    Args:
+        path: a plan.json.
+
+    Returns:
+        The `Plan`.
+
     Raises:
         PlanError: it is none, of another version, or damaged.
 

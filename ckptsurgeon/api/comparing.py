@@ -35,6 +35,22 @@ def diff(
 ) -> Diff:
     """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
 
+    Args:
+        source: a path, an `io.BytesIO` or a `Checkpoint`.
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint.
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
+        rename: new names for source keys, from pattern to result: `{"fc2.{p}": "dense2.{p}"}`.
+        drop: patterns of source keys to leave out.
+        keep: patterns of target keys that keep the target's own values.
+        adapt: adapters for tensors whose shape must change, by pattern: `{"pos_embed": "interpolate"}`.
+        rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
+        reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `Diff`; printed, it is the command line's table.
+
     Raises:
         CheckpointError: one of them can't be read or built.
         RuleError: rules that match nothing or collide.

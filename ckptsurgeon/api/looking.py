@@ -14,7 +14,8 @@ def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the
     """The state_dict of the file or Hugging Face folder at `path`, or of the file that an `io.BytesIO` holds, without its data.
 
     Args:
-        root: which nested dict holds it, when there are several (`"model"`, `"ema"`).
+        path: a checkpoint file, a Hugging Face folder, or an `io.BytesIO` that holds a file.
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
 
     Returns:
         A mapping from keys to `TensorMeta` (dtype by safetensors' code, shape and stride in elements).
@@ -32,6 +33,12 @@ def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the
 def inspect(path: Path | BytesIO) -> Archive:
     """What a file holds: every root, what a pickle asked for, what else is there; nothing of it is run and no data is read.
 
+    Args:
+        path: a checkpoint file, a Hugging Face folder, or an `io.BytesIO` that holds a file.
+
+    Returns:
+        An `Archive`: its `state_dicts` by root, `globals` that a pickle asked for, what stands `beside`, `metadata`.
+
     Raises:
         CheckpointError: the file can't be read or is no checkpoint.
 
@@ -43,6 +50,13 @@ def inspect(path: Path | BytesIO) -> Archive:
 
 def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:
     """A target's names, dtypes and shapes without data: a spec such as `"model:Net"` (built on meta), a model, or a file.
+
+    Args:
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `Checkpoint` without files: keys, dtypes and shapes.
 
     Raises:
         TargetError: the target can't be imported or built.

@@ -41,20 +41,29 @@ def match(
 ) -> Proposal:
     """Find the mapping between two implementations of one architecture from what their headers say: names, shapes, numbers and order.
 
+    The keys that your rules name are not looked for.
+
     Args:
         source: a path or a `Checkpoint`.
-        target: a spec, model, skeleton or file.
-        rename, drop, keep, adapt, rules: what is known already; the keys that these name are not looked for.
-        accept_uncertain: let the rules give the uncertain links too.
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint.
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
+        rename: new names for source keys, from pattern to result: `{"fc2.{p}": "dense2.{p}"}`.
+        drop: patterns of source keys to leave out.
+        keep: patterns of target keys that keep the target's own values.
+        adapt: adapters for tensors whose shape must change, by pattern: `{"pos_embed": "interpolate"}`.
+        rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
+        reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        accept_uncertain: use the uncertain links of matching too.
         values: look at the values too (torch): they tell a norm's weight from a bias, and never q from k from v. A model as the target has
             only what its constructor gives.
-        forward: `"module:make_inputs"`, a function of yours: both models get what it returns (an argument, a tuple of them, a dict by
-            name, or `{"source": …, "target": …}`), and their outputs are compared: `found.forward`. The target must be a model.
-        source_model: what the checkpoint is of, for `forward`.
-        tolerance: by how much of their greatest value outputs may differ, for `forward`; 1e-4 by itself.
+        forward: `"module:make_inputs"`, a function of yours: both models get what it returns (an argument, a tuple of them, a dict by name,
+            or `{"source": …, "target": …}`), and their outputs are compared: `found.forward`. The target must be a model.
+        source_model: for `forward`: the model that the checkpoint is of, or its spec.
+        tolerance: for `forward`: by how much of their greatest value outputs may differ; 1e-4 by default.
+        note: called with each note, a line of text; notes are dropped by default.
 
     Returns:
-        A `Matching`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, in `toml` the same as the text
+        A `Proposal`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, in `toml` the same as the text
         of a rules file, and `refusal()`, None where the links are worth following. Printed, it is the command line's table.
 
     Raises:

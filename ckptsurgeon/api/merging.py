@@ -13,21 +13,18 @@ from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import facts_of, refuse_idle, refuse_idle_writing
 from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._provenance import record
-from ckptsurgeon.api._proving import refuse_non_finite, verify_written
-from ckptsurgeon.api._rules import Own, Rules, Ruling, gather, load_own, own_code, say_code
+from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, load_plan, sampled
-from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
-from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
+from ckptsurgeon.api._writing import carry_out, output_format
+from ckptsurgeon.errors import PlanError
 from ckptsurgeon.parameter_types import Given, Note, Path, Renames
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan, make_plan
-from ckptsurgeon.report import Report, Verification
+from ckptsurgeon.report import Report
 from ckptsurgeon.rules.rules import from_arguments
-from ckptsurgeon.streaming.apply import Output, Training, Values, Written
-from ckptsurgeon.streaming.apply import apply as write_plan
-from ckptsurgeon.streaming.atomic import check_free, named
-from ckptsurgeon.streaming.values import Buffer
+from ckptsurgeon.streaming.apply import Output
+from ckptsurgeon.streaming.atomic import check_free
 from ckptsurgeon.tensors import Checkpoint
 
 
@@ -59,21 +56,31 @@ def plan(
     """Decide how every key of `target` gets its value, and what becomes of every source key; write nothing.
 
     Args:
-        sources: a path or `Checkpoint`, or several.
-        target: a spec, model, skeleton or file; None converts the one source.
-        root: which nested dict of the sources is meant.
-        rename, drop, keep, adapt, init: rules in ckptsurgeon's patterns; those of `rules` (TOML files, or `Rule`s) come after them.
-        reverse: turn the rules of files round.
-        average: True, or a weight for each source: every key is the (weighted) mean of all sources; floating tensors only.
+        sources: a path or a `Checkpoint`, or a list of them.
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint; None converts the one source.
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
+        rename: new names for source keys, from pattern to result: `{"fc2.{p}": "dense2.{p}"}`.
+        drop: patterns of source keys to leave out.
+        keep: patterns of target keys that keep the target's own values.
+        adapt: adapters for tensors whose shape must change, by pattern: `{"pos_embed": "interpolate"}`.
+        init: schemes for keys that no source gives, by pattern: `{"fc3.*": "xavier_normal"}`.
+        rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
+        reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        average: True, or a weight for each source: each key is the weighted mean of all sources (floating tensors only).
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
-        match: find by itself what the rules leave open, as the verb `match` does; with `accept_uncertain` the uncertain links too.
+        match: match the keys that the rules leave open, as the function `match` does.
+        accept_uncertain: use the uncertain links of matching too.
+        dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
         dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
-        seed: for the model's constructor and the named schemes; 0 by itself.
-        allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that are meant as the codes they are.
-        dequantize: make float32 values of fp8 and int8 codes and the scales beside them, then cast; to BF16 where no dtype is chosen.
-        min_coverage: the least share, from 0 to 1, of tensors and of elements to be transferred.
-        strict: refuse keys that are missing, extra or mismatched without a rule that names them.
+        seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
+        allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
+        min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
+        strict: refuse missing, extra and mismatched keys that no rule names.
         full: digest all data of the files, so that `apply` notices any change; else a sample of it, which notices a file saved anew.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `Plan`, for `apply`; printed, it is the command line's table.
 
     Raises:
         RuleError: rules that can't be followed, all at once.
@@ -185,21 +192,52 @@ def merge(
     With a model as target, missing keys get the values of its own constructor under `seed`, and the file is loaded strictly into a fresh
     model on `device`. With a checkpoint as target its own values are kept. With target None the source is converted.
 
+    With an optimizer's state that has no names, the order in which the target model registers its parameters counts only if
+    `optimizer_names` is `"model"`.
+
     Args:
-        output: its suffix says the format (`.pt .pth .pkl .bin .ckpt` torch's zip, `.safetensors`), unless `format` does
-            (`"torch"` or `"safetensors"`).
-        tied: how safetensors gets tied keys: `"copy"` (by itself), or `"alias"` (one copy and the library's own metadata).
+        sources: a path or a `Checkpoint`, or a list of them.
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint; None converts the one source.
+        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`).
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
+        rename: new names for source keys, from pattern to result: `{"fc2.{p}": "dense2.{p}"}`.
+        drop: patterns of source keys to leave out.
+        keep: patterns of target keys that keep the target's own values.
+        adapt: adapters for tensors whose shape must change, by pattern: `{"pos_embed": "interpolate"}`.
+        init: schemes for keys that no source gives, by pattern: `{"fc3.*": "xavier_normal"}`.
+        rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
+        reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        average: True, or a weight for each source: each key is the weighted mean of all sources (floating tensors only).
+        auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        match: match the keys that the rules leave open, as the function `match` does.
+        accept_uncertain: use the uncertain links of matching too.
+        dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
+        dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
+        seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
+        allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
+        min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
+        strict: refuse missing, extra and mismatched keys that no rule names.
+        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
+        overwrite: replace `output` if it exists.
+        tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
-        verify: hold the written file against the plan and the model, and all that is read for it against the checksums that torch's zip
-            format keeps (data without one is a note in the report).
-        device: where the model is loaded to prove it; `"cpu"` by itself.
-        finite: let NaN and infinite values fail, whatever the target, and those of an optimizer's state too.
-        with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with
-            its groups' hyper-parameters, and whatever else is plain there. Needs a model as the target, one source and torch's format.
-        optimizer_root, optimizer_names: as for `transfer`; the target model's order of registration counts only for `"model"`.
-        optimizer_from: a second file that has the optimizer's state, such as the Trainer's `optimizer.pt`; with it `with_optimizer` goes
-            without saying, and the source may be of any format.
-        The other arguments are `plan`'s.
+        verify: hold the written file against the plan and the model, and all that is read against the checksums of torch's zip format; data
+            without a checksum is a note in the report.
+        device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
+            values.
+        finite: NaN and infinite values are errors; needs torch.
+        with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with its
+            groups' hyper-parameters, and whatever else is plain there. Needs a model as the target, one source and torch's format;
+            `optimizer_from` implies it.
+        optimizer_root: where the optimizer's state stands, such as `"optimizer_states.1"`; the usual names are tried by default.
+        optimizer_names: the source's parameter names in the order of its optimizer, group after group, where nothing else tells whose each
+            position is; `"model"`: the order in which the target registers them.
+        optimizer_from: a second file or folder that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
+            `optimizer.bin`; the source may then be of any format.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `Report`: which keys were transferred, kept and fresh, and how the file was proven; printed, it is the command line's table.
 
     Raises:
         CheckpointError: as `plan`; also CastError, OutputError (it exists, or can't be written), VerificationError, and FormatError
@@ -235,7 +273,7 @@ def merge(
 
         around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from, verify)
     _gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
-    done = _carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
+    done = carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
     return done if carried is None else replace(done, optimizer=carried)
 
 
@@ -253,6 +291,23 @@ def apply(
     note: Note = silent,
 ) -> Report:
     """Do what was decided: carry out a plan, or the plan.json at a path, and prove the result as `merge` does.
+
+    Args:
+        plan: a plan, or the path of a plan.json.
+        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`).
+        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
+        overwrite: replace `output` if it exists.
+        tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
+        provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
+        verify: hold the written file against the plan and the model, and all that is read against the checksums of torch's zip format; data
+            without a checksum is a note in the report.
+        device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
+            values.
+        finite: NaN and infinite values are errors; needs torch.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `Report`, as `merge` returns it.
 
     Raises:
         StaleError: a source or the target is not what it was when the plan was made.
@@ -283,114 +338,4 @@ def apply(
         check_data(replace(made, sources=()), (), goal.checkpoint)
     _, own = load_own(made.own_adapters, schemes, note)
     how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
-    return _carry_out(made, found, goal, how, device, finite, own)
-
-
-def output_format(output: Path, format: str | None = None) -> str:
-    """`torch` or `safetensors`, as `format` or the output's suffix says. OutputError for neither."""
-    if format is not None:
-        if format not in WRITTEN:
-            raise OutputError(f"{format!r} is no format to write", path=output, hint=" or ".join(WRITTEN))
-        return format
-    suffix = os.path.splitext(os.fspath(output))[1].lower()
-    if suffix not in OUTPUTS:
-        raise OutputError(
-            f"its suffix {suffix!r} does not say which format to write",
-            path=output,
-            hint=f"end it in one of {' '.join(OUTPUTS)}, or add --format torch",
-        )
-    return OUTPUTS[suffix]
-
-
-def _carry_out(
-    made: Plan,
-    found: Sequence[Checkpoint],
-    goal: Target | None,
-    how: Output,
-    device: str | None,
-    finite: bool,
-    own: Own,
-    around: Training | None = None,
-) -> Report:
-    wanted = None if goal is None else goal.checkpoint
-    if how.tied not in ("copy", "alias"):
-        raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
-    verification: list[Verification] = []
-
-    def prove(path: str) -> None:
-        if how.proof and goal is not None and goal.build is not None:
-            seen = verify_written(path, goal, device or "cpu", finite=finite, seed=made.seed, shown=how.path)
-            findings = tuple(replace(row, message=named(row.message, path, how.path)) for row in seen.findings)
-            verification.append(replace(seen, findings=findings))
-        if finite and (not verification or around is not None):  # the model has shown the weights alone
-            refuse_non_finite(path, how.path)
-
-    written = write_plan(made, found, wanted, how, values=_values(made, goal, own, how.format), verify=prove, training=around)
-    return _report(made, written, how.path, how.proof, verification[0] if verification else None)
-
-
-def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:
-    schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
-    settle = _settling(made, goal, format)
-    if goal is None or not (schemes or made.needs_model):
-        return Values(_no_initial, _no_initial, own.kernels, settle) if own.kernels or settle else None
-    from ckptsurgeon.models.init.values import extra_state, make_provider
-
-    model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
-    provide = make_provider(model, schemes, goal.checkpoint, made.seed, own.schemes)
-    extra = extra_state(model) if model is not None else {}
-    leaders = {key: group[0] for group in made.ties for key in group}
-
-    def initial(key: str) -> Buffer:
-        try:
-            return provide(leaders.get(key, key))  # tied keys are one tensor, with one value
-        except (MemoryError, RuntimeError) as error:
-            if no_memory(error):
-                raise out_of_memory(error, key) from error
-            raise
-
-    def own_extra(key: str) -> Any:
-        if key not in extra:
-            raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
-        return extra[key]
-
-    return Values(initial, own_extra, own.kernels, settle)
-
-
-def _settling(made: Plan, goal: Target | None, format: str) -> Any:
-    """What finds the values that loading decides; None where it decides none."""
-    if goal is None or goal.build is None or not (goal.checkpoint.loaders or goal.checkpoint.overlaps):
-        return None
-    from ckptsurgeon.models.own_loading.settled import is_needed, settled
-
-    build, wanted, versionless = goal.build, goal.checkpoint, not WRITTEN[format].keeps_versions
-    if not is_needed(made, wanted, versionless):
-        return None
-    return lambda fetch, extra: settled(made, wanted, build, fetch, extra, versionless)
-
-
-def _no_initial(key: str) -> Any:
-    raise PlanError("gets a value of the target's own, and there is no target with values", key=key)
-
-
-def _report(made: Plan, written: Written, output: str, proven: bool, verification: Verification | None) -> Report:
-    return Report(
-        sources=tuple(source.path for source in made.sources),
-        target=made.target.spec if made.target is not None else "",
-        transferred=made.transferred,
-        kept=made.kept,
-        fresh=made.fresh,
-        still_fresh=made.still_fresh,
-        roots=tuple(source.root for source in made.sources),
-        prefixes=tuple(source.prefix for source in made.sources),
-        dropped=tuple((row.source, row.reason) for row in made.dropped),
-        coverage=made.coverage,
-        casts=written.casts,
-        findings=(*written.findings, *(verification.findings if verification is not None else ())),
-        output=output,
-        nbytes=written.nbytes,
-        proven=proven,
-        verification=verification,
-        adapted=made.adapted,
-        partial=made.partial,
-    )
+    return carry_out(made, found, goal, how, device, finite, own)

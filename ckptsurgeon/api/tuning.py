@@ -52,24 +52,43 @@ def transfer(
 ) -> Report:
     """Put the weights that fit into a live model, in place, on whatever device it is: all, or, when anything is wrong, none.
 
+    An optimizer's state without names goes by the order of the source's keys, unless they were sorted, and the order in which this model
+    registers its parameters; where they disagree, `optimizer_names` must say. `optimizer_from` may be the state in memory.
+
     Args:
-        source: a path, a `Checkpoint`, a state_dict or a training checkpoint in memory, or a module.
-        model: keeps its own values where the source has none that fit; those keys are `report.fresh`.
-        init: schemes for fresh keys by pattern, seeded by `seed` and the key's name.
-        optimizer: a new SGD, Adam, AdamW or RMSprop over the model's parameters, which gets the moments of the source's: by the parameters'
-            names, adapted as their weights are, zero for fresh ones; steps are kept. Its groups' hyper-parameters stay its own.
-        optimizer_root: where the state stands in the source, such as `"optimizer_states.1"`; else under the usual names.
-        optimizer_names: the source's parameters in its optimizer's order, group after group, where the file has no names and nothing else
-            tells whose each position is; or `"model"`: they are as this model and its optimizer have them. Without names the order of the
-            file's keys counts, unless they were sorted, and the order in which this model registers its parameters; they must agree.
-        optimizer_from: a second file that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
-            `optimizer.bin`, the folder of either, or the state in memory; `source` may then be of any format. `scheduler_from` likewise
-            (`scheduler.pt`).
-        scheduler, scaler: new ones, which get the state of the source's where it goes with them; a scheduler sets the rate it stood at.
-        ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules; `ema_root` names it.
-        checksums: hold all that is read against the checksums that torch's zip format keeps, before the first copy. Without it only
-            deflated data is held, which is unpacked anyway; the other formats keep none.
-        The other arguments are `plan`'s.
+        source: a path, an `io.BytesIO`, a `Checkpoint`, a state_dict or a training checkpoint in memory, or a model.
+        model: changed in place; it keeps its own values where the source has none that fit, and those keys are `report.fresh`.
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
+        rename: new names for source keys, from pattern to result: `{"fc2.{p}": "dense2.{p}"}`.
+        drop: patterns of source keys to leave out.
+        keep: patterns of target keys that keep the target's own values.
+        adapt: adapters for tensors whose shape must change, by pattern: `{"pos_embed": "interpolate"}`.
+        init: schemes for keys that no source gives, by pattern: `{"fc3.*": "xavier_normal"}`.
+        rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
+        reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        match: match the keys that the rules leave open, as the function `match` does.
+        accept_uncertain: use the uncertain links of matching too.
+        dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
+        seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
+        allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
+        min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
+        strict: refuse missing, extra and mismatched keys that no rule names.
+        optimizer: a new SGD, Adam, AdamW or RMSprop over the model's parameters, which gets the moments of the source's by the parameters'
+            names, adapted as their weights are, zero for fresh ones. Steps are kept; the groups' hyper-parameters stay its own.
+        optimizer_root: where the optimizer's state stands, such as `"optimizer_states.1"`; the usual names are tried by default.
+        optimizer_names: the source's parameter names in the order of its optimizer, group after group, where nothing else tells whose each
+            position is; `"model"`: the order in which the target registers them.
+        optimizer_from: a second file or folder that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
+            `optimizer.bin`; the source may then be of any format.
+        scheduler: a new scheduler, which gets the state of the source's where it fits, and sets the learning rate it stood at.
+        scheduler_from: a second file or folder that has the scheduler's state, such as the Trainer's `scheduler.pt`, or the state in
+            memory.
+        scaler: a new gradient scaler, which gets the state of the source's where it fits.
+        ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules.
+        ema_root: where the averaged copy stands in the source; the usual names are tried by default.
+        checksums: hold all that is read against the checksums of torch's zip format before the first copy. Without it only deflated data
+            is, which is unpacked anyway; the other formats have none.
 
     Returns:
         The report; printed, it is the command line's table. `param_groups` and `initialize` take it. `report.optimizer` says what became
@@ -125,10 +144,12 @@ def initialize(
     """Initialise only what is fresh, in place.
 
     Args:
-        source: a report, a plan, a merged checkpoint or its path: what says which keys are fresh.
+        model: changed in place.
+        source: what says which keys are fresh: a report, a plan, a merged checkpoint or its path; or patterns or keys.
         scheme: a name such as `"xavier_normal"`, `"per_layer_type"` (convolutions xavier normal, norms 1 and 0, linear layers N(0, 0.01),
             biases 0; Glorot and Bengio 2010 for xavier), a function `f(tensor, generator)` of your own, or schemes by pattern.
-        seed: with a key's name, seeds its values; another layer does not change them.
+        seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
+        note: called with each note, a line of text; notes are dropped by default.
 
     Returns:
         The keys that were initialised.
@@ -166,17 +187,20 @@ def param_groups(
     (OneCycleLR's `max_lr`, CyclicLR's `base_lr`) need a list, `[group["lr"] for group in groups]`.
 
     Args:
-        source: a report, a plan, a merged checkpoint or its path; or rates by pattern, `{"fc3.*": 1e-2}`.
-        lr: for what was transferred.
-        fresh_lr: for what is fresh; or `fresh_scale`, a multiple of `lr`.
-        weight_decay: for all groups.
-        overrides: rates by pattern of parameter names, before all else.
-        layer_decay: transferred parameters learn at `lr` × layer_decay ** (depth below the head), a group for each depth, named
-            `transferred/layer 3` and so on; fresh ones and overrides keep their rate (Clark et al. 2020, arXiv:2003.10555).
-        layers: what a layer is, as a pattern whose numbers say which: `"encoder.layer.{i}.**"`; several stand on one another. None finds
-            the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is the head.
+        model: the model to train; frozen parameters are in no group.
+        source: what says which keys are fresh: a report, a plan, a merged checkpoint or its path; or rates by pattern, `{"fc3.*": 1e-2}`.
+        lr: the learning rate of transferred parameters.
+        fresh_lr: the learning rate of fresh parameters.
+        fresh_scale: instead of `fresh_lr`, a multiple of `lr`.
+        weight_decay: the weight decay of all groups.
+        overrides: learning rates by pattern of parameter names; they come first.
+        layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), in a group for each depth, named
+            `transferred/layer 3` and so on; fresh ones and overrides keep theirs (Clark et al. 2020, arXiv:2003.10555).
+        layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
+            another; None finds the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is
+            the head.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
-        partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (by itself) or as `"fresh"`.
+        partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (the default) or as `"fresh"`.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay`, `name` and `param_names`.
@@ -214,9 +238,10 @@ def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> freezi
     keep no statistics, are left alone. Freeze before you build the optimizer: `param_groups` leaves frozen parameters out.
 
     Args:
-        what: a pattern or several, over the names of parameters and buffers; or a report, a plan, a merged checkpoint (`cs.open`): then
-            what was transferred is frozen, and what is fresh trains.
-        partial: under a record, whether partly transferred tensors are `"fresh"` (by itself), and train, or `"transferred"`.
+        model: changed in place.
+        what: patterns over the names of parameters and buffers; or a report, a plan or a merged checkpoint (`cs.open`): then what was
+            transferred is frozen, and what is fresh trains.
+        partial: under a record, whether partly transferred tensors count as `"fresh"` (the default), and train, or as `"transferred"`.
 
     Returns:
         What was frozen: `keys`, `modules` kept in eval mode, `trainable`; printed, a short text.
@@ -239,7 +264,8 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> freezing.Fro
     """Undo `freeze` for what the patterns match, all by default; `Thaw` does so stage by stage, with the optimizer.
 
     Args:
-        what: a pattern or several, over the names of parameters and buffers.
+        model: changed in place.
+        what: patterns over the names of parameters and buffers; all by default.
 
     Returns:
         What was thawed: `keys`, `modules` that follow the model's mode again, `trainable`.
@@ -272,12 +298,35 @@ def groups(
 ) -> list[dict[str, Any]]:
     """The parameter groups of `param_groups` by name, for a merged file and a model that need not be in memory.
 
+    Args:
+        checkpoint: a merged checkpoint, or its path.
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint.
+        lr: the learning rate of transferred parameters.
+        fresh_lr: the learning rate of fresh parameters.
+        fresh_scale: instead of `fresh_lr`, a multiple of `lr`.
+        weight_decay: the weight decay of all groups.
+        overrides: learning rates by pattern of parameter names; they come first.
+        layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), in a group for each depth, named
+            `transferred/layer 3` and so on; fresh ones and overrides keep theirs (Clark et al. 2020, arXiv:2003.10555).
+        layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
+            another; None finds the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is
+            the head.
+        no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
+        partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (the default) or as `"fresh"`.
+        note: called with each note, a line of text; notes are dropped by default.
+
     Returns:
         Dicts with `name`, `lr`, `weight_decay`, `params`, a list of parameter names, and `elements`, how many numbers they hold.
 
     Raises:
         NoRecordError: the checkpoint does not record what is fresh.
         TargetError: the target is no model.
+
+    >>> from ckptsurgeon import merge
+    >>> net = "fixtures/variants.py:NetTwoClasses"
+    >>> _ = merge("fixtures/net_params.pkl", net, "merged.pt", overwrite=True)
+    >>> [(row["name"], row["lr"], len(row["params"])) for row in groups("merged.pt", net, lr=1e-3, fresh_scale=10)]
+    [('transferred', 0.001, 8), ('fresh', 0.01, 2)]
     """
     seen = _opening.look(checkpoint)
     goal = _opening.open_target(target, note=note)

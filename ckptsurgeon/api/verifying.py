@@ -32,9 +32,18 @@ def verify(
     target and the device. With a skeleton or another checkpoint as target nothing is loaded: names, dtypes and shapes are compared.
 
     Args:
-        device: `cpu` (by itself), `cuda:0`, `mps`; `meta` compares names, dtypes and shapes, and no values.
-        finite: NaN and infinite values fail instead of being warned about.
-        inputs: shapes such as `"1x3x32x32"` (float32) or `"1x16:I64"` for one forward pass in eval mode.
+        checkpoint: a checkpoint file, or a Hugging Face folder.
+        target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint.
+        root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
+        device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
+            values.
+        finite: NaN and infinite values are errors; needs torch.
+        inputs: shapes for one forward pass in eval mode, such as `"1x3x32x32"` (float32) or `"1x16:I64"`.
+        seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `Verification`: `ok`, its `findings`, and `outputs`, the shapes of the forward pass.
 
     Raises:
         DeviceError: the device is not on this machine.

@@ -189,7 +189,14 @@ class Plan(Result):
         return tuple(step.target for step in self.steps if step.fresh and step.action != "init")
 
     def leader(self, key: str) -> str:
-        """The first of the keys that are one tensor with `key`: it seeds the value, and its layer owns it."""
+        """The first of the keys that are one tensor with `key`.
+
+        Args:
+            key: a target key.
+
+        Returns:
+            The key that seeds the value, and whose layer owns it; `key` itself where it is not tied.
+        """
         return self._leaders.get(key, key)
 
     @cached_property

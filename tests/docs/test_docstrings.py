@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import ckptsurgeon
-from ckptsurgeon import errors
+from ckptsurgeon import api, errors
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(found.name for found in pkgutil.walk_packages(ckptsurgeon.__path__, "ckptsurgeon.") if not found.name.endswith("__main__"))
@@ -24,14 +25,14 @@ PUBLIC = {name: getattr(ckptsurgeon, name) for name in ckptsurgeon.__all__ if na
 
 
 def methods(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """A class's own public methods."""
-    for name, value in vars(kind).items():
-        function = value.__func__ if isinstance(value, classmethod) else value
-        if not name.startswith("_") and inspect.isfunction(function):
+    """A class's public methods, those of our own bases too."""
+    for name, function in inspect.getmembers(kind, lambda value: inspect.isfunction(value) or inspect.ismethod(value)):
+        if not name.startswith("_") and function.__module__.startswith("ckptsurgeon"):
             yield name, function
 
 
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if not isinstance(value, type)}
+FUNCTIONS |= {name: getattr(api, name) for name in api.__all__}  # two verbs more, that the command line uses
 FUNCTIONS |= {f"{name}.{each}": method for name, kind in PUBLIC.items() if isinstance(kind, type) for each, method in methods(kind)}
 
 
@@ -52,7 +53,7 @@ assert "torch" not in sys.modules, "importing and naming them loads torch"
 for name in names: assert "return" in typing.get_type_hints(getattr(cs, name)), name
 assert typing.get_type_hints(cs.transfer)["model"] is sys.modules["torch"].nn.Module
 """
-    subprocess.run([sys.executable, "-c", code.format(names=[name for name in FUNCTIONS if "." not in name])], check=True)
+    subprocess.run([sys.executable, "-c", code.format(names=[name for name in FUNCTIONS if name in PUBLIC])], check=True)
     for name, value in PUBLIC.items():
         assert isinstance(get_type_hints(value.__init__ if isinstance(value, type) else value), dict), name
     for name, function in FUNCTIONS.items():
@@ -75,3 +76,63 @@ def test_what_a_public_function_returns_is_exported() -> None:
 def test_every_error_is_exported() -> None:
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.CheckpointError)}
     assert len(kinds) > 20 and kinds <= set(ckptsurgeon.__all__)
+
+
+def sections(function: Callable[..., Any]) -> dict[str, dict[str, str]]:
+    """A docstring's sections, each with its entries: `name, name: words`."""
+    found: dict[str, dict[str, str]] = {}
+    entries: dict[str, str] | None = None
+    names: list[str] = []
+    for line in (inspect.getdoc(function) or "").splitlines():
+        if re.fullmatch(r"[A-Z]\w+:", line):
+            entries = found.setdefault(line[:-1], {})
+            names = []
+        elif entries is None or (line and not line.startswith("    ")):
+            entries = None
+        elif entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = entry[1].split(", ")
+            entries.update(dict.fromkeys(names, entry[2]))
+        elif line:
+            for name in names:
+                entries[name] += f" {line.strip()}"
+    return found
+
+
+VERBS = {name: value for name, value in FUNCTIONS.items() if "." not in name} | {"Thaw": ckptsurgeon.Thaw}
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS | VERBS)
+def test_every_parameter_has_words_and_so_has_what_is_returned(name: str) -> None:
+    function = (FUNCTIONS | VERBS)[name]
+    found = sections(function)
+    assert list(found.get("Args", {})) == parameters(function)
+    assert all(words.endswith(".") for words in found.get("Args", {}).values())
+    gives = not isinstance(function, type) and get_type_hints(function)["return"] not in (None, type(None))
+    assert ("Returns" in found) == gives
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_says_what_it_raises_and_has_an_example(name: str) -> None:
+    raised = sections(VERBS[name])["Raises"]
+    words = {error for errors_ in raised for error in errors_.split(", ")} - {""}
+    assert words and all(hasattr(ckptsurgeon, word) or word == "KeyboardInterrupt" for word in words)
+    assert ">>> " in (VERBS[name].__doc__ or "")
+
+
+# A parameter that several verbs take has the same words in each, but for these, which mean another thing in another verb.
+OTHER_WORDS = {
+    *("path", "source", "target", "checkpoint", "model", "what", "optimizer", "scheduler"),
+    *("full", "partial", "root", "lr", "layer_decay", "weight_decay"),
+}
+
+
+def test_a_parameter_has_the_same_words_in_every_verb() -> None:
+    said: dict[str, set[str]] = {}
+    for function in VERBS.values():
+        for name, words in sections(function)["Args"].items():
+            said.setdefault(name, set()).add(words)
+    assert {name for name, words in said.items() if len(words) > 1} == OTHER_WORDS

@@ -43,17 +43,22 @@ def check(
     A Hugging Face folder is one checkpoint; any other folder stands for those in it and below. No pyproject.toml is read.
 
     Args:
+        paths: a path or several; a Hugging Face folder is one checkpoint, any other folder stands for the files in it and below.
         against: what each must fit: a model, a spec such as `"model:Net"`, a skeleton or a checkpoint.
-        finite: NaN and infinite values are found (needs torch).
-        full: the data is held against the checksums of torch's zip format.
+        finite: NaN and infinite values are errors; needs torch.
+        full: hold the data against the checksums of torch's zip format.
         max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"5GiB"` (2³⁰).
         dtypes: the expected ones, by safetensors' codes or torch's names. Floating and complex tensors of others are found; integers and
             booleans only where one of their kind is expected.
         allow: the formats that may be, such as `safetensors` or `torch` (or only `torch-zip`); the error for another word lists all.
-        select: codes, or beginnings of codes such as `"CK2"`, that alone are told; a file that can't be read is told all the same.
-        ignore: codes that are not told; goes before `select`.
-        root: which nested dict holds the state_dict. Without it and `against`, every one is looked at.
-        jobs: how many files at a time; as many as there are cores, at most 8, by itself.
+        select: report only these codes, or beginnings of codes such as `"CK2"`; a file that can't be read is reported in any case.
+        ignore: codes not to report; stronger than `select`.
+        root: the nested dict that holds the state_dict; by default each one is checked, or the one that fits `against`.
+        jobs: how many files at a time; by default as many as there are cores, at most 8.
+        note: called with each note, a line of text; notes are dropped by default.
+
+    Returns:
+        A `CheckReport`: `ok`, and the findings of each of its `files`.
 
     Raises:
         SettingsError: a size, dtype, format or code that there is not.

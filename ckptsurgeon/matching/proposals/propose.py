@@ -79,8 +79,14 @@ class Proposal(Matching, Result):
         )
 
     def refusal(self, least: float = LEAST) -> CoverageError | None:
-        """Why this is no mapping to follow: applied links explain less than `least` of the tensors or elements of both sides. None where
-        it is one."""
+        """Why this is no mapping to follow.
+
+        Args:
+            least: the least share, from 0 to 1, of one side's tensors and elements that applied links must explain.
+
+        Returns:
+            The error to raise, or None where it is one.
+        """
         share = max(_share(self.coverage), _share(self.used))
         if share >= least and (self.applied or self.before or (self.links and not least)):
             return None

@@ -44,18 +44,20 @@ class Thaw:
     """A schedule that thaws a model stage by stage.
 
     Args:
-        model: with what is to come later frozen (`freeze`).
+        model: the model, with what is to come later frozen (`freeze`).
         optimizer: over what is trainable now; its first group lends new groups every option that is not given (betas, eps, fused …).
         stages: patterns, the first stage first, each one or several, held against the names of frozen parameters; the first stage that
-            matches wins, and what none matches stays frozen. None: the head, the layers from the top down, the stem, as `depths` finds
-            them; each of which something is frozen.
-        lr: the rate of the model's top, as `param_groups` has it.
+            matches wins, and what none matches stays frozen. None: the head, the layers from the top down, the stem, as far as something in
+            them is frozen.
+        lr: the learning rate of the model's top, as `param_groups` has it.
         layer_decay: a stage's rate is `lr` × layer_decay ** (its distance from the head): 1 for the first of the stages given, or the last
             layer; 1 / 2.6 is ULMFiT's discriminative fine-tuning.
         at: a stage comes after so many calls of `step()`: a number for every so many, or a number for each stage, ascending.
-        weight_decay: of the new groups; None for that of the first group.
-        no_decay: which parameters get none, as `param_groups` has it; a stage is then two groups.
-        layers: what a layer is, where no stages are given, as for `depths`.
+        weight_decay: the weight decay of the new groups; None takes that of the first group.
+        no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
+        layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
+            another; None finds the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is
+            the head.
         scheduler: the `torch.optim.lr_scheduler` at work, or several; it must be given where there is one, since its lists are per group. A
             new group starts at `lr` × (what the schedule has made of the first group's rate by now) and goes on from there. `lr` stands for
             the peak under OneCycleLR, for `base_lr` under CyclicLR. A floor (`eta_min`, `min_lr`) is one for all, as torch has it.
@@ -120,12 +122,19 @@ class Thaw:
         return self._catch_up(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: the count, and which names each stage has that has come."""
+        """The state to save in a checkpoint.
+
+        Returns:
+            Plain values: the count of `step()`, and the names of each stage that was thawed.
+        """
         return {"steps": self._steps, "stages": [list(stage.keys) for stage in self.stages[: self._done]]}
 
     @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another process was: thaw what it had thawed. Load the optimizer's and the scheduler's state after this, not before.
+
+        Args:
+            state: what `state_dict()` returned.
 
         Raises:
             ArgumentError: it is no such state.

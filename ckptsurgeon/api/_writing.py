@@ -1,0 +1,146 @@
+"""Carries out a plan: writes the file, proves it, and reports. What `merge` and `apply` share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ckptsurgeon.api._opening import Target
+from ckptsurgeon.api._proving import refuse_non_finite, verify_written
+from ckptsurgeon.api._rules import Own
+from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
+from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
+from ckptsurgeon.parameter_types import Path
+from ckptsurgeon.planning.plan import Plan
+from ckptsurgeon.report import Report, Verification
+from ckptsurgeon.streaming.apply import Output, Training, Values, Written
+from ckptsurgeon.streaming.apply import apply as write_plan
+from ckptsurgeon.streaming.atomic import named
+from ckptsurgeon.streaming.values import Buffer
+from ckptsurgeon.tensors import Checkpoint
+
+
+def output_format(output: Path, format: str | None = None) -> str:
+    """The format to write, as `format` or the output's suffix says.
+
+    Args:
+        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`).
+        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
+
+    Returns:
+        `"torch"` or `"safetensors"`.
+
+    Raises:
+        OutputError: the suffix, or `format`, names neither.
+
+    >>> output_format("net.pt"), output_format("net.ckpt", "safetensors")
+    ('torch', 'safetensors')
+    """
+    if format is not None:
+        if format not in WRITTEN:
+            raise OutputError(f"{format!r} is no format to write", path=output, hint=" or ".join(WRITTEN))
+        return format
+    suffix = os.path.splitext(os.fspath(output))[1].lower()
+    if suffix not in OUTPUTS:
+        raise OutputError(
+            f"its suffix {suffix!r} does not say which format to write",
+            path=output,
+            hint=f"end it in one of {' '.join(OUTPUTS)}, or add --format torch",
+        )
+    return OUTPUTS[suffix]
+
+
+def carry_out(
+    made: Plan,
+    found: Sequence[Checkpoint],
+    goal: Target | None,
+    how: Output,
+    device: str | None,
+    finite: bool,
+    own: Own,
+    around: Training | None = None,
+) -> Report:
+    wanted = None if goal is None else goal.checkpoint
+    if how.tied not in ("copy", "alias"):
+        raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
+    verification: list[Verification] = []
+
+    def prove(path: str) -> None:
+        if how.proof and goal is not None and goal.build is not None:
+            seen = verify_written(path, goal, device or "cpu", finite=finite, seed=made.seed, shown=how.path)
+            findings = tuple(replace(row, message=named(row.message, path, how.path)) for row in seen.findings)
+            verification.append(replace(seen, findings=findings))
+        if finite and (not verification or around is not None):  # the model has shown the weights alone
+            refuse_non_finite(path, how.path)
+
+    written = write_plan(made, found, wanted, how, values=_values(made, goal, own, how.format), verify=prove, training=around)
+    return _report(made, written, how.path, how.proof, verification[0] if verification else None)
+
+
+def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:
+    schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
+    settle = _settling(made, goal, format)
+    if goal is None or not (schemes or made.needs_model):
+        return Values(_no_initial, _no_initial, own.kernels, settle) if own.kernels or settle else None
+    from ckptsurgeon.models.init.values import extra_state, make_provider
+
+    model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
+    provide = make_provider(model, schemes, goal.checkpoint, made.seed, own.schemes)
+    extra = extra_state(model) if model is not None else {}
+    leaders = {key: group[0] for group in made.ties for key in group}
+
+    def initial(key: str) -> Buffer:
+        try:
+            return provide(leaders.get(key, key))  # tied keys are one tensor, with one value
+        except (MemoryError, RuntimeError) as error:
+            if no_memory(error):
+                raise out_of_memory(error, key) from error
+            raise
+
+    def own_extra(key: str) -> Any:
+        if key not in extra:
+            raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
+        return extra[key]
+
+    return Values(initial, own_extra, own.kernels, settle)
+
+
+def _settling(made: Plan, goal: Target | None, format: str) -> Any:
+    """What finds the values that loading decides; None where it decides none."""
+    if goal is None or goal.build is None or not (goal.checkpoint.loaders or goal.checkpoint.overlaps):
+        return None
+    from ckptsurgeon.models.own_loading.settled import is_needed, settled
+
+    build, wanted, versionless = goal.build, goal.checkpoint, not WRITTEN[format].keeps_versions
+    if not is_needed(made, wanted, versionless):
+        return None
+    return lambda fetch, extra: settled(made, wanted, build, fetch, extra, versionless)
+
+
+def _no_initial(key: str) -> Any:
+    raise PlanError("gets a value of the target's own, and there is no target with values", key=key)
+
+
+def _report(made: Plan, written: Written, output: str, proven: bool, verification: Verification | None) -> Report:
+    return Report(
+        sources=tuple(source.path for source in made.sources),
+        target=made.target.spec if made.target is not None else "",
+        transferred=made.transferred,
+        kept=made.kept,
+        fresh=made.fresh,
+        still_fresh=made.still_fresh,
+        roots=tuple(source.root for source in made.sources),
+        prefixes=tuple(source.prefix for source in made.sources),
+        dropped=tuple((row.source, row.reason) for row in made.dropped),
+        coverage=made.coverage,
+        casts=written.casts,
+        findings=(*written.findings, *(verification.findings if verification is not None else ())),
+        output=output,
+        nbytes=written.nbytes,
+        proven=proven,
+        verification=verification,
+        adapted=made.adapted,
+        partial=made.partial,
+    )
