@@ -15,6 +15,7 @@ from ckptsurgeon.cli.endings import debug
 from ckptsurgeon.cli.output import Show as Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES
 from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.formats.registry import WRITTEN
 from ckptsurgeon.rules import AUTO
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ min_coverage = click.option(
 strict = click.option("--strict", is_flag=True, help="A no for any missing, extra or mismatched key that no rule names.")
 output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
-format_ = click.option("--format", type=click.Choice(["torch", "safetensors"]), help="Instead of what OUT's suffix says.")
+format_ = click.option("--format", type=click.Choice(list(WRITTEN)), help="Instead of what OUT's suffix says.")
 tied = click.option("--tied", type=click.Choice(["copy", "alias"]), show_default="copy", help="How safetensors gets tied keys.")
 provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
 verified = click.option(

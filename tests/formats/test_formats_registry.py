@@ -58,6 +58,12 @@ def test_a_module_is_imported_only_for_a_file_that_is_its_own(tmp_path: Path) ->
         assert found == {registry.named(name).module, *([shard] if shard else []), *json}, name
 
 
+def test_the_table_alone_imports_no_reader() -> None:
+    code = "import sys; from ckptsurgeon.formats import registry; print(*(name for name in sys.modules if 'ckptsurgeon' in name))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in loaded if name.startswith("ckptsurgeon.formats")} == {"ckptsurgeon.formats", "ckptsurgeon.formats.registry"}
+
+
 def test_no_other_module_compares_names_of_formats() -> None:
     names = set(registry.BY_NAME) | set(registry.WRITTEN)
     for path in PACKAGE.rglob("*.py"):
