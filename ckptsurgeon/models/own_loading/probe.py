@@ -255,7 +255,7 @@ def _told(
 def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
     """The outermost modules whose code may compute one of these values: what lies below them is not told apart."""
     names = {name for key, one in made.items() for name in (key, *one.names)}
-    paths = dict.fromkeys(unwrap(path, HIDDEN) if path else "" for path in loaders)
+    paths = dict.fromkeys(unwrap(path, HIDDEN) for path in loaders)
     found = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
     return [path for path in found if not any(path != other and (not other or path.startswith(f"{other}.")) for other in found)]
 

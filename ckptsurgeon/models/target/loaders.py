@@ -37,7 +37,7 @@ def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader
         return {}
     below: dict[str, set[str]] = {}
     by_storage: dict[int, set[str]] = {}
-    heads = {unwrap(path, HIDDEN) if path else "" for path, _, _ in found}
+    heads = {unwrap(path, HIDDEN) for path, _, _ in found}
     for key, value in state.items():
         for head in module_paths(unwrap(key, HIDDEN)):
             if head in heads:
@@ -46,7 +46,7 @@ def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader
             by_storage.setdefault(storage_of(value), set()).add(key)
     loaders = {}
     for path, module, changes in found:
-        keys = set(below.get(unwrap(path, HIDDEN) if path else "", ()))
+        keys = set(below.get(unwrap(path, HIDDEN), ()))
         for tensor in tensors_of(module):
             keys |= by_storage.get(storage_of(tensor), set())
         loaders[path] = Loader(type(module).__name__, frozenset(keys), changes)

@@ -82,6 +82,12 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Named], dict[str, Named]]
     return dict(rows[:parameters]), dict(rows[parameters:])
 
 
+def by_name(model: nn.Module, parameters: Iterable[Named]) -> dict[str, Named]:
+    """Every name in the model to its parameter, of those given, in the order of registration; a tied one stands under each of its names."""
+    known = {name: parameter for parameter in parameters for name in parameter.names}
+    return {name: known[name] for name, _ in model.named_parameters(remove_duplicate=False) if name in known}
+
+
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its path without wrappers' segments; of a wrapper and what it wraps, the latter.
 

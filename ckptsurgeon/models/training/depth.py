@@ -18,7 +18,7 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.hints import close_hint
-from ckptsurgeon.models.target.parameters import Named, inner, listed, matched, named
+from ckptsurgeon.models.target.parameters import Named, by_name, inner, listed, matched, named
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
 _NUMBERED = re.compile(r"([^{}*/]*?)(0|[1-9][0-9]*)")
@@ -59,7 +59,7 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     {'stem.weight': 0, 'stem.bias': 0, 'blocks.0.0.weight': 1, 'blocks.0.0.bias': 1, 'blocks.1.0.weight': 2, 'blocks.1.0.bias': 2}
     """
     parameters = named(model)
-    names = _in_order(model, parameters.values())
+    names = _in_order(by_name(model, parameters.values()))
     order = list(names)
     patterns = listed(layers) if layers is not None else (_found(model, matter, parameters),)
     layered: dict[str, int] = {}
@@ -77,14 +77,13 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     return Depths(patterns, {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, below + 1)
 
 
-def _in_order(model: nn.Module, parameters: Iterable[Named]) -> dict[str, tuple[str, ...]]:
+def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
     """Each name without wrappers' segments, in the order of registration, to all that a pattern may call it."""
-    known: dict[str, tuple[str, ...]] = {}
-    for one in parameters:
-        for name, bare in zip(one.names, one.bare, strict=True):
-            known[name] = (bare, *one.every) if len(set(one.bare)) == 1 else (bare, name)
-    order = {name: known[name] for name, _ in model.named_parameters(remove_duplicate=False) if name in known}
-    return {every[0]: every for every in order.values()}
+    bare = {name: dict(zip(parameter.names, parameter.bare, strict=True))[name] for name, parameter in parameters.items()}
+    return {
+        bare[name]: (bare[name], *parameter.every) if len(set(parameter.bare)) == 1 else (bare[name], name)
+        for name, parameter in parameters.items()
+    }
 
 
 def stacks(model: nn.Module) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def _of_model(
     loaded: set[str] = set()
     problems = []
     for path, loader in changing.items():
-        found = placed.get(unwrap(path, HIDDEN) if path else "", {})
+        found = placed.get(unwrap(path, HIDDEN), {})
         mine = own.get(path, {})
         stated = {number: local for number, local in found.items() if local is not None}
         versions = {_version(local) for local in stated.values()}
@@ -125,7 +125,7 @@ def _of_unknown(
     norms = _norms(target)
     recorded, problems = {}, []
     for path, mine in own.items():
-        place = unwrap(path, HIDDEN) if path else ""
+        place = unwrap(path, HIDDEN)
         found = placed.get(place, {})
         stated = [local for local in found.values() if local is not None]
         versions = {_version(local) for local in (*stated, *([mine] if place in mixed else []))}
@@ -218,7 +218,7 @@ def stated(number: int, sources: Sequence[Checkpoint], names: Names, paths: Iter
     """What a source recorded for the target's modules at these paths, by all names that its keys have, those of no target key included."""
     links = [(name, number, key) for (other, key), given in names.names_of.items() if other == number for name in given]
     placed = _placed(sources, names, links)
-    found = {path: placed.get(unwrap(path, HIDDEN) if path else "", {}).get(number) for path in paths}
+    found = {path: placed.get(unwrap(path, HIDDEN), {}).get(number) for path in paths}
     return {path: local for path, local in found.items() if local is not None}
 
 
@@ -231,10 +231,7 @@ def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[s
 
     `links` are keys of the target, each with a source's number and key.
     """
-    by_path = [
-        {unwrap(path, HIDDEN) if path else "": plain(local) for path, local in written_out(source.module_metadata).items()}
-        for source in sources
-    ]
+    by_path = [{unwrap(path, HIDDEN): plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
 
     @cache
     def pairs(number: int, target: str, source: str) -> tuple[tuple[str, str], ...]:
@@ -242,7 +239,7 @@ def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[s
 
     found: dict[str, dict[int, Local | None]] = {}
     for number, target, source in dict.fromkeys((number, key.rpartition(".")[0], given.rpartition(".")[0]) for key, number, given in links):
-        matched = pairs(number, unwrap(target, HIDDEN) if target else "", unwrap(source, HIDDEN) if source else "")
+        matched = pairs(number, unwrap(target, HIDDEN), unwrap(source, HIDDEN))
         for path, place in matched:
             local = by_path[number].get(place)
             if local is not None or number not in found.get(path, {}):
