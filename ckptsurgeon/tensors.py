@@ -71,14 +71,50 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a tensor that lies by itself: its elements lie in `span`, with a `stride` of their own.
+
+    `offsets` and `sizes` are its place in the whole: a block, with one of each for every dimension; or a run of the whole's elements in
+    row-major order, with a single one of each (all pieces of a tensor are of one kind).
+    """
+
+    span: Span
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def block(self) -> tuple[tuple[int, int], ...]:
+        """From and to, for each dimension."""
+        return tuple((start, start + size) for start, size in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def as_stored(self) -> bool:
+        """As `TensorMeta.as_stored`, for its own elements."""
+        return is_contiguous(self.sizes, self.stride) and not self.span.lazy
+
+
+@dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """A tensor's name, dtype (safetensors' code), shape and stride (in elements); `span` is None in a skeleton."""
+    """A tensor's name, dtype (safetensors' code), shape and stride (in elements), and where its bytes lie: in one `span`, in several
+    `pieces` (`storage.pieces`; its stride is row-major then), or nowhere (a skeleton)."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     span: Span | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def place(self) -> Span | tuple[Piece, ...] | None:
+        """Where its bytes lie, as one value; None where it has none."""
+        return self.span or self.pieces or None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Where its bytes lie, span after span."""
+        return (self.span,) if self.span is not None else tuple(piece.span for piece in self.pieces)
 
     @property
     def numel(self) -> int:
@@ -98,6 +134,8 @@ class TensorMeta:
     @property
     def as_stored(self) -> bool:
         """Whether the stored bytes are the tensor's own: its elements in row-major order, and none to be conjugated or negated."""
+        if self.pieces:
+            return all(piece.as_stored for piece in self.pieces)
         return self.contiguous and (self.span is None or not self.span.lazy)
 
 
@@ -299,6 +337,8 @@ def find_ties(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, ...], ...]:
         if span is not None and span.nbytes:
             place = (span.file, span.storage, span.offset, span.lazy)
             groups.setdefault((*place, tensor.dtype, tensor.shape, tensor.stride), []).append(key)
+        elif tensor.pieces:
+            groups.setdefault((tensor.pieces, tensor.dtype, tensor.shape), []).append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
@@ -306,9 +346,9 @@ def find_overlaps(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, str], .
     """Pairs of keys whose bytes overlap in one storage without being tied; they are written apart, so their link is lost."""
     by_storage: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
     for key, tensor in tensors.items():
-        span = tensor.span
-        if span is not None and span.nbytes:
-            by_storage.setdefault((span.file, span.storage), []).append((span.offset, span.offset + span.nbytes, key))
+        for span in tensor.spans:
+            if span.nbytes:
+                by_storage.setdefault((span.file, span.storage), []).append((span.offset, span.offset + span.nbytes, key))
     pairs = []
     for spans in by_storage.values():
         if len(spans) < 2:
@@ -316,7 +356,7 @@ def find_overlaps(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, str], .
         spans.sort()
         end, owner = -1, ""
         for start, stop, key in spans:
-            if start < end and not _tied(tensors[owner], tensors[key]):
+            if start < end and owner != key and not _tied(tensors[owner], tensors[key]):
                 pairs.append((owner, key))
             if stop > end:
                 end, owner = stop, key
@@ -324,7 +364,7 @@ def find_overlaps(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, str], .
 
 
 def _tied(one: TensorMeta, other: TensorMeta) -> bool:
-    return (one.span, one.dtype, one.shape, one.stride) == (other.span, other.dtype, other.shape, other.stride)
+    return (one.place, one.dtype, one.shape, one.stride) == (other.place, other.dtype, other.shape, other.stride)
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,11 @@ def _refuse_torn_ties(plan: Plan, values: Mapping[str, Value]) -> None:
 
 
 def _same(one: Value, other: Value) -> bool:
-    if isinstance(one, Waiting) and isinstance(other, Waiting) and (one.meta.span, one.meta.stride) == (other.meta.span, other.meta.stride):
+    if (
+        isinstance(one, Waiting)
+        and isinstance(other, Waiting)
+        and (one.meta.place, one.meta.stride) == (other.meta.place, other.meta.stride)
+    ):
         return True
     return one is other or memory_of(at_hand(one)) == memory_of(at_hand(other))
 
@@ -224,8 +228,8 @@ class _Run:
         """The source's own value of a key."""
         if key not in self.live:
             origin = with_data(self.given, key)
-            assert origin.span is not None
-            self.reader.locate(origin.span)  # opened, held against its stamp and unpacked now: not between two copies
+            for span in origin.spans:
+                self.reader.locate(span)  # opened, held against its stamp and unpacked now: not between two copies
             return Waiting(origin, self.reader)
         tensor: torch.Tensor = self.live[key].detach()
         if tensor.device.type == "meta":

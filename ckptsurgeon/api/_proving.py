@@ -115,7 +115,7 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     with Reader([checkpoint]) as reader:
         for key, tensor in checkpoint.items():
             try:
-                count = 0 if tensor.span is None else count_non_finite(reader.parts(tensor), tensor.dtype)
+                count = 0 if tensor.place is None else count_non_finite(reader.parts(tensor), tensor.dtype)
             except FormatError as error:
                 findings.append(Finding("checksum", error.reason, key))
                 continue
@@ -130,8 +130,8 @@ def refuse_non_finite(path: str, shown: str) -> None:
     archive = _opening.read(path)
     weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
     beside = dict(_tensors("", formats.read_tree(path).value)) if named(archive.format).pickled else {}
-    known = {tensor.span for tensor in weights.values()}
-    every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.span not in known}}
+    known = {tensor.place for tensor in weights.values()}
+    every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.place not in known}}
     found = non_finite(replace(weights, tensors=every))
     if found:
         problems = shortened(f"{finding.key}: {finding.message}" for finding in found)

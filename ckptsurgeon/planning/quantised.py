@@ -161,7 +161,7 @@ def _in_shards(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta], sh
 
 def _tied(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     """The other names of codes: they are the same bytes."""
-    firsts = {_place(tensors[key]): one for key, one in found.items() if tensors[key].span is not None}
+    firsts = {_place(tensors[key]): one for key, one in found.items() if tensors[key].place is not None}
     places = {key: _place(tensor) for key, tensor in tensors.items() if firsts and key not in found}
     return {key: replace(firsts[place], key=key, tied=True) for key, place in places.items() if place in firsts}
 

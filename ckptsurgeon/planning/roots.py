@@ -280,7 +280,7 @@ def _fit(found: StateDict, target: Checkpoint, joined: bool) -> _Fit:
     spans: set[Hashable] = set()
     for key, name in mapping.items():
         tensor = found.tensors[key]
-        place = tensor.span or (f"{parent}.{key}" if parent else key)
+        place = tensor.place or (f"{parent}.{key}" if parent else key)
         spans.add(place)
         crc = tensor.span.checksum() if tensor.span is not None else None
         # Bytes of one length and checksum, laid out alike, are the same bytes.

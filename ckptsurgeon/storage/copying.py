@@ -6,7 +6,7 @@ Rule: offsets and lengths in, nothing is known of tensors. Memory is a fixed few
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import platform
@@ -41,13 +41,23 @@ def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> 
 
 def chunks(source: OpenFile, offset: int, nbytes: int) -> Iterator[memoryview]:
     """The bytes from `offset`, a whole buffer at a time, the last one shorter; each view is good until the next one."""
+    return gathered([(source, offset, nbytes)], nbytes)
+
+
+def gathered(ranges: Iterable[tuple[OpenFile, int, int]], nbytes: int) -> Iterator[memoryview]:
+    """The bytes of ranges (file, offset, length), one after the other and `nbytes` together, as `chunks` gives them."""
     buffer = memoryview(bytearray(min(nbytes, BUFFER)))
-    while nbytes:
-        view = buffer[: min(nbytes, BUFFER)]
-        read_at(source, view, offset)
-        yield view
-        offset += len(view)
-        nbytes -= len(view)
+    filled = 0
+    for source, offset, length in ranges:
+        while length:
+            view = buffer[filled : filled + length]
+            read_at(source, view, offset)
+            filled, offset, length = filled + len(view), offset + len(view), length - len(view)
+            if filled == len(buffer):
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
 
 
 def read_at(source: OpenFile, buffer: bytearray | memoryview, offset: int) -> None:

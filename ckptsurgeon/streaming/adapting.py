@@ -6,7 +6,6 @@ It decides nothing: the ops come filled in from the plan. What comes out is held
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.adapters.chain import made_dtype, needs_floats
@@ -108,20 +107,12 @@ def by_rows(reader: Reader, key: str, op: Op, first: TensorMeta, *others: Tensor
     assert make is not None
     step = rows_at_a_time(first.shape)
     for start in range(0, first.shape[0], step):
-        part = rows_of(first, start, min(start + step, first.shape[0]))
-        given = tensor_from(reader.read(part), first.dtype).view(part.shape)
+        stop = min(start + step, first.shape[0])
+        given = tensor_from(reader.rows(first, start, stop), first.dtype).view(stop - start, *first.shape[1:])
         made = make(op, [given, *wholes], first.shape, start)
         if not _finite(made.view(-1)[None]) and all(_finite(one[None]) for one in (given, *wholes)):
             raise _overflow(key, made, f"its scale may be damaged; leave it out: --drop {key!r}")
         yield memory_of(made)
-
-
-def rows_of(tensor: TensorMeta, start: int, stop: int) -> TensorMeta:
-    """Some rows of a dense tensor."""
-    assert tensor.span is not None
-    row = tensor.nbytes // tensor.shape[0]
-    span = replace(tensor.span, offset=tensor.span.offset + start * row, nbytes=(stop - start) * row)
-    return replace(tensor, shape=(stop - start, *tensor.shape[1:]), span=span)
 
 
 def elementwise(sources: Sequence[Iterable[Buffer]], dtype: str, op: Op) -> Iterator[Buffer]:

@@ -174,14 +174,14 @@ class _Run:
         if not step.adapters:
             return self.reader.parts(origins[0])
         op, adapter = step.adapters[0], adapter_of(step.adapters[0])
-        if len(step.adapters) == 1 and adapter.by_rows is not None and origins[0].contiguous and origins[0].shape:
+        if len(step.adapters) == 1 and adapter.by_rows is not None and origins[0].as_stored and origins[0].shape:
             return by_rows(self.reader, step.target, op, *origins)
         if len(step.adapters) == 1 and adapter.elementwise:
             return elementwise([self.reader.parts(origin) for origin in origins], origins[0].dtype, op)
         pieces = pieces_of(origins, step.adapters)
         if pieces is None:
             return None
-        return (part for piece in pieces for part in self.reader.chunks(piece))
+        return self.reader.chunks(pieces, sum(piece.nbytes for piece in pieces))
 
     def _initial(self, step: Step) -> Buffer:
         if self.values is None:
@@ -266,7 +266,7 @@ def _prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], 
 def with_data(checkpoint: Checkpoint, key: str) -> TensorMeta:
     """A tensor that has data behind it; PlanError for a skeleton's."""
     tensor = checkpoint[key]
-    if tensor.span is None:
+    if tensor.place is None:
         raise PlanError(
             f"has no values behind it: {checkpoint.path} is a {checkpoint.format}", key=key, hint="give a checkpoint file as the source"
         )

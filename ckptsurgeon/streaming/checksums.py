@@ -172,8 +172,9 @@ def keys_in(spans: Iterable[Span], checkpoints: Iterable[Checkpoint]) -> Iterato
     """The keys of checkpoints whose tensors lie in the same storages as spans, each with the span."""
     places = {(span.file, span.storage): span for span in spans}
     for key, tensor in (item for checkpoint in checkpoints for item in checkpoint.items()):
-        if tensor.span is not None and (tensor.span.file, tensor.span.storage) in places:
-            yield key, places[tensor.span.file, tensor.span.storage]
+        for span in tensor.spans:
+            if (span.file, span.storage) in places:
+                yield key, places[span.file, span.storage]
 
 
 def refuse(wrong: Sequence[Span], checkpoints: Iterable[Checkpoint]) -> None:
@@ -232,9 +233,10 @@ def findings_of(held: Held, places: Iterable[tuple[str, Place]], where: str = ""
 def places_in(tensors: Mapping[str, TensorMeta]) -> Iterator[tuple[str, Place]]:
     """Every key whose data lies in a zip archive, and the file and the entry that it lies in."""
     for key, tensor in tensors.items():
-        entry = None if tensor.span is None else tensor.span.packed or tensor.span.record
-        if tensor.span is not None and entry is not None:
-            yield key, (tensor.span.file, entry.offset)
+        for span in tensor.spans:
+            entry = span.packed or span.record
+            if entry is not None:
+                yield key, (span.file, entry.offset)
 
 
 def without(spans: Iterable[Span]) -> list[Finding]:

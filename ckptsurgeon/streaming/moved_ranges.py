@@ -13,6 +13,7 @@ from typing import Any
 from ckptsurgeon.adapters.chain import infer_chain
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.storage.pieces import merged, runs
 from ckptsurgeon.tensors import Span, TensorMeta
 
 Pieces = tuple[Span, ...]
@@ -29,7 +30,7 @@ def _between(pieces: Pieces, start: int, stop: int) -> Iterator[Span]:
 
 def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Pieces | None:
     """The pieces of files that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter."""
-    given: list[Pieces] = [(tensor.span,) for tensor in tensors if tensor.as_stored and tensor.span is not None]
+    given: list[Pieces] = [tuple(runs(tensor)) for tensor in tensors if tensor.as_stored and tensor.place is not None]
     if len(given) < len(tensors) or len({tensor.dtype for tensor in tensors}) != 1:
         return None
     shapes, size = tuple(tensor.shape for tensor in tensors), BY_CODE[tensors[0].dtype].size
@@ -41,16 +42,4 @@ def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -
             return None
         given = [tuple(part for at, start, stop in row for part in _between(given[at], start * size, stop * size)) for row in kept]
         shapes = infer_chain([op], shapes)
-    return _merged(given[0]) if len(given) == 1 else None
-
-
-def _merged(pieces: Pieces) -> Pieces:
-    """Neighbours in one file as one piece."""
-    merged: list[Span] = []
-    for piece in pieces:
-        last = merged[-1] if merged else None
-        if last is not None and (last.file, last.packed, last.offset + last.nbytes) == (piece.file, piece.packed, piece.offset):
-            merged[-1] = replace(last, nbytes=last.nbytes + piece.nbytes)
-        elif piece.nbytes:
-            merged.append(piece)
-    return tuple(merged)
+    return tuple(merged(given[0])) if len(given) == 1 else None

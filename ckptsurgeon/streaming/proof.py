@@ -16,6 +16,7 @@ from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.pieces import runs
 from ckptsurgeon.streaming.moved_ranges import Pieces
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta
@@ -90,8 +91,11 @@ def _plain(value: Any) -> Any:
 
 
 def _same(file: OpenFile, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
-    assert tensor.span is not None
-    position, end = tensor.span.offset, tensor.span.offset + tensor.span.nbytes
+    written = tuple(runs(tensor))
+    if len(written) > 1 or not tensor.as_stored:
+        return False  # every tensor is written in one piece
+    position = written[0].offset if written else 0
+    end = position + tensor.nbytes
     if item.pieces is not None:
         for piece in item.pieces:
             source, offset = reader.locate(piece)
@@ -100,6 +104,6 @@ def _same(file: OpenFile, tensor: TensorMeta, item: Expected, reader: Reader) ->
             position += piece.nbytes
         return position == end
     digest = sha256()
-    for chunk in copying.chunks(file, tensor.span.offset, tensor.span.nbytes):
+    for chunk in copying.chunks(file, end - tensor.nbytes, tensor.nbytes):
         digest.update(chunk)
     return digest.hexdigest() == item.digest

@@ -20,6 +20,7 @@ from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.pieces import runs, scatter
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
 
@@ -66,36 +67,55 @@ class Reader:
                 self._inflated[place] = LocalFile(file.path, unnamed.fileno())
         return self._inflated[place], span.offset
 
-    def chunks(self, span: Span) -> Iterator[memoryview]:
-        """A span's bytes, a buffer at a time; each view is good until the next one."""
-        yield from copying.chunks(*self.locate(span), span.nbytes)
+    def chunks(self, ranges: Iterable[Span], nbytes: int) -> Iterator[memoryview]:
+        """The bytes of ranges, `nbytes` together, a buffer at a time; each view is good until the next one."""
+        return copying.gathered(((*self.locate(each), each.nbytes) for each in ranges), nbytes)
 
     def read(self, tensor: TensorMeta) -> bytearray:
         """A tensor's elements, densely in row-major order."""
-        assert tensor.span is not None
-        data = bytearray(tensor.span.nbytes)
-        self._read(tensor.span, memoryview(data))
-        return data if tensor.as_stored else densify(tensor, data)
+        if not tensor.as_stored:
+            return self._densified(tensor)
+        data = bytearray(tensor.nbytes)
+        self.read_into(tensor, memoryview(data))
+        return data
+
+    def rows(self, tensor: TensorMeta, start: int, stop: int) -> bytearray:
+        """Some rows of a tensor whose stored bytes are its own, like `read`."""
+        data = bytearray((stop - start) * tensor.nbytes // max(tensor.shape[0], 1))
+        self._read(runs(tensor, ((start, stop), *((0, size) for size in tensor.shape[1:]))), memoryview(data))
+        return data
 
     def read_into(self, tensor: TensorMeta, memory: memoryview) -> None:
         """A tensor's elements like `read`, into memory of their size; there is no second copy where they lie densely."""
-        assert tensor.span is not None
         if tensor.as_stored:
-            self._read(tensor.span, memory)
+            self._read(runs(tensor), memory)
         else:
-            memory[:] = self.read(tensor)
+            memory[:] = self._densified(tensor)
 
-    def _read(self, span: Span, memory: memoryview) -> None:
-        file, offset = self.locate(span)
-        copying.read_at(file, memory, offset)
+    def _read(self, ranges: Iterable[Span], memory: memoryview) -> None:
+        for each in ranges:
+            file, offset = self.locate(each)
+            copying.read_at(file, memory[: each.nbytes], offset)
+            memory = memory[each.nbytes :]
+
+    def _densified(self, tensor: TensorMeta) -> bytearray:
+        """The elements of a tensor that lie with a stride, or are lazily changed; of one in pieces, piece after piece."""
+        if tensor.span is not None:
+            data = bytearray(tensor.span.nbytes)
+            self._read([tensor.span], memoryview(data))
+            return densify(tensor, data)
+        whole = bytearray(tensor.nbytes)
+        for piece in tensor.pieces:
+            part = self.read(TensorMeta(tensor.name, tensor.dtype, piece.sizes, piece.stride, piece.span))
+            scatter(part, whole, tensor, piece)
+        return whole
 
     def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
-        assert tensor.span is not None
         if not tensor.as_stored:
             dense = memoryview(self.read(tensor))
             return (dense[start : start + BUFFER] for start in range(0, len(dense), BUFFER))
-        return self.chunks(tensor.span)
+        return self.chunks(runs(tensor), tensor.nbytes)
 
     def entries(self) -> dict[tuple[str, int], Span]:
         """A span of each zip entry that anything was read of, by file and the entry's offset, in the order of reading."""

@@ -32,8 +32,8 @@ def sample(checkpoint: Checkpoint) -> str:
         return ""
     found = sha256()
     with Reader([checkpoint]) as reader:
-        for key in keys:
-            place = _place(checkpoint[key])
+        for number, key in enumerate(keys):
+            place = _place(checkpoint[key], number)
             assert place is not None
             file, offset, nbytes = place
             size = min(nbytes, BYTES)
@@ -76,10 +76,13 @@ def _by_name(key: str) -> list[tuple[int, str]]:
     return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
 
 
-def _place(tensor: TensorMeta) -> tuple[str, int, int] | None:
-    """The file, offset and length of a tensor's bytes, as they are stored; None for one without data, or whose checksum the header has."""
-    span = tensor.span
-    entry = None if span is None else span.packed or span.record
-    if span is None or not span.nbytes or (entry is not None and entry.crc):
+def _place(tensor: TensorMeta, number: int = 0) -> tuple[str, int, int] | None:
+    """The file, offset and length of a tensor's bytes, as they are stored; None for one without data, or whose checksum the header has.
+
+    Of one in pieces it is one piece, by the tensor's number, so that every file has its turn.
+    """
+    spans = [span for span in tensor.spans if span.nbytes and not ((entry := span.packed or span.record) is not None and entry.crc)]
+    if not spans:
         return None
+    span = spans[number % len(spans)]
     return (span.file, span.packed.offset, span.packed.nbytes) if span.packed is not None else (span.file, span.offset, span.nbytes)

@@ -37,7 +37,7 @@ def of_tensors(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> Mapp
 
 
 def _floats(tensor: TensorMeta) -> bool:
-    return tensor.span is not None and tensor.numel > 0 and BY_CODE[tensor.dtype].kind == "float"
+    return tensor.place is not None and tensor.numel > 0 and BY_CODE[tensor.dtype].kind == "float"
 
 
 def _streamed(tensor: TensorMeta, parts: Iterable[Buffer]) -> Stats | None:

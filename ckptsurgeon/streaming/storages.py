@@ -27,7 +27,7 @@ def storages_of(plan: Plan, steps: Mapping[str, Step], origins: Callable[[Step],
         if read and not all(origin.nbytes for origin in read):
             identity = step.target
         elif read:
-            spans = tuple((origin.span, origin.dtype, origin.stride) for origin in read)
+            spans = tuple((origin.place, origin.dtype, origin.stride) for origin in read)
             identity = (spans, repr(made.adapters), leader if made.schemes else "", made.action == "keep")
             # One key of the source that goes to two is no tie: each layer of a deeper model is its own.
             if first.setdefault((identity, made.sources), leader) != leader:

@@ -174,6 +174,6 @@ def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
         yield Finding("CK401", "is a skeleton, and has no values that could be looked at", level="note")
     with Reader([checkpoint]) as reader:
         for key, tensor in checkpoint.items():
-            if tensor.span is not None and (count := count_non_finite(watched(reader.parts(tensor)), tensor.dtype)):
+            if tensor.place is not None and (count := count_non_finite(watched(reader.parts(tensor)), tensor.dtype)):
                 yield Finding("CK401", f"has {count} values that are NaN or infinite", key)
         reader.check_unchanged()

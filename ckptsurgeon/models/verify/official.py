@@ -42,7 +42,7 @@ READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors, "num
 
 def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The files that hold tensors, in the order in which the checkpoint first names them; its only file where none does."""
-    spans = (tensor.span for tensor in checkpoint.values())
+    spans = (span for tensor in checkpoint.values() for span in tensor.spans)
     files = tuple(dict.fromkeys(span.file for span in spans if span is not None))
     return files or tuple(stamp.path for stamp in checkpoint.files) or (checkpoint.path,)
 

@@ -108,7 +108,7 @@ class Change:
 
 def _bytes(tensor: TensorMeta) -> object:
     """Where a tensor's bytes lie and how they are read; in a skeleton its name."""
-    return tensor.name if tensor.span is None else (tensor.span, tensor.dtype, tensor.stride)
+    return tensor.name if tensor.place is None else (tensor.place, tensor.dtype, tensor.stride)
 
 
 @dataclass(frozen=True)
