@@ -13,6 +13,7 @@ from streaming_support import names
 from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import Layout, Slot
+from ckptsurgeon.formats.plain import safetensors
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.storage import copying
@@ -100,7 +101,7 @@ def test_made_values_that_are_written_wrong(dtype: str | None, tmp_path: Path, m
 def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    real = applying.safetensors.lay_out
+    real = safetensors.lay_out
 
     def wrong(tensors, metadata):  # type: ignore[no-untyped-def]
         first = tensors[0]
@@ -113,7 +114,7 @@ def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monke
         }[bug]
         return real([*other, *tensors[1:]] if bug != "lost" else tensors[1:], metadata)
 
-    monkeypatch.setattr(applying.safetensors, "lay_out", wrong)
+    monkeypatch.setattr(safetensors, "lay_out", wrong)
     if bug in ("lost", "added"):  # the slots' numbers no longer fit: keep them in step
         monkeypatch.setattr(applying, "_write", lambda run, layout, tensors, temporary, proof: os.pwrite(temporary.fd, filled(layout), 0))
     with pytest.raises(VerificationError) as caught:
