@@ -8,7 +8,6 @@ belongs to the call that it stopped; the next call gets a new one. Its answers a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -181,6 +180,8 @@ class Expression:
         one, every = (allowed(name) for name in ("regex-seconds", "all-regex-seconds"))
         seconds = min(one - self._used, every - self._child.used)
         if seconds > 0:
+            import json
+
             text = json.dumps([seconds, *self._asked, keys], ensure_ascii=False, separators=(",", ":"))
             began = time.monotonic()
             answer = self._child.ask(text.encode("utf-8", "surrogatepass") + b"\n")

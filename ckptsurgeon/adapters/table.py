@@ -1,4 +1,5 @@
-"""The one table of adapters: a new one is a module in its room, and its line here. A name with a colon is a person's own adapter.
+"""The one table of adapters: a new one is a module in its room, and its line here; it is imported when an op names it. A name with a
+colon is a person's own adapter.
 
 Others ask for an adapter's traits, never for its name.
 """
@@ -6,6 +7,7 @@ Others ask for an adapter's traits, never for its name.
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -42,7 +44,20 @@ _ROOM = {  # in the order in which they are shown and offered
     "rows": "rows",
     "dequantize": "quantised",
 }
-ADAPTERS: dict[str, Adapter] = {name: import_module(f"ckptsurgeon.adapters.{room}.{name}").ADAPTER for name, room in _ROOM.items()}
+
+
+class _Adapters(UserDict[str, Any]):
+    """The adapters by name; instead of one that was not asked for yet its room."""
+
+    def __getitem__(self, name: str) -> Adapter:
+        found = self.data[name]
+        if type(found) is str:
+            found = self.data[name] = import_module(f"ckptsurgeon.adapters.{found}.{name}").ADAPTER
+        adapter: Adapter = found
+        return adapter
+
+
+ADAPTERS = _Adapters(_ROOM)
 
 
 def _not_imported(op: Op, _tensors: Sequence[Tensor], _initial: Initial) -> NoReturn:

@@ -35,6 +35,8 @@ def unmissable(note: Note) -> Note:
 
 def is_code(target: str) -> bool:
     """Whether a target's text names code to import, such as `module:Net`, and no file that is there."""
+    if ":" not in target:
+        return False
     from ckptsurgeon.models.target.spec import looks_like_spec
 
     return looks_like_spec(target) and not os.path.exists(target)
@@ -120,11 +122,13 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
 
 def _with_shard(found: Checkpoint) -> Checkpoint:
     """A checkpoint as it is; of one file that lacks the scales of what may be codes, with what tells that it is a shard."""
-    from ckptsurgeon.formats.folders.hf_shards import shard_of
     from ckptsurgeon.planning.quantised import lacks_scales
 
-    alone = len(found.files) == 1 and found.files[0].data is None and lacks_scales(found)
-    return replace(found, shard=shard_of(found.files[0].path)) if alone else found
+    if len(found.files) != 1 or found.files[0].data is not None or not lacks_scales(found):
+        return found
+    from ckptsurgeon.formats.folders.hf_shards import shard_of
+
+    return replace(found, shard=shard_of(found.files[0].path))
 
 
 def open_target(given: Given, *, root: str | None = None, note: Note = silent) -> Target:

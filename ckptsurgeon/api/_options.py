@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.formats.registry import WRITTEN
-from ckptsurgeon.planning.plan_types import Plan
+
+if TYPE_CHECKING:
+    from ckptsurgeon.planning.plan_types import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ def facts(**said: object) -> frozenset[str]:
 
 def facts_of(made: Plan, verify: bool = True) -> frozenset[str]:
     """What is true of a call that made this plan, and, for `merge`, proves the result."""
+    from ckptsurgeon.adapters.table import adapter_of
+
     model = made.target is not None and made.target.kind == "model"
     drawn = any(step.schemes for step in made.steps)
     codes = any(adapter_of(op).decodes for step in made.steps for op in step.adapters)

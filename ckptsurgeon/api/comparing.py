@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
-from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.parameter_types import Given, Note, Renames
 from ckptsurgeon.planning.diff import Diff, compare
@@ -63,7 +62,10 @@ def diff(
     aim = _opening.open_target(target, note=note)
     goal = aim.checkpoint
     given = _opening.open_source(seen, root=root, target=goal)
-    ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
+    if aim.any_model is not None:
+        from ckptsurgeon.api._own_loading import learned
+
+        ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
     found = compare(given, goal, ruling.rules, ruling.outside, auto, _links)
     return replace(found, options=(*ruling.options, *(["--auto", auto] if auto else [])))
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +40,8 @@ def parse(text: str, path: str) -> dict[str, Any]:
     check(measured, path)
     measured["toml-nesting"], measured["toml-keys"] = _measured(text)
     check(measured, path)
+    import tomllib
+
     return tomllib.loads(text)
 
 

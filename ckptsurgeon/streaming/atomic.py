@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import secrets
 import shlex
 import stat
 import threading
@@ -146,7 +145,7 @@ def _mode(real: str) -> int:
 def _create(start: str, mode: int, tried: list[str]) -> Temporary:
     """A new file under a name of its own, locked for as long as somebody writes to it."""
     while True:
-        path = _name(start, secrets.token_hex(4))
+        path = _name(start, os.urandom(4).hex())
         tried.append(path)
         try:
             fd = platform.create(path, mode)

@@ -6,7 +6,6 @@ lie densely.
 
 from __future__ import annotations
 
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,7 +61,9 @@ class Reader:
         place = span.file, span.packed.offset
         if place not in self._inflated:
             with _unpacking(file.path):
-                unnamed = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+                from tempfile import TemporaryFile
+
+                unnamed = self._stack.enter_context(TemporaryFile())  # noqa: SIM115
                 _inflate(file, span, span.packed, unnamed)
                 self._inflated[place] = LocalFile(file.path, unnamed.fileno())
         return self._inflated[place], span.offset
@@ -132,8 +133,10 @@ def _unpacking(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        from tempfile import gettempdir
+
         words = f"{path} has deflated entries, which could not be unpacked here ({error.strerror})"
-        raise OutputError(words, path=tempfile.gettempdir(), hint="set TMPDIR to a folder with more space") from error
+        raise OutputError(words, path=gettempdir(), hint="set TMPDIR to a folder with more space") from error
 
 
 def _inflate(file: OpenFile, span: Span, packed: Packed, output: BinaryIO) -> None:

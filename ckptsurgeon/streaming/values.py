@@ -5,7 +5,6 @@ torch is imported inside the functions: a merge that only moves bytes never load
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -49,6 +48,8 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     size = dense.numel() * dense.element_size()
     if not size:
         return memoryview(b"")
+    import ctypes
+
     buffer: Any = (ctypes.c_ubyte * size).from_address(dense.data_ptr())
     buffer.owner = dense
     return memoryview(buffer).cast("B").toreadonly()

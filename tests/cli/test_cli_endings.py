@@ -308,7 +308,7 @@ def test_an_allocator_that_fails_in_check_is_told_of_the_file(two, run, monkeypa
     def short(*_words: object) -> object:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr("ckptsurgeon.api.checking.one.count_non_finite", short)
+    monkeypatch.setattr("ckptsurgeon.streaming.values.count_non_finite", short)
     ended = run("check", "a.safetensors", "--finite")
     assert ended.code == 1 and "CK100" in ended.out and "memory" in ended.out
 
@@ -317,13 +317,13 @@ def test_each_kind_has_its_words():
     assert isinstance(endings.told(MemoryError()), OutOfMemoryError)
     assert isinstance(endings.told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")), OutOfMemoryError)
     assert "20.00 GiB are asked for" in str(endings.told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")))
-    assert isinstance(endings.told(ModuleNotFoundError("No module named 'tabulate'", name="tabulate")), MissingError)
+    assert isinstance(endings.told(ModuleNotFoundError("No module named 'safetensors'", name="safetensors")), MissingError)
     assert isinstance(endings.told(ImportError("cannot import name 'x'", name="ckptsurgeon.api")), InternalError)
 
 
 def test_a_folder_of_a_strangers_that_has_modules_of_our_names(two):
     """`python -m` would take them first; only a target's own modules are looked for in the current folder."""
-    for name in ("click", "tabulate", "torch", "safetensors", "tomllib"):
+    for name in ("click", "torch", "safetensors", "tomllib"):
         Path(f"{name}.py").write_text("open('ran', 'w').close()\n")
     for words in (
         "check a.safetensors",

@@ -195,7 +195,7 @@ def has_torch(cache: Path) -> bool:
 
 def test_isolated_without_dependencies(repository, monkeypatch):
     """What a gate uses and no more: no torch, and it works, and says what it can't do."""
-    need("setuptools>=68", "click>=8.1", "tabulate>=0.9")
+    need("setuptools>=68", "click>=8.1")
     cache = isolated(repository)
     monkeypatch.setenv("PIP_NO_DEPS", "1")
     built = subprocess.run([BIN / "pre-commit", "install-hooks"], capture_output=True, text=True)
@@ -215,7 +215,7 @@ def test_isolated_without_dependencies(repository, monkeypatch):
 
 def test_isolated_with_all_that_it_depends_on(repository, monkeypatch):
     version = torch.__version__.partition("+")[0]
-    need("setuptools>=68", f"torch=={version}", "safetensors>=0.4.3", "click>=8.1", "tabulate>=0.9")
+    need("setuptools>=68", f"torch=={version}", "safetensors>=0.4.3", "click>=8.1")
     constraint = repository / ".cache" / "constraint.txt"
     constraint.parent.mkdir()
     constraint.write_text(f"torch=={version}\n")

@@ -6,6 +6,9 @@ import shlex
 from dataclasses import replace
 
 import pytest
+import tabulate
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptsurgeon.planning.diff import Diff, Hint, Mismatch, compare
 from ckptsurgeon.planning.plan import make_plan
@@ -13,7 +16,8 @@ from ckptsurgeon.report import Cast, CheckReport, FileCheck, Finding, Report, Ve
 from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta, contiguous_stride
 from ckptsurgeon.views.text.diff import next_command, rename_hints
-from ckptsurgeon.views.text.words import broken, findings, fitted, pasted, table
+from ckptsurgeon.views.text.merge import groups
+from ckptsurgeon.views.text.words import aligned, broken, findings, fitted, pasted, table
 
 
 def checkpoint(shapes: dict[str, tuple[int, ...]], form: str = "torch-zip", path: str = "net.pt") -> Checkpoint:
@@ -137,3 +141,31 @@ def test_shapes_in_a_mismatch_read_from_source_to_target():
     found: Diff = compare(source, target)
     assert found.mismatched == (Mismatch("w", (3, 4), (5, 4), "w"),)
     assert "    w  (3, 4)  →  (5, 4)" in str(found)
+
+
+CELLS = st.text(st.sampled_from("ab層é\u0301|-"), max_size=6)
+
+
+@given(st.lists(st.lists(CELLS, min_size=1, max_size=3), min_size=1, max_size=4))
+def test_columns_are_as_wide_as_tabulate_makes_them(rows: list[list[str]]) -> None:
+    found = aligned(rows)
+    assert len(found) == len(rows)
+    told = tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True)
+    if tabulate.wcwidth is not None and any(map(any, rows)):
+        assert found == [line.rstrip() for line in told.split("\n")]
+
+
+@pytest.mark.parametrize("width", [None, 80])
+def test_groups_are_written_as_tabulate_writes_a_simple_table(width: int | None) -> None:
+    names = ["first_stem.conv.weight", "norm.bias", "attention_pool.scale", "wte"]
+    rows = [
+        {"name": "transferred", "lr": 1e-3, "weight_decay": None, "params": names},
+        {"name": "fresh", "lr": 1e-2, "weight_decay": 0.1, "params": ["head.weight"]},
+    ]
+    found = groups(rows, width=width)
+    assert width is None or max(map(len, found.splitlines())) <= width
+    joined = ", ".join(names)
+    cells = [["transferred", "0.001", "", "4", joined], ["fresh", "0.01", "0.1", "1", "head.weight"]]
+    headers = ["group", "lr", "weight decay", "tensors", "parameters"]
+    told = tabulate.tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)
+    assert found == told if width is None else found.splitlines()[0] == told.splitlines()[0] and all(name in found for name in names)

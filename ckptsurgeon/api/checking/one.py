@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from ckptsurgeon.api import _opening, _proving
-from ckptsurgeon.api._own_loading import taken_as_it_stands
+from ckptsurgeon.api import _opening
 from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
 from ckptsurgeon.dtypes import BY_CODE
@@ -29,10 +29,10 @@ from ckptsurgeon.errors import (
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.report import Finding
-from ckptsurgeon.streaming.checksums import findings_of, hold, places_in
-from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import Buffer, count_non_finite
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
+
+if TYPE_CHECKING:
+    from ckptsurgeon.streaming.values import Buffer
 
 # The code of each kind of refusal; a class that is not here has its nearest base's.
 REFUSALS: dict[type[CheckpointError], str] = {
@@ -95,9 +95,12 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
             chosen = roots.choose(archive, root=gate.root, target=None if against is None else against.checkpoint, parts=True)
             checkpoints = [chosen]
             if against is not None:
+                from ckptsurgeon.api._own_loading import taken_as_it_stands
+                from ckptsurgeon.api._proving import strict_load
+
                 with _TRYING:
                     taken = taken_as_it_stands(chosen, against)
-                misfits = _proving.strict_load(chosen, against.checkpoint, taken)
+                misfits = strict_load(chosen, against.checkpoint, taken)
                 yield [replace(found, code=FITS[found.code]) for found in misfits if found.code in FITS]
         except CheckpointError as error:
             yield [_refusal(error, path)]
@@ -151,6 +154,8 @@ def _dtypes(checkpoint: Checkpoint, expected: tuple[str, ...]) -> Iterator[Findi
 
 
 def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
+    from ckptsurgeon.streaming.checksums import findings_of, hold, places_in
+
     keeps = False
     for stamp in archive.files:
         held = hold(stamp, alive)
@@ -164,6 +169,8 @@ def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
 
 def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
     """Streamed through torch; a tensor without data has no values."""
+    from ckptsurgeon.streaming.reading import Reader
+    from ckptsurgeon.streaming.values import count_non_finite
 
     def watched(parts: Iterable[Buffer]) -> Iterator[Buffer]:
         for part in parts:

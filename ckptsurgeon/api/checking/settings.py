@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from ckptsurgeon import finding_codes
@@ -150,4 +149,6 @@ def nbytes(value: Any) -> int:
     unit = amount(f"1{found['unit']}") if found else None
     if found is None or unit is None:
         raise SettingsError(f"{value!r} is no size", key="--max-size", hint="write bytes, or a number with its unit: 500MB, 1.5GB, 5GiB")
+    from fractions import Fraction
+
     return int(Fraction(found["number"].replace("_", "").replace(",", "")) * unit)

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
@@ -68,6 +67,8 @@ def _in_threads(work: Work, numbers: Sequence[int], jobs: int) -> list[Findings]
     def alive() -> None:
         if stop.is_set():
             raise _StoppedError
+
+    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(jobs) as pool:
         try:

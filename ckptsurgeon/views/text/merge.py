@@ -10,7 +10,22 @@ from ckptsurgeon.report import CarriedState, Cast, Report
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.check import proved
-from ckptsurgeon.views.text.words import broken, count, findings, fitted, folded, heading, keys, listing, most_rows, name, size, table
+from ckptsurgeon.views.text.words import (
+    aligned,
+    broken,
+    columns,
+    count,
+    findings,
+    fitted,
+    folded,
+    heading,
+    keys,
+    listing,
+    most_rows,
+    name,
+    size,
+    table,
+)
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 
@@ -110,12 +125,14 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
         decays = [f"{row['weight_decay']:g}" if row["weight_decay"] is not None else ""] if decay else []
         params = list(row["params"]) if verbose else fold_siblings(row["params"])
         cells.append([name(row["name"]), f"{row['lr']:g}", *decays, str(len(row["params"])), listing(params, None if verbose else 6)])
-    before = sum(max(len(row[place]) for row in [headers, *cells]) + 2 for place in range(len(headers) - 1))
-    if width is not None:
-        cells = [[*row[:-1], "\n".join(broken(row[-1], max(width - before, 24)))] for row in cells]
-    from tabulate import tabulate
-
-    return tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True)
+    head = [f"{header}  " for header in headers]
+    before = sum(max(len(row[place]) for row in [head, *cells]) + 2 for place in range(len(head) - 1))
+    body: list[list[str]] = []
+    for *cell, params_cell in cells:
+        first, *more = [params_cell] if width is None else broken(params_cell, max(width - before, 24))
+        body += [[*cell, first], *([*[""] * len(cell), rest] for rest in more)]
+    under = ["-" * max(map(columns, column)) for column in zip(head, *body, strict=True)]
+    return "\n".join(aligned([head, under, *body]))
 
 
 def _sources(found: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import printable
@@ -106,21 +107,40 @@ def table(rows: Iterable[Row], width: int | None, most: int | None = MOST) -> li
     cells = [[name(cell) for cell in row] for row in rows]
     shown = cells if most is None or len(cells) <= most + 1 else cells[:most]
     lines = []
-    for line, head, row in zip(_aligned(shown), _aligned([row[:-1] for row in shown]), shown, strict=True):
+    for line, head, row in zip(_indented(shown), _indented([row[:-1] for row in shown]), shown, strict=True):
         lines += [line] if width is None or len(line) <= width or len(row) == 1 else [head, f"        {row[-1]}"]
     return lines + ([f"    … and {len(cells) - len(shown)} more (-v shows all)"] if len(cells) > len(shown) else [])
 
 
-def _aligned(rows: Sequence[Row]) -> list[str]:
-    if not any(rows):
-        return [""] * len(rows)
-    from tabulate import tabulate
-
+def _indented(rows: Sequence[Row]) -> list[str]:
     # A row with an endless cell stands by itself, or every other row would be as wide.
     wide = [any(len(cell) > WIDEST for cell in row) for row in rows]
     narrow = [row for row, alone in zip(rows, wide, strict=True) if not alone]
-    lines = iter(tabulate(narrow, tablefmt="plain", disable_numparse=True).splitlines() if narrow else ())
+    lines = iter(aligned(narrow))
     return [f"    {'  '.join(row) if alone else next(lines)}".rstrip() for row, alone in zip(rows, wide, strict=True)]
+
+
+def aligned(rows: Sequence[Row]) -> list[str]:
+    """Rows as lines, each column as wide as its widest cell.
+
+    >>> aligned([["a", "bc"], ["abc", "d"]])
+    ['a    bc', 'abc  d']
+    """
+    widths = [max(map(columns, cells)) for cells in zip_longest(*rows, fillvalue="")]
+    return ["  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes.
+
+    >>> columns("ab"), columns("層")
+    (2, 2)
+    """
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(character) else 2 if east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def fitted(lines: Iterable[str], width: int | None) -> str:
