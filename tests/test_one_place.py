@@ -16,7 +16,7 @@ OWNERS = {
     "difflib": {"hints.py"},
     "decompressobj": {"formats/inflate.py"},
     "named_parameters": {"models/target/parameters.py", "models/target/build.py"},
-    "named_buffers": {"models/target/parameters.py", "models/target/build.py", "models/own_loading/settled.py"},
+    "named_buffers": {"models/target/parameters.py", "models/target/build.py", "models/own_loading/loaded_values.py"},
 }
 TREES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

@@ -93,7 +93,7 @@ def transfer(
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
         if asked:
-            around = cache(lambda: _training_state.beside(source, given, reader))
+            around = cache(lambda: _training_state.beside_weights(source, given, reader))
             carried = _training_state.give(
                 asked, around, given, plan, model, lambda: averaged_into(asked, source, around, again, undo), undo
             )

@@ -63,7 +63,7 @@ def training(
     model = goal.build_meta()
     steps = {step.target: step for step in made.steps}
     with Reader([given]) as reader, ExitStack() as opened:
-        weights = _training_state.beside(given, given, reader) if second is None or _training_state.holds_more(given) else None
+        weights = _training_state.beside_weights(given, given, reader) if second is None or _training_state.holds_more(given) else None
         beside = weights if second is None else _training_state.apart("optimizer", second, opened)
         assert beside is not None
         place, value = _training_state.find("optimizer", beside, optimizer_root)

@@ -164,7 +164,7 @@ def open_planned(planned: PlanTarget, note: Note = silent) -> Target:
     return open_target(planned.spec, root=planned.root or None, note=note)
 
 
-def settle(target: Target, seed: int, note: Note) -> Target:
+def as_built(target: Target, seed: int, note: Note) -> Target:
     """The target as its model is really built on the CPU: a constructor may catch what fails on meta, and build another shape there."""
     assert target.build is not None
     from ckptsurgeon.models.target.skeleton import checkpoint_of

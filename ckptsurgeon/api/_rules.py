@@ -16,7 +16,7 @@ from ckptsurgeon.api._opening import silent, unmissable
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Note, Path
-from ckptsurgeon.rules.rules import Outside, Rule, beside, rule_options
+from ckptsurgeon.rules.rules import Outside, Rule, path_of_file, rule_options
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.table import OwnKernel
@@ -142,7 +142,7 @@ def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True)
                 if type(op.get(name)) is str:
                     from ckptsurgeon.formats.labels import read_labels
 
-                    path = beside(rule, op[name])
+                    path = path_of_file(rule, op[name])
                     labels[path] = labels.get(path) or read_labels(path)
         adapters += ours[0]
         wanted += ours[1]

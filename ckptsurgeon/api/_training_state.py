@@ -81,7 +81,7 @@ def without_averaged(found: Archive) -> Archive:
 
 
 @dataclass(frozen=True)
-class Beside:
+class BesideWeights:
     """All that a file or a live source holds, as a tree or live, and how a tensor of it is had. `whole`: it may be a state itself."""
 
     path: str
@@ -105,7 +105,7 @@ def holds_more(given: Checkpoint) -> bool:
     return named(given.format).pickled
 
 
-def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
+def beside_weights(source: Given, given: Checkpoint, reader: Reader) -> BesideWeights:
     """What stands beside the weights in the source.
 
     Raises:
@@ -114,7 +114,7 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
         StaleError: the file changed since the weights' header was read.
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
-        return Beside("the source", source, given.root, reader, True)
+        return BesideWeights("the source", source, given.root, reader, True)
     if not isinstance(source, (str, os.PathLike, BytesIO, Checkpoint)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the checkpoint that training wrote")
     if not holds_more(given):
@@ -124,10 +124,10 @@ def beside(source: Given, given: Checkpoint, reader: Reader) -> Beside:
             hint="give the torch file that training wrote, or the optimizer's own file: optimizer_from='optimizer.pt'",
         )
     tree = formats.read_tree(given.files[0])
-    return Beside(given.path, tree.value, given.root, reader, False, files=tree.files)
+    return BesideWeights(given.path, tree.value, given.root, reader, False, files=tree.files)
 
 
-def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> Beside:
+def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> BesideWeights:
     """What a second file holds, or a live state: a state by itself (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or one
     beside others. Of a folder that these wrote, the file of this kind.
 
@@ -136,12 +136,12 @@ def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> Beside:
         FormatError, UnreadableError: as the reader's.
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
-        return Beside("the state", source, "", undo.enter_context(Reader([])), True, True)
+        return BesideWeights("the state", source, "", undo.enter_context(Reader([])), True, True)
     if not isinstance(source, (str, os.PathLike, BytesIO)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the file that has it, such as optimizer.pt")
     tree = formats.read_tree(held_in_memory(source) if isinstance(source, BytesIO) else _state_file(kind, os.fspath(source)))
     held = Checkpoint(tree.path, "", "", {}, files=tree.files)
-    return Beside(tree.path, tree.value, "", undo.enter_context(Reader([held])), False, True, tree.files)
+    return BesideWeights(tree.path, tree.value, "", undo.enter_context(Reader([held])), False, True, tree.files)
 
 
 def _state_file(kind: training_places.Kind, path: str) -> str:
@@ -150,21 +150,21 @@ def _state_file(kind: training_places.Kind, path: str) -> str:
     return next((one for one in files if os.path.isfile(one)), path)
 
 
-def find(kind: training_places.Kind, found: Beside, asked: str | None) -> tuple[str, Any]:
+def find(kind: training_places.Kind, found: BesideWeights, asked: str | None) -> tuple[str, Any]:
     """Where a kind of state stands, and it itself; a file that is one by itself is named by its path."""
     if asked is None and found.whole and training_places.is_state(kind, found.value):
         return "", found.value
     return training_places.find(kind, found.value, found.root, asked, found.path)
 
 
-def shown(found: Beside, place: str) -> str:
+def shown(found: BesideWeights, place: str) -> str:
     """A state's place as the report names it: with its file, where this is a second one."""
     return place if not found.whole else f"{found.path}: {place}" if place else found.path
 
 
 def give(
     asked: Asked,
-    around: Callable[[], Beside],
+    around: Callable[[], BesideWeights],
     given: Checkpoint,
     plan: Plan,
     model: nn.Module,
@@ -184,7 +184,7 @@ def give(
     """
     carried = CarriedState()
     made, saved = None, None
-    read: list[Beside] = []
+    read: list[BesideWeights] = []
     if asked.optimizer is not None:
         found = around() if asked.optimizer_from is None else apart("optimizer", asked.optimizer_from, undo)
         read.append(found)
@@ -221,7 +221,7 @@ def give(
 
 
 def _optimizer(
-    asked: Asked, found: Beside, given: Checkpoint, plan: Plan, model: nn.Module
+    asked: Asked, found: BesideWeights, given: Checkpoint, plan: Plan, model: nn.Module
 ) -> tuple[optimizer_state.Made | None, Saved, CarriedState]:
     parameters = optimizer_state.parameters_of(model, asked.optimizer)
     place, value = find("optimizer", found, asked.optimizer_root)
@@ -295,7 +295,7 @@ def left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[Pa
     return rows
 
 
-def _other(kind: Any, taker: Any, found: Beside, asked: Asked) -> dict[str, Any] | str:
+def _other(kind: Any, taker: Any, found: BesideWeights, asked: Asked) -> dict[str, Any] | str:
     """A scheduler's or scaler's new state, or why it can't have one."""
     if not callable(getattr(taker, "state_dict", None)) or not callable(getattr(taker, "load_state_dict", None)):
         raise ModelError(f"a {type(taker).__name__} is no {kind}: it has no state_dict")
@@ -314,7 +314,7 @@ def _other(kind: Any, taker: Any, found: Beside, asked: Asked) -> dict[str, Any]
 def averaged_into(
     asked: Asked,
     source: Given,
-    around: Callable[[], Beside],
+    around: Callable[[], BesideWeights],
     again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report],
     undo: ExitStack,
 ) -> tuple[Report, Rows] | None:

@@ -81,9 +81,9 @@ def carry_out(
 
 def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:
     schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
-    settle = _settling(made, goal, format)
+    loaded = _loaded_values(made, goal, format)
     if goal is None or not (schemes or made.needs_model):
-        return Values(_no_initial, _no_initial, own.kernels, settle) if own.kernels or settle else None
+        return Values(_no_initial, _no_initial, own.kernels, loaded) if own.kernels or loaded else None
     from ckptsurgeon.models.init.values import extra_state, make_provider
 
     model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
@@ -104,19 +104,19 @@ def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | 
             raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
         return extra[key]
 
-    return Values(initial, own_extra, own.kernels, settle)
+    return Values(initial, own_extra, own.kernels, loaded)
 
 
-def _settling(made: Plan, goal: Target | None, format: str) -> Any:
+def _loaded_values(made: Plan, goal: Target | None, format: str) -> Any:
     """What finds the values that loading decides; None where it decides none."""
     if goal is None or goal.build is None or not (goal.checkpoint.loaders or goal.checkpoint.overlaps):
         return None
-    from ckptsurgeon.models.own_loading.settled import is_needed, settled
+    from ckptsurgeon.models.own_loading.loaded_values import is_needed, loaded_values
 
     build, wanted, versionless = goal.build, goal.checkpoint, not WRITTEN[format].keeps_versions
     if not is_needed(made, wanted, versionless):
         return None
-    return lambda fetch, extra: settled(made, wanted, build, fetch, extra, versionless)
+    return lambda fetch, extra: loaded_values(made, wanted, build, fetch, extra, versionless)
 
 
 def _no_initial(key: str) -> Any:

@@ -258,9 +258,9 @@ def merge(
     goal = None if target is None else _opening.open_target(target, note=note)
     found, made = _decide(seen, goal, choices)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
-        settled = _opening.settle(goal, choices.seed, note)
-        if settled is not goal:
-            goal = settled
+        built = _opening.as_built(goal, choices.seed, note)
+        if built is not goal:
+            goal = built
             found, made = _decide(seen, goal, choices)
     refuse_idle(facts_of(made, verify), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
     refuse_idle_writing(made, written_format, verify, device, tied, with_optimizer, optimizer_root, optimizer_names)
@@ -332,7 +332,7 @@ def apply(
     check_data(made, found, None)
     goal = None if made.target is None else _opening.open_planned(made.target, note)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
-        goal = _opening.settle(goal, made.seed, note)
+        goal = _opening.as_built(goal, made.seed, note)
     planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
     if goal is not None:
         check_data(replace(made, sources=()), (), goal.checkpoint)

@@ -18,7 +18,7 @@ from ckptsurgeon.matching.choose import Choice, choose
 from ckptsurgeon.matching.evidence.likeness import ALIKE, alike, in_order, only_way
 from ckptsurgeon.matching.evidence.score import Anchors, Clues
 from ckptsurgeon.matching.frontier import Frontier
-from ckptsurgeon.matching.leftover import Place, settle
+from ckptsurgeon.matching.leftover import Place, pair_leftovers
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.matching.pairing import Laid, Left, Record, laid, under
 
@@ -40,18 +40,18 @@ class _Done:
 
     def repeat(self, choice: Choice, record: Record) -> Left:
         """Write the same decisions down for the two of another choice."""
-        twins = {
+        other_side = {
             id(old): new
             for before, now in ((self.source, choice.source), (self.target, choice.target))
             for old, new in zip(before.nodes, now.nodes, strict=True)
         }
 
         def same(nodes: Sequence[Node]) -> tuple[Node, ...]:
-            return tuple(twins[id(node)] for node in nodes)
+            return tuple(other_side[id(node)] for node in nodes)
 
         for rows, laids in ((record.units, self.units), (record.modules, self.modules)):
             for pair in laids:
-                rivals = [twins.get(id(node)) for node in pair.runner_up or ()]
+                rivals = [other_side.get(id(node)) for node in pair.runner_up or ()]
                 rival = (rivals[0], rivals[1]) if rivals and rivals[0] and rivals[1] else choice.runner_up
                 rows.append(replace(pair, sources=same(pair.sources), targets=same(pair.targets), runner_up=rival))
         record.lost += same(self.lost)
@@ -129,7 +129,7 @@ class _Pass:
                     frontier.open(node)
                     units += [node] if node.leaf else []
         rest = Left((*left[0], *here.nodes.values()), (*left[1], *there.nodes.values()))
-        placed, unplaced = settle(rest, Place(above, exact, depth == 1, self.balanced), self.clues)
+        placed, unplaced = pair_leftovers(rest, Place(above, exact, depth == 1, self.balanced), self.clues)
         self.record.units += placed
         return unplaced
 

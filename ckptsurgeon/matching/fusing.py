@@ -116,7 +116,7 @@ def _merged(rows: dict[frozenset[str], dict[str, list[Node]]]) -> list[dict[str,
 
 
 def _adds_up(whole: tuple[int, ...], parts: Sequence[Node]) -> bool:
-    return sum(prod(part.main) for part in parts) == prod(whole) and all(_beside(whole, part.main) for part in parts)
+    return sum(prod(part.main) for part in parts) == prod(whole) and all(_is_part(whole, part.main) for part in parts)
 
 
 def _either_way(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,7 +186,7 @@ def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ..
                 yield some, 0.5
 
 
-def _beside(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
+def _is_part(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
     """Whether a part can lie beside others in a whole: all of its dimensions but one are the whole's, as they are or turned."""
     return len(whole) == len(part) and any(sum(a != b for a, b in zip(whole, turned, strict=True)) == 1 for turned in (part, part[::-1]))
 

@@ -37,7 +37,7 @@ class Place:
     balanced: frozenset[int]
 
 
-def settle(left: Left, place: Place, clues: Clues) -> tuple[list[Laid], Left]:
+def pair_leftovers(left: Left, place: Place, clues: Clues) -> tuple[list[Laid], Left]:
     """Pair what can be paired of what is left over; the rest may be tried again one level higher."""
     sources = [unit for node in left.sources for unit in node.units()]
     targets = [unit for node in left.targets for unit in node.units()]

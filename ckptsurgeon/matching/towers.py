@@ -1,7 +1,7 @@
 """Two towers of one form on one side, of which the other side has one: nothing but a name can tell which it is.
 
-Rule: where of two large parts of a side with the same keys and shapes, the twins, each key is taken from one alone, the links of both are
-doubted, save those of the one whose name the other side has, and not the twin's.
+Rule: where of two large parts of a side with the same keys and shapes, look-alikes, each key is taken from one alone, the links of both
+are doubted, save those of the one whose name the other side has, while it has not the look-alike's.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
-_LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its twin must have
+_LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its look-alike must have
 Tensors = Mapping[str, TensorMeta]
 
 
 def doubted(links: list[Link], source: Tensors, target: Tensors) -> list[Link]:
-    """The links, those of a tower with a twin that is idle without any margin."""
+    """The links; those of a tower whose look-alike nothing is taken from have no margin."""
     taken = {key: link.targets for link in links for key in link.sources}, {key: link.sources for link in links for key in link.targets}
-    twins = _twins(taken[0], source, target), _twins(taken[1], target, source)
-    return [_doubted(link, *twins) for link in links] if any(twins) else links
+    lookalikes = _lookalikes(taken[0], source, target), _lookalikes(taken[1], target, source)
+    return [_doubted(link, *lookalikes) for link in links] if any(lookalikes) else links
 
 
 def _doubted(link: Link, here: Mapping[str, str], there: Mapping[str, str]) -> Link:
-    one, other = _twin_of(link.sources, here), _twin_of(link.targets, there)
+    one, other = _in_lookalike(link.sources, here), _in_lookalike(link.targets, there)
     if one is None and other is None:
         return link
     rival = f"{one or link.sources[0]} -> {other or link.targets[0]}"
     return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, "an idle twin is just the same"), runner_up=rival)
 
 
-def _twin_of(keys: Iterable[str], twins: Mapping[str, str]) -> str | None:
-    """The first key under the name of its twin."""
+def _in_lookalike(keys: Iterable[str], lookalikes: Mapping[str, str]) -> str | None:
+    """The first key under the name that it has in the look-alike."""
     for key in keys:
         for end in _dots(key):
-            if key[:end] in twins:
-                return twins[key[:end]] + key[end:]
+            if key[:end] in lookalikes:
+                return lookalikes[key[:end]] + key[end:]
     return None
 
 
-def _twins(taken: Mapping[str, tuple[str, ...]], side: Tensors, other: Tensors) -> dict[str, str]:
-    """By tower its twin, where of each key only one of both towers' is taken, or both by the same. `taken` has by whom."""
+def _lookalikes(taken: Mapping[str, tuple[str, ...]], side: Tensors, other: Tensors) -> dict[str, str]:
+    """Each tower with its look-alike, where of each key only one of the two towers' is taken, or both by the same. `taken` has by whom."""
     if len(taken) < _LEAST_KEYS:
         return {}
     below = Counter(key[:end] for key in side for end in _dots(key))
@@ -62,19 +62,19 @@ def _twins(taken: Mapping[str, tuple[str, ...]], side: Tensors, other: Tensors) 
     for head in large:
         by_parent.setdefault(head.rpartition(".")[0], []).append(head)
     for heads in by_parent.values():
-        for one, twin in permutations(heads, 2):
-            if below[one] == below[twin] and not _told(one, twin, words):
+        for one, lookalike in permutations(heads, 2):
+            if below[one] == below[lookalike] and not _told(one, lookalike, words):
                 keys = [key for key in side if key.startswith(f"{one}.")]
-                same = [key for key in keys if _alike(side, key, twin + key[len(one) :])]
-                once = [key for key in same if _once(taken.get(key), taken.get(twin + key[len(one) :]))]
+                same = [key for key in keys if _alike(side, key, lookalike + key[len(one) :])]
+                once = [key for key in same if _once(taken.get(key), taken.get(lookalike + key[len(one) :]))]
                 enough = len(once) >= _ALL * len(keys) and sum(side[key].numel for key in once) >= _LEAST_SHARE * total
                 if enough:
-                    found[one] = twin
+                    found[one] = lookalike
     return found
 
 
-def _alike(side: Tensors, key: str, twin: str) -> bool:
-    return twin in side and side[twin].shape == side[key].shape
+def _alike(side: Tensors, key: str, lookalike: str) -> bool:
+    return lookalike in side and side[lookalike].shape == side[key].shape
 
 
 def _once(one: tuple[str, ...] | None, other: tuple[str, ...] | None) -> bool:
@@ -82,9 +82,9 @@ def _once(one: tuple[str, ...] | None, other: tuple[str, ...] | None) -> bool:
     return (one is None) != (other is None) or (one is not None and one == other)
 
 
-def _told(one: str, twin: str, words: frozenset[str]) -> bool:
-    """Whether the other side has what the name of a tower says, and not what its twin's does."""
-    own, rival = (frozenset(concepts(path.rpartition(".")[2])) for path in (one, twin))
+def _told(one: str, lookalike: str, words: frozenset[str]) -> bool:
+    """Whether the other side has what the name of a tower says, and not what its look-alike's does."""
+    own, rival = (frozenset(concepts(path.rpartition(".")[2])) for path in (one, lookalike))
     return bool((own - rival) & words) and not (rival - own) & words
 
 

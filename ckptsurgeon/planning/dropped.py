@@ -30,7 +30,7 @@ def fates(
     beside = {(number, name): key for (number, key), one in codes.items() for name in (*one.scales, *one.beside)}
     used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
-    twins = _twins(sources, steps)
+    tied = _tied_to_taken(sources, steps)
     first = {
         key: group[0] for group in (target.ties if target is not None else ()) for key in group
     }  # the same for all that are one tensor
@@ -48,8 +48,8 @@ def fates(
         if lost or names.entries.get(name, place) != place:
             return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
         if target is not None and name in target:
-            if name in first and place in twins and first[name] in map(first.get, names.names_of.get((place[0], twins[place]), ())):
-                return f"{TIED}{twins[place]}, which is taken"
+            if name in first and place in tied and first[name] in map(first.get, names.names_of.get((place[0], tied[place]), ())):
+                return f"{TIED}{tied[place]}, which is taken"
             if place[1] in sources[place[0]].entries:
                 return "no tensor, which the target has there"
             return f"shape {sources[place[0]][place[1]].shape} does not fit {target[name].shape}"
@@ -63,15 +63,15 @@ def fates(
     )
 
 
-def _twins(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
+def _tied_to_taken(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
     """The source keys that are one tensor with a key that a step reads, and that key."""
     used = {place for step in steps for place in step.sources}
     groups = [(number, group) for number, source in enumerate(sources) for group in source.ties]
     taken = [next((key for key in reversed(group) if (number, key) in used), None) for number, group in groups]
     return {
-        (number, key): twin
-        for (number, group), twin in zip(groups, taken, strict=True)
-        if twin is not None
+        (number, key): taken_key
+        for (number, group), taken_key in zip(groups, taken, strict=True)
+        if taken_key is not None
         for key in group
         if (number, key) not in used
     }

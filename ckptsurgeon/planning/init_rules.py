@@ -20,7 +20,7 @@ from ckptsurgeon.tensors import Checkpoint
 
 
 @dataclass(frozen=True)
-class Initial:
+class InitRule:
     """The rule of a key: an init rule with its scheme, or, with `kept`, one that leaves the target's own value."""
 
     rule: Rule
@@ -28,7 +28,7 @@ class Initial:
     kept: bool = False
 
 
-def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin], auto: str | None = None) -> dict[str, Initial]:
+def find_init_rules(target: Checkpoint, names: Names, origins: Mapping[str, Origin], auto: str | None = None) -> dict[str, InitRule]:
     """The keep or init rule of each key of the target that no source gives, or that adapters fill up with initial values.
 
     With `auto` "safe", BatchNorm's counter begins at 0. A rule that names a key holds for all keys that are tied to it. Raises RuleError,
@@ -36,7 +36,7 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
     """
     tied = {key: group for group in target.ties for key in group}
     kept = kept_out(target, names)
-    found: dict[str, Initial] = {}
+    found: dict[str, InitRule] = {}
     named: set[int] = set()
     used: set[int] = set()
     problems = []
@@ -47,15 +47,15 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
         origin = origins.get(key)
         filled = origin is not None and any(op.get("fill") == "init" for op in origin.ops)
         if key in kept:
-            found[key] = Initial(kept[key], "model", kept=True)
+            found[key] = InitRule(kept[key], "model", kept=True)
         elif origin is None or not origin.fits or filled:
             named.update(matching)
             if not matching and auto == "safe" and is_counter(key) and target.kind != "file":
-                found[key] = Initial(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
+                found[key] = InitRule(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
             if matching:
                 used.add(matching[0])
                 try:
-                    found[key] = Initial(names.inits[matching[0]].rule, _scheme(names.inits[matching[0]], tied.get(key, (key,))))
+                    found[key] = InitRule(names.inits[matching[0]].rule, _scheme(names.inits[matching[0]], tied.get(key, (key,))))
                 except RuleError as error:
                     problems.append(f"{names.inits[matching[0]].rule}: {error.reason}")
         problems += _without_a_value(key, target, origin if filled else None, found.get(key))
@@ -79,14 +79,14 @@ def find_initials(target: Checkpoint, names: Names, origins: Mapping[str, Origin
     return found
 
 
-def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, initial: Initial | None) -> Iterator[str]:
+def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, init_rule: InitRule | None) -> Iterator[str]:
     """A problem for a key whose scheme has no value here: a model's own without a model, or another key's to fill up with."""
-    if initial is not None and initial.kept:
+    if init_rule is not None and init_rule.kept:
         return
-    own = None if initial is None else initial.scheme
+    own = None if init_rule is None else init_rule.scheme
     asked = [] if filled is None else [str(op["scheme"]) for op in filled.ops if op.get("fill") == "init"]
     schemes = [own if scheme == "model" and own is not None else scheme for scheme in asked] if filled is not None else [own]
-    by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([initial.rule] if initial is not None else []))))
+    by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([init_rule.rule] if init_rule is not None else []))))
     for scheme in schemes:
         if scheme in FROM_MODEL and target.kind != "model":
             yield f"{by}: {key} would get a value of the model itself ({scheme}), and the target is none: name a scheme, such as zeros"

@@ -17,7 +17,7 @@ from ckptsurgeon.planning.apply_rules import NOTHING, Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.dropped import fates, loose
 from ckptsurgeon.planning.freshness import mark_fresh
-from ckptsurgeon.planning.init_rules import Initial, check_copies, find_initials
+from ckptsurgeon.planning.init_rules import InitRule, check_copies, find_init_rules
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.metadata import findings, refuse_unsafe, untried
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
@@ -204,7 +204,7 @@ class _Planner:
         """One step for every tensor of the target; without a target, for every one that is converted."""
         if self.target is None:
             return tuple(self._transfer(name, origin) for name, origin in self.origins.items())
-        initials = find_initials(self.target, self.names, self.origins, self.auto)
+        initials = find_init_rules(self.target, self.names, self.origins, self.auto)
         steps = []
         bare = []
         for key in self.target:
@@ -232,14 +232,14 @@ class _Planner:
             return given if self.choice == "source" else wanted
         return self.choice if BY_CODE[wanted].kind == "float" and BY_CODE[given].kind == "float" else wanted
 
-    def _transfer(self, key: str, origin: Origin, initial: Initial | None = None) -> Step:
+    def _transfer(self, key: str, origin: Origin, init_rule: InitRule | None = None) -> Step:
         place = origin.places[0]
         dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
         if self.choice == "source" and origin.values:
             dtype = "BF16"  # the source has codes, whose dtype is none for values
         if self.choice not in ("source", "target") and self.scales.issuperset(origin.places):
             dtype = origin.dtype  # one dtype for all values is none for what codes are read with
-        ops = tuple(_filled_up(op, initial) for op in origin.ops)
+        ops = tuple(_filled_up(op, init_rule) for op in origin.ops)
         if any(op.get("fill") == "init" and copied(str(op.get("scheme"))) is not None for op in ops):
             raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
         action: Action = "adapt" if ops else "copy" if place[1] == key else "rename"
@@ -260,7 +260,7 @@ class _Planner:
         ops = ({"op": "load", "by": by}, *_cast(wanted.dtype, dtype))
         return Step(key, dtype, wanted.shape, "load", self.computed.places[key], ops, False, f"computed ({code_of(by)})")
 
-    def _own(self, key: str, origin: Origin | None, initial: Initial | None) -> Step:
+    def _own(self, key: str, origin: Origin | None, init_rule: InitRule | None) -> Step:
         """A key that no source gives: kept from a target checkpoint, or initialised by rule or by the model."""
         assert self.target is not None
         wanted = self.target[key]
@@ -272,12 +272,12 @@ class _Planner:
             why = "dropped from the source by a rule"
         dtype = wanted.dtype if key in self.own_scales else self._dtype(wanted.dtype, wanted.dtype)
         cast = _cast(wanted.dtype, dtype)
-        if initial is not None and initial.kept:
-            why = str(initial.rule)
-        if self.target.kind != "model" and (initial is None or initial.kept):
+        if init_rule is not None and init_rule.kept:
+            why = str(init_rule.rule)
+        if self.target.kind != "model" and (init_rule is None or init_rule.kept):
             return Step(key, dtype, wanted.shape, "keep", (), cast, False, f"{why}; the target's value stays")
-        scheme = "model" if initial is None else initial.scheme
-        reason = why + ("; the model's own value" if initial is None or initial.kept else f"; {initial.rule}")
+        scheme = "model" if init_rule is None else init_rule.scheme
+        reason = why + ("; the model's own value" if init_rule is None or init_rule.kept else f"; {init_rule.rule}")
         return Step(key, dtype, wanted.shape, "init", (), ({"op": "init", "scheme": scheme}, *cast), True, reason)
 
     def entries(self) -> tuple[Entry, ...]:
@@ -294,10 +294,10 @@ class _Planner:
         return rows
 
 
-def _filled_up(op: Mapping[str, Any], initial: Initial | None) -> Mapping[str, Any]:
+def _filled_up(op: Mapping[str, Any], init_rule: InitRule | None) -> Mapping[str, Any]:
     """An op that fills up with initial values takes the scheme of an init rule for its key, unless it names its own."""
-    if op.get("fill") == "init" and op.get("scheme") == "model" and initial is not None and not initial.kept:
-        return {**op, "scheme": initial.scheme}
+    if op.get("fill") == "init" and op.get("scheme") == "model" and init_rule is not None and not init_rule.kept:
+        return {**op, "scheme": init_rule.scheme}
     return op
 
 

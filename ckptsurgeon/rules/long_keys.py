@@ -1,7 +1,7 @@
 """Holds a pattern against a long key in time that grows with its length; a regular expression would try every way to share it out.
 
-Rule: the answer is the regular expression's own, part for part (a test holds it). The places of a key that a piece of a pattern can
-reach are the bits of one integer, so a piece costs a few operations on it. Pure.
+Rule: the answer is the regular expression's own, part for part (a test holds it). The places of a key that a token of a pattern can
+reach are the bits of one integer, so a token costs a few operations on it. Pure.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ OPEN: frozenset[Kind] = frozenset({"star", "one", "many", "deep", "some", "lead"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of a pattern: fixed `text`s (of several `words` the first that fits), or what is open, with the `name` of its part.
+class Token:
+    """A token of a pattern: fixed `text`s (of several `words` the first that fits), or what is open, with the `name` of its part.
 
     `char` is one character of a segment, `star` what stays in one, `one` that and not empty, `many` whole segments, `deep` anything,
     `some` anything but nothing, `lead` anything up to a dot, or nothing; `trail` is `lead` read backwards. `again` is what an earlier part
@@ -48,11 +48,11 @@ class _Key:
         """`start`, and every place that is reached from it over characters in `across`: a carry runs along them."""
         return start | ((start & across) + across) ^ across
 
-    def step(self, piece: Piece, start: int) -> int:
-        """The places where `piece` can end when it begins at one of `start`."""
-        kind = piece.kind
+    def step(self, token: Token, start: int) -> int:
+        """The places where `token` can end when it begins at one of `start`."""
+        kind = token.kind
         if kind in ("text", "words"):
-            return self.fixed(piece.texts, start)
+            return self.fixed(token.texts, start)
         if kind == "char":
             return (start & self.plain) << 1
         if kind == "star":
@@ -92,55 +92,55 @@ def _mask(places: Sequence[int], size: int) -> int:
     return int(row, 2)
 
 
-def _turned(piece: Piece) -> Piece:
+def _turned(token: Token) -> Token:
     kinds: dict[Kind, Kind] = {"lead": "trail"}
-    return replace(piece, kind=kinds.get(piece.kind, piece.kind), texts=tuple(text[::-1] for text in piece.texts))
+    return replace(token, kind=kinds.get(token.kind, token.kind), texts=tuple(text[::-1] for text in token.texts))
 
 
-def fits(pieces: Sequence[Piece], text: str) -> bool:
+def fits(tokens: Sequence[Token], text: str) -> bool:
     """Whether the whole of `text` matches.
 
-    >>> fits([Piece("one", name="a"), Piece("text", ("_",)), Piece("star")], "x_y_z")
+    >>> fits([Token("one", name="a"), Token("text", ("_",)), Token("star")], "x_y_z")
     True
     """
-    return _ends(pieces, text) and bool(_reach(pieces, _Key(text))[-1] >> len(text))
+    return _ends(tokens, text) and bool(_reach(tokens, _Key(text))[-1] >> len(text))
 
 
-def _ends(pieces: Sequence[Piece], text: str) -> bool:
-    """Whether the fixed text that begins or ends the pieces is there: most keys are told by it."""
-    first, last = pieces[0], pieces[-1]
+def _ends(tokens: Sequence[Token], text: str) -> bool:
+    """Whether the fixed text that begins or ends the tokens is there: most keys are told by it."""
+    first, last = tokens[0], tokens[-1]
     return (first.kind != "text" or text.startswith(first.texts)) and (last.kind != "text" or text.endswith(last.texts))
 
 
-def _reach(pieces: Sequence[Piece], key: _Key) -> list[int]:
-    """Where each piece can begin, and at last where the last one can end."""
+def _reach(tokens: Sequence[Token], key: _Key) -> list[int]:
+    """Where each token can begin, and at last where the last one can end."""
     found = [1]
-    for piece in pieces:
-        found.append(key.step(piece, found[-1]) & key.all if found[-1] else 0)
+    for token in tokens:
+        found.append(key.step(token, found[-1]) & key.all if found[-1] else 0)
     return found
 
 
-def parts(pieces: Sequence[Piece], text: str) -> dict[str, str] | None:
-    """What each named piece stands for where the whole of `text` matches, the first ones as long as may be; else None.
+def parts(tokens: Sequence[Token], text: str) -> dict[str, str] | None:
+    """What each named token stands for where the whole of `text` matches, the first ones as long as may be; else None.
 
-    >>> parts([Piece("one", name="a"), Piece("text", ("_",)), Piece("one", name="b")], "x_y_z")
+    >>> parts([Token("one", name="a"), Token("text", ("_",)), Token("one", name="b")], "x_y_z")
     {'a': 'x_y', 'b': 'z'}
     """
-    if not _ends(pieces, text):
+    if not _ends(tokens, text):
         return None
     size, key = len(text), _Key(text)
-    turned = [_turned(piece) for piece in reversed(pieces)]
-    # Bit n - p of a key read backwards is place p: turned round, where the rest of the pieces can begin.
+    turned = [_turned(token) for token in reversed(tokens)]
+    # Bit n - p of a key read backwards is place p: turned round, where the rest of the tokens can begin.
     rest = [int(f"{mask:0{size + 1}b}"[::-1], 2) for mask in reversed(_reach(turned, _Key(text[::-1])))]
     if not rest[0] & 1:
         return None
     found, place = {}, 0
-    for piece, after in zip(pieces, rest[1:], strict=True):
-        if piece.kind == "words":
-            end = next(stop for word in piece.texts if text.startswith(word, place) and after >> (stop := place + len(word)) & 1)
+    for token, after in zip(tokens, rest[1:], strict=True):
+        if token.kind == "words":
+            end = next(stop for word in token.texts if text.startswith(word, place) and after >> (stop := place + len(word)) & 1)
         else:
-            end = (key.step(piece, 1 << place) & after).bit_length() - 1
-        if piece.name:
-            found[piece.name] = text[place:end]
+            end = (key.step(token, 1 << place) & after).bit_length() - 1
+        if token.name:
+            found[token.name] = text[place:end]
         place = end
     return found

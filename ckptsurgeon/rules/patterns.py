@@ -22,7 +22,7 @@ from functools import lru_cache
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.regular_expressions import MOST_GROUPS, Expression
 from ckptsurgeon.rules import long_keys
-from ckptsurgeon.rules.long_keys import Piece
+from ckptsurgeon.rules.long_keys import Token
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _CHOICE = r"[A-Za-z0-9_]+(?:\.\.[0-9]+)?"
@@ -43,7 +43,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_DOT = Piece("text", (".",))
+_DOT = Token("text", (".",))
 _REGEX = {"star": "[^.]*", "one": "[^.]+", "many": r"[^.]+(?:\.[^.]+)*", "deep": ".*", "some": ".+", "lead": r"(?:.+\.)?", "again": ""}
 _WITHIN = frozenset({"text", "words", "star", "one"})  # they stay in a segment
 # Characters of a key, beyond which no regular expression is let try every way to share them out: by how many parts are free to take more
@@ -56,13 +56,13 @@ _LENGTHS = (NO_LENGTH, LONG, 24, 12)
 class Pattern:
     """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use.
 
-    `regex` is held against keys of up to `short` characters, `pieces` against longer ones, and `expression`, in another process, against
+    `regex` is held against keys of up to `short` characters, `tokens` against longer ones, and `expression`, in another process, against
     all keys of a `/…/`, which has neither, and against long keys where a part stands twice. One without any of these is a key itself.
     """
 
     text: str
     parts: tuple[str, ...]
-    pieces: tuple[Piece, ...] = ()
+    tokens: tuple[Token, ...] = ()
     regex: re.Pattern[str] | None = None
     short: int = 0
     expression: Expression | None = field(default=None, compare=False)
@@ -80,7 +80,7 @@ class Pattern:
             return self.regex.fullmatch(key) is not None
         if self.regex is None and self.expression is None:
             return key == self.text
-        if self.pieces and not long_keys.fits(self.pieces, key):
+        if self.tokens and not long_keys.fits(self.tokens, key):
             return False
         return self.expression is None or self.expression.fullmatch(key) is not None
 
@@ -94,7 +94,7 @@ class Pattern:
             found = self.regex.fullmatch(key)
             return None if found is None else {part: found[part] for part in self.parts}
         if self.expression is None:
-            return long_keys.parts(self.pieces, key) if self.pieces else {} if key == self.text else None
+            return long_keys.parts(self.tokens, key) if self.tokens else {} if key == self.text else None
         groups = self.expression.fullmatch(key) if self.fits(key) else None
         numbers = self.expression.groupindex
         return None if groups is None else {part: groups[int(numbers.get(part, part)) - 1] or "" for part in self.parts}
@@ -102,11 +102,11 @@ class Pattern:
     @property
     def choices(self) -> int:
         """How many words and numbers it has to choose from."""
-        return sum(len(piece.texts) for piece in self.pieces if piece.kind == "words")
+        return sum(len(token.texts) for token in self.tokens if token.kind == "words")
 
     def learn(self, keys: Iterable[str]) -> None:
         """Say what will be held against it: a regular expression then takes all keys at once."""
-        if self.expression is not None and not self.pieces:
+        if self.expression is not None and not self.tokens:
             self.expression.learn(keys)
 
 
@@ -126,21 +126,21 @@ def compile_pattern(text: str, whose: str = "") -> Pattern:
         expression = Expression(text[1:-1], whose=whose)
         numbers = map(str, range(1, expression.groups + 1))
         return Pattern(text, (*expression.groupindex, *numbers), expression=expression)
-    pieces = tuple(_pieces(text))
-    if len(pieces) == 1 and pieces[0].kind == "text":
+    tokens = tuple(_tokens(text))
+    if len(tokens) == 1 and tokens[0].kind == "text":
         return Pattern(text, ())
-    regex = re.compile(_body(pieces), re.DOTALL)
-    again = any(piece.kind == "again" for piece in pieces)
-    short = _LENGTHS[min(_free(pieces), len(_LENGTHS) - 1)]
-    return Pattern(text, tuple(regex.groupindex), pieces, regex, short, Expression(regex.pattern, regex.flags, whose) if again else None)
+    regex = re.compile(_body(tokens), re.DOTALL)
+    again = any(token.kind == "again" for token in tokens)
+    short = _LENGTHS[min(_free(tokens), len(_LENGTHS) - 1)]
+    return Pattern(text, tuple(regex.groupindex), tokens, regex, short, Expression(regex.pattern, regex.flags, whose) if again else None)
 
 
-def _segments(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces between dots, each dot and each `lead` (which ends in one) by itself."""
-    segment: list[Piece] = []
-    for piece in pieces:
-        whole = piece.kind != "text"
-        for part in (piece,) if whole else (Piece("text", (one,)) for one in re.split(r"(\.)", piece.texts[0]) if one):
+def _segments(tokens: Iterable[Token]) -> Iterator[list[Token]]:
+    """The tokens between dots, each dot and each `lead` (which ends in one) by itself."""
+    segment: list[Token] = []
+    for token in tokens:
+        whole = token.kind != "text"
+        for part in (token,) if whole else (Token("text", (one,)) for one in re.split(r"(\.)", token.texts[0]) if one):
             if part.kind == "lead" or part == _DOT:
                 yield segment
                 yield [part]
@@ -150,70 +150,70 @@ def _segments(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     yield segment
 
 
-def _closed(segment: Sequence[Piece]) -> bool:
+def _closed(segment: Sequence[Token]) -> bool:
     """Whether several parts of a segment share it out between them, and with no other."""
-    return sum(piece.kind in long_keys.OPEN for piece in segment) > 1 and all(piece.kind in _WITHIN for piece in segment)
+    return sum(token.kind in long_keys.OPEN for token in segment) > 1 and all(token.kind in _WITHIN for token in segment)
 
 
-def _body(pieces: Sequence[Piece]) -> str:
-    """The pieces as a regular expression.
+def _body(tokens: Sequence[Token]) -> str:
+    """The tokens as a regular expression.
 
     However a segment is shared out, it ends at the same dot: where the rest doesn't match, no other way is tried (`(?>…)`).
     """
-    if any(piece.kind == "again" for piece in pieces):
-        return "".join(map(_regex, pieces))
-    bodies = [("".join(map(_regex, segment)), _closed(segment)) for segment in _segments(pieces)]
+    if any(token.kind == "again" for token in tokens):
+        return "".join(map(_regex, tokens))
+    bodies = [("".join(map(_regex, segment)), _closed(segment)) for segment in _segments(tokens)]
     ends = [*(following for following, _ in bodies[1:]), r"\Z"]
     return "".join(f"(?>{body}(?={end}))" if closed else body for (body, closed), end in zip(bodies, ends, strict=True))
 
 
-def _free(pieces: Sequence[Piece]) -> int:
+def _free(tokens: Sequence[Token]) -> int:
     """How many parts are free to take more or less while a key is tried: each multiplies the ways by the key's length."""
-    segments = list(_segments(pieces))
-    within = [max(sum(piece.kind in long_keys.OPEN for piece in segment) - 1, 0) for segment in segments]
-    across = [piece for piece in pieces if piece.kind in long_keys.OPEN and piece.kind not in _WITHIN]
-    together = sum if any(piece.kind == "again" for piece in pieces) else max
-    texts = [text for piece in pieces for text in piece.texts]
+    segments = list(_segments(tokens))
+    within = [max(sum(token.kind in long_keys.OPEN for token in segment) - 1, 0) for segment in segments]
+    across = [token for token in tokens if token.kind in long_keys.OPEN and token.kind not in _WITHIN]
+    together = sum if any(token.kind == "again" for token in tokens) else max
+    texts = [text for token in tokens for text in token.texts]
     tried = bool(texts) and (len(texts) > LONG or max(map(len, texts)) > LONG)  # texts that may be tried at every place
-    return together(within) + max(len(across) - 1, 0) + (tried and any(piece.kind in long_keys.OPEN for piece in pieces))
+    return together(within) + max(len(across) - 1, 0) + (tried and any(token.kind in long_keys.OPEN for token in tokens))
 
 
-def _regex(piece: Piece) -> str:
-    """A piece as a regular expression."""
-    body = "|".join(map(re.escape, piece.texts)) if piece.texts else _REGEX[piece.kind]
-    if piece.kind == "again":
-        return f"(?P={piece.name})"
-    return f"(?P<{piece.name}>{body})" if piece.name else f"(?:{body})" if piece.kind == "words" else body
+def _regex(token: Token) -> str:
+    """A token as a regular expression."""
+    body = "|".join(map(re.escape, token.texts)) if token.texts else _REGEX[token.kind]
+    if token.kind == "again":
+        return f"(?P={token.name})"
+    return f"(?P<{token.name}>{body})" if token.name else f"(?:{body})" if token.kind == "words" else body
 
 
-def _pieces(text: str) -> Iterator[Piece]:
+def _tokens(text: str) -> Iterator[Token]:
     seen: set[str] = set()
     position = choices = 0
     _check_few(text)
-    for token in _TOKEN.finditer(text):
-        if token.start() > position:
-            yield Piece("text", (text[position : token.start()],))
-        position = token.end()
-        if token["brace"]:
-            raise RuleError(f"the pattern {text!r} has an odd brace at {token.start() + 1}", hint="name a part like {p} or {**rest}")
-        if token["choices"]:
-            chosen = _choices(text, token["choices"][1:-1], MOST_CHOICES - choices)
+    for match in _TOKEN.finditer(text):
+        if match.start() > position:
+            yield Token("text", (text[position : match.start()],))
+        position = match.end()
+        if match["brace"]:
+            raise RuleError(f"the pattern {text!r} has an odd brace at {match.start() + 1}", hint="name a part like {p} or {**rest}")
+        if match["choices"]:
+            chosen = _choices(text, match["choices"][1:-1], MOST_CHOICES - choices)
             choices += len(chosen)
-            yield Piece("words", chosen)
+            yield Token("words", chosen)
             continue
-        name = token["one"] or token["many"]
+        name = match["one"] or match["many"]
         if name:
-            yield Piece("again" if name in seen else "many" if token["many"] else "one", (), name)
+            yield Token("again" if name in seen else "many" if match["many"] else "one", (), name)
             seen.add(name)
-        elif token["star"]:
-            yield Piece("star")
-        elif text[token.start() - 1 : token.start()] in ("", ".") and text[position : position + 1] == ".":
-            yield Piece("lead")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
+        elif match["star"]:
+            yield Token("star")
+        elif text[match.start() - 1 : match.start()] in ("", ".") and text[position : position + 1] == ".":
+            yield Token("lead")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
             position += 1
         else:
-            yield Piece("some" if text[token.start() - 1 : token.start()] == "." and position == len(text) else "deep")
+            yield Token("some" if text[match.start() - 1 : match.start()] == "." and position == len(text) else "deep")
     if position < len(text):
-        yield Piece("text", (text[position:],))
+        yield Token("text", (text[position:],))
 
 
 def _choices(text: str, choices: str, most: int) -> tuple[str, ...]:

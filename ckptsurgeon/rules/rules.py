@@ -234,14 +234,14 @@ def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
         if op["op"] not in outside.shapes:
             raise RuleError(f"{op['op']!r} was not imported")
         return op
-    paths = {name: beside(rule, op[name]) for name in ("source", "target") if type(op.get(name)) is str}
+    paths = {name: path_of_file(rule, op[name]) for name in ("source", "target") if type(op.get(name)) is str}
     return {**op, **{name: outside.labels[path] for name, path in paths.items() if path in outside.labels}}
 
 
-def beside(rule: Rule, path: str) -> str:
+def path_of_file(rule: Rule, path: str) -> str:
     """A file that a rule names: one that a rules file names is looked for beside it.
 
-    >>> beside(Rule("adapt", "w", "rows", "conf/rules.toml", 1), "vocab.txt")
+    >>> path_of_file(Rule("adapt", "w", "rows", "conf/rules.toml", 1), "vocab.txt")
     'conf/vocab.txt'
     """
     return path if path.startswith("/") else rule.file[: rule.file.rfind("/") + 1] + path

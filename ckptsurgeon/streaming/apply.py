@@ -42,14 +42,14 @@ class Values:
     """Where values that no file holds come from (a model, schemes, a person's own code), handed in by who knows models.
 
     `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
-    key that is no tensor, `kernels` a person's own adapters by name. `settled`, given the plan's values and the values that are no tensors,
+    key that is no tensor, `kernels` a person's own adapters by name. `loaded`, given the plan's values and the values that are no tensors,
     gives those that loading decides, to be written instead; what torch's load gets of the sources as it is counts as the plan's.
     """
 
     initial: Callable[[str], Buffer]
     extra_state: Callable[[str], Any]
     kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
-    settled: Callable[[Callable[[str], torch.Tensor], Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
+    loaded: Callable[[Callable[[str], torch.Tensor], Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Written:
 
 @dataclass
 class _Run:
-    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `settled` the bytes
+    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `loaded` the bytes
     that are written instead of a step's own, `held` the file and offset of each record whose copy has the checksum that the file gives
     for it: the proof compares the two."""
 
@@ -103,12 +103,12 @@ class _Run:
     steps: Mapping[str, Step]
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
-    settled: dict[str, Buffer] = field(default_factory=dict)
+    loaded: dict[str, Buffer] = field(default_factory=dict)
     held: set[tuple[str, int]] = field(default_factory=set)
 
-    def settle(self, entries: Mapping[str, Any]) -> None:
+    def find_loaded(self, entries: Mapping[str, Any]) -> None:
         """Find what loading decides."""
-        if self.values is None or self.values.settled is None:
+        if self.values is None or self.values.loaded is None:
             return
         lost: dict[str, list[Cast]] = {}
 
@@ -122,17 +122,17 @@ class _Run:
             apart.casts.clear()
             return tensor_from(bytearray().join(apart.parts(step)), step.dtype).view(step.shape)
 
-        for key, value in self.values.settled(fetch, entries).items():
+        for key, value in self.values.loaded(fetch, entries).items():
             dtype, casts = BY_TORCH[str(value.dtype).removeprefix("torch.")].code, lost.get(key, [])
             parts = dense_parts(value)
-            self.settled[key] = bytearray().join(
+            self.loaded[key] = bytearray().join(
                 parts if dtype == self.steps[key].dtype else cast(key, parts, dtype, self.steps[key].dtype, casts)
             )
             self.casts += casts
 
     def origins(self, step: Step) -> tuple[TensorMeta, ...]:
         """The tensors of files that a step reads; none where its value is made."""
-        if step.target in self.settled:
+        if step.target in self.loaded:
             return ()
         if step.action == "load":
             raise PlanError("is computed by the target's own loading code, and no model is at hand that has it", key=step.target)
@@ -142,7 +142,7 @@ class _Run:
 
     def pieces(self, step: Step) -> Pieces | None:
         """The pieces of files whose bytes a step copies as they are, or None where they change."""
-        if step.target in self.settled:
+        if step.target in self.loaded:
             return None
         step = resolved(step, self.steps)
         origins = self.origins(step)
@@ -150,8 +150,8 @@ class _Run:
 
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
-        if step.target in self.settled:
-            return iter([self.settled[step.target]])
+        if step.target in self.loaded:
+            return iter([self.loaded[step.target]])
         made = resolved(step, self.steps)
         casts = self.casts if made is step else []  # what a copy's original loses is told once
         origins = self.origins(made)
@@ -221,7 +221,7 @@ def apply(
     with Reader(checkpoints) as reader:
         run = _Run(plan, sources, target, values, reader, {step.target: step for step in plan.steps})
         entries = _entries(run)
-        run.settle(entries)
+        run.find_loaded(entries)
         storages = storages_of(plan, run.steps, run.origins)
         if training is not None:  # each moment is its own: two that shared memory would be counted on twice
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}

@@ -96,7 +96,7 @@ def holding_files(files: Sequence[FileStamp]) -> Iterator[list[Held]]:
         def work(alive: Callable[[], None]) -> None:
             found.extend(_hold(file, alive) for file in opened)
 
-        with _beside(work):
+        with _in_a_thread(work):
             yield found
 
 
@@ -114,7 +114,7 @@ def holding(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
     def work(alive: Callable[[], None]) -> None:
         wrong.extend(span for span, file, offset in waiting if not _as_its_record_says(span, file, offset, alive))
 
-    with _beside(work):
+    with _in_a_thread(work):
         yield wrong
 
 
@@ -123,7 +123,7 @@ class _Stopped(Exception):
 
 
 @contextmanager
-def _beside(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+def _in_a_thread(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
     """Run `work` in a second thread while the block runs, and wait for its end; its error is raised where the block has none.
 
     What it is given raises `_Stopped` once the block has failed: to be called between buffers.

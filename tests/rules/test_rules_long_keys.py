@@ -14,12 +14,12 @@ from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules import long_keys, patterns
 from ckptsurgeon.rules.patterns import LONG, compile_pattern
 
-pieces = st.sampled_from(["*", "**", "{p}", "{q}", "{**r}", "{**s}", "a", "b", ".", ".", "_", "{a,ab,b}", "{0..2}", "ab", "1"])
+tokens = st.sampled_from(["*", "**", "{p}", "{q}", "{**r}", "{**s}", "a", "b", ".", ".", "_", "{a,ab,b}", "{0..2}", "ab", "1"])
 keys = st.text(alphabet="ab._1", max_size=24)
 
 
 @settings(max_examples=1500, deadline=None)
-@given(text=st.lists(pieces, min_size=1, max_size=9).map("".join), key=keys)
+@given(text=st.lists(tokens, min_size=1, max_size=9).map("".join), key=keys)
 @example(text="**.{p}_{q}.*", key="a.b.a_b_a.b")
 @example(text="**.b", key="b")
 @example(text="**.b", key=".b")
@@ -39,11 +39,11 @@ def test_it_is_the_regular_expressions_answer(text: str, key: str) -> None:
     if pattern.regex is None:
         return
     found = pattern.regex.fullmatch(key)
-    if any(piece.kind == "again" for piece in pattern.pieces):
-        assert long_keys.fits(pattern.pieces, key) or found is None  # it may only rule out
+    if any(token.kind == "again" for token in pattern.tokens):
+        assert long_keys.fits(pattern.tokens, key) or found is None  # it may only rule out
         return
-    assert long_keys.fits(pattern.pieces, key) is (found is not None)
-    assert long_keys.parts(pattern.pieces, key) == (None if found is None else {part: found[part] for part in pattern.parts})
+    assert long_keys.fits(pattern.tokens, key) is (found is not None)
+    assert long_keys.parts(pattern.tokens, key) == (None if found is None else {part: found[part] for part in pattern.parts})
 
 
 def test_a_pattern_takes_the_one_way_or_the_other() -> None:
@@ -94,7 +94,7 @@ def test_nor_does_a_key_as_long_as_those_of_models(pattern: str, key: str) -> No
 
 
 @settings(max_examples=1500, deadline=None)
-@given(text=st.lists(pieces, min_size=1, max_size=9).map("".join), key=keys)
+@given(text=st.lists(tokens, min_size=1, max_size=9).map("".join), key=keys)
 @example(text="{p}_{q}.*a*b", key="a_b_a.aab")
 @example(text="**.{p}{a,ab,b}*.**", key="ab.abab.a")
 def test_ways_that_are_not_tried_would_change_nothing(text: str, key: str) -> None:
@@ -104,5 +104,5 @@ def test_ways_that_are_not_tried_would_change_nothing(text: str, key: str) -> No
     except RuleError:
         return
     if pattern.regex is not None:
-        plain = re.compile("".join(map(patterns._regex, pattern.pieces)), re.DOTALL).fullmatch(key)
+        plain = re.compile("".join(map(patterns._regex, pattern.tokens)), re.DOTALL).fullmatch(key)
         assert replace(pattern, short=patterns.NO_LENGTH).match(key) == (None if plain is None else plain.groupdict())

@@ -14,7 +14,7 @@ from ckptsurgeon.hints import close_words
 from ckptsurgeon.planning.apply_rules import name_sources
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.planning.planfile import check_followable, from_json, to_json
-from ckptsurgeon.rules.rules import Outside, Rule, beside, compile_rule, compile_rules, from_arguments
+from ckptsurgeon.rules.rules import Outside, Rule, compile_rule, compile_rules, from_arguments, path_of_file
 from ckptsurgeon.tensors import Checkpoint
 
 STAGE = Rule("stage")
@@ -267,7 +267,7 @@ def test_rules_from_arguments_and_their_text():
      ("c/r.toml", "/v.txt", "/v.txt"), ("", "v.txt", "v.txt"), ("c/r.toml", "../v.txt", "c/../v.txt")],
 )  # fmt: skip
 def test_a_file_is_looked_for_beside_the_rules_that_name_it(file, path, found):
-    assert beside(Rule("adapt", "w", "rows", file, 1), path) == found
+    assert path_of_file(Rule("adapt", "w", "rows", file, 1), path) == found
 
 
 def test_close_names():

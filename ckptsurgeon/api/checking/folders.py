@@ -56,7 +56,7 @@ def _is_checkpoint(name: str) -> bool:
     return name.lower().endswith(tuple(SUFFIXES)) and not name.startswith(".")
 
 
-def beside(path: str, archive: Archive) -> list[str]:
+def other_checkpoints(path: str, archive: Archive) -> list[str]:
     """In a Hugging Face folder, the other files in it and below that look like checkpoints."""
     if not os.path.isdir(path):
         return []

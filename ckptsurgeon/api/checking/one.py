@@ -85,7 +85,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     yield [Finding("CK203", one.words, key, "note") for key, one in quantised.items()]
     if archive.part is not None:
         yield [_refusal(PartError(archive.part.reason, hint=archive.part.hint), path)]
-    yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.beside(path, archive)]
+    yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.other_checkpoints(path, archive)]
     if gate.allow and archive.format not in gate.allow:
         yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]
     checkpoints = [roots.checkpoint(archive, found, alone=True) for found in archive.state_dicts]

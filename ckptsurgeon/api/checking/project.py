@@ -24,7 +24,7 @@ from ckptsurgeon.models.target.spec import looks_like_spec, parse
 from ckptsurgeon.parameter_types import Note
 from ckptsurgeon.report import CheckReport, Settings
 from ckptsurgeon.rules import long_keys, toml_text
-from ckptsurgeon.rules.long_keys import Piece
+from ckptsurgeon.rules.long_keys import Token
 from ckptsurgeon.storage.opening import open_regular
 
 NAME = "pyproject.toml"
@@ -188,11 +188,11 @@ def _arguments(path: str, place: str, folder: str, table: Mapping[str, Any]) -> 
     except SettingsError as error:
         raise SettingsError(error.reason, path=path, key=f"{place}.{(error.key or '').lstrip('-')}", hint=error.hint) from error
     if "against" in found:
-        found["against"] = _beside(folder, found["against"])
+        found["against"] = _from_here(folder, found["against"])
     return found
 
 
-def _beside(folder: str, target: str) -> str:
+def _from_here(folder: str, target: str) -> str:
     """A target as it is called from the current folder: a file's path beside the settings, a module that lies there by its file."""
     if os.path.realpath(folder) == os.path.realpath(os.getcwd()):
         return target
@@ -205,7 +205,7 @@ def _beside(folder: str, target: str) -> str:
 
 
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
-_WILD = {"**/": Piece("lead"), "**": Piece("deep"), "*": Piece("star"), "?": Piece("char")}
+_WILD = {"**/": Token("lead"), "**": Token("deep"), "*": Token("star"), "?": Token("char")}
 _MOST_WILD = 100  # of a pattern
 _SWAPPED = str.maketrans("/.", "./")  # keys have dots where paths have slashes
 
@@ -220,11 +220,11 @@ class Glob:
     [True, True, False]
     """
 
-    pieces: tuple[Piece, ...]
+    tokens: tuple[Token, ...]
 
     def fits(self, path: str) -> bool:
         """Whether the whole of `path` matches."""
-        return bool(self.pieces) and long_keys.fits(self.pieces, path.translate(_SWAPPED))
+        return bool(self.tokens) and long_keys.fits(self.tokens, path.translate(_SWAPPED))
 
 
 def glob(words: str) -> Glob:
@@ -232,7 +232,7 @@ def glob(words: str) -> Glob:
     parts = _GLOB.findall(words.removeprefix("./").rstrip("/"))
     if sum(part in _WILD for part in parts) > _MOST_WILD:
         raise SettingsError(f"has more than {_MOST_WILD} wildcards", hint='path = "weights/**/*.pt"')
-    return Glob(tuple(_WILD.get(part) or Piece("text", (part.translate(_SWAPPED),)) for part in parts))
+    return Glob(tuple(_WILD.get(part) or Token("text", (part.translate(_SWAPPED),)) for part in parts))
 
 
 def check_project(
@@ -247,7 +247,7 @@ def check_project(
     if settings is not None:
         for name, value in settings.not_used:
             words = f"{settings.path}: {name} = {value!r} is not followed, since it names code and the file was only found"
-            here = shlex.quote(_beside(project.folder, value))
+            here = shlex.quote(_from_here(project.folder, value))
             note(Unmissable(f"{words} (follow it: --against {here}, or --config {shlex.quote(settings.path)})"))
     say = unmissable(note) if project.path and "against" not in given else note
     refuse_unheard(given)
@@ -285,6 +285,6 @@ def _followed(project: Project, given: Mapping[str, Any]) -> Settings | None:
         name = place.rpartition(".")[2]
         if name in KEYS and KEYS[name].argument in given:
             continue
-        code = name == "against" and not project.named and is_code(_beside(project.folder, value))
+        code = name == "against" and not project.named and is_code(_from_here(project.folder, value))
         (not_used if code else used).append((place, value))
     return Settings(os.path.relpath(project.path), tuple(used), tuple(not_used))

@@ -126,7 +126,7 @@ def of_safetensors(path: str, metadata: Mapping[str, Any]) -> Part | None:
     return None if first and _WHOLE.fullmatch(os.path.basename(path)) else located(TABLE["dcp-safetensors"], path)
 
 
-def pieces(values: Iterable[Any]) -> Part | None:
+def sharded(values: Iterable[Any]) -> Part | None:
     """What the first tensor among `values` that is one rank's piece of another says of its file."""
     for value in values:
         if type(value) is Inert and value.name.startswith("torch.distributed."):

@@ -96,7 +96,7 @@ def collect(path: str, found: Unpacked) -> Tree:
         names = _names(path, place, node)
         budget.spend("name-characters", sum(map(len, names)), NAMES)
         if Inert in kinds:
-            part = part or parts.pieces(children)
+            part = part or parts.sharded(children)
         if NumpyArray in kinds:
             arrays += types.count(NumpyArray)
         is_root = TensorRef in kinds and type(node) is PickledDict

@@ -13,7 +13,7 @@ from functools import cached_property
 from ckptsurgeon.adapters.table import offers
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.matching.rules_from_links.modules import renamings
-from ckptsurgeon.matching.rules_from_links.order import settled
+from ckptsurgeon.matching.rules_from_links.order import in_order
 from ckptsurgeon.matching.rules_from_links.parts import line_of
 from ckptsurgeon.matching.rules_from_links.replay import Given, replay, wanted
 from ckptsurgeon.matching.rules_from_links.stages import first_stage, places
@@ -145,7 +145,7 @@ class View:
         moves, joints = self._lines()
         drafts = [*self._joined(joints, how), *self._moved(moves, how)]
         links = self._links()
-        order, drops = settled(drafts, self.known, self._goals(), self._astray)
+        order, drops = in_order(drafts, self.known, self._goals(), self._astray)
         drops += [name for key in sorted(self.loose & also) if (name := self.bare[key]) not in drops]
         doubtful = {self.bare[key] for key in self.task.doubtful}
         apart = [name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]

@@ -17,7 +17,7 @@ Astray = Callable[[str, Sequence[str] | None], bool]
 _ROUNDS = 40
 
 
-def settled(drafts: Sequence[Draft], known: Known, goals: Goals, astray: Astray) -> tuple[list[Draft], list[str]]:
+def in_order(drafts: Sequence[Draft], known: Known, goals: Goals, astray: Astray) -> tuple[list[Draft], list[str]]:
     """The drafts in order, with exceptions where they need some, and the names to drop before them."""
     found = list(drafts)
     for _ in range(_ROUNDS):
@@ -26,7 +26,7 @@ def settled(drafts: Sequence[Draft], known: Known, goals: Goals, astray: Astray)
             return order, _stray(order, known, goals, astray)
         found = [part for at, draft in enumerate(found) for part in _apart(draft, disputed.get(at, set()))]
         found += [Draft.of(literal(Line((name,), goals[name] or ()))) for name in disputed.get(-1, ())]
-    raise RuleError("rules that no order settles")
+    raise RuleError("rules that can stand in no order")
 
 
 def _servers(drafts: Sequence[Draft], known: Known) -> dict[str, int]:
@@ -44,7 +44,7 @@ def _servers(drafts: Sequence[Draft], known: Known) -> dict[str, int]:
 
 
 def _order(drafts: Sequence[Draft], known: Known, goals: Goals) -> tuple[list[Draft], dict[int, set[str]]]:
-    """The drafts in an order that settles all names; or by draft the names in dispute (-1 for names that have none)."""
+    """The drafts in an order in which every name meets its own rule first; or the names in dispute by draft (-1 for names without)."""
     served = _servers(drafts, known)
     before: list[set[int]] = [set() for _ in drafts]
     for at, draft in enumerate(drafts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptsurgeon.matching.rules_from_links.order import settled
+from ckptsurgeon.matching.rules_from_links.order import in_order
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import Line, rows
 
@@ -76,7 +76,7 @@ def first_stage(places: Mapping[str, str], names: Sequence[str], goals: Collecti
         for row in rows(Line((head,), (place,)) for head, place in places.items())
     ]
     moved = {line.sources[0]: line.targets for draft in drafts for line in draft.lines}
-    order, _ = settled(drafts, known, {name: moved.get(name, (name,)) for name in goals}, lambda _name, _results: False)
+    order, _ = in_order(drafts, known, {name: moved.get(name, (name,)) for name in goals}, lambda _name, _results: False)
     after: dict[str, str] = {}
     for draft in order:
         for name in known.matched(draft.compiled):

@@ -72,7 +72,7 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint, skeleton: Checkpoint
     aliases = tied_keys(checkpoint, found, skeleton.ties)
     if refused:
         return Loaded(found, tuple(refused), False, aliases)
-    findings = _settled(misfits(found, shapes_of(skeleton), aliases), accounts)
+    findings = _as_torch_says(misfits(found, shapes_of(skeleton), aliases), accounts)
     explained = any(finding.level == "error" for finding in findings)
     for account in accounts:
         if account.reason is not None:
@@ -102,15 +102,15 @@ def _load(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint, ti
     return _Account(frozenset(told[-1].missing_keys), frozenset(told[-1].unexpected_keys), reason, fits_are_in)
 
 
-def _settled(findings: list[Finding], accounts: list[_Account]) -> list[Finding]:
-    """The findings, where torch itself does not miss or wonder at a key as notes that the model's own code settled it."""
+def _as_torch_says(findings: list[Finding], accounts: list[_Account]) -> list[Finding]:
+    """The findings, where torch itself does not miss or wonder at a key as notes that the model's own code took care of it."""
     if any(account.missing is None or account.unexpected is None for account in accounts) or not accounts:
         return findings
     missing = frozenset.intersection(*(account.missing or frozenset() for account in accounts))
     unexpected = frozenset().union(*(account.unexpected or frozenset() for account in accounts))
     still = {"missing": missing, "unexpected": unexpected}
     return [
-        Finding("hook", f"{finding.message}; the model's own loading code settles that, so it is not compared", finding.key, "note")
+        Finding("hook", f"{finding.message}; the model's own loading code takes care of it, so it is not compared", finding.key, "note")
         if finding.code in still and finding.key not in still[finding.code]
         else finding
         for finding in findings

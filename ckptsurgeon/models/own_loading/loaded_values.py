@@ -26,7 +26,7 @@ def is_needed(plan: Plan, target: Checkpoint, versionless: bool) -> bool:
     return bool(plan.loaded or target.overlaps or (versionless and target.loaded_keys))
 
 
-def settled(
+def loaded_values(
     plan: Plan, target: Checkpoint, build: Callable[[int], nn.Module], fetch: Fetch, extra: Mapping[str, Any], versionless: bool
 ) -> dict[str, torch.Tensor]:
     """The values to write instead of the plan's, by key, in the model's dtype.
