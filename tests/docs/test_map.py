@@ -1,0 +1,30 @@
+"""The map of the code names nothing that is not there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "ckptsurgeon"
+PLACES = sorted(set(re.findall(r"`((?:\w+/)*\w+\.py(?::\w+)?|(?:\w+/)+)`", (PACKAGE / "README.md").read_text())))
+
+
+def test_it_names_places() -> None:
+    assert len(PLACES) > 40
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_is_there(place: str) -> None:
+    file, _, name = place.partition(":")
+    path = (ROOT if file.startswith("tests/") else PACKAGE) / file
+    assert path.exists(), place
+    if name:
+        assert name in {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_every_floor_is_on_it() -> None:
+    assert {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} <= set(PLACES) | {"cli/", "loops/"}
