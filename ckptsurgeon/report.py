@@ -13,6 +13,7 @@ from ckptsurgeon.shown import Result, Shown
 from ckptsurgeon.tensors import Coverage
 
 Level = Literal["error", "warning", "note"]
+FRESH = "is fresh"  # the one reason for a state that was not carried which the weights' own report gives too
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.optimizer.format import Leaf, Slot, State
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.report import FRESH
 from ckptsurgeon.tensors import Refused, TensorMeta
-
-FRESH = "is fresh"  # the one reason that the weights' own report gives too
 
 
 @dataclass(frozen=True)

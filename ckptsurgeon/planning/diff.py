@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import offers, texts
-from ckptsurgeon.planning.apply_rules import NOTHING, Names, name_sources
+from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
-from ckptsurgeon.planning.resolve import Origin, find_origins, kept_out
+from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, kept_out
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.shown import Result
-from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 # From what is only in a source and only in a target to what of both goes together: the floor above knows how to.
@@ -228,11 +228,6 @@ def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: C
         as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.here) for one in read)
         found += [one.key for one in read if origin.fits and not as_it_is]
     return tuple(found)
-
-
-def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str]:
-    """The values of a source that can't be carried and that no rule drops, each with its reason."""
-    return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (number, key) not in names.dropped}
 
 
 def _likely(

@@ -9,9 +9,9 @@ from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.apply_rules import Names
-from ckptsurgeon.planning.diff import find_refused
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.planning.quantised import scales_read
+from ckptsurgeon.planning.resolve import find_refused
 from ckptsurgeon.report import Finding
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.tensors import Checkpoint, Refused, find_overlaps

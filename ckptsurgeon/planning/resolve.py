@@ -16,7 +16,7 @@ from ckptsurgeon.planning.legacy_names import BY
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.rules import AUTO
 from ckptsurgeon.rules.rules import Rule
-from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.tensors import Checkpoint, Refused
 
 
 @dataclass(frozen=True)
@@ -175,3 +175,8 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
 def reasons(rules: Iterable[Rule]) -> str:
     """The rules that led somewhere, as a plan's reason says it."""
     return ", ".join(dict.fromkeys(map(str, rules)))
+
+
+def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str]:
+    """The values of a source that can't be carried and that no rule drops, each with its reason."""
+    return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (number, key) not in names.dropped}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.finding_codes import Code
 from ckptsurgeon.report import CheckReport, FileCheck, Finding, Settings, Verification
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, shape
+
+if TYPE_CHECKING:
+    from ckptsurgeon.finding_codes import Code
 
 
 def verification(found: Verification, verbose: bool = False, width: int | None = None) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptsurgeon.optimizer.plan import FRESH
-from ckptsurgeon.report import CarriedState, Cast, Report
+from ckptsurgeon.report import FRESH, CarriedState, Cast, Report
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.check import proved
