@@ -85,8 +85,8 @@ def main() -> int:
     table = tabulate(rows, ("run", "ms", "share", "bound", "kept"), tablefmt="github", disable_numparse=True)
     version = sys.version.split()[0]
     text = (
-        f"\n## Start\n\n`python tests/bench/start.py --rounds {arguments.rounds} --write`: whole processes on files of six small tensors, by "
-        f"the processor's time, as a share of `import torch` ({whole * 1000:.0f} ms), Python {version}, torch {torch.__version__}:\n\n"
+        f"\n## Start\n\n`python tests/bench/start.py --rounds {arguments.rounds} --write`: whole processes on files of six small tensors, "
+        f"by the processor's time, as a share of `import torch` ({whole * 1000:.0f} ms), Python {version}, torch {torch.__version__}:\n\n"
         f"{table}\n"
     )
     print(text)
