@@ -6,8 +6,10 @@ nothing, or they do not lie together, the answer is None, and the tensors go thr
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from ckptsurgeon.adapters.chain import infer_chain
@@ -19,13 +21,13 @@ from ckptsurgeon.tensors import Span, TensorMeta
 Pieces = tuple[Span, ...]
 
 
-def _between(pieces: Pieces, start: int, stop: int) -> Iterator[Span]:
-    """The bytes from `start` to `stop` of what the pieces are together."""
-    for piece in pieces:
-        first, last = max(start, 0), min(stop, piece.nbytes)
-        if first < last:
-            yield replace(piece, offset=piece.offset + first, nbytes=last - first)
-        start, stop = start - piece.nbytes, stop - piece.nbytes
+def _between(pieces: Pieces, ends: Sequence[int], start: int, stop: int) -> Iterator[Span]:
+    """The bytes from `start` to `stop` of what the pieces are together; `ends` says where in it each of them ends."""
+    for number in range(bisect_right(ends, start), bisect_left(ends, stop) + 1 if start < stop else 0):
+        piece = pieces[number]
+        begin = ends[number] - piece.nbytes
+        first, last = max(start - begin, 0), min(stop - begin, piece.nbytes)
+        yield replace(piece, offset=piece.offset + first, nbytes=last - first)
 
 
 def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Pieces | None:
@@ -33,6 +35,8 @@ def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -
     given: list[Pieces] = [tuple(runs(tensor)) for tensor in tensors if tensor.as_stored and tensor.place is not None]
     if len(given) < len(tensors) or len({tensor.dtype for tensor in tensors}) != 1:
         return None
+    if not ops:
+        return given[0] if len(given) == 1 else None
     shapes, size = tuple(tensor.shape for tensor in tensors), BY_CODE[tensors[0].dtype].size
     for op in ops:
         ranges = adapter_of(op).ranges
@@ -40,6 +44,9 @@ def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -
         kept = [row for row in found if row is not None]
         if len(kept) < len(found):
             return None
-        given = [tuple(part for at, start, stop in row for part in _between(given[at], start * size, stop * size)) for row in kept]
+        ends = [list(accumulate(piece.nbytes for piece in pieces)) for pieces in given]
+        given = [
+            tuple(part for at, start, stop in row for part in _between(given[at], ends[at], start * size, stop * size)) for row in kept
+        ]
         shapes = infer_chain([op], shapes)
     return tuple(merged(given[0])) if len(given) == 1 else None

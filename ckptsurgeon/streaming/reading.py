@@ -77,7 +77,7 @@ class Reader:
         if not tensor.as_stored:
             return self._densified(tensor)
         data = bytearray(tensor.nbytes)
-        self.read_into(tensor, memoryview(data))
+        self._read(runs(tensor), memoryview(data))
         return data
 
     def rows(self, tensor: TensorMeta, start: int, stop: int) -> bytearray:
@@ -94,10 +94,11 @@ class Reader:
             memory[:] = self._densified(tensor)
 
     def _read(self, ranges: Iterable[Span], memory: memoryview) -> None:
+        done = 0
         for each in ranges:
             file, offset = self.locate(each)
-            copying.read_at(file, memory[: each.nbytes], offset)
-            memory = memory[each.nbytes :]
+            copying.read_at(file, memory[done : done + each.nbytes], offset)
+            done += each.nbytes
 
     def _densified(self, tensor: TensorMeta) -> bytearray:
         """The elements of a tensor that lie with a stride, or are lazily changed; of one in pieces, piece after piece."""

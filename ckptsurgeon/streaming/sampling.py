@@ -12,7 +12,7 @@ from hashlib import sha256
 
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta
 
 BYTES = 64
 MOST = 4096
@@ -27,17 +27,16 @@ def sample(checkpoint: Checkpoint) -> str:
         StaleError: a file is no longer what it was when its header was read.
         UnreadableError: it can't be read.
     """
-    keys = chosen([key for key, tensor in checkpoint.items() if _place(tensor) is not None])
-    if not keys:
+    places = {key: spans for key, tensor in checkpoint.tensors.items() if (spans := _unsummed(tensor))}
+    if not places:
         return ""
     found = sha256()
     with Reader([checkpoint]) as reader:
-        for number, key in enumerate(keys):
-            place = _place(checkpoint[key], number)
-            assert place is not None
-            file, offset, nbytes = place
-            size = min(nbytes, BYTES)
-            found.update(reader.open(file).read(offset + (nbytes - size) // 2, size))
+        for number, key in enumerate(chosen(list(places))):
+            span = places[key][number % len(places[key])]  # of pieces one, so that every file has its turn
+            stored = span.packed or span
+            size = min(stored.nbytes, BYTES)
+            found.update(reader.open(span.file).read(stored.offset + (stored.nbytes - size) // 2, size))
         reader.check_unchanged()
     return found.hexdigest()
 
@@ -76,13 +75,6 @@ def _by_name(key: str) -> list[tuple[int, str]]:
     return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
 
 
-def _place(tensor: TensorMeta, number: int = 0) -> tuple[str, int, int] | None:
-    """The file, offset and length of a tensor's bytes, as they are stored; None for one without data, or whose checksum the header has.
-
-    Of one in pieces it is one piece, by the tensor's number, so that every file has its turn.
-    """
-    spans = [span for span in tensor.spans if span.nbytes and not ((entry := span.packed or span.record) is not None and entry.crc)]
-    if not spans:
-        return None
-    span = spans[number % len(spans)]
-    return (span.file, span.packed.offset, span.packed.nbytes) if span.packed is not None else (span.file, span.offset, span.nbytes)
+def _unsummed(tensor: TensorMeta) -> list[Span]:
+    """The spans of a tensor that have bytes, and no checksum of them in the header."""
+    return [span for span in tensor.spans if span.nbytes and not ((entry := span.packed or span.record) is not None and entry.crc)]

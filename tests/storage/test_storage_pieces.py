@@ -314,3 +314,24 @@ def test_tensors_of_the_same_pieces_are_tied(values: dict[str, Any], tmp_path: P
     files = Files()
     first = by_columns("a", values["weight"], files)
     assert find_ties({"a": first, "b": replace(first, name="b"), "c": by_columns("c", values["weight"], files)}) == (("a", "b"),)
+
+
+@given(tilings(), st.data())
+@settings(deadline=None, max_examples=100)
+def test_a_cut_along_the_first_dimension_is_the_rows_of_a_block(made: Any, data: st.DataObject) -> None:
+    array, tensor, _, _ = made
+    if not array.ndim or not array.size or not tensor.as_stored:
+        return
+    start = data.draw(st.integers(0, array.shape[0] - 1))
+    stop = data.draw(st.integers(start + 1, array.shape[0]))
+    block = ((start, stop), *((0, size) for size in array.shape[1:]))
+    assert pieces_of([tensor], [{"op": "slice", "dim": 0, "start": start, "stop": stop}]) == tuple(runs(tensor, block))
+
+
+def test_many_rows_of_many_ranges_are_found_at_once() -> None:
+    """Each row lies in two files, as a table that is cut by columns does; a step for each pair of a row and a range would not end."""
+    files = Files()
+    parts = [Piece(files.put(name, bytes(4 * 20_000)), (0, at), (20_000, 1), (1, 1)) for at, name in enumerate("ab")]
+    tensor = tiled("w", "F32", (20_000, 2), parts, files.sizes)
+    op = {"op": "rows", "dim": 0, "rows": 20_000, "runs": [[19_999 - row, row, 1] for row in reversed(range(20_000))], "fill": "none"}
+    assert len(pieces_of([tensor], [op]) or ()) == 40_000
