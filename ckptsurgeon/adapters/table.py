@@ -7,8 +7,8 @@ Others ask for an adapter's traits, never for its name.
 from __future__ import annotations
 
 import math
-from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from ckptsurgeon.hints import close_names
 
 OwnKernel = Callable[..., Tensor]  # (tensors, **arguments) -> tensor
 
-_ROOM = {  # in the order in which they are shown and offered
+ADAPTERS = {  # each with its room, in the order in which they are shown and offered
     "transpose": "layout",
     "permute": "layout",
     "reshape": "layout",
@@ -46,20 +46,6 @@ _ROOM = {  # in the order in which they are shown and offered
 }
 
 
-class _Adapters(UserDict[str, Any]):
-    """The adapters by name; instead of one that was not asked for yet its room."""
-
-    def __getitem__(self, name: str) -> Adapter:
-        found = self.data[name]
-        if type(found) is str:
-            found = self.data[name] = import_module(f"ckptsurgeon.adapters.{found}.{name}").ADAPTER
-        adapter: Adapter = found
-        return adapter
-
-
-ADAPTERS = _Adapters(_ROOM)
-
-
 def _not_imported(op: Op, _tensors: Sequence[Tensor], _initial: Initial) -> NoReturn:
     raise PlanError(f"{op['op']!r} was not imported")
 
@@ -75,15 +61,23 @@ OWN = Adapter(
 )
 
 
+@cache
+def load(name: str) -> Adapter:
+    """The adapter of a name of the table. Its module is imported when it is first asked for."""
+    found: Adapter = import_module(f"ckptsurgeon.adapters.{ADAPTERS[name]}.{name}").ADAPTER
+    return found
+
+
 def adapter_of(op: Op) -> Adapter:
     """The adapter of an op. RuleError, with close names, for one that is not there."""
     name = str(op["op"])
-    found = OWN if ":" in name else ADAPTERS.get(name)
-    if found is None:
+    if ":" in name:
+        return OWN
+    if name not in ADAPTERS:
         close = close_names(name, ADAPTERS)
         words = f"is it {' or '.join(close)}? " if close else ""
         raise RuleError(f"there is no adapter {name!r}", hint=f"{words}the adapters are {', '.join(ADAPTERS)}")
-    return found
+    return load(name)
 
 
 def is_own(op: Op) -> bool:
@@ -183,7 +177,7 @@ def op_text(op: Op) -> str:
 
 def offers(source: Shape, target: Shape, *, safe: bool = False) -> tuple[Op, ...]:
     """The ops, as rules would write them, that make one shape the other; with `safe` only those that can't change what a tensor means."""
-    found = (adapter.offer(source, target) for adapter in ADAPTERS.values() if adapter.safe or not safe)
+    found = (adapter.offer(source, target) for adapter in map(load, ADAPTERS) if adapter.safe or not safe)
     return tuple(op for op in found if op is not None)
 
 

@@ -11,12 +11,11 @@ import torch
 from hypothesis import strategies as st
 
 from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape
-from ckptsurgeon.adapters.table import ADAPTERS, adapter_of, parse_ops
+from ckptsurgeon.adapters.table import ADAPTERS, adapter_of, load, parse_ops
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OF_FAMILY = {
-    room: {name: one for name, one in ADAPTERS.items() if room in (one.kernel.__module__.split(".")[2], one.fill.__module__.split(".")[2])}
-    for room in ("layout", "combining", "vision")
+    family: {name: load(name) for name, room in ADAPTERS.items() if room == family} for family in ("layout", "combining", "vision")
 }
 
 

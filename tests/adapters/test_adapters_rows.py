@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Any
 
 import numpy
@@ -14,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Place, Shape
-from ckptsurgeon.adapters.table import ADAPTERS
+from ckptsurgeon.adapters.op import Place
+from ckptsurgeon.adapters.table import load
 from ckptsurgeon.errors import RuleError
 
-ADAPTER = ADAPTERS["rows"]
+ADAPTER = load("rows")
 Lines = list[str | None]
 
 
@@ -129,41 +128,6 @@ def test_fields_take_what_a_rule_or_a_caller_gives() -> None:
     assert all(ADAPTER.fields[name](value) for name, value in good.items())
     bad: dict[str, Any] = {"source": "", "target": ["a", 1], "copy": {"a": 1}, "index": [-2], "fill": None, "runs": [[0, 0]], "rows": True}
     assert not any(ADAPTER.fields[name](value) for name, value in bad.items())
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["mean", "init"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
-    max_leaves=5,
-)
-SHAPES = st.lists(st.lists(st.integers(0, 9) | st.just(1 << 61), max_size=4).map(tuple), max_size=3).map(tuple)
-
-
-@settings(max_examples=500, deadline=None)
-@given(shapes=SHAPES, data=st.data())
-def test_no_op_does_worse_than_a_rule_error(shapes: tuple[Shape, ...], data: st.DataObject) -> None:
-    good: dict[str, st.SearchStrategy[Any]] = {
-        "dim": st.integers(-1, 2),
-        "rows": st.integers(0, 9),
-        "runs": st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), max_size=3),
-        "fill": st.sampled_from(["mean", "zeros", "init", "none"]),
-        "scheme": st.just("model"),
-        "index": st.lists(st.integers(-1, 9), max_size=4),
-        "source": st.lists(st.none() | st.sampled_from("abcd"), max_size=4),
-        "target": st.lists(st.none() | st.sampled_from("abcd"), max_size=4),
-        "copy": st.dictionaries(st.sampled_from("abcd"), st.sampled_from("abcd"), max_size=1),
-    }
-    often = {name: data.draw(st.integers(0, 9)) for name in good}
-    op: dict[str, Any] = {"op": "rows", **{name: data.draw(good[name] if often[name] > 1 else JUNK) for name in good if often[name] % 5}}
-    for name in ("index", "source", "target", "copy"):
-        if data.draw(st.booleans()):
-            op.pop(name, None)
-    with suppress(RuleError):
-        assert len(ADAPTER.infer(op, shapes)) == len(shapes)
-    rule = {name: value for name, value in op.items() if name not in ("op", "rows", "runs") and ADAPTER.fields[name](value)}
-    wanted = data.draw(st.none() | st.lists(st.integers(0, 9), max_size=4).map(tuple))
-    with suppress(RuleError):
-        ADAPTER.infer(ADAPTER.fill({"op": "rows", **rule}, Place(shapes, wanted)), shapes)
 
 
 def bits(tensor: torch.Tensor) -> list[int]:

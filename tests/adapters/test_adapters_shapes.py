@@ -284,54 +284,6 @@ def test_a_transpose_is_never_applied_unasked():
     assert [name for name, adapter in ALL.items() if adapter.safe] == ["reshape"]
 
 
-numbers = st.one_of(st.integers(-4, 9), st.sampled_from([1 << 30, (1 << 62) - 1, -(1 << 61), 1 << 400]), st.floats())
-values = st.one_of(
-    numbers, st.lists(numbers, max_size=4), st.sampled_from(["zeros", "mean", "init", "end", "halves", "pairs", "model", "", None, True])
-)
-plan_ops = st.builds(
-    lambda name, drawn: {"op": name, **{field: drawn[at] for at, field in enumerate(ALL[name].fields) if drawn[at] != "absent"}},
-    st.sampled_from(sorted(ALL)),
-    st.lists(st.one_of(values, st.just("absent")), min_size=7, max_size=7),
-)
-many_shapes = st.lists(st.lists(st.integers(0, 6), max_size=4).map(tuple), max_size=4).map(tuple)
-
-
-def passes(op):
-    return all(ALL[op["op"]].fields[field](value) for field, value in op.items() if field != "op")
-
-
-@given(op=plan_ops.filter(passes), shapes=many_shapes)
-def test_a_plans_op_gives_shapes_or_a_rule_error(op, shapes):
-    try:
-        found = ALL[op["op"]].infer(op, shapes)
-    except RuleError as error:
-        assert str(error).startswith(op["op"])
-        return
-    assert isinstance(found, tuple)
-    assert all(isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape) for shape in found)
-
-
-@given(
-    op=plan_ops.filter(passes),
-    shapes=many_shapes,
-    wanted=st.none() | st.lists(st.integers(0, 6), max_size=4).map(tuple),
-    of=st.integers(1, 4),
-    number=st.none() | st.integers(0, 9),
-    data=st.data(),
-)
-def test_a_rules_op_is_filled_in_or_a_rule_error(op, shapes, wanted, of, number, data):
-    siblings = data.draw(st.lists(st.none() | st.just(wanted), min_size=of, max_size=of).map(tuple))
-    try:
-        filled = ALL[op["op"]].fill(op, Place(shapes, wanted, data.draw(st.integers(0, of - 1)), of, siblings, number))
-        found = ALL[filled["op"]].infer(filled, shapes)
-    except RuleError:
-        return
-    check_fields(filled)
-    assert ALL[filled["op"]].infer(json.loads(json.dumps(filled)), shapes) == found
-    undone = ALL[op["op"]].invert(op)
-    assert undone is None or passes(undone)
-
-
 @given(weights=st.lists(st.floats(0, 1e308) | st.integers(0, 1 << 61), min_size=1, max_size=8).filter(any))
 def test_weights_sum_to_one_whatever_their_size(weights):
     op = ALL["average"].fill({"op": "average", "weights": weights}, Place(((2,),) * len(weights)))

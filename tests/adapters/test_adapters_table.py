@@ -9,9 +9,12 @@ import ast
 import doctest
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapters_support as support
 import pytest
@@ -23,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import ckptsurgeon as cs
 from ckptsurgeon.adapters.chain import check_fields, filled_elements
-from ckptsurgeon.adapters.op import Adapter, Op, Shape, cannot_follow, each, same_op, signed, zeros_where_filled
-from ckptsurgeon.adapters.table import _ROOM, ADAPTERS, adapter_of, parse_ops
+from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, cannot_follow, each, same_op, signed, zeros_where_filled
+from ckptsurgeon.adapters.table import ADAPTERS, adapter_of, load, offers, parse_ops
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.optimizer.plan import moment_ops
 from ckptsurgeon.planning.planfile import to_json
@@ -39,13 +42,13 @@ some = settings(max_examples=40, deadline=None, suppress_health_check=list(Healt
 
 @every
 def test_an_adapter_says_what_it_is_and_shows_it(name: str) -> None:
-    adapter = ADAPTERS[name]
+    adapter = load(name)
     assert adapter.words and "\n" not in adapter.words
     assert set(adapter.planned) <= set(adapter.fields) and all(map(callable, adapter.fields.values()))
     assert adapter.moments in (same_op, zeros_where_filled, cannot_follow)
     assert (adapter.moments is cannot_follow) == (adapter.floats or adapter.decodes)
     assert not (adapter.ranges and adapter.moments is cannot_follow)  # what moves bytes only takes the moments along
-    module = importlib.import_module(f"ckptsurgeon.adapters.{_ROOM[name]}.{name}")
+    module = importlib.import_module(f"ckptsurgeon.adapters.{ADAPTERS[name]}.{name}")
     assert module.ADAPTER is adapter and f"`{name}`" in module.__doc__ and "ADAPTER.kernel(" in module.__doc__
     assert doctest.testmod(module).failed == 0
 
@@ -103,6 +106,51 @@ def test_an_edited_op_is_refused_or_the_kernel_makes_its_shapes(name: str, data:
     run(op, *tensors, initial=lambda: torch.zeros(found[0], dtype=torch.float64))
 
 
+junk = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.sampled_from([-1, 1 << 30, (1 << 62) - 1, -(1 << 61), 1 << 400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+any_shape = st.lists(st.integers(0, 9) | st.just(1 << 61), max_size=5).map(tuple)
+
+
+@every
+@settings(some, max_examples=100)
+@given(data=st.data())
+def test_no_op_does_worse_than_a_rule_error(name: str, data: st.DataObject) -> None:
+    """Of a rule or of a plan, with any fields, shapes and target."""
+    case = data.draw(cases(name))
+    shapes = data.draw(st.just(case.shapes) | st.lists(any_shape, max_size=4).map(tuple))
+    adapter, known = load(name), {**case.op(), **case.rule}
+    op = {"op": name, **{field: known[field] for field in adapter.fields if field in known and data.draw(st.integers(0, 9))}}
+    op |= {field: data.draw(anything | junk) for field in data.draw(st.lists(st.sampled_from(list(adapter.fields)), max_size=2))}
+    with suppress(RuleError):
+        check_fields(op)
+        assert all(type(size) is int and size >= 0 for shape in adapter.infer(op, shapes) for size in shape)
+    rule = {field: op[field] for field in op if field == "op" or (field not in adapter.planned and adapter.fields[field](op[field]))}
+    undone = adapter.invert(rule)
+    assert undone is None or check_fields(undone) is None
+    results = data.draw(st.just(case.results) | st.lists(st.none() | any_shape, min_size=1, max_size=4).map(tuple))
+    number, index = data.draw(st.none() | st.integers(0, 9)), data.draw(st.integers(0, len(results) - 1))
+    with suppress(RuleError):
+        filled = adapter.fill(rule, Place(shapes, results[index], index, len(results), results, number))
+        found = adapter_of(filled).infer(filled, shapes)
+        check_fields(filled)
+        assert adapter_of(filled).infer(json.loads(json.dumps(filled)), shapes) == found
+
+
+@settings(some, max_examples=400)
+@given(source=st.lists(st.integers(0, 30), max_size=5).map(tuple), data=st.data())
+def test_what_is_offered_makes_the_target(source: Shape, data: st.DataObject) -> None:
+    target = [data.draw(st.just(size) | st.sampled_from([1, 3, 4, 9, 16, 17, 25])) for size in source]
+    target = data.draw(st.just(target) | st.permutations(target))
+    if data.draw(st.booleans()):
+        target.insert(data.draw(st.integers(0, len(target))), data.draw(st.integers(0, 4)))
+    for op in offers(source, tuple(target)):
+        filled = adapter_of(op).fill(op, Place((source,), tuple(target)))
+        assert adapter_of(filled).infer(filled, (source,)) == (tuple(target),)
+
+
 @every
 @some
 @given(data=st.data())
@@ -142,7 +190,7 @@ def test_what_moves_bytes_only_is_what_the_kernel_makes(name: str, data: st.Data
             assert same(torch.cat(parts), tensor.flatten())
 
 
-@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.ranges])
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).ranges])
 def test_what_moves_bytes_only_does_so_along_the_first_dim(name: str) -> None:
     case = Case({"op": name, "dim": 0}, ((3, 2), (1, 2)))
     op = {
@@ -152,7 +200,7 @@ def test_what_moves_bytes_only_does_so_along_the_first_dim(name: str) -> None:
         "reshape": {"shape": [2, -1]},
         "rows": {"rows": 1, "runs": [[0, 0, 1]], "fill": "none"},
     }.get(name, {"of": 2})
-    assert ADAPTERS[name].ranges({**case.rule, **op}, case.shapes)[0]  # type: ignore[misc]
+    assert load(name).ranges({**case.rule, **op}, case.shapes)[0]  # type: ignore[misc]
 
 
 def copied(op: Op, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -222,9 +270,9 @@ def test_parts_of_a_result_are_what_the_whole_has_there(name: str, data: st.Data
 
 
 def test_an_elementwise_join_has_no_shape_that_tells_how_many_went_in() -> None:
-    for adapter in ADAPTERS.values():
+    for adapter in map(load, NAMES):
         assert not adapter.elementwise or adapter.joins
-    assert [name for name, adapter in ADAPTERS.items() if adapter.joins] == ["concat", "stack", "average"]
+    assert [name for name in NAMES if load(name).joins] == ["concat", "stack", "average"]
 
 
 # --- adding one
@@ -243,7 +291,8 @@ FLIP = Adapter(
 
 def test_adding_an_adapter_takes_its_module_and_a_line_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a rule to a file, a plan, the way back and an optimizer's moments: nobody else has to know its name."""
-    monkeypatch.setitem(ADAPTERS, "flip", FLIP)
+    monkeypatch.setitem(sys.modules, "ckptsurgeon.adapters.layout.flip", SimpleNamespace(ADAPTER=FLIP))
+    monkeypatch.setitem(ADAPTERS, "flip", "layout")
     save_file({"w": torch.arange(6.0).view(3, 2)}, tmp_path / "a.safetensors")
     cs.merge(tmp_path / "a.safetensors", None, tmp_path / "b.safetensors", adapt={"w -> v": "flip"})
     assert load_file(tmp_path / "b.safetensors")["v"].tolist() == [[4, 5], [2, 3], [0, 1]]

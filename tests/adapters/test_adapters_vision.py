@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -157,41 +156,6 @@ def test_kernels() -> None:
 )
 def test_offers(name: str, source: Shape, target: Shape, offered: bool) -> None:
     assert VISION[name].offer(source, target) == ({"op": name} if offered else None)
-
-
-@settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted(VISION)), source=st.lists(st.integers(0, 30), max_size=5), changes=st.data())
-def test_what_is_offered_makes_the_target(name: str, source: list[int], changes: st.DataObject) -> None:
-    target = [changes.draw(st.just(size) | st.sampled_from([1, 3, 4, 9, 16, 17, 25])) for size in source]
-    if changes.draw(st.booleans()):
-        target.insert(2, changes.draw(st.integers(0, 4)))
-    op = VISION[name].offer(tuple(source), tuple(target))
-    if op is not None:
-        assert shape_after(name, tuple(source), tuple(target), **{field: op[field] for field in op if field != "op"}) == tuple(target)
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["mean", "bicubic", "nearest"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
-    max_leaves=5,
-)
-SHAPES = st.lists(st.lists(st.integers(0, 40) | st.just(1 << 61), max_size=5).map(tuple), max_size=3).map(tuple)
-
-
-@settings(max_examples=600, deadline=None)
-@given(name=st.sampled_from(sorted(VISION)), shapes=SHAPES, data=st.data())
-def test_no_op_does_worse_than_a_rule_error(name: str, shapes: tuple[Shape, ...], data: st.DataObject) -> None:
-    adapter = VISION[name]
-    values = JUNK | st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=2, max_size=2)
-    op = {"op": name, **{field: data.draw(values) for field in adapter.fields if data.draw(st.integers(0, 9))}}
-    if data.draw(st.integers(0, 9)) == 0:
-        op["other"] = 1
-    with suppress(RuleError):
-        assert len(adapter.infer(op, shapes)) == len(shapes)
-    rule = {field: value for field, value in op.items() if field in adapter.fields and adapter.fields[field](value)}
-    wanted = data.draw(st.none() | st.lists(st.integers(0, 40), max_size=5).map(tuple))
-    with suppress(RuleError):
-        adapter.infer(adapter.fill({"op": name, **rule}, Place(shapes, wanted)), shapes)
 
 
 def bits(tensor: torch.Tensor) -> list[int]:

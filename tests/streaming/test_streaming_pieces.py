@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ckptsurgeon import formats
 from ckptsurgeon.adapters.chain import infer_chain
-from ckptsurgeon.adapters.table import ADAPTERS
+from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning import roots
 from ckptsurgeon.streaming.moved_ranges import pieces_of
@@ -45,7 +45,7 @@ def dense(tensor: torch.Tensor) -> bytes:
 
 def slow(tensors: list[torch.Tensor], ops: list[Op]) -> list[torch.Tensor]:
     for op in ops:
-        tensors = list(ADAPTERS[op["op"]].kernel(op, tensors, lambda: torch.empty(0)))
+        tensors = list(adapter_of(op).kernel(op, tensors, lambda: torch.empty(0)))
     return tensors
 
 

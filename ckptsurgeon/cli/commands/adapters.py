@@ -14,13 +14,14 @@ def command(show: options.Show) -> int:
 
     An argument that is left out is told from the shapes. Your own are named as module:function.
     """
-    from ckptsurgeon.adapters.table import ADAPTERS
+    from ckptsurgeon.adapters.table import ADAPTERS, load
     from ckptsurgeon.models.init.scheme_text import SCHEMES
     from ckptsurgeon.views import json
     from ckptsurgeon.views.text import inspect as text
 
+    known = [(name, load(name)) for name in ADAPTERS]
     rows = [
-        *(("adapter", name, tuple(field for field in one.fields if field not in one.planned), one.words) for name, one in ADAPTERS.items()),
+        *(("adapter", name, tuple(field for field in one.fields if field not in one.planned), one.words) for name, one in known),
         *(("scheme", name, tuple(one.parameters), one.words) for name, one in SCHEMES.items()),
     ]
     show.answer(lambda: text.known(rows, show.width), lambda: json.known(rows))
