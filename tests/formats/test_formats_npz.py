@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -335,3 +337,21 @@ def test_any_bytes_are_an_archive_or_a_refusal(tmp_path_factory: pytest.TempPath
         assert isinstance(read(str(path)), Archive)
     except CheckpointError as error:
         assert str(error)
+
+
+@saves
+def test_neither_numpy_nor_torch_is_needed(save: Callable[..., None], tmp_path: Path) -> None:
+    saved(tmp_path / "it.npz", save, {"w": np.arange(6, dtype="f4").reshape(2, 3)})
+    code = (
+        "import sys; sys.modules['numpy'] = sys.modules['torch'] = None; import ckptsurgeon as cs; "
+        "cs.merge('it.npz', None, 'out.pt'); assert cs.check('it.npz', full=True).ok; cs.verify('it.npz', 'out.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert torch.load(tmp_path / "out.pt")["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_without_numpy_a_verification_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "it.npz", np.savez, {"weight": np.ones((3, 2), "f4"), "bias": np.ones(3, "f4")})
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    found = cs.verify(path, nn.Linear(2, 3))
+    assert not found.ok and any("numpy" in one.message for one in found.findings if one.level == "error")
