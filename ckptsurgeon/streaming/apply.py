@@ -26,7 +26,7 @@ from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
 from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import holding, refuse, without
-from ckptsurgeon.streaming.moved_ranges import Pieces, pieces_of
+from ckptsurgeon.streaming.moved_ranges import Ranges, ranges_of
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
@@ -140,13 +140,13 @@ class _Run:
             return (with_data(self.target, step.target),)
         return tuple(with_data(self.sources[number], key) for number, key in step.sources)
 
-    def pieces(self, step: Step) -> Pieces | None:
-        """The pieces of files whose bytes a step copies as they are, or None where they change."""
+    def ranges(self, step: Step) -> Ranges | None:
+        """The ranges of files whose bytes a step copies as they are, or None where they change."""
         if step.target in self.loaded:
             return None
         step = resolved(step, self.steps)
         origins = self.origins(step)
-        return pieces_of(origins, step.adapters) if origins and step.cast is None else None
+        return ranges_of(origins, step.adapters) if origins and step.cast is None else None
 
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
@@ -178,10 +178,10 @@ class _Run:
             return by_rows(self.reader, step.target, op, *origins)
         if len(step.adapters) == 1 and adapter.elementwise:
             return elementwise([self.reader.parts(origin) for origin in origins], origins[0].dtype, op)
-        pieces = pieces_of(origins, step.adapters)
-        if pieces is None:
+        ranges = ranges_of(origins, step.adapters)
+        if ranges is None:
             return None
-        return self.reader.chunks(pieces, sum(piece.nbytes for piece in pieces))
+        return self.reader.chunks(ranges, sum(each.nbytes for each in ranges))
 
     def _initial(self, step: Step) -> Buffer:
         if self.values is None:
@@ -311,7 +311,7 @@ def _layout(
 def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: Temporary, proof: bool) -> None:
     for offset, data in layout.chunks:
         copying.write_at(temporary.fd, data, offset)
-    moved = {slot.index: run.pieces(run.steps[tensors[slot.index].name]) for slot in layout.slots}
+    moved = {slot.index: run.ranges(run.steps[tensors[slot.index].name]) for slot in layout.slots}
     # Values that are made come first: a cast that must not be stops the run before the long copying.
     for slot in layout.slots:
         if moved[slot.index] is None:
@@ -321,16 +321,16 @@ def _write(run: _Run, layout: Layout, tensors: Sequence[OutTensor], temporary: T
     refuse_losses(run.casts, run.plan.allow_cast)
     for slot in layout.slots:
         position = slot.offset
-        for piece in moved[slot.index] or ():
-            copying.copy_range(*run.reader.locate(piece), temporary.fd, position, piece.nbytes)
-            position += piece.nbytes
+        for each in moved[slot.index] or ():
+            copying.copy_range(*run.reader.locate(each), temporary.fd, position, each.nbytes)
+            position += each.nbytes
     _refuse_torn_ties(run, layout, tensors, temporary)
     written = LocalFile(temporary.path, temporary.fd)
     checksums = [copying.checksum(written, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
     for slot, crc in zip(layout.slots, checksums, strict=bool(checksums)):
-        pieces = moved[slot.index] or ()
-        if len(pieces) == 1 and pieces[0].checksum() == crc:
-            run.held.add((pieces[0].file, pieces[0].offset))
+        ranges = moved[slot.index] or ()
+        if len(ranges) == 1 and ranges[0].checksum() == crc:
+            run.held.add((ranges[0].file, ranges[0].offset))
     for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
 
@@ -372,7 +372,7 @@ def _make(run: _Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof:
 
 
 def _expected(run: _Run, tensor: OutTensor) -> Expected:
-    return Expected(tensor.name, tensor.dtype, tensor.shape, run.pieces(run.steps[tensor.name]), run.digests.get(tensor.storage))
+    return Expected(tensor.name, tensor.dtype, tensor.shape, run.ranges(run.steps[tensor.name]), run.digests.get(tensor.storage))
 
 
 def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], output: Output) -> tuple[Finding, ...]:

@@ -1,4 +1,4 @@
-"""Tensors as pieces of files: what a chain of ops makes of them without a byte being brought into memory, where that is possible.
+"""Tensors as ranges of bytes in files: what a chain of ops makes of them without a byte being brought into memory, where that is possible.
 
 Dense row-major tensors of one dtype only. Each adapter says which ranges of its inputs' elements a result consists of; where one says
 nothing, or they do not lie together, the answer is None, and the tensors go through torch.
@@ -18,33 +18,33 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.storage.pieces import merged, runs
 from ckptsurgeon.tensors import Span, TensorMeta
 
-Pieces = tuple[Span, ...]
+Ranges = tuple[Span, ...]
 
 
-def _between(pieces: Pieces, ends: Sequence[int], start: int, stop: int) -> Iterator[Span]:
-    """The bytes from `start` to `stop` of what the pieces are together; `ends` says where in it each of them ends."""
+def _between(ranges: Ranges, ends: Sequence[int], start: int, stop: int) -> Iterator[Span]:
+    """The bytes from `start` to `stop` of what the ranges are together; `ends` says where in it each of them ends."""
     for number in range(bisect_right(ends, start), bisect_left(ends, stop) + 1 if start < stop else 0):
-        piece = pieces[number]
-        begin = ends[number] - piece.nbytes
-        first, last = max(start - begin, 0), min(stop - begin, piece.nbytes)
-        yield replace(piece, offset=piece.offset + first, nbytes=last - first)
+        each = ranges[number]
+        begin = ends[number] - each.nbytes
+        first, last = max(start - begin, 0), min(stop - begin, each.nbytes)
+        yield replace(each, offset=each.offset + first, nbytes=last - first)
 
 
-def pieces_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Pieces | None:
-    """The pieces of files that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter."""
-    given: list[Pieces] = [tuple(runs(tensor)) for tensor in tensors if tensor.as_stored and tensor.place is not None]
+def ranges_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Ranges | None:
+    """The ranges of bytes that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter."""
+    given: list[Ranges] = [tuple(runs(tensor)) for tensor in tensors if tensor.as_stored and tensor.place is not None]
     if len(given) < len(tensors) or len({tensor.dtype for tensor in tensors}) != 1:
         return None
     if not ops:
         return given[0] if len(given) == 1 else None
     shapes, size = tuple(tensor.shape for tensor in tensors), BY_CODE[tensors[0].dtype].size
     for op in ops:
-        ranges = adapter_of(op).ranges
-        found = [None] if ranges is None else ranges(op, shapes)
+        taken = adapter_of(op).ranges
+        found = [None] if taken is None else taken(op, shapes)
         kept = [row for row in found if row is not None]
         if len(kept) < len(found):
             return None
-        ends = [list(accumulate(piece.nbytes for piece in pieces)) for pieces in given]
+        ends = [list(accumulate(each.nbytes for each in ranges)) for ranges in given]
         given = [
             tuple(part for at, start, stop in row for part in _between(given[at], ends[at], start * size, stop * size)) for row in kept
         ]

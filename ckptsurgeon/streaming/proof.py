@@ -17,19 +17,19 @@ from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.storage.pieces import runs
-from ckptsurgeon.streaming.moved_ranges import Pieces
+from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor as it should stand in the file: copied from `pieces` of files, or made with `digest`."""
+    """A tensor as it should stand in the file: copied from `ranges` of files, or made with `digest`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: Pieces | None
+    ranges: Ranges | None
     digest: str | None
 
 
@@ -96,12 +96,12 @@ def _same(file: OpenFile, tensor: TensorMeta, item: Expected, reader: Reader) ->
         return False  # every tensor is written in one piece
     position = written[0].offset if written else 0
     end = position + tensor.nbytes
-    if item.pieces is not None:
-        for piece in item.pieces:
-            source, offset = reader.locate(piece)
-            if position + piece.nbytes > end or not copying.equal_ranges(file, position, source, offset, piece.nbytes):
+    if item.ranges is not None:
+        for each in item.ranges:
+            source, offset = reader.locate(each)
+            if position + each.nbytes > end or not copying.equal_ranges(file, position, source, offset, each.nbytes):
                 return False
-            position += piece.nbytes
+            position += each.nbytes
         return position == end
     digest = sha256()
     for chunk in copying.chunks(file, end - tensor.nbytes, tensor.nbytes):

@@ -22,7 +22,7 @@ from ckptsurgeon.storage import copying, pieces
 from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.storage.pieces import merged, runs, tiled
 from ckptsurgeon.streaming import sampling
-from ckptsurgeon.streaming.moved_ranges import pieces_of
+from ckptsurgeon.streaming.moved_ranges import ranges_of
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, Packed, Piece, Span, TensorMeta, contiguous_stride, find_ties
 
@@ -302,11 +302,11 @@ def test_only_bytes_move_where_only_bytes_move(values: dict[str, Any], tmp_path:
     """Pieces in row-major order are copied by the kernel; nothing else reads them."""
     monkeypatch.chdir(tmp_path)
     found = stored(tmp_path, values, by_columns)
-    assert pieces_of([found["weight"]], []) == tuple(runs(found["weight"]))
-    cut = pieces_of([found["weight"]], [{"op": "slice", "dim": 0, "start": 2, "stop": 5}])
+    assert ranges_of([found["weight"]], []) == tuple(runs(found["weight"]))
+    cut = ranges_of([found["weight"]], [{"op": "slice", "dim": 0, "start": 2, "stop": 5}])
     assert cut == tuple(runs(found["weight"], ((2, 5), (0, 50))))
     turned_round = stored(tmp_path, values, turned)
-    assert pieces_of([turned_round["weight"]], []) is None
+    assert ranges_of([turned_round["weight"]], []) is None
 
 
 def test_tensors_of_the_same_pieces_are_tied(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +325,7 @@ def test_a_cut_along_the_first_dimension_is_the_rows_of_a_block(made: Any, data:
     start = data.draw(st.integers(0, array.shape[0] - 1))
     stop = data.draw(st.integers(start + 1, array.shape[0]))
     block = ((start, stop), *((0, size) for size in array.shape[1:]))
-    assert pieces_of([tensor], [{"op": "slice", "dim": 0, "start": start, "stop": stop}]) == tuple(runs(tensor, block))
+    assert ranges_of([tensor], [{"op": "slice", "dim": 0, "start": start, "stop": stop}]) == tuple(runs(tensor, block))
 
 
 def test_many_rows_of_many_ranges_are_found_at_once() -> None:
@@ -334,4 +334,4 @@ def test_many_rows_of_many_ranges_are_found_at_once() -> None:
     parts = [Piece(files.put(name, bytes(4 * 20_000)), (0, at), (20_000, 1), (1, 1)) for at, name in enumerate("ab")]
     tensor = tiled("w", "F32", (20_000, 2), parts, files.sizes)
     op = {"op": "rows", "dim": 0, "rows": 20_000, "runs": [[19_999 - row, row, 1] for row in reversed(range(20_000))], "fill": "none"}
-    assert len(pieces_of([tensor], [op]) or ()) == 40_000
+    assert len(ranges_of([tensor], [op]) or ()) == 40_000

@@ -17,7 +17,7 @@ from ckptsurgeon.adapters.chain import infer_chain
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning import roots
-from ckptsurgeon.streaming.moved_ranges import pieces_of
+from ckptsurgeon.streaming.moved_ranges import ranges_of
 from ckptsurgeon.tensors import Checkpoint
 
 Op = dict[str, Any]
@@ -79,14 +79,14 @@ OPS = st.one_of(
     suffix=st.sampled_from([".pt", ".safetensors"]),
     ops=st.lists(OPS, max_size=3),
 )
-def test_pieces_are_what_the_kernels_make(tmp_path: Path, shape: Any, count: int, dtype: torch.dtype, suffix: str, ops: list[Op]) -> None:
+def test_ranges_are_what_the_kernels_make(tmp_path: Path, shape: Any, count: int, dtype: torch.dtype, suffix: str, ops: list[Op]) -> None:
     tensors = [(torch.arange(torch.Size(shape).numel()).view(shape) + 31 * number).to(dtype) for number in range(count)]
     source = written(tmp_path, f"in{suffix}", {f"t{number}": tensor for number, tensor in enumerate(tensors)})
     try:
         shapes = infer_chain(ops, [shape] * count)
     except RuleError:
         return
-    found = pieces_of([source[f"t{number}"] for number in range(count)], ops)
+    found = ranges_of([source[f"t{number}"] for number in range(count)], ops)
     expected = slow(tensors, ops)
     assert [tuple(one.shape) for one in expected] == list(shapes)
     if found is not None:
@@ -106,25 +106,25 @@ def test_pieces_are_what_the_kernels_make(tmp_path: Path, shape: Any, count: int
 )
 def test_cuts_along_the_first_dimension_move_bytes_alone(tmp_path: Path, ops: list[Op]) -> None:
     source = written(tmp_path, "in.pt", {"t": torch.arange(12.0).view(4, 3)})
-    found = pieces_of([source["t"]], ops)
+    found = ranges_of([source["t"]], ops)
     assert found is not None and read_pieces(found) == dense(slow([torch.arange(12.0).view(4, 3)], ops)[0])
 
 
 def test_joins_along_the_first_dimension_move_bytes_alone(tmp_path: Path) -> None:
     tensors = {"q": torch.rand(2, 3), "k": torch.rand(4, 3)}
     source = written(tmp_path, "in.safetensors", tensors)
-    found = pieces_of(list(source.values()), [{"op": "concat", "dim": 0, "of": 2}])
+    found = ranges_of(list(source.values()), [{"op": "concat", "dim": 0, "of": 2}])
     assert found is not None and read_pieces(found) == dense(torch.cat([tensors[key] for key in source]))
 
 
 def test_neighbours_in_a_file_are_one_piece(tmp_path: Path) -> None:
     source = written(tmp_path, "in.safetensors", {"a": torch.rand(2, 3), "b": torch.rand(2, 3)})
-    found = pieces_of(list(source.values()), [{"op": "stack", "dim": 0, "of": 2}])
+    found = ranges_of(list(source.values()), [{"op": "stack", "dim": 0, "of": 2}])
     assert found is not None and len(found) == 1
 
 
 def test_what_scatters_or_computes_does_not_move_bytes_alone(tmp_path: Path) -> None:
     source = written(tmp_path, "in.pt", {"t": torch.rand(4, 3), "turned": torch.rand(3, 4).t()})
-    assert pieces_of([source["t"]], [{"op": "transpose", "dims": [0, 1]}]) is None
-    assert pieces_of([source["t"]], [{"op": "slice", "dim": 1, "start": 0, "stop": 2}]) is None
-    assert pieces_of([source["turned"]], []) is None
+    assert ranges_of([source["t"]], [{"op": "transpose", "dims": [0, 1]}]) is None
+    assert ranges_of([source["t"]], [{"op": "slice", "dim": 1, "start": 0, "stop": 2}]) is None
+    assert ranges_of([source["turned"]], []) is None
