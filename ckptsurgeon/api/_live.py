@@ -6,18 +6,17 @@ The verbs of `api` that need torch and a model; imported only when one of them i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import _gates, _gpu_layouts, _opening, _training_state
-from ckptsurgeon.api._gates import Uncertain
-from ckptsurgeon.api._options import facts, facts_of, refuse_idle
-from ckptsurgeon.api._own_loading import learned
+from ckptsurgeon.api._deciding import decide, report_of
+from ckptsurgeon.api._options import NO_TRAINING, GroupOptions, RuleOptions, TrainingOptions, facts, facts_of, refuse_idle
 from ckptsurgeon.api._rules import Own, Ruling
-from ckptsurgeon.api._training_state import Asked, averaged_into
+from ckptsurgeon.api._training_state import averaged_into
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
@@ -26,7 +25,7 @@ from ckptsurgeon.models.training.ema import live_roots
 from ckptsurgeon.models.training.transfer import Value, Waiting, at_hand, put
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.parameter_types import Given, Note
-from ckptsurgeon.planning.plan import Plan, Step, make_plan
+from ckptsurgeon.planning.plan import Plan, Step
 from ckptsurgeon.planning.roots import choose
 from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.rules.rules import from_arguments
@@ -48,74 +47,49 @@ def transfer(
     source: Given,
     model: nn.Module,
     ruling: Ruling,
+    options: RuleOptions,
+    training: TrainingOptions = NO_TRAINING,
     *,
-    root: str | None,
-    seed: int | None,
-    allow_cast: Iterable[str],
-    min_coverage: float | None,
-    strict: bool,
-    auto: str | None = None,
-    dequantize: bool = False,
-    match: Uncertain | None = None,
-    asked: Asked | None = None,
-    checksums: bool = False,
+    step: bool = False,
 ) -> Report:
-    """See `ckptsurgeon.transfer`. Without `asked` it is a step of another call, whose options have been held against it."""
+    """See `ckptsurgeon.transfer`. `step`: it is a step of another call, whose options have been held against it."""
     goal = checkpoint_of(model, type(model).__name__)
-    given, live = _open(source, root, goal, asked is not None and asked.ema is not None)
-    if match is not None:
-        from ckptsurgeon.api._matched import matched
-
-        ruling = matched([given], goal, ruling, match == "accepted")
-    ruling = learned([given], goal, lambda: model, ruling, auto=auto)
-    plan = make_plan(
-        [given], goal, ruling.rules, seed=seed or 0, allow_cast=allow_cast, auto=auto, dequantize=dequantize, outside=ruling.outside
-    )
-    if asked is not None:
-        _refuse_idle(plan, seed, dequantize, asked)
-        _gates.refuse_idle_casts(plan.allow_cast, [step.target for step in plan.steps])
-    _gates.check(plan, min_coverage=min_coverage, strict=strict)
+    given, live = _open(source, options.root, goal, training.ema is not None)
+    ruling, plan = decide([given], goal, lambda: model, ruling, options)
+    if not step:
+        _refuse_idle(plan, options, training)
+        _gates.refuse_idle_casts(plan.allow_cast, [each.target for each in plan.steps])
+    _gates.check(plan, options)
     _gpu_layouts.refuse(plan, [given], live)
 
     def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
         rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
-        chosen = {"min_coverage": min_coverage, "strict": strict, "auto": auto, "checksums": checksums, "dequantize": dequantize}
-        return transfer(other, copy, rules, root=where, seed=seed, allow_cast=allow_cast, **chosen)  # type: ignore[arg-type]
+        chosen = replace(options, root=where, match=False, accept_uncertain=False)
+        return transfer(other, copy, rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
 
     carried: CarriedState | None = None
     with Reader([given]) as reader, ExitStack() as undo:
         casts: list[Cast] = []
         run = _Run(plan, given, live, reader, model, ruling.own, casts)
-        values = {step.target: run.value(step) for step in plan.steps if step.sources and step.action != "load"}
+        values = {each.target: run.value(each) for each in plan.steps if each.sources and each.action != "load"}
         handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
         refuse_losses(casts, plan.allow_cast)
         _refuse_torn_ties(plan, values)
         reader.check_unchanged()
         extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
-        if asked:
+        if training:
             around = cache(lambda: _training_state.beside_weights(source, given, reader))
             carried = _training_state.give(
-                asked, around, given, plan, model, lambda: averaged_into(asked, source, around, again, undo), undo
+                training, around, given, plan, model, lambda: averaged_into(training, source, around, again, undo), undo
             )
-        if checksums:
+        if training.checksums:
             hold_all(reader, [given])
         put(plan, model, values.__getitem__, extra, ruling.own.schemes, handed)
         _check_still_unchanged(reader)
-    return Report(
-        sources=(given.path,),
-        target=goal.path,
-        transferred=plan.transferred,
-        kept=plan.kept,
-        fresh=plan.fresh,
-        still_fresh=plan.still_fresh,
-        roots=tuple(source.root for source in plan.sources),
-        prefixes=tuple(source.prefix for source in plan.sources),
-        dropped=tuple((row.source, row.reason) for row in plan.dropped),
-        coverage=plan.coverage,
+    return report_of(
+        plan,
         casts=reported(casts),
-        findings=(*plan.findings, *(_without_checksums(reader, given) if checksums else ())),
-        adapted=plan.adapted,
-        partial=plan.partial,
+        findings=(*plan.findings, *(_without_checksums(reader, given) if training.checksums else ())),
         optimizer=carried,
     )
 
@@ -127,12 +101,11 @@ def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
     return without(entries.values())
 
 
-def _refuse_idle(plan: Plan, seed: int | None, dequantize: bool, asked: Asked) -> None:
+def _refuse_idle(plan: Plan, options: RuleOptions, training: TrainingOptions) -> None:
     drawn = any(scheme != "model" for step in plan.steps for scheme in step.schemes)  # "model" is what the live model has already
-    present = {kind: getattr(asked, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
-    known = facts(initial_values=drawn, codes="codes" in facts_of(plan), **present)
-    words = ("optimizer_root", "optimizer_names", "optimizer_from", "scheduler_from", "ema_root")
-    refuse_idle(known, seed=seed, dequantize=dequantize, **{word: getattr(asked, word) for word in words})
+    present = {kind: getattr(training, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
+    known = facts(target=True, initial_values=drawn, codes="codes" in facts_of(plan), **present)
+    refuse_idle(known, **vars(options), **vars(training))
 
 
 def _check_still_unchanged(reader: Reader) -> None:
@@ -253,15 +226,13 @@ def _record(source: Any) -> Any:
     return _opening.open_source(source) if isinstance(source, (str, os.PathLike)) else source
 
 
-def param_groups(
-    model: nn.Module, source: Any, *, overrides: Mapping[str, float] | None, partial: str | None, **choices: Any
-) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, source: Any, options: GroupOptions) -> list[dict[str, Any]]:
     """See `ckptsurgeon.param_groups`."""
     record = not isinstance(source, Mapping) or isinstance(source, Checkpoint)
-    refuse_idle(facts(record=record), partial=partial, **{name: choices[name] for name in ("fresh_lr", "fresh_scale")})
+    refuse_idle(facts(record=record), **vars(options))
     if not record:
-        overrides, source = {**source, **(overrides or {})}, ()
-    return groups.param_groups(model, _record(source), overrides=overrides, partial=partial or groups.TRANSFERRED, **choices)
+        options, source = replace(options, overrides={**source, **(options.overrides or {})}), ()
+    return groups.param_groups(model, _record(source), **{**vars(options), "partial": options.partial or groups.TRANSFERRED})
 
 
 def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:

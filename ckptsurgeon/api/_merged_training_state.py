@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import _training_state
 from ckptsurgeon.api._opening import Target
-from ckptsurgeon.api._training_state import Names
+from ckptsurgeon.api._options import TrainingOptions
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, PlanError, TargetError
 from ckptsurgeon.formats.layout import WEIGHTS
@@ -23,7 +23,6 @@ from ckptsurgeon.optimizer.assign import ON_THE_COMMAND_LINE, assign, held_by_ke
 from ckptsurgeon.optimizer.format import read_saved
 from ckptsurgeon.optimizer.merge import is_plain, kind_of, merge_state, slots_of
 from ckptsurgeon.optimizer.plan import Parameter
-from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import CarriedState
 from ckptsurgeon.streaming.apply import Training
@@ -39,15 +38,12 @@ def training(
     made: Plan,
     found: Sequence[Checkpoint],
     goal: Target | None,
-    optimizer_root: str | None,
-    names: Names,
-    second: Path | None,
+    options: TrainingOptions,
     checksums: bool,
 ) -> tuple[Training, CarriedState]:
     """What is to be written around the weights, and what becomes of the source's state.
 
     Args:
-        second: the file that has the state, where it does not stand beside the weights.
         checksums: hold what is read here against the checksums that its file keeps. The moments are read later, when they are written.
 
     Raises:
@@ -59,18 +55,20 @@ def training(
         raise PlanError("an optimizer's state is carried from one source only", hint="merge without --with-optimizer")
     if goal is None or goal.build_meta is None:
         raise TargetError("only a model says which keys are parameters", hint="give module:Net as the target")
-    given = found[0]
+    given, second = found[0], options.optimizer_from
     model = goal.build_meta()
     steps = {step.target: step for step in made.steps}
     with Reader([given]) as reader, ExitStack() as opened:
         weights = _training_state.beside_weights(given, given, reader) if second is None or _training_state.holds_more(given) else None
         beside = weights if second is None else _training_state.apart("optimizer", second, opened)
         assert beside is not None
-        place, value = _training_state.find("optimizer", beside, optimizer_root)
+        place, value = _training_state.find("optimizer", beside, options.optimizer_root)
         tree, fetch = beside.tree(place, value)
         try:
             saved = read_saved(tree)
-            assigned = assign(saved, given, names, optimizer_state.order_of(model, None, steps, given), ON_THE_COMMAND_LINE)
+            assigned = assign(
+                saved, given, options.optimizer_names, optimizer_state.order_of(model, None, steps, given), ON_THE_COMMAND_LINE
+            )
             slots = slots_of(saved, kind_of(saved))
             parameters = _parameters(model, slots, steps)
             held = held_by_key(saved, assigned, given)

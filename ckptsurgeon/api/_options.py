@@ -1,19 +1,137 @@
-"""Which options apply to which call, as one table: an option that would be ignored is refused, with the reason.
+"""The options of a call: collected once from the public keywords, and handed down whole. One table says which apply to which call.
 
-An option counts as given when it is not None, False or empty; so whatever has a default says None where it is not given.
+An option that would be ignored is refused, with the reason. It counts as given when it is not None, False or empty; so whatever has a
+default says None where it is not given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.formats.registry import WRITTEN
+from ckptsurgeon.errors import ModelError, PlanError, SettingsError
 
 if TYPE_CHECKING:
+    from ckptsurgeon.api._rules import Rules
+    from ckptsurgeon.parameter_types import Given, NoDecay, Path, Renames, Words
+    from ckptsurgeon.planning.averaging import Weights
     from ckptsurgeon.planning.plan_types import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """What decides how each key gets its value: `plan`, `merge`, `transfer`, `diff` and `match` have these keywords, or some of them."""
+
+    root: str | None = None
+    rename: Renames = ()
+    drop: Iterable[str] = ()
+    keep: Iterable[str] = ()
+    adapt: Renames = ()
+    init: Renames = ()
+    rules: Rules = ()
+    reverse: bool = False
+    average: Weights | None = None
+    auto: str | None = None
+    match: bool = False
+    accept_uncertain: bool = False
+    dequantize: bool = False
+    dtype: str | None = None
+    seed: int | None = None
+    allow_cast: Iterable[str] = ()
+    min_coverage: float | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the patterns of casts, which may be an iterator, and refuse what contradicts itself before anything is opened.
+
+        Raises:
+            RuleError: a pattern that is not well formed.
+            PlanError: uncertain links are accepted, and no match is asked for.
+        """
+        patterns = (self.allow_cast,) if isinstance(self.allow_cast, str) else tuple(self.allow_cast)
+        if patterns:
+            from ckptsurgeon.rules.patterns import compile_pattern
+
+            for pattern in patterns:
+                compile_pattern(pattern)
+        if self.accept_uncertain and not self.match:
+            raise PlanError("accepts uncertain links, and no match is asked for", hint="--match --accept-uncertain")
+        object.__setattr__(self, "allow_cast", patterns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where `merge` and `apply` write, how, and how the file is proven."""
+
+    output: Path
+    format: str | None = None
+    overwrite: bool = False
+    tied: str | None = None
+    provenance: bool = True
+    verify: bool = True
+    device: str | None = None
+    finite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What is carried beside the weights, by `transfer` into new objects and by `merge` into a file, and where it stands."""
+
+    with_optimizer: bool = False
+    optimizer: Any = None
+    optimizer_root: str | None = None
+    optimizer_names: tuple[str, ...] | Literal["model"] | None = None
+    optimizer_from: Given | None = None
+    scheduler: Any = None
+    scheduler_from: Given | None = None
+    scaler: Any = None
+    ema: Any = None
+    ema_root: str | None = None
+    checksums: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the names, which may be an iterator. ModelError for a text that is not `"model"`."""
+        names: Any = self.optimizer_names
+        if isinstance(names, str) and names != "model":
+            raise ModelError(f"optimizer_names can't be {names!r}", hint="give the names in the optimizer's order, or 'model'")
+        object.__setattr__(self, "optimizer_names", names if names is None or isinstance(names, str) else tuple(names))
+
+    @property
+    def written(self) -> bool:
+        """Whether a file gets the optimizer's state."""
+        return self.with_optimizer or self.optimizer_from is not None
+
+    def __bool__(self) -> bool:
+        return any(one is not None for one in (self.optimizer, self.scheduler, self.scaler, self.ema))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """How parameters are put into groups: the keywords of `param_groups` and `groups`."""
+
+    lr: float | None = None
+    fresh_lr: float | None = None
+    fresh_scale: float | None = None
+    weight_decay: float | None = None
+    overrides: Mapping[str, float] | None = None
+    layer_decay: float | None = None
+    layers: Words | None = None
+    no_decay: NoDecay = False
+    partial: str | None = None
+
+
+NO_TRAINING = TrainingOptions()
+Options = TypeVar("Options", RuleOptions, OutputOptions, TrainingOptions, GroupOptions)
+
+
+def collect(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """The options of a kind among the arguments of a function, which are its `locals()` at its top.
+
+    >>> collect(GroupOptions, {"model": "a model", "lr": 0.1}).lr
+    0.1
+    """
+    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +227,3 @@ def facts_of(made: Plan, verify: bool = True) -> frozenset[str]:
     drawn = any(step.schemes for step in made.steps)
     codes = any(adapter_of(op).decodes for step in made.steps for op in step.adapters)
     return facts(target=made.target, model_built=model and (verify or made.needs_model), initial_values=drawn, codes=codes)
-
-
-def refuse_idle_writing(
-    made: Plan,
-    written_format: str,
-    verify: bool,
-    device: str | None,
-    tied: str | None,
-    with_optimizer: bool = False,
-    optimizer_root: str | None = None,
-    optimizer_names: Iterable[str] | None = None,
-    *,
-    finite: bool = False,
-) -> None:
-    """Raises SettingsError for an option about the output that would do nothing; `finite` is given where nothing is written."""
-    model = made.target is not None and made.target.kind == "model"
-    known = facts(model=model, verify=verify, leaves_out_tied=WRITTEN[written_format].leaves_out_tied, optimizer=with_optimizer)
-    refuse_idle(known, device=device, tied=tied, optimizer_root=optimizer_root, optimizer_names=optimizer_names, finite=finite)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.api._opening import silent, unmissable
+from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Note, Path
-from ckptsurgeon.rules.rules import Outside, Rule, path_of_file, rule_options
+from ckptsurgeon.rules.rules import Outside, Rule, from_arguments, path_of_file, rule_options
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.table import OwnKernel
@@ -84,11 +85,13 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     return turn_round(found)
 
 
-def gather(arguments: Sequence[Rule], rules: Rules, *, reverse: bool = False, schemes: bool = True, note: Note = silent) -> Ruling:
+def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -> Ruling:
     """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name.
 
     `reverse` turns the files round as if they were one; without `schemes`, for verbs that initialise nothing, no own scheme is imported.
     """
+    rules, reverse = options.rules, options.reverse
+    arguments = from_arguments(options.rename, options.drop, options.init, options.adapt, options.keep)
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
     if reverse and all(isinstance(one, Rule) for one in given):
         raise RuleError("there is no rules file to turn round", hint="--rules FILE --reverse")

@@ -7,19 +7,20 @@ had. What can't be carried is told, and never stops the weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
+from ckptsurgeon.api._options import TrainingOptions
 from ckptsurgeon.errors import FormatError, ModelError
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
-from ckptsurgeon.optimizer.assign import MODEL, Assigned, assign, held_by_key
+from ckptsurgeon.optimizer.assign import Assigned, assign, held_by_key
 from ckptsurgeon.optimizer.format import BITSANDBYTES, MARKS, SLOTS, Saved, read_saved
 from ckptsurgeon.optimizer.plan import ParameterPlan, plan_states
 from ckptsurgeon.parameter_types import Given
@@ -37,40 +38,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-Names = tuple[str, ...] | Literal["model"] | None
 Rows = tuple[tuple[str, str], ...]  # what is not carried, each with the reason
 _STAYS = (
     "the source has none for the averaged copy, where it stays as it was",
     "the source has none for the averaged copy, where it stays as it was; at 0 the first update copies the model over the average",
 )
-
-
-def names_of(names: Iterable[str] | str | None) -> Names:
-    """`optimizer_names` as it is given: names in order, or `"model"`. ModelError for another text."""
-    if isinstance(names, str):
-        if names != MODEL:
-            raise ModelError(f"optimizer_names can't be {names!r}", hint="give the names in the optimizer's order, or 'model'")
-        return "model"
-    return None if names is None else tuple(names)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a person wants carried beside the weights."""
-
-    optimizer: Any = None
-    optimizer_root: str | None = None
-    optimizer_names: Names = None
-    optimizer_from: Given | None = None
-    scheduler: Any = None
-    scheduler_from: Given | None = None
-    scaler: Any = None
-    ema: Any = None
-    ema_root: str | None = None
-    checksums: bool = False
-
-    def __bool__(self) -> bool:
-        return any(one is not None for one in (self.optimizer, self.scheduler, self.scaler, self.ema))
 
 
 def without_averaged(found: Archive) -> Archive:
@@ -163,7 +135,7 @@ def shown(found: BesideWeights, place: str) -> str:
 
 
 def give(
-    asked: Asked,
+    asked: TrainingOptions,
     around: Callable[[], BesideWeights],
     given: Checkpoint,
     plan: Plan,
@@ -221,7 +193,7 @@ def give(
 
 
 def _optimizer(
-    asked: Asked, found: BesideWeights, given: Checkpoint, plan: Plan, model: nn.Module
+    asked: TrainingOptions, found: BesideWeights, given: Checkpoint, plan: Plan, model: nn.Module
 ) -> tuple[optimizer_state.Made | None, Saved, CarriedState]:
     parameters = optimizer_state.parameters_of(model, asked.optimizer)
     place, value = find("optimizer", found, asked.optimizer_root)
@@ -295,7 +267,7 @@ def left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[Pa
     return rows
 
 
-def _other(kind: Any, taker: Any, found: BesideWeights, asked: Asked) -> dict[str, Any] | str:
+def _other(kind: Any, taker: Any, found: BesideWeights, asked: TrainingOptions) -> dict[str, Any] | str:
     """A scheduler's or scaler's new state, or why it can't have one."""
     if not callable(getattr(taker, "state_dict", None)) or not callable(getattr(taker, "load_state_dict", None)):
         raise ModelError(f"a {type(taker).__name__} is no {kind}: it has no state_dict")
@@ -312,7 +284,7 @@ def _other(kind: Any, taker: Any, found: BesideWeights, asked: Asked) -> dict[st
 
 
 def averaged_into(
-    asked: Asked,
+    asked: TrainingOptions,
     source: Given,
     around: Callable[[], BesideWeights],
     again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report],

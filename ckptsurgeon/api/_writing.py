@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ckptsurgeon.api._deciding import report_of
 from ckptsurgeon.api._opening import Target
+from ckptsurgeon.api._options import NO_TRAINING, OutputOptions, TrainingOptions, facts, refuse_idle
+from ckptsurgeon.api._provenance import record
 from ckptsurgeon.api._proving import refuse_non_finite, verify_written
 from ckptsurgeon.api._rules import Own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
@@ -15,9 +18,9 @@ from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
 from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import Report, Verification
-from ckptsurgeon.streaming.apply import Output, Training, Values, Written
+from ckptsurgeon.streaming.apply import Output, Training, Values
 from ckptsurgeon.streaming.apply import apply as write_plan
-from ckptsurgeon.streaming.atomic import named
+from ckptsurgeon.streaming.atomic import check_free, named
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.tensors import Checkpoint
 
@@ -52,31 +55,64 @@ def output_format(output: Path, format: str | None = None) -> str:
     return OUTPUTS[suffix]
 
 
+def refuse_output(options: OutputOptions) -> None:
+    """OutputError for a path that says no format, or where a file is that is not to be replaced."""
+    output_format(options.output, options.format)
+    check_free(os.fspath(options.output), options.overwrite)
+
+
+def refuse_idle_writing(made: Plan, options: OutputOptions, training: TrainingOptions = NO_TRAINING, *, written: bool = True) -> None:
+    """Raises SettingsError for an option about the output that would do nothing; `written` is False where nothing is."""
+    known = facts(
+        model=made.target is not None and made.target.kind == "model",
+        verify=options.verify,
+        leaves_out_tied=WRITTEN[output_format(options.output, options.format)].leaves_out_tied,
+        optimizer=training.written,
+        written=written,
+        output=options.output,
+    )
+    refuse_idle(known, **vars(options), **vars(training))
+
+
 def carry_out(
-    made: Plan,
-    found: Sequence[Checkpoint],
-    goal: Target | None,
-    how: Output,
-    device: str | None,
-    finite: bool,
-    own: Own,
-    around: Training | None = None,
+    made: Plan, found: Sequence[Checkpoint], goal: Target | None, options: OutputOptions, own: Own, around: Training | None = None
 ) -> Report:
-    wanted = None if goal is None else goal.checkpoint
+    """Follow a plan: write the file, prove it before it takes its name, and report.
+
+    Args:
+        own: a person's own code that the plan names.
+        around: what is written around the weights; None for the weights alone.
+
+    Raises:
+        CheckpointError: as `ckptsurgeon.merge`.
+    """
+    wanted, finite = None if goal is None else goal.checkpoint, options.finite
+    provenance = record(made) if options.provenance else None
+    format = output_format(options.output, options.format)
+    how = Output(os.fspath(options.output), format, options.overwrite, options.tied or "copy", provenance, options.verify)
     if how.tied not in ("copy", "alias"):
         raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
     verification: list[Verification] = []
 
     def prove(path: str) -> None:
         if how.proof and goal is not None and goal.build is not None:
-            seen = verify_written(path, goal, device or "cpu", finite=finite, seed=made.seed, shown=how.path)
+            seen = verify_written(path, goal, options.device or "cpu", finite=finite, seed=made.seed, shown=how.path)
             findings = tuple(replace(row, message=named(row.message, path, how.path)) for row in seen.findings)
             verification.append(replace(seen, findings=findings))
         if finite and (not verification or around is not None):  # the model has shown the weights alone
             refuse_non_finite(path, how.path)
 
     written = write_plan(made, found, wanted, how, values=_values(made, goal, own, how.format), verify=prove, training=around)
-    return _report(made, written, how.path, how.proof, verification[0] if verification else None)
+    proof = verification[0] if verification else None
+    return report_of(
+        made,
+        casts=written.casts,
+        findings=(*written.findings, *(proof.findings if proof is not None else ())),
+        output=how.path,
+        nbytes=written.nbytes,
+        proven=how.proof,
+        verification=proof,
+    )
 
 
 def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:
@@ -121,26 +157,3 @@ def _loaded_values(made: Plan, goal: Target | None, format: str) -> Any:
 
 def _no_initial(key: str) -> Any:
     raise PlanError("gets a value of the target's own, and there is no target with values", key=key)
-
-
-def _report(made: Plan, written: Written, output: str, proven: bool, verification: Verification | None) -> Report:
-    return Report(
-        sources=tuple(source.path for source in made.sources),
-        target=made.target.spec if made.target is not None else "",
-        transferred=made.transferred,
-        kept=made.kept,
-        fresh=made.fresh,
-        still_fresh=made.still_fresh,
-        roots=tuple(source.root for source in made.sources),
-        prefixes=tuple(source.prefix for source in made.sources),
-        dropped=tuple((row.source, row.reason) for row in made.dropped),
-        coverage=made.coverage,
-        casts=written.casts,
-        findings=(*written.findings, *(verification.findings if verification is not None else ())),
-        output=output,
-        nbytes=written.nbytes,
-        proven=proven,
-        verification=verification,
-        adapted=made.adapted,
-        partial=made.partial,
-    )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
+from ckptsurgeon.api._options import RuleOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.parameter_types import Given, Note, Renames
 from ckptsurgeon.planning.diff import Diff, compare
-from ckptsurgeon.rules.rules import from_arguments
 
 if TYPE_CHECKING:
     from ckptsurgeon.planning.links import Link
@@ -57,8 +57,9 @@ def diff(
     >>> diff("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses").coverage.counts
     (8, 10)
     """
+    options = collect(RuleOptions, locals())
     seen = _opening.look(source)
-    ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
+    ruling = gather(options, schemes=False, note=note)
     aim = _opening.open_target(target, note=note)
     goal = aim.checkpoint
     given = _opening.open_source(seen, root=root, target=goal)

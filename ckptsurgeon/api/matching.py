@@ -8,14 +8,13 @@ from functools import partial
 
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import Target, silent
-from ckptsurgeon.api._options import facts, refuse_idle
+from ckptsurgeon.api._options import RuleOptions, collect, facts, refuse_idle
 from ckptsurgeon.api._rules import Rules, Ruling, bring, gather
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.evidence.value_evidence import judged
 from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
 from ckptsurgeon.parameter_types import Given, Note, Renames
 from ckptsurgeon.report import Twins
-from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint
 
 TOLERANCE = 1e-4  # of the greatest output
@@ -74,8 +73,9 @@ def match(
     >>> [(rule.pattern, rule.result) for rule in found.rules]
     [('fc2.{p}', 'dense2.{p}')]
     """
+    options = collect(RuleOptions, {**locals(), "match": True})
     seen = _opening.look(source)
-    ruling = gather(from_arguments(rename, drop, (), adapt, keep), rules, reverse=reverse, schemes=False, note=note)
+    ruling = gather(options, schemes=False, note=note)
     if (forward is None) != (source_model is None):
         raise PlanError("compares two models, and needs both", hint="--source-model module:Net --forward module:make_inputs")
     refuse_idle(facts(forward=forward), tolerance=tolerance)
@@ -122,5 +122,5 @@ def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forwar
     models = origin.build(0), aim.build(0)
     for model, ruling in zip(models, (Ruling(()), bring(found.rules, note)), strict=True):
         strict = model is models[0]  # what the checkpoint is of must take all of it
-        _live.transfer(given, model, ruling, root=None, seed=None, allow_cast=(), min_coverage=None, strict=strict)
+        _live.transfer(given, model, ruling, RuleOptions(strict=strict), step=True)
     return output_comparison.compare(*models, inputs, tolerance)

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from ckptsurgeon.api import _gates, _gpu_layouts, _opening
-from ckptsurgeon.api._gates import Uncertain
+from ckptsurgeon.api._deciding import decide
 from ckptsurgeon.api._opening import Target, silent
-from ckptsurgeon.api._options import facts_of, refuse_idle, refuse_idle_writing
-from ckptsurgeon.api._own_loading import learned
-from ckptsurgeon.api._provenance import record
+from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect, facts_of, refuse_idle
 from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, load_plan, sampled
-from ckptsurgeon.api._writing import carry_out, output_format
+from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.parameter_types import Given, Note, Path, Renames
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
-from ckptsurgeon.planning.plan import Plan, make_plan
+from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import Report
-from ckptsurgeon.rules.rules import from_arguments
-from ckptsurgeon.streaming.apply import Output
-from ckptsurgeon.streaming.atomic import check_free
 from ckptsurgeon.tensors import Checkpoint
 
 
@@ -91,32 +86,15 @@ def plan(
     >>> [(row.source, row.reason) for row in decided.dropped]
     [('fc3.weight', 'shape (10, 84) does not fit (2, 84)'), ('fc3.bias', 'shape (10,) does not fit (2,)')]
     """
-    ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(
-        ruling, root, dtype, seed or 0, _gates.patterns(allow_cast), dequantize, average, auto, _gates.matching(match, accept_uncertain)
-    )
+    options = collect(RuleOptions, locals())
+    ruling = gather(options, note=note)
     seen = _look(sources)
     goal = None if target is None else _opening.open_target(target, note=note)
-    found, made = _decide(seen, goal, choices)
-    refuse_idle(facts_of(made), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
-    _gates.refuse_idle_casts(choices.allow_cast, [step.target for step in made.steps])
-    _gates.check(made, min_coverage=min_coverage, strict=strict)
+    found, made = _decide(seen, goal, ruling, options)
+    refuse_idle(facts_of(made), **vars(options))
+    _gates.refuse_idle_casts(made.allow_cast, [step.target for step in made.steps])
+    _gates.check(made, options)
     return sampled(made, found, None if goal is None else goal.checkpoint, full)
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """What a person chose about deciding."""
-
-    ruling: Ruling
-    root: str | None
-    dtype: str | None
-    seed: int
-    allow_cast: tuple[str, ...]
-    dequantize: bool
-    average: Weights | None
-    auto: str | None
-    match: Uncertain | None = None
 
 
 def _look(sources: Any) -> list[Given]:
@@ -124,29 +102,12 @@ def _look(sources: Any) -> list[Given]:
     return [_opening.look_on_disk(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 
-def _decide(given: Sequence[Given], goal: Target | None, choices: _Choices) -> tuple[list[Checkpoint], Plan]:
+def _decide(given: Sequence[Given], goal: Target | None, ruling: Ruling, options: RuleOptions) -> tuple[list[Checkpoint], Plan]:
     wanted = None if goal is None else goal.checkpoint
-    if not given or (wanted is None and len(given) > 1 and not choices.average):
+    if not given or (wanted is None and len(given) > 1 and not options.average):
         raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
-    found = [_opening.open_source(one, root=choices.root, target=wanted) for one in given]
-    ruling = choices.ruling
-    if choices.match is not None:
-        from ckptsurgeon.api._matched import matched
-
-        ruling = matched(found, wanted, ruling, choices.match == "accepted")
-    ruling = learned(found, wanted, None if goal is None else goal.any_model, ruling, average=choices.average, auto=choices.auto)
-    made = make_plan(
-        found,
-        wanted,
-        ruling.rules,
-        dtype=choices.dtype,
-        seed=choices.seed,
-        allow_cast=choices.allow_cast,
-        average=choices.average,
-        auto=choices.auto,
-        dequantize=choices.dequantize,
-        outside=ruling.outside,
-    )
+    found = [_opening.open_source(one, root=options.root, target=wanted) for one in given]
+    _, made = decide(found, wanted, None if goal is None else goal.any_model, ruling, options)
     _gpu_layouts.refuse(made, found)
     return found, made
 
@@ -247,33 +208,28 @@ def merge(
     >>> report.fresh
     ('fc3.weight', 'fc3.bias')
     """
-    written_format = output_format(output, format)
-    check_free(os.fspath(output), overwrite)
-    with_optimizer = with_optimizer or optimizer_from is not None
-    ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse, note=note)
-    choices = _Choices(
-        ruling, root, dtype, seed or 0, _gates.patterns(allow_cast), dequantize, average, auto, _gates.matching(match, accept_uncertain)
-    )
+    options, writing = collect(RuleOptions, locals()), collect(OutputOptions, locals())
+    training = collect(TrainingOptions, locals())
+    refuse_output(writing)
+    ruling = gather(options, note=note)
     seen = _look(sources)
     goal = None if target is None else _opening.open_target(target, note=note)
-    found, made = _decide(seen, goal, choices)
+    found, made = _decide(seen, goal, ruling, options)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
-        built = _opening.as_built(goal, choices.seed, note)
+        built = _opening.as_built(goal, made.seed, note)
         if built is not goal:
             goal = built
-            found, made = _decide(seen, goal, choices)
-    refuse_idle(facts_of(made, verify), seed=seed, auto=auto, min_coverage=min_coverage, strict=strict, dtype=dtype, dequantize=dequantize)
-    refuse_idle_writing(made, written_format, verify, device, tied, with_optimizer, optimizer_root, optimizer_names)
-    _gates.check(made, min_coverage=min_coverage, strict=strict)
-    how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
+            found, made = _decide(seen, goal, ruling, options)
+    refuse_idle(facts_of(made, verify), **vars(options))
+    refuse_idle_writing(made, writing, training)
+    _gates.check(made, options)
     around, carried = None, None
-    if with_optimizer:
-        from ckptsurgeon.api._merged_training_state import training
-        from ckptsurgeon.api._training_state import names_of
+    if training.written:
+        from ckptsurgeon.api import _merged_training_state
 
-        around, carried = training(made, found, goal, optimizer_root, names_of(optimizer_names), optimizer_from, verify)
-    _gates.refuse_idle_casts(choices.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
-    done = carry_out(made, found, goal, how, device, finite, choices.ruling.own, around)
+        around, carried = _merged_training_state.training(made, found, goal, training, verify)
+    _gates.refuse_idle_casts(made.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
+    done = carry_out(made, found, goal, writing, ruling.own, around)
     return done if carried is None else replace(done, optimizer=carried)
 
 
@@ -318,15 +274,15 @@ def apply(
     >>> apply(decided, "applied.safetensors", overwrite=True).coverage.counts
     (8, 10)
     """
+    writing = collect(OutputOptions, locals())
     made = plan if isinstance(plan, Plan) else load_plan(plan)
     schemes = [scheme for step in made.steps for scheme in step.schemes]
     if not isinstance(plan, Plan):
         note = _opening.unmissable(note)
         target = [made.target.spec] if made.target is not None and _opening.is_code(made.target.spec) else []
         say_code(os.fspath(plan), [*target, *own_code(made.own_adapters, schemes)], note)
-    written_format = output_format(output, format)
-    check_free(os.fspath(output), overwrite)
-    refuse_idle_writing(made, written_format, verify, device, tied)
+    refuse_output(writing)
+    refuse_idle_writing(made, writing)
     found = [_opening.open_source(source.path, root=source.root) for source in made.sources]
     planfile.check_sources(made, found)  # before the target's module is imported
     check_data(made, found, None)
@@ -337,5 +293,4 @@ def apply(
     if goal is not None:
         check_data(replace(made, sources=()), (), goal.checkpoint)
     _, own = load_own(made.own_adapters, schemes, note)
-    how = Output(os.fspath(output), written_format, overwrite, tied or "copy", record(made) if provenance else None, verify)
-    return carry_out(made, found, goal, how, device, finite, own)
+    return carry_out(made, found, goal, writing, own)

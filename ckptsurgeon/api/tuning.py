@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptsurgeon.api import _gates, _opening
+from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
+from ckptsurgeon.api._options import GroupOptions, RuleOptions, TrainingOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, Renames, Scheme, nn, torch
 from ckptsurgeon.report import Report
-from ckptsurgeon.rules.rules import from_arguments
 
 if TYPE_CHECKING:
     from ckptsurgeon.models.training import freezing
@@ -106,36 +106,10 @@ def transfer(
     >>> report.transferred, report.fresh
     (('weight',), ('bias',))
     """
+    options, training = collect(RuleOptions, locals()), collect(TrainingOptions, locals())
     from ckptsurgeon.api import _live
-    from ckptsurgeon.api._training_state import Asked, names_of
 
-    ruling = gather(from_arguments(rename, drop, init, adapt, keep), rules, reverse=reverse)
-    return _live.transfer(
-        source,
-        model,
-        ruling,
-        root=root,
-        seed=seed,
-        allow_cast=_gates.patterns(allow_cast),
-        min_coverage=min_coverage,
-        strict=strict,
-        auto=auto,
-        dequantize=dequantize,
-        match=_gates.matching(match, accept_uncertain),
-        checksums=checksums,
-        asked=Asked(
-            optimizer=optimizer,
-            checksums=checksums,
-            optimizer_root=optimizer_root,
-            optimizer_names=names_of(optimizer_names),
-            optimizer_from=optimizer_from,
-            scheduler=scheduler,
-            scheduler_from=scheduler_from,
-            scaler=scaler,
-            ema=ema,
-            ema_root=ema_root,
-        ),
-    )
+    return _live.transfer(source, model, gather(options), options, training)
 
 
 def initialize(
@@ -214,21 +188,10 @@ def param_groups(
     >>> [(group["name"], group["lr"], group["param_names"]) for group in groups]
     [('transferred', 0.001, ['weight']), ('fresh', 0.01, ['bias'])]
     """
+    options = collect(GroupOptions, locals())
     from ckptsurgeon.api import _live
 
-    return _live.param_groups(
-        model,
-        source,
-        lr=lr,
-        fresh_lr=fresh_lr,
-        fresh_scale=fresh_scale,
-        weight_decay=weight_decay,
-        overrides=overrides,
-        layer_decay=layer_decay,
-        layers=layers,
-        no_decay=no_decay,
-        partial=partial,
-    )
+    return _live.param_groups(model, source, options)
 
 
 def freeze(model: nn.Module, what: Any, *, partial: str | None = None) -> freezing.Frozen:
@@ -328,24 +291,15 @@ def groups(
     >>> [(row["name"], row["lr"], len(row["params"])) for row in groups("merged.pt", net, lr=1e-3, fresh_scale=10)]
     [('transferred', 0.001, 8), ('fresh', 0.01, 2)]
     """
+    options = collect(GroupOptions, locals())
     seen = _opening.look(checkpoint)
     goal = _opening.open_target(target, note=note)
     if goal.build_meta is None:
         raise TargetError("is no model, and only a model has parameters", path=goal.checkpoint.path, hint="give module:Net")
     source = _opening.open_source(seen, target=goal.checkpoint)
-    found = param_groups(
-        goal.build_meta(),
-        source,
-        lr=lr,
-        fresh_lr=fresh_lr,
-        fresh_scale=fresh_scale,
-        weight_decay=weight_decay,
-        overrides=overrides,
-        layer_decay=layer_decay,
-        layers=layers,
-        no_decay=no_decay,
-        partial=partial,
-    )
+    from ckptsurgeon.api import _live
+
+    found = _live.param_groups(goal.build_meta(), source, options)
     return [
         {
             "name": row["name"],

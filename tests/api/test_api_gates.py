@@ -8,6 +8,7 @@ from planning_support import checkpoint, model, rule
 
 import ckptsurgeon as cs
 from ckptsurgeon.api import _gates
+from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.cli.main import cli
 from ckptsurgeon.errors import CoverageError, PlanError, StrictError
 from ckptsurgeon.planning.plan import make_plan
@@ -18,15 +19,15 @@ from ckptsurgeon.views.text.words import coverage
 def test_nothing_covered_is_a_no():
     plan = make_plan([checkpoint({"a": (2,), "b": (3,)})], model({"x": (2,), "b": (4,)}))
     with pytest.raises(CoverageError) as caught:
-        _gates.check(plan)
+        _gates.check(plan, RuleOptions())
     assert caught.value.exit_code == 1 and caught.value.path == "a.pt" and "ckptsurgeon diff" in (caught.value.hint or "")
     with pytest.raises(CoverageError):
-        _gates.check(plan, min_coverage=0.0)
+        _gates.check(plan, RuleOptions(min_coverage=0.0))
 
 
 def test_an_empty_target_asks_for_nothing():
-    _gates.check(make_plan([checkpoint(["a"])], model([])), min_coverage=1.0)
-    _gates.check(make_plan([checkpoint([])], None))
+    _gates.check(make_plan([checkpoint(["a"])], model([])), RuleOptions(min_coverage=1.0))
+    _gates.check(make_plan([checkpoint([])], None), RuleOptions())
 
 
 @pytest.mark.parametrize(
@@ -37,37 +38,37 @@ def test_the_least_coverage_holds_for_both_measures(given, tensors, elements):
     plan = make_plan([checkpoint(given)], model({"a": (90,), "b": (1,), "c": (9,)}))
     assert (plan.coverage.tensors, plan.coverage.elements) == (tensors, elements)
     least = min(tensors, elements)
-    _gates.check(plan, min_coverage=least)
+    _gates.check(plan, RuleOptions(min_coverage=least))
     with pytest.raises(CoverageError) as caught:
-        _gates.check(plan, min_coverage=least + 0.001)
+        _gates.check(plan, RuleOptions(min_coverage=least + 0.001))
     assert caught.value.exit_code == 1
     with pytest.raises(CoverageError):
-        _gates.check(plan, min_coverage=max(tensors, elements))
+        _gates.check(plan, RuleOptions(min_coverage=max(tensors, elements)))
 
 
 def test_a_share_that_is_none():
     plan = make_plan([checkpoint(["a"])], model(["a"]))
     for share in (-0.1, 1.1, 90, float("nan")):
         with pytest.raises(PlanError):
-            _gates.check(plan, min_coverage=share)
-    _gates.check(plan, min_coverage=1.0, strict=True)
+            _gates.check(plan, RuleOptions(min_coverage=share))
+    _gates.check(plan, RuleOptions(min_coverage=1.0, strict=True))
 
 
 def test_strict_refuses_what_no_rule_names():
     source, target = checkpoint({"a": (2,), "b": (3,), "c": (2,)}), model({"a": (2,), "b": (2,), "d": (2,)})
     plan = make_plan([source], target)
-    _gates.check(plan)
+    _gates.check(plan, RuleOptions())
     with pytest.raises(StrictError) as caught:
-        _gates.check(plan, strict=True)
+        _gates.check(plan, RuleOptions(strict=True))
     assert caught.value.exit_code == 1 and {problem.partition(":")[0] for problem in caught.value.problems} == {"b", "c", "d"}
-    _gates.check(make_plan([source], target, [rule("drop", "b"), rule("drop", "c"), rule("init", "d", "zeros")]), strict=True)
-    _gates.check(make_plan([source], target, [rule("init", "b", "zeros"), rule("rename", "c", "d")]), strict=True)
+    _gates.check(make_plan([source], target, [rule("drop", "b"), rule("drop", "c"), rule("init", "d", "zeros")]), RuleOptions(strict=True))
+    _gates.check(make_plan([source], target, [rule("init", "b", "zeros"), rule("rename", "c", "d")]), RuleOptions(strict=True))
 
 
 def test_many_loose_keys_are_counted():
     plan = make_plan([checkpoint(["a", *(f"x{i}" for i in range(50))])], model(["a"]))
     with pytest.raises(StrictError) as caught:
-        _gates.check(plan, strict=True)
+        _gates.check(plan, RuleOptions(strict=True))
     assert len(caught.value.problems) == 21 and caught.value.problems[-1] == "and 30 more" and "50 keys" in caught.value.reason
 
 

@@ -8,6 +8,7 @@ import torch
 from api_support import same
 
 import ckptsurgeon as cs
+from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.api._rules import gather
 from ckptsurgeon.errors import CheckpointError, FormatError, RuleError, UnreadableError
 from ckptsurgeon.rules.rules import Rule, from_arguments
@@ -72,11 +73,11 @@ def test_the_problems_of_all_files_at_once(here):
         written("c/other.toml", "[[adapt]]\nkey='a'\nop='nope'\n"),
     )
     with pytest.raises(RuleError) as caught:
-        gather((), [one, "good.toml", other])
+        gather(RuleOptions(rules=[one, "good.toml", other]))
     assert [problem.partition(": ")[0] for problem in caught.value.problems] == ["one.toml", "one.toml", "c/other.toml"]
     assert "line 4: there is no rule 'dorp'; is it [[drop]]?" in str(caught.value) and "no adapter 'nope'" in str(caught.value)
     with pytest.raises(RuleError) as caught:
-        gather((), [other, "good.toml"])
+        gather(RuleOptions(rules=[other, "good.toml"]))
     assert caught.value.path == "c/other.toml"
 
 
@@ -86,13 +87,17 @@ def test_the_problems_of_all_files_at_once(here):
 def test_arguments_come_before_files_and_files_in_the_order_given(here):
     first, second = written("1.toml", RENAME.format("a", "one")), written("2.toml", RENAME.format("b", "two"))
     arguments = from_arguments({"x": "y"}, ["z"])
-    assert gather(arguments, [first, second]).rules == (*arguments, Rule("rename", "a", "one"), Rule("rename", "b", "two"))
-    assert gather((), [Path(second), Rule("drop", "k"), first]).rules == (
+    assert gather(RuleOptions(rename={"x": "y"}, drop=["z"], rules=[first, second])).rules == (
+        *arguments,
+        Rule("rename", "a", "one"),
+        Rule("rename", "b", "two"),
+    )
+    assert gather(RuleOptions(rules=[Path(second), Rule("drop", "k"), first])).rules == (
         Rule("rename", "b", "two"), Rule("drop", "k"), Rule("rename", "a", "one"),
     )  # fmt: skip
     for alone in (first, Path(first), Rule("rename", "a", "one")):
-        assert gather((), alone).rules == (Rule("rename", "a", "one"),)
-    assert gather((), ()).rules == ()
+        assert gather(RuleOptions(rules=alone)).rules == (Rule("rename", "a", "one"),)
+    assert gather(RuleOptions(rules=())).rules == ()
 
 
 def test_an_argument_overrides_a_file(here):
@@ -117,10 +122,14 @@ def test_a_stage_of_one_file_goes_on_in_the_next_and_back(here):
 def test_reverse_is_for_files_and_says_which_rule_can_not_be_turned(here):
     one, two = written("1.toml", RENAME.format("a.{p}", "b.{p}") + '[[drop]]\nkey="k"\n'), written("2.toml", RENAME.format("c.*", "d"))
     with pytest.raises(RuleError) as caught:
-        gather((), [one, two], reverse=True)
+        gather(RuleOptions(rules=[one, two], reverse=True))
     assert [problem.partition(": ")[0] for problem in caught.value.problems] == ["drop 'k' (1.toml:4)", "rename 'c.*' 'd' (2.toml:1)"]
     kept = Rule("drop", "k")
-    assert gather((), [kept, written("3.toml", RENAME.format("a", "b"))], reverse=True).rules == (kept, Rule("rename", "b", "a"))
+    other = written("3.toml", RENAME.format("a", "b"))
+    assert gather(RuleOptions(rules=[kept, other], reverse=True)).rules == (
+        kept,
+        Rule("rename", "b", "a"),
+    )
 
 
 # ---- what rules name outside of themselves
@@ -139,7 +148,7 @@ def test_token_lists_lie_beside_the_rules_file_that_names_them(here):
     # An argument's list lies where the person is.
     cs.merge("a.pt", None, "here.pt", adapt={"emb.w": "rows(source='conf/old.txt', target='conf/more/new.txt', fill='zeros')"})
     same(torch.load("here.pt"), wanted)
-    assert set(gather((), [rules]).outside.labels) == {"conf/old.txt", "conf/more/new.txt"}
+    assert set(gather(RuleOptions(rules=[rules])).outside.labels) == {"conf/old.txt", "conf/more/new.txt"}
 
 
 def test_a_token_list_that_is_not_there_or_none_says_which(here):
@@ -164,7 +173,7 @@ def test_a_persons_own_adapter_is_imported_only_when_a_rule_names_it(here, monke
     rules = written("r.toml", "[[adapt]]\nkey = 'w'\nop = 'flips_of_mine:turn'\n")
     assert cs.load_rules(rules) and not Path("imported").exists()
     said = []
-    made = gather((), [rules], note=said.append)
+    made = gather(RuleOptions(rules=[rules]), note=said.append)
     assert Path("imported").exists() and "flips_of_mine" in " ".join(map(str, said)) and set(made.outside.shapes) == {"flips_of_mine:turn"}
     cs.merge("a.pt", None, "out.pt", rules=rules)
     same(torch.load("out.pt"), {"w": torch.arange(6.0).view(2, 3).T.contiguous(), "v": torch.ones(1)})

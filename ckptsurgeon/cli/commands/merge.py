@@ -11,22 +11,6 @@ from ckptsurgeon.cli import options
 if TYPE_CHECKING:
     from ckptsurgeon.rules.rules import Rule
 
-DECIDING = (
-    "root",
-    "reverse",
-    "auto",
-    "match",
-    "accept_uncertain",
-    "average",
-    "dtype",
-    "allow_cast",
-    "dequantize",
-    "seed",
-    "min_coverage",
-    "strict",
-)
-WRITING = ("verify", "device", "tied", "with_optimizer", "optimizer_root", "optimizer_names", "finite")
-
 
 @click.command("merge", cls=options.RuleCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="CKPT... TARGET")
@@ -71,15 +55,15 @@ def command(
     sources, target = options.split(paths, average)
     choices |= {"average": options.mean(average, weights)}
     note = show.note()
-    choices["with_optimizer"] = choices["with_optimizer"] or choices["optimizer_from"] is not None
     if dry_run:
-        if choices["with_optimizer"]:
+        if choices["with_optimizer"] or choices["optimizer_from"] is not None:
             note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")
-        made = api.plan(sources, target, rules=rules, note=note, **{name: choices[name] for name in DECIDING})
-        from ckptsurgeon.api._options import refuse_idle_writing
+        from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect
+        from ckptsurgeon.api._writing import refuse_idle_writing
 
-        written = api.output_format(choices["output"], choices["format"])
-        refuse_idle_writing(made, written, **{name: choices[name] for name in WRITING})
+        deciding = vars(collect(RuleOptions, {**choices, "rules": rules}))
+        made = api.plan(sources, target, note=note, **deciding)
+        refuse_idle_writing(made, collect(OutputOptions, choices), collect(TrainingOptions, choices), written=False)
         show.result(made)
         return 0
     done = api.merge(sources, target, rules=rules, note=note, **choices)
