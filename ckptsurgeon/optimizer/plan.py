@@ -88,9 +88,9 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
     step = next((step for step in own if step.sources), None)
     if step is None:
         return ParameterPlan(parameter, reason=FRESH if own else "is not in the state_dict")
-    ops = moment_ops(step.adapters)
+    ops = moment_ops(step.adapters) if step.action != "load" else None
     if ops is None:
-        names = " | ".join(dict.fromkeys(str(op["op"]) for op in step.adapters))
+        names = " | ".join(dict.fromkeys(str(op["op"]) for op in step.changes))
         return ParameterPlan(parameter, sources=step.sources, reason=f"its weights are computed by {names}, which moments can't follow")
     missing = next((key for key in step.sources if key not in held), None)
     if missing is not None:

@@ -82,7 +82,12 @@ class Step:
 
     @property
     def adapters(self) -> tuple[Mapping[str, Any], ...]:
-        """The ops that change source tensors, without casts and initial values."""
+        """The adapters that change source tensors: its ops without casts, initial values and torch's own load."""
+        return tuple(op for op in self.changes if op["op"] != "load")
+
+    @property
+    def changes(self) -> tuple[Mapping[str, Any], ...]:
+        """The ops that change source tensors: its adapters, or torch's load."""
         return tuple(op for op in self.ops if op["op"] not in ("cast", "init"))
 
     @property
@@ -166,7 +171,7 @@ class Plan(Result):
     @property
     def adapted(self) -> tuple[str, ...]:
         """Target keys whose sources adapters change."""
-        return tuple(step.target for step in self.steps if step.adapters)
+        return tuple(step.target for step in self.steps if step.changes)
 
     @property
     def partial(self) -> tuple[str, ...]:

@@ -256,7 +256,7 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
         return
     by_key = {step.target: step for step in steps}
     made = find({step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps})
-    plain = {step.sources[0] for step in steps if len(step.sources) == 1 and not step.adapters}
+    plain = {step.sources[0] for step in steps if len(step.sources) == 1 and not step.changes}
     for step in steps:
         for number, key in step.sources:
             codes = by_source[number].get(key)
@@ -268,8 +268,8 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
             if asked and codes.op is None:
                 why = "values are made of both together" if codes.whole else "how to make values of them is not known here"
                 yield step.target, f"{what}, and {why}", way
-            elif step.adapters:
-                yield step.target, f"{what}, and would be changed by {step.adapters[0]['op']}", way
+            elif step.changes:
+                yield step.target, f"{what}, and would be changed by {step.changes[0]['op']}", way
             elif step.cast is not None:
                 yield step.target, f"{what}, and would be cast to {step.cast}", way
             elif averaged:
@@ -312,5 +312,5 @@ def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequen
         whole = by_source[number].get(given)
         wanted_scales = [] if whole is None else [((number, name),) for name in whole.here]
         same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == wanted_scales
-        if not same or any(row.adapters for row in scales):
+        if not same or any(row.changes for row in scales):
             yield key, f"{codes.of_target}, and would not get codes and scales from one place", _OF_TARGET
