@@ -9,11 +9,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from ckptsurgeon.errors import FormatError
+from ckptsurgeon.storage.copying import BUFFER
 
-_AT_ONCE = 4 << 20
 
-
-def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: str, at_once: int = _AT_ONCE) -> Iterator[bytes]:
+def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: str, at_once: int = BUFFER) -> Iterator[bytes]:
     """The `size` bytes that a deflated zip entry holds, in parts of a few megabytes.
 
     Args:
