@@ -1,8 +1,8 @@
 """Chooses which nested dict of a file is the state_dict.
 
-With a target: the one that covers it best; another one that covers 0.9 as much is an error (raw weights and their EMA), unless it has the
-same bytes, or is a parent that is read together, or a part of that. Without: the only one there is, or the one that is asked for by name.
-What is an optimizer's own is taken only by name. Several dicts under one parent may also be read together, their names joined.
+With a target: the dict that covers it best. A second dict that covers 0.9 as much is an error (raw weights and their EMA), unless it has
+the same bytes, or is a parent read together with its dicts, or one of these. Without a target: the only dict, or the one asked for by name.
+An optimizer's own dicts are taken only by name. Several dicts under one parent may also be read together, their names joined.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
         raise PartError(archive.part.reason, path=archive.path, hint=archive.part.hint)
     if root is not None:
         return checkpoint(archive, _named(archive, root))
-    found = _unasked(archive)
-    if len(found) == 1:
-        return checkpoint(archive, found[0])
+    candidates = _unasked(archive)
+    if len(candidates) == 1:
+        return checkpoint(archive, candidates[0])
     if target is not None:
         return checkpoint(archive, _best(archive, target))
-    serious = _serious(found)
+    serious = _serious(candidates)
     if len(serious) > 1:
         raise RootError(f"holds {len(serious)} state_dicts: {_listing(serious)}", path=archive.path, hint=_advice(serious))
     return checkpoint(archive, serious[0])
@@ -51,25 +51,27 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
 
 def _unasked(archive: Archive) -> Sequence[StateDict]:
     """The state_dicts that may be taken without being named: not an optimizer's own, such as its moments by the parameters' names."""
-    found = [one for one in archive.state_dicts if not (of_optimizer(one.root) or all_moments(one.tensors))]
-    if not found:
+    candidates = [
+        state_dict for state_dict in archive.state_dicts if not (of_optimizer(state_dict.root) or all_moments(state_dict.tensors))
+    ]
+    if not candidates:
         raise RootError(
             f"holds an optimizer's state and no model's: {_listing(archive.state_dicts)}",
             path=archive.path,
             hint=f"give the file with the model's weights; what is meant all the same is named: --root {archive.state_dicts[0].root!r}",
         )
-    return found
+    return candidates
 
 
 def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> Checkpoint:
-    """`archive` seen as the checkpoint under one of its roots, or under several joined; `alone`, nothing is told of what else it holds."""
+    """`archive` seen as the checkpoint under one of its roots, or under several joined; `alone` leaves out what else it holds."""
     others: Sequence[StateDict] = ()
     if alone:
         pass
-    elif any(found is chosen for found in archive.state_dicts):
-        others = [found for found in archive.state_dicts if found is not chosen]
+    elif any(state_dict is chosen for state_dict in archive.state_dicts):
+        others = [state_dict for state_dict in archive.state_dicts if state_dict is not chosen]
     else:
-        others = [found for found in archive.state_dicts if _below(found.root, _parent(chosen.root)) is None]
+        others = [state_dict for state_dict in archive.state_dicts if _below(state_dict.root, _parent(chosen.root)) is None]
     return Checkpoint(
         path=archive.path,
         format=archive.format,
@@ -90,13 +92,13 @@ def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> C
 
 
 def _named(archive: Archive, root: str) -> StateDict:
-    names = [found.root for found in archive.state_dicts]
+    names = [state_dict.root for state_dict in archive.state_dicts]
     joined = _join(archive.state_dicts, _parent(root)) if root not in names else None
     if joined is not None and joined.root == root:
         return joined
-    for found in archive.state_dicts:
-        if found.root == root:
-            return found
+    for state_dict in archive.state_dicts:
+        if state_dict.root == root:
+            return state_dict
     raise RootError(
         f"has no state_dict at {root!r}{close_words(root, names)}",
         path=archive.path,
@@ -109,11 +111,11 @@ def at_place(value: Any, place: str) -> StateDict | None:
     tensors: dict[str, TensorMeta] = {}
     waiting = [("", training_places.at_place(value, place))]
     while waiting:
-        head, one = waiting.pop()
-        if isinstance(one, TensorMeta) and head:
-            tensors[head] = replace(one, name=head)
-        elif isinstance(one, (Mapping, list, tuple)):
-            items = list(one.items() if isinstance(one, Mapping) else enumerate(one))
+        head, node = waiting.pop()
+        if isinstance(node, TensorMeta) and head:
+            tensors[head] = replace(node, name=head)
+        elif isinstance(node, (Mapping, list, tuple)):
+            items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
             waiting += [(f"{head}.{key}" if head else str(key), child) for key, child in reversed(items) if type(key) in (str, int)]
     return StateDict(place, tensors) if tensors else None
 
@@ -123,17 +125,17 @@ def _words(state_dict: StateDict) -> str:
     return f"{state_dict.root or 'the top dict'} ({count} tensor{'s' if count != 1 else ''})"
 
 
-def _listing(found: Sequence[StateDict]) -> str:
-    return ", ".join(map(_words, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+def _listing(state_dicts: Sequence[StateDict]) -> str:
+    return ", ".join(map(_words, state_dicts[:_SHOWN])) + (f" and {len(state_dicts) - _SHOWN} more" if len(state_dicts) > _SHOWN else "")
 
 
-def _advice(found: Sequence[StateDict]) -> str:
-    return f"choose one: --root {found[0].root!r}"
+def _advice(state_dicts: Sequence[StateDict]) -> str:
+    return f"choose one: --root {state_dicts[0].root!r}"
 
 
 def _serious(state_dicts: Sequence[StateDict]) -> Sequence[StateDict]:
     """Without dicts that hold no weights (losses, counters, states of random generators), unless there is nothing else."""
-    return [found for found in state_dicts if any(map(_is_weight, found.tensors.values()))] or state_dicts
+    return [state_dict for state_dict in state_dicts if any(map(_is_weight, state_dict.tensors.values()))] or state_dicts
 
 
 def _is_weight(tensor: TensorMeta) -> bool:
@@ -141,7 +143,7 @@ def _is_weight(tensor: TensorMeta) -> bool:
 
 
 def _parent(root: str) -> str:
-    """Whose dicts a joined root reads together."""
+    """The parent whose dicts a joined root reads together."""
     return root[: -len(ALL)].rstrip(".") if root.endswith(ALL) else root
 
 
@@ -155,19 +157,19 @@ def _below(root: str, parent: str) -> str | None:
 def _join(state_dicts: Sequence[StateDict], parent: str) -> StateDict | None:
     """Every state_dict at and below `parent` as one whose keys begin with the places of the dicts below; None where there are not two, or
     where two keys would be one."""
-    below = [(head, found) for found in state_dicts if (head := _below(found.root, parent)) is not None]
+    below = [(head, state_dict) for state_dict in state_dicts if (head := _below(state_dict.root, parent)) is not None]
     if not any(head for head, _ in below):
         return None
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
-    for head, found in below:
-        for key, tensor in found.tensors.items():
+    for head, state_dict in below:
+        for key, tensor in state_dict.tensors.items():
             name = f"{head}.{key}" if head else key
             tensors[name] = replace(tensor, name=name)
-        entries.update({f"{head}.{key}" if head else key: entry for key, entry in found.entries.items()})
-        metadata.update({f"{head}.{path}".strip(".") if head else path: local for path, local in found.module_metadata.items()})
-    total = sum(len(found.tensors) + len(found.entries) for _, found in below)
+        entries.update({f"{head}.{key}" if head else key: entry for key, entry in state_dict.entries.items()})
+        metadata.update({f"{head}.{path}".strip(".") if head else path: local for path, local in state_dict.module_metadata.items()})
+    total = sum(len(state_dict.tensors) + len(state_dict.entries) for _, state_dict in below)
     if total != len({*tensors, *entries}):
         return None
     name = f"{parent}.{ALL}" if parent else ALL
@@ -179,12 +181,12 @@ def _joined(state_dicts: Sequence[StateDict]) -> Iterator[StateDict]:
     if len(state_dicts) > _MANY:
         return
     parents: dict[str, None] = {}
-    for found in state_dicts:
-        parts = found.root.split(".") if found.root else []
+    for state_dict in state_dicts:
+        parts = state_dict.root.split(".") if state_dict.root else []
         parents.update(dict.fromkeys(".".join(parts[:depth]) for depth in range(len(parts))))
     for parent in reversed(sorted(parents, key=len)[:_PARENTS]):
         joined = _join(state_dicts, parent)
-        if joined is not None and sum(_below(found.root, parent) is not None for found in state_dicts) > 1:
+        if joined is not None and sum(_below(state_dict.root, parent) is not None for state_dict in state_dicts) > 1:
             yield joined
 
 
@@ -213,28 +215,28 @@ class _Fit:
 
 
 def _best(archive: Archive, target: Checkpoint) -> StateDict:
-    own = _unasked(archive)
-    candidates = [*own, *_joined(own)]
+    unasked = _unasked(archive)
+    candidates = [*unasked, *_joined(unasked)]
     forms = {_form(key, tensor) for key, tensor in target.items()}
     fits: list[_Fit] = []
     least, work = 1.0, 0
-    for index, found in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
-        if sum(_form(key, tensor) in forms for key, tensor in found.tensors.items()) < least:
+    for index, state_dict in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
+        if sum(_form(key, tensor) in forms for key, tensor in state_dict.tensors.items()) < least:
             continue  # can't cover half of what the best one covers
-        work += len(found.tensors) + len(target)
-        if work > _WORK and index < len(own):
+        work += len(state_dict.tensors) + len(target)
+        if work > _WORK and index < len(unasked):
             raise RootError(
-                f"holds {len(own)} state_dicts, too many to find the one that fits {target.path} best",
+                f"holds {len(unasked)} state_dicts, too many to find the one that fits {target.path} best",
                 path=archive.path,
-                hint=_advice(own),
+                hint=_advice(unasked),
             )
-        fit = _fit(found, target, index >= len(own))
+        fit = _fit(state_dict, target, index >= len(unasked))
         fits.append(fit)
         least = max(least, len(fit.origins) / 2)
-    order = {id(found): index for index, found in enumerate(candidates)}
+    order = {id(state_dict): index for index, state_dict in enumerate(candidates)}
     fits.sort(key=lambda fit: (-len(fit.origins), order[id(fit.found)]))
     if not fits or not fits[0].origins:
-        serious = _serious(own)
+        serious = _serious(unasked)
         if len(serious) == 1:
             return serious[0]
         raise RootError(
@@ -249,7 +251,7 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
         listing = ", ".join(f"{fit.found.root!r}" for fit in apart[:_SHOWN]) + (
             f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
         )
-        averaged = average([found.root for found in archive.state_dicts], archive.beside)
+        averaged = average([state_dict.root for state_dict in archive.state_dicts], archive.beside)
         counts = tuple(
             f"{_words(fit.found)}: {len(fit.origins)} of the target's {len(target)}"
             + (", the average of the weights" if fit.found.root == averaged else "")
@@ -272,17 +274,17 @@ def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
     return last, tensor.shape
 
 
-def _fit(found: StateDict, target: Checkpoint, joined: bool) -> _Fit:
+def _fit(state_dict: StateDict, target: Checkpoint, joined: bool) -> _Fit:
     """What a state_dict covers under the change of names that explains most, whether that is applied or its rivals are asked for."""
-    mapping = find_change(found.tensors, target).best.mapping
-    parent = _parent(found.root)
+    mapping = find_change(state_dict.tensors, target).best.mapping
+    parent = _parent(state_dict.root)
     origins: dict[str, Hashable] = {}
     spans: set[Hashable] = set()
     for key, name in mapping.items():
-        tensor = found.tensors[key]
+        tensor = state_dict.tensors[key]
         place = tensor.place or (f"{parent}.{key}" if parent else key)
         spans.add(place)
         crc = tensor.span.checksum() if tensor.span is not None else None
         # Bytes of one length and checksum, laid out alike, are the same bytes.
         origins[name] = (tensor.dtype, tensor.stride, crc, tensor.nbytes) if crc else place
-    return _Fit(found, origins, frozenset(spans), sum(target[name].numel for name in origins), joined)
+    return _Fit(state_dict, origins, frozenset(spans), sum(target[name].numel for name in origins), joined)

@@ -1,7 +1,7 @@
 """Gives a scheduler or a gradient scaler the state of another run, and turns live training state into the trees that files give.
 
 A state is carried where its keys, kinds of values and number of groups are those of the new object, and else left out with the reason:
-half a schedule is none. Everything is checked before anything is loaded; a failure puts back what was there.
+half a schedule would drive the rate wrongly. Everything is checked before anything is loaded; a failure puts back what was there.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict
 from ckptsurgeon.tensors import Refused, TensorMeta
 
 Fetch = Callable[[TensorMeta], torch.Tensor]
-# What versions of torch's schedulers have and have not; none of it is about the schedule.
+# Some versions of torch's schedulers keep these, others do not; they say nothing of the schedule.
 VOLATILE = frozenset({"verbose", "_is_initial", "_get_lr_called_within_step"})
 # One value for each of the optimizer's groups.
 BY_GROUP = frozenset({"base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 
 
 class Unfit(Exception):
-    """A state that does not go with the object that is to take it; never leaves this module."""
+    """A state that does not fit the object that is to take it; never leaves this module."""
 
 
-def fitted(own: Mapping[str, Any], given: Any, fetch: Fetch, groups: int | None = None) -> dict[str, Any] | str:
-    """A given state as the object whose own state is `own` would have it; or, in words, why it does not go with it.
+def fitted(own: Mapping[str, Any], saved: Any, fetch: Fetch, groups: int | None = None) -> dict[str, Any] | str:
+    """A saved state in the form of the object whose own state is `own`; or, in words, why it does not fit that object.
 
     Args:
         groups: how many groups the optimizer has, for a scheduler.
@@ -43,67 +43,67 @@ def fitted(own: Mapping[str, Any], given: Any, fetch: Fetch, groups: int | None 
     "lacks 'gamma' and has 'step_size' more"
     """
     try:
-        found: dict[str, Any] = _like("", own, given, fetch, groups)
+        state: dict[str, Any] = _like("", own, saved, fetch, groups)
     except Unfit as error:
         return str(error)
-    return found
+    return state
 
 
-def _like(place: str, own: Any, given: Any, fetch: Fetch, groups: int | None) -> Any:
-    if isinstance(given, Refused):
-        raise Unfit(f"{_at(place)} is {given.reason}")
-    if type(given) is TensorMeta:
-        tensor = fetch(given).detach().clone()
+def _like(place: str, own: Any, saved: Any, fetch: Fetch, groups: int | None) -> Any:
+    if isinstance(saved, Refused):
+        raise Unfit(f"{_at(place)} is {saved.reason}")
+    if type(saved) is TensorMeta:
+        tensor = fetch(saved).detach().clone()
         return tensor if isinstance(own, torch.Tensor) else _like(place, own, tensor.item() if tensor.numel() == 1 else None, fetch, groups)
     if isinstance(own, Counter):
-        if not isinstance(given, Mapping) or not all(type(item) is int for pair in given.items() for item in pair):
+        if not isinstance(saved, Mapping) or not all(type(item) is int for pair in saved.items() for item in pair):
             raise Unfit(f"{_at(place)} is no count of whole numbers")
-        return Counter(given)
+        return Counter(saved)
     if isinstance(own, Mapping):
-        return _like_dict(place, own, given, fetch, groups)
+        return _like_dict(place, own, saved, fetch, groups)
     if isinstance(own, (list, tuple)):
-        return _like_list(place, own, given, fetch, groups)
-    if own is None or given is None:
-        kept = own if own is not None else given
+        return _like_list(place, own, saved, fetch, groups)
+    if own is None or saved is None:
+        kept = own if own is not None else saved
         if kept is not None and type(kept) not in (int, float, bool, str):
             raise Unfit(f"{_at(place)} is a {type(kept).__name__}, or none")
-        return given
+        return saved
     numbers = (int, float)
-    if isinstance(own, torch.Tensor) and type(given) in numbers:
-        return torch.full_like(own, given)
-    if type(own) is not type(given) and not (type(own) in numbers and type(given) in numbers):
-        raise Unfit(f"{_at(place)} is a {type(given).__name__}, not a {type(own).__name__}")
-    if type(given) is float and math.isnan(given):
+    if isinstance(own, torch.Tensor) and type(saved) in numbers:
+        return torch.full_like(own, saved)
+    if type(own) is not type(saved) and not (type(own) in numbers and type(saved) in numbers):
+        raise Unfit(f"{_at(place)} is a {type(saved).__name__}, not a {type(own).__name__}")
+    if type(saved) is float and math.isnan(saved):
         raise Unfit(f"{_at(place)} is not a number")
-    if type(given) is int and given.bit_length() > 63:
+    if type(saved) is int and saved.bit_length() > 63:
         raise Unfit(f"{_at(place)} is beyond 64 bits")
-    return given
+    return saved
 
 
-def _like_dict(place: str, own: Mapping[Any, Any], given: Any, fetch: Fetch, groups: int | None) -> dict[Any, Any]:
-    if not isinstance(given, Mapping):
+def _like_dict(place: str, own: Mapping[Any, Any], saved: Any, fetch: Fetch, groups: int | None) -> dict[Any, Any]:
+    if not isinstance(saved, Mapping):
         raise Unfit(f"{_at(place)} is no dict")
-    lacks = [name for name in own if name not in given and name not in VOLATILE]
-    more = [name for name in given if name not in own and name not in VOLATILE]
+    lacks = [name for name in own if name not in saved and name not in VOLATILE]
+    more = [name for name in saved if name not in own and name not in VOLATILE]
     if lacks or more:
         words = ([f"lacks {lacks[0]!r:.60}"] if lacks else []) + ([f"has {more[0]!r:.60} more"] if more else [])
         raise Unfit(f"{f'{_at(place)} ' if place else ''}{' and '.join(words)}")
     return {
-        name: _like(f"{place}.{name}" if place else str(name), value, given[name], fetch, groups)
+        name: _like(f"{place}.{name}" if place else str(name), value, saved[name], fetch, groups)
         for name, value in own.items()
-        if name in given
+        if name in saved
     }
 
 
-def _like_list(place: str, own: Sequence[Any], given: Any, fetch: Fetch, groups: int | None) -> Any:
-    if not isinstance(given, (list, tuple)):
+def _like_list(place: str, own: Sequence[Any], saved: Any, fetch: Fetch, groups: int | None) -> Any:
+    if not isinstance(saved, (list, tuple)):
         raise Unfit(f"{_at(place)} is no list")
-    if groups is not None and place.rpartition(".")[2] in BY_GROUP and len(given) != groups:
-        raise Unfit(f"is for {len(given)} groups, and the optimizer has {groups}")
-    if any(isinstance(one, Mapping) for one in own) and len(own) != len(given):
-        raise Unfit(f"{_at(place)} has {len(given)} parts, not {len(own)}")
-    pattern = list(own) if len(own) == len(given) else [own[0] if own else None] * len(given)
-    rows = [_like(f"{place}.{index}", one, value, fetch, groups) for index, (one, value) in enumerate(zip(pattern, given, strict=True))]
+    if groups is not None and place.rpartition(".")[2] in BY_GROUP and len(saved) != groups:
+        raise Unfit(f"is for {len(saved)} groups, and the optimizer has {groups}")
+    if any(isinstance(like, Mapping) for like in own) and len(own) != len(saved):
+        raise Unfit(f"{_at(place)} has {len(saved)} parts, not {len(own)}")
+    pattern = list(own) if len(own) == len(saved) else [own[0] if own else None] * len(saved)
+    rows = [_like(f"{place}.{index}", like, value, fetch, groups) for index, (like, value) in enumerate(zip(pattern, saved, strict=True))]
     return rows if isinstance(own, list) else tuple(rows)
 
 
@@ -112,43 +112,43 @@ def _at(place: str) -> str:
 
 
 def driven(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a carried scheduler drives in each of the optimizer's groups: the rate it stood at, and, where it cycles them, the momentum.
+    """What a carried scheduler sets in each of the optimizer's groups: its last learning rate, and, where it cycles them, the momentum.
 
     Args:
         state: the scheduler's, fitted.
         groups: the optimizer's own groups; `saved` those of the source's optimizer, where it is known.
     """
     rates, base = state.get("_last_lr"), state.get("base_lrs")
-    found: list[dict[str, Any]] = []
+    by_group: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        own: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if isinstance(rates, list) and len(rates) == len(groups):
-            own["lr"] = rates[index]
+            values["lr"] = rates[index]
         if isinstance(base, list) and len(base) == len(groups) and "initial_lr" in group:
-            own["initial_lr"] = base[index]
+            values["initial_lr"] = base[index]
         if state.get("cycle_momentum") and len(saved) == len(groups):
             for word in ("momentum", "betas"):
                 value: Any = saved[index].get(word)
                 if word in group and _is_momentum(value):
-                    own[word] = value if word == "momentum" else tuple(value)
-        found.append(own)
-    return found
+                    values[word] = value if word == "momentum" else tuple(value)
+        by_group.append(values)
+    return by_group
 
 
 def _is_momentum(value: Any) -> bool:
     values = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-    return all(type(one) in (int, float) and 0 <= one < 1 for one in values)
+    return all(type(number) in (int, float) and 0 <= number < 1 for number in values)
 
 
 def own_state(taker: Any) -> dict[str, Any]:
-    """What a scheduler or scaler says its state is."""
+    """The `state_dict()` of a scheduler or scaler."""
     state: dict[str, Any] = user_code.call(type(taker).__name__, taker.state_dict)
     return state
 
 
 @contextmanager
 def loaded(taker: Any, state: dict[str, Any]) -> Iterator[None]:
-    """Give a scheduler or scaler its state; when that, or what is done within, fails, it has what it had.
+    """Load a state into a scheduler or scaler; when that, or the `with` block, fails, it gets its former state back.
 
     Raises:
         TargetError: the object refuses the state.
@@ -172,10 +172,10 @@ def live_tree(value: Any, place: str = "") -> tuple[Any, dict[str, torch.Tensor]
     (3, (2,), ['exp_avg'])
     """
     tensors: dict[str, torch.Tensor] = {}
-    return _told(value, place, tensors, (), 0), tensors
+    return _as_tree(value, place, tensors, (), 0), tensors
 
 
-def _told(value: Any, place: str, tensors: dict[str, torch.Tensor], above: tuple[int, ...], depth: int) -> Any:
+def _as_tree(value: Any, place: str, tensors: dict[str, torch.Tensor], above: tuple[int, ...], depth: int) -> Any:
     if isinstance(value, torch.Tensor):
         while place in tensors:
             place += "'"
@@ -193,6 +193,6 @@ def _told(value: Any, place: str, tensors: dict[str, torch.Tensor], above: tuple
         return Refused("a value that contains itself, or is nested too deep")
     within = (*above, id(value))
     if isinstance(value, Mapping):
-        return {key: _told(one, f"{place}.{key}".lstrip("."), tensors, within, depth + 1) for key, one in value.items()}
-    rows = [_told(one, f"{place}.{index}".lstrip("."), tensors, within, depth + 1) for index, one in enumerate(value)]
+        return {key: _as_tree(item, f"{place}.{key}".lstrip("."), tensors, within, depth + 1) for key, item in value.items()}
+    rows = [_as_tree(item, f"{place}.{index}".lstrip("."), tensors, within, depth + 1) for index, item in enumerate(value)]
     return rows if isinstance(value, list) else tuple(rows)

@@ -30,16 +30,16 @@ def make_inputs(text: str, note: Note) -> tuple[Any, Any]:
     """
     spec = parse(text)
     with imports.search(spec):
-        found = resolve(spec, note)
-        if not callable(found):
+        function = resolve(spec, note)
+        if not callable(function):
             raise TargetError(
                 "is no function that makes inputs", path=text, hint="write: def make_inputs(): return torch.randn(1, 3, 224, 224)"
             )
         with forked(0):
-            given = user_code.call(text, found, *spec.args, **spec.kwargs)
-    if isinstance(given, Mapping) and set(given) == set(SIDES):
-        return given["source"], given["target"]
-    return given, given
+            inputs = user_code.call(text, function, *spec.args, **spec.kwargs)
+    if isinstance(inputs, Mapping) and set(inputs) == set(SIDES):
+        return inputs["source"], inputs["target"]
+    return inputs, inputs
 
 
 def compare(source: nn.Module, target: nn.Module, inputs: tuple[Any, Any], tolerance: float) -> Twins:
@@ -47,38 +47,40 @@ def compare(source: nn.Module, target: nn.Module, inputs: tuple[Any, Any], toler
 
     Raises TargetError where a model fails on its inputs.
     """
-    one, other = (_run(model, given, side) for model, given, side in zip((source, target), inputs, SIDES, strict=True))
-    if not one or not other:
-        raise ModelError("gives no tensor to compare", path="the source's model" if not one else "the target's model")
+    source_outputs, target_outputs = (
+        _run(model, sample, side) for model, sample, side in zip((source, target), inputs, SIDES, strict=True)
+    )
+    if not source_outputs or not target_outputs:
+        raise ModelError("gives no tensor to compare", path="the source's model" if not source_outputs else "the target's model")
     rows: list[tuple[str, float | None, float | None]] = []
-    left = dict(other)
-    for place, tensor in one.items():
-        fits = [name for name, found in left.items() if found.shape == tensor.shape]
+    left = dict(target_outputs)
+    for place, tensor in source_outputs.items():
+        fits = [name for name, output in left.items() if output.shape == tensor.shape]
         name = place if place in fits else fits[0] if fits else None
         if name is None:
             rows.append((place, None, None))
             continue
-        wanted, given = tensor.double(), left.pop(name).double()
-        difference = float((wanted - given).abs().max()) if wanted.numel() else 0.0
+        wanted, sample = tensor.double(), left.pop(name).double()
+        difference = float((wanted - sample).abs().max()) if wanted.numel() else 0.0
         scale = float(wanted.abs().max()) if wanted.numel() else 0.0
         rows.append((place if name == place else f"{place} and {name}", difference, scale))
     return Twins((*rows, *((name, None, None) for name in left)), tolerance)
 
 
-def _run(model: nn.Module, given: Any, side: str) -> dict[str, torch.Tensor]:
+def _run(model: nn.Module, inputs: Any, side: str) -> dict[str, torch.Tensor]:
     """The floating outputs by place."""
-    args, kwargs = _arguments(copy.deepcopy(given))
+    args, kwargs = _arguments(copy.deepcopy(inputs))
     what = f"the {side}'s model"
     with torch.no_grad(), forked(0):
         user_code.call(what, model.eval)
-        found = user_code.call(what, model, *args, **kwargs)
-    return {place: tensor for place, tensor in tensors_of(found) if tensor.is_floating_point()}
+        outputs = user_code.call(what, model, *args, **kwargs)
+    return {place: tensor for place, tensor in tensors_of(outputs) if tensor.is_floating_point()}
 
 
-def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One argument, a tuple of them, arguments by name, or a pair of both."""
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
-        return given[0], dict(given[1])
-    return (given if isinstance(given, tuple) else (given,)), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], Mapping):
+        return inputs[0], dict(inputs[1])
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

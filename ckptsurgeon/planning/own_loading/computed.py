@@ -1,7 +1,7 @@
-"""Target keys whose values the target's own loading code computes from keys that it has not, such as a fused or a rescaled tensor.
+"""Target keys whose values the target's own loading code computes from keys that the target has not, such as a fused or a rescaled tensor.
 
-Torch's load has these values, no file has. So a plan hands torch's load the source's own keys, and takes what that leaves. Where one value
-of a module is in doubt, all of them are refused: its code gets all of its old keys, or none. Pure.
+These values are in no file: only torch's load makes them. So a plan gives torch's load the source's own keys, and takes the values that it
+leaves in the model. Where one value of a module is in doubt, all of them are refused: its code gets all of its old keys, or none. Pure.
 """
 
 from __future__ import annotations
@@ -45,82 +45,82 @@ def find_computed(
         return Computed()
     patterns = [compile_pattern(pattern) for pattern in allowed]
     for number, taken in names.outside.taken.items():
-        for head, found in _by_module(taken).items():
+        for head, values in _by_module(taken).items():
             rules = (*names.inits, *names.keeps, *names.adapts)
-            ruled = {key: str(rule.rule) for rule in rules for key in found if rule.match(key) is not None}
-            if len(ruled) == len(found):
+            ruled = {key: str(rule.rule) for rule in rules for key in values if rule.match(key) is not None}
+            if len(ruled) == len(values):
                 continue
-            given = {name: names.handed.get((number, name), ()) for name, place in taken.handed.items() if place == head}
-            claims = {name: names.claims[name].places for one in found.values() for name in one.names if name in names.claims}
-            whole = "sources are averaged, and each has its own" if average else _in_doubt(number, head, given, sources, names, found)
-            own = {key: whole or _unfit(one, target[key].dtype, key, patterns) or ruled.get(key, "") for key, one in found.items()}
-            if any(own.values()):
-                first = next(key for key, why in own.items() if why)
-                refused.update({key: (one, own[key] or f"it goes with {first}") for key, one in found.items()})
+            items_of = {name: names.handed.get((number, name), ()) for name, place in taken.handed.items() if place == head}
+            claims = {name: names.claims[name].places for value in values.values() for name in value.names if name in names.claims}
+            doubt = "sources are averaged, and each has its own" if average else _in_doubt(number, head, items_of, sources, names, values)
+            reasons = {key: doubt or _unfit(value, target[key].dtype, key, patterns) or ruled.get(key, "") for key, value in values.items()}
+            if any(reasons.values()):
+                first = next(key for key, why in reasons.items() if why)
+                refused.update({key: (value, reasons[key] or f"it goes with {first}") for key, value in values.items()})
                 continue
-            here = {name: items[0].places[0] for name, items in given.items()}
-            made.update(found)
-            handed.update(here)
-            for key, one in found.items():
-                places[key] = tuple(place for name in one.names for place in ([here[name]] if name in here else claims.get(name, ())))
+            keys = {name: items[0].places[0] for name, items in items_of.items()}
+            made.update(values)
+            handed.update(keys)
+            for key, value in values.items():
+                places[key] = tuple(place for name in value.names for place in ([keys[name]] if name in keys else claims.get(name, ())))
     return Computed({key: made[key] for key in target if key in made}, places, handed, refused)
 
 
 def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
     """What is computed, by the path of the outermost module whose code it is."""
-    found: dict[str, dict[str, Made]] = {}
-    for key, one in taken.made.items():
-        head = next(taken.handed[name] for name in (*one.names, key) if name in taken.handed)
-        found.setdefault(head, {})[key] = one
-    return found
+    by_head: dict[str, dict[str, Made]] = {}
+    for key, value in taken.made.items():
+        head = next(taken.handed[name] for name in (*value.names, key) if name in taken.handed)
+        by_head.setdefault(head, {})[key] = value
+    return by_head
 
 
 def _in_doubt(
-    number: int, head: str, given: Mapping[str, Sequence[object]], sources: Sequence[Checkpoint], names: Names, found: Mapping[str, Made]
+    number: int, head: str, handed: Mapping[str, Sequence[object]], sources: Sequence[Checkpoint], names: Names, values: Mapping[str, Made]
 ) -> str:
-    """Why a module's code can't get its old keys as they are in one source; nothing where it can."""
-    for name in given:
+    """Why a module's code can't get its old keys as they are in one source; `""` where it can."""
+    for name in handed:
         items = names.handed.get((number, name), ())
         if len(items) != 1 or len(items[0].places) != 1 or items[0].asked:
             return f"rules lead several tensors, or an adapted one, to {name}"
     for other, taken in names.outside.taken.items():
         if other != number and any(is_below(head, place) or is_below(place, head) or place == head for place in taken.handed.values()):
             return f"{sources[other].path} has old keys for its module too"
-    for key in found:
+    for key in values:
         claimed = names.claims[key].places[0][0] if key in names.claims else number
         if claimed != number:
             return f"{sources[claimed].path} has {key} itself"
     return ""
 
 
-def _unfit(one: Made, wanted: str, key: str, allowed: Sequence[Pattern]) -> str:
-    if not one.fits:
+def _unfit(value: Made, wanted: str, key: str, allowed: Sequence[Pattern]) -> str:
+    if not value.fits:
         return "it has another shape than the model's"
-    if _widens(one.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
+    if _widens(value.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
         return ""
-    return f"torch's load casts it from {one.dtype} to {wanted}, and what that loses is not counted; allow it: --allow-cast {key!r}"
+    return f"torch's load casts it from {value.dtype} to {wanted}, and what that loses is not counted; allow it: --allow-cast {key!r}"
 
 
-def _widens(given: str, wanted: str) -> bool:
+def _widens(own: str, wanted: str) -> bool:
     """Whether every value of one dtype is one of the other."""
-    one, other = BY_CODE[given], BY_CODE[wanted]
-    if given == wanted:
+    narrow, wide = BY_CODE[own], BY_CODE[wanted]
+    if own == wanted:
         return True
-    if one.kind == other.kind == "float":
-        return other.size > one.size and wanted in ("F32", "F64")
-    return one.kind == other.kind == "int" and other.size > one.size and (given[0] == wanted[0] or wanted[0] == "I")
+    if narrow.kind == wide.kind == "float":
+        return wide.size > narrow.size and wanted in ("F32", "F64")
+    return narrow.kind == wide.kind == "int" and wide.size > narrow.size and (own[0] == wanted[0] or wanted[0] == "I")
 
 
 def refuse(computed: Computed, source: Checkpoint) -> None:
     """Raises PlanError for what is computed and can't be had."""
     if not computed.refused:
         return
-    first = next(name for one, _ in computed.refused.values() for name in one.names)
+    first = next(name for value, _ in computed.refused.values() for name in value.names)
     read = loading(source.format).format(repr(source.path))
     raise PlanError(
         "the target's own loading code computes values from keys that it has not, in a way that a plan can't follow",
         problems=shortened(
-            f"{key}: a {one.by} makes it from {', '.join(one.names)}; {why}" for key, (one, why) in computed.refused.items()
+            f"{key}: a {value.by} makes it from {', '.join(value.names)}; {why}" for key, (value, why) in computed.refused.items()
         ),
         hint=f"load the file by torch once, and take what it leaves: model.load_state_dict({read}, strict=False); "
         f"torch.save(model.state_dict(), 'loaded.pt'); or leave the keys out: --drop {first!r} (one for each)",
@@ -128,16 +128,16 @@ def refuse(computed: Computed, source: Checkpoint) -> None:
 
 
 def casts(computed: Computed, target: Checkpoint | None) -> list[Finding]:
-    """Notes on casts that torch's load does, and nobody counts."""
+    """Notes on casts that torch's load does, whose losses are not counted."""
     return [
-        Finding("cast", f"is cast from {one.dtype} to {target[key].dtype} by torch's load; what that loses is not counted", key, "note")
-        for key, one in computed.made.items()
-        if target is not None and not _widens(one.dtype, target[key].dtype)
+        Finding("cast", f"is cast from {value.dtype} to {target[key].dtype} by torch's load; what that loses is not counted", key, "note")
+        for key, value in computed.made.items()
+        if target is not None and not _widens(value.dtype, target[key].dtype)
     ]
 
 
 def step_problems(step: Step, plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterator[str]:
-    """What does not add up in a plan's step of such a value."""
+    """What is wrong in a plan's step of a computed value."""
     if target is None or step.target not in target:
         return
     if not any(path in target.loaders and step.target in target.loaders[path].keys for path in plan.loaded):
@@ -151,7 +151,7 @@ def step_problems(step: Step, plan: Plan, sources: Sequence[Checkpoint], target:
 
 
 def plan_problems(plan: Plan, sources: Sequence[Checkpoint]) -> Iterator[str]:
-    """What does not add up in what a plan hands to torch's load."""
+    """What is wrong in what a plan hands to torch's load."""
     own = {step.target for step in plan.steps if step.action != "load"}
     if plan.handed and not any(step.action == "load" for step in plan.steps):
         yield "keys are handed to torch's load, and nothing is computed of them"

@@ -1,4 +1,4 @@
-"""Of which version of its module's code each value is, and what the output records in torch's `_metadata`.
+"""The version of its module's code that each value was saved by, and what the output records in torch's `_metadata`.
 
 A module that loads in its own way may change values by the version that was recorded with them. So an output keeps the source's version
 where all of a module's values are the source's. Where some are the target's, the output has what torch's load leaves, with the target's
@@ -78,20 +78,20 @@ def _of_model(
     loaded: set[str] = set()
     problems = []
     for path, loader in changing.items():
-        found = placed.get(unwrap(path, HIDDEN), {})
-        mine = own.get(path, {})
-        stated = {number: local for number, local in found.items() if local is not None}
+        by_source = placed.get(unwrap(path, HIDDEN), {})
+        target_local = own.get(path, {})
+        stated = {number: local for number, local in by_source.items() if local is not None}
         versions = {_version(local) for local in stated.values()}
-        if len(versions) > 1 or (versions and len(stated) < len(found) and versions != {_version(mine)}):
-            problems.append(f"{_shown(path)}, a {loader.name}: {_told(found, sources)}")
+        if len(versions) > 1 or (versions and len(stated) < len(by_source) and versions != {_version(target_local)}):
+            problems.append(f"{_module(path)}, a {loader.name}: {_versions_of(by_source, sources)}")
             continue
         given[path] = next(iter(stated.values()), {})
-        if given[path] != mine and loader.keys - mixed:
+        if given[path] != target_local and loader.keys - mixed:
             differ[path] = bool(stated)
         if loader.keys & computed or (path in differ and loader.keys & mixed):
             loaded.add(path)
     # What such code leaves is of the target's version, for every module that has a part of it.
-    while more := {path for path in given if path not in loaded and any(changing[path].keys & changing[one].keys for one in loaded)}:
+    while more := {path for path in given if path not in loaded and any(changing[path].keys & changing[shared].keys for shared in loaded)}:
         loaded |= more
     recorded = dict(own)
     told: dict[str, list[str]] = {}
@@ -103,9 +103,9 @@ def _of_model(
         kept = "a merged file has what that leaves" if path in loaded else "a merged file keeps both"
         now = _number(own.get(path, {}))
         words = f"{changing[path].name} loads in its own way, at {now}, and the values have {_number(given[path])}; {kept}"
-        told.setdefault(words, []).append(_shown(path))
+        told.setdefault(words, []).append(_module(path))
     if problems:
-        raise _several(problems, f"merge each source with the model alone first: ckptsurgeon merge A {target.path} -o A.pt")
+        raise _mixed(problems, f"merge each source with the model alone first: ckptsurgeon merge A {target.path} -o A.pt")
     return Versions(
         recorded,
         given,
@@ -117,42 +117,42 @@ def _of_model(
 def _of_unknown(
     sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]
 ) -> dict[str, Local]:
-    """For a file or a skeleton, of whose modules' code nothing is known."""
+    """What to record where the target is a file or a skeleton, so that its modules' code is not known."""
     if _alike(sources, steps, own):
         return dict(own)
     placed = _placed(sources, names, _links(steps))
     mixed = {head for step in steps if not step.sources or step.filled for head in module_paths(step.target)}
     norms = _norms(target)
     recorded, problems = {}, []
-    for path, mine in own.items():
-        place = unwrap(path, HIDDEN)
-        found = placed.get(place, {})
-        stated = [local for local in found.values() if local is not None]
-        versions = {_version(local) for local in (*stated, *([mine] if place in mixed else []))}
-        if len(versions) > 1 and place not in norms:
-            kept = f", {_number(mine)} in {target.path}" if place in mixed else ""
-            problems.append(f"{_shown(path)}: {_told(found, sources)}{kept}")
-        elif not found or place in mixed or place in norms:
-            recorded[path] = mine
+    for path, target_local in own.items():
+        bare = unwrap(path, HIDDEN)
+        by_source = placed.get(bare, {})
+        stated = [local for local in by_source.values() if local is not None]
+        versions = {_version(local) for local in (*stated, *([target_local] if bare in mixed else []))}
+        if len(versions) > 1 and bare not in norms:
+            kept = f", {_number(target_local)} in {target.path}" if bare in mixed else ""
+            problems.append(f"{_module(path)}: {_versions_of(by_source, sources)}{kept}")
+        elif not by_source or bare in mixed or bare in norms:
+            recorded[path] = target_local
         elif stated:
             recorded[path] = stated[0]
-        elif _version(mine) in (None, 1):
-            recorded[path] = mine
+        elif _version(target_local) in (None, 1):
+            recorded[path] = target_local
     if problems:
-        raise _several(problems, "give the model itself as the target: its code tells what the versions mean")
+        raise _mixed(problems, "give the model itself as the target: its code tells what the versions mean")
     return recorded
 
 
 def _alike(sources: Sequence[Checkpoint], steps: Iterable[Step], own: Mapping[str, Local]) -> bool:
-    """Whether no version differs at first sight, which is most often so: each is the first, or the sources record what the target does."""
+    """A quick test whether no version differs, the usual case: all are version 1, or the sources record what the target does."""
     recorded = [{path: plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
     if all(local == {"version": 1} for locals in (own, *recorded) for local in locals.values()):
         return True
-    return all(one == own for one in recorded) and all(key == step.target for step in steps for _, key in step.sources)
+    return all(locals_ == own for locals_ in recorded) and all(key == step.target for step in steps for _, key in step.sources)
 
 
 def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> dict[str, Local]:
-    """Where the target records nothing: what the sources do, each module's renamed as its tensors were."""
+    """What to record where the target records nothing: what the sources record, each module renamed as its tensors were."""
     recorded: dict[str, Local] = {}
     for number, source in enumerate(sources):
         for path, local in written_out(source.module_metadata).items():
@@ -165,30 +165,30 @@ def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names:
     placed = _placed(sources, names, _links(steps))
     norms = _norms({step.target: None for step in steps}) if several else frozenset()
     problems = []
-    for place, found in placed.items():
-        stated = [local for local in found.values() if local is not None]
+    for place, by_source in placed.items():
+        stated = [local for local in by_source.values() if local is not None]
         if several and place and place not in norms and len({_version(local) for local in stated}) > 1:
-            problems.append(f"{_shown(place)}: {_told(found, sources)}")
+            problems.append(f"{_module(place)}: {_versions_of(by_source, sources)}")
         if stated and place not in recorded:
             recorded[place] = stated[0]
     if problems:
-        raise _several(problems, "give the model itself as the target, and merge one source at a time")
+        raise _mixed(problems, "give the model itself as the target, and merge one source at a time")
     return recorded
 
 
-def _several(problems: Sequence[str], hint: str) -> PlanError:
+def _mixed(problems: Sequence[str], hint: str) -> PlanError:
     return PlanError("modules would get values of several versions of their code", problems=shortened(problems), hint=hint)
 
 
-def _told(found: Mapping[int, Local | None], sources: Sequence[Checkpoint]) -> str:
-    return ", ".join(f"{_number(local)} in {sources[number].path}" for number, local in sorted(found.items()))
+def _versions_of(by_source: Mapping[int, Local | None], sources: Sequence[Checkpoint]) -> str:
+    return ", ".join(f"{_number(local)} in {sources[number].path}" for number, local in sorted(by_source.items()))
 
 
 def _number(local: Local | None) -> str:
     return "no version" if local is None or _version(local) is None else f"version {_version(local)}"
 
 
-def _shown(path: str) -> str:
+def _module(path: str) -> str:
     return path or "the model itself"
 
 
@@ -197,11 +197,11 @@ def _version(local: Local) -> Any:
 
 
 def plain(local: Any) -> dict[str, Any]:
-    """A module's `_metadata` without what a plan can't write down; torch's own are numbers and flags."""
+    """A module's `_metadata` without values that JSON can't hold; torch's own are numbers and flags."""
     items = local.items() if isinstance(local, Mapping) else ()
-    found = {name: plain(value) if isinstance(value, Mapping) else value for name, value in items if type(name) is str}
+    values = {name: plain(value) if isinstance(value, Mapping) else value for name, value in items if type(name) is str}
     known = (int, str, bool, float, dict, type(None))
-    return {name: value for name, value in found.items() if type(value) in known and not _endless(value)}
+    return {name: value for name, value in values.items() if type(value) in known and not _endless(value)}
 
 
 def _endless(value: Any) -> bool:
@@ -216,10 +216,10 @@ def _norms(keys: Iterable[str]) -> frozenset[str]:
 
 def stated(number: int, sources: Sequence[Checkpoint], names: Names, paths: Iterable[str]) -> dict[str, Local]:
     """What a source recorded for the target's modules at these paths, by all names that its keys have, those of no target key included."""
-    links = [(name, number, key) for (other, key), given in names.names_of.items() if other == number for name in given]
+    links = [(name, number, key) for (source, key), aliases in names.names_of.items() if source == number for name in aliases]
     placed = _placed(sources, names, links)
-    found = {path: placed.get(unwrap(path, HIDDEN), {}).get(number) for path in paths}
-    return {path: local for path, local in found.items() if local is not None}
+    recorded = {path: placed.get(unwrap(path, HIDDEN), {}).get(number) for path in paths}
+    return {path: local for path, local in recorded.items() if local is not None}
 
 
 def _links(steps: Iterable[Step]) -> list[tuple[str, int, str]]:
@@ -237,14 +237,16 @@ def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[s
     def pairs(number: int, target: str, source: str) -> tuple[tuple[str, str], ...]:
         return tuple(_pairs(target, source, names.prefixes[number]).items())
 
-    found: dict[str, dict[int, Local | None]] = {}
-    for number, target, source in dict.fromkeys((number, key.rpartition(".")[0], given.rpartition(".")[0]) for key, number, given in links):
+    recorded: dict[str, dict[int, Local | None]] = {}
+    for number, target, source in dict.fromkeys(
+        (number, key.rpartition(".")[0], origin.rpartition(".")[0]) for key, number, origin in links
+    ):
         matched = pairs(number, unwrap(target, HIDDEN), unwrap(source, HIDDEN))
-        for path, place in matched:
-            local = by_path[number].get(place)
-            if local is not None or number not in found.get(path, {}):
-                found.setdefault(path, {})[number] = local
-    return found
+        for path, source_path in matched:
+            local = by_path[number].get(source_path)
+            if local is not None or number not in recorded.get(path, {}):
+                recorded.setdefault(path, {})[number] = local
+    return recorded
 
 
 def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
@@ -253,17 +255,17 @@ def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
     >>> _pairs("encoder.mlp.0", "net.mlp.linear_1", Prefix())
     {'': '', 'encoder.mlp.0': 'net.mlp.linear_1', 'encoder.mlp': 'net.mlp', 'encoder': 'net'}
     """
-    found = {}
+    source_of = {}
     for head in module_paths(f"{source}." if source else ""):
         place = prefix.place(head)
         if place is not None and (not place or f"{target}.".startswith(f"{place}.")):
-            found[place] = head
+            source_of[place] = head
     ours, theirs = (path.split(".") if path else [] for path in (target, source))
-    found[target] = source
+    source_of[target] = source
     while ours and theirs and (ours[-1] == theirs[-1] or ours[-2:-1] == theirs[-2:-1] != []):
         ours, theirs = ours[:-1], theirs[:-1]
-        found[".".join(ours)] = ".".join(theirs)
-    return found
+        source_of[".".join(ours)] = ".".join(theirs)
+    return source_of
 
 
 def module_paths(key: str) -> Iterator[str]:
