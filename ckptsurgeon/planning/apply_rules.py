@@ -200,8 +200,11 @@ def name_sources(
 
 
 def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
-    """The prefix between a source and what measures it, and its rivals. A wrapper's is stripped whatever the rules say; another one must
-    not come from the few keys that chance makes equal while rules name the rest as they stand in the file."""
+    """The prefix between a source and the target (or the first source), and its rivals.
+
+    A wrapper's prefix is stripped whatever the rules say. Any other must not come from the few keys that chance makes equal while
+    rules name the rest as they stand in the file.
+    """
     found = replace(find_change(source, measure), among=source)
     applied = found.applied.prefix
     if not rules or (applied and applied.of_wrappers and not found.rivals):

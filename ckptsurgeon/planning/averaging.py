@@ -54,7 +54,7 @@ def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, probl
         first = row[0]
         place = first.places[0]
         if any(one.asked != first.asked or one.entry != first.entry for one in row.values()):
-            problems.append(f"{name!r} comes to be in another way in each source")
+            problems.append(f"{name!r} is made in another way in each source")
         elif first.entry or BY_CODE[sources[place[0]][place[1]].dtype].kind not in ("float", "complex"):
             result.append(first)
         else:

@@ -1,7 +1,7 @@
 """Finds, in what a training checkpoint holds beside its weights, the states of optimizer, scheduler and scaler, and the averaged copies.
 
-By the names that training loops and frameworks use, at the top of the file or beside the model's root. Two that would do are refused;
-nothing is told by shape. Pure.
+By the names that training loops and frameworks use, at the top of the file or beside the model's root. Two candidates are
+refused; shapes decide nothing. Pure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILES: Mapping[Kind, tuple[str, ...]] = {
     "optimizer": ("optimizer.pt", "optimizer.bin"),
     "scheduler": ("scheduler.pt", "scheduler.bin"),
 }
-# Averaged copies: timm's state_dict_ema, torchvision's model_ema, and what loops call theirs.
+# Averaged copies: timm's state_dict_ema, torchvision's model_ema, and the names that training loops use.
 AVERAGED = (
     "model_ema",
     "ema",
@@ -41,7 +41,7 @@ _MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_a
 
 
 def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) -> tuple[str, Any]:
-    """Where the state of a kind stands, by dotted place, and it itself.
+    """The dotted place of the state of this kind, and the state.
 
     Args:
         value: all that the file holds: nested dicts and lists.
@@ -55,10 +55,10 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
     ('optim', {'state': {}})
     """
     if asked is not None:
-        found = at_place(value, asked)
-        if found is None:
+        state = at_place(value, asked)
+        if state is None:
             raise RootError(f"has nothing at {asked!r}", path=path, hint=_listing(value))
-        return asked, found
+        return asked, state
     candidates = [row for place, around in _around(value, model_root) for row in _named(kind, place, around)]
     if len(candidates) > 1:
         names = ", ".join(repr(place) for place, _ in candidates[:8])
@@ -70,8 +70,8 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
 
 
 def is_state(kind: Kind, value: Any) -> bool:
-    """Whether a value is a state of a kind by itself, as the Trainer's `optimizer.pt` and `scheduler.pt` are; a scheduler's has no mark of
-    its own, so that any dict is one that has nothing of that name.
+    """Whether a value is a state of a kind by itself, as the Trainer's `optimizer.pt` and `scheduler.pt` are. A scheduler's state has
+    no mark of its own: any dict counts that has no key of that name.
 
     >>> is_state("optimizer", {"state": {}, "param_groups": []}), is_state("optimizer", {"optimizer": {}})
     (True, False)
@@ -95,12 +95,12 @@ def _around(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
 
 def _named(kind: Kind, place: str, around: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     for name in PLACES[kind]:
-        found = around.get(name)
+        value = around.get(name)
         where = f"{place}.{name}" if place else name
-        if isinstance(found, (list, tuple)):  # Lightning has lists
-            yield from ((f"{where}.{index}", one) for index, one in enumerate(found) if isinstance(one, Mapping))
-        elif isinstance(found, (Mapping, Refused)):
-            yield where, found
+        if isinstance(value, (list, tuple)):  # Lightning has lists
+            yield from ((f"{where}.{index}", item) for index, item in enumerate(value) if isinstance(item, Mapping))
+        elif isinstance(value, (Mapping, Refused)):
+            yield where, value
 
 
 def at_place(value: Any, place: str) -> Any:
@@ -112,19 +112,19 @@ def at_place(value: Any, place: str) -> Any:
     if not place:
         return value
     if isinstance(value, Mapping):
-        items = [(key if type(key) is str else str(key), one) for key, one in value.items() if type(key) in (str, int)]
+        items = [(key if type(key) is str else str(key), child) for key, child in value.items() if type(key) in (str, int)]
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        items = [(str(index), one) for index, one in enumerate(value)]
+        items = [(str(index), child) for index, child in enumerate(value)]
     else:
         return None
-    for name, one in items:
+    for name, child in items:
         if name == place:
-            return one
-    for name, one in items:
+            return child
+    for name, child in items:
         if place.startswith(f"{name}."):
-            found = at_place(one, place[len(name) + 1 :])
-            if found is not None:
-                return found
+            below = at_place(child, place[len(name) + 1 :])
+            if below is not None:
+                return below
     return None
 
 
@@ -176,11 +176,13 @@ def choose_averaged(roots: Sequence[str], asked: str | None, path: str) -> str:
     """The root of the averaged copy: the one asked for, or the only one. RootError otherwise."""
     if asked is not None:
         return asked
-    found = averaged(roots)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise RootError(f"holds {len(found)} averaged copies: {', '.join(found[:8])}", path=path, hint=f"choose one: ema_root={found[0]!r}")
+    copies = averaged(roots)
+    if len(copies) == 1:
+        return copies[0]
+    if copies:
+        raise RootError(
+            f"holds {len(copies)} averaged copies: {', '.join(copies[:8])}", path=path, hint=f"choose one: ema_root={copies[0]!r}"
+        )
     known = f"its roots are {', '.join(repr(root) for root in roots[:8])}; choose one: ema_root=…"
     raise RootError(f"holds no averaged copy under a known name ({', '.join(AVERAGED[:4])}, …)", path=path, hint=known)
 

@@ -16,15 +16,16 @@ FEW = 3  # collisions of one kind that are told one by one
 
 def rules_without_a_turn(
     rules: Sequence[CompiledRule],
-    given: Mapping[int, Sequence[str]],
+    turns: Mapping[int, Sequence[str]],
     items: Sequence[Item],
     sources: Sequence[Checkpoint],
     prefixes: Sequence[Prefix],
 ) -> Iterable[str]:
-    """A problem for each rule of a stage that no key fell to; `items` are the names that the stage saw."""
+    """A problem for each rule of a stage that took no key. `turns` are the keys by the number of the rule that took them, `items` the names
+    that the stage saw."""
     told = 0
     for index, rule in enumerate(rules):
-        if index in given:
+        if index in turns:
             continue
         numbers = [number for number, _ in rule.patterns if number is not None and number >= len(sources)]
         raw = [place for item in items for place in item.places if rule.match(place[1], place[0]) is not None]
@@ -45,29 +46,29 @@ def rules_without_a_turn(
 
 
 def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], known: Collection[str]) -> Iterable[str]:
-    """A problem for each rename or link that gives nothing, or loses a part: one of its results never is in the target.
+    """A problem for each rename or link with a result that is not in the target: all of them, or some, so that a part would be lost.
 
-    What a later stage drops is meant so.
+    What a later stage drops is no problem.
     """
-    given: dict[tuple[Rule, int], str] = {}
+    first_name: dict[tuple[Rule, int], str] = {}
     arrived: set[tuple[Rule, int]] = set()
     lost: dict[Rule, str] = {}
     for item in items:
         for step in item.steps:
-            given.setdefault(step, item.name)
+            first_name.setdefault(step, item.name)
             if item.name in known:
                 arrived.add(step)
             elif item.begins:  # the target counts from another number, and each part would go one place too far
                 lost.setdefault(step[0], item.name)
-    for one in rules:
-        missing = [name for (rule, which), name in given.items() if rule == one.rule and (rule, which) not in arrived]
-        told = [which for (rule, which) in given if rule == one.rule]
+    for asked in rules:
+        missing = [name for (rule, which), name in first_name.items() if rule == asked.rule and (rule, which) not in arrived]
+        told = [which for (rule, which) in first_name if rule == asked.rule]
         if missing and len(missing) == len(told):
-            yield f"{one.rule} gives {missing[0]!r}, and none of its results is in the target{close_words(missing[0], sorted(known))}"
-        elif missing or one.rule in lost:
-            name = missing[0] if missing else lost[one.rule]
+            yield f"{asked.rule} gives {missing[0]!r}, and none of its results is in the target{close_words(missing[0], sorted(known))}"
+        elif missing or asked.rule in lost:
+            name = missing[0] if missing else lost[asked.rule]
             close = close_words(name, sorted(known))
-            yield f"{one.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
+            yield f"{asked.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
 
 
 def crossed(
@@ -87,15 +88,15 @@ def crossed(
         by = f" (by {', '.join(map(str, item.rules))})" if item.rules else ""
         return f"{key!r}{where}{by}"
 
-    # Those that come about in one way are told once: two whole files would be a line for every key.
+    # Those of the same rules are told once: two whole files would give a line for every key.
     alike: dict[Hashable, list[tuple[Item, Item]]] = {}
     for item in items:
         number, key = item.places[0]
         if (known is not None and item.name not in known) or isinstance(sources[number].entries.get(key), Refused):
             continue
-        other = first.setdefault(item.name, item)
-        if other is not item and not any(rule.match(item.name) is not None for rule in kept):
-            alike.setdefault((other.source, other.rules, item.source, item.rules), []).append((other, item))
+        earlier = first.setdefault(item.name, item)
+        if earlier is not item and not any(rule.match(item.name) is not None for rule in kept):
+            alike.setdefault((earlier.source, earlier.rules, item.source, item.rules), []).append((earlier, item))
 
     def bare(number: int, rows: Iterable[Item]) -> set[str]:
         return {prefixes[number].bare(key) for item in rows for place, key in item.places if place == number}
@@ -106,14 +107,14 @@ def crossed(
         told = bare(number, [item for _, item in pairs])
         prefix, path = (f"{number}:", sources[number].path) if len(sources) > 1 else ("", None)
         hint = _way_out(told, bare(number, items) - told, prefix, path)
-        for other, item in pairs[:1] if many else pairs:
+        for earlier, item in pairs[:1] if many else pairs:
             more = f", and on {len(pairs) - 1} more names" if many else ""
-            problems[f"two sources land on {item.name!r}: {words(other)} and {words(item)}{more}"] = hint
+            problems[f"two sources land on {item.name!r}: {words(earlier)} and {words(item)}{more}"] = hint
     return problems
 
 
 def _way_out(names: set[str], others: set[str], number: str, path: str | None) -> str:
-    """What leaves out these names of a source: rules, or, where one of several files has no others, the file itself."""
+    """A hint how to leave out these names of a source: by rules, or, where a file has no other names, without that file."""
     if not others and path is not None:
         return f"give one of the two files only: {path} has nothing else"
     from ckptsurgeon.rules.drafting.cover import dropping

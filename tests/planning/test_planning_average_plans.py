@@ -137,7 +137,7 @@ def test_what_can_not_be_averaged_in_the_same_run_is_told():
     error = refused(two, None, [rule("adapt", "0:a + 1:a -> c", "average")])
     assert error.problems == ("'c' joins keys of several sources, and can't be averaged in the same run",)
     unlike = refused(two, None, [rule("adapt", "0:a -> c", "reshape(shape=[2])"), rule("rename", "1:a", "c")])
-    assert unlike.problems == ("'c' comes to be in another way in each source",)
+    assert unlike.problems == ("'c' is made in another way in each source",)
 
 
 def test_two_keys_of_one_source_on_one_name_name_their_rules():

@@ -149,10 +149,10 @@ def once(note: Note) -> Note:
 
 def _resolved(text: str, note: Note) -> tuple[Spec, Callable[..., Any]]:
     spec = parse(text)
-    found = build.resolve(spec, note)
-    if not callable(found):
-        raise TargetError(f"is of the type {type(found).__name__}, not a function", path=spec.text, hint=_close_functions(spec))
-    return spec, found
+    function = build.resolve(spec, note)
+    if not callable(function):
+        raise TargetError(f"is of the type {type(function).__name__}, not a function", path=spec.text, hint=_close_functions(spec))
+    return spec, function
 
 
 def _close_functions(spec: Spec) -> str | None:

@@ -27,15 +27,15 @@ from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
 from ckptsurgeon.tensors import Checkpoint, Loader, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
-# What leaves a tensor's values as they are, where its dtype and shape stay as well.
+# Operations that leave a tensor's values as they are, where its dtype and shape stay as well.
 _SAME = ("detach", "clone", "contiguous", "cpu", "to", "type_as", "requires_grad_", "data")
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__setitem__")
 
 
 @dataclass(frozen=True)
 class _Put:
-    """What stands for a tensor of the model: made of these names, `whole` where it is a name's tensor as it is, in `dtype`, put into a
-    tensor of `shape`."""
+    """What loading would put into a tensor of the model, of this `shape`: a value made of the tensors of these `names`, in `dtype`;
+    `whole` where it is one of these tensors as it is."""
 
     names: frozenset[str] = frozenset()
     whole: bool = False
@@ -45,7 +45,7 @@ class _Put:
 
 @dataclass
 class _Seen:
-    """What was copied, by where a tensor of the model lies, and, where nothing was copied, what stood at a key of the model."""
+    """What was copied, by the memory of the model's tensor, and, where nothing was copied, what stood in the state_dict at a key."""
 
     copies: dict[Any, _Put] = field(default_factory=dict)
     stood: dict[str, _Put] = field(default_factory=dict)
@@ -62,10 +62,10 @@ class _Named(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         name = getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-        given = [one for one in _flat((args, kwargs or {})) if isinstance(one, _Named)]
-        names = frozenset().union(*(one.names for one in given))
+        inputs = [one for one in _flat((args, kwargs or {})) if isinstance(one, _Named)]
+        names = frozenset().union(*(one.names for one in inputs))
         if name == "copy_" and not isinstance(args[0], _Named):
-            given[0].seen.copies[_start(args[0])] = _Put(names, given[0].whole, _dtype(given[0]), tuple(args[0].shape))
+            inputs[0].seen.copies[_start(args[0])] = _Put(names, inputs[0].whole, _dtype(inputs[0]), tuple(args[0].shape))
             return args[0]
         if name in _IN_PLACE or (name.endswith("_") and not name.startswith("__") and name not in _SAME):
             if isinstance(args[0], _Named):
@@ -73,7 +73,7 @@ class _Named(torch.Tensor):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             made = func(*args, **(kwargs or {}))
-        first = given[0]
+        first = inputs[0]
 
         def wrapped(one: Any) -> Any:
             if isinstance(one, torch.Tensor):
@@ -101,8 +101,8 @@ def _dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def _flat(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
-        return [one for part in value for one in _flat(part)]
-    return [one for part in value.values() for one in _flat(part)] if isinstance(value, dict) else [value]
+        return [item for part in value for item in _flat(part)]
+    return [item for part in value.values() for item in _flat(part)] if isinstance(value, dict) else [value]
 
 
 def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, seen: _Seen) -> _Named:
@@ -160,7 +160,7 @@ def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Check
 
 
 def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:
-    return [module for path, module in model.named_modules(remove_duplicate=False) if path in loaders]
+    return [module for module_path, module in model.named_modules(remove_duplicate=False) if module_path in loaders]
 
 
 def _stand_in(name: str, meta: TensorMeta, on_meta: bool, seen: _Seen) -> _Named:

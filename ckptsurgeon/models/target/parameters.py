@@ -64,21 +64,21 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Named], dict[str, Named]]
     >>> [list(part) for part in named_tensors(nn.BatchNorm1d(2))]
     [['weight', 'bias'], ['running_mean', 'running_var', 'num_batches_tracked']]
     """
-    found: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    by_id: dict[int, tuple[torch.Tensor, list[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if is_lazy(parameter):
             raise ModelError("is lazy: it has no shape before the first forward pass", key=name, hint="run one forward pass first")
-        found.setdefault(id(parameter), (parameter, []))[1].append(name)
-    parameters = len(found)
+        by_id.setdefault(id(parameter), (parameter, []))[1].append(name)
+    parameters = len(by_id)
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        found.setdefault(id(buffer), (buffer, []))[1].append(name)
+        by_id.setdefault(id(buffer), (buffer, []))[1].append(name)
     wrappers, places = _wrappers(model), _places(model)
     bare = {
         number: tuple(dict.fromkeys(_unwrapped(name, wrappers) for name in places.get(number, names)))
-        for number, (_, names) in found.items()
+        for number, (_, names) in by_id.items()
     }
-    keys = _keys(_live_state_dict(model), found, bare)
-    rows = [(names[0], Named(tuple(names), bare[number], tuple(keys[number]), tensor)) for number, (tensor, names) in found.items()]
+    keys = _keys(_live_state_dict(model), by_id, bare)
+    rows = [(names[0], Named(tuple(names), bare[number], tuple(keys[number]), tensor)) for number, (tensor, names) in by_id.items()]
     return dict(rows[:parameters]), dict(rows[parameters:])
 
 
@@ -104,12 +104,12 @@ def _wrappers(model: nn.Module) -> set[str]:
 
 def _places(model: nn.Module) -> dict[int, list[str]]:
     """Where each parameter and buffer stands, by its id: what a wrapper that overrides `named_parameters` tells otherwise."""
-    found: dict[int, list[str]] = {}
+    by_id: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                found.setdefault(id(tensor), []).append(f"{path}.{leaf}" if path else leaf)
-    return found
+                by_id.setdefault(id(tensor), []).append(f"{path}.{leaf}" if path else leaf)
+    return by_id
 
 
 def inner(module: nn.Module) -> nn.Module:
@@ -137,32 +137,32 @@ def _unwrapped(name: str, wrappers: Iterable[str]) -> str:
 def _live_state_dict(model: nn.Module) -> Mapping[str, Any]:
     """The state_dict with the model's own tensors, where its `state_dict` can give them."""
     known = inspect.signature(model.state_dict).parameters
-    live = "keep_vars" in known or any(one.kind is one.VAR_KEYWORD for one in known.values())
+    live = "keep_vars" in known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     state: Mapping[str, Any] = user_code.call(type(model).__name__, partial(model.state_dict, keep_vars=True) if live else model.state_dict)
     return state
 
 
 def _keys(
-    state: Mapping[str, Any], found: Mapping[int, tuple[torch.Tensor, list[str]]], bare: Mapping[int, tuple[str, ...]]
+    state: Mapping[str, Any], by_id: Mapping[int, tuple[torch.Tensor, list[str]]], bare: Mapping[int, tuple[str, ...]]
 ) -> dict[int, list[str]]:
     """The keys of each tensor: of the entries that are it, that share its memory, and of copies by name."""
-    keys: dict[int, list[str]] = {number: [] for number in found}
+    keys: dict[int, list[str]] = {number: [] for number in by_id}
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     shared: dict[Any, list[int]] = {}
-    for number, (tensor, _) in found.items():
+    for number, (tensor, _) in by_id.items():
         shared.setdefault(_memory(tensor), []).append(number)
     copies = []
     for key, value in tensors.items():
-        owners = [id(value)] if id(value) in found else shared.get(_memory(value), [])
-        by_name = [number for number in owners if key in found[number][1] or key in bare[number]]
+        owners = [id(value)] if id(value) in by_id else shared.get(_memory(value), [])
+        by_name = [number for number in owners if key in by_id[number][1] or key in bare[number]]
         for number in by_name or owners:
             keys[number].append(key)
         if not owners:
             copies.append(key)
-    lost = {name: number for number, own in keys.items() if not own for name in (*found[number][1], *bare[number])}
+    lost = {name: number for number, own in keys.items() if not own for name in (*by_id[number][1], *bare[number])}
     for key in copies:
         owner = lost.get(key)
-        if owner is not None and tensors[key].shape == found[owner][0].shape:
+        if owner is not None and tensors[key].shape == by_id[owner][0].shape:
             keys[owner].append(key)
     return keys
 
@@ -181,7 +181,7 @@ def other_names(tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
     >>> other_names(named(nn.DataParallel(nn.Linear(3, 2))).values())["weight"]
     ('module.weight',)
     """
-    return {name: (name,) if name in one.keys else one.keys for one in tensors for name in one.every if one.keys}
+    return {name: (name,) if name in tensor.keys else tensor.keys for tensor in tensors for name in tensor.every if tensor.keys}
 
 
 def listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
@@ -211,13 +211,13 @@ def taken(patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: 
     >>> taken(["b*", "*"], {"a": ["a"], "b": ["b"]}, [], "")
     {'b': 'b*', 'a': '*'}
     """
-    found: dict[str, str] = {}
+    taken_by: dict[str, str] = {}
     problems = []
     for text in patterns:
         pattern = compile_pattern(text)
         firsts = matched(pattern, wanted)
         for first in firsts:
-            found.setdefault(first, text)
+            taken_by.setdefault(first, text)
         if not firsts:
             only = any(pattern.match(name) is not None for name in others)
             problems.append((f"the pattern {text!r} matches {f'{other} parameters only' if only else 'no parameter'}", text))
@@ -226,7 +226,7 @@ def taken(patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: 
         if len(problems) == 1:
             raise ModelError(problems[0][0], hint=hint)
         raise ModelError(f"{len(problems)} patterns match nothing", hint=hint, problems=tuple(reason for reason, _ in problems))
-    return found
+    return taken_by
 
 
 def matched(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:

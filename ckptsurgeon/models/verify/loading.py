@@ -103,7 +103,7 @@ def _load(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint, ti
 
 
 def _as_torch_says(findings: list[Finding], accounts: list[_Account]) -> list[Finding]:
-    """The findings, where torch itself does not miss or wonder at a key as notes that the model's own code took care of it."""
+    """The findings; where torch counts a key neither as missing nor as unexpected, a note that the model's own code took care of it."""
     if any(account.missing is None or account.unexpected is None for account in accounts) or not accounts:
         return findings
     missing = frozenset.intersection(*(account.missing or frozenset() for account in accounts))
