@@ -18,7 +18,14 @@ FRESH = "is fresh"  # the one reason for a state that was not carried which the 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found, with a stable `code`, the key it is about (or None) and a sentence. Only an `error` makes a no."""
+    """One thing that was found.
+
+    Attributes:
+        code: what it is, by a stable name.
+        message: a sentence about it.
+        key: the key it is about, or None.
+        level: `error`, `warning` or `note`; only an error makes a no.
+    """
 
     code: str
     message: str
@@ -28,9 +35,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Cast:
-    """A change of dtype (safetensors' codes): `largest_error` is absolute, in the tensor's own unit; `changed` counts elements
-    whose value is not exactly kept, `overflowed` finite values that became infinite or wrapped, `truncated` values that lost a part
-    (fraction, imaginary part) to an integer, boolean or real dtype."""
+    """A change of a tensor's dtype, and what it lost.
+
+    Attributes:
+        key: the target key.
+        source_dtype: the dtype before, by safetensors' code.
+        target_dtype: the dtype after.
+        largest_error: the largest absolute difference of a value.
+        changed: how many elements are not exactly kept.
+        overflowed: how many finite values became infinite or wrapped.
+        truncated: how many values lost a part (fraction, imaginary part) to an integer, boolean or real dtype.
+    """
 
     key: str
     source_dtype: str
@@ -45,9 +60,16 @@ class Cast:
 class Verification(Result):
     """The outcome of holding a written file against a model, skeleton or checkpoint.
 
-    `device` is where it was loaded, `tensors` how many were compared bit for bit (by name, dtype and shape alone where `bitwise` is
-    False), `outputs` the shapes of a forward pass by place, `fresh` the keys that the file records as fresh, or None without a record,
-    `root` the nested dict of the file that was taken. `source` and `target` are what was held against what.
+    Attributes:
+        device: where it was loaded.
+        tensors: how many were compared.
+        findings: what does not fit, and notes.
+        bitwise: whether values were compared bit for bit; else names, dtypes and shapes alone.
+        outputs: the shapes of a forward pass, by place.
+        fresh: the keys that the file records as fresh; None without a record.
+        root: the nested dict of the file that was taken.
+        source: the file.
+        target: what it was held against.
     """
 
     device: str
@@ -70,10 +92,18 @@ class Verification(Result):
 class CarriedState(Result):
     """What became of the training state that stands beside the weights.
 
-    Every parameter of the new optimizer is in exactly one of `carried` (its state came as it was), `adapted` (its moments were adapted with
-    it) and `zeroed` (it starts without). `not_carried` has whatever of the source's state went nowhere or starts at zero, with the reason.
-    `place` is where the optimizer's state stood, `by` what told whose it is: `names`, or the `order` of the parameters. `others` names what
-    else was carried (`scheduler`, `scaler`, `ema`); `ema` is the report of the averaged copy's own transfer.
+    Every parameter of the new optimizer is in exactly one of `carried`, `adapted` and `zeroed`.
+
+    Attributes:
+        place: where the optimizer's state stood.
+        by: what told whose each state is: `names`, or the `order` of the parameters.
+        carried: parameters whose state came as it was.
+        adapted: parameters whose moments were adapted with their weights.
+        zeroed: parameters that start without a state.
+        not_carried: what of the source's state went nowhere or starts at zero, each with the reason.
+        casts: the moments whose dtype changed.
+        others: what else was carried: `scheduler`, `scaler`, `ema`; for a merged file the names of values.
+        ema: the report of the averaged copy's own transfer.
     """
 
     place: str = ""
@@ -91,14 +121,31 @@ class CarriedState(Result):
 class Report(Result):
     """What a merge, an apply or a transfer did.
 
-    Every target key is in exactly one of `transferred` (took weights from a source), `kept` (stayed as a target checkpoint had it)
-    and `fresh` (initialised). `still_fresh` are those of the fresh ones that come from a file which has them on record as fresh: an earlier
-    merge initialised them, and no training since; those that the target checkpoint kept are in `kept` too. `coverage` counts all that a
-    source gives, fresh or not. `adapted` are those whose
-    shape or values adapters changed, `partial` those of which only a part is trained: adapters filled up the rest (the new rows of a
-    vocabulary), or a source has it on record as fresh. `dropped` has every source key that went nowhere, with the reason. `proven`: the
-    file was held against the plan byte by byte. `roots` and `prefixes` say by source which nested dict was read, and how its names were
-    changed: what was `stripped`, `added`, and which segments of wrappers were taken out (`unwrapped`).
+    Every target key is in `transferred`, `kept` or `fresh`.
+
+    Attributes:
+        sources: the paths of the sources.
+        target: the target's path or spec; empty where a source was converted.
+        transferred: keys that took weights from a source.
+        kept: keys that stayed as a target checkpoint had them.
+        fresh: keys that were initialised, and have had no training.
+        dropped: every source key that went nowhere, with the reason.
+        coverage: the share of the target that a source gives, fresh or not.
+        casts: each change of dtype.
+        findings: warnings and notes.
+        output: the file that was written, or None.
+        nbytes: its size in bytes.
+        proven: whether the file was held against the plan byte by byte.
+        verification: the outcome of loading it into the model, or None.
+        adapted: keys whose shape or values adapters changed.
+        partial: keys of which only a part is trained: adapters filled up the rest (the new rows of a vocabulary), or a source has it on
+            record as fresh.
+        still_fresh: those of `fresh` whose value comes from a file that has them on record as fresh; those that a target checkpoint kept
+            are in `kept` too.
+        roots: by source, which nested dict was read.
+        prefixes: by source, how its names were changed: what was `stripped`, `added`, and which segments of wrappers were taken out
+            (`unwrapped`).
+        optimizer: what became of the training state, or None.
     """
 
     sources: tuple[str, ...]
@@ -139,7 +186,12 @@ class Twins(Shown):
 
 @dataclass(frozen=True, repr=False)
 class FileCheck(Shown):
-    """What `check` found in one file."""
+    """What `check` found in one file.
+
+    Attributes:
+        path: the file or folder.
+        findings: what was found.
+    """
 
     path: str
     findings: tuple[Finding, ...] = ()
@@ -161,7 +213,12 @@ class Settings(Shown):
 
 @dataclass(frozen=True, repr=False)
 class CheckReport(Result):
-    """What `check` found in all files, and the settings that it followed, if any."""
+    """What `check` found in all files.
+
+    Attributes:
+        files: each file with its findings, in the order of the paths.
+        settings: the settings file that was followed, or None.
+    """
 
     files: tuple[FileCheck, ...]
     settings: Settings | None = None

@@ -96,8 +96,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """A tensor's name, dtype (safetensors' code), shape and stride (in elements), and where its bytes lie: in one `span`, in several
-    `pieces` (`storage.pieces`; its stride is row-major then), or nowhere (a skeleton)."""
+    """A tensor without its data.
+
+    Attributes:
+        name: its key.
+        dtype: safetensors' code, such as `F32`.
+        shape: its shape.
+        stride: its stride, in elements; row-major where it lies in `pieces`.
+        span: where its bytes lie; None in a skeleton, and where they lie in `pieces`.
+        pieces: the parts that it lies in (`storage.pieces`), where there are several.
+    """
 
     name: str
     dtype: str
@@ -231,9 +239,22 @@ class Shard:
 
 @dataclass(frozen=True, repr=False)
 class Archive(Result):
-    """A file, or a folder of shards, as read: every root it holds, and by dotted place everything `beside` them.
+    """A file, or a folder of shards, as read, with every root it holds.
 
-    `part` is set where it is one rank's part of a checkpoint, whose tensors are pieces. `chosen` is the root to show, None for all.
+    Attributes:
+        path: as it was given.
+        format: as `Checkpoint.format`.
+        fingerprint: SHA-256 (hex) of the header's bytes and the file's size.
+        files: the files that hold the data, as they were when read.
+        state_dicts: the roots, each with its tensors and other values.
+        globals: what a pickle asked for beyond the allow-list.
+        metadata: the text metadata of safetensors.
+        provenance: what a merge recorded about itself, or None.
+        beside: what else the file holds, by dotted place.
+        notes: what a person should know about the file, in sentences.
+        part: set where it is one rank's part of a checkpoint, whose tensors are pieces.
+        kind: `file`, or `skeleton`.
+        chosen: the root to show; None for all.
     """
 
     path: str
@@ -262,10 +283,13 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
         format: `torch-zip`, `torch-legacy`, `safetensors`, `safetensors-shards`, `torch-shards`, `skeleton` or `model`.
         fingerprint: SHA-256 (hex) of the header's bytes and the file's size; of names, dtypes and shapes for a model or skeleton.
         root: the nested dict that holds it, `""` for the top.
+        tensors: the tensors by key; the checkpoint itself is this mapping too.
         entries: the values that are not tensors, by key (`_extra_state` among them).
         module_metadata: torch's `_metadata`.
         ties: groups of keys that are one tensor (same storage, offset, shape and stride).
+        metadata: the text metadata of safetensors.
         left_behind: what else the file holds, by dotted place.
+        notes: what a person should know about the file, in sentences.
         globals: what a pickle asked for beyond the allow-list.
         provenance: what a merge recorded about itself, or None.
         files: the files that hold the data, as they were when read; empty for a model or skeleton.
@@ -369,7 +393,13 @@ def _tied(one: TensorMeta, other: TensorMeta) -> bool:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The share of a target's tensors, and of its elements, that were transferred; both from 0 to 1."""
+    """The share of a target that was transferred.
+
+    Attributes:
+        tensors: the share of its tensors, from 0 to 1.
+        elements: the share of its elements, from 0 to 1.
+        counts: how many tensors were transferred, and how many the target has.
+    """
 
     tensors: float
     elements: float

@@ -89,12 +89,33 @@ class Diff(Result):
     """What of a target a source covers.
 
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source
-    matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors
-    (`_extra_state`) count as keys, as they do for torch; `coverage` is of tensors. `likely` is what missing keys probably are, as matching
-    the leftovers says, save what `hints` say already. `quantised` are the source's weights that are codes beside scales, and
-    `parted_codes` those keys of them that a merge would cast or part from their scales. `rivals` are prefixes
-    between which nothing decides, so that none is applied; `exchanges` are renames of one prefix to another that would explain most of
-    what is left, the best first, and its rivals. `options` are the rules that it was made with, as words of a command line.
+    matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors (`_extra_state`)
+    count as keys, as they do for torch.
+
+    Attributes:
+        source: the source's path.
+        target: the target's path or spec.
+        root: the nested dict of the source that was taken.
+        prefix: how the source's names were changed before they were compared.
+        matched: keys that fit.
+        missing: target keys that the source does not have.
+        extra: source keys that the target does not have.
+        mismatched: keys in both with two shapes.
+        dtype_changed: matched keys whose dtype differs.
+        coverage: the share of the target's tensors and elements that the source gives.
+        dropped: source keys that a rule leaves out.
+        hints: for a missing key, the one extra key of the same shape and last segment.
+        refused: source keys whose values can't be read safely, with the reason.
+        adapted: matched keys that adapters make of their sources.
+        offers: for a mismatched key, the adapters that would make it fit.
+        likely: what missing keys probably are, as matching the leftovers says, save what `hints` say already.
+        quantised: the source's weights that are codes beside scales.
+        target_quantised: the target's.
+        parted_codes: keys of `quantised` that a merge would cast or part from their scales.
+        loaded: keys that the model's own loading code takes.
+        rivals: prefixes between which nothing decides, so that none is applied.
+        exchanges: renames of one prefix to another that would explain most of what is left, the best first.
+        options: the rules that it was made with, as words of a command line.
     """
 
     source: str

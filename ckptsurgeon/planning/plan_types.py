@@ -138,11 +138,21 @@ class Plan(Result):
     """Everything that `apply` will do.
 
     Attributes:
+        sources: the sources, with their fingerprints.
+        target: what they must fit; None for a conversion.
+        seed: the seed of the model's constructor and of init schemes.
+        steps: how each target key gets its value.
+        dropped: every source key that goes nowhere, with the reason.
+        coverage: the share of the target that is transferred.
+        entries: values that are no tensors (`_extra_state`).
         module_metadata: what the output records as torch's `_metadata`.
         versions: what the sources recorded for the target's modules that load in their own way.
         loaded: such modules of which the output has what torch's load leaves.
         handed: by name, what torch's load gets of the sources as it is, since the target's loading code computes values with it.
         ties: groups of target keys that share one tensor in the target.
+        left_behind: what else the sources hold, by dotted place.
+        allow_cast: the patterns of keys whose casts may lose something.
+        findings: warnings and notes.
         loose: what `strict` refuses: each missing, extra or mismatched key that no rule names.
     """
 

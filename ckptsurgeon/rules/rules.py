@@ -31,9 +31,13 @@ _BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
 class Rule:
     """One rule.
 
-    `pattern` is held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
-    without); `result` is a rename's template or templates, an adapt rule's adapters, an init's scheme. `stage` has neither: the rules
-    after it see the names that those before it gave. `file` and `line` say where it was written.
+    Attributes:
+        kind: `rename`, `drop`, `keep`, `adapt`, `init`, or `stage`: the rules after a stage see the names that those before it gave.
+        pattern: held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
+            without).
+        result: a rename's template or templates, an adapt rule's adapters, an init's scheme.
+        file: where it was written.
+        line: at which line.
 
     Raises:
         ArgumentError: a field of another kind.

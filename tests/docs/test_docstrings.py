@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -136,3 +137,13 @@ def test_a_parameter_has_the_same_words_in_every_verb() -> None:
         for name, words in sections(function)["Args"].items():
             said.setdefault(name, set()).add(words)
     assert {name for name, words in said.items() if len(words) > 1} == OTHER_WORDS
+
+
+RESULTS = {name: kind for name, kind in PUBLIC.items() if isinstance(kind, type) and is_dataclass(kind)}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_field_of_a_result_has_words(name: str) -> None:
+    said = sections(RESULTS[name])["Attributes"]
+    assert set(said) == {field.name for field in fields(RESULTS[name])}
+    assert all(words.endswith(".") for words in said.values())

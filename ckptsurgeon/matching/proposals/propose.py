@@ -39,16 +39,26 @@ class Proposal(Matching, Result):
     """A matching of two sides, and the rules that lead to exactly the links that are applied.
 
     Attributes:
-        source, target, root: of what, as a person gave them.
+        links: in the target's order.
+        unmatched: the target's keys that no link has.
+        unused: the source's keys that no link has.
+        order: how far the order of keys was trusted, 0 to 1.
+        share: the part of the target's elements that certain links give, 0 to 1.
+        source: the source's path.
+        target: the target's path or spec.
+        root: the nested dict of the source that was taken.
         applied: the links that the rules give: the certain ones, and where they were accepted the uncertain ones too.
-        ruled: each rule with the links that it is for; `before` are a person's own rules, which come first.
-        coverage: the share of the target that the applied links and the person's rules give; `used`: that of the source that they take.
-        possible: the share of the side that is explained best that there would be with the uncertain links.
+        ruled: each rule with the links that it is for.
+        before: a person's own rules, which come first.
+        coverage: the share of the target that the applied links and the person's rules give.
+        used: the share of the source that they take.
+        possible: the share, with the uncertain links, of the side that is explained best.
         toml: the rules as the text of a commented rules file.
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
-        written: the rules file that was written, or None; `refused`: why the links are no mapping to follow, where that was asked.
+        written: the rules file that was written, or None.
+        refused: why the links are no mapping to follow, where that was asked.
     """
 
     source: str = ""

@@ -28,9 +28,14 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, repr=False)
 class Frozen(Shown):
-    """What `freeze` froze, or `unfreeze` thawed, by first names, and what of the model is trainable now; printed, a short text.
+    """What `freeze` froze, or `unfreeze` thawed; printed, a short text.
 
-    `modules` are the layers that are kept in eval mode from now on (or, thawed, no longer are), `elements` how many numbers `keys` hold.
+    Attributes:
+        verb: `frozen` or `thawed`.
+        keys: the tensors, each by its first name.
+        modules: the layers that are kept in eval mode from now on (or, thawed, no longer are).
+        trainable: what of the model is trainable now.
+        elements: how many numbers `keys` hold.
     """
 
     verb: str

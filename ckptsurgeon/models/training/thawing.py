@@ -29,7 +29,14 @@ from ckptsurgeon.views.folding import fold_siblings
 
 @dataclass(frozen=True, repr=False)
 class Stage(Shown):
-    """What comes back together: its name, at which count of `step()`, the rate that it has where the schedule stands at its base, names."""
+    """What `Thaw` thaws together.
+
+    Attributes:
+        name: its patterns, or its layer.
+        at: at which count of `step()` it comes.
+        lr: its learning rate, where the schedule stands at its base.
+        keys: the names of its parameters.
+    """
 
     name: str
     at: int
