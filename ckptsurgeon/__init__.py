@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from ckptsurgeon.models.training.thawing import Stage, Thaw
     from ckptsurgeon.planning.diff import Diff
     from ckptsurgeon.planning.plan_types import Plan
-    from ckptsurgeon.report import CarriedState, Cast, CheckReport, FileCheck, Finding, Report, Verification
+    from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, FileCheck, Finding, Report, Verification
     from ckptsurgeon.rules.rules import Rule
-    from ckptsurgeon.tensors import Archive, Checkpoint, Coverage, TensorMeta
+    from ckptsurgeon.tensors import Archive, Checkpoint, TensorMeta
 
 _HOMES = {
     "adapters.user_adapter": "adapter",
@@ -75,9 +75,9 @@ _HOMES = {
     "models.training.thawing": "Stage Thaw",
     "planning.diff": "Diff",
     "planning.plan_types": "Plan",
-    "report": "CarriedState Cast CheckReport FileCheck Finding Report Verification",
+    "report": "CarriedState Cast CheckReport Coverage FileCheck Finding Report Verification",
     "rules.rules": "Rule",
-    "tensors": "Archive Checkpoint Coverage TensorMeta",
+    "tensors": "Archive Checkpoint TensorMeta",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -10,10 +10,45 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ckptsurgeon.shown import Result, Shown
-from ckptsurgeon.tensors import Coverage
+from ckptsurgeon.tensors import TensorMeta
 
 Level = Literal["error", "warning", "note"]
 FRESH = "is fresh"  # the one reason for a state that was not carried which the weights' own report gives too
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The share of a target that was transferred.
+
+    Attributes:
+        tensors: the share of its tensors, from 0 to 1.
+        elements: the share of its elements, from 0 to 1.
+        counts: how many tensors were transferred, and how many the target has.
+    """
+
+    tensors: float
+    elements: float
+    counts: tuple[int, int] = field(default=(0, 0))
+
+    @classmethod
+    def of(cls, transferred: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], filled: int = 0) -> Coverage:
+        """Coverage of a target. An empty one is wholly covered.
+
+        Args:
+            transferred: the tensors of the target that were transferred.
+            target: all tensors of the target.
+            filled: how many elements of `transferred` no source gives.
+
+        Returns:
+            The shares and counts.
+        """
+        total = sum(tensor.numel for tensor in target.values())
+        done = sum(tensor.numel for tensor in transferred.values()) - filled
+        return cls(
+            tensors=len(transferred) / len(target) if target else 1.0,
+            elements=done / total if total else float(len(transferred) == len(target)),
+            counts=(len(transferred), len(target)),
+        )
 
 
 @dataclass(frozen=True)

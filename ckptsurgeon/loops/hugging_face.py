@@ -30,7 +30,7 @@ class TransferCallback(TrainerCallback, ExportableState):
     A Trainer's checkpoint keeps what was fresh and how far the schedule is. To resume: build model, optimizer and schedule as at the
     beginning, call `resume(folder)`, then `trainer.train(resume_from_checkpoint=folder)`.
 
-    >>> from ckptsurgeon.tensors import Coverage
+    >>> from ckptsurgeon.report import Coverage
     >>> callback = TransferCallback(Report(("a.pt",), "Net", ("w",), (), ("b",), (), Coverage(0.5, 0.9, (1, 2))))
     >>> callback.state()["attributes"]["fresh"]
     ['b']

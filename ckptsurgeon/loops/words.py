@@ -23,7 +23,7 @@ class Recorded:
 def numbers(report: Report) -> dict[str, float]:
     """A report as metrics: coverage as shares from 0 to 1, the rest counts.
 
-    >>> from ckptsurgeon.tensors import Coverage
+    >>> from ckptsurgeon.report import Coverage
     >>> numbers(Report(("a.pt",), "Net", ("w",), (), ("b",), (), Coverage(0.5, 0.9, (1, 2))))["transfer/fresh"]
     1.0
     """

@@ -16,10 +16,11 @@ from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, kept_out
+from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.shown import Result
-from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 # From what is only in a source and only in a target to what of both goes together: the floor above knows how to.

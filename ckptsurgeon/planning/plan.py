@@ -26,11 +26,12 @@ from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSo
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
 from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
+from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.copied_value import copied
 from ckptsurgeon.rules.loading_code import code_of
 from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.rules.rules import Outside, Rule
-from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 __all__ = ["DTYPE_CHOICES", "Action", "Dropped", "Entry", "Plan", "PlanSource", "PlanTarget", "Step", "digest", "make_plan"]
 

@@ -13,10 +13,9 @@ from typing import Any, Literal
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.planning.keys import SourceKey
-from ckptsurgeon.report import Finding
+from ckptsurgeon.report import Coverage, Finding
 from ckptsurgeon.rules.copied_value import copied, follow
 from ckptsurgeon.shown import Result
-from ckptsurgeon.tensors import Coverage
 
 Action = Literal["copy", "rename", "adapt", "load", "init", "keep"]
 FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the target model itself

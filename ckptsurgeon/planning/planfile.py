@@ -19,10 +19,10 @@ from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.own_loading import computed
 from ckptsurgeon.planning.plan_types import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, copied_key
 from ckptsurgeon.planning.quantised import refuse_broken
-from ckptsurgeon.report import Finding
+from ckptsurgeon.report import Coverage, Finding
 from ckptsurgeon.rules.copied_value import follow
 from ckptsurgeon.rules.patterns import compile_pattern
-from ckptsurgeon.tensors import Checkpoint, Coverage, Refused, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 
 VERSION = 1
 OPS = {"cast": "dtype", "init": "scheme", "load": "by"}  # each op that is no adapter, and the field it needs

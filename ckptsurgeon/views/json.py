@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ckptsurgeon.planning.links import Link
     from ckptsurgeon.planning.prefixes.rivals import Way
     from ckptsurgeon.planning.quantised import Codes
-    from ckptsurgeon.report import CarriedState, Cast, CheckReport, Finding, Report, Twins, Verification
-    from ckptsurgeon.tensors import Archive, Coverage, TensorMeta
+    from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, Finding, Report, Twins, Verification
+    from ckptsurgeon.tensors import Archive, TensorMeta
 
 VERSION = 1
 _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}

@@ -12,7 +12,7 @@ from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.cli.main import cli
 from ckptsurgeon.errors import CoverageError, PlanError, StrictError
 from ckptsurgeon.planning.plan import make_plan
-from ckptsurgeon.tensors import Coverage
+from ckptsurgeon.report import Coverage
 from ckptsurgeon.views.text.words import coverage
 
 

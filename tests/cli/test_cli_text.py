@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ckptsurgeon.planning.diff import Diff, Hint, Mismatch, compare
 from ckptsurgeon.planning.plan import make_plan
-from ckptsurgeon.report import Cast, CheckReport, FileCheck, Finding, Report, Verification
+from ckptsurgeon.report import Cast, CheckReport, Coverage, FileCheck, Finding, Report, Verification
 from ckptsurgeon.rules.rules import Rule, rule_options
-from ckptsurgeon.tensors import Checkpoint, Coverage, TensorMeta, contiguous_stride
+from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
 from ckptsurgeon.views.text.diff import next_command, rename_hints
 from ckptsurgeon.views.text.merge import groups
 from ckptsurgeon.views.text.words import aligned, broken, findings, fitted, pasted, table

@@ -10,8 +10,8 @@ from torch import nn
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ArgumentError, ModelError, NoRecordError
 from ckptsurgeon.models.training.freezing import is_kept
-from ckptsurgeon.report import Report
-from ckptsurgeon.tensors import Checkpoint, Coverage
+from ckptsurgeon.report import Coverage, Report
+from ckptsurgeon.tensors import Checkpoint
 
 
 class Net(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError, NoRecordError
 from ckptsurgeon.models.training.groups import check_groups, fresh_keys, param_groups
-from ckptsurgeon.report import Report, Verification
-from ckptsurgeon.tensors import Checkpoint, Coverage
+from ckptsurgeon.report import Coverage, Report, Verification
+from ckptsurgeon.tensors import Checkpoint
 
 
 class Net(nn.Module):

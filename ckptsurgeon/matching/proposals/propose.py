@@ -23,11 +23,11 @@ from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import kept_out
-from ckptsurgeon.report import Twins
+from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
 from ckptsurgeon.shown import Result
-from ckptsurgeon.tensors import Checkpoint, Coverage
+from ckptsurgeon.tensors import Checkpoint
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings

@@ -14,8 +14,7 @@ from ckptsurgeon.views.folding import fold, fold_siblings
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.op import Op
     from ckptsurgeon.planning.quantised import Codes
-    from ckptsurgeon.report import Finding
-    from ckptsurgeon.tensors import Coverage
+    from ckptsurgeon.report import Coverage, Finding
 
 MOST = 12  # rows of one kind before the rest is counted
 WIDEST = 240  # characters of a cell with which others are aligned
@@ -237,7 +236,7 @@ def pasted(label: str, words: Sequence[str], width: int | None) -> str:
 def coverage(found: Coverage) -> str:
     """Coverage as a person reads it; never rounded up to the whole.
 
-    >>> from ckptsurgeon.tensors import Coverage
+    >>> from ckptsurgeon.report import Coverage
     >>> coverage(Coverage(0.5, 0.99999))
     '50.0 % of tensors, 99.9 % of elements'
     """
