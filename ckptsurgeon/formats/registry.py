@@ -46,7 +46,8 @@ class Format:
     Attributes:
         name: as an `Archive` and a `Checkpoint` say it.
         module: its module below `ckptsurgeon.formats`. `read(file)` there gives the Archive.
-        begins: whether a file begins as this format does, by its first 4096 bytes.
+        begins: whether a file begins as this format does, by its first 4096 bytes. The formats are tried in the table's order.
+        magic: the bytes that every file of it begins with, where there are such; these formats are tried before all others.
         family: what `--allow` and `--format` call it, together with its other versions and its shards; by itself its name.
         suffixes: how files of it are called. Files so called are checked in a folder, and an output's suffix says its format.
         writer: the module whose `layout_of(contents)` lays a new file out; `""` for a format that is only read.
@@ -61,6 +62,7 @@ class Format:
     name: str
     module: str = ""
     begins: Callable[[bytes], bool] = _never
+    magic: bytes = b""
     family: str = ""
     suffixes: tuple[str, ...] = ()
     writer: str = ""

@@ -97,7 +97,8 @@ def format_of(file: OpenFile) -> Format:
     head = file.read(0, min(_HEAD, file.size))
     if head.startswith(_POINTER):
         raise PointerError("is a Git LFS pointer, not the file itself", path=file.path, hint="git lfs pull")
-    for offset, magic, what, hint in _STRANGERS:
+    known = [form for form in TABLE if form.magic and head.startswith(form.magic)]
+    for offset, magic, what, hint in () if known else _STRANGERS:
         if head[offset : offset + len(magic)] == magic:
             raise FormatError(what, path=file.path, hint=hint)
     text = head.lstrip()[:64].lower()
@@ -107,8 +108,8 @@ def format_of(file: OpenFile) -> Format:
         raise FormatError(
             "is two files in one: torch and tar take its beginning for a tar archive's", path=file.path, hint="do not trust it"
         )
-    for form in TABLE:
-        if form.begins(head) and (not form.index or module(form.module).is_own(file)):
+    for form in known or TABLE:
+        if (known or form.begins(head)) and (not form.index or module(form.module).is_own(file)):
             if head[:2] != b"PK" and ends_as_zip(file):
                 raise FormatError(
                     "is two files in one: it begins as a checkpoint and ends as a zip archive", path=file.path, hint="do not trust it"

@@ -96,7 +96,14 @@ def test_the_readme_names_every_format_that_may_be_allowed() -> None:
     assert "reads both of torch's\nformats, safetensors, Hugging Face folders and indexes of shards, and NumPy's npz" in readme
 
 
-def test_a_new_format_is_one_module_and_one_line_of_the_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "how", "data"),
+    [
+        (b"FLAT", 'lambda head: head.startswith(b"FLAT")', W["w"].numpy().tobytes()),
+        (b"GGUF", 'magic=b"GGUF"', b"\x03\0\0\0{\0\0\0"),  # a stranger until then, and with 123 tensors a beginning like safetensors'
+    ],
+)
+def test_a_new_format_is_one_module_and_one_line_of_the_table(tmp_path: Path, first: bytes, how: str, data: bytes) -> None:
     """A format that nobody knows is read, shown, checked and merged by a program that has no more of it than that."""
     module = """
 from hashlib import sha256
@@ -111,9 +118,10 @@ def read(file):
     package = shutil.copytree(PACKAGE, tmp_path / "ckptsurgeon", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "formats" / "plain" / "flat.py").write_text(module)
     table = package / "formats" / "registry.py"
-    line = '    Format("flat", "plain.flat", lambda head: head.startswith(b"FLAT")),\n'
-    table.write_text(table.read_text().replace("TABLE: tuple[Format, ...] = (\n", f"TABLE: tuple[Format, ...] = (\n{line}"))
-    (tmp_path / "it").write_bytes(b"FLAT" + W["w"].numpy().tobytes())
+    end = ")\nBY_NAME:"
+    assert end in table.read_text()
+    table.write_text(table.read_text().replace(end, f'    Format("flat", "plain.flat", {how}),\n{end}'))
+    (tmp_path / "it").write_bytes(first + data)
 
     def run(*words: str) -> str:
         command = [sys.executable, "-P", "-m", "ckptsurgeon", *words]
@@ -123,5 +131,5 @@ def read(file):
     assert run("inspect", "it").startswith("it: flat")
     run("check", "it", "--allow", "flat,torch")
     run("merge", "it", "-o", "out.pt")
-    assert torch.equal(torch.load(tmp_path / "out.pt")["w"], W["w"].flatten())
+    assert torch.load(tmp_path / "out.pt")["w"].numpy().tobytes() == data
     run("diff", "out.pt", "it", "--exit-code")
