@@ -31,7 +31,7 @@ from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.apply import torn, with_data
-from ckptsurgeon.streaming.checksums import hold_all, without
+from ckptsurgeon.streaming.checksums import check_all, without
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -83,7 +83,7 @@ def transfer(
                 training, around, given, plan, model, lambda: averaged_into(training, source, around, again, undo), undo
             )
         if training.checksums:
-            hold_all(reader, [given])
+            check_all(reader, [given])
         put(plan, model, values.__getitem__, extra, ruling.own.schemes, handed)
         _check_still_unchanged(reader)
     return report_of(

@@ -26,7 +26,7 @@ from ckptsurgeon.optimizer.plan import Parameter
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import CarriedState
 from ckptsurgeon.streaming.apply import Training
-from ckptsurgeon.streaming.checksums import hold_all
+from ckptsurgeon.streaming.checksums import check_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint
 
@@ -80,7 +80,7 @@ def training(
             raise
         beside.reader.check_unchanged()
         if checksums:
-            hold_all(beside.reader, [given])
+            check_all(beside.reader, [given])
     around, others = _around(None if weights is None else weights.value, given.root, place or "optimizer", state.value)
     carried = replace(
         _training_state.account(_training_state.shown(beside, place), saved, assigned, given, state.plans, state.notes), others=others

@@ -15,7 +15,7 @@ from ckptsurgeon import formats
 from ckptsurgeon.errors import PlanError, RootError, TargetError
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.parameter_types import Given, Note, Path
-from ckptsurgeon.storage.memory import held
+from ckptsurgeon.storage.memory import file_in_memory
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Target:
 
 def read(given: Path | BytesIO) -> Archive:
     """The header of the file or folder at a path, or of a file in memory, with every root in it."""
-    return formats.read(held(given) if isinstance(given, BytesIO) else os.fspath(given))
+    return formats.read(file_in_memory(given) if isinstance(given, BytesIO) else os.fspath(given))
 
 
 def look(given: Given) -> Given:

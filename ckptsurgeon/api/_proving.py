@@ -22,7 +22,7 @@ from ckptsurgeon.planning.fits import NOTHING, fits
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.streaming import checksums
-from ckptsurgeon.streaming.checksums import Held
+from ckptsurgeon.streaming.checksums import Checksums
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -40,7 +40,7 @@ def verify_written(
 ) -> Verification:
     """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
     checkpoint = _opening.open_source(path, root=root, target=target.checkpoint)
-    with checksums.holding_files(() if shown is not None else checkpoint.files) as held:
+    with checksums.checking_files(() if shown is not None else checkpoint.files) as held:
         found = (
             _by_names(checkpoint, target.checkpoint) if target.build is None else _loaded(checkpoint, target, device, finite, inputs, seed)
         )
@@ -63,7 +63,7 @@ def unreadable(error: FormatError, path: str) -> Verification:
     """A no for a file that can't be read, where entries of it are not what their checksums say. Raises `error` where all are."""
     found: list[Finding] = []
     with suppress(CheckpointError):  # it is no zip archive, or one whose directory is damaged
-        held = checksums.hold_now(error.path or path)
+        held = checksums.check_file_now(error.path or path)
         found += checksums.findings_of(held, (), "" if held.path == path else f"{os.path.basename(held.path)}: ")
     if not any(finding.level == "error" for finding in found):
         raise error
@@ -96,7 +96,7 @@ def strict_load(checkpoint: Checkpoint, target: Checkpoint, taken: Taken = NOTHI
     return findings + [Finding("dtype", f"is {own}, in the target {goal}", key, "warning") for key, own, goal in casts if own != goal]
 
 
-def _damage(files: Sequence[Held], checkpoint: Checkpoint, found: Verification) -> Iterator[Finding]:
+def _damage(files: Sequence[Checksums], checkpoint: Checkpoint, found: Verification) -> Iterator[Finding]:
     """What the checksums of files say of all that is in them, beyond what was found where their values were read."""
     told = {finding.key for finding in found.findings if finding.code == "checksum"}
     for held in files:

@@ -27,8 +27,8 @@ from ckptsurgeon.parameter_types import Given
 from ckptsurgeon.planning import training_places
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import CarriedState, Report
-from ckptsurgeon.storage.memory import held as held_in_memory
-from ckptsurgeon.streaming.checksums import hold_all
+from ckptsurgeon.storage.memory import file_in_memory as held_in_memory
+from ckptsurgeon.streaming.checksums import check_all
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import reported, tensor_from
 from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, TensorMeta
@@ -47,7 +47,7 @@ _STAYS = (
 
 def without_averaged(found: Archive) -> Archive:
     """An archive without its averaged copies, where it has others: the model's own weights are meant."""
-    copies = training_places.averaged([one.root for one in found.state_dicts])
+    copies = training_places.average_roots([one.root for one in found.state_dicts])
     rest = tuple(one for one in found.state_dicts if one.root not in copies)
     return replace(found, state_dicts=rest) if rest else found
 
@@ -178,7 +178,7 @@ def give(
         if kind == "scheduler" and hasattr(taker, "optimizer"):
             driven = training_state.driven(state, taker.optimizer.param_groups, () if saved is None else saved.groups)
     for one in read if asked.checksums else ():
-        hold_all(one.reader, [given])
+        check_all(one.reader, [given])
     if made is not None:
         undo.enter_context(optimizer_state.loaded(asked.optimizer, made.state_dict))
     for taker, state in ready:
@@ -311,9 +311,9 @@ def averaged_into(
         source = source.path if isinstance(source, Checkpoint) else source
         assert isinstance(source, (str, os.PathLike))
         roots = _opening.read(source).state_dicts
-    root = training_places.choose_averaged([one.root for one in roots], asked.ema_root, found.path)
+    root = training_places.choose_average_root([one.root for one in roots], asked.ema_root, found.path)
     chosen = next((one for one in roots if one.root == root), None)
-    counts = training_places.COUNTS if root == training_places.average([one.root for one in roots]) else root
+    counts = training_places.AVERAGING_STATE if root == training_places.lightning_average([one.root for one in roots]) else root
     ours = {
         name: (one.root, meta)
         for one in roots

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.planning import linking, unused_rules
-from ckptsurgeon.planning.averaging import Weights, averaged, weights_of
+from ckptsurgeon.planning import linking, rule_problems
+from ckptsurgeon.planning.averaging import Weights, average_items, weights_of
 from ckptsurgeon.planning.keys import Claim, Item, SourceKey
-from ckptsurgeon.planning.legacy_names import repaired, taken
+from ckptsurgeon.planning.legacy_names import renamed_by_loading_code, repaired
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
 from ckptsurgeon.rules.patterns import expand
@@ -24,8 +24,8 @@ from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 __all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
-NOTHING = Outside()
-NONE = Choice(Change(Prefix(), {}))
+NO_OUTSIDE = Outside()
+NO_CHANGE = Choice(Change(Prefix(), {}))
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Names:
         claims: by name, which tensors of the sources want to be there. With a target, the first of several for a name that it has not.
         entries: by name, the source's value that is no tensor.
         names_of: the names that a source key went to, also those that the target has not.
-        dropped: the rule that drops a key; `spared` are the names that dropped keys would have landed on.
+        dropped: the rule that drops a key; `names_of_dropped` are the names that dropped keys would have landed on.
         inits, keeps, adapts: the rules that are held against the target's names.
         choices: by source, the prefix that is applied, and the rivals between which nothing decides; none of these is applied.
         handed: by source and name, what torch's load needs as it is, since the target's own loading code computes with it.
@@ -48,11 +48,11 @@ class Names:
     entries: Mapping[str, SourceKey]
     names_of: Mapping[SourceKey, tuple[str, ...]]
     dropped: Mapping[SourceKey, Rule]
-    spared: frozenset[str]
+    names_of_dropped: frozenset[str]
     inits: tuple[CompiledRule, ...]
     keeps: tuple[CompiledRule, ...]
     adapts: tuple[CompiledRule, ...]
-    outside: Outside = NOTHING
+    outside: Outside = NO_OUTSIDE
     choices: tuple[Choice, ...] = ()
     handed: Mapping[tuple[int, str], Sequence[Item]] = field(default_factory=dict)
 
@@ -67,7 +67,7 @@ class _Stage:
     given: dict[int, list[str]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     dropped: dict[SourceKey, Rule] = field(default_factory=dict)
-    spared: set[str] = field(default_factory=set)
+    names_of_dropped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._forms = [
@@ -91,7 +91,7 @@ class _Stage:
             try:
                 if compiled.rule.kind == "drop":
                     self.dropped.update(dict.fromkeys(item.places, compiled.rule))
-                    self.spared.add(item.name)
+                    self.names_of_dropped.add(item.name)
                 elif compiled.rule.kind == "rename":
                     names = [expand(result, dict(match.parts)) for result in compiled.results]
                     out += [item.moved(name, compiled.rule, which) for which, name in enumerate(names)]
@@ -136,7 +136,7 @@ def name_sources(
     sources: Sequence[Checkpoint],
     target: Checkpoint | None,
     rules: Iterable[Rule],
-    outside: Outside = NOTHING,
+    outside: Outside = NO_OUTSIDE,
     *,
     average: Weights | None = None,
     auto: str | None = None,
@@ -150,7 +150,7 @@ def name_sources(
     mean = None if average in (None, False) else weights_of(average, sources)
     measure = sources[0] if mean is not None and target is None else target
     active = [rule for rule in compiled if not rule.of_target]
-    choices = [_choice(source, number, measure, active) if measure is not None else NONE for number, source in enumerate(sources)]
+    choices = [_choice(source, number, measure, active) if measure is not None else NO_CHANGE for number, source in enumerate(sources)]
     prefixes = tuple(choice.applied.prefix for choice in choices)
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
     for rule in compiled:
@@ -163,28 +163,28 @@ def name_sources(
     ]
     problems: list[str] = []
     dropped: dict[SourceKey, Rule] = {}
-    spared: set[str] = set()
+    names_of_dropped: set[str] = set()
     tried: list[tuple[_Stage, list[Item]]] = []
     for number in range(max((rule.stage for rule in active), default=-1) + 1):
         stage = _Stage([rule for rule in active if rule.stage == number], sources, outside)
         tried.append((stage, items))
         items = stage.run(items)
         dropped.update(stage.dropped)
-        spared |= stage.spared
+        names_of_dropped |= stage.names_of_dropped
         problems += stage.failed.values()
     for stage, before in tried:
-        problems += unused_rules.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
+        problems += rule_problems.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
     if auto == "safe" and known is not None:
         items = repaired(items, known, mean is not None)
     handed: dict[tuple[int, str], list[Item]] = {}
-    items = taken(items, outside.taken, dropped, handed)
+    items = renamed_by_loading_code(items, outside.taken, dropped, handed)
     landed = [(place, item.name) for item in items for place in item.places]
     if mean is not None:
-        items = averaged(items, sources, mean, problems)
-    lost = () if known is None else unused_rules.rules_without_effect(active, items, known)
+        items = average_items(items, sources, mean, problems)
+    lost = () if known is None else rule_problems.rules_without_effect(active, items, known)
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
     problems += lost
-    crossed = unused_rules.crossed(items, known, kept, sources, prefixes)
+    crossed = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes)
     problems += crossed
     if problems:
         first = sources[0]
@@ -195,7 +195,7 @@ def name_sources(
         if crossed:
             hint = next(iter(crossed.values()))
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
-    found = _names(items, landed, prefixes, dropped, spared, compiled, sources, outside)
+    found = _names(items, landed, prefixes, dropped, names_of_dropped, compiled, sources, outside)
     return replace(found, choices=tuple(choices), handed=handed)
 
 
@@ -232,7 +232,7 @@ def _names(
     landed: Iterable[tuple[SourceKey, str]],
     prefixes: tuple[Prefix, ...],
     dropped: Mapping[SourceKey, Rule],
-    spared: Iterable[str],
+    names_of_dropped: Iterable[str],
     compiled: Sequence[CompiledRule],
     sources: Sequence[Checkpoint],
     outside: Outside,
@@ -257,7 +257,7 @@ def _names(
         entries,
         {place: tuple(names) for place, names in names_of.items()},
         {place: rule for place, rule in dropped.items() if place not in names_of},
-        frozenset(spared),
+        frozenset(names_of_dropped),
         by_kind["init"],
         by_kind["keep"],
         by_kind["adapt"],

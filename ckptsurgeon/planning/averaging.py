@@ -34,9 +34,9 @@ def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
     return {"op": "average", "weights": weights}
 
 
-def averaged(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, problems: list[str]) -> list[Item]:
-    """One item for each name that the sources share. What is no number of a continuum (a counter, an extra state) is the first
-    source's."""
+def average_items(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, problems: list[str]) -> list[Item]:
+    """One item for each name that the sources share. Integers, booleans and extra states are not averaged: they are taken from
+    the first source."""
     rows: dict[str, dict[int, Item]] = {}
     for item in items:
         held = rows.setdefault(item.name, {})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import offers, texts
-from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.prefixes.find import Prefix
@@ -153,7 +153,7 @@ def compare(
     source: Checkpoint,
     target: Checkpoint,
     rules: Iterable[Rule] = (),
-    outside: Outside = NOTHING,
+    outside: Outside = NO_OUTSIDE,
     auto: str | None = None,
     match: Matcher | None = None,
 ) -> Diff:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.legacy_names import is_counter
-from ckptsurgeon.planning.metadata import lost_parts
+from ckptsurgeon.planning.plan_findings import lost_parts
 from ckptsurgeon.planning.plan_types import Dropped, Entry, Step
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.planning.resolve import Origin, kept_out
@@ -77,7 +77,7 @@ def _tied_to_taken(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict
     }
 
 
-def loose(
+def keys_without_a_rule(
     names: Names,
     target: Checkpoint | None,
     steps: Sequence[Step],
@@ -89,7 +89,7 @@ def loose(
     tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
 
     def named(key: str) -> bool:
-        return any(one in names.spared or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
+        return any(one in names.names_of_dropped or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
 
     def repaired(step: Step) -> bool:
         return is_counter(step.target) and step.schemes == ("zeros",)  # without a rule that names it, only a repair says so

@@ -1,4 +1,4 @@
-"""What the records of merged files say of a plan's values: those that no training has touched yet are still fresh under their new names.
+"""Marks the values of a plan that were fresh in an earlier merge and were not trained since: they are still fresh, under their new names.
 
 A result is fresh if every tensor that it is made of is fresh on its own file's record; it is partly transferred if only some are, or if one
 is partly transferred itself: an average of a trained and a fresh head, trained rows with fresh ones below. No cast or adapter makes a fresh

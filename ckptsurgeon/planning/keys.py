@@ -13,7 +13,7 @@ SourceKey = tuple[int, str]  # which source, and its key as it stands under the 
 
 @dataclass(frozen=True)
 class Claim:
-    """The source tensors, in order, that want to be one target key, the ops that make one tensor of them, and the rules that said so."""
+    """The source tensors, in order, that rules assign to one target key; the ops that make one tensor of them; and those rules."""
 
     places: tuple[SourceKey, ...]
     asked: tuple[Asked, ...] = ()

@@ -1,4 +1,4 @@
-"""Names that a library gave up for others, in both directions: what `--auto safe` may rename without being told.
+"""Parameter names that libraries renamed, in both directions: what `--auto safe` renames by itself.
 
 A repair can't change what a tensor means, and is made only where a key of the source has no place in the target and the repaired name is
 there and nobody else's. What the target's own loading code does with such keys is done unasked, since torch does it.
@@ -68,7 +68,7 @@ def _repaired(item: Item, known: Collection[str], number: int, taken: Collection
     return item
 
 
-def taken(
+def renamed_by_loading_code(
     items: Sequence[Item], by_source: Mapping[int, Taken], dropped: dict[SourceKey, Rule], handed: dict[tuple[int, str], list[Item]]
 ) -> list[Item]:
     """The items as the target's own loading code takes them: under its names, without those that it drops, which are added to `dropped`.

@@ -13,15 +13,15 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.planning.apply_rules import NOTHING, Names, name_sources
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
-from ckptsurgeon.planning.dropped import fates, loose
+from ckptsurgeon.planning.dropped import fates, keys_without_a_rule
 from ckptsurgeon.planning.freshness import mark_fresh
 from ckptsurgeon.planning.init_rules import InitRule, check_copies, find_init_rules
 from ckptsurgeon.planning.keys import SourceKey
-from ckptsurgeon.planning.metadata import findings, refuse_unsafe, untried
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
 from ckptsurgeon.planning.own_loading.versions import find_versions
+from ckptsurgeon.planning.plan_findings import findings, refuse_unsafe, untried
 from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
@@ -47,7 +47,7 @@ def make_plan(
     average: Weights | None = None,
     auto: str | None = None,
     dequantize: bool = False,
-    outside: Outside = NOTHING,
+    outside: Outside = NO_OUTSIDE,
 ) -> Plan:
     """Decide how every key of `target` gets its value; without a target, convert the one source, or average them all.
 
@@ -110,7 +110,7 @@ def make_plan(
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
         findings=(*findings(sources, target, names, steps), *versions.notes, *casts(computed, target), *untried(outside.taken)),
-        loose=loose(names, target, steps, entries, dropped),
+        loose=keys_without_a_rule(names, target, steps, entries, dropped),
     )
 
 
@@ -269,7 +269,7 @@ class _Planner:
         if origin is not None:
             given = origin.places[0][1]
             why = "the source has another shape" if given == key else f"the source's {given} has another shape"
-        elif key in self.names.spared:
+        elif key in self.names.names_of_dropped:
             why = "dropped from the source by a rule"
         dtype = wanted.dtype if key in self.own_scales else self._dtype(wanted.dtype, wanted.dtype)
         cast = _cast(wanted.dtype, dtype)

@@ -16,7 +16,7 @@ from ckptsurgeon.errors import PartError, RootError
 from ckptsurgeon.hints import close_words
 from ckptsurgeon.planning import training_places
 from ckptsurgeon.planning.prefixes.find import NEAR, find_change
-from ckptsurgeon.planning.training_places import all_moments, average, of_optimizer
+from ckptsurgeon.planning.training_places import all_moments, lightning_average, of_optimizer
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
 from ckptsurgeon.wrappers import WRAPPERS
 
@@ -251,7 +251,7 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
         listing = ", ".join(f"{fit.found.root!r}" for fit in apart[:_SHOWN]) + (
             f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
         )
-        averaged = average([state_dict.root for state_dict in archive.state_dicts], archive.beside)
+        averaged = lightning_average([state_dict.root for state_dict in archive.state_dicts], archive.beside)
         counts = tuple(
             f"{_words(fit.found)}: {len(fit.origins)} of the target's {len(target)}"
             + (", the average of the weights" if fit.found.root == averaged else "")

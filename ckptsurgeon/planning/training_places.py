@@ -35,7 +35,7 @@ AVERAGED = (
     "ema_model_state_dict",
     "ema_params",
 )
-COUNTS = "averaging_state"  # where Lightning's WeightAveraging has what its average keeps beside the weights: `n_averaged`
+AVERAGING_STATE = "averaging_state"  # where Lightning's WeightAveraging has what its average keeps beside the weights: `n_averaged`
 _OPTIMIZERS = frozenset(PLACES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
 _MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta")
 
@@ -148,35 +148,35 @@ def all_moments(keys: Iterable[str]) -> bool:
     return bool(moments) and ends - moments <= {"step"}
 
 
-def average(roots: Iterable[str], beside: Iterable[str] = ()) -> str | None:
+def lightning_average(roots: Iterable[str], beside: Iterable[str] = ()) -> str | None:
     """The root that Lightning's WeightAveraging made the average; None in another file.
 
     When it saves, the average's weights take the name `state_dict`, the trained ones move to `current_model_state`, and what else the
     average keeps (`n_averaged`) stands in `averaging_state`.
 
-    >>> average(["state_dict", "current_model_state", "averaging_state"])
+    >>> lightning_average(["state_dict", "current_model_state", "averaging_state"])
     'state_dict'
     """
     names = {*roots, *beside}
-    return "state_dict" if {"state_dict", COUNTS} <= names else None
+    return "state_dict" if {"state_dict", AVERAGING_STATE} <= names else None
 
 
-def averaged(roots: Sequence[str]) -> tuple[str, ...]:
+def average_roots(roots: Sequence[str]) -> tuple[str, ...]:
     """The roots that are averaged copies, by their name or by Lightning's.
 
-    >>> averaged(["model", "model_ema", "ema.net.params", "emax"])
+    >>> average_roots(["model", "model_ema", "ema.net.params", "emax"])
     ('model_ema', 'ema.net.params')
     """
-    lightning = average(roots)
+    lightning = lightning_average(roots)
     named = (root for root in roots if any(root == name or root.startswith(f"{name}.") for name in AVERAGED))
     return (*((lightning,) if lightning is not None and "current_model_state" in roots else ()), *named)
 
 
-def choose_averaged(roots: Sequence[str], asked: str | None, path: str) -> str:
+def choose_average_root(roots: Sequence[str], asked: str | None, path: str) -> str:
     """The root of the averaged copy: the one asked for, or the only one. RootError otherwise."""
     if asked is not None:
         return asked
-    copies = averaged(roots)
+    copies = average_roots(roots)
     if len(copies) == 1:
         return copies[0]
     if copies:

@@ -15,10 +15,10 @@ from ckptsurgeon.tensors import FileStamp
 _NUMBERS = count(1)
 
 
-def held(buffer: io.BytesIO) -> FileStamp:
+def file_in_memory(buffer: io.BytesIO) -> FileStamp:
     """The whole content of a buffer as a file, wherever the buffer's position is; it is neither copied nor moved.
 
-    >>> seen = held(io.BytesIO(b"abc"))
+    >>> seen = file_in_memory(io.BytesIO(b"abc"))
     >>> seen.size, MemoryFile(seen).read(1, 2)
     (3, b'bc')
     """

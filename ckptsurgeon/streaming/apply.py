@@ -25,7 +25,7 @@ from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
 from ckptsurgeon.streaming.atomic import Temporary, lost, new_file, syncing
-from ckptsurgeon.streaming.checksums import holding, refuse, without
+from ckptsurgeon.streaming.checksums import checking, refuse, without
 from ckptsurgeon.streaming.moved_ranges import Ranges, ranges_of
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.reading import Reader
@@ -234,7 +234,7 @@ def apply(
             with syncing(temporary):
                 if output.proof:
                     left = [span for place, span in reader.entries().items() if place not in run.held]
-                    with holding(reader, left) as wrong:
+                    with checking(reader, left) as wrong:
                         _prove(temporary.path, [_expected(run, tensor) for tensor in tensors], entries, reader, around)
                     if wrong:
                         reader.check_unchanged()

@@ -28,7 +28,7 @@ _ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class Held:
+class Checksums:
     """What became of the file at `path`: the entries whose data is not what its checksum says, by where they begin, with their names, and
     how many entries have no checksum (a CRC of zero). `keeps` is False for a format that has none."""
 
@@ -38,18 +38,18 @@ class Held:
     without: int = 0
 
 
-def hold(seen: FileStamp, alive: Callable[[], None]) -> Held:
+def check_file(seen: FileStamp, alive: Callable[[], None]) -> Checksums:
     """Read a file as it was `seen`, and hold each entry against its checksum; `alive` is called between buffers and may raise.
 
     StaleError when the file is no longer what it was.
     """
     with open_regular(seen) as file:
-        return _hold(file, alive)
+        return _check(file, alive)
 
 
-def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
+def _check(file: OpenFile, alive: Callable[[], None]) -> Checksums:
     if file.read(0, min(len(_ZIP), file.size)) != _ZIP:
-        return Held(file.path, keeps=False)
+        return Checksums(file.path, keeps=False)
     wrong: dict[int, str] = {}
     without = 0
     entries = read_directory(file, cased=True).entries
@@ -60,7 +60,7 @@ def _hold(file: OpenFile, alive: Callable[[], None]) -> Held:
         if not _as_it_says(file, name, entry, alive):
             wrong[entry.offset] = name[below:]
     file.check_unchanged()
-    return Held(file.path, True, wrong, without)
+    return Checksums(file.path, True, wrong, without)
 
 
 def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], None]) -> bool:
@@ -77,31 +77,31 @@ def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], Non
     return entry.crc in (0, crc)
 
 
-def hold_now(path: str) -> Held:
+def check_file_now(path: str) -> Checksums:
     """`hold` for the file at `path` as it is now."""
     with open_regular(path) as file:
-        return _hold(file, lambda: None)
+        return _check(file, lambda: None)
 
 
 @contextmanager
-def holding_files(files: Sequence[FileStamp]) -> Iterator[list[Held]]:
+def checking_files(files: Sequence[FileStamp]) -> Iterator[list[Checksums]]:
     """While the block runs, `hold` files in a second thread. What became of each stands in the list after the block.
 
     StaleError, before the block or after it, when a file is no longer what it was.
     """
-    found: list[Held] = []
+    found: list[Checksums] = []
     with ExitStack() as stack:
         opened = [stack.enter_context(open_regular(seen)) for seen in files]  # here, where no one's code has changed the folder
 
         def work(alive: Callable[[], None]) -> None:
-            found.extend(_hold(file, alive) for file in opened)
+            found.extend(_check(file, alive) for file in opened)
 
         with _in_a_thread(work):
             yield found
 
 
 @contextmanager
-def holding(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
+def checking(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
     """While the block runs, hold the entries around spans against their checksums in a second thread, whole, each once.
 
     Those that are wrong stand in the list after the block. Deflated entries are not among them: who inflates one holds it. What keeps an
@@ -199,22 +199,22 @@ def _in_memory(path: str, checkpoints: Iterable[Checkpoint]) -> bool:
     return any(file.path == path and file.data is not None for checkpoint in checkpoints for file in checkpoint.files)
 
 
-def held(reader: Reader, spans: Sequence[Span]) -> list[Span]:
+def wrong_spans(reader: Reader, spans: Sequence[Span]) -> list[Span]:
     """Those spans the entries around which are not what their checksums say."""
-    with holding(reader, spans) as wrong:
+    with checking(reader, spans) as wrong:
         pass
     return wrong
 
 
-def hold_all(reader: Reader, checkpoints: Iterable[Checkpoint]) -> None:
+def check_all(reader: Reader, checkpoints: Iterable[Checkpoint]) -> None:
     """Hold all that a reader has read until now against its checksums; FormatError, naming every key, where it is damaged."""
-    refuse(held(reader, tuple(reader.entries().values())), checkpoints)
+    refuse(wrong_spans(reader, tuple(reader.entries().values())), checkpoints)
 
 
 Place = tuple[str, int]  # a file's path, and where in it an entry begins
 
 
-def findings_of(held: Held, places: Iterable[tuple[str, Place]], where: str = "") -> Iterator[Finding]:
+def findings_of(held: Checksums, places: Iterable[tuple[str, Place]], where: str = "") -> Iterator[Finding]:
     """An error for each thing in a file whose data is not what its checksum says, and a note where there are no checksums.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which of the tensors to be written are one tensor: tied in the target, or one tensor of a source under two keys. Decides no value."""
+"""Which output keys share one storage: those tied in the target, or given by one tensor of a source. Decides no value."""
 
 from __future__ import annotations
 

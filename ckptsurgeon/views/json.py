@@ -79,10 +79,10 @@ def error(found: CheckpointError) -> dict[str, Any]:
 def archive(found: Archive) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
     from ckptsurgeon.planning.quantised import find
-    from ckptsurgeon.planning.training_places import average
+    from ckptsurgeon.planning.training_places import lightning_average
 
     shown = found.state_dicts[0] if found.chosen is None else found.chosen
-    averaged = average([one.root for one in found.state_dicts], found.beside)
+    averaged = lightning_average([one.root for one in found.state_dicts], found.beside)
     return {
         "version": VERSION,
         "path": found.path,

@@ -15,7 +15,7 @@ from ckptsurgeon.optimizer.format import SLOTS, read_saved, wanted_slots
 from ckptsurgeon.optimizer.order import live_order
 from ckptsurgeon.optimizer.plan import Parameter, moment_ops, plan_states
 from ckptsurgeon.planning.plan import make_plan
-from ckptsurgeon.planning.training_places import averaged, choose_averaged, find
+from ckptsurgeon.planning.training_places import average_roots, choose_average_root, find
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta, contiguous_stride
 
@@ -301,6 +301,6 @@ def test_places_beside_the_models_root():
         find("optimizer", {"optimizer": 3, "optimizer_states": []}, "", None, "a.pt")
     with pytest.raises(RootError, match="no optimizer state"):
         find("optimizer", [1], "", None, "a.pt")
-    assert averaged(["model", "ema.params", "model_ema"]) == ("ema.params", "model_ema")
+    assert average_roots(["model", "ema.params", "model_ema"]) == ("ema.params", "model_ema")
     with pytest.raises(RootError, match="2 averaged copies"):
-        choose_averaged(["ema.params", "model_ema"], None, "a.pt")
+        choose_average_root(["ema.params", "model_ema"], None, "a.pt")

@@ -17,7 +17,7 @@ from torch import nn
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ArgumentError, CheckpointError, FormatError, PlanError
 from ckptsurgeon.storage.files import OpenFile
-from ckptsurgeon.storage.memory import held
+from ckptsurgeon.storage.memory import file_in_memory
 from ckptsurgeon.storage.opening import open_regular
 
 FORMATS = ["zip", "legacy", "deflated", "safetensors"]
@@ -173,5 +173,5 @@ def test_every_kind_of_file_gives_the_same_bytes(data: bytes, offset: int, nbyte
         return file.size, exact, file.fill(view, offset), bytes(view), file.some(nbytes, offset), file.check_unchanged()
 
     (tmp_path / "it").write_bytes(data)
-    with open_regular(str(tmp_path / "it")) as local, open_regular(held(io.BytesIO(data))) as memory:
+    with open_regular(str(tmp_path / "it")) as local, open_regular(file_in_memory(io.BytesIO(data))) as memory:
         assert told(local) == told(memory)

@@ -154,11 +154,11 @@ def _dtypes(checkpoint: Checkpoint, expected: tuple[str, ...]) -> Iterator[Findi
 
 
 def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
-    from ckptsurgeon.streaming.checksums import findings_of, hold, places_in
+    from ckptsurgeon.streaming.checksums import check_file, findings_of, places_in
 
     keeps = False
     for stamp in archive.files:
-        held = hold(stamp, alive)
+        held = check_file(stamp, alive)
         keeps = keeps or held.keeps
         where = f"{os.path.basename(stamp.path)}: " if len(archive.files) > 1 else ""
         places = (place for state_dict in archive.state_dicts for place in places_in(state_dict.tensors))

@@ -17,7 +17,7 @@ from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, generalise
 from ckptsurgeon.matching.rules_from_links.replay import origins
-from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
@@ -125,7 +125,7 @@ def propose(
     source: Checkpoint,
     target: Checkpoint,
     before: Sequence[Rule] = (),
-    outside: Outside = NOTHING,
+    outside: Outside = NO_OUTSIDE,
     *,
     accept: bool = False,
     judge: Judge | None = None,

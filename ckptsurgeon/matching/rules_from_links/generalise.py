@@ -17,7 +17,7 @@ from ckptsurgeon.matching.rules_from_links.order import in_order
 from ckptsurgeon.matching.rules_from_links.parts import line_of
 from ckptsurgeon.matching.rules_from_links.replay import Given, replay, wanted
 from ckptsurgeon.matching.rules_from_links.stages import first_stage, places
-from ckptsurgeon.planning.apply_rules import NOTHING
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.prefixes.find import Prefix, find_prefix, rename_all
 from ckptsurgeon.rules.drafting import cover
@@ -53,7 +53,7 @@ class Task:
     target: Checkpoint
     links: tuple[Link, ...]
     before: tuple[Rule, ...] = ()
-    outside: Outside = NOTHING
+    outside: Outside = NO_OUTSIDE
     given: Given = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
     doubtful: frozenset[str] = frozenset()

@@ -11,7 +11,7 @@ from functools import lru_cache
 from ckptsurgeon.adapters.chain import Asked, counted_at, fill_chain
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import parse_ops
-from ckptsurgeon.planning.apply_rules import NOTHING, name_sources
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.resolve import Origin, find_origins
 from ckptsurgeon.rules.rules import Outside, Rule
@@ -20,12 +20,12 @@ from ckptsurgeon.tensors import Checkpoint
 Given = Mapping[str, tuple[tuple[str, ...], tuple[Op, ...]]]  # by target key: its sources in order, and the ops as a plan has them
 
 
-def replay(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NOTHING) -> Given:
+def replay(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NO_OUTSIDE) -> Given:
     """What rules give each key of the target. RuleError for rules that can't be followed."""
     return {key: _given(origin) for key, origin in origins(source, target, rules, outside).items() if origin.fits}
 
 
-def origins(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NOTHING) -> Mapping[str, Origin]:
+def origins(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NO_OUTSIDE) -> Mapping[str, Origin]:
     """Where each key of the target comes from under rules. RuleError for rules that can't be followed."""
     return find_origins([source], target, name_sources([source], target, rules, outside))
 

@@ -25,7 +25,7 @@ from ckptsurgeon.tensors import Loader
 OUTSIDE = "the model is as it was before; what its loading code did outside of it can't be undone"
 
 
-def reached(state: Mapping[str, Any], loaders: Mapping[str, Loader], also: Collection[str] = ()) -> set[str]:
+def reachable_keys(state: Mapping[str, Any], loaders: Mapping[str, Loader], also: Collection[str] = ()) -> set[str]:
     """The keys that loading code can reach, those of `also`, and all that share memory with one of them."""
     keys = {key for loader in loaders.values() if loader.changes for key in loader.keys} | set(also)
     memory = {storage_of(state[key]) for key in keys if isinstance(state.get(key), torch.Tensor) and state[key].numel()}

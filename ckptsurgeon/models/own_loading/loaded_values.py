@@ -13,7 +13,7 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.models.init.values import tensor_bytes
-from ckptsurgeon.models.own_loading.load import load, reached
+from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.planning.plan_types import Plan, Step
 from ckptsurgeon.tensors import Checkpoint, Loader
@@ -45,7 +45,7 @@ def loaded_values(
     steps = {step.target: step for step in plan.steps}
     truth = build(plan.seed)
     state = state_dict_of(truth, target.path)
-    keys = reached(state, loaders, [key for group in target.overlaps for key in group]) & steps.keys()
+    keys = reachable_keys(state, loaders, [key for group in target.overlaps for key in group]) & steps.keys()
     computed = {key for key, step in steps.items() if step.action == "load"}
     given = {key: fetch(key) for key in (*(key for key in keys if _is_given(steps[key])), *plan.handed)}
     others = [key for key, step in steps.items() if step.sources and key not in keys]

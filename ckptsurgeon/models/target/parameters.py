@@ -88,10 +88,10 @@ def by_name(model: nn.Module, parameters: Iterable[Named]) -> dict[str, Named]:
     return {name: known[name] for name, _ in model.named_parameters(remove_duplicate=False) if name in known}
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its path without wrappers' segments; of a wrapper and what it wraps, the latter.
 
-    >>> list(layers(nn.DataParallel(nn.Sequential(nn.Linear(3, 2)))))
+    >>> list(modules_by_path(nn.DataParallel(nn.Sequential(nn.Linear(3, 2)))))
     ['', '0']
     """
     wrappers = _wrappers(model)
@@ -193,7 +193,9 @@ def listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def taken(patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: Iterable[str], other: str) -> dict[str, str]:
+def first_matching_pattern(
+    patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: Iterable[str], other: str
+) -> dict[str, str]:
     """What each pattern takes: the first that matches wins.
 
     Args:
@@ -208,7 +210,7 @@ def taken(patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: 
         ModelError: a pattern matches nothing that may be taken; all such patterns are told at once.
         RuleError: a pattern that is not well formed.
 
-    >>> taken(["b*", "*"], {"a": ["a"], "b": ["b"]}, [], "")
+    >>> first_matching_pattern(["b*", "*"], {"a": ["a"], "b": ["b"]}, [], "")
     {'b': 'b*', 'a': '*'}
     """
     taken_by: dict[str, str] = {}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.target.parameters import layers, named, taken
+from ckptsurgeon.models.target.parameters import first_matching_pattern, modules_by_path, named
 from ckptsurgeon.parameter_types import NoDecay
 
 _PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
@@ -37,9 +37,11 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
     parameters = named(model)
     wanted = {first: one.every for first, one in parameters.items() if (one.trainable if among is None else first in among)}
     rest = [name for first, one in parameters.items() if first not in wanted for name in one.every]
-    found = set(taken([word for word in words if isinstance(word, str)], wanted, rest, "frozen" if among is None else "other"))
+    found = set(
+        first_matching_pattern([word for word in words if isinstance(word, str)], wanted, rest, "frozen" if among is None else "other")
+    )
     if True in words:
-        modules = layers(model)
+        modules = modules_by_path(model)
         for first in wanted:
             places = [_layer(name) for name in parameters[first].bare]
             owners = [modules[path] for path, _ in places if path in modules]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError, printable
 from ckptsurgeon.models.init.recorded import fresh_parameters, known_fresh, known_partial
-from ckptsurgeon.models.target.parameters import Named, listed, named, named_tensors, taken
+from ckptsurgeon.models.target.parameters import Named, first_matching_pattern, listed, named, named_tensors
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.models.training.groups import FRESH, TRANSFERRED
 from ckptsurgeon.shown import Shown
@@ -167,7 +167,10 @@ def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, 
         patterns = listed(what)  # type: ignore[arg-type]
         if not patterns or not all(isinstance(text, str) for text in patterns):
             raise ModelError(f"{what!r} does not say what to freeze", hint="give patterns such as 'layer1.**', or a report")
-        return {id(tensors[first].tensor) for first in taken(patterns, {first: one.every for first, one in tensors.items()}, (), "")}
+        return {
+            id(tensors[first].tensor)
+            for first in first_matching_pattern(patterns, {first: one.every for first, one in tensors.items()}, (), "")
+        }
     if partial not in (TRANSFERRED, FRESH):
         raise ModelError(f"partial can't be {partial!r}", hint="give 'transferred' or 'fresh'")
     keys = state_dict_of(model, type(model).__name__)

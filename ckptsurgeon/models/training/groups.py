@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.init.recorded import fresh_keys, fresh_parameters, known_fresh, known_partial
-from ckptsurgeon.models.target.parameters import Named, named, named_tensors, taken
+from ckptsurgeon.models.target.parameters import Named, first_matching_pattern, named, named_tensors
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import Depths, depths
@@ -100,7 +100,7 @@ def param_groups(
     trainable = {first: one for first, one in every.items() if one.trainable}
     if not trainable:
         raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if every else None)
-    chosen = taken(given, {first: one.every for first, one in trainable.items()}, _frozen_names(every), "frozen")
+    chosen = first_matching_pattern(given, {first: one.every for first, one in trainable.items()}, _frozen_names(every), "frozen")
     bare = without_decay(model, no_decay)
     newest = fresh_parameters(every, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
     rate = lr * fresh_scale if lr is not None and fresh_scale is not None else fresh_lr

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import ModelError, printable
-from ckptsurgeon.models.target.parameters import Named, listed, named, taken
+from ckptsurgeon.models.target.parameters import Named, first_matching_pattern, listed, named
 from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import depths
 from ckptsurgeon.models.training.freezing import Frozen, thaw
@@ -194,7 +194,7 @@ def _given(every: Mapping[str, Named], stages: Sequence[Words]) -> list[tuple[st
     frozen = {first: one.every for first, one in every.items() if not one.trainable}
     others = [name for one in every.values() if one.trainable for name in one.every]
     rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
-    by_pattern = taken([text for row in rows for text in row], frozen, others, "trainable")
+    by_pattern = first_matching_pattern([text for row in rows for text in row], frozen, others, "trainable")
     found: list[tuple[str, int, tuple[str, ...]]] = []
     left = dict(by_pattern)
     for below, row in enumerate(rows, start=1):

@@ -22,7 +22,7 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.init.user_functions import Fill
 from ckptsurgeon.models.init.values import tensor_bytes
-from ckptsurgeon.models.own_loading.load import load, reached
+from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.own_loading.snapshot import Undo
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
@@ -123,7 +123,7 @@ def put(
     foreign = {key for key in values if storage_of(state[key]) not in own and state[key].numel()}
     if foreign or any(key.rpartition(".")[2] != _EXTRA or initialize.owner_of(model, key) is None for key in extra):
         foreign = set(values)  # a model whose state_dict is not its own memory
-    special = reached(state, loaders, foreign)
+    special = reachable_keys(state, loaders, foreign)
     if not loaders and not special and not foreign:
         with undisturbed(), torch.no_grad():
             _set_extra(model, state, extra, name)

@@ -16,7 +16,7 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, TargetError
 from ckptsurgeon.models.init.values import tensor_bytes
-from ckptsurgeon.models.own_loading.load import load, reached
+from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.own_loading.probe import probe_file
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.devices import check_device
@@ -172,7 +172,7 @@ class _ByTorch:
         model = user_code.call(path, self.build)
         own = state_dict_of(model, path)
         loaders = {place: loader for place, loader in find_loaders(model, own).items() if loader.changes}
-        keys = reached(own, loaders)
+        keys = reachable_keys(own, loaders)
         values = {
             key: tensor_from(self.read(meta), meta.dtype).view(meta.shape)
             for key, meta in checkpoint.items()

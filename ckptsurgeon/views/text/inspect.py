@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.quantised import find
-from ckptsurgeon.planning.training_places import average
+from ckptsurgeon.planning.training_places import lightning_average
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
 from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, quantised, shape, size, table
 
@@ -26,7 +26,7 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None) -> 
         lines += _state_dict(found.chosen, True, verbose, width)
     else:
         several = len(found.state_dicts) > 1
-        averaged = average([one.root for one in found.state_dicts], found.beside)
+        averaged = lightning_average([one.root for one in found.state_dicts], found.beside)
         for state_dict in found.state_dicts:
             lines += _state_dict(state_dict, verbose or not several, verbose, width)
             if state_dict.root == averaged:

@@ -1,4 +1,4 @@
-"""What is wrong with rules as they met the keys: those that had no turn, those without effect, and two sources on one name. Words only."""
+"""Rules that can't be followed, in words: rules that match nothing, rules without effect, and two sources that land on one name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], k
             yield f"{asked.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
 
 
-def crossed(
+def two_sources_on_one_name(
     items: Sequence[Item],
     known: Collection[str] | None,
     kept: Sequence[CompiledRule],

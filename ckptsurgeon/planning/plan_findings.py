@@ -1,4 +1,4 @@
-"""What goes along with the tensors: values that can't be carried, and what there is to say about ties and memory. Decides no step."""
+"""What a plan reports beside its steps: values that can't be carried, ties that are lost, memory that is needed. Decides no step."""
 
 from __future__ import annotations
 
