@@ -51,8 +51,10 @@ def misfits(shapes: Shapes, target: Shapes, tied: Mapping[str, str] = {}) -> lis
             absent.append(Finding("missing", f"is {'an extra state ' if is_extra else ''}in the target only", key))
         elif is_extra:
             continue  # the module takes whatever is there
-        elif shape is None:
+        elif shape is None and wanted is not None:
             unlike.append(Finding("kind", "is no tensor, in the target it is one", key))
+        elif wanted is None and shape is not None:
+            unlike.append(Finding("kind", "is a tensor, in the target it is none", key))
         elif shape != wanted:
             unlike.append(Finding("shape", f"has shape {shape}, the target {wanted}", key))
     return [*absent, *(Finding("unexpected", "is in the file only", key) for key in shapes if key not in target), *unlike]
