@@ -200,8 +200,8 @@ def test_a_name_that_was_taken_and_not_let_go_of_is_swept(tmp_path: Path) -> Non
 
 
 def test_a_name_that_is_there_already_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chances = iter(["00000000", "00000000", "11111111"])
-    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: next(chances))
+    chances = iter([bytes(4), bytes(4), b"\1\1\1\1"])
+    monkeypatch.setattr(atomic.os, "urandom", lambda _: next(chances))
     with new_file(str(tmp_path / "out"), True) as first, new_file(str(tmp_path / "out"), True) as second:
         assert first.path != second.path and os.path.exists(first.path) and os.path.exists(second.path)
     assert os.listdir(tmp_path) == ["out"]
