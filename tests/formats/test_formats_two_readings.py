@@ -24,6 +24,9 @@ from ckptsurgeon.formats.sniff import _begins_as_tar
 from ckptsurgeon.tensors import Archive
 
 
+ONE_DICT = {"w": torch.ones(2)}
+
+
 def put(data: bytes, folder: Path) -> Path:
     (folder / "it.pt").write_bytes(data)
     return folder / "it.pt"
@@ -187,3 +190,13 @@ def test_minus_zero_in_text_is_text(tmp_path: Path) -> None:
     data = safetensor({"__metadata__": {"a": "-0"}, **HEADERS["a gap after"][0]}, bytes(4))
     found = outcome(put(data, tmp_path))
     assert isinstance(found, Archive) and found.metadata["a"] == "-0"
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("value", [{"": ONE_DICT}, {"": ONE_DICT, "epoch": 1}, {"": {"": ONE_DICT}}, {"": ONE_DICT, "model": ONE_DICT}])
+def test_a_nested_dict_without_a_name_is_no_top_dict(value: dict[str, object], new_format: bool, tmp_path: Path) -> None:
+    """Its keys would be told as those of the top dict, in which torch has none of them."""
+    torch.save(value, tmp_path / "it.pt", _use_new_zipfile_serialization=new_format)
+    assert "w" not in torch.load(tmp_path / "it.pt")
+    error = outcome(tmp_path / "it.pt")
+    assert isinstance(error, FormatError) and "empty name" in error.reason

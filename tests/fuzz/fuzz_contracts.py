@@ -22,6 +22,7 @@ from typing import Any
 
 import fuzz_seeds
 import jsonschema
+import numpy
 import safetensors
 import safetensors.torch
 import torch
@@ -173,9 +174,15 @@ def checkpoint(data: bytes, folder: Path) -> str:
 
 
 def official(path: Path, found: Checkpoint) -> Mapping[str, Any] | None:
-    """What torch or safetensors reads from the file, where they do: the state_dict itself."""
+    """What torch, safetensors or NumPy reads from the file, where they do: the state_dict itself."""
     if found.format == "safetensors":
         return safetensors.torch.load(path.read_bytes())
+    if found.format == "npz":
+        try:
+            with numpy.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in found}
+        except Exception:  # noqa: BLE001 another library's reader of bytes that are not sound
+            return None
     if found.root or not found.format.startswith("torch-") or found.format == "torch-shards":
         return None
     try:

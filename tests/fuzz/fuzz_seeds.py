@@ -96,9 +96,16 @@ def _rewritten(raw: bytes, method: int = zipfile.ZIP_STORED, stream: bool = Fals
     return out.getvalue()
 
 
+def _arrays(save: Callable[..., None]) -> bytes:
+    """NumPy's zip of arrays, in both orders of memory."""
+    out = BytesIO()
+    save(out, w=numpy.arange(6, dtype="f4").reshape(2, 3), turned=numpy.asfortranarray(numpy.ones((3, 2), "i8")), one=numpy.float64(1))
+    return out.getvalue()
+
+
 @lru_cache
 def zip_files() -> Seeds:
-    """torch's zip format."""
+    """torch's zip format, and NumPy's."""
     seeds = {name: _saved(value) for name, value in _values().items()}
     flat = seeds["flat"]
     return {
@@ -106,6 +113,8 @@ def zip_files() -> Seeds:
         "protocol 4": _saved(_values()["odd"], pickle_protocol=4),
         "deflated": _rewritten(flat, zipfile.ZIP_DEFLATED),
         "stream": _rewritten(flat, stream=True),
+        "arrays": _arrays(numpy.savez),
+        "deflated arrays": _arrays(numpy.savez_compressed),
     }
 
 

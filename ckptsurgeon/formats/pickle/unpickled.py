@@ -101,6 +101,8 @@ def collect(path: str, found: Unpacked) -> Tree:
             arrays += types.count(NumpyArray)
         is_root = TensorRef in kinds and type(node) is PickledDict
         if is_root:
+            if depth and not place:
+                raise FormatError("has tensors in a nested dict under an empty name, which would read as its top dict", path=path)
             budget.spend("tensors", types.count(TensorRef), "has more than {} tensors")
             budget.spend("dense-keys", len(names), "has more than {} keys, for which its pickle is too short")
             roots.append(_state_dict(path, place, node, zip(names, children, strict=True), locate, known, claims))
