@@ -23,7 +23,6 @@ from ckptsurgeon.errors import FormatError, UnsafeError
 from ckptsurgeon.formats.sniff import _begins_as_tar
 from ckptsurgeon.tensors import Archive
 
-
 ONE_DICT = {"w": torch.ones(2)}
 
 
