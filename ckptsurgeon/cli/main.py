@@ -15,6 +15,7 @@ import click
 from ckptsurgeon.cli.endings import debug, say_options, told, with_traceback
 from ckptsurgeon.cli.output import StdoutError, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
 from ckptsurgeon.errors import CheckpointError, InternalError
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.version import VERSION
 
@@ -57,10 +58,21 @@ class Flow(click.Group):
         command.short_help = COMMANDS[cmd_name]
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word names; where there is none, the close ones are told."""
+        if args[0] not in COMMANDS and not args[0].startswith("-") and (close := close_names(args[0], COMMANDS)):
+            ctx.fail(f"No such command {args[0]!r}; is it {' or '.join(close)}?")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what the library says of its parameters is said of the command's options."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            command = None if error.ctx is not None else self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is not None:  # click's parser does not say whose option lacks its value
+                error.ctx = click.Context(command, ctx, command.name)
+            raise
         except CheckpointError as error:
             say_options(error, self.get_command(ctx, ctx.invoked_subcommand or ""))
             raise

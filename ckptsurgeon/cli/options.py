@@ -26,6 +26,18 @@ Wrap = Callable[[F], F]
 RULES: tuple[Kind, ...] = ("rename", "drop", "keep", "adapt", "init")  # each an option of its own
 
 
+class Integer(click.IntRange):
+    """An integer within limits, which a message calls so."""
+
+    name = "integer"
+
+
+class Number(click.FloatRange):
+    """A number within limits, which a message calls so."""
+
+    name = "number"
+
+
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, in the order in which help shows them."""
 
@@ -159,9 +171,9 @@ init = click.option(
 dtype = click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors.")
 allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
 dequantize = click.option("--dequantize", is_flag=True, help="Make values of fp8 and int8 codes and the scales beside them.")
-seed = click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), show_default="0", help="For the constructor and the schemes.")
+seed = click.option("--seed", type=Integer(0, (1 << 63) - 1), show_default="0", help="For the constructor and the schemes.")
 min_coverage = click.option(
-    "--min-coverage", type=click.FloatRange(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
+    "--min-coverage", type=Number(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
 )
 strict = click.option("--strict", is_flag=True, help="A no for any missing, extra or mismatched key that no rule names.")
 output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")

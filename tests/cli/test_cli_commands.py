@@ -159,7 +159,7 @@ def test_skeleton_check_against_it(place, run):
     assert good.code == 0 and good.out == "1 file checked, all good\n"
     bad = run("check", "merged.pt", "net_params.pkl", "--against", "net.json")
     assert bad.code == 1 and bad.out.splitlines()[-1].startswith("2 files checked, 1 not good (")
-    assert "net_params.pkl: CK302 fc2.{weight,bias}: is in the file only" in bad.out and "merged.pt" not in bad.out
+    assert "net_params.pkl: CK302 fc2.{weight,bias}: are in the file only" in bad.out and "merged.pt" not in bad.out
     assert len(run("check", "net_params.pkl", "--against", "net.json", "-v").out.splitlines()) == 12
 
 

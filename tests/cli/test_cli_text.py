@@ -80,7 +80,7 @@ def test_a_pasted_command_is_the_command_at_any_width(width):
 
 def test_findings_that_say_the_same_stand_together_and_many_are_counted():
     same = [Finding("missing", "is in the target only", f"layers.{n}.weight") for n in range(50)]
-    assert findings(same, False, None) == ["  error: 50 tensors: is in the target only", "    layers.{0..49}.weight"]
+    assert findings(same, False, None) == ["  error: 50 tensors are in the target only", "    layers.{0..49}.weight"]
     apart = [Finding("cast", f"is {n}", f"key{n}", "warning") for n in range(50)]
     assert len(findings(apart, False, None)) == 13 and findings(apart, False, None)[-1] == "  … and 38 findings more (-v shows all)"
     assert len(findings(apart, True, None)) == 50
@@ -113,7 +113,7 @@ def test_check_tells_a_warning_from_an_error_and_a_good_file_from_a_bad_one():
     bad = FileCheck("b.pt", tuple(Finding("CK301", "is in the target only", f"layers.{n}.w") for n in range(9)))
     assert str(CheckReport((warned, bad))).splitlines() == [
         "a.pt: CK304 (warning) w: is F16, in the target F32",
-        "b.pt: CK301 layers.{0..8}.w: is in the target only",
+        "b.pt: CK301 layers.{0..8}.w: are in the target only",
         "2 files checked, 1 not good (what a code means: ckptsurgeon check --explain CK301)",
     ]
     assert CheckReport((warned, bad)).to_text(verbose=True).count("b.pt: CK301 layers.") == 9

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @options.overwrite
 @click.option(
     "--min-coverage",
-    type=click.FloatRange(0, 1),
+    type=options.Number(0, 1),
     show_default="0.5",
     metavar="SHARE",
     help="Least share of one side's tensors and elements that must be matched.",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--source-model", metavar="SPEC", help="For --forward: the model that CKPT is of, such as module:Net.")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=options.Number(0, 1, max_open=True),
     show_default="1e-4",
     metavar="SHARE",
     help="For --forward: by how much of their greatest value outputs may differ.",
@@ -74,9 +74,10 @@ def command(
         found = replace(found, refused=refusal.message)
     elif output is not None and not differs:
         from ckptsurgeon.cli.files import write_text
+        from ckptsurgeon.views.text.words import count
 
         write_text(output, found.toml, overwrite, note)
-        note(f"wrote {output}: {len(found.rules)} rules")
+        note(f"wrote {output}: {count(len(found.rules), 'rule')}")
         found = replace(found, written=output)
     show.result(found)
     if refusal is not None and not show.json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.report import CheckReport, FileCheck, Finding, Settings, Verification
 from ckptsurgeon.views.folding import fold_siblings
-from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, shape
+from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, of_several, shape
 
 if TYPE_CHECKING:
     from ckptsurgeon.finding_codes import Code
@@ -84,7 +84,8 @@ def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, s
 
 def about(keys: Sequence[str], message: str, most: int | None = 4) -> str:
     """What is said of which keys."""
-    return f"{f'{listing(fold_siblings(keys), most)}: ' if keys else ''}{name(message)}"
+    words = (of_several(message) or message) if len(keys) > 1 else message
+    return f"{f'{listing(fold_siblings(keys), most)}: ' if keys else ''}{name(words)}"
 
 
 def _file(found: FileCheck, verbose: bool) -> list[str]:

@@ -85,6 +85,19 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+_OF_SEVERAL = {"is": "are", "has": "have", "was": "were", "does": "do"}
+
+
+def of_several(message: str) -> str | None:
+    """What is said of one thing, said of several; None for what does not begin with a verb that is known here.
+
+    >>> of_several("is in the target only"), of_several("dtype F32, not F16")
+    ('are in the target only', None)
+    """
+    verb, space, rest = message.partition(" ")
+    return f"{_OF_SEVERAL[verb]}{space}{rest}" if verb in _OF_SEVERAL else None
+
+
 def heading(word: str, number: int, words: str = "") -> str:
     """A counted heading; its words are said only of something."""
     return f"  {word:<11} {number:>5}" + (f"   {words}" if number and words else "")
@@ -195,7 +208,8 @@ def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list
     for (level, message), named in shown:
         words = message if verbose or len(message) <= LONGEST else f"{message[:LONGEST].rstrip()} … (-v shows all)"
         if len(named) > 1:
-            lines.append(f"  {level}: {count(len(named), 'tensor')}: {name(words)}")
+            plural = of_several(words)
+            lines.append(f"  {level}: {count(len(named), 'tensor')}{f': {name(words)}' if plural is None else f' {name(plural)}'}")
             lines += keys(named, width, most) if level != "note" or verbose else []
         else:
             lines.append(f"  {level}: {''.join(f'{name(key)}: ' for key in named)}{name(words)}")
