@@ -14,15 +14,18 @@ from ckptsurgeon.api._provenance import record
 from ckptsurgeon.api._proving import refuse_non_finite, verify_written
 from ckptsurgeon.api._rules import Own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
-from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
+from ckptsurgeon.formats.registry import OUTPUTS, SUFFIXES, WRITTEN
 from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import Output, Training, Values
 from ckptsurgeon.streaming.apply import apply as write_plan
-from ckptsurgeon.streaming.atomic import check_free, named
+from ckptsurgeon.streaming.atomic import check_free, named, refuse_no_file
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.tensors import Checkpoint
+
+# Suffixes of formats that are not written: a file of another format so called would mislead its readers.
+_NEVER_WRITTEN = frozenset({*SUFFIXES, ".npz", ".npy", ".json", ".h5", ".hdf5", ".gguf", ".onnx", ".zip", ".tar", ".gz"}) - {*OUTPUTS}
 
 
 def output_format(output: Path, format: str | None = None) -> str:
@@ -47,10 +50,10 @@ def output_format(output: Path, format: str | None = None) -> str:
         return format
     suffix = os.path.splitext(os.fspath(output))[1].lower()
     if suffix not in OUTPUTS:
+        refuse_no_file(os.fspath(output))
+        other = "" if suffix in _NEVER_WRITTEN else ", or add --format torch"
         raise OutputError(
-            f"its suffix {suffix!r} does not say which format to write",
-            path=output,
-            hint=f"end it in one of {' '.join(OUTPUTS)}, or add --format torch",
+            f"its suffix {suffix!r} does not say which format to write", path=output, hint=f"end it in one of {' '.join(OUTPUTS)}{other}"
         )
     return OUTPUTS[suffix]
 

@@ -32,7 +32,7 @@ _REASONS = {
     errno.EACCES: ("its folder may not be written to by you", "choose another folder"),
     errno.EPERM: ("it, or its folder, may not be changed by you", "choose another folder"),
     errno.EROFS: ("its file system is read-only", "choose another folder"),
-    errno.ENOENT: ("its folder does not exist", "make it first: mkdir -p"),
+    errno.ENOENT: ("no file can be made in its folder", "choose another folder"),
     errno.ENOTDIR: ("a part of its path is a file", "choose another path"),
     errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
 }
@@ -54,12 +54,21 @@ def output_error(path: str, error: OSError) -> OutputError:
     return OutputError(reason, path=path, hint=hint)
 
 
+def refuse_no_file(path: str) -> None:
+    """OutputError for no path at all, and for a folder."""
+    if not path:
+        raise OutputError("output='' is empty", hint="give the path of a file to write")
+    if os.path.isdir(path):
+        raise OutputError("is a folder", path=path, hint="give the path of a file to write")
+
+
 def check_free(path: str, overwrite: bool) -> str:
     """The path that will really be written (a link is followed); what a killed run left beside it is taken away.
 
     OutputError when it is taken and may not be replaced.
     """
     try:
+        refuse_no_file(path)
         real = os.path.realpath(path)
     except ValueError as error:  # a null character, or one that no file system encodes
         raise OutputError(f"is no path that a file can have ({error})", path=path, hint="choose another path") from error
@@ -74,8 +83,7 @@ def check_free(path: str, overwrite: bool) -> str:
     except OSError as error:
         raise output_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise OutputError(f"is {what}", path=path, hint="give the path of a file to write")
+        raise OutputError("is not a regular file", path=path, hint="give the path of a file to write")
     if not overwrite:
         raise _taken(path)
     return real

@@ -190,7 +190,11 @@ def test_the_outputs_folder_is_missing(files, run, name):
 
 def test_an_unknown_suffix(files, run):
     before = files()
-    assert_refused(run("merge", "net_params.pkl", NET, "-o", "out.onnx"), "its suffix '.onnx' does not say which format", "--format")
+    assert_refused(
+        run("merge", "net_params.pkl", NET, "-o", "out.onnx"),
+        "its suffix '.onnx' does not say which format",
+        "end it in one of .safetensors",
+    )
     assert files() == before
     assert run("merge", "net_params.pkl", NET, "-o", "out.onnx", "--format", "torch").code == 0
     assert torch.load("out.onnx", weights_only=True).keys() == torch.load("net_params.pkl").keys()
