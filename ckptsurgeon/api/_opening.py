@@ -12,7 +12,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
-from ckptsurgeon.errors import PlanError, RootError, TargetError
+from ckptsurgeon.errors import FormatError, PlanError, RootError, TargetError, UnreadableError
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.parameter_types import Given, Note, Path
 from ckptsurgeon.storage.memory import file_in_memory
@@ -146,8 +146,21 @@ def open_target(given: Given, *, root: str | None = None, note: Note = silent) -
             return _from_spec(text, note)
         from ckptsurgeon.planning import roots
 
-        return Target(_with_shard(roots.choose(read(text), root=root)))
+        return Target(_with_shard(roots.choose(_read_target(text), root=root)))
     return _from_live(given, note)
+
+
+def _read_target(text: str) -> Archive:
+    """`read`; what is no checkpoint may be code, written without the name of a model."""
+    try:
+        return read(text)
+    except (FormatError, UnreadableError) as error:
+        from ckptsurgeon.models.target.candidates import specs_of
+
+        found = specs_of(text)
+        if found or (text.endswith(".py") and os.path.isfile(text)):
+            error.hint = f"is it {' or '.join(found)}?" if found else f"name the model in it: {text}:NAME"
+        raise
 
 
 def open_planned(planned: PlanTarget, note: Note = silent) -> Target:

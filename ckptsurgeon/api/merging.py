@@ -12,7 +12,7 @@ from ckptsurgeon.api._deciding import decide
 from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect, facts_of, refuse_idle
 from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
-from ckptsurgeon.api._stale import check_data, load_plan, sampled
+from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
 from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.parameter_types import Given, Note, Path, Renames
@@ -284,13 +284,16 @@ def apply(
     refuse_output(writing)
     refuse_idle_writing(made, writing)
     found = [_opening.open_source(source.path, root=source.root) for source in made.sources]
-    planfile.check_sources(made, found)  # before the target's module is imported
-    check_data(made, found, None)
+    path = None if isinstance(plan, Plan) else os.fspath(plan)
+    with hinting(made, path):
+        planfile.check_sources(made, found)  # before the target's module is imported
+        check_data(made, found, None)
     goal = None if made.target is None else _opening.open_planned(made.target, note)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
         goal = _opening.as_built(goal, made.seed, note)
-    planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
-    if goal is not None:
-        check_data(replace(made, sources=()), (), goal.checkpoint)
+    with hinting(made, path):
+        planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
+        if goal is not None:
+            check_data(replace(made, sources=()), (), goal.checkpoint)
     _, own = load_own(made.own_adapters, schemes, note)
     return carry_out(made, found, goal, writing, own)

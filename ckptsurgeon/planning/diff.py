@@ -15,7 +15,7 @@ from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
-from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, kept_out
+from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.rules import Outside, Rule
@@ -117,6 +117,7 @@ class Diff(Result):
         rivals: prefixes between which nothing decides, so that none is applied.
         exchanges: renames of one prefix to another that would explain most of what is left, the best first.
         options: the rules that it was made with, as words of a command line.
+        unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
     """
 
     source: str
@@ -142,6 +143,7 @@ class Diff(Result):
     rivals: tuple[Way, ...] = ()
     exchanges: tuple[Way, ...] = ()
     options: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def same(self) -> bool:
@@ -227,6 +229,7 @@ def compare(
         rivals=ways_to_choose([source], target, names, rules)[0],
         exchanges=exchanges,
         loaded=_loaded(outside.taken.get(0), computed),
+        unkept=tuple(find_unkept(target, given)),
     )
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from math import prod
 
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import UnsafeError
-from ckptsurgeon.hints import shortened
+from ckptsurgeon.hints import SHOWN, shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.planning.quantised import scales_read
-from ckptsurgeon.planning.resolve import find_refused
+from ckptsurgeon.planning.resolve import find_refused, find_unkept
 from ckptsurgeon.report import Finding
 from ckptsurgeon.rules.loading_code import Taken
-from ckptsurgeon.tensors import Checkpoint, Refused, find_overlaps
+from ckptsurgeon.tensors import Checkpoint, find_overlaps
+
+OTHER_TARGET = "give the model itself, or its skeleton, as the target"
 
 
 def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> None:
@@ -22,21 +25,20 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
     for number, source in enumerate(sources):
         found = find_refused(source, number, names)
         if found:
+            bare = [names.prefixes[number].bare(key) for key in found]
             raise UnsafeError(
                 "has values inside its state_dict that can't be carried",
                 path=source.path,
                 problems=shortened(f"{key}: {reason}" for key, reason in found.items()),
-                hint=f"leave them out: --drop {names.prefixes[number].bare(next(iter(found)))!r}",
+                hint=f"leave them out: {' '.join(f'--drop {shlex.quote(key)}' for key in bare[:SHOWN])}",
             )
-    given = set(names.entries)
-    own = {} if target is None or target.kind != "file" else target.entries
-    problems = [f"{key}: {entry.reason}" for key, entry in own.items() if isinstance(entry, Refused) and key not in given]
-    if problems and target is not None:
+    unkept = {} if target is None else find_unkept(target, names.entries)
+    if unkept and target is not None:
         raise UnsafeError(
             "has values inside its state_dict that can't be kept",
             path=target.path,
-            problems=shortened(problems),
-            hint="give the model itself, or its skeleton, as the target",
+            problems=shortened(f"{key}: {reason}" for key, reason in unkept.items()),
+            hint=OTHER_TARGET,
         )
 
 

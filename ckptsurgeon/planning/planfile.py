@@ -6,6 +6,7 @@ A plan of another version, one that does not add up, or one whose source or targ
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,8 @@ def from_json(raw: bytes, path: str) -> Plan:
         raise PlanError("is not a plan", path=path, hint="make one with: ckptsurgeon plan CKPT TARGET -o plan.json")
     version = value.get("version")
     if type(version) is not int or version != VERSION:
-        raise PlanError(f"is a plan of version {_version(version)}; this ckptsurgeon follows version {VERSION}", path=path)
+        words = f"is a plan of version {_version(version)}; this ckptsurgeon follows version {VERSION}"
+        raise PlanError(words, path=path, hint=f"make it again: ckptsurgeon plan CKPT TARGET -o {shlex.quote(path)} --overwrite")
     try:
         return _plan(value)
     except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
@@ -309,7 +311,7 @@ def check_sources(plan: Plan, sources: Sequence[Checkpoint]) -> None:
 
 def _check_same(fingerprint: str, found: Checkpoint) -> None:
     if fingerprint != found.fingerprint:
-        raise StaleError("has changed since the plan was made", path=found.path, hint="plan again: ckptsurgeon plan … -o plan.json")
+        raise StaleError("has changed since the plan was made", path=found.path, hint="plan again")
 
 
 def _step_problems(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsurgeon.adapters.chain import Asked, can_compute, decodes, fill_chain, made_dtype
@@ -180,3 +180,9 @@ def reasons(rules: Iterable[Rule]) -> str:
 def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str]:
     """The values of a source that can't be carried and that no rule drops, each with its reason."""
     return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (number, key) not in names.dropped}
+
+
+def find_unkept(target: Checkpoint, given: Container[str]) -> dict[str, str]:
+    """The values of a target file that can't be kept and that no source gives, each with its reason."""
+    own = target.entries if target.kind == "file" else {}
+    return {key: entry.reason for key, entry in own.items() if isinstance(entry, Refused) and key not in given}

@@ -7,6 +7,7 @@ stands between rules of which the later ones see the names that the earlier ones
 from __future__ import annotations
 
 import re
+import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Form:
     result: str = ""
 
 
+_EXAMPLE = "write a rule as [[drop]], and in the line below key = 'aux.**'"
 FORMS: Mapping[Kind, Form] = {
     "rename": Form((("from", "to"),)),
     "drop": Form((("key",),)),
@@ -57,7 +59,9 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
         value = toml_text.parse(text, path)
     except ValueError as error:
         found = _LINE.search(str(error))
-        raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path) from error
+        is_json = text.lstrip().startswith("{")
+        hint = f"if it is a plan, follow it: {shlex.join(['ckptsurgeon', 'apply', path, '-o', 'out.pt'])}" if is_json else _EXAMPLE
+        raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path, hint=hint) from error
     text = _WRITTEN.sub(lambda found: found[0] if "\n" not in found[0] else "\n" * found[0].count("\n"), text)
     lines = text.split("\n")
     places = _places(lines)

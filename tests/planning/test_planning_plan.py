@@ -527,7 +527,7 @@ def test_values_that_can_not_be_carried_are_refused_by_name_all_at_once():
     with pytest.raises(UnsafeError) as caught:
         make_plan([source], model(NET))
     assert caught.value.problems == ("module.x: an object of a.B", "module.y:z: a sparse tensor")
-    assert caught.value.path == "a.pt" and caught.value.hint == "leave them out: --drop 'x'"
+    assert caught.value.path == "a.pt" and caught.value.hint == "leave them out: --drop x --drop y:z"
     diff = compare(source, model(NET))
     assert diff.refused == {"module.x": "an object of a.B", "module.y:z": "a sparse tensor"} and not diff.same and diff.extra == ()
     plan = make_plan([source], model(NET), [rule("drop", "x"), rule("drop", "y:z")])

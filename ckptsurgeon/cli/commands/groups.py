@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -51,23 +52,31 @@ def command(
     Fresh parameters and overrides keep their rates under --layer-decay.
     """
     from ckptsurgeon import api
+    from ckptsurgeon.errors import NoRecordError
 
-    rows = api.groups(
-        checkpoint,
-        target,
-        lr=lr,
-        overrides=dict(overrides),
-        layer_decay=layer_decay,
-        layers=layers or None,
-        no_decay=[no_decay, *no_decay_for],
-        note=show.note(),
-        **choices,
-    )
+    try:
+        rows = api.groups(
+            checkpoint,
+            target,
+            lr=lr,
+            overrides=dict(overrides),
+            layer_decay=layer_decay,
+            layers=layers or None,
+            no_decay=[no_decay, *no_decay_for],
+            note=show.note(),
+            **choices,
+        )
+    except NoRecordError as error:
+        words = ["ckptsurgeon", "merge", checkpoint, target, "-o", "merged.pt"]
+        error.hint = f"merge it first, which records what is fresh, and ask for the groups of merged.pt: {shlex.join(words)}"
+        raise
     if not overrides and layer_decay is None and all(row["name"].split("/")[0] != "fresh" for row in rows):
-        from ckptsurgeon.errors import NoRecordError
-
+        last = rows[-1]["params"][-1]
+        pattern = f"{last.rpartition('.')[0]}.*" if "." in last else last
         raise NoRecordError(
-            "records that nothing trainable is fresh", path=checkpoint, hint="give rates by pattern: --override 'fc3.*' 1e-2"
+            "records that nothing trainable is fresh",
+            path=checkpoint,
+            hint=f"give rates by pattern: {shlex.join(['--override', pattern, '1e-2'])}",
         )
     from ckptsurgeon.views import json
     from ckptsurgeon.views.text import merge as text

@@ -22,7 +22,7 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
-from ckptsurgeon.planning.resolve import kept_out
+from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
@@ -57,6 +57,8 @@ class Proposal(Matching, Result):
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
+        options: what a merge needs beside the rules, as words of a command line: a `--drop` for each value that can't be carried.
+        unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         written: the rules file that was written, or None.
         refused: why the links are no mapping to follow, where that was asked.
     """
@@ -74,6 +76,8 @@ class Proposal(Matching, Result):
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
     rivals: tuple[Way, ...] = ()
+    options: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
     refused: str | None = field(default=None, repr=False, compare=False)
 
@@ -134,16 +138,23 @@ def propose(
 
     Raises RuleError for rules of the person's that can't be followed.
     """
-    task = _told(source, target, tuple(before), outside)
-    kept = kept_out(target, name_sources([source], target, before, outside)) if before else {}
+    names = name_sources([source], target, before, outside)
+    refused = find_refused(source, 0, names)
+    drops = tuple(word for key in refused for word in ("--drop", names.prefixes[0].bare(key)))
+    task = replace(_told(source, target, tuple(before), outside), options=drops)
+    kept = kept_out(target, names) if before else {}
     found = match(
         {key: tensor for key, tensor in source.items() if key not in task.touched},
         {key: tensor for key, tensor in target.items() if key not in task.given and key not in kept},
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
     )
     judged, warnings = judge(found) if judge is not None else (found, ())
-    rivals = ways_to_choose([source], target, name_sources([source], target, before, outside), before)[0]
-    return replace(rule(judged, task, accept=accept), warnings=(*_passed_over(source, target), *warnings), rivals=rivals)
+    return replace(
+        rule(judged, task, accept=accept),
+        warnings=(*_passed_over(source, target), *warnings),
+        rivals=ways_to_choose([source], target, names, before)[0],
+        unkept=tuple(find_unkept(target, {name for name, (_, key) in names.entries.items() if key not in refused})),
+    )
 
 
 def _passed_over(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
@@ -237,7 +248,7 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
     prefix = task.prefix
     bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}
     doubts = to_toml.doubts(doubtful, bare, Known([bare[key] for key in source if key not in task.touched]))
-    head = list(_head(found, source, target, coverage, applied, doubtful))
+    head = list(_head(found, task, coverage, applied, doubtful))
     return Proposal(
         found.links,
         found.unmatched,
@@ -254,12 +265,12 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
         used,
         possible,
         to_toml.toml(head, task.before, doubts, ruled),
+        options=task.options,
     )
 
 
-def _head(
-    found: Matching, source: Checkpoint, target: Checkpoint, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link]
-) -> Iterator[str]:
+def _head(found: Matching, task: Task, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link]) -> Iterator[str]:
+    source, target = task.source, task.target
     done, total = coverage.counts
     root = f" (root {source.root})" if source.root else ""
     by = "names, numbers, shapes and order" if found.order else "names, numbers and shapes"  # no order was trusted
@@ -274,5 +285,6 @@ def _head(
         yield f"Only in the target: {len(found.unmatched)}, such as {found.unmatched[0]}."
     if found.unused:
         yield f"Only in the source: {len(found.unused)}, such as {found.unused[0]}."
-    words = ["ckptsurgeon", "merge", source.path, target.path, "-o", "merged.pt", *(["--root", source.root] if source.root else [])]
+    options = [*(["--root", source.root] if source.root else []), *task.options]
+    words = ["ckptsurgeon", "merge", source.path, target.path, "-o", "merged.pt", *options]
     yield f"Follow it: {shlex.join(words)} --rules THIS_FILE"

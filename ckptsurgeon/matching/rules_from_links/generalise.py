@@ -46,7 +46,8 @@ class Task:
     """What rules must lead to.
 
     `before` are rules that a person gave, which come first, `given` what they lead to, and `touched` the source keys that they match;
-    `links` are asked for beside it. `doubtful` are source keys of links that are not asked for.
+    `links` are asked for beside it. `doubtful` are source keys of links that are not asked for. `options` are what a merge needs
+    beside the rules, as words of a command line.
     """
 
     source: Checkpoint
@@ -57,6 +58,7 @@ class Task:
     given: Given = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
     doubtful: frozenset[str] = frozenset()
+    options: tuple[str, ...] = ()
 
     @cached_property
     def prefix(self) -> Prefix:

@@ -37,7 +37,7 @@ def fresh_keys(source: object) -> frozenset[str]:
         raise NoRecordError(
             "does not record which parameters are fresh",
             path=path,
-            hint="name them by pattern, {'fc3.*': 1e-2}, or merge again without --no-provenance",
+            hint="give rates by pattern in its place, such as {'head.*': 1e-2}, or merge it again, with provenance",
         )
     keys = list(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else None
     if keys is None or not all(isinstance(key, str) for key in keys):

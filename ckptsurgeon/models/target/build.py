@@ -22,7 +22,8 @@ from torch.nn.parameter import is_lazy
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import imports, user_code
-from ckptsurgeon.models.target.spec import Spec
+from ckptsurgeon.models.target.candidates import MOST, model_names
+from ckptsurgeon.models.target.spec import FORMS, Spec
 from ckptsurgeon.models.target.uninitialized import marked
 
 Note = Callable[[str], None]
@@ -186,7 +187,13 @@ def _instance(spec: Spec, model: nn.Module) -> nn.Module:
 
 def _construct(spec: Spec, found: object, device: str) -> nn.Module:
     if not callable(found):
-        raise TargetError(f"is of the type {type(found).__name__}, not a class, a function or a model", path=spec.text)
+        file = getattr(sys.modules.get(spec.place), "__file__", None) or spec.file
+        names = model_names(file or "")[:MOST]
+        raise TargetError(
+            f"is of the type {type(found).__name__}, not a class, a function or a model",
+            path=spec.text,
+            hint=f"is it {' or '.join(f'{spec.place}:{name}' for name in names)}?" if names else f"write {FORMS}",
+        )
     _check_arguments(spec, found)
     arguments = copy.deepcopy((spec.args, dict(spec.kwargs)))
     with torch.device(device), nullcontext() if device == "meta" else marked():

@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.planning.diff import Diff, Hint, Offer
+from ckptsurgeon.planning.plan_findings import OTHER_TARGET
 from ckptsurgeon.planning.prefixes.rivals import Way
-from ckptsurgeon.views.text.words import chain, count, fitted, folded, heading, keys, most_rows, name, pasted, quantised, shape, table
+from ckptsurgeon.views.text.words import (
+    chain,
+    count,
+    fitted,
+    folded,
+    heading,
+    keys,
+    listing,
+    most_rows,
+    name,
+    pasted,
+    quantised,
+    shape,
+    table,
+)
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 OFFERS = 6  # rows of adapters that would fit
@@ -92,6 +107,8 @@ def _next(found: Diff, width: int | None) -> list[str]:
             f"{count(len(unread), 'weight')} as {unread[0].scheme} would be cast or lose their scales, and no values are made of them here"
         )
         return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
+    if found.unkept:
+        return [*lines, no_merge(found.target, found.unkept)]
     if found.matched or renames or found.offers or found.exchanges:
         return [*lines, pasted("Next:", next_command(found, renames), width)]
     return [
@@ -113,6 +130,11 @@ def choices(ways: Sequence[Way], command: Sequence[str], root: str, options: Seq
         else:
             lines.append("  No few rules choose it: it takes a --rename or a --drop for each key.")
     return lines
+
+
+def no_merge(target: str, unkept: Sequence[str]) -> str:
+    """What is said in place of a merge where a target file has values that can't be kept."""
+    return f"No merge can keep {listing(unkept, 4)} of {name(target)}: {OTHER_TARGET}."
 
 
 def rename_hints(hints: Sequence[Hint]) -> list[tuple[str, str]]:
@@ -150,6 +172,8 @@ def next_command(found: Diff, renames: Sequence[tuple[str, str]] = ()) -> list[s
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
     words += ["--dequantize"] if found.parted_codes else []
     words += found.options
+    for key in found.refused:
+        words += ["--drop", found.prefix.bare(key)]
     for way in found.exchanges[:1]:
         words += way.options
     for one, other in renames[:RENAMES]:

@@ -8,7 +8,7 @@ from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.rules import rule_options
-from ckptsurgeon.views.text.diff import choices
+from ckptsurgeon.views.text.diff import choices, no_merge
 from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
@@ -86,8 +86,11 @@ def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
     if not found.links and not found.before:
         return [pasted("Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], width)]
     root = ["--root", found.root] if found.root else []
-    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
+    if found.unkept:
+        return [no_merge(found.target, found.unkept)]
+    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root, *found.options]
     if found.written is not None:
         return [pasted("Next: read it, then", [*words, "--rules", found.written], width)]
-    look = ["ckptsurgeon", "match", found.source, found.target, *root, "-o", "rules.toml"]
-    return [pasted("Next: look closer, in a file," if doubtful else "Next:", look if doubtful else [*words, "--match"], width)]
+    own = rule_options(found.before)
+    look = ["ckptsurgeon", "match", found.source, found.target, *root, *own, "-o", "rules.toml"]
+    return [pasted("Next: look closer, in a file," if doubtful else "Next:", look if doubtful else [*words, *own, "--match"], width)]
