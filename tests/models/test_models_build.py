@@ -182,7 +182,7 @@ def test_mutable_arguments_are_fresh_for_each_build(folder):
         ("aexit:Net", r"SystemExit: 5.*aexit\.py:1", "__main__"),
         ("amissing:Net", "ModuleNotFoundError: No module named 'not_there_at_all'", "environment"),
         ("amodel:Needs", "needs arguments.*num_classes", "amodel:Needs(num_classes=...)"),
-        ("amodel:Net(classes=2)", "unexpected keyword argument 'classes'", None),
+        ("amodel:Net(classes=2)", "unexpected keyword argument 'classes'", "amodel:Net(num_classes=2)"),
         ("amodel:fails", r"ValueError: too small.*amodel\.py", "amodel.py"),
         ("amodel:none", "gives a NoneType, not a torch.nn.Module", None),
         ("amodel:lazy", "lazy", "forward"),
@@ -241,3 +241,41 @@ def test_forked_restores_after_an_error():
         torch.randn(3)
         1 / 0  # noqa: B018
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("text", ["model:Variant", "model.py:Variant"])
+def test_only_a_file_that_has_the_name_is_offered_and_none_is_run(folder, text):
+    """A script that would be offered by its name alone would run, and rewrite a person's files."""
+    run = "from pathlib import Path\nPath('ran').touch()\n"
+    script = folder("make.py", run + "from models import *\n")
+    folder("modes.py", run + "if __name__ == '__main__':\n    class Variant: ...\n")
+    folder("moved.py", run + "Variant(\n")
+    where = script.parent
+
+    def hint():
+        with pytest.raises(TargetError) as caught:
+            meta(text)
+        assert not (where / "ran").exists()
+        return caught.value.hint or ""
+
+    assert "is it" not in hint()
+    folder("models_too.py", run + "try:\n    from models import Variant\nexcept ImportError:\n    pass\n")
+    suffix = ".py" if ".py" in text else ""
+    assert hint() == f"is it models_too{suffix}:Variant?"
+    folder("networks.py", run + "Variant = make()\n")
+    folder("models.py", run + NET.replace("Net", "Variant"))
+    assert hint() == f"is it models{suffix}:Variant or networks{suffix}:Variant?"
+
+
+def test_arguments_under_other_names_are_offered_whole_or_not_at_all(folder):
+    folder("acall.py", "def make(width, classes=10, *, depth=1): ...\ndef other(first, /): ...\n")
+
+    def hint(text):
+        with pytest.raises(TargetError, match="does not take these arguments") as caught:
+            meta(text)
+        return caught.value.hint
+
+    assert hint("acall:make(4, clases=3)") == "acall:make(4, classes=3)"
+    assert hint("acall:make(clases=3, dept=[1])") == "acall:make(classes=3, depth=[1], width=...)"
+    assert hint("acall:make(depth='a')") == "acall:make(depth='a', width=...)"
+    assert hint("acall:make(4, zzz=3)") is hint("acall:make(1, 2, 3)") is hint("acall:other(first=3)") is None

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -211,18 +212,28 @@ def _check_arguments(spec: Spec, found: Callable[..., Any]) -> None:
     try:
         signature.bind(*spec.args, **spec.kwargs)
     except TypeError as error:
-        needed = [
-            parameter.name
-            for parameter in signature.parameters.values()
-            if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        wanted = ", ".join(f"{name}=..." for name in needed)
-        reason = "needs arguments" if not spec.called else "does not take these arguments"
+        reason = "does not take these arguments" if spec.args or spec.kwargs else "needs arguments"
         raise TargetError(
             f"{spec.attribute} {reason} ({error}); its signature is {spec.attribute}{signature}",
             path=spec.text,
-            hint=f"{spec.place}:{spec.attribute}({wanted})",
+            hint=_call_that_fits(spec, signature),
         ) from None
+
+
+def _call_that_fits(spec: Spec, signature: inspect.Signature) -> str | None:
+    """The spec with its arguments under the names that look like theirs, and `...` for what is needed; None where that is no call."""
+    free = [name for name, one in signature.parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    free = [name for name in free[len(spec.args) :] if name not in spec.kwargs]
+    kwargs: dict[str, str] = {}
+    for name, value in spec.kwargs.items():
+        close = [] if name in signature.parameters else get_close_matches(name, [one for one in free if one not in kwargs], n=1)
+        kwargs[close[0] if close else name] = repr(value)
+    kwargs |= {name: "..." for name in free if name not in kwargs and signature.parameters[name].default is inspect.Parameter.empty}
+    try:
+        signature.bind(*spec.args, **kwargs)
+    except TypeError:
+        return None
+    return f"{spec.place}:{spec.attribute}({', '.join([*map(repr, spec.args), *(f'{name}={text}' for name, text in kwargs.items())])})"
 
 
 def _usable(spec: Spec, model: nn.Module) -> nn.Module:

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 
 from ckptsurgeon.errors import TargetError
-from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.spec import Spec
+from ckptsurgeon.models.target.static_names import files_with
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _load_file(spec: Spec, note: Callable[[str], None]) -> ModuleType:
     path = Path(str(spec.file))
     if not path.is_file():
         reason = "there is no such file" if not path.exists() else "is not a regular file"
-        close = _close_files(path.name, path.parent)
+        close = _files_with(spec, path)
         raise TargetError(reason, path=path, hint=f"is it {' or '.join(f'{name}:{spec.attribute}' for name in close)}?" if close else None)
     note(f"imports {path.stem} from {_shown(str(path))}")
     present = sys.modules.get(path.stem)
@@ -135,15 +135,12 @@ def _shown(path: str) -> str:
 
 
 def _close_module(spec: Spec, top: str) -> str:
-    close = _close_files(f"{top}.py", Path())
+    close = _files_with(spec, Path(f"{top}.py"))
     if close:
         return f"is it {' or '.join(f'{Path(name).stem}:{spec.attribute}' for name in close)}?"
     return f"run it in the folder that holds {top}.py, or name the file: path/to/{top}.py:{spec.attribute}"
 
 
-def _close_files(name: str, folder: Path) -> list[str]:
-    try:
-        files = sorted(path.name for path in folder.iterdir() if path.suffix == ".py")
-    except OSError:
-        return []
-    return [str(folder / close) for close in close_names(name, files)]
+def _files_with(spec: Spec, path: Path) -> list[str]:
+    """Files beside one that is not there, which have what the spec names by their source."""
+    return [str(path.parent / name) for name in files_with(spec.attribute.partition(".")[0], path.name, path.parent)]
