@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
+from ckptsurgeon.argument_examples import CALLS, EXAMPLES
 from ckptsurgeon.errors import ArgumentError, libraries
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 P = ParamSpec("P")
@@ -110,6 +112,7 @@ def _has_fresh(value: Any) -> bool:
     return not isinstance(value, type) and hasattr(value, "fresh")
 
 
+_BYTES = (bytes, bytearray, memoryview)
 _is_rule = _any(_is_path, _ours("Rule"))
 _SOURCE = Kind("a path or a Checkpoint", _any(_is_path, _is(Checkpoint, Archive)), file=True)
 _LIVE = Kind(
@@ -206,79 +209,6 @@ NAMED: dict[str, Kind] = {
     "inputs": Kind("a shape such as '1x3x32x32', or a list of them", _WORDS.fits),
     "limits.bounds": Kind("a number, or text such as '2GiB'", _any(_is(int), _is_text)),
 }
-# What to write for a parameter, as Python; by verb and parameter, or by parameter. True for a flag, which no row names.
-EXAMPLES: dict[str, str] = {
-    "adapt": "{'pos_embed': 'interpolate'}",
-    "against": "'model:Net'",
-    "allow": "['safetensors']",
-    "allow_cast": "['fc1.weight']",
-    "at": "1",
-    "auto": "'safe'",
-    "average": "[3, 1]",
-    "checkpoint": "'net.pt'",
-    "device": "'cpu'",
-    "drop": "['aux.**']",
-    "dtype": "'F16'",
-    "dtypes": "['F16', 'F32']",
-    "ema": "torch.optim.swa_utils.AveragedModel(model)",
-    "ema_root": "'model_ema'",
-    "file": "'rules.toml'",
-    "format": "'safetensors'",
-    "forward": "'module:make_inputs'",
-    "fresh_lr": "1e-2",
-    "fresh_scale": "10",
-    "ignore": "['CK203']",
-    "init": "{'fc3.*': 'xavier_normal'}",
-    "initialize.source": "report",
-    "inputs": "['1x3x32x32']",
-    "jobs": "4",
-    "keep": "['head.**']",
-    "kind": "'drop'",
-    "layer_decay": "0.75",
-    "layers": "'blocks.{i}.**'",
-    "line": "1",
-    "load_plan.path": "'plan.json'",
-    "load_rules.path": "'rules.toml'",
-    "lr": "1e-3",
-    "max_size": "'500MB'",
-    "min_coverage": "0.9",
-    "model": "Net()",
-    "note": "print",
-    "optimizer": "torch.optim.AdamW(model.parameters())",
-    "optimizer_from": "'optimizer.pt'",
-    "optimizer_names": "['fc1.weight', 'fc1.bias']",
-    "optimizer_root": "'optimizer'",
-    "output": "'out.pt'",
-    "overrides": "{'fc3.*': 1e-2}",
-    "param_groups.source": "report",
-    "partial": "'fresh'",
-    "path": "'net.pt'",
-    "paths": "['net.pt']",
-    "pattern": "'aux.**'",
-    "plan": "'plan.json'",
-    "rename": "{'fc2.{p}': 'dense2.{p}'}",
-    "result": "'dense2.{p}'",
-    "root": "'model'",
-    "rules": "'rules.toml'",
-    "scaler": "torch.amp.GradScaler()",
-    "scheduler": "torch.optim.lr_scheduler.StepLR(optimizer, 10)",
-    "scheduler_from": "'scheduler.pt'",
-    "scheme": "'xavier_normal'",
-    "seed": "0",
-    "select": "['CK201']",
-    "shape": "lambda shapes, **arguments: shapes[0]",
-    "source": "'net.pt'",
-    "source_model": "'model:Net'",
-    "sources": "'net.pt'",
-    "stages": "['layer4.**', 'layer3.**']",
-    "state": "thaw.state_dict()",
-    "target": "'model:Net'",
-    "tied": "'alias'",
-    "tolerance": "1e-4",
-    "weight_decay": "0.01",
-    "what": "['fc1.*']",
-}
-CALLS = {"limits": "limits(pickle_bytes='2GiB', tensors=10_000_000)"}  # by verb, where the person names the parameters
 
 
 def kind_of(verb: str, parameter: inspect.Parameter) -> Kind | None:
@@ -308,13 +238,21 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             given = signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            return verb(*args, **kwargs)  # Python's own words for a parameter that there is not
+        except TypeError as error:
+            unbound = f"{name}() {error}{_close(kwargs, signature)}"  # Python's own words for a parameter that there is not
+            raise TypeError(unbound) from None
         hold(verb, name, {**{each: value for each, value in given.items() if each != named}, **given.get(named, {})})
         with libraries():
             return verb(*args, **kwargs)
 
     return call
+
+
+def _close(given: Mapping[str, Any], signature: inspect.Signature) -> str:
+    """What the first parameter that there is not may be meant as."""
+    wrong = [each for each in given if each not in signature.parameters][:1]
+    close = close_names(wrong[0], [each for each in signature.parameters if each not in given]) if wrong else []
+    return f", did you mean {' or '.join(close)}?" if close else ""
 
 
 def hold(verb: Callable[..., Any], name: str, given: Mapping[str, Any]) -> None:
@@ -324,7 +262,18 @@ def hold(verb: Callable[..., Any], name: str, given: Mapping[str, Any]) -> None:
         kind = kinds.get(each, rest)
         if kind is not None and not (value is None and each in optional) and not kind.fits(value):
             hint = _swapped(name, each, given, kinds) or _hint(name, each, kind, value)
-            raise ArgumentError(f"takes {kind.words}, and {described(value)} was given to {name}", key=each, hint=hint)
+            part, place = _wrong_part(kind, value)
+            raise ArgumentError(f"takes {kind.words}, and {described(part)} was given to {name}{place}", key=each, hint=hint)
+
+
+def _wrong_part(kind: Kind, value: Any) -> tuple[Any, str]:
+    """The first value of a dict or a list that is of another kind, and where it stands; the whole of what is neither."""
+    if isinstance(value, Mapping) and kind.fits({}):
+        wrong = next((key for key, one in value.items() if not kind.fits({key: one})), None)
+        return (value[wrong], f" for {wrong!r}") if _is_text(wrong) else (wrong, " as a key")
+    if isinstance(value, (list, tuple)) and kind.fits([]) and not _is_pair(value):
+        return next(((one, f" as number {place} of them") for place, one in enumerate(value) if not kind.fits([one])), (value, ""))
+    return value, ""
 
 
 @cache
@@ -346,6 +295,8 @@ def described(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, _BYTES) and len(value) > 20:
+        return f"{kind} of length {len(value)}"
     if value is None or isinstance(value, (str, bytes, numbers.Number)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}…"
@@ -367,7 +318,14 @@ def _swapped(verb: str, wrong: str, given: Mapping[str, Any], kinds: Mapping[str
 def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
     if isinstance(value, type) and kind.instance:
         return f"make one first: {value.__name__}(...)"
-    if hasattr(value, "read") and kind.file:
+    if isinstance(value, _BYTES) and kind.file and kind.fits(io.BytesIO()):
+        return f"io.BytesIO({name})"
+    if (isinstance(value, Mapping) or _is_model(value)) and name in ("path", "source", "sources", "checkpoint"):
+        if verb in ("open", "inspect", "diff", "match"):
+            return f"ckptsurgeon.skeleton({name}) gives the names and shapes of a model or a state_dict"
+        state = name if isinstance(value, Mapping) else f"{name}.state_dict()"
+        return f"torch.save({state}, 'net.pt'), and give its path; transfer takes it as it is"
+    if (hasattr(value, "read") or isinstance(value, _BYTES)) and kind.file:
         return "write it to a file and give its path; open, inspect, diff and transfer also take an io.BytesIO"
     if kind is KINDS["Renames"] and _is_pair(value):
         return f"{name}={{{value[0]!r}: {value[1]!r}}}"

@@ -319,6 +319,15 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
     kind: Kind = "file"
 
     @property
+    def in_memory(self) -> str:
+        """`file`, `model` or `state_dict` for one that is in memory and that no path or spec names; `""` for all others."""
+        if any(file.data is not None for file in self.files):
+            return "file"
+        if self.kind != "model" or ":" in self.path:
+            return ""
+        return "state_dict" if self.path == "state_dict" else "model"
+
+    @property
     def loaded_keys(self) -> frozenset[str]:
         """The keys whose values a module's own loading code may change."""
         return frozenset().union(*(loader.keys for loader in self.loaders.values() if loader.changes))

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 FLOORS = [
     {
         *("errors", "shown", "dtypes", "tensors", "report", "version", "limit_table", "hints", "wrappers", "call_text", "finding_codes"),
-        *("arguments", "parameter_types"),
+        *("argument_examples", "arguments", "parameter_types", "python_call"),
         "regular_expressions",
     },
     {"storage"},

@@ -16,6 +16,7 @@ from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out
+from ckptsurgeon.python_call import NOT_IN_MEMORY, InMemory
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.rules import Outside, Rule
@@ -118,6 +119,7 @@ class Diff(Result):
         exchanges: renames of one prefix to another that would explain most of what is left, the best first.
         options: the rules that it was made with, as words of a command line.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
+        in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
 
     source: str
@@ -144,6 +146,7 @@ class Diff(Result):
     exchanges: tuple[Way, ...] = ()
     options: tuple[str, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
 
     @property
     def same(self) -> bool:
@@ -230,6 +233,7 @@ def compare(
         exchanges=exchanges,
         loaded=_loaded(outside.taken.get(0), computed),
         unkept=tuple(find_unkept(target, given)),
+        in_memory=(source.in_memory, target.in_memory),
     )
 
 

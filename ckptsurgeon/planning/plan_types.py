@@ -257,9 +257,14 @@ def way_to_look(source: str, root: str, live: bool, target: str | None) -> str:
     "ckptsurgeon diff 'my net.pt' model:Net --root ema"
     >>> way_to_look("net.pt", "", False, "Net")
     "print(ckptsurgeon.diff('net.pt', model))"
+    >>> way_to_look("<BytesIO 1>", "", False, "model:Net")
+    "print(ckptsurgeon.diff(source, 'model:Net'))"
     """
     if live:
         return "hold its keys against model.state_dict()"
-    if target is not None and target.isidentifier():  # the class of a live model
-        return f"print(ckptsurgeon.diff({source!r}, model{f', root={root!r}' if root else ''}))"
+    in_memory = source.startswith("<BytesIO ")
+    live_target = target is not None and target.isidentifier()  # the class of a live model
+    if in_memory or live_target:
+        given, goal = "source" if in_memory else repr(source), "model" if live_target or target is None else repr(target)
+        return f"print(ckptsurgeon.diff({given}, {goal}{f', root={root!r}' if root else ''}))"
     return shlex.join(["ckptsurgeon", "diff", source, target or "TARGET", *(["--root", root] if root else [])])

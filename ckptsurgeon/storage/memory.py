@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from itertools import count
 
+from ckptsurgeon.errors import UnreadableError
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import FileStamp
 
@@ -18,10 +19,15 @@ _NUMBERS = count(1)
 def file_in_memory(buffer: io.BytesIO) -> FileStamp:
     """The whole content of a buffer as a file, wherever the buffer's position is; it is neither copied nor moved.
 
+    Raises:
+        UnreadableError: the buffer is closed.
+
     >>> seen = file_in_memory(io.BytesIO(b"abc"))
     >>> seen.size, MemoryFile(seen).read(1, 2)
     (3, b'bc')
     """
+    if buffer.closed:
+        raise UnreadableError("is closed, and holds nothing any more", path="<BytesIO>", hint="give it before it is closed")
     data = buffer.getvalue()
     return FileStamp(f"<BytesIO {next(_NUMBERS)}>", len(data), 0, 0, 0, data)
 

@@ -15,7 +15,8 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon import api, finding_codes
-from ckptsurgeon.arguments import CALLS, EXAMPLES, KINDS, NAMED, kind_of
+from ckptsurgeon.argument_examples import CALLS, EXAMPLES
+from ckptsurgeon.arguments import KINDS, NAMED, kind_of
 from ckptsurgeon.errors import ArgumentError, CheckpointError, SettingsError
 from ckptsurgeon.models.init.scheme_text import parse_scheme
 from ckptsurgeon.rules import rules
@@ -240,6 +241,41 @@ def test_the_hint_is_what_to_write(base) -> None:
         cs.transfer("a.pt", nn.Linear(2, 2), strict="no")  # type: ignore[arg-type]
 
 
+def test_what_is_in_memory_gets_a_hint_that_works(base) -> None:
+    data, state = Path("a.pt").read_bytes(), nn.Linear(2, 2).state_dict()
+    with pytest.raises(ArgumentError, match=r"bytes of length \d+ was given to transfer\n  try: io.BytesIO\(source\)$"):
+        cs.transfer(data, nn.Linear(2, 2))  # type: ignore[arg-type]
+    assert not cs.transfer(io.BytesIO(data), nn.Linear(2, 2)).fresh
+    for call, hint in (
+        (lambda: cs.open(state), "skeleton(path)"),  # type: ignore[arg-type]
+        (lambda: cs.inspect(nn.Linear(2, 2)), "skeleton(path)"),  # type: ignore[arg-type]
+        (lambda: cs.diff(state, nn.Linear(2, 2)), "skeleton(source)"),
+        (lambda: cs.match(nn.Linear(2, 2), "a.pt", values=True), None),
+        (lambda: cs.merge(state, nn.Linear(2, 2), "out.pt"), "torch.save(sources, 'net.pt')"),
+        (lambda: cs.merge([state], nn.Linear(2, 2), "out.pt"), None),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        assert hint is None or hint in str(caught.value.hint), caught.value
+    assert cs.diff(cs.skeleton(state), nn.Linear(2, 2)).same
+    closed = io.BytesIO(data)
+    closed.close()
+    for verb in (cs.open, cs.inspect, lambda one: cs.transfer(one, nn.Linear(2, 2)), lambda one: cs.diff(one, "a.pt")):
+        with pytest.raises(CheckpointError, match="<BytesIO>: is closed"):
+            verb(closed)
+
+
+def test_the_wrong_value_of_a_dict_or_a_list_is_named(base) -> None:
+    for arguments, words in (
+        ({"rename": {"a": "b", "fc1.{p}": 3}}, "rename: takes a dict from patterns .*, and 3 was given to diff for 'fc1.{p}'"),
+        ({"rename": {5: "b"}}, "and 5 was given to diff as a key"),
+        ({"rename": [("a", "b"), ("c",)]}, "and a tuple of 1 was given to diff as number 1 of them"),
+        ({"drop": ["a", None]}, "drop: .* and None was given to diff as number 1 of them"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            cs.diff("a.pt", "a.pt", **arguments)
+
+
 def test_a_word_of_the_right_kind_that_means_nothing(base) -> None:
     for verb, name in EVERY:
         if parameters(verb)[name].annotation in ("str | None", "str") and verb not in ("check", "Rule"):
@@ -267,6 +303,11 @@ def test_a_parameter_that_there_is_not_is_pythons_own_error(base) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'rot'"):
         cs.open("a.pt", rot="x")  # type: ignore[call-arg]
     assert "rename" in inspect.signature(cs.transfer).parameters and cs.transfer.__doc__
+    with pytest.raises(TypeError, match=r"transfer\(\) got an unexpected keyword argument 'renames', did you mean rename\?") as caught:
+        cs.transfer("a.pt", nn.Linear(2, 2), renames={})  # type: ignore[call-arg]
+    assert caught.value.__suppress_context__
+    with pytest.raises(TypeError, match=r"transfer\(\) missing a required argument: 'model'$"):
+        cs.transfer("a.pt")  # type: ignore[call-arg]
 
 
 def test_a_result_of_many_keys_has_a_short_repr(base) -> None:

@@ -23,6 +23,7 @@ from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
+from ckptsurgeon.python_call import NOT_IN_MEMORY, InMemory, as_call
 from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
@@ -61,6 +62,7 @@ class Proposal(Matching, Result):
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         written: the rules file that was written, or None.
         refused: why the links are no mapping to follow, where that was asked.
+        in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
 
     source: str = ""
@@ -80,6 +82,7 @@ class Proposal(Matching, Result):
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
     refused: str | None = field(default=None, repr=False, compare=False)
+    in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
@@ -266,6 +269,7 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
         possible,
         to_toml.toml(head, task.before, doubts, ruled),
         options=task.options,
+        in_memory=(source.in_memory, target.in_memory),
     )
 
 
@@ -287,4 +291,8 @@ def _head(found: Matching, task: Task, coverage: Coverage, applied: Sequence[Lin
         yield f"Only in the source: {len(found.unused)}, such as {found.unused[0]}."
     options = [*(["--root", source.root] if source.root else []), *task.options]
     words = ["ckptsurgeon", "merge", source.path, target.path, "-o", "merged.pt", *options]
-    yield f"Follow it: {shlex.join(words)} --rules THIS_FILE"
+    words += ["--rules", "THIS_FILE"]
+    live = (source.in_memory, target.in_memory)
+    follow = as_call(words, live) if any(live) else shlex.join(words)
+    if follow is not None:
+        yield f"Follow it: {follow}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ckptsurgeon.planning.diff import Diff, Hint, Offer
 from ckptsurgeon.planning.plan_findings import OTHER_TARGET
 from ckptsurgeon.planning.prefixes.rivals import Way
+from ckptsurgeon.python_call import InMemory
 from ckptsurgeon.views.text.words import (
     chain,
     count,
@@ -17,7 +18,7 @@ from ckptsurgeon.views.text.words import (
     listing,
     most_rows,
     name,
-    pasted,
+    next_step,
     quantised,
     shape,
     table,
@@ -71,10 +72,10 @@ def _next(found: Diff, width: int | None) -> list[str]:
         ]
     renames = rename_hints(found.hints)
     lines = []
+    root = ["--root", found.root] if found.root else []
     if found.rivals or len(found.exchanges) > 1:
-        return choices(
-            found.rivals or found.exchanges, ["ckptsurgeon", "diff", found.source, found.target], found.root, found.options, width
-        )
+        command = ["ckptsurgeon", "diff", found.source, found.target]
+        return choices(found.rivals or found.exchanges, command, found.root, found.options, found.in_memory, width)
     if found.exchanges:
         lines.append(f"Likely another prefix, never exchanged unasked: {name(found.exchanges[0].words)}")
     if renames:
@@ -89,9 +90,7 @@ def _next(found: Diff, width: int | None) -> list[str]:
             "Probably the same under other names:",
             *table([(to_toml.arrow(one.rule),) for one in to_toml.sketched(sure)], width, OFFERS),
         ]
-        lines.append(
-            pasted("Try:", ["ckptsurgeon", "match", found.source, found.target, *(["--root", found.root] if found.root else [])], width)
-        )
+        lines += next_step("Try:", ["ckptsurgeon", "match", found.source, found.target, *root], found.in_memory, width)
     if found.offers:
         rows = [
             (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
@@ -110,23 +109,19 @@ def _next(found: Diff, width: int | None) -> list[str]:
     if found.unkept:
         return [*lines, no_merge(found.target, found.unkept)]
     if found.matched or renames or found.offers or found.exchanges:
-        return [*lines, pasted("Next:", next_command(found, renames), width)]
-    return [
-        *lines,
-        pasted(
-            "Nothing fits. See its keys:", ["ckptsurgeon", "inspect", found.source, *(["--root", found.root] if found.root else [])], width
-        ),
-    ]
+        return [*lines, *next_step("Next:", next_command(found, renames), found.in_memory, width)]
+    look = ["ckptsurgeon", "inspect", found.source, *root]
+    return [*lines, *(next_step("Nothing fits. See its keys:", look, (found.in_memory[0], ""), width) or ["Nothing fits."])]
 
 
-def choices(ways: Sequence[Way], command: Sequence[str], root: str, options: Sequence[str], width: int | None) -> list[str]:
+def choices(ways: Sequence[Way], command: Sequence[str], root: str, options: Sequence[str], live: InMemory, width: int | None) -> list[str]:
     """Changes of names between which nothing decides, each with the command that chooses it."""
     words = [*command, *(["--root", root] if root else []), *options]
     lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
     for way in ways:
         lines.append(f"  {name(way.words)}: {count(len(way.mapping), 'tensor')}")
         if way.rules:
-            lines.append(pasted("  Choose it:", [*words, *way.options], width))
+            lines += next_step("  Choose it:", [*words, *way.options], live, width)
         else:
             lines.append("  No few rules choose it: it takes a --rename or a --drop for each key.")
     return lines

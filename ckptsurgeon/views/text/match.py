@@ -9,7 +9,7 @@ from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.rules import rule_options
 from ckptsurgeon.views.text.diff import choices, no_merge
-from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, pasted, table
+from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, next_step, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 ROWS = 20  # rules that are shown
@@ -47,7 +47,14 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
     done, total = found.coverage.counts
     lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
     if found.rivals:
-        lines += choices(found.rivals, ["ckptsurgeon", "match", found.source, found.target], found.root, rule_options(found.before), width)
+        lines += choices(
+            found.rivals,
+            ["ckptsurgeon", "match", found.source, found.target],
+            found.root,
+            rule_options(found.before),
+            found.in_memory,
+            width,
+        )
         return fitted(lines, width)
     return fitted([*lines, *_next(found, bool(left), width)], width)
 
@@ -84,13 +91,18 @@ def _twins(found: Proposal) -> list[str]:
 
 def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
     if not found.links and not found.before:
-        return [pasted("Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], width)]
+        look = next_step(
+            "Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], (found.in_memory[0], ""), width
+        )
+        return look or ["Nothing is matched."]
     root = ["--root", found.root] if found.root else []
     if found.unkept:
         return [no_merge(found.target, found.unkept)]
     words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root, *found.options]
     if found.written is not None:
-        return [pasted("Next: read it, then", [*words, "--rules", found.written], width)]
+        return next_step("Next: read it, then", [*words, "--rules", found.written], found.in_memory, width)
     own = rule_options(found.before)
     look = ["ckptsurgeon", "match", found.source, found.target, *root, *own, "-o", "rules.toml"]
-    return [pasted("Next: look closer, in a file," if doubtful else "Next:", look if doubtful else [*words, *own, "--match"], width)]
+    if doubtful:
+        return next_step("Next: look closer," if any(found.in_memory) else "Next: look closer, in a file,", look, found.in_memory, width)
+    return next_step("Next:", [*words, *own, "--match"], found.in_memory, width)

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import printable
+from ckptsurgeon.python_call import InMemory, as_call
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 if TYPE_CHECKING:
@@ -245,6 +246,14 @@ def pasted(label: str, words: Sequence[str], width: int | None) -> str:
             lines.append("      ")
         lines[-1] += part if not lines[-1].strip() else f" {part}"
     return "\n".join([label, " \\\n".join(lines)])
+
+
+def next_step(label: str, words: Sequence[str], live: InMemory, width: int | None) -> list[str]:
+    """A command ready to paste; where a side is in memory the Python call that does the same, or nothing where there is none."""
+    if not any(live):
+        return [pasted(label, words, width)]
+    call = as_call(words, live)
+    return [] if call is None else [f"{label} {name(call)}"]
 
 
 def coverage(found: Coverage) -> str:
