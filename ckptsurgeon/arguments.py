@@ -251,8 +251,8 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
 def _close(given: Mapping[str, Any], signature: inspect.Signature) -> str:
     """What the first parameter that there is not may be meant as."""
     wrong = [each for each in given if each not in signature.parameters][:1]
-    close = close_names(wrong[0], [each for each in signature.parameters if each not in given]) if wrong else []
-    return f", did you mean {' or '.join(close)}?" if close else ""
+    close = close_names(wrong[0], [each for each in signature.parameters if each not in given], most=1) if wrong else []
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def hold(verb: Callable[..., Any], name: str, given: Mapping[str, Any]) -> None:

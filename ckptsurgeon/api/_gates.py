@@ -20,7 +20,7 @@ def check(plan: Plan, options: RuleOptions) -> None:
     min_coverage, first = options.min_coverage, plan.sources[0]
     path = first.path
     if min_coverage is not None and not 0 <= min_coverage <= 1:
-        raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="--min-coverage 0.9 asks for 90 %")
+        raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="min_coverage=0.9 asks for 90 %")
     if plan.steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
         look = way_to_look(path, first.root, first.live, None if plan.target is None else plan.target.spec)
         raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")

@@ -56,7 +56,7 @@ class RuleOptions:
             for pattern in patterns:
                 compile_pattern(pattern)
         if self.accept_uncertain and not self.match:
-            raise PlanError("accepts uncertain links, and no match is asked for", hint="--match --accept-uncertain")
+            raise PlanError("accepts uncertain links, and no match is asked for", hint="match=True, accept_uncertain=True")
         object.__setattr__(self, "allow_cast", patterns)
 
 
@@ -156,12 +156,12 @@ TABLE: tuple[Row, ...] = (
     Row("auto", ("target",), "makes a source fit a target, and there is no target", "give the target as the last path"),
     Row("min_coverage", ("target",), "is the share of a target, and there is no target", "give the target as the last path"),
     Row("strict", ("target",), "is about a target's keys, and there is no target", "give the target as the last path"),
-    Row("dtype target", ("target",), "takes the target's dtypes, and there is no target", "name a dtype: --dtype BF16"),
+    Row("dtype target", ("target",), "takes the target's dtypes, and there is no target", "name a dtype: dtype='BF16'"),
     Row("weights", ("average",), "goes with --average", "--average --weights 3,1"),
     Row("overwrite", ("output",), "replaces the file that -o names, and none is named", "add -o FILE"),
-    Row("tolerance", ("forward",), "is for outputs that --forward compares", "--source-model module:Net --forward module:make_inputs"),
-    Row("optimizer_root", ("optimizer",), "says where an optimizer's state stands, and none is asked for", "--with-optimizer"),
-    Row("optimizer_names", ("optimizer",), "names an optimizer's parameters, and none is asked for", "--with-optimizer"),
+    Row("tolerance", ("forward",), "is for outputs that --forward compares", "source_model='module:Net', forward='module:make_inputs'"),
+    Row("optimizer_root", ("optimizer",), "says where an optimizer's state stands, and none is asked for", "with_optimizer=True"),
+    Row("optimizer_names", ("optimizer",), "names an optimizer's parameters, and none is asked for", "with_optimizer=True"),
     Row("optimizer_from", ("optimizer",), "holds an optimizer's state, and none is asked for", "transfer(..., optimizer=optimizer)"),
     Row("scheduler_from", ("scheduler",), "holds a scheduler's state, and none is asked for", "transfer(..., scheduler=scheduler)"),
     Row("ema_root", ("ema",), "says where an averaged copy stands, and none is asked for", "transfer(..., ema=copy)"),

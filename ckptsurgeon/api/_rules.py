@@ -94,7 +94,7 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
     arguments = from_arguments(options.rename, options.drop, options.init, options.adapt, options.keep)
     given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
     if reverse and all(isinstance(one, Rule) for one in given):
-        raise RuleError("there is no rules file to turn round", hint="--rules FILE --reverse")
+        raise RuleError("there is no rules file to turn round", hint="rules='rules.toml', reverse=True")
     found = bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
     words = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
     return replace(found, options=(*words, *(["--reverse"] if reverse else [])))

@@ -51,7 +51,7 @@ def output_format(output: Path, format: str | None = None) -> str:
     suffix = os.path.splitext(os.fspath(output))[1].lower()
     if suffix not in OUTPUTS:
         refuse_no_file(os.fspath(output))
-        other = "" if suffix in _NEVER_WRITTEN else ", or add --format torch"
+        other = "" if suffix in _NEVER_WRITTEN else ", or give format='torch'"
         raise OutputError(
             f"its suffix {suffix!r} does not say which format to write", path=output, hint=f"end it in one of {' '.join(OUTPUTS)}{other}"
         )

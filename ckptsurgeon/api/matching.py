@@ -77,11 +77,11 @@ def match(
     seen = _opening.look(source)
     ruling = gather(options, schemes=False, note=note)
     if (forward is None) != (source_model is None):
-        raise PlanError("compares two models, and needs both", hint="--source-model module:Net --forward module:make_inputs")
+        raise PlanError("compares two models, and needs both", hint="source_model='module:Net', forward='module:make_inputs'")
     refuse_idle(facts(forward=forward), tolerance=tolerance)
     tolerance = TOLERANCE if tolerance is None else tolerance
     if not 0 <= tolerance < 1:
-        raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="--tolerance 1e-4")
+        raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="tolerance=1e-4")
     aim = _opening.open_target(target, note=note)
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None

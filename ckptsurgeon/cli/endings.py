@@ -43,8 +43,10 @@ def told(error: BaseException) -> CheckpointError:
 
 
 # A parameter as Python has it: with a value, or by its name alone, which then has an underscore. Not within a call, a path or quotes.
+_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PYTHON = re.compile(
-    r"""(?<![\w(./'"-])([a-z]+(?:_[a-z]+)*)=(\[[^\]]*\]|'[^']*'|"[^"]*"|[0-9][0-9.e-]*|…)"""
+    rf"""\w\((?:{_TEXT}|[^()'"])*\)"""
+    rf"""|(?<![\w(./'"-])([a-z]+(?:_[a-z]+)*)=(\[(?:{_TEXT}|[^]'"])*\]|\{{(?:{_TEXT}|[^}}'"])*\}}|{_TEXT}|True\b|[0-9][0-9.e-]*|…)"""
     r"""|(?<![\w(./'"-])([a-z]+(?:_[a-z]+)+)(?![\w/'"=(-]|\.\w)"""
 )
 
@@ -57,21 +59,27 @@ def as_options(words: str, options: Mapping[str, str]) -> str:
     "choose one: --optimizer-root optim, or --layers 'a.{i}' --layers b"
     >>> as_options("no layer_decay is given: give layer_decay=0.75; interpolate(grid=[7, 7])", known)
     'no --layer-decay is given: give --layer-decay 0.75; interpolate(grid=[7, 7])'
+    >>> as_options("overwrite=True, or init={'a.{i}': 'zeros'}", {"overwrite": "--overwrite", "init": "--init"})
+    "--overwrite, or --init 'a.{i}' zeros"
     """
 
     def written(found: re.Match[str]) -> str:
-        option = options.get(found[1] or found[3])
+        option = options.get(found[1] or found[3] or "")
         if option is None or found[3]:
             return option or found[0]
         value = "NAME" if found[2] == "…" else ast.literal_eval(found[2])
-        return " ".join(f"{option} {shlex.quote(str(one))}" for one in (value if isinstance(value, list) else [value]))
+        if value is True:
+            return option
+        rows = value.items() if isinstance(value, dict) else [(one,) for one in (value if isinstance(value, list) else [value])]
+        return " ".join(shlex.join([option, *map(str, row)]) for row in rows)
 
     return _PYTHON.sub(written, words)
 
 
-def say_options(error: CheckpointError, command: click.Command | None) -> None:
-    """Put an error of the library into the words of the command that ran."""
-    options = {one.name: one.opts[-1] for one in command.params if isinstance(one, click.Option) and one.name} if command else {}
+def say_options(error: CheckpointError, *commands: click.Command | None) -> None:
+    """Put an error of the library into the words of the command that ran, the last; an option that it has not is another's."""
+    given = [one for command in commands if command is not None for one in command.params]
+    options = {one.name: one.opts[-1] for one in given if isinstance(one, click.Option) and one.name}
     error.reason = as_options(error.reason, options)
     error.hint = None if error.hint is None else as_options(error.hint, options)
 

@@ -74,7 +74,7 @@ class Flow(click.Group):
                 error.ctx = click.Context(command, ctx, command.name)
             raise
         except CheckpointError as error:
-            say_options(error, self.get_command(ctx, ctx.invoked_subcommand or ""))
+            say_options(error, self.get_command(ctx, "merge"), self.get_command(ctx, ctx.invoked_subcommand or ""))
             raise
 
 

@@ -141,7 +141,7 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
     if choice not in DTYPE_CHOICES:
         raise PlanError(f"{choice!r} is no dtype to choose", hint=f"one of {', '.join(DTYPE_CHOICES)}")
     if not 0 <= seed < 1 << 63:
-        raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: --seed 0")
+        raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: seed=0")
     for source in sources:
         if source.kind == "skeleton":
             raise PlanError("is a skeleton and has no values behind its names", path=source.path)
@@ -223,7 +223,7 @@ class _Planner:
                 f"nothing says what {len(bare)} keys get: the target has no values of its own",
                 path=self.target.path,
                 problems=shortened(bare),
-                hint=f"say so: --init {bare[0]!r} zeros (or another scheme), or give the model itself as the target",
+                hint=f"say so: init={{{bare[0]!r}: 'zeros'}} (or another scheme), or give the model itself as the target",
             )
         return check_copies(steps, self.target)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -30,7 +29,7 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
                 "has values inside its state_dict that can't be carried",
                 path=source.path,
                 problems=shortened(f"{key}: {reason}" for key, reason in found.items()),
-                hint=f"leave them out: {' '.join(f'--drop {shlex.quote(key)}' for key in bare[:SHOWN])}",
+                hint=f"leave them out: drop={bare[:SHOWN]!r}",
             )
     unkept = {} if target is None else find_unkept(target, names.entries)
     if unkept and target is not None:

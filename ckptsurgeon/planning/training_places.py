@@ -65,7 +65,11 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
         word = f"choose one: {kind}_root={candidates[0][0]!r}" if kind == "optimizer" else "leave one in the file"
         raise RootError(f"holds {len(candidates)} {kind} states: {names}", path=path, hint=word)
     if not candidates:
-        raise RootError(f"holds no {kind} state under a known name ({', '.join(PLACES[kind][:4])}, …)", path=path, hint=_listing(value))
+        raise RootError(
+            f"holds no {kind} state under a known name ({', '.join(PLACES[kind][:4])}, …)",
+            path=path,
+            hint=_elsewhere(kind, value, model_root),
+        )
     return candidates[0]
 
 
@@ -188,5 +192,14 @@ def choose_average_root(roots: Sequence[str], asked: str | None, path: str) -> s
 
 
 def _listing(value: Any) -> str:
-    names = [str(name)[:60] for name in value if type(name) is str][:12] if isinstance(value, Mapping) else []
-    return f"it holds {', '.join(names)}; name the optimizer's place: optimizer_root=…" if names else "give a training checkpoint"
+    names = [str(name)[:60] for name in value if type(name) is str] if isinstance(value, Mapping) else []
+    shown = f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+    return f"it holds {shown}; name the optimizer's place: optimizer_root=…" if names else "give a training checkpoint"
+
+
+def _elsewhere(kind: Kind, value: Any, model_root: str) -> str:
+    """What to do where a state stands under no known name: of a file that holds weights alone, name the file that has it."""
+    others = {name: one for name, one in value.items() if name != model_root.partition(".")[0]} if isinstance(value, Mapping) else {}
+    if kind == "optimizer" and any(isinstance(one, (Mapping, Refused)) for one in others.values()):
+        return _listing(value)
+    return f"if another file has it, name it: {kind}_from='{kind}.pt'" if kind in FILES else "give a training checkpoint"

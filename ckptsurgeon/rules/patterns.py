@@ -246,12 +246,12 @@ def _check_few(text: str) -> None:
 def check_template(template: str, pattern: Pattern) -> None:
     """Raises RuleError when `template` is not well formed, or uses a part that `pattern` does not name."""
     if not template:
-        raise RuleError("the result is empty", hint="to leave keys out: --drop PATTERN")
+        raise RuleError("the result is empty", hint="to leave keys out: drop=['aux.**']")
     rest = _PART.sub("", template)
     if any(mark in rest for mark in "*{}"):
         raise RuleError(
             f"the result {template!r} has a '*' or an odd brace",
-            hint="name the part on both sides: --rename 'fc2.{p}' 'dense2.{p}'",
+            hint="name the part on both sides: rename={'fc2.{p}': 'dense2.{p}'}",
         )
     if re.search(r"\\[0-9g]", rest):
         raise RuleError(f"the result {template!r} has a backslash", hint="a regular expression's groups are {1}, {2} or {name}")

@@ -184,7 +184,7 @@ def _several(side: str) -> list[str]:
 def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:
     """Compile one rule, without `outside` to see only whether it is well formed. Raises RuleError."""
     if rule.kind in ("init", "adapt") and not rule.result:
-        example = "--init 'fc3.*' xavier_normal" if rule.kind == "init" else "--adapt pos_embed interpolate"
+        example = "init={'fc3.*': 'xavier_normal'}" if rule.kind == "init" else "adapt={'pos_embed': 'interpolate'}"
         raise RuleError("names no scheme" if rule.kind == "init" else "names no adapter", hint=example)
     keys, results = linked(rule)
     of_target = rule.kind in ("init", "keep") or (rule.kind == "adapt" and not results)

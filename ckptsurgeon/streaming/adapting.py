@@ -111,7 +111,7 @@ def by_rows(reader: Reader, key: str, op: Op, first: TensorMeta, *others: Tensor
         given = tensor_from(reader.rows(first, start, stop), first.dtype).view(stop - start, *first.shape[1:])
         made = make(op, [given, *wholes], first.shape, start)
         if not _finite(made.view(-1)[None]) and all(_finite(one[None]) for one in (given, *wholes)):
-            raise _overflow(key, made, f"its scale may be damaged; leave it out: --drop {key!r}")
+            raise _overflow(key, made, f"its scale may be damaged; leave it out: drop=[{key!r}]")
         yield memory_of(made)
 
 

@@ -355,7 +355,7 @@ def _refuse_torn_ties(run: _Run, layout: Layout, tensors: Sequence[OutTensor], t
 def torn(first: str, key: str) -> PlanError:
     """The refusal of two values for one tensor."""
     return PlanError(
-        f"is one tensor with {first} in the target, and they would get different values", key=key, hint=f"choose one: --drop {key!r}"
+        f"is one tensor with {first} in the target, and they would get different values", key=key, hint=f"choose one: drop=[{key!r}]"
     )
 
 

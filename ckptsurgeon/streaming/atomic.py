@@ -204,7 +204,7 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, clos
 
 
 def _taken(path: str) -> OutputError:
-    return OutputError("exists already", path=path, hint="add --overwrite to replace it, or choose another path")
+    return OutputError("exists already", path=path, hint="give overwrite=True to replace it, or choose another path")
 
 
 def _sweep(folder: str, head: str, output: str = "") -> None:

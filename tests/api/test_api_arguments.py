@@ -150,7 +150,19 @@ SENSE: dict[str, Callable[[Any], object]] = {
     "ignore": lambda value: finding_codes.named(value[0])[0],
 }
 # A flag or a place that does not go with the least call is refused as such, which is no fault of what the hint says.
-IDLE = ("leave it out", "give ", "--", "add -o", "ckptsurgeon", "transfer(", "check the path", "1 or more")
+IDLE = (
+    "with_optimizer=True",
+    "source_model=",
+    "match=True",
+    "leave it out",
+    "give ",
+    "--",
+    "add -o",
+    "ckptsurgeon",
+    "transfer(",
+    "check the path",
+    "1 or more",
+)
 
 
 @pytest.mark.parametrize(("verb", "name"), EVERY, ids=lambda word: str(word))

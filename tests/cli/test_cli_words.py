@@ -8,8 +8,11 @@ import click
 import pytest
 import torch
 
+import ckptsurgeon as cs
 from ckptsurgeon.cli.endings import as_options
 from ckptsurgeon.cli.main import COMMANDS, cli
+from ckptsurgeon.errors import RootError
+from ckptsurgeon.planning.training_places import find
 
 TWO = """
 from torch import nn
@@ -61,6 +64,21 @@ def test_an_optimizers_place_is_an_option(run, training) -> None:
     assert ended.code == 2 and "--optimizer optimizer.pt" in ended.err and "optimizer_from" not in ended.err
 
 
+def test_a_file_of_weights_alone_leads_to_a_second_file(run, training) -> None:
+    """No place in it could be named; the file that has the optimizer's state can."""
+    assert run("merge", "none.pt", "-o", "bare.pt", "--root", "model").code == 0
+    torch.save({"model": torch.load("bare.pt")}, "rooted.pt")
+    for source in ("bare.pt", "rooted.pt"):
+        ended = run("merge", source, "two:Two", "-o", "out.pt", "--with-optimizer")
+        assert ended.code == 2 and ended.err.endswith("try: if another file has it, name it: --optimizer optimizer.pt\n")
+        with pytest.raises(RootError) as caught:
+            cs.merge(source, "two:Two", "out.pt", with_optimizer=True)
+        assert caught.value.hint == "if another file has it, name it: optimizer_from='optimizer.pt'"
+    with pytest.raises(RootError, match="holds no optimizer state") as caught:
+        find("optimizer", {**{f"part{number}": {} for number in range(14)}, "model": {}}, "model", None, "a.pt")
+    assert "part11, …; name" in str(caught.value.hint)
+
+
 def test_rates_and_layers_are_options(run, training) -> None:
     assert run("merge", "part.pt", "two:Two", "-o", "merged.pt").code == 0
     groups = ("groups", "merged.pt", "two:Two", "--lr", "1", "--fresh-lr", "1")
@@ -86,5 +104,5 @@ def test_rates_and_layers_are_options(run, training) -> None:
     ],
 )
 def test_what_is_no_parameter_stays(words: str) -> None:
-    options = {"fresh_lr": "--fresh-lr", "grid": "--grid", "strict": "--strict", "pickle_bytes": "--pickle-bytes"}
+    options = {"fresh_lr": "--fresh-lr", "grid": "--grid", "strict": "--strict", "seed": "--seed", "pickle_bytes": "--pickle-bytes"}
     assert as_options(words, options) == words

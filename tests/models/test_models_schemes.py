@@ -206,7 +206,7 @@ def test_what_reset_parameters_does_not_set_is_refused(name):
     model = nn.ModuleDict({"odd": Odd()})
     with pytest.raises(RuleError, match=r"reset_parameters does not set (all of )?this") as caught:
         reset(model, f"odd.{name}")
-    assert caught.value.key == f"odd.{name}" and "--init" in caught.value.hint
+    assert caught.value.key == f"odd.{name}" and "init=" in caught.value.hint
     assert ("all of" in caught.value.reason) == (name in ("part", "count"))
 
 
@@ -334,7 +334,7 @@ def test_what_a_constructor_leaves_unset_is_known_and_refused(dtype):
     for key in ("never", "part"):
         with pytest.raises(ModelError, match="left without a value") as caught:
             make_provider(model, {}, metas, 0)(key)
-        assert caught.value.key == key and caught.value.hint == f"--init '{key}' zeros"
+        assert caught.value.key == key and caught.value.hint == f"init={{{key!r}: 'zeros'}}"
     for key in ("fine", "meant", "ints"):
         make_provider(model, {}, metas, 0)(key)
 

@@ -268,7 +268,7 @@ def test_missing_keys_by_the_kind_of_target():
     assert actions(plan) == {"w": "copy", "new": "keep"} and plan.kept == ("new",) and plan.fresh == ()
     with pytest.raises(PlanError) as caught:
         make_plan([source], model(["w", "new", "newer"], format="skeleton"))
-    assert caught.value.problems == ("new", "newer") and "--init 'new'" in (caught.value.hint or "")
+    assert caught.value.problems == ("new", "newer") and "init={'new': " in (caught.value.hint or "")
     plan = make_plan([source], model(["w", "new"], format="skeleton"), [rule("init", "new", "zeros")])
     assert plan.fresh == ("new",) and not plan.needs_model
     with pytest.raises(PlanError) as caught:
@@ -527,7 +527,7 @@ def test_values_that_can_not_be_carried_are_refused_by_name_all_at_once():
     with pytest.raises(UnsafeError) as caught:
         make_plan([source], model(NET))
     assert caught.value.problems == ("module.x: an object of a.B", "module.y:z: a sparse tensor")
-    assert caught.value.path == "a.pt" and caught.value.hint == "leave them out: --drop x --drop y:z"
+    assert caught.value.path == "a.pt" and caught.value.hint == "leave them out: drop=['x', 'y:z']"
     diff = compare(source, model(NET))
     assert diff.refused == {"module.x": "an object of a.B", "module.y:z": "a sparse tensor"} and not diff.same and diff.extra == ()
     plan = make_plan([source], model(NET), [rule("drop", "x"), rule("drop", "y:z")])

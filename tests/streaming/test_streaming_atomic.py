@@ -52,7 +52,7 @@ def test_an_existing_file_stays_without_overwrite(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     with pytest.raises(OutputError, match="exists already") as caught:
         write(path, b"new")
-    assert "--overwrite" in str(caught.value.hint)
+    assert "overwrite=True" in str(caught.value.hint)
     assert path.read_bytes() == b"old"
 
 

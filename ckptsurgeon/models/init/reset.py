@@ -32,7 +32,7 @@ def reset_value(module: nn.Module, key: str, seed: int, leaf: str | None = None)
     >>> reset_value(nn.LayerNorm(2), "norm.weight", 0)
     tensor([1., 1.])
     """
-    kind, hint = type(module).__name__, f"name another scheme: --init {key!r} zeros, or model for the constructor's value"
+    kind, hint = type(module).__name__, f"name another scheme: init={{{key!r}: 'zeros'}}, or model for the constructor's value"
     if not callable(getattr(module, "reset_parameters", None)):
         raise RuleError(f"its layer, a {kind}, has no reset_parameters", key=key, hint=hint)
     name = leaf or key.rpartition(".")[2]

@@ -175,7 +175,7 @@ def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
         raise RuleError(
             f"{name} needs at least two dimensions, and this tensor has the shape {shape}",
             key=key,
-            hint=f"give it a rule of its own, before that one: --init {key!r} zeros",
+            hint=f"give it a rule of its own, before that one: init={{{key!r}: 'zeros'}}",
         )
     return WITHOUT_FANS[last]
 

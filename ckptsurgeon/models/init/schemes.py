@@ -95,9 +95,11 @@ def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, mod
     if is_own(name):
         return scheme
     if name == "from":
-        raise RuleError(f"{scheme} is another key's value, and no other values are at hand here", key=key, hint=f"--init {key!r} zeros")
+        raise RuleError(
+            f"{scheme} is another key's value, and no other values are at hand here", key=key, hint=f"init={{{key!r}: 'zeros'}}"
+        )
     if SCHEMES[name].needs in ("model", "layer") and module is None:
-        raise RuleError(f"{name} needs the layer itself, and no model is known here", key=key, hint=f"--init {key!r} zeros")
+        raise RuleError(f"{name} needs the layer itself, and no model is known here", key=key, hint=f"init={{{key!r}: 'zeros'}}")
     if name == "per_layer_type":
         row = next((row for types, row in PER_LAYER_TYPE if isinstance(module, types)), {})
         scheme = row.get((leaf or key).rpartition(".")[2], KEEP)
@@ -107,7 +109,7 @@ def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, mod
     chosen = effective_scheme(scheme, key, shape)
     name, kwargs = parse_scheme(chosen)
     if name in _FILL and (BY_CODE[dtype_code].kind != "float" or dtype_code == "F8_E8M0"):
-        raise RuleError(f"{name} can't be drawn in {dtype_code}", key=key, hint=f"give it a value: --init {key!r} zeros")
+        raise RuleError(f"{name} can't be drawn in {dtype_code}", key=key, hint=f"give it a value: init={{{key!r}: 'zeros'}}")
     if name not in _FILL:
         wanted = _FIXED.get(name, kwargs.get("value", 0.0))
         kept = float(_scalar(wanted, dtype_code).to(torch.float64).real)
@@ -217,7 +219,7 @@ def fitted(found: object, key: str, shape: tuple[int, ...], dtype_code: str) -> 
         raise ModelError("is on the meta device and has no value", key=key, hint="build the model on the CPU")
     if is_unset(found):
         raise ModelError(
-            "is left without a value by the model's constructor: it is memory as it was", key=key, hint=f"--init {key!r} zeros"
+            "is left without a value by the model's constructor: it is memory as it was", key=key, hint=f"init={{{key!r}: 'zeros'}}"
         )
     own = found.detach().to("cpu")
     cast = own.to(getattr(torch, BY_CODE[dtype_code].torch))

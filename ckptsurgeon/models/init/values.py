@@ -72,7 +72,7 @@ def make_provider(
             owner, leaf = schemes.layer_of(model, key)
             return tensor_bytes(schemes.value(scheme, key, meta.shape, meta.dtype, seed, owner, own, leaf))
         if model is None:
-            raise ModelError("has no initial value: no model is known", key=key, hint=f"name a scheme: --init {key!r} zeros")
+            raise ModelError("has no initial value: no model is known", key=key, hint=f"name a scheme: init={{{key!r}: 'zeros'}}")
         return tensor_bytes(schemes.fitted(values().get(key), key, meta.shape, meta.dtype))
 
     return provide

@@ -100,5 +100,5 @@ def _refusal(key: str, target: Checkpoint, loaders: Mapping[str, Loader], versio
         f"{who} changes what it loads every time, and a part of its values {part}: no file loads to the same model",
         path=target.path,
         key=key,
-        hint=f"leave it as the model makes it: --drop {f'{path}.**' if path else '**'!r}",
+        hint=f"leave it as the model makes it: drop=[{f'{path}.**' if path else '**'!r}]",
     )

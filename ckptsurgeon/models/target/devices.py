@@ -39,4 +39,4 @@ def available_devices() -> tuple[str, ...]:
 
 
 def _hint() -> str:
-    return f"--device {' or '.join(available_devices())}"
+    return f"{' or '.join(f'device={name!r}' for name in available_devices())}"

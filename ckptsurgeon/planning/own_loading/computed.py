@@ -123,7 +123,7 @@ def refuse(computed: Computed, source: Checkpoint) -> None:
             f"{key}: a {value.by} makes it from {', '.join(value.names)}; {why}" for key, (value, why) in computed.refused.items()
         ),
         hint=f"load the file by torch once, and take what it leaves: model.load_state_dict({read}, strict=False); "
-        f"torch.save(model.state_dict(), 'loaded.pt'); or leave the keys out: --drop {first!r} (one for each)",
+        f"torch.save(model.state_dict(), 'loaded.pt'); or leave the keys out: drop=[{first!r}] and the others",
     )
 
 
