@@ -19,7 +19,7 @@ from ckptsurgeon.api._rules import Own, Ruling
 from ckptsurgeon.api._training_state import averaged_into
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models.init import initialize
-from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
+from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors, state_dict_of
 from ckptsurgeon.models.training import freezing, groups
 from ckptsurgeon.models.training.ema import live_roots
 from ckptsurgeon.models.training.transfer import Value, Waiting, at_hand, put
@@ -129,6 +129,8 @@ def _open(source: Given, root: str | None, goal: Checkpoint, beside_average: boo
         if not isinstance(held, Mapping):
             raise RootError(f"has no state_dict at {root!r}", path="the source")
         source = held
+    if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
+        refuse_no_tensors(source, "source", goal)
     if isinstance(source, nn.Module):
         state = state_dict_of(source, type(source).__name__)
         return checkpoint_of(source, type(source).__name__), state

@@ -209,7 +209,7 @@ def _from_live(given: Given, note: Note) -> Target:
     from torch import nn
 
     from ckptsurgeon.models.target.build import copied as deep_copy
-    from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict
+    from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors
 
     if isinstance(given, nn.Module):
         name = type(given).__name__
@@ -219,5 +219,6 @@ def _from_live(given: Given, note: Note) -> Target:
 
         return Target(checkpoint_of(given, name, note=note), copied, lambda: given)
     if isinstance(given, Mapping):
+        refuse_no_tensors(given, "target")
         return Target(checkpoint_of_state_dict(given))
     raise TargetError(f"a {type(given).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")

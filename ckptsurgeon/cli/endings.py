@@ -67,7 +67,10 @@ def as_options(words: str, options: Mapping[str, str]) -> str:
         option = options.get(found[1] or found[3] or "")
         if option is None or found[3]:
             return option or found[0]
-        value = "NAME" if found[2] == "…" else ast.literal_eval(found[2])
+        try:
+            value = "NAME" if found[2] == "…" else ast.literal_eval(found[2])
+        except (ValueError, SyntaxError):  # an expression, not a value
+            return found[0]
         if value is True:
             return option
         rows = value.items() if isinstance(value, dict) else [(one,) for one in (value if isinstance(value, list) else [value])]

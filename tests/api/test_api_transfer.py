@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import api_support as support
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ckptsurgeon.errors import (
     CastError,
     CheckpointError,
     CoverageError,
+    FormatError,
     ModelError,
     PlanError,
     RootError,
@@ -547,3 +549,30 @@ def test_tied_keys_with_one_source(tmp_path: Path) -> None:
     report = cs.transfer(write(state, tmp_path), model)
     assert torch.equal(model.out.weight, state["embed.weight"])
     assert "out.weight" in report.transferred and report.fresh == ()
+
+
+def test_arrays_and_lists_instead_of_tensors_are_named_with_a_hint_that_works(tmp_path):
+    """torch's load_state_dict refuses them too; a call that said that nothing fits would hide why."""
+    state = {key: value.numpy() for key, value in nn.Linear(2, 3).state_dict().items()}
+    np.savez(tmp_path / "net.npz", **state)
+    state = dict(np.load(tmp_path / "net.npz"))
+    lists = {key: value.tolist() for key, value in state.items()}
+    mixed = {"weight": torch.ones(3, 2), "bias": lists["bias"]}
+    for source, words in (
+        (state, "source: weight: is a NumPy array, not a tensor; 1 more are none"),
+        (lists, "source: weight: is a list of numbers, not a tensor"),
+        ({**state, "note": "text"}, "source: weight: is a NumPy array"),
+        (mixed, "source: bias: is a list of numbers, not a tensor"),
+    ):
+        with pytest.raises(RuntimeError, match="expected torch"):
+            nn.Linear(2, 3).load_state_dict(source)
+        with pytest.raises(FormatError, match=words) as caught:
+            cs.transfer(source, nn.Linear(2, 3))
+        model = nn.Linear(2, 3)
+        cs.transfer(eval(caught.value.hint, {"torch": torch, "np": np, "source": source, "model": model}), model)
+        assert model.bias.tolist() == lists["bias"]
+    with pytest.raises(FormatError, match="target: weight: is a NumPy array"):
+        cs.diff(support.FIXTURES / "net_params.pkl", state)
+    with pytest.raises(FormatError, match="source: is an empty dict"):
+        cs.transfer({}, nn.Linear(2, 3))
+    assert not cs.transfer({**nn.Linear(2, 3).state_dict(), "note": [1, 2], "epoch": 3}, nn.Linear(2, 3)).fresh

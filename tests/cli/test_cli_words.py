@@ -101,6 +101,8 @@ def test_rates_and_layers_are_options(run, training) -> None:
         "'fresh_lr' is a key, and a.fresh_lr another",
         "with ckptsurgeon.limits(pickle_bytes='2GiB')",
         "other_word and other_word='x'",
+        "grid=[name for name in names]",
+        "model:Net(4, grid=3)",
     ],
 )
 def test_what_is_no_parameter_stays(words: str) -> None:

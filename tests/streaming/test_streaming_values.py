@@ -170,7 +170,7 @@ def test_all_refused_keys_are_named_at_once() -> None:
     with pytest.raises(CastError) as caught:
         refuse_losses(casts, [])
     assert caught.value.problems == ("a:b: F32 to F16: 2 values overflow", "c: F32 to I64: 1 value truncated")
-    assert "--allow-cast a:b" in (caught.value.hint or "").replace("'", "")
+    assert "allow_cast=[a:b]" in (caught.value.hint or "").replace("'", "")
     with pytest.raises(CastError) as caught:
         refuse_losses(casts, ["a*"])
     assert len(caught.value.problems) == 1

@@ -6,7 +6,7 @@ quantized, nested, lazy, a dtype without a code) is refused by its key, never le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +79,38 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
         module_metadata=module_metadata(state_dict),
         ties=ties,
     )
+
+
+def refuse_no_tensors(state_dict: Mapping[Any, object], path: str, wanted: Container[str] = ()) -> None:
+    """FormatError for an empty dict, and for arrays or lists of numbers in place of tensors: for all, or under the `wanted` keys."""
+    if not state_dict:
+        raise FormatError("is an empty dict, and holds no tensor", path=path, hint="give model.state_dict(), or what torch.load returned")
+    numbers = [key for key, value in state_dict.items() if _is_array(value) or _is_numbers(value)]
+    beside_tensors = any(isinstance(value, torch.Tensor) for value in state_dict.values())
+    numbers = [key for key in numbers if key in wanted] if beside_tensors else numbers
+    if not numbers:
+        return
+    value = state_dict[numbers[0]]
+    kind, make = ("np.ndarray", "torch.from_numpy(v)") if _is_array(value) else (type(value).__name__, "torch.tensor(v)")
+    words = "a NumPy array" if _is_array(value) else f"a {kind} of numbers"
+    reason = f"is {words}, not a tensor{f'; {len(numbers) - 1} more are none' if len(numbers) > 1 else ''}"
+    hint = f"{{k: {make} for k, v in {path}.items(){'' if len(numbers) == len(state_dict) else f' if isinstance(v, {kind})'}}}"
+    if beside_tensors:
+        hint = f"{{k: torch.as_tensor(v) if k in model.state_dict() else v for k, v in {path}.items()}}"
+    raise FormatError(reason, path=path, key=str(numbers[0]), hint=hint)
+
+
+def _is_array(value: object) -> bool:
+    return type(value).__name__ in ("ndarray", "memmap") and type(value).__module__.startswith("numpy")
+
+
+def _is_numbers(value: object) -> bool:
+    """Whether a value is a list of numbers, or of such lists."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+        if isinstance(value, (int, float, complex)):
+            return True
+    return False
 
 
 def state_dict_of(model: nn.Module, path: str) -> dict[str, Any]:
