@@ -18,7 +18,8 @@ def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the
         root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
 
     Returns:
-        A mapping from keys to `TensorMeta` (dtype by safetensors' code, shape and stride in elements).
+        A mapping from keys to `TensorMeta` (dtype by safetensors' code, shape and stride in elements). It is printed as one line;
+        `print(inspect(path).to_text())` prints the table of its tensors.
 
     Raises:
         CheckpointError: the file can't be read, is no checkpoint, or has several roots and none is named.
@@ -37,13 +38,17 @@ def inspect(path: Path | BytesIO) -> Archive:
         path: a checkpoint file, a Hugging Face folder, or an `io.BytesIO` that holds a file.
 
     Returns:
-        An `Archive`: its `state_dicts` by root, `globals` that a pickle asked for, what stands `beside`, `metadata`.
+        An `Archive`: its `state_dicts` by root, `globals` that a pickle asked for, what stands `beside`, `metadata`. It is printed as one
+        line; `to_text()` is the command line's table.
 
     Raises:
         CheckpointError: the file can't be read or is no checkpoint.
 
-    >>> inspect("fixtures/net_params.pkl").format
-    'torch-legacy'
+    >>> print(inspect("fixtures/net_params.pkl").to_text())  # doctest: +ELLIPSIS
+    fixtures/net_params.pkl: torch-legacy, 243.7 KB
+      10 tensors, 62,006 elements, 242.2 KB (10 F32)
+        conv1.weight  F32  (6, 3, 5, 5)
+    ...
     """
     return _opening.read(path)
 

@@ -559,7 +559,7 @@ def test_arrays_and_lists_instead_of_tensors_are_named_with_a_hint_that_works(tm
     lists = {key: value.tolist() for key, value in state.items()}
     mixed = {"weight": torch.ones(3, 2), "bias": lists["bias"]}
     for source, words in (
-        (state, "source: weight: is a NumPy array, not a tensor; 1 more are none"),
+        (state, "source: weight: is a NumPy array, not a tensor, nor are 1 more"),
         (lists, "source: weight: is a list of numbers, not a tensor"),
         ({**state, "note": "text"}, "source: weight: is a NumPy array"),
         (mixed, "source: bias: is a list of numbers, not a tensor"),

@@ -93,7 +93,7 @@ def refuse_no_tensors(state_dict: Mapping[Any, object], path: str, wanted: Conta
     value = state_dict[numbers[0]]
     kind, make = ("np.ndarray", "torch.from_numpy(v)") if _is_array(value) else (type(value).__name__, "torch.tensor(v)")
     words = "a NumPy array" if _is_array(value) else f"a {kind} of numbers"
-    reason = f"is {words}, not a tensor{f'; {len(numbers) - 1} more are none' if len(numbers) > 1 else ''}"
+    reason = f"is {words}, not a tensor{f', nor are {len(numbers) - 1} more' if len(numbers) > 1 else ''}"
     hint = f"{{k: {make} for k, v in {path}.items(){'' if len(numbers) == len(state_dict) else f' if isinstance(v, {kind})'}}}"
     if beside_tensors:
         hint = f"{{k: torch.as_tensor(v) if k in model.state_dict() else v for k, v in {path}.items()}}"
