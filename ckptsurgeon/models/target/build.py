@@ -13,7 +13,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -226,7 +225,7 @@ def _call_that_fits(spec: Spec, signature: inspect.Signature) -> str | None:
     free = [name for name in free[len(spec.args) :] if name not in spec.kwargs]
     kwargs: dict[str, str] = {}
     for name, value in spec.kwargs.items():
-        close = [] if name in signature.parameters else get_close_matches(name, [one for one in free if one not in kwargs], n=1)
+        close = [] if name in signature.parameters else close_names(name, [one for one in free if one not in kwargs], most=1)
         kwargs[close[0] if close else name] = repr(value)
     kwargs |= {name: "..." for name in free if name not in kwargs and signature.parameters[name].default is inspect.Parameter.empty}
     try:
