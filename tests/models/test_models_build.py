@@ -243,7 +243,7 @@ def test_forked_restores_after_an_error():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("text", ["model:Variant", "model.py:Variant"])
+@pytest.mark.parametrize("text", ["nomodels:Variant", "nomodels.py:Variant"])
 def test_only_a_file_that_has_the_name_is_offered_and_none_is_run(folder, text):
     """A script that would be offered by its name alone would run, and rewrite a person's files."""
     run = "from pathlib import Path\nPath('ran').touch()\n"

@@ -113,13 +113,13 @@ class Proposal(Matching, Result):
             return CoverageError(
                 f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of either side",
                 path=self.source,
-                hint="leave out what rivals it, as by drop=['other_tower.**'], or take them as they are: accept_uncertain=True",
+                hint="leave out what rivals it (--drop 'other_tower.**'), or take them as they are: --accept-uncertain",
             )
         return CoverageError(
             f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
             path=self.source,
             hint=f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}; "
-            "or ask for less: min_coverage=0.1",
+            "or ask for less: --min-coverage 0.1",
         )
 
 
