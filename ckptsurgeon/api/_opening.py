@@ -155,7 +155,7 @@ def _read_target(text: str) -> Archive:
     try:
         return read(text)
     except (FormatError, UnreadableError) as error:
-        from ckptsurgeon.models.target.candidates import specs_of
+        from ckptsurgeon.models.target.source_names import specs_of
 
         found = specs_of(text)
         if found or (text.endswith(".py") and os.path.isfile(text)):

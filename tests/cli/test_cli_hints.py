@@ -204,7 +204,7 @@ raise RuntimeError("this file must not be run")
 
 
 def test_a_file_of_code_as_the_target_without_a_name(place, run) -> None:
-    from ckptsurgeon.models.target.candidates import model_names
+    from ckptsurgeon.models.target.source_names import model_names
 
     Path("nets.py").write_text(CODE)
     assert model_names("nets.py") == ["Big", "Bigger", "make", "Base"]

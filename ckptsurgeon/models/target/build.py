@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import imports, user_code
-from ckptsurgeon.models.target.candidates import MOST, model_names
+from ckptsurgeon.models.target.source_names import MOST, model_names
 from ckptsurgeon.models.target.spec import FORMS, Spec
 from ckptsurgeon.models.target.uninitialized import marked
 

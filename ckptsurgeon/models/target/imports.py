@@ -17,8 +17,8 @@ from types import ModuleType
 
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models.target import user_code
+from ckptsurgeon.models.target.source_names import files_with
 from ckptsurgeon.models.target.spec import Spec
-from ckptsurgeon.models.target.static_names import files_with
 
 
 @contextmanager
