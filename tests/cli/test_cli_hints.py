@@ -154,7 +154,7 @@ def test_a_folder_in_which_no_file_can_be_made(place, run) -> None:
 def test_a_suffix_that_is_not_written(place, run, name, offered) -> None:
     hint = tried(run("merge", "net_params.pkl", "-o", name))
     assert hint.startswith("end it in one of .safetensors .pt") and ("--format" in hint) is offered
-    assert not offered or run("merge", "net_params.pkl", "-o", name, *shlex.split(hint.partition("add ")[2])).code == 0
+    assert not offered or run("merge", "net_params.pkl", "-o", name, *shlex.split(hint.partition("or give ")[2])).code == 0
 
 
 @pytest.mark.parametrize("format", [(), ("--format", "torch")])
