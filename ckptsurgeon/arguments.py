@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from ckptsurgeon.argument_examples import CALLS, EXAMPLES
 from ckptsurgeon.errors import ArgumentError, libraries
 from ckptsurgeon.hints import close_names
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -331,4 +330,6 @@ def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
         return f"{name}={{{value[0]!r}: {value[1]!r}}}"
     if isinstance(value, (list, tuple)) and value and all(map(kind.fits, value)) and verb not in CALLS:
         return "give one of them"
+    from ckptsurgeon.argument_examples import CALLS, EXAMPLES
+
     return CALLS.get(verb) or f"{name}={EXAMPLES.get(f'{verb}.{name}') or EXAMPLES.get(name, 'True')}"
