@@ -319,6 +319,8 @@ def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
         return f"make one first: {value.__name__}(...)"
     if isinstance(value, _BYTES) and kind.file and kind.fits(io.BytesIO()):
         return f"io.BytesIO({name})"
+    from ckptsurgeon.argument_examples import CALLS, EXAMPLES
+
     if (isinstance(value, Mapping) or _is_model(value)) and name in ("path", "source", "sources", "checkpoint"):
         if verb in ("open", "inspect", "diff", "match"):
             return f"ckptsurgeon.skeleton({name}) gives the names and shapes of a model or a state_dict"
@@ -330,6 +332,4 @@ def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
         return f"{name}={{{value[0]!r}: {value[1]!r}}}"
     if isinstance(value, (list, tuple)) and value and all(map(kind.fits, value)) and verb not in CALLS:
         return "give one of them"
-    from ckptsurgeon.argument_examples import CALLS, EXAMPLES
-
     return CALLS.get(verb) or f"{name}={EXAMPLES.get(f'{verb}.{name}') or EXAMPLES.get(name, 'True')}"
