@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pairs_support import PAIRS, read_pair
 from rules_support import checkpoint, led, literal_plan, proposed, read_back
 
-from ckptsurgeon.errors import PlanError
+from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.proposals.propose import propose
 from ckptsurgeon.planning.diff import compare
@@ -18,6 +18,7 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 FILES = sorted(PAIRS.glob("*.json"))
 MOST = {  # rules that a pair may take
@@ -97,7 +98,11 @@ def test_any_links_at_all_become_rules_that_lead_to_them(
 ) -> None:
     one, other, links = drawn
     source, target = checkpoint(one), checkpoint(other, "model:Net")
-    found = proposed(source, target, links)
+    try:
+        found = proposed(source, target, links)
+    except RuleError:  # a pattern for `b` matches `b.module` too, and no rule tells them apart
+        assert any(unwrap(key, WRAPPERS) in set(one) - {key} for key in one)
+        return
     assert set(found.applied) == set(links)
     try:
         assert read_back(found, source, target) == literal_plan(links, source, target)
