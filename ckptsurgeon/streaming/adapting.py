@@ -18,7 +18,7 @@ from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import Buffer, cast, memory_of, tensor_from
+from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:
@@ -116,11 +116,16 @@ def by_rows(reader: Reader, key: str, op: Op, first: TensorMeta, *others: Tensor
 
 
 def elementwise(sources: Sequence[Iterable[Buffer]], dtype: str, op: Op) -> Iterator[Buffer]:
-    """What an op makes of tensors' bytes, element by element, part by part."""
+    """What an op makes of tensors' bytes, element by element, of few at a time, since it may compute in a wider dtype."""
+    import torch
 
     def initial() -> torch.Tensor:
         raise AssertionError("a target's initial value has no parts")
 
     for parts in zip(*sources, strict=True):
-        (made,) = adapter_of(op).kernel(op, [tensor_from(part, dtype) for part in parts], initial)
+        given = [tensor_from(part, dtype) for part in parts]
+        made = torch.empty_like(given[0])
+        for start in range(0, len(made), PIECE):
+            piece = slice(start, start + PIECE)
+            (made[piece],) = adapter_of(op).kernel(op, [tensor[piece] for tensor in given], initial)
         yield memory_of(made)
