@@ -15,7 +15,7 @@ from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.folders.hf_folder import find_in_folder
 from ckptsurgeon.formats.registry import TABLE, Format, module
-from ckptsurgeon.formats.torch.zip_directory import ends_as_zip
+from ckptsurgeon.formats.zip_directory import ends_as_zip
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import Source, open_regular
 from ckptsurgeon.tensors import Archive

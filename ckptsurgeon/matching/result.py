@@ -1,4 +1,4 @@
-"""What matching found, as values: links between keys, each with its evidence and its margin over the runner-up."""
+"""What matching found, as a value: links, with what is left over on both sides and how far the order of keys was trusted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Where each source key wants to go: first the wrapper prefix, then, stage by stage, the first rule that matches.
 
-The one place where rules meet the sources' keys; `compare` and `plan` both build on it. All problems with rules are raised together.
+The one place where rules meet the sources' keys; `diff` and `plan` both build on it. All problems with rules are raised together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person writes: rename, drop, keep, adapt and init rules, as values. What a rule matches is told in `naming`.
+"""What a person writes: rename, drop, keep, adapt and init rules, as values. They are applied in `planning.apply_rules`.
 
 A rule is text, one form for a command line and a rules file: `A -> B` links keys by an adapter, ` + ` stands between several keys,
 `0:` before a pattern names the only source that it is for, ` | ` stands between the adapters of a chain.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.inflate import inflated
-from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
+from ckptsurgeon.formats.zip_directory import Entry, read_directory
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
 from ckptsurgeon.storage import copying

@@ -28,3 +28,20 @@ def test_a_place_is_there(place: str) -> None:
 
 def test_every_floor_is_on_it() -> None:
     assert {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} <= set(PLACES) | {"cli/", "loops/"}
+
+
+# `optimizer.` is a floor, and more often a person's file or object.
+FLOORS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists() and path.name != "optimizer")
+NAMED = re.compile(rf"`((?:{'|'.join(FLOORS)})(?:\.\w+)+)`")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_docstring_names_no_module_that_is_not_there(path: Path) -> None:
+    for name in NAMED.findall(path.read_text()):
+        place = PACKAGE / Path(*name.split("."))
+        found = (
+            place.is_dir(),
+            place.with_suffix(".py").exists(),
+            place.parent.with_suffix(".py").exists(),
+        )  # a room, a module, a name in one
+        assert any(found), name

@@ -14,10 +14,9 @@ from formats_support import assert_same, bits, carry_out, only, out_tensors, ref
 from hostile_zips import ENDS, LEGAL, LIES, Item, archive, at, changed, items, twice
 
 from ckptsurgeon.errors import CheckpointError, FormatError, UnreadableError
-from ckptsurgeon.formats import read
-from ckptsurgeon.formats.torch import zip_directory
+from ckptsurgeon.formats import read, zip_directory
 from ckptsurgeon.formats.torch import zip_writer as torch_zip_writer
-from ckptsurgeon.formats.torch.zip_directory import read_directory
+from ckptsurgeon.formats.zip_directory import read_directory
 from ckptsurgeon.storage.opening import open_regular
 
 STATE = {"w": torch.arange(6.0), "b": torch.ones(300, dtype=torch.float16)}

@@ -1,6 +1,6 @@
 """A small, bounded machine for pickle opcodes. It imports nothing, calls nothing and knows no class.
 
-Rule: one pass over the bytes, a stack, a memo, and values of `pickle_values`; whatever the allow-list does not know becomes inert.
+Rule: one pass over the bytes, a stack, a memo, and values of `values.py`; whatever the allow-list does not know becomes inert.
 It must never use `pickle`, and never raise anything but a CheckpointError.
 """
 

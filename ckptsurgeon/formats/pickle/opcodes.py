@@ -1,4 +1,4 @@
-"""The rarer pickle opcodes, one function each, and the table of them; `pickle_machine` has the frequent ones.
+"""The rarer pickle opcodes, one function each, and the table of them; `machine` has the frequent ones.
 
 Names as in CPython's `pickletools`. None of them imports or calls what a pickle names.
 """

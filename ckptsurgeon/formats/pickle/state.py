@@ -1,6 +1,6 @@
 """The state of one run over a pickle's opcodes, and what every opcode may do with it: take bytes, push, pop to a mark.
 
-It imports nothing that a pickle names, calls nothing, and raises nothing but a CheckpointError or what `pickle_machine.run` words.
+It imports nothing that a pickle names, calls nothing, and raises nothing but a CheckpointError or what `machine.run` words.
 """
 
 from __future__ import annotations

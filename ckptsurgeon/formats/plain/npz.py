@@ -15,7 +15,7 @@ from math import prod
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.inflate import beginning
-from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
+from ckptsurgeon.formats.zip_directory import Entry, read_directory
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Packed, Refused, Span, StateDict, TensorMeta, contiguous_stride

@@ -19,7 +19,7 @@ from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, ru
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
 from ckptsurgeon.formats.provenance import RECORD, parse_provenance
-from ckptsurgeon.formats.torch.zip_directory import Entry, read_directory
+from ckptsurgeon.formats.zip_directory import Entry, read_directory
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Packed, Record, Span

@@ -1,7 +1,7 @@
 """From links to the shortest general rules that give exactly them: folded numbers, whole modules, drops for what would go astray.
 
 Rule: what is given back has been replayed. Rules that do not lead to the links, and to nothing else, are made again, less general,
-in the end one for each link. Pure; the text that is written of them is made in `written`.
+in the end one for each link. Pure; the text that is written of them is made in `to_toml`.
 """
 
 from __future__ import annotations

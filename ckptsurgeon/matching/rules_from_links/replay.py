@@ -1,6 +1,6 @@
 """What rules lead to, and what links ask for, in the same words: by target key the sources and the filled ops. Both must be equal.
 
-Rule: whether rules are right is told by the planner's own floor (`naming`, `origins`), never by how they were made.
+Rule: whether rules are right is told by the planner's own floor (`apply_rules`, `resolve`), never by how they were made.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`initialize`: initial values for a live model's fresh tensors, in place.
 
-Only what is on record as fresh is touched, and all is checked, and every value made, before the first write. `initial.py` makes
+Only what is on record as fresh is touched, and all is checked, and every value made, before the first write. `schemes.py` makes
 the values; here they are chosen by pattern, tied names are one tensor, and `from(KEY)` finds the key whose value it takes.
 """
 

@@ -1,7 +1,7 @@
 """The initialisation schemes as a person names them: `xavier_normal`, `normal(std=0.02)`, `from(layers.11.weight)`, `mylib:ortho(gain=2)`.
 
 Facts and words only, without torch, so that a plan can check a scheme and say what it will do. The names and parameters are those
-of `torch.nn.init`; a name with a colon is a person's own function, which is not imported here. `initial.py` makes the values.
+of `torch.nn.init`; a name with a colon is a person's own function, which is not imported here. `schemes.py` makes the values.
 """
 
 from __future__ import annotations

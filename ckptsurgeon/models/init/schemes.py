@@ -69,7 +69,7 @@ def value(
         dtype_code: safetensors' code. Values are drawn in float32 (float64 for `F64`) and then cast.
         module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. Its own value is taken for the first two;
             for `reset` it may be on meta.
-        own: the loaded functions of a person's own schemes, by name (`own.own_schemes`).
+        own: the loaded functions of a person's own schemes, by name (`user_functions.own_schemes`).
         leaf: the tensor's name in its layer; None where it is the key's last part.
 
     Raises:

@@ -53,7 +53,7 @@ def make_provider(
         inits: scheme by key; a key that is not in it gets `model`, the target's own constructor's value.
         shapes: the target's tensors by key.
         seed: with the key's name, seeds the named schemes.
-        own: the functions of a person's own schemes by name, loaded beforehand (`own.own_schemes`); none is imported here.
+        own: the functions of a person's own schemes by name, loaded beforehand (`user_functions.own_schemes`); none is imported here.
 
     The function raises:
         ModelError: no model is known, it has no such key, another shape there, or no values (it is on meta).
