@@ -32,6 +32,17 @@ def close_names(text: str, names: Iterable[str], most: int = 3) -> list[str]:
     return close or [name for name in pool if head and name.startswith(head)][:most]
 
 
+def without_slip(text: str, names: Iterable[str]) -> str | None:
+    """The name that is nearly `text`, as if it had been mistyped; None where there is none.
+
+    >>> without_slip("net_param.pkl", ["net_params.pkl", "model.py"]), without_slip("other.pkl", ["net_params.pkl"])
+    ('net_params.pkl', None)
+    """
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(text, list(names)[:_POOL], n=1, cutoff=0.8)), None)
+
+
 def close_words(text: str, names: Iterable[str]) -> str:
     """Close names as words to end a sentence with, or `""`.
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 from ckptsurgeon.errors import UnreadableError
+from ckptsurgeon.hints import without_slip
 from ckptsurgeon.storage import platform
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import FileStamp
+
+_BESIDE = 2_000  # names of a folder that are looked at for a close one
 
 
 class LocalFile(OpenFile):
@@ -65,8 +70,9 @@ def _stamp(path: str, status: os.stat_result) -> FileStamp:
 
 def unreadable(path: str, error: OSError) -> UnreadableError:
     """The error for a file that the system does not let us read."""
+    if error.errno == errno.ENOENT:
+        return UnreadableError("does not exist", path=path, hint=_other_path(path))
     reasons = {
-        errno.ENOENT: ("does not exist", "check the path; `ls` its folder"),
         errno.EACCES: ("may not be read by you", "check its permissions"),
         errno.ENXIO: ("is not a regular file", "give a checkpoint file on disk, not a pipe or a device"),
         errno.EISDIR: ("is a folder", "give a checkpoint file on disk, not a pipe or a device"),
@@ -75,3 +81,15 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
     }
     reason, hint = reasons.get(error.errno or 0, (f"could not be read ({error.strerror})", "check the path and the disk"))
     return UnreadableError(reason, path=path, hint=hint)
+
+
+def _other_path(path: str) -> str:
+    """A hint for a path where nothing is: the name beside it that is nearly the same, where there is one."""
+    folder, name = os.path.split(path)
+    try:
+        with os.scandir(folder or ".") as rows:
+            beside = [row.name for row in islice(rows, _BESIDE)]
+    except (OSError, ValueError):
+        beside = []
+    close = without_slip(name, beside)
+    return f"is it {shlex.quote(os.path.join(folder, close))}?" if close else "check the path; `ls` its folder"

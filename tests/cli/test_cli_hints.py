@@ -227,3 +227,14 @@ def test_findings_of_several_keys_are_said_of_several(place, run) -> None:
     assert "fc2.bias: is in the target only" in run("check", "part.pt", "--against", NET, "-v").out
     ended = run("match", "net_params.pkl", "variants:NetRenamed", "-o", "rules.toml")
     assert "note: wrote rules.toml: 1 rule\n" in ended.err
+
+
+def test_a_mistyped_path(place, run) -> None:
+    Path("my runs").mkdir()
+    Path("my runs/last.pt").write_bytes(Path("net_params.pkl").read_bytes())
+    for wrong, right in (("net_param.pkl", "net_params.pkl"), ("my runs/lats.pt", "my runs/last.pt")):
+        for words in (["inspect", wrong], ["diff", wrong, NET], ["diff", "net_params.pkl", wrong], ["merge", wrong, NET, "-o", "out.pt"]):
+            ended = run(*words)
+            assert ended.code == 2 and f"{wrong}: does not exist" in ended.err
+            assert tried(ended) == f"is it {shlex.quote(right)}?"
+    assert tried(run("inspect", "other.pkl")) == tried(run("inspect", "no folder/net_params.pkl")) == "check the path; `ls` its folder"
