@@ -18,6 +18,8 @@ class Link:
         margin: by how many points the link beats its runner-up; inf where nothing else is possible.
         evidence: what speaks for it, in words.
         runner_up: the nearest other choice, as `source -> target`, or empty.
+        doubt: `"layout"` where the keys are right and the order of their elements can't be told by shapes (see `choices`), or empty.
+        choices: what may decide a doubt: adapt rules that are ready to be written, the text after `--adapt`.
     """
 
     sources: tuple[str, ...]
@@ -26,8 +28,15 @@ class Link:
     margin: float = 0.0
     evidence: tuple[str, ...] = ()
     runner_up: str = ""
+    doubt: str = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def clear(self) -> bool:
+        """Whether it beats its runner-up clearly: its keys are sure, the order of their elements perhaps not."""
+        return self.margin >= ENOUGH
 
     @property
     def certain(self) -> bool:
-        """Whether it beats its runner-up clearly; other links are shown and not applied."""
-        return self.margin >= ENOUGH
+        """Whether its keys and its layout are sure; other links are shown and not applied."""
+        return self.clear and not self.doubt

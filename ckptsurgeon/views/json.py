@@ -163,6 +163,8 @@ def _link(link: Link) -> dict[str, Any]:
         "certain": link.certain,
         "evidence": list(link.evidence),
         "runner_up": link.runner_up,
+        "doubt": link.doubt,
+        "choices": list(link.choices),
     }
 
 
