@@ -37,7 +37,7 @@ ROOMS = {
     "adapters": [
         {"op", "user_adapter", "widening"},
         {"shapes"},
-        {"layout", "combining", "vision", "rows", "quantised"},
+        {"layout", "combining", "vision", "rows", "quantised", "factors"},
         {"table"},
         {"chain"},
     ],

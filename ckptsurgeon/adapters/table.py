@@ -43,6 +43,8 @@ ADAPTERS = {  # each with its room, in the order in which they are shown and off
     "inflate": "vision",
     "rows": "rows",
     "dequantize": "quantised",
+    "weight_norm": "factors",
+    "spectral_norm": "factors",
 }
 
 

@@ -249,6 +249,28 @@ def _dequantize(draw: Draw) -> Case:
     return Case({"block": block, "divisor": draw(small)}, (codes, scale))
 
 
+def _weight_norm(draw: Draw) -> Case:
+    v = _shape(draw)
+    dim = draw(st.none() | st.integers(-len(v), len(v) - 1))
+    told = draw(st.sampled_from([{}, {"dim": dim}]))
+    g = tuple(size if at == (dim or 0) % len(v) else 1 for at, size in enumerate(v)) if dim is not None else ()
+    return draw(
+        st.sampled_from(
+            [
+                Case(told, (g, v) * draw(st.integers(1, 2))),
+                Case(told, (v,), (g, v)),
+                Case({"dim": dim, "part": draw(st.sampled_from(["g", "v"]))}, (v,) * draw(st.integers(1, 2))),
+            ]
+        )
+    )
+
+
+def _spectral_norm(draw: Draw) -> Case:
+    original = _shape(draw, 2)
+    dim = _dim(draw, len(original))
+    return Case({"dim": dim}, (original, (original[dim],), (prod(original) // original[dim],)) * draw(st.integers(1, 2)))
+
+
 _DRAW: dict[str, Callable[[Draw], Case]] = {
     "transpose": _transpose,
     "permute": _permute,
@@ -272,6 +294,8 @@ _DRAW: dict[str, Callable[[Draw], Case]] = {
     "inflate": _inflate,
     "rows": _rows,
     "dequantize": _dequantize,
+    "weight_norm": _weight_norm,
+    "spectral_norm": _spectral_norm,
 }
 
 

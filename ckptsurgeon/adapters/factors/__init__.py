@@ -1,0 +1,1 @@
+"""Adapters between a weight and the factors that a layer holds in its place."""

@@ -1,0 +1,108 @@
+"""`spectral_norm` makes the weight that a layer under torch's spectral norm has in eval mode: w = original / σ, where σ = u · (original v).
+
+>>> import torch
+>>> original, u, v = torch.tensor([[0.0, 4.0], [2.0, 0.0]]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+>>> ADAPTER.kernel({"dim": 0}, [original, u, v], None)[0].tolist()
+[[0.0, 1.0], [0.5, 0.0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, signed
+from ckptsurgeon.adapters.shapes import from_front, need, refused
+from ckptsurgeon.errors import RuleError
+
+_IMAGE, _NONE = 0.9, 0.5  # cosines from which on u is what the weight makes of v, and up to which it is nothing of the kind
+
+
+def dims_of(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
+    """The dims of a weight that can be its rows, as the lengths of u and v say; none where it can't. A matrix has its first, save where
+    only the second fits: torch takes another for transposed convolutions alone.
+
+    >>> dims_of((8, 4, 3), (8,), (12,)), dims_of((4, 8, 3), (8,), (12,)), dims_of((8, 8, 3), (8,), (24,)), dims_of((8, 8), (8,), (8,))
+    ((0,), (1,), (0, 1), (0,))
+    """
+    fits = _fitting(original, u, v)
+    return fits[:1] if len(original) == 2 else fits
+
+
+def _fitting(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
+    if len(u) != 1 or len(v) != 1 or len(original) < 2 or not prod(original):
+        return ()
+    return tuple(dim for dim, size in enumerate(original) if (size,) == u and (prod(original) // size,) == v)
+
+
+def _threes(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Shape]]:
+    if not shapes or len(shapes) % 3:
+        raise refused(op, f"takes a weight, u and v by turns, and {len(shapes)} tensors come in")
+    return zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True)
+
+
+def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    dim = need(op, "dim")
+    for original, u, v in _threes(op, shapes):
+        if dim not in _fitting(original, u, v):
+            words = f"takes a weight, u and v, and {u} and {v} are none of {original} with dim {dim} as its rows"
+            raise refused(op, words, "name them in order: a.weight_orig + a.weight_u + a.weight_v")
+    return shapes[::3]
+
+
+def _fill(op: Op, place: Place) -> Op:
+    told = [dims_of(*three) for three in _threes(op, place.shapes)]
+    if "dim" in op:
+        return {"op": "spectral_norm", "dim": from_front(op, op["dim"], place.shapes[::3])}
+    dims = [dim for dim in told[0] if all(dim in row for row in told)]
+    if not dims:
+        words = f"can't tell its dim: {', '.join(map(str, place.shapes[:3]))} are no weight, u and v"
+        raise refused(op, words, "name them in order: a.weight_orig + a.weight_u + a.weight_v")
+    if len(dims) > 1:
+        words = f"can't tell by the shapes which dim of {place.shapes[0]} are its rows"
+        raise refused(op, words, "write spectral_norm(dim=0), or spectral_norm(dim=1) for a transposed convolution")
+    return {"op": "spectral_norm", "dim": dims[0]}
+
+
+def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
+    return [_weight(op["dim"], *three) for three in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)]
+
+
+def _weight(dim: int, original: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    import torch
+
+    rivals = [other for other in _fitting(tuple(original.shape), tuple(u.shape), tuple(v.shape)) if other != dim]
+    for other in rivals:
+        if _cosine(original, dim, u, v) < _NONE and _cosine(original, other, u, v) > _IMAGE:
+            words = f"spectral_norm has dim {dim}, and the values of u and v are those of dim {other}"
+            raise RuleError(words, hint=f"write spectral_norm(dim={other})")
+    sigma = torch.dot(u, torch.mv(_matrix(original, dim), v))
+    if not sigma:
+        raise RuleError("spectral_norm divides by u · (w v), which is zero: u and v are none of this weight")
+    return original / sigma
+
+
+def _matrix(original: Tensor, dim: int) -> Tensor:
+    """The weight with a row for each index of `dim`."""
+    return original.movedim(dim, 0).flatten(1)
+
+
+def _cosine(original: Tensor, dim: int, u: Tensor, v: Tensor) -> float:
+    """How far u is what the weight makes of v: 1 after any step of training's power iteration."""
+    import torch
+
+    image = torch.mv(_matrix(original, dim).double(), v.double())
+    return float(torch.dot(u.double(), image) / (u.double().norm() * image.norm()).clamp_min(1e-300))
+
+
+ADAPTER = Adapter(
+    words="w = original / (u · (original v)), of a weight, u and v by turns, as torch has it in eval mode; dim `dim` is that of the rows",
+    fields={"dim": signed},
+    infer=_infer,
+    fill=_fill,
+    kernel=_kernel,
+    moments=cannot_follow,
+    floats=True,
+    joins=True,
+    source="Miyato et al. 2018, Spectral normalization, arXiv:1802.05957; torch.nn.utils.parametrizations.spectral_norm",
+)
