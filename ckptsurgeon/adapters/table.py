@@ -36,6 +36,7 @@ ADAPTERS = {  # each with its room, in the order in which they are shown and off
     "stack": "combining",
     "unstack": "combining",
     "average": "combining",
+    "group_mean": "combining",
     "interpolate": "vision",
     "relative_position_bias": "vision",
     "patch_embed": "vision",

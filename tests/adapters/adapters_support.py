@@ -200,6 +200,18 @@ def _average(draw: Draw) -> Case:
     return Case(draw(st.sampled_from([{}, {"weights": weights}])), (_shape(draw, 0, 3),) * len(weights))
 
 
+def _group_mean(draw: Draw) -> Case:
+    shape, to, group = _shape(draw), draw(small), draw(small)
+    dim = _dim(draw, len(shape))
+    size = shape[dim]
+    given, wanted = _with(shape, dim, to * group * size), _with(shape, dim, to * size)
+    return draw(
+        st.sampled_from(
+            [Case({"heads": to * group, "dim": dim}, (given,), (wanted,)), Case({"heads": to * group, "to": to, "dim": dim}, (given,))]
+        )
+    )
+
+
 def _interpolate(draw: Draw) -> Case:
     grid, to = [draw(small), draw(small)], [draw(small), draw(small)]
     prefix, layout = draw(st.integers(0, 2)), draw(st.sampled_from(["tokens", "channels_last", "channels_first"]))
@@ -287,6 +299,7 @@ _DRAW: dict[str, Callable[[Draw], Case]] = {
     "stack": _stack,
     "unstack": _unstack,
     "average": _average,
+    "group_mean": _group_mean,
     "interpolate": _interpolate,
     "relative_position_bias": _relative_position_bias,
     "patch_embed": _patch_embed,

@@ -83,6 +83,7 @@ def test_means_of_narrow_floats_are_taken_in_wide_ones(dtype):
         ("pad(size=3, fill='init')", torch.ones(2), torch.ones(4), "makes (3,) and fills up with an initial value of (4,)"),
         ("pad(size=3, fill='init')", torch.ones(2, dtype=torch.int64), torch.ones(3), "fills int64 up with an initial float32"),
         ("average", torch.ones(2, dtype=torch.int64), None, "goes over floats, and a tensor is int64"),
+        ("group_mean(heads=2, to=1)", torch.ones(2, dtype=torch.int64), None, "goes over floats, and the tensor is int64"),
     ],
 )
 def test_values_that_a_dtype_has_not_are_refused(text, tensor, initial, words):
@@ -111,6 +112,36 @@ def test_an_average_of_narrow_floats_does_not_lose_what_they_share():
     tensors = [torch.full((3,), 1.0, dtype=torch.bfloat16) for _ in range(1000)]
     assert apply("average", *tensors)[0].tolist() == [1.0] * 3  # a sum in bfloat16 stands still at 256
     assert same(apply("average", torch.tensor([-0.0, float("inf"), float("nan")]))[0][:2], torch.tensor([-0.0, float("inf")]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(8, 2, 4), (6, 6, 3), (4, 1, 2)])
+def test_heads_of_a_group_are_averaged_as_the_paper_converts_them(dtype, heads, groups, size):
+    """Ainslie et al. 2023, section 2.1: each group's key and value heads are mean-pooled into one; by hand in torch."""
+    torch.manual_seed(2)
+    weight, bias = torch.randn(heads * size, 5).to(dtype), torch.randn(heads * size).to(dtype)
+    pooled = [weight.double().view(groups, heads // groups, size, 5)[group].sum(0) * groups / heads for group in range(groups)]
+    found = apply(f"group_mean(heads={heads})", weight, wanted=(groups * size, 5))[0]
+    torch.testing.assert_close(found.double(), torch.cat(pooled), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert same(apply(f"group_mean({heads}, {groups}, 1)", weight.mT.contiguous())[0], found.mT)
+    assert same(apply(f"group_mean({heads}, {groups})", bias)[0], apply(f"group_mean({heads}, {groups})", bias.unsqueeze(1))[0].squeeze(1))
+
+
+def test_grouped_attention_with_averaged_heads_is_the_attention_of_heads_that_were_equal():
+    """Where the heads of a group are equal already, nothing changes: torch's attention with `enable_gqa` against that with all heads."""
+    torch.manual_seed(3)
+    heads, groups, size, width = 6, 2, 4, 10
+    x, q = torch.randn(1, 7, width), torch.randn(heads * size, width)
+    few = [torch.randn(groups * size, width) for _ in range(2)]
+    many = [one.view(groups, 1, size, width).expand(-1, heads // groups, -1, -1).reshape(heads * size, width) for one in few]
+    k, v = (apply(f"group_mean(heads={heads})", one, wanted=(groups * size, width))[0] for one in many)
+
+    def by_head(weight: torch.Tensor) -> torch.Tensor:
+        return (x @ weight.T).unflatten(-1, (-1, size)).transpose(1, 2)
+
+    whole = torch.nn.functional.scaled_dot_product_attention(by_head(q), *map(by_head, many))
+    found = torch.nn.functional.scaled_dot_product_attention(by_head(q), by_head(k), by_head(v), enable_gqa=True)
+    torch.testing.assert_close(found, whole)
 
 
 def test_means_in_pieces_are_the_means(monkeypatch):

@@ -91,6 +91,8 @@ FILLED = [
     ("average", [(2,)] * 4, {}, {"weights": [0.25] * 4}),
     ("average([3, 1])", [(2,)] * 2, {}, {"weights": [0.75, 0.25]}),
     ("average([1e308, 1e308])", [(2,)] * 2, {}, {"weights": [0.5, 0.5]}),
+    ("group_mean(8)", [(16, 3)], {"wanted": (4, 3)}, {"heads": 8, "to": 2, "dim": 0}),
+    ("group_mean(8, 4, -1)", [(3, 16)], {}, {"heads": 8, "to": 4, "dim": 1}),
     ("average([0, 2])", [(2,)] * 2, {}, {"weights": [0.0, 1.0]}),
 ]  # fmt: skip
 
@@ -173,6 +175,11 @@ REFUSED = [
     ("permute_rope(3, 'pairs')", [(8, 2)], {}, "in 3 equal parts"),
     ("permute_rope(0, 'pairs')", [(8, 2)], {}, "in 0 equal parts"),
     ("permute_rope(2, 'pairs')", [(6, 2)], {}, "needs heads of an even size, and 2 heads of (6, 2) have 3"),
+    ("group_mean", [(8, 2)], {"wanted": (4, 2)}, "needs the number of heads"),
+    ("group_mean(heads=4)", [(8, 2)], {}, "does not know 'to'"),
+    ("group_mean(heads=4)", [(8, 2)], {"wanted": (3, 2)}, "can't tell how many heads of 2 rows 3 rows are"),
+    ("group_mean(heads=3)", [(8, 2)], {"wanted": (4, 2)}, "needs dim 0 in 3 equal parts"),
+    ("group_mean(heads=4, to=3)", [(8, 2)], {"wanted": (6, 2)}, "can't take the mean of 4 heads in 3 groups"),
     ("average", [(2,), (3,)], {}, "goes over (2,) and (3,), which differ"),
     ("average([1, 2, 3])", [(2,), (2,)], {}, "has 3 weights for 2 tensors"),
     ("average([0, 0])", [(2,), (2,)], {}, "has weights [0, 0]"),
@@ -249,6 +256,7 @@ INVERSES = [
     ("slice(stop=2)", None),
     ("pad", None),
     ("average", None),
+    ("group_mean(heads=4)", None),
 ]
 
 
