@@ -14,6 +14,7 @@ from ckptsurgeon.adapters.chain import OwnShape
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.api._opening import silent, unmissable
 from ckptsurgeon.api._options import RuleOptions
+from ckptsurgeon.command import Option
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Note, Path
@@ -38,13 +39,13 @@ class Own:
 class Ruling:
     """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code.
 
-    `options` are the rules as they were given, as words of a command line.
+    `options` are the rules as they were given, as options of a command.
     """
 
     rules: tuple[Rule, ...]
     outside: Outside = field(default_factory=Outside)
     own: Own = field(default_factory=Own)
-    options: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
 
 
 def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
@@ -96,8 +97,8 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
     if reverse and all(isinstance(one, Rule) for one in given):
         raise RuleError("there is no rules file to turn round", hint="rules='rules.toml', reverse=True")
     found = bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
-    words = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
-    return replace(found, options=(*words, *(["--reverse"] if reverse else [])))
+    said = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
+    return replace(found, options=(*said, *([("reverse",)] if reverse else [])))
 
 
 def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:

@@ -68,7 +68,7 @@ def diff(
 
         ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
     found = compare(given, goal, ruling.rules, ruling.outside, auto, _links)
-    return replace(found, options=(*ruling.options, *(["--auto", auto] if auto else [])))
+    return replace(found, options=(*ruling.options, *([("auto", auto)] if auto else [])))
 
 
 def _links(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Sequence[Link]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import offers, texts
+from ckptsurgeon.command import NOT_IN_MEMORY, InMemory, Option
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
@@ -16,7 +17,6 @@ from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out
-from ckptsurgeon.python_call import NOT_IN_MEMORY, InMemory
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.rules import Outside, Rule
@@ -117,7 +117,7 @@ class Diff(Result):
         loaded: keys that the model's own loading code takes.
         rivals: prefixes between which nothing decides, so that none is applied.
         exchanges: renames of one prefix to another that would explain most of what is left, the best first.
-        options: the rules that it was made with, as words of a command line.
+        options: the rules that it was made with, as options of a command.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
@@ -144,7 +144,7 @@ class Diff(Result):
     loaded: tuple[Loaded, ...] = ()
     rivals: tuple[Way, ...] = ()
     exchanges: tuple[Way, ...] = ()
-    options: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
 

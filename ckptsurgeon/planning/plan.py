@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptsurgeon.command import as_words
 from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.hints import shortened
@@ -151,14 +152,14 @@ def _refuse_rivals(sources: Sequence[Checkpoint], rivals: Sequence[Sequence[Way]
     """Raises PlanError where nothing decides between two prefixes of a source."""
     for source, ways in zip(sources, rivals, strict=True):
         if ways:
-            options = next((way.options for way in ways if way.rules), ("--rename", "KEY", "NAME"))
+            options = next((way.options for way in ways if way.rules), (("rename", "KEY", "NAME"),))
             raise PlanError(
                 f"its names fit the target's in {len(ways)} ways, and none is chosen unasked"
                 if len(ways) > 1
                 else "its names fit the target's by a prefix under which two keys would be one",
                 path=source.path,
                 problems=tuple(map(str, ways)),
-                hint=f"choose one: {shlex.join(options)}",
+                hint=f"choose one: {shlex.join(as_words(options))}",
             )
 
 

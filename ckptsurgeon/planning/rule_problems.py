@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
+from ckptsurgeon.command import as_words
 from ckptsurgeon.hints import SHOWN, close_words
 from ckptsurgeon.planning.keys import Item
 from ckptsurgeon.planning.prefixes.find import Prefix
-from ckptsurgeon.rules.rules import CompiledRule, Rule
+from ckptsurgeon.rules.rules import CompiledRule, Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 FEW = 3  # collisions of one kind that are told one by one
@@ -119,4 +120,4 @@ def _way_out(names: set[str], others: set[str], number: str, path: str | None) -
         return f"give one of the two files only: {path} has nothing else"
     from ckptsurgeon.rules.drafting.cover import dropping
 
-    return f"drop one of the two: {shlex.join(word for rule in dropping(names, others, number)[:SHOWN] for word in rule.options)}"
+    return f"drop one of the two: {shlex.join(as_words(rule_options(dropping(names, others, number)[:SHOWN])))}"

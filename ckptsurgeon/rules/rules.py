@@ -16,6 +16,7 @@ from ckptsurgeon.adapters.chain import OwnShape, counted_at
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.arguments import hold
+from ckptsurgeon.command import Option
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.rules.loading_code import Taken
@@ -53,9 +54,9 @@ class Rule:
         hold(Rule, "Rule", vars(self))
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """The rule as the words of a command line."""
-        return (f"--{self.kind}", *(text for text in (self.pattern, self.result) if text))
+    def option(self) -> Option:
+        """The rule as an option of a command."""
+        return (self.kind, *(text for text in (self.pattern, self.result) if text))
 
     def __str__(self) -> str:
         words = " ".join([self.kind, *(repr(text) for text in (self.pattern, self.result) if text)])
@@ -64,9 +65,9 @@ class Rule:
         return f"{words} ({self.file}:{self.line})" if self.line else f"{words} ({self.file})"
 
 
-def rule_options(rules: Iterable[Rule | str]) -> tuple[str, ...]:
-    """Rules, and the paths of rules files, as the words of a command line."""
-    return tuple(word for rule in rules for word in (("--rules", rule) if isinstance(rule, str) else rule.options))
+def rule_options(rules: Iterable[Rule | str]) -> tuple[Option, ...]:
+    """Rules, and the paths of rules files, as the options of a command."""
+    return tuple(("rules", rule) if isinstance(rule, str) else rule.option for rule in rules)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ckptsurgeon as cs
-from ckptsurgeon.python_call import as_call
+from ckptsurgeon.command import Command
 
 SOURCE = {"fc1.weight": torch.ones(3, 2), "fc2.weight": torch.full((2, 3), 2.0), "gone.bias": torch.ones(5)}
 
@@ -76,12 +76,18 @@ def test_a_file_in_memory_and_a_spec_have_no_next_step(file):
 
 
 def test_every_verb_as_a_call():
-    merge = ["ckptsurgeon", "merge", "net.pt", "Net", "-o", "m.pt", "--root", "ema", "--dequantize"]
-    assert (
-        as_call([*merge, "--rules", "r.toml"], ("", "model"))
-        == "cs.transfer('net.pt', model, root='ema', dequantize=True, rules=['r.toml'])"
-    )
-    assert as_call(merge, ("file", "")) is None and as_call(["ckptsurgeon", "inspect", "state_dict"], ("state_dict", "")) is None
-    assert as_call(["ckptsurgeon", "match", "<BytesIO 1>", "m:N"], ("file", "")) == "print(cs.match(cs.open(source), 'm:N'))"
-    assert as_call(["ckptsurgeon", "diff", "state_dict", "m:N"], ("state_dict", "")) == "print(cs.diff(cs.skeleton(state_dict), 'm:N'))"
-    assert as_call(["ckptsurgeon", "inspect", "<BytesIO 1>"], ("file", "")) == "print(cs.inspect(source).to_text())"
+    merge = Command("merge", "net.pt", "Net", "m.pt", (("root", "ema"), ("dequantize",)))
+    by_file = "cs.transfer('net.pt', model, root='ema', dequantize=True, rules=['r.toml'])"
+    assert merge.having(("rules", "r.toml")).call(("", "model")) == by_file
+    assert merge.call(("file", "")) is None and Command("inspect", "state_dict").call(("state_dict", "")) is None
+    assert Command("match", "<BytesIO 1>", "m:N").call(("file", "")) == "print(cs.match(cs.open(source), 'm:N'))"
+    assert Command("diff", "state_dict", "m:N").call(("state_dict", "")) == "print(cs.diff(cs.skeleton(state_dict), 'm:N'))"
+    assert Command("inspect", "<BytesIO 1>").call(("file", "")) == "print(cs.inspect(source).to_text())"
+
+
+def test_a_pattern_that_two_rules_have_stands_in_no_dict_twice():
+    """Words back to rules by the library itself: what the call is given is what the command says, in its order."""
+    rules = [("adapt", "w", "transpose"), ("adapt", "w", "reshape"), ("drop", "a")]
+    call = Command("diff", "a.pt", "m:N", options=tuple(rules)).call(("file", ""))
+    assert call == "print(cs.diff(source, 'm:N', adapt={'w': 'transpose'}, rules=[cs.Rule('adapt', 'w', 'reshape'), cs.Rule('drop', 'a')]))"
+    assert Command("merge", "-a.pt", "-t.pt").words == ("ckptsurgeon", "merge", "./-a.pt", "./-t.pt")

@@ -10,6 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from planning_support import checkpoint, model, names
 
+from ckptsurgeon.command import as_words
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.planning.apply_rules import name_sources
 from ckptsurgeon.planning.diff import compare
@@ -58,7 +59,7 @@ def tried(source: Checkpoint, target: Checkpoint, rules: list[Rule]) -> int:
         assert error.problems == tuple(map(str, ways)) and len(ways) >= 1
         for way in ways:
             assert way.rules, way
-            plan = make_plan([source], target, [*rules, *options(way.options)])
+            plan = make_plan([source], target, [*rules, *options(as_words(way.options))])
             assert {step.sources[0][1]: step.target for step in plan.steps if step.sources} == way.mapping
         return len(ways)
     return 0
@@ -88,7 +89,7 @@ def test_they_do_for_one_of_several_sources(source: dict[str, Any], other: dict[
     for number, ways in enumerate(ways_to_choose(sources, goal, found)):
         for way in ways:
             assert way.rules, way
-            led = name_sources(sources, goal, [*options(way.options), Rule("keep", "**")])
+            led = name_sources(sources, goal, [*options(as_words(way.options)), Rule("keep", "**")])
             assert not led.choices[number].rivals
             rows = [(key, name) for (place, key), given in led.names_of.items() if place == number for name in given if name in goal]
             assert {key: name for key, name in rows if goal[name].shape == sources[number][key].shape} == way.mapping

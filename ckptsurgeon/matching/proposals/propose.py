@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ckptsurgeon.command import NOT_IN_MEMORY, Command, InMemory, Option, at_root
 from ckptsurgeon.errors import CoverageError, RuleError
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.matcher import looked_at, match
@@ -23,7 +24,6 @@ from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
-from ckptsurgeon.python_call import NOT_IN_MEMORY, InMemory, as_call
 from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
@@ -58,7 +58,7 @@ class Proposal(Matching, Result):
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
-        options: what a merge needs beside the rules, as words of a command line: a `--drop` for each value that can't be carried.
+        options: what a merge needs beside the rules, as options of a command: a `--drop` for each value that can't be carried.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         written: the rules file that was written, or None.
         refused: why the links are no mapping to follow, where that was asked.
@@ -78,7 +78,7 @@ class Proposal(Matching, Result):
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
     rivals: tuple[Way, ...] = ()
-    options: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
     refused: str | None = field(default=None, repr=False, compare=False)
@@ -143,7 +143,7 @@ def propose(
     """
     names = name_sources([source], target, before, outside)
     refused = find_refused(source, 0, names)
-    drops = tuple(word for key in refused for word in ("--drop", names.prefixes[0].bare(key)))
+    drops = tuple(("drop", names.prefixes[0].bare(key)) for key in refused)
     task = replace(_told(source, target, tuple(before), outside), options=drops)
     kept = kept_out(target, names) if before else {}
     found = match(
@@ -289,10 +289,9 @@ def _head(found: Matching, task: Task, coverage: Coverage, applied: Sequence[Lin
         yield f"Only in the target: {len(found.unmatched)}, such as {found.unmatched[0]}."
     if found.unused:
         yield f"Only in the source: {len(found.unused)}, such as {found.unused[0]}."
-    options = [*(["--root", source.root] if source.root else []), *task.options]
-    words = ["ckptsurgeon", "merge", source.path, target.path, "-o", "merged.pt", *options]
-    words += ["--rules", "THIS_FILE"]
+    options = (*at_root(source.root), *task.options, ("rules", "THIS_FILE"))
+    command = Command("merge", source.path, target.path, "merged.pt", options)
     live = (source.in_memory, target.in_memory)
-    follow = as_call(words, live) if any(live) else shlex.join(words)
+    follow = command.call(live) if any(live) else shlex.join(command.words)
     if follow is not None:
         yield f"Follow it: {follow}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptsurgeon.adapters.table import offers
+from ckptsurgeon.command import Option
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.matching.rules_from_links.modules import renamings
 from ckptsurgeon.matching.rules_from_links.order import in_order
@@ -47,7 +48,7 @@ class Task:
 
     `before` are rules that a person gave, which come first, `given` what they lead to, and `touched` the source keys that they match;
     `links` are asked for beside it. `doubtful` are source keys of links that are not asked for. `options` are what a merge needs
-    beside the rules, as words of a command line.
+    beside the rules.
     """
 
     source: Checkpoint
@@ -58,7 +59,7 @@ class Task:
     given: Given = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
     doubtful: frozenset[str] = frozenset()
-    options: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
 
     @cached_property
     def prefix(self) -> Prefix:

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ckptsurgeon.command import Option, as_words
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.planning.apply_rules import Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.prefixes.find import Change, find_exchange
 from ckptsurgeon.planning.prefixes.heads import Tensors
-from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
@@ -33,13 +34,13 @@ class Way:
     rules: tuple[Rule, ...]
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """The rules as the words of a command line."""
-        return tuple(word for rule in self.rules for word in rule.options)
+    def options(self) -> tuple[Option, ...]:
+        """The rules as the options of a command."""
+        return rule_options(self.rules)
 
     def __str__(self) -> str:
         count = len(self.mapping)
-        how = f"with {shlex.join(self.options)}" if self.rules else "which takes a rule for each key"
+        how = f"with {shlex.join(as_words(self.options))}" if self.rules else "which takes a rule for each key"
         return f"{self.words}: {count} tensor{'s' if count != 1 else ''} equal, {how}"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ckptsurgeon.command import Command, InMemory, Option, at_root
 from ckptsurgeon.planning.diff import Diff, Hint, Offer
 from ckptsurgeon.planning.plan_findings import OTHER_TARGET
 from ckptsurgeon.planning.prefixes.rivals import Way
-from ckptsurgeon.python_call import InMemory
 from ckptsurgeon.views.text.words import (
     chain,
     count,
@@ -72,10 +72,10 @@ def _next(found: Diff, width: int | None) -> list[str]:
         ]
     renames = rename_hints(found.hints)
     lines = []
-    root = ["--root", found.root] if found.root else []
+    root = at_root(found.root)
     if found.rivals or len(found.exchanges) > 1:
-        command = ["ckptsurgeon", "diff", found.source, found.target]
-        return choices(found.rivals or found.exchanges, command, found.root, found.options, found.in_memory, width)
+        command = Command("diff", found.source, found.target, options=(*root, *found.options))
+        return choices(found.rivals or found.exchanges, command, found.in_memory, width)
     if found.exchanges:
         lines.append(f"Likely another prefix, never exchanged unasked: {name(found.exchanges[0].words)}")
     if renames:
@@ -90,7 +90,7 @@ def _next(found: Diff, width: int | None) -> list[str]:
             "Probably the same under other names:",
             *table([(to_toml.arrow(one.rule),) for one in to_toml.sketched(sure)], width, OFFERS),
         ]
-        lines += next_step("Try:", ["ckptsurgeon", "match", found.source, found.target, *root], found.in_memory, width)
+        lines += next_step("Try:", Command("match", found.source, found.target, options=root), found.in_memory, width)
     if found.offers:
         rows = [
             (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
@@ -110,18 +110,17 @@ def _next(found: Diff, width: int | None) -> list[str]:
         return [*lines, no_merge(found.target, found.unkept)]
     if found.matched or renames or found.offers or found.exchanges:
         return [*lines, *next_step("Next:", next_command(found, renames), found.in_memory, width)]
-    look = ["ckptsurgeon", "inspect", found.source, *root]
+    look = Command("inspect", found.source, options=root)
     return [*lines, *(next_step("Nothing fits. See its keys:", look, (found.in_memory[0], ""), width) or ["Nothing fits."])]
 
 
-def choices(ways: Sequence[Way], command: Sequence[str], root: str, options: Sequence[str], live: InMemory, width: int | None) -> list[str]:
+def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | None) -> list[str]:
     """Changes of names between which nothing decides, each with the command that chooses it."""
-    words = [*command, *(["--root", root] if root else []), *options]
     lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
     for way in ways:
         lines.append(f"  {name(way.words)}: {count(len(way.mapping), 'tensor')}")
         if way.rules:
-            lines += next_step("  Choose it:", [*words, *way.options], live, width)
+            lines += next_step("  Choose it:", command.having(*way.options), live, width)
         else:
             lines.append("  No few rules choose it: it takes a --rename or a --drop for each key.")
     return lines
@@ -159,20 +158,14 @@ def _renamed(extra: str, missing: str) -> tuple[str, str]:
     return (f"{one[0]}.{{p}}", f"{other[0]}.{{p}}") if whole else (extra, missing)
 
 
-def next_command(found: Diff, renames: Sequence[tuple[str, str]] = ()) -> list[str]:
-    """The words of the command that follows a diff: `verify` where the file fits as it is, else `merge`."""
-    root = ["--root", found.root] if found.root else []
+def next_command(found: Diff, renames: Sequence[tuple[str, str]] = ()) -> Command:
+    """The command that follows a diff: `verify` where the file fits as it is, else `merge`."""
+    root = at_root(found.root)
     if found.same and not (found.dropped or found.options or found.prefix):
-        return ["ckptsurgeon", "verify", found.source, found.target, *root]
-    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root]
-    words += ["--dequantize"] if found.parted_codes else []
-    words += found.options
-    for key in found.refused:
-        words += ["--drop", found.prefix.bare(key)]
-    for way in found.exchanges[:1]:
-        words += way.options
-    for one, other in renames[:RENAMES]:
-        words += ["--rename", one, other]
-    for key, adapter in adapter_hints(found.offers)[:OFFERS]:
-        words += ["--adapt", key, adapter]
-    return words
+        return Command("verify", found.source, found.target, options=root)
+    options: list[Option] = [*root, *([("dequantize",)] if found.parted_codes else []), *found.options]
+    options += [("drop", found.prefix.bare(key)) for key in found.refused]
+    options += [option for way in found.exchanges[:1] for option in way.options]
+    options += [("rename", one, other) for one, other in renames[:RENAMES]]
+    options += [("adapt", key, adapter) for key, adapter in adapter_hints(found.offers)[:OFFERS]]
+    return Command("merge", found.source, found.target, "merged.pt", tuple(options))

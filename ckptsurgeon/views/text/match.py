@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ckptsurgeon.command import Command, at_root
 from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
@@ -49,9 +50,7 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
     if found.rivals:
         lines += choices(
             found.rivals,
-            ["ckptsurgeon", "match", found.source, found.target],
-            found.root,
-            rule_options(found.before),
+            Command("match", found.source, found.target, options=(*at_root(found.root), *rule_options(found.before))),
             found.in_memory,
             width,
         )
@@ -91,18 +90,17 @@ def _twins(found: Proposal) -> list[str]:
 
 def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
     if not found.links and not found.before:
-        look = next_step(
-            "Nothing is matched. See what is there:", ["ckptsurgeon", "inspect", found.source], (found.in_memory[0], ""), width
-        )
+        command = Command("inspect", found.source, options=at_root(found.root))
+        look = next_step("Nothing is matched. See what is there:", command, (found.in_memory[0], ""), width)
         return look or ["Nothing is matched."]
-    root = ["--root", found.root] if found.root else []
+    root, own = at_root(found.root), rule_options(found.before)
     if found.unkept:
         return [no_merge(found.target, found.unkept)]
-    words = ["ckptsurgeon", "merge", found.source, found.target, "-o", "merged.pt", *root, *found.options]
+    merge = Command("merge", found.source, found.target, "merged.pt", (*root, *found.options))
     if found.written is not None:
-        return next_step("Next: read it, then", [*words, "--rules", found.written], found.in_memory, width)
-    own = rule_options(found.before)
-    look = ["ckptsurgeon", "match", found.source, found.target, *root, *own, "-o", "rules.toml"]
+        return next_step("Next: read it, then", merge.having(("rules", found.written)), found.in_memory, width)
     if doubtful:
-        return next_step("Next: look closer," if any(found.in_memory) else "Next: look closer, in a file,", look, found.in_memory, width)
-    return next_step("Next:", [*words, *own, "--match"], found.in_memory, width)
+        closer = Command("match", found.source, found.target, "rules.toml", (*root, *own))
+        label = "Next: look closer," if any(found.in_memory) else "Next: look closer, in a file,"
+        return next_step(label, closer, found.in_memory, width)
+    return next_step("Next:", merge.having(*own, ("match",)), found.in_memory, width)

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from ckptsurgeon.command import Command, InMemory
 from ckptsurgeon.errors import printable
-from ckptsurgeon.python_call import InMemory, as_call
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 if TYPE_CHECKING:
@@ -230,8 +230,9 @@ def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
     ]
 
 
-def pasted(label: str, words: Sequence[str], width: int | None) -> str:
+def pasted(label: str, command: Command, width: int | None) -> str:
     """A command ready to paste; where it is wider than the terminal, over several lines, broken before its options."""
+    words = command.words
     line = f"{label} {name(shlex.join(words))}"
     if width is None or len(line) <= width:
         return line
@@ -248,11 +249,11 @@ def pasted(label: str, words: Sequence[str], width: int | None) -> str:
     return "\n".join([label, " \\\n".join(lines)])
 
 
-def next_step(label: str, words: Sequence[str], live: InMemory, width: int | None) -> list[str]:
+def next_step(label: str, command: Command, live: InMemory, width: int | None) -> list[str]:
     """A command ready to paste; where a side is in memory the Python call that does the same, or nothing where there is none."""
     if not any(live):
-        return [pasted(label, words, width)]
-    call = as_call(words, live)
+        return [pasted(label, command, width)]
+    call = command.call(live)
     return [] if call is None else [f"{label} {name(call)}"]
 
 
