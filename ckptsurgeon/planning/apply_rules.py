@@ -18,8 +18,8 @@ from ckptsurgeon.planning.keys import Claim, Item, SourceKey
 from ckptsurgeon.planning.legacy_names import renamed_by_loading_code, repaired
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
-from ckptsurgeon.rules.patterns import expand
 from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
+from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 

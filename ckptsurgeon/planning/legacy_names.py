@@ -12,8 +12,9 @@ from functools import cache
 
 from ckptsurgeon.planning.keys import Item, SourceKey
 from ckptsurgeon.rules.loading_code import Taken, code_of
-from ckptsurgeon.rules.patterns import Pattern, compile_pattern, expand
+from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.rules.templates import expand
 
 BY = "--auto safe"
 # Each pair stands for one tensor of a module: what it was called, what it is called now.

@@ -15,8 +15,8 @@ from ckptsurgeon.adapters.chain import Asked, counted_at, fill_chain
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning.keys import Item
-from ckptsurgeon.rules.patterns import expand
 from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, counts_with
+from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint
 
 MOST = 100_000  # results of one unstack

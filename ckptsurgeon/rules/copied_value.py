@@ -6,7 +6,8 @@ import ast
 import re
 from collections.abc import Callable, Mapping
 
-from ckptsurgeon.rules.patterns import Pattern, check_template, expand
+from ckptsurgeon.rules.patterns import Pattern
+from ckptsurgeon.rules.templates import check_template, expand
 
 # The key may stand without quotes, and may use the parts of a pattern: {i-1}.
 _FROM = re.compile(

@@ -2,8 +2,8 @@
 
 `*` stays within a segment, `**` crosses segments; `{p}` is one segment or a piece of one, `{**rest}` one or more segments, and a result
 can use both again, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression, whose groups a result uses by name
-or number (`{1}`). `{weight,bias}` is one of several words and `{0..3}` one of several numbers, as texts fold keys. Pure text, no key is
-looked up here.
+or number (`{1}`). `{weight,bias}` is one of several words, `{0..3}`, `{0..90..3}` and `{0,4,9}` one of several numbers, as texts fold keys,
+and `{i=0..90..3}` a part that is one of them. After a backslash a character stands for itself: `\\{`. Pure text, no key is looked up here.
 
 None can run for ever: what could share a long key out in many ways goes by `long_keys`, and every `/…/`, with what names a part twice,
 by `regular_expressions`, in another process and for a bounded time.
@@ -11,38 +11,27 @@ by `regular_expressions`, in another process and for a bounded time.
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.regular_expressions import MOST_GROUPS, Expression
 from ckptsurgeon.rules import long_keys
 from ckptsurgeon.rules.long_keys import Token
 
-_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-_CHOICE = r"[A-Za-z0-9_]+(?:\.\.[0-9]+)?"
+NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+_CHOICE = r"[A-Za-z0-9_]+(?:\.\.[0-9]+){0,2}"
 _TOKEN = re.compile(
-    rf"(?P<choices>\{{{_CHOICE}(?:,{_CHOICE})+\}}|\{{[0-9]+\.\.[0-9]+\}})"
-    rf"|\{{\*\*(?P<many>{_NAME})\}}|\{{(?P<one>{_NAME})\}}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])"
+    rf"\\(?P<escaped>.?)|(?P<choices>\{{{NAME}={_CHOICE}(?:,{_CHOICE})*\}}|\{{{_CHOICE}(?:,{_CHOICE})+\}}|\{{[0-9]+(?:\.\.[0-9]+){{1,2}}\}})"
+    rf"|\{{\*\*(?P<many>{NAME})\}}|\{{(?P<one>{NAME})\}}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])",
+    re.DOTALL,
 )
-_PART = re.compile(r"\{([^{}]*)\}")
-_REFERENCE = re.compile(rf"(?:\*\*)?({_NAME}|[1-9][0-9]*)")
-_ARITHMETIC = re.compile(r"[A-Za-z0-9_ +\-*/%()]{1,100}")
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_MARKS = re.compile(r"[\\*{}+]|-(?=>)")  # what means something in a pattern or between two of them, wherever it stands
+_SOURCE = re.compile(r"[0-9]{1,4}(?=:.)", re.DOTALL)  # `0:` before a pattern names its only source
 MOST_CHOICES = 10_000  # words and numbers of a pattern
 MOST_DEEP, MOST_IN_SEGMENT = 4, 4  # open parts of a pattern
-_DIGITS = 18  # of a number that a result counts with
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
 _DOT = Token("text", (".",))
 _REGEX = {"star": "[^.]*", "one": "[^.]+", "many": r"[^.]+(?:\.[^.]+)*", "deep": ".*", "some": ".+", "lead": r"(?:.+\.)?", "again": ""}
 _WITHIN = frozenset({"text", "words", "star", "one"})  # they stay in a segment
@@ -57,7 +46,7 @@ class Pattern:
     """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use.
 
     `regex` is held against keys of up to `short` characters, `tokens` against longer ones, and `expression`, in another process, against
-    all keys of a `/…/`, which has neither, and against long keys where a part stands twice. One without any of these is a key itself.
+    all keys of a `/…/`, which has neither, and against long keys where a part stands twice. One without any of these matches `key` alone.
     """
 
     text: str
@@ -66,12 +55,13 @@ class Pattern:
     regex: re.Pattern[str] | None = None
     short: int = 0
     expression: Expression | None = field(default=None, compare=False)
+    key: str = ""
 
     @property
     def test(self) -> Callable[[str], object]:
         """The fastest way to ask many keys whether they fit."""
         if self.regex is None and self.expression is None:
-            return self.text.__eq__
+            return self.key.__eq__
         return self.regex.fullmatch if self.regex is not None and self.short == NO_LENGTH else self.fits
 
     def fits(self, key: str) -> bool:
@@ -79,7 +69,7 @@ class Pattern:
         if self.regex is not None and len(key) <= self.short:
             return self.regex.fullmatch(key) is not None
         if self.regex is None and self.expression is None:
-            return key == self.text
+            return key == self.key
         if self.tokens and not long_keys.fits(self.tokens, key):
             return False
         return self.expression is None or self.expression.fullmatch(key) is not None
@@ -94,7 +84,7 @@ class Pattern:
             found = self.regex.fullmatch(key)
             return None if found is None else {part: found[part] for part in self.parts}
         if self.expression is None:
-            return long_keys.parts(self.tokens, key) if self.tokens else {} if key == self.text else None
+            return long_keys.parts(self.tokens, key) if self.tokens else {} if key == self.key else None
         groups = self.expression.fullmatch(key) if self.fits(key) else None
         numbers = self.expression.groupindex
         return None if groups is None else {part: groups[int(numbers.get(part, part)) - 1] or "" for part in self.parts}
@@ -128,7 +118,7 @@ def compile_pattern(text: str, whose: str = "") -> Pattern:
         return Pattern(text, (*expression.groupindex, *numbers), expression=expression)
     tokens = tuple(_tokens(text))
     if len(tokens) == 1 and tokens[0].kind == "text":
-        return Pattern(text, ())
+        return Pattern(text, (), key=tokens[0].texts[0])
     regex = re.compile(_body(tokens), re.DOTALL)
     again = any(token.kind == "again" for token in tokens)
     short = _LENGTHS[min(_free(tokens), len(_LENGTHS) - 1)]
@@ -187,6 +177,21 @@ def _regex(token: Token) -> str:
 
 
 def _tokens(text: str) -> Iterator[Token]:
+    """The tokens of a pattern, of which no two texts stand side by side."""
+    plain = ""
+    for token in _parsed(text):
+        if token.kind == "text":
+            plain += token.texts[0]
+            continue
+        if plain:
+            yield Token("text", (plain,))
+            plain = ""
+        yield token
+    if plain:
+        yield Token("text", (plain,))
+
+
+def _parsed(text: str) -> Iterator[Token]:
     seen: set[str] = set()
     position = choices = 0
     _check_few(text)
@@ -194,15 +199,24 @@ def _tokens(text: str) -> Iterator[Token]:
         if match.start() > position:
             yield Token("text", (text[position : match.start()],))
         position = match.end()
-        if match["brace"]:
-            raise RuleError(f"the pattern {text!r} has an odd brace at {match.start() + 1}", hint="name a part like {p} or {**rest}")
-        if match["choices"]:
-            chosen = _choices(text, match["choices"][1:-1], MOST_CHOICES - choices)
-            choices += len(chosen)
-            yield Token("words", chosen)
-            continue
         name = match["one"] or match["many"]
-        if name:
+        if match["brace"]:
+            raise RuleError(
+                f"the pattern {text!r} has an odd brace at {match.start() + 1}",
+                hint="name a part like {p} or {**rest}; a brace of the key itself has a backslash before it: \\{",
+            )
+        if match["escaped"] is not None:
+            check_escape("pattern", text, match["escaped"])
+            yield Token("text", (match["escaped"],))
+        elif match["choices"]:
+            name, _, words = match["choices"][1:-1].rpartition("=")
+            if name in seen:
+                raise RuleError(f"the pattern {text!r} chooses {{{name}}} twice", hint=f"write {{{name}}} where it stands again")
+            seen |= {name} if name else set()
+            chosen = choices_of(text, words, MOST_CHOICES - choices)
+            choices += len(chosen)
+            yield Token("words", chosen, name)
+        elif name:
             yield Token("again" if name in seen else "many" if match["many"] else "one", (), name)
             seen.add(name)
         elif match["star"]:
@@ -216,22 +230,93 @@ def _tokens(text: str) -> Iterator[Token]:
         yield Token("text", (text[position:],))
 
 
-def _choices(text: str, choices: str, most: int) -> tuple[str, ...]:
-    """One of several words, or a number from one to another, as texts fold keys: `{weight,bias}`, `{0..3,7}`."""
+def choices_of(text: str, choices: str, most: int = MOST_CHOICES) -> tuple[str, ...]:
+    """One of several words, or a number from one to another, by a step, as texts fold keys: `{weight,bias}`, `{0..3,7}`, `{0..90..3}`."""
     words: list[str] = []
     for choice in choices.split(","):
-        first, dots, last = choice.partition("..")
-        if dots and not (first.isdecimal() and len(last) < 19 and int(first) <= int(last)):
-            raise RuleError(f"the pattern {text!r} has {choice!r}, which is no range", hint="write it as {0..11}")
-        if len(words) + (int(last) - int(first) if dots else 0) >= most:
+        first, *ends = choice.split("..")
+        start, stop, step = (*map(_number, (first, *ends)), *(1,) * (2 - len(ends))) if ends else (0, 0, 1)
+        if start < 0 or stop < start or step < 1:
+            raise RuleError(f"the pattern {text!r} has {choice!r}, which is no range", hint="write it as {0..11}, by a step as {0..90..3}")
+        numbers = range(start, stop + 1, step)
+        if len(words) + len(numbers) > most:
             raise RuleError(f"the pattern {text!r} has more than {MOST_CHOICES} choices", hint="name the part instead: {i}")
-        words += map(str, range(int(first), int(last) + 1)) if dots else [first]
+        words += map(str, numbers) if ends else [first]
     return tuple(words)
+
+
+def _number(digits: str) -> int:
+    return int(digits) if digits.isdecimal() and len(digits) < 19 else -1
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers, sorted and no two equal, as a pattern chooses from them: all by one step, else each run of three or more as its ends.
+
+    >>> listed([0, 3, 6, 9]), listed([0, 1, 2, 5, 7, 8]), listed([4, 9])
+    ('0..9..3', '0..2,5,7,8', '4,9')
+    """
+    first, last, step = numbers[0], numbers[-1], numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if list(numbers) == list(range(first, last + 1, step)) and len(numbers) > (1 if step == 1 else 2):
+        return f"{first}..{last}" if step == 1 else f"{first}..{last}..{step}"
+    starts = [at for at, number in enumerate(numbers) if not at or number != numbers[at - 1] + 1]
+    runs = [numbers[start:stop] for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def check_escape(what: str, text: str, escaped: str) -> None:
+    """RuleError for a backslash of a pattern or result before a letter or digit, or before nothing."""
+    if not escaped:
+        raise RuleError(f"the {what} {text!r} ends in a backslash", hint="one of the key itself is written as two: \\\\")
+    if escaped.isalnum():
+        form = "a regular expression stands between slashes: /fc[12]\\..*/" if what == "pattern" else "its groups are {1}, {2} or {name}"
+        raise RuleError(f"the {what} {text!r} has a backslash before {escaped!r}", hint=form)
+
+
+def literal(key: str) -> str:
+    """The pattern that matches this key alone, and the result that is this key.
+
+    >>> literal("layers.0.weight"), literal("a*{b}"), literal("7:x ")
+    ('layers.0.weight', 'a\\\\*\\\\{b\\\\}', '7\\\\:x\\\\ ')
+    """
+    return written((key,), ())
+
+
+def written(texts: Sequence[str], parts: Sequence[str]) -> str:
+    """The pattern of texts that stand for themselves, and the parts between them.
+
+    >>> written(("h.", ".a{b}"), ("{0..3}",))
+    'h.{0..3}.a\\\\{b\\\\}'
+    """
+    marked = [_MARKS.sub(r"\\\g<0>", text) for text in texts]
+    whole = "".join(text + part for text, part in zip(marked, (*parts, ""), strict=True))
+    if not whole:
+        return whole
+    if whole[0] == whole[-1] == "/" and len(whole) > 1:
+        whole = f"\\{whole}"  # it would be a regular expression
+    if whole[0].isspace() or whole[-1].isspace():
+        inner = whole.strip()
+        start = whole.index(inner)
+        whole = "".join((*(f"\\{one}" for one in whole[:start]), inner, *(f"\\{one}" for one in whole[start + len(inner) :])))
+    return _SOURCE.sub(r"\g<0>\\", whole, count=1) if _SOURCE.match(whole) else whole
+
+
+def without_escapes(text: str) -> str:
+    """A pattern or result without the characters that stand for themselves after a backslash."""
+    return _ESCAPED.sub("", text)
+
+
+def unescaped(text: str) -> str:
+    """The key that a literal pattern matches.
+
+    >>> unescaped(literal("a*{b}"))
+    'a*{b}'
+    """
+    return _ESCAPED.sub(r"\1", text)
 
 
 def _check_few(text: str) -> None:
     """Raises RuleError for a pattern with so many open parts that holding it against a long key could take for ever."""
-    opens = [token for token in _TOKEN.finditer(text) if token.lastgroup not in ("choices", "brace")]
+    opens = [token for token in _TOKEN.finditer(text) if token.lastgroup not in ("choices", "brace", "escaped")]
     deep = [token for token in opens if token["many"] or token["deep"]]
     most = max((sum(1 for token in _TOKEN.finditer(segment) if token["one"] or token["star"]) for segment in text.split(".")), default=0)
     if len(deep) > MOST_DEEP or most > MOST_IN_SEGMENT:
@@ -241,86 +326,3 @@ def _check_few(text: str) -> None:
         )
     if len(opens) > MOST_GROUPS:
         raise RuleError(f"the pattern has {len(opens)} parts; at most {MOST_GROUPS} are", hint="write {**rest} for many segments")
-
-
-def check_template(template: str, pattern: Pattern) -> None:
-    """Raises RuleError when `template` is not well formed, or uses a part that `pattern` does not name."""
-    if not template:
-        raise RuleError("the result is empty", hint="to leave keys out: drop=['aux.**']")
-    rest = _PART.sub("", template)
-    if any(mark in rest for mark in "*{}"):
-        raise RuleError(
-            f"the result {template!r} has a '*' or an odd brace",
-            hint="name the part on both sides: rename={'fc2.{p}': 'dense2.{p}'}",
-        )
-    if re.search(r"\\[0-9g]", rest):
-        raise RuleError(f"the result {template!r} has a backslash", hint="a regular expression's groups are {1}, {2} or {name}")
-    for found in _PART.finditer(template):
-        reference = _REFERENCE.fullmatch(found[1].strip())
-        names = [reference[1]] if reference else re.findall(_NAME, found[1])
-        if not names or (reference is None and not _ARITHMETIC.fullmatch(found[1])):
-            raise RuleError(f"the result {template!r} has {found[0]}, which is neither a part nor arithmetic on one")
-        for name in names:
-            if name not in pattern.parts:
-                known = ", ".join(pattern.parts) or "none"
-                raise RuleError(f"the result {template!r} uses {{{name}}}, which {pattern.text!r} does not name (it names: {known})")
-        if reference is None:
-            _check_arithmetic(template, found[0], _parse(template, found[1]))
-
-
-@lru_cache(maxsize=256)
-def _parse(template: str, expression: str) -> ast.expr:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise RuleError(f"the result {template!r} has {{{expression}}}, which is neither a part nor arithmetic on one") from error
-
-
-def _check_arithmetic(template: str, part: str, tree: ast.expr) -> None:
-    for node in ast.walk(tree):
-        known = isinstance(node, ast.Name | ast.BinOp | ast.expr_context) or type(node) in _OPERATORS
-        if not known and not (isinstance(node, ast.Constant) and type(node.value) is int):
-            raise RuleError(f"the result {template!r} has {part}: only + - * // % on numbers are known")
-
-
-def expand(template: str, parts: dict[str, str]) -> str:
-    """The result of a rename: a checked `template` with its parts filled in from a match.
-
-    Raises RuleError where it counts with what are no digits, divides by zero, or comes below zero.
-
-    >>> expand("h.{i+1}.{p}", {"i": "3", "p": "weight"})
-    'h.4.weight'
-    """
-    return _PART.sub(lambda found: _fill(template, found[1], parts), template)
-
-
-def _fill(template: str, expression: str, parts: dict[str, str]) -> str:
-    reference = _REFERENCE.fullmatch(expression.strip())
-    if reference:
-        return parts[reference[1]]
-    number = _number(template, expression, _parse(template, expression), parts)
-    if number < 0:
-        raise RuleError(f"the result {template!r} comes to {number} in {{{expression}}}")
-    return str(number)
-
-
-def _number(template: str, expression: str, node: ast.expr, parts: dict[str, str]) -> int:
-    if isinstance(node, ast.Constant):
-        number = node.value
-    elif isinstance(node, ast.Name):
-        digits = parts[node.id]
-        if not (digits.isascii() and digits.isdecimal() and len(digits) <= _DIGITS):
-            raise RuleError(f"the result {template!r} counts with {{{expression}}}, but {node.id!r} matched {digits[:40]!r}")
-        number = int(digits)
-    else:
-        assert isinstance(node, ast.BinOp)
-        one, other = (_number(template, expression, side, parts) for side in (node.left, node.right))
-        if isinstance(node.op, ast.FloorDiv | ast.Mod) and other == 0:
-            raise RuleError(f"the result {template!r} divides by zero in {{{expression}}}")
-        number = _OPERATORS[type(node.op)](one, other)
-    assert isinstance(number, int)
-    if abs(number) >= 10**_DIGITS:
-        raise RuleError(f"the result {template!r} has a number of more than {_DIGITS} digits in {{{expression}}}")
-    return number

@@ -12,9 +12,12 @@ from ckptsurgeon.adapters.chain import counted_at, invert_chain
 from ckptsurgeon.adapters.table import adapter_of, parse_ops, texts
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
+from ckptsurgeon.rules.patterns import choices_of, listed, without_escapes
 from ckptsurgeon.rules.rules import Rule, compile_rule, linked
 
 _PART = re.compile(r"\{([^{}]*)\}")
+_ANY = re.compile(r"\\.|\{([^{}]*)\}", re.DOTALL)  # a part, or a character that stands for itself
+_CHOSEN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)=([^{}]*)\}")
 _MANY = re.compile(r"\{\*\*([A-Za-z_][A-Za-z0-9_]*)\}")
 _SHIFT = re.compile(r"\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*(?P<sign>[+-])\s*(?P<by>[0-9]{1,9})\s*")
 
@@ -49,13 +52,19 @@ def reverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
             "rules that can't be turned round", problems=shortened(problems), hint="write the way back by hand, in a file of its own"
         )
     ordered = [*([first] if first else []), *reversed(stages)]
-    rows = [rule for stage in ordered for rule in (Rule("stage"), *sorted(stage, key=_has_parts))]
+    rows = [rule for stage in ordered for rule in (Rule("stage"), *sorted(stage, key=_width))]
     return tuple(rows[1:])
 
 
-def _has_parts(rule: Rule) -> bool:
-    """Whether a rule is for several names. One for a single name comes before those whose pattern may be as wide as to take it."""
-    return any(_PART.search(key) for key in linked(rule)[0])
+def _width(rule: Rule) -> int:
+    """0 for a rule for a single name, which comes before those whose pattern may be as wide as to take it; 1 for one with choices."""
+    keys = linked(rule)[0]
+    return 1 if _choices(keys) else 2 if any(map(_parts, keys)) else 0
+
+
+def _parts(text: str) -> list[str]:
+    """What stands in the braces of a text."""
+    return [found[1] for found in _ANY.finditer(text) if found[1] is not None]
 
 
 def _linked_to_itself(rule: Rule) -> Rule:
@@ -63,8 +72,9 @@ def _linked_to_itself(rule: Rule) -> Rule:
     keys = linked(rule)[0]
     if len(keys) > 1:
         raise RuleError("adapts several keys by name")
-    text = _side(keys[0], set(_MANY.findall(keys[0])), {})
-    return Rule("adapt", f"{text} -> {text}", rule.result, rule.file, rule.line)
+    text = _side(keys[0], set(_MANY.findall(keys[0])), {}, {})
+    asked = _side(text, set(_MANY.findall(text)), {}, _choices(keys))
+    return Rule("adapt", f"{asked} -> {text}", rule.result, rule.file, rule.line)
 
 
 def _reversed(rule: Rule) -> Rule:
@@ -92,42 +102,65 @@ def _sides(turned: list[str], other: list[str]) -> list[str]:
     many = {name for text in (*turned, *other) for name in _MANY.findall(text)}
     for side in (turned, other):
         _check_counts(side)
-    shifts = {found["name"]: found for text in other for part in _PART.findall(text) if (found := _SHIFT.fullmatch(part))}
-    return [_side(text, many, shifts) for text in turned]
+    shifts = {found["name"]: found for text in other for part in _parts(text) if (found := _SHIFT.fullmatch(part))}
+    return [_side(text, many, shifts, _choices(other)) for text in turned]
+
+
+def _choices(side: list[str]) -> dict[str, str]:
+    """What named parts of a side choose from."""
+    return {found[1]: found[2] for text in side for found in _CHOSEN.finditer(without_escapes(text))}
 
 
 def _check_counts(side: list[str]) -> None:
     """Raises RuleError where a side counts with one part in two ways, which no pattern can ask for."""
     counts: dict[str, set[int]] = {}
     for text in side:
-        for part in _PART.findall(text):
+        for part in _parts(text):
             shift = _SHIFT.fullmatch(part)
-            name, by = (shift["name"], int(shift["sign"] + shift["by"])) if shift else (part.removeprefix("**").strip(), 0)
+            name, by = (shift["name"], int(shift["sign"] + shift["by"])) if shift else (_bare(part), 0)
             counts.setdefault(name, set()).add(by)
     double = next((name for name, found in counts.items() if len(found) > 1), None)
     if double is not None:
         raise RuleError(f"counts with {{{double}}} in two ways")
 
 
-def _side(text: str, many: set[str], shifts: dict[str, re.Match[str]]) -> str:
-    bare = _PART.sub("", text)
+def _side(text: str, many: set[str], shifts: dict[str, re.Match[str]], choices: dict[str, str]) -> str:
+    """A side's text as the other side's; what it names chooses from what it chose there."""
+    bare = _PART.sub("", without_escapes(text))
     if re.match(r"[0-9]{1,4}:", text):
         raise RuleError(f"{text!r} is for one source of several")
     if len(text) > 1 and text[0] == text[-1] == "/":
         raise RuleError(f"{text!r} is a regular expression")
     if "*" in bare:
         raise RuleError(f"{text!r} has a '*' without a name, so that what it stood for is lost")
-    return _PART.sub(lambda found: _part(text, found[1], many, shifts), text)
+    left = dict(choices)  # told where a part stands first
+    return _ANY.sub(lambda found: found[0] if found[1] is None else _part(text, found[1], many, shifts, left), text)
 
 
-def _part(text: str, part: str, many: set[str], shifts: dict[str, re.Match[str]]) -> str:
-    plain = part.removeprefix("**").strip()
+def _bare(part: str) -> str:
+    """The name of a part, without what it chooses from."""
+    return part.partition("=")[0].removeprefix("**").strip()
+
+
+def _part(text: str, part: str, many: set[str], shifts: dict[str, re.Match[str]], choices: dict[str, str]) -> str:
+    plain = _bare(part)
     if plain in shifts:
         other = {"+": "-", "-": "+"}[shifts[plain]["sign"]]
         return f"{{{plain}{other}{shifts[plain]['by']}}}"
     shifted = _SHIFT.fullmatch(part)
-    if shifted is not None:
-        return f"{{{shifted['name']}}}"
-    if not plain.isidentifier():
+    name, by = (shifted["name"], int(shifted["sign"] + shifted["by"])) if shifted is not None else (plain, 0)
+    if not name.isidentifier():
         raise RuleError(f"{{{part}}} in {text!r} can't be solved for what it counts with")
-    return f"{{**{plain}}}" if plain in many else f"{{{plain}}}"
+    if name in choices:
+        return f"{{{name}={_shifted(text, choices.pop(name), by)}}}"
+    return f"{{**{name}}}" if name in many and not by else f"{{{name}}}"
+
+
+def _shifted(text: str, choices: str, by: int) -> str:
+    """What a part chooses from, after it was counted with."""
+    words = choices_of(text, choices)
+    if not by:
+        return choices
+    if not all(word.isdecimal() for word in words):
+        raise RuleError(f"{text!r} counts with what are no digits")
+    return listed(sorted({int(word) + by for word in words}))

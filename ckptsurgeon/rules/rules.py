@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 from ckptsurgeon.adapters.chain import OwnShape, counted_at
@@ -20,11 +19,15 @@ from ckptsurgeon.command import Option
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.rules.loading_code import Taken
-from ckptsurgeon.rules.patterns import Pattern, check_template, compile_pattern
+from ckptsurgeon.rules.patterns import Pattern, compile_pattern, without_escapes
+from ckptsurgeon.rules.templates import check_template
 
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
-_SPACED, _PLUS = re.compile(r"(?<!\s)\s+\+\s+"), re.compile(r"\{[^{}]*\}|(\+)")
+# Each with what is passed over: a character after a backslash stands for itself, and what stands in braces may count.
+_ARROW = re.compile(r"\\.|(->)", re.DOTALL)
+_SPACED = re.compile(r"\\.|\s++(\+\s++)?", re.DOTALL)
+_PLUS = re.compile(r"\\.|\{[^{}]*\}|(\+)", re.DOTALL)
 _BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
 
 
@@ -167,19 +170,35 @@ def linked(rule: Rule) -> tuple[list[str], list[str]]:
         return [rule.pattern], _several(rule.result)
     if rule.kind != "adapt":
         return [rule.pattern], []
-    sides = rule.pattern.split("->")
+    sides = _split(rule.pattern, _ARROW)
     if len(sides) > 2:
-        raise RuleError("has more than one ' -> '", hint="write it as two rules")
-    return _several(sides[0].strip()), _several(sides[1].strip()) if len(sides) == 2 else []
+        raise RuleError(
+            "has more than one ' -> '", hint="write it as two rules; an arrow of the key itself has a backslash before it: \\->"
+        )
+    return _several(_stripped(sides[0])), _several(_stripped(sides[1])) if len(sides) == 2 else []
 
 
 def _several(side: str) -> list[str]:
     """The keys of a side; a regular expression may have a plus of its own, so there it stands between blanks."""
     if "/" in side:
-        return _SPACED.split(side)
-    places = [found.start() for found in _PLUS.finditer(side) if found[1]]
-    keys = [side[start + 1 : stop] for start, stop in pairwise([-1, *places, len(side)])]
-    return [keys[0].rstrip(), *(key.strip() for key in keys[1:-1]), keys[-1].lstrip()] if places else keys
+        return _split(side, _SPACED)
+    keys = _split(side, _PLUS)
+    return [_stripped(keys[0], False), *map(_stripped, keys[1:-1]), keys[-1].lstrip()] if len(keys) > 1 else keys
+
+
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The texts between separators."""
+    spans = [found.span() for found in separator.finditer(text) if found[1]]
+    ends = [place for span in spans for place in span]
+    return [text[start:stop] for start, stop in zip([0, *ends[1::2]], [*ends[::2], len(text)], strict=True)]
+
+
+def _stripped(text: str, both: bool = True) -> str:
+    """A text without the blanks at its end (and its start), but for one that a backslash stands before."""
+    bare = text.rstrip()
+    if (len(bare) - len(bare.rstrip("\\"))) % 2:
+        bare = text[: len(bare) + 1]
+    return bare.lstrip() if both else bare
 
 
 def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:
@@ -212,13 +231,13 @@ def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Seque
         if set(pattern.parts) != set(parts):
             raise RuleError(f"{patterns[0].text!r} and {pattern.text!r} name other parts", hint="name the same parts in each: {i}, {p}")
     used = [{part for part in parts if counts_with(result, part)} for result in results]
-    extra = dict.fromkeys(name for result in results for name in _BRACED.findall(result) if name not in parts)
+    extra = dict.fromkeys(name for result in results for name in _BRACED.findall(without_escapes(result)) if name not in parts)
     counted = next(iter(extra), None) if counted_at(ops) is not None else None
     for result in results:
         check_template(re.sub(rf"\{{{counted}\}}", "0", result) if counted else result, patterns[0])
     if any(one != used[0] for one in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):
         raise RuleError("has results that use other parts", hint="use the same parts in each: {i}, {p}")
-    told = {name for result in results for name in _BRACED.findall(result)}
+    told = {name for result in results for name in _BRACED.findall(without_escapes(result))}
     return tuple(part for part in parts if part not in told), counted
 
 
@@ -228,7 +247,7 @@ def counts_with(result: str, part: str) -> bool:
     >>> counts_with("h.{i//2}.w", "i"), counts_with("h.{i//2}.w", "w")
     (True, False)
     """
-    return any(re.search(rf"\b{part}\b", braced) for braced in re.findall(r"\{[^{}]*\}", result))
+    return any(re.search(rf"\b{part}\b", braced) for braced in re.findall(r"\{[^{}]*\}", without_escapes(result)))
 
 
 def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:

@@ -1,5 +1,6 @@
 """Folds keys that differ in numbers only: `layers.0.q.weight` … `layers.31.q.weight` become `layers.{0..31}.q.weight`. Pure text.
 
+Rule: what is folded is a pattern that matches these keys and no other, unless it is shortened: `{0,4,…,90: 31}` stands for 31 numbers.
 Only a number that reads back as itself folds: not `01`, not one of more than 18 digits, not one that is folded already.
 """
 
@@ -7,10 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.)(0|[1-9][0-9]{0,17})(?![0-9])")
+from ckptsurgeon.rules.patterns import MOST_CHOICES, listed, literal, written
+
+_NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.|: )(0|[1-9][0-9]{0,17})(?![0-9])")
+_DOTS = re.compile(r"\\.|\{[^{}]*\}|(\.)", re.DOTALL)
+_MOST_LISTED = 8  # numbers and runs of them
+_WORD = re.compile(r"[A-Za-z0-9_]+")
 _MOST_NUMBERS = 16  # of one key; a model has a few, and each is looked at in turn
 _Table = dict[tuple[tuple[str, ...], Hashable], int]  # a key in pieces (text, number, text, …) and its common value: how many rows
 
@@ -48,7 +54,7 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     widest = max((len(parts) for parts, _ in table), default=0)
     for position in range(3, widest, 2):
         table = _fold_at(table, position)
-    return [Folded("".join(parts), common, count) for (parts, common), count in table.items()]
+    return [Folded(_joined(parts), common, count) for (parts, common), count in table.items()]
 
 
 def _as_often(numbers: list[str]) -> list[tuple[int, list[str]]]:
@@ -74,24 +80,25 @@ def _fold_at(table: _Table, position: int) -> _Table:
     return folded
 
 
-def _range(numbers: list[str]) -> str:
-    """Numbers in braces, each run of three or more as its ends.
+def _joined(parts: Sequence[str]) -> str:
+    """A key in pieces as a pattern where numbers of it are folded, else as it stands."""
+    numbers = parts[1::2]
+    return written(parts[::2], numbers) if any(number[0] == "{" for number in numbers if number) else "".join(parts)
 
-    >>> _range(["0", "1", "2", "5", "7", "8"])
-    '{0..2,5,7,8}'
+
+def _range(numbers: list[str]) -> str:
+    """Numbers in braces: all by one step, or each run of three or more as its ends; of more than a few, the first two and the last.
+
+    >>> _range(["0", "1", "2", "5", "7", "8"]), _range(["0", "3", "6"]), _range([str(i * i) for i in range(9)])
+    ('{0..2,5,7,8}', '{0..6..3}', '{0,1,…,64: 9}')
     """
     if len(numbers) == 1:
         return numbers[0]
     values = sorted(map(int, numbers))
-    if values[-1] - values[0] == len(values) - 1:
-        return f"{{{values[0]}..{values[-1]}}}"
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs) + "}"
+    choices = listed(values)
+    if choices.count(",") < _MOST_LISTED and len(values) <= MOST_CHOICES:
+        return f"{{{choices}}}"
+    return f"{{{values[0]},{values[1]},…,{values[-1]}: {len(values)}}}"
 
 
 def fold_siblings(keys: Iterable[str]) -> list[str]:
@@ -100,25 +107,24 @@ def fold_siblings(keys: Iterable[str]) -> list[str]:
     >>> fold_siblings(["fc.weight", "fc.bias", "h.0.w", "h.1.w"])
     ['fc.{weight,bias}', 'h.{0..1}.w']
     """
-    modules: dict[str, list[str]] = {}
+    modules: dict[tuple[str, bool], list[str]] = {}
     for row in fold((key, ()) for key in keys):
-        module, leaf = _split(row.key)
-        modules.setdefault(module, []).append(leaf)
+        plain = row.count == 1
+        module, leaf = _split(row.key, plain)
+        modules.setdefault((module, plain), []).append(leaf)
     folded = []
-    for module, leaves in modules.items():
-        if len(leaves) > 1 and module:
-            folded.append(f"{module}.{{{','.join(leaves)}}}")
+    for (module, plain), leaves in modules.items():
+        words = [leaf for leaf in leaves if _WORD.fullmatch(leaf)] if module else []
+        if len(words) < 2:
+            words = []
         else:
-            folded += [f"{module}.{leaf}" if module else leaf for leaf in leaves]
+            folded.append(f"{literal(module) if plain else module}.{{{','.join(words)}}}")
+        folded += [f"{module}.{leaf}" if module else leaf for leaf in leaves if leaf not in words]
     return folded
 
 
-def _split(key: str) -> tuple[str, str]:
-    """A folded key's module and last segment; a dot within braces divides nothing."""
-    depth = 0
-    for index in range(len(key) - 1, -1, -1):
-        if key[index] in "{}":
-            depth += 1 if key[index] == "}" else -1
-        elif key[index] == "." and depth <= 0:
-            return key[:index], key[index + 1 :]
-    return "", key
+def _split(key: str, plain: bool) -> tuple[str, str]:
+    """A key's module and last segment; where it is folded, not `plain`, a dot within braces divides nothing."""
+    dots = [found.start() for found in _DOTS.finditer(key) if found[1]] if not plain else [key.rfind(".")]
+    end = dots[-1] if dots else -1
+    return (key[:end], key[end + 1 :]) if end >= 0 else ("", key)

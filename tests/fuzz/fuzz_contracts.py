@@ -34,8 +34,9 @@ from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.optimizer import format as optimizer_saved
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.rules import rulefile
-from ckptsurgeon.rules.patterns import check_template, compile_pattern, expand
+from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.rules.rules import compile_rules
+from ckptsurgeon.rules.templates import check_template, expand
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 from ckptsurgeon.views import json as views_json
 

@@ -3,11 +3,14 @@
 import warnings
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.rules.patterns import Pattern, check_template, compile_pattern, expand
+from ckptsurgeon.rules.patterns import Pattern, compile_pattern, listed, literal, unescaped, written
+from ckptsurgeon.rules.rulefile import parse_rules, to_toml
+from ckptsurgeon.rules.rules import Rule, compile_rule
+from ckptsurgeon.rules.templates import check_template, expand
 
 
 def parts(pattern: str, key: str):
@@ -46,6 +49,14 @@ def renamed(pattern: str, template: str, key: str):
         ("/fc/", ["fc"], ["fc.weight", "afc"]),
         ("/a|b/", ["a", "b"], ["ab", "a.c"]),
         ("/", ["/"], ["a"]),
+        ("h.{0..9..3}.w", ["h.0.w", "h.3.w", "h.9.w"], ["h.1.w", "h.12.w", "h.03.w", "h..w"]),
+        ("h.{0..10..3}.w", ["h.9.w"], ["h.10.w", "h.12.w"]),
+        ("h.{0,4,9}.w", ["h.0.w", "h.9.w"], ["h.3.w", "h.04.w"]),
+        ("h.{1,10..20..5,x}", ["h.1", "h.15", "h.x"], ["h.5", "h.11"]),
+        ("h.{i=0..9..3}.{p=w,b}", ["h.9.b"], ["h.1.w", "h.0.c"]),
+        ("a\\*\\{b\\}", ["a*{b}"], ["aa{b}", "a\\*{b}"]),
+        ("\\/a/", ["/a/"], ["a"]),
+        ("a\\.\\\\", ["a.\\"], ["a\\.\\"]),
     ],
 )
 def test_the_whole_key_matches_or_none_of_it(pattern, yes, no):
@@ -76,6 +87,12 @@ def test_the_parts_stand_for_what_they_matched(pattern, key, found):
         ("a.{**rest}", "{**rest}", "a.b.c", "b.c"),
         ("a.{**rest}", "b.{rest}", "a.b.c", "b.b.c"),
         ("h.{i}.w", "h.{i+1}.w", "h.9.w", "h.10.w"),
+        ("h.{i=0..9..3}.w", "h.{i//3}.w", "h.9.w", "h.3.w"),
+        ("h.{i=0..9..3}.w", "h.{i//3}.w", "h.8.w", None),
+        ("h.{i=0,4}.{j=0,4}.w", "{j}.{i}", "h.0.4.w", "4.0"),
+        ("h.{i=0,4}.{i}", "g.{i}", "h.4.4", "g.4"),
+        ("h.{i=0,4}.{i}", "g.{i}", "h.4.0", None),
+        ("h.{p}", "a\\*\\{p\\}{p}", "h.w", "a*{p}w"),
         ("h.{i}.w", "h.{2*i}.w", "h.3.w", "h.6.w"),
         ("h.{i}.w", "s.{i//4}.b.{i%4}.w", "h.7.w", "s.1.b.3.w"),
         ("h.{i}.w", "h.{ (i + 1) * 2 - i } .w", "h.3.w", "h.5 .w"),
@@ -184,7 +201,59 @@ def test_any_template_gives_text_or_a_rule_error(template, value):
     assert isinstance(made, str)
 
 
-@given(st.text(alphabet="ab.[+(\\^$ |?-]#é\n", min_size=1, max_size=12))
+MARKS = "ab01.,*{}+-> |/:\\=\"'[#é\n\t\u2028"
+any_key = st.one_of(st.text(alphabet=MARKS, min_size=1, max_size=12), st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+
+
+@settings(max_examples=400, deadline=None)
+@given(any_key, any_key, any_key, st.lists(any_key, max_size=3))
+@example("a -> b", " + ", "/x/", ["0:a"])
+@example("3:x", "/", "//", [" "])
+def test_any_key_is_named_by_its_literal_pattern_and_no_other_is(key, other, third, others):
+    pattern = compile_pattern(literal(key))
+    assert unescaped(literal(key)) == key and pattern.match(key) == {} and pattern.test(key)
+    assert not [
+        one for one in (other, key + "x", "x" + key, key + "\n", literal(key)) if one != key and (pattern.match(one) or pattern.fits(one))
+    ]
+    assert expand(literal(other), {}) == other
+    results = list(map(literal, [other, *others]))
+    rename = Rule("rename", literal(key), " + ".join(results))
+    adapt = Rule("adapt", f"{literal(key)} + {literal(third)} -> {' + '.join(results)}", "concat")
+    found = parse_rules(to_toml([rename, adapt, Rule("drop", literal(key))]), "rules.toml")
+    for rule in (rename, adapt, *found[:2]):
+        compiled = compile_rule(rule)
+        assert [expand(result, {}) for result in compiled.results] == [other, *others]
+        assert [(number, pattern.key) for number, pattern in compiled.patterns] == [(None, key), (None, third)][: len(compiled.patterns)]
+    assert compile_rule(found[2]).patterns[0][1].key == key
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, unique=True).map(sorted), st.lists(any_key, min_size=2, max_size=2), st.booleans())
+def test_numbers_that_are_listed_match_just_these(numbers, texts, named):
+    pattern = compile_pattern(written((texts[0] + "a", "b" + texts[1]), (f"{{i={listed(numbers)}}}",)))
+    assert [i for i in range(60) if pattern.fits(f"{texts[0]}a{i}b{texts[1]}")] == numbers
+    assert pattern.match(f"{texts[0]}a{numbers[-1]}b{texts[1]}") == {"i": str(numbers[-1])}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("a\\", "ends in a backslash"),
+        ("layer(\\d+)", "backslash before 'd'"),
+        ("h.{3..0}", "no range"),
+        ("h.{0..9..0}", "no range"),
+        ("h.{a..9,1}", "no range"),
+        ("h.{i=0,1}.{i=0,1}", "chooses {i} twice"),
+        ("h.{i=0..20000}", "more than 10000 choices"),
+        ("h.{0,3,…,90: 31}", "odd brace"),
+    ],
+)
+def test_what_is_no_escape_or_choice_is_told(pattern, why):
+    with pytest.raises(RuleError) as caught:
+        compile_pattern(pattern)
+    assert why in caught.value.reason
+
+
+@given(st.text(alphabet="ab.[+(^$ |?-]#é\n", min_size=1, max_size=12))
 def test_a_key_without_braces_and_stars_names_itself_alone(key):
     pattern = compile_pattern(key)
     assert pattern.match(key) == {}

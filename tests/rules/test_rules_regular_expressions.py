@@ -22,9 +22,10 @@ from ckptsurgeon.errors import CheckpointError, LimitError, RuleError
 from ckptsurgeon.limit_table import limits
 from ckptsurgeon.planning.apply_rules import name_sources
 from ckptsurgeon.regular_expressions import one_child
-from ckptsurgeon.rules.patterns import compile_pattern, expand
+from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Rule, compile_rules
+from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 ENDLESS = "/(a+)+/"

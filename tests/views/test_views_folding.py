@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptsurgeon.errors import RuleError
+from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 
@@ -15,7 +17,7 @@ def folded(*keys):
 
 
 def spread(text: str) -> list[str]:
-    """The keys that a folded text stands for."""
+    """The keys that a folded text stands for, of those of `segments`."""
     pieces = re.split(r"\{([0-9.,]+)\}", text)
     choices = []
     for index, piece in enumerate(pieces):
@@ -24,8 +26,8 @@ def spread(text: str) -> list[str]:
             continue
         numbers = []
         for part in piece.split(","):
-            first, dots, last = part.partition("..")
-            numbers += [str(value) for value in range(int(first), int(last) + 1)] if dots else [part]
+            first, *ends = part.split("..")
+            numbers += [str(value) for value in range(int(first), int(ends[0]) + 1, *map(int, ends[1:]))] if ends else [part]
         choices.append(numbers)
     return ["".join(parts) for parts in itertools.product(*choices)]
 
@@ -40,6 +42,12 @@ def spread(text: str) -> list[str]:
         (["h.0.w", "h.1.w", "h.2.w", "h.7.w", "h.9.w", "h.10.w", "h.11.w"], ["h.{0..2,7,9..11}.w"]),
         (["a.0.b.0", "a.0.b.1", "a.1.b.0", "a.1.b.1"], ["a.{0..1}.b.{0..1}"]),
         (["a.0.b.0", "a.0.b.1", "a.1.b.0"], ["a.{0..1}.b.0", "a.0.b.1"]),
+        ([f"h.{i}.w" for i in range(0, 91, 3)], ["h.{0..90..3}.w"]),
+        (["h.0.w", "h.4.w", "h.9.w"], ["h.{0,4,9}.w"]),
+        (["h.2.w", "h.0.w"], ["h.{0,2}.w"]),
+        ([f"h.{i * i}.w" for i in range(8)], ["h.{0,1,4,9,16,25,36,49}.w"]),
+        ([f"h.{i * i}.w" for i in range(31)], ["h.{0,1,…,900: 31}.w"]),
+        (["a{b}*.0 ", "a{b}*.1 ", "a{b}*.x"], ["a\\{b\\}\\*.{0..1}\\ ", "a{b}*.x"]),
         (["layer1.w", "layer2.w", "fc.w"], ["layer{1..2}.w", "fc.w"]),
         (["layer.01.w", "layer.02.w"], ["layer.01.w", "layer.02.w"]),
         (["layer.01.w", "layer.1.w", "layer.2.w"], ["layer.01.w", "layer.{1..2}.w"]),
@@ -96,9 +104,51 @@ def test_no_row_is_lost(rows):
         (["h.0.w", "h.1.w", "h.0.b", "h.1.b"], ["h.{0..1}.{w,b}"]),
         (["w", "b"], ["w", "b"]),
         (["p.0", "p.1", "p.2"], ["p.{0..2}"]),
-        (["p.0a", "p.1a", "p.0b", "p.1b"], ["p.{{0..1}a,{0..1}b}"]),
+        (["p.0a", "p.1a", "p.0b", "p.1b"], ["p.{0..1}a", "p.{0..1}b"]),
+        (["a*.w", "a*.b", "a*.c d", "q.w"], ["a\\*.{w,b}", "a*.c d", "q.w"]),
         (["p.0.w", "p.2.w", "q.w"], ["p.{0,2}.w", "q.w"]),
     ],
 )
 def test_siblings_share_a_line(keys, lines):
     assert fold_siblings(keys) == lines
+
+
+ODD = st.sampled_from(["a", "w", "*", "{0..1}", "{", "b}", "\\", "a+b", " ", "->", "/", ":x", "01"])
+NUMBERS = st.integers(0, 40).map(str)
+odd_keys = st.lists(st.lists(st.one_of(ODD, NUMBERS, NUMBERS), min_size=1, max_size=4).map(".".join), unique=True, max_size=40)
+
+
+@given(odd_keys, st.lists(st.integers(0, 60), unique=True, max_size=40))
+def test_a_folded_text_that_is_printed_whole_is_a_pattern_of_these_keys_alone(given_keys, numbers):
+    """Against every key of the list, its neighbours, and the numbers between: by the pattern, not by this module's own words."""
+    given_keys = list(dict.fromkeys([*given_keys, *(f"h.{number}.{leaf}" for number in numbers for leaf in ("w", "b"))]))
+    near = {re.sub(r"[0-9]+", lambda found: str(int(found[0]) + 1), key) for key in given_keys}
+    every = {*given_keys, *near, *(f"h.{number}.w" for number in range(70))}
+    reached: list[str] = []
+    for row in fold((key, ()) for key in given_keys):
+        if row.count == 1:
+            assert row.key in given_keys
+            reached.append(row.key)
+        elif "…" in row.key:
+            with pytest.raises(RuleError):
+                compile_pattern(row.key)
+            reached += [""] * row.count
+        else:
+            matched = [key for key in every if compile_pattern(row.key).fits(key)]
+            assert len(matched) == row.count
+            reached += matched
+    whole = [key for key in reached if key]
+    assert len(reached) == len(given_keys) and set(whole) <= set(given_keys) and len(set(whole)) == len(whole)
+
+
+@given(odd_keys.map(lambda keys: [key for key in keys if "{0..1}" not in key]))
+def test_folded_siblings_are_patterns_too(given_keys):
+    reached = []
+    for line in fold_siblings(given_keys):
+        if line in given_keys:
+            reached.append(line)
+        elif "…" in line:
+            return
+        else:
+            reached += [key for key in given_keys if compile_pattern(line).fits(key)]
+    assert sorted(reached) == sorted(given_keys)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ckptsurgeon.rules.drafting.rows import Line, Row
-from ckptsurgeon.rules.patterns import expand
 from ckptsurgeon.rules.rules import CompiledRule, Rule, compile_rule
+from ckptsurgeon.rules.templates import expand
 
 Forms = Callable[["Draft"], Iterator[tuple[object, str, "Draft"]]]  # a draft with one word taken out, and the word
 _PARTS = ("part", "side", "kind")  # the names of words that differ
