@@ -13,15 +13,18 @@ from math import sqrt
 
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
+from ckptsurgeon.matching.doubts import Found, doubted
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.key_links import Turned, links
 from ckptsurgeon.matching.module_tree import both, fold
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
+from ckptsurgeon.matching.same_names import settled
 from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
-from ckptsurgeon.matching.towers import doubted
+from ckptsurgeon.matching.towers import towered
 from ckptsurgeon.planning.links import ENOUGH, Link
+from ckptsurgeon.planning.prefixes.find import find_change, rename_all
 from ckptsurgeon.tensors import TensorMeta
 
 PASSES = 2  # without the order of keys, and as many with it
@@ -32,20 +35,41 @@ Tensors = Mapping[str, TensorMeta]
 def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = ()) -> Matching:
     """Find the mapping of a source's tensors to a target's by their names, shapes and order.
 
-    Where the source's matrices fit only transposed, they are looked at so. `ties` are groups of the target's keys that are one tensor: all
-    of a group get what its first one gets.
+    Keys of equal name and shape go together; see `same_names` for what they yield to. Where the source's matrices fit only transposed, they
+    are looked at so. `ties` are groups of the target's keys that are one tensor: all of a group get what its first one gets.
     """
-    found = _match(source, target, Turned(source), ties)
+    given, wanted = looked_at(source), looked_at(target)
+    change = find_change(given, wanted).applied
+    bare = rename_all(given, wanted, change.prefix)
+    facts = Found((), given, wanted, change.mapping, bare, has_order(given) and has_order(wanted))
+    whole = len(change.mapping) == min(len(given), len(wanted))
+    links, trust = ([], 0.0) if whole else _look(given, wanted)
+
+    def judge(links: list[Link]) -> list[Link]:
+        return doubted(replace(facts, links=links))
+
+    links, same = settled(links, change.mapping, bare, given, wanted, lambda one, other: _look(one, other)[0], judge)
+    links = towered(_tied(links, ties), given, wanted, same)
+    return result(doubted(replace(facts, links=links, same=same)), source, target, trust)
+
+
+def _look(source: Tensors, target: Tensors) -> tuple[list[Link], float]:
+    """Links by structure, order and words, turned where more fits so, and how far the order of keys was trusted."""
+    found = _match(source, target, Turned(source))
     keys = _turned(source, target)
     if keys:
-        other = _match(source, target, Turned(source, keys), ties)
-        if other.share >= found.share:
+        other = _match(source, target, Turned(source, keys))
+        if _share(other[0], target) >= _share(found[0], target):
             return other
     return found
 
 
-def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequence[str]]) -> Matching:
-    given, wanted = looked_at(source), looked_at(target)
+def _share(links: Iterable[Link], target: Tensors) -> int:
+    """The elements of a target that certain links give."""
+    return sum(target[key].numel for link in links if link.certain for key in link.targets)
+
+
+def _match(given: Tensors, wanted: Tensors, turned: Turned) -> tuple[list[Link], float]:
     turned_about = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
     one, other = both(turned_about, wanted.values())
     ordered = has_order(given) and has_order(wanted)
@@ -60,7 +84,7 @@ def _match(source: Tensors, target: Tensors, turned: Turned, ties: Iterable[Sequ
     found = [link for laid in between(record.units, one, other, trust) for link in links(laid, turned)]
     found += orphans(found, record, given, wanted)
     found += shared(found, record, given, wanted)
-    return result(doubted(_tied(found, ties), given, wanted), source, target, trust)
+    return found, trust
 
 
 def looked_at(tensors: Tensors) -> Tensors:
@@ -72,11 +96,11 @@ def looked_at(tensors: Tensors) -> Tensors:
 def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
     """The links, where all keys of one tensor get what the first of them that has a link gets."""
     for tied in ties:
-        links = [link for key in tied for link in found if link.targets == (key,)]
-        if links:
-            others = {key for key in tied if key != links[0].targets[0]}
+        first = next((link for key in tied for link in found if link.targets == (key,)), None)
+        if first is not None:
+            others = {key for key in tied if key != first.targets[0]}
             found = [link for link in found if not others & set(link.targets)]
-            found += [replace(links[0], targets=(key,), evidence=(f"the same tensor as {links[0].targets[0]}",)) for key in sorted(others)]
+            found += [replace(first, targets=(key,), evidence=(f"the same tensor as {first.targets[0]}",)) for key in sorted(others)]
     return found
 
 

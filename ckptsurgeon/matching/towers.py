@@ -7,7 +7,7 @@ are doubted, save those of the one whose name the other side has, while it has n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import permutations
 
@@ -15,15 +15,39 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
+_FOLLOWERS = {"k", "momentum", "ema", "teacher", "average", "averaged", "m", "shadow", "slow"}
 _LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its look-alike must have
 Tensors = Mapping[str, TensorMeta]
 
 
-def doubted(links: list[Link], source: Tensors, target: Tensors) -> list[Link]:
-    """The links; those of a tower whose look-alike nothing is taken from have no margin."""
+def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
+    """The links; those of a tower whose look-alike nothing is taken from have no margin. Links of equal names (`same`) keep theirs.
+
+    Of two towers that are equally good the one is shown whose name does not say that it follows the other (a momentum encoder, an EMA).
+    """
     taken = {key: link.targets for link in links for key in link.sources}, {key: link.sources for link in links for key in link.targets}
     lookalikes = _lookalikes(taken[0], source, target), _lookalikes(taken[1], target, source)
-    return [_doubted(link, *lookalikes) for link in links] if any(lookalikes) else links
+    if not any(lookalikes):
+        return links
+    follows = {head for head, lead in lookalikes[0].items() if _follows(head) and not _follows(lead)}
+    return [link if _named(link, same) else _doubted(_led(link, follows, lookalikes[0]), *lookalikes) for link in links]
+
+
+def _named(link: Link, same: Mapping[str, str]) -> bool:
+    return len(link.sources) == len(link.targets) == 1 and same.get(link.sources[0]) == link.targets[0]
+
+
+def _follows(head: str) -> bool:
+    """Whether a tower's name says that it is made of another: `encoder_k` beside `encoder_q`, a teacher, an average."""
+    return bool(set(concepts(head.rpartition(".")[2])) & _FOLLOWERS)
+
+
+def _led(link: Link, follows: Collection[str], lookalikes: Mapping[str, str]) -> Link:
+    """A link of a tower that follows, from the one that it follows instead."""
+    if not follows:
+        return link
+    moved = tuple(next((lookalikes[key[:end]] + key[end:] for end in _dots(key) if key[:end] in follows), key) for key in link.sources)
+    return replace(link, sources=moved)
 
 
 def _doubted(link: Link, here: Mapping[str, str], there: Mapping[str, str]) -> Link:

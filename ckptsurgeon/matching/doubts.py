@@ -1,0 +1,205 @@
+"""Links that were found, and are less sure than they look: nothing is certain by shape alone, and fresh is always possible.
+
+Rule: each kind of doubt is one function of this module, in the table at its end; a doubt takes a link's margin, never the link. Links of
+equal names are not doubted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from ckptsurgeon.matching.evidence.support import Support
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.module_tree import fold, squeezed
+from ckptsurgeon.matching.same_names import SHIFTED
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+_NUMBER = re.compile(r"\d+")
+# Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
+_EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that doubts look at.
+
+    Attributes:
+        links: all links, those of equal names among them.
+        same: target names by source keys, where both sides call a tensor the same, in the same shape.
+        bare: every source key as the target's names would call it.
+        ordered: whether the keys of both sides stand in an order of their own.
+    """
+
+    links: Sequence[Link]
+    source: Tensors
+    target: Tensors
+    same: Mapping[str, str]
+    bare: Mapping[str, str]
+    ordered: bool
+
+    def named(self, link: Link) -> bool:
+        """Whether a link is of equal names, or of a list that was found to be shifted as a whole."""
+        return SHIFTED in link.evidence or (len(link.sources) == len(link.targets) == 1 and self.same.get(link.sources[0]) == link.targets[0])
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """Source keys that links have."""
+        return frozenset(key for link in self.links for key in link.sources)
+
+    @cached_property
+    def namesakes(self) -> dict[str, str]:
+        """By target key, the source key of that name, whatever its shape."""
+        return {name: key for key, name in self.bare.items() if name in self.target}
+
+
+class Doubt(NamedTuple):
+    """Why a link is less sure than it looks: in words, its rival, and the sources that are shown instead of its own."""
+
+    link: Link
+    words: str
+    rival: str = ""
+    sources: tuple[str, ...] = ()
+
+    def cast(self) -> Link:
+        """The link without its margin."""
+        link = self.link
+        sources, rival = self.sources or link.sources, self.rival or link.runner_up
+        return replace(link, sources=sources, margin=min(link.margin, 0.0), evidence=(*link.evidence, self.words), runner_up=rival)
+
+
+def doubted(found: Found) -> list[Link]:
+    """The links; those that a doubt is about have lost their margin, and say why."""
+    for kind in _DOUBTS:
+        doubts = {id(doubt.link): doubt for doubt in kind(found)}
+        if doubts:
+            found = replace(found, links=[doubts[id(link)].cast() if id(link) in doubts else link for link in found.links])
+    return list(found.links)
+
+
+_Doubts = Iterator[Doubt]
+
+
+def _another_size(found: Found) -> _Doubts:
+    """A stranger for a tensor that the source has under that very name, in another shape."""
+    for link in _open(found):
+        for name in link.targets:
+            key = found.namesakes.get(name)
+            if (
+                key is not None
+                and key not in link.sources
+                and key not in found.used
+                and found.source[key].shape != found.target[name].shape
+            ):
+                yield Doubt(link, f"{key} has that name, in another size", f"{key} -> {name}")
+                break
+
+
+def _shape_alone(found: Found) -> _Doubts:
+    """What nothing but a shape speaks for."""
+    support = Support(found.links, found.source, found.target, found.same, found.bare, found.ordered)
+    often = Counter(key for link in found.links if link.certain for key in link.sources)
+    for link in _open(found):
+        if all(often[key] == 1 for key in link.sources) and not support.speaks_for(link):
+            yield Doubt(link, "nothing but its shape speaks for it" if support.strangers else "all else goes by its name: it may be fresh")
+
+
+def _idle_equals(found: Found) -> _Doubts:
+    """One of several that differ by number alone, where the others are idle, and the target has not that number."""
+    rows: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for key, tensor in found.source.items():
+        rows.setdefault((fold(key), squeezed(tensor.shape)), []).append(key)
+    for link in _open(found):
+        if len(link.sources) != 1:
+            continue
+        (key,) = link.sources
+        row = rows[fold(key), squeezed(found.source[key].shape)]
+        if len(row) == 1 or _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]):
+            continue
+        idle = [other for other in row if other == key or other not in found.used]
+        if len(idle) > 1:
+            first, rival = idle[0], idle[1]
+            yield Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))
+
+
+def _either_direction(found: Found) -> _Doubts:
+    """Lists of equal members that one library may count up and another down, where nothing but numbers tells which."""
+    lists: dict[tuple[str, str], list[Link]] = {}
+    for link in _open(found):
+        if len(link.sources) == len(link.targets) == 1:
+            for pair in _lists(link.sources[0], link.targets[0]):
+                lists.setdefault(pair, []).append(link)
+    for (here, there), links in lists.items():
+        names = _last_name(here), _last_name(there)
+        words = set(concepts(".".join(names)))
+        if words & _EITHER_WAY and names[0] != names[1] and _all_alike(found.source, here) and _all_alike(found.target, there):
+            for link in links:
+                yield Doubt(link, "such lists are counted up or down, and these are all alike")
+
+
+def _all_alike(side: Tensors, head: str) -> bool:
+    """Whether the members of a numbered list are several, and hold the same."""
+    members: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for key, tensor in side.items():
+        number = _NUMBER.match(key, len(head)) if key.startswith(head) else None
+        if number:
+            members.setdefault(number[0], set()).add((key[number.end() :], tensor.shape))
+    return len(members) > 1 and len({frozenset(one) for one in members.values()}) == 1
+
+
+def _last_name(head: str) -> str:
+    return head.rstrip("._0123456789").rpartition(".")[2]
+
+
+def _lists(one: str, other: str) -> Iterator[tuple[str, str]]:
+    """Heads of two names that end where a number begins."""
+    for a in _NUMBER.finditer(one):
+        for b in _NUMBER.finditer(other):
+            yield one[: a.start()], other[: b.start()]
+
+
+def _across(found: Found) -> _Doubts:
+    """A target that its name says to be the first (or the last) of a list, for one in the middle of it."""
+    by_list: dict[str, dict[int, Link]] = {}
+    for link in found.links:
+        if link.certain and len(link.sources) == len(link.targets) == 1:
+            for head, number in _placed(link.sources[0]):
+                by_list.setdefault(head, {}).setdefault(number, link)
+    for link in _open(found):
+        if len(link.sources) != 1 or len(link.targets) != 1:
+            continue
+        words = set(concepts(link.targets[0].split(".")[-2])) if link.targets[0].count(".") else set()
+        for head, number in _placed(link.sources[0]):
+            parent = link.targets[0].rpartition(".")[0].rpartition(".")[0]
+            beside = [
+                other for other, one in by_list[head].items() if one is not link and parent and one.targets[0].startswith(f"{parent}.")
+            ]
+            if ("first" in words and any(other < number for other in beside)) or (
+                "final" in words and any(other > number for other in beside)
+            ):
+                yield Doubt(link, "by its name it stands elsewhere in its list")
+                break
+
+
+def _placed(key: str) -> Iterator[tuple[str, int]]:
+    """The list of the last number of a key, and the number."""
+    numbers = list(_NUMBER.finditer(key))
+    if numbers and len(numbers[-1][0]) < 10:
+        yield f"{key[: numbers[-1].start()]}#{key[numbers[-1].end() :]}", int(numbers[-1][0])
+
+
+def _open(found: Found) -> Iterator[Link]:
+    return (link for link in found.links if link.clear and not found.named(link))
+
+
+def _numbers(key: str) -> list[str]:
+    return _NUMBER.findall(key)
+
+
+_DOUBTS: tuple[Callable[[Found], _Doubts], ...] = (_another_size, _across, _idle_equals, _either_direction, _shape_alone)

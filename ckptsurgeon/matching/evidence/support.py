@@ -1,0 +1,192 @@
+"""Whether anything but a shape speaks for a link: a word, a parent, a place among matched siblings, or a role in common.
+
+Rule: where both sides have one naming (more than half of the smaller side's keys are equal), what is left over is presumed fresh, and
+only words that stand in both differing parts of the names, or the same place within one module, speak against that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+from ckptsurgeon.matching.evidence.distinguish import abbreviated
+from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.module_tree import is_float
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+# Words that say of what kind a tensor is, or that anything may be called.
+_EMPTY = {"weight", "bias", "linear", "proj", "block", "model", "module", "net", "body", "backbone", "features", "param", "main", "layer"}
+_GENERIC = _EMPTY | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}
+_INSIDE = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}}  # a word that says several
+_HALF = 0.5
+_MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
+_HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
+
+
+class Support:
+    """What speaks for links, besides their tensors' shapes."""
+
+    def __init__(
+        self, links: Sequence[Link], source: Tensors, target: Tensors, same: Mapping[str, str], bare: Mapping[str, str], ordered: bool
+    ) -> None:
+        self.links, self.source, self.target, self.same, self.bare, self.ordered = links, source, target, same, bare, ordered
+        self.strangers = len(same) <= _HALF * min(len(source), len(target))
+        """Whether the sides have two namings."""
+
+    def speaks_for(self, link: Link) -> bool:
+        """Whether anything but shapes does."""
+        pairs = [(one, other) for one in link.sources for other in link.targets]
+        if self.strangers:
+            return self._complete or any(self._word(*pair) or self._parent(*pair) for pair in pairs) or self._role(link) or self._place(link)
+        return all(any(self._renamed(one, other) for one, other in pairs if other == target) for target in link.targets) or self._role(link)
+
+    def _word(self, one: str, other: str) -> bool:
+        """A word that not every name has, on both sides."""
+        shared = (_all(concepts(one)) & _all(concepts(other))) - _EMPTY
+        return any(not word.startswith("#") for word in shared)
+
+    def _renamed(self, one: str, other: str) -> bool:
+        """Whether the parts in which two names differ say the same, or something in common, or stand in one module for its parts."""
+        head, here, there, tail = _differing(self.bare.get(one, one), other)
+        told, wanted = _all(_words(here)), _all(_words(there))
+        if conflict(frozenset(told), frozenset(wanted)):
+            return False
+        if told == wanted:
+            return bool(told) or bool(head)
+        shared = {word for word in told & wanted if not word.startswith("#")}
+        if shared - _GENERIC or abbreviated(frozenset(told), frozenset(wanted)):
+            return True
+        if min(len(here), len(there)) == 0:  # a module was put around it, or taken off
+            return max(len(here), len(there)) == 1 and (len(tail) > 1 or bool(head))
+        if not head or (told | wanted) & _TELLING:
+            return False
+        return len(tail) > 1 or head not in self.matched_modules
+
+    @cached_property
+    def _complete(self) -> bool:
+        """Whether nothing that holds values is left over on either side."""
+        ones, others = ({pair[side] for pair in self._certain} for side in (0, 1))
+        return all(
+            key in done or not is_float(tensor) for side, done in ((self.source, ones), (self.target, others)) for key, tensor in side.items()
+        )
+
+    @cached_property
+    def matched_modules(self) -> frozenset[str]:
+        """Modules of the target, the whole aside, in which something goes by its name."""
+        return frozenset(head for name in self.same.values() for head in _modules(name))
+
+    def _parent(self, one: str, other: str) -> bool:
+        """Whether the modules around two keys, short of the whole, hold other pairs."""
+        here = next((head for head in _modules(one) if self._pairs[0][head] > 1), "")
+        there = next((head for head in _modules(other) if self._pairs[1][head] > 1), "")
+        return bool(here and there) and self._together[here, there] > 1
+
+    @cached_property
+    def _certain(self) -> list[tuple[str, str]]:
+        return [(one, other) for link in self.links if link.clear for one in link.sources for other in link.targets]
+
+    @cached_property
+    def _pairs(self) -> tuple[Counter[str], Counter[str]]:
+        """How many keys with a partner each module holds; none for one that is as good as the whole."""
+        found: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        for side, keys in enumerate(({one for one, _ in self._certain}, {other for _, other in self._certain})):
+            for key in keys:
+                found[side].update(_modules(key))
+            for head, count in list(found[side].items()):
+                if count > _MOST * len(keys) and len(keys) > 4:
+                    del found[side][head]
+        return found
+
+    @cached_property
+    def _together(self) -> Counter[tuple[str, str]]:
+        """How many pairs of keys two modules have in common, for the nearest ones that hold several."""
+        found: Counter[tuple[str, str]] = Counter()
+        for one, other in self._certain:
+            heads = [head for head in _modules(one) if self._pairs[0][head] > 1]
+            others = [head for head in _modules(other) if self._pairs[1][head] > 1]
+            found.update((a, b) for a in heads for b in others)
+        return found
+
+    def _role(self, link: Link) -> bool:
+        """Whether it is the one tensor of its role on both sides."""
+        if len(link.sources) != 1 or len(link.targets) != 1:
+            return False
+        role = _role_of(link.sources[0], self.source)
+        return (
+            role is not None
+            and role == _role_of(link.targets[0], self.target)
+            and self._of_role[0].get(role) == 1 == self._of_role[1].get(role)
+        )
+
+    @cached_property
+    def _of_role(self) -> tuple[Counter[str], Counter[str]]:
+        found = [
+            Counter(role for key in side if (role := _role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
+        ]
+        return found[0], found[1]
+
+    def _place(self, link: Link) -> bool:
+        """Whether what stands before and after it on both sides goes together."""
+        if not self.ordered or len(link.sources) != 1 or len(link.targets) != 1:
+            return False
+        (before, after), (above, below) = self._beside[0].get(link.sources[0], ("", "")), self._beside[1].get(link.targets[0], ("", ""))
+        partner = self._partner
+        return all((not a and not b) or partner.get(a) == b for a, b in ((before, above), (after, below))) and bool(before or after)
+
+    @cached_property
+    def _partner(self) -> dict[str, str]:
+        return dict(self._certain)
+
+    @cached_property
+    def _beside(self) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, str]]]:
+        found = []
+        for side in (self.source, self.target):
+            keys = [key for key in side if not key.endswith("num_batches_tracked")]
+            found.append(dict(zip(keys, zip(["", *keys[:-1]], [*keys[1:], ""], strict=True), strict=True)))
+        return found[0], found[1]
+
+
+_TELLING = {"head", "pool", "lm", "embed", "tok", "pos", "cls", "mask", "gate", "scale", "norm"}  # one of these on one side alone says no
+
+
+def _differing(one: str, other: str) -> tuple[str, list[str], list[str], list[str]]:
+    """What two names have in common at their heads, what differs, and what they have in common at their ends."""
+    a, b = one.split("."), other.split(".")
+    start = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    most = min(len(a), len(b)) - start
+    end = next((at for at in range(most) if a[-1 - at] != b[-1 - at]), most)
+    return ".".join(a[:start]), a[start : len(a) - end], b[start : len(b) - end], a[len(a) - end :]
+
+
+def _all(words: Sequence[str]) -> set[str]:
+    """Words, with those that others of them imply."""
+    return set(words).union(*(_INSIDE.get(word, ()) for word in words))
+
+
+def _words(parts: Sequence[str]) -> tuple[str, ...]:
+    return concepts(".".join(parts))
+
+
+def _modules(key: str) -> Iterator[str]:
+    """The modules around a key, the nearest first."""
+    head = key.rpartition(".")[0]
+    while head:
+        yield head
+        head = head.rpartition(".")[0]
+
+
+def _role_of(key: str, side: Tensors) -> str | None:
+    """The role that a tensor has in a whole model, where its name and shape say one."""
+    words, shape = set(concepts(key.rpartition(".")[0])), side[key].shape
+    if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
+        return _STEM
+    if len(shape) == 2 and words & {"pos"}:
+        return _PLACES
+    if (len(shape) == 2 and words & {"head", "lm"}) or (len(shape) == 2 and {"embed", "out"} <= words):
+        return _HEAD
+    if len(shape) == 2 and words & {"tok", "embed"}:
+        return _TOKENS
+    return None

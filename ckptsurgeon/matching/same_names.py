@@ -1,0 +1,169 @@
+"""Keys that both sides call the same, in the same shape, go together; what was found without names yields to that.
+
+Rule: equal name and equal shape win, with two exceptions, each told as evidence. A whole numbered list may be shifted, where that leaves
+fewer of its tensors without a partner; and a square matrix is turned where the matrices of its kind that are not square are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import inf
+
+from ckptsurgeon.matching.module_tree import fold
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+Again = Callable[[Tensors, Tensors], list[Link]]  # matches what is left over
+Judge = Callable[[list[Link]], list[Link]]  # takes their margins from links that are less sure than they look
+SAME, SHIFTED, TURNED = "same name and shape", "its whole list is shifted", "turned, as those of its kind that are not square"
+_NUMBER = re.compile(r"\d+")
+
+
+def settled(
+    found: Sequence[Link],
+    same: Mapping[str, str],
+    bare: Mapping[str, str],
+    source: Tensors,
+    target: Tensors,
+    again: Again,
+    judge: Judge,
+) -> tuple[list[Link], dict[str, str]]:
+    """The links, where keys of equal name and shape (`same`, from source to target) go together; what that leaves over is matched again.
+
+    `bare` are the source's keys as the target's names would call them. Given back beside the links: the equal names that were followed.
+    """
+    turned = _turned(found, same, source)
+    links = _joined(found, same, turned, source, target, again)
+    shifts = _shifts(found, same, bare)
+    if not shifts:
+        return links, dict(same)
+    judged = judge(links)
+    for shift in shifts:
+        kept = {key: name for key, name in same.items() if not shift.holds(key, name)}
+        said = [_told(link) if shift.holds(link.sources[0], link.targets[0]) else link for link in found]
+        other = _joined(said, kept, turned, source, target, again)
+        if _explained(judge(other), shift) > _explained(judged, shift):
+            same, found, links = kept, said, other
+            judged = judge(links)
+    return links, dict(same)
+
+
+def _told(link: Link) -> Link:
+    return replace(link, evidence=(*link.evidence, SHIFTED))
+
+
+def _joined(
+    found: Sequence[Link], same: Mapping[str, str], turned: Mapping[str, Link], source: Tensors, target: Tensors, again: Again
+) -> list[Link]:
+    """Links of equal names, those that were found and touch none of their keys, and what can be found in the rest."""
+    names = {*same.values()}
+    links = [turned.get(key) or Link((key,), (name,), "", inf, (SAME,)) for key, name in same.items()]
+    stays = [link for link in found if not (any(key in same for key in link.sources) or names.intersection(link.targets))]
+    often = Counter(key for link in found for key in link.sources)
+    stays += [link for link in found if _shares(link, often, same, names)]
+    freed = len(stays) + sum(same.get(link.sources[0]) == link.targets[0] for link in found if len(link.sources) == 1) < len(found)
+    if not freed:
+        return links + stays
+    sure = [link for link in stays if link.certain]
+    used, reached = _keys(chain(links, sure))
+    rest = {key: tensor for key, tensor in source.items() if key not in used}
+    wanted = {key: tensor for key, tensor in target.items() if key not in reached}
+    more = again(rest, wanted) if rest and wanted else []
+    used, reached = _keys(more)
+    doubtful = [link for link in stays if not link.certain and reached.isdisjoint(link.targets) and used.isdisjoint(link.sources)]
+    return [*links, *sure, *more, *doubtful]
+
+
+def _shares(link: Link, often: Mapping[str, int], same: Mapping[str, str], names: set[str]) -> bool:
+    """Whether a target without a source of its own takes one that another target has too (a tied output layer)."""
+    return len(link.sources) == 1 and link.sources[0] in same and often[link.sources[0]] > 1 and names.isdisjoint(link.targets)
+
+
+def _keys(links: Iterable[Link]) -> tuple[set[str], set[str]]:
+    links = list(links)
+    return {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """A numbered list in which found links move every number by one amount: its path on both sides, up to the number."""
+
+    here: str
+    there: str
+
+    def holds(self, key: str, name: str) -> bool:
+        """Whether a link's source is of the list, or its target is."""
+        return key.startswith(self.here) or name.startswith(self.there)
+
+
+def _shifts(found: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str]) -> list[_Shift]:
+    """Lists in which found links contradict equal names by one and the same difference of numbers."""
+    moves: dict[_Shift, Counter[int]] = {}
+    names = {*same.values()}
+    for link in found:
+        if link.certain and len(link.sources) == len(link.targets) == 1 and link.targets[0] in names:
+            key, name = link.sources[0], link.targets[0]
+            moved = _moved(bare[key], name) if bare[key] != name else None
+            if moved:
+                there, by = moved
+                moves.setdefault(_Shift(_head(key, bare[key], there), there), Counter())[by] += 1
+    return [shift for shift, by in moves.items() if len(by) == 1]
+
+
+def _moved(one: str, other: str) -> tuple[str, int] | None:
+    """The path up to the only number in which two names differ, and by how much; None where they differ otherwise."""
+    if fold(one) != fold(other):
+        return None
+    differ = [(a, b) for a, b in zip(_NUMBER.finditer(one), _NUMBER.finditer(other), strict=True) if a[0] != b[0]]
+    if len(differ) != 1:
+        return None
+    (a, b) = differ[0]
+    return other[: b.start()], int(b[0]) - int(a[0])
+
+
+def _head(key: str, name: str, there: str) -> str:
+    """The head of a source's key that stands for the head of its name."""
+    tail = name[len(there) :]
+    return key.removesuffix(tail)
+
+
+def _explained(links: Iterable[Link], shift: _Shift) -> int:
+    """How many of a list's tensors, on both sides, have a partner for certain."""
+    links = [link for link in links if link.certain]
+    here = {key for link in links for key in link.sources if key.startswith(shift.here)}
+    there = {key for link in links for key in link.targets if key.startswith(shift.there)}
+    return len(here) + len(there)
+
+
+def _turned(found: Sequence[Link], same: Mapping[str, str], source: Tensors) -> dict[str, Link]:
+    """Links of equal names whose square matrices are turned, since those of their kind that are not square are."""
+    matrices = [link for link in found if _matrix(link, source)]
+    kinds: dict[str, set[str]] = {}
+    for link in matrices:
+        if source[link.sources[0]].shape[0] != source[link.sources[0]].shape[1]:
+            for kind in _kinds(link.sources[0]):
+                kinds.setdefault(kind, set()).add(link.op)
+    turned = {}
+    for link in matrices:
+        shape = source[link.sources[0]].shape
+        if shape[0] == shape[1] and same.get(link.sources[0]) == link.targets[0]:
+            told = next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op})
+            if told == {"transpose"}:
+                turned[link.sources[0]] = replace(link, op="transpose", margin=inf, evidence=(SAME, TURNED))
+    return turned
+
+
+def _matrix(link: Link, source: Tensors) -> bool:
+    return len(link.sources) == len(link.targets) == 1 and len(source[link.sources[0]].shape) == 2 and link.op in ("", "transpose")
+
+
+def _kinds(key: str) -> Iterator[str]:
+    """What a matrix is a kind of, the nearest first: by its module's own name, then by the module that it stands in."""
+    parts = fold(key).split(".")
+    yield ".".join(parts[-2:])
+    yield ".".join(parts[:-2])
