@@ -14,7 +14,7 @@ from math import inf, prod
 from ckptsurgeon.matching.choose import choose
 from ckptsurgeon.matching.evidence.score import Clues
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
-from ckptsurgeon.matching.module_tree import Node, fold
+from ckptsurgeon.matching.module_tree import Node, fold, is_float
 from ckptsurgeon.planning.links import ENOUGH
 
 # Parts that make a whole, in the order in which the field lays them side by side.
@@ -34,7 +34,7 @@ class Fused:
 def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, top: bool = True) -> list[Fused]:
     """Find them among what is left over of two modules that go together; `top` says that nothing more can come from outside of these."""
     found: list[Fused] = []
-    free_sources, free_targets = list(sources), list(targets)
+    free_sources, free_targets = ([node for node in nodes if is_float(node.largest)] for nodes in (sources, targets))
     for wholes, units, turned in ((free_targets, free_sources, False), (free_sources, free_targets, True)):
         named, waiting = _named(wholes, units, clues, turned, top)
         found += named

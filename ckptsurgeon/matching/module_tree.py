@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log2, prod
 
@@ -61,6 +61,7 @@ class Node:
         size: the floating elements below it.
         shapes: how often each floating shape, without ones, stands below it.
         form: the same, as one value to compare.
+        exact: the same of shapes as they are, ones included.
         inner: equal for nodes below which names, shapes and order are all equal.
     """
 
@@ -72,6 +73,7 @@ class Node:
     size: int
     shapes: Mapping[Shape, int]
     form: int
+    exact: int
     inner: int
 
     @property
@@ -188,7 +190,7 @@ def _node(module: _Module, path: str, name: str, interned: _Interned) -> Node:
     if len(children) == 1:
         only = children[0]
         joined = _join(name, only.name)
-        return Node(only.path, joined, only.children, only.tensors, only.at, only.size, only.shapes, only.form, only.inner)
+        return replace(only, name=joined)
     shapes: Counter[Shape] = Counter()
     for child in children:
         shapes.update(child.shapes)
@@ -201,6 +203,7 @@ def _node(module: _Module, path: str, name: str, interned: _Interned) -> Node:
         sum(child.size for child in children),
         shapes,
         interned(frozenset(shapes.items())),
+        interned(("exact", *sorted(child.exact for child in children))),
         interned(tuple((child.name, child.inner) for child in children)),
     )
 
@@ -231,6 +234,7 @@ def _unit(stem: str, found: dict[str, tuple[int, TensorMeta]], path: str, intern
     counted = [tensor for role, tensor in tensors.items() if is_float(tensor) and role != "num_batches_tracked"]
     shapes = Counter(squeezed(tensor.shape) for tensor in counted)
     form = interned(frozenset(shapes.items()))
+    exact = interned(("exact", *sorted(tensor.shape for tensor in counted)))
     told = tuple(sorted((role, tensor.shape, tensor.dtype) for role, tensor in tensors.items()))
     return Node(
         _join(path, stem),
@@ -241,6 +245,7 @@ def _unit(stem: str, found: dict[str, tuple[int, TensorMeta]], path: str, intern
         sum(tensor.numel for tensor in counted),
         shapes,
         form,
+        exact,
         interned(told),
     )
 

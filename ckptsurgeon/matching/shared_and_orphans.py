@@ -3,12 +3,13 @@ stand apart from their module on one side."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
-from ckptsurgeon.matching.module_tree import ROLES, Node, Shape, is_float, squeezed
+from ckptsurgeon.matching.module_tree import ROLES, Node, Shape, fold, is_float, squeezed
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
@@ -56,6 +57,7 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
         if len(link.sources) == len(link.targets) == 1:
             owners.setdefault(target[link.targets[0]].shape, link)
     names: dict[Shape, list[str]] = {}
+    rows: Counter[str] = Counter(map(fold, source))
     for key, tensor in source.items():
         names.setdefault(tensor.shape, []).append(key)
     lost = tuple(f"{node.path}." for node in record.lost)
@@ -65,7 +67,11 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
         if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
             continue
         once = names.get(tensor.shape, [])
-        if used.issuperset(once) and (len(once) == 1 or all(_EMBEDS & set(concepts(name)) for name in once)):
+        module, owners_module = (name.rpartition(".")[0] for name in (key, owner.targets[0]))
+        lacked = (  # a list of which the source has fewer
+            module != owners_module and fold(module) == fold(owners_module) and rows[fold(owner.sources[0])] > 1
+        )
+        if not lacked and used.issuperset(once) and (len(once) == 1 or all(_EMBEDS & set(concepts(name)) for name in once)):
             found += _shared(key, tensor, owner, len(once) == 1)
     return found
 

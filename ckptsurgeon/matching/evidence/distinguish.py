@@ -39,6 +39,25 @@ def abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:
     )
 
 
+def telling_segments(nodes: Sequence[Node]) -> list[frozenset[str]]:
+    """For each node the parts of its path, as they are written, that not all of them have."""
+    found = [frozenset(node.path.lower().split(".")) for node in nodes]
+    common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
+    return [parts - common for parts in found]
+
+
+def begun(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether a part of one name that ends in a number is how a part of the other begins (`branch1` and `branch1x1`)."""
+    return any(
+        len(short) >= 3 and short[-1].isdigit() and long.startswith(short) and not long[len(short)].isdigit()
+        for a in one
+        for b in other
+        if a != b
+        for short, long in ((a, b) if len(a) < len(b) else (b, a),)
+        if len(short) < len(long)
+    )
+
+
 def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
     """How many more parts of its path each node shares with another than the farthest does; equal but for numbers is one more."""
     near = [_shared_parts(node.path, anchor.path) + (node.folded == anchor.folded) for node in nodes]

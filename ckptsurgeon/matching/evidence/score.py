@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ckptsurgeon.matching.evidence.distinguish import (
     abbreviated,
+    begun,
     either_gate,
     in_family,
     near,
@@ -19,6 +20,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     other_roles,
     ranks,
     telling,
+    telling_segments,
 )
 from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
 from ckptsurgeon.matching.module_tree import Node
@@ -28,6 +30,7 @@ WORD = 3.0  # a word that tells look-alikes apart is on both sides
 ABBREVIATED = 1.8  # one side's word begins the other's
 AGAINST = -2.0  # names exclude each other; twice that for roles
 SAME = 1.0  # the same name
+EXACT = 1.0  # the same shapes, dimensions of one included
 NUMBERS = 2.0  # numbers are in the same order
 ORDER = 1.5  # keys are in the same order, as far as that can be trusted
 ELSEWHERE = 2.5  # the same two names were paired elsewhere, always
@@ -53,6 +56,7 @@ class Table:
     def __init__(self, sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> None:
         self.sources, self.targets, self.clues = sources, targets, clues
         self.words = tuple(telling(nodes) for nodes in (sources, targets))
+        self.segments = tuple(telling_segments(nodes) for nodes in (sources, targets))
         self.ordinals = tuple(ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
         if either_gate(sources, targets) or either_gate(targets, sources):
             self.ordinals = (None, None)
@@ -67,12 +71,14 @@ class Table:
         told, wanted = self.words[0][row], self.words[1][column]
         shared = {word for word in told & wanted if not word.startswith("#")}
         found = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
-        if not shared and abbreviated(told, wanted):
+        if not shared and (abbreviated(told, wanted) or begun(self.segments[0][row], self.segments[1][column])):
             found["a name cut short"] = ABBREVIATED
         if conflict(told, wanted):
             found[f"names {AGAINST_IT}"] = AGAINST
         if source.name == target.name:
             found["same name"] = SAME
+        if source.exact == target.exact:
+            found["same shape"] = EXACT
         if self.ordinals[0] and self.ordinals[1]:
             found["numbers in the same order"] = NUMBERS * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
         elif self.families[0][row] == self.families[1][column] != (0, 1):

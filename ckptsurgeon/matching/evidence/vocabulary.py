@@ -78,7 +78,7 @@ for _concept, _said in (
     ("gate", "gate gating gated"),
     ("up", "up"),
     ("down", "down"),
-    ("text", "text textual language txt lang context ctx"),
+    ("text", "text textual language txt lang context ctx added add"),
     ("image", "image visual vision img vit pixel"),
     ("audio", "audio speech wav sound mel"),
     ("depthwise", "depthwise dw dwconv"),
@@ -125,6 +125,7 @@ _KINDS = (
     {"lm", "embed"},
     {"lm", "shared"},
 )
+_DIMENSIONS = {"d1", "d2", "d3"}  # `conv2d` counts dimensions
 CONFUSED = ({"q", "k", "v"}, {"gate", "up"})  # what implementations register in any order
 
 
@@ -143,9 +144,12 @@ def concepts(name: str) -> tuple[str, ...]:
         if word in _WORDS:
             found.append(_WORDS[word])
             continue
-        for part in _DIGITS.findall(word):
+        parts = _DIGITS.findall(word)
+        for at, part in enumerate(parts):
             if part.isdigit():
                 found.append(f"#{int(part)}")
+            elif len(part) == 1 and 0 < at == len(parts) - 1 and part + parts[at - 1][-1] not in _DIMENSIONS:
+                found.append(f"#{ord(part) - ord('a') + 1}" if "a" <= part <= "k" else part)  # `4b` is the second of the fourth
             else:
                 found.append(_WORDS.get(part, part))
     return tuple(found)
