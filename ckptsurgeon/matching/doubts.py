@@ -111,21 +111,27 @@ def _shape_alone(found: Found) -> _Doubts:
 
 
 def _idle_equals(found: Found) -> _Doubts:
-    """One of several that differ by number alone, where the others are idle, and the target has not that number."""
+    """A module that is one of several which differ by number alone, where others are idle, and the target has not that number."""
     rows: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for key, tensor in found.source.items():
         rows.setdefault((fold(key), squeezed(tensor.shape)), []).append(key)
+    modules: dict[tuple[str, str], list[Doubt | None]] = {}
     for link in _open(found):
-        if len(link.sources) != 1:
-            continue
-        (key,) = link.sources
-        row = rows[fold(key), squeezed(found.source[key].shape)]
-        if len(row) == 1 or _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]):
-            continue
-        idle = [other for other in row if other == key or other not in found.used]
-        if len(idle) > 1:
-            first, rival = idle[0], idle[1]
-            yield Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))
+        if len(link.sources) == 1:
+            places = link.sources[0].rpartition(".")[0], link.targets[0].rpartition(".")[0]
+            modules.setdefault(places, []).append(_idle(link, found, rows))
+    for doubts in modules.values():
+        if None not in doubts:
+            yield from (doubt for doubt in doubts if doubt)
+
+
+def _idle(link: Link, found: Found, rows: Mapping[tuple[str, tuple[int, ...]], list[str]]) -> Doubt | None:
+    """The doubt of one link, if an idle key is as good as its own."""
+    (key,) = link.sources
+    if _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]):
+        return None
+    idle = [other for other in rows[fold(key), squeezed(found.source[key].shape)] if other == key or other not in found.used]
+    return Doubt(link, f"{idle[1]} is as good", f"{idle[1]} -> {link.targets[0]}", (idle[0],)) if len(idle) > 1 else None
 
 
 def _either_direction(found: Found) -> _Doubts:
