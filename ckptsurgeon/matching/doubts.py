@@ -7,8 +7,9 @@ equal names are not doubted.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
+_INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
 _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
 
@@ -46,7 +48,9 @@ class Found:
 
     def named(self, link: Link) -> bool:
         """Whether a link is of equal names, or of a list that was found to be shifted as a whole."""
-        return SHIFTED in link.evidence or (len(link.sources) == len(link.targets) == 1 and self.same.get(link.sources[0]) == link.targets[0])
+        if SHIFTED in link.evidence:
+            return True
+        return len(link.sources) == len(link.targets) == 1 and self.same.get(link.sources[0]) == link.targets[0]
 
     @cached_property
     def used(self) -> frozenset[str]:
@@ -134,14 +138,57 @@ def _idle(link: Link, found: Found, rows: Mapping[tuple[str, tuple[int, ...]], l
     return Doubt(link, f"{idle[1]} is as good", f"{idle[1]} -> {link.targets[0]}", (idle[0],)) if len(idle) > 1 else None
 
 
+def _out_of_order(found: Found) -> _Doubts:
+    """Members of a numbered list that stand across the order of the others, where their shapes would let them stand elsewhere."""
+    for (here, there), links in _by_lists(link for link in found.links if link.clear).items():
+        places = {(int(_number_at(link.sources[0], here)), int(_number_at(link.targets[0], there))) for link in links}
+        numbers = [one for one, _ in places]
+        if len(places) < 3 or len(numbers) != len(set(numbers)):
+            continue
+        order = [other for _, other in sorted(places)]
+        if order == sorted(order) or order == sorted(order, reverse=True):
+            continue
+        kept = set(_longest_rise(order))
+        alike = Counter((fold(link.sources[0][len(here) :]), found.source[link.sources[0]].shape) for link in links)
+        for link in links:
+            other = alike[fold(link.sources[0][len(here) :]), found.source[link.sources[0]].shape] > 1
+            if other and int(_number_at(link.targets[0], there)) not in kept and not found.named(link):
+                yield Doubt(link, "it stands across the order of its list")
+
+
+def _longest_rise(values: Sequence[int]) -> list[int]:
+    """The longest rising part of a sequence (Schensted 1961)."""
+    ends: list[int] = []
+    chains: list[list[int]] = []
+    for value in values:
+        at = bisect_left(ends, value)
+        chain = [*(chains[at - 1] if at else []), value]
+        ends[at : at + 1], chains[at : at + 1] = [value], [chain]
+    return chains[-1] if chains else []
+
+
+def _number_at(key: str, head: str) -> str:
+    number = _NUMBER.match(key, len(head))
+    assert number is not None
+    return number[0]
+
+
+def _by_lists(links: Iterable[Link]) -> dict[tuple[str, str], list[Link]]:
+    """Links of one tensor each by the lists that they may be of: heads of both names that end where a number begins."""
+    found: dict[tuple[str, str], list[Link]] = {}
+    for link in links:
+        if (
+            len(link.sources) == len(link.targets) == 1
+            and max(map(len, _numbers(link.sources[0]) + _numbers(link.targets[0])), default=0) < 10
+        ):
+            for pair in _lists(link.sources[0], link.targets[0]):
+                found.setdefault(pair, []).append(link)
+    return found
+
+
 def _either_direction(found: Found) -> _Doubts:
     """Lists of equal members that one library may count up and another down, where nothing but numbers tells which."""
-    lists: dict[tuple[str, str], list[Link]] = {}
-    for link in _open(found):
-        if len(link.sources) == len(link.targets) == 1:
-            for pair in _lists(link.sources[0], link.targets[0]):
-                lists.setdefault(pair, []).append(link)
-    for (here, there), links in lists.items():
+    for (here, there), links in _by_lists(_open(found)).items():
         names = _last_name(here), _last_name(there)
         words = set(concepts(".".join(names)))
         if words & _EITHER_WAY and names[0] != names[1] and _all_alike(found.source, here) and _all_alike(found.target, there):
@@ -165,8 +212,8 @@ def _last_name(head: str) -> str:
 
 def _lists(one: str, other: str) -> Iterator[tuple[str, str]]:
     """Heads of two names that end where a number begins."""
-    for a in _NUMBER.finditer(one):
-        for b in _NUMBER.finditer(other):
+    for a in _INDEX.finditer(one):
+        for b in _INDEX.finditer(other):
             yield one[: a.start()], other[: b.start()]
 
 
@@ -208,4 +255,4 @@ def _numbers(key: str) -> list[str]:
     return _NUMBER.findall(key)
 
 
-_DOUBTS: tuple[Callable[[Found], _Doubts], ...] = (_another_size, _across, _idle_equals, _either_direction, _shape_alone)
+_DOUBTS: tuple[Callable[[Found], _Doubts], ...] = (_another_size, _across, _out_of_order, _idle_equals, _either_direction, _shape_alone)

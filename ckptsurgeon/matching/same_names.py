@@ -116,12 +116,10 @@ def _shifts(found: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, s
 
 
 def _moved(one: str, other: str) -> tuple[str, int] | None:
-    """The path up to the only number in which two names differ, and by how much; None where they differ otherwise."""
+    """The path up to the first number in which two names differ, and by how much; None where they differ otherwise."""
     if fold(one) != fold(other):
         return None
     differ = [(a, b) for a, b in zip(_NUMBER.finditer(one), _NUMBER.finditer(other), strict=True) if a[0] != b[0]]
-    if len(differ) != 1:
-        return None
     (a, b) = differ[0]
     return other[: b.start()], int(b[0]) - int(a[0])
 

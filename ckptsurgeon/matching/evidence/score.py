@@ -90,7 +90,7 @@ class Table:
             found["same order"] = ORDER * trust * near(self.places[0][row], self.places[1][column], self.even)
         if self.nearness:
             apart = sum(abs(near[row] - other[column]) for near, other in self.nearness) / len(self.nearness)
-            found["in the same company"] = COMPANY * self.clues.trust * (1.0 - min(apart, 1.0))
+            found["in the same company"] = COMPANY * max(self.clues.trust, 0.6) * (1.0 - min(apart, 1.0))
         elsewhere = self._elsewhere(source, target)
         if elsewhere:
             found["paired so elsewhere"] = ELSEWHERE * elsewhere

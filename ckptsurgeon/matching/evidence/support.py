@@ -40,7 +40,9 @@ class Support:
         """Whether anything but shapes does."""
         pairs = [(one, other) for one in link.sources for other in link.targets]
         if self.strangers:
-            return self._complete or any(self._word(*pair) or self._parent(*pair) for pair in pairs) or self._role(link) or self._place(link)
+            return (
+                self._complete or any(self._word(*pair) or self._parent(*pair) for pair in pairs) or self._role(link) or self._place(link)
+            )
         return all(any(self._renamed(one, other) for one, other in pairs if other == target) for target in link.targets) or self._role(link)
 
     def _word(self, one: str, other: str) -> bool:
@@ -70,7 +72,9 @@ class Support:
         """Whether nothing that holds values is left over on either side."""
         ones, others = ({pair[side] for pair in self._certain} for side in (0, 1))
         return all(
-            key in done or not is_float(tensor) for side, done in ((self.source, ones), (self.target, others)) for key, tensor in side.items()
+            key in done or not is_float(tensor)
+            for side, done in ((self.source, ones), (self.target, others))
+            for key, tensor in side.items()
         )
 
     @cached_property
