@@ -142,7 +142,7 @@ _RECORD = Kind(
 _OPTIMIZER = Kind(
     "an optimizer", lambda value: _is_object(value) and hasattr(value, "param_groups") and hasattr(value, "state_dict"), instance=True
 )
-_RULES = ("rename", "drop", "keep", "adapt", "init", "stage", "average")
+_RULES = ("rename", "drop", "keep", "adapt", "init", "stage", "average", "convert")
 
 # By annotation; `| None` is added to what may be left out.
 KINDS: dict[str, Kind] = {

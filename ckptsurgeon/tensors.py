@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.loading import Loader, Naming
 from ckptsurgeon.shown import Result, Shown
 
 Kind = Literal["file", "model", "skeleton"]  # where a checkpoint's names come from; a skeleton has no values
@@ -208,18 +209,6 @@ class StateDict(Shown):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-@dataclass(frozen=True)
-class Loader:
-    """A module that loads in its own way: its class, and the keys of the state_dict that its code can reach.
-
-    `changes` is False where the code is known to do no more than give keys other names.
-    """
-
-    name: str
-    keys: frozenset[str]
-    changes: bool = True
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """Why a file is only a part of a checkpoint: its `kind`, one sentence, and what has the whole and reads it."""
@@ -294,6 +283,7 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
         provenance: what a merge recorded about itself, or None.
         files: the files that hold the data, as they were when read; empty for a model or skeleton.
         loaders: a model's modules with loading code of their own, by path.
+        naming: how the model's library says that its files' names and layouts become the model's; None where it says nothing.
         overlaps: groups of a model's keys whose memory partly overlaps, so that loading one changes the others.
         shard: where it is one shard of several and lacks scales that its codes may have, what tells of the others.
         kind: `file`, `model`, or `skeleton` (names, dtypes and shapes without values).
@@ -314,6 +304,7 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
     files: tuple[FileStamp, ...] = ()
     notes: tuple[str, ...] = ()
     loaders: Mapping[str, Loader] = field(default_factory=dict)
+    naming: Naming | None = None
     overlaps: tuple[tuple[str, ...], ...] = ()
     shard: Shard | None = None
     kind: Kind = "file"

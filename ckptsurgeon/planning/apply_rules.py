@@ -16,6 +16,8 @@ from ckptsurgeon.planning import linking, rule_problems
 from ckptsurgeon.planning.averaging import Weights, average_items, weights_of
 from ckptsurgeon.planning.keys import Claim, Item, SourceKey
 from ckptsurgeon.planning.legacy_names import renamed_by_loading_code, repaired
+from ckptsurgeon.planning.own_loading import conversions
+from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
 from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
@@ -41,6 +43,7 @@ class Names:
         inits, keeps, adapts: the rules that are held against the target's names.
         choices: by source, the prefix that is applied, and the rivals between which nothing decides; none of these is applied.
         handed: by source and name, what torch's load needs as it is, since the target's own loading code computes with it.
+        applied: what the conversions of the target's library have come to.
     """
 
     prefixes: tuple[Prefix, ...]
@@ -55,6 +58,7 @@ class Names:
     outside: Outside = NO_OUTSIDE
     choices: tuple[Choice, ...] = ()
     handed: Mapping[tuple[int, str], Sequence[Item]] = field(default_factory=dict)
+    applied: Applied = field(default_factory=Applied)
 
 
 @dataclass
@@ -176,6 +180,7 @@ def name_sources(
         problems += rule_problems.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
     if auto == "safe" and known is not None:
         items = repaired(items, known, mean is not None)
+    items, applied = conversions.converted(items, sources, target, dropped)
     handed: dict[tuple[int, str], list[Item]] = {}
     items = renamed_by_loading_code(items, outside.taken, dropped, handed)
     landed = [(place, item.name) for item in items for place in item.places]
@@ -196,7 +201,7 @@ def name_sources(
             hint = next(iter(crossed.values()))
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     found = _names(items, landed, prefixes, dropped, names_of_dropped, compiled, sources, outside)
-    return replace(found, choices=tuple(choices), handed=handed)
+    return replace(found, choices=tuple(choices), handed=handed, applied=applied)
 
 
 def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
@@ -205,7 +210,11 @@ def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequenc
     A wrapper's prefix is stripped whatever the rules say. Any other must not come from the few keys that chance makes equal while
     rules name the rest as they stand in the file.
     """
-    found = replace(find_change(source, measure), among=source)
+    found = find_change(source, measure)
+    by_library = conversions.choose(source, measure, found)
+    if by_library is not found:
+        return replace(by_library, among=source)
+    found = replace(found, among=source)
     applied = found.applied.prefix
     if not rules or (applied and applied.of_wrappers and not found.rivals):
         return found

@@ -22,7 +22,8 @@ from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern, without_escapes
 from ckptsurgeon.rules.templates import check_template
 
-Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average"]  # nobody writes the last: it is a reason
+# Nobody writes the last two: they are reasons.
+Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average", "convert"]
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
 # Each with what is passed over: a character after a backslash stands for itself, and what stands in braces may count.
 _ARROW = re.compile(r"\\.|(->)", re.DOTALL)

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import CheckpointError, TargetError
+from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.own_loading.snapshot import Undo, remembered
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import place, state_dict_of
 from ckptsurgeon.streaming.signals import undisturbed
-from ckptsurgeon.tensors import Loader
 
 OUTSIDE = "the model is as it was before; what its loading code did outside of it can't be undone"
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
+from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.planning.plan_types import Plan, Step
-from ckptsurgeon.tensors import Checkpoint, Loader
+from ckptsurgeon.tensors import Checkpoint
 
 Fetch = Callable[[str], torch.Tensor]
 

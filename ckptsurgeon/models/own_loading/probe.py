@@ -18,13 +18,14 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.formats.pickle.unpickled import written_out
+from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.own_loading.snapshot import remembered
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import tensors_of
 from ckptsurgeon.models.target.skeleton import place, state_dict_of
 from ckptsurgeon.planning.own_loading.versions import plain
 from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
-from ckptsurgeon.tensors import Checkpoint, Loader, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
 # Operations that leave a tensor's values as they are, where its dtype and shape stay as well.

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ckptsurgeon.loading import Loader
 from ckptsurgeon.planning.own_loading.versions import module_paths
-from ckptsurgeon.tensors import Loader
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
 # torch's own code that gives what copying a key's value gives.

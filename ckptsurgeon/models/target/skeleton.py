@@ -19,6 +19,7 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.plain.skeleton import fingerprint
 from ckptsurgeon.models.target import user_code
+from ckptsurgeon.models.target.conversions import find_naming
 from ckptsurgeon.models.target.loaders import find_loaders
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -38,7 +39,12 @@ def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | 
     (2, 3)
     """
     state = state_dict_of(model, path)
-    checkpoint = replace(checkpoint_of_state_dict(state, path), loaders=find_loaders(model, state), overlaps=_overlaps(state))
+    checkpoint = replace(
+        checkpoint_of_state_dict(state, path),
+        loaders=find_loaders(model, state),
+        naming=find_naming(model, state),
+        overlaps=_overlaps(state),
+    )
     if note is not None and checkpoint.entries:
         note(f"{path} keeps {len(checkpoint.entries)} values beside its tensors: {', '.join(checkpoint.entries)}")
     return checkpoint
