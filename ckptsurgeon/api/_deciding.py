@@ -34,7 +34,7 @@ def decide(
         RuleError, PlanError: as `make_plan`.
     """
     if options.match:
-        ruling = _matched(sources, target, ruling, options.accept_uncertain)
+        ruling = _matched(sources, target, ruling, options)
     ruling = learned(sources, target, model, ruling, average=options.average, auto=options.auto)
     made = make_plan(
         sources,
@@ -51,7 +51,7 @@ def decide(
     return ruling, made
 
 
-def _matched(sources: Sequence[Checkpoint], target: Checkpoint | None, ruling: Ruling, accept: bool) -> Ruling:
+def _matched(sources: Sequence[Checkpoint], target: Checkpoint | None, ruling: Ruling, options: RuleOptions) -> Ruling:
     """A call's rules, and after them those that matching adds. Raises CoverageError where it finds too little."""
     if target is None or len(sources) != 1:
         raise PlanError(
@@ -59,7 +59,7 @@ def _matched(sources: Sequence[Checkpoint], target: Checkpoint | None, ruling: R
         )
     from ckptsurgeon.matching.proposals.propose import LEAST, propose
 
-    proposed = propose(sources[0], target, ruling.rules, ruling.outside, accept=accept)
+    proposed = propose(sources[0], target, ruling.rules, ruling.outside, accept=options.accept_uncertain, dequantize=options.dequantize)
     refusal = proposed.refusal(LEAST)
     if refusal is not None:
         raise refusal

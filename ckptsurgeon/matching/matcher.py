@@ -16,6 +16,7 @@ from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Found, doubted
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.factors import sides, written
 from ckptsurgeon.matching.key_links import Turned, links
 from ckptsurgeon.matching.module_tree import both, fold
 from ckptsurgeon.matching.pairing import Laid, Record
@@ -32,12 +33,20 @@ Z = 2.58  # 99 of 100 samples lie so many standard deviations around the truth
 Tensors = Mapping[str, TensorMeta]
 
 
-def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = ()) -> Matching:
+def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = (), *, dequantize: bool = False) -> Matching:
     """Find the mapping of a source's tensors to a target's by their names, shapes and order.
 
     Keys of equal name and shape go together; see `same_names` for what they yield to. Where the source's matrices fit only transposed, they
-    are looked at so. `ties` are groups of the target's keys that are one tensor: all of a group get what its first one gets.
+    are looked at so. `ties` are groups of the target's keys that are one tensor: all of a group get what its first one gets. `dequantize`
+    says that values are made of codes.
     """
+    one, other = sides(source, target)
+    found = _match_plain(one.tensors, other.tensors, other.ties(ties))
+    return result(written(found.links, one, other, dequantize=dequantize), source, target, found.order)
+
+
+def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
+    """The mapping of what plain models have: a weight as one tensor, whatever holds it."""
     given, wanted = looked_at(source), looked_at(target)
     change = find_change(given, wanted).applied
     bare = rename_all(given, wanted, change.prefix)

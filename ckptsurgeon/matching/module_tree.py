@@ -24,11 +24,7 @@ ROLES: Mapping[str, str] = {
     "running_mean": "running_mean", "moving_mean": "running_mean", "mean": "running_mean",
     "running_var": "running_var", "moving_variance": "running_var", "moving_var": "running_var", "variance": "running_var",
     "num_batches_tracked": "num_batches_tracked",
-    "weight_g": "weight_g", "weight_v": "weight_v", "weight_orig": "weight", "weight_u": "weight_u",
-    "parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v",
-    "parametrizations.weight.original": "weight",
 }  # fmt: skip
-_PARAMETRIZED = re.compile(r"\.?parametrizations\.([A-Za-z_]+)\.original([01]?)$")
 _STEMMED = re.compile(r"(?:(weight|bias)_(.+)|(.+)_(weight|bias))")
 _NUMBER = re.compile(r"\d+")
 _BESIDE_CHILDREN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -166,8 +162,7 @@ def grow(tensors: Iterable[TensorMeta], interned: _Interned | None = None) -> No
     """The tree of a side's tensors. Give both sides the same `interned` (see `both`)."""
     root = _Module()
     for at, tensor in enumerate(tensors):
-        name = _PARAMETRIZED.sub(lambda found: f".{found[1]}{ {'0': '_g', '1': '_v', '': ''}[found[2]] }", tensor.name)
-        *path, leaf = name.split(".", _DEEPEST)
+        *path, leaf = tensor.name.split(".", _DEEPEST)
         module = root
         for part in path:
             module = module.setdefault(part, _Module())

@@ -12,6 +12,7 @@ from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.command import NOT_IN_MEMORY, InMemory, Option
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.low_rank import lost_factors
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
@@ -116,6 +117,7 @@ class Diff(Result):
         parted_codes: keys of `quantised` that a merge would cast or part from their scales.
         loaded: keys that the model's own loading code takes.
         rivals: prefixes between which nothing decides, so that none is applied.
+        warnings: what is said of the source's keys that nothing takes.
         exchanges: renames of one prefix to another that would explain most of what is left, the best first.
         options: the rules that it was made with, as options of a command.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
@@ -144,6 +146,7 @@ class Diff(Result):
     loaded: tuple[Loaded, ...] = ()
     rivals: tuple[Way, ...] = ()
     exchanges: tuple[Way, ...] = ()
+    warnings: tuple[str, ...] = ()
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
@@ -231,6 +234,7 @@ def compare(
         parted_codes=_parted(origins, codes, target),
         rivals=ways_to_choose([source], target, names, rules)[0],
         exchanges=exchanges,
+        warnings=tuple(words for words in (lost_factors(extra),) if words is not None),
         loaded=_loaded(outside.taken.get(0), computed),
         unkept=tuple(find_unkept(target, given)),
         in_memory=(source.in_memory, target.in_memory),

@@ -9,6 +9,7 @@ from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.hints import SHOWN, shortened
 from ckptsurgeon.planning.apply_rules import Names
+from ckptsurgeon.planning.low_rank import lost_factors
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.planning.quantised import scales_read
 from ckptsurgeon.planning.resolve import find_refused, find_unkept
@@ -79,9 +80,20 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
             findings.append(
                 Finding("untied", f"one tensor in the target ({', '.join(group)}), but apart in the source", group[0], "warning")
             )
+    findings += _lost_factors(sources, names, steps)
     for source in sources:
         findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
     return tuple(findings)
+
+
+def _lost_factors(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) -> list[Finding]:
+    """A warning for each source of whose low-rank factors some go nowhere, though no rule says so."""
+    taken = {place for step in steps for place in step.sources} | names.dropped.keys()
+    found = []
+    for number, source in enumerate(sources):
+        words = lost_factors(key for key in source if (number, key) not in taken)
+        found += [Finding("lost-factors", f"{source.path}: {words}", None, "warning")] if words else []
+    return found
 
 
 def _filled(step: Step) -> str:

@@ -142,6 +142,7 @@ def diff(found: Diff) -> dict[str, Any]:
         "exchanges": [_way(way) for way in found.exchanges],
         "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
         "likely": [_link(link) for link in found.likely],
+        "warnings": list(found.warnings),
     }
 
 

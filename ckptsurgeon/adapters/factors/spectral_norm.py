@@ -19,14 +19,15 @@ _IMAGE, _NONE = 0.9, 0.5  # cosines from which on u is what the weight makes of 
 
 
 def dims_of(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
-    """The dims of a weight that can be its rows, as the lengths of u and v say; none where it can't. A matrix has its first, save where
-    only the second fits: torch takes another for transposed convolutions alone.
+    """The dims of a weight that can be its rows, as the lengths of u and v say; none where it can't.
 
-    >>> dims_of((8, 4, 3), (8,), (12,)), dims_of((4, 8, 3), (8,), (12,)), dims_of((8, 8, 3), (8,), (24,)), dims_of((8, 8), (8,), (8,))
+    Of several it is the first of a matrix, and one of the first two of a kernel: torch takes the second for transposed convolutions alone.
+
+    >>> dims_of((8, 4, 3), (8,), (12,)), dims_of((4, 8, 8), (8,), (32,)), dims_of((8, 8, 3), (8,), (24,)), dims_of((8, 8), (8,), (8,))
     ((0,), (1,), (0, 1), (0,))
     """
     fits = _fitting(original, u, v)
-    return fits[:1] if len(original) == 2 else fits
+    return fits[:1] if len(original) == 2 else tuple(dim for dim in fits if dim < 2) or fits
 
 
 def _fitting(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from ckptsurgeon.command import NOT_IN_MEMORY, Command, InMemory, Option, at_root
 from ckptsurgeon.errors import CoverageError, RuleError
 from ckptsurgeon.limit_table import allowed
+from ckptsurgeon.matching.factors import DEQUANTIZE
 from ckptsurgeon.matching.matcher import looked_at, match
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links import to_toml
@@ -20,6 +21,7 @@ from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, genera
 from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.low_rank import lost_factors
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
@@ -109,11 +111,13 @@ class Proposal(Matching, Result):
             return None
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
             doubtful = next(link for link in self.links if link not in self.applied)
+            codes = any(DEQUANTIZE in link.evidence for link in self.links if link not in self.applied)
+            way = "leave out what rivals it (--drop 'other_tower.**'), or take them as they are: --accept-uncertain"
             rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
             return CoverageError(
                 f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of either side",
                 path=self.source,
-                hint="leave out what rivals it (--drop 'other_tower.**'), or take them as they are: --accept-uncertain",
+                hint="quantised weights are codes: make values of them: --dequantize" if codes else way,
             )
         return CoverageError(
             f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
@@ -136,8 +140,10 @@ def propose(
     *,
     accept: bool = False,
     judge: Judge | None = None,
+    dequantize: bool = False,
 ) -> Proposal:
-    """Match what a person's rules leave open, and make rules of the links; `judge` may look at the values behind them first.
+    """Match what a person's rules leave open, and make rules of the links; `judge` may look at the values behind them first. `dequantize`
+    says that values are made of codes.
 
     Raises RuleError for rules of the person's that can't be followed.
     """
@@ -150,11 +156,12 @@ def propose(
         {key: tensor for key, tensor in source.items() if key not in task.touched},
         {key: tensor for key, tensor in target.items() if key not in task.given and key not in kept},
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
+        dequantize=dequantize,
     )
     judged, warnings = judge(found) if judge is not None else (found, ())
     return replace(
         rule(judged, task, accept=accept),
-        warnings=(*_passed_over(source, target), *warnings),
+        warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(found.unused)) is not None else ())),
         rivals=ways_to_choose([source], target, names, before)[0],
         unkept=tuple(find_unkept(target, {name for name, (_, key) in names.entries.items() if key not in refused})),
     )

@@ -21,7 +21,7 @@ def line_of(link: Link, name: Mapping[str, str]) -> Line:
     """A link as a line, with the source's names as patterns see them."""
     sources = tuple(name[key] for key in link.sources)
     targets = link.targets
-    if len(sources) > 1:
+    if len(sources) > 2:  # two are as short by name
         sources = numbered(sources) or sources
     elif len(targets) > 1 and counted_at(parse_ops(link.op)) is not None:
         targets = numbered(targets, start=0) or targets

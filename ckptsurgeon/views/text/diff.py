@@ -60,6 +60,7 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
     if found.refused:
         lines.append(heading("refused", len(found.refused), "not told without running the file; leave out with --drop"))
         lines += table(list(found.refused.items()), width, most)
+    lines += [f"  warning: {name(words)}" for words in found.warnings]
     done, total = found.coverage.counts
     lines.append(f"Coverage {coverage_words(found.coverage)} ({done} of {count(total, 'tensor')}).")
     return fitted([*lines, *_next(found, width)], width)

@@ -1,0 +1,263 @@
+"""Weights that a side holds in other tensors: factors (weight_norm, spectral_norm), codes with scales, a base layer that PEFT has wrapped.
+
+Rule: whoever compares sees the weight that they stand for, under the name that it has in a plain layer. The links that come of it are
+written for the tensors that are there, with the op that folds or unfolds them; a factor is never linked as if it were the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
+from ckptsurgeon.planning import quantised
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.low_rank import is_factor, unwrapped
+from ckptsurgeon.planning.quantised import Codes
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+Shape = tuple[int, ...]
+NOT_THE_WEIGHT = "a factor of a weight, and not the weight"
+DEQUANTIZE = "codes, of which --dequantize makes values"
+LAYOUT = "layout"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way in which torch holds a weight: what stands in place of `NAME` in a module, in the order in which the op takes it.
+
+    Attributes:
+        op: the adapter that makes the weight of them.
+        names: their names; the first has the weight's shape where `whole` is 0, else the one of that number.
+        dims: the dims that can be meant, by their shapes; none where they are no such factors.
+        unfolds: whether the same op makes them of a weight.
+    """
+
+    op: str
+    names: tuple[str, ...]
+    whole: int
+    dims: Callable[..., tuple[int | None, ...]]
+    unfolds: bool = False
+
+
+FORMS = (
+    Form("spectral_norm", ("{}_orig", "{}_u", "{}_v"), 0, spectral_norm.dims_of),
+    Form("weight_norm", ("{}_g", "{}_v"), 1, weight_norm.dims_of, True),
+    Form("weight_norm", ("parametrizations.{}.original0", "parametrizations.{}.original1"), 1, weight_norm.dims_of, True),
+    Form(
+        "spectral_norm",
+        ("parametrizations.{}.original", "parametrizations.{}.0._u", "parametrizations.{}.0._v"),
+        0,
+        spectral_norm.dims_of,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A weight that is held in other tensors.
+
+    Attributes:
+        parts: these, in the order in which ops take them.
+        op: what makes the weight of them; empty where its key has another name alone.
+        unfold: what makes them of a weight; None where nothing does.
+        choices: the ops between which the shapes do not decide; empty where they do.
+    """
+
+    parts: tuple[TensorMeta, ...]
+    op: str = ""
+    unfold: str | None = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its parts."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def kind(self) -> tuple[str, tuple[Shape, ...]]:
+        """What is equal for two whose parts are one another's."""
+        return self.op.partition("(")[0], tuple(part.shape for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's tensors as a plain model would have them, and those of them that are held otherwise."""
+
+    tensors: Tensors
+    factored: Mapping[str, Factored] = field(default_factory=dict)
+    codes: Mapping[str, Codes] = field(default_factory=dict)
+
+    def ties(self, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
+        """Groups of keys that are one tensor, by the names that are seen here; of factors where all are one."""
+        whole = {one.keys: name for name, one in self.factored.items()}
+        groups = list(groups)
+        together = {key: at for at, group in enumerate(groups) for key in group}
+        for group in groups:
+            names = [key for key in group if key in self.tensors]
+            for keys, name in whole.items():
+                if keys[0] in group and all(key in together for key in keys):
+                    names.append(name)
+            if len(names) > 1:
+                yield names
+
+
+def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
+    """Both sides as plain models would have them. What both hold alike under PEFT stays as it is."""
+    wrapped = [any(map(is_factor, side)) for side in (source, target)]
+    codes = quantised.find(source), quantised.find(target)
+    hidden = {} if codes[1] else codes[0]
+    one, other = (
+        _side(side, unwrapped(side) if wrapped == [at == 0, at == 1] else {}, hidden if at == 0 else {}, codes[at])
+        for at, side in enumerate((source, target))
+    )
+    return one, other
+
+
+def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[str, Codes], codes: Mapping[str, Codes]) -> Side:
+    beside = {name for one in hidden.values() if one.op is not None for name in (*one.scales, *one.beside)}
+    names = {renamed.get(key, key): tensor for key, tensor in tensors.items() if key not in beside}
+    seen = {name: tensor for name, tensor in names.items() if name is not None}
+    groups = dict(_groups(seen))
+    factored = {name: Factored((tensor,)) for name, tensor in seen.items() if name != tensor.name}
+    found: dict[str, TensorMeta] = {}
+    place = {name: weight for weight, (form, keys) in groups.items() for name in keys}
+    for name, tensor in seen.items():
+        weight = place.get(name)
+        if weight is None:
+            dtype = "F32" if tensor.name in hidden and hidden[tensor.name].op is not None else tensor.dtype
+            found[name] = tensor if name == tensor.name and dtype == tensor.dtype else replace(tensor, name=name, dtype=dtype)
+        elif weight not in found:
+            form, keys = groups[weight]
+            parts = [seen[key] for key in keys]
+            found[weight] = replace(parts[form.whole], name=weight)
+            factored[weight] = _factored(form, parts)
+    return Side(found, factored, codes)
+
+
+def _factored(form: Form, parts: Sequence[TensorMeta]) -> Factored:
+    dims = form.dims(*(tensor.shape for tensor in parts))
+    told = len(dims) == 1 or form.unfolds  # of several lengths that a g may be, all give the same
+    choices = () if told else tuple(f"{form.op}(dim={dim})" for dim in dims)
+    return Factored(tuple(parts), choices[0] if choices else form.op, form.op if form.unfolds else None, choices)
+
+
+def _groups(tensors: Tensors) -> Iterator[tuple[str, tuple[Form, tuple[str, ...]]]]:
+    """Each weight that a side holds in factors: its name, and theirs."""
+    taken: set[str] = set()
+    inner = _inner(tensors)
+    for form in FORMS:
+        for key in tensors:
+            stem = _stem(key, form.names[0])
+            if stem is None or key in taken:
+                continue
+            head, name = stem
+            weight = f"{head}{name}"
+            keys = tuple(head + one.format(name) for one in form.names)
+            whole = all(one in tensors and one not in taken for one in keys) and weight not in tensors
+            alone = inner.get(f"{head}parametrizations.{name}", len(keys)) == len(keys)
+            if whole and alone and form.dims(*(tensors[one].shape for one in keys)):
+                taken.update(keys)
+                yield weight, (form, keys)
+
+
+def _inner(tensors: Tensors) -> dict[str, int]:
+    """How many tensors stand under each parametrized name: with more than a form has, it is another one, or one of several."""
+    found: dict[str, int] = {}
+    for key in tensors:
+        head, inside, rest = key.rpartition("parametrizations.")
+        if inside and "." in rest:
+            name = f"{head}{inside}{rest.partition('.')[0]}"
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _stem(key: str, name: str) -> tuple[str, str] | None:
+    """What stands before the module's own part of a key, and the weight's name; None where it is not called so."""
+    before, after = name.split("{}")
+    if not key.endswith(after):
+        return None
+    stem = key[: len(key) - len(after)]
+    if before:
+        head, found, weight = stem.rpartition(before)
+        return (head, weight) if found and weight and "." not in weight and (not head or head.endswith(".")) else None
+    head, dot, weight = stem.rpartition(".")
+    return (head + dot, weight) if "weight" in weight.split("_") else None
+
+
+def written(links: Iterable[Link], source: Side, target: Side, *, dequantize: bool = False) -> list[Link]:
+    """Links between what a plain model would have, as links between what is there; `dequantize` says that values are made of codes."""
+    told = [_told(link, source.factored, target.factored) for link in links]
+    found = [one for link in told for one in _written(link, source.factored, target.factored)]
+    return [_as_codes(link, source.codes, target.codes, dequantize) for link in found]
+
+
+def _told(link: Link, source: Mapping[str, Factored], target: Mapping[str, Factored]) -> Link:
+    """A link, doubted where it takes a factor that is alone for a weight."""
+    lone = [tuple(_part(key) for key in keys if key not in known) for keys, known in ((link.sources, source), (link.targets, target))]
+    if any(map(any, lone)) and not (lone[0] == lone[1] and len(link.sources) == len(link.targets) == 1):
+        return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, NOT_THE_WEIGHT))
+    return link
+
+
+def _written(link: Link, source: Mapping[str, Factored], target: Mapping[str, Factored]) -> Iterator[Link]:
+    ones, others = [source.get(key) for key in link.sources], [target.get(key) for key in link.targets]
+    if not any(ones) and not any(others):
+        yield link
+        return
+    if len(ones) == len(others) == 1 and ones[0] and others[0] and ones[0].kind == others[0].kind and not link.op:
+        yield from (replace(link, sources=(one,), targets=(other,)) for one, other in zip(ones[0].keys, others[0].keys, strict=True))
+        return
+    folds = {one.op if one is not None else "" for one in ones}
+    unfolds = {other.unfold if other is not None else "" for other in others}
+    if len(folds) > 1 or len(unfolds) > 1 or None in unfolds:
+        return
+    (fold,), (unfold,) = folds, unfolds
+    if unfold and len(others) > 1:
+        return
+    sources = tuple(key for one, name in zip(ones, link.sources, strict=True) for key in (one.keys if one else (name,)))
+    targets = tuple(key for other, name in zip(others, link.targets, strict=True) for key in (other.keys if other else (name,)))
+    if (fold or unfold) and len(sources) > 1 and len(targets) > 1:
+        return  # no one rule has several keys on both sides
+    made = replace(link, sources=sources, targets=targets, op=_chain(fold, link.op, unfold or ""))
+    choices = next((one.choices for one in ones if one is not None and one.choices), ())
+    if choices:
+        texts = tuple(f"{' + '.join(sources)} -> {' + '.join(targets)}={_chain(choice, link.op)}" for choice in choices)
+        made = replace(made, doubt=LAYOUT, choices=texts)
+    yield made
+
+
+def _chain(*ops: str) -> str:
+    return " | ".join(op for op in ops if op)
+
+
+def _as_codes(link: Link, source: Mapping[str, Codes], target: Mapping[str, Codes], dequantize: bool) -> Link:
+    """A link, doubted where one side has codes and the other values, unless values are made of them."""
+    codes, wanted = [source[key] for key in link.sources if key in source], [key for key in link.targets if key in target]
+    made = dequantize and all(one.op is not None for one in codes)
+    if bool(codes and not made) == bool(wanted):
+        return link
+    words = DEQUANTIZE if codes and codes[0].op is not None else "codes on one side alone"
+    return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, words))
+
+
+def _part(key: str) -> str:
+    """Which factor of a weight a key names; empty for none.
+
+    >>> _part("a.weight_v"), _part("a.parametrizations.weight.original1"), _part("a.weight"), _part("q.lora_A.default.weight")
+    ('v', 'v', '', 'low rank')
+    """
+    if is_factor(key):
+        return "low rank"
+    for part, ends in _PARTS.items():
+        if any(_stem(key, name) is not None for name in ends):
+            return part
+    return ""
+
+
+_PARTS = {
+    "g": ("{}_g", "parametrizations.{}.original0"),
+    "v": ("{}_v", "parametrizations.{}.original1"),
+    "orig": ("{}_orig", "parametrizations.{}.original"),
+}

@@ -1,0 +1,283 @@
+"""Weights held in factors, on one side or both: links with the op that folds or unfolds them. Oracle: torch's own modules in eval mode."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import ckptsurgeon as cs
+from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.matching.factors import NOT_THE_WEIGHT, sides
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.tensors import TensorMeta
+
+Norm = Callable[..., nn.Module]
+
+
+def plain(layer: nn.Module, **_: object) -> nn.Module:
+    return layer
+
+
+def old(layer: nn.Module, **how: object) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer, **how)
+
+
+new = parametrizations.weight_norm
+FORMS: dict[str, Norm] = {"plain": plain, "old": old, "new": new}
+NAMES = ("conv_pre", "ups", "resblocks", "convs1", "convs2", "conv_post"), ("inp", "upsamples", "blocks", "first", "second", "out")
+
+
+class Block(nn.Module):
+    def __init__(self, norm: Norm, names: tuple[str, ...], size: int) -> None:
+        super().__init__()
+        setattr(self, names[3], nn.ModuleList([norm(nn.Conv1d(size, size, 3, padding=1)) for _ in range(2)]))
+        setattr(self, names[4], nn.ModuleList([norm(nn.Conv1d(size, size, 5, padding=2)) for _ in range(2)]))
+
+
+class Vocoder(nn.Module):
+    """As HiFi-GAN is built: transposed convolutions, rows of blocks, one channel at the end, and one norm over the last dim."""
+
+    def __init__(self, norm: Norm, names: tuple[str, ...], plain_end: bool = False) -> None:
+        super().__init__()
+        setattr(self, names[0], norm(nn.Conv1d(10, 16, 7)))
+        setattr(self, names[1], nn.ModuleList([norm(nn.ConvTranspose1d(16 >> i, 8 >> i, 4, 2)) for i in range(2)]))
+        setattr(self, names[2], nn.ModuleList([Block(norm, names, 8 >> i) for i in range(2)]))
+        setattr(self, names[5], (plain if plain_end else norm)(nn.Conv1d(4, 1, 7)))
+        self.pos_conv = norm(nn.Conv1d(16, 16, 6, groups=4), dim=2)
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """By module its eval weight and bias, whatever they are made of."""
+    found = {}
+    for path, layer in module.eval().named_modules():
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d | nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, (None,))
+            found |= {f"{path}.weight": layer.weight.detach(), f"{path}.bias": layer.bias.detach()}
+    return found
+
+
+def scattered(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+    return module
+
+
+@pytest.mark.parametrize("there", FORMS)
+@pytest.mark.parametrize("here", FORMS)
+@pytest.mark.parametrize("names", [0, 1], ids=["same names", "other names"])
+def test_a_vocoder_goes_into_each_form_of_it(tmp_path: Path, here: str, there: str, names: int) -> None:
+    """Complete, and the same weights: to the last bit where they are folded or renamed, to rounding where they are taken apart."""
+    torch.manual_seed(0)
+    source, target = scattered(Vocoder(FORMS[here], NAMES[0])), Vocoder(FORMS[there], NAMES[names])
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    torch.save(target.state_dict(), tmp_path / "t.pt")
+    found = cs.match(tmp_path / "a.pt", tmp_path / "t.pt")
+    assert found.coverage.tensors == 1 and not found.uncertain and not found.unmatched and not found.unused
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True)
+    target.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    for (_, wanted), (key, got) in zip(weights(source).items(), weights(target).items(), strict=True):
+        if there == "plain" or here != "plain":
+            assert torch.equal(got, wanted), key
+        else:
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_one_side_may_hold_some_of_them_plain(tmp_path: Path) -> None:
+    source, target = scattered(Vocoder(new, NAMES[0])), Vocoder(old, NAMES[1], plain_end=True)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    torch.save(target.state_dict(), tmp_path / "t.pt")
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True)
+    target.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    assert all(torch.equal(one, other) for one, other in zip(weights(source).values(), weights(target).values(), strict=True))
+
+
+def test_the_rules_file_says_it_and_leads_there(tmp_path: Path) -> None:
+    source, target = scattered(Vocoder(old, NAMES[0])), Vocoder(plain, NAMES[1])
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    torch.save(target.state_dict(), tmp_path / "t.pt")
+    (tmp_path / "r.toml").write_text(cs.match(tmp_path / "a.pt", tmp_path / "t.pt").toml)
+    assert "weight_norm" in (tmp_path / "r.toml").read_text()
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", rules=tmp_path / "r.toml")
+    target.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    assert all(torch.equal(one, other) for one, other in zip(weights(source).values(), weights(target).values(), strict=True))
+
+
+def discriminator(norm: Norm) -> nn.Sequential:
+    layers = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1), nn.ConvTranspose2d(4, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
+    return nn.Sequential(*map(norm, layers))
+
+
+@pytest.mark.parametrize("there", ["plain", "old", "new"])
+@pytest.mark.parametrize("here", ["old", "new"])
+def test_spectral_norm_is_folded_or_renamed(tmp_path: Path, here: str, there: str) -> None:
+    forms = {"plain": plain, "old": nn.utils.spectral_norm, "new": parametrizations.spectral_norm}
+    source, target = discriminator(forms[here]), discriminator(forms[there])
+    for _ in range(3):
+        source(torch.randn(2, 3, 4, 4))
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    torch.save(target.state_dict(), tmp_path / "t.pt")
+    found = cs.match(tmp_path / "a.pt", tmp_path / "t.pt")
+    assert not found.unmatched and not found.uncertain
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True)
+    target.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    assert all(torch.equal(one, other) for one, other in zip(weights(source).values(), weights(target).values(), strict=True))
+
+
+def test_a_plain_weight_is_never_put_under_spectral_norm() -> None:
+    """Torch would divide it by its norm: no original, u and v give any weight."""
+    found = match(metas(discriminator(plain)), metas(discriminator(parametrizations.spectral_norm)))
+    assert not [link for link in found.certain if any("parametrizations" in key for key in link.targets)]
+    assert sum(key.endswith("bias") for link in found.certain for key in link.targets) == 4
+
+
+def test_rows_that_shapes_do_not_tell_are_a_doubt_with_both_as_choices() -> None:
+    """A kernel with as many inputs as outputs: of a convolution, or of a transposed one."""
+    net = nn.Sequential(parametrizations.spectral_norm(nn.ConvTranspose2d(4, 4, 3)), nn.Conv2d(4, 2, 1))
+    bare = nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+    link = match(metas(net), metas(bare)).by_target["0.weight"]
+    assert link.doubt == "layout" and not link.certain
+    assert [choice.rpartition("=")[0] for choice in link.choices]
+    assert "spectral_norm(dim=0)" in link.choices[0] and "spectral_norm(dim=1)" in link.choices[1]
+
+
+def test_spectral_norm_and_weight_norm_are_not_one_another() -> None:
+    found = match(metas(discriminator(nn.utils.spectral_norm)), metas(discriminator(new)))
+    assert not [link for link in found.links if link.certain and not link.targets[0].endswith("bias")]
+
+
+def metas(module: nn.Module) -> dict[str, TensorMeta]:
+    return {key: TensorMeta(key, "F32", tuple(value.shape), ()) for key, value in module.state_dict().items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_factor_is_never_sure_to_be_the_weight(data: st.DataObject) -> None:
+    """Whatever keys of a normed net are there: a link of one key leads from a factor to the same factor, or from what is none to none."""
+    form = data.draw(st.sampled_from([old, new, nn.utils.spectral_norm, parametrizations.spectral_norm]))
+    other = data.draw(st.sampled_from([plain, old, new, nn.utils.spectral_norm, parametrizations.spectral_norm]))
+    layers = data.draw(st.lists(st.sampled_from([(4, 8), (8, 4), (8, 8), (1, 8)]), min_size=1, max_size=3))
+    make = data.draw(st.sampled_from([nn.Conv1d, nn.ConvTranspose1d]))
+    one, two = (nn.Sequential(*(norm(make(a, b, 3)) for a, b in layers)) for norm in (form, other))
+    sides_ = [metas(one), metas(two)]
+    for side in sides_:
+        for key in data.draw(st.lists(st.sampled_from(sorted(side)), max_size=2, unique=True)):
+            del side[key]
+    if data.draw(st.booleans()):
+        sides_ = sides_[::-1]
+    found = match(*sides_)
+    for link in found.certain:
+        if len(link.sources) == len(link.targets) == 1:
+            assert part(link.sources[0]) == part(link.targets[0]), link
+        assert (link.op == "") == (len(link.sources) == len(link.targets) == 1), link
+
+
+def part(key: str) -> str:
+    ends = {"original0": "g", "original1": "v", "original": "o", "weight_orig": "o", "weight_g": "g", "weight_v": "v", "0._v": "v"}
+    return next((found for end, found in ends.items() if key.endswith(end)), "")
+
+
+def test_lone_factors_are_said_not_to_be_the_weight() -> None:
+    source = {key: one for key, one in metas(nn.Sequential(old(nn.Conv1d(4, 8, 3)))).items() if not key.endswith("_g")}
+    (link,) = [link for link in match(source, metas(nn.Sequential(nn.Conv1d(4, 8, 3)))).links if link.targets == ("0.weight",)]
+    assert not link.certain and NOT_THE_WEIGHT in link.evidence
+
+
+def test_a_side_is_seen_as_a_plain_model_has_it() -> None:
+    class Net(nn.Module):
+        def __init__(self, norm: Norm) -> None:
+            super().__init__()
+            self.conv = norm(nn.Conv1d(8, 8, 3))
+            self.rnn = norm(nn.LSTM(4, 8), name="weight_hh_l0")
+            self.weight_g = nn.Parameter(torch.ones(3))
+
+    bare = metas(Net(plain))
+    for norm in (old, new):
+        seen, _ = sides(metas(Net(norm)), bare)
+        assert {key: one.shape for key, one in seen.tensors.items()} == {key: one.shape for key, one in bare.items()}
+        assert set(seen.factored) == {"conv.weight", "rnn.weight_hh_l0"}
+
+
+def test_another_parametrization_is_left_as_it_is() -> None:
+    for norm in (parametrizations.orthogonal, lambda layer: new(parametrizations.orthogonal(layer))):
+        side = metas(norm(nn.Linear(4, 4)))
+        seen, _ = sides(side, side)
+        assert seen.tensors == side and not seen.factored
+
+
+def test_tied_weights_are_tied_as_they_are_seen(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self, norm: Norm) -> None:
+            super().__init__()
+            self.embed = norm(nn.Linear(4, 9))
+            self.head = self.embed
+
+    source, target = scattered(Net(plain)), Net(old)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    torch.save(target.state_dict(), tmp_path / "t.pt")
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True)
+    target.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    torch.testing.assert_close(weights(target)["embed.weight"], source.embed.weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+# --- codes
+
+
+def quantised(scale: str, dtype: torch.dtype, scheme: str = "fp8") -> dict[str, torch.Tensor]:
+    state = {}
+    for at in range(2):
+        shape = () if scheme == "fp8" else (16,)
+        state |= {f"layers.{at}.q.weight": torch.randint(-9, 9, (16, 8)).to(dtype), f"layers.{at}.q.{scale}": torch.rand(shape) + 0.5}
+        state[f"layers.{at}.norm.weight"] = torch.rand(8)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "scheme"),
+    [("weight_scale_inv", torch.float8_e4m3fn, "fp8"), ("SCB", torch.int8, "int8"), ("weight_scale", torch.int8, "int8")],
+)
+def test_codes_are_no_weight_unless_values_are_made_of_them(tmp_path: Path, scale: str, dtype: torch.dtype, scheme: str) -> None:
+    state = quantised(scale, dtype, scheme)
+    torch.save(state, tmp_path / "a.pt")
+    names = {"q": "q_proj", "norm": "ln"}
+    target = {f"h.{at}.{names[name]}.weight": torch.zeros(16, 8) if name == "q" else torch.zeros(8) for at in range(2) for name in names}
+    torch.save(target, tmp_path / "t.pt")
+    found = cs.match(tmp_path / "a.pt", tmp_path / "t.pt")
+    doubtful = [link for link in found.links if link.targets[0].endswith("q_proj.weight")]
+    assert doubtful and not any(link.certain for link in doubtful) and all("--dequantize" in " ".join(link.evidence) for link in doubtful)
+    with pytest.raises(CheckpointError) as error:
+        cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True)
+    assert "dequantize" in str(error.value.hint)
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True, dequantize=True)
+    got = torch.load(tmp_path / "o.pt", weights_only=True)
+    for at in range(2):
+        scales = state[f"layers.{at}.q.{scale}"].reshape(-1, 1)
+        wanted = state[f"layers.{at}.q.weight"].float() * scales / (127 if scale == "SCB" else 1)
+        torch.testing.assert_close(got[f"h.{at}.q_proj.weight"], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_codes_go_to_codes_as_they_are(tmp_path: Path) -> None:
+    state = quantised("weight_scale_inv", torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({key.replace("layers.", "h."): value for key, value in state.items()}, tmp_path / "t.pt")
+    found = cs.match(tmp_path / "a.pt", tmp_path / "t.pt")
+    assert all(link.targets[0] == link.sources[0].replace("layers.", "h.") for link in found.certain)
+    assert any(link.targets[0].endswith("q.weight") for link in found.certain)
+
+
+def test_values_are_not_taken_for_codes(tmp_path: Path) -> None:
+    state = quantised("weight_scale_inv", torch.float8_e4m3fn)
+    floats = {key.replace("q.", "q_proj."): value.float() for key, value in state.items() if "scale" not in key}
+    torch.save(floats, tmp_path / "a.pt")
+    torch.save(state, tmp_path / "t.pt")
+    assert not [link for link in cs.match(tmp_path / "a.pt", tmp_path / "t.pt").certain if link.targets[0].endswith("q.weight")]
