@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 FLOORS = [
     {
         *("errors", "shown", "dtypes", "tensors", "report", "version", "limit_table", "hints", "wrappers", "call_text", "finding_codes"),
-        *("argument_examples", "arguments", "parameter_types", "command", "loading"),
+        *("argument_examples", "arguments", "parameter_types", "command", "loading", "low_rank"),
         "regular_expressions",
     },
     {"storage"},

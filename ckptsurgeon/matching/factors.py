@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
+from ckptsurgeon.low_rank import is_factor, unwrapped
 from ckptsurgeon.planning import quantised
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.planning.low_rank import is_factor, unwrapped
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.tensors import TensorMeta
 

@@ -10,9 +10,9 @@ from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.command import NOT_IN_MEMORY, InMemory, Option
+from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.planning.low_rank import lost_factors
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange

@@ -8,8 +8,8 @@ from math import prod
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.hints import SHOWN, shortened
+from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import Names
-from ckptsurgeon.planning.low_rank import lost_factors
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.planning.quantised import scales_read
 from ckptsurgeon.planning.resolve import find_refused, find_unkept

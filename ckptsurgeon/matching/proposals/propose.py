@@ -13,6 +13,7 @@ from functools import cached_property
 from ckptsurgeon.command import NOT_IN_MEMORY, Command, InMemory, Option, at_root
 from ckptsurgeon.errors import CoverageError, RuleError
 from ckptsurgeon.limit_table import allowed
+from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.matching.factors import DEQUANTIZE
 from ckptsurgeon.matching.matcher import looked_at, match
 from ckptsurgeon.matching.result import Matching
@@ -21,7 +22,6 @@ from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, genera
 from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.planning.low_rank import lost_factors
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
