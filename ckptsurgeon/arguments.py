@@ -64,6 +64,10 @@ def _is_flag(value: Any) -> bool:
     return (isinstance(value, int | numbers.Integral) and value in (0, 1)) or type(value).__name__ in ("bool", "bool_")
 
 
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) or (type(value).__module__ == "torch" and type(value).__name__ == "dtype")
+
+
 def _is_object(value: Any) -> bool:
     return not isinstance(value, (type, str, bytes, os.PathLike, numbers.Number)) and value is not None
 
@@ -161,6 +165,7 @@ KINDS: dict[str, Kind] = {
     "Plan | Path": Kind("a plan, or the path of a plan.json", _any(_ours("Plan"), _is_path), file=True),
     "Path | Iterable[Path]": Kind("a path or a list of them", _any(_is_path, _all(_is_path)), file=True),
     "int | str": Kind("a number of bytes, or text such as '500MB'", _any(_is_whole, _is_text)),
+    "Dtype": Kind("a dtype's name such as 'BF16', or torch.bfloat16", _is_dtype),
     "Words": _WORDS,
     "Iterable[str]": _WORDS,
     "str | Iterable[str]": _WORDS,
@@ -181,6 +186,7 @@ KINDS: dict[str, Kind] = {
 }
 _CODES = Kind("a code such as 'CK201', a name, or a list of them", _WORDS.fits)
 _NAMES = Kind("a name or a list of them", _WORDS.fits)
+_DTYPES = Kind("a dtype's name such as 'BF16', torch.bfloat16, or a list of them", _any(_is_dtype, _all(_is_dtype)))
 # By verb and parameter, or by parameter, where an annotation says less than is meant.
 NAMED: dict[str, Kind] = {
     "transfer.source": _LIVE,
@@ -204,7 +210,7 @@ NAMED: dict[str, Kind] = {
     "select": _CODES,
     "ignore": _CODES,
     "allow": _NAMES,
-    "dtypes": _NAMES,
+    "dtypes": _DTYPES,
     "inputs": Kind("a shape such as '1x3x32x32', or a list of them", _WORDS.fits),
     "limits.bounds": Kind("a number, or text such as '2GiB'", _any(_is(int), _is_text)),
 }

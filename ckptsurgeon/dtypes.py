@@ -58,3 +58,46 @@ BY_STORAGE_CLASS: dict[str, DType] = {row.storage_class: row for row in TABLE if
 SAFETENSORS_RANK: dict[str, int] = {row.code: rank for rank, row in enumerate(TABLE)}
 
 DTYPE_CHOICES = ("source", "target", "F16", "BF16", "F32", "F64")  # whose dtype an output has, or one for all floating tensors
+
+# What else people call a dtype: torch's other names for it, and the short names of training code.
+_ALSO = {
+    "U8": ("byte",),
+    "I8": ("char",),
+    "I16": ("short",),
+    "F16": ("fp16",),
+    "BF16": ("bf16",),
+    "F32": ("fp32",),
+    "C64": ("cfloat",),
+    "F64": ("fp64",),
+    "C128": ("cdouble",),
+    "C32": ("chalf",),
+}
+_NAMES: dict[str, DType] = (
+    {row.code.lower(): row for row in TABLE} | BY_TORCH | {name: BY_CODE[code] for code, names in _ALSO.items() for name in names}
+)
+
+
+def named(word: object) -> DType | None:
+    """The dtype that a person names: by safetensors' code, or by any of torch's names, in any case, with or without `torch.`.
+
+    >>> [found.code for word in ("bf16", "torch.float16", "Half", "F8_E4M3") if (found := named(word))]
+    ['BF16', 'F16', 'F16', 'F8_E4M3']
+    """
+    return _NAMES.get(str(word).strip().lower().removeprefix("torch."))
+
+
+def choice(word: object) -> str:
+    """One of `DTYPE_CHOICES`, by any of its names; a word that is none of them as it is.
+
+    >>> choice("Target"), choice("fp16"), choice("I64")
+    ('target', 'F16', 'I64')
+    """
+    text = str(word).strip()
+    found = named(text)
+    name = text.lower() if found is None else found.code
+    return name if name in DTYPE_CHOICES else text
+
+
+def all_names() -> list[str]:
+    """Every name that `named` knows, codes as safetensors writes them."""
+    return [*BY_CODE, *(name for name in _NAMES if name.upper() not in BY_CODE)]

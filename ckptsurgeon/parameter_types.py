@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from torch import nn as nn
 
     Model = nn.Module
+    Dtype = str | torch.dtype
 else:
     torch, nn = LazyModule("torch"), LazyModule("torch.nn")
     Model = ForwardRef("nn.Module", module=__name__)
+    Dtype = str | ForwardRef("torch.dtype", module=__name__)
 
 Path = str | os.PathLike[str]
 Note = Callable[[str], None]  # gets each note, a line of text

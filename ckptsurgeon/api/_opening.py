@@ -6,6 +6,7 @@ torch is imported only when a model or a live state_dict is given. Nothing is co
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -71,7 +72,14 @@ def look(given: Given) -> Given:
     text = os.fspath(given)
     if is_code(text):
         raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
-    return read(text)
+    try:
+        return read(text)
+    except (FormatError, UnreadableError) as error:
+        from ckptsurgeon.models.target.slips import meant_specs
+
+        if found := meant_specs(text):
+            error.hint = f"give the file first and the model last; the model is {' or '.join(map(shlex.quote, found))}"
+        raise
 
 
 def look_on_disk(given: Given) -> Given:
@@ -155,11 +163,11 @@ def _read_target(text: str) -> Archive:
     try:
         return read(text)
     except (FormatError, UnreadableError) as error:
-        from ckptsurgeon.models.target.source_names import specs_of
+        from ckptsurgeon.models.target.slips import meant_specs
 
-        found = specs_of(text)
+        found = meant_specs(text)
         if found or (text.endswith(".py") and os.path.isfile(text)):
-            error.hint = f"is it {' or '.join(found)}?" if found else f"name the model in it: {text}:NAME"
+            error.hint = f"is it {' or '.join(map(shlex.quote, found))}?" if found else f"name the model in it: {text}:NAME"
         raise
 
 

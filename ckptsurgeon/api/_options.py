@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ckptsurgeon.dtypes import choice
 from ckptsurgeon.errors import ModelError, PlanError, SettingsError
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class RuleOptions:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        """Read the patterns of casts, which may be an iterator, and refuse what contradicts itself before anything is opened.
+        """Read the patterns of casts, which may be an iterator, and a dtype by any of its names; refuse what contradicts itself before
+        anything is opened.
 
         Raises:
             RuleError: a pattern that is not well formed.
@@ -58,6 +60,8 @@ class RuleOptions:
         if self.accept_uncertain and not self.match:
             raise PlanError("accepts uncertain links, and no match is asked for", hint="match=True, accept_uncertain=True")
         object.__setattr__(self, "allow_cast", patterns)
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", choice(self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, sa
 from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
 from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.parameter_types import Given, Note, Path, Renames
+from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan
@@ -40,7 +40,7 @@ def plan(
     match: bool = False,
     accept_uncertain: bool = False,
     dequantize: bool = False,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     seed: int | None = None,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
@@ -66,7 +66,7 @@ def plan(
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
-        dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
+        dtype: `"target"` (the default with a target), `"source"`, or a floating dtype by any name: `"BF16"`, `"float16"`, `torch.float32`.
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
         allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
         min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
@@ -130,7 +130,7 @@ def merge(
     match: bool = False,
     accept_uncertain: bool = False,
     dequantize: bool = False,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     seed: int | None = None,
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
@@ -173,7 +173,7 @@ def merge(
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
-        dtype: `"target"` (the default with a target), `"source"`, or a floating code such as `"BF16"`.
+        dtype: `"target"` (the default with a target), `"source"`, or a floating dtype by any name: `"BF16"`, `"float16"`, `torch.float32`.
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
         allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
         min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.

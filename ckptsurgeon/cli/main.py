@@ -15,7 +15,6 @@ import click
 from ckptsurgeon.cli.endings import debug, say_options, told, with_traceback
 from ckptsurgeon.cli.output import StdoutError, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
 from ckptsurgeon.errors import CheckpointError, InternalError
-from ckptsurgeon.hints import close_names
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.version import VERSION
 
@@ -60,9 +59,18 @@ class Flow(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that the first word names; where there is none, the close ones are told."""
-        if args[0] not in COMMANDS and not args[0].startswith("-") and (close := close_names(args[0], COMMANDS)):
-            ctx.fail(f"No such command {args[0]!r}; is it {' or '.join(close)}?")
-        return super().resolve_command(ctx, args)
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from ckptsurgeon.cli.slips import no_command
+
+            if words := no_command(args[0], [*COMMANDS]):
+                ctx.fail(words)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and any(word[:1] == "-" and word[1:3].isalpha() and len(word) > 2 for word in rest):
+            from ckptsurgeon.cli.slips import one_dash
+
+            if words := one_dash(rest, command):
+                raise click.UsageError(words, click.Context(command, ctx, name))
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what the library says of its parameters is said of the command's options."""

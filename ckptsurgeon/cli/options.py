@@ -5,6 +5,7 @@ Rule: what reads or decides is imported by the command that needs it, when it ru
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ import click
 
 from ckptsurgeon.cli.endings import debug
 from ckptsurgeon.cli.output import Show as Show
-from ckptsurgeon.dtypes import DTYPE_CHOICES
+from ckptsurgeon.dtypes import DTYPE_CHOICES, choice
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.formats.registry import WRITTEN
 from ckptsurgeon.rules import AUTO
@@ -36,6 +37,14 @@ class Number(click.FloatRange):
     """A number within limits, which a message calls so."""
 
     name = "number"
+
+
+class DtypeChoice(click.Choice[str]):
+    """One of `DTYPE_CHOICES`, by any of a dtype's names."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The choice as the library calls it."""
+        return super().convert(choice(value), param, ctx)
 
 
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -100,6 +109,8 @@ def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str
 
 def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]:
     """Sources and target: the last of several paths is the target; one alone has none, and neither has an average."""
+    if len(paths) > 2 and ":" in paths[-2] and ":" not in paths[-1] and not os.path.exists(paths[-1]):
+        raise click.UsageError(f"{paths[-1]} stands where the target is expected, and does not exist; is it -o {paths[-1]}?")
     return ([*paths[:-1]], paths[-1]) if len(paths) > 1 and not average else ([*paths], None)
 
 
@@ -168,7 +179,9 @@ init = click.option(
     expose_value=False,
     help="Initialise keys that no source gives: --init 'fc3.*' xavier_normal.",
 )
-dtype = click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors.")
+dtype = click.option(
+    "--dtype", type=DtypeChoice(DTYPE_CHOICES), help="Whose dtype wins, or one for all floating tensors (also fp16, bfloat16 …)."
+)
 allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
 dequantize = click.option("--dequantize", is_flag=True, help="Make values of fp8 and int8 codes and the scales beside them.")
 seed = click.option("--seed", type=Integer(0, (1 << 63) - 1), show_default="0", help="For the constructor and the schemes.")

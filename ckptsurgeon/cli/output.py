@@ -139,12 +139,12 @@ def show_error(error: CheckpointError, as_json: bool) -> None:
 
 def show_usage_error(error: click.ClickException, as_json: bool) -> None:
     """A command line that is not well formed."""
-    message = " ".join(error.format_message().split())
-    if isinstance(error, click.NoSuchOption) and error.possibilities:  # click says them in the order of the alphabet
-        message = f"No such option {error.option_name!r}; is it {' or '.join(error.possibilities)}?"
+    from ckptsurgeon.cli.slips import meant
+
+    message, command = meant(error, sys.argv[1:])
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path} --help" if context is not None else "ckptsurgeon --help"
-    show_error(UsageError(message, hint=hint), as_json)
+    show_error(UsageError(message, hint=command or hint), as_json)
 
 
 class UsageError(CheckpointError):

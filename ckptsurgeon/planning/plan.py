@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.command import as_words
-from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES
+from ckptsurgeon.dtypes import BY_CODE, DTYPE_CHOICES, named
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, Names, name_sources
@@ -140,7 +140,8 @@ def _scales(
 
 def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
     if choice not in DTYPE_CHOICES:
-        raise PlanError(f"{choice!r} is no dtype to choose", hint=f"one of {', '.join(DTYPE_CHOICES)}")
+        words = "is no dtype to choose" if named(choice) is None else "is no floating dtype, and only such are cast to one that is chosen"
+        raise PlanError(f"{choice!r} {words}", hint=f"one of {', '.join(DTYPE_CHOICES)}")
     if not 0 <= seed < 1 << 63:
         raise PlanError(f"{seed} is no seed", hint="a whole number from 0 up: seed=0")
     for source in sources:

@@ -86,10 +86,29 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
 def _other_path(path: str) -> str:
     """A hint for a path where nothing is: the name beside it that is nearly the same, where there is one."""
     folder, name = os.path.split(path)
+    close = without_slip(name, _names(folder or "."))
+    if close:
+        found: str | None = os.path.join(folder, close)
+    else:
+        straight = path.replace("\\", "/")
+        found = straight if straight != path and os.path.exists(straight) else _elsewhere(path)
+    return f"is it {shlex.quote(found)}?" if found else "check the path; `ls` its folder"
+
+
+def _elsewhere(path: str) -> str | None:
+    """The one file of this name in the folders below, or above in the path: a person stands in another folder than they think."""
+    name = os.path.basename(path)
+    if not name or os.path.isabs(path):
+        return None
+    below = [os.path.join(folder, name) for folder in _names(".") if not folder.startswith(".") and os.path.isdir(folder)]
+    found = [one for one in [name, *below] if os.path.isfile(one)]
+    return found[0] if len(found) == 1 else None
+
+
+def _names(folder: str) -> list[str]:
+    """The names in a folder; none where it can't be read."""
     try:
-        with os.scandir(folder or ".") as rows:
-            beside = [row.name for row in islice(rows, _BESIDE)]
+        with os.scandir(folder) as rows:
+            return [row.name for row in islice(rows, _BESIDE)]
     except (OSError, ValueError):
-        beside = []
-    close = without_slip(name, beside)
-    return f"is it {shlex.quote(os.path.join(folder, close))}?" if close else "check the path; `ls` its folder"
+        return []

@@ -172,8 +172,9 @@ def test_a_folder_and_no_path_as_the_output(place, files, run, format) -> None:
     ("words", "error", "help_of"),
     [
         (("marge",), "No such command 'marge'; is it merge?", "ckptsurgeon"),
-        (("merge", "net_params.pkl", "--renam", "a"), "'--renam'; is it --rename or --provenance?", "ckptsurgeon merge"),
-        (("merge", "net_params.pkl", "--overwrit"), "'--overwrit'; is it --overwrite or ", "ckptsurgeon merge"),
+        (("merge", "net_params.pkl", "--renam", "a"), "'--renam'; is it --rename?", "ckptsurgeon merge"),
+        (("merge", "net_params.pkl", "--overwrit"), "'--overwrit'; is it --overwrite?", "ckptsurgeon merge"),
+        (("merge", "net_params.pkl", "--fooling"), "'--fooling'", "ckptsurgeon merge"),
         (("merge", "net_params.pkl", NET, "--rename", "fc1.{p}"), "Option '--rename' requires 2 arguments.", "ckptsurgeon merge"),
         (("check", "net_params.pkl", "--jobs"), "Option '--jobs' requires an argument.", "ckptsurgeon check"),
         (("check", "--jobs", "abc"), "'abc' is not a valid integer.", "ckptsurgeon check"),
@@ -237,4 +238,4 @@ def test_a_mistyped_path(place, run) -> None:
             ended = run(*words)
             assert ended.code == 2 and f"{wrong}: does not exist" in ended.err
             assert tried(ended) == f"is it {shlex.quote(right)}?"
-    assert tried(run("inspect", "other.pkl")) == tried(run("inspect", "no folder/net_params.pkl")) == "check the path; `ls` its folder"
+    assert tried(run("inspect", "other.pkl")) == tried(run("inspect", "no folder/other.pkl")) == "check the path; `ls` its folder"

@@ -72,7 +72,7 @@ def test_a_place_that_can_not_be_imported_is_refused(text):
 def test_a_folder_path_without_suffix_is_answered_with_the_file():
     with pytest.raises(TargetError) as caught:
         parse("nets/lenet:Net")
-    assert caught.value.hint == "nets/lenet.py:Net"
+    assert caught.value.hint == "is it nets/lenet.py:Net?"
 
 
 LITERALS = st.recursive(

@@ -15,7 +15,7 @@ from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.parameter_types import Given, Note, Path, Words
+from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Words
 from ckptsurgeon.report import CheckReport, FileCheck, Settings
 
 __all__ = ["check", "check_each", "target_of"]
@@ -30,7 +30,7 @@ def check(
     finite: bool = False,
     full: bool = False,
     max_size: int | str | None = None,
-    dtypes: Words = (),
+    dtypes: Dtype | Iterable[Dtype] = (),
     allow: Words = (),
     select: Words = (),
     ignore: Words = (),
@@ -48,8 +48,8 @@ def check(
         finite: NaN and infinite values are errors; needs torch.
         full: hold the data against the checksums of torch's zip format.
         max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"5GiB"` (2³⁰).
-        dtypes: the expected ones, by safetensors' codes or torch's names. Floating and complex tensors of others are found; integers and
-            booleans only where one of their kind is expected.
+        dtypes: the expected ones, by any of their names (`F16`, `float16`, `torch.half`). Floating and complex tensors of others are found;
+            integers and booleans only where one of their kind is expected.
         allow: the formats that may be, such as `safetensors` or `torch` (or only `torch-zip`); the error for another word lists all.
         select: report only these codes, or beginnings of codes such as `"CK2"`; a file that can't be read is reported in any case.
         ignore: codes not to report; stronger than `select`.

@@ -6,19 +6,19 @@ Nothing is read or imported here: a target comes as it was opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon import finding_codes
 from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._options import is_given
-from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
+from ckptsurgeon.dtypes import all_names, named
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.formats.registry import allowed_by
 from ckptsurgeon.hints import close_names
 from ckptsurgeon.limit_table import amount
-from ckptsurgeon.parameter_types import Words
+from ckptsurgeon.parameter_types import Dtype, Words
 
 _ASKS = {"against": "--against", "max_size": "--max-size", "dtypes": "--dtype", "allow": "--allow", "finite": "--finite", "full": "--full"}
 _FLAGS = {"--finite": "finite", "--full": "full"}  # that naming their code turns on
@@ -52,7 +52,7 @@ def gate(
     finite: bool = False,
     full: bool = False,
     max_size: int | str | None = None,
-    dtypes: Words = (),
+    dtypes: Dtype | Iterable[Dtype] = (),
     allow: Words = (),
     select: Words = (),
     ignore: Words = (),
@@ -99,8 +99,8 @@ def refuse_unheard(given: Mapping[str, Any]) -> None:
             raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {found[0]} be told")
 
 
-def _split(words: Words) -> list[str]:
-    each = [words] if isinstance(words, str) else list(words)
+def _split(words: Dtype | Iterable[Dtype]) -> list[str]:
+    each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
     return [part.strip() for word in each for part in str(word).split(",") if part.strip()]
 
 
@@ -122,11 +122,11 @@ def every_code() -> str:
 
 
 def _dtype(word: str) -> str:
-    name = word.removeprefix("torch.")
-    found = BY_CODE.get(name.upper()) or BY_TORCH.get(name.lower())
+    found = named(word)
     if found is None:
-        known = [*BY_CODE, *BY_TORCH]
-        raise _unknown("--dtype", "dtype", word, known, "write safetensors' codes or torch's names: F16, BF16, F32, or float16, bfloat16")
+        raise _unknown(
+            "--dtype", "dtype", word, all_names(), "write safetensors' codes or torch's names: F16, BF16, F32, or float16, bfloat16"
+        )
     return found.code
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -57,8 +58,9 @@ def load(spec: Spec, note: Callable[[str], None]) -> ModuleType:
 def _load_module(spec: Spec, note: Callable[[str], None]) -> ModuleType:
     name = str(spec.module)
     top = name.partition(".")[0]
-    origin = _origin(top)
-    note(f"imports {name} from {_shown(origin)}" if origin else f"imports {name}")
+    known, origin = _origin(top)
+    if known:
+        note(f"imports {name} from {_shown(origin)}" if origin else f"imports {name}")
     try:
         return user_code.call(spec.text, importlib.import_module, name)
     except TargetError as error:
@@ -74,8 +76,7 @@ def _load_file(spec: Spec, note: Callable[[str], None]) -> ModuleType:
     path = Path(str(spec.file))
     if not path.is_file():
         reason = "there is no such file" if not path.exists() else "is not a regular file"
-        close = _files_with(spec, path)
-        raise TargetError(reason, path=path, hint=f"is it {' or '.join(f'{name}:{spec.attribute}' for name in close)}?" if close else None)
+        raise TargetError(reason, path=path, hint=_is_it(f"{name}:{spec.attribute}" for name in _other_files(spec, path)))
     note(f"imports {path.stem} from {_shown(str(path))}")
     present = sys.modules.get(path.stem)
     if present is not None and _same_file(getattr(present, "__file__", None), str(path)):
@@ -119,14 +120,15 @@ def _same_file(one: str | None, other: str) -> bool:
     return one is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
-def _origin(top: str) -> str | None:
+def _origin(top: str) -> tuple[bool, str | None]:
+    """Whether there is such a module, as far as can be told, and where it lies."""
     try:
         found = importlib.util.find_spec(top)
     except (ValueError, ImportError):
-        return None
+        return True, None
     if found is None:
-        return None
-    return found.origin or next(iter(found.submodule_search_locations or ()), None)
+        return False, None
+    return True, found.origin or next(iter(found.submodule_search_locations or ()), None)
 
 
 def _shown(path: str) -> str:
@@ -135,12 +137,21 @@ def _shown(path: str) -> str:
 
 
 def _close_module(spec: Spec, top: str) -> str:
-    close = _files_with(spec, Path(f"{top}.py"))
-    if close:
-        return f"is it {' or '.join(f'{Path(name).stem}:{spec.attribute}' for name in close)}?"
-    return f"run it in the folder that holds {top}.py, or name the file: path/to/{top}.py:{spec.attribute}"
+    path = Path(*str(spec.module).split("."))
+    close = _other_files(spec, path.with_name(f"{path.name}.py"))
+    dotted = [name.removesuffix(".py").replace(os.sep, ".") if Path(name).parent == path.parent else name for name in close]
+    other = f"run it in the folder that holds {top}.py, or name the file: path/to/{top}.py:{spec.attribute}"
+    return _is_it(f"{name}:{spec.attribute}" for name in dotted) or other
 
 
-def _files_with(spec: Spec, path: Path) -> list[str]:
-    """Files beside one that is not there, which have what the spec names by their source."""
+def _is_it(specs: Iterable[str]) -> str | None:
+    words = " or ".join(map(shlex.quote, specs))
+    return f"is it {words}?" if words else None
+
+
+def _other_files(spec: Spec, path: Path) -> list[str]:
+    """Files beside one that is not there, or below, which have what the spec names by their source; the same path with `/` for `\\`."""
+    straight = str(path).replace("\\", "/")
+    if straight != str(path) and os.path.isfile(straight):
+        return [straight]
     return [str(path.parent / name) for name in files_with(spec.attribute.partition(".")[0], path.name, path.parent)]

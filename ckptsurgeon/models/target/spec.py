@@ -88,4 +88,7 @@ def _literals(text: str, attribute: str, call: str) -> tuple[tuple[Any, ...], di
 
 
 def _better_place(place: str, attribute: str) -> str:
-    return f"{place}.py:{attribute}" if "/" in place or "\\" in place else f"write {FORMS}"
+    file = place.rstrip(":").replace("\\", "/")
+    if "/" not in file and file == place:
+        return f"write {FORMS}"
+    return f"is it {file}{'.py' if '/' in file and not file.endswith('.py') else ''}:{attribute}?"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import BY_CODE, BY_TORCH, DType
+from ckptsurgeon.dtypes import DType, named
 from ckptsurgeon.errors import ModelError, TargetError
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.build import forked
 from ckptsurgeon.report import Finding
 
-_INPUT = re.compile(r"(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_INPUT = re.compile(r"(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>[\w.]+))?")
 _DEEPEST = 16
 
 
@@ -35,7 +35,7 @@ def parse_input(text: str) -> tuple[tuple[int, ...], DType]:
     ((1, 16), 'I64')
     """
     match = _INPUT.fullmatch(text)
-    dtype = None if match is None else BY_CODE.get(match["dtype"] or "F32") or BY_TORCH.get(match["dtype"])
+    dtype = None if match is None else named(match["dtype"] or "F32")
     if match is None or dtype is None:
         raise ModelError(f"{text!r} is not an input's shape", hint="write 1x3x32x32 for floats, 1x16:I64 for another dtype")
     return tuple(int(size) for size in match["shape"].split("x")), dtype

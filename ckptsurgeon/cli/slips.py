@@ -1,0 +1,194 @@
+"""A command line that is not well formed, in words, and the command that was probably meant: a row for each kind of slip.
+
+Pure but for a look at which of the words are files. A command is offered only where all its words are known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import click
+
+from ckptsurgeon.hints import close_names
+
+# What other tools call what a command does, and the words of ours that do it.
+ALSO: Mapping[str, str] = MappingProxyType(
+    {
+        "info": "inspect",
+        "show": "inspect",
+        "ls": "inspect",
+        "list": "inspect",
+        "view": "inspect",
+        "compare": "diff",
+        "map": "match",
+        "load": "verify",
+        "test": "verify",
+        "validate": "check",
+        "lint": "check",
+        "scan": "check",
+        "convert": "merge",
+        "save": "merge",
+        "transfer": "merge",
+        "average": "merge --average",
+        "soup": "merge --average",
+    }
+)
+_OUTPUTS = {"plan": "plan.json", "skeleton": "net.json", "match": "rules.toml"}  # what -o may be called; of others a checkpoint
+_OUTPUT = "-o"
+Meant = tuple[str, str | None]
+
+
+def meant(error: click.ClickException, words: Sequence[str]) -> Meant:
+    """What a usage error says on one line, and the command that was meant, if that is known.
+
+    Args:
+        words: the command line's, without the program.
+
+    >>> meant(click.UsageError("Missing  argument"), [])
+    ('Missing argument', None)
+    """
+    for kind, say in _TABLE:
+        if isinstance(error, kind) and (found := say(error, words)) is not None:
+            return found
+    return " ".join(error.format_message().split()), None
+
+
+def _no_option(error: click.ClickException, words: Sequence[str]) -> Meant | None:
+    """An option that there is not: the one that it is a slip for, or close ones; or the commands that have it."""
+    assert isinstance(error, click.NoSuchOption)
+    name, context = error.option_name, error.ctx
+    if context is None:
+        return None
+    if context.parent is None:  # before the command
+        rest = [word for word in words if word != name]
+        whole = _followed(context, [*rest, name])
+        return (f"{name} stands after the command", whole) if whole is not None else None
+    known = _options(context.command)
+    meant = [option for option in known if _bare(option) == _bare(name)] or [option for option in known if option.startswith(name)][:1]
+    if meant:
+        at = next((place for place, word in enumerate(words) if word.partition("=")[0] == name), None)
+        mended = [] if at is None else [*words[:at], words[at].replace(name, meant[0], 1), *words[at + 1 :]]
+        return f"No such option {name!r}; is it {meant[0]}?", _followed(context.parent, mended)
+    flow = context.parent.command
+    assert isinstance(flow, click.Group)
+    others = {one: flow.get_command(context.parent, one) for one in flow.list_commands(context.parent)}
+    having = [one for one, command in others.items() if command is not None and name in _options(command)]
+    if having:
+        return f"{context.info_name} has no option {name!r}; {', '.join(having)} {'have' if len(having) > 1 else 'has'} it", None
+    close = close_names(name, known)
+    return (f"No such option {name!r}; is it {' or '.join(close)}?", None) if close else None
+
+
+def _followed(context: click.Context, words: Sequence[str]) -> str | None:
+    """A whole command as a line, if its words are well formed; `context` is the program's."""
+    flow = context.command
+    command = flow.get_command(context, words[0]) if isinstance(flow, click.Group) and words else None
+    if command is None or {"-h", "--help"} & set(words):
+        return None
+    try:
+        with command.make_context(words[0], list(words[1:]), context):
+            return shlex.join(["ckptsurgeon", *words])
+    except click.ClickException:
+        return None
+
+
+def _bare(option: str) -> str:
+    return option.lstrip("-").replace("_", "-").lower()
+
+
+def _options(command: click.Command) -> list[str]:
+    return [name for one in command.params if isinstance(one, click.Option) for name in (*one.opts, *one.secondary_opts)]
+
+
+def _missing(error: click.ClickException, words: Sequence[str]) -> Meant | None:
+    """A missing -o, or a missing target."""
+    assert isinstance(error, click.MissingParameter)
+    param, context = error.param, error.ctx
+    if param is None or context is None or context.parent is None or not words:
+        return None
+    message = " ".join(error.format_message().split())
+    given = context.params.get("paths") or [context.params[name] for name in ("checkpoint", "target", "plan") if context.params.get(name)]
+    more: list[str] = []
+    if isinstance(param, click.Option) and _OUTPUT in param.opts and given:
+        if words[-1] != given[0] and is_new_file(words[-1]):  # OUT stands there, without its option
+            return message, _followed(context.parent, [*words[:-1], _OUTPUT, words[-1]])
+        more = [_OUTPUT, _output(words[0], given)]
+    elif param.name == "target" and given and (target := _target()) is not None:
+        more = [target]
+    return message, _followed(context.parent, [*words, *more]) if more else None
+
+
+def is_new_file(word: str) -> bool:
+    """Whether a word may be the name of a file that is to be written.
+
+    >>> is_new_file("out.pt"), is_new_file("model:Net"), is_new_file("model.py")
+    (True, False, False)
+    """
+    return bool(re.fullmatch(r"[^:()]+\.\w+", word)) and not os.path.exists(word) and not word.endswith(".py")
+
+
+def _output(command: str, given: Sequence[str]) -> str:
+    """A name for the output that is free to take."""
+    stem, suffix = os.path.splitext(_OUTPUTS.get(command, "merged.pt"))
+    if command == "merge" and len(given) == 1:
+        stem, old = os.path.splitext(os.path.basename(os.path.normpath(given[0])))
+        suffix = ".pt" if old == ".safetensors" else ".safetensors"
+    number, name = 2, f"{stem}{suffix}"
+    while os.path.exists(name):
+        number, name = number + 1, f"{stem}_{number}{suffix}"
+    return name
+
+
+def _target() -> str | None:
+    """The one model of the files in this folder."""
+    from ckptsurgeon.models.target.slips import spec_of
+    from ckptsurgeon.models.target.source_names import model_names
+
+    names = sorted(name for name in os.listdir(".") if name.endswith(".py"))
+    found = [spec_of(file, name) for file in names[:20] for name in model_names(file)[:1]]
+    return found[0] if len(found) == 1 else None
+
+
+def _other(error: click.ClickException, words: Sequence[str]) -> Meant | None:
+    """A file where the command should stand, or another tool's word for one of the commands."""
+    found = re.fullmatch(r"No such command '(.*)'\.?", error.format_message(), re.DOTALL)
+    if found is None or not words or words[0] != found[1]:
+        return None
+    message = f"No such command {words[0]!r}"
+    if words[0] in ALSO:
+        return f"{message}; it is {ALSO[words[0]]}", shlex.join(["ckptsurgeon", *ALSO[words[0]].split(), *words[1:]])
+    if os.path.exists(words[0]):
+        paths = [word for word in words[1:] if not word.startswith("-")]
+        command = "diff" if paths and len(words) == 2 else "inspect"
+        return f"{message}; it is a file, and a command comes first", shlex.join(["ckptsurgeon", command, *words])
+    return None
+
+
+_TABLE: tuple[tuple[type[click.ClickException], Callable[[click.ClickException, Sequence[str]], Meant | None]], ...] = (
+    (click.NoSuchOption, _no_option),
+    (click.MissingParameter, _missing),
+    (click.UsageError, _other),
+)
+
+
+def one_dash(words: Sequence[str], command: click.Command) -> str | None:
+    """What is said of a long option with one dash, which click takes for a short one and its value (`-out x` is `-o ut`); None without one.
+
+    >>> one_dash(["-out", "x"], click.Command("a", params=[click.Option(["-o", "--output"])]))
+    "'-out' has one dash; is it --output?"
+    """
+    known = [name for one in command.params if isinstance(one, click.Option) for name in one.opts if name.startswith("--")]
+    for word in words:
+        if re.fullmatch(r"-[a-z][a-z]+(?:-[a-z]+)*", word) and (close := [name for name in known if name.startswith(f"-{word}")]):
+            return f"{word!r} has one dash; is it {' or '.join(close)}?"
+    return None
+
+
+def no_command(word: str, commands: Sequence[str]) -> str | None:
+    """What is said of a word that is no command, where it is close to one."""
+    close = close_names(word, commands) if word not in ALSO and not os.path.exists(word) else []
+    return f"No such command {word!r}; is it {' or '.join(close)}?" if close else None

@@ -1,0 +1,176 @@
+"""The commonest slips get the one right word, and what is offered is run here and works; nothing of a person's is imported to find it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+CODE = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, n=2):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, n)
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).mean((2, 3)))
+class LM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Sequential(nn.Embedding(10, 4)), nn.Linear(4, 4))
+    def forward(self, x):
+        return self.encoder(x)
+def make(n): return Net(n)
+"""
+BOMB = "raise SystemExit('this file must not be run')\n"
+
+
+@pytest.fixture
+def slips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a package, files in folders, and a lambda that makes a model."""
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(CODE, scope)
+    for folder in ("nets", "runs"):
+        Path(folder).mkdir()
+    Path("zoo.py").write_text(CODE)
+    Path("lam.py").write_text("from torch import nn\nSmall = lambda: nn.Linear(2, 2)\n")
+    for name in ("deep", "far"):
+        Path(f"nets/{name}.py").write_text(CODE.replace("LM", name.title()))
+    torch.save(scope["Net"]().state_dict(), "params.pt")
+    torch.save(scope["Net"]().state_dict(), "runs/best.pt")
+    torch.save(scope["LM"]().state_dict(), "lm.pt")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), "small.pt")
+    return tmp_path
+
+
+def tried(ended) -> str:
+    assert ended.code == 2, ended
+    return ended.err.partition("\n  try: ")[2].rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "wrong", "right"),
+    [
+        ("params.pt", "zoo.Net", "zoo:Net"),
+        ("params.pt", "zoo.Net()", "zoo:Net()"),
+        ("params.pt", "zoo.Net(n=2)", "zoo:Net(n=2)"),
+        ("params.pt", "zoo.py.Net", "zoo.py:Net"),
+        ("params.pt", "zoo.py::Net", "zoo.py:Net"),
+        ("params.pt", "zoo/Net", "zoo:Net"),
+        ("params.pt", "zoo.Nett", "zoo:Net"),
+        ("params.pt", "zo.Net", "zoo:Net"),
+        ("params.pt", "zo:Net", "zoo:Net"),
+        ("params.pt", "zo.py:Net", "zoo.py:Net"),
+        ("lm.pt", "LM", "zoo:LM"),
+        ("small.pt", "lam.py", "lam.py:Small"),
+        ("small.pt", "lam", "lam:Small"),
+        ("params.pt", "nets.deep.Net", "nets.deep:Net"),
+        ("params.pt", "nets/deep.Net", "nets/deep.py:Net"),
+        ("params.pt", "nets/deep:Net", "nets/deep.py:Net"),
+        ("params.pt", r"nets\deep.py:Net", "nets/deep.py:Net"),
+        ("params.pt", "nets.dep:Net", "nets.deep:Net"),
+        ("lm.pt", "far:Far", "nets/far.py:Far"),
+        ("lm.pt", "Far", "nets/far.py:Far"),
+    ],
+)
+def test_a_target_with_a_slip(slips, run, file, wrong, right) -> None:
+    Path("bomb.py").write_text(BOMB)
+    hint = tried(run("diff", file, wrong))
+    assert shlex.split(hint.removeprefix("is it ").removesuffix("?"))[0] == right, hint
+    assert run("diff", file, right).code == 0
+
+
+def test_installed_modules_are_told_without_importing_them(slips, run) -> None:
+    for wrong, right in (("torch.nn.Linear(2, 2)", "torch.nn:Linear(2, 2)"), ("json.decoder.Nope", "json.decoder:Nope")):
+        assert tried(run("diff", "small.pt", wrong)) == f"is it {shlex.quote(right)}?"
+    assert run("diff", "small.pt", "torch.nn:Linear(2, 2)").code == 0
+    assert tried(run("diff", "small.pt", "there.is.none")).startswith("check the path")
+
+
+def test_no_module_is_said_to_be_imported_that_is_not_there(slips, run) -> None:
+    ended = run("diff", "params.pt", "modle:Net")
+    assert "there is no module 'modle'" in ended.err and "note:" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("parms.pt", "params.pt"), ("params.pth", "params.pt"), ("best.pt", "runs/best.pt"), (r"runs\best.pt", "runs/best.pt")],
+)
+def test_a_file_with_a_slip(slips, run, wrong, right) -> None:
+    for words in (
+        ["inspect", wrong],
+        ["diff", wrong, "zoo:Net"],
+        ["merge", wrong, "zoo:Net", "-o", "out.pt"],
+        ["diff", "params.pt", wrong],
+    ):
+        ended = run(*words)
+        assert "does not exist" in ended.err and tried(ended) == f"is it {right}?"
+    assert tried(run("inspect", "runs/params.pt")) == "is it params.pt?"
+
+
+def test_a_model_where_the_file_should_stand(slips, run) -> None:
+    for wrong in ("zoo:Net", "zoo.Net", "zoo.py"):
+        assert "give the file first and the model last" in tried(run("diff", wrong, "params.pt"))
+    assert "zoo:Net" in tried(run("diff", "zoo.Net", "params.pt"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("merge params.pt zoo:Net", "merge params.pt zoo:Net -o merged.pt"),
+        ("merge params.pt", "merge params.pt -o params.safetensors"),
+        ("merge params.pt zoo:Net out.pt", "merge params.pt zoo:Net -o out.pt"),
+        ("merge params.pt zoo:Net --seed 1", "merge params.pt zoo:Net --seed 1 -o merged.pt"),
+        ("skeleton zoo:Net", "skeleton zoo:Net -o net.json"),
+        ("skeleton zoo:Net it.json", "skeleton zoo:Net -o it.json"),
+        ("merge params.pt zoo:Net --out x.pt", "merge params.pt zoo:Net --output x.pt"),
+        ("merge params.pt zoo:Net -o x.pt --min_coverage 0.5", "merge params.pt zoo:Net -o x.pt --min-coverage 0.5"),
+        ("merge params.pt zoo:Net -o x.pt --no_verify", "merge params.pt zoo:Net -o x.pt --no-verify"),
+        ("merge params.pt zoo:Net -o x.pt --Dtype=F16", "merge params.pt zoo:Net -o x.pt --dtype=F16"),
+        ("diff params.pt zoo:Net --rule rules.toml", "diff params.pt zoo:Net --rules rules.toml"),
+        ("convert params.pt -o x.safetensors", "merge params.pt -o x.safetensors"),
+        ("average params.pt runs/best.pt -o x.pt", "merge --average params.pt runs/best.pt -o x.pt"),
+        ("show params.pt", "inspect params.pt"),
+        ("params.pt", "inspect params.pt"),
+        ("params.pt zoo:Net", "diff params.pt zoo:Net"),
+        ("--json inspect params.pt", "inspect params.pt --json"),
+        ("-q diff params.pt zoo:Net", "diff params.pt zoo:Net -q"),
+    ],
+)
+def test_a_command_line_with_a_slip(slips, run, wrong, right) -> None:
+    Path("rules.toml").write_text('[[drop]]\nkey = "fc.*"\n')
+    ended = run(*shlex.split(wrong))
+    hint = ended.json["error"]["hint"] if "--json" in wrong else tried(ended)
+    assert hint == f"ckptsurgeon {right}" and run(*shlex.split(right)).code == 0
+
+
+def test_the_one_model_of_the_folder_is_offered_for_a_missing_target(slips, run) -> None:
+    assert tried(run("diff", "params.pt")) == "ckptsurgeon diff --help"  # two files have models
+    for other in set(Path(".").glob("*.py")) - {Path("zoo.py")}:
+        other.unlink()
+    hint = tried(run("diff", "params.pt"))
+    assert hint == "ckptsurgeon diff params.pt zoo:Net" and run(*shlex.split(hint)[1:]).code == 0
+
+
+def test_words_for_what_has_no_one_command(slips, run) -> None:
+    for words, said in (
+        ("mrege a b", "No such command 'mrege'; is it merge?"),
+        ("merge params.pt zoo:Net -out x.pt", "'-out' has one dash; is it --output?"),
+        ("diff params.pt zoo:Net --dtype F16", "diff has no option '--dtype'; plan, merge, check have it"),
+        ("plan params.pt zoo:Net plan.json", "plan.json stands where the target is expected, and does not exist; is it -o plan.json?"),
+    ):
+        ended = run(*shlex.split(words))
+        assert ended.code == 2 and said in ended.err.splitlines()[0], ended.err
+    assert not Path("ut").exists()
+
+
+@pytest.mark.parametrize("word", ["bf16", "BF16", "bfloat16", "float16", "fp16", "half", "torch.float16", "Float32", "SOURCE"])
+def test_dtypes_by_all_their_names(slips, run, word) -> None:
+    assert run("merge", "params.pt", "-o", "x.safetensors", "--dtype", word).code == 0
+    if word != "SOURCE":
+        assert run("check", "x.safetensors", "--dtype", word).code == 0
+        Path("pyproject.toml").write_text(f'[tool.ckptsurgeon.check]\ndtype = "{word}"\n')
+        assert run("check", "x.safetensors").code == 0
