@@ -11,11 +11,15 @@ from collections.abc import Iterable
 
 from ckptsurgeon.hints import several
 
-# How the name of a factor begins, segment by segment: LoRA and DoRA of PEFT and of kohya, VeRA, (IA)³, LoHa, LoKr, OFT, BOFT.
-_FACTORS = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "lora_down", "lora_up", "lora_mid", "vera_lambda_", "randlora_")
-_KIN = ("ia3_l", "hada_w1", "hada_w2", "hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_t2", "oft_r", "oft_R", "boft_R", "boft_s")
-_NAMES = (*_FACTORS, *_KIN)
+# How the name of a factor begins, segment by segment: LoRA and DoRA of PEFT and of kohya, VeRA, RandLoRA, VB-LoRA, (IA)³, LoHa, LoKr,
+# OFT, BOFT, HRA, FourierFT, tuned norms.
+_LORA = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "lora_down", "lora_up", "lora_mid")
+_KIN = (
+    *("vera_A", "vera_B", "vera_lambda_", "randlora_", "vblora_", "ia3_l", "hada_w1", "hada_w2", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w2", "lokr_t2", "oft_r", "oft_R", "boft_R", "boft_s", "hra_u", "fourierft_spectrum", "ln_tuning_layers"),
+)
 _BASE, _SAVED, _ORIGINAL = "base_layer", "modules_to_save", "original_module"
+_NAMES = (*_LORA, *_KIN)
 
 
 def is_factor(key: str) -> bool:
@@ -88,16 +92,15 @@ def _pattern(key: str) -> str:
 def lost_factors(keys: Iterable[str]) -> str | None:
     """What is said of factors that go nowhere; None where there are none among `keys`.
 
-    >>> lost_factors(["norm.weight"]), lost_factors(["q.lora_A.default.weight"])[:60]
-    (None, 'q.lora_A.default.weight is left out: a factor that PEFT trai')
+    >>> lost_factors(["norm.weight"]), lost_factors(["q.lora_A.default.weight"])[:46]
+    (None, 'a factor that PEFT trained (LoRA) goes nowhere')
     """
     found = [key for key in keys if is_factor(key)]
     if not found:
         return None
     drops = [word for pattern in dict.fromkeys(map(_pattern, found)) for word in ("--drop", pattern)]
-    are = "is left out: a factor" if len(found) == 1 else "are left out: factors"
+    many = f"{len(found)} factors that PEFT trained (LoRA) go" if len(found) > 1 else "a factor that PEFT trained (LoRA) goes"
     return (
-        f"{several(found)} {are} that PEFT trained beside a frozen weight (LoRA), and the weights go without what was learned. "
-        "Their scale is not in the file: merge them first, by peft's model.merge_and_unload(), and save that; "
-        f"or say that it is meant: {shlex.join(drops)}"
+        f"{many} nowhere: merge them into the weights first (peft: merge_and_unload(); their scale is in no tensor), "
+        f"or say that it is meant: {shlex.join(drops)} ({several(found)})"
     )

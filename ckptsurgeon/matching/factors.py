@@ -105,12 +105,12 @@ class Side:
 
 def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
     """Both sides as plain models would have them. What both hold alike under PEFT stays as it is."""
-    wrapped = [any(map(is_factor, side)) for side in (source, target)]
+    renamed = [unwrapped(side) for side in (source, target)]
+    both = all(renamed)
     codes = quantised.find(source), quantised.find(target)
     hidden = {} if codes[1] else codes[0]
     one, other = (
-        _side(side, unwrapped(side) if wrapped == [at == 0, at == 1] else {}, hidden if at == 0 else {}, codes[at])
-        for at, side in enumerate((source, target))
+        _side(side, {} if both else renamed[at], hidden if at == 0 else {}, codes[at]) for at, side in enumerate((source, target))
     )
     return one, other
 
