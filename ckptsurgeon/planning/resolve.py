@@ -9,12 +9,13 @@ from ckptsurgeon.adapters.chain import Asked, can_compute, decodes, fill_chain, 
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.errors import PlanError, RuleError
-from ckptsurgeon.hints import SHOWN, close_words, several, shortened
+from ckptsurgeon.hints import SHOWN, several, shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import Claim, SourceKey
 from ckptsurgeon.planning.legacy_names import BY
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.rules import AUTO
+from ckptsurgeon.rules.meant import meant_words
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, Refused
 
@@ -131,7 +132,7 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
             key = next(key for _, key in names.names_of if rule.match(key) is not None)
             problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: link it: '{key} -> KEY'")
         elif not matched:
-            close = close_words(rule.patterns[0][1].text, keys) if len(problems) < SHOWN else ""
+            close = meant_words(rule.patterns[0][1].text, keys) if len(problems) < SHOWN else ""
             problems.append(f"{rule.rule} matches nothing in the target{close}")
         elif not taken:
             problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or link it: 'A -> {matched[0]}'")
@@ -139,7 +140,7 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
             problems.append(f"{rule.rule} never gets a turn: earlier rules adapt all of its keys")
     for rule in names.keeps:
         if not any(rule.match(key) is not None for key in keys):
-            problems.append(f"{rule.rule} matches nothing in the target{close_words(rule.patterns[0][1].text, keys)}")
+            problems.append(f"{rule.rule} matches nothing in the target{meant_words(rule.patterns[0][1].text, keys)}")
     return asked
 
 

@@ -174,3 +174,37 @@ def test_dtypes_by_all_their_names(slips, run, word) -> None:
         assert run("check", "x.safetensors", "--dtype", word).code == 0
         Path("pyproject.toml").write_text(f'[tool.ckptsurgeon.check]\ndtype = "{word}"\n')
         assert run("check", "x.safetensors").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong", "right"),
+    [
+        ("merge lm.pt zoo:LM -o x.pt --drop {}", "encoder.*.weight.*", None),
+        ("merge lm.pt zoo:LM -o x.pt --drop {}", "encoder.*", "encoder.**"),
+        ("diff lm.pt zoo:LM --drop {}", "encoder", "encoder.**"),
+        ("diff lm.pt zoo:LM --drop {}", "^encoder", "/encoder.*/"),
+        ("diff lm.pt zoo:LM --keep {}", "encode*", "encode*.**"),
+        ("merge lm.pt zoo:LM -o x.pt --drop encoder.1.* --init {} zeros", "encoder.*", "encoder.**"),
+        ("merge lm.pt zoo:LM -o x.pt --dtype F16 --allow-cast {}", "encoder.*", "encoder.**"),
+        ("groups m.pt zoo:LM --lr 1e-3 --override {} 1e-4", "encoder.*", "encoder.**"),
+        ("groups m.pt zoo:LM --lr 1e-3 --fresh-lr 1 --no-decay-for {}", "encoder.*", "encoder.**"),
+        ("groups m.pt zoo:LM --lr 1e-3 --fresh-lr 1 --layer-decay 0.5 --layers {}", "encoder.{i}", "encoder.{i}.**"),
+    ],
+)
+def test_one_star_where_two_were_meant(slips, run, words, wrong, right) -> None:
+    assert run("merge", "lm.pt", "zoo:LM", "-o", "m.pt", "--drop", "encoder.1.*").code == 0
+    before = [word.format(wrong) if word == "{}" else word for word in words.split()]
+    ended = run(*before, "--overwrite") if "-o" in before else run(*before)
+    said = f"is it {right!r}?"
+    assert ended.code == 2 and (said in ended.err if right else "is it" not in ended.err), ended.err
+    if right and not {"--drop", "--keep"} & {before[-2]}:  # dropping or keeping all is a no of another kind
+        after = [word.format(right) if word == "{}" else word for word in words.split()]
+        assert run(*after, *(["--overwrite"] if "-o" in after else [])).code == 0
+
+
+def test_a_rename_with_one_segment_where_several_were_meant(slips, run) -> None:
+    ended = run("diff", "lm.pt", "zoo:LM", "--rename", "encoder.{p}", "decoder.{p}")
+    assert "is it 'encoder.{**p}'?" in ended.err
+    torch.save({key.replace("encoder", "old"): value for key, value in torch.load("lm.pt").items()}, "old.pt")
+    assert "is it 'old.{**p}'?" in run("diff", "old.pt", "zoo:LM", "--rename", "old.{p}", "encoder.{p}").err
+    assert run("merge", "old.pt", "zoo:LM", "-o", "x.pt", "--rename", "old.{**p}", "encoder.{p}", "--min-coverage", "1").code == 0

@@ -22,6 +22,7 @@ from ckptsurgeon.models.init.user_functions import Fill, in_hand, own_schemes
 from ckptsurgeon.models.target.parameters import Named, matched, named_tensors, other_names
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.rules.copied_value import copied, filled_in, follow
+from ckptsurgeon.rules.meant import meant_hint
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
 __all__ = [
@@ -187,7 +188,7 @@ def _by_key(scheme: str | Mapping[str, str], fresh: Mapping[str, tuple[str, ...]
         if not taken:
             known = bool(matched(pattern, keys))
             reason = f"the pattern {text!r} matches {'nothing that is fresh' if known else 'nothing in the model'}"
-            problems.append(RuleError(reason, hint=close_hint(text, fresh)))
+            problems.append(RuleError(reason, hint=meant_hint(text, fresh)))
     _raise_all(problems)
     return chosen
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.hints import close_hint
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.skeleton import place
+from ckptsurgeon.rules.meant import meant_hint
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 from ckptsurgeon.wrappers import WRAPPERS
 
@@ -224,7 +224,7 @@ def first_matching_pattern(
             only = any(pattern.match(name) is not None for name in others)
             problems.append((f"the pattern {text!r} matches {f'{other} parameters only' if only else 'no parameter'}", text))
     if problems:
-        hint = close_hint(problems[0][1], [*(name for names in wanted.values() for name in names), *others])
+        hint = meant_hint(problems[0][1], [*(name for names in wanted.values() for name in names), *others])
         if len(problems) == 1:
             raise ModelError(problems[0][0], hint=hint)
         raise ModelError(f"{len(problems)} patterns match nothing", hint=hint, problems=tuple(reason for reason, _ in problems))

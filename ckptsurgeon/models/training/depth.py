@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.hints import close_hint
 from ckptsurgeon.models.target.parameters import Named, by_name, inner, listed, matched, named
+from ckptsurgeon.rules.meant import meant_hint
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
 _NUMBERED = re.compile(r"([^{}*/]*?)(0|[1-9][0-9]*)")
@@ -67,7 +67,7 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     for text in patterns:
         levels = _levels(compile_pattern(text), {name: every for name, every in names.items() if name not in layered})
         if not levels:
-            raise ModelError(f"the layers {text!r} match no parameter", hint=close_hint(text, order))
+            raise ModelError(f"the layers {text!r} match no parameter", hint=meant_hint(text, order))
         ranks = {index: rank for rank, index in enumerate(sorted(set(levels.values())), start=below + 1)}
         layered.update({name: ranks[index] for name, index in levels.items()})
         below += len(ranks)
