@@ -188,14 +188,14 @@ def _stem(key: str, name: str) -> tuple[str, str] | None:
 
 def written(links: Iterable[Link], source: Side, target: Side, *, dequantize: bool = False) -> list[Link]:
     """Links between what a plain model would have, as links between what is there; `dequantize` says that values are made of codes."""
-    told = [_told(link, source.factored, target.factored) for link in links]
+    told = [_told(link, source, target) for link in links]
     found = [one for link in told for one in _written(link, source.factored, target.factored)]
     return [_as_codes(link, source.codes, target.codes, dequantize) for link in found]
 
 
-def _told(link: Link, source: Mapping[str, Factored], target: Mapping[str, Factored]) -> Link:
+def _told(link: Link, source: Side, target: Side) -> Link:
     """A link, doubted where it takes a factor that is alone for a weight."""
-    lone = [tuple(_part(key) for key in keys if key not in known) for keys, known in ((link.sources, source), (link.targets, target))]
+    lone = [tuple(_part(key, side) for key in keys) for keys, side in ((link.sources, source), (link.targets, target))]
     if any(map(any, lone)) and not (lone[0] == lone[1] and len(link.sources) == len(link.targets) == 1):
         return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, NOT_THE_WEIGHT))
     return link
@@ -242,18 +242,14 @@ def _as_codes(link: Link, source: Mapping[str, Codes], target: Mapping[str, Code
     return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, words))
 
 
-def _part(key: str) -> str:
-    """Which factor of a weight a key names; empty for none.
-
-    >>> _part("a.weight_v"), _part("a.parametrizations.weight.original1"), _part("a.weight"), _part("q.lora_A.default.weight")
-    ('v', 'v', '', 'low rank')
-    """
+def _part(key: str, side: Side) -> str:
+    """Which factor of a weight a key is, without the others; empty for none. Three letters of one stem are no factors (`weight_q`)."""
+    if key in side.factored:
+        return ""
     if is_factor(key):
         return "low rank"
-    for part, ends in _PARTS.items():
-        if any(_stem(key, name) is not None for name in ends):
-            return part
-    return ""
+    part = next((part for part, ends in _PARTS.items() if any(_stem(key, name) is not None for name in ends)), "")
+    return "" if part and any(f"{key[:-1]}{letter}" in side.tensors for letter in "qkio") else part
 
 
 _PARTS = {

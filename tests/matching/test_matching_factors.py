@@ -230,6 +230,45 @@ def test_tied_weights_are_tied_as_they_are_seen(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(target)["embed.weight"], source.embed.weight.detach(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("how", [old, new])
+def test_tied_weights_that_are_folded_stay_tied(tmp_path: Path, how: Norm) -> None:
+    class Net(nn.Module):
+        def __init__(self, norm: Norm) -> None:
+            super().__init__()
+            self.embed = norm(nn.Linear(4, 9))
+            self.head = self.embed
+
+    source, target = scattered(Net(how)), Net(plain)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    torch.save(target.state_dict(), tmp_path / "t.pt")
+    assert cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True).coverage.tensors == 1
+    state = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert torch.equal(state["embed.weight"], weights(source)["embed.weight"])
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("there", FORMS)
+@pytest.mark.parametrize("here", FORMS)
+def test_a_live_model_takes_them(tmp_path: Path, here: str, there: str) -> None:
+    source, target = scattered(Vocoder(FORMS[here], NAMES[0])), Vocoder(FORMS[there], NAMES[1])
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    report = cs.transfer(tmp_path / "a.pt", target, match=True)
+    assert report.coverage.tensors == 1
+    for (_, wanted), (key, got) in zip(weights(source).items(), weights(target).items(), strict=True):
+        if there == "plain" or here != "plain":
+            assert torch.equal(got, wanted), key
+        else:
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_three_letters_of_one_stem_are_no_factors() -> None:
+    """A query, a key and a value."""
+    source = {f"attn.weight_{part}": TensorMeta(f"attn.weight_{part}", "F32", (4, 6), ()) for part in "qkv"}
+    target = {f"attn.{part}_proj.weight": TensorMeta(f"attn.{part}_proj.weight", "F32", (4, 6), ()) for part in "qkv"}
+    found = match(source, target)
+    assert not [link for link in found.links if NOT_THE_WEIGHT in link.evidence]
+
+
 # --- codes
 
 
