@@ -6,6 +6,7 @@ factors that go nowhere are said. Names only, no torch.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
 
@@ -20,6 +21,8 @@ _KIN = (
 )
 _BASE, _SAVED, _ORIGINAL = "base_layer", "modules_to_save", "original_module"
 _NAMES = (*_LORA, *_KIN)
+_FACTOR = re.compile(rf"(?:^|\.)(?:{'|'.join(_NAMES)})")
+_TOLD = re.compile(rf"{_FACTOR.pattern}|\.{_SAVED}\.")
 
 
 def is_factor(key: str) -> bool:
@@ -28,7 +31,7 @@ def is_factor(key: str) -> bool:
     >>> is_factor("q_proj.lora_A.default.weight"), is_factor("emb.lora_embedding_B.default"), is_factor("explora_A.weight")
     (True, True, False)
     """
-    return _placed(key)[1] is not None
+    return _FACTOR.search(key) is not None
 
 
 def unwrapped(keys: Iterable[str]) -> dict[str, str | None]:
@@ -40,6 +43,8 @@ def unwrapped(keys: Iterable[str]) -> dict[str, str | None]:
     {'q.base_layer.weight': 'q.weight', 'q.lora_A.default.weight': None, 'head.original_module.bias': None, 'head.modules_to_save.default.bias': 'head.bias'}
     """  # noqa: E501
     every = list(keys)
+    if not any(_TOLD.search(key) for key in every):
+        return {}
     wrapped = {".".join(segments[:at]) for segments, at in map(_placed, every) if at is not None}
     saved: dict[str, set[str]] = {}
     for key in every:

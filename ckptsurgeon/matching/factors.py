@@ -52,6 +52,7 @@ FORMS = (
         spectral_norm.dims_of,
     ),
 )
+_TAILS = tuple(form.names[0].partition("{}")[2] for form in FORMS)
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,12 @@ class Side:
 
     def ties(self, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
         """Groups of keys that are one tensor, by the names that are seen here; of factors where all are one."""
-        whole = {one.keys: name for name, one in self.factored.items()}
+        firsts = {one.keys[0]: name for name, one in self.factored.items()}
         groups = list(groups)
-        together = {key: at for at, group in enumerate(groups) for key in group}
+        tied = {key for group in groups for key in group}
         for group in groups:
             names = [key for key in group if key in self.tensors]
-            for keys, name in whole.items():
-                if keys[0] in group and all(key in together for key in keys):
-                    names.append(name)
+            names += [firsts[key] for key in group if key in firsts and tied.issuperset(self.factored[firsts[key]].keys)]
             if len(names) > 1:
                 yield names
 
@@ -146,9 +145,10 @@ def _factored(form: Form, parts: Sequence[TensorMeta]) -> Factored:
 def _groups(tensors: Tensors) -> Iterator[tuple[str, tuple[Form, tuple[str, ...]]]]:
     """Each weight that a side holds in factors: its name, and theirs."""
     taken: set[str] = set()
-    inner = _inner(tensors)
+    some = [key for key in tensors if key.endswith(_TAILS)]
+    inner = _inner(tensors) if some else {}
     for form in FORMS:
-        for key in tensors:
+        for key in some:
             stem = _stem(key, form.names[0])
             if stem is None or key in taken:
                 continue
