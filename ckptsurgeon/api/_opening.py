@@ -230,3 +230,14 @@ def _from_live(given: Given, note: Note) -> Target:
         refuse_no_tensors(given, "target")
         return Target(checkpoint_of_state_dict(given))
     raise TargetError(f"a {type(given).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")
+
+
+def unused_name(source: Checkpoint, target: Checkpoint) -> str:
+    """A name in the current folder for what is merged of the two, which no file has: in the source's format where it can be written and
+    holds what the target holds."""
+    from ckptsurgeon.formats.registry import WRITTEN, named
+
+    own, other = WRITTEN.get(named(source.format).word), WRITTEN["torch"]
+    chosen = own if own is not None and (own.pickled or not target.entries) else other
+    names = (f"merged{number}{chosen.suffixes[0]}" for number in ("", *(f"-{number}" for number in range(2, 1000))))
+    return next((name for name in names if not os.path.lexists(name)), f"merged{chosen.suffixes[0]}")

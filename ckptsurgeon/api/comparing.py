@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ckptsurgeon.api import _opening
-from ckptsurgeon.api._opening import silent
+from ckptsurgeon.api._opening import silent, unused_name
 from ckptsurgeon.api._options import RuleOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.parameter_types import Given, Note, Renames
 from ckptsurgeon.planning.diff import Diff, compare
-
-if TYPE_CHECKING:
-    from ckptsurgeon.planning.links import Link
-    from ckptsurgeon.tensors import TensorMeta
 
 
 def diff(
@@ -67,12 +62,9 @@ def diff(
         from ckptsurgeon.api._own_loading import learned
 
         ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
-    found = compare(given, goal, ruling.rules, ruling.outside, auto, _links)
-    return replace(found, options=(*ruling.options, *([("auto", auto)] if auto else [])))
+    found = compare(given, goal, ruling.rules, ruling.outside, auto)
+    if found.mismatched or (found.missing and found.extra):
+        from ckptsurgeon.matching.proposals.advise import advise
 
-
-def _links(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Sequence[Link]:
-    """Matching, loaded where keys are left over on both sides."""
-    from ckptsurgeon.matching.matcher import match
-
-    return match(source, target).links
+        found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))
+    return replace(found, options=(*ruling.options, *([("auto", auto)] if auto else [])), output=unused_name(given, goal))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.adapters.op import Op
-from ckptsurgeon.adapters.table import offers, texts
-from ckptsurgeon.command import NOT_IN_MEMORY, InMemory, Option
+from ckptsurgeon.command import NOT_IN_MEMORY, Command, InMemory, Option, at_root
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
@@ -20,14 +19,9 @@ from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
-from ckptsurgeon.rules.rules import Outside, Rule
+from ckptsurgeon.rules.rules import Outside, Rule, rule_options
 from ckptsurgeon.shown import Result
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
-from ckptsurgeon.wrappers import WRAPPERS, unwrap
-
-# From what is only in a source and only in a target to what of both goes together: the floor above knows how to.
-Matcher = Callable[[Mapping[str, TensorMeta], Mapping[str, TensorMeta]], Sequence[Link]]
-MOST = 2_000  # missing and extra tensors that are matched for hints
+from ckptsurgeon.tensors import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -38,17 +32,6 @@ class Mismatch:
     source_shape: tuple[int, ...]
     target_shape: tuple[int, ...]
     source: str
-
-
-@dataclass(frozen=True)
-class Offer:
-    """An adapter, as a rule would write it, that makes a mismatched key fit."""
-
-    key: str
-    source_shape: tuple[int, ...]
-    target_shape: tuple[int, ...]
-    adapter: str
-    safe: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +63,89 @@ class DtypeChange:
 
 
 @dataclass(frozen=True)
-class Hint:
-    """A missing key's likely source: the one extra key of the same shape and last segment, by the name that patterns see."""
+class Offer:
+    """What a key is that both sides have in another size, and an adapter, as a rule would write it, that makes it fit.
 
-    missing: str
-    extra: str
+    Attributes:
+        key: the target's.
+        source_shape, target_shape: as they are.
+        adapter: empty where none fits: the key stays as the target has it.
+        role: what the key is and what the adapter does, in words.
+        sure: whether the next command carries it; a choice that a person has to make is shown only.
+        safe: whether it can't change what a tensor means, so that `--auto safe` applies it.
+    """
+
+    key: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    adapter: str = ""
+    role: str = ""
+    sure: bool = False
+    safe: bool = False
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Offers that say the same: the rules that ask for them, none where no adapter fits."""
+
+    offers: tuple[Offer, ...]
+    rules: tuple[Rule, ...]
+
+    @property
+    def role(self) -> str:
+        """What the keys are."""
+        return self.offers[0].role
+
+    @property
+    def sure(self) -> bool:
+        """Whether the next command carries the rules."""
+        return bool(self.rules) and self.offers[0].sure
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the next command carries beside what a diff was asked with.
+
+    Attributes:
+        rules: those that carry what is certain, adapters for another size among them.
+        match: whether `--match` carries the links, which is shorter than their rules.
+        auto: whether names that a library gave up and dimensions of size 1 are left to `--auto safe`.
+        links: what missing keys probably are, certain or not.
+        carried: the rules of the certain links, carried by themselves or by `--match`.
+        sizes: what the keys of another size are.
+        reaches: the coverage with all of it; None where that is no more than the diff covers already.
+        open: the target's keys that get no value of the source then; `partly`: those of which a part is filled up.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    match: bool = False
+    auto: bool = False
+    links: tuple[Link, ...] = ()
+    carried: tuple[Rule, ...] = ()
+    sizes: tuple[Resize, ...] = ()
+    reaches: Coverage | None = None
+    open: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """Every adapter that is offered for a key."""
+        return tuple(offer for one in self.sizes for offer in one.offers if offer.adapter)
+
+    @property
+    def renames(self) -> tuple[tuple[str, str], ...]:
+        """The target's and the source's key of each link that is certain and changes nothing but a name."""
+        return tuple((link.targets[0], link.sources[0]) for link in self.links if link.is_rename)
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """What the next command carries, as options."""
+        return (*rule_options(self.rules), *([("auto", "safe")] if self.auto else []), *([("match",)] if self.match else []))
+
+    @property
+    def uncertain(self) -> tuple[Link, ...]:
+        """Links that the next command does not carry."""
+        return tuple(link for link in self.links if not (link.certain and self.carried))
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,11 +168,8 @@ class Diff(Result):
         dtype_changed: matched keys whose dtype differs.
         coverage: the share of the target's tensors and elements that the source gives.
         dropped: source keys that a rule leaves out.
-        hints: for a missing key, the one extra key of the same shape and last segment.
         refused: source keys whose values can't be read safely, with the reason.
         adapted: matched keys that adapters make of their sources.
-        offers: for a mismatched key, the adapters that would make it fit.
-        likely: what missing keys probably are, as matching the leftovers says, save what `hints` say already.
         quantised: the source's weights that are codes beside scales.
         target_quantised: the target's.
         parted_codes: keys of `quantised` that a merge would cast or part from their scales.
@@ -119,7 +177,10 @@ class Diff(Result):
         rivals: prefixes between which nothing decides, so that none is applied.
         warnings: what is said of the source's keys that nothing takes.
         exchanges: renames of one prefix to another that would explain most of what is left, the best first.
+        output: where the next command would write.
         options: the rules that it was made with, as options of a command.
+        lacking: matched keys that the file has by no name of their own, only by a tied one, where its format has to have all.
+        advice: what comes next; empty until it was asked for.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
@@ -135,11 +196,8 @@ class Diff(Result):
     dtype_changed: tuple[DtypeChange, ...]
     coverage: Coverage
     dropped: tuple[str, ...] = ()
-    hints: tuple[Hint, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     adapted: tuple[Adapted, ...] = ()
-    offers: tuple[Offer, ...] = ()
-    likely: tuple[Link, ...] = ()
     quantised: tuple[Codes, ...] = ()
     target_quantised: tuple[Codes, ...] = ()
     parted_codes: tuple[str, ...] = ()
@@ -147,6 +205,9 @@ class Diff(Result):
     rivals: tuple[Way, ...] = ()
     exchanges: tuple[Way, ...] = ()
     warnings: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+    advice: Advice = field(default=Advice(), compare=False)
+    output: str = field(default="merged.pt", repr=False, compare=False)
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
@@ -156,6 +217,27 @@ class Diff(Result):
         """Whether the source fits the target exactly: no missing, extra or mismatched key, and no other dtype."""
         return not (self.missing or self.extra or self.mismatched or self.dtype_changed or self.refused)
 
+    @property
+    def can_follow(self) -> bool:
+        """Whether a merge can follow: nothing is left to choose or to read first, and something fits."""
+        chosen = not (self.rivals or len(self.exchanges) > 1)
+        codes = any(one.key in self.parted_codes and (one.whole or one.op is None) for one in self.quantised)
+        computed = all(row.planned for row in self.loaded)
+        return bool(chosen and computed and not codes and not self.unkept and (self.matched or self.advice.reaches))
+
+    @property
+    def next_command(self) -> Command | None:
+        """What to run next: `verify` where the file fits as it is, else one `merge` that carries all that is certain; None where a person
+        has to decide something first, or nothing fits."""
+        if not self.can_follow:
+            return None
+        root = at_root(self.root)
+        if self.same and not (self.dropped or self.options or self.prefix or self.lacking):
+            return Command("verify", self.source, self.target, options=root)
+        drops = (("drop", self.prefix.bare(key)) for key in self.refused)
+        own = (*root, *([("dequantize",)] if self.parted_codes else []), *self.options)
+        return Command("merge", self.source, self.target, self.output, (*own, *drops, *self.advice.options))
+
 
 def compare(
     source: Checkpoint,
@@ -163,11 +245,9 @@ def compare(
     rules: Iterable[Rule] = (),
     outside: Outside = NO_OUTSIDE,
     auto: str | None = None,
-    match: Matcher | None = None,
 ) -> Diff:
     """Compare a source with a target, after wrapper prefixes and rules; with `auto` "safe", after what can't change a tensor's meaning.
 
-    `match` is asked for what missing keys probably are, and only where keys are left over on both sides.
     A key of the target that is tied to a matched one is matched too. Raises RuleError for rules that match nothing or collide, and for
     adapters that can't be followed.
     """
@@ -189,11 +269,6 @@ def compare(
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
     left = [key for key in extra if key in source]
     exchanges = ways_to_exchange({key: source[key] for key in left}, {key: target[key] for key in missing})
-    led = exchanges[0].mapping if exchanges else {}
-    open_keys = [key for key in missing if key not in led.values()]
-    over = [key for key in left if unwrap(key, WRAPPERS) not in led]
-    likely = _likely(open_keys, over, source, target, match)
-    hints = _hints(open_keys, over, source, target, names.prefixes[0], likely)
     return Diff(
         source=source.path,
         target=target.path,
@@ -214,21 +289,12 @@ def compare(
             sum(filled_elements(origins[key].ops, origins[key].shape) for key in matched if key in origins),
         ),
         dropped=tuple(key for _, key in names.dropped),
-        hints=hints,
         refused=refused,
         adapted=tuple(
             Adapted(key, tuple(name for _, name in origins[key].places), origins[key].ops)
             for key in matched
             if key in origins and origins[key].ops
         ),
-        offers=tuple(
-            Offer(
-                key, source[origin].shape, target[key].shape, texts([op]), bool(offers(source[origin].shape, target[key].shape, safe=True))
-            )
-            for key, origin in mismatched.items()
-            for op in offers(source[origin].shape, target[key].shape)
-        ),
-        likely=_beyond(likely, hints),
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
         parted_codes=_parted(origins, codes, target),
@@ -236,6 +302,7 @@ def compare(
         exchanges=exchanges,
         warnings=tuple(words for words in (lost_factors(extra),) if words is not None),
         loaded=_loaded(outside.taken.get(0), computed),
+        lacking=() if named(source.format).leaves_out_tied else tuple(key for key in matched if key in origins and origins[key].tied_to),
         unkept=tuple(find_unkept(target, given)),
         in_memory=(source.in_memory, target.in_memory),
     )
@@ -261,34 +328,3 @@ def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: C
         as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.here) for one in read)
         found += [one.key for one in read if origin.fits and not as_it_is]
     return tuple(found)
-
-
-def _likely(
-    missing: Sequence[str], extra: Sequence[str], source: Checkpoint, target: Checkpoint, match: Matcher | None
-) -> tuple[Link, ...]:
-    """What is only in the target matched with what is only in the source, where there is not too much of both."""
-    if match is None or not (0 < len(missing) <= MOST and 0 < len(extra) <= MOST):
-        return ()
-    return tuple(match({key: source[key] for key in extra}, {key: target[key] for key in missing}))
-
-
-def _beyond(likely: Sequence[Link], hints: Sequence[Hint]) -> tuple[Link, ...]:
-    """What is likely and no hint says."""
-    told = {hint.missing for hint in hints}
-    return tuple(one for one in likely if one.op or not set(one.targets) <= told)
-
-
-def _hints(
-    missing: Sequence[str], extra: Sequence[str], source: Checkpoint, target: Checkpoint, prefix: Prefix, likely: Sequence[Link]
-) -> tuple[Hint, ...]:
-    """Missing keys with exactly one likely source. Evidence: equal shape and equal last segment, and no other key on either side
-    that has these; nothing certain speaks against it."""
-    pool: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
-    for key in extra:
-        pool[(source[key].shape, key.rpartition(".")[2])].append(key)
-    wanted: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
-    for key in missing:
-        wanted[(target[key].shape, key.rpartition(".")[2])].append(key)
-    alone = [(keys[0], pool[form][0]) for form, keys in wanted.items() if len(keys) == 1 and len(pool.get(form, ())) == 1]
-    other = {key: one.sources for one in likely if one.certain for key in one.targets}
-    return tuple(Hint(key, prefix.bare(given)) for key, given in alone if other.get(key, (given,)) == (given,))

@@ -89,6 +89,8 @@ def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, init_r
     schemes = [own if scheme == "model" and own is not None else scheme for scheme in asked] if filled is not None else [own]
     by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([init_rule.rule] if init_rule is not None else []))))
     for scheme in schemes:
+        if filled is not None and scheme == "model" and target.kind == "file":
+            continue  # a file's own value is there to fill up with
         if scheme in FROM_MODEL and target.kind != "model":
             yield f"{by}: {key} would get a value of the model itself ({scheme}), and the target is none: name a scheme, such as zeros"
         elif filled is not None and scheme is not None and copied(scheme) is not None:

@@ -32,6 +32,11 @@ class Link:
     choices: tuple[str, ...] = ()
 
     @property
+    def is_rename(self) -> bool:
+        """Whether it is certain, and one tensor of the source goes to one of the target as it is."""
+        return self.certain and not self.op and len(self.sources) == len(self.targets) == 1
+
+    @property
     def clear(self) -> bool:
         """Whether it beats its runner-up clearly: its keys are sure, the order of their elements perhaps not."""
         return self.margin >= ENOUGH

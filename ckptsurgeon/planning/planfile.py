@@ -265,7 +265,8 @@ def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step
     if not places and (kind is None or (action == "keep" and kind in ("model", "skeleton"))):
         raise ValueError(f"{name}: its action {action!r} does not go with the target")
     needs = next((scheme for scheme in step.schemes if scheme in FROM_MODEL), "load" if action == "load" else None)
-    if needs is not None and kind != "model":
+    from_file = needs == "model" and places and kind not in (None, "skeleton")  # a file's own value fills the rest up
+    if needs is not None and kind != "model" and not from_file:
         raise ValueError(f"{name}: {needs!r} needs a model")
     return step
 

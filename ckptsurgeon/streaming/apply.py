@@ -184,6 +184,8 @@ class _Run:
         return self.reader.chunks(ranges, sum(each.nbytes for each in ranges))
 
     def _initial(self, step: Step) -> Buffer:
+        if self.target is not None and self.target.kind == "file" and step.sources and step.schemes == ("model",):
+            return self.reader.read(with_data(self.target, step.target))
         if self.values is None:
             raise _no_values(step)
         return self.values.initial(step.target)

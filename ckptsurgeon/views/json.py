@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from json import JSONEncoder, dumps
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+from ckptsurgeon.command import as_words
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.tensors import Refused
 
 if TYPE_CHECKING:
+    from ckptsurgeon.command import Command
     from ckptsurgeon.errors import CheckpointError
     from ckptsurgeon.finding_codes import Code
     from ckptsurgeon.matching.proposals.propose import Proposal
-    from ckptsurgeon.planning.diff import Diff
+    from ckptsurgeon.planning.diff import Diff, Resize
     from ckptsurgeon.planning.links import Link
     from ckptsurgeon.planning.prefixes.rivals import Way
     from ckptsurgeon.planning.quantised import Codes
     from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, Finding, Report, Twins, Verification
+    from ckptsurgeon.rules.rules import Rule
     from ckptsurgeon.tensors import Archive, TensorMeta
 
 VERSION = 1
@@ -107,7 +110,7 @@ def archive(found: Archive) -> dict[str, Any]:
 
 def diff(found: Diff) -> dict[str, Any]:
     """`diff`."""
-    prefix = found.prefix
+    prefix, command = found.prefix, found.next_command
     return {
         "version": VERSION,
         "matched": list(found.matched),
@@ -134,15 +137,28 @@ def diff(found: Diff) -> dict[str, Any]:
                 "adapter": row.adapter,
                 "safe": row.safe,
             }
-            for row in found.offers
+            for row in found.advice.offers
         ],
+        "sizes": [_size(one) for one in found.advice.sizes],
         "quantised": [_codes(one) for one in found.quantised],
         "target_quantised": [_codes(one) for one in found.target_quantised],
         "rivals": [_way(way) for way in found.rivals],
         "exchanges": [_way(way) for way in found.exchanges],
-        "hints": [{"missing": hint.missing, "extra": hint.extra} for hint in found.hints],
-        "likely": [_link(link) for link in found.likely],
+        "hints": [{"missing": target, "extra": found.prefix.bare(source)} for target, source in found.advice.renames],
+        "likely": [_link(link) for link in found.advice.links if not link.is_rename],
         "warnings": list(found.warnings),
+        "next": None if command is None else _next(command, found),
+    }
+
+
+def _next(command: Command, found: Diff) -> dict[str, Any]:
+    advice = found.advice
+    there = (*(row.key for row in found.mismatched), *found.missing)
+    return {
+        "verb": command.verb,
+        "options": list(as_words(command.options)),
+        "coverage": _coverage(advice.reaches or found.coverage),
+        "open": list(advice.open if advice.reaches else there),
     }
 
 
@@ -151,8 +167,15 @@ def _codes(found: Codes) -> dict[str, Any]:
 
 
 def _way(way: Way) -> dict[str, Any]:
-    rules = [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in way.rules]
-    return {"change": way.words, "tensors": len(way.mapping), "rules": rules}
+    return {"change": way.words, "tensors": len(way.mapping), "rules": _rules(way.rules)}
+
+
+def _size(one: Resize) -> dict[str, Any]:
+    return {"keys": [offer.key for offer in one.offers], "role": one.role, "sure": one.sure, "rules": _rules(one.rules)}
+
+
+def _rules(rules: Iterable[Rule]) -> list[dict[str, str]]:
+    return [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in rules]
 
 
 def _link(link: Link) -> dict[str, Any]:
@@ -188,7 +211,7 @@ def matching(found: Proposal) -> dict[str, Any]:
         "order": found.order,
         "coverage": _coverage(found.coverage),
         "used": _coverage(found.used),
-        "rules": [{"kind": rule.kind, "pattern": rule.pattern, "result": rule.result} for rule in found.rules],
+        "rules": _rules(found.rules),
         "warnings": list(found.warnings),
         "rivals": [_way(way) for way in found.rivals],
         "forward": None if found.forward is None else _twins(found.forward),

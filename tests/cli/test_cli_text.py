@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptsurgeon.command import Command
-from ckptsurgeon.planning.diff import Diff, Hint, Mismatch, compare
+from ckptsurgeon.planning.diff import Diff, Mismatch, compare
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.report import Cast, CheckReport, Coverage, FileCheck, Finding, Report, Verification
 from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
-from ckptsurgeon.views.text.diff import next_command, rename_hints
 from ckptsurgeon.views.text.merge import groups
 from ckptsurgeon.views.text.words import aligned, broken, findings, fitted, pasted, table
 
@@ -123,18 +122,12 @@ def test_check_tells_a_warning_from_an_error_and_a_good_file_from_a_bad_one():
     assert str(CheckReport((many,))).splitlines()[-2] == "c.pt: and 88 more (-v shows all)"
 
 
-def test_rename_hints_stay_with_keys_that_have_no_module():
-    assert rename_hints([Hint("scale", "gain"), Hint("new.a.weight", "old.a.weight")]) == [
-        ("gain", "scale"),
-        ("old.a.{p}", "new.a.{p}"),
-    ]
-
-
 def test_the_next_command_takes_in_root_and_rules():
     found = compare(checkpoint({"a.w": (2,), "b.w": (3,)}), checkpoint({"x.w": (2,)}, path="other.pt"), [Rule("rename", "a.{p}", "x.{p}")])
     found = replace(found, options=rule_options([Rule("rename", "a.{p}", "x.{p}"), Rule("drop", "b.**")]))
     words = ("ckptsurgeon", "merge", "net.pt", "other.pt", "-o", "merged.pt", "--rename", "a.{p}", "x.{p}", "--drop", "b.**")
-    assert next_command(found).words == words
+    following = found.next_command
+    assert following is not None and following.words == words
 
 
 def test_shapes_in_a_mismatch_read_from_source_to_target():

@@ -27,7 +27,7 @@ after = resource.getrusage(resource.RUSAGE_SELF)
 print(after.ru_utime - before.ru_utime, (after.ru_maxrss - before.ru_maxrss) // 1024)
 """
 CALLS = {
-    "len(cs.diff('one.pt', 'other.pt').likely)": "0",
+    "len(cs.diff('one.pt', 'other.pt').advice.links)": "0",
     "len(cs.match('one.pt', 'other.pt').warnings)": "2",
     "cs.merge('one.pt', 'other.pt', 'out.pt', match=True)": "refused",
 }

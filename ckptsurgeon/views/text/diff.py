@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
-from ckptsurgeon.command import Command, InMemory, Option, at_root
-from ckptsurgeon.planning.diff import Diff, Hint, Offer
+from ckptsurgeon.command import Command, InMemory, as_words, at_root
+from ckptsurgeon.planning.diff import Diff, Resize
 from ckptsurgeon.planning.plan_findings import OTHER_TARGET
 from ckptsurgeon.planning.prefixes.rivals import Way
+from ckptsurgeon.rules.rules import rule_options
+from ckptsurgeon.views.folding import fold, fold_siblings
 from ckptsurgeon.views.text.words import (
     chain,
     count,
@@ -19,14 +22,15 @@ from ckptsurgeon.views.text.words import (
     most_rows,
     name,
     next_step,
+    percent,
     quantised,
     shape,
     table,
 )
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
-OFFERS = 6  # rows of adapters that would fit
-RENAMES = 4  # likely renames that the next command takes in
+OFFERS = 6  # rules that are shown
+OPEN = 3  # keys that stay open and are named
 
 
 def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
@@ -71,32 +75,11 @@ def _next(found: Diff, width: int | None) -> list[str]:
         return [
             "What the model's own loading code computes is in no file: load it by torch once, save model.state_dict(), and take that file."
         ]
-    renames = rename_hints(found.hints)
-    lines = []
-    root = at_root(found.root)
+    advice, root = found.advice, at_root(found.root)
     if found.rivals or len(found.exchanges) > 1:
         command = Command("diff", found.source, found.target, options=(*root, *found.options))
         return choices(found.rivals or found.exchanges, command, found.in_memory, width)
-    if found.exchanges:
-        lines.append(f"Likely another prefix, never exchanged unasked: {name(found.exchanges[0].words)}")
-    if renames:
-        shown = "; ".join(f"{name(one)} → {name(other)}" for one, other in renames[:RENAMES])
-        more = len(renames) - RENAMES
-        lines.append(f"Likely renamed: {shown}{f' and {more} more' if more > 0 else ''}")
-    if found.likely:
-        from ckptsurgeon.matching.rules_from_links import to_toml
-
-        sure = [link for link in found.likely if link.certain] or found.likely
-        lines += [
-            "Probably the same under other names:",
-            *table([(to_toml.arrow(one.rule),) for one in to_toml.sketched(sure)], width, OFFERS),
-        ]
-        lines += next_step("Try:", Command("match", found.source, found.target, options=root), found.in_memory, width)
-    if found.offers:
-        rows = [
-            (offer.key, (shape(offer.source_shape), "fits by", offer.adapter, "to", shape(offer.target_shape))) for offer in found.offers
-        ]
-        lines += ["Would fit by an adapter, if you ask for it (--adapt KEY OP):", *folded(rows, width, OFFERS)]
+    lines = [*_links(found, width), *resized(advice.sizes, width), *_cut(found)]
     apart = [one for one in found.quantised if one.whole and one.key in found.parted_codes]
     if apart:
         words = f"{count(len(apart), 'weight')} as {apart[0].scheme} would be cast without them"
@@ -109,10 +92,71 @@ def _next(found: Diff, width: int | None) -> list[str]:
         return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
     if found.unkept:
         return [*lines, no_merge(found.target, found.unkept)]
-    if found.matched or renames or found.offers or found.exchanges:
-        return [*lines, *next_step("Next:", next_command(found, renames), found.in_memory, width)]
+    following = found.next_command
+    if following is not None:
+        return [*lines, *_reaches(found), *next_step("Next:", following, found.in_memory, width)]
     look = Command("inspect", found.source, options=root)
     return [*lines, *(next_step("Nothing fits. See its keys:", look, (found.in_memory[0], ""), width) or ["Nothing fits."])]
+
+
+def _cut(found: Diff) -> list[str]:
+    """What becomes of lists of layers of which one side has fewer."""
+    if not any(segment.isdigit() for key in (*found.extra, *found.missing) for segment in key.split(".")):
+        return []
+    from ckptsurgeon.views.text.cut_lists import cut_lists
+
+    return [f"{name(words)}." for words in cut_lists(found)]
+
+
+def _links(found: Diff, width: int | None) -> list[str]:
+    """What goes by other names: the rules that the next command carries, and what is left open."""
+    advice = found.advice
+    if not advice.links and not advice.carried:
+        return []
+    from ckptsurgeon.matching.rules_from_links import to_toml
+
+    lines = []
+    shown = [(to_toml.arrow(rule),) for rule in advice.carried if rule.kind in ("rename", "adapt")]
+    if shown:
+        lines += ["Probably the same under other names:", *table(shown, width, OFFERS)]
+    left = [link for link in advice.uncertain if set(link.targets) & set(found.missing)]
+    if left:
+        doubts = sum(len(link.targets) for link in left if link.doubt)
+        rest = sum(len(link.targets) for link in left) - doubts
+        parts = [f"{count(rest, 'tensor')} of unclear origin"] if rest else []
+        parts += [f"{count(doubts, 'tensor')} whose keys are clear and whose layout is not"] if doubts else []
+        lines.append(f"Left open: {', '.join(parts)}.")
+    if left or advice.match:  # what speaks for it
+        look = Command("match", found.source, found.target, options=(*at_root(found.root), *found.options))
+        lines += next_step("Try:", look, found.in_memory, width)
+    return lines
+
+
+def _reaches(found: Diff) -> list[str]:
+    """How far the next command comes, and what stays open then."""
+    reaches, shapes = found.advice.reaches, {row.key: row for row in found.mismatched}
+    if reaches is None:
+        return []
+    done, total = reaches.counts
+    sizes = {offer.key: offer for one in found.advice.sizes for offer in one.offers}
+    rows = [(key, sizes.get(key) or shapes.get(key)) for key in (*found.advice.partly, *found.advice.open)]
+    sized = fold((key, f"{shape(row.source_shape)} → {shape(row.target_shape)}") for key, row in rows if row is not None)
+    parts = [f"{row.key} {row.common}" for row in sized]
+    left = [*parts, *fold_siblings(key for key, row in rows if row is None)]
+    rest = f"; open: {listing(left, OPEN)}" if left else ""
+    return [f"→ {done:,} of {count(total, 'tensor')}, {percent(reaches.elements)} of elements{rest}"]
+
+
+def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
+    """What keys of another size are, with the rules that make them fit."""
+    if not sizes:
+        return []
+    lines = ["Another size:"]
+    for one in sizes:
+        keys_ = listing(fold_siblings(offer.key for offer in one.offers), 2)
+        how = f"; fits by {shlex.join(as_words(rule_options(one.rules)))}" if one.rules else ""
+        lines.append(f"    {keys_}: {name(one.role)}{name(how) if how else ''}")
+    return lines
 
 
 def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | None) -> list[str]:
@@ -130,43 +174,3 @@ def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | 
 def no_merge(target: str, unkept: Sequence[str]) -> str:
     """What is said in place of a merge where a target file has values that can't be kept."""
     return f"No merge can keep {listing(unkept, 4)} of {name(target)}: {OTHER_TARGET}."
-
-
-def rename_hints(hints: Sequence[Hint]) -> list[tuple[str, str]]:
-    """Hints as renames, of whole modules where a key has one.
-
-    >>> rename_hints([Hint("dense2.weight", "fc2.weight"), Hint("dense2.bias", "fc2.bias"), Hint("scale", "gain")])
-    [('fc2.{p}', 'dense2.{p}'), ('gain', 'scale')]
-    """
-    return list(dict.fromkeys(_renamed(hint.extra, hint.missing) for hint in hints))
-
-
-def adapter_hints(offers: Sequence[Offer]) -> list[tuple[str, str]]:
-    """The adapters of keys that only one adapter would make fit.
-
-    >>> adapter_hints([Offer("w", (2, 3), (3, 2), "transpose")])
-    [('w', 'transpose')]
-    """
-    by_key: dict[str, list[str]] = {}
-    for offer in offers:
-        by_key.setdefault(offer.key, []).append(offer.adapter)
-    return [(key, adapters[0]) for key, adapters in by_key.items() if len(adapters) == 1]
-
-
-def _renamed(extra: str, missing: str) -> tuple[str, str]:
-    one, other = extra.rpartition("."), missing.rpartition(".")
-    whole = one[0] and other[0] and one[2] == other[2]
-    return (f"{one[0]}.{{p}}", f"{other[0]}.{{p}}") if whole else (extra, missing)
-
-
-def next_command(found: Diff, renames: Sequence[tuple[str, str]] = ()) -> Command:
-    """The command that follows a diff: `verify` where the file fits as it is, else `merge`."""
-    root = at_root(found.root)
-    if found.same and not (found.dropped or found.options or found.prefix):
-        return Command("verify", found.source, found.target, options=root)
-    options: list[Option] = [*root, *([("dequantize",)] if found.parted_codes else []), *found.options]
-    options += [("drop", found.prefix.bare(key)) for key in found.refused]
-    options += [option for way in found.exchanges[:1] for option in way.options]
-    options += [("rename", one, other) for one, other in renames[:RENAMES]]
-    options += [("adapt", key, adapter) for key, adapter in adapter_hints(found.offers)[:OFFERS]]
-    return Command("merge", found.source, found.target, "merged.pt", tuple(options))

@@ -1,0 +1,255 @@
+"""The one engine behind the next command: what old names, matching and adapters are certain of, together, tried before it is said.
+
+Rule: what is advised was replayed as the command will follow it. It gives every key that the diff gives already, unless matching is certain
+that the key's source belongs elsewhere, and nothing that is uncertain. Pure: no file, no torch, no printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ckptsurgeon.adapters.chain import filled_elements
+from ckptsurgeon.errors import CheckpointError, RuleError
+from ckptsurgeon.matching.proposals.propose import LEAST, Proposal, propose
+from ckptsurgeon.matching.proposals.sizes import resizes
+from ckptsurgeon.matching.result import Matching
+from ckptsurgeon.matching.rules_from_links.replay import origins
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
+from ckptsurgeon.planning.diff import Advice, Diff, Resize, compare
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.rules.rules import Outside, Rule
+from ckptsurgeon.tensors import Checkpoint
+
+FEW = 4  # rules that are written out; more are left to `--match`
+MOST = 24  # that are written out where `--match` would not end well
+LARGEST = 40_000  # tensors of both sides, beyond which a diff leaves matching to `match`
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a diff was asked: two sides, a person's rules, and whether old names are allowed."""
+
+    source: Checkpoint
+    target: Checkpoint
+    rules: tuple[Rule, ...]
+    outside: Outside
+    auto: str | None
+
+    def diff(self, more: Sequence[Rule], auto: str | None) -> Diff | None:
+        """The diff under more rules, which a command line's own put before those of files; None where they can't be followed."""
+        try:
+            return compare(self.source, self.target, self.ordered(more), self.outside, auto)
+        except CheckpointError:
+            return None
+
+    def ordered(self, more: Sequence[Rule]) -> tuple[Rule, ...]:
+        """A person's rules with more of them, in the order in which a command follows them."""
+        at = next((place for place, rule in enumerate(self.rules) if rule.file), len(self.rules))
+        return (*self.rules[:at], *more, *self.rules[at:])
+
+    @cached_property
+    def untaken(self) -> Outside:
+        """What lies outside, without what the target's own loading code does: matching goes by the names as they are."""
+        return replace(self.outside, taken={})
+
+    @cached_property
+    def plain(self) -> dict[str, str]:
+        """By target key the source key that has its name and its shape, where no rule says anything."""
+        found = origins(self.source, self.target, self.rules, self.untaken)
+        alone = {key: one for key, one in found.items() if one.fits and not (one.ops or one.rules or one.tied_to)}
+        return {key: one.places[0][1] for key, one in alone.items() if len(one.places) == 1}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What matching is certain of: rules that come before all others, the proposal, and whether `--match` leads to the same."""
+
+    first: tuple[Rule, ...]
+    proposal: Proposal
+    by_match: bool
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """All rules, as options would say them."""
+        return (*self.first, *(one.rule for one in self.proposal.ruled))
+
+
+def advise(
+    found: Diff, source: Checkpoint, target: Checkpoint, rules: Sequence[Rule] = (), outside: Outside = NO_OUTSIDE, auto: str | None = None
+) -> Advice:
+    """What to do after a diff of these.
+
+    Args:
+        found: the diff, made with the same rules.
+        source, target: its two sides.
+        rules: a person's rules.
+        outside: what the rules name, and what the target's own loading code does.
+        auto: "safe" where that was asked for.
+
+    Returns:
+        What the next command carries and reaches; empty where nothing is left to do.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> side = lambda path, *keys: Checkpoint(path, "safetensors", "0", {key: TensorMeta(key, "F32", (2, 3), (3, 1)) for key in keys})
+    >>> one, other = side("a", "fc1.weight", "fc2.weight"), side("b", "fc1.weight", "dense2.weight")
+    >>> [str(rule) for rule in advise(compare(one, other), one, other).rules]
+    ["--rename 'fc2.weight' 'dense2.weight'"]
+    """
+    case = Case(source, target, tuple(rules), outside, auto)
+    if found.rivals or len(found.exchanges) > 1:  # nothing decides between prefixes: that comes first
+        return Advice(sizes=_sizes(case, found))
+    base, chosen = _safely(case, found)
+    matched = _matched(case, base) if _open(case, base) else None
+    links = tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ()
+    for carried, by_match in _ways(matched, base):
+        reached = _reached(case, carried, chosen, base, matched)
+        if reached is not None:
+            return _advice(case, found, reached, chosen, matched, carried, by_match, links)
+    return _advice(case, found, base, chosen, None, (), False, links)
+
+
+def _safely(case: Case, found: Diff) -> tuple[Diff, str | None]:
+    """The diff, or that under `--auto safe` where this gives more."""
+    if case.auto is None and (found.mismatched or (found.missing and found.extra)):
+        safe = case.diff((), "safe")
+        if safe is not None and len(safe.matched) > len(found.matched):
+            return safe, "safe"
+    return found, case.auto
+
+
+def _open(case: Case, found: Diff) -> bool:
+    """Whether names are left over on both sides, and not too many to be matched here."""
+    missing = any(key in case.target for key in found.missing)
+    return missing and any(key in case.source for key in found.extra) and len(case.source) + len(case.target) <= LARGEST
+
+
+def _stays(link: Link) -> bool:
+    return link.sources == link.targets and not link.op
+
+
+def _matched(case: Case, base: Diff) -> Found | None:
+    """What matching finds beside the keys that the diff gives; None where that is nothing to follow."""
+    given = frozenset(base.matched) - case.plain.keys()
+    exchanges = tuple(rule for way in base.exchanges for rule in way.rules)
+    wanted = {name for way in base.exchanges for name in way.mapping.values()}
+    found = _proposed(case, (), given)
+    if exchanges and (found is None or not wanted <= _targets(found.proposal)):
+        found = _proposed(case, exchanges, given) or found
+    return found
+
+
+def _targets(found: Proposal) -> set[str]:
+    return {key for link in found.applied for key in link.targets}
+
+
+def _proposed(case: Case, first: tuple[Rule, ...], given: frozenset[str]) -> Found | None:
+    """The proposal after these rules; `given` are keys that old names or loading code give."""
+    judge = _Judge(case, given)
+    try:
+        proposal = propose(case.source, case.target, (*case.rules, *first), case.untaken, judge=judge)
+    except RuleError:
+        return None
+    if not _enough(proposal) or not (first or any(not _stays(link) for link in proposal.applied)):
+        return None
+    apart = judge.changed or proposal.refusal() is not None or any(link.doubt for link in proposal.links)
+    return Found(first, proposal, not apart)
+
+
+def _enough(found: Proposal) -> bool:
+    """Whether links are worth following: as `match` says, or renames alone that explain half of a side's tensors, however large the one is
+    that has another size."""
+    renames = not any(link.op for link in found.applied)
+    return found.refusal() is None or (renames and max(found.coverage.tensors, found.used.tensors) >= LEAST)
+
+
+class _Judge:
+    """Takes out links to keys that are given by other means, and puts those in that names and shapes give already."""
+
+    def __init__(self, case: Case, given: frozenset[str]) -> None:
+        self.case, self.given, self.changed = case, given, False
+
+    def __call__(self, found: Matching) -> tuple[Matching, tuple[str, ...]]:
+        certain = [link for link in found.links if link.certain]
+        reached = {key for link in certain for key in link.targets}
+        used = {key for link in certain for key in link.sources}
+        stays = {name: key for name, key in self.case.plain.items() if name not in reached and key not in used}
+        links = [
+            link for link in found.links if self.given.isdisjoint(link.targets) and (link.certain or stays.keys().isdisjoint(link.targets))
+        ]
+        self.changed = len(links) < len(found.links) or bool(stays)
+        links += [Link((key,), (name,), "", 1.0, ("same name, same shape",)) for name, key in stays.items()]
+        return replace(found, links=tuple(links)), ()
+
+
+def _ways(found: Found | None, base: Diff) -> list[tuple[tuple[Rule, ...], bool]]:
+    """The rules that may be carried, each with whether `--match` stands for them, the first to be tried first."""
+    if found is None:
+        return [(way.rules, False) for way in base.exchanges]
+    writable = all(rule.kind != "stage" for rule in found.rules)
+    short = writable and len(found.rules) <= FEW
+    ways = [(found.rules, True)] if found.by_match and not short else []
+    if writable and len(found.rules) <= MOST:
+        ways.append((found.rules, False))
+    return ways
+
+
+def _reached(case: Case, rules: tuple[Rule, ...], auto: str | None, base: Diff, found: Found | None) -> Diff | None:
+    """The diff under rules, where it gives all that it has to."""
+    reached = case.diff(rules, auto)
+    if reached is None:
+        return None
+    used = {key for link in found.proposal.applied for key in link.sources} if found else set()
+    kept = {key for key in base.matched if case.plain.get(key) not in used}
+    wanted = kept | _targets(found.proposal) if found else kept
+    return reached if wanted <= set(reached.matched) else None
+
+
+def _sizes(case: Case, found: Diff) -> tuple[Resize, ...]:
+    return resizes(case.source, case.target, {row.key: row.source for row in found.mismatched if row.source in case.source})
+
+
+def _advice(
+    case: Case,
+    found: Diff,
+    reached: Diff,
+    auto: str | None,
+    matched: Found | None,
+    rules: tuple[Rule, ...],
+    by_match: bool,
+    links: tuple[Link, ...],
+) -> Advice:
+    """The advice that carries these rules, and the adapters that are sure beside them."""
+    sizes = _sizes(case, reached)
+    adapts: tuple[Rule, ...] = ()
+    for size in sizes:
+        if size.sure and (more := case.diff((*rules, *adapts, *size.rules), auto)) is not None and len(more.matched) > len(reached.matched):
+            reached, adapts = more, (*adapts, *size.rules)
+    if by_match and matched is not None and not _same_beside(case, matched, adapts):
+        by_match = False
+    gains = reached.coverage != found.coverage
+    partly = tuple(row.key for row in reached.adapted if filled_elements(row.ops, case.target[row.key].shape))
+    return Advice(
+        rules=(*(matched.first if by_match and matched else rules), *adapts),
+        match=by_match,
+        auto=auto is not None and case.auto is None,
+        links=links,
+        carried=rules,
+        sizes=sizes,
+        reaches=reached.coverage if gains else None,
+        open=(*(row.key for row in reached.mismatched), *(key for key in reached.missing if key in case.target)),
+        partly=partly,
+    )
+
+
+def _same_beside(case: Case, found: Found, adapts: tuple[Rule, ...]) -> bool:
+    """Whether `--match` finds the same links where these adapters are asked for too."""
+    if not adapts:
+        return True
+    try:
+        again = propose(case.source, case.target, case.ordered((*found.first, *adapts)), case.untaken)
+    except RuleError:
+        return False
+    asked = {(link.sources, link.targets, link.op) for link in found.proposal.applied if not _stays(link)}
+    return again.refusal() is None and asked <= {(link.sources, link.targets, link.op) for link in again.applied}

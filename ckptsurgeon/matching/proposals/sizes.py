@@ -1,0 +1,260 @@
+"""What a key is that both sides have in another size, and the adapters that are offered for it: by its words, its shape and its neighbours.
+
+Rule: an adapter is offered for what a key is, never because its shape would go through it. The rows of `ROLES` are tried in order; the
+first that fits says it all. What a row is sure of goes into the next command; the rest is a choice that is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+
+from ckptsurgeon.adapters.table import offers, texts
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.module_tree import is_float
+from ckptsurgeon.planning.diff import Offer, Resize
+from ckptsurgeon.rules.drafting.cover import cover
+from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+Said = tuple[str, str, bool]  # an adapter, what the key is, and whether it is sure
+_OTHERWISE = """q k v qkv kv tok cls mask linear head conv proj mlp norm scale latent latents prompt prompts register registers memory query
+    queries anchor anchors codebook label object objects lm out"""
+_NO_POSITIONS = frozenset(_OTHERWISE.split())  # words that say what a bare table is
+_CLASSES = "head classifier classification score scores logits predictor bbox cls pred outputs generator"
+_HEADS = frozenset(_CLASSES.split())  # words of a last layer
+_IMAGE = 4  # channels of an image, or of the latents that stand for one
+_ROUND = (512, 256, 128, 64, 32, 16, 8)  # what vocabularies are rounded up to
+_HEAD_SIZES = (128, 64, 256, 96, 80, 32, 16, 8, 4, 2)  # of one attention head, the most usual first
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Both sides, and which target keys have another size, with the source key of each."""
+
+    source: Checkpoint
+    target: Checkpoint
+    pairs: Mapping[str, str]
+
+    @cached_property
+    def vocabularies(self) -> frozenset[tuple[int, int]]:
+        """From how many rows to how many the token tables go."""
+        tables = (Sized(self, key) for key in self.pairs)
+        return frozenset((one.old[0], one.new[0]) for one in tables if one.is_token_table)
+
+    @cached_property
+    def last_module(self) -> str:
+        """The module of the target's last matrix or kernel."""
+        last = [key for key, tensor in self.target.items() if len(tensor.shape) > 1 and is_float(tensor)]
+        return last[-1].rpartition(".")[0] if last else ""
+
+
+class Sized:
+    """A key with its two shapes, and what its name and its neighbours say."""
+
+    def __init__(self, scene: Scene, key: str) -> None:
+        self.scene, self.key = scene, key
+        self.source_key = scene.pairs[key]
+        self.old, self.new = scene.source[self.source_key].shape, scene.target[key].shape
+        self.module, _, self.leaf = key.rpartition(".")
+        parts = [part for part in key.split(".") if part not in ("weight", "bias")]
+        self.own = _words(parts[-1]) if parts else frozenset()
+        self.words = _words(key)
+
+    @property
+    def rows_alone(self) -> bool:
+        """Whether the first dimension alone differs."""
+        return len(self.old) == len(self.new) and self.old[1:] == self.new[1:] and self.old[:1] != self.new[:1]
+
+    @property
+    def rows(self) -> str:
+        """How many rows become how many."""
+        return f"{self.old[0]:,} → {self.new[0]:,}"
+
+    @property
+    def is_token_table(self) -> bool:
+        """Whether it is a table of tokens, by its own name."""
+        plain = self.own - {"first", "weight"}
+        named = "tok" in plain or (bool(plain) and plain <= {"embed", "shared"})
+        return len(self.new) == 2 and self.rows_alone and named and not plain & {"q", "cls", "mask", "pos", "head", "out", "tokentype"}
+
+    @property
+    def of_vocabulary(self) -> bool:
+        """Whether its rows are a vocabulary's: it grows along with the token table, or its name says so."""
+        named = "lm" in self.own or {"embed", "out"} <= self.own
+        return self.rows_alone and ((self.old[0], self.new[0]) in self.scene.vocabularies or named)
+
+    @property
+    def siblings(self) -> Iterator[tuple[str, TensorMeta]]:
+        """What stands in the same module, and one module lower or higher."""
+        above = self.module if self.leaf not in ("weight", "bias") else self.module.rpartition(".")[0]
+        head = f"{above}." if above else ""
+        return (
+            (key, tensor)
+            for key, tensor in self.scene.target.items()
+            if key.startswith(head) and key.count(".") <= head.count(".") + 2 and key != self.key
+        )
+
+    @property
+    def is_position_table(self) -> bool:
+        """Whether it is a table of absolute positions: by name, or a bare (1, N, C) or (N, C) of which nothing says otherwise."""
+        if "pos" in self.own or self.own & {"pe", "ape"}:
+            return "relpos" not in self.own
+        bare = self.leaf not in ("weight", "bias") and len(self.new) in (2, 3) and (len(self.new) == 2 or self.new[0] == 1)
+        lone = f"{self.key}_bias" not in self.scene.target and f"{self.module}.bias" not in self.scene.target
+        return bare and lone and not self.words & _NO_POSITIONS and len(self.new) == 3
+
+    @property
+    def of_text(self) -> bool:
+        """Whether a table of positions counts tokens of a text: a token table, and no kernel of patches, is beside it."""
+        beside = list(self.siblings)
+        tables = any("tok" in _words(key) and len(tensor.shape) == 2 for key, tensor in beside)
+        return (tables or "text" in self.words or "tok" in self.words) and not any(len(tensor.shape) > 3 for _, tensor in beside)
+
+    @property
+    def is_first_convolution(self) -> bool:
+        """Whether it is a kernel that sees the image, or what stands for it: few channels come in."""
+        return len(self.new) in (4, 5) and (min(self.old[1], self.new[1]) <= _IMAGE or bool(self.own & {"patch", "stem"}))
+
+    @property
+    def is_head(self) -> bool:
+        """Whether its rows are classes: a head by its name, or the last module of the model."""
+        named = bool({*self.own, *self.words} & {"head"}) or bool(self.own & _HEADS)
+        return self.rows_alone and (named or self.module == self.scene.last_module)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word for word in concepts(text) if word[0] != "#")
+
+
+def _by_shape(one: Sized, *names: str) -> str:
+    """The adapter of these that makes its shape fit, or nothing."""
+    return next((texts([op]) for op in offers(one.old, one.new) if op["op"] in names), "")
+
+
+def _fresh(one: Sized) -> tuple[str, str]:
+    """What fills a table up, and in words: what the target has there, or, where nothing gives it, the mean of the rows."""
+    target = one.scene.target
+    values = target.kind == "file" or (target.kind == "model" and target.in_memory != "state_dict")
+    return ('pad(fill="init")', "as the target has them") if values else ('pad(fill="mean")', "their mean")
+
+
+def _relative(one: Sized) -> Iterable[Said] | None:
+    if "relpos" not in one.own:
+        return None
+    adapter = _by_shape(one, "relative_position_bias")
+    return [(adapter, "biases of relative positions, resized to the new window", True)] if adapter else [("", "relative positions", False)]
+
+
+def _rounded(old: int, new: int) -> bool:
+    """Whether a vocabulary's size is the other's rounded up, as libraries do for speed."""
+    return any(old % step == 0 and 0 < old - new < step for step in _ROUND)
+
+
+def _vocabulary(one: Sized) -> Iterable[Said] | None:
+    if not (one.is_token_table or one.of_vocabulary):
+        return None
+    kind = "vocabulary" if one.is_token_table else "output of the vocabulary"
+    if one.new[0] > one.old[0]:
+        adapter, rest = _fresh(one)
+        return [(adapter, f"{kind}, {one.rows}: the old rows are kept, the rest {rest}", True)]
+    rounded = _rounded(one.old[0], one.new[0])
+    words = f"{kind}, {one.rows}: " + ("rounded up in the source" if rounded else "its first rows, where the tokens are the same")
+    return [("slice", words, rounded)]
+
+
+def _positions(one: Sized) -> Iterable[Said] | None:
+    if not one.is_position_table:
+        return None
+    if not one.of_text:
+        adapter = _by_shape(one, "interpolate")
+        how = "resized to the new grid" if adapter else "of another grid"
+        return [(adapter, f"table of positions, {how}", bool(adapter))]
+    if not one.rows_alone:
+        return [("", "table of positions", False)]
+    if one.new[0] > one.old[0]:
+        adapter, rest = _fresh(one)
+        return [(adapter, f"positions of a text, {one.rows}: the old ones are kept, the rest {rest}", True)]
+    return [("slice", f"positions of a text, {one.rows}: the first ones", True)]
+
+
+def _first_convolution(one: Sized) -> Iterable[Said] | None:
+    if len(one.old) != len(one.new) or not one.is_first_convolution:
+        return None
+    channels = _by_shape(one, "in_channels")
+    if channels:
+        return [(channels, f"first convolution, {one.old[1]} → {one.new[1]} channels", True)]
+    if (one.old[0], *one.old[2:]) == (one.new[0], *one.new[2:]):
+        grows = one.new[1] > one.old[1]
+        adapter = "pad(dim=1)" if grows else "slice(dim=1)"
+        how = "the new ones zero" if grows else "the first ones"
+        return [(adapter, f"first convolution, {one.old[1]} → {one.new[1]} channels, {how}", False)]
+    patch = _by_shape(one, "patch_embed")
+    return [(patch, "patches of another size", True)] if patch else None
+
+
+def _more_dims(one: Sized) -> Iterable[Said] | None:
+    adapter = _by_shape(one, "inflate")
+    return [(adapter, "2-D kernel for a 3-D convolution", True)] if adapter else None
+
+
+def _grouped(one: Sized) -> Iterable[Said] | None:
+    if not (one.own & {"k", "v"} and one.rows_alone and one.new[0] and one.old[0] % one.new[0] == 0):
+        return None
+    both = gcd(one.old[0], one.new[0])
+    size = next((size for size in _HEAD_SIZES if both % size == 0), 1)
+    words = f"fewer key and value heads: the mean of each group (of {one.old[0] // one.new[0]}), if its heads have {size} rows"
+    return [(f"group_mean(heads={one.old[0] // size})", words, False)]
+
+
+def _classes(one: Sized) -> Iterable[Said] | None:
+    return [("", f"a head of other classes, {one.rows}: stays as the target has it", False)] if one.is_head else None
+
+
+def _turned(one: Sized) -> Iterable[Said] | None:
+    adapter = _by_shape(one, "transpose")
+    return [(adapter, "rows and columns exchanged", True)] if adapter else None
+
+
+ROLES: tuple[Callable[[Sized], Iterable[Said] | None], ...] = (
+    _turned,
+    _relative,
+    _positions,
+    _vocabulary,
+    _first_convolution,
+    _more_dims,
+    _grouped,
+    _classes,
+)
+
+
+def resizes(source: Checkpoint, target: Checkpoint, pairs: Mapping[str, str]) -> tuple[Resize, ...]:
+    """What each key of another size is, with the rules that make it fit; `pairs` are the source's keys by the target's.
+
+    Of keys about which nothing is known, and of values that are counted or indexed, nothing is said.
+    """
+    scene = Scene(source, target, pairs)
+    floats = [key for key in pairs if is_float(target[key]) and is_float(source[pairs[key]])]
+    alike: dict[tuple[str, str, bool], list[Offer]] = {}
+    for offer in (offer for key in floats for offer in _of(Sized(scene, key))):
+        alike.setdefault((offer.adapter, offer.role, offer.sure), []).append(offer)
+    return tuple(Resize(tuple(same), tuple(_rules(same, target))) for same in alike.values())
+
+
+def _rules(same: Sequence[Offer], target: Checkpoint) -> Iterator[Rule]:
+    """The adapter for each of these keys, and for no other."""
+    if same[0].adapter:
+        named = {offer.key: None for offer in same}
+        for pattern in cover(named, [key for key in target if key not in named]):
+            yield Rule("adapt", pattern, same[0].adapter)
+
+
+def _of(one: Sized) -> Iterator[Offer]:
+    for op in offers(one.old, one.new, safe=True):
+        yield Offer(one.key, one.old, one.new, texts([op]), "dimensions of size 1", True, True)
+        return
+    said: Sequence[Said] = next((list(found) for role in ROLES if (found := role(one)) is not None), [])
+    for adapter, words, sure in said:
+        yield Offer(one.key, one.old, one.new, adapter, words, sure)
