@@ -233,18 +233,24 @@ def test_uncertain_links_stand_in_comments_from_which_they_can_be_taken() -> Non
     assert len(read_back(taken, source, target)) == 3
 
 
-def test_keys_that_no_pattern_can_name_are_left_to_the_person() -> None:
+def test_keys_with_the_characters_of_patterns_are_named_by_rules_too() -> None:
     one, other = {"a {x}": SQUARE, "b.w": SQUARE, "same {y}": SQUARE}, {"c.*": SQUARE, "d.w": SQUARE, "same {y}": SQUARE}
     links = [
         Link(("a {x}",), ("c.*",), "", 9.0),
         Link(("b.w",), ("d.w",), "", 9.0),
         Link(("same {y}",), ("same {y}",), "", 9.0),
     ]
+    assert rules_of(one, other, links) == [("rename", "a \\{x\\}", "c.\\*"), ("rename", "b.w", "d.w")]
+
+
+def test_keys_that_no_text_can_have_are_left_to_the_person() -> None:
+    one, other = {"a\ud800": SQUARE, "b.w": SQUARE, "same\ud800": SQUARE}, {"c": SQUARE, "d.w": SQUARE, "same\ud800": SQUARE}
+    links = [Link((name,), (to,), "", 9.0) for name, to in zip(one, other, strict=True)]
     source, target = checkpoint(one), checkpoint(other, "model:Net")
     found = proposed(source, target, links)
-    assert {link.targets for link in found.applied} == {("d.w",), ("same {y}",)}
-    assert any("no pattern can name" in words for link in found.links for words in link.evidence)
-    assert read_back(found, source, target) == {"d.w": (("b.w",), ()), "same {y}": (("same {y}",), ())}
+    assert {link.targets for link in found.applied} == {("d.w",), ("same\ud800",)}
+    assert any("no text can have" in words for link in found.links for words in link.evidence)
+    assert read_back(found, source, target) == {"d.w": (("b.w",), ()), "same\ud800": (("same\ud800",), ())}
 
 
 def test_a_persons_rules_come_first_and_their_keys_are_not_looked_for() -> None:

@@ -34,7 +34,7 @@ from ckptsurgeon.tensors import Checkpoint
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
-UNWRITABLE = "a key that no pattern can name"
+UNWRITABLE = "a key that no text can have"
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,7 +149,7 @@ def propose(
     """
     names = name_sources([source], target, before, outside)
     refused = find_refused(source, 0, names)
-    drops = tuple(("drop", names.prefixes[0].bare(key)) for key in refused)
+    drops = tuple(("drop", literal(names.prefixes[0].bare(key))) for key in refused)
     task = replace(_told(source, target, tuple(before), outside), options=drops)
     kept = kept_out(target, names) if before else {}
     found = match(
@@ -224,11 +224,8 @@ def _applied(found: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link
 
 
 def _writable(key: str) -> bool:
-    """Whether a pattern can name just this key."""
-    try:
-        return key.isprintable() and not set(key) & set("*{}+| ") and "->" not in key and compile_rules([Rule("drop", key)]) is not None
-    except RuleError:
-        return False
+    """Whether a rules file can have this key: text that UTF-8 knows."""
+    return bool(key) and not any("\ud800" <= letter <= "\udfff" for letter in key)
 
 
 def _is_writable(link: Link) -> bool:

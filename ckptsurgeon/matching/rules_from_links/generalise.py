@@ -24,6 +24,8 @@ from ckptsurgeon.planning.prefixes.find import Prefix, find_prefix, rename_all
 from ckptsurgeon.rules.drafting import cover
 from ckptsurgeon.rules.drafting.drafts import Draft, Known, merge
 from ckptsurgeon.rules.drafting.rows import Line, Row, literal, rows
+from ckptsurgeon.rules.patterns import literal as one_key
+from ckptsurgeon.rules.patterns import unescaped
 from ckptsurgeon.rules.rulefile import parse_rules, to_toml
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
@@ -121,7 +123,7 @@ def _views(task: Task) -> Iterator[View]:
         yield prefixed
         return
     # A prefix that the planner would find for a few keys alone is no way to tell a person what becomes of them.
-    stays = sum(prefixed.default[link.sources[0]] == link.targets[0] for link in task.links)
+    stays = sum(prefixed.default[link.sources[0]] == one_key(link.targets[0]) for link in task.links)
     first = task.prefix.of_wrappers or 2 * stays >= len(task.links)
     if first:
         yield prefixed
@@ -131,15 +133,15 @@ def _views(task: Task) -> Iterator[View]:
 
 
 class View:
-    """A task with the names that patterns see."""
+    """A task with the names that patterns see, each as the pattern that it is."""
 
     def __init__(self, task: Task, prefix: Prefix) -> None:
         self.task, self.prefix = task, prefix
         keys = (*task.source, *task.source.entries)
-        self.bare = {key: prefix.bare(key) for key in keys}
-        self.default = rename_all(keys, {*task.target, *task.target.entries}, prefix)
+        self.bare = {key: one_key(prefix.bare(key)) for key in keys}
+        self.default = {key: one_key(name) for key, name in rename_all(keys, {*task.target, *task.target.entries}, prefix).items()}
         self.key_of = {name: key for key, name in self.bare.items()}
-        self.known = Known([name for key, name in self.bare.items() if key not in task.touched])
+        self.known = Known([prefix.bare(key) for key in keys if key not in task.touched])
         self.reached = frozenset(task.wanted)
         self.loose = frozenset(task.source) - {key for link in task.links for key in link.sources} - task.touched
 
@@ -168,12 +170,12 @@ class View:
         moved = places({name: results[0] if results and len(results) == 1 else None for name, results in goals.items()})
         if not moved:
             return
-        order, after = first_stage(moved, self.known.names, goals)
+        order, after = first_stage(moved, self.known, goals)
         by_name = {self.bare[link.sources[0]]: link for link in self.task.links if not _joins(link)}
         for draft in order:
             yield Ruled(draft.rule, tuple(by_name[line.sources[0]] for line in draft.lines))
         yield Ruled(Rule("stage"))
-        called = {key: after.get(name, name) for key, name in self.bare.items()}
+        called = {key: unescaped(after.get(name, name)) for key, name in self.bare.items()}
         own = {link.targets: link for link in self.task.links}
         key_of = {name: key for key, name in called.items()}
         if len(key_of) < len(called):
@@ -202,7 +204,7 @@ class View:
         for link in self.task.links:
             if not _joins(link):
                 to.setdefault(link.sources[0], []).extend(link.targets)
-        return (Line((self.bare[key],), tuple(targets)) for key, targets in to.items())
+        return (Line((self.bare[key],), tuple(map(one_key, targets))) for key, targets in to.items())
 
     def _links(self) -> Mapping[Line, list[Link]]:
         found: dict[Line, list[Link]] = {line_of(link, self.bare): [link] for link in self.task.links if _joins(link)}
@@ -218,7 +220,7 @@ class View:
 
     def _moved(self, lines: Sequence[Line], how: str) -> list[Draft]:
         if how == GENERAL:
-            return merge(renamings(rows(lines), self.prefix.added), self.known)
+            return merge(renamings(rows(lines), one_key(self.prefix.added)), self.known)
         found: Iterable[Row] = map(literal, lines) if how == LITERAL else rows(lines)
         return [Draft.of(row) for row in found if not self._stays(row)]
 
@@ -237,7 +239,7 @@ class View:
         if key not in self.task.source:
             return False
         shape = self.task.source[key].shape
-        for result in results if results is not None else (self.default[key],):
+        for result in map(unescaped, results if results is not None else (self.default[key],)):
             if result in self.reached or (
                 result in target and (target[result].shape == shape or offers(shape, target[result].shape, safe=True))
             ):
@@ -249,8 +251,10 @@ class View:
         meant = set(drops)
         goals = self._goals()
         loose = [name for name in self.bare.values() if name not in goals]
-        whole, rest = cover.modules([name for name in loose if name in meant], [*goals, *(name for name in loose if name not in meant)])
-        for pattern in (*whole, *cover.cover(rest, [*goals, *others])):
+        apart: tuple[list[str], list[str]] = [name for name in loose if name in meant], [name for name in loose if name not in meant]
+        mine, kept, stay = (list(map(unescaped, names)) for names in (apart[0], (*goals, *apart[1]), (*goals, *others)))
+        whole, rest = cover.modules(mine, kept)
+        for pattern in (*whole, *cover.cover(rest, stay)):
             matched = [name for name in self.known.matched(Draft((pattern,), (), "", ()).compiled) if name in meant]
             meant -= set(matched)
             if matched:  # else others before it match all that it is for
@@ -266,9 +270,10 @@ class View:
         for op, links in by_op.items():
             others = [key for other, named in by_op.items() if other != op for key in named]
             others += [key for link in self.task.links if _joins(link) for key in link.targets]
-            patterns = list(links) if how == LITERAL else cover.cover(links, others)
+            patterns = list(map(one_key, links)) if how == LITERAL else cover.cover(links, others)
+            known = Known(links)
             for pattern in patterns if op else ():
-                matched = Known(links).matched(Draft((pattern,), (), "", ()).compiled)
+                matched = [key for name in known.matched(Draft((pattern,), (), "", ()).compiled) if (key := unescaped(name)) in links]
                 if matched:  # else others before it match all that it is for
                     yield Ruled(Rule("adapt", pattern, op), tuple(dict.fromkeys(links.pop(key) for key in matched)))
 

@@ -13,6 +13,7 @@ from math import inf
 
 from ckptsurgeon.rules.drafting.drafts import Draft
 from ckptsurgeon.rules.drafting.rows import Row
+from ckptsurgeon.rules.drafting.segments import plain, segments
 
 Path = tuple[str, ...]
 Called = tuple[Path, ...]  # what a node is called: one path for each of several results
@@ -40,7 +41,7 @@ def renamings(rows: Iterable[Row], added: str) -> list[Draft]:
     root = Node()
     for row in rows:
         node = root
-        for segment in row.sources[0].split("."):
+        for segment in segments(row.sources[0]):
             node = node.children.setdefault(segment, Node((*node.path, segment)))
         node.own = row
     _weigh(root)
@@ -52,7 +53,7 @@ def renamings(rows: Iterable[Row], added: str) -> list[Draft]:
 
 
 def _needed(row: Row) -> Called:
-    return tuple(tuple(target.split(".")) for target in row.targets)
+    return tuple(tuple(segments(target)) for target in row.targets)
 
 
 def _weigh(node: Node) -> None:
@@ -67,7 +68,7 @@ def _weigh(node: Node) -> None:
     for segment, child in node.children.items():
         for called, cost in child.costs.items():
             above = tuple(path[:-1] for path in called)
-            if all(path and path[-1] == segment for path in called) and _told(above, node.path):
+            if all(path and path[-1] == plain(segment) for path in called) and _told(above, node.path):
                 sums[above] = sums.get(above, without) + cost - child.other
     best = min(sums, key=lambda called: sums[called], default=None)
     if best is not None and sums[best] + 1 < without:
@@ -79,7 +80,7 @@ def _weigh(node: Node) -> None:
 
 def _told(called: Called, path: Path) -> bool:
     """Whether all numbers that the names count with stand in the path."""
-    known = {name for segment in path for name in _NAME.findall("".join(_PART.findall(segment)))}
+    known = {name for segment in path for name in _NAME.findall("".join(_PART.findall(plain(segment))))}
     return all(set(_NAME.findall("".join(_PART.findall(segment)))) <= known for one in called for segment in one)
 
 
@@ -93,12 +94,12 @@ def _give(node: Node, called: Called, by: tuple[Path, Called], found: dict[tuple
         else:
             found.setdefault((node.path, _needed(node.own)), []).append(node.own)
     for segment, child in node.children.items():
-        _give(child, tuple((*path, segment) for path in called), by, found)
+        _give(child, tuple((*path, plain(segment)) for path in called), by, found)
 
 
 def _draft(path: Path, called: Called, rows: Sequence[Row]) -> Draft:
     """A rename of a key, of all keys right in a module (`{p}`), or of all below it (`{**rest}`)."""
-    lengths = {len(row.sources[0].split(".")) - len(path) for row in rows}
+    lengths = {len(segments(row.sources[0])) - len(path) for row in rows}
     rest = "" if lengths == {0} else "{p}" if lengths == {1} else "{**rest}"
     results = tuple(_joined((*one, rest.replace("*", ""))) for one in called)
     return Draft((_joined((*path, rest)),), results, "", tuple(line for row in rows for line in row.lines))

@@ -7,10 +7,12 @@ names in dispute get rules of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import Line, literal
+from ckptsurgeon.rules.drafting.segments import is_open
 
 Goals = Mapping[str, tuple[str, ...] | None]
 Astray = Callable[[str, Sequence[str] | None], bool]
@@ -33,9 +35,9 @@ def _servers(drafts: Sequence[Draft], known: Known) -> dict[str, int]:
     """The draft that is for each name."""
     served: dict[str, int] = {}
     for at, draft in enumerate(drafts):
-        if len(draft.lines) > 1 or "{" in "".join(draft.patterns):
-            own = {name for line in draft.lines for name in line.sources if "{" not in name}
-            if any("{" in name for line in draft.lines for name in line.sources):
+        if len(draft.lines) > 1 or any(map(is_open, draft.patterns)):
+            own = {name for line in draft.lines for name in line.sources if not is_open(name)}
+            if any(is_open(name) for line in draft.lines for name in line.sources):
                 own |= set(known.matched(draft.compiled))
             served.update(dict.fromkeys(own, at))
         else:
@@ -62,13 +64,22 @@ def _order(drafts: Sequence[Draft], known: Known, goals: Goals) -> tuple[list[Dr
     }
     if bare:
         return [], {-1: bare}
-    left, order = list(range(len(drafts))), []
-    while left:
-        ready = next((at for at in left if not before[at] & set(left)), None)
-        if ready is None:
-            return [], _disputed(drafts, known, goals, served, left)
-        order.append(drafts[ready])
-        left.remove(ready)
+    after: list[list[int]] = [[] for _ in drafts]
+    for at, others in enumerate(before):
+        for other in others:
+            after[other].append(at)
+    waits = list(map(len, before))
+    ready = [at for at, count in enumerate(waits) if not count]  # sorted, so a heap
+    order: list[Draft] = []
+    while ready:
+        at = heappop(ready)
+        order.append(drafts[at])
+        for other in after[at]:
+            waits[other] -= 1
+            if not waits[other]:
+                heappush(ready, other)
+    if len(order) < len(drafts):
+        return [], _disputed(drafts, known, goals, served, [at for at, count in enumerate(waits) if count])
     return order, {}
 
 

@@ -12,15 +12,16 @@ from ckptsurgeon.adapters.table import parse_ops
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.drafting.numbers import cut
 from ckptsurgeon.rules.drafting.rows import Line
+from ckptsurgeon.rules.patterns import literal
 
 _MOST = 4  # patterns that go together for each number
 PART = "{e}"
 
 
 def line_of(link: Link, name: Mapping[str, str]) -> Line:
-    """A link as a line, with the source's names as patterns see them."""
+    """A link as a line, with the patterns of the source's names."""
     sources = tuple(name[key] for key in link.sources)
-    targets = link.targets
+    targets = tuple(map(literal, link.targets))
     if len(sources) > 2:  # two are as short by name
         sources = numbered(sources) or sources
     elif len(targets) > 1 and counted_at(parse_ops(link.op)) is not None:

@@ -58,9 +58,8 @@ def _common(targets: Sequence[str]) -> str:
     return ".".join(first[:same])
 
 
-def first_stage(places: Mapping[str, str], names: Sequence[str], goals: Collection[str]) -> tuple[list[Draft], dict[str, str]]:
+def first_stage(places: Mapping[str, str], known: Known, goals: Collection[str]) -> tuple[list[Draft], dict[str, str]]:
     """The rules that move these modules, and what all names are called after them; `goals` are the names that have a link."""
-    known = Known(names)
     lines: dict[str, list[Line]] = {head: [] for head in places}
     for name in goals:
         head = next((name[:end] for end in _dots(name) if name[:end] in places), None)

@@ -16,6 +16,7 @@ from ckptsurgeon.matching.rules_from_links.parts import line_of
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import literal, rows
+from ckptsurgeon.rules.patterns import literal as one_key
 from ckptsurgeon.rules.rulefile import to_toml
 from ckptsurgeon.rules.rules import Rule, linked
 
@@ -76,6 +77,7 @@ def arrow(rule: Rule) -> str:
 
 def doubts(links: Sequence[Link], name: Mapping[str, str], known: Known) -> list[Ruled]:
     """Uncertain links as rules, as few as match nothing but their keys. None is applied, and several may want one key."""
+    name = {key: one_key(other) for key, other in name.items()}
     found: list[Ruled] = []
     for op in dict.fromkeys(link.op for link in links):
         some = {line_of(link, name): link for link in links if link.op == op}
@@ -102,7 +104,7 @@ def _rules(draft: Draft, op: str, links: tuple[Link, ...]) -> Iterator[Ruled]:
         if any(link.sources != link.targets for link in links):
             yield Ruled(Rule("adapt", f"{draft.patterns[0]} -> {draft.results[0]}", op), links)
         else:
-            yield from (Ruled(Rule("adapt", key, op), links) for key in keys)
+            yield from (Ruled(Rule("adapt", one_key(key), op), links) for key in keys)
     else:
         yield Ruled(draft.rule, links)
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.drafting.numbers import cut
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Rule, compile_rule
 
 _WORD = re.compile(r"[A-Za-z0-9_]+")
@@ -26,7 +27,7 @@ def cover(keys: Iterable[str], forbidden: Collection[str]) -> list[str]:
     """
     others = Known(forbidden)
     templates: dict[tuple[str, ...], list[str]] = {}
-    for key in keys:
+    for key in map(literal, keys):
         templates.setdefault(cut(key).texts, []).append(key)
     rows: list[list[str]] = []
     for texts, same in templates.items():
@@ -56,7 +57,7 @@ def modules(keys: Collection[str], forbidden: Collection[str]) -> tuple[list[str
         else:
             found.setdefault(key[:end], []).append(key)
     few = [whole for whole, named in found.items() if len(named) < 2]
-    return [f"{whole}.**" for whole in found if whole not in few], [*rest, *(key for whole in few for key in found[whole])]
+    return [f"{literal(whole)}.**" for whole in found if whole not in few], [*rest, *(key for whole in few for key in found[whole])]
 
 
 def dropping(keys: Collection[str], forbidden: Collection[str], number: str = "") -> tuple[Rule, ...]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ckptsurgeon.rules.drafting.rows import Line, Row
+from ckptsurgeon.rules.drafting.segments import segments
+from ckptsurgeon.rules.patterns import Pattern, literal, unescaped
 from ckptsurgeon.rules.rules import CompiledRule, Rule, compile_rule
 from ckptsurgeon.rules.templates import expand
 
@@ -21,21 +23,31 @@ _WORD = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Known:
-    """The names that patterns are held against, so sorted that a pattern looks only at those that begin as it does."""
+    """The names that patterns are held against, each as the pattern that it is; a pattern looks only at those that begin as it does."""
 
     def __init__(self, names: Collection[str]) -> None:
-        self.names = sorted(names)
+        self._keys = sorted(names)
+        self.names = [literal(name) for name in self._keys]
+        self._matched: dict[tuple[str, ...], list[str]] = {}
 
     def matched(self, compiled: CompiledRule) -> list[str]:
-        """The names that a rule matches, sorted."""
-        found: set[str] = set()
-        for _, pattern in compiled.patterns:
-            expression = pattern.text[0] == "/"
-            head = "" if expression else re.split(r"[{*]", pattern.text, maxsplit=1)[0]
-            start = bisect_left(self.names, head)
-            stop = bisect_left(self.names, f"{head}\U0010ffff") if head else len(self.names)
-            found.update(name for name in self.names[start:stop] if pattern.fits(name))
-        return sorted(found)
+        """The names that a rule matches, sorted as keys are."""
+        asked = tuple(pattern.text for _, pattern in compiled.patterns)
+        if asked not in self._matched:
+            places = sorted({place for _, pattern in compiled.patterns for place in self._places(pattern)})
+            self._matched[asked] = [self.names[place] for place in places]
+        return self._matched[asked]
+
+    def _places(self, pattern: Pattern) -> Iterator[int]:
+        first = pattern.tokens[0] if pattern.tokens else None
+        head = pattern.key if first is None else first.texts[0] if first.kind == "text" else ""
+        start = bisect_left(self._keys, head)
+        if first is None and pattern.expression is None:
+            yield from (start,) if self._keys[start : start + 1] == [head] else ()
+            return
+        stop = bisect_left(self._keys, f"{head}\U0010ffff") if head else len(self._keys)
+        fits = pattern.test
+        yield from (place for place in range(start, stop) if fits(self._keys[place]))
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,12 @@ class Draft:
         return compile_rule(self.rule)
 
     def gives(self, name: str) -> tuple[str, ...] | None:
-        """The names that a rename makes of a name; None where it is a link, which takes several. RuleError where it can't count."""
-        match = None if self.op else self.compiled.match(name)
-        return None if match is None else tuple(expand(result, dict(match.parts)) for result in self.results)
+        """The names that a rename makes of a name, each as the pattern that it is; None where it is a link, which takes several.
+
+        RuleError where it can't count.
+        """
+        match = None if self.op else self.compiled.match(unescaped(name))
+        return None if match is None else tuple(literal(expand(result, dict(match.parts))) for result in self.results)
 
 
 def merge(drafts: Sequence[Draft], known: Known) -> list[Draft]:
@@ -101,7 +116,7 @@ def _merged(drafts: Sequence[Draft], known: Known, forms: Forms) -> list[Draft]:
 
 def _ends(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
     """The last word, where all keys of a rule end in it: `{p}` stands for it."""
-    word = draft.patterns[0].rpartition(".")[2]
+    word = segments(draft.patterns[0])[-1]
     keys = (*draft.patterns, *draft.results)
     if _WORD.fullmatch(word) and all(key.endswith(word) for key in keys):
         yield _form(draft, "{p}", [key.removesuffix(word) + "{p}" for key in keys], word)
@@ -109,7 +124,7 @@ def _ends(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
 
 def _words(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
     """Each segment that is a word and that all keys of a rule have."""
-    keys = [key.split(".") for key in (*draft.patterns, *draft.results)]
+    keys = [segments(key) for key in (*draft.patterns, *draft.results)]
     name = next((name for name in _PARTS if not any(f"{{{name}}}" in key for key in keys)), None)
     if name is None:
         return

@@ -1,22 +1,28 @@
 """From many links to few patterns: links whose keys differ in numbers alone become one row. Knows no target but the links'.
 
-Rule: a row stands for exactly its links. A number that nothing on the other side follows from stands as it is, in a row of its own.
+Rule: a row stands for exactly its links. A number from which nothing on the other side follows for all of them is one of those for which
+it does (`{i=0..90..3}`), or stands as it is, in a row of its own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
+from ckptsurgeon.rules.drafting.boxes import Box, boxes
 from ckptsurgeon.rules.drafting.numbers import NAMES, Cut, Form, cut, fit, fit_two
+from ckptsurgeon.rules.patterns import listed
 
 _DEEPEST = 4  # numbers by which rows are taken apart, one after the other
 
 
 @dataclass(frozen=True)
 class Line:
-    """One application of a rule: its source keys and target keys in the rule's order (gathered and counted numbers already in braces)."""
+    """One application of a rule: its source keys and target keys in the rule's order, as patterns (gathered and counted numbers already in
+    braces)."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -30,12 +36,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """Patterns for the sources, results for the targets, and the lines that they stand for."""
+    """Patterns for the sources, results for the targets, and the lines that they stand for; `chosen` are the numbers of the first source
+    that are one of several, of which a pattern that is `open` knows nothing."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     op: str
     lines: tuple[Line, ...]
+    open: str = ""
+    chosen: tuple[int, ...] = ()
 
 
 Shared = Mapping[tuple[tuple[str, ...], tuple[str, ...]], Form]
@@ -53,7 +62,7 @@ def rows(lines: Iterable[Line]) -> list[Row]:
 
 def literal(line: Line) -> Row:
     """A line as it stands."""
-    return Row(line.sources, line.targets, line.op, (line,))
+    return Row(line.sources, line.targets, line.op, (line,), line.sources[0])
 
 
 def _shared(lines: Iterable[Line]) -> Shared:
@@ -84,12 +93,35 @@ def _fold(lines: Sequence[Line], shared: Shared, fixed: frozenset[int], depth: i
         apart: dict[int, list[Line]] = {}
         for line in lines:
             apart.setdefault(line.cuts[0][0].numbers[slot], []).append(line)
-        found.append([row for part in apart.values() for row in _fold(part, shared, fixed | {slot}, depth - 1)])
+        parts: list[Row] = []
+        for values in _alike(apart):
+            together = [line for value in values for line in apart[value]]
+            one = _row(together, shared, fixed, {slot: frozenset(values)}) if len(values) > 1 else None
+            parts += [one] if one else [row for value in values for row in _fold(apart[value], shared, fixed | {slot}, depth - 1)]
+        found.append(parts)
     return min(found, key=len)
 
 
-def _row(lines: Sequence[Line], shared: Shared, fixed: frozenset[int]) -> Row | None:
-    """The one row of lines with the same texts, or None."""
+def _alike(apart: Mapping[int, Sequence[Line]]) -> list[list[int]]:
+    """The values of a number by how the numbers of its lines' targets follow from it: each by the same difference, or one and the same."""
+    told = {}
+    for value, lines in apart.items():
+        columns = zip(*([number for one in line.cuts[1] for number in one.numbers] for line in lines), strict=True)
+        told[value] = [column[0] if len(set(column)) == 1 else None for column in columns]
+    same = Counter((at, number) for column in told.values() for at, number in enumerate(column))
+    shifted = Counter((at, number - value) for value, column in told.items() for at, number in enumerate(column) if number is not None)
+    groups: dict[object, list[int]] = {}
+    for value, column in told.items():
+        ways = [
+            None if number is None else (0, number) if same[at, number] > shifted[at, number - value] else (1, number - value)
+            for at, number in enumerate(column)
+        ]
+        groups.setdefault(tuple(ways), []).append(value)
+    return list(groups.values())
+
+
+def _row(lines: Sequence[Line], shared: Shared, fixed: frozenset[int], chosen: Box | None = None) -> Row | None:
+    """The one row of lines with the same texts, or None; numbers that are `chosen` are one of these."""
     sources, targets = lines[0].cuts
     first = sources[0]
     numbers = [line.cuts[0][0].numbers for line in lines]
@@ -116,15 +148,23 @@ def _row(lines: Sequence[Line], shared: Shared, fixed: frozenset[int]) -> Row | 
     if any(one is None for one in others):
         return None
     names = _names(len(first.numbers), open_)
-    patterns = [first.written([f"{{{names[slot]}}}" if slot in open_ else str(number) for slot, number in enumerate(first.numbers)])]
-    for place, slots in enumerate(others, 1):
-        parts = zip(slots or (), sources[place].numbers, strict=True)
-        patterns.append(sources[place].written([str(number) if slot is None else f"{{{names[slot]}}}" for slot, number in parts]))
+    own = [slot if slot in open_ else None for slot in range(len(first.numbers))]
+    listing = {slot: listed(sorted(values)) for slot, values in (chosen or {}).items() if slot in open_}
+    patterns = [_pattern(one, slots or [], names, listing) for one, slots in zip(sources, [own, *others], strict=True)]
     results = [
         one.written([str(number) if form is None else form.written(names) for form, number in zip(forms, one.numbers, strict=True)])
         for one, forms in zip(targets, told, strict=True)
     ]
-    return Row(tuple(patterns), tuple(results), lines[0].op, tuple(lines))
+    return Row(tuple(patterns), tuple(results), lines[0].op, tuple(lines), _pattern(first, own, names, {}), tuple(listing))
+
+
+def _pattern(one: Cut, slots: Sequence[int | None], names: Sequence[str], listing: Mapping[int, str]) -> str:
+    """A source as a pattern, with the names of slots for its numbers; one of several says of which, where it stands first."""
+    parts = []
+    for at, (slot, number) in enumerate(zip(slots, one.numbers, strict=True)):
+        choices = f"={listing[slot]}" if slot is not None and slot in listing and slot not in slots[:at] else ""
+        parts.append(str(number) if slot is None else f"{{{names[slot]}{choices}}}")
+    return one.written(parts)
 
 
 def _form(numbers: Sequence[tuple[int, ...]], wanted: Sequence[int], shared: Sequence[Form | None], free: Sequence[int]) -> Form | None:
@@ -166,30 +206,59 @@ def _names(count: int, open_: set[int]) -> list[str]:
     return [next(left, "z") if slot in open_ else "" for slot in range(count)]
 
 
+Owners = Mapping[tuple[int, int], Row | None]  # by slot and number, the row that has it; None where several do
+
+
 def _told_apart(found: Sequence[Row]) -> list[Row]:
-    """Rows in which no two have the same patterns: of those that have, the one with the most lines keeps them, the others are literal."""
-    by_pattern: dict[tuple[str, ...], list[Row]] = {}
+    """Rows of which none has a pattern that matches another's lines, but for the one with the most lines; literal rows come before it."""
+    by_pattern: dict[str, list[Row]] = {}
     for row in found:
-        by_pattern.setdefault(row.sources[:1], []).append(row)
-    kept: list[Row] = []
-    for row in found:
-        same = by_pattern[row.sources[:1]]
-        if len(same) == 1 or row is max(same, key=lambda one: len(one.lines)):
-            kept.append(row)
-        else:
-            kept += _apart(row, same)
-    return kept
+        by_pattern.setdefault(row.open, []).append(row)
+    instead: dict[int, list[Row]] = {}
+    for same in by_pattern.values():
+        if len(same) == 1:
+            continue
+        owners: dict[tuple[int, int], Row | None] = {}
+        for row in same:
+            for line in row.lines:
+                for place in enumerate(line.cuts[0][0].numbers):
+                    owners[place] = row if owners.get(place, row) is row else None
+        widest = max((row for row in same if not row.chosen), key=lambda row: len(row.lines), default=None)
+        for row in same:
+            if row is not widest and not any(_owned(row, slot, owners) for slot in row.chosen):
+                instead[id(row)] = _apart(row, owners)
+    return [one for row in found for one in instead.get(id(row), [row])]
 
 
-def _apart(row: Row, same: Sequence[Row]) -> list[Row]:
-    """A row's lines, with the numbers written out by which they differ from those of rows with the same pattern."""
-    others = [line.cuts[0][0].numbers for other in same if other is not row for line in other.lines]
-    own = [line.cuts[0][0].numbers for line in row.lines]
-    slots = [slot for slot in range(len(own[0])) if not {one[slot] for one in own} & {one[slot] for one in others}]
-    if not slots:
-        return [literal(line) for line in row.lines]
-    slot = min(slots, key=lambda slot: len({one[slot] for one in own}))
-    apart: dict[int, list[Line]] = {}
-    for line, numbers in zip(row.lines, own, strict=True):
-        apart.setdefault(numbers[slot], []).append(line)
-    return [one for part in apart.values() for one in _fold(part, {}, frozenset({slot}), _DEEPEST)]
+def _owned(row: Row, slot: int, owners: Owners) -> bool:
+    """Whether no other row has a number of this row in a slot."""
+    return all(owners[slot, line.cuts[0][0].numbers[slot]] is row for line in row.lines)
+
+
+def _apart(row: Row, owners: Owners) -> list[Row]:
+    """A row's lines in rows with numbers that no other row with the same pattern has; else products of numbers."""
+    by_numbers: dict[tuple[int, ...], list[Line]] = {}
+    for line in row.lines:
+        by_numbers.setdefault(line.cuts[0][0].numbers, []).append(line)
+    values: Box = {slot: frozenset(column) for slot, column in enumerate(zip(*by_numbers, strict=True))}
+    own = [slot for slot in values if _owned(row, slot, owners)]
+    for slot in sorted(own, key=lambda slot: (listed(sorted(values[slot])).count(","), len(values[slot]))):
+        one = _restricted(row.lines, {slot: values[slot]})
+        if one is not None:
+            return [one]
+    found = []
+    every: dict[int, set[int]] = {slot: set() for slot in values}
+    for slot, number in owners:
+        every[slot].add(number)
+    for box in boxes(by_numbers, list(values)):
+        lines = [line for numbers in product(*(sorted(box[slot]) for slot in values)) for line in by_numbers[numbers]]
+        needed = {slot: numbers for slot, numbers in box.items() if not numbers >= every[slot]}
+        one = _restricted(lines, needed)
+        found += [one] if one is not None else [literal(line) for line in lines]
+    return found
+
+
+def _restricted(lines: Sequence[Line], chosen: Box) -> Row | None:
+    """The one row of lines whose numbers are these; one that has no choice stands as it is."""
+    fixed = frozenset(slot for slot, numbers in chosen.items() if len(numbers) == 1)
+    return _row(lines, {}, fixed, {slot: numbers for slot, numbers in chosen.items() if slot not in fixed})
