@@ -11,6 +11,7 @@ from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links.generalise import Task
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.plan import Plan, make_plan
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
@@ -45,6 +46,10 @@ def read_back(found: Proposal, source: Checkpoint, target: Checkpoint) -> Led:
     return led(make_plan([source], target, parse_rules(found.toml, "rules.toml")))
 
 
+def _joined(keys: Iterable[str]) -> str:
+    return " + ".join(map(literal, keys))
+
+
 def literal_plan(links: Iterable[Link], source: Checkpoint, target: Checkpoint) -> Led:
     """What one rule for each link leads to, all other keys of the source dropped. The prefix is out of play: names get a mark first."""
     links = list(links)
@@ -53,17 +58,17 @@ def literal_plan(links: Iterable[Link], source: Checkpoint, target: Checkpoint) 
     for link in links:
         if len(link.sources) == len(link.targets) == 1 or not link.op:
             moves.setdefault(link.sources[0], []).extend(link.targets)
-            rules += [Rule("adapt", key, link.op) for key in link.targets if link.op]
+            rules += [Rule("adapt", literal(key), link.op) for key in link.targets if link.op]
         elif link.op == "unstack(dim=0) | chunk(dim=0)":  # no rule names all of these parts; by its own key, each can be told
             per = len(link.targets) // source[link.sources[0]].shape[0]
             moves.setdefault(link.sources[0], []).extend(link.targets)
             rules += [
-                Rule("adapt", key, f"unstack(dim=0, index={at // per}) | chunk(dim=0, index={at % per}, of={per})")
+                Rule("adapt", literal(key), f"unstack(dim=0, index={at // per}) | chunk(dim=0, index={at % per}, of={per})")
                 for at, key in enumerate(link.targets)
             ]
         else:
-            rules.append(Rule("adapt", f"{' + '.join(link.sources)} -> {' + '.join(link.targets)}", link.op))
+            rules.append(Rule("adapt", f"{_joined(link.sources)} -> {_joined(link.targets)}", link.op))
     used = {key for link in links for key in link.sources}
-    rules += [Rule("rename", key, " + ".join(targets)) for key, targets in moves.items()]
-    rules += [Rule("drop", key) for key in source if key not in used]
+    rules += [Rule("rename", literal(key), _joined(targets)) for key, targets in moves.items()]
+    rules += [Rule("drop", literal(key)) for key in source if key not in used]
     return led(make_plan([source], target, rules))

@@ -28,6 +28,7 @@ from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
 from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Checkpoint
