@@ -83,13 +83,19 @@ def at_root(root: str) -> tuple[Option, ...]:
     return (("root", root),) if root else ()
 
 
+def _flag(name: str) -> str:
+    """A flag as a keyword: what begins with `no-` turns it off."""
+    on = name.removeprefix("no-")
+    return f"{on.replace('-', '_')}={on == name}"
+
+
 def _keywords(options: Sequence[Option]) -> list[str]:
     """Options as keywords: those that are no rules, then the rules as far as the keywords keep their order, and the rest, and the rules
     files, as `rules`."""
     rules = [option for option in options if option[0] in (*_ORDER, "stage")]
     files = [repr(path) for name, *paths in options for path in paths if name == "rules"]
     found = [
-        f"{name.replace('-', '_')}={values[0]!r}" if values else f"{name.replace('-', '_')}=True"
+        f"{name.replace('-', '_')}={values[0]!r}" if values else _flag(name)
         for name, *values in options
         if name not in (*_ORDER, "stage", "rules")
     ]

@@ -54,6 +54,7 @@ def transfer(
 ) -> Report:
     """See `ckptsurgeon.transfer`. `step`: it is a step of another call, whose options have been held against it."""
     goal = checkpoint_of(model, type(model).__name__)
+    goal = goal if options.conversions else _opening.without_conversions(goal)
     given, live = _open(source, options.root, goal, training.ema is not None)
     ruling, plan = decide([given], goal, lambda: model, ruling, options)
     if not step:

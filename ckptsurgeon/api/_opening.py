@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
-from ckptsurgeon.errors import FormatError, PlanError, RootError, TargetError, UnreadableError
+from ckptsurgeon.errors import FormatError, PlanError, RootError, SettingsError, TargetError, UnreadableError
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.parameter_types import Given, Note, Path
 from ckptsurgeon.storage.memory import file_in_memory
@@ -139,11 +139,25 @@ def _with_shard(found: Checkpoint) -> Checkpoint:
     return replace(found, shard=shard_of(found.files[0].path))
 
 
-def open_target(given: Given, *, root: str | None = None, note: Note = silent) -> Target:
+def open_target(given: Given, *, root: str | None = None, conversions: bool = True, note: Note = silent) -> Target:
     """A target as a checkpoint: a spec such as `module:Net`, a live model or state_dict, a skeleton, or another checkpoint file.
 
-    Raises TargetError for a spec that can't be imported or built, and the readers' errors for a file.
+    Without `conversions` its library's are left out. Raises SettingsError where there are none to leave out, TargetError for a spec that
+    can't be imported or built, and the readers' errors for a file.
     """
+    found = _open_target(given, root, note)
+    return found if conversions else replace(found, checkpoint=without_conversions(found.checkpoint))
+
+
+def without_conversions(target: Checkpoint) -> Checkpoint:
+    """A target whose sources' names are taken as they are. SettingsError where they are anyway."""
+    if target.naming is None:
+        words = "turns off what only a model of transformers 5 has, and the target is none"
+        raise SettingsError(words, path=target.path, key="--no-conversions", hint="leave it out")
+    return replace(target, naming=None)
+
+
+def _open_target(given: Given, root: str | None, note: Note) -> Target:
     if isinstance(given, Target):
         return given
     if isinstance(given, Checkpoint):
@@ -191,6 +205,7 @@ def as_built(target: Target, seed: int, note: Note) -> Target:
     from ckptsurgeon.models.target.skeleton import checkpoint_of
 
     real = checkpoint_of(target.build(seed), target.checkpoint.path)
+    real = real if target.checkpoint.naming is not None else replace(real, naming=None)
     if real.fingerprint == target.checkpoint.fingerprint:
         return target
     note(f"{target.checkpoint.path} has other tensors on the CPU than on the meta device; those of the CPU are taken")

@@ -34,6 +34,7 @@ class RuleOptions:
     reverse: bool = False
     average: Weights | None = None
     auto: str | None = None
+    conversions: bool = True
     match: bool = False
     accept_uncertain: bool = False
     dequantize: bool = False

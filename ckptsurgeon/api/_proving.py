@@ -78,7 +78,9 @@ def _loaded(checkpoint: Checkpoint, target: Target, device: str, finite: bool, i
     assert build is not None
     builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
     with Reader([checkpoint]) as reader:
-        found = verify_on_device(checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs)
+        found = verify_on_device(
+            checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs, conversions=target.checkpoint.naming is not None
+        )
         reader.check_unchanged()
     return found
 

@@ -98,7 +98,7 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
         raise RuleError("there is no rules file to turn round", hint="rules='rules.toml', reverse=True")
     found = bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
     said = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
-    return replace(found, options=(*said, *([("reverse",)] if reverse else [])))
+    return replace(found, options=(*said, *([("reverse",)] if reverse else []), *([] if options.conversions else [("no-conversions",)])))
 
 
 def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:

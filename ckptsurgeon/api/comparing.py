@@ -25,6 +25,7 @@ def diff(
     rules: Rules = (),
     reverse: bool = False,
     auto: str | None = None,
+    conversions: bool = True,
     note: Note = silent,
 ) -> Diff:
     """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
@@ -40,6 +41,8 @@ def diff(
         rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
         reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         note: called with each note, a line of text; notes are dropped by default.
 
     Returns:
@@ -55,7 +58,7 @@ def diff(
     options = collect(RuleOptions, locals())
     seen = _opening.look(source)
     ruling = gather(options, schemes=False, note=note)
-    aim = _opening.open_target(target, note=note)
+    aim = _opening.open_target(target, conversions=conversions, note=note)
     goal = aim.checkpoint
     given = _opening.open_source(seen, root=root, target=goal)
     if aim.any_model is not None:

@@ -31,6 +31,7 @@ def match(
     adapt: Renames = (),
     rules: Rules = (),
     reverse: bool = False,
+    conversions: bool = True,
     accept_uncertain: bool = False,
     values: bool = False,
     forward: str | None = None,
@@ -52,6 +53,8 @@ def match(
         adapt: adapters for tensors whose shape must change, by pattern: `{"pos_embed": "interpolate"}`.
         rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
         reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         accept_uncertain: use the uncertain links of matching too.
         values: look at the values too (torch): they tell a norm's weight from a bias, and never q from k from v. A model as the target has
             only what its constructor gives.
@@ -82,12 +85,13 @@ def match(
     tolerance = TOLERANCE if tolerance is None else tolerance
     if not 0 <= tolerance < 1:
         raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="tolerance=1e-4")
-    aim = _opening.open_target(target, note=note)
+    aim = _opening.open_target(target, conversions=conversions, note=note)
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
     found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
     if forward is not None and source_model is not None:
-        found = replace(found, forward=_ran(found, given, aim, _opening.open_target(source_model, note=note), forward, tolerance, note))
+        origin = _opening.open_target(source_model, note=note)
+        found = replace(found, forward=_ran(found, given, aim, origin, forward, tolerance, note, conversions))
     return found
 
 
@@ -109,7 +113,16 @@ def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
     return lambda found: judged(found, given, aim.checkpoint, partial(statistics.of_file, given), of_target, fresh=fresh)
 
 
-def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forward: str, tolerance: float, note: Note) -> Twins:
+def _ran(
+    found: Proposal,
+    given: Checkpoint,
+    aim: Target,
+    origin: Target,
+    forward: str,
+    tolerance: float,
+    note: Note,
+    conversions: bool,
+) -> Twins:
     """Both models with the source's weights, run on the inputs that a person's function makes."""
     for one in (origin, aim):
         if one.build is None:
@@ -122,5 +135,5 @@ def _ran(found: Proposal, given: Checkpoint, aim: Target, origin: Target, forwar
     models = origin.build(0), aim.build(0)
     for model, ruling in zip(models, (Ruling(()), bring(found.rules, note)), strict=True):
         strict = model is models[0]  # what the checkpoint is of must take all of it
-        _live.transfer(given, model, ruling, RuleOptions(strict=strict), step=True)
+        _live.transfer(given, model, ruling, RuleOptions(strict=strict, conversions=strict or conversions), step=True)
     return output_comparison.compare(*models, inputs, tolerance)

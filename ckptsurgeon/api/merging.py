@@ -37,6 +37,7 @@ def plan(
     reverse: bool = False,
     average: Weights | None = None,
     auto: str | None = None,
+    conversions: bool = True,
     match: bool = False,
     accept_uncertain: bool = False,
     dequantize: bool = False,
@@ -63,6 +64,8 @@ def plan(
         reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
         average: True, or a weight for each source: each key is the weighted mean of all sources (floating tensors only).
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
@@ -89,7 +92,7 @@ def plan(
     options = collect(RuleOptions, locals())
     ruling = gather(options, note=note)
     seen = _look(sources)
-    goal = None if target is None else _opening.open_target(target, note=note)
+    goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
     found, made = _decide(seen, goal, ruling, options)
     refuse_idle(facts_of(made), **vars(options))
     _gates.refuse_idle_casts(made.allow_cast, [step.target for step in made.steps])
@@ -127,6 +130,7 @@ def merge(
     reverse: bool = False,
     average: Weights | None = None,
     auto: str | None = None,
+    conversions: bool = True,
     match: bool = False,
     accept_uncertain: bool = False,
     dequantize: bool = False,
@@ -170,6 +174,8 @@ def merge(
         reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
         average: True, or a weight for each source: each key is the weighted mean of all sources (floating tensors only).
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
@@ -213,7 +219,7 @@ def merge(
     refuse_output(writing)
     ruling = gather(options, note=note)
     seen = _look(sources)
-    goal = None if target is None else _opening.open_target(target, note=note)
+    goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
     found, made = _decide(seen, goal, ruling, options)
     if goal is not None and goal.build is not None and (made.needs_model or verify):
         built = _opening.as_built(goal, made.seed, note)

@@ -32,6 +32,7 @@ def transfer(
     rules: Rules = (),
     reverse: bool = False,
     auto: str | None = None,
+    conversions: bool = True,
     match: bool = False,
     accept_uncertain: bool = False,
     dequantize: bool = False,
@@ -67,6 +68,8 @@ def transfer(
         rules: rules files (TOML) or `Rule`s; they come after the rules of the other arguments.
         reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).

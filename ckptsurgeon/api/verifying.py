@@ -24,6 +24,7 @@ def verify(
     finite: bool = False,
     inputs: Iterable[str] = (),
     seed: int | None = None,
+    conversions: bool = True,
     note: Note = silent,
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
@@ -40,6 +41,8 @@ def verify(
         finite: NaN and infinite values are errors; needs torch.
         inputs: shapes for one forward pass in eval mode, such as `"1x3x32x32"` (float32) or `"1x16:I64"`.
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         note: called with each note, a line of text; notes are dropped by default.
 
     Returns:
@@ -61,7 +64,7 @@ def verify(
         _opening.look(path)
     except FormatError as error:
         return replace(unreadable(error, path), source=path, target=_opening.name_of(target))
-    goal = _opening.open_target(target, note=note)
+    goal = _opening.open_target(target, conversions=conversions, note=note)
     model, shapes = goal.build is not None, tuple(inputs)
     known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)

@@ -169,6 +169,14 @@ reverse = click.option("--reverse", is_flag=True, help="Turn the rules of files 
 auto = click.option(
     "--auto", type=click.Choice(AUTO), metavar="safe", help="Apply what can't change a tensor's meaning: dimensions of 1, old names."
 )
+conversions = click.option(
+    "--no-conversions",
+    "conversions",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Take names as they are, where TARGET is a model of transformers, whose own loading renames and converts.",
+)
 average = click.option("--average", is_flag=True, help="The mean of all paths; each is a source, and there is no target.")
 weights = click.option("--weights", metavar="W,W...", help="With --average, a weight for each source: --weights 3,1.")
 init = click.option(
@@ -203,7 +211,7 @@ finite = click.option("--finite", is_flag=True, help="NaN or infinite values are
 matching = click.option("--match", is_flag=True, help="Find what the rules leave open by itself, as `ckptsurgeon match` shows it.")
 accept_uncertain = click.option("--accept-uncertain", is_flag=True, help="Apply the links that matching is not certain of, too.")
 
-known = stack(root, rename, drop, keep, adapt, rule_files, reverse)
-mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto)
+known = stack(root, rename, drop, keep, adapt, rule_files, reverse, conversions)
+mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto, conversions)
 deciding = stack(mapping, matching, accept_uncertain, init, average, weights, dtype, allow_cast, dequantize, seed, min_coverage, strict)
 writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)

@@ -13,6 +13,7 @@ from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
+from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
@@ -182,6 +183,7 @@ class Diff(Result):
         lacking: matched keys that the file has by no name of their own, only by a tied one, where its format has to have all.
         advice: what comes next; empty until it was asked for.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
+        conversions: what the conversions of the target's library have come to.
         in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
 
@@ -210,6 +212,7 @@ class Diff(Result):
     output: str = field(default="merged.pt", repr=False, compare=False)
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    conversions: Applied = field(default_factory=Applied)
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
 
     @property
@@ -304,6 +307,7 @@ def compare(
         loaded=_loaded(outside.taken.get(0), computed),
         lacking=() if named(source.format).leaves_out_tied else tuple(key for key in matched if key in origins and origins[key].tied_to),
         unkept=tuple(find_unkept(target, given)),
+        conversions=names.applied,
         in_memory=(source.in_memory, target.in_memory),
     )
 

@@ -41,6 +41,8 @@ def fates(
         if place in beside:
             return f"{BESIDE}{beside[place]}, of which values are made"
         landed = names.names_of.get(place, ())
+        if place in names.applied.refused:
+            return f"not converted: {names.applied.refused[place]}"
         name = next((one for one in landed if target is not None and one in target), landed[0] if landed else "")
         if name in kept:
             return str(kept[name])

@@ -70,6 +70,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     for source, prefix in zip(sources, names.prefixes, strict=True):
         if prefix:
             findings.append(Finding("prefix", f"{source.path}: {prefix}", None, "note"))
+    findings += names.applied.notes()
     findings += _lost_parts(target, names, steps)
     findings += [Finding("partial", _filled(step), step.target, "note") for step in steps if step.sources and step.filled]
     origin = {step.target: step for step in steps}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.matching.proposals.propose import Proposal
     from ckptsurgeon.planning.diff import Diff, Resize
     from ckptsurgeon.planning.links import Link
+    from ckptsurgeon.planning.own_loading.conversions import Applied
     from ckptsurgeon.planning.prefixes.rivals import Way
     from ckptsurgeon.planning.quantised import Codes
     from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, Finding, Report, Twins, Verification
@@ -127,6 +128,7 @@ def diff(found: Diff) -> dict[str, Any]:
         "coverage": _coverage(found.coverage),
         "dropped": list(found.dropped),
         "loaded": [{"key": row.key, "message": row.words} for row in found.loaded],
+        "conversions": _conversions(found.conversions),
         "refused": dict(found.refused or {}),
         "adapted": [{"key": row.key, "sources": list(row.sources), "ops": [dict(op) for op in row.ops]} for row in found.adapted],
         "offers": [
@@ -160,6 +162,13 @@ def _next(command: Command, found: Diff) -> dict[str, Any]:
         "coverage": _coverage(advice.reaches or found.coverage),
         "open": list(advice.open if advice.reaches else there),
     }
+
+
+def _conversions(found: Applied) -> dict[str, Any] | None:
+    if not found.library:
+        return None
+    counts = {"renamed": found.renamed, "made": found.made, "left_out": found.ignored}
+    return {"library": found.library, **counts, "refused": {key: words for (_, key), words in found.refused.items()}}
 
 
 def _codes(found: Codes) -> dict[str, Any]:

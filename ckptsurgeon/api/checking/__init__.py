@@ -35,6 +35,7 @@ def check(
     select: Words = (),
     ignore: Words = (),
     root: str | None = None,
+    conversions: bool = True,
     jobs: int | None = None,
     note: Note = silent,
 ) -> CheckReport:
@@ -54,6 +55,8 @@ def check(
         select: report only these codes, or beginnings of codes such as `"CK2"`; a file that can't be read is reported in any case.
         ignore: codes not to report; stronger than `select`.
         root: the nested dict that holds the state_dict; by default each one is checked, or the one that fits `against`.
+        conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
+            joins or turns tensors.
         jobs: how many files at a time; by default as many as there are cores, at most 8.
         note: called with each note, a line of text; notes are dropped by default.
 
@@ -81,7 +84,9 @@ def check(
     refuse_unheard({**words, "against": against is not None})
     asked = gate(root=root, **words)  # a word that means nothing is told before a model is built
     if against is not None:
-        asked = gate(root=root, against=target_of(against, note), **words)
+        words["against"] = target_of(against, note)
+    if against is not None or not conversions:
+        asked = gate(root=root, conversions=conversions, **words)
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     return check_each([os.fspath(path) for path in files], lambda _path: asked, jobs=jobs, note=note)
 

@@ -27,6 +27,7 @@ from ckptsurgeon.errors import (
     no_memory,
 )
 from ckptsurgeon.planning import roots
+from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
@@ -98,9 +99,10 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
                 from ckptsurgeon.api._own_loading import taken_as_it_stands
                 from ckptsurgeon.api._proving import strict_load
 
+                as_read = read_by_library(chosen, against.checkpoint)
                 with _TRYING:
-                    taken = taken_as_it_stands(chosen, against)
-                misfits = strict_load(chosen, against.checkpoint, taken)
+                    taken = taken_as_it_stands(as_read.checkpoint, against)
+                misfits = as_read.forgiven(strict_load(as_read.checkpoint, against.checkpoint, taken))
                 yield [replace(found, code=FITS[found.code]) for found in misfits if found.code in FITS]
         except CheckpointError as error:
             yield [_refusal(error, path)]

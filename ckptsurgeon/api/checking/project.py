@@ -53,6 +53,7 @@ class _Key:
 KEYS: Mapping[str, _Key] = {
     "against": _Key("against", _is(str), "text"),
     "root": _Key("root", _is(str), "text"),
+    "conversions": _Key("conversions", _is(bool), "true or false"),
     "finite": _Key("finite", _is(bool), "true or false"),
     "full": _Key("full", _is(bool), "true or false"),
     "max-size": _Key("max_size", lambda value: type(value) in (str, int), 'a size such as "500MB"'),
@@ -184,7 +185,7 @@ def _arguments(path: str, place: str, folder: str, table: Mapping[str, Any]) -> 
     """A table's settings as the arguments that they are, each tried, a path made one of the file's folder."""
     found = {KEYS[name].argument: value for name, value in table.items() if name in KEYS and KEYS[name].own}
     try:
-        gate(**{name: value for name, value in found.items() if name != "against"})
+        gate(**{name: value for name, value in found.items() if name not in ("against", "conversions")})
     except SettingsError as error:
         raise SettingsError(error.reason, path=path, key=f"{place}.{(error.key or '').lstrip('-')}", hint=error.hint) from error
     if "against" in found:
@@ -251,7 +252,8 @@ def check_project(
             note(Unmissable(f"{words} (follow it: --against {here}, or --config {shlex.quote(settings.path)})"))
     say = unmissable(note) if project.path and "against" not in given else note
     refuse_unheard(given)
-    gate(**{name: value for name, value in given.items() if name != "against"})  # a word that means nothing is told before a model is built
+    alone = {name: value for name, value in given.items() if name not in ("against", "conversions")}
+    gate(**alone)  # a word that means nothing is told before a model is built
 
     def target(words: str) -> Target:
         if words not in targets:
@@ -268,6 +270,7 @@ def check_project(
         against = asked.pop("against", None)
         if against is not None and "against" not in given and not project.named and is_code(against):
             against = None
+            asked.pop("conversions", None)
         return gate(against=None if against is None else target(against), **asked)
 
     bounds: dict[str, int | str] = {**project.limits, **current()}  # those of the command line go before

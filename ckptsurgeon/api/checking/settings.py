@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon import finding_codes
-from ckptsurgeon.api._opening import Target
+from ckptsurgeon.api._opening import Target, without_conversions
 from ckptsurgeon.api._options import is_given
 from ckptsurgeon.dtypes import all_names, named
 from ckptsurgeon.errors import SettingsError
@@ -49,6 +49,7 @@ def gate(
     *,
     against: Target | None = None,
     root: str | None = None,
+    conversions: bool = True,
     finite: bool = False,
     full: bool = False,
     max_size: int | str | None = None,
@@ -57,13 +58,18 @@ def gate(
     select: Words = (),
     ignore: Words = (),
 ) -> Gate:
-    """A gate from a person's words. SettingsError, its `key` the option, for one that means nothing.
+    """A gate from a person's words; without `conversions` those of the library of `against` are left out. SettingsError, its `key` the
+    option, for a word that means nothing.
 
     Selecting what only a flag looks for (CK401, CK106) is asking for it.
 
     >>> gate(max_size="1.5 MB", dtypes="bfloat16,F32", select="CK4").finite
     True
     """
+    if not conversions and against is None:
+        raise SettingsError("is about what files are held against, and nothing is", key="--no-conversions", hint="add --against module:Net")
+    if not conversions and against is not None:
+        against = replace(against, checkpoint=without_conversions(against.checkpoint))
     options = {"--against": against is not None, "--max-size": max_size is not None, "--dtype": bool(_split(dtypes))}
     options |= {"--allow": bool(_split(allow)), "--finite": finite, "--full": full, "": True}
     chosen = [(word, _codes(word, "--select")) for word in _split(select)]

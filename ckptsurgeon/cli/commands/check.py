@@ -23,6 +23,7 @@ from ckptsurgeon.cli import options
 )
 @click.option("--ignore", multiple=True, metavar="CODE,...", help="Do not tell these codes.")
 @options.root
+@options.conversions
 @options.limit
 @click.option("--jobs", type=options.Integer(min=1), metavar="N", help="Files at a time; by itself as many as there are cores, at most 8.")
 @click.option("--config", metavar="FILE", help="Take the settings from this file instead of the nearest pyproject.toml.")

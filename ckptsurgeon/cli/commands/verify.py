@@ -17,6 +17,7 @@ from ckptsurgeon.cli import options
 @click.option("--input", "inputs", multiple=True, metavar="SHAPE", help="One forward pass in eval mode on 1x3x32x32, or 1x16:I64.")
 @options.finite
 @options.seed
+@options.conversions
 @options.limit
 @options.shown
 def command(checkpoint: str, target: str, show: options.Show, **choices: Any) -> int:

@@ -22,8 +22,8 @@ from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, genera
 from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.own_loading.conversions import applied_prefix
 from ckptsurgeon.planning.plan_types import way_to_look
-from ckptsurgeon.planning.prefixes.find import find_prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage, Twins
@@ -108,7 +108,7 @@ class Proposal(Matching, Result):
             The error to raise, or None where it is one.
         """
         share = max(_share(self.coverage), _share(self.used))
-        if share >= least and (self.applied or self.before or (self.links and not least)):
+        if share >= least and (share or self.before or (self.links and not least)):
             return None
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
             doubtful = next(link for link in self.links if link not in self.applied)
@@ -198,9 +198,9 @@ def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
 
 def _told(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...], outside: Outside) -> Task:
     """What a person's rules lead to, and the source keys that they name."""
-    if not before:
+    if not before and target.naming is None:
         return Task(source, target, ())
-    prefix = find_prefix(source, target)
+    prefix = applied_prefix(source, target)
     active = [one for one in compile_rules(before, outside) if not one.of_target]
     given = {key: origin for key, origin in origins(source, target, before, outside).items() if origin.fits and origin.rules}
     read = {key for origin in given.values() for _, key in origin.places}

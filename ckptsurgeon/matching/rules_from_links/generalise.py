@@ -20,7 +20,8 @@ from ckptsurgeon.matching.rules_from_links.replay import Given, replay, wanted
 from ckptsurgeon.matching.rules_from_links.stages import first_stage, places
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.planning.prefixes.find import Prefix, find_prefix, rename_all
+from ckptsurgeon.planning.own_loading.conversions import applied_prefix
+from ckptsurgeon.planning.prefixes.find import Prefix, rename_all
 from ckptsurgeon.rules.drafting import cover
 from ckptsurgeon.rules.drafting.drafts import Draft, Known, merge
 from ckptsurgeon.rules.drafting.rows import Line, Row, literal, rows
@@ -66,7 +67,7 @@ class Task:
     @cached_property
     def prefix(self) -> Prefix:
         """The prefix that the planner would strip."""
-        return find_prefix(self.source, self.target)
+        return applied_prefix(self.source, self.target)
 
     @cached_property
     def wanted(self) -> Given:

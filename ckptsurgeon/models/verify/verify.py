@@ -7,7 +7,7 @@ bytes that our reader gives from it. Everything that is wrong is found in one ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.own_loading.probe import probe_file
 from ckptsurgeon.models.target import user_code
+from ckptsurgeon.models.target.conversions import find_naming
 from ckptsurgeon.models.target.devices import check_device
 from ckptsurgeon.models.target.loaders import find_loaders
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
-from ckptsurgeon.models.verify import forward, loading, readback
+from ckptsurgeon.models.verify import by_library, forward, loading, readback
 from ckptsurgeon.planning.fits import fits
+from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming.values import tensor_from
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta, contiguous_stride
@@ -40,6 +42,7 @@ def verify_on_device(
     read: Read,
     finite: bool = False,
     inputs: tuple[str, ...] = (),
+    conversions: bool = True,
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on a device, and compare every tensor of it with the file, bitwise.
 
@@ -49,6 +52,7 @@ def verify_on_device(
         device: `cpu`, `cuda:0`, `mps` …; on `meta` names, shapes and dtypes are compared, and a note says so.
         read: a tensor's dense, row-major bytes (`nbytes` of them) from the file, by our reader; FormatError for data that is damaged.
         finite: NaN and infinite values are errors, not warnings.
+        conversions: read the file as the model's library reads its files, and have the library load it where that changes anything.
         inputs: texts such as `1x3x32x32` or `1x16:I64`, one per positional argument, for one forward pass in eval mode.
 
     Returns:
@@ -66,7 +70,7 @@ def verify_on_device(
         forward.parse_input(text)
     model = user_code.call(checkpoint.path, model_builder)
     if place.type == "meta":
-        return _by_names(checkpoint, model, device, bool(inputs))
+        return _by_names(checkpoint, model, device, bool(inputs), conversions)
     record = _fresh(checkpoint)
     try:
         user_code.call(checkpoint.path, model.to, place)
@@ -75,14 +79,19 @@ def verify_on_device(
         return Verification(device=device, tensors=0, findings=(finding,), fresh=record)
     state = state_dict_of(model, checkpoint.path)
     skeleton = checkpoint_of_state_dict(state, checkpoint.path)
+    as_read = read_by_library(checkpoint, replace(skeleton, naming=find_naming(model, state) if conversions else None))
     del state
-    loaded = loading.load_strictly(model, checkpoint, skeleton)
+    if as_read.naming is None:
+        loaded = loading.load_strictly(model, checkpoint, skeleton)
+    else:
+        read = by_library.reader(checkpoint, as_read, read)
+        loaded = by_library.load_by_library(model, checkpoint, skeleton, as_read, read)
     findings = list(loaded.findings)
     findings += _readers_agree(checkpoint, loaded) if loaded.complete else []
     compared = 0
     if loaded.complete:
-        by_torch = _ByTorch(checkpoint, model_builder, read)
-        compared, unlike = _read_back(checkpoint, model, loaded, read, finite, by_torch)
+        by_torch = _ByTorch(as_read.checkpoint, model_builder, read)
+        compared, unlike = _read_back(as_read.checkpoint, model, loaded, read, finite, by_torch)
         findings += unlike
     outputs: dict[str, tuple[int, ...]] = {}
     if inputs and any(finding.level == "error" and finding.code != "non-finite" for finding in findings):
@@ -93,15 +102,16 @@ def verify_on_device(
     return Verification(device=device, tensors=compared, findings=tuple(findings), outputs=outputs, fresh=record)
 
 
-def _by_names(checkpoint: Checkpoint, model: nn.Module, device: str, asked_forward: bool) -> Verification:
+def _by_names(checkpoint: Checkpoint, model: nn.Module, device: str, asked_forward: bool, conversions: bool) -> Verification:
     """What can be told on meta: names, shapes and dtypes, by our reader alone."""
     skeleton = checkpoint_of(model, checkpoint.path)
-    taken = probe_file(lambda: model, skeleton, checkpoint)
-    misfits, loaded = fits(checkpoint, skeleton, taken)
-    findings = [Finding("meta", "on meta only names, shapes and dtypes are compared; no value was loaded", level="note")]
+    as_read = read_by_library(checkpoint, skeleton if conversions else replace(skeleton, naming=None))
+    taken = probe_file(lambda: model, skeleton, as_read.checkpoint)
+    misfits, loaded = fits(as_read.checkpoint, skeleton, taken)
+    findings = [*as_read.notes(), *as_read.forgiven(misfits)]
+    findings += [Finding("meta", "on meta only names, shapes and dtypes are compared; no value was loaded", level="note")]
     if asked_forward:
         findings.append(Finding("no-forward", "no forward pass was run: there are no values on meta", level="note"))
-    findings += misfits
     findings += [Finding("hook", words, name, "note") for name, words in taken.words()]
     findings += [note for key, meta in loaded.items() for note in readback.dtype_note(key, skeleton[key].dtype, meta.dtype)]
     return Verification(device=device, tensors=len(loaded), findings=tuple(findings), bitwise=False, fresh=_fresh(checkpoint))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from ckptsurgeon.adapters.chain import Asked
 from ckptsurgeon.loading import Converted, Naming
 from ckptsurgeon.planning.keys import Item, SourceKey
-from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, rename_all
+from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
+from ckptsurgeon.report import Finding, Level
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS
@@ -44,6 +45,38 @@ class Applied:
             {**self.refused, **other.refused},
         )
 
+    @property
+    def words(self) -> str:
+        """What was done; empty where nothing was."""
+        return conversions_in_words(self.library, self.renamed, self.made, self.ignored) if self.library else ""
+
+    def notes(self) -> list[Finding]:
+        """What was done, and what could not be."""
+        done = [Finding("conversions", self.words, None, "note")] if self.library else []
+        return [*done, *not_converted(self.library, {key: words for (_, key), words in self.refused.items()}, "warning")]
+
+
+def conversions_in_words(library: str, renamed: int, made: int, ignored: int) -> str:
+    """What a library's conversions have come to.
+
+    >>> conversions_in_words("transformers 5", 3, 1, 0)
+    'names as transformers 5 reads them: 3 renamed, 1 made of others (--no-conversions takes them as they are)'
+    """
+    counts = [(renamed, "renamed"), (made, "made of others"), (ignored, "left out")]
+    words = ", ".join(f"{count} {word}" for count, word in counts if count)
+    return f"names as {library} reads them: {words or 'none that it can convert'} (--no-conversions takes them as they are)"
+
+
+def not_converted(library: str, refused: Mapping[str, str], level: Level = "error") -> list[Finding]:
+    """A finding for each conversion that is not done here, with the first of the keys that it is for."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in refused.items():
+        by_reason.setdefault(reason, []).append(key)
+    return [
+        Finding("conversion", f"is left as it is, with {len(keys) - 1} more: {library} converts them by {reason}", keys[0], level)
+        for reason, keys in by_reason.items()
+    ]
+
 
 def choose(source: Tensors, target: Checkpoint, plain: Choice) -> Choice:
     """The prefix under which the target's library places most of a source's keys, where that is more than the `plain` choice places
@@ -61,6 +94,11 @@ def choose(source: Tensors, target: Checkpoint, plain: Choice) -> Choice:
         if count >= _ENOUGH * min(len(source), len(target)):
             break
     return best
+
+
+def applied_prefix(source: Checkpoint, target: Checkpoint) -> Prefix:
+    """The prefix between two sides that is applied unasked, before a library's conversions where there are any."""
+    return choose(source, target, find_change(source, target)).applied.prefix
 
 
 def same_names(source: Tensors, target: Tensors) -> bool:

@@ -40,6 +40,8 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
     lines = [f"{name(found.source)}{root} → {name(found.target)}"]
     if found.prefix:
         lines.append(f"  {name(found.prefix)}")
+    if found.conversions.library:
+        lines.append(f"  {found.conversions.words}")
     lines.append(heading("matched", len(found.matched)))
     if verbose:
         lines += keys(found.matched, width, None)
@@ -57,6 +59,9 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
     if found.loaded:
         lines.append(heading("loaded", len(found.loaded), "by the model's own loading code, under names that it takes"))
         lines += folded([(row.key, (row.words,)) for row in found.loaded], width, most)
+    if found.conversions.refused:
+        lines.append(heading("not converted", len(found.conversions.refused), "by operations that are not done here"))
+        lines += folded([(key, (words,)) for (_, key), words in found.conversions.refused.items()], width, most)
     if found.dtype_changed:
         lines.append(heading("other dtype", len(found.dtype_changed), "matched; cast when merged"))
         lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most)
