@@ -13,7 +13,7 @@ from math import inf, prod
 
 from ckptsurgeon.matching.choose import choose
 from ckptsurgeon.matching.evidence.score import Clues
-from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, gated, implied
 from ckptsurgeon.matching.module_tree import Node, fold, is_float
 from ckptsurgeon.planning.links import ENOUGH
 
@@ -87,8 +87,15 @@ def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: 
             parts, whole = fits[id(choice.target if turned else choice.source)], choice.source if turned else choice.target
             evidence = ("its parts side by side", *(choice.evidence if len(some) + len(firsts) > 2 else ()))
             sides = ((whole,), parts) if turned else (parts, (whole,))
-            found.append(Fused(sides[0], sides[1], choice.margin, evidence))
+            said = _said_of(whole) & set().union(*map(_said_of, parts))
+            margin, words = (choice.margin, ()) if said else (min(choice.margin, 0.5), ("no word in common",))
+            found.append(Fused(sides[0], sides[1], margin, (*evidence, *words)))
     return found, waiting
+
+
+def _said_of(node: Node) -> set[str]:
+    """What a path says beyond numbers and words for anything."""
+    return {word for word in implied(concepts(node.path)) if not word.startswith("#")} - SAYS_NOTHING
 
 
 def _named_rows(units: Sequence[Node]) -> Iterator[tuple[Node, ...]]:

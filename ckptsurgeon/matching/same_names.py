@@ -131,11 +131,18 @@ def _head(key: str, name: str, there: str) -> str:
 
 
 def _explained(links: Iterable[Link], shift: _Shift) -> int:
-    """How many of a list's tensors, on both sides, have a partner for certain."""
-    links = [link for link in links if link.certain]
-    here = {key for link in links for key in link.sources if key.startswith(shift.here)}
-    there = {key for link in links for key in link.targets if key.startswith(shift.there)}
-    return len(here) + len(there)
+    """How many of a list's tensors, on both sides, have a partner for certain that stands in the list or beside it."""
+    beside = tuple(f"{head.rstrip('.').rpartition('.')[0]}." for head in (shift.here, shift.there))
+    pairs = [
+        (key, name)
+        for link in links
+        if link.certain
+        for key in link.sources
+        for name in link.targets
+        if all(part == "." or one.startswith(part) for one, part in zip((key, name), beside, strict=True))
+    ]
+    here = {key for key, _ in pairs if key.startswith(shift.here)}
+    return len(here) + len({name for _, name in pairs if name.startswith(shift.there)})
 
 
 def _turned(found: Sequence[Link], same: Mapping[str, str], source: Tensors) -> dict[str, Link]:

@@ -11,16 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
-from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
 from ckptsurgeon.matching.module_tree import is_float
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
-# Words that say of what kind a tensor is, or that anything may be called.
-_EMPTY = {"weight", "bias", "linear", "proj", "block", "model", "module", "net", "body", "backbone", "features", "param", "main", "layer"}
-_GENERIC = _EMPTY | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}
-_INSIDE = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}}  # a word that says several
+_GENERIC = SAYS_NOTHING | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}  # of what kind a tensor is
 _HALF = 0.5
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
 _HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
@@ -47,13 +44,13 @@ class Support:
 
     def _word(self, one: str, other: str) -> bool:
         """A word that not every name has, on both sides."""
-        shared = (_all(concepts(one)) & _all(concepts(other))) - _EMPTY
+        shared = (implied(concepts(one)) & implied(concepts(other))) - SAYS_NOTHING
         return any(not word.startswith("#") for word in shared)
 
     def _renamed(self, one: str, other: str) -> bool:
         """Whether the parts in which two names differ say the same, or something in common, or stand in one module for its parts."""
         head, here, there, tail = _differing(self.bare.get(one, one), other)
-        told, wanted = _all(_words(here)), _all(_words(there))
+        told, wanted = implied(_words(here)), implied(_words(there))
         if conflict(frozenset(told), frozenset(wanted)):
             return False
         if told == wanted:
@@ -163,11 +160,6 @@ def _differing(one: str, other: str) -> tuple[str, list[str], list[str], list[st
     most = min(len(a), len(b)) - start
     end = next((at for at in range(most) if a[-1 - at] != b[-1 - at]), most)
     return ".".join(a[:start]), a[start : len(a) - end], b[start : len(b) - end], a[len(a) - end :]
-
-
-def _all(words: Sequence[str]) -> set[str]:
-    """Words, with those that others of them imply."""
-    return set(words).union(*(_INSIDE.get(word, ()) for word in words))
 
 
 def _words(parts: Sequence[str]) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ for _concept, _said in (
     ("v", "v value values wv val"),
     ("qkv", "qkv"),
     ("kv", "kv"),
-    ("attn", "attention attn att mha multihead selfattention mixer attend"),
+    ("attn", "attention attn att mha multihead selfattention attend"),
     ("mlp", "mlp intermediate"),
     ("out", "out output o wo outs"),
     ("proj", "proj projection projected projector"),
@@ -126,6 +126,11 @@ _KINDS = (
     {"lm", "shared"},
 )
 _DIMENSIONS = {"d1", "d2", "d3"}  # `conv2d` counts dimensions
+_INSIDE = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}}  # words that say several
+# Words that anything may be called.
+SAYS_NOTHING = {
+    "weight", "bias", "linear", "proj", "block", "model", "module", "net", "body", "backbone", "features", "param", "main", "layer",
+}  # fmt: skip
 CONFUSED = ({"q", "k", "v"}, {"gate", "up"})  # what implementations register in any order
 
 
@@ -153,6 +158,15 @@ def concepts(name: str) -> tuple[str, ...]:
             else:
                 found.append(_WORDS.get(part, part))
     return tuple(found)
+
+
+def implied(words: Sequence[str]) -> set[str]:
+    """Words, with those that others of them imply.
+
+    >>> sorted(implied(("attn", "kv")))
+    ['attn', 'k', 'kv', 'v']
+    """
+    return set(words).union(*(_INSIDE.get(word, ()) for word in words))
 
 
 def gated(names: Sequence[str]) -> dict[str, str]:

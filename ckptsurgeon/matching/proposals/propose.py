@@ -6,7 +6,7 @@ Rule: a key that a person's rule names is never matched again. Pure: no file, no
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,7 +31,7 @@ from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
 from ckptsurgeon.shown import Result
-from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
@@ -56,7 +56,8 @@ class Proposal(Matching, Result):
         before: a person's own rules, which come first.
         coverage: the share of the target that the applied links and the person's rules give.
         used: the share of the source that they take.
-        possible: the share, with the uncertain links, of the side that is explained best.
+        explained: the share of the side that is explained best: the least of its tensors', its elements' and its matrices' share.
+        possible: the same with the uncertain links.
         toml: the rules as the text of a commented rules file.
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
@@ -76,6 +77,7 @@ class Proposal(Matching, Result):
     before: tuple[Rule, ...] = ()
     coverage: Coverage = field(default_factory=lambda: Coverage(0.0, 0.0))
     used: Coverage = field(default_factory=lambda: Coverage(0.0, 0.0))
+    explained: float = 0.0
     possible: float = 0.0
     toml: str = ""
     warnings: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ class Proposal(Matching, Result):
         Returns:
             The error to raise, or None where it is one.
         """
-        share = max(_share(self.coverage), _share(self.used))
+        share = self.explained
         if share >= least and (share or self.before or (self.links and not least)):
             return None
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
@@ -128,9 +130,18 @@ class Proposal(Matching, Result):
         )
 
 
-def _share(coverage: Coverage) -> float:
-    """The lesser share of a side's tensors and elements: a few large tensors that fit by chance are no mapping, nor are many small ones."""
-    return min(coverage.tensors, coverage.elements)
+def _share(done: Collection[str], side: Mapping[str, TensorMeta]) -> float:
+    """The least share of a side's tensors, elements and matrices that these keys have.
+
+    A few large tensors that fit by chance are no mapping, nor are many small ones, and norms of one width are in all models.
+    """
+    matrices = {key: tensor for key, tensor in side.items() if len(tensor.shape) > 1}
+    return min(
+        share
+        for some in (side, matrices)
+        for whole in (Coverage.of({key: tensor for key, tensor in some.items() if key in done}, some),)
+        for share in (whole.tensors, whole.elements)
+    )
 
 
 def propose(
@@ -249,10 +260,8 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
     coverage = Coverage.of({key: target[key] for key in target if key in reached}, target)
     used = Coverage.of({key: source[key] for key in source if key in taken}, source)
     maybe_taken = taken | {key for link in doubtful for key in link.sources}
-    possible = max(
-        _share(Coverage.of({key: target[key] for key in target if key in maybe}, target)),
-        _share(Coverage.of({key: source[key] for key in source if key in maybe_taken}, source)),
-    )
+    explained = max(_share(reached, target), _share(taken, source))
+    possible = max(_share(maybe, target), _share(maybe_taken, source))
     prefix = task.prefix
     bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}
     doubts = to_toml.doubts(doubtful, bare, Known([bare[key] for key in source if key not in task.touched]))
@@ -271,6 +280,7 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
         task.before,
         coverage,
         used,
+        explained,
         possible,
         to_toml.toml(head, task.before, doubts, ruled),
         options=task.options,
