@@ -23,6 +23,7 @@ from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import settled
 from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
+from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled
 from ckptsurgeon.matching.towers import towered
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.planning.prefixes.find import find_change, rename_all
@@ -48,22 +49,44 @@ def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = (), 
 def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
     """The mapping of what plain models have: a weight as one tensor, whatever holds it."""
     given, wanted = looked_at(source), looked_at(target)
-    change = find_change(given, wanted).applied
-    bare = rename_all(given, wanted, change.prefix)
-    facts = Found((), given, wanted, change.mapping, bare, has_order(given) and has_order(wanted))
-    whole = len(change.mapping) == min(len(given), len(wanted))
+    same, bare = _names(given, wanted)
+    facts = Found((), given, wanted, same, bare, has_order(given) and has_order(wanted))
+    whole = len(same) == min(len(given), len(wanted))
     links, trust = ([], 0.0) if whole else _look(given, wanted)
 
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
 
-    links, same = settled(links, change.mapping, bare, given, wanted, lambda one, other: _look(one, other)[0], judge)
+    links, same = settled(links, same, bare, given, wanted, lambda one, other: _look(one, other)[0], judge)
     links = towered(_tied(links, ties), given, wanted, same)
     return result(doubted(replace(facts, links=links, same=same)), source, target, trust)
 
 
+def _names(source: Tensors, target: Tensors) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Target keys by the source keys that are called the same in the same shape, and every source key as the target would call it."""
+    change = find_change(source, target).applied
+    bare = rename_all(source, target, change.prefix)
+    if 2 * len(change.mapping) < min(len(source), len(target)):
+        flat = same_but_for_separators(source, target)
+        if 2 * len(flat) >= min(len(source), len(target)):
+            return flat, {**bare, **flat}
+    return change.mapping, bare
+
+
 def _look(source: Tensors, target: Tensors) -> tuple[list[Link], float]:
     """Links by structure, order and words, turned where more fits so, and how far the order of keys was trusted."""
+    names = spelled(source), spelled(target)
+    if any(key != name for some in names for key, name in some.items()):
+        back = [{name: key for key, name in some.items()} for some in names]
+        links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]))
+        return [
+            replace(link, sources=tuple(back[0][key] for key in link.sources), targets=tuple(back[1][key] for key in link.targets))
+            for link in links
+        ], trust
+    return _turned_or_not(source, target)
+
+
+def _turned_or_not(source: Tensors, target: Tensors) -> tuple[list[Link], float]:
     found = _match(source, target, Turned(source))
     keys = _turned(source, target)
     if keys:

@@ -1,0 +1,74 @@
+"""Names whose separators were lost or changed: `down_blocks0ff_netweight`, `down_blocks_0_ff_net.weight`.
+
+Rule: only separators are looked past. Where that makes two keys of one side equal, neither is told by it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from ckptsurgeon.matching.module_tree import ROLES
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+_SEPARATORS = re.compile(r"[^a-z0-9]+")
+_AROUND_NUMBERS = re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")
+_ROLE = re.compile(rf"[._]?({'|'.join(sorted((role for role in ROLES if len(role) > 3), key=len, reverse=True))})$")
+_FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
+
+
+def same_but_for_separators(source: Tensors, target: Tensors) -> dict[str, str]:
+    """Target keys by source keys of equal shape, equal in name where separators are left out; a head of all of a side's keys may go.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> meta = lambda name: TensorMeta(name, "F32", (2,), (1,))
+    >>> same_but_for_separators({"a0fcweight": meta("a0fcweight")}, {"a.0.fc.weight": meta("a.0.fc.weight")})
+    {'a0fcweight': 'a.0.fc.weight'}
+    """
+    best: dict[str, str] = {}
+    heads = [os.path.commonprefix(list(side)).rpartition("_")[0] for side in (source, target)]
+    for here in dict.fromkeys(("", heads[0])):
+        for there in dict.fromkeys(("", heads[1])):
+            ones, others = _squashed(source, here), _squashed(target, there)
+            found = {key: others[name] for name, key in ones.items() if name in others and target[others[name]].shape == source[key].shape}
+            best = found if len(found) > len(best) else best
+    return best
+
+
+def _squashed(keys: Iterable[str], head: str) -> dict[str, str]:
+    """Keys by their letters and digits, without those that two keys have."""
+    found: dict[str, str | None] = {}
+    for key in keys:
+        name = _SEPARATORS.sub("", key[len(head) :].lower())
+        found[name] = None if name in found else key
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def spelled(tensors: Tensors) -> dict[str, str]:
+    """Every key's name with dots around its numbers and before its role, where dots separate no modules on this side; else itself.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> spelled({"down_blocks_0_ff_netweight": TensorMeta("down_blocks_0_ff_netweight", "F32", (2,), (1,))})
+    {'down_blocks_0_ff_netweight': 'down_blocks.0.ff_net.weight'}
+    """
+    modules = [_ROLE.sub("", key) for key in tensors]
+    flat = sum("." not in module for module in modules) >= _FLAT * len(modules) and any(_AROUND_NUMBERS.search(module) for module in modules)
+    if not flat:
+        return {key: key for key in tensors}
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for key, module in zip(tensors, modules, strict=True):
+        role = _ROLE.search(key)
+        parts = [*_AROUND_NUMBERS.sub(r".\1.", module).strip(".").split("."), *([role[1]] if role else [])]
+        name = ".".join(part.strip("_") or "_" for part in parts if part)
+        names[key] = name if name and name not in taken else key
+        taken.add(names[key])
+    return names
+
+
+def renamed(tensors: Tensors, names: Mapping[str, str]) -> dict[str, TensorMeta]:
+    """The tensors under other names."""
+    return {names[key]: replace(tensor, name=names[key]) for key, tensor in tensors.items()}
