@@ -15,6 +15,7 @@ from math import inf
 from ckptsurgeon.matching.assignment import assign, margins
 from ckptsurgeon.matching.evidence.distinguish import telling
 from ckptsurgeon.matching.evidence.score import AGAINST_IT, NUMBERS, ORDER, Anchors, Clues, Table
+from ckptsurgeon.matching.evidence.support import ALONE
 from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.planning.links import ENOUGH
@@ -36,7 +37,7 @@ class Choice:
 def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors = ()) -> list[Choice]:
     """Pair as many as the shorter side has; `anchors` are pairs in the same surroundings that are certain."""
     if len(sources) == len(targets) == 1:
-        return [Choice(sources[0], targets[0], inf, ("only one of its shape here",))]
+        return [Choice(sources[0], targets[0], inf, (ALONE,))]
     if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
         return [
             Choice(one, other, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))

@@ -18,6 +18,7 @@ from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold, squeezed
 from ckptsurgeon.matching.same_names import SHIFTED
+from ckptsurgeon.matching.spelling import squash, squashed
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -59,8 +60,9 @@ class Found:
 
     @cached_property
     def namesakes(self) -> dict[str, str]:
-        """By target key, the source key of that name, whatever its shape."""
-        return {name: key for key, name in self.bare.items() if name in self.target}
+        """By target key, the source key of that name but for separators, whatever its shape."""
+        names = squashed(self.target)
+        return {names[name]: key for key, name in ((key, squash(name)) for key, name in self.bare.items()) if name in names}
 
 
 class Doubt(NamedTuple):
@@ -91,16 +93,14 @@ _Doubts = Iterator[Doubt]
 
 
 def _another_size(found: Found) -> _Doubts:
-    """A stranger for a tensor that the source has under that very name, in another shape."""
+    """A stranger for a tensor that the source has under that very name, in another shape, idle or in exchange for the stranger."""
+    goes = {key: link.targets[0] for link in found.links if len(link.sources) == len(link.targets) == 1 for key in link.sources}
     for link in _open(found):
         for name in link.targets:
             key = found.namesakes.get(name)
-            if (
-                key is not None
-                and key not in link.sources
-                and key not in found.used
-                and found.source[key].shape != found.target[name].shape
-            ):
+            if key is None or key in link.sources or found.source[key].shape == found.target[name].shape:
+                continue
+            if key not in found.used or (key in goes and found.namesakes.get(goes[key]) in link.sources):
                 yield Doubt(link, f"{key} has that name, in another size", f"{key} -> {name}")
                 break
 

@@ -5,7 +5,6 @@ Rule: only separators are looked past. Where that makes two keys of one side equ
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
-_AROUND_NUMBERS = re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")
+_SEAMS = re.compile(r"_([0-9]+)(?:_|$)"), re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")  # numbers apart, else any
 _ROLE = re.compile(rf"[._]?({'|'.join(sorted((role for role in ROLES if len(role) > 3), key=len, reverse=True))})$")
 _FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
 
@@ -29,20 +28,32 @@ def same_but_for_separators(source: Tensors, target: Tensors) -> dict[str, str]:
     {'a0fcweight': 'a.0.fc.weight'}
     """
     best: dict[str, str] = {}
-    heads = [os.path.commonprefix(list(side)).rpartition("_")[0] for side in (source, target)]
+    heads = [_common_head(side) for side in (source, target)]
     for here in dict.fromkeys(("", heads[0])):
         for there in dict.fromkeys(("", heads[1])):
-            ones, others = _squashed(source, here), _squashed(target, there)
+            ones, others = squashed(source, here), squashed(target, there)
             found = {key: others[name] for name, key in ones.items() if name in others and target[others[name]].shape == source[key].shape}
             best = found if len(found) > len(best) else best
     return best
 
 
-def _squashed(keys: Iterable[str], head: str) -> dict[str, str]:
+def _common_head(keys: Iterable[str]) -> str:
+    """What all keys begin with, up to an underscore."""
+    first, last = min(keys, default=""), max(keys, default="")
+    same = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return first[:same].rpartition("_")[0]
+
+
+def squash(name: str) -> str:
+    """The letters and digits of a name."""
+    return _SEPARATORS.sub("", name.lower())
+
+
+def squashed(keys: Iterable[str], head: str = "") -> dict[str, str]:
     """Keys by their letters and digits, without those that two keys have."""
     found: dict[str, str | None] = {}
     for key in keys:
-        name = _SEPARATORS.sub("", key[len(head) :].lower())
+        name = squash(key[len(head) :])
         found[name] = None if name in found else key
     return {name: key for name, key in found.items() if key is not None}
 
@@ -55,14 +66,16 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     {'down_blocks_0_ff_netweight': 'down_blocks.0.ff_net.weight'}
     """
     modules = [_ROLE.sub("", key) for key in tensors]
-    flat = sum("." not in module for module in modules) >= _FLAT * len(modules) and any(_AROUND_NUMBERS.search(module) for module in modules)
+    flat = sum("." not in module for module in modules) >= _FLAT * len(modules) and any(
+        _AROUND_NUMBERS.search(module) for module in modules
+    )
     if not flat:
         return {key: key for key in tensors}
     names: dict[str, str] = {}
     taken: set[str] = set()
     for key, module in zip(tensors, modules, strict=True):
         role = _ROLE.search(key)
-        parts = [*_AROUND_NUMBERS.sub(r".\1.", module).strip(".").split("."), *([role[1]] if role else [])]
+        parts = [*seam.sub(r".\1.", module).strip(".").split("."), *([role[1]] if role else [])]
         name = ".".join(part.strip("_") or "_" for part in parts if part)
         names[key] = name if name and name not in taken else key
         taken.add(names[key])

@@ -18,7 +18,7 @@ def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the concepts in its path that not all of them have."""
     found = [frozenset(concepts(node.path)) for node in nodes]
     common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
-    last = [node.name.rpartition(".")[2] for node in nodes]
+    last = [_last_word(node) for node in nodes]
     gates = gated(last)
     return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(found, last, strict=True)]
 
@@ -26,7 +26,11 @@ def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
 def either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
     """Whether one side says gate and up, and the other `w1` and `w2`: which of these is the gate is not agreed on."""
     words = frozenset().union(*(concepts(node.name) for node in named))
-    return {"gate", "up"} <= words and {node.name.rpartition(".")[2] for node in numbered} == {"w1", "w2"}
+    return {"gate", "up"} <= words and {_last_word(node) for node in numbered} == {"w1", "w2"}
+
+
+def _last_word(node: Node) -> str:
+    return node.name.rpartition(".")[2].rpartition("_")[2]
 
 
 def abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:

@@ -18,6 +18,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _GENERIC = SAYS_NOTHING | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}  # of what kind a tensor is
+ALONE = "only one of its shape here"
 _HALF = 0.5
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
 _HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
