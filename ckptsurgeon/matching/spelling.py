@@ -66,10 +66,8 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     {'down_blocks_0_ff_netweight': 'down_blocks.0.ff_net.weight'}
     """
     modules = [_ROLE.sub("", key) for key in tensors]
-    flat = sum("." not in module for module in modules) >= _FLAT * len(modules) and any(
-        _AROUND_NUMBERS.search(module) for module in modules
-    )
-    if not flat:
+    seam = next((seam for seam in _SEAMS if any(seam.search(module) for module in modules)), None)
+    if seam is None or sum("." not in module for module in modules) < _FLAT * len(modules):
         return {key: key for key in tensors}
     names: dict[str, str] = {}
     taken: set[str] = set()
