@@ -37,7 +37,8 @@ class Choice:
 def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors = ()) -> list[Choice]:
     """Pair as many as the shorter side has; `anchors` are pairs in the same surroundings that are certain."""
     if len(sources) == len(targets) == 1:
-        return [Choice(sources[0], targets[0], inf, (ALONE,))]
+        against = conflict(*(frozenset(concepts(node.path)) for node in (sources[0], targets[0])))
+        return [Choice(sources[0], targets[0], 0.5 if against and sources[0].leaf else inf, (ALONE,))]
     if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
         return [
             Choice(one, other, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
@@ -97,9 +98,9 @@ def _rows(nodes: Sequence[Node]) -> list[list[list[Node]]]:
     """The ways in which nodes are rows: those that differ by numbers alone; or, where all do, those with one number in common."""
     keys: list[Callable[[Node], object]] = [lambda node: node.folded]
     if len({node.folded for node in nodes}) == 1:
-        keys = [
-            partial(_number_at, at) for at, values in enumerate(zip(*(node.numbers for node in nodes), strict=True)) if len(set(values)) > 1
-        ]
+        differ = [at for at, values in enumerate(zip(*(node.numbers for node in nodes), strict=True)) if len(set(values)) > 1]
+        named = [at for at in differ if not nodes[0].whole_parts[at]]  # `norms_1.0`: the list counts by the number that is a part
+        keys = [partial(_number_at, at) for at in (named if len(named) == 1 < len(differ) else differ)]
     found = []
     for key in keys:
         rows: dict[object, list[Node]] = {}

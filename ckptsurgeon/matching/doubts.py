@@ -24,6 +24,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
+_MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 _INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
 _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
@@ -191,9 +192,20 @@ def _either_direction(found: Found) -> _Doubts:
     for (here, there), links in _by_lists(_open(found)).items():
         names = _last_name(here), _last_name(there)
         words = set(concepts(".".join(names)))
-        if words & _EITHER_WAY and names[0] != names[1] and _all_alike(found.source, here) and _all_alike(found.target, there):
+        both = all(
+            len({_number_at(link_side(link), head) for link in links}) > 1 for head, link_side in ((here, _source), (there, _target))
+        )
+        if both and words & _EITHER_WAY and names[0] != names[1] and _all_alike(found.source, here) and _all_alike(found.target, there):
             for link in links:
                 yield Doubt(link, "such lists are counted up or down, and these are all alike")
+
+
+def _source(link: Link) -> str:
+    return link.sources[0]
+
+
+def _target(link: Link) -> str:
+    return link.targets[0]
 
 
 def _all_alike(side: Tensors, head: str) -> bool:
@@ -242,8 +254,8 @@ def _across(found: Found) -> _Doubts:
 
 def _placed(key: str) -> Iterator[tuple[str, int]]:
     """The list of the last number of a key, and the number."""
-    numbers = list(_NUMBER.finditer(key))
-    if numbers and len(numbers[-1][0]) < 10:
+    numbers = list(_MEMBER.finditer(key))
+    if numbers:
         yield f"{key[: numbers[-1].start()]}#{key[numbers[-1].end() :]}", int(numbers[-1][0])
 
 

@@ -19,6 +19,7 @@ from ckptsurgeon.planning.links import ENOUGH
 
 # Parts that make a whole, in the order in which the field lays them side by side.
 _ORDERS = (("q", "k", "v"), ("q", "k", "v", "mlp"), ("k", "v"), ("gate", "up"), ("q", "kv"))
+_ACROSS = (("q", "k", "v", "mlp"),)  # the same, where the parts are not of one module, but of one block
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,33 @@ def _said_of(node: Node) -> set[str]:
 
 def _named_rows(units: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
     """The units of one module that names tell to be parts of a whole, in order; their names differ by that alone."""
-    for family in _families(units, lambda unit: unit.parent):
-        for order in _ORDERS:
-            rows: dict[frozenset[str], dict[str, list[Node]]] = {}
-            for unit in family:
-                words = frozenset(concepts(unit.name))
-                part = words & set(order)
-                if len(part) == 1:
-                    rows.setdefault(words - part, {}).setdefault(next(iter(part)), []).append(unit)
-            for row in (*rows.values(), *(_merged(rows) if len(rows) > 1 else ())):
-                if all(len(row.get(word, ())) == 1 for word in order):
-                    yield tuple(row[word][0] for word in order)
+    for around, orders in ((_parent, _ORDERS), (_block, _ACROSS)):
+        for family in _families(units, around):
+            yield from _rows_of(family, around, orders)
+
+
+def _parent(unit: Node) -> str:
+    return unit.parent
+
+
+def _block(unit: Node) -> str:
+    """The member of the last numbered list in a path, without what stands below it."""
+    parts = unit.path.split(".")
+    last = max((at for at, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
+
+
+def _rows_of(family: Sequence[Node], around: Callable[[Node], str], orders: Sequence[tuple[str, ...]]) -> Iterator[tuple[Node, ...]]:
+    for order in orders:
+        rows: dict[frozenset[str], dict[str, list[Node]]] = {}
+        for unit in family:
+            words = frozenset(concepts(unit.path[len(around(unit)) :].lstrip(".")))
+            part = words & set(order)
+            if len(part) == 1:
+                rows.setdefault(words - part, {}).setdefault(next(iter(part)), []).append(unit)
+        for row in (*rows.values(), *(_merged(rows) if len(rows) > 1 else ())):
+            if all(len(row.get(word, ())) == 1 for word in order):
+                yield tuple(row[word][0] for word in order)
 
 
 def _merged(rows: dict[frozenset[str], dict[str, list[Node]]]) -> list[dict[str, list[Node]]]:

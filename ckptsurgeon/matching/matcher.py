@@ -57,7 +57,7 @@ def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
 
-    links, same = settled(links, same, bare, given, wanted, lambda one, other: _look(one, other)[0], judge)
+    links, same = settled(links, same, bare, given, wanted, lambda one, other: _look(one, other, rest=True)[0], judge)
     links = towered(_tied(links, ties), given, wanted, same)
     return result(doubted(replace(facts, links=links, same=same)), source, target, trust)
 
@@ -73,24 +73,27 @@ def _names(source: Tensors, target: Tensors) -> tuple[Mapping[str, str], Mapping
     return change.mapping, bare
 
 
-def _look(source: Tensors, target: Tensors) -> tuple[list[Link], float]:
-    """Links by structure, order and words, turned where more fits so, and how far the order of keys was trusted."""
+def _look(source: Tensors, target: Tensors, rest: bool = False) -> tuple[list[Link], float]:
+    """Links by structure, order and words, turned where more fits so, and how far the order of keys was trusted.
+
+    Of a `rest` that equal names left over, no source is shared by several targets: who else has it is not known there.
+    """
     names = spelled(source), spelled(target)
     if any(key != name for some in names for key, name in some.items()):
         back = [{name: key for key, name in some.items()} for some in names]
-        links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]))
+        links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]), rest)
         return [
             replace(link, sources=tuple(back[0][key] for key in link.sources), targets=tuple(back[1][key] for key in link.targets))
             for link in links
         ], trust
-    return _turned_or_not(source, target)
+    return _turned_or_not(source, target, rest)
 
 
-def _turned_or_not(source: Tensors, target: Tensors) -> tuple[list[Link], float]:
-    found = _match(source, target, Turned(source))
+def _turned_or_not(source: Tensors, target: Tensors, rest: bool) -> tuple[list[Link], float]:
+    found = _match(source, target, Turned(source), rest)
     keys = _turned(source, target)
     if keys:
-        other = _match(source, target, Turned(source, keys))
+        other = _match(source, target, Turned(source, keys), rest)
         if _share(other[0], target) >= _share(found[0], target):
             return other
     return found
@@ -101,7 +104,7 @@ def _share(links: Iterable[Link], target: Tensors) -> int:
     return sum(target[key].numel for link in links if link.certain for key in link.targets)
 
 
-def _match(given: Tensors, wanted: Tensors, turned: Turned) -> tuple[list[Link], float]:
+def _match(given: Tensors, wanted: Tensors, turned: Turned, rest: bool) -> tuple[list[Link], float]:
     turned_about = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
     one, other = both(turned_about, wanted.values())
     ordered = has_order(given) and has_order(wanted)
@@ -115,7 +118,8 @@ def _match(given: Tensors, wanted: Tensors, turned: Turned) -> tuple[list[Link],
         clues = _learned(record)
     found = [link for laid in between(record.units, one, other, trust) for link in links(laid, turned)]
     found += orphans(found, record, given, wanted)
-    found += shared(found, record, given, wanted)
+    if not rest:
+        found += shared(found, record, given, wanted)
     return found, trust
 
 

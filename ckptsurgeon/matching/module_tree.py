@@ -101,6 +101,11 @@ class Node:
         return tuple(int(number) for number in _NUMBER.findall(self.path))
 
     @cached_property
+    def whole_parts(self) -> tuple[bool, ...]:
+        """Whether each of these numbers is a whole part of the path."""
+        return tuple(part.isdigit() for part in self.path.split(".") for _ in _NUMBER.findall(part))
+
+    @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """Itself and all nodes below it, parents first."""
         return (self, *(node for child in self.children for node in child.nodes))

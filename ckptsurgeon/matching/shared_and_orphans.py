@@ -57,23 +57,29 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
         if len(link.sources) == len(link.targets) == 1:
             owners.setdefault(target[link.targets[0]].shape, link)
     names: dict[Shape, list[str]] = {}
-    rows: Counter[str] = Counter(map(fold, source))
+    rows = Counter((fold(key), tensor.shape) for key, tensor in source.items())
     for key, tensor in source.items():
-        names.setdefault(tensor.shape, []).append(key)
+        names.setdefault(tuple(sorted(tensor.shape)), []).append(key)
     lost = tuple(f"{node.path}." for node in record.lost)
     found = []
     for key, tensor in target.items():
         owner = owners.get(tensor.shape)
         if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
             continue
-        once = names.get(tensor.shape, [])
+        once = names.get(tuple(sorted(tensor.shape)), [])
         module, owners_module = (name.rpartition(".")[0] for name in (key, owner.targets[0]))
         lacked = (  # a list of which the source has fewer
-            module != owners_module and fold(module) == fold(owners_module) and rows[fold(owner.sources[0])] > 1
+            module != owners_module and fold(module) == fold(owners_module) and rows[fold(owner.sources[0]), tensor.shape] > 1
         )
-        if not lacked and used.issuperset(once) and (len(once) == 1 or all(_EMBEDS & set(concepts(name)) for name in once)):
+        if not lacked and used.issuperset(once) and (len(once) == 1 or _one_embedding(once)):
             found += _shared(key, tensor, owner, len(once) == 1)
     return found
+
+
+def _one_embedding(names: Sequence[str]) -> bool:
+    """Whether all names are those of an embedding or of an output layer that is one with it, and one is the embedding's."""
+    words = [set(concepts(name)) for name in names]
+    return all(_HEADS & some for some in words) and any(_EMBEDS & some for some in words)
 
 
 def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]:

@@ -6,15 +6,17 @@ Rule: only separators are looked past. Where that makes two keys of one side equ
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ckptsurgeon.matching.module_tree import ROLES
 from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 Tensors = Mapping[str, TensorMeta]
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
-_SEAMS = re.compile(r"_([0-9]+)(?:_|$)"), re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")  # numbers apart, else any
+_SEAMS = re.compile(r"_([0-9]+)(?:_|(?=/)|$)"), re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")  # numbers apart, else any
 _ROLE = re.compile(rf"[._]?({'|'.join(sorted((role for role in ROLES if len(role) > 3), key=len, reverse=True))})$")
 _FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
 
@@ -59,7 +61,9 @@ def squashed(keys: Iterable[str], head: str = "") -> dict[str, str]:
 
 
 def spelled(tensors: Tensors) -> dict[str, str]:
-    """Every key's name with dots around its numbers and before its role, where dots separate no modules on this side; else itself.
+    """Every key's name with dots between its modules: wrappers' segments left out, slashes made dots.
+
+    Where dots separate no modules on this side, they stand around its numbers and before its role.
 
     >>> from ckptsurgeon.tensors import TensorMeta
     >>> spelled({"down_blocks_0_ff_netweight": TensorMeta("down_blocks_0_ff_netweight", "F32", (2,), (1,))})
@@ -67,17 +71,21 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     """
     modules = [_ROLE.sub("", key) for key in tensors]
     seam = next((seam for seam in _SEAMS if any(seam.search(module) for module in modules)), None)
-    if seam is None or sum("." not in module for module in modules) < _FLAT * len(modules):
-        return {key: key for key in tensors}
-    names: dict[str, str] = {}
-    taken: set[str] = set()
-    for key, module in zip(tensors, modules, strict=True):
-        role = _ROLE.search(key)
-        parts = [*seam.sub(r".\1.", module).strip(".").split("."), *([role[1]] if role else [])]
-        name = ".".join(part.strip("_") or "_" for part in parts if part)
-        names[key] = name if name and name not in taken else key
-        taken.add(names[key])
-    return names
+    if seam is not None and sum("." not in module for module in modules) >= _FLAT * len(modules):
+        return _unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})
+    return _unique({key: unwrap(key.replace("/", "."), WRAPPERS) for key in tensors})
+
+
+def _seamed(key: str, module: str, seam: re.Pattern[str]) -> str:
+    role = _ROLE.search(key)
+    parts = [*seam.sub(r".\1.", module.replace("/", ".")).strip(".").split("."), *([role[1]] if role else [])]
+    return ".".join(part.strip("_") or "_" for part in parts if part)
+
+
+def _unique(names: Mapping[str, str]) -> dict[str, str]:
+    """The names; a key whose name another has, or that has none, keeps its own."""
+    counts = Counter(names.values())
+    return {key: name if name and counts[name] == 1 and (name == key or name not in names) else key for key, name in names.items()}
 
 
 def renamed(tensors: Tensors, names: Mapping[str, str]) -> dict[str, TensorMeta]:

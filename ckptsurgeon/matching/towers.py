@@ -15,7 +15,7 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
-_FOLLOWERS = {"k", "momentum", "ema", "teacher", "average", "averaged", "m", "shadow", "slow"}
+_FOLLOWERS = {"k", "momentum", "student", "m", "slow"}
 _LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its look-alike must have
 Tensors = Mapping[str, TensorMeta]
 
@@ -23,7 +23,8 @@ Tensors = Mapping[str, TensorMeta]
 def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
     """The links; those of a tower whose look-alike nothing is taken from have no margin. Links of equal names (`same`) keep theirs.
 
-    Of two towers that are equally good the one is shown whose name does not say that it follows the other (a momentum encoder, an EMA).
+    Of two towers that are equally good the one is shown whose name
+    is not known for the one that is left behind (MoCo's keys' encoder, DINO's student).
     """
     taken = {key: link.targets for link in links for key in link.sources}, {key: link.sources for link in links for key in link.targets}
     lookalikes = _lookalikes(taken[0], source, target), _lookalikes(taken[1], target, source)
@@ -38,7 +39,7 @@ def _named(link: Link, same: Mapping[str, str]) -> bool:
 
 
 def _follows(head: str) -> bool:
-    """Whether a tower's name says that it is made of another: `encoder_k` beside `encoder_q`, a teacher, an average."""
+    """Whether a tower's name is one of those that training leaves behind: `encoder_k` beside `encoder_q`, a student beside its teacher."""
     return bool(set(concepts(head.rpartition(".")[2])) & _FOLLOWERS)
 
 

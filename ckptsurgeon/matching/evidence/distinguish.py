@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
 from ckptsurgeon.matching.module_tree import Node
 
 _ENDS = (-100, -90, 10, 50, 90, 100)
 _ORDINALS = {
-    "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "cross": 30, "premlp": 40, "mlp": 50,
+    "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "precross": 25,
+    "cross": 30, "premlp": 40, "mlp": 50,
     "second": 60, "postmlp": 90, "final": 100,
 }  # fmt: skip
 
 
 def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the concepts in its path that not all of them have."""
-    found = [frozenset(concepts(node.path)) for node in nodes]
+    found = [frozenset(_counted(concepts(node.path))) for node in nodes]
     common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
     last = [_last_word(node) for node in nodes]
     gates = gated(last)
     return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(found, last, strict=True)]
+
+
+def _counted(words: Sequence[str]) -> Iterator[str]:
+    """Words, where one that is said again is another: `decode_head.classifier` says twice that it is a head."""
+    seen: set[str] = set()
+    for word in words:
+        yield f"{word} again" if word in seen and word[0] != "#" else word
+        seen.add(word)
 
 
 def either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:

@@ -6,18 +6,20 @@ only words that stand in both differing parts of the names, or the same place wi
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
-from ckptsurgeon.matching.module_tree import is_float
+from ckptsurgeon.matching.module_tree import ROLES, fold, is_float
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _GENERIC = SAYS_NOTHING | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}  # of what kind a tensor is
+_MEMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a number that is a whole part
 ALONE = "only one of its shape here"
 _HALF = 0.5
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
@@ -33,37 +35,74 @@ class Support:
         self.links, self.source, self.target, self.same, self.bare, self.ordered = links, source, target, same, bare, ordered
         self.strangers = len(same) <= _HALF * min(len(source), len(target))
         """Whether the sides have two namings."""
+        self.base = [link for link in links if link.clear and self._by_itself(link)]
+        self.units = {unit for link in self.base for unit in self._units(link)}
 
     def speaks_for(self, link: Link) -> bool:
-        """Whether anything but shapes does."""
+        """Whether anything but shapes does: for the link, for another of its unit, or for the modules around it."""
+        if not self.units.isdisjoint(self._units(link)):
+            return True
         pairs = [(one, other) for one in link.sources for other in link.targets]
+        if not self.strangers and any(_barred(one, other) or self._elsewhere(one, other) for one, other in pairs):
+            return False
+        return any(self._parent(*pair) for pair in pairs) or self._place(link)
+
+    def _units(self, link: Link) -> set[tuple[str, str]]:
+        """The modules whose own tensors a link puts together; between two namings, whatever their numbers are."""
+        units = {(one.rpartition(".")[0], other.rpartition(".")[0]) for one in link.sources for other in link.targets}
+        return {(fold(one), fold(other)) for one, other in units} if self.strangers else units
+
+    def _by_itself(self, link: Link) -> bool:
+        """Whether its names do, or its role."""
+        pairs = [(one, other) for one in link.sources for other in link.targets]
+        if any(self.same.get(one) == other for one, other in pairs):
+            return True
         if self.strangers:
-            return (
-                self._complete or any(self._word(*pair) or self._parent(*pair) for pair in pairs) or self._role(link) or self._place(link)
-            )
-        return all(any(self._renamed(one, other) for one, other in pairs if other == target) for target in link.targets) or self._role(link)
+            told = (self._complete and ALONE in link.evidence) or any(self._word(*pair) for pair in pairs)
+        else:
+            told = all(any(self._renamed(one, other) for one, other in pairs if other == target) for target in link.targets)
+        return told or self._role(link)
 
     def _word(self, one: str, other: str) -> bool:
         """A word that not every name has, on both sides."""
-        shared = (implied(concepts(one)) & implied(concepts(other))) - SAYS_NOTHING
-        return any(not word.startswith("#") for word in shared)
+        shared = implied(concepts(one)) & implied(concepts(other))
+        alone = {"proj", "linear"} if len({*self.source[one].shape}) > 1 and self.source[one].shape == self.target[other].shape else set()
+        return any(not word.startswith("#") for word in shared - (SAYS_NOTHING - alone))
 
     def _renamed(self, one: str, other: str) -> bool:
-        """Whether the parts in which two names differ say the same, or something in common, or stand in one module for its parts."""
+        """Whether the parts in which two names differ say the same, or something in common, or one module was put around or taken off."""
         head, here, there, tail = _differing(self.bare.get(one, one), other)
         told, wanted = implied(_words(here)), implied(_words(there))
-        if conflict(frozenset(told), frozenset(wanted)):
+        if min(len(here), len(there)) == 0 and len(tail) > 1:  # a module was put around it, or taken off
+            return max(len(here), len(there)) == 1
+        if _barred(one, other) or self._elsewhere(one, other) or conflict(frozenset(told), frozenset(wanted)):
             return False
         if told == wanted:
             return bool(told) or bool(head)
         shared = {word for word in told & wanted if not word.startswith("#")}
         if shared - _GENERIC or abbreviated(frozenset(told), frozenset(wanted)):
             return True
-        if min(len(here), len(there)) == 0:  # a module was put around it, or taken off
-            return max(len(here), len(there)) == 1 and (len(tail) > 1 or bool(head))
-        if not head or (told | wanted) & _TELLING:
-            return False
-        return len(tail) > 1 or head not in self.matched_modules
+        if min(len(here), len(there)) == 0:
+            return max(len(here), len(there)) == 1 and bool(head)
+        return bool(head) and not (told | wanted) & _TELLING and (len(tail) > 1 or head not in self.matched_modules)
+
+    def _elsewhere(self, one: str, other: str) -> bool:
+        """Whether two names count differently, though both sides count alike."""
+        told, wanted = _MEMBER.findall(self.bare.get(one, one)), _MEMBER.findall(other)
+        most = min(len(told), len(wanted))
+        return told[:most] != wanted[:most] and (fold(one), fold(other)) not in self._shifted
+
+    @cached_property
+    def _shifted(self) -> frozenset[tuple[str, str]]:
+        """Numbered names, without their numbers, that all move by one and the same amount: a whole list that is shifted."""
+        rows = Counter(map(fold, self.source))
+        moves: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+        for one, other in self._certain:
+            told, wanted = _MEMBER.findall(self.bare.get(one, one)), _MEMBER.findall(other)
+            if len(told) == len(wanted) and fold(self.bare.get(one, one)) == fold(other):
+                by = tuple(int(b) - int(a) for a, b in zip(told, wanted, strict=True))
+                moves.setdefault((fold(one), fold(other)), []).append(by)
+        return frozenset(pair for pair, by in moves.items() if len(by) == rows[pair[0]] and len(set(by)) == 1)
 
     @cached_property
     def _complete(self) -> bool:
@@ -82,19 +121,30 @@ class Support:
 
     def _parent(self, one: str, other: str) -> bool:
         """Whether the modules around two keys, short of the whole, hold other pairs."""
-        here = next((head for head in _modules(one) if self._pairs[0][head] > 1), "")
-        there = next((head for head in _modules(other) if self._pairs[1][head] > 1), "")
-        return bool(here and there) and self._together[here, there] > 1
+        least = 1 if self.strangers else 0  # the pair itself is one of them
+        here = next((head for head in _modules(one) if self._pairs[0][head] > least), "")
+        there = next((head for head in _modules(other) if self._pairs[1][head] > least), "")
+        return bool(here and there) and self._together[here, there] > least
 
     @cached_property
     def _certain(self) -> list[tuple[str, str]]:
         return [(one, other) for link in self.links if link.clear for one in link.sources for other in link.targets]
 
     @cached_property
+    def _around(self) -> list[tuple[str, str]]:
+        """Pairs of keys that modules are told by: between two namings all, since their structure has decided."""
+        return self._certain if self.strangers else self._told
+
+    @cached_property
+    def _told(self) -> list[tuple[str, str]]:
+        """Pairs of keys that something speaks for by itself."""
+        return [(one, other) for link in self.base for one in link.sources for other in link.targets]
+
+    @cached_property
     def _pairs(self) -> tuple[Counter[str], Counter[str]]:
         """How many keys with a partner each module holds; none for one that is as good as the whole."""
         found: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-        for side, keys in enumerate(({one for one, _ in self._certain}, {other for _, other in self._certain})):
+        for side, keys in enumerate(({one for one, _ in self._around}, {other for _, other in self._around})):
             for key in keys:
                 found[side].update(_modules(key))
             for head, count in list(found[side].items()):
@@ -106,9 +156,9 @@ class Support:
     def _together(self) -> Counter[tuple[str, str]]:
         """How many pairs of keys two modules have in common, for the nearest ones that hold several."""
         found: Counter[tuple[str, str]] = Counter()
-        for one, other in self._certain:
-            heads = [head for head in _modules(one) if self._pairs[0][head] > 1]
-            others = [head for head in _modules(other) if self._pairs[1][head] > 1]
+        for one, other in self._around:
+            heads = [head for head in _modules(one) if self._pairs[0][head]]
+            others = [head for head in _modules(other) if self._pairs[1][head]]
             found.update((a, b) for a in heads for b in others)
         return found
 
@@ -152,11 +202,24 @@ class Support:
 
 
 _TELLING = {"head", "pool", "lm", "embed", "tok", "pos", "cls", "mask", "gate", "scale", "norm"}  # one of these on one side alone says no
+_HEADS = {"fc", "output", "out", "linear", "last_linear", "dense"}  # modules at the top of a model
+_ADDED = {"adapter", "adapters", "lora", "prompt", "prompts", "ia3", "prefix"}  # what is put into a model to be trained anew
+_KIND = {"head", "pool", "lm", "mask"}
+
+
+def _barred(one: str, other: str) -> bool:
+    """Whether one name alone says that the tensor was added to a model, or is a head or a pooler."""
+    told, wanted = (set(concepts(key.rpartition(".")[0])) for key in (one, other))
+    return any((told & words) != (wanted & words) and not (told & wanted & words) for words in (_ADDED, _KIND)) and bool(
+        (told ^ wanted) & (_ADDED | _KIND)
+    )
 
 
 def _differing(one: str, other: str) -> tuple[str, list[str], list[str], list[str]]:
     """What two names have in common at their heads, what differs, and what they have in common at their ends."""
     a, b = one.split("."), other.split(".")
+    if ROLES.get(a[-1], a[-1]) == ROLES.get(b[-1], b[-1]):
+        a[-1] = b[-1]
     start = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     most = min(len(a), len(b)) - start
     end = next((at for at in range(most) if a[-1 - at] != b[-1 - at]), most)
@@ -177,13 +240,14 @@ def _modules(key: str) -> Iterator[str]:
 
 def _role_of(key: str, side: Tensors) -> str | None:
     """The role that a tensor has in a whole model, where its name and shape say one."""
-    words, shape = set(concepts(key.rpartition(".")[0])), side[key].shape
+    module, shape = key.rpartition(".")[0], side[key].shape
+    words = set(concepts(module))
     if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
         return _STEM
-    if len(shape) == 2 and words & {"pos"}:
+    if len(shape) != 2:
+        return None
+    if "pos" in words:
         return _PLACES
-    if (len(shape) == 2 and words & {"head", "lm"}) or (len(shape) == 2 and {"embed", "out"} <= words):
+    if words & {"head", "lm"} or {"embed", "out"} <= words or module in _HEADS:
         return _HEAD
-    if len(shape) == 2 and words & {"tok", "embed"}:
-        return _TOKENS
-    return None
+    return _TOKENS if words & {"tok", "embed"} else None

@@ -14,8 +14,9 @@ from functools import cache
 _PHRASES: tuple[tuple[str, str], ...] = (
     (r"parametrizations\.([a-z_]+)\.original0", r"\1_g"),
     (r"parametrizations\.([a-z_]+)\.original1", r"\1_v"),
-    (r"post_?(attention|attn|self_attn)(_?layer_?norm|_?norm|_?ln)", "postattn.norm"),
-    (r"pre_?(attention|attn|self_attn)(_?layer_?norm|_?norm|_?ln)", "preattn.norm"),
+    (r"post_?(self_?)?(attention|attn)(_?layer_?norm|_?norm|_?ln)", "postattn.norm"),
+    (r"pre_?cross_?(attention|attn)(_?layer_?norm|_?norm|_?ln)", "precross.norm"),
+    (r"pre_?(self_?)?(attention|attn)(_?layer_?norm|_?norm|_?ln)", "preattn.norm"),
     (r"pre_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "premlp.norm"),
     (r"post_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "postmlp.norm"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
@@ -35,7 +36,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"wte|tok|word|token|vocab|tokens", "tok"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
-    (r"lm_head|output_projection|proj_out_vocab", "head.lm"),
+    (r"lm_head|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
     (
         r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
         "shortcut",
@@ -67,7 +68,10 @@ for _concept, _said in (
     ("tok", "tok"),
     ("cls", "cls"),
     ("scale", "scale gamma lambda"),
-    ("head", "head heads classifier decoder_head cls_head logits prediction predictions predictor fc_out"),
+    (
+        "head",
+        "head heads classifier classif classification decoder_head cls_head logits prediction predictions predictor fc_out",
+    ),
     ("lm", "lm"),
     ("shortcut", "shortcut"),
     ("relpos", "relpos"),
@@ -124,6 +128,7 @@ _KINDS = (
     {"ih", "hh"},
     {"lm", "embed"},
     {"lm", "shared"},
+    {"head", "tok"},
 )
 _DIMENSIONS = {"d1", "d2", "d3"}  # `conv2d` counts dimensions
 _INSIDE = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}}  # words that say several
