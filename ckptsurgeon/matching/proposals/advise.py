@@ -19,6 +19,7 @@ from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.diff import Advice, Diff, Resize, compare
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
 
@@ -120,9 +121,11 @@ def _safely(case: Case, found: Diff) -> tuple[Diff, str | None]:
 
 
 def _open(case: Case, found: Diff) -> bool:
-    """Whether names are left over on both sides, and not too many to be matched here."""
-    missing = any(key in case.target for key in found.missing)
-    return missing and any(key in case.source for key in found.extra) and len(case.source) + len(case.target) <= LARGEST
+    """Whether names are left over on both sides, or matrices are turned (square ones of their kind are too), and not too many to be matched
+    here."""
+    names = any(key in case.target for key in found.missing) and any(key in case.source for key in found.extra)
+    turned = any(len(row.source_shape) == 2 and row.source_shape == row.target_shape[::-1] for row in found.mismatched)
+    return (names or turned) and len(case.source) + len(case.target) <= LARGEST
 
 
 def _stays(link: Link) -> bool:
@@ -151,17 +154,33 @@ def _proposed(case: Case, first: tuple[Rule, ...], given: frozenset[str]) -> Fou
         proposal = propose(case.source, case.target, (*case.rules, *first), case.untaken, judge=judge)
     except RuleError:
         return None
-    if not _enough(proposal) or not (first or any(not _stays(link) for link in proposal.applied)):
+    if not _enough(case, first, proposal) or not (first or any(not _stays(link) for link in proposal.applied)):
         return None
     apart = judge.changed or proposal.refusal() is not None or any(link.doubt for link in proposal.links)
     return Found(first, proposal, not apart)
 
 
-def _enough(found: Proposal) -> bool:
-    """Whether links are worth following: as `match` says, or renames alone that explain half of a side's tensors, however large the one is
-    that has another size."""
-    renames = not any(link.op for link in found.applied)
-    return found.refusal() is None or (renames and max(found.coverage.tensors, found.used.tensors) >= LEAST)
+def _enough(case: Case, first: tuple[Rule, ...], found: Proposal) -> bool:
+    """Whether links are worth following: as `match` says, or where they do not explain half of the elements since one key of another size
+    has most of them: as it would say without such keys."""
+    if found.refusal() is None:
+        return True
+    reached = (
+        case.diff((*first, *(one.rule for one in found.ruled)), None) if not any(one.rule.kind == "stage" for one in found.ruled) else None
+    )
+    if reached is None or not reached.mismatched:
+        return False
+    given = (_targets(found), {row.key for row in reached.mismatched}, case.target)
+    taken = ({key for link in found.applied for key in link.sources}, {row.source for row in reached.mismatched}, case.source)
+    return max(map(_explained, (given, taken))) >= LEAST
+
+
+def _explained(side: tuple[set[str], set[str], Checkpoint]) -> float:
+    """The lesser share of a side's tensors and elements that links explain, some keys aside."""
+    explained, aside, tensors = side
+    rest = {key: tensor for key, tensor in tensors.items() if key not in aside or key in explained}
+    share = Coverage.of({key: tensor for key, tensor in rest.items() if key in explained}, rest)
+    return min(share.tensors, share.elements)
 
 
 class _Judge:
