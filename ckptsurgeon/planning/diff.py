@@ -271,7 +271,10 @@ def compare(
     used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
     left = [key for key in extra if key in source]
-    exchanges = ways_to_exchange({key: source[key] for key in left}, {key: target[key] for key in missing})
+    few = min(len(source), len(target))  # of which an exchange explains half: a pooler is no head where all else has its own name
+    exchanges = (
+        ways_to_exchange({key: source[key] for key in left}, {key: target[key] for key in missing}) if 2 * len(matched) < few else ()
+    )
     return Diff(
         source=source.path,
         target=target.path,

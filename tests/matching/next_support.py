@@ -74,6 +74,8 @@ def made(row: dict[str, object], source: State, goal: Tensor) -> Tensor:
     numbers = [int(number) for number in re.findall(r"\d+", op)]
     first = given[0]
     if op.startswith("permute_rows"):
+        if "index" not in row:  # an order that nobody wrote down: whatever a copy is, it is wrong
+            return first.roll(1, numbers[0])
         return first.index_select(numbers[0], torch.tensor(row["index"]))
     if op.startswith("chunk"):
         index, of, dim = numbers
@@ -91,16 +93,13 @@ def made(row: dict[str, object], source: State, goal: Tensor) -> Tensor:
     return found
 
 
-def save(world: World, folder: Path) -> None:
-    """Both sides as files, in safetensors, in an order that is theirs."""
-    for name, state in (("a.safetensors", world.source), ("t.safetensors", world.target)):
-        save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, folder / name)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """A command line in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["ckptsurgeon", *words])
-    return main._run(False)
+def save(world: World, folder: Path, suffix: str = "safetensors") -> None:
+    """Both sides as files: in safetensors' order of keys, which is the alphabet's, or in torch's, which is the model's."""
+    for name, state in (("a", world.source), ("t", world.target)):
+        if suffix == "safetensors":
+            save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, folder / f"{name}.safetensors")
+        else:
+            torch.save(state, folder / f"{name}.{suffix}")
 
 
 def next_words(text: str) -> list[str]:
@@ -111,7 +110,7 @@ def next_words(text: str) -> list[str]:
 
 def outcome(world: World, path: Path, code: int) -> Outcome:
     """What was written by truth; where nothing was, the target is as it was."""
-    got = load_file(path) if path.exists() else world.target
+    got = world.target if not path.exists() else load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     assert set(got) == set(world.target)
     right = {key for key, tensor in world.truth.items() if same(got[key], tensor)}
     stays = {key for key, tensor in world.target.items() if same(got[key], tensor)}
@@ -124,21 +123,38 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 
-def followed(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[Outcome, Outcome]:
-    """What a plain merge writes, and what the next command writes."""
-    monkeypatch.chdir(folder)
-    save(world, folder)
-    plain = outcome(
-        world, folder / "plain.safetensors", run(monkeypatch, "merge", "a.safetensors", "t.safetensors", "-o", "plain.safetensors")
-    )
-    capfd.readouterr()
-    run(monkeypatch, "diff", "a.safetensors", "t.safetensors")
-    text = capfd.readouterr().out
-    if "\nNext: " not in text:
-        assert not plain.right, text
-        return plain, plain
-    words = next_words(text)
-    code = run(monkeypatch, *words)
-    written = folder / words[words.index("-o") + 1] if "-o" in words else folder / "a.safetensors"
-    assert code == 0, (words, capfd.readouterr())
-    return plain, outcome(world, written, code)
+@dataclass(frozen=True)
+class Follower:
+    """Runs commands in this process, in a folder of their own."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str]
+
+    def run(self, *words: str) -> tuple[int, str]:
+        """A command line's exit code and all that it says."""
+        self.monkeypatch.chdir(self.folder)
+        self.monkeypatch.setattr(sys, "argv", ["ckptsurgeon", *words])
+        self.capfd.readouterr()
+        code = main._run(False)
+        return code, "".join(self.capfd.readouterr())
+
+    def follow(self, world: World, suffix: str = "safetensors", verb: str = "diff") -> tuple[Outcome, Outcome, list[str]]:
+        """What a plain merge writes, what the next command writes, and its words (none where no command comes next)."""
+        save(world, self.folder, suffix)
+        files = (f"a.{suffix}", f"t.{suffix}")
+        code, _ = self.run("merge", *files, "-o", "plain.safetensors")
+        plain = outcome(world, self.folder / "plain.safetensors", code)
+        _, text = self.run(verb, *files)
+        if "\nNext: ckptsurgeon merge" not in text:
+            return plain, outcome(world, self.folder / "nothing", 1), []
+        words = next_words(text)
+        code, said = self.run(*words)
+        assert code == 0, (words, said)
+        return plain, outcome(world, self.folder / words[words.index("-o") + 1], code), words
+
+
+@pytest.fixture
+def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Follower:
+    """One for a test."""
+    return Follower(tmp_path, monkeypatch, capfd)

@@ -102,12 +102,16 @@ def advise(
     if found.rivals or len(found.exchanges) > 1:  # nothing decides between prefixes: that comes first
         return Advice(sizes=_sizes(case, found))
     base, chosen = _safely(case, found)
-    matched = _matched(case, base) if _open(case, base) else None
-    links = tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ()
-    for carried, by_match in _ways(matched, base):
-        reached = _reached(case, carried, chosen, base, matched)
-        if reached is not None:
-            return _advice(case, found, reached, chosen, matched, carried, by_match, links)
+    links: tuple[Link, ...] = ()
+    # Names that loading code gives are not matched; old names only where that leads to less.
+    given = tuple(frozenset(key for key in one.matched if key not in case.plain) for one in (found, base))
+    for keys in dict.fromkeys(given) if _open(case, base) else ():
+        matched = _matched(case, base, keys)
+        links = links or (tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ())
+        for carried, by_match in _ways(matched, base):
+            reached = _reached(case, carried, chosen, base, matched)
+            if reached is not None:
+                return _advice(case, found, reached, chosen, matched, carried, by_match, links)
     return _advice(case, found, base, chosen, None, (), False, links)
 
 
@@ -132,9 +136,8 @@ def _stays(link: Link) -> bool:
     return link.sources == link.targets and not link.op
 
 
-def _matched(case: Case, base: Diff) -> Found | None:
-    """What matching finds beside the keys that the diff gives; None where that is nothing to follow."""
-    given = frozenset(base.matched) - case.plain.keys()
+def _matched(case: Case, base: Diff, given: frozenset[str]) -> Found | None:
+    """What matching finds beside these keys; None where that is nothing to follow."""
     exchanges = tuple(rule for way in base.exchanges for rule in way.rules)
     wanted = {name for way in base.exchanges for name in way.mapping.values()}
     found = _proposed(case, (), given)
@@ -240,6 +243,8 @@ def _advice(
     links: tuple[Link, ...],
 ) -> Advice:
     """The advice that carries these rules, and the adapters that are sure beside them."""
+    if auto is not None and case.auto is None and (without := case.diff(rules, None)) is not None and without.coverage == reached.coverage:
+        auto, reached = None, without  # the links give what old names would
     sizes = _sizes(case, reached)
     adapts: tuple[Rule, ...] = ()
     for size in sizes:
