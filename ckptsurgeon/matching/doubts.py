@@ -59,6 +59,40 @@ class Found:
         """Source keys that links have."""
         return frozenset(key for link in self.links for key in link.sources)
 
+    def before(self, key: str, side: int) -> str:
+        """`self` or `cross`, where the module right before that of a key on a side is such an attention."""
+        module = key.rpartition(".")[0]
+        above = module.rpartition(".")[0]
+        last = ""
+        for other in self._beside[side].get(above, ()):
+            if other.startswith(f"{module}."):
+                break
+            last = other
+        words = set(concepts(last[len(above) + 1 :].partition(".")[0])) & {"self", "cross"}
+        return words.pop() if len(words) == 1 else ""
+
+    def attentions_alike(self, key: str, side: int) -> bool:
+        """Whether the self- and the cross-attention beside a norm have weights of the same shapes."""
+        above = key.rpartition(".")[0].rpartition(".")[0]
+        shapes: dict[str, Counter[tuple[int, ...]]] = {"self": Counter(), "cross": Counter()}
+        for other in self._beside[side].get(above, ()):
+            words = set(concepts(other[len(above) + 1 :].partition(".")[0]))
+            for kind in words & shapes.keys() if "norm" not in words else ():
+                shapes[kind][(self.source, self.target)[side][other].shape] += 1
+        return shapes["self"] == shapes["cross"]
+
+    @cached_property
+    def _beside(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """The keys within each module that holds a counted norm, at any depth, in their order."""
+        found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+        for side, tensors in enumerate((self.source, self.target)):
+            for key in tensors:
+                head = key.rpartition(".")[0]
+                while head:
+                    found[side].setdefault(head, []).append(key)
+                    head = head.rpartition(".")[0]
+        return found
+
     @cached_property
     def namesakes(self) -> dict[str, str]:
         """By target key, the source key of that name but for separators, whatever its shape."""
@@ -252,6 +286,37 @@ def _across(found: Found) -> _Doubts:
                 break
 
 
+def _counted_and_named(found: Found) -> _Doubts:
+    """Norms that one side counts and the other names after self- and cross-attention: which attention comes first is not agreed on.
+
+    Where keys stand in an order of their own, a norm that stands right behind an attention is that one's. Where they do not, the order of
+    the first transformer (Vaswani and others 2017) is taken for one whose attentions are alike, and for no other.
+    """
+    units: dict[tuple[int, str], list[tuple[Link, str]]] = {}
+    for link in _open(found):
+        if len(link.sources) == len(link.targets) == 1:
+            for side, key, other in ((0, link.sources[0], link.targets[0]), (1, link.targets[0], link.sources[0])):
+                kind = _attention_of(key)
+                name = other.rpartition(".")[0]
+                if kind and not _attention_of(other) and name[-1:].isdigit():
+                    units.setdefault((side, name.rpartition(".")[0]), []).append((link, kind))
+    for (side, _), links in units.items():
+        if len({kind for _, kind in links}) < 2:
+            continue
+        classic = found.ordered or found.attentions_alike((links[0][0].sources, links[0][0].targets)[side][0], side)
+        for link, kind in links:
+            before = found.before((link.targets, link.sources)[side][0], 1 - side) if found.ordered else ""
+            if not classic or (before and before != kind):
+                yield Doubt(link, "norms are counted on one side, and named after attentions on the other")
+
+
+def _attention_of(key: str) -> str:
+    """`self` or `cross` where the name of a norm says one of them."""
+    words = set(concepts(key.rpartition(".")[0].rpartition(".")[2]))
+    kind = words & {"self", "cross"}
+    return kind.pop() if len(kind) == 1 and "norm" in words else ""
+
+
 def _placed(key: str) -> Iterator[tuple[str, int]]:
     """The list of the last number of a key, and the number."""
     numbers = list(_MEMBER.finditer(key))
@@ -267,4 +332,12 @@ def _numbers(key: str) -> list[str]:
     return _NUMBER.findall(key)
 
 
-_DOUBTS: tuple[Callable[[Found], _Doubts], ...] = (_another_size, _across, _out_of_order, _idle_equals, _either_direction, _shape_alone)
+_DOUBTS: tuple[Callable[[Found], _Doubts], ...] = (
+    _another_size,
+    _across,
+    _counted_and_named,
+    _out_of_order,
+    _idle_equals,
+    _either_direction,
+    _shape_alone,
+)

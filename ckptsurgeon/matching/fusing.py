@@ -173,6 +173,7 @@ class _Pieces:
         self.rows: dict[int, list[list[Node]]] = {}
         for row in _families(matrices, _without_numbers):
             self.rows.setdefault(len(row), []).append(sorted(row, key=lambda unit: unit.numbers))
+        self.single = [sorted(row, key=lambda unit: unit.numbers) for row in _families(matrices, _row_of)]
 
     def of(self, whole: Node) -> _Told | None:
         """The units that add up to a whole, in order, with a margin and words."""
@@ -182,6 +183,8 @@ class _Pieces:
             for parts, margin in _orders(group, whole) if len(group) > 1 else ():
                 if _adds_up(whole.main, parts):
                     return parts, margin, "its parts side by side"
+        if len(whole.main) == 2:
+            return _in_a_row(whole, [row for row in self.single if not any(id(unit) in self.taken for unit in row)])
         if len(whole.main) != 3:
             return None
         rows = self.rows.get(whole.main[0], [])
@@ -213,6 +216,26 @@ def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ..
 def _is_part(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
     """Whether a part can lie beside others in a whole: all of its dimensions but one are the whole's, as they are or turned."""
     return len(whole) == len(part) and any(sum(a != b for a, b in zip(whole, turned, strict=True)) == 1 for turned in (part, part[::-1]))
+
+
+def _in_a_row(whole: Node, rows: Sequence[Sequence[Node]]) -> _Told | None:
+    """Numbered units that are one matrix side by side, in their order; the row whose names say most of what the whole's do."""
+    fits = [row for row in rows if len(row) > 1 and len({unit.main for unit in row}) == 1 and _adds_up(whole.main, row)]
+    if not fits:
+        return None
+    told = set(concepts(whole.path))
+    alike = [len(told & said) / len(told | said) for row in fits for said in (set(concepts(_row_of(row[0]).replace("{}", ""))),)]
+    best = max(alike)
+    return tuple(fits[alike.index(best)]), inf if alike.count(best) == 1 else 0.5, "one for each number, side by side"
+
+
+def _row_of(unit: Node) -> str:
+    """A path without the last number that is a whole part of it, the name of the unit aside."""
+    parts = unit.path.split(".")
+    last = max((at for at, part in enumerate(parts[:-1]) if part.isdigit()), default=None)
+    if last is None:
+        return _without_numbers(unit)
+    return ".".join([*parts[:last], "{}", *parts[last + 1 :]])
 
 
 def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Told | None:

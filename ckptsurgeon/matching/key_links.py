@@ -5,24 +5,14 @@ Rule: a tensor goes to the one of its role. A square matrix is turned only where
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 
 from ckptsurgeon.matching.module_tree import Node, Shape, is_float, squeezed
 from ckptsurgeon.matching.pairing import Laid
+from ckptsurgeon.matching.turning import Turned
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
-
-
-class Turned:
-    """The source's tensors as they are in the file, and those of them that were looked at transposed."""
-
-    def __init__(self, source: Mapping[str, TensorMeta], keys: Collection[str] = ()) -> None:
-        self.source, self.keys = source, keys
-
-    def chain(self, name: str, *ops: str) -> str:
-        """The ops of a link, after the transpose that its sources need first."""
-        return " | ".join(op for op in ("transpose" if name in self.keys else "", *ops) if op)
 
 
 def links(laid: Laid, turned: Turned) -> Iterator[Link]:
@@ -65,8 +55,8 @@ def _roles(one: Node, other: Node) -> Iterator[tuple[TensorMeta, TensorMeta]]:
 def _one_to_one(one: TensorMeta, other: TensorMeta, turned: Turned) -> tuple[str | None, float]:
     """What makes a tensor the other, and how sure that is; None where nothing does."""
     shape = turned.source[one.name].shape
-    if one.name in turned.keys:
-        return "transpose", inf
+    if one.name in turned.ops:
+        return turned.ops[one.name], inf
     if shape == other.shape:
         bare = len(shape) == 2 and shape[0] == shape[1] and one.name.endswith("weight") != other.name.endswith("weight")
         return "", 0.5 if bare else inf  # `x @ w` of a bare square parameter is `linear` of its transpose, or is not

@@ -15,9 +15,8 @@ from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Found, doubted
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
-from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.factors import sides, written
-from ckptsurgeon.matching.key_links import Turned, links
+from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.module_tree import both, fold
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
@@ -25,12 +24,14 @@ from ckptsurgeon.matching.same_names import settled
 from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
 from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled
 from ckptsurgeon.matching.towers import towered
+from ckptsurgeon.matching.turning import Turned, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.planning.prefixes.find import find_change, rename_all
 from ckptsurgeon.tensors import TensorMeta
 
 PASSES = 2  # without the order of keys, and as many with it
 Z = 2.58  # 99 of 100 samples lie so many standard deviations around the truth
+_MOMENTS = ("adam_m", "adam_v", "Adam", "Adam_1", "exp_avg", "exp_avg_sq", "Momentum", "momentum_buffer")
 Tensors = Mapping[str, TensorMeta]
 
 
@@ -91,9 +92,9 @@ def _look(source: Tensors, target: Tensors, rest: bool = False) -> tuple[list[Li
 
 def _turned_or_not(source: Tensors, target: Tensors, rest: bool) -> tuple[list[Link], float]:
     found = _match(source, target, Turned(source), rest)
-    keys = _turned(source, target)
-    if keys:
-        other = _match(source, target, Turned(source, keys), rest)
+    about = turned(source, target)
+    if about.ops:
+        other = _match(source, target, about, rest)
         if _share(other[0], target) >= _share(found[0], target):
             return other
     return found
@@ -104,9 +105,8 @@ def _share(links: Iterable[Link], target: Tensors) -> int:
     return sum(target[key].numel for link in links if link.certain for key in link.targets)
 
 
-def _match(given: Tensors, wanted: Tensors, turned: Turned, rest: bool) -> tuple[list[Link], float]:
-    turned_about = [replace(tensor, shape=tensor.shape[::-1]) if key in turned.keys else tensor for key, tensor in given.items()]
-    one, other = both(turned_about, wanted.values())
+def _match(given: Tensors, wanted: Tensors, about: Turned, rest: bool) -> tuple[list[Link], float]:
+    one, other = both(map(about.seen, given.values()), wanted.values())
     ordered = has_order(given) and has_order(wanted)
     clues = Clues()
     for _ in range(PASSES):
@@ -116,7 +116,8 @@ def _match(given: Tensors, wanted: Tensors, turned: Turned, rest: bool) -> tuple
     for _ in range(PASSES if trust else 0):
         record = lay(one, other, replace(clues, trust=trust))
         clues = _learned(record)
-    found = [link for laid in between(record.units, one, other, trust) for link in links(laid, turned)]
+    found = [link for laid in between(record.units, one, other, trust) for link in links(laid, about)]
+    found = squares_turned(found, given, wanted)
     found += orphans(found, record, given, wanted)
     if not rest:
         found += shared(found, record, given, wanted)
@@ -124,9 +125,17 @@ def _match(given: Tensors, wanted: Tensors, turned: Turned, rest: bool) -> tuple
 
 
 def looked_at(tensors: Tensors) -> Tensors:
-    """Without keys that no model has, on which a stranger's file could make all that follows spend itself."""
+    """Without an optimizer's tensors, and without keys that no model has, on which a stranger's file could make all spend itself."""
     longest, deepest = allowed("match-characters"), allowed("match-segments")
-    return {key: tensor for key, tensor in tensors.items() if len(key) <= longest and key.count(".") < deepest}
+    return {
+        key: tensor for key, tensor in tensors.items() if len(key) <= longest and key.count(".") < deepest and not _moments(key, tensors)
+    }
+
+
+def _moments(key: str, tensors: Tensors) -> bool:
+    """Whether a tensor is an optimizer's, kept beside the weight it is for."""
+    stem = next((key[: -len(end) - 1] for end in _MOMENTS if key.endswith(end)), "")
+    return bool(stem) and stem in tensors
 
 
 def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
@@ -138,19 +147,6 @@ def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
             found = [link for link in found if not others & set(link.targets)]
             found += [replace(first, targets=(key,), evidence=(f"the same tensor as {first.targets[0]}",)) for key in sorted(others)]
     return found
-
-
-def _turned(source: Tensors, target: Tensors) -> frozenset[str]:
-    """The source's matrices that could be the target's transposed, embeddings aside; none where more fit only as they are."""
-    shapes = {tensor.shape for tensor in target.values()}
-    matrices = {
-        key: tensor.shape
-        for key, tensor in source.items()
-        if len(tensor.shape) == 2 and not set(concepts(key.rpartition(".")[0])) & {"embed", "tok", "pos"}
-    }
-    only = sum(shape not in shapes and shape[::-1] in shapes for shape in matrices.values())
-    never = sum(shape in shapes and shape[::-1] not in shapes for shape in matrices.values())
-    return frozenset(key for key, shape in matrices.items() if shape[::-1] in shapes) if only > never else frozenset()
 
 
 def _certain(record: Record) -> list[Laid]:

@@ -14,13 +14,14 @@ from itertools import chain
 from math import inf
 
 from ckptsurgeon.matching.module_tree import fold
+from ckptsurgeon.matching.turning import TURNED
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 Again = Callable[[Tensors, Tensors], list[Link]]  # matches what is left over
 Judge = Callable[[list[Link]], list[Link]]  # takes their margins from links that are less sure than they look
-SAME, SHIFTED, TURNED = "same name and shape", "its whole list is shifted", "turned, as those of its kind that are not square"
+SAME, SHIFTED = "same name and shape", "its whole list is shifted"
 _NUMBER = re.compile(r"\d+")
 
 

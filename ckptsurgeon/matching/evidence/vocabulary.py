@@ -72,6 +72,7 @@ for _concept, _said in (
         "head",
         "head heads classifier classif classification decoder_head cls_head logits prediction predictions predictor fc_out",
     ),
+    ("head", "pred preds score"),
     ("lm", "lm"),
     ("shortcut", "shortcut"),
     ("relpos", "relpos"),
