@@ -22,7 +22,7 @@ from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import settled
 from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
-from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled
+from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.towers import towered
 from ckptsurgeon.matching.turning import Turned, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Link
@@ -42,9 +42,22 @@ def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = (), 
     are looked at so. `ties` are groups of the target's keys that are one tensor: all of a group get what its first one gets. `dequantize`
     says that values are made of codes.
     """
-    one, other = sides(source, target)
-    found = _match_plain(one.tensors, other.tensors, other.ties(ties))
-    return result(written(found.links, one, other, dequantize=dequantize), source, target, found.order)
+    names = spelled(source), spelled(target)
+    one, other = sides(renamed(source, names[0]), renamed(target, names[1]))
+    found = _match_plain(one.tensors, other.tensors, other.ties([[names[1][key] for key in tied] for tied in ties]))
+    links = written(found.links, one, other, dequantize=dequantize)
+    return result(_named_back(links, *names), source, target, found.order)
+
+
+def _named_back(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, str]) -> list[Link]:
+    """Links of tensors under other names, under their own."""
+    back = [{name: key for key, name in names.items()} for names in (here, there)]
+    if all(key == name for some in back for name, key in some.items()):
+        return list(links)
+    return [
+        replace(link, sources=tuple(back[0][key] for key in link.sources), targets=tuple(back[1][key] for key in link.targets))
+        for link in links
+    ]
 
 
 def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
@@ -79,15 +92,9 @@ def _look(source: Tensors, target: Tensors, rest: bool = False) -> tuple[list[Li
 
     Of a `rest` that equal names left over, no source is shared by several targets: who else has it is not known there.
     """
-    names = spelled(source), spelled(target)
-    if any(key != name for some in names for key, name in some.items()):
-        back = [{name: key for key, name in some.items()} for some in names]
-        links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]), rest)
-        return [
-            replace(link, sources=tuple(back[0][key] for key in link.sources), targets=tuple(back[1][key] for key in link.targets))
-            for link in links
-        ], trust
-    return _turned_or_not(source, target, rest)
+    names = unwrapped(source), unwrapped(target)
+    links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]), rest)
+    return _named_back(links, *names), trust
 
 
 def _turned_or_not(source: Tensors, target: Tensors, rest: bool) -> tuple[list[Link], float]:

@@ -51,7 +51,7 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
 
     A source that keeps one embedding under several names counts as having it once.
     """
-    used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+    used, reached = {key for link in links if link.clear for key in link.sources}, {key for link in links for key in link.targets}
     owners: dict[Shape, Link] = {}
     for link in sorted(links, key=lambda link: link.sources[0].count(".")):
         if len(link.sources) == len(link.targets) == 1:

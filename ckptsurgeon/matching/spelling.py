@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from ckptsurgeon.matching.factors import FORMS
 from ckptsurgeon.matching.module_tree import ROLES
 from ckptsurgeon.tensors import TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
@@ -17,7 +18,11 @@ from ckptsurgeon.wrappers import WRAPPERS, unwrap
 Tensors = Mapping[str, TensorMeta]
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
 _SEAMS = re.compile(r"_([0-9]+)(?:_|(?=/)|$)"), re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")  # numbers apart, else any
-_ROLE = re.compile(rf"[._]?({'|'.join(sorted((role for role in ROLES if len(role) > 3), key=len, reverse=True))})$")
+_LAST = {
+    re.sub("[._]", "", name): name
+    for name in (*(role for role in ROLES if len(role) > 3), *(name.format("weight") for form in FORMS for name in form.names))
+}
+_ROLE = re.compile(rf"[._]?({'|'.join(re.sub('[._]', '[._]?', role) for role in sorted(_LAST.values(), key=len, reverse=True))})$")
 _FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
 
 
@@ -61,7 +66,7 @@ def squashed(keys: Iterable[str], head: str = "") -> dict[str, str]:
 
 
 def spelled(tensors: Tensors) -> dict[str, str]:
-    """Every key's name with dots between its modules: wrappers' segments left out, slashes made dots.
+    """Every key's name with dots between its modules, also where slashes are.
 
     Where dots separate no modules on this side, they stand around its numbers and before its role.
 
@@ -73,12 +78,17 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     seam = next((seam for seam in _SEAMS if any(seam.search(module) for module in modules)), None)
     if seam is not None and sum("." not in module for module in modules) >= _FLAT * len(modules):
         return _unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})
-    return _unique({key: unwrap(key.replace("/", "."), WRAPPERS) for key in tensors})
+    return _unique({key: key.replace("/", ".") for key in tensors})
+
+
+def unwrapped(tensors: Tensors) -> dict[str, str]:
+    """Every key's name without the segments of wrappers."""
+    return _unique({key: unwrap(key, WRAPPERS) for key in tensors})
 
 
 def _seamed(key: str, module: str, seam: re.Pattern[str]) -> str:
     role = _ROLE.search(key)
-    parts = [*seam.sub(r".\1.", module.replace("/", ".")).strip(".").split("."), *([role[1]] if role else [])]
+    parts = [*seam.sub(r".\1.", module.replace("/", ".")).strip(".").split("."), *([_LAST[squash(role[1])]] if role else [])]
     return ".".join(part.strip("_") or "_" for part in parts if part)
 
 

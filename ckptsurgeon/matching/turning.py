@@ -71,7 +71,7 @@ def _kernel(key: str) -> bool:
 
 def _table(key: str) -> bool:
     """Whether a matrix is a table by its name, which is looked up in and never turned."""
-    return bool(set(concepts(key.rpartition(".")[0])) & {"embed", "tok", "pos"})
+    return bool(set(concepts(key)) & {"embed", "tok", "pos"})
 
 
 def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
@@ -90,7 +90,7 @@ def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> l
 
 def _bare(link: Link, source: Tensors, target: Tensors) -> bool:
     """Whether a link is of a matrix that is a parameter by itself on one side, and a layer's weight on the other."""
-    if len(link.sources) != 1 or len(link.targets) != 1 or link.op not in ("", "transpose"):
+    if len(link.sources) != 1 or len(link.targets) != 1 or link.op not in ("", "transpose") or _table(link.targets[0]):
         return False
     one, other = link.sources[0], link.targets[0]
     return len(source[one].shape) == len(target[other].shape) == 2 and one.endswith("weight") != other.endswith("weight")

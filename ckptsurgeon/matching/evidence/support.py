@@ -80,6 +80,8 @@ class Support:
         if told == wanted:
             return bool(told) or bool(head)
         shared = {word for word in told & wanted if not word.startswith("#")}
+        if head and shared - SAYS_NOTHING and (told <= wanted or wanted <= told):
+            return True
         if shared - _GENERIC or abbreviated(frozenset(told), frozenset(wanted)):
             return True
         if min(len(here), len(there)) == 0:
