@@ -161,9 +161,10 @@ def name_sources(
         if rule.of_target:
             rule.learn(known or ())
     items = [
-        Item(prefixes[number].bare(key), name, ((number, key),), entry=key not in source)
+        Item(bare, name, ((number, key),), entry=key not in source, others=_others(source, key, bare))
         for number, source in enumerate(sources)
         for key, name in rename_all((*source, *source.entries), known or measure or (), prefixes[number]).items()
+        for bare in (prefixes[number].bare(key),)
     ]
     problems: list[str] = []
     dropped: dict[SourceKey, Rule] = {}
@@ -202,6 +203,12 @@ def name_sources(
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     found = _names(items, landed, prefixes, dropped, names_of_dropped, compiled, sources, outside)
     return replace(found, choices=tuple(choices), handed=handed, applied=applied)
+
+
+def _others(source: Checkpoint, key: str, bare: str) -> frozenset[str]:
+    """Of the names by which patterns read a key, those that are other keys of the source."""
+    names = {bare, unwrap(key, WRAPPERS)} - {key}
+    return frozenset(name for name in names if name in source or name in source.entries)
 
 
 def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:

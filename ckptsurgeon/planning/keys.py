@@ -25,7 +25,8 @@ class Item:
     """A name on its way: what patterns see (`seen`) and where it lands (`name`, with the prefix that the target has).
 
     `steps` are the rules that led it here, each with which of its results it is; `entry` is set for a value that is no tensor,
-    `begins` for the first of the parts that `unstack` numbers.
+    `begins` for the first of the parts that `unstack` numbers; `others` are names by which it would be read, if they were not other keys of
+    its source.
     """
 
     seen: str
@@ -35,6 +36,7 @@ class Item:
     steps: tuple[tuple[Rule, int], ...] = ()
     entry: bool = False
     begins: bool = False
+    others: frozenset[str] = frozenset()
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -50,11 +52,11 @@ class Item:
     @property
     def readings(self) -> tuple[str, ...]:
         """The names by which a pattern may match: what patterns see, then, before any rule, the key as it stands in the file, and the key
-        without the segments of wrappers."""
+        without the segments of wrappers; none that is another key as it stands there."""
         if self.rules or len(self.places) > 1:
             return (self.seen,)
         raw = self.places[0][1]
-        return tuple(dict.fromkeys((self.seen, raw, unwrap(raw, WRAPPERS))))
+        return tuple(name for name in dict.fromkeys((self.seen, raw, unwrap(raw, WRAPPERS))) if name not in self.others)
 
     @property
     def words(self) -> str:

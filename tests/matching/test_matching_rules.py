@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from links_support import Shapes, World
 from pairs_support import PAIRS, read_pair
 from rules_support import checkpoint, led, literal_plan, proposed, read_back
 
-from ckptsurgeon.errors import PlanError, RuleError
+from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.proposals.propose import propose
 from ckptsurgeon.planning.diff import compare
@@ -18,7 +20,6 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Rule
-from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 FILES = sorted(PAIRS.glob("*.json"))
 MOST = {  # rules that a pair may take
@@ -96,18 +97,70 @@ def any_links(draw: st.DrawFn) -> tuple[dict[str, tuple[int, ...]], dict[str, tu
 def test_any_links_at_all_become_rules_that_lead_to_them(
     drawn: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], list[Link]],
 ) -> None:
-    one, other, links = drawn
+    check_any(*drawn)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_any_keys_at_all_get_rules_that_lead_to_their_links(chance: Random) -> None:
+    world = World(chance)
+    if world.links:
+        check_any(world.source, world.target, world.links)
+
+
+def check_any(one: Shapes, other: Shapes, links: list[Link]) -> None:
+    """Every link is written, and the rules' text leads to what one literal rule a link leads to."""
     source, target = checkpoint(one), checkpoint(other, "model:Net")
-    try:
-        found = proposed(source, target, links)
-    except RuleError:  # a pattern for `b` matches `b.module` too, and no rule tells them apart
-        assert any(unwrap(key, WRAPPERS) in set(one) - {key} for key in one)
-        return
+    found = proposed(source, target, links)
     assert set(found.applied) == set(links)
     try:
         assert read_back(found, source, target) == literal_plan(links, source, target)
     except PlanError:  # what the links leave open fits by two prefixes
         assert compare(source, target, found.rules).rivals
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(0, 40), min_size=1), st.booleans())
+def test_blocks_of_which_some_are_renamed_need_one_rule(some: set[int], all_: set[int], moved: bool) -> None:
+    """Every third, or any; those of others keep their names, or have another one too."""
+    called = {i: "self_attn" if i in some else "own" if moved else "attn" for i in all_}
+    names = {f"h.{i}.attn.{leaf}": f"h.{i}.{called[i]}.{leaf}" for i in all_ for leaf in "qkv"}
+    found = renamed(names)
+    assert len(found) == (len({i in some for i in all_}) if moved else bool(some & all_))
+
+
+def test_every_third_of_92_blocks() -> None:
+    names = {f"net.h.{i}.self_attn.{leaf}": f"net.h.{i}.{'self_attn' if i % 3 else 'attn'}.{leaf}" for i in range(92) for leaf in "qkv"}
+    names |= {f"net.h.{i}.norm.w": f"net.h.{i}.norm.w" for i in range(92)}
+    assert renamed(names) == [("rename", "net.h.{i=0..90..3}.self_attn.{p}", "net.h.{i}.attn.{p}")]
+    listed = {name: name.replace("attn", "mix") if name.split(".")[2] in ("0", "4", "9") else name for name in names.values()}
+    assert renamed(listed) == [
+        ("rename", "net.h.{i=0,9}.attn.{p}", "net.h.{i}.mix.{p}"),
+        ("rename", "net.h.4.self_attn.{p}", "net.h.4.self_mix.{p}"),
+    ]
+
+
+def test_numbers_that_go_over_a_hole_or_into_stages_are_runs() -> None:
+    assert renamed({f"h.{i}.w": f"h.{i + 2 * (i > 4)}.w" for i in range(12)}) == [("rename", "h.{i=5..11}.w", "h.{i+2}.w")]
+    stages = {f"features.{i}.{leaf}": f"stages.{i // 8}.{(i - 3 * (i > 7)) % 8}.{leaf}" for i in range(11) for leaf in "wb"}
+    assert len(renamed(stages)) <= 3
+
+
+def test_any_experts_of_any_layers_are_few_products() -> None:
+    odd = {(0, 1), (0, 5), (3, 1), (3, 5), (4, 2)}
+    names = {f"l.{i}.experts.{e}.w": f"l.{i}.{'shared' if (i, e) in odd else 'experts'}.{e}.w" for i in range(6) for e in range(8)}
+    assert renamed(names) == [
+        ("rename", "l.{i=0,3}.experts.{j=1,5}.w", "l.{i}.shared.{j}.w"),
+        ("rename", "l.4.experts.2.w", "l.4.shared.2.w"),
+    ]
+
+
+def test_parts_of_some_layers_are_joined() -> None:
+    one = {f"h.{i}.{part}.w": SQUARE for i in range(10) for part in "qk"}
+    other = {(f"h.{i}.qk.w" if i % 2 else f"h.{i}.{part}.w"): ((4, 2) if i % 2 else SQUARE) for i in range(10) for part in "qk"}
+    links = [Link((f"h.{i}.q.w", f"h.{i}.k.w"), (f"h.{i}.qk.w",), "concat(dim=0)", 9.0) for i in range(1, 10, 2)]
+    links += [Link((name,), (name,), "", 9.0) for name in one if name in other]
+    assert rules_of(one, other, links) == [("adapt", "h.{i=1..9..2}.q.w + h.{i=1..9..2}.k.w -> h.{i}.qk.w", "concat(dim=0)")]
 
 
 @settings(max_examples=60, deadline=None)

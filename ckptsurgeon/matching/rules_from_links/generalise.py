@@ -148,8 +148,7 @@ class View:
 
     def rules(self, how: str, also: frozenset[str] = frozenset()) -> Iterator[Ruled]:
         """Rules of one generality, in the order in which they must stand; keys in `also` are dropped whatever becomes of them."""
-        moves, joints = self._lines()
-        drafts = [*self._joined(joints, how), *self._moved(moves, how)]
+        drafts = self._drafts(how)
         links = self._links()
         order, drops = in_order(drafts, self.known, self._goals(), self._astray)
         drops += [name for key in sorted(self.loose & also) if (name := self.bare[key]) not in drops]
@@ -196,10 +195,6 @@ class View:
         links = tuple(replace(link, sources=tuple(names[key] for key in link.sources)) for link in task.links)
         return Task(source, task.target, links, doubtful=frozenset(names[key] for key in task.doubtful))
 
-    def _lines(self) -> tuple[list[Line], list[Line]]:
-        """Lines that rename (one source, to all of its targets), and those that link several keys of a side."""
-        return list(self._moves()), [line_of(link, self.bare) for link in self.task.links if _joins(link)]
-
     def _moves(self) -> Iterator[Line]:
         to: dict[str, list[str]] = {}
         for link in self.task.links:
@@ -215,18 +210,21 @@ class View:
                 by_source.setdefault(self.bare[link.sources[0]], []).append(link)
         return {**found, **{line: by_source[line.sources[0]] for line in self._moves()}}
 
-    def _joined(self, lines: Sequence[Line], how: str) -> list[Draft]:
-        drafts = [Draft.of(row) for row in (map(literal, lines) if how == LITERAL else rows(lines))]
-        return merge(drafts, self.known) if how == GENERAL else drafts
-
-    def _moved(self, lines: Sequence[Line], how: str) -> list[Draft]:
+    def _drafts(self, how: str) -> list[Draft]:
+        """The drafts of links that join or cut keys, then those of renames."""
+        joints = [line_of(link, self.bare) for link in self.task.links if _joins(link)]
+        lines = (*joints, *self._moves())
+        found = list(map(literal, lines)) if how == LITERAL else rows(lines, self._stays)
+        joining = frozenset(joints)
+        joined = [Draft.of(row) for row in found if row.lines[0] in joining]
+        moved = [row for row in found if row.lines[0] not in joining]
         if how == GENERAL:
-            return merge(renamings(rows(lines), one_key(self.prefix.added)), self.known)
-        found: Iterable[Row] = map(literal, lines) if how == LITERAL else rows(lines)
-        return [Draft.of(row) for row in found if not self._stays(row)]
+            return [*merge(joined, self.known), *merge(renamings(moved, one_key(self.prefix.added)), self.known)]
+        return [*joined, *(Draft.of(row) for row in moved if not self._stays(row))]
 
     def _stays(self, row: Row) -> bool:
-        return all(line.targets == (self.default[self.key_of[line.sources[0]]],) for line in row.lines)
+        """Whether all keys of a row get their names without a rule."""
+        return not row.op and all(line.targets == (self.default[self.key_of[line.sources[0]]],) for line in row.lines)
 
     def _goals(self) -> Mapping[str, tuple[str, ...] | None]:
         """By name where it must land; None for a name that a link with several keys takes, or a person's rule."""

@@ -7,7 +7,7 @@ it does (`{i=0..90..3}`), or stands as it is, in a row of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -50,14 +50,14 @@ class Row:
 Shared = Mapping[tuple[tuple[str, ...], tuple[str, ...]], Form]
 
 
-def rows(lines: Iterable[Line]) -> list[Row]:
-    """Few rows for many lines."""
+def rows(lines: Iterable[Line], stays: Callable[[Row], bool] = lambda row: False) -> list[Row]:
+    """Few rows for many lines; a row that `stays` needs no rule, so others with its pattern leave its lines out."""
     groups: dict[object, list[Line]] = {}
     for line in lines:
         sources, targets = line.cuts
         groups.setdefault((line.op, tuple(one.texts for one in sources), tuple(one.texts for one in targets)), []).append(line)
     shared = _shared(line for group in groups.values() for line in group)
-    return _told_apart([row for group in groups.values() for row in _fold(group, shared, frozenset(), _DEEPEST)])
+    return _told_apart([row for group in groups.values() for row in _fold(group, shared, frozenset(), _DEEPEST)], stays)
 
 
 def literal(line: Line) -> Row:
@@ -209,8 +209,8 @@ def _names(count: int, open_: set[int]) -> list[str]:
 Owners = Mapping[tuple[int, int], Row | None]  # by slot and number, the row that has it; None where several do
 
 
-def _told_apart(found: Sequence[Row]) -> list[Row]:
-    """Rows of which none has a pattern that matches another's lines, but for the one with the most lines; literal rows come before it."""
+def _told_apart(found: Sequence[Row], stays: Callable[[Row], bool]) -> list[Row]:
+    """Rows of which none has a pattern that matches another's lines, but for one that stays, or has the most lines; it comes last."""
     by_pattern: dict[str, list[Row]] = {}
     for row in found:
         by_pattern.setdefault(row.open, []).append(row)
@@ -223,7 +223,7 @@ def _told_apart(found: Sequence[Row]) -> list[Row]:
             for line in row.lines:
                 for place in enumerate(line.cuts[0][0].numbers):
                     owners[place] = row if owners.get(place, row) is row else None
-        widest = max((row for row in same if not row.chosen), key=lambda row: len(row.lines), default=None)
+        widest = max((row for row in same if not row.chosen), key=lambda row: (stays(row), len(row.lines)), default=None)
         for row in same:
             if row is not widest and not any(_owned(row, slot, owners) for slot in row.chosen):
                 instead[id(row)] = _apart(row, owners)
