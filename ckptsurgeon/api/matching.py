@@ -12,6 +12,7 @@ from ckptsurgeon.api._options import RuleOptions, collect, facts, refuse_idle
 from ckptsurgeon.api._rules import Rules, Ruling, bring, gather
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.evidence.value_evidence import judged
+from ckptsurgeon.matching.proposals.advise import with_sizes
 from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
 from ckptsurgeon.parameter_types import Given, Note, Renames
 from ckptsurgeon.report import Twins
@@ -89,6 +90,7 @@ def match(
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
     found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
+    found = replace(with_sizes(found, given, aim.checkpoint, ruling.outside), output=_opening.unused_name(given, aim.checkpoint))
     if forward is not None and source_model is not None:
         origin = _opening.open_target(source_model, note=note)
         found = replace(found, forward=_ran(found, given, aim, origin, forward, tolerance, note, conversions))

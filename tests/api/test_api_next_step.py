@@ -56,16 +56,23 @@ def test_a_live_state_dict_is_merged_into_a_file(file):
     assert bool((written["first.weight"] == 1).all()) and bool((written["dense.weight"] == 2).all())
 
 
+class Numbered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear1 = nn.Linear(2, 3, bias=False)
+        self.dense = nn.Linear(3, 2, bias=False)
+
+
 def test_a_match_of_what_is_in_memory_is_followed_by_a_call(file):
     for source in ("net.pt", cs.open(io.BytesIO(file.read_bytes()), root="ema")):
-        model = Model()
+        model = Numbered()
         found = cs.match(source, model, **({"root": "ema"} if source == "net.pt" else {}))
         followed(str(found), "Next", source=source, model=model)
-        assert bool((model.first.weight == 1).all())
-        other = Model()
+        assert bool((model.linear1.weight == 1).all())
+        other = Numbered()
         (file.parent / "THIS_FILE").write_text(found.toml)
         followed(found.toml, "# Follow it", source=source, model=other)
-        assert bool((other.first.weight == 1).all()) and bool((other.dense.weight == 2).all())
+        assert bool((other.linear1.weight == 1).all()) and bool((other.dense.weight == 2).all())
 
 
 def test_a_file_in_memory_and_a_spec_have_no_next_step(file):

@@ -115,6 +115,22 @@ def advise(
     return _advice(case, found, base, chosen, None, (), False, links)
 
 
+def with_sizes(found: Proposal, source: Checkpoint, target: Checkpoint, outside: Outside = NO_OUTSIDE) -> Proposal:
+    """A proposal with what is said of keys that both sides have in another size, and the adapters that go with its links."""
+    if not (found.unmatched and found.unused):
+        return found
+    case = Case(source, target, found.before, outside, None)
+    ruled = tuple(one.rule for one in found.ruled)
+    reached = case.diff(ruled, None)
+    sizes = _sizes(case, reached) if reached is not None else ()
+    beside = tuple(rule for one in sizes if one.sure for rule in one.rules)
+    again = case.diff((*ruled, *beside), None) if beside else None
+    holds = again is not None and reached is not None and len(again.matched) > len(reached.matched)
+    spelled = holds and not _same_beside(case, (), found, beside)
+    fits = not spelled or (len(ruled) <= MOST and all(rule.kind != "stage" for rule in ruled))
+    return replace(found, sizes=sizes, beside=beside if holds and fits else (), spelled=spelled)
+
+
 def _safely(case: Case, found: Diff) -> tuple[Diff, str | None]:
     """The diff, or that under `--auto safe` where this gives more."""
     if case.auto is None and (found.mismatched or (found.missing and found.extra)):
@@ -250,7 +266,7 @@ def _advice(
     for size in sizes:
         if size.sure and (more := case.diff((*rules, *adapts, *size.rules), auto)) is not None and len(more.matched) > len(reached.matched):
             reached, adapts = more, (*adapts, *size.rules)
-    if by_match and matched is not None and not _same_beside(case, matched, adapts):
+    if by_match and matched is not None and not _same_beside(case, matched.first, matched.proposal, adapts):
         by_match = False
     gains = reached.coverage != found.coverage
     partly = tuple(row.key for row in reached.adapted if filled_elements(row.ops, case.target[row.key].shape))
@@ -267,13 +283,13 @@ def _advice(
     )
 
 
-def _same_beside(case: Case, found: Found, adapts: tuple[Rule, ...]) -> bool:
+def _same_beside(case: Case, first: tuple[Rule, ...], found: Proposal, adapts: tuple[Rule, ...]) -> bool:
     """Whether `--match` finds the same links where these adapters are asked for too."""
     if not adapts:
         return True
     try:
-        again = propose(case.source, case.target, case.ordered((*found.first, *adapts)), case.untaken)
+        again = propose(case.source, case.target, case.ordered((*first, *adapts)), case.untaken)
     except RuleError:
         return False
-    asked = {(link.sources, link.targets, link.op) for link in found.proposal.applied if not _stays(link)}
+    asked = {(link.sources, link.targets, link.op) for link in found.applied if not _stays(link)}
     return again.refusal() is None and asked <= {(link.sources, link.targets, link.op) for link in again.applied}

@@ -21,6 +21,7 @@ from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, generalise
 from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
+from ckptsurgeon.planning.diff import Resize
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.conversions import applied_prefix
 from ckptsurgeon.planning.plan_types import way_to_look
@@ -66,6 +67,10 @@ class Proposal(Matching, Result):
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         written: the rules file that was written, or None.
         refused: why the links are no mapping to follow, where that was asked.
+        sizes: what keys are that both sides have in another size.
+        beside: adapters for these that the next command carries beside the links.
+        spelled: whether these need the rules written out, since `--match` comes after what they name.
+        output: where the next command would write.
         in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
 
@@ -87,6 +92,10 @@ class Proposal(Matching, Result):
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
     refused: str | None = field(default=None, repr=False, compare=False)
+    sizes: tuple[Resize, ...] = field(default=(), repr=False, compare=False)
+    beside: tuple[Rule, ...] = field(default=(), repr=False, compare=False)
+    spelled: bool = field(default=False, repr=False, compare=False)
+    output: str = field(default="merged.pt", repr=False, compare=False)
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
 
     @cached_property

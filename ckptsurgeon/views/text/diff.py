@@ -159,8 +159,11 @@ def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
     lines = ["Another size:"]
     for one in sizes:
         keys_ = listing(fold_siblings(offer.key for offer in one.offers), 2)
-        how = f"; fits by {shlex.join(as_words(rule_options(one.rules)))}" if one.rules else ""
-        lines.append(f"    {keys_}: {name(one.role)}{name(how) if how else ''}")
+        line, how = f"    {keys_}: {name(one.role)}", shlex.join(as_words(rule_options(one.rules)))
+        if how and width is not None and len(line) + len(how) + 10 > width:
+            lines += [f"{line};", f"        fits by {name(how)}"]
+        else:
+            lines.append(f"{line}; fits by {name(how)}" if how else line)
     return lines
 
 

@@ -9,7 +9,7 @@ from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.rules import rule_options
-from ckptsurgeon.views.text.diff import choices, no_merge
+from ckptsurgeon.views.text.diff import choices, no_merge, resized
 from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, next_step, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
@@ -43,6 +43,7 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
     lines += keys(found.unmatched, width, most)
     lines.append(heading("unused", len(found.unused), "only in the source"))
     lines += keys(found.unused, width, most)
+    lines += resized(found.sizes, width)
     lines += [f"  warning: {name(words)}" for words in found.warnings]
     lines += _twins(found)
     done, total = found.coverage.counts
@@ -96,11 +97,14 @@ def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
     root, own = at_root(found.root), rule_options(found.before)
     if found.unkept:
         return [no_merge(found.target, found.unkept)]
-    merge = Command("merge", found.source, found.target, "merged.pt", (*root, *found.options))
+    if found.refused is not None:  # what to do is said with the refusal
+        return []
+    merge = Command("merge", found.source, found.target, found.output, (*root, *found.options, *rule_options(found.beside)))
     if found.written is not None:
         return next_step("Next: read it, then", merge.having(("rules", found.written)), found.in_memory, width)
-    if doubtful:
+    if doubtful or found.refusal() is not None:
         closer = Command("match", found.source, found.target, "rules.toml", (*root, *own))
         label = "Next: look closer," if any(found.in_memory) else "Next: look closer, in a file,"
         return next_step(label, closer, found.in_memory, width)
-    return next_step("Next:", merge.having(*own, ("match",)), found.in_memory, width)
+    how = rule_options(one.rule for one in found.ruled) if found.spelled and found.beside else (("match",),)
+    return next_step("Next:", merge.having(*own, *how), found.in_memory, width)
