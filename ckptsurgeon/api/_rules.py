@@ -15,7 +15,7 @@ from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.api._opening import silent, unmissable
 from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.command import Option
-from ckptsurgeon.errors import RuleError
+from ckptsurgeon.errors import CheckpointError, RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Note, Path
 from ckptsurgeon.rules.rules import Outside, Rule, from_arguments, path_of_file, rule_options
@@ -23,6 +23,7 @@ from ckptsurgeon.rules.rules import Outside, Rule, from_arguments, path_of_file,
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.table import OwnKernel
     from ckptsurgeon.models.init.user_functions import Fill
+    from ckptsurgeon.storage.files import OpenFile
 
 Rules = Path | Rule | Sequence[Path | Rule]
 
@@ -73,6 +74,7 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
 
     name = os.fspath(path)
     with open_regular(name) as file:
+        _refuse_checkpoint(file)
         toml_text.check({"toml-bytes": file.size}, name)
         raw = bytes(file.read(0, file.size))
     try:
@@ -84,6 +86,21 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     from ckptsurgeon.rules.reversing import reverse as turn_round
 
     return turn_round(found)
+
+
+def _refuse_checkpoint(file: OpenFile) -> None:
+    """RuleError for a file that begins as a checkpoint."""
+    from ckptsurgeon.formats.sniff import format_of
+
+    if file.read(0, min(file.size, 64)).lstrip()[:1] in (b"{", b"[", b"#", b""):
+        return
+    try:
+        form = format_of(file)
+    except CheckpointError:
+        return
+    raise RuleError(
+        f"is a checkpoint ({form.name}), not rules", path=file.path, hint="a checkpoint stands before the target, without an option"
+    )
 
 
 def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -> Ruling:

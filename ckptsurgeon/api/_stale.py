@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ckptsurgeon.errors import CheckpointError, PlanError, StaleError
+from ckptsurgeon.models.target.slips import only_model
 from ckptsurgeon.models.target.spec import looks_like_spec
 from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning import planfile
@@ -110,13 +111,16 @@ def load_plan(path: Path) -> Plan:
 
 def _refuse_checkpoint(file: OpenFile) -> None:
     """PlanError for a file that begins as a checkpoint; JSON is looked into later."""
-    from ckptsurgeon.formats.sniff import format_of
+    from ckptsurgeon.formats.sniff import format_of, is_rules
 
-    if file.read(0, min(file.size, 4096)).lstrip()[:1] == b"{":
+    head = file.read(0, min(file.size, 4096))
+    if head.lstrip()[:1] == b"{":
         return
+    if is_rules(head):
+        raise PlanError("is a rules file, not a plan", path=file.path, hint=f"plan or merge with it: rules={file.path!r}")
     try:
         form = format_of(file)
     except CheckpointError:
         return
-    words = shlex.join(["ckptsurgeon", "plan", file.path])
-    raise PlanError(f"is a checkpoint ({form.name}), not a plan", path=file.path, hint=f"plan it first: {words} TARGET -o plan.json")
+    words = shlex.join(["ckptsurgeon", "plan", file.path, only_model() or "TARGET", "-o", "plan.json"])
+    raise PlanError(f"is a checkpoint ({form.name}), not a plan", path=file.path, hint=f"plan it first: {words}")

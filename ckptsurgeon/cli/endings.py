@@ -12,12 +12,17 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ckptsurgeon.errors import CheckpointError, InternalError, OutputError, missing_library, no_memory, one_line, out_of_memory
+
+if TYPE_CHECKING:
+    from ckptsurgeon.report import CheckReport, Finding
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -81,10 +86,26 @@ def as_options(words: str, options: Mapping[str, str]) -> str:
 
 def say_options(error: CheckpointError, *commands: click.Command | None) -> None:
     """Put an error of the library into the words of the command that ran, the last; an option that it has not is another's."""
-    given = [one for command in commands if command is not None for one in command.params]
-    options = {one.name: one.opts[-1] for one in given if isinstance(one, click.Option) and one.name}
+    options = _names(commands)
     error.reason = as_options(error.reason, options)
     error.hint = None if error.hint is None else as_options(error.hint, options)
+
+
+def tries_options(found: CheckReport, command: click.Command) -> CheckReport:
+    """A report of `check` whose findings say what to try in the words of its command."""
+    options = _names([command])
+
+    def said(row: Finding) -> Finding:
+        message, begins, hint = row.message.partition(" (try: ")
+        return replace(row, message=message + begins + as_options(hint, options)) if hint else row
+
+    return replace(found, files=tuple(replace(file, findings=tuple(map(said, file.findings))) for file in found.files))
+
+
+def _names(commands: Iterable[click.Command | None]) -> dict[str, str]:
+    """Options by the names of their parameters."""
+    given = [one for command in commands if command is not None for one in command.params]
+    return {one.name: one.opts[-1] for one in given if isinstance(one, click.Option) and one.name}
 
 
 def _unforeseen(error: BaseException) -> CheckpointError:

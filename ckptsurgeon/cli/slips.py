@@ -110,6 +110,8 @@ def _missing(error: click.ClickException, words: Sequence[str]) -> Meant | None:
     param, context = error.param, error.ctx
     if param is None or context is None or context.parent is None or not words:
         return None
+    from ckptsurgeon.models.target.slips import only_model
+
     message = " ".join(error.format_message().split())
     given = context.params.get("paths") or [context.params[name] for name in ("checkpoint", "target", "plan") if context.params.get(name)]
     more: list[str] = []
@@ -117,7 +119,7 @@ def _missing(error: click.ClickException, words: Sequence[str]) -> Meant | None:
         if words[-1] != given[0] and is_new_file(words[-1]):  # OUT stands there, without its option
             return message, _followed(context.parent, [*words[:-1], _OUTPUT, words[-1]])
         more = [_OUTPUT, _output(words[0], given)]
-    elif param.name == "target" and given and (target := _target()) is not None:
+    elif param.name == "target" and given and (target := only_model()) is not None:
         more = [target]
     return message, _followed(context.parent, [*words, *more]) if more else None
 
@@ -141,16 +143,6 @@ def _output(command: str, given: Sequence[str]) -> str:
     while os.path.exists(name):
         number, name = number + 1, f"{stem}_{number}{suffix}"
     return name
-
-
-def _target() -> str | None:
-    """The one model of the files in this folder."""
-    from ckptsurgeon.models.target.slips import spec_of
-    from ckptsurgeon.models.target.source_names import model_names
-
-    names = sorted(name for name in os.listdir(".") if name.endswith(".py"))
-    found = [spec_of(file, name) for file in names[:20] for name in model_names(file)[:1]]
-    return found[0] if len(found) == 1 else None
 
 
 def _other(error: click.ClickException, words: Sequence[str]) -> Meant | None:

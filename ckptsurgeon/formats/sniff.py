@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from ckptsurgeon.tensors import Archive
 
 _HEAD = 4096
 _TAR = 512
+_RULES = re.compile(
+    rb"(?:[^\S\n]*(?:#[^\n]*)?\n)*+[^\S\n]*\[\[\s*(?:rename|drop|keep|adapt|init|stage)\s*\]\]|(?:[^\S\n]*(?:#[^\n]*)?\n)*+[^\S\n]*\[set\]"
+)
 _POINTER = b"version https://git-lfs"
 # What a file begins with, and what it then is; never a checkpoint that we read.
 _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
@@ -104,6 +108,8 @@ def format_of(file: OpenFile) -> Format:
     text = head.lstrip()[:64].lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
         raise FormatError("is an HTML page", path=file.path, hint="the download was answered by a web page: log in, or use its raw link")
+    if is_rules(head):
+        raise FormatError("is a rules file, not a checkpoint", path=file.path, hint=f"give it beside the checkpoint: rules={file.path!r}")
     if _begins_as_tar(head[:_TAR]):
         raise FormatError(
             "is two files in one: torch and tar take its beginning for a tar archive's", path=file.path, hint="do not trust it"
@@ -123,6 +129,15 @@ def format_of(file: OpenFile) -> Format:
         path=file.path,
         hint="look at its first bytes" + (f": head -c 64 {parts.word(file.path)} | xxd" if file.fd is not None else ""),
     )
+
+
+def is_rules(head: bytes) -> bool:
+    """Whether a file's beginning is that of a rules file: after comments, a table of a rule.
+
+    >>> is_rules(b'# mine\\n[[drop]]\\nkey = "a"'), is_rules(b"[[tool]]")
+    (True, False)
+    """
+    return _RULES.match(head) is not None
 
 
 def _begins_as_tar(head: bytes) -> bool:

@@ -29,11 +29,13 @@ class InitRule:
     kept: bool = False
 
 
-def find_init_rules(target: Checkpoint, names: Names, origins: Mapping[str, Origin], auto: str | None = None) -> dict[str, InitRule]:
+def find_init_rules(
+    target: Checkpoint, names: Names, origins: Mapping[str, Origin], auto: str | None = None, look: str = ""
+) -> dict[str, InitRule]:
     """The keep or init rule of each key of the target that no source gives, or that adapters fill up with initial values.
 
     With `auto` "safe", BatchNorm's counter begins at 0. A rule that names a key holds for all keys that are tied to it. Raises RuleError,
-    once for all rules that get no turn.
+    once for all rules that get no turn; `look` is the command that shows the keys.
     """
     tied = {key: group for group in target.ties for key in group}
     kept = kept_out(target, names)
@@ -75,7 +77,7 @@ def find_init_rules(target: Checkpoint, names: Names, origins: Mapping[str, Orig
         raise RuleError(
             "rules that can't be followed",
             problems=shortened(dict.fromkeys(problems)),
-            hint="see the target's keys with: ckptsurgeon diff CKPT TARGET",
+            hint=f"see the target's keys: {look}" if look else None,
         )
     return found
 

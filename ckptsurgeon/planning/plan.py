@@ -87,7 +87,8 @@ def make_plan(
     computed = find_computed(sources, target, names, average=average not in (None, False), allowed=allowed)
     refuse(computed, sources[min(outside.taken, default=0)])
     origins = find_origins(sources, target, names, auto, codes)
-    planner = _Planner(target, names, choice, origins, auto, *_scales(sources, target, codes), computed)
+    look = way_to_look(sources[0].path, sources[0].root, sources[0].kind == "model", None if target is None else target.path)
+    planner = _Planner(target, names, choice, origins, auto, look, *_scales(sources, target, codes), computed)
     steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
     _refuse_unused(sources, target, steps, entries, names)
     refuse_broken(steps, sources, target, allowed, asked=dequantize, averaged=average not in (None, False))
@@ -198,7 +199,7 @@ class _Planner:
     choice: str
     origins: Mapping[str, Origin]
     auto: str | None
-
+    look: str
     scales: frozenset[SourceKey]
     own_scales: frozenset[str]
     computed: Computed
@@ -207,7 +208,7 @@ class _Planner:
         """One step for every tensor of the target; without a target, for every one that is converted."""
         if self.target is None:
             return tuple(self._transfer(name, origin) for name, origin in self.origins.items())
-        initials = find_init_rules(self.target, self.names, self.origins, self.auto)
+        initials = find_init_rules(self.target, self.names, self.origins, self.auto, self.look)
         steps = []
         bare = []
         for key in self.target:

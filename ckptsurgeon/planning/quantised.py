@@ -235,7 +235,7 @@ def refuse_broken(
     if not told:
         return
     first, alone = next(iter(told)), len(told) == 1
-    words = f"if the codes are meant as they are, allow it by name: --allow-cast {first!r}"
+    words = f"if the codes are meant as they are, allow it by name: allow_cast={[first]!r}"
     ways = {way for key, _, way in problems if key in told} - ({_DEQUANTIZE} if asked else set())
     raise CastError(
         told[first] if alone else "quantised weights, whose numbers are codes and no values",
@@ -246,7 +246,7 @@ def refuse_broken(
 
 
 Problem = tuple[str, str, str]  # a key of the output, what is wrong, and a way out, if there is one
-_DEQUANTIZE = "make values of them: --dequantize"
+_DEQUANTIZE = "make values of them: dequantize=True"
 _OF_TARGET = "take a target that is not quantised, and quantise what comes of it"
 
 

@@ -59,7 +59,7 @@ def _unasked(archive: Archive) -> Sequence[StateDict]:
         raise RootError(
             f"holds an optimizer's state and no model's: {_listing(archive.state_dicts)}",
             path=archive.path,
-            hint=f"give the file with the model's weights; what is meant all the same is named: --root {archive.state_dicts[0].root!r}",
+            hint=f"give the file with the model's weights; what is meant all the same is named: root={archive.state_dicts[0].root!r}",
         )
     return candidates
 
@@ -131,7 +131,7 @@ def _listing(state_dicts: Sequence[StateDict]) -> str:
 
 
 def _advice(state_dicts: Sequence[StateDict]) -> str:
-    return f"choose one: --root {state_dicts[0].root!r}"
+    return f"choose one: root={state_dicts[0].root!r}"
 
 
 def _serious(state_dicts: Sequence[StateDict]) -> Sequence[StateDict]:

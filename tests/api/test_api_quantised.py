@@ -183,8 +183,8 @@ def test_codes_go_whole_or_not_at_all(library: str, tmp_path: Path) -> None:
     for call in refused:
         with pytest.raises(CastError) as caught:
             call()
-        assert caught.value.exit_code == 2 and caught.value.key == key and "--allow-cast" in str(caught.value.hint)
-        assert ("--dequantize" in str(caught.value.hint)) is readable
+        assert caught.value.exit_code == 2 and caught.value.key == key and "allow_cast=" in str(caught.value.hint)
+        assert ("dequantize=True" in str(caught.value.hint)) is readable
         assert not (tmp_path / "no.pt").exists()
         call(allow_cast=[key])
         (tmp_path / "no.pt").unlink(missing_ok=True)
@@ -623,7 +623,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     path = save(tmp_path, "a.safetensors", {**state, "w.weight": made, "w.weight_scale_inv": scale})
     with pytest.raises(CastError) as caught:
         cs.merge(path, None, tmp_path / "o.pt", dequantize=True)
-    assert caught.value.key == key and "GPTQ" in caught.value.message and "--dequantize" not in str(caught.value.hint)
+    assert caught.value.key == key and "GPTQ" in caught.value.message and "dequantize=True" not in str(caught.value.hint)
     cs.merge(path, None, tmp_path / "o.pt", dequantize=True, allow_cast=key)
     assert torch.equal(support.load(tmp_path / "o.pt")[key], state[key])
     cs.merge(path, None, tmp_path / "p.pt", dequantize=True, drop=[f"{MODULE}.**"])

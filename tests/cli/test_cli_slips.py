@@ -208,3 +208,28 @@ def test_a_rename_with_one_segment_where_several_were_meant(slips, run) -> None:
     torch.save({key.replace("encoder", "old"): value for key, value in torch.load("lm.pt").items()}, "old.pt")
     assert "is it 'old.{**p}'?" in run("diff", "old.pt", "zoo:LM", "--rename", "old.{p}", "encoder.{p}").err
     assert run("merge", "old.pt", "zoo:LM", "-o", "x.pt", "--rename", "old.{**p}", "encoder.{p}", "--min-coverage", "1").code == 0
+
+
+def test_a_plan_rules_and_a_checkpoint_in_each_others_place(slips, run) -> None:
+    for other in set(Path(".").glob("*.py")) - {Path("zoo.py")}:
+        other.unlink()
+    assert run("plan", "params.pt", "zoo:Net", "-o", "my plan.json").code == 0
+    Path("rules.toml").write_text('# of mine\n\n[[rename]]\nfrom = "a.{p}"\nto = "b.{p}"\n')
+    for words in (["inspect", "my plan.json"], ["diff", "my plan.json", "zoo:Net"], ["diff", "params.pt", "my plan.json"]):
+        ended = run(*words)
+        assert "is a plan, not a checkpoint" in ended.err
+        hint = tried(ended)
+        assert run(*shlex.split(hint.removeprefix("follow it: "))[1:]).code == 0 and Path("out.pt").exists()
+        Path("out.pt").unlink()
+    for words in (["diff", "rules.toml", "zoo:Net"], ["merge", "params.pt", "rules.toml", "-o", "x.pt"]):
+        ended = run(*words)
+        assert "is a rules file, not a checkpoint" in ended.err and "--rules rules.toml" in tried(ended)
+    ended = run("apply", "rules.toml", "-o", "x.pt")
+    assert "is a rules file, not a plan" in ended.err and "--rules rules.toml" in tried(ended)
+    hint = tried(run("apply", "params.pt", "-o", "x.pt"))
+    assert hint == "plan it first: ckptsurgeon plan params.pt zoo:Net -o plan.json"
+    assert run(*shlex.split(hint.removeprefix("plan it first: "))[1:]).code == 0
+    ended = run("diff", "params.pt", "zoo:Net", "--rules", "params.pt")
+    assert "is a checkpoint (torch-zip), not rules" in ended.err
+    Path("runs/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    assert "a configuration of transformers" in run("diff", "runs/config.json", "zoo:Net").err

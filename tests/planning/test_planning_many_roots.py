@@ -36,7 +36,7 @@ def test_too_many_that_could_fit_have_to_be_named() -> None:
     many = archive(*(StateDict(str(index), {"k": meta("k")}) for index in range(3000)))
     with pytest.raises(RootError, match="3000 state_dicts, too many") as caught:
         roots.choose(many, target=checkpoint(*names))
-    assert "--root '0'" in (caught.value.hint or "")
+    assert "root='0'" in (caught.value.hint or "")
     assert roots.choose(many, root="7", target=checkpoint(*names)).root == "7"
 
 

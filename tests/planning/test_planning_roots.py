@@ -62,7 +62,7 @@ def test_raw_weights_and_their_average_are_a_tie(head):
     found = archive({"model": NET, "ema": wrapped(head)})
     with pytest.raises(RootError) as caught:
         choose(found, target=model(NET))
-    assert "'model', 'ema'" in caught.value.reason and caught.value.hint == "choose one: --root 'model'"
+    assert "'model', 'ema'" in caught.value.reason and caught.value.hint == "choose one: root='model'"
     assert choose(found, root="ema").root == "ema"
     with pytest.raises(RootError, match=r"model \(3 tensors\), ema \(3 tensors\)"):
         choose(found)
@@ -267,6 +267,6 @@ def test_moments_by_name_are_never_the_root_unasked(tmp_path, make):
     for target in (None, live(Norm())):
         with pytest.raises(RootError, match="an optimizer's state and no model's") as error:
             choose(alone, target=target)
-        assert "--root" in (error.value.hint or "")
+        assert "root=" in (error.value.hint or "")
     named = alone.state_dicts[0].root
     assert choose(alone, root=named).root == named

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ckptsurgeon.cli import options
+from ckptsurgeon.cli.endings import tries_options
 
 
 @click.command("check")
@@ -58,7 +59,7 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
     asked = project.Project() if no_config else project.read(file) if file else project.find(os.getcwd())
     jobs = words.pop("jobs")
     given = {name: value for name, value in words.items() if name in spoken}
-    found = project.check_project(paths, asked or project.Project(), given, jobs=jobs, note=show.note())
+    found = tries_options(project.check_project(paths, asked or project.Project(), given, jobs=jobs, note=show.note()), ctx.command)
     if github:
         from ckptsurgeon.views import github as annotations
 

@@ -68,7 +68,8 @@ def command(
     note = show.note()
     refuse_idle(facts(output=output), overwrite=overwrite)
     found = api.match(checkpoint, target, rules=rules, note=note, **choices)
-    refusal = found.refusal() if min_coverage is None else found.refusal(min_coverage)
+    less = "or ask for less: --min-coverage 0.1"
+    refusal = found.refusal(less=less) if min_coverage is None else found.refusal(min_coverage, less)
     differs = found.forward is not None and not found.forward.same
     if refusal is not None:
         found = replace(found, refused=refusal.message)
@@ -81,7 +82,10 @@ def command(
         found = replace(found, written=output)
     show.result(found)
     if refusal is not None and not show.json:
+        from ckptsurgeon.cli.commands import merge
+        from ckptsurgeon.cli.endings import say_options
         from ckptsurgeon.cli.output import show_error
 
+        say_options(refusal, merge.command, click.get_current_context().command)
         show_error(refusal, as_json=False)
     return int(refusal is not None or differs or (strict and len(found.applied) < len(found.links)))

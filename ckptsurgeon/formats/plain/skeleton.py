@@ -6,6 +6,8 @@ It is data for other programs too: `{"version": 1, "kind": "skeleton", "tensors"
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from hashlib import sha256
 from math import prod
 from typing import Any
@@ -20,6 +22,14 @@ from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, cont
 
 VERSION = 1
 KIND = "skeleton"
+_OTHER = ("is JSON, not a skeleton", "make one of your model with `ckptsurgeon skeleton model:Net -o net.json`")
+# What other JSON lies beside checkpoints: the names that tell it, what it is, and what to do.
+_OTHERS: tuple[tuple[frozenset[str], str, str], ...] = (
+    (frozenset({"sources", "target", "steps"}), "is a plan, not a checkpoint", "follow it: ckptsurgeon apply {path} -o out.pt"),
+    (frozenset({"weight_map"}), "is an index of shards, not a skeleton", _OTHER[1]),
+    (frozenset({"model_type"}), "is a configuration of transformers, not a checkpoint", "give its folder: {folder}"),
+    (frozenset({"architectures"}), "is a configuration, not a checkpoint", "give its folder: {folder}"),
+)
 
 
 def read(file: OpenFile) -> Archive:
@@ -27,8 +37,11 @@ def read(file: OpenFile) -> Archive:
     raw = whole(file)
     value = parse(raw, file.path, "content")
     if not isinstance(value, dict) or value.get("kind") != KIND:
-        what = "is an index of shards" if isinstance(value, dict) and "weight_map" in value else "is JSON"
-        raise FormatError(f"{what}, not a skeleton", path=file.path, hint="make one with `ckptsurgeon skeleton TARGET -o net.json`")
+        keys = frozenset(value) if isinstance(value, dict) else frozenset()
+        what, hint = next(((what, hint) for needs, what, hint in _OTHERS if needs <= keys), _OTHER)
+        raise FormatError(
+            what, path=file.path, hint=hint.format(path=shlex.quote(file.path), folder=shlex.quote(os.path.dirname(file.path) or "."))
+        )
     if value.get("version") != VERSION:
         raise FormatError(f"is a skeleton of another version than {VERSION}", path=file.path)
     tensors: dict[str, TensorMeta] = {}

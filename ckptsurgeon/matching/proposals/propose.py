@@ -109,11 +109,12 @@ class Proposal(Matching, Result):
             ),
         )
 
-    def refusal(self, least: float = LEAST) -> CoverageError | None:
+    def refusal(self, least: float = LEAST, less: str = "") -> CoverageError | None:
         """Why this is no mapping to follow.
 
         Args:
             least: the least share, from 0 to 1, of one side's tensors and elements that applied links must explain.
+            less: how less is asked for, where that is possible; the hint ends with it.
 
         Returns:
             The error to raise, or None where it is one.
@@ -124,18 +125,18 @@ class Proposal(Matching, Result):
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
             doubtful = next(link for link in self.links if link not in self.applied)
             codes = any(DEQUANTIZE in link.evidence for link in self.links if link not in self.applied)
-            way = "leave out what rivals it (--drop 'other_tower.**'), or take them as they are: --accept-uncertain"
+            way = "leave out what rivals it (drop=['other_tower.**']), or take them as they are: accept_uncertain=True"
             rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
             return CoverageError(
                 f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of either side",
                 path=self.source,
-                hint="quantised weights are codes: make values of them: --dequantize" if codes else way,
+                hint="quantised weights are codes: make values of them: dequantize=True" if codes else way,
             )
         return CoverageError(
             f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
             path=self.source,
-            hint=f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}; "
-            "or ask for less: --min-coverage 0.1",
+            hint=f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}"
+            + (f"; {less}" if less else ""),
         )
 
 

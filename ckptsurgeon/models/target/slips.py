@@ -16,6 +16,7 @@ from ckptsurgeon.models.target.source_names import MOST, files_with, model_names
 
 _WRITTEN = re.compile(r"(?P<body>[^()]+?)\s*(?P<call>\(.*\))?", re.DOTALL)
 _ATTRIBUTE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_FEW = 20  # files of a folder that are looked at for its one model
 _BETWEEN = re.compile(r"::|[.:/]")
 _NEVER = (*SUFFIXES, ".json", ".toml", ".npz", ".npy", ".gguf", ".h5", ".onnx")  # what ends so is meant as a file
 
@@ -56,6 +57,16 @@ def spec_of(path: str, attribute: str) -> str:
     ('model:Net', 'nets/lenet.py:LeNet')
     """
     return f"{path if os.path.dirname(path) else path.removesuffix('.py')}:{attribute}"
+
+
+def only_model() -> str | None:
+    """The spec of the one model that the files of this folder have; None where there are more, or none."""
+    try:
+        files = sorted(name for name in os.listdir(".") if name.endswith(".py"))
+    except OSError:
+        return None
+    found = [spec_of(file, name) for file in files[:_FEW] for name in model_names(file)[:1]]
+    return found[0] if len(found) == 1 and len(files) <= _FEW else None
 
 
 def _parts(body: str) -> Iterator[tuple[str, str]]:

@@ -98,7 +98,7 @@ def _unfit(value: Made, wanted: str, key: str, allowed: Sequence[Pattern]) -> st
         return "it has another shape than the model's"
     if _widens(value.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
         return ""
-    return f"torch's load casts it from {value.dtype} to {wanted}, and what that loses is not counted; allow it: --allow-cast {key!r}"
+    return f"torch's load casts it from {value.dtype} to {wanted}, and what that loses is not counted; allow it: allow_cast={[key]!r}"
 
 
 def _widens(own: str, wanted: str) -> bool:
