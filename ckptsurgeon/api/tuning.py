@@ -174,8 +174,8 @@ def param_groups(
         layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), in a group for each depth, named
             `transferred/layer 3` and so on; fresh ones and overrides keep theirs (Clark et al. 2020, arXiv:2003.10555).
         layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
-            another; None finds the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is
-            the head.
+            another; None asks a timm model's `group_matcher`, or finds the repeated blocks. What stands before is the stem (depth 0),
+            after it the head.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
         partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (the default) or as `"fresh"`.
 
@@ -275,8 +275,8 @@ def groups(
         layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), in a group for each depth, named
             `transferred/layer 3` and so on; fresh ones and overrides keep theirs (Clark et al. 2020, arXiv:2003.10555).
         layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
-            another; None finds the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is
-            the head.
+            another; None asks a timm model's `group_matcher`, or finds the repeated blocks. What stands before is the stem (depth 0),
+            after it the head.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
         partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (the default) or as `"fresh"`.
         note: called with each note, a line of text; notes are dropped by default.

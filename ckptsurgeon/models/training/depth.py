@@ -1,9 +1,10 @@
-"""How deep each parameter lies, from the stem (0) up to the head (the top): by the model's repeated blocks, or by patterns.
+"""How deep each parameter lies, from the stem (0) up to the head (the top): by patterns, the model's own word, or its repeated blocks.
 
-Depth goes by names, without what wrappers put into them, and by the order of registration, as `named_parameters` gives it; the forward
-pass is not looked at. What stands before the layers is one below them (the stem), what stands after is one above (the head), what stands
-between two has the depth of the one before it; "before" and "after" are told within the smallest module that holds it and a layer. Where
-several stacks of blocks could be the layers, or none is there, nothing is guessed: the error lists what could be given.
+A timm model's own `group_matcher` says it for that model. Elsewhere depth goes by names, without what wrappers put into them, and by the
+order of registration, as `named_parameters` gives it; the forward pass is not looked at. What stands before the layers is one below them
+(the stem), what stands after is one above (the head), what stands between two has the depth of the one before it; "before" and "after" are
+told within the smallest module that holds it and a layer. Of several stacks of blocks, the one that holds nearly all of what stands in
+stacks is the layers. Where two real ones could be, or none is there, nothing is guessed: the error lists what could be given.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.target.parameters import Named, by_name, inner, listed, matched, named
+from ckptsurgeon.models.training.own_depth import MOST_OF, own_depths
 from ckptsurgeon.rules.meant import meant_hint
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
@@ -48,7 +50,8 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     Args:
         layers: what is a layer: a pattern whose parts that match numbers say which (`encoder.layer.{i}.**`, `layer{s}.{i}.**`), counted
             from the bottom; one without such a part is one layer. Several patterns stand on one another, in the order given. Two towers
-            side by side are one pattern: `*_model.encoder.layers.{i}.**`. None finds the repeated blocks in the module tree.
+            side by side are one pattern: `*_model.encoder.layers.{i}.**`. None asks the model's own `group_matcher`, as timm's models have
+            it, and elsewhere finds the repeated blocks in the module tree.
         matter: first names of the parameters that depth is wanted for; stacks without any of them are no candidates. None for all.
 
     Raises:
@@ -61,6 +64,10 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     parameters = named(model)
     names = _in_order(by_name(model, parameters.values()))
     order = list(names)
+    sizes = {name: one.tensor.numel() for one in parameters.values() for name in one.bare}
+    own = own_depths(model, sizes) if layers is None else None
+    if own is not None:
+        return _by_own_word(*own, order, parameters)
     patterns = listed(layers) if layers is not None else (_found(model, matter, parameters),)
     layered: dict[str, int] = {}
     below = 0
@@ -75,6 +82,17 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
         raise ModelError("layers is empty", hint="give a pattern such as 'encoder.layers.{i}.**', or leave it out")
     depth = {**_around(order, layered, below + 1), **layered}
     return Depths(patterns, {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, below + 1)
+
+
+def _by_own_word(prefix: str, said: Mapping[str, int], order: list[str], parameters: Mapping[str, Named]) -> Depths:
+    """Depths as a module says; of what stands outside of it, below all or above all."""
+    outside = [name for name in order if name not in said]
+    first = next(place for place, name in enumerate(order) if name in said)
+    below, top = set(outside) & set(order[:first]), max(said.values())
+    depth = {name: at + bool(below) for name, at in said.items()}
+    top += bool(below) + (len(below) < len(outside))
+    depth.update({name: 0 if name in below else top for name in outside})
+    return Depths((f"{prefix}**",), {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, top)
 
 
 def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
@@ -150,6 +168,12 @@ def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping
     mattering = [text for text in every if counts[text]] or list(every)
     if len(mattering) == 1:
         return mattering[0]
+    names = {name: (name,) for one in parameters.values() for name in one.bare}
+    sizes = {name: one.tensor.numel() for one in parameters.values() for name in one.bare}
+    held = {text: sum(sizes[name] for name in _levels(compile_pattern(text), names)) for text in mattering}
+    largest = max(mattering, key=held.__getitem__, default="")
+    if mattering and held[largest] >= MOST_OF * sum(held.values()) > 0:
+        return largest
     if mattering:
         raise ModelError(
             f"{len(mattering)} stacks of blocks could be the layers",

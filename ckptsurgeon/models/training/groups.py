@@ -71,7 +71,7 @@ def param_groups(
         layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), so that the head's is `lr`, the last
             layer's `lr` × layer_decay, and the stem's the least: layer-wise decay as in ELECTRA (Clark et al. 2020, arXiv:2003.10555) and
             BEiT (Bao et al. 2021, arXiv:2106.08254). Fresh parameters and overrides keep their rate.
-        layers: what the layers are, as for `depths`; None finds them in the module tree.
+        layers: what the layers are, as for `depths`; None asks a timm model's own `group_matcher`, and else finds them in the module tree.
         no_decay: what gets no weight decay, as for `without_decay`; each group then comes in two, the second named `…/no decay`.
         partial: whether tensors that are partly transferred count as `transferred` or as `fresh`.
 

@@ -63,8 +63,8 @@ class Thaw:
         weight_decay: the weight decay of the new groups; None takes that of the first group.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
         layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
-            another; None finds the repeated blocks in the module tree. What stands before them is the stem (depth 0), what stands after is
-            the head.
+            another; None asks a timm model's `group_matcher`, or finds the repeated blocks. What stands before is the stem (depth 0),
+            after it the head.
         scheduler: the `torch.optim.lr_scheduler` at work, or several; it must be given where there is one, since its lists are per group. A
             new group starts at `lr` × (what the schedule has made of the first group's rate by now) and goes on from there. `lr` stands for
             the peak under OneCycleLR, for `base_lr` under CyclicLR. A floor (`eta_min`, `min_lr`) is one for all, as torch has it.
