@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from ckptsurgeon.cli import options
-from ckptsurgeon.cli.endings import tries_options
 
 
 @click.command("check")
@@ -55,6 +54,7 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
     if file and no_config:
         raise click.UsageError("--config and --no-config contradict each other", ctx)
     from ckptsurgeon.api.checking import project
+    from ckptsurgeon.cli.endings import tries_options
 
     asked = project.Project() if no_config else project.read(file) if file else project.find(os.getcwd())
     jobs = words.pop("jobs")
