@@ -225,7 +225,7 @@ def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequenc
     applied = found.applied.prefix
     if not rules or (applied and applied.of_wrappers and not found.rivals):
         return found
-    bare = {key: unwrap(key, WRAPPERS) for key in source}
+    bare = {key: key if (name := unwrap(key, WRAPPERS)) in source else name for key in source}
     for rule in rules:
         rule.learn({*bare, *bare.values()})
     unnamed: dict[str, TensorMeta] = {}
