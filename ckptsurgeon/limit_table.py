@@ -6,17 +6,16 @@ memory before they are spent. None of them makes reading less strict.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ckptsurgeon import sizes
 from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import CheckpointError, LimitError
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+from ckptsurgeon.sizes import GIB, KIB, MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,6 @@ TABLE: tuple[Limit, ...] = (
     Limit("metadata-entries", 1_000_000, "the entries of torch's _metadata where it is written out"),
 )
 BY_NAME: Mapping[str, Limit] = MappingProxyType({limit.name: limit for limit in TABLE})
-_UNITS = {"": 1, "B": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12, "KI": KIB, "MI": MIB, "GI": GIB, "TI": 1 << 40}
-_AMOUNT = re.compile(r"(\d[\d_,]{0,30})\s*([KMGT]?I?)B?", re.ASCII | re.IGNORECASE)
 _raised: ContextVar[Mapping[str, int]] = ContextVar("ckptsurgeon-limits", default=MappingProxyType({}))
 
 
@@ -121,24 +118,12 @@ def _bound(name: str, value: int | str) -> tuple[str, int]:
     limit = BY_NAME.get(name)
     if limit is None:
         raise CheckpointError(f"there is no limit {name!r}", hint=f"the limits are {', '.join(BY_NAME)}")
-    number = amount(value) if isinstance(value, str) else value
+    number = sizes.parsed(value) if isinstance(value, str) else value
     if type(number) is not int or not 0 < number <= limit.most:
         largest = f" up to {limit.most}" if limit.most < 1 << 62 else ""
         hint = f"a whole number above zero{largest}, such as {shown(limit, limit.default)}"
         raise CheckpointError(f"{value!r} is no amount for the limit {name}", hint=hint)
     return name, number
-
-
-def amount(text: str) -> int | None:
-    """The number that a person wrote, or None.
-
-    >>> amount("2GiB"), amount("1_000"), amount("5 MB"), amount("many")
-    (2147483648, 1000, 5000000, None)
-    """
-    found = _AMOUNT.fullmatch(text.strip())
-    if found is None or found[2].upper() not in _UNITS:
-        return None
-    return int(found[1].replace("_", "").replace(",", "")) * _UNITS[found[2].upper()]
 
 
 def shown(limit: Limit, value: int) -> str:
@@ -147,11 +132,7 @@ def shown(limit: Limit, value: int) -> str:
     >>> shown(BY_NAME["pickle-bytes"], 1 << 31), shown(BY_NAME["tensors"], 1 << 10)
     ('2GiB', '1024')
     """
-    if limit.in_bytes:
-        for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-            if value >= size and not value % size:
-                return f"{value // size}{unit}"
-    return str(value)
+    return sizes.exact(value) if limit.in_bytes else str(value)
 
 
 def exceeded(name: str, reason: str, needed: int = 0, *, path: str | None = None, key: str | None = None) -> LimitError:

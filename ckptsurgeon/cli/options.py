@@ -16,7 +16,7 @@ from ckptsurgeon.cli.endings import debug
 from ckptsurgeon.cli.output import Show as Show
 from ckptsurgeon.dtypes import DTYPE_CHOICES, choice
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.formats.registry import WRITTEN
+from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
 from ckptsurgeon.rules import AUTO
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 Wrap = Callable[[F], F]
+_WRITES = (*OUTPUTS, ".json")
 RULES: tuple[Kind, ...] = ("rename", "drop", "keep", "adapt", "init")  # each an option of its own
 
 
@@ -109,7 +110,7 @@ def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str
 
 def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]:
     """Sources and target: the last of several paths is the target; one alone has none, and neither has an average."""
-    if len(paths) > 2 and ":" in paths[-2] and ":" not in paths[-1] and not os.path.exists(paths[-1]):
+    if len(paths) > 2 and ":" in paths[-2] and os.path.splitext(paths[-1])[1] in _WRITES and not os.path.exists(paths[-1]):
         raise click.UsageError(f"{paths[-1]} stands where the target is expected, and does not exist; is it -o {paths[-1]}?")
     return ([*paths[:-1]], paths[-1]) if len(paths) > 1 and not average else ([*paths], None)
 

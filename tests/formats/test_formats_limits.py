@@ -24,7 +24,8 @@ from ckptsurgeon.formats import read, read_tree
 from ckptsurgeon.formats.labels import read_labels
 from ckptsurgeon.formats.pickle.machine import run
 from ckptsurgeon.formats.plain import skeleton
-from ckptsurgeon.limit_table import BY_NAME, TABLE, allowed, amount, current, limits, shown
+from ckptsurgeon.limit_table import BY_NAME, TABLE, allowed, current, limits, shown
+from ckptsurgeon.sizes import parsed
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 
@@ -305,10 +306,10 @@ def test_what_is_no_limit(name: str, value: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "number"),
     [("5", 5), ("1_000", 1000), ("1,000", 1000), ("2KiB", 2048), ("2 kb", 2000), ("2k", 2000), ("3MiB", 3 << 20), ("1 TiB", 1 << 40),
-     ("7B", 7), ("7iB", None), ("-1", None), ("1.5G", None), ("0x10", None), ("\u0663", None)],
+     ("7B", 7), ("7iB", None), ("-1", None), ("1.5G", 1_500_000_000), ("0x10", None), ("\u0663", None)],
 )  # fmt: skip
 def test_amounts(words: str, number: int | None) -> None:
-    assert amount(words) == number
+    assert parsed(words) == number
 
 
 def test_they_hold_for_their_block_only_and_add_up(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Nothing is read or imported here: a target comes as it was opened.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +16,11 @@ from ckptsurgeon.dtypes import all_names, named
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.formats.registry import allowed_by
 from ckptsurgeon.hints import close_names
-from ckptsurgeon.limit_table import amount
 from ckptsurgeon.parameter_types import Dtype, Words
+from ckptsurgeon.sizes import parsed
 
 _ASKS = {"against": "--against", "max_size": "--max-size", "dtypes": "--dtype", "allow": "--allow", "finite": "--finite", "full": "--full"}
 _FLAGS = {"--finite": "finite", "--full": "full"}  # that naming their code turns on
-_SIZE = re.compile(r"(?P<number>\d[\d_,]*(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -151,10 +149,7 @@ def nbytes(value: Any) -> int:
     """
     if type(value) is int and value >= 0:
         return value
-    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    unit = amount(f"1{found['unit']}") if found else None
-    if found is None or unit is None:
+    found = parsed(value) if isinstance(value, str) else None
+    if found is None:
         raise SettingsError(f"{value!r} is no size", key="--max-size", hint="write bytes, or a number with its unit: 500MB, 1.5GB, 5GiB")
-    from fractions import Fraction
-
-    return int(Fraction(found["number"].replace("_", "").replace(",", "")) * unit)
+    return found

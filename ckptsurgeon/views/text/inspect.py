@@ -10,15 +10,16 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import lightning_average
+from ckptsurgeon.sizes import rounded
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
-from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, quantised, shape, size, table
+from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, quantised, shape, table
 
 ROWS = 40
 
 
 def archive(found: Archive, verbose: bool = False, width: int | None = None) -> str:
     """The format, the roots, every tensor folded (of several roots, only the chosen one's), and what else the file holds."""
-    lines = [f"{name(found.path)}: {found.format}, {size(sum(stamp.size for stamp in found.files))}"]
+    lines = [f"{name(found.path)}: {found.format}, {rounded(sum(stamp.size for stamp in found.files))}"]
     if found.part is not None:
         lines.append(f"  {found.part.reason}")
         lines.append(f"  {found.part.hint}")
@@ -55,7 +56,7 @@ def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, wid
         nbytes += number * prod(dims) * BY_CODE[code].size
     root = f"root {name(found.root)}: " if found.root else ""
     kinds = ", ".join(f"{number} {code}" for code, number in dtypes.most_common())
-    lines = [f"  {root}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {size(nbytes)} ({kinds})"]
+    lines = [f"  {root}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {rounded(nbytes)} ({kinds})"]
     if tensors:
         cells = {(code, dims): (code, shape(dims)) for code, dims in alike}
         rows = ((key, cells[tensor.dtype, tensor.shape]) for key, tensor in found.tensors.items())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.report import FRESH, CarriedState, Cast, Report
+from ckptsurgeon.sizes import rounded
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.check import proved
@@ -22,7 +23,6 @@ from ckptsurgeon.views.text.words import (
     listing,
     most_rows,
     name,
-    size,
     table,
 )
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -31,7 +31,7 @@ from ckptsurgeon.views.text.words import coverage as coverage_words
 def report(found: Report, verbose: bool = False, width: int | None = None) -> str:
     """What a merge, an apply or a transfer did."""
     most = most_rows(verbose)
-    where = f"Wrote {name(found.output)} ({size(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
+    where = f"Wrote {name(found.output)} ({rounded(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
     lines = [f"{where}: coverage {coverage_words(found.coverage)}"]
     if any(found.roots) or (found.output and (found.target or len(found.sources) > 1)):
         lines.append(f"  {_sources(found)}{f' → {name(found.target)}' if found.target else ''}")

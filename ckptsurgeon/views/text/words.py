@@ -26,19 +26,6 @@ _PIECES = re.compile(r"[^ ,]+[ ,]*|[ ,]+")
 Row = Sequence[str]
 
 
-def size(nbytes: float) -> str:
-    """Bytes as a person reads them.
-
-    >>> size(1536)
-    '1.5 KB'
-    """
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TB"
-
-
 def shape(dims: Sequence[int]) -> str:
     """A shape as torch writes it.
 
