@@ -14,7 +14,20 @@ PACKAGE = Path(__file__).parents[1] / "ckptsurgeon"
 # From the ground up; a module may import its own floor and those before it.
 FLOORS = [
     {
-        *("errors", "shown", "dtypes", "tensors", "report", "version", "limit_table", "hints", "wrappers", "call_text", "finding_codes"),
+        *(
+            "errors",
+            "shown",
+            "dtypes",
+            "sizes",
+            "tensors",
+            "report",
+            "version",
+            "limit_table",
+            "hints",
+            "wrappers",
+            "call_text",
+            "finding_codes",
+        ),
         *("argument_examples", "arguments", "parameter_types", "command", "loading", "low_rank"),
         "regular_expressions",
     },
