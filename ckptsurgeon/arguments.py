@@ -174,6 +174,7 @@ KINDS: dict[str, Kind] = {
     "Rules": Kind("a rules file's path, a Rule, or a list of them", _any(_is_rule, _all(_is_rule)), file=True),
     "Kind": Kind(f"one of {', '.join(map(repr, _RULES[:-2]))}", lambda value: _is_text(value) and value in _RULES),
     "Weights": Kind("True, or a list of numbers", _any(_is_flag, _all(_is_number))),
+    "Mapping[str, int]": Kind("a dict of whole numbers by name", _mapping(_is_whole)),
     "Mapping[str, float]": Kind("a dict of rates by pattern", _mapping(_is_number)),
     "NoDecay": Kind("True or False, or patterns", _any(_is_flag, _is_text, _all(_any(_is_flag, _is_text)))),
     "Scheme | Mapping[str, Scheme]": Kind(

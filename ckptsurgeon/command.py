@@ -97,8 +97,10 @@ def _keywords(options: Sequence[Option]) -> list[str]:
     found = [
         f"{name.replace('-', '_')}={values[0]!r}" if values else _flag(name)
         for name, *values in options
-        if name not in (*_ORDER, "stage", "rules")
+        if name not in (*_ORDER, "stage", "rules", "set")
     ]
+    numbers = {name: int(value) for option, *values in options if option == "set" for name, _, value in [values[0].partition("=")]}
+    found += [f"numbers={numbers}"] if numbers else []
     ranks = [_ORDER.index(name) if name in _ORDER else -1 for name, *_ in rules]
     again = [rule[:2] in [other[:2] for other in rules[:at]] for at, rule in enumerate(rules)]  # a dict has no key twice
     first = next((at for at, rank in enumerate(ranks) if rank < 0 or again[at] or rank < max(ranks[:at], default=0)), len(rules))

@@ -29,6 +29,7 @@ ADAPTERS = {  # each with its room, in the order in which they are shown and off
     "interleave": "layout",
     "deinterleave": "layout",
     "permute_rope": "layout",
+    "roll": "layout",
     "slice": "combining",
     "pad": "combining",
     "concat": "combining",

@@ -5,20 +5,27 @@ What `plan`, `merge` and `transfer` share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ckptsurgeon.api._gates import OPEN_LAYOUT, open_error
 from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.api._own_loading import learned
-from ckptsurgeon.api._rules import Ruling
+from ckptsurgeon.api._rules import Ruling, refuse_unused
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.planning.plan import Plan, make_plan
-from ckptsurgeon.report import Report
+from ckptsurgeon.report import Finding, Report
+from ckptsurgeon.rules.rules import option_text
 from ckptsurgeon.tensors import Checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ckptsurgeon.matching.layouts.choices import Open
+
+OPEN = "open: layout"  # why a key of a layout in doubt takes nothing
 
 
 def decide(
@@ -34,7 +41,7 @@ def decide(
         RuleError, PlanError: as `make_plan`.
     """
     if options.match:
-        ruling = _matched(sources, target, ruling, options)
+        ruling = _matched(sources, target, model, ruling, options)
     ruling = learned(sources, target, model, ruling, average=options.average, auto=options.auto)
     made = make_plan(
         sources,
@@ -48,10 +55,12 @@ def decide(
         dequantize=options.dequantize,
         outside=ruling.outside,
     )
-    return ruling, made
+    return ruling, marked(made, ruling.open)
 
 
-def _matched(sources: Sequence[Checkpoint], target: Checkpoint | None, ruling: Ruling, options: RuleOptions) -> Ruling:
+def _matched(
+    sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[[], nn.Module] | None, ruling: Ruling, options: RuleOptions
+) -> Ruling:
     """A call's rules, and after them those that matching adds. Raises CoverageError where it finds too little."""
     if target is None or len(sources) != 1:
         raise PlanError(
@@ -59,11 +68,56 @@ def _matched(sources: Sequence[Checkpoint], target: Checkpoint | None, ruling: R
         )
     from ckptsurgeon.matching.proposals.propose import LEAST, propose
 
-    proposed = propose(sources[0], target, ruling.rules, ruling.outside, accept=options.accept_uncertain, dequantize=options.dequantize)
+    proposed = propose(
+        sources[0],
+        target,
+        ruling.rules,
+        ruling.outside,
+        accept=options.accept_uncertain,
+        dequantize=options.dequantize,
+        layout=tuple(options.layout or ()),
+        numbers=options.numbers or {},
+        told=model and partial(numbers_of, model),
+    )
     refusal = proposed.refusal(LEAST)
     if refusal is not None:
         raise refusal
-    return replace(ruling, rules=proposed.rules)
+    refuse_unused([name for name in ruling.unused if name not in proposed.numbers_used])
+    if proposed.open and target.kind == "skeleton":
+        raise open_error([_finding(one, proposed.open) for one in proposed.open], target.path)
+    return replace(ruling, rules=proposed.rules, open=proposed.open)
+
+
+def numbers_of(model: Callable[[], nn.Module]) -> Mapping[str, int]:
+    """How many heads a model says that it has. Its module is loaded where a layout in doubt needs the number."""
+    from ckptsurgeon.models.target.heads import numbers_of as told
+
+    return told(model())
+
+
+def marked(made: Plan, opened: Sequence[Open]) -> Plan:
+    """A plan that says which keys it leaves open, and between which layouts."""
+    if not opened:
+        return made
+    targets = {key for one in opened for key in one.targets}
+    sources = {key for one in opened for link in one.links for key in link.sources}
+    steps = tuple(
+        replace(step, reason="; ".join([OPEN, *step.reason.split("; ")[1:]])) if step.target in targets and not step.sources else step
+        for step in made.steps
+    )
+    dropped = tuple(replace(row, reason=OPEN) if row.source in sources else row for row in made.dropped)
+    return replace(made, steps=steps, dropped=dropped, findings=(*made.findings, *(_finding(one, opened) for one in opened)))
+
+
+def _finding(one: Open, opened: Sequence[Open]) -> Finding:
+    """What is open, and the ways to settle it as words of a command line."""
+    from ckptsurgeon.matching.layouts.choices import as_is_options
+
+    ways = [f"{way.words}: {' '.join(map(option_text, way.rules))}" for way in one.ways[1:]]
+    settle = f"{one.ways[0].words}: {as_is_options(one, opened)}"
+    needs = f"; it needs {' and '.join(f'--set {name}=N' for name in one.variables)}" if one.variables else ""
+    message = f"layout open ({one.kind}), {len(one.targets)} tensors such as {one.targets[0]}: {'; or '.join([settle, *ways])}{needs}"
+    return Finding(OPEN_LAYOUT, message, one.targets[0], "warning")
 
 
 def report_of(plan: Plan, **more: Any) -> Report:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import CoverageError, PlanError, RuleError, StrictError
 from ckptsurgeon.planning.plan import Plan
-from ckptsurgeon.planning.plan_types import way_to_look
+from ckptsurgeon.planning.plan_types import Step, way_to_look
+from ckptsurgeon.report import Finding
 from ckptsurgeon.rules.meant import meant_words
 from ckptsurgeon.rules.patterns import compile_pattern
 
 if TYPE_CHECKING:
     from ckptsurgeon.api._options import RuleOptions
+
+
+OPEN_LAYOUT = "open-layout"  # the code of what a plan leaves open
+
+
+def refuse_open(plan: Plan, path: str | None = None) -> None:
+    """Raises PlanError for a plan that leaves a layout open: what is in doubt is not written."""
+    opened = [finding for finding in plan.findings if finding.code == OPEN_LAYOUT]
+    if opened:
+        raise open_error(opened, path or plan.sources[0].path)
+
+
+def open_error(opened: Sequence[Finding], path: str) -> PlanError:
+    """The refusal that names what is open with the ways to settle it."""
+    return PlanError(
+        "shapes can't tell in which order the elements of some tensors lie, and none is chosen",
+        path=path,
+        problems=tuple(finding.message for finding in opened),
+        hint="with match=True, choose one of these ways: layout='as-is' takes all as they stand; "
+        "ckptsurgeon match with --forward tries them on your two models",
+    )
 
 
 def check(plan: Plan, options: RuleOptions) -> None:
@@ -21,10 +44,11 @@ def check(plan: Plan, options: RuleOptions) -> None:
     path = first.path
     if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="min_coverage=0.9 asks for 90 %")
-    if plan.steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
+    opened = {step.target: step for step in plan.steps if not step.sources and step.reason.startswith("open: ")}
+    if plan.steps and not opened and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
         look = way_to_look(path, first.root, first.live, None if plan.target is None else plan.target.spec)
         raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")
-    if min_coverage is not None and min(plan.coverage.tensors, plan.coverage.elements) < min_coverage:
+    if min_coverage is not None and _explained(plan, opened) < min_coverage:
         from ckptsurgeon.views.text import words
 
         raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {words.percent(min_coverage)} is asked for", path=path)
@@ -36,6 +60,16 @@ def check(plan: Plan, options: RuleOptions) -> None:
             problems=plan.loose[:20] + ((f"and {more} more",) if more > 0 else ()),
             hint="name each: --rename, --drop, or --init",
         )
+
+
+def _explained(plan: Plan, opened: Mapping[str, Step]) -> float:
+    """The lesser share of tensors and elements that are transferred, or sure but for their layout."""
+    total = sum(prod(step.shape) for step in plan.steps)
+    more = sum(prod(step.shape) for step in opened.values())
+    return min(
+        plan.coverage.tensors + (len(opened) / len(plan.steps) if opened else 0.0),
+        plan.coverage.elements + (more / total if opened and total else 0.0),
+    )
 
 
 def refuse_idle_casts(allowed: Iterable[str], keys: Collection[str]) -> None:

@@ -60,12 +60,13 @@ def transfer(
     if not step:
         _refuse_idle(plan, options, training)
         _gates.refuse_idle_casts(plan.allow_cast, [each.target for each in plan.steps])
+    _gates.refuse_open(plan)
     _gates.check(plan, options)
     _gpu_layouts.refuse(plan, [given], live)
 
     def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
         rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
-        chosen = replace(options, root=where, match=False, accept_uncertain=False)
+        chosen = replace(options, root=where, match=False, accept_uncertain=False, layout=None, numbers=None)
         return transfer(other, copy, rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
 
     carried: CarriedState | None = None

@@ -37,6 +37,8 @@ class RuleOptions:
     conversions: bool = True
     match: bool = False
     accept_uncertain: bool = False
+    layout: Words | None = None
+    numbers: Mapping[str, int] | None = None
     dequantize: bool = False
     dtype: str | None = None
     seed: int | None = None
@@ -49,8 +51,8 @@ class RuleOptions:
         anything is opened.
 
         Raises:
-            RuleError: a pattern that is not well formed.
-            PlanError: uncertain links are accepted, and no match is asked for.
+            RuleError: a pattern that is not well formed, or a number that is none.
+            PlanError: uncertain links are accepted or a layout is chosen, and no match is asked for.
         """
         patterns = (self.allow_cast,) if isinstance(self.allow_cast, str) else tuple(self.allow_cast)
         if patterns:
@@ -60,9 +62,24 @@ class RuleOptions:
                 compile_pattern(pattern)
         if self.accept_uncertain and not self.match:
             raise PlanError("accepts uncertain links, and no match is asked for", hint="match=True, accept_uncertain=True")
+        if self.layout is not None and not self.match:
+            raise PlanError("chooses a layout for links, and no match is asked for", hint="match=True, layout='as-is'")
         object.__setattr__(self, "allow_cast", patterns)
         if self.dtype is not None:
             object.__setattr__(self, "dtype", choice(self.dtype))
+        object.__setattr__(self, "layout", _layout(self.layout))
+        if self.numbers:
+            from ckptsurgeon.rules.variables import checked
+
+            object.__setattr__(self, "numbers", checked(self.numbers))
+
+
+def _layout(given: Words | None) -> tuple[str, ...] | None:
+    """The patterns of target keys whose layout is taken as it stands; `"as-is"` stands for all keys."""
+    if given is None:
+        return None
+    words = (given,) if isinstance(given, str) else tuple(given)
+    return tuple("**" if word == "as-is" else word for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,12 @@ from ckptsurgeon.command import Option
 from ckptsurgeon.errors import CheckpointError, RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Note, Path
+from ckptsurgeon.rules import variables
 from ckptsurgeon.rules.rules import Outside, Rule, from_arguments, path_of_file, rule_options
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.table import OwnKernel
+    from ckptsurgeon.matching.layouts.choices import Open
     from ckptsurgeon.models.init.user_functions import Fill
     from ckptsurgeon.storage.files import OpenFile
 
@@ -40,21 +42,25 @@ class Own:
 class Ruling:
     """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code.
 
-    `options` are the rules as they were given, as options of a command.
+    `options` are the rules as they were given, as options of a command; `unused` are numbers that were set, and that no rule uses; `open`
+    is what matching leaves open.
     """
 
     rules: tuple[Rule, ...]
     outside: Outside = field(default_factory=Outside)
     own: Own = field(default_factory=Own)
     options: tuple[Option, ...] = ()
+    unused: tuple[str, ...] = ()
+    open: tuple[Open, ...] = ()
 
 
-def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
+def load_rules(path: Path, *, reverse: bool = False, numbers: Mapping[str, int] | None = None) -> tuple[Rule, ...]:
     """The rules of a TOML file, turned round with `reverse`.
 
     Args:
         path: a rules file (TOML).
         reverse: use the rules files in the other direction: from the names of their targets to those of their sources.
+        numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
 
     Returns:
         The rules, in the order of the file.
@@ -68,6 +74,18 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
     >>> str(load_rules("rules.toml", reverse=True)[0])
     "rename 'dense2.{p}' 'fc2.{p}' (rules.toml:1)"
     """
+    used: set[str] = set()
+    found = _read(path, variables.checked(numbers or {}), used)
+    refuse_unused([name for name in numbers or () if name not in used])
+    if not reverse:
+        return found
+    from ckptsurgeon.rules.reversing import reverse as turn_round
+
+    return turn_round(found)
+
+
+def _read(path: Path, numbers: Mapping[str, int], used: set[str]) -> tuple[Rule, ...]:
+    """The rules of a file; `used` gets the names of the numbers that they use."""
     from ckptsurgeon.rules import toml_text
     from ckptsurgeon.rules.rulefile import parse_rules
     from ckptsurgeon.storage.opening import open_regular
@@ -78,14 +96,9 @@ def load_rules(path: Path, *, reverse: bool = False) -> tuple[Rule, ...]:
         toml_text.check({"toml-bytes": file.size}, name)
         raw = bytes(file.read(0, file.size))
     try:
-        found = parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name)
+        return parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name, numbers, used)
     except UnicodeDecodeError as error:
         raise RuleError("is no text", path=name, hint="a rules file is TOML, in UTF-8") from error
-    if not reverse:
-        return found
-    from ckptsurgeon.rules.reversing import reverse as turn_round
-
-    return turn_round(found)
 
 
 def _refuse_checkpoint(file: OpenFile) -> None:
@@ -108,22 +121,56 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
 
     `reverse` turns the files round as if they were one; without `schemes`, for verbs that initialise nothing, no own scheme is imported.
     """
-    rules, reverse = options.rules, options.reverse
-    arguments = from_arguments(options.rename, options.drop, options.init, options.adapt, options.keep)
-    given = [rules] if isinstance(rules, (str, os.PathLike, Rule)) else list(rules)
+    rules, reverse, numbers = options.rules, options.reverse, options.numbers or {}
+    used: set[str] = set()
+    arguments = _filled(from_arguments(options.rename, options.drop, options.init, options.adapt, options.keep), numbers, used)
+    given = [rules] if isinstance(rules, (str, os.PathLike)) else [rules] if isinstance(rules, Rule) else list(rules)
+    given = [_filled([one], numbers, used)[0] if isinstance(one, Rule) else one for one in given]
     if reverse and all(isinstance(one, Rule) for one in given):
         raise RuleError("there is no rules file to turn round", hint="rules='rules.toml', reverse=True")
-    found = bring((*arguments, *_turned(_loaded(given), given, reverse)), note, schemes=schemes)
+    loaded = _loaded(given, numbers, used)
+    _refuse_unused(numbers, used, options)
+    found = bring((*arguments, *_turned(loaded, given, reverse)), note, schemes=schemes)
     said = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
-    return replace(found, options=(*said, *([("reverse",)] if reverse else []), *([] if options.conversions else [("no-conversions",)])))
+    files = any(not isinstance(one, Rule) for one in given)  # they have the variables still
+    told: list[Option] = [("set", f"{name}={number}") for name, number in numbers.items() if files]
+    told += [] if options.conversions else [("no-conversions",)]
+    unused = tuple(name for name in numbers if name not in used)
+    return replace(found, options=(*said, *([("reverse",)] if reverse else []), *told), unused=unused)
 
 
-def _loaded(given: Sequence[Path | Rule]) -> list[tuple[Rule, ...]]:
+def _filled(rules: Iterable[Rule], numbers: Mapping[str, int], used: set[str]) -> tuple[Rule, ...]:
+    """The rules with numbers for their variables. RuleError for a variable that nothing sets."""
+    found = []
+    for rule in rules:
+        lacks = variables.unset(rule.result, numbers) if rule.kind == "adapt" else None
+        if lacks is not None:
+            name = next(name for name in variables.names_in(rule.result) if name not in numbers)
+            raise RuleError(f"{rule}: {lacks}", hint=f"numbers={{{name!r}: 32}}")
+        found.append(replace(rule, result=variables.filled(rule.result, numbers, used)) if rule.kind == "adapt" else rule)
+    return tuple(found)
+
+
+def refuse_unused(names: Sequence[str]) -> None:
+    """RuleError for variables that are set and that nothing uses."""
+    if names:
+        raise RuleError(
+            f"{names[0]!r} is set, and no rule and no layout in doubt uses it",
+            hint="leave it out, or use it in an adapter: permute_rope(heads=heads, to='halves')",
+        )
+
+
+def _refuse_unused(numbers: Mapping[str, int], used: set[str], options: RuleOptions) -> None:
+    if not options.match:  # matching may use them for the layouts that it finds
+        refuse_unused([name for name in numbers if name not in used])
+
+
+def _loaded(given: Sequence[Path | Rule], numbers: Mapping[str, int], used: set[str]) -> list[tuple[Rule, ...]]:
     """The rules of each file, and each rule that is given as it is. RuleError for the problems of all files at once."""
     found, errors = [], []
     for one in given:
         try:
-            found.append((one,) if isinstance(one, Rule) else load_rules(one))
+            found.append((one,) if isinstance(one, Rule) else _read(one, numbers, used))
         except RuleError as error:
             errors.append(error)
     if len(errors) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ckptsurgeon.api import _opening
@@ -26,6 +26,7 @@ def diff(
     reverse: bool = False,
     auto: str | None = None,
     conversions: bool = True,
+    numbers: Mapping[str, int] | None = None,
     note: Note = silent,
 ) -> Diff:
     """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
@@ -43,6 +44,7 @@ def diff(
         auto: `"safe"` applies adapters and repairs that can't change what a tensor means.
         conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
             joins or turns tensors.
+        numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
         note: called with each note, a line of text; notes are dropped by default.
 
     Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, sa
 from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
 from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames
+from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames, Words
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan
@@ -40,6 +40,8 @@ def plan(
     conversions: bool = True,
     match: bool = False,
     accept_uncertain: bool = False,
+    layout: Words | None = None,
+    numbers: Mapping[str, int] | None = None,
     dequantize: bool = False,
     dtype: Dtype | None = None,
     seed: int | None = None,
@@ -68,6 +70,8 @@ def plan(
             joins or turns tensors.
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
+        layout: `"as-is"` takes links whose layout is in doubt as they stand, patterns of target keys those that they match.
+        numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
         dtype: `"target"` (the default with a target), `"source"`, or a floating dtype by any name: `"BF16"`, `"float16"`, `torch.float32`.
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
@@ -133,6 +137,8 @@ def merge(
     conversions: bool = True,
     match: bool = False,
     accept_uncertain: bool = False,
+    layout: Words | None = None,
+    numbers: Mapping[str, int] | None = None,
     dequantize: bool = False,
     dtype: Dtype | None = None,
     seed: int | None = None,
@@ -178,6 +184,8 @@ def merge(
             joins or turns tensors.
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
+        layout: `"as-is"` takes links whose layout is in doubt as they stand, patterns of target keys those that they match.
+        numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
         dtype: `"target"` (the default with a target), `"source"`, or a floating dtype by any name: `"BF16"`, `"float16"`, `torch.float32`.
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
@@ -209,6 +217,7 @@ def merge(
     Raises:
         CheckpointError: as `plan`; also CastError, OutputError (it exists, or can't be written), VerificationError, and FormatError
             for data that is not what its own checksum says. Nothing is left behind.
+        PlanError: also where matching leaves a layout open.
 
     >>> report = merge("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses", "merged.pt", overwrite=True)
     >>> report.fresh
@@ -228,6 +237,7 @@ def merge(
             found, made = _decide(seen, goal, ruling, options)
     refuse_idle(facts_of(made, verify), **vars(options))
     refuse_idle_writing(made, writing, training)
+    _gates.refuse_open(made)
     _gates.check(made, options)
     around, carried = None, None
     if training.written:
@@ -273,7 +283,7 @@ def apply(
 
     Raises:
         StaleError: a source or the target is not what it was when the plan was made.
-        PlanError: the plan is of another version, or does not add up.
+        PlanError: the plan is of another version, does not add up, or leaves a layout open.
         CheckpointError: as `merge`.
 
     >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
@@ -282,6 +292,7 @@ def apply(
     """
     writing = collect(OutputOptions, locals())
     made = plan if isinstance(plan, Plan) else load_plan(plan)
+    _gates.refuse_open(made, None if isinstance(plan, Plan) else os.fspath(plan))
     schemes = [scheme for step in made.steps for scheme in step.schemes]
     if not isinstance(plan, Plan):
         note = _opening.unmissable(note)

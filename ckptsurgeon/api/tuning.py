@@ -10,7 +10,7 @@ from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import GroupOptions, RuleOptions, TrainingOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
-from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, Renames, Scheme, nn, torch
+from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, Renames, Scheme, Words, nn, torch
 from ckptsurgeon.report import Report
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def transfer(
     conversions: bool = True,
     match: bool = False,
     accept_uncertain: bool = False,
+    layout: Words | None = None,
+    numbers: Mapping[str, int] | None = None,
     dequantize: bool = False,
     seed: int | None = None,
     allow_cast: Iterable[str] = (),
@@ -72,6 +74,8 @@ def transfer(
             joins or turns tensors.
         match: match the keys that the rules leave open, as the function `match` does.
         accept_uncertain: use the uncertain links of matching too.
+        layout: `"as-is"` takes links whose layout is in doubt as they stand, patterns of target keys those that they match.
+        numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
         dequantize: compute float32 values from fp8 and int8 codes and their scales, then cast them (to BF16 where no dtype is chosen).
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
         allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.

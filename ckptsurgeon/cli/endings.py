@@ -78,6 +78,8 @@ def as_options(words: str, options: Mapping[str, str]) -> str:
             return found[0]
         if value is True:
             return option
+        if option == "--set" and isinstance(value, dict):
+            return " ".join(f"{option} {name}={number}" for name, number in value.items())
         rows = value.items() if isinstance(value, dict) else [(one,) for one in (value if isinstance(value, list) else [value])]
         return " ".join(shlex.join([option, *map(str, row)]) for row in rows)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Wrap = Callable[[F], F]
 _WRITES = (*OUTPUTS, ".json")
+AS_IS = "as-is"  # the one layout that is taken without an adapter
 RULES: tuple[Kind, ...] = ("rename", "drop", "keep", "adapt", "init")  # each an option of its own
 
 
@@ -80,11 +81,48 @@ class RuleCommand(click.Command):
         """Note the rules in the order in which click's own parser meets them, then parse as ever."""
         from ckptsurgeon.rules.rules import Rule
 
+        args = as_is_of(args)
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         left = {kind: iter(values.get(kind) or ()) for kind in RULES}
         words = [(name, next(left[name])) for name in (option.name for option in order) if name in left]
         ctx.meta["rules"] = tuple(Rule(name, *((word,) if isinstance(word, str) else word)) for name, word in words)
         return super().parse_args(ctx, args)
+
+
+def as_is_of(args: list[str]) -> list[str]:
+    """The words of a command line, `--layout as-is PATTERN` as the one value `as-is=PATTERN`: a word with `*` or `{` that is no file.
+
+    >>> as_is_of(["--layout", "as-is", "enc.**", "a.pt", "--layout", "as-is", "b.pt"])
+    ['--layout', 'as-is=enc.**', 'a.pt', '--layout', 'as-is', 'b.pt']
+    """
+    found: list[str] = []
+    for word in args:
+        if found[-2:] == ["--layout", AS_IS] and set(word) & set("*{") and not word.startswith("-") and not os.path.exists(word):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _layouts(_ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...] | None:
+    for word in words:
+        name, equals, pattern = word.partition("=")
+        if name != AS_IS or (equals and not pattern):
+            raise click.BadParameter(f"{word!r} is no layout to take: write {AS_IS}, or {AS_IS} PATTERN; others are chosen by --adapt")
+    return tuple(word.partition("=")[2] or AS_IS for word in words) or None
+
+
+def _numbers(_ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, int] | None:
+    found: dict[str, int] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            number = int(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{word!r} sets no variable: write NAME=NUMBER, as in heads=32") from error
+        if found.setdefault(name, number) != number:
+            raise click.BadParameter(f"{name} is set twice")
+    return found or None
 
 
 def ordered_rules(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,8 +249,24 @@ finite = click.option("--finite", is_flag=True, help="NaN or infinite values are
 
 matching = click.option("--match", is_flag=True, help="Find what the rules leave open by itself, as `ckptsurgeon match` shows it.")
 accept_uncertain = click.option("--accept-uncertain", is_flag=True, help="Apply the links that matching is not certain of, too.")
+layout = click.option(
+    "--layout",
+    multiple=True,
+    metavar="as-is [PATTERN]",
+    callback=_layouts,
+    help="Take links whose layout is in doubt as they stand: all, or those whose target key matches.",
+)
+numbers = click.option(
+    "--set",
+    "numbers",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    callback=_numbers,
+    help="Set a variable of adapters' arguments: --set heads=32, for permute_rope(heads=heads).",
+)
 
-known = stack(root, rename, drop, keep, adapt, rule_files, reverse, conversions)
-mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto, conversions)
-deciding = stack(mapping, matching, accept_uncertain, init, average, weights, dtype, allow_cast, dequantize, seed, min_coverage, strict)
+known = stack(root, rename, drop, keep, adapt, rule_files, reverse, conversions, numbers)
+mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto, conversions, numbers)
+accepting = stack(matching, accept_uncertain, layout)
+deciding = stack(mapping, accepting, init, average, weights, dtype, allow_cast, dequantize, seed, min_coverage, strict)
 writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
 from ckptsurgeon.low_rank import is_factor, unwrapped
 from ckptsurgeon.planning import quantised
-from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.links import LAYOUT, Layout, Link
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.tensors import TensorMeta
 
@@ -20,7 +20,6 @@ Tensors = Mapping[str, TensorMeta]
 Shape = tuple[int, ...]
 NOT_THE_WEIGHT = "a factor of a weight, and not the weight"
 DEQUANTIZE = "codes, of which --dequantize makes values"
-LAYOUT = "layout"
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,9 @@ def _written(link: Link, source: Mapping[str, Factored], target: Mapping[str, Fa
         yield link
         return
     if len(ones) == len(others) == 1 and ones[0] and others[0] and ones[0].kind == others[0].kind and not link.op:
-        yield from (replace(link, sources=(one,), targets=(other,)) for one, other in zip(ones[0].keys, others[0].keys, strict=True))
+        for one, other in zip(ones[0].keys, others[0].keys, strict=True):
+            layouts = tuple(replace(layout, sources=(one,), targets=(other,)) for layout in link.choices)
+            yield replace(link, sources=(one,), targets=(other,), choices=layouts)
         return
     folds = {one.op if one is not None else "" for one in ones}
     unfolds = {other.unfold if other is not None else "" for other in others}
@@ -216,16 +217,24 @@ def _written(link: Link, source: Mapping[str, Factored], target: Mapping[str, Fa
     (fold,), (unfold,) = folds, unfolds
     if unfold and len(others) > 1:
         return
-    sources = tuple(key for one, name in zip(ones, link.sources, strict=True) for key in (one.keys if one else (name,)))
-    targets = tuple(key for other, name in zip(others, link.targets, strict=True) for key in (other.keys if other else (name,)))
+    sources, targets = _keys(link.sources, source), _keys(link.targets, target)
     if (fold or unfold) and len(sources) > 1 and len(targets) > 1:
         return  # no one rule has several keys on both sides
-    made = replace(link, sources=sources, targets=targets, op=_chain(fold, link.op, unfold or ""))
+    layouts = tuple(
+        Layout(one.kind, one.words, _keys(one.sources, source), _keys(one.targets, target), _chain(fold, one.op, unfold or ""))
+        for one in link.choices
+    )
+    made = replace(link, sources=sources, targets=targets, op=_chain(fold, link.op, unfold or ""), choices=layouts)
     choices = next((one.choices for one in ones if one is not None and one.choices), ())
     if choices:
-        texts = tuple(f"{' + '.join(sources)} -> {' + '.join(targets)}={_chain(choice, link.op)}" for choice in choices)
-        made = replace(made, doubt=LAYOUT, choices=texts)
+        dims = tuple(Layout("dim of the norm", f"by {choice}", sources, targets, _chain(choice, link.op)) for choice in choices)
+        made = replace(made, doubt=LAYOUT, choices=dims)
     yield made
+
+
+def _keys(names: Iterable[str], factored: Mapping[str, Factored]) -> tuple[str, ...]:
+    """The keys that stand for names of a plain model."""
+    return tuple(key for name in names for key in (factored[name].keys if name in factored else (name,)))
 
 
 def _chain(*ops: str) -> str:

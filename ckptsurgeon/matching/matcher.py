@@ -17,6 +17,7 @@ from ckptsurgeon.matching.doubts import Found, doubted
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.factors import sides, written
 from ckptsurgeon.matching.key_links import links
+from ckptsurgeon.matching.layouts.doubts import with_doubts
 from ckptsurgeon.matching.module_tree import both, fold
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
@@ -35,17 +36,26 @@ _MOMENTS = ("adam_m", "adam_v", "Adam", "Adam_1", "exp_avg", "exp_avg_sq", "Mome
 Tensors = Mapping[str, TensorMeta]
 
 
-def match(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]] = (), *, dequantize: bool = False) -> Matching:
+def match(
+    source: Tensors,
+    target: Tensors,
+    ties: Iterable[Sequence[str]] = (),
+    *,
+    dequantize: bool = False,
+    around: tuple[Tensors, Tensors] | None = None,
+) -> Matching:
     """Find the mapping of a source's tensors to a target's by their names, shapes and order.
 
     Keys of equal name and shape go together; see `same_names` for what they yield to. Where the source's matrices fit only transposed, they
     are looked at so. `ties` are groups of the target's keys that are one tensor: all of a group get what its first one gets. `dequantize`
-    says that values are made of codes.
+    says that values are made of codes. `around` are both sides with what is not to be matched: they tell which layouts are in doubt.
     """
     names = spelled(source), spelled(target)
     one, other = sides(renamed(source, names[0]), renamed(target, names[1]))
     found = _match_plain(one.tensors, other.tensors, other.ties([[names[1][key] for key in tied] for tied in ties]))
-    links = written(found.links, one, other, dequantize=dequantize)
+    whole = (one, other) if around is None else sides(*(renamed(side, spelled(side)) for side in around))
+    links = with_doubts(found.links, *(side.tensors for side in whole))
+    links = written(links, one, other, dequantize=dequantize)
     return result(_named_back(links, *names), source, target, found.order)
 
 
@@ -54,8 +64,17 @@ def _named_back(links: Sequence[Link], here: Mapping[str, str], there: Mapping[s
     back = [{name: key for key, name in names.items()} for names in (here, there)]
     if all(key == name for some in back for name, key in some.items()):
         return list(links)
+
+    def keys(names: Sequence[str], side: int) -> tuple[str, ...]:
+        return tuple(back[side][key] for key in names)
+
     return [
-        replace(link, sources=tuple(back[0][key] for key in link.sources), targets=tuple(back[1][key] for key in link.targets))
+        replace(
+            link,
+            sources=keys(link.sources, 0),
+            targets=keys(link.targets, 1),
+            choices=tuple(replace(one, sources=keys(one.sources, 0), targets=keys(one.targets, 1)) for one in link.choices),
+        )
         for link in links
     ]
 

@@ -4,7 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ckptsurgeon.rules.rules import quoted
+
 ENOUGH = 1.0  # points by which a choice must beat its runner-up
+LAYOUT = "layout"  # the doubt about the order of elements that shapes can't show
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which the elements of a link's keys may lie: what makes the targets of the sources then, each in order.
+
+    `words` say what lies how; `kind` is what the doubt is about, the same for all links that one decision settles.
+    """
+
+    kind: str
+    words: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    op: str = ""
+
+    @property
+    def rule(self) -> tuple[str, str]:
+        """The two texts of an adapt rule: the keys, and the adapters (none where the keys are copied as they stand)."""
+        return f"{' + '.join(self.sources)} -> {' + '.join(self.targets)}", self.op
+
+    def __str__(self) -> str:
+        """The rule as a command line has it after `--adapt`.
+
+        >>> print(Layout("rotary", "halves", ("wq",), ("q",), "permute_rope(heads=4, to='halves')"))
+        'wq -> q' "permute_rope(heads=4, to='halves')"
+        """
+        return " ".join(map(quoted, self.rule))
 
 
 @dataclass(frozen=True)
@@ -19,7 +49,7 @@ class Link:
         evidence: what speaks for it, in words.
         runner_up: the nearest other choice, as `source -> target`, or empty.
         doubt: `"layout"` where the keys are right and the order of their elements can't be told by shapes (see `choices`), or empty.
-        choices: what may decide a doubt: adapt rules that are ready to be written, the text after `--adapt`.
+        choices: the layouts that a doubt is between; the first is that of `sources`, `targets` and `op`.
     """
 
     sources: tuple[str, ...]
@@ -29,7 +59,7 @@ class Link:
     evidence: tuple[str, ...] = ()
     runner_up: str = ""
     doubt: str = ""
-    choices: tuple[str, ...] = ()
+    choices: tuple[Layout, ...] = ()
 
     @property
     def is_rename(self) -> bool:

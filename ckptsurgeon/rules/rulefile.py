@@ -1,7 +1,8 @@
 """A rules file: TOML text to rules and back. Pure; who reads the file is not known here.
 
 Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, in the order in which they stand, whatever their kinds; `[[stage]]`
-stands between rules of which the later ones see the names that the earlier ones gave. Every problem is told at once, with its line.
+stands between rules of which the later ones see the names that the earlier ones gave. One table `[set]` gives numbers to the variables in
+adapters' arguments. Every problem is told at once, with its line.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import re
 import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any
 
 from ckptsurgeon.errors import LimitError, RuleError, printable
 from ckptsurgeon.hints import close_names, shortened
 from ckptsurgeon.regular_expressions import one_child
-from ckptsurgeon.rules import toml_text
+from ckptsurgeon.rules import toml_text, variables
 from ckptsurgeon.rules.rules import Kind, Rule, check_choices, compile_rule, linked
 
 _HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_-]+)(?P=quote)\s*\]\]\s*(#.*)?")
@@ -46,11 +47,14 @@ FORMS: Mapping[Kind, Form] = {
     "init": Form((("key",),), "scheme"),
     "stage": Form(((),)),
 }
+SET = "set"  # the table of numbers for variables
 _JOINT = {"from": " + ", "to": " + ", "key": " + ", "op": " | "}
 
 
-def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
+def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set[str] | None = None) -> tuple[Rule, ...]:
     """The rules of a TOML text, in its order. RuleError, with a line for every problem.
+
+    `numbers` go before those of the text's own `[set]`; `used` gets the names of those that rules use.
 
     >>> parse_rules('[[drop]]\\nkey = "aux.**"', "rules.toml")
     (Rule(kind='drop', pattern='aux.**', result='', file='rules.toml', line=1),)
@@ -66,7 +70,9 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
     lines = text.split("\n")
     places = _places(lines)
     known = {name: tables for name, tables in value.items() if _tables(name, tables)}
-    problems = [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if name not in known]
+    own, problems = _numbers(value, places)
+    problems += [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if name not in known and name != SET]
+    numbers, taken = {**own, **numbers}, set[str]()
     rows = list(_rows(lines, known, path))
     _held = one_child()  # for the regular expressions of all rules
     rules: list[Rule] = []
@@ -75,15 +81,34 @@ def parse_rules(text: str, path: str) -> tuple[Rule, ...]:
         wrong = list(_wrong_fields(places, line, kind, table))
         problems += wrong
         if not wrong:
-            for rule in _rules(kind, table, path, line):
+            for written in _rules(kind, table, path, line):
+                lacks = variables.unset(written.result, numbers) if kind == "adapt" else None
+                if lacks is not None:
+                    problems.append(f"line {line}: {lacks} (in [{SET}], or by --set NAME=NUMBER)")
+                    continue
+                rule = replace(written, result=variables.filled(written.result, numbers, taken)) if kind == "adapt" else written
                 rules.append(rule)
                 malformed, more = _malformed(rule, path)
                 problems += malformed
                 choices += more
                 check_choices(choices)
+    problems += [f"line {_line_of(places, name)}: [{SET}] has {name!r}, and no rule uses it" for name in own if name not in taken]
     if problems:
         raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=_example(rows))
+    if used is not None:
+        used |= taken
     return tuple(rules)
+
+
+def _numbers(value: Mapping[str, Any], places: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], list[str]]:
+    """What `[set]` sets, and what is wrong with it."""
+    table = value.get(SET, {})
+    if type(table) is not dict:
+        return {}, [f"line {_line_of(places, SET)}: write one table [{SET}], and in it a line for each variable: heads = 32"]
+    try:
+        return variables.checked(table), []
+    except RuleError as error:
+        return {}, [f"line {_line_of(places, SET)}: [{SET}]: {error.reason}"]
 
 
 def _tables(name: str, value: Any) -> bool:

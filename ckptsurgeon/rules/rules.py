@@ -7,6 +7,7 @@ A rule is text, one form for a command line and a rules file: `A -> B` links key
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +16,7 @@ from ckptsurgeon.adapters.chain import OwnShape, counted_at
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import is_own, parse_ops
 from ckptsurgeon.arguments import hold
-from ckptsurgeon.command import Option
+from ckptsurgeon.command import Option, as_words
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.rules.loading_code import Taken
@@ -72,6 +73,20 @@ class Rule:
 def rule_options(rules: Iterable[Rule | str]) -> tuple[Option, ...]:
     """Rules, and the paths of rules files, as the options of a command."""
     return tuple(("rules", rule) if isinstance(rule, str) else rule.option for rule in rules)
+
+
+def option_text(rule: Rule) -> str:
+    """A rule as a command line has it, in quotes for a shell.
+
+    >>> print(option_text(Rule("adapt", "a.*", "permute_rope(heads=2, to='pairs')")))
+    --adapt 'a.*' "permute_rope(heads=2, to='pairs')"
+    """
+    return " ".join(map(quoted, as_words([rule.option])))
+
+
+def quoted(text: str) -> str:
+    """A word as a shell reads it back, in double quotes where it has single ones and nothing that these would not keep."""
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 @dataclass(frozen=True)

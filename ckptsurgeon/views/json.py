@@ -197,7 +197,7 @@ def _link(link: Link) -> dict[str, Any]:
         "evidence": list(link.evidence),
         "runner_up": link.runner_up,
         "doubt": link.doubt,
-        "choices": list(link.choices),
+        "choices": [str(choice) for choice in link.choices if choice.op],
     }
 
 

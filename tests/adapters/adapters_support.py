@@ -144,6 +144,11 @@ def _parted(draw: Draw) -> Case:
     return Case({"dim": dim, "parts": parts}, (_with(shape, dim, shape[dim] * parts),))
 
 
+def _roll(draw: Draw) -> Case:
+    shape = _shape(draw)
+    return Case({"dim": _dim(draw, len(shape)), "by": draw(st.integers(-9, 9))}, (shape,))
+
+
 def _permute_rope(draw: Draw) -> Case:
     shape, heads = _shape(draw), draw(small)
     dim = _dim(draw, len(shape))
@@ -292,6 +297,7 @@ _DRAW: dict[str, Callable[[Draw], Case]] = {
     "interleave": _parted,
     "deinterleave": _parted,
     "permute_rope": _permute_rope,
+    "roll": _roll,
     "slice": _slice,
     "pad": _pad,
     "concat": _concat,

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent / "matching"))
 
 from pairs_support import Score, read_pair, score  # noqa: E402
 
-HEADERS = ("pair", "tensors", "right", "wrong", "uncertain", "missed", "seconds", "complete")
+HEADERS = ("pair", "tensors", "right", "wrong", "doubted", "uncertain", "missed", "seconds", "complete")
 _SECTION = re.compile(r"\n## Matching\n.*?(?=\n#+ |\Z)", re.DOTALL)
 
 
@@ -56,16 +56,16 @@ def main() -> int:
     return 0
 
 
-def _counts(result: Score) -> tuple[int, int, int, int]:
-    return result.right, result.wrong, result.uncertain, result.missed
+def _counts(result: Score) -> tuple[int, int, int, int, int]:
+    return result.right, result.wrong, result.doubted, result.uncertain, result.missed
 
 
 def _summary(scores: list[Score]) -> str:
     complete, clean = sum(one.complete for one in scores), sum(not one.wrong for one in scores)
-    right, wrong, uncertain, missed = (sum(counts) for counts in zip(*map(_counts, scores), strict=True))
+    right, wrong, doubted, uncertain, missed = (sum(counts) for counts in zip(*map(_counts, scores), strict=True))
     return (
         f"{complete} of {len(scores)} pairs complete, {clean} without a wrong tensor; "
-        f"{right} tensors right, {wrong} wrong, {uncertain} uncertain, {missed} missed."
+        f"{right} tensors right, {wrong} wrong, {doubted} in doubt for their layout, {uncertain} uncertain, {missed} missed."
     )
 
 

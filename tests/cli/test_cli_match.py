@@ -103,7 +103,7 @@ def test_match_shows_the_rules_what_speaks_for_them_and_what_is_left_over(run, p
 
 
 def test_two_implementations_are_matched_written_merged_and_proven(run, two):
-    ended = run("match", "here.pt", "two:There", "-o", "rules.toml")
+    ended = run("match", "here.pt", "two:There", "-o", "rules.toml", "--layout", "as-is")
     assert ended.code == 0 and "wrote rules.toml: 5 rules" in ended.err
     assert "100.0 % of tensors, 100.0 % of elements" in ended.out and "--rules rules.toml" in ended.out
     text = Path("rules.toml").read_text()
@@ -113,7 +113,7 @@ def test_two_implementations_are_matched_written_merged_and_proven(run, two):
     assert all(line.startswith("#") for line in text.splitlines() if "margin" in line or "possible" in line)
     merged = run("merge", "here.pt", "two:There", "-o", "there.pt", "--rules", "rules.toml")
     assert merged.code == 0 and "verified: 24 tensors" in merged.out
-    assert run("merge", "here.pt", "two:There", "-o", "again.pt", "--match").code == 0
+    assert run("merge", "here.pt", "two:There", "-o", "again.pt", "--match", "--layout", "as-is").code == 0
     one, other = torch.load("there.pt"), torch.load("again.pt")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     source = torch.load("here.pt")
@@ -134,12 +134,12 @@ def test_the_file_is_the_same_each_time_and_is_replaced_only_when_asked(run, two
 
 
 def test_the_plan_says_that_a_rule_was_matched_and_by_what(run, two):
-    made = run("plan", "here.pt", "two:There", "--match", "--json").json
+    made = run("plan", "here.pt", "two:There", "--match", "--layout", "as-is", "--json").json
     fits(made, "plan")
     step = next(step for step in made["steps"] if step["target"] == "layers.1.query.weight")
     assert step["action"] == "adapt" and "(matched: " in step["reason"] and "tensors" not in step["reason"].split("(matched: ")[1]
     assert {step["action"] for step in made["steps"]} == {"rename", "adapt"}
-    assert run("plan", "here.pt", "two:There", "--match", "-o", "plan.json").code == 0
+    assert run("plan", "here.pt", "two:There", "--match", "--layout", "as-is", "-o", "plan.json").code == 0
     assert run("apply", "plan.json", "-o", "there.pt").code == 0
 
 
@@ -157,7 +157,7 @@ def test_a_persons_rules_come_first(run, two):
 
 
 def test_json(run, two):
-    found = run("match", "here.pt", "two:There", "--json").json
+    found = run("match", "here.pt", "two:There", "--layout", "as-is", "--json").json
     fits(found, "match")
     link = next(link for link in found["links"] if len(link["targets"]) == 3)
     assert link["op"] == "chunk(dim=0)" and link["certain"] and link["applied"] and link["evidence"]
@@ -259,7 +259,7 @@ def test_odd_sides(run, place):
 
 def test_a_skeleton_as_target(run, two):
     run("skeleton", "two:There", "-o", "there.json")
-    found = run("match", "here.pt", "there.json")
+    found = run("match", "here.pt", "there.json", "--layout", "as-is")
     assert found.code == 0 and "24 of 24 tensors" in found.out
 
 

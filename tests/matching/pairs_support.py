@@ -41,13 +41,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Score:
-    """How many target tensors are right and certain, wrong and certain, uncertain (right or wrong), and not found."""
+    """How many target tensors are right and certain, wrong and certain, uncertain (right or wrong), and not found.
+
+    `doubted` are of the right sources, in doubt for a layout that shapes can't show: as right as can be told.
+    """
 
     right: int
     wrong: int
     uncertain: int
     missed: int
     uncertain_right: int = 0
+    doubted: int = 0
 
     @property
     def complete(self) -> bool:
@@ -74,11 +78,14 @@ def meta(key: str, shape: tuple[int, ...], dtype: str = "float32") -> TensorMeta
 
 def score(found: Matching, pair: Pair) -> Score:
     """Hold a matching against the truth; a certain link of a target that has no counterpart is wrong."""
-    counts: dict[str, Any] = dict.fromkeys(("right", "wrong", "uncertain", "missed", "uncertain_right"), 0)
+    counts: dict[str, Any] = dict.fromkeys(("right", "wrong", "uncertain", "missed", "uncertain_right", "doubted"), 0)
     for key, told in pair.truth.items():
         link = found.by_target.get(key)
         if link is None:
             counts["missed"] += 1
+            continue
+        if link.doubt and link.sources == told.sources:
+            counts["doubted"] += 1
             continue
         good = link.sources == told.sources and _same_op(link, told.op, key, pair)
         counts[("right" if good else "wrong") if link.certain else "uncertain"] += 1
@@ -88,12 +95,14 @@ def score(found: Matching, pair: Pair) -> Score:
 
 
 def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
-    """Whether a link's op is what the truth says: rows in another order are not told by names and shapes, so the source is enough."""
+    """Whether a link's op is what the truth says; rows in another order are no copy."""
     ops = re.findall(r"[a-z_]+(?=[( ]|$)", link.op)
     part = re.match(r"chunk\((\d+)/(\d+),", told)
     if part:
         rows = [pair.target[target].shape[0] for target in link.targets]
         return "chunk" in ops and sum(rows[: link.targets.index(key)]) * int(part[2]) == sum(rows) * int(part[1])
     name = told.partition("(")[0].split(" ")[0]
+    if name == "permute_rows" and not ops:
+        return False
     wanted = {"copy": [], "reshape": ["reshape"], "transpose": ["transpose"], "concat": ["concat"], "stack": ["stack"]}.get(name)
     return wanted is None or (set(wanted) <= set(ops) and (bool(wanted) or not ops))

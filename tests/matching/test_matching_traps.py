@@ -95,9 +95,9 @@ def test_fused_tensors_both_ways() -> None:
         *[(f"b.{name}.{part}", shape) for name in ("key", "value", "query") for part, shape in (("weight", (8, 8)), ("bias", (8,)))]
     )
     split |= side(("b.out.weight", (8, 8)))
-    there = {link.sources: (link.targets, link.op) for link in match(fused, split).certain}
+    there = {link.sources: (link.targets, link.op) for link in match(fused, split).links if link.clear}
     assert there["a.qkv.weight",] == (("b.query.weight", "b.key.weight", "b.value.weight"), "chunk(dim=0)")
-    back = {link.targets: (link.sources, link.op) for link in match(split, fused).certain}
+    back = {link.targets: (link.sources, link.op) for link in match(split, fused).links if link.clear}
     assert back["a.qkv.bias",] == (("b.query.bias", "b.key.bias", "b.value.bias"), "concat(dim=0)")
 
 
@@ -110,10 +110,12 @@ def test_parts_without_names_are_uncertain() -> None:
 def test_experts_are_stacked() -> None:
     source = side(*[(f"experts.{e}.{name}.weight", (6, 4)) for e in range(11) for name in ("w1", "w3")])
     source |= side(*[(f"experts.{e}.w2.weight", (4, 6)) for e in range(11)])
-    found = {link.targets[0]: link for link in match(source, side(("e.gate_up", (11, 12, 4)), ("e.down", (11, 4, 6)))).certain}
+    target = side(("e.gate_up", (11, 12, 4)), ("e.down", (11, 4, 6)))
+    found = {link.targets[0]: link for link in match(source, target).links if link.clear}
     assert found["e.down"].sources == tuple(f"experts.{e}.w2.weight" for e in range(11))
     assert found["e.gate_up"].sources[:4] == tuple(f"experts.{e}.{name}.weight" for e in (0, 1) for name in ("w1", "w3"))
     assert found["e.gate_up"].op == "concat(dim=0, of=2) | stack(dim=0)"
+    assert found["e.gate_up"].doubt == "layout" and found["e.down"].certain
 
 
 def test_a_tied_output_layer_takes_the_embedding() -> None:

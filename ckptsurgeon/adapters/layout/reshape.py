@@ -17,6 +17,8 @@ from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, whol
 
 def _shape(op: Op, shape: Shape) -> Shape:
     found = tuple(need(op, "shape"))
+    if found.count(-1) == 1 and (rest := prod(size for size in found if size != -1)) and prod(shape) % rest == 0:
+        found = tuple(prod(shape) // rest if size == -1 else size for size in found)
     if any(size < 0 for size in found) or prod(found) != prod(shape):
         raise refused(op, f"makes {str(found)[:60]} of {shape}: not the same number of elements")
     return bounded(op, found)
@@ -30,10 +32,12 @@ def _fill(op: Op, place: Place) -> Op:
     if sizes.count(-1) > 1:
         raise refused(op, f"leaves more than one size open in {sizes[:8]}", "write -1 once at most")
     if -1 in sizes:
-        total, rest = prod(place.shapes[0]) if place.shapes else 0, prod(size for size in sizes if size != -1)
-        if not rest or total % rest:
+        totals, rest = {prod(shape) for shape in place.shapes} or {0}, prod(size for size in sizes if size != -1)
+        total = next((total for total in totals if not rest or total % rest), None)
+        if total is not None:
             raise refused(op, f"can't tell -1 in {sizes[:8]} for {total} elements")
-        sizes[sizes.index(-1)] = total // rest
+        if len(totals) == 1:  # else it is another size for each
+            sizes[sizes.index(-1)] = totals.pop() // rest
     return {"op": "reshape", "shape": sizes}
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="TARGET")
 @options.known
 @options.accept_uncertain
+@options.layout
 @click.option("-o", "--output", metavar="RULES.TOML", help="Where to write the rules.")
 @options.overwrite
 @click.option(

@@ -15,12 +15,13 @@ from ckptsurgeon.errors import CoverageError, RuleError
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.matching.factors import DEQUANTIZE
+from ckptsurgeon.matching.layouts.choices import Open, as_they_stand, by_rules, open_layouts, with_numbers
 from ckptsurgeon.matching.matcher import looked_at, match
-from ckptsurgeon.matching.result import Matching
+from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, generalise
 from ckptsurgeon.matching.rules_from_links.replay import origins
-from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
+from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, Names, name_sources
 from ckptsurgeon.planning.diff import Resize
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.conversions import applied_prefix
@@ -57,9 +58,12 @@ class Proposal(Matching, Result):
         before: a person's own rules, which come first.
         coverage: the share of the target that the applied links and the person's rules give.
         used: the share of the source that they take.
-        explained: the share of the side that is explained best: the least of its tensors', its elements' and its matrices' share.
+        explained: the share of the side that is explained best, with links that are sure but for their layout: the least of its tensors',
+            its elements' and its matrices' share.
         possible: the same with the uncertain links.
+        open: layouts that are in doubt, each with the rules that would settle it.
         toml: the rules as the text of a commented rules file.
+        numbers_used: the numbers that were set and that a layout in doubt uses.
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
@@ -71,6 +75,8 @@ class Proposal(Matching, Result):
         beside: adapters for these that the next command carries beside the links.
         spelled: whether these need the rules written out, since `--match` comes after what they name.
         output: where the next command would write.
+        task: what the rules were made for.
+        accepts: whether uncertain links are applied too.
         in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
 
@@ -84,7 +90,9 @@ class Proposal(Matching, Result):
     used: Coverage = field(default_factory=lambda: Coverage(0.0, 0.0))
     explained: float = 0.0
     possible: float = 0.0
+    open: tuple[Open, ...] = ()
     toml: str = ""
+    numbers_used: tuple[str, ...] = field(default=(), repr=False, compare=False)
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
     rivals: tuple[Way, ...] = ()
@@ -97,6 +105,8 @@ class Proposal(Matching, Result):
     spelled: bool = field(default=False, repr=False, compare=False)
     output: str = field(default="merged.pt", repr=False, compare=False)
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
+    task: Task | None = field(default=None, repr=False, compare=False)
+    accepts: bool = field(default=False, repr=False, compare=False)
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
@@ -123,12 +133,14 @@ class Proposal(Matching, Result):
         if share >= least and (share or self.before or (self.links and not least)):
             return None
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
-            doubtful = next(link for link in self.links if link not in self.applied)
-            codes = any(DEQUANTIZE in link.evidence for link in self.links if link not in self.applied)
+            left = [link for link in self.links if link not in self.applied and not (link.clear and link.doubt)]
+            doubtful = (left or self.links)[0]
+            codes = any(DEQUANTIZE in link.evidence for link in left)
             way = "leave out what rivals it (drop=['other_tower.**']), or take them as they are: accept_uncertain=True"
             rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
             return CoverageError(
-                f"{len(self.links) - len(self.applied)} links are uncertain{rival}; what is certain explains {share:.1%} of either side",
+                f"{sum(not link.clear for link in self.links)} links are uncertain{rival}; "
+                f"what is certain explains {share:.1%} of either side",
                 path=self.source,
                 hint="quantised weights are codes: make values of them: dequantize=True" if codes else way,
             )
@@ -163,13 +175,23 @@ def propose(
     accept: bool = False,
     judge: Judge | None = None,
     dequantize: bool = False,
+    layout: Sequence[str] = (),
+    numbers: Mapping[str, int] = {},
+    told: Callable[[], Mapping[str, int]] | None = None,
 ) -> Proposal:
     """Match what a person's rules leave open, and make rules of the links; `judge` may look at the values behind them first. `dequantize`
     says that values are made of codes.
 
+    Args:
+        layout: patterns of the target's keys whose layout is taken as it stands.
+        numbers: for the variables of layouts in doubt, by name.
+        told: gives what the target itself says of these; asked where one is needed.
+
     Raises RuleError for rules of the person's that can't be followed.
     """
     names = name_sources([source], target, before, outside)
+    late = _late(names, target)
+    before = [one for one in before if one not in late]
     refused = find_refused(source, 0, names)
     drops = tuple(("drop", literal(names.prefixes[0].bare(key))) for key in refused)
     task = replace(_told(source, target, tuple(before), outside), options=drops)
@@ -178,15 +200,29 @@ def propose(
         {key: tensor for key, tensor in source.items() if key not in task.touched},
         {key: tensor for key, tensor in target.items() if key not in task.given and key not in kept},
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
+        around=(source, target),
         dequantize=dequantize,
     )
     judged, warnings = judge(found) if judge is not None else (found, ())
+    taken, done = by_rules(judged.links, late)
+    left = tuple(one for one in late if one not in done)
+    if left:  # told as any rule that has nothing to do
+        origins(source, target, (*before, *left), outside)
+    used: set[str] = set()
+    links = as_they_stand(with_numbers(taken, numbers, used, told), layout)
     return replace(
-        rule(judged, task, accept=accept),
+        rule(replace(judged, links=tuple(links)), task, accept=accept),
+        numbers_used=tuple(used),
         warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(found.unused)) is not None else ())),
         rivals=ways_to_choose([source], target, names, before)[0],
         unkept=tuple(find_unkept(target, {name for name, (_, key) in names.entries.items() if key not in refused})),
     )
+
+
+def _late(names: Names, target: Checkpoint) -> list[Rule]:
+    """A person's adapt rules over target keys to which no source's name leads: matching may find what does."""
+    found = [(rule.rule, [key for key in target if rule.match(key) is not None]) for rule in names.adapts]
+    return [rule for rule, keys in found if keys and not any(key in names.claims for key in keys)]
 
 
 def _passed_over(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
@@ -214,7 +250,15 @@ def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
         applied = tuple(writable)
         ruled = generalise(replace(asked, links=applied))
         left = [link for link in found.links if link not in applied]
-    return _proposal(found, asked, applied, ruled, left)
+    return replace(_proposal(found, asked, applied, ruled, left), task=task, accepts=accept)
+
+
+def again(found: Proposal, links: Sequence[Link]) -> Proposal:
+    """The proposal of the same two sides with other links; what was said of it stays."""
+    assert found.task is not None
+    made = rule(result(list(links), found.task.source, found.task.target, found.order), found.task, accept=found.accepts)
+    kept = {name: getattr(found, name) for name in ("warnings", "rivals", "unkept", "numbers_used")}
+    return replace(made, **kept)
 
 
 def _told(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...], outside: Outside) -> Task:
@@ -236,7 +280,9 @@ def _applied(found: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link
     reached: set[str] = set()
     used: dict[str, object] = {}
     kept: set[int] = set()
-    for link in sorted(found.links if accept else found.certain, key=lambda link: -link.margin):
+    for link in sorted((link for link in found.links if accept or link.certain), key=lambda link: -link.margin):
+        if link.doubt:
+            continue  # to accept what is uncertain settles no layout
         way: object = id(link) if len(link.sources) > 1 or (len(link.targets) > 1 and link.op) else "as it is"
         if reached.isdisjoint(link.targets) and all(used.get(key, way) == way for key in link.sources):
             reached.update(link.targets)
@@ -264,18 +310,25 @@ def _unwritable(link: Link) -> Link:
 def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tuple[Ruled, ...], left: Iterable[Link]) -> Proposal:
     source, target = task.source, task.target
     doubtful = [link for link in left if UNWRITABLE not in link.evidence]
+    sure = [link for link in doubtful if link.clear and link.doubt]
     reached = {*task.given, *(key for link in applied for key in link.targets)}
     taken = {key for keys, _ in task.given.values() for key in keys} | {key for link in applied for key in link.sources}
     maybe = reached | {key for link in doubtful for key in link.targets}
     coverage = Coverage.of({key: target[key] for key in target if key in reached}, target)
     used = Coverage.of({key: source[key] for key in source if key in taken}, source)
     maybe_taken = taken | {key for link in doubtful for key in link.sources}
-    explained = max(_share(reached, target), _share(taken, source))
+    explained = max(
+        _share(reached | {key for link in sure for key in link.targets}, target),
+        _share(taken | {key for link in sure for key in link.sources}, source),
+    )
     possible = max(_share(maybe, target), _share(maybe_taken, source))
     prefix = task.prefix
     bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}
-    doubts = to_toml.doubts(doubtful, bare, Known([bare[key] for key in source if key not in task.touched]))
-    head = list(_head(found, task, coverage, applied, doubtful))
+    known = Known([bare[key] for key in source if key not in task.touched])
+    unsure = [link for link in doubtful if link not in sure]
+    doubts = to_toml.doubts(unsure, bare, known)
+    opened = open_layouts(sure, bare, known)
+    head = list(_head(found, task, coverage, applied, unsure, opened))
     return Proposal(
         found.links,
         found.unmatched,
@@ -292,13 +345,16 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
         used,
         explained,
         possible,
-        to_toml.toml(head, task.before, doubts, ruled),
+        opened,
+        to_toml.toml(head, task.before, doubts, ruled, opened),
         options=task.options,
         in_memory=(source.in_memory, target.in_memory),
     )
 
 
-def _head(found: Matching, task: Task, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link]) -> Iterator[str]:
+def _head(
+    found: Matching, task: Task, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link], opened: Sequence[Open]
+) -> Iterator[str]:
     source, target = task.source, task.target
     done, total = coverage.counts
     root = f" (root {source.root})" if source.root else ""
@@ -310,6 +366,8 @@ def _head(found: Matching, task: Task, coverage: Coverage, applied: Sequence[Lin
         yield f"{stays} of them keep their names and need no rule."
     if left:
         yield f"Uncertain: {sum(len(link.targets) for link in left)} tensors."
+    for one in opened:
+        yield f"Layout open ({one.kind}): {len(one.targets)} tensors."
     if found.unmatched:
         yield f"Only in the target: {len(found.unmatched)}, such as {found.unmatched[0]}."
     if found.unused:

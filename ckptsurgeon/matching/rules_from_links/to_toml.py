@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
+from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import RuleError, printable
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled
@@ -17,8 +18,11 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import literal, rows
 from ckptsurgeon.rules.patterns import literal as one_key
-from ckptsurgeon.rules.rulefile import to_toml
+from ckptsurgeon.rules.rulefile import SET, to_toml
 from ckptsurgeon.rules.rules import Rule, linked
+
+if TYPE_CHECKING:
+    from ckptsurgeon.matching.layouts.choices import Open
 
 NOWHERE = "\0"  # what no name begins with: each rename is written, also of what keeps its name
 _MOST = 3  # kinds of evidence that are told of one rule
@@ -109,8 +113,10 @@ def _rules(draft: Draft, op: str, links: tuple[Link, ...]) -> Iterator[Ruled]:
         yield Ruled(draft.rule, links)
 
 
-def toml(head: Sequence[str], before: Sequence[Rule], doubtful: Sequence[Ruled], ruled: Sequence[Ruled]) -> str:
-    """The text of a rules file: a heading, the person's own rules, the uncertain ones in comments, and the rules."""
+def toml(
+    head: Sequence[str], before: Sequence[Rule], doubtful: Sequence[Ruled], ruled: Sequence[Ruled], opened: Sequence[Open] = ()
+) -> str:
+    """The text of a rules file: a heading, the person's own rules, the uncertain ones and open layouts in comments, and the rules."""
     parts = ["".join(f"# {printable(line)}\n" for line in head)]
     if before:
         parts.append("# Given, and not looked for:\n" + to_toml(before))
@@ -120,9 +126,23 @@ def toml(head: Sequence[str], before: Sequence[Rule], doubtful: Sequence[Ruled],
             "# a [[drop]] below that is for its keys alone must go then.\n"
         )
         parts += [_doubt(one) for one in doubtful]
+    parts += [_open(one) for one in opened]
     if ruled:
         parts.append(to_toml([one.rule for one in ruled], [comment(one) for one in ruled]))
     return "\n".join(parts)
+
+
+def _open(one: Open) -> str:
+    """The ways to settle an open layout, each as rules in comments."""
+    lines = [
+        f"# Layout open ({one.kind}), {len(one.targets)} tensors: the keys are sure, the order of their elements can't be told by shapes.",
+        "# Take the mark from the rules of one way; a [[drop]] below that is for their keys alone must go then.",
+    ]
+    if one.variables:
+        lines += ["#", f"# [{SET}]", *(f"# {name} = 0  # say how many" for name in one.variables)]
+    for way in one.ways:
+        lines += ["#", f"# {printable(way.words)}:", *(f"# {line}" for line in to_toml(way.rules).splitlines() if line)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _doubt(one: Ruled) -> str:

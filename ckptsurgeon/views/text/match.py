@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ckptsurgeon.command import Command, at_root
+from ckptsurgeon.matching.layouts.choices import as_is_options
 from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.rules.rules import rule_options
+from ckptsurgeon.rules.rules import option_text, rule_options
 from ckptsurgeon.views.text.diff import choices, no_merge, resized
 from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, next_step, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -34,6 +35,9 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
         rows = [(to_toml.arrow(one.rule), to_toml.comment(one)) for one in found.ruled if one.rule.kind != "stage"]
         stays = sum(link.sources == link.targets and not link.op for link in certain)
         lines += _pairs([*rows, *([(f"{stays} keep their names", "")] if stays and rows else [])], width, ROWS)
+    lines += _open(found, width)
+    opened = {id(link) for one in found.open for link in one.links}
+    left = [link for link in left if id(link) not in opened]
     lines.append(heading("uncertain", _tensors(left), "not applied, unless you accept it"))
     if verbose:
         lines += table([_row(link) for link in left], width, None)
@@ -56,7 +60,27 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
             width,
         )
         return fitted(lines, width)
-    return fitted([*lines, *_next(found, bool(left), width)], width)
+    return fitted([*lines, *_next(found, bool(left or found.open), width)], width)
+
+
+def _open(found: Proposal, width: int | None) -> list[str]:
+    """The layouts in doubt, each with the ways to settle it as options to add."""
+    lines = []
+    for one in found.open:
+        lines.append(
+            heading("layout open", len(one.targets), f"{one.kind}: the keys are sure, the order of elements can't be told by shapes")
+        )
+        for way in one.ways:
+            as_is = way is one.ways[0]
+            lines.append(f"    {name(way.words)}:")
+            rules = [as_is_options(one, found.open)] if as_is else [option_text(rule) for rule in way.rules]
+            lines += [f"      {name(rule)}" for rule in rules[:ROWS]]
+            lines += [f"      … and {len(rules) - ROWS} more rules (-o writes all)"] if len(rules) > ROWS else []
+        needs = " ".join(f"--set {number}=N" for number in one.variables)
+        lines += [f"    with the number that it needs: {needs}"] if needs else []
+    if lines and found.forward is None:
+        lines.append("    or let your models decide: --source-model module:Net --forward module:make_inputs tries each on one input")
+    return lines
 
 
 def _tensors(links: Iterable[Link]) -> int:
@@ -101,7 +125,8 @@ def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
         return []
     merge = Command("merge", found.source, found.target, found.output, (*root, *found.options, *rule_options(found.beside)))
     if found.written is not None:
-        return next_step("Next: read it, then", merge.having(("rules", found.written)), found.in_memory, width)
+        first = "Next: choose a layout in it, then" if found.open else "Next: read it, then"
+        return next_step(first, merge.having(("rules", found.written)), found.in_memory, width)
     if doubtful or found.refusal() is not None:
         closer = Command("match", found.source, found.target, "rules.toml", (*root, *own))
         label = "Next: look closer," if any(found.in_memory) else "Next: look closer, in a file,"

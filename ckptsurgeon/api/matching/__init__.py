@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from ckptsurgeon.api import _opening
+from ckptsurgeon.api._deciding import numbers_of
 from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import RuleOptions, collect, facts, refuse_idle
-from ckptsurgeon.api._rules import Rules, Ruling, bring, gather
+from ckptsurgeon.api._rules import Rules, gather, refuse_unused
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.evidence.value_evidence import judged
 from ckptsurgeon.matching.proposals.advise import with_sizes
 from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
-from ckptsurgeon.parameter_types import Given, Note, Renames
-from ckptsurgeon.report import Twins
+from ckptsurgeon.parameter_types import Given, Note, Renames, Words
 from ckptsurgeon.tensors import Checkpoint
 
 TOLERANCE = 1e-4  # of the greatest output
@@ -34,6 +34,8 @@ def match(
     reverse: bool = False,
     conversions: bool = True,
     accept_uncertain: bool = False,
+    layout: Words | None = None,
+    numbers: Mapping[str, int] | None = None,
     values: bool = False,
     forward: str | None = None,
     source_model: Given | None = None,
@@ -57,6 +59,8 @@ def match(
         conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
             joins or turns tensors.
         accept_uncertain: use the uncertain links of matching too.
+        layout: `"as-is"` takes links whose layout is in doubt as they stand, patterns of target keys those that they match.
+        numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
         values: look at the values too (torch): they tell a norm's weight from a bias, and never q from k from v. A model as the target has
             only what its constructor gives.
         forward: `"module:make_inputs"`, a function of yours: both models get what it returns (an argument, a tuple of them, a dict by name,
@@ -89,11 +93,24 @@ def match(
     aim = _opening.open_target(target, conversions=conversions, note=note)
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
-    found = propose(given, aim.checkpoint, ruling.rules, ruling.outside, accept=accept_uncertain, judge=judge)
+    found = propose(
+        given,
+        aim.checkpoint,
+        ruling.rules,
+        ruling.outside,
+        accept=accept_uncertain,
+        judge=judge,
+        layout=tuple(options.layout or ()),
+        numbers=options.numbers or {},
+        told=aim.any_model and partial(numbers_of, aim.any_model),
+    )
+    refuse_unused([name for name in ruling.unused if name not in found.numbers_used])
     found = replace(with_sizes(found, given, aim.checkpoint, ruling.outside), output=_opening.unused_name(given, aim.checkpoint))
     if forward is not None and source_model is not None:
+        from ckptsurgeon.api.matching.trying import tried
+
         origin = _opening.open_target(source_model, note=note)
-        found = replace(found, forward=_ran(found, given, aim, origin, forward, tolerance, note, conversions))
+        found = tried(found, given, aim, origin, forward, tolerance, note, conversions)
     return found
 
 
@@ -113,29 +130,3 @@ def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
         of_target = partial(statistics.of_tensors, state)
     fresh = aim.build is not None
     return lambda found: judged(found, given, aim.checkpoint, partial(statistics.of_file, given), of_target, fresh=fresh)
-
-
-def _ran(
-    found: Proposal,
-    given: Checkpoint,
-    aim: Target,
-    origin: Target,
-    forward: str,
-    tolerance: float,
-    note: Note,
-    conversions: bool,
-) -> Twins:
-    """Both models with the source's weights, run on the inputs that a person's function makes."""
-    for one in (origin, aim):
-        if one.build is None:
-            raise PlanError("is no model that can be run", path=one.checkpoint.path, hint="write module:Net")
-    from ckptsurgeon.api import _live
-    from ckptsurgeon.models.verify import output_comparison
-
-    assert origin.build is not None and aim.build is not None
-    inputs = output_comparison.make_inputs(forward, note)
-    models = origin.build(0), aim.build(0)
-    for model, ruling in zip(models, (Ruling(()), bring(found.rules, note)), strict=True):
-        strict = model is models[0]  # what the checkpoint is of must take all of it
-        _live.transfer(given, model, ruling, RuleOptions(strict=strict, conversions=strict or conversions), step=True)
-    return output_comparison.compare(*models, inputs, tolerance)

@@ -1,0 +1,38 @@
+"""Which links are in doubt about the order of their elements: one kind of layout after another is asked, in one table.
+
+Rule: between two files of one naming there is no doubt, nor for a key that has the same name on both sides; there the same implementation
+speaks. A doubt takes nothing from a link's keys, and adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from ckptsurgeon.matching.layouts import fused, gated, merging, modulation, rotary
+from ckptsurgeon.matching.layouts.sides import Side, Sides
+from ckptsurgeon.planning.links import LAYOUT, Layout, Link
+from ckptsurgeon.tensors import TensorMeta
+
+KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (rotary.find, fused.find, gated.find, modulation.find, merging.find)
+Tensors = Mapping[str, TensorMeta]
+
+
+def with_doubts(links: Iterable[Link], source: Tensors, target: Tensors) -> list[Link]:
+    """The links, those whose layout shapes can't show with the layouts that it may be.
+
+    Args:
+        links: what matching found.
+        source: all tensors of the source, also those that were not to be matched.
+        target: all tensors of the target.
+    """
+    sides = Sides(Side(source), Side(target))
+    return [_with_doubt(link, sides) for link in links]
+
+
+def _with_doubt(link: Link, sides: Sides) -> Link:
+    stays = len(link.sources) == len(link.targets) == 1 and sides.names.get(link.sources[0]) == link.targets[0]
+    found = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
+    if not found or sides.one_naming:
+        return link
+    return replace(link, doubt=LAYOUT, choices=tuple(found))

@@ -1,0 +1,110 @@
+"""Queries, keys and values in one matrix: one after the other (in turn), or those of each head, or of each group of heads, together.
+
+Rule: it is sure only where a convention says so: torch's own `in_proj_weight`, GPT-2's `c_attn`, and `qkv` in plain vision transformers lie
+in turn everywhere. Two whole matrices lie alike where both sides call them the same, by a word that is not used for several layouts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ckptsurgeon.matching.layouts.heads import heads_text
+from ckptsurgeon.matching.layouts.sides import Sides, parent_of, said, word
+from ckptsurgeon.planning.links import Layout, Link
+
+KIND = "qkv"
+_IN_TURN = re.compile(r"in_proj|c_attn")  # the same layout wherever the word is used
+_PLAIN = re.compile(r"qkv|to_qkv|in_proj")  # in turn in plain vision transformers
+_SEVERAL = re.compile(r"query_key_value|linear_qkv|wqkv|attn|key_value")  # words that published implementations use for several layouts
+_CUT = re.compile(r"(?P<before>(?:transpose \| )?)(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)(?P<after>(?: \| transpose)?)")
+_TURN, _GROUP, _HEAD = "in turn", "each group's together", "each head's together"
+
+
+def find(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of a link between a fused matrix, or its bias, and its parts or another such."""
+    if len(link.sources) == len(link.targets) == 1:
+        return _whole(link, sides)
+    wholes, parts = (link.sources, link.targets) if len(link.sources) == 1 else (link.targets, link.sources)
+    names = [said(part) & {"q", "k", "v"} for part in parts]
+    found = _CUT.fullmatch(link.op)
+    if len(wholes) != 1 or found is None or names not in ([{"q"}, {"k"}, {"v"}], [{"k"}, {"v"}]):
+        return ()
+    if _is_in_turn((word(wholes[0]),), sides):
+        return ()
+    return _parted(link, sides, wholes[0], found)
+
+
+def _is_in_turn(words: Sequence[str], sides: Sides) -> bool:
+    plain = sides.source.is_plain_vision and sides.target.is_plain_vision
+    return all(_IN_TURN.fullmatch(one) or (plain and _PLAIN.fullmatch(one)) for one in words)
+
+
+def _parted(link: Link, sides: Sides, whole: str, found: re.Match[str]) -> Sequence[Layout]:
+    """In turn, or by head (group), for a matrix that is cut or joined along a dim."""
+    cuts = found["how"] == "chunk"
+    parts, side = (link.targets, sides.target) if cuts else (link.sources, sides.source)
+    dim = int(found["dim"])
+    turned = bool(found["after"] if cuts else found["before"])
+    shapes = [side.tensors[part].shape[::-1] if turned else side.tensors[part].shape for part in parts]
+    sizes = [shape[dim] for shape in shapes]
+    least = min(sizes)
+    if not least or any(size % least for size in sizes):
+        return ()
+    each = [size // least for size in sizes]
+    heads = heads_text(sides, (link.sources[0], link.targets[0]), least, max(sizes))
+    rest = shapes[0][:dim], shapes[0][dim + 1 :]
+    last = "reshape" if not (cuts and turned) else f"reshape(shape={[*rest[0], -1, *rest[1]]})"
+    if cuts:
+        by_part = f", sizes={each}" if len(set(each)) > 1 else ""
+        middle = f"{_reshape(rest, heads, str(sum(each)), '-1')} | chunk(dim={dim + 1}{by_part}) | {last}"
+    else:
+        middle = f"{_reshape(rest, heads, '-1')} | concat(dim={dim + 1}) | reshape"
+    words = _HEAD if len(set(each)) == 1 else _GROUP
+    grouped = Layout(KIND, words, link.sources, link.targets, f"{found['before']}{middle}{found['after']}")
+    return Layout(KIND, _TURN, link.sources, link.targets, link.op), grouped
+
+
+def _reshape(rest: tuple[Sequence[int], Sequence[int]], *sizes: str) -> str:
+    return f"reshape(shape=[{', '.join([*map(str, rest[0]), *sizes, *map(str, rest[1])])}])"
+
+
+def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts between two fused matrices: the same, or one in turn and the other by head."""
+    one, other = link.sources[0], link.targets[0]
+    words = word(one), word(other)
+    if not any("qkv" in said(key) or "kv" in said(key) for key in (one, other)) or set(link.op) & set("|("):
+        return ()
+    if (words[0] == words[1] and not _SEVERAL.fullmatch(words[0])) or _is_in_turn(words, sides):
+        return ()
+    shape = sides.target.tensors[other].shape
+    out = next((sides.target.tensors[key].shape for key in _beside(sides, other) if said(key) & {"out"}), None)
+    queries = out[-1] if out is not None and len(out) == 2 else shape[0] // 3
+    parts = 2 if "kv" in said(one) | said(other) else 3
+    as_is = Layout(KIND, "both lie alike", link.sources, link.targets, link.op)
+    if shape[0] != parts * queries:
+        return (as_is, *_of_groups(link, sides, queries))
+    heads = heads_text(sides, (one, other), queries, queries)
+    turns = {
+        "each head's together become in turn": [heads, str(parts)],
+        "in turn become each head's together": [str(parts), heads],
+    }
+    rest = ((), shape[1:])
+    dims = [1, 0, *range(2, len(shape) + 2)]
+    before = f"{link.op} | " if link.op else ""
+    return (
+        as_is,
+        *(
+            Layout(KIND, told, link.sources, link.targets, f"{before}{_reshape(rest, *sizes, '-1')} | permute(dims={dims}) | reshape")
+            for told, sizes in turns.items()
+        ),
+    )
+
+
+def _beside(sides: Sides, key: str) -> Sequence[str]:
+    return sides.target.under(parent_of(key))
+
+
+def _of_groups(link: Link, sides: Sides, queries: int) -> Sequence[Layout]:
+    """Groups of unequal parts go in turn by no chain of adapters: they are cut first, and joined again."""
+    return ()

@@ -1,0 +1,50 @@
+"""The gate and the up projection in one matrix, by itself or stacked over experts: which is first, or whether they take turns.
+
+Rule: implementations lay either first (Phi-3's gate, diffusers' GEGLU's other half), and some row by row (gpt-oss). Where both sides have
+the fused matrix, names tell nothing more, and it is taken as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.layouts.sides import Sides, said, unit_of
+from ckptsurgeon.planning.links import Layout, Link
+
+KIND = "gate and up"
+_STACKED = re.compile(r"(?:un)?stack\(")
+_PAIR = re.compile(r"(?P<how>chunk|concat)\(dim=(?P<dim>\d)(?:, of=2)?\)")
+
+
+def find(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of a link between a fused gate and up and its two parts, or all experts' parts."""
+    cuts = len(link.sources) == 1
+    parts = link.targets if cuts else link.sources
+    found = _PAIR.search(link.op)
+    if found is None or len(parts) < 2 or len(parts) % 2 or len(link.sources) > 1 < len(link.targets):
+        return ()
+    whole = link.sources[0] if cuts else link.targets[0]
+    told = said(whole) | frozenset(word for part in parts[:2] for word in concepts(part))
+    tensors = sides.target.tensors if cuts else sides.source.tensors
+    if not told & {"gate", "up"} or said(parts[0]) & {"q", "k", "v"} or len({tensors[part].shape for part in parts}) > 1:
+        return ()
+    if len(parts) > 2 and not _STACKED.search(link.op):
+        return ()
+    swapped = tuple(part for pair in zip(parts[1::2], parts[::2], strict=True) for part in pair)
+    mixed = f"deinterleave(dim={found['dim']}, parts=2)" if cuts else f"interleave(dim={found['dim']}, parts=2)"
+    ops = (mixed, found[0]) if cuts else (found[0], mixed)
+    chain = link.op.replace(found[0], " | ".join(ops))
+    first, second = (_name(part) for part in parts[:2])
+    return (
+        Layout(KIND, f"{first} before {second}", link.sources, link.targets, link.op),
+        Layout(KIND, f"{second} before {first}", *((link.sources, swapped) if cuts else (swapped, link.targets)), link.op),
+        Layout(KIND, "row by row in turn", link.sources, link.targets, chain),
+    )
+
+
+def _name(part: str) -> str:
+    """The last word of a part's module."""
+    words = [segment for segment in unit_of(part).split(".") if not segment.isdigit()]
+    return words[-1] if words else part

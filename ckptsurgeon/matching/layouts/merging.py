@@ -1,0 +1,51 @@
+"""Patch merging: in which order the four (eight) neighbours' channels lie that are merged, and whether all of a neighbour lie together.
+
+Rule: implementations of Swin gather columns before rows or rows before columns, and those that unfold (mmdetection) lay the neighbours of
+each channel together. The norm before the reduction has the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ckptsurgeon.matching.layouts.sides import Sides, parent_of, word
+from ckptsurgeon.planning.links import Layout, Link
+
+KIND = "patch merging"
+_MERGING = re.compile(r"(?:^|[._])(?:reduction|patch_?merg\w*|merging)(?=[._]|$)", re.IGNORECASE)
+
+
+def find(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of the link of a reduction, or of the norm before it."""
+    if len(link.sources) != 1 or len(link.targets) != 1 or link.op:
+        return ()
+    merged = _merged(sides, link.targets[0], link.sources[0])
+    shape = sides.target.tensors[link.targets[0]].shape
+    if merged is None or shape[-1] != merged or len(shape) > 2:
+        return ()
+    width, rows, dim = merged // 4, list(shape[:-1]), len(shape) - 1
+    kept = list(range(dim))
+
+    def chain(sizes: Sequence[int], order: Sequence[int]) -> str:
+        return f"reshape(shape={[*rows, *sizes]}) | permute(dims={[*kept, *(dim + place for place in order)]}) | reshape"
+
+    ways = {
+        "both have the same order": "",
+        "rows before columns become columns before rows": chain((2, 2, width), (1, 0, 2)),
+        "all of a neighbour together become all of a channel together": chain((2, 2, width), (2, 1, 0)),
+        "all of a channel together become all of a neighbour together": chain((width, 2, 2), (2, 1, 0)),
+    }
+    return tuple(Layout(KIND, words, link.sources, link.targets, op) for words, op in ways.items())
+
+
+def _merged(sides: Sides, key: str, other: str) -> int | None:
+    """How many channels are merged by the reduction that is the key's, or that stands beside it; None where there is none."""
+    tensors = sides.target.tensors
+    for name in sides.target.under(parent_of(key)):
+        shape = tensors[name].shape
+        if len(shape) != 2 or shape[1] != 2 * shape[0] or shape[1] % 4 or parent_of(name) != parent_of(key):
+            continue
+        if _MERGING.search(name) or _MERGING.search(other) or word(name) == "reduction":
+            return shape[1]
+    return None

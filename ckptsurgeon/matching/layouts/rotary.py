@@ -1,0 +1,54 @@
+"""Rotary queries and keys: the rows that are rotated together lie side by side (pairs), or half a head apart (halves).
+
+Rule: a query's or key's projection, its bias and the norm of a head go together. Published implementations of one model differ (Meta's
+and torchtune's against Hugging Face's), and no shape shows which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.layouts.heads import heads_text
+from ckptsurgeon.matching.layouts.sides import Sides, parent_of, said
+from ckptsurgeon.planning.links import Layout, Link
+
+KIND = "rotary"
+_WORDS = {"halves": "rotated pairs become halves of each head", "pairs": "halves of each head become rotated pairs"}
+
+
+def find(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of a query's or key's link; none for other links."""
+    if len(link.sources) != 1 or len(link.targets) != 1 or set(link.op) & set("|("):
+        return ()
+    one, other = link.sources[0], link.targets[0]
+    part = said(one) & said(other) & {"q", "k"}
+    if len(part) != 1 or "cross" in {*concepts(one), *concepts(other)}:
+        return ()
+    if not all(side.rotates(key, by_name=sides.by_name) for side, key in ((sides.source, one), (sides.target, other))):
+        return ()
+    shape = sides.target.tensors[other].shape
+    of_norm = bool((said(one) | said(other)) & {"norm"})
+    rows, queries = shape[0], _rows(sides, other, "q")
+    if not queries or not rows or (of_norm and len(shape) != 1):
+        return ()
+    if of_norm:
+        keys = _rows(sides, other, next(iter(part)))
+        heads = "1" if rows < min(queries, keys or queries) else heads_text(sides, (one, other), rows, queries)
+    else:
+        heads = heads_text(sides, (one, other), rows, queries)
+    if heads.isdecimal() and rows // int(heads) % 2:
+        return ()
+    order = ("pairs", "halves") if sides.target.in_pairs and not sides.source.in_pairs else ("halves", "pairs")
+    as_is = Layout(KIND, "both rotate the same rows", link.sources, link.targets, link.op)
+    chains = [" | ".join(op for op in (link.op, f"permute_rope(heads={heads}, to='{to}')") if op) for to in order]
+    return (as_is, *(Layout(KIND, _WORDS[to], link.sources, link.targets, op) for to, op in zip(order, chains, strict=True)))
+
+
+def _rows(sides: Sides, key: str, part: str) -> int:
+    """How many rows the queries (or keys) of the same attention have; 0 where there are none of their own."""
+    for name in sides.target.under(parent_of(key)):
+        shape, words = sides.target.tensors[name].shape, said(name)
+        if len(shape) == 2 and part in words and "norm" not in words and parent_of(name) == parent_of(key):
+            return shape[0]
+    return 0

@@ -1,0 +1,158 @@
+"""Both sides of a matching as the kinds of layout look at them: what parts are called, and what a model's keys say of its positions.
+
+Rule: names and shapes only, of the whole of both sides, whichever keys are matched. No model's name is known; conventions of the field are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.planning.prefixes.find import find_change, find_exchange, rename_all
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+_LEAVES = {"weight", "bias", "param", "qweight", "scales"}
+_ROTARY = re.compile(r"(?:^|[._])(?:rope|rotary|inv_freq|freqs)(?=[._]|$)")
+_PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)")
+_NUMBER = re.compile(r"(?:^|[._])\d+(?=[._]|$)")
+
+
+@cache
+def unit_of(key: str) -> str:
+    """A tensor's module, or a bare parameter's own name.
+
+    >>> unit_of("attn.q_proj.weight"), unit_of("attn.in_proj_weight"), unit_of("experts.gate_up_proj")
+    ('attn.q_proj', 'attn.in_proj', 'experts.gate_up_proj')
+    """
+    head, _, leaf = key.rpartition(".")
+    if leaf in _LEAVES:
+        return head
+    return key.removesuffix("_weight").removesuffix("_bias")
+
+
+@cache
+def said(key: str) -> frozenset[str]:
+    """The concepts of the last word of a tensor's module."""
+    return frozenset(concepts(unit_of(key).rpartition(".")[2]))
+
+
+def word(key: str) -> str:
+    """The last word of a tensor's module."""
+    return unit_of(key).rpartition(".")[2]
+
+
+def parent_of(key: str) -> str:
+    """The module that a tensor's module stands in."""
+    return unit_of(key).rpartition(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side's tensors, and what they say of the model."""
+
+    tensors: Tensors
+
+    @cached_property
+    def width(self) -> int:
+        """The number of features that most matrices take; 0 without any."""
+        counts = Counter(tensor.shape[1] for tensor in self.tensors.values() if len(tensor.shape) == 2)
+        return counts.most_common(1)[0][0] if counts else 0
+
+    @cached_property
+    def positions(self) -> tuple[str, ...]:
+        """Tables of positions, absolute or relative."""
+        return tuple(key for key in self.tensors if {"pos", "relpos"} & set(concepts(key)) and not _ROTARY.search(key))
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Tables of tokens."""
+        found = ((key, set(concepts(key))) for key, tensor in self.tensors.items() if len(tensor.shape) == 2)
+        return tuple(key for key, words in found if "tok" in words and not words & {"pos", "head", "tokentype", "cls", "mask"})
+
+    @cached_property
+    def rotary(self) -> tuple[str, ...]:
+        """Keys by which the model rotates queries and keys: its frequencies, or names that only such models have."""
+        return tuple(key for key in self.tensors if _ROTARY.search(key) or _PAIRS.search(key))
+
+    @cached_property
+    def in_pairs(self) -> bool:
+        """Whether names speak for rotated pairs side by side."""
+        return any(_PAIRS.search(key) for key in self.tensors)
+
+    @cached_property
+    def is_plain_vision(self) -> bool:
+        """Whether it is a plain vision transformer: patches or convolutions, absolute positions and no relative ones, and no tokens."""
+        words = [(len(tensor.shape), set(concepts(key))) for key, tensor in self.tensors.items()]
+        patches = any(dims > 3 or (dims > 1 and "patch" in told) for dims, told in words)
+        return patches and any("pos" in told for _, told in words) and not any("relpos" in told for _, told in words) and not self.tokens
+
+    @cached_property
+    def frequencies(self) -> tuple[str, ...]:
+        """The frequencies of rotations: one for each pair of a head's rows."""
+        return tuple(key for key in self.rotary if _ROTARY.search(key) and len(self.tensors[key].shape) == 1)
+
+    @cached_property
+    def _by_parent(self) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            head = unit_of(key)
+            for _ in range(3):  # a module's own tensors, and those of modules in it
+                found.setdefault(head, []).append(key)
+                if not (head := head.rpartition(".")[0]):
+                    break
+        return {head: tuple(keys) for head, keys in found.items()}
+
+    def under(self, module: str) -> tuple[str, ...]:
+        """The tensors of a module and of those just below it."""
+        return self._by_parent.get(module, ())
+
+    def rotates(self, key: str, *, by_name: bool) -> bool:
+        """Whether the attention of a key may rotate its queries and keys. `by_name`: one of the two sides has a name that says so.
+
+        Without such a name a model of tokens that has no table of positions may. A tower that has a table of its own does not.
+        """
+        near = _nearest(key, self.positions)
+        return (by_name or bool(self.tokens and not self.positions)) and near <= max(_nearest(key, self.rotary), _nearest(key, self.tokens))
+
+
+def _nearest(key: str, others: tuple[str, ...]) -> int:
+    """How many segments a key has in common at most with others, up to its first number; -1 without others."""
+    found = _NUMBER.search(key)
+    head = key[: found.start()].split(".") if found else key.split(".")[:-1]
+    most = -1
+    for other in others:
+        parts = other.split(".")
+        same = next((at for at, (x, y) in enumerate(zip(head, parts, strict=False)) if x != y), min(len(head), len(parts)))
+        most = max(most, same)
+    return most
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """Both sides whole."""
+
+    source: Side
+    target: Side
+
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """By source key its name among the target's, by the prefix that is found."""
+        change = find_change(self.source.tensors, self.target.tensors).best
+        return rename_all(self.source.tensors, self.target.tensors, change.prefix)
+
+    @cached_property
+    def one_naming(self) -> bool:
+        """Whether more than half of the smaller side's keys are equal after the prefix, one that is exchanged for another included."""
+        source, target = self.source.tensors, self.target.tensors
+        same = sum(name in target for name in self.names.values())
+        return 2 * same > min(len(source), len(target)) or bool(find_exchange(source, target))
+
+    @cached_property
+    def by_name(self) -> bool:
+        """Whether a name on either side says that queries and keys are rotated."""
+        return bool(self.source.rotary or self.target.rotary)
