@@ -151,26 +151,29 @@ def _shape_alone(found: Found) -> _Doubts:
 
 def _idle_equals(found: Found) -> _Doubts:
     """A module that is one of several which differ by number alone, where others are idle, and the target has not that number."""
-    rows: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    idle: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for key, tensor in found.source.items():
-        rows.setdefault((fold(key), squeezed(tensor.shape)), []).append(key)
+        if key not in found.used:
+            idle.setdefault((fold(key), squeezed(tensor.shape)), []).append(key)
+    places = {key: at for at, key in enumerate(found.source)}
     modules: dict[tuple[str, str], list[Doubt | None]] = {}
-    for link in _open(found):
-        if len(link.sources) == 1:
-            places = link.sources[0].rpartition(".")[0], link.targets[0].rpartition(".")[0]
-            modules.setdefault(places, []).append(_idle(link, found, rows))
+    for link in found.links:
+        if len(link.sources) == 1 and not found.named(link):
+            pair = link.sources[0].rpartition(".")[0], link.targets[0].rpartition(".")[0]
+            modules.setdefault(pair, []).append(_idle(link, found, idle, places))
     for doubts in modules.values():
         if None not in doubts:
             yield from (doubt for doubt in doubts if doubt)
 
 
-def _idle(link: Link, found: Found, rows: Mapping[tuple[str, tuple[int, ...]], list[str]]) -> Doubt | None:
-    """The doubt of one link, if an idle key is as good as its own."""
+def _idle(link: Link, found: Found, idle: Mapping[tuple[str, tuple[int, ...]], list[str]], places: Mapping[str, int]) -> Doubt | None:
+    """The doubt of one link, if an idle key is as good as its own; the first of them is shown."""
     (key,) = link.sources
-    if _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]):
+    others = idle.get((fold(key), squeezed(found.source[key].shape)), ())
+    if not others or _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]):
         return None
-    idle = [other for other in rows[fold(key), squeezed(found.source[key].shape)] if other == key or other not in found.used]
-    return Doubt(link, f"{idle[1]} is as good", f"{idle[1]} -> {link.targets[0]}", (idle[0],)) if len(idle) > 1 else None
+    first, rival = sorted((key, others[0]), key=lambda one: places[one])
+    return Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))
 
 
 def _out_of_order(found: Found) -> _Doubts:
@@ -273,8 +276,8 @@ def _across(found: Found) -> _Doubts:
     for link in _open(found):
         if len(link.sources) != 1 or len(link.targets) != 1:
             continue
-        words = set(concepts(link.targets[0].split(".")[-2])) if link.targets[0].count(".") else set()
-        for head, number in _placed(link.sources[0]):
+        words = set(concepts(link.targets[0].split(".")[-2])) & {"first", "final"} if link.targets[0].count(".") else set()
+        for head, number in _placed(link.sources[0]) if words else ():
             parent = link.targets[0].rpartition(".")[0].rpartition(".")[0]
             beside = [
                 other for other, one in by_list[head].items() if one is not link and parent and one.targets[0].startswith(f"{parent}.")

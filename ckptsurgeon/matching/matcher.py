@@ -99,9 +99,10 @@ def _names(source: Tensors, target: Tensors) -> tuple[Mapping[str, str], Mapping
     """Target keys by the source keys that are called the same in the same shape, and every source key as the target would call it."""
     change = find_change(source, target).applied
     bare = rename_all(source, target, change.prefix)
-    if 2 * len(change.mapping) < min(len(source), len(target)):
+    least = min(len(source), len(target))
+    if len(change.mapping) < least:
         flat = same_but_for_separators(source, target)
-        if 2 * len(flat) >= min(len(source), len(target)):
+        if len(flat) > max(len(change.mapping), least / 2) and change.mapping.items() <= flat.items():
             return flat, {**bare, **flat}
     return change.mapping, bare
 

@@ -58,7 +58,7 @@ class Support:
         if any(self.same.get(one) == other for one, other in pairs):
             return True
         if self.strangers:
-            told = (self._complete and ALONE in link.evidence) or any(self._word(*pair) for pair in pairs)
+            told = (self._complete and ALONE in link.evidence and self._in_list(link)) or any(self._word(*pair) for pair in pairs)
         else:
             told = all(any(self._renamed(one, other) for one, other in pairs if other == target) for target in link.targets)
         return told or self._role(link)
@@ -105,6 +105,10 @@ class Support:
                 by = tuple(int(b) - int(a) for a, b in zip(told, wanted, strict=True))
                 moves.setdefault((fold(one), fold(other)), []).append(by)
         return frozenset(pair for pair, by in moves.items() if len(by) == rows[pair[0]] and len(set(by)) == 1)
+
+    def _in_list(self, link: Link) -> bool:
+        """Whether one of its keys is of a numbered list, which gives it a place among others."""
+        return any(_MEMBER.search(key) for key in (*link.sources, *link.targets))
 
     @cached_property
     def _complete(self) -> bool:
@@ -188,7 +192,7 @@ class Support:
             return False
         (before, after), (above, below) = self._beside[0].get(link.sources[0], ("", "")), self._beside[1].get(link.targets[0], ("", ""))
         partner = self._partner
-        return all((not a and not b) or partner.get(a) == b for a, b in ((before, above), (after, below))) and bool(before or after)
+        return all((not a and not b) or partner.get(a) == b for a, b in ((before, above), (after, below))) and bool(before and after)
 
     @cached_property
     def _partner(self) -> dict[str, str]:

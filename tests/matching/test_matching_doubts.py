@@ -1,0 +1,150 @@
+"""What looks like a match and may be none is doubted: shape alone, equals that are idle, lists that are counted the other way."""
+
+from __future__ import annotations
+
+import pytest
+from pairs_support import meta
+
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.tensors import TensorMeta
+
+Side = dict[str, TensorMeta]
+
+
+def side(shapes: dict[str, tuple[int, ...]]) -> Side:
+    return {key: meta(key, shape) for key, shape in shapes.items()}
+
+
+def sure(source: Side, target: Side) -> dict[str, tuple[str, ...]]:
+    return {key: link.sources for link in match(source, target).certain for key in link.targets}
+
+
+def layers(path: str, names: tuple[str, ...], count: int = 2) -> dict[str, tuple[int, ...]]:
+    return {f"{path}.{i}.{name}.weight": (8, 8) for i in range(count) for name in names}
+
+
+QKVO = ("attn.q", "attn.k", "attn.v", "attn.out")
+OTHER = ("attention.query", "attention.key", "attention.value", "attention.out_proj")
+
+
+def test_strangers_at_the_top_are_not_linked_by_their_shape() -> None:
+    source = side(layers("blocks", QKVO) | {"projector.alpha": (31, 7)})
+    target = side(layers("layers", OTHER) | {"queries.beta": (31, 7)})
+    assert "queries.beta" not in sure(source, target)
+    assert len(sure(source, target)) == 8
+
+
+def test_a_role_that_each_side_has_once_speaks_for_a_link() -> None:
+    source = side({"embed_in.weight": (99, 8)} | layers("blocks", QKVO) | {"embed_out.weight": (99, 8)})
+    target = side({"wte.weight": (99, 8)} | layers("layers", OTHER) | {"lm_head.weight": (99, 8)})
+    found = sure(source, target)
+    assert found["lm_head.weight"] == ("embed_out.weight",)
+    assert found["wte.weight"] == ("embed_in.weight",)
+
+
+def test_one_of_several_equals_is_no_better_than_the_others() -> None:
+    source = side(layers("blocks", QKVO, 3) | {f"blocks.{i}.rotary.freqs": (5,) for i in range(3)})
+    target = side(layers("layers", OTHER, 3) | {"rotary.freqs": (5,)})
+    found = match(source, target)
+    link = next(link for link in found.links if link.targets == ("rotary.freqs",))
+    assert not link.certain
+    assert link.sources == ("blocks.0.rotary.freqs",)
+    assert "blocks.1.rotary.freqs" in link.runner_up
+
+
+def test_a_codebook_that_the_source_lacks_is_not_another_one() -> None:
+    def books(count: int, path: str) -> dict[str, tuple[int, ...]]:
+        return {f"{path}.{i}.codebook.{leaf}": (64, 8) for i in range(count) for leaf in ("embed", "embed_avg")}
+
+    source = side(layers("blocks", QKVO) | books(2, "quantizer.vq"))
+    target = side(layers("layers", OTHER) | books(4, "quantizer.layers"))
+    found = sure(source, target)
+    assert {key for key in found if "codebook" in key} <= {
+        f"quantizer.layers.{i}.codebook.{leaf}" for i in (0, 1) for leaf in ("embed", "embed_avg")
+    }
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_refinement_stages_that_are_all_alike_may_be_counted_the_other_way(in_order: bool) -> None:
+    def stages(path: str, conv: str, first: int) -> dict[str, tuple[int, ...]]:
+        return {f"{path}{i + first}.{conv}{j}.weight": (8, 8, 3, 3) for i in range(4) for j in (1, 2)}
+
+    source = side(layers("blocks", QKVO) | stages("scratch.refinenet", "conv", 1))
+    target = side(layers("layers", OTHER) | stages("neck.fusion_stage.layers.", "convolution", 0))
+    if in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    assert not [key for key in sure(source, target) if "fusion" in key]
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_norms_that_are_counted_go_by_what_stands_before_them(in_order: bool) -> None:
+    """Deformable DETR's first norm follows its cross-attention."""
+    special = ("offsets", "weights", "value", "out")
+    source = side(
+        {
+            f"decoder.{i}.{key}": shape
+            for i in range(2)
+            for key, shape in (
+                *((f"cross_attn.{part}.weight", (8, 8) if part != "offsets" else (4, 8)) for part in special),
+                ("norm1.weight", (8,)),
+                *((f"self_attn.{part}.weight", (8, 8)) for part in ("q", "k", "v", "out")),
+                ("norm2.weight", (8,)),
+                ("linear1.weight", (32, 8)),
+                ("linear2.weight", (8, 32)),
+                ("norm3.weight", (8,)),
+            )
+        }
+    )
+    target = side(
+        {
+            f"model.layers.{i}.{key}": shape
+            for i in range(2)
+            for key, shape in (
+                *((f"self_attn.{part}_proj.weight", (8, 8)) for part in ("q", "k", "v", "out")),
+                ("self_attn_layer_norm.weight", (8,)),
+                *((f"encoder_attn.{part}_proj.weight", (8, 8) if part != "offsets" else (4, 8)) for part in special),
+                ("encoder_attn_layer_norm.weight", (8,)),
+                ("fc1.weight", (32, 8)),
+                ("fc2.weight", (8, 32)),
+                ("final_layer_norm.weight", (8,)),
+            )
+        }
+    )
+    if in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    found = sure(source, target)
+    wrong = {f"model.layers.{i}.self_attn_layer_norm.weight": (f"decoder.{i}.norm1.weight",) for i in range(2)}
+    assert not wrong.items() & found.items()
+
+
+def test_a_fused_part_without_a_word_in_common_is_uncertain() -> None:
+    source = side({f"layers.{i}.mixer.A_log": (64, 16) for i in range(2)} | {f"layers.{i}.norm.weight": (32,) for i in range(2)})
+    target = side(
+        {f"model.layers.{i}.self_attn.{n}_proj.weight": (16, 32) for i in range(2) for n in "kv"}
+        | {f"model.layers.{i}.norm.weight": (32,) for i in range(2)}
+    )
+    assert not [key for key in sure(source, target) if "_proj" in key]
+
+
+def test_experts_side_by_side_in_one_matrix() -> None:
+    source = side({f"layers.{i}.moe.experts.{e}.{name}.weight": (10, 8) for i in range(2) for e in range(4) for name in ("w1", "w3")})
+    target = side({f"layers.{i}.moe.{name}": (40, 8) for i in range(2) for name in ("w1", "w3")})
+    found = match(source, target)
+    assert {link.targets[0]: (link.sources, link.op) for link in found.links} == {
+        f"layers.{i}.moe.{name}": (tuple(f"layers.{i}.moe.experts.{e}.{name}.weight" for e in range(4)), "concat(dim=0)")
+        for i in range(2)
+        for name in ("w1", "w3")
+    }
+
+
+def test_query_key_value_and_mlp_of_one_block_in_one_matrix() -> None:
+    source = side({f"single.{i}.linear1.weight": (3 * 8 + 32, 8) for i in range(2)} | {f"single.{i}.linear1.bias": (56,) for i in range(2)})
+    parts = {"attn.to_q": 8, "attn.to_k": 8, "attn.to_v": 8, "proj_mlp": 32}
+    target = side(
+        {f"blocks.{i}.{name}.weight": (rows, 8) for i in range(2) for name, rows in parts.items()}
+        | {f"blocks.{i}.{name}.bias": (rows,) for i in range(2) for name, rows in parts.items()}
+    )
+    found = match(source, target)
+    assert {link.sources: link.targets for link in found.links if link.sources[0].endswith("weight")} == {
+        (f"single.{i}.linear1.weight",): tuple(f"blocks.{i}.{name}.weight" for name in parts) for i in range(2)
+    }

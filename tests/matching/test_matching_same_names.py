@@ -1,0 +1,145 @@
+"""Keys that both sides call the same, in the same shape, go together; and what that yields to."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs_support import PAIRS, meta, read_pair
+
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.planning.prefixes.find import find_change
+from ckptsurgeon.tensors import TensorMeta
+
+MODELS = {
+    f"{path.stem}.{side}": getattr(read_pair(path), side)
+    for path in sorted(PAIRS.glob("*.json"))
+    for side in ("source", "target")
+    if path.stat().st_size < 40_000
+}
+Side = dict[str, TensorMeta]
+
+
+def side(shapes: dict[str, tuple[int, ...]]) -> Side:
+    return {key: meta(key, shape) for key, shape in shapes.items()}
+
+
+def sure(source: Side, target: Side) -> dict[str, tuple[str, ...]]:
+    return {key: link.sources for link in match(source, target).certain for key in link.targets}
+
+
+def partly_renamed(model: Side, rng: random.Random, words: list[str]) -> Side:
+    """A model in which some modules, alone or in all layers, have another name."""
+    heads = sorted({key.rpartition(".")[0] for key in model if "." in key})
+    chosen = {head: f"{head.rpartition('.')[0]}.{rng.choice(words)}".lstrip(".") for head in rng.sample(heads, min(len(heads), 5))}
+    names = {key: chosen.get(key.rpartition(".")[0], key.rpartition(".")[0]) + "." + key.rpartition(".")[2] for key in model}
+    names = {key: name.lstrip(".") for key, name in names.items()}
+    if len(set(names.values())) < len(names):
+        return model
+    return {names[key]: meta(names[key], tensor.shape) for key, tensor in model.items()}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    model=st.sampled_from(sorted(MODELS)),
+    seed=st.integers(0, 1 << 30),
+    in_order=st.booleans(),
+    prefix=st.sampled_from(["", "module.", "net."]),
+)
+def test_matching_explains_no_fewer_keys_than_names_do(model: str, seed: int, in_order: bool, prefix: str) -> None:
+    rng = random.Random(seed)
+    target = {key: meta(key, tensor.shape) for key, tensor in MODELS[model].items()}
+    renamed = partly_renamed(target, rng, ["attn", "fc", "other", "norm2", "proj", "x"])
+    source = {prefix + key: meta(prefix + key, tensor.shape) for key, tensor in renamed.items()}
+    if in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    same = find_change(source, target).applied.mapping
+    found = sure(source, target)
+    assert {name: (key,) for key, name in same.items()}.items() <= found.items()
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_one_expert_of_eight_is_renamed(in_order: bool) -> None:
+    def moe(other: bool) -> Side:
+        names = {
+            f"layers.0.{'moe.expert_0' if other and e == 0 else f'mlp.experts.{e}'}.{x}_proj.weight": (3, 2)
+            for e in range(8)
+            for x in ("gate", "up", "down")
+        }
+        return side(names | {"layers.0.norm.weight": (2,)})
+
+    source, target = moe(False), moe(True)
+    if in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    found = sure(source, target)
+    assert {key: value for key, value in found.items() if key in source} == {key: (key,) for key in target if key in source}
+    assert found["layers.0.moe.expert_0.up_proj.weight"] == ("layers.0.mlp.experts.0.up_proj.weight",)
+
+
+def test_a_list_beside_its_first_and_last_is_shifted() -> None:
+    """SAM's heads: three layers in a list, or one between two of other names."""
+    sizes = ((8, 8), (8, 8), (3, 8))
+    source = side({f"head.layers.{i}.{leaf}": size[: 2 - (leaf == "bias")] for i, size in enumerate(sizes) for leaf in ("weight", "bias")})
+    names = ("proj_in", "layers.0", "proj_out")
+    target = side(
+        {
+            f"head.{name}.{leaf}": size[: 2 - (leaf == "bias")]
+            for name, size in zip(names, sizes, strict=True)
+            for leaf in ("weight", "bias")
+        }
+    )
+    links = match(source, target).certain
+    assert {link.targets[0]: link.sources[0] for link in links} == {
+        f"head.{name}.{leaf}": f"head.layers.{i}.{leaf}" for i, name in enumerate(names) for leaf in ("weight", "bias")
+    }
+    assert any("its whole list is shifted" in link.evidence for link in links)
+
+
+def test_fewer_layers_take_the_first_ones() -> None:
+    def layers(count: int) -> Side:
+        return side({f"layers.{i}.{name}.weight": (8, 8) for i in range(count) for name in ("q", "k", "v", "o")})
+
+    assert sure(layers(12), layers(5)) == {key: (key,) for key in layers(5)}
+    assert sure(layers(5), layers(12)) == {key: (key,) for key in layers(5)}
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_square_matrix_is_turned_as_its_kind_is(other: bool) -> None:
+    """GPT-2's `c_proj` is square in the attention, and not in the MLP."""
+
+    def block(turned: bool) -> Side:
+        turn = (lambda shape: shape[::-1]) if turned else (lambda shape: shape)
+        shapes = {"attn.c_attn": (24, 8), "attn.c_proj": (8, 8), "mlp.c_fc": (32, 8), "mlp.c_proj": (8, 32)}
+        return side({f"h.{i}.{name}.weight": turn(shape) for i in range(2) for name, shape in shapes.items()})
+
+    found = match(block(True), block(not other))
+    assert {link.op for link in found.certain} == {"transpose" if other else ""}
+    assert len(found.certain) == len(block(True))
+    if other:
+        square = next(link for link in found.certain if link.targets == ("h.0.attn.c_proj.weight",))
+        assert "turned, as those of its kind that are not square" in square.evidence
+
+
+def test_the_same_name_in_another_size_outranks_a_stranger_of_the_same_shape() -> None:
+    source = side({"body.weight": (4, 6), "body.bias": (4,), "embed.weight": (100, 8), "other.table": (120, 8)})
+    target = side({"body.weight": (4, 6), "body.bias": (4,), "embed.weight": (120, 8)})
+    found = match(source, target)
+    assert "embed.weight" not in {key for link in found.certain for key in link.targets}
+    told = [words for link in found.links if link.targets == ("embed.weight",) for words in link.evidence]
+    assert not told or "embed.weight has that name, in another size" in told
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_what_is_left_over_is_fresh_where_all_else_goes_by_its_name(in_order: bool) -> None:
+    body = {f"encoder.{i}.{name}.weight": (16, 16) for i in range(3) for name in ("q", "k", "v", "out")} | {"embed.weight": (50, 16)}
+    source = side(
+        {f"bert.{key}": shape for key, shape in body.items()} | {"cls.transform.dense.weight": (16, 16), "cls.transform.dense.bias": (16,)}
+    )
+    target = side(body | {"pooler.dense.weight": (16, 16), "pooler.dense.bias": (16,)})
+    if in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    found = sure(source, target)
+    assert {key: value for key, value in found.items() if "pooler" not in key} == {key: (f"bert.{key}",) for key in body}
+    assert not [key for key in found if "pooler" in key]
