@@ -165,6 +165,8 @@ def _of_source(
         return items, Applied()
     answer = naming.convert({name: tensor.shape for name, tensor in tensors.items()})
     answer = _without_rivals(answer, {item.name for item in items})
+    if answer == Converted():
+        return items, Applied()
     by = f"as {naming.library} reads it"
     parts = {name for made in answer.made.values() for name in made.names}
     found: list[Item] = []
