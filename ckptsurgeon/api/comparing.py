@@ -72,4 +72,8 @@ def diff(
         from ckptsurgeon.matching.proposals.advise import advise
 
         found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))
+    if found.missing and found.extra:
+        from ckptsurgeon.matching.proposals.renamed_heads import renamed_heads
+
+        found = replace(found, heads=renamed_heads(found, given, goal))
     return replace(found, options=(*ruling.options, *([("auto", auto)] if auto else [])), output=unused_name(given, goal))

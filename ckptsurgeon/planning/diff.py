@@ -36,6 +36,22 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
+class RenamedHead:
+    """A missing weight that is probably the head which an extra one is, under another name and with another number of classes."""
+
+    source: str
+    target: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+
+    @property
+    def words(self) -> str:
+        """What it looks like."""
+        new, old = self.target_shape[0], self.source_shape[0]
+        return f"looks like the head under another name, with {new:,} class{'' if new == 1 else 'es'} instead of {old:,}: fresh"
+
+
+@dataclass(frozen=True)
 class Adapted:
     """A matched key that adapters make of its sources: these, in order, and the chain of ops."""
 
@@ -165,6 +181,9 @@ class Diff(Result):
         matched: keys that fit.
         missing: target keys that the source does not have.
         extra: source keys that the target does not have.
+        missing_shapes: the shape of each missing tensor, by its key; what is no tensor has none.
+        extra_shapes: the same of extra ones.
+        heads: heads that have another name and another number of classes.
         mismatched: keys in both with two shapes.
         dtype_changed: matched keys whose dtype differs.
         coverage: the share of the target's tensors and elements that the source gives.
@@ -197,6 +216,9 @@ class Diff(Result):
     mismatched: tuple[Mismatch, ...]
     dtype_changed: tuple[DtypeChange, ...]
     coverage: Coverage
+    missing_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    extra_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heads: tuple[RenamedHead, ...] = ()
     dropped: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     adapted: tuple[Adapted, ...] = ()
@@ -283,6 +305,8 @@ def compare(
         matched=(*matched, *(key for key in target.entries if key in given)),
         missing=(*missing, *(key for key in target.entries if key not in given)),
         extra=tuple(extra),
+        missing_shapes={key: target[key].shape for key in missing},
+        extra_shapes={key: source[key].shape for key in left},
         mismatched=tuple(Mismatch(key, source[origin].shape, target[key].shape, origin) for key, origin in mismatched.items()),
         dtype_changed=tuple(
             DtypeChange(key, origins[key].dtype, target[key].dtype)

@@ -117,6 +117,18 @@ def diff(found: Diff) -> dict[str, Any]:
         "matched": list(found.matched),
         "missing": list(found.missing),
         "extra": list(found.extra),
+        "missing_shapes": {key: list(shape) for key, shape in found.missing_shapes.items()},
+        "extra_shapes": {key: list(shape) for key, shape in found.extra_shapes.items()},
+        "heads": [
+            {
+                "source": row.source,
+                "target": row.target,
+                "source_shape": list(row.source_shape),
+                "target_shape": list(row.target_shape),
+                "message": row.words,
+            }
+            for row in found.heads
+        ],
         "mismatched": [
             {"key": row.key, "source_shape": list(row.source_shape), "target_shape": list(row.target_shape)} for row in found.mismatched
         ],

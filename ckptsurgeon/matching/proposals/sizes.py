@@ -24,7 +24,7 @@ _OTHERWISE = """q k v qkv kv tok cls mask linear head conv proj mlp norm scale l
     queries anchor anchors codebook label object objects lm out"""
 _NO_POSITIONS = frozenset(_OTHERWISE.split())  # words that say what a bare table is
 _CLASSES = "head classifier classification score scores logits predictor bbox cls pred outputs generator"
-_HEADS = frozenset(_CLASSES.split())  # words of a last layer
+HEADS = frozenset(_CLASSES.split())  # words of a last layer
 _IMAGE = 4  # channels of an image, or of the latents that stand for one
 _ROUND = (512, 256, 128, 64, 32, 16, 8)  # what vocabularies are rounded up to
 _HEAD_SIZES = (128, 64, 256, 96, 80, 32, 16, 8, 4, 2)  # of one attention head, the most usual first
@@ -121,7 +121,7 @@ class Sized:
     @property
     def is_head(self) -> bool:
         """Whether its rows are classes: a head by its name, or the last module of the model."""
-        named = bool({*self.own, *self.words} & {"head"}) or bool(self.own & _HEADS)
+        named = bool({*self.own, *self.words} & {"head"}) or bool(self.own & HEADS)
         return self.rows_alone and (named or self.module == self.scene.last_module)
 
 

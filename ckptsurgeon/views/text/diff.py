@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ckptsurgeon.command import Command, InMemory, as_words, at_root
 from ckptsurgeon.planning.diff import Diff, Resize
@@ -51,9 +51,14 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
     lines.append(heading("mismatched", len(found.mismatched), "in both, with another shape: source → target"))
     lines += folded([(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched], width, most)
     lines.append(heading("missing", len(found.missing), "only in the target"))
-    lines += keys(found.missing, width, most)
+    lines += _with_shapes(found.missing, found.missing_shapes, width, most)
     lines.append(heading("extra", len(found.extra), "only in the source"))
-    lines += keys(found.extra, width, most)
+    lines += _with_shapes(found.extra, found.extra_shapes, width, most)
+    heads = [
+        (f"{head.source} {shape(head.source_shape)}", "→", f"{head.target} {shape(head.target_shape)}: {head.words}")
+        for head in found.heads
+    ]
+    lines += table(heads, width, most)
     if found.dropped:
         lines += [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most)]
     if found.loaded:
@@ -73,6 +78,12 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
     done, total = found.coverage.counts
     lines.append(f"Coverage {coverage_words(found.coverage)} ({done} of {count(total, 'tensor')}).")
     return fitted([*lines, *_next(found, width)], width)
+
+
+def _with_shapes(found: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:
+    """Keys with their shapes, folded where these are equal; by their names alone where that is needed to show them all."""
+    rows = [(key, (shape(shapes[key]) if key in shapes else "",)) for key in found]
+    return folded(rows, width, most) if most is None or len(fold(rows)) <= most else keys(found, width, most)
 
 
 def _next(found: Diff, width: int | None) -> list[str]:
