@@ -22,7 +22,7 @@ from ckptsurgeon.planning.init_rules import InitRule, check_copies, find_init_ru
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
 from ckptsurgeon.planning.own_loading.versions import find_versions
-from ckptsurgeon.planning.plan_findings import findings, refuse_unsafe, untried
+from ckptsurgeon.planning.plan_findings import findings, little, refuse_unsafe, untried
 from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
@@ -96,13 +96,14 @@ def make_plan(
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
     versions = find_versions(sources, target, names, steps, computed.handed)
     whole: Mapping[str, TensorMeta] = target if target is not None else covered
+    coverage = Coverage.of(covered, whole, sum(step.filled for step in steps if step.sources))
     return Plan(
         sources=tuple(_plan_source(source, names, number) for number, source in enumerate(sources)),
         target=None if target is None else PlanTarget(target.path, target.fingerprint, target.format, target.root),
         seed=seed,
         steps=steps,
         dropped=dropped,
-        coverage=Coverage.of(covered, whole, sum(step.filled for step in steps if step.sources)),
+        coverage=coverage,
         entries=entries,
         module_metadata=versions.recorded,
         versions=versions.given,
@@ -111,7 +112,13 @@ def make_plan(
         ties=target.ties if target is not None else (),
         left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
         allow_cast=allowed,
-        findings=(*findings(sources, target, names, steps), *versions.notes, *casts(computed, target), *untried(outside.taken)),
+        findings=(
+            *little(coverage, sources, look),
+            *findings(sources, target, names, steps),
+            *versions.notes,
+            *casts(computed, target),
+            *untried(outside.taken),
+        ),
         loose=keys_without_a_rule(names, target, steps, entries, dropped),
     )
 

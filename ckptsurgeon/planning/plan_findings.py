@@ -13,10 +13,11 @@ from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.planning.quantised import scales_read
 from ckptsurgeon.planning.resolve import find_refused, find_unkept
-from ckptsurgeon.report import Finding
+from ckptsurgeon.report import Coverage, Finding
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.tensors import Checkpoint, find_overlaps
 
+LITTLE = 0.1  # of a target's elements; less is worth a warning
 OTHER_TARGET = "give the model itself, or its skeleton, as the target"
 
 
@@ -40,6 +41,19 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
             problems=shortened(f"{key}: {reason}" for key, reason in unkept.items()),
             hint=OTHER_TARGET,
         )
+
+
+def little(coverage: Coverage, sources: Sequence[Checkpoint], look: str) -> list[Finding]:
+    """A warning where next to nothing of a target comes from the sources: most often it is another model's checkpoint, or names differ.
+
+    Args:
+        look: the command that shows why.
+    """
+    if not coverage.counts[0] or coverage.elements >= LITTLE:
+        return []
+    share = "less than 0.1 %" if coverage.elements < 0.001 else f"{coverage.elements:.1%}".replace("%", " %")
+    whose = sources[0].path if len(sources) == 1 else f"{len(sources)} sources"
+    return [Finding("little", f"only {share} of the target's elements come from {whose}; see what is in the way: {look}", None, "warning")]
 
 
 def untried(taken: Mapping[int, Taken]) -> list[Finding]:

@@ -81,9 +81,12 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
 
 
 def _with_shapes(found: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:
-    """Keys with their shapes, folded where these are equal; by their names alone where that is needed to show them all."""
+    """Keys with their shapes, one a line with `most` None; else folded where the shapes are equal, and by their names alone where that is
+    needed to show them all."""
     rows = [(key, (shape(shapes[key]) if key in shapes else "",)) for key in found]
-    return folded(rows, width, most) if most is None or len(fold(rows)) <= most else keys(found, width, most)
+    if most is None:
+        return table([(key, *cells) for key, cells in rows], width, None)
+    return folded(rows, width, most) if len(fold(rows)) <= most else keys(found, width, most)
 
 
 def _next(found: Diff, width: int | None) -> list[str]:
