@@ -68,7 +68,7 @@ def diff(
 
         ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
     found = compare(given, goal, ruling.rules, ruling.outside, auto)
-    if found.mismatched or (found.missing and found.extra):
+    if found.mismatched or (found.missing and (found.extra or goal.kind == "skeleton")):
         from ckptsurgeon.matching.proposals.advise import advise
 
         found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))

@@ -6,7 +6,7 @@ that the key's source belongs elsewhere, and nothing that is uncertain. Pure: no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,11 +20,13 @@ from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.diff import Advice, Diff, Resize, compare
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.report import Coverage
+from ckptsurgeon.rules.drafting.cover import cover
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
 
 FEW = 4  # rules that are written out; more are left to `--match`
 MOST = 24  # that are written out where `--match` would not end well
+_SCHEMES = {"weight": "ones", "running_var": "ones", "scale": "ones", "gamma": "ones"}  # of one dimension: a norm's; others begin at 0
 LARGEST = 40_000  # tensors of both sides, beyond which a diff leaves matching to `match`
 
 
@@ -65,10 +67,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What matching is certain of: rules that come before all others, the proposal, and whether `--match` leads to the same."""
+    """What matching found: rules that come before all others, the proposal, whether it is worth following, and whether `--match` leads to
+    the same."""
 
     first: tuple[Rule, ...]
     proposal: Proposal
+    worth: bool
     by_match: bool
 
     @property
@@ -109,7 +113,7 @@ def advise(
         matched = _matched(case, base, keys)
         links = links or (tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ())
         for carried, by_match in _ways(matched, base):
-            reached = _reached(case, carried, chosen, base, matched)
+            reached = _reached(case, carried, chosen, base, matched if matched is not None and matched.worth else None)
             if reached is not None:
                 return _advice(case, found, reached, chosen, matched, carried, by_match, links)
     return _advice(case, found, base, chosen, None, (), False, links)
@@ -157,8 +161,9 @@ def _matched(case: Case, base: Diff, given: frozenset[str]) -> Found | None:
     exchanges = tuple(rule for way in base.exchanges for rule in way.rules)
     wanted = {name for way in base.exchanges for name in way.mapping.values()}
     found = _proposed(case, (), given)
-    if exchanges and (found is None or not wanted <= _targets(found.proposal)):
-        found = _proposed(case, exchanges, given) or found
+    if exchanges and (found is None or not (found.worth and wanted <= _targets(found.proposal))):
+        exchanged = _proposed(case, exchanges, given)
+        return exchanged if exchanged is not None and exchanged.worth else found
     return found
 
 
@@ -173,10 +178,9 @@ def _proposed(case: Case, first: tuple[Rule, ...], given: frozenset[str]) -> Fou
         proposal = propose(case.source, case.target, (*case.rules, *first), case.untaken, judge=judge)
     except RuleError:
         return None
-    if not _enough(case, first, proposal) or not (first or any(not _stays(link) for link in proposal.applied)):
-        return None
+    worth = _enough(case, first, proposal) and bool(first or any(not _stays(link) for link in proposal.applied))
     apart = judge.changed or proposal.refusal() is not None or any(link.doubt for link in proposal.links)
-    return Found(first, proposal, not apart)
+    return Found(first, proposal, worth, not apart)
 
 
 def _enough(case: Case, first: tuple[Rule, ...], found: Proposal) -> bool:
@@ -184,9 +188,7 @@ def _enough(case: Case, first: tuple[Rule, ...], found: Proposal) -> bool:
     has most of them: as it would say without such keys."""
     if found.refusal() is None:
         return True
-    reached = (
-        case.diff((*first, *(one.rule for one in found.ruled)), None) if not any(one.rule.kind == "stage" for one in found.ruled) else None
-    )
+    reached = case.diff((*first, *(one.rule for one in found.ruled)), None)
     if reached is None or not reached.mismatched:
         return False
     given = (_targets(found), {row.key for row in reached.mismatched}, case.target)
@@ -223,7 +225,7 @@ class _Judge:
 
 def _ways(found: Found | None, base: Diff) -> list[tuple[tuple[Rule, ...], bool]]:
     """The rules that may be carried, each with whether `--match` stands for them, the first to be tried first."""
-    if found is None:
+    if found is None or not found.worth:
         return [(way.rules, False) for way in base.exchanges]
     writable = all(rule.kind != "stage" for rule in found.rules)
     short = writable and len(found.rules) <= FEW
@@ -268,6 +270,8 @@ def _advice(
             reached, adapts = more, (*adapts, *size.rules)
     if by_match and matched is not None and not _same_beside(case, matched.first, matched.proposal, adapts):
         by_match = False
+    if case.target.kind == "skeleton":
+        adapts = (*adapts, *_initials(case, reached))
     gains = reached.coverage != found.coverage
     partly = tuple(row.key for row in reached.adapted if filled_elements(row.ops, case.target[row.key].shape))
     return Advice(
@@ -281,6 +285,20 @@ def _advice(
         open=(*(row.key for row in reached.mismatched), *(key for key in reached.missing if key in case.target)),
         partly=partly,
     )
+
+
+def _initials(case: Case, reached: Diff) -> Iterator[Rule]:
+    """Schemes for what no source gives a skeleton, behind which no constructor stands: by what a tensor's name says that it is."""
+    left = {*(row.key for row in reached.mismatched), *reached.missing} & case.target.keys()
+    schemes: dict[str, list[str]] = {}
+    for key in left:
+        flat = len(case.target[key].shape) < 2
+        scheme = next((scheme for leaf, scheme in _SCHEMES.items() if flat and key.endswith(leaf)), "zeros" if flat else "normal(std=0.02)")
+        schemes.setdefault(scheme, []).append(key)
+    for scheme, keys in sorted(schemes.items()):
+        named = frozenset(keys)
+        for pattern in cover(sorted(keys), [key for key in case.target if key not in named]):
+            yield Rule("init", pattern, scheme)
 
 
 def _same_beside(case: Case, first: tuple[Rule, ...], found: Proposal, adapts: tuple[Rule, ...]) -> bool:

@@ -161,7 +161,9 @@ def _vocabulary(one: Sized) -> Iterable[Said] | None:
         adapter, rest = _fresh(one)
         return [(adapter, f"{kind}, {one.rows}: the old rows are kept, the rest {rest}", True)]
     rounded = _rounded(one.old[0], one.new[0])
-    words = f"{kind}, {one.rows}: " + ("rounded up in the source" if rounded else "its first rows, where the tokens are the same")
+    words = f"{kind}, {one.rows}: " + (
+        "rounded up in the source" if rounded else "its first rows, where the tokens are the same (else rows, by lists of tokens)"
+    )
     return [("slice", words, rounded)]
 
 

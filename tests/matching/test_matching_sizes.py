@@ -1,0 +1,126 @@
+"""What a key of another size is, and what is offered for it: by words, shape and neighbours, never because a shape would go through."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckptsurgeon.matching.proposals.advise import advise
+from ckptsurgeon.matching.proposals.sizes import resizes
+from ckptsurgeon.planning.diff import compare
+from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
+
+Shape = tuple[int, ...]
+
+
+def side(path: str, shapes: dict[str, Shape], kind: str = "file", dtype: str = "F32") -> Checkpoint:
+    tensors = {key: TensorMeta(key, dtype, shape, contiguous_stride(shape)) for key, shape in shapes.items()}
+    return Checkpoint(path, "safetensors" if kind == "file" else kind, path, tensors, kind=kind)
+
+
+def offered(key: str, old: Shape, new: Shape, beside: dict[str, Shape] | None = None, kind: str = "file") -> list[tuple[str, bool]]:
+    """What is offered for a key in another size, and whether the next command carries it; `beside` are the target's other keys."""
+    more = {**(beside or {}), **({} if key.startswith("last") else {"aux.weight": (3, 3)})}
+    found = resizes(side("a", {key: old, **more}), side("t", {key: new, **more}, kind), {key: key})
+    return [(offer.adapter, one.sure) for one in found for offer in one.offers]
+
+
+# A key, from which shape to which, and the only adapter that is sure.
+CARRIED = [
+    ("pos_embed", (1, 197, 8), (1, 577, 8), "interpolate(prefix=1)"),
+    ("visual.positional_embedding", (50, 8), (197, 8), "interpolate(prefix=1)"),
+    ("encoder.pos_embedding", (1, 17, 8), (1, 26, 8), "interpolate(prefix=1)"),
+    ("vit.embeddings.position_embeddings", (1, 17, 8), (1, 26, 8), "interpolate(prefix=1)"),
+    ("absolute", (1, 17, 8), (1, 26, 8), "interpolate(prefix=1)"),  # a bare table of the form (1, N, C)
+    ("layers.0.blocks.0.attn.relative_position_bias_table", (169, 3), (529, 3), "relative_position_bias"),
+    ("embed_tokens.weight", (100, 4), (105, 4), 'pad(fill="init")'),
+    ("transformer.wte.weight", (100, 4), (150, 4), 'pad(fill="init")'),
+    ("tok_embeddings.weight", (32000, 4), (32064, 4), 'pad(fill="init")'),
+    ("shared.weight", (100, 4), (105, 4), 'pad(fill="init")'),
+    ("bert.embeddings.word_embeddings.weight", (100, 4), (101, 4), 'pad(fill="init")'),
+    ("transformer.wte.weight", (50304, 4), (50257, 4), "slice"),  # rounded up in the source
+    ("lm_head.weight", (100, 4), (105, 4), 'pad(fill="init")'),
+    ("lm_head.bias", (100,), (105,), 'pad(fill="init")'),
+    ("gpt_neox.embed_out.weight", (100, 4), (128, 4), 'pad(fill="init")'),
+    ("conv1.weight", (8, 3, 3, 3), (8, 1, 3, 3), "in_channels"),
+    ("stem.conv.weight", (8, 3, 3, 3, 3), (8, 1, 3, 3, 3), "in_channels"),
+    ("features.0.weight", (8, 1, 3, 3), (8, 3, 3, 3), "in_channels"),
+    ("patch_embed.proj.weight", (8, 3, 16, 16), (8, 3, 14, 14), "patch_embed"),
+    ("layer1.0.conv2.weight", (8, 8, 3, 3), (8, 8, 3, 3, 3), "inflate"),
+    ("h.0.attn.c_attn.weight", (4, 12), (12, 4), "transpose"),
+    ("fc.weight", (8, 4), (8, 4, 1, 1), "reshape"),
+]
+# What a person has to choose, and what is offered nothing.
+CHOICES = [
+    ("layers.0.self_attn.k_proj.weight", (32, 32), (16, 32), "group_mean(heads=2)"),
+    ("layers.0.self_attn.v_proj.bias", (4096,), (1024,), "group_mean(heads=32)"),
+    ("layers.0.attention.wk.weight", (4096, 8), (1024, 8), "group_mean(heads=32)"),
+    ("embed_tokens.weight", (1024, 4), (256, 4), "slice"),
+    ("wte.weight", (105, 4), (100, 4), "slice"),
+    ("conv_in.weight", (8, 4, 3, 3), (8, 9, 3, 3), "pad(dim=1)"),
+    ("conv1.weight", (8, 12, 3, 3), (8, 4, 3, 3), "slice(dim=1)"),
+    ("fc.weight", (81, 16), (4, 16), None),
+    ("cls_score.weight", (100, 16), (4, 16), ""),
+    ("head.weight", (101, 8), (37, 8), ""),
+    ("classifier.bias", (101,), (37,), ""),
+    ("last.weight", (81, 3), (4, 3), ""),
+    ("layers.0.mlp.up_proj.weight", (64, 16), (36, 16), None),
+    ("query_tokens", (1, 16, 8), (1, 25, 8), None),
+    ("latents", (1, 16, 8), (1, 25, 8), None),
+    ("mask_token", (1, 4, 8), (1, 9, 8), None),
+    ("prompt", (16, 8), (25, 8), None),
+    ("quantizer.codebook", (1, 16, 8), (1, 25, 8), None),
+    ("layer2.0.conv1.weight", (64, 32, 3, 3), (64, 16, 3, 3), None),
+]
+
+
+@pytest.mark.parametrize(("key", "old", "new", "adapter"), CARRIED)
+def test_what_a_key_is_says_what_makes_it_fit(key: str, old: Shape, new: Shape, adapter: str) -> None:
+    beside = {"patch.weight": (8, 3, 4, 4)} if "pos" in key else {}
+    assert offered(key, old, new, beside) == [(adapter, True)]
+
+
+@pytest.mark.parametrize(("key", "old", "new", "adapter"), CHOICES)
+def test_what_is_not_sure_is_a_choice_or_nothing(key: str, old: Shape, new: Shape, adapter: str | None) -> None:
+    found = offered(key, old, new)
+    assert found == ([] if adapter is None else [(adapter, False)])
+    advice = advise(compare(*(pair := (side("a", {key: old, "z": (1,)}), side("t", {key: new, "z": (1,)})))), *pair)
+    assert advice.rules == () and advice.reaches is None
+
+
+def test_a_text_s_positions_are_counted_and_an_image_s_are_a_grid() -> None:
+    text = {"text.embeddings.token_embedding.weight": (60, 8)}
+    image = {"vision.embeddings.patch_embedding.weight": (8, 3, 4, 4)}
+    for key, beside, adapter in (
+        ("text.embeddings.position_embedding.weight", text, 'pad(fill="init")'),
+        ("vision.embeddings.position_embedding.weight", image, "interpolate(prefix=1)"),
+    ):
+        assert offered(key, (17, 8), (26, 8), beside) == [(adapter, True)]
+    assert offered("wpe.weight", (1024, 8), (512, 8), {"wte.weight": (60, 8)}) == [("slice", True)]
+
+
+def test_whatever_grows_with_the_vocabulary_is_its_output() -> None:
+    old = {"tok.weight": (60, 8), "output.weight": (60, 8), "cls.predictions.bias": (60,), "score.weight": (60, 8), "last.weight": (3, 3)}
+    new = {key: (67, *shape[1:]) for key, shape in old.items()} | {"score.weight": (5, 8), "last.weight": (3, 3)}
+    found = resizes(side("a", old), side("t", new), {key: key for key in old if old[key] != new[key]})
+    grown = {offer.key for one in found for offer in one.offers if offer.adapter.startswith("pad") and one.sure}
+    assert grown == {"tok.weight", "output.weight", "cls.predictions.bias"}
+    assert [one.role for one in found if not one.rules] == ["a head of other classes, 60 → 5: stays as the target has it"]
+
+
+def test_what_is_behind_the_target_fills_a_table_up() -> None:
+    for kind, fill in (("file", "init"), ("skeleton", "mean")):
+        assert offered("wte.weight", (100, 4), (105, 4), kind=kind) == [(f'pad(fill="{fill}")', True)]
+
+
+def test_codes_and_counters_are_offered_nothing() -> None:
+    for dtype in ("I64", "I8", "BOOL"):
+        pair = side("a", {"wte.weight": (100, 4)}, dtype=dtype), side("t", {"wte.weight": (105, 4)})
+        assert resizes(*pair, {"wte.weight": "wte.weight"}) == ()
+
+
+def test_equal_offers_are_one_pattern_that_names_no_other_key() -> None:
+    keys = [f"layers.{i}.self_attn.{n}_proj.weight" for i in range(12) for n in "kv"]
+    old = {**dict.fromkeys(keys, (32, 32)), "layers.0.self_attn.q_proj.weight": (32, 32)}
+    new = {**dict.fromkeys(keys, (8, 32)), "layers.0.self_attn.q_proj.weight": (32, 32)}
+    (one,) = resizes(side("a", old), side("t", new), {key: key for key in keys})
+    assert [(rule.pattern, rule.result) for rule in one.rules] == [("layers.*.self_attn.{k_proj,v_proj}.weight", "group_mean(heads=4)")]
