@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.api._gates import OPEN_LAYOUT, open_error
+from ckptsurgeon.api._gates import LAYOUT_CHOICE, OPEN_LAYOUT, open_error
 from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._rules import Ruling, refuse_unused
@@ -84,7 +84,7 @@ def _matched(
         raise refusal
     refuse_unused([name for name in ruling.unused if name not in proposed.numbers_used])
     if proposed.open and target.kind == "skeleton":
-        raise open_error([_finding(one, proposed.open) for one in proposed.open], target.path)
+        raise open_error([row for one in proposed.open for row in _findings(one, proposed.open)], target.path)
     return replace(ruling, rules=proposed.rules, open=proposed.open)
 
 
@@ -106,18 +106,24 @@ def marked(made: Plan, opened: Sequence[Open]) -> Plan:
         for step in made.steps
     )
     dropped = tuple(replace(row, reason=OPEN) if row.source in sources else row for row in made.dropped)
-    return replace(made, steps=steps, dropped=dropped, findings=(*made.findings, *(_finding(one, opened) for one in opened)))
+    return replace(
+        made, steps=steps, dropped=dropped, findings=(*made.findings, *(row for one in opened for row in _findings(one, opened)))
+    )
 
 
-def _finding(one: Open, opened: Sequence[Open]) -> Finding:
-    """What is open, and the ways to settle it as words of a command line."""
+def _findings(one: Open, opened: Sequence[Open]) -> list[Finding]:
+    """What is open, and each way to settle it as words of a command line."""
     from ckptsurgeon.matching.layouts.choices import as_is_options
 
-    ways = [f"{way.words}: {' '.join(map(option_text, way.rules))}" for way in one.ways[1:]]
-    settle = f"{one.ways[0].words}: {as_is_options(one, opened)}"
-    needs = f"; it needs {' and '.join(f'--set {name}=N' for name in one.variables)}" if one.variables else ""
-    message = f"layout open ({one.kind}), {len(one.targets)} tensors such as {one.targets[0]}: {'; or '.join([settle, *ways])}{needs}"
-    return Finding(OPEN_LAYOUT, message, one.targets[0], "warning")
+    needs = f"; needs {' '.join(f'--set {name}=N' for name in one.variables)}" if one.variables else ""
+    ways = [as_is_options(one, opened), *(" ".join(map(option_text, way.rules)) for way in one.ways[1:])]
+    return [
+        Finding(OPEN_LAYOUT, f"layout open ({one.kind}): {len(one.targets)} tensors{needs}", one.targets[0], "warning"),
+        *(
+            Finding(LAYOUT_CHOICE, f"{way.words}: {options}", one.targets[0], "warning")
+            for way, options in zip(one.ways, ways, strict=True)
+        ),
+    ]
 
 
 def report_of(plan: Plan, **more: Any) -> Report:

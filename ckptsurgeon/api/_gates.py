@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from ckptsurgeon.command import Command, at_root
 from ckptsurgeon.errors import CoverageError, PlanError, RuleError, StrictError
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.planning.plan_types import Step, way_to_look
@@ -17,24 +19,32 @@ if TYPE_CHECKING:
     from ckptsurgeon.api._options import RuleOptions
 
 
-OPEN_LAYOUT = "open-layout"  # the code of what a plan leaves open
+OPEN_LAYOUT, LAYOUT_CHOICE = "open-layout", "layout-choice"  # the codes of what a plan leaves open, and of each way to settle it
 
 
 def refuse_open(plan: Plan, path: str | None = None) -> None:
     """Raises PlanError for a plan that leaves a layout open: what is in doubt is not written."""
-    opened = [finding for finding in plan.findings if finding.code == OPEN_LAYOUT]
-    if opened:
-        raise open_error(opened, path or plan.sources[0].path)
+    opened = [finding for finding in plan.findings if finding.code in (OPEN_LAYOUT, LAYOUT_CHOICE)]
+    if not opened:
+        return
+    if path is None:
+        raise open_error(opened, plan.sources[0].path)
+    first = plan.sources[0]
+    again = Command("plan", first.path, plan.target.spec if plan.target else "", path, (*at_root(first.root), ("match",)))
+    raise open_error(opened, path, f"plan again with one of these ways: {shlex.join(again.words)} --overwrite --layout as-is")
 
 
-def open_error(opened: Sequence[Finding], path: str) -> PlanError:
+def open_error(opened: Sequence[Finding], path: str, hint: str | None = None) -> PlanError:
     """The refusal that names what is open with the ways to settle it."""
     return PlanError(
         "shapes can't tell in which order the elements of some tensors lie, and none is chosen",
         path=path,
-        problems=tuple(finding.message for finding in opened),
-        hint="with match=True, choose one of these ways: layout='as-is' takes all as they stand; "
-        "ckptsurgeon match with --forward tries them on your two models",
+        problems=tuple(
+            f"{finding.key}: {finding.message}" if finding.code == OPEN_LAYOUT else f"  {finding.message}" for finding in opened
+        ),
+        hint=hint
+        or "add one of these ways to what is matched (layout='as-is' takes all as they stand), "
+        "or let your models decide: ckptsurgeon match CKPT TARGET --source-model module:Net --forward module:make_inputs",
     )
 
 

@@ -1,7 +1,7 @@
 """Rotary queries and keys: the rows that are rotated together lie side by side (pairs), or half a head apart (halves).
 
 Rule: a query's or key's projection, its bias and the norm of a head go together. Published implementations of one model differ (Meta's
-and torchtune's against Hugging Face's), and no shape shows which it is.
+and torchtune's against Hugging Face's), and no shape shows which it is. Names say that a model rotates: its frequencies, `wq` and `wk`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     part = said(one) & said(other) & {"q", "k"}
     if len(part) != 1 or "cross" in {*concepts(one), *concepts(other)}:
         return ()
-    if not all(side.rotates(key, by_name=sides.by_name) for side, key in ((sides.source, one), (sides.target, other))):
+    if not sides.rotate or sides.source.has_own_positions(one) or sides.target.has_own_positions(other):
         return ()
     shape = sides.target.tensors[other].shape
     of_norm = bool((said(one) | said(other)) & {"norm"})

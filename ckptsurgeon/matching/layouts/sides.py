@@ -111,13 +111,9 @@ class Side:
         """The tensors of a module and of those just below it."""
         return self._by_parent.get(module, ())
 
-    def rotates(self, key: str, *, by_name: bool) -> bool:
-        """Whether the attention of a key may rotate its queries and keys. `by_name`: one of the two sides has a name that says so.
-
-        Without such a name a model of tokens that has no table of positions may. A tower that has a table of its own does not.
-        """
-        near = _nearest(key, self.positions)
-        return (by_name or bool(self.tokens and not self.positions)) and near <= max(_nearest(key, self.rotary), _nearest(key, self.tokens))
+    def has_own_positions(self, key: str) -> bool:
+        """Whether the tower of a key has a table of positions of its own, so that it does not rotate where the model elsewhere does."""
+        return _nearest(key, self.positions) > max(_nearest(key, self.rotary), _nearest(key, self.tokens))
 
 
 def _nearest(key: str, others: tuple[str, ...]) -> int:
@@ -153,6 +149,6 @@ class Sides:
         return 2 * same > min(len(source), len(target)) or bool(find_exchange(source, target))
 
     @cached_property
-    def by_name(self) -> bool:
+    def rotate(self) -> bool:
         """Whether a name on either side says that queries and keys are rotated."""
         return bool(self.source.rotary or self.target.rotary)
