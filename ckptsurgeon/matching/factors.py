@@ -31,6 +31,8 @@ class Form:
         names: their names; the first has the weight's shape where `whole` is 0, else the one of that number.
         dims: the dims that can be meant, by their shapes; none where they are no such factors.
         unfolds: whether the same op makes them of a weight.
+        told: whether the values tell the dim where the shapes do not. In torch's new form they always do, in the old one after some steps
+            of training.
     """
 
     op: str
@@ -38,10 +40,11 @@ class Form:
     whole: int
     dims: Callable[..., tuple[int | None, ...]]
     unfolds: bool = False
+    told: bool = True
 
 
 FORMS = (
-    Form("spectral_norm", ("{}_orig", "{}_u", "{}_v"), 0, spectral_norm.dims_of),
+    Form("spectral_norm", ("{}_orig", "{}_u", "{}_v"), 0, spectral_norm.dims_of, told=False),
     Form("weight_norm", ("{}_g", "{}_v"), 1, weight_norm.dims_of, True),
     Form("weight_norm", ("parametrizations.{}.original0", "parametrizations.{}.original1"), 1, weight_norm.dims_of, True),
     Form(
@@ -136,9 +139,8 @@ def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[s
 
 def _factored(form: Form, parts: Sequence[TensorMeta]) -> Factored:
     dims = form.dims(*(tensor.shape for tensor in parts))
-    told = len(dims) == 1 or form.unfolds  # of several lengths that a g may be, all give the same
-    choices = () if told else tuple(f"{form.op}(dim={dim})" for dim in dims)
-    return Factored(tuple(parts), choices[0] if choices else form.op, form.op if form.unfolds else None, choices)
+    choices = () if len(dims) == 1 or form.told else (form.op, *(f"{form.op}(dim={dim})" for dim in dims))
+    return Factored(tuple(parts), form.op, form.op if form.unfolds else None, choices)
 
 
 def _groups(tensors: Tensors) -> Iterator[tuple[str, tuple[Form, tuple[str, ...]]]]:

@@ -13,7 +13,7 @@ from ckptsurgeon.adapters.op import Initial, Op
 from ckptsurgeon.adapters.table import OwnKernel, adapter_of, run
 from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import CastError, PlanError
+from ckptsurgeon.errors import CastError, PlanError, RuleError
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.copying import BUFFER
@@ -40,6 +40,9 @@ def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: 
         with torch.no_grad():
             for op in step.adapters:
                 tensors = run(op, tensors, initial, own)
+    except RuleError as error:
+        hint = error.hint or f"keep the target's own value there: keep={[step.target]!r}"
+        raise RuleError(error.reason, key=step.target, hint=hint) from error
     except (RuntimeError, MemoryError) as error:  # torch's own words for what it can't do, or has no memory for
         raise PlanError(f"can't be adapted: {str(error).splitlines()[0][:200] if str(error) else 'no memory'}", key=step.target) from error
     if len(tensors) != 1 or tuple(tensors[0].shape) != step.shape or tensors[0].dtype != wanted:

@@ -106,16 +106,53 @@ def test_spectral_norm_is_the_modules_own_weight_bit_for_bit(how, name, dtype):
     layer, wanted = spectral(LAYERS[name], how, dtype)
     factors = [value for key, value in layer.state_dict().items() if "bias" not in key]
     if name == "transposed, square":
-        with pytest.raises(RuleError, match="can't tell by the shapes") as error:
-            apply("spectral_norm", *factors)
-        assert "spectral_norm(dim=1)" in str(error.value.hint)
         with pytest.raises(RuleError, match="the values of u and v are those of dim 1"):
             apply("spectral_norm(dim=0)", *factors)
         assert same(apply("spectral_norm(dim=1)", *factors)[0], wanted)
-        return
     assert same(apply("spectral_norm", *factors)[0], wanted)
     twice = apply("spectral_norm", *factors, *factors)
     assert same(twice[0], wanted) and same(twice[1], wanted)
+
+
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(3, 12), seed=st.integers(0, 999), steps=st.sampled_from([0, 1, 2, 20]), stale=st.booleans())
+def test_values_tell_the_rows_of_a_kernel_or_it_is_refused(make, size, seed, steps, stale):
+    """As many inputs as outputs; the values of a net that was trained, or not yet, or whose last step came after the last iteration."""
+    torch.manual_seed(seed)
+    for how in (nn.utils.spectral_norm, parametrizations.spectral_norm):
+        layer = how(make(size, size, 3))
+        for _ in range(steps):
+            layer(torch.randn(1, size, 5, 5))
+        if stale:
+            for parameter in layer.parameters():
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+        layer.eval()
+        layer(torch.randn(1, size, 5, 5))
+        factors = [value for key, value in layer.state_dict().items() if "bias" not in key]
+        try:
+            made = apply("spectral_norm", *factors)[0]
+        except RuleError as error:
+            assert "dim=1" in str(error.hint)
+        else:
+            assert same(made, layer.weight.detach())
+
+
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+def test_values_tell_the_rows_of_a_kernel_as_soon_as_they_can(make):
+    """From the first in the new form, after some steps of training in the old one."""
+    torch.manual_seed(0)
+    for how, steps in ((parametrizations.spectral_norm, 0), (nn.utils.spectral_norm, 30)):
+        layer = how(make(32, 32, 3))
+        for _ in range(steps):
+            layer(torch.randn(1, 32, 5, 5))
+        layer.eval()
+        layer(torch.randn(1, 32, 5, 5))
+        factors = [value for key, value in layer.state_dict().items() if "bias" not in key]
+        assert same(apply("spectral_norm", *factors)[0], layer.weight.detach())
+    layer = nn.utils.spectral_norm(make(32, 32, 3))
+    with pytest.raises(RuleError, match="can't tell by its values"):
+        apply("spectral_norm", *(value for key, value in layer.state_dict().items() if "bias" not in key))
 
 
 def test_what_is_no_pair_or_triple_is_refused():
@@ -146,8 +183,19 @@ def test_a_zero_that_torch_would_divide_by_is_refused():
         apply("spectral_norm", torch.zeros(3, 4), torch.ones(3), torch.ones(4))
 
 
+def test_what_values_do_not_allow_is_refused_by_name_with_a_way_out(tmp_path):
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 4))
+    net[0].parametrizations.weight.original1.data[1] = 0
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    torch.save(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)).state_dict(), tmp_path / "t.pt")
+    with pytest.raises(RuleError, match="weight_norm divides") as error:
+        cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True)
+    assert error.value.key == "0.weight" and "keep=['0.weight']" in error.value.hint and not (tmp_path / "o.pt").exists()
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True, keep=["0.weight"])
+
+
 def test_fields_are_held():
-    for text in ("weight_norm(dim='0')", "weight_norm(part='w')", "weight_norm(0, 'g', 1)", "spectral_norm(dim=None)"):
+    for text in ("weight_norm(dim='0')", "weight_norm(part='w')", "weight_norm(0, 'g', 1)", "spectral_norm(dim='rows')"):
         with pytest.raises(RuleError):
             parse_ops(text)
 

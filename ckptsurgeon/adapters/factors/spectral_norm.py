@@ -15,7 +15,8 @@ from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, 
 from ckptsurgeon.adapters.shapes import from_front, need, refused
 from ckptsurgeon.errors import RuleError
 
-_IMAGE, _NONE = 0.9, 0.5  # cosines from which on u is what the weight makes of v, and up to which it is nothing of the kind
+_IMAGES, _OTHERS = 0.9, 0.5  # cosines from which on u and v are each other's images, and up to which they are not
+_WAYS = "write spectral_norm(dim=0), or spectral_norm(dim=1) for a transposed convolution"
 
 
 def dims_of(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
@@ -27,7 +28,8 @@ def dims_of(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
     ((0,), (1,), (0, 1), (0,))
     """
     fits = _fitting(original, u, v)
-    return fits[:1] if len(original) == 2 else tuple(dim for dim in fits if dim < 2) or fits
+    one = len(original) == 2 or u == (1,)  # a single row is the whole, by whichever dim
+    return fits[:1] if one else tuple(dim for dim in fits if dim < 2) or fits
 
 
 def _fitting(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
@@ -45,8 +47,10 @@ def _threes(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Sha
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     dim = need(op, "dim")
     for original, u, v in _threes(op, shapes):
-        if dim not in _fitting(original, u, v):
-            words = f"takes a weight, u and v, and {u} and {v} are none of {original} with dim {dim} as its rows"
+        fits = _fitting(original, u, v)
+        if not fits or dim not in (None, *fits):
+            rows = "" if dim is None else f" with dim {dim} as its rows"
+            words = f"takes a weight, u and v, and {u} and {v} are none of {original}{rows}"
             raise refused(op, words, "name them in order: a.weight_orig + a.weight_u + a.weight_v")
     return shapes[::3]
 
@@ -54,33 +58,45 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
 def _fill(op: Op, place: Place) -> Op:
     told = [dims_of(*three) for three in _threes(op, place.shapes)]
     if "dim" in op:
-        return {"op": "spectral_norm", "dim": from_front(op, op["dim"], place.shapes[::3])}
+        return {"op": "spectral_norm", "dim": None if op["dim"] is None else from_front(op, op["dim"], place.shapes[::3])}
     dims = [dim for dim in told[0] if all(dim in row for row in told)]
     if not dims:
         words = f"can't tell its dim: {', '.join(map(str, place.shapes[:3]))} are no weight, u and v"
         raise refused(op, words, "name them in order: a.weight_orig + a.weight_u + a.weight_v")
-    if len(dims) > 1:
-        words = f"can't tell by the shapes which dim of {place.shapes[0]} are its rows"
-        raise refused(op, words, "write spectral_norm(dim=0), or spectral_norm(dim=1) for a transposed convolution")
-    return {"op": "spectral_norm", "dim": dims[0]}
+    return {"op": "spectral_norm", "dim": dims[0] if len(dims) == 1 else None}
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
     return [_weight(op["dim"], *three) for three in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)]
 
 
-def _weight(dim: int, original: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _weight(dim: int | None, original: Tensor, u: Tensor, v: Tensor) -> Tensor:
     import torch
 
-    rivals = [other for other in _fitting(tuple(original.shape), tuple(u.shape), tuple(v.shape)) if other != dim]
-    for other in rivals:
-        if _cosine(original, dim, u, v) < _NONE and _cosine(original, other, u, v) > _IMAGE:
-            words = f"spectral_norm has dim {dim}, and the values of u and v are those of dim {other}"
-            raise RuleError(words, hint=f"write spectral_norm(dim={other})")
+    dim = _rows(dim, original, u, v)
     sigma = torch.dot(u, torch.mv(_matrix(original, dim), v))
     if not sigma:
         raise RuleError("spectral_norm divides by u · (w v), which is zero: u and v are none of this weight")
     return original / sigma
+
+
+def _rows(dim: int | None, original: Tensor, u: Tensor, v: Tensor) -> int:
+    """The dim of the rows: the one that is given, unless the values clearly mean another; without one, the one that they mean.
+
+    RuleError where the values say otherwise, or nothing: before training, old spectral norm has u and v at random.
+    """
+    fits = dims_of(tuple(original.shape), tuple(u.shape), tuple(v.shape))
+    if len(fits) == 1:
+        return fits[0] if dim is None else dim
+    cosines = {one: _cosine(_matrix(original, one), u, v) for one in (*fits, *([] if dim is None else [dim]))}
+    best = max(cosines, key=lambda one: cosines[one])
+    clear = cosines[best] > _IMAGES and all(cosine < _OTHERS for one, cosine in cosines.items() if one != best)
+    if dim is None and not clear:
+        raise RuleError("spectral_norm can't tell by its values which dim of a weight are the rows", hint=_WAYS)
+    if clear and dim not in (None, best):
+        words = f"spectral_norm has dim {dim}, and the values of u and v are those of dim {best}"
+        raise RuleError(words, hint=f"write spectral_norm(dim={best})")
+    return best if dim is None else dim
 
 
 def _matrix(original: Tensor, dim: int) -> Tensor:
@@ -88,17 +104,19 @@ def _matrix(original: Tensor, dim: int) -> Tensor:
     return original.movedim(dim, 0).flatten(1)
 
 
-def _cosine(original: Tensor, dim: int, u: Tensor, v: Tensor) -> float:
-    """How far u is what the weight makes of v: 1 after any step of training's power iteration."""
+def _cosine(matrix: Tensor, u: Tensor, v: Tensor) -> float:
+    """How far u is what the matrix makes of v, and v what its transpose makes of u: near 1 after some steps of the power iteration."""
     import torch
 
-    image = torch.mv(_matrix(original, dim).double(), v.double())
-    return float(torch.dot(u.double(), image) / (u.double().norm() * image.norm()).clamp_min(1e-300))
+    matrix, u, v = matrix.double(), u.double(), v.double()
+    images = (u, torch.mv(matrix, v)), (v, torch.mv(matrix.T, u))
+    return min(float(torch.dot(one, image) / (one.norm() * image.norm()).clamp_min(1e-300)) for one, image in images)
 
 
 ADAPTER = Adapter(
-    words="w = original / (u · (original v)), of a weight, u and v by turns, as torch has it in eval mode; dim `dim` is that of the rows",
-    fields={"dim": signed},
+    words="w = original / (u · (original v)), of a weight, u and v by turns, as torch has it in eval mode; "
+    "the rows are dim `dim`, told by the shapes, else (None) by the values of u and v",
+    fields={"dim": lambda value: value is None or signed(value)},
     infer=_infer,
     fill=_fill,
     kernel=_kernel,

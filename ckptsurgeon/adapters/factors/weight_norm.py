@@ -120,8 +120,7 @@ def _lengths(v: Tensor, dim: int | None) -> Tensor:
     found = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
     if bool((found == 0).any()):
         where = "the whole" if dim is None else f"a slice of dim {dim}"
-        words = f"weight_norm divides by the norm of v, and {where} is all zeros"
-        raise RuleError(words, hint="leave the key out, so that the target's own value stays: drop=[…]")
+        raise RuleError(f"weight_norm divides by the norm of v, and {where} is all zeros")
     return found
 
 
