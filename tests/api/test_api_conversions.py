@@ -295,6 +295,47 @@ def test_a_base_model_and_one_with_a_head_take_each_others_files(tmp_path: Path)
     assert models.unlike(model.model, inner.state_dict()) == []
 
 
+def test_names_of_a_release_before_and_what_it_also_saved(tmp_path: Path) -> None:
+    make = made("bert")
+    truth = make(0).state_dict()
+    old = {
+        f"bert.{key}".replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): truth[key]
+        for key in truth
+    }
+    old["bert.embeddings.position_ids"] = torch.arange(64)[None]
+    save_file({key: value.clone() for key, value in old.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = type(make(1)).from_pretrained(tmp_path, config=make(1).config)
+    assert models.unlike(theirs, truth) == []
+    model = make(1)
+    report = cs.transfer(tmp_path, model, strict=True)
+    assert models.unlike(model, truth) == []
+    assert [key for key, reason in report.dropped if "transformers" in reason] == ["bert.embeddings.position_ids"]
+    assert cs.verify(tmp_path / "model.safetensors", make(2)).ok
+    assert cs.check(tmp_path / "model.safetensors", against=make(2)).ok
+
+
+def test_names_that_are_no_names_of_the_library_cost_nothing(saved: Any) -> None:
+    folder, truth, make = saved("mixtral")
+    values = transformers.modeling_utils.load_state_dict(str(folder / "model.safetensors"))
+    strange = {"layers.\u00b2.mlp.w": torch.zeros(1), "layers." * 200_000 + "w": torch.zeros(1), "layers." + "9" * 6000: torch.zeros(1)}
+    model = make(1)
+    report = cs.transfer({**values, **strange}, model)
+    assert models.unlike(model, truth) == []
+    assert {key for key, _ in report.dropped} == set(strange)
+
+
+def test_code_of_the_library_that_fails_is_told_with_the_way_round_it(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _, make = saved("mixtral")
+
+    def fails(*_: Any) -> Any:
+        raise KeyError("something")
+
+    monkeypatch.setattr(transformers.core_model_loading, "rename_source_key", fails)
+    with pytest.raises(cs.CheckpointError, match="--no-conversions"):
+        cs.transfer(folder, make(1))
+    assert cs.transfer(folder, make(1), conversions=False).transferred
+
+
 def test_nothing_of_transformers_is_imported_for_another_target(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "net.pt")
     code = (

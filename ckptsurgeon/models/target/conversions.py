@@ -18,10 +18,12 @@ from typing import Any
 
 from torch import nn
 
-from ckptsurgeon.errors import RuleError
+from ckptsurgeon.errors import RuleError, TargetError
 from ckptsurgeon.loading import Converted, Made, Naming, Shape
+from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.conversion_ops import Layer, Part, operate
 
+LONGEST = 512  # characters of a name that the library's regular expressions are asked about, whose time may grow with their square
 _KEPT = 4  # answers that are kept: a call asks for the same names again and again
 
 
@@ -66,7 +68,12 @@ class TransformersNaming:
         asked = tuple(shapes.items())
         found = self._answers.get(asked)
         if found is None:
-            found = self._answers[asked] = self._convert(shapes)
+            try:
+                found = self._answers[asked] = user_code.call(self.library, self._convert, shapes)
+            except TargetError as error:
+                error.reason = f"its conversions fail on these names: {error.reason}"
+                error.hint = "take names as they are: --no-conversions"
+                raise
             while len(self._answers) > _KEPT:
                 del self._answers[next(iter(self._answers))]
         return found
@@ -98,6 +105,8 @@ class TransformersNaming:
         the target have no path before them."""
         found: list[dict[str, str]] = [{} for _ in self.models]
         for name in names:
+            if len(name) > LONGEST or not name.isascii():
+                continue  # no name of the library's
             place = next((place for place, model in enumerate(self.models) if name.startswith(model.key(""))), None)
             if place is not None:
                 found[place][name] = name.removeprefix(self.models[place].key(""))
@@ -119,11 +128,12 @@ def find_naming(model: nn.Module, state: Mapping[str, Any]) -> Naming | None:
     for path, module in model.named_modules():
         if isinstance(module, modeling.PreTrainedModel) and not any(not head or path.startswith(f"{head}.") for head in outermost):
             outermost[path] = module
-    models = tuple(_learned(mapping, path, module, state) for path, module in outermost.items())
-    if not models:
-        return None
-    version = getattr(sys.modules.get("transformers"), "__version__", "")
-    return TransformersNaming(f"transformers {version}".rstrip(), models, frozenset(state))
+    library = f"transformers {getattr(sys.modules.get('transformers'), '__version__', '')}".rstrip()
+    try:
+        models = tuple(user_code.call(library, _learned, mapping, path, module, state) for path, module in outermost.items())
+    except TargetError:
+        return None  # another release, whose code answers otherwise
+    return TransformersNaming(library, models, frozenset(state)) if models else None
 
 
 def _learned(mapping: Any, path: str, module: Any, state: Mapping[str, Any]) -> _Model:
