@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ckptsurgeon.hints import close_names
+
 if TYPE_CHECKING:
     from torch import Tensor as Tensor
 else:
@@ -146,6 +148,25 @@ def list_of(check: Check) -> Check:
     return lambda value: type(value) in (list, tuple) and all(map(check, value))
 
 
-def one_of(*names: str) -> Check:
+@dataclass(frozen=True)
+class OneOf:
+    """One of some words; `meant` says which one a slip is."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, value: Any) -> bool:
+        return type(value) is str and value in self.names
+
+    def meant(self, value: Any) -> str:
+        """What to write, as words to end a sentence with.
+
+        >>> one_of("zeros", "init").meant("initial"), one_of("zeros", "init").meant(3)
+        ("; is it 'init'?", "; it is one of 'zeros', 'init'")
+        """
+        close = close_names(value, self.names, 1) if type(value) is str else []
+        return f"; is it {close[0]!r}?" if close else f"; it is one of {', '.join(map(repr, self.names))}"
+
+
+def one_of(*names: str) -> OneOf:
     """One of some words."""
-    return lambda value: type(value) is str and value in names
+    return OneOf(names)

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Shape, Tensor, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.op import Adapter, Check, Initial, OneOf, Op, Shape, Tensor, cannot_follow, list_of, whole
 from ckptsurgeon.adapters.shapes import bounded
 from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import PlanError, RuleError
@@ -137,14 +137,26 @@ def _parse(text: str) -> Op:
         return {"op": name, "arguments": {word: listed(value) for word, value in kwargs.items()}}
     fields = [name for name in adapter.fields if name not in adapter.planned]
     problems = [f"{word} is given twice" for word in fields[: len(args)] if word in kwargs]
-    problems += [f"takes no argument {word!r}" for word in kwargs if word not in fields]
+    problems += [f"takes no argument {word!r}{_close(word, fields)}" for word in kwargs if word not in fields]
     problems += [f"takes {len(fields)} arguments, not {len(args)}"] if len(args) > len(fields) else []
     given = {**dict(zip(fields, args, strict=False)), **kwargs}
-    problems += [f"{word} can't be {value!r:.60}" for word, value in given.items() if word in fields and not adapter.fields[word](value)]
+    problems += [
+        _wrong(word, value, adapter.fields[word]) for word, value in given.items() if word in fields and not adapter.fields[word](value)
+    ]
     if problems:
         hint = f"write {name}({', '.join(f'{word}=...' for word in fields)}): {adapter.words}"
         raise RuleError(f"the adapter {text.strip()!r} {'; '.join(problems)}", hint=hint)
     return {"op": name, **given}
+
+
+def _wrong(word: str, value: Any, check: Check) -> str:
+    """What is said of an argument that an adapter does not take."""
+    return f"{word} can't be {value!r:.60}" + (check.meant(value) if isinstance(check, OneOf) else "")
+
+
+def _close(word: str, fields: Sequence[str]) -> str:
+    close = close_names(word, fields, 1)
+    return f"; is it {close[0]!r}?" if close else ""
 
 
 def _plain(value: Any) -> bool:

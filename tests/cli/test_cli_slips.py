@@ -233,3 +233,52 @@ def test_a_plan_rules_and_a_checkpoint_in_each_others_place(slips, run) -> None:
     assert "is a checkpoint (torch-zip), not rules" in ended.err
     Path("runs/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     assert "a configuration of transformers" in run("diff", "runs/config.json", "zoo:Net").err
+
+
+@pytest.mark.parametrize(
+    ("file", "target", "wrong", "right"),
+    [("params.pt", "zoo:Net", "3x8x8", "1x3x8x8"), ("lm.pt", "zoo:LM", "1x5", "1x5:I64"), ("lm.pt", "zoo:LM", "1x5:F32", None)],
+)
+def test_an_input_without_a_batch_or_of_floats_for_tokens(slips, run, file, target, wrong, right) -> None:
+    ended = run("verify", file, target, "--input", wrong)
+    assert ended.code == 1 and f"the forward pass with {wrong} failed" in ended.out
+    assert (f"it works with {right}:" in ended.out) is (right is not None)
+    if right:
+        assert run("verify", file, target, "--input", right).code == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("1,3,8,8", "1x3x8x8"),
+        ("(1, 3, 8, 8)", "1x3x8x8"),
+        ("[1,3,8,8]", "1x3x8x8"),
+        ("1X3X8X8", "1x3x8x8"),
+        ("1×3×8×8", "1x3x8x8"),
+        ("1*3*8*8", "1x3x8x8"),
+        ("1 3 8 8", "1x3x8x8"),
+        ("1x3x8x8:flaot32", "1x3x8x8:float32"),
+        ("1,3,8,8:float32", "1x3x8x8:F32"),
+    ],
+)
+def test_an_input_with_other_signs(slips, run, wrong, right) -> None:
+    ended = run("verify", "params.pt", "zoo:Net", "--input", wrong)
+    assert tried(ended) == f"is it {right}?" and run("verify", "params.pt", "zoo:Net", "--input", right).code == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("pad(dim=0, fill='initial')", "fill can't be 'initial'; is it 'init'?"),
+        ("pad(dim=0, fill='zero')", "fill can't be 'zero'; is it 'zeros'?"),
+        ("pad(dim=0, fil='init')", "takes no argument 'fil'; is it 'fill'?"),
+        ("rows(index=[0], fill='initial')", "fill can't be 'initial'; is it 'init'?"),
+        ("pad(dim=0, fill=3)", "fill can't be 3; it is one of 'zeros', 'mean', 'init', 'constant'"),
+        ("interpolate(mode='bilinaer')", "mode can't be 'bilinaer'; is it 'bilinear'?"),
+    ],
+)
+def test_an_adapters_word_with_a_slip(slips, run, wrong, said) -> None:
+    ended = run("diff", "params.pt", "zoo:Net", "--adapt", "fc.weight", wrong)
+    assert ended.code == 2 and said in ended.err, ended.err
+    Path("rules.toml").write_text(f'[[adapt]]\nkey = "fc.weight"\nop = "{wrong}"\n')
+    assert said in run("diff", "params.pt", "zoo:Net", "--rules", "rules.toml").err

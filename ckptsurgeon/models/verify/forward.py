@@ -6,6 +6,7 @@ runs, not that its outputs are right.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import DType, named
+from ckptsurgeon.dtypes import DType, all_names, named
 from ckptsurgeon.errors import ModelError, TargetError
+from ckptsurgeon.hints import close_names
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.build import forked
 from ckptsurgeon.report import Finding
 
 _INPUT = re.compile(r"(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>[\w.]+))?")
+_FORM = "write 1x3x32x32 for floats, 1x16:I64 for another dtype"
 _DEEPEST = 16
+
+
+def _other_input(text: str) -> str | None:
+    """The input that was meant by a shape with other signs between its numbers, or by a dtype with a slip."""
+    shape, _, dtype = text.strip().partition(":")
+    sizes = re.fullmatch(r"[(\[]?\s*(\d+(?:\s*[x×X*,; ]\s*\d+)*)\s*,?\s*[)\]]?", shape.strip())
+    if sizes is None:
+        return None
+    meant = "x".join(re.findall(r"\d+", sizes[1]))
+    known = named(dtype) if dtype else None
+    close = close_names(dtype, all_names(), 1) if dtype and known is None else []
+    if dtype and known is None and not close:
+        return f"a dtype such as F32, I64 or int64: {meant}:I64"
+    return f"is it {meant}{f':{known.code if known is not None else close[0]}' if dtype else ''}?"
 
 
 def parse_input(text: str) -> tuple[tuple[int, ...], DType]:
@@ -37,7 +54,7 @@ def parse_input(text: str) -> tuple[tuple[int, ...], DType]:
     match = _INPUT.fullmatch(text)
     dtype = None if match is None else named(match["dtype"] or "F32")
     if match is None or dtype is None:
-        raise ModelError(f"{text!r} is not an input's shape", hint="write 1x3x32x32 for floats, 1x16:I64 for another dtype")
+        raise ModelError(f"{text!r} is not an input's shape", hint=_other_input(text) or _FORM)
     return tuple(int(size) for size in match["shape"].split("x")), dtype
 
 
@@ -58,7 +75,9 @@ def run(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: s
             user_code.call(path, model.eval)
             found: Any = user_code.call(path, model, *arguments)
     except TargetError as error:
-        return {}, [Finding("forward", f"the forward pass with {' '.join(inputs)} failed: {error.reason}")]
+        meant = _input_that_works(model, inputs, device, path)
+        more = f"; it works with {' '.join(meant)}" if meant is not None else ""
+        return {}, [Finding("forward", f"the forward pass with {' '.join(inputs)} failed{more}: {error.reason}")]
     outputs = dict(tensors_of(found))
     findings = [
         Finding("non-finite", f"{place} of the forward pass has values that are not finite, shape {tuple(tensor.shape)}")
@@ -68,6 +87,19 @@ def run(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: s
     if not outputs:
         findings.append(Finding("output", f"the forward pass gives no tensor, but a {type(found).__name__}", level="warning"))
     return {place: tuple(tensor.shape) for place, tensor in outputs.items()}, findings
+
+
+def _input_that_works(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: str) -> tuple[str, ...] | None:
+    """Inputs with which the pass works: those given with a batch dimension of 1 first, or as whole numbers, as tokens are, or both."""
+    shapes = [(text.partition(":")[0], text.partition(":")[2]) for text in inputs]
+    batched = tuple(f"1x{shape}{f':{dtype}' if dtype else ''}" for shape, dtype in shapes)
+    tokens, both = (tuple(f"{first}{shape}:{dtype or 'I64'}" for shape, dtype in shapes) for first in ("", "1x"))
+    for other in dict.fromkeys((batched, tokens, both)):
+        arguments = [_values(*parse_input(text), torch.Generator("cpu").manual_seed(0)).to(device) for text in other]
+        with contextlib.suppress(TargetError), torch.no_grad(), forked(0):
+            user_code.call(path, model, *arguments)
+            return other if other != inputs else None
+    return None
 
 
 def _values(shape: tuple[int, ...], dtype: DType, generator: torch.Generator) -> torch.Tensor:
