@@ -13,7 +13,7 @@ from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect, facts_of, refuse_idle
 from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
-from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
+from ckptsurgeon.api._writing import carry_out, output_format, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames, Words
 from ckptsurgeon.planning import planfile
@@ -225,11 +225,12 @@ def merge(
     """
     options, writing = collect(RuleOptions, locals()), collect(OutputOptions, locals())
     training = collect(TrainingOptions, locals())
-    refuse_output(writing)
+    output_format(writing.output, writing.format)
     ruling = gather(options, note=note)
     seen = _look(sources)
     goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
     found, made = _decide(seen, goal, ruling, options)
+    refuse_output(writing)  # what is wrong with the inputs is told first
     if goal is not None and goal.build is not None and (made.needs_model or verify):
         built = _opening.as_built(goal, made.seed, note)
         if built is not goal:
@@ -298,7 +299,6 @@ def apply(
         note = _opening.unmissable(note)
         target = [made.target.spec] if made.target is not None and _opening.is_code(made.target.spec) else []
         say_code(os.fspath(plan), [*target, *own_code(made.own_adapters, schemes)], note)
-    refuse_output(writing)
     refuse_idle_writing(made, writing)
     found = [_opening.open_source(source.path, root=source.root) for source in made.sources]
     path = None if isinstance(plan, Plan) else os.fspath(plan)
@@ -312,5 +312,6 @@ def apply(
         planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
         if goal is not None:
             check_data(replace(made, sources=()), (), goal.checkpoint)
+    refuse_output(writing)
     _, own = load_own(made.own_adapters, schemes, note)
     return carry_out(made, found, goal, writing, own)

@@ -282,3 +282,21 @@ def test_an_adapters_word_with_a_slip(slips, run, wrong, said) -> None:
     assert ended.code == 2 and said in ended.err, ended.err
     Path("rules.toml").write_text(f'[[adapt]]\nkey = "fc.weight"\nop = "{wrong}"\n')
     assert said in run("diff", "params.pt", "zoo:Net", "--rules", "rules.toml").err
+
+
+def test_what_is_wrong_with_the_inputs_is_told_before_an_output_that_exists(slips, run) -> None:
+    Path("out.pt").write_bytes(b"mine")
+    for words, said in (
+        (["parms.pt", "zoo:Net"], "parms.pt: does not exist"),
+        (["params.pt", "zoo:Nett"], "has no 'Nett'"),
+        (["params.pt", "zoo:Net", "--drop", "no.such"], "matches nothing"),
+        (["params.pt", "zoo:Net", "--rules", "no.toml"], "no.toml: does not exist"),
+        (["params.pt", "zoo:Net"], "out.pt: exists already"),
+    ):
+        ended = run("merge", *words, "-o", "out.pt")
+        assert ended.code == 2 and said in ended.err, ended.err
+    assert run("plan", "params.pt", "zoo:Net", "-o", "plan.json").code == 0
+    assert "out.pt: exists already" in run("apply", "plan.json", "-o", "out.pt").err
+    torch.save({"conv.weight": torch.zeros(1)}, "params.pt")
+    assert "has changed since" in run("apply", "plan.json", "-o", "out.pt").err
+    assert Path("out.pt").read_bytes() == b"mine"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from writing_support import PROGRAM, Call, Ended, calls, content, environment, inside, loaded, one_error, run, setting, state, writing
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import OutputError
+from ckptsurgeon.errors import OutputError, UnreadableError
 
 
 def halves(path: Path) -> dict[str, torch.dtype]:
@@ -229,10 +229,14 @@ def test_where_the_group_can_not_be_kept_ours_does_not_read_for_it(tmp_path: Pat
     assert stat.S_IMODE((folder / "out.pt").stat().st_mode) == 0o604
 
 
-def test_an_existing_output_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_an_existing_output_is_told_after_the_inputs_and_before_any_data_is_read(tmp_path: Path) -> None:
     (tmp_path / "out.pt").write_bytes(b"old")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(UnreadableError, match="does not exist"):
         cs.merge(tmp_path / "missing.pt", None, tmp_path / "out.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(OutputError, match="exists already"):
+        cs.merge(tmp_path / "a.pt", None, tmp_path / "out.pt")
+    assert (tmp_path / "out.pt").read_bytes() == b"old"
 
 
 def only(found: list[Call], pattern: str) -> int:
