@@ -113,7 +113,7 @@ class Side:
 
     def has_own_positions(self, key: str) -> bool:
         """Whether the tower of a key has a table of positions of its own, so that it does not rotate where the model elsewhere does."""
-        return _nearest(key, self.positions) > max(_nearest(key, self.rotary), _nearest(key, self.tokens))
+        return _nearest(key, self.positions) > max(_nearest(key, self.rotary), _nearest(key, self.tokens), 0)
 
 
 def _nearest(key: str, others: tuple[str, ...]) -> int:
@@ -143,10 +143,16 @@ class Sides:
 
     @cached_property
     def one_naming(self) -> bool:
-        """Whether more than half of the smaller side's keys are equal after the prefix, one that is exchanged for another included."""
+        """Whether more than half of the smaller side's keys are equal after the prefix.
+
+        One that is exchanged for another (`actor.` for `critic.`) counts too, not that of a single layer.
+        """
         source, target = self.source.tensors, self.target.tensors
-        same = sum(name in target for name in self.names.values())
-        return 2 * same > min(len(source), len(target)) or bool(find_exchange(source, target))
+        half = min(len(source), len(target)) / 2
+        if sum(name in target for name in self.names.values()) > half:
+            return True
+        exchanges = find_exchange(source, target)
+        return any(len(one.mapping) > half and not _NUMBER.search(one.prefix.stripped + one.prefix.added) for one in exchanges)
 
     @cached_property
     def rotate(self) -> bool:

@@ -1,0 +1,265 @@
+"""Layouts that shapes can't show: which links are doubted, between which layouts, and that what is chosen is what torch makes of it."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from pairs_support import PAIRS, Pair, meta, read_pair
+
+from ckptsurgeon.adapters.chain import Asked, fill_chain
+from ckptsurgeon.adapters.table import parse_ops, run
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.rules.variables import filled
+
+Shapes = dict[str, tuple[int, ...]]
+ORDERS = (True, False)  # a library's order of keys, and the alphabet's
+
+
+def links(source: Shapes, target: Shapes, in_order: bool = True) -> dict[str, Link]:
+    """By target key its link."""
+    sides = [
+        {key: meta(key, shape) for key, shape in (side if in_order else dict(sorted(side.items()))).items()} for side in (source, target)
+    ]
+    return dict(match(*sides).by_target)
+
+
+def made(link: Link, at: int, tensors: dict[str, torch.Tensor], goal: Shapes, **numbers: int) -> dict[str, torch.Tensor]:
+    """What a link's layout makes of tensors, by target key, as a plan has it done."""
+    layout = link.choices[at]
+    ops = parse_ops(filled(layout.op, numbers)) if layout.op else ()
+    given = [tensors[key] for key in layout.sources]
+    found = {}
+    for index, key in enumerate(layout.targets):
+        asked = [Asked(op, index, layout.targets) for op in ops]
+        chain, _ = fill_chain(asked, [tuple(one.shape) for one in given], goal[key], goal)
+        parts = list(given)
+        for op in chain:
+            parts = list(run(op, parts, lambda: torch.empty(0), {}))
+        found[key] = parts[0]
+        assert tuple(parts[0].shape) == goal[key]
+    return found
+
+
+def layers(names: list[str], size: int = 32, head: str = "layers.{}.", more: Shapes | None = None, count: int = 2) -> Shapes:
+    """A weight of each name in each layer."""
+    return {f"{head.format(i)}{name}.weight": (size, size) for i in range(count) for name in names} | (more or {})
+
+
+META = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
+HF = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize(
+    "source",
+    [
+        layers(META, more={"rope.freqs": (4,)}),
+        layers(META),
+        layers(["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj"]),
+        layers(HF, head="model.blocks.{}.", more={"model.blocks.0.rotary_emb.inv_freq": (4,)}),
+    ],
+    ids=["rope.freqs", "wq and wk", "output_proj", "inv_freq"],
+)
+def test_rotary_queries_and_keys_between_implementations(source: Shapes, in_order: bool) -> None:
+    found = links(source, layers([name.replace("self_attn", "mixer") for name in HF]), in_order)
+    doubted = {key for key, link in found.items() if link.doubt}
+    assert doubted == {f"layers.{i}.mixer.{name}_proj.weight" for i in range(2) for name in "qk"}
+    assert all(link.clear and not link.certain for key, link in found.items() if key in doubted)
+    assert all(found[f"layers.0.mixer.{name}_proj.weight"].certain for name in "vo")
+
+
+def test_the_rows_of_rotary_layouts_are_metas_and_transformers() -> None:
+    """As transformers' own conversion of Meta's files permutes them (`convert_llama_weights_to_hf.py:permute`)."""
+    source, goal = layers(META, more={"rope.freqs": (4,)}), layers(HF)
+    link = links(source, goal)["layers.0.self_attn.q_proj.weight"]
+    weight = torch.randn(32, 32)
+    wanted = weight.view(4, 4, 2, 32).transpose(1, 2).reshape(32, 32)  # n_heads = 32 / (2 * len(freqs))
+    key = link.sources[0]
+    assert torch.equal(made(link, 1, {key: weight}, goal)[link.targets[0]], wanted)
+    assert torch.equal(made(link, 2, {key: wanted}, goal)[link.targets[0]], weight)
+    assert link.choices[0].op == ""
+
+
+def test_a_model_that_does_not_rotate_and_a_tower_with_positions_of_its_own_are_in_no_doubt() -> None:
+    plain = links(layers(["attn.q", "attn.k", "attn.v", "attn.o"]), layers(HF))
+    assert not any(link.doubt for link in plain.values())
+    vision = {f"vision.{key}": shape for key, shape in layers(META, 16).items()} | {"vision.positional_embedding": (5, 16)}
+    text = {f"text.{key}": shape for key, shape in layers(META).items()} | {"rope.freqs": (4,)}
+    goal = {f"vision.{key}": shape for key, shape in layers(HF, 16).items()} | {"vision.pos_embed": (5, 16)}
+    goal |= {f"text.{key}": shape for key, shape in layers(HF).items()}
+    found = links({**vision, **text}, goal)
+    assert {key.split(".")[0] for key, link in found.items() if link.doubt} == {"text"}
+    assert not any(
+        link.doubt for key, link in links(layers(["cross_attention.wq"], more={"rope.freqs": (4,)}), layers(["cross_attn.q_proj"])).items()
+    )
+
+
+def test_files_of_one_naming_are_in_no_doubt() -> None:
+    source = layers([*META, "feed_forward.w1"], more={"rope.freqs": (4,)})
+    renamed = {key.replace("attention.wq", "attention.query") if ".0." in key else key: shape for key, shape in source.items()}
+    assert not any(link.doubt for link in links(source, {f"model.{key}": shape for key, shape in renamed.items()}).values())
+
+
+QKV: Shapes = {f"h.{i}.attn.{name}.weight": (rows, 32) for i in range(2) for name, rows in (("query_key_value", 96), ("dense", 32))}
+QKV |= {f"h.{i}.attn.query_key_value.bias": (96,) for i in range(2)}
+SPLIT: Shapes = {f"blocks.{i}.attn.{name}.weight": (32, 32) for i in range(2) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+SPLIT |= {f"blocks.{i}.attn.{name}.bias": (32,) for i in range(2) for name in ("q_proj", "k_proj", "v_proj")}
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_fused_queries_keys_and_values_in_turn_or_by_head(in_order: bool, heads: int) -> None:
+    """By head as GPT-NeoX has it: `qkv.view(heads, 3 * size).chunk(3, -1)`."""
+    there, back = links(QKV, SPLIT, in_order), links(SPLIT, QKV, in_order)
+    for part in ("weight", "bias"):
+        whole = torch.randn(QKV[f"h.1.attn.query_key_value.{part}"])
+        keys = [f"blocks.1.attn.{name}_proj.{part}" for name in "qkv"]
+        by_head = dict(
+            zip(keys, (one.reshape(32, *whole.shape[1:]) for one in whole.view(heads, 3, -1, *whole.shape[1:]).unbind(1)), strict=True)
+        )
+        cut, joined = there[keys[0]], back[f"h.1.attn.query_key_value.{part}"]
+        assert cut.doubt == joined.doubt == "layout" and cut.clear and joined.clear
+        for at, wanted in ((0, dict(zip(keys, whole.chunk(3), strict=True))), (1, by_head)):
+            got = made(cut, at, {cut.sources[0]: whole}, SPLIT, heads=heads)
+            assert all(torch.equal(got[key], wanted[key]) for key in keys)
+            assert torch.equal(made(joined, at, wanted, QKV, heads=heads)[joined.targets[0]], whole)
+
+
+def test_groups_of_heads_that_share_a_key() -> None:
+    """As lit-gpt laid them before 0.5: `qkv.view(groups, per_group + 2, size, width)`, q…q k v."""
+    source = {"h.0.attn.attn.weight": (64, 16), "h.0.attn.proj.weight": (16, 32), "h.0.rope.freqs": (4,)}
+    goal = {
+        "l.0.a.q_proj.weight": (32, 16),
+        "l.0.a.k_proj.weight": (16, 16),
+        "l.0.a.v_proj.weight": (16, 16),
+        "l.0.a.o_proj.weight": (16, 32),
+    }
+    link = links(source, goal)["l.0.a.q_proj.weight"]
+    whole = torch.randn(64, 16)
+    groups = whole.view(2, 4, 8, 16)
+    wanted = {key: part.reshape(goal[key]) for key, part in zip(link.targets, (groups[:, :2], groups[:, 2], groups[:, 3]), strict=True)}
+    got = made(link, 1, {link.sources[0]: whole}, goal, kv_heads=2)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    back = links(goal, source)["h.0.attn.attn.weight"]
+    assert torch.equal(made(back, 1, wanted, source, kv_heads=2)["h.0.attn.attn.weight"], whole)
+
+
+def test_two_fused_matrices_of_different_names() -> None:
+    source, goal = (
+        QKV,
+        {key.replace("h.", "layers.").replace("query_key_value", "qkv").replace("dense", "proj"): shape for key, shape in QKV.items()},
+    )
+    link = links(source, goal)["layers.0.attn.qkv.weight"]
+    by_head = torch.randn(96, 32)
+    in_turn = by_head.view(4, 3, 8, 32).transpose(0, 1).reshape(96, 32)
+    assert torch.equal(made(link, 1, {link.sources[0]: by_head}, goal, heads=4)[link.targets[0]], in_turn)
+    assert torch.equal(made(link, 2, {link.sources[0]: in_turn}, goal, heads=4)[link.targets[0]], by_head)
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision_vit__timm_vit", "timm_vit__hf_vit", "segment_anything__hf_sam", "lucidrains_vit__timm_vit_nobias"]
+)
+def test_plain_vision_transformers_lie_in_turn(name: str) -> None:
+    path = PAIRS / f"{name}.json"
+    if path.exists():
+        pair = read_pair(path)
+        assert not any(link.doubt for link in match(pair.source, pair.target).links)
+
+
+def test_torchs_own_in_proj_lies_in_turn() -> None:
+    with torch.device("meta"):
+        net = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 2)
+    source = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    parts = {
+        f"block.{i}.{name}.{part}": ((8, 8) if part == "weight" else (8,))
+        for i in range(2)
+        for name in ("query", "key", "value")
+        for part in ("weight", "bias")
+    }
+    found = links(source, parts)
+    assert found["block.0.query.weight"].op == "chunk(dim=0)" and not any(link.doubt for link in found.values())
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+def test_gate_and_up_in_one_matrix(in_order: bool) -> None:
+    fused = {f"h.{i}.mlp.gate_up_proj.weight": (24, 8) for i in range(2)} | {f"h.{i}.mlp.down_proj.weight": (8, 12) for i in range(2)}
+    split = {f"m.{i}.ff.{name}.weight": (12, 8) for i in range(2) for name in ("gate", "up")} | {
+        f"m.{i}.ff.down.weight": (8, 12) for i in range(2)
+    }
+    whole = torch.randn(24, 8)
+    first, second, keys = whole[:12], whole[12:], ("m.0.ff.gate.weight", "m.0.ff.up.weight")
+    ways = [(first, second), (second, first), (whole[::2], whole[1::2])]
+    cut, joined = links(fused, split, in_order)[keys[0]], links(split, fused, in_order)["h.0.mlp.gate_up_proj.weight"]
+    assert cut.doubt == joined.doubt == "layout"
+    for at, parts in enumerate(ways):
+        wanted = dict(zip(keys, parts, strict=True))
+        got = made(cut, at, {"h.0.mlp.gate_up_proj.weight": whole}, split)
+        assert all(torch.equal(got[key], wanted[key]) for key in keys)
+        assert torch.equal(made(joined, at, wanted, fused)["h.0.mlp.gate_up_proj.weight"], whole)
+
+
+def test_stacked_experts_with_their_gate_and_up_in_one() -> None:
+    source = {f"moe.experts.{e}.{name}.weight": (6, 4) for e, name in product(range(3), ("w1", "w3"))}
+    source |= {f"moe.experts.{e}.w2.weight": (4, 6) for e in range(3)}
+    found = links(source, {"mlp.experts.gate_up_proj": (3, 12, 4), "mlp.experts.down_proj": (3, 4, 6)})
+    link = found["mlp.experts.gate_up_proj"]
+    assert link.doubt == "layout" and found["mlp.experts.down_proj"].certain
+    tensors = {key: torch.randn(6, 4) for key in link.sources}
+    one = [
+        torch.stack([torch.cat([tensors[f"moe.experts.{e}.{name}.weight"] for name in names]) for e in range(3)])
+        for names in (("w1", "w3"), ("w3", "w1"))
+    ]
+    mixed = torch.stack(
+        [torch.stack([tensors[f"moe.experts.{e}.{name}.weight"] for name in ("w1", "w3")], 1).reshape(12, 4) for e in range(3)]
+    )
+    for at, wanted in enumerate((*one, mixed)):
+        assert torch.equal(made(link, at, tensors, {"mlp.experts.gate_up_proj": (3, 12, 4)})["mlp.experts.gate_up_proj"], wanted)
+
+
+def test_halves_of_a_modulation() -> None:
+    body = {f"blocks.{i}.mlp.fc1.weight": (32, 8) for i in range(3)} | {f"blocks.{i}.attn.proj.weight": (8, 8) for i in range(3)}
+    source = body | {"final_layer.adaLN_modulation.1.weight": (16, 8), "final_layer.adaLN_modulation.1.bias": (16,)}
+    source |= {f"blocks.{i}.adaLN_modulation.1.weight": (48, 8) for i in range(3)}
+    goal = {key.replace("blocks", "transformer_blocks").replace("fc1", "ff"): shape for key, shape in body.items()}
+    goal |= {"norm_out.linear.weight": (16, 8), "norm_out.linear.bias": (16,)} | {
+        f"transformer_blocks.{i}.norm1.linear.weight": (48, 8) for i in range(3)
+    }
+    found = links(source, goal)
+    doubted = {key for key, link in found.items() if link.doubt}
+    assert doubted == {"norm_out.linear.weight", "norm_out.linear.bias"}
+    weight = torch.randn(16, 8)
+    link = found["norm_out.linear.weight"]
+    got = made(link, 1, {link.sources[0]: weight}, goal)["norm_out.linear.weight"]
+    assert torch.equal(got, torch.cat(weight.chunk(2)[::-1]))  # as diffusers' own converter: swap_scale_shift
+
+
+def test_channels_of_patch_merging() -> None:
+    """Against mmdetection's own `correct_unfold_reduction_order` and its norm's (mmdet/models/backbones/swin.py)."""
+    source = {"stages.0.norm.weight": (8,), "stages.0.downsample.reduction.weight": (16, 32), "stages.0.downsample.norm.weight": (32,)}
+    goal = {"layers.0.ln.weight": (8,), "layers.0.merging.reduction.weight": (16, 32), "layers.0.merging.norm.weight": (32,)}
+    found = links(source, goal)
+    assert {key for key, link in found.items() if link.doubt} == {"layers.0.merging.reduction.weight", "layers.0.merging.norm.weight"}
+    x, norm = torch.randn(16, 32), torch.randn(32)
+    unfolded = x.reshape(16, 4, 8)[:, [0, 2, 1, 3], :].transpose(1, 2).reshape(16, 32)
+    link = found["layers.0.merging.reduction.weight"]
+    assert torch.equal(made(link, 2, {link.sources[0]: x}, goal)[link.targets[0]], unfolded)
+    assert torch.equal(made(link, 3, {link.sources[0]: unfolded}, goal)[link.targets[0]], x)
+    assert torch.equal(made(link, 1, {link.sources[0]: x}, goal)[link.targets[0]], x.reshape(16, 4, 8)[:, [0, 2, 1, 3]].reshape(16, 32))
+    link = found["layers.0.merging.norm.weight"]
+    assert torch.equal(made(link, 2, {link.sources[0]: norm}, goal)[link.targets[0]], norm.reshape(4, 8)[[0, 2, 1, 3]].t().reshape(32))
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("path", sorted(PAIRS.glob("*.json")), ids=lambda path: path.stem)
+def test_published_pairs_are_never_sure_of_a_wrong_layout(path: object, in_order: bool) -> None:
+    pair: Pair = read_pair(path)  # type: ignore[arg-type]
+    sides = [dict(side.items() if in_order else sorted(side.items())) for side in (pair.source, pair.target)]
+    for key, link in match(*sides).by_target.items():
+        truth = pair.truth.get(key)
+        if truth is not None and truth.op.startswith("permute_rows"):
+            assert not link.certain
+        if link.doubt and truth is not None:
+            assert link.sources == truth.sources
