@@ -61,21 +61,15 @@ def match(
 
 def _named_back(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, str]) -> list[Link]:
     """Links of tensors under other names, under their own."""
-    back = [{name: key for key, name in names.items()} for names in (here, there)]
-    if all(key == name for some in back for name, key in some.items()):
+    return _named(links, *({name: key for key, name in names.items()} for names in (here, there)))
+
+
+def _named(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, str]) -> list[Link]:
+    """Links of tensors under the names that both maps give them."""
+    if all(key == name for names in (here, there) for key, name in names.items()):
         return list(links)
-
-    def keys(names: Sequence[str], side: int) -> tuple[str, ...]:
-        return tuple(back[side][key] for key in names)
-
     return [
-        replace(
-            link,
-            sources=keys(link.sources, 0),
-            targets=keys(link.targets, 1),
-            choices=tuple(replace(one, sources=keys(one.sources, 0), targets=keys(one.targets, 1)) for one in link.choices),
-        )
-        for link in links
+        replace(link, sources=tuple(here[key] for key in link.sources), targets=tuple(there[key] for key in link.targets)) for link in links
     ]
 
 
@@ -91,8 +85,15 @@ def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]
         return doubted(replace(facts, links=links))
 
     links, same = settled(links, same, bare, given, wanted, lambda one, other: _look(one, other, rest=True)[0], judge)
-    links = towered(_tied(links, ties), given, wanted, same)
+    links = _towered(_tied(links, ties), given, wanted, same)
     return result(doubted(replace(facts, links=links, same=same)), source, target, trust)
+
+
+def _towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
+    """The links, those of twin towers doubted; the segments of wrappers are looked past."""
+    here, there = unwrapped(source), unwrapped(target)
+    named = {here[key]: there[name] for key, name in same.items()}
+    return _named_back(towered(_named(links, here, there), renamed(source, here), renamed(target, there), named), here, there)
 
 
 def _names(source: Tensors, target: Tensors) -> tuple[Mapping[str, str], Mapping[str, str]]:

@@ -1,7 +1,8 @@
 """Which links are in doubt about the order of their elements: one kind of layout after another is asked, in one table.
 
-Rule: between two files of one naming there is no doubt, nor for a key that has the same name on both sides; there the same implementation
-speaks. A doubt takes nothing from a link's keys, and adds none.
+Rule: between two files of one naming there is no doubt about a whole tensor, nor for a key that has the same name on both sides; there the
+same implementation speaks. What is cut or joined lies otherwise in one of them, whatever they are called (OPT's `qkv_proj` is k, v, q).
+A doubt takes nothing from a link's keys, and adds none.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def with_doubts(links: Iterable[Link], source: Tensors, target: Tensors) -> list
 def _with_doubt(link: Link, sides: Sides) -> Link:
     stays = len(link.sources) == len(link.targets) == 1 and sides.names.get(link.sources[0]) == link.targets[0]
     found = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
-    if not found or sides.one_naming:
+    whole = len(link.sources) == len(link.targets) == 1
+    if not found or (whole and sides.one_naming):
         return link
     return replace(link, doubt=LAYOUT, choices=tuple(found))
