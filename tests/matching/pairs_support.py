@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Truth:
 
     sources: tuple[str, ...]
     op: str
+    twins: bool = False  # another source is just as good: uncertain is as right as can be
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,13 @@ class Score:
 def read_pair(path: Path) -> Pair:
     """The pair of a file."""
     value = json.loads(path.read_text())
-    truth = {row["target"]: Truth(tuple(row["sources"]), row["op"]) for row in value["truth"]}
+    truth = {row["target"]: Truth(tuple(row["sources"]), row["op"], row.get("twins", False)) for row in value["truth"]}
     return Pair(path.stem, side(value["source"]), side(value["target"]), truth)
+
+
+def sorted_keys(pair: Pair) -> Pair:
+    """The same pair with both sides' keys in the alphabet's order, as safetensors files have them."""
+    return replace(pair, source=dict(sorted(pair.source.items())), target=dict(sorted(pair.target.items())))
 
 
 def side(rows: Iterable[tuple[str, list[int], str]]) -> dict[str, TensorMeta]:
@@ -88,6 +94,9 @@ def score(found: Matching, pair: Pair) -> Score:
             counts["doubted"] += 1
             continue
         good = link.sources == told.sources and _same_op(link, told.op, key, pair)
+        if told.twins and good and not link.certain:
+            counts["right"] += 1
+            continue
         counts[("right" if good else "wrong") if link.certain else "uncertain"] += 1
         counts["uncertain_right"] += good and not link.certain
     counts["wrong"] += sum(link.certain for key, link in found.by_target.items() if key not in pair.truth)

@@ -152,7 +152,7 @@ class Proposal(Matching, Result):
         )
 
 
-def _share(done: Collection[str], side: Mapping[str, TensorMeta]) -> float:
+def share_of(done: Collection[str], side: Mapping[str, TensorMeta]) -> float:
     """The least share of a side's tensors, elements and matrices that these keys have.
 
     A few large tensors that fit by chance are no mapping, nor are many small ones, and norms of one width are in all models.
@@ -318,10 +318,10 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
     used = Coverage.of({key: source[key] for key in source if key in taken}, source)
     maybe_taken = taken | {key for link in doubtful for key in link.sources}
     explained = max(
-        _share(reached | {key for link in sure for key in link.targets}, target),
-        _share(taken | {key for link in sure for key in link.sources}, source),
+        share_of(reached | {key for link in sure for key in link.targets}, target),
+        share_of(taken | {key for link in sure for key in link.sources}, source),
     )
-    possible = max(_share(maybe, target), _share(maybe_taken, source))
+    possible = max(share_of(maybe, target), share_of(maybe_taken, source))
     prefix = task.prefix
     bare = {key: prefix.bare(key) if prefix.of_wrappers else key for key in source}
     known = Known([bare[key] for key in source if key not in task.touched])
