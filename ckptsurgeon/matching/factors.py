@@ -65,13 +65,13 @@ class Factored:
         parts: these, in the order in which ops take them.
         op: what makes the weight of them; empty where its key has another name alone.
         unfold: what makes them of a weight; None where nothing does.
-        choices: the ops between which the shapes do not decide; empty where they do.
+        choices: the ops between which the shapes do not decide, each with what it means; empty where they do.
     """
 
     parts: tuple[TensorMeta, ...]
     op: str = ""
     unfold: str | None = ""
-    choices: tuple[str, ...] = ()
+    choices: tuple[tuple[str, str], ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -139,7 +139,12 @@ def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[s
 
 def _factored(form: Form, parts: Sequence[TensorMeta]) -> Factored:
     dims = form.dims(*(tensor.shape for tensor in parts))
-    choices = () if len(dims) == 1 or form.told else (form.op, *(f"{form.op}(dim={dim})" for dim in dims))
+    told = len(dims) == 1 or form.told
+    ways = (
+        (form.op, "as the values tell, refused where they do not"),
+        *((f"{form.op}(dim={dim})", f"rows along dim {dim}") for dim in dims),
+    )
+    choices = () if told else ways
     return Factored(tuple(parts), form.op, form.op if form.unfolds else None, choices)
 
 
@@ -229,7 +234,7 @@ def _written(link: Link, source: Mapping[str, Factored], target: Mapping[str, Fa
     made = replace(link, sources=sources, targets=targets, op=_chain(fold, link.op, unfold or ""), choices=layouts)
     choices = next((one.choices for one in ones if one is not None and one.choices), ())
     if choices:
-        dims = tuple(Layout("dim of the norm", f"by {choice}", sources, targets, _chain(choice, link.op)) for choice in choices)
+        dims = tuple(Layout("dim of the norm", words, sources, targets, _chain(choice, link.op)) for choice, words in choices)
         made = replace(made, doubt=LAYOUT, choices=dims)
     yield made
 
