@@ -14,7 +14,8 @@ from ckptsurgeon.api._gates import LAYOUT_CHOICE, OPEN_LAYOUT, open_error
 from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.api._own_loading import learned
 from ckptsurgeon.api._rules import Ruling, refuse_unused
-from ckptsurgeon.errors import PlanError
+from ckptsurgeon.errors import CastError, PlanError
+from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.plan import Plan, make_plan
 from ckptsurgeon.report import Finding, Report
 from ckptsurgeon.rules.rules import option_text
@@ -66,6 +67,7 @@ def _matched(
         raise PlanError(
             "matching is between one source and a target", hint="match one at a time: ckptsurgeon match CKPT TARGET -o rules.toml"
         )
+    from ckptsurgeon.matching.factors import DEQUANTIZE
     from ckptsurgeon.matching.proposals.propose import LEAST, propose
 
     proposed = propose(
@@ -82,6 +84,14 @@ def _matched(
     refusal = proposed.refusal(LEAST)
     if refusal is not None:
         raise refusal
+    codes = [link for link in proposed.links if DEQUANTIZE in link.evidence and link not in proposed.applied]
+    if codes:
+        raise CastError(
+            f"would get the numbers of {codes[0].sources[0]}, which are codes and no values",
+            key=codes[0].targets[0],
+            problems=shortened(f"{link.sources[0]} -> {link.targets[0]}" for link in codes[1:]),
+            hint=f"make values of them: dequantize=True; or keep the target's own: keep={[codes[0].targets[0]]!r}",
+        )
     refuse_unused([name for name in ruling.unused if name not in proposed.numbers_used])
     if proposed.open and target.kind == "skeleton":
         raise open_error([row for one in proposed.open for row in _findings(one, proposed.open)], target.path)

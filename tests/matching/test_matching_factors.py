@@ -376,6 +376,19 @@ def test_codes_are_no_weight_unless_values_are_made_of_them(tmp_path: Path, scal
         torch.testing.assert_close(got[f"h.{at}.q_proj.weight"], wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_codes_are_refused_though_most_matches_without_them(tmp_path: Path) -> None:
+    """A merge by names alone refuses them, and so does one that is matched."""
+    state = quantised("weight_scale_inv", torch.float8_e4m3fn) | {f"layers.{at}.k.weight": torch.randn(16, 8) for at in range(4)}
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({key: torch.zeros(value.shape) for key, value in state.items() if "scale" not in key}, tmp_path / "t.pt")
+    for match_ in (False, True):
+        with pytest.raises(CheckpointError) as error:
+            cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=match_)
+        assert "--dequantize" in str(error.value.hint)
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True, keep=["**.q.weight"])
+    cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", tmp_path / "o.pt", match=True, dequantize=True, overwrite=True)
+
+
 def test_codes_go_to_codes_as_they_are(tmp_path: Path) -> None:
     state = quantised("weight_scale_inv", torch.float8_e4m3fn)
     torch.save(state, tmp_path / "a.pt")
