@@ -190,7 +190,7 @@ def name_sources(
     lost = () if known is None else rule_problems.rules_without_effect(active, items, known)
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
     problems += lost
-    crossed = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes)
+    crossed = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes, target is None or target.kind == "file")
     problems += crossed
     if problems:
         first = sources[0]

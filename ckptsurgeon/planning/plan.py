@@ -22,7 +22,7 @@ from ckptsurgeon.planning.init_rules import InitRule, check_copies, find_init_ru
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
 from ckptsurgeon.planning.own_loading.versions import find_versions
-from ckptsurgeon.planning.plan_findings import findings, little, refuse_unsafe, untried
+from ckptsurgeon.planning.plan_findings import findings, little, refuse_unsafe, replaced, untried
 from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
@@ -114,6 +114,7 @@ def make_plan(
         allow_cast=allowed,
         findings=(
             *little(coverage, sources, look),
+            *replaced(sources, target, steps),
             *findings(sources, target, names, steps),
             *versions.notes,
             *casts(computed, target),

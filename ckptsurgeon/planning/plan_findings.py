@@ -56,6 +56,16 @@ def little(coverage: Coverage, sources: Sequence[Checkpoint], look: str) -> list
     return [Finding("little", f"only {share} of the target's elements come from {whose}; see what is in the way: {look}", None, "warning")]
 
 
+def replaced(sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step]) -> list[Finding]:
+    """A note where a file is the target and every tensor of it is another file's by name: perhaps the mean of both was meant."""
+    if target is None or target.kind != "file" or len(sources) != 1 or len(sources[0]) != len(target):
+        return []
+    if any(step.action != "copy" or step.changes for step in steps):
+        return []
+    words = f"nothing of {target.path} is in the result: all of its tensors are {sources[0].path}'s (--average takes the mean of both)"
+    return [Finding("replaced", words, None, "note")]
+
+
 def untried(taken: Mapping[int, Taken]) -> list[Finding]:
     """Warnings for loading code that failed when it was tried on the names of a source."""
     return [

@@ -79,8 +79,12 @@ def two_sources_on_one_name(
     kept: Sequence[CompiledRule],
     sources: Sequence[Checkpoint],
     prefixes: Sequence[Prefix],
+    files: bool = False,
 ) -> dict[str, str]:
-    """Two sources on one name of the target (without a target: on any) that no rule keeps, and what to do: a rule that drops the second."""
+    """Two sources on one name of the target (without a target: on any) that no rule keeps, and what to do: a rule that drops the second.
+
+    `files`: whether the target is a file too, so that the mean of all of them may have been meant.
+    """
     first: dict[str, Item] = {}
     problems = {}
 
@@ -108,17 +112,18 @@ def two_sources_on_one_name(
         number = pairs[0][1].places[0][0]
         told = bare(number, [item for _, item in pairs])
         prefix, path = (f"{number}:", sources[number].path) if len(sources) > 1 else ("", None)
-        hint = _way_out(told, bare(number, items) - told, prefix, path)
+        hint = _way_out(told, bare(number, items) - told, prefix, path, files)
         for earlier, item in pairs[:1] if many else pairs:
             more = f", and on {len(pairs) - 1} more names" if many else ""
             problems[f"two sources land on {item.name!r}: {words(earlier)} and {words(item)}{more}"] = hint
     return problems
 
 
-def _way_out(names: set[str], others: set[str], number: str, path: str | None) -> str:
+def _way_out(names: set[str], others: set[str], number: str, path: str | None, files: bool) -> str:
     """A hint how to leave out these names of a source: by rules, or, where a file has no other names, without that file."""
     if not others and path is not None:
-        return f"give one of the two files only: {path} has nothing else"
+        mean = "for the mean of all of them: average=True; or " if files else ""
+        return f"{mean}give one of the two files only: {path} has nothing else"
     from ckptsurgeon.rules.drafting.cover import dropping
 
     return f"drop one of the two: {shlex.join(as_words(rule_options(dropping(names, others, number)[:SHOWN])))}"

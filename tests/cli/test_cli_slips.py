@@ -300,3 +300,18 @@ def test_what_is_wrong_with_the_inputs_is_told_before_an_output_that_exists(slip
     torch.save({"conv.weight": torch.zeros(1)}, "params.pt")
     assert "has changed since" in run("apply", "plan.json", "-o", "out.pt").err
     assert Path("out.pt").read_bytes() == b"mine"
+
+
+def test_several_checkpoints_without_average(slips, run) -> None:
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in torch.load("params.pt").items()}
+    for name in ("b.pt", "c.pt"):
+        torch.save(other, name)
+    hint = tried(run("merge", "params.pt", "b.pt", "c.pt", "-o", "soup.pt"))
+    assert hint.startswith("for the mean of all of them: --average; or give one of the two files only")
+    assert run("merge", "params.pt", "b.pt", "c.pt", "-o", "soup.pt", "--average").code == 0
+    assert "--average" not in tried(run("merge", "params.pt", "b.pt", "zoo:Net", "-o", "x.pt"))
+    ended = run("merge", "params.pt", "b.pt", "-o", "x.pt")
+    assert ended.code == 0 and "nothing of b.pt is in the result" in ended.out and "--average" in ended.out
+    assert "nothing of" not in run("merge", "params.pt", "zoo:Net", "-o", "y.pt").out
+    torch.save({**other, "more": torch.ones(1)}, "d.pt")
+    assert "nothing of" not in run("merge", "params.pt", "d.pt", "-o", "z.pt").out
