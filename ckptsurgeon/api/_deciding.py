@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ckptsurgeon.matching.layouts.choices import Open
 
 OPEN = "open: layout"  # why a key of a layout in doubt takes nothing
+MATCHED = "matched"  # the code of what is said of a proof after matching
+NOT_THE_MAPPING = "keys were matched: this proves the file, not the mapping, which a run of both models does (match --forward)"
 
 
 def decide(
@@ -56,6 +58,8 @@ def decide(
         dequantize=options.dequantize,
         outside=ruling.outside,
     )
+    if options.match:
+        made = replace(made, findings=(*made.findings, Finding(MATCHED, NOT_THE_MAPPING, level="note")))
     return ruling, marked(made, ruling.open)
 
 
