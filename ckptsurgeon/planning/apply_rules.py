@@ -20,7 +20,8 @@ from ckptsurgeon.planning.own_loading import conversions
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
-from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
+from ckptsurgeon.rules.first_match import FirstMatch
+from ckptsurgeon.rules.rules import CompiledRule, Outside, Rule, compile_rules
 from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
@@ -74,22 +75,19 @@ class _Stage:
     names_of_dropped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._forms = [
-            (index, which, number, pattern, pattern.test)
-            for index, rule in enumerate(self.rules)
-            for which, (number, pattern) in enumerate(rule.patterns)
-        ]
+        self._first = FirstMatch(self.rules)
 
     def run(self, items: Sequence[Item]) -> list[Item]:
-        for *_, pattern, _test in self._forms:
-            pattern.learn(name for item in items for name in item.readings)
+        for rule in self.rules:
+            rule.learn(name for item in items for name in item.readings)
         out: list[Item | linking.Group] = []
         groups: dict[object, linking.Group] = {}
         for item in items:
-            index, match = self._first(item)
-            if match is None:
+            taken = next((one for name in item.readings if (one := self._first.find(name, item.source)) is not None), None)
+            if taken is None:
                 out.append(item)
                 continue
+            index, match = taken
             compiled = self.rules[index]
             given = self.given.setdefault(index, [])
             try:
@@ -126,14 +124,6 @@ class _Stage:
             return []
         self.given[group.index] += [item.name for item in found]
         return found
-
-    def _first(self, item: Item) -> tuple[int, Match | None]:
-        source = item.source
-        for name in item.readings:
-            for index, which, number, pattern, matches in self._forms:
-                if (number is None or number == source) and matches(name):
-                    return index, Match(which, pattern.match(name) or {})
-        return -1, None
 
 
 def name_sources(
@@ -226,18 +216,21 @@ def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequenc
     if not rules or (applied and applied.of_wrappers and not found.rivals):
         return found
     bare = {key: key if (name := unwrap(key, WRAPPERS)) in source else name for key in source}
+    seen = {*bare, *bare.values()}
     for rule in rules:
-        rule.learn({*bare, *bare.values()})
+        rule.learn(seen)
     unnamed: dict[str, TensorMeta] = {}
+    first = FirstMatch(rules)
     given: set[str] = set()  # what rules give, no prefix need explain
     for key, name in bare.items():
-        match = next(((rule, match) for rule in rules if (match := rule.match(name, number) or rule.match(key, number))), None)
-        if match is None:
+        both = [found for found in (first.find(name, number), None if key == name else first.find(key, number)) if found is not None]
+        if not both:
             unnamed[key] = source[key]
             continue
-        if match[0].counted is None:
+        place, match = min(both, key=lambda found: found[0])
+        if rules[place].counted is None:
             with suppress(RuleError):  # told where the rule is followed
-                given.update(expand(result, dict(match[1].parts)) for result in match[0].results)
+                given.update(expand(result, dict(match.parts)) for result in rules[place].results)
     if len(unnamed) == len(source):
         return found
     return replace(find_change(unnamed, {key: tensor for key, tensor in measure.items() if key not in given}), among=unnamed)

@@ -62,10 +62,13 @@ def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], k
                 arrived.add(step)
             elif item.begins:  # the target counts from another number, and each part would go one place too far
                 lost.setdefault(step[0], item.name)
+    told: dict[Rule, list[tuple[int, str]]] = {}
+    for (rule, which), name in first_name.items():
+        told.setdefault(rule, []).append((which, name))
     for asked in rules:
-        missing = [name for (rule, which), name in first_name.items() if rule == asked.rule and (rule, which) not in arrived]
-        told = [which for (rule, which) in first_name if rule == asked.rule]
-        if missing and len(missing) == len(told):
+        named = told.get(asked.rule, [])
+        missing = [name for which, name in named if (asked.rule, which) not in arrived]
+        if missing and len(missing) == len(named):
             yield f"{asked.rule} gives {missing[0]!r}, and none of its results is in the target{close_words(missing[0], sorted(known))}"
         elif missing or asked.rule in lost:
             name = missing[0] if missing else lost[asked.rule]

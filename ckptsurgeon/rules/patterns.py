@@ -29,6 +29,7 @@ _TOKEN = re.compile(
 )
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _MARKS = re.compile(r"[\\*{}+]|-(?=>)")  # what means something in a pattern or between two of them, wherever it stands
+_ORDINARY = re.compile(r"[A-Za-z0-9_.]+")
 _SOURCE = re.compile(r"[0-9]{1,4}(?=:.)", re.DOTALL)  # `0:` before a pattern names its only source
 MOST_CHOICES = 10_000  # words and numbers of a pattern
 MOST_DEEP, MOST_IN_SEGMENT = 4, 4  # open parts of a pattern
@@ -63,6 +64,13 @@ class Pattern:
         if self.regex is None and self.expression is None:
             return self.key.__eq__
         return self.regex.fullmatch if self.regex is not None and self.short == NO_LENGTH else self.fits
+
+    @property
+    def head(self) -> str:
+        """What every key that it matches begins with."""
+        if self.tokens:
+            return self.tokens[0].texts[0] if self.tokens[0].kind == "text" else ""
+        return self.key
 
     def fits(self, key: str) -> bool:
         """Whether the whole of `key` matches."""
@@ -278,7 +286,7 @@ def literal(key: str) -> str:
     >>> literal("layers.0.weight"), literal("a*{b}"), literal("7:x ")
     ('layers.0.weight', 'a\\\\*\\\\{b\\\\}', '7\\\\:x\\\\ ')
     """
-    return written((key,), ())
+    return key if _ORDINARY.fullmatch(key) else written((key,), ())
 
 
 def written(texts: Sequence[str], parts: Sequence[str]) -> str:
@@ -302,7 +310,7 @@ def written(texts: Sequence[str], parts: Sequence[str]) -> str:
 
 def without_escapes(text: str) -> str:
     """A pattern or result without the characters that stand for themselves after a backslash."""
-    return _ESCAPED.sub("", text)
+    return _ESCAPED.sub("", text) if "\\" in text else text
 
 
 def unescaped(text: str) -> str:
@@ -311,7 +319,7 @@ def unescaped(text: str) -> str:
     >>> unescaped(literal("a*{b}"))
     'a*{b}'
     """
-    return _ESCAPED.sub(r"\1", text)
+    return _ESCAPED.sub(r"\1", text) if "\\" in text else text
 
 
 def _check_few(text: str) -> None:

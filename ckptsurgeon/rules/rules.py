@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -134,9 +134,11 @@ class CompiledRule:
         """How many words and numbers its patterns have to choose from."""
         return sum(pattern.choices for _, pattern in self.patterns)
 
-    def learn(self, names: Collection[str]) -> None:
+    def learn(self, names: Iterable[str]) -> None:
         """Say which names it will be held against, as `Pattern.learn`."""
-        for _, pattern in self.patterns:
+        expressions = [pattern for _, pattern in self.patterns if pattern.expression is not None]
+        names = list(names) if len(expressions) > 1 else names
+        for pattern in expressions:
             pattern.learn(names)
 
     def match(self, name: str, source: int | None = None) -> Match | None:

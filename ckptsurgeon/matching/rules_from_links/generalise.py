@@ -149,9 +149,9 @@ class View:
     def rules(self, how: str, also: frozenset[str] = frozenset()) -> Iterator[Ruled]:
         """Rules of one generality, in the order in which they must stand; keys in `also` are dropped whatever becomes of them."""
         drafts = self._drafts(how)
-        links = self._links()
-        order, drops = in_order(drafts, self.known, self._goals(), self._astray)
-        drops += [name for key in sorted(self.loose & also) if (name := self.bare[key]) not in drops]
+        links = self._links
+        order, drops = in_order(drafts, self.known, self._goals, self._astray)
+        drops = list(dict.fromkeys([*drops, *(self.bare[key] for key in sorted(self.loose & also))]))
         doubtful = {self.bare[key] for key in self.task.doubtful}
         apart = [name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]
         for some, others in (apart, apart[::-1]):  # a person who takes an uncertain link in takes only its own drop out
@@ -166,7 +166,7 @@ class View:
         """Rules in two stages: numbered modules get their places first, and what is in them its names. None where there are no such."""
         if self.task.before or self.prefix.added or self.prefix.stripped:
             return
-        goals = self._goals()
+        goals = self._goals
         moved = places({name: results[0] if results and len(results) == 1 else None for name, results in goals.items()})
         if not moved:
             return
@@ -195,25 +195,28 @@ class View:
         links = tuple(replace(link, sources=tuple(names[key] for key in link.sources)) for link in task.links)
         return Task(source, task.target, links, doubtful=frozenset(names[key] for key in task.doubtful))
 
-    def _moves(self) -> Iterator[Line]:
+    @cached_property
+    def _moves(self) -> tuple[Line, ...]:
+        """Renames as lines: one source, to all of its targets."""
         to: dict[str, list[str]] = {}
         for link in self.task.links:
             if not _joins(link):
                 to.setdefault(link.sources[0], []).extend(link.targets)
-        return (Line((self.bare[key],), tuple(map(one_key, targets))) for key, targets in to.items())
+        return tuple(Line((self.bare[key],), tuple(map(one_key, targets))) for key, targets in to.items())
 
+    @cached_property
     def _links(self) -> Mapping[Line, list[Link]]:
         found: dict[Line, list[Link]] = {line_of(link, self.bare): [link] for link in self.task.links if _joins(link)}
         by_source: dict[str, list[Link]] = {}
         for link in self.task.links:
             if not _joins(link):
                 by_source.setdefault(self.bare[link.sources[0]], []).append(link)
-        return {**found, **{line: by_source[line.sources[0]] for line in self._moves()}}
+        return {**found, **{line: by_source[line.sources[0]] for line in self._moves}}
 
     def _drafts(self, how: str) -> list[Draft]:
         """The drafts of links that join or cut keys, then those of renames."""
         joints = [line_of(link, self.bare) for link in self.task.links if _joins(link)]
-        lines = (*joints, *self._moves())
+        lines = (*joints, *self._moves)
         found = list(map(literal, lines)) if how == LITERAL else rows(lines, self._stays)
         joining = frozenset(joints)
         joined = [Draft.of(row) for row in found if row.lines[0] in joining]
@@ -226,9 +229,10 @@ class View:
         """Whether all keys of a row get their names without a rule."""
         return not row.op and all(line.targets == (self.default[self.key_of[line.sources[0]]],) for line in row.lines)
 
+    @cached_property
     def _goals(self) -> Mapping[str, tuple[str, ...] | None]:
         """By name where it must land; None for a name that a link with several keys takes, or a person's rule."""
-        goals: dict[str, tuple[str, ...] | None] = {line.sources[0]: line.targets for line in self._moves()}
+        goals: dict[str, tuple[str, ...] | None] = {line.sources[0]: line.targets for line in self._moves}
         goals.update({self.bare[key]: None for link in self.task.links if _joins(link) for key in link.sources})
         return goals
 
@@ -248,7 +252,7 @@ class View:
     def _dropped(self, drops: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Patterns that drop names, and nothing that a link has; each with the keys that it is for."""
         meant = set(drops)
-        goals = self._goals()
+        goals = self._goals
         loose = [name for name in self.bare.values() if name not in goals]
         apart: tuple[list[str], list[str]] = [name for name in loose if name in meant], [name for name in loose if name not in meant]
         mine, kept, stay = (list(map(unescaped, names)) for names in (apart[0], (*goals, *apart[1]), (*goals, *others)))

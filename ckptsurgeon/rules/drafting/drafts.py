@@ -39,10 +39,9 @@ class Known:
         return self._matched[asked]
 
     def _places(self, pattern: Pattern) -> Iterator[int]:
-        first = pattern.tokens[0] if pattern.tokens else None
-        head = pattern.key if first is None else first.texts[0] if first.kind == "text" else ""
+        head = pattern.head
         start = bisect_left(self._keys, head)
-        if first is None and pattern.expression is None:
+        if not pattern.tokens and pattern.expression is None:
             yield from (start,) if self._keys[start : start + 1] == [head] else ()
             return
         stop = bisect_left(self._keys, f"{head}\U0010ffff") if head else len(self._keys)

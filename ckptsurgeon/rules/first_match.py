@@ -1,0 +1,44 @@
+"""Which of many rules matches a name first, in time that hardly grows with their number: a rule is asked only about names that begin as it
+does. Pure text.
+
+Rule: the answer is that of asking each rule in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from heapq import merge
+
+from ckptsurgeon.rules.patterns import Pattern
+from ckptsurgeon.rules.rules import CompiledRule, Match
+
+_Asked = tuple[int, int, int | None, Callable[[str], object], Pattern]  # the rule, which of its patterns, for which source only, its test
+
+
+class FirstMatch:
+    """Rules, ready to be asked about many names."""
+
+    def __init__(self, rules: Sequence[CompiledRule]) -> None:
+        self._by_head: dict[str, list[_Asked]] = {}
+        for index, rule in enumerate(rules):
+            for which, (number, pattern) in enumerate(rule.patterns):
+                self._by_head.setdefault(pattern.head, []).append((index, which, number, pattern.test, pattern))
+        self._sizes = sorted({len(head) for head in self._by_head})
+
+    def find(self, name: str, source: int | None = None) -> tuple[int, Match] | None:
+        """The place of the first rule that matches a name (of a source's key), and how; else None.
+
+        >>> from ckptsurgeon.rules.rules import Rule, compile_rules
+        >>> FirstMatch(compile_rules([Rule("drop", "a.**"), Rule("drop", "b.w")])).find("b.w")
+        (1, Match(which=0, parts={}))
+        """
+        size = len(name)
+        buckets = [found for long in self._sizes if long <= size and (found := self._by_head.get(name[:long]))]
+        for index, which, number, fits, pattern in buckets[0] if len(buckets) == 1 else merge(*buckets, key=_place):
+            if (number is None or number == source) and fits(name):
+                return index, Match(which, pattern.match(name) or {})
+        return None
+
+
+def _place(asked: _Asked) -> tuple[int, int]:
+    return asked[:2]
