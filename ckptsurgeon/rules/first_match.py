@@ -22,7 +22,8 @@ class FirstMatch:
         self._by_head: dict[str, list[_Asked]] = {}
         for index, rule in enumerate(rules):
             for which, (number, pattern) in enumerate(rule.patterns):
-                self._by_head.setdefault(pattern.head, []).append((index, which, number, pattern.test, pattern))
+                for head in pattern.heads:
+                    self._by_head.setdefault(head, []).append((index, which, number, pattern.test, pattern))
         self._sizes = sorted({len(head) for head in self._by_head})
 
     def find(self, name: str, source: int | None = None) -> tuple[int, Match] | None:

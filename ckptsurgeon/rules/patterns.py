@@ -66,11 +66,13 @@ class Pattern:
         return self.regex.fullmatch if self.regex is not None and self.short == NO_LENGTH else self.fits
 
     @property
-    def head(self) -> str:
-        """What every key that it matches begins with."""
-        if self.tokens:
-            return self.tokens[0].texts[0] if self.tokens[0].kind == "text" else ""
-        return self.key
+    def heads(self) -> tuple[str, ...]:
+        """Texts, with one of which every key that it matches begins."""
+        if not self.tokens:
+            return (self.key,)
+        first = self.tokens[0].texts
+        second = self.tokens[1].texts if len(first) == 1 and len(self.tokens) > 1 else ()
+        return tuple(dict.fromkeys(first[0] + text for text in second)) or tuple(dict.fromkeys(first)) or ("",)
 
     def fits(self, key: str) -> bool:
         """Whether the whole of `key` matches."""

@@ -34,12 +34,11 @@ class Known:
         """The names that a rule matches, sorted as keys are."""
         asked = tuple(pattern.text for _, pattern in compiled.patterns)
         if asked not in self._matched:
-            places = sorted({place for _, pattern in compiled.patterns for place in self._places(pattern)})
-            self._matched[asked] = [self.names[place] for place in places]
+            places = {place for _, pattern in compiled.patterns for head in pattern.heads for place in self._places(pattern, head)}
+            self._matched[asked] = [self.names[place] for place in sorted(places)]
         return self._matched[asked]
 
-    def _places(self, pattern: Pattern) -> Iterator[int]:
-        head = pattern.head
+    def _places(self, pattern: Pattern, head: str) -> Iterator[int]:
         start = bisect_left(self._keys, head)
         if not pattern.tokens and pattern.expression is None:
             yield from (start,) if self._keys[start : start + 1] == [head] else ()
