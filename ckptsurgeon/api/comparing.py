@@ -71,6 +71,7 @@ def diff(
     if found.mismatched or (found.missing and (found.extra or goal.kind == "skeleton")):
         from ckptsurgeon.matching.proposals.advise import advise
 
+        _opening.tell_size(given, goal, note)
         found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))
     if found.missing and found.extra:
         from ckptsurgeon.matching.proposals.renamed_heads import renamed_heads

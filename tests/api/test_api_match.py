@@ -10,6 +10,7 @@ from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.rules.rulefile import parse_rules
+from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
 
 
 class Here(nn.Module):
@@ -119,3 +120,18 @@ def test_forward_with_live_models(saved: Path, tmp_path: Path, monkeypatch: pyte
     assert name == "output" and difference == 0 and scale == pytest.approx(float(one(torch.ones(2, 3)).detach().abs().max()))
     wrong = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
     assert not cs.match("seq.pt", wrong, source_model=one, forward="given:inputs").forward.same
+
+
+def test_large_sides_are_said_to_take_a_while() -> None:
+    """A mixture of experts of some thousand tensors: a line says what is being done, a small model gets none."""
+
+    def skeleton(path: str, experts: int) -> Checkpoint:
+        keys = [f"layers.{i}.{path}.{e}.{w}.weight" for i in range(20) for e in range(experts) for w in ("gate", "up", "down")]
+        tensors = {key: TensorMeta(key, "F32", (4, 2), contiguous_stride((4, 2))) for key in keys}
+        return Checkpoint(f"{path}.json", "skeleton", path, tensors, kind="skeleton")
+
+    for experts, told in ((90, True), (3, False)):
+        for verb in (cs.match, cs.diff):
+            notes: list[str] = []
+            verb(skeleton("mlp.experts", experts), skeleton("moe.experts", experts), note=notes.append)
+            assert any(note.startswith("matching 5,400 tensors with 5,400") for note in notes) == told

@@ -93,6 +93,7 @@ def match(
     aim = _opening.open_target(target, conversions=conversions, note=note)
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
+    _opening.tell_size(given, aim.checkpoint, note)
     found = propose(
         given,
         aim.checkpoint,
