@@ -107,7 +107,7 @@ class Side:
 def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
     """Both sides as plain models would have them. What both hold alike under PEFT stays as it is."""
     renamed = [unwrapped(side) for side in (source, target)]
-    both = all(renamed)
+    both = all(renamed) or any(key in other for one, other in zip(renamed, (target, source), strict=True) for key in one)
     codes = quantised.find(source), quantised.find(target)
     hidden = {} if codes[1] else codes[0]
     one, other = (

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
+from typing import TypeVar
 
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
@@ -26,7 +27,7 @@ from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
 from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.towers import towered
 from ckptsurgeon.matching.turning import Turned, squares_turned, turned
-from ckptsurgeon.planning.links import ENOUGH, Link
+from ckptsurgeon.planning.links import ENOUGH, Layout, Link
 from ckptsurgeon.planning.prefixes.find import find_change, rename_all
 from ckptsurgeon.tensors import TensorMeta
 
@@ -34,6 +35,7 @@ PASSES = 2  # without the order of keys, and as many with it
 Z = 2.58  # 99 of 100 samples lie so many standard deviations around the truth
 _MOMENTS = ("adam_m", "adam_v", "Adam", "Adam_1", "exp_avg", "exp_avg_sq", "Momentum", "momentum_buffer")
 Tensors = Mapping[str, TensorMeta]
+Named = TypeVar("Named", Link, Layout)
 
 
 def match(
@@ -68,9 +70,11 @@ def _named(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, s
     """Links of tensors under the names that both maps give them."""
     if all(key == name for names in (here, there) for key, name in names.items()):
         return list(links)
-    return [
-        replace(link, sources=tuple(here[key] for key in link.sources), targets=tuple(there[key] for key in link.targets)) for link in links
-    ]
+
+    def named(one: Named) -> Named:
+        return replace(one, sources=tuple(here[key] for key in one.sources), targets=tuple(there[key] for key in one.targets))
+
+    return [replace(named(link), choices=tuple(map(named, link.choices))) for link in links]
 
 
 def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:

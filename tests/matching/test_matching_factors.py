@@ -340,6 +340,15 @@ def test_three_letters_of_one_stem_are_no_factors() -> None:
     assert not [link for link in found.links if NOT_THE_WEIGHT in link.evidence]
 
 
+def test_names_that_both_sides_have_stay_as_they_are() -> None:
+    """A wrapped layer on both sides, whose factors one of them has left out."""
+    keys = [f"layers.{at}.q.{rest}" for at in range(2) for rest in ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")]
+    side = {key: TensorMeta(key, "F32", (4, 4) if "base" in key else (2, 4), ()) for key in keys}
+    bare = {key: one for key, one in side.items() if "lora" not in key}
+    for source, target in ((side, bare), (bare, side)):
+        assert {link.targets: link.sources for link in match(source, target).certain} == {(key,): (key,) for key in bare}
+
+
 # --- codes
 
 
