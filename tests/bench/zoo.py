@@ -1,13 +1,15 @@
 """Every architecture of the installed transformers that builds at reduced size: what `save_pretrained` writes, transferred and verified.
 
-    python tests/bench/zoo.py                 # all of them, in some minutes
-    python tests/bench/zoo.py mixtral gte     # these
-    python tests/bench/zoo.py --write         # and the counts into RESULTS.md
+    python tests/bench/zoo.py                     # all of them, in some minutes
+    python tests/bench/zoo.py mixtral gte         # these
+    python tests/bench/zoo.py --write             # and the counts into RESULTS.md
+    python tests/bench/zoo.py --save FOLDER       # under another release of transformers: save them, also those with a head
+    python tests/bench/zoo.py --folders FOLDER    # transfer and verify what that has saved
 
-The oracle is the model that was saved. *Complete*: every tensor of a fresh model is equal to it, bit for bit, after one `transfer` without
-a flag. *Part*: some stay fresh. *Wrong*: a tensor that the report calls transferred is another one. *Refused*: a CheckpointError.
-*Verified*: `verify` of the folder says ok, where the library's own code loads it. An architecture that does not build at this size, or that
-transformers can't save at it, is not counted.
+The oracle is the model that was saved; of another release's folders `from_pretrained`, in what it loads. *Complete*: every tensor of a
+fresh model is equal to it, bit for bit, after one `transfer` without a flag. *Part*: some stay fresh. *Wrong*: a tensor that the report
+calls transferred is another one. *Refused*: a CheckpointError. *Verified*: `verify` says ok, where the library's own code loads the folder.
+What does not build at this size, or can't be saved or loaded by transformers itself, is not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +29,70 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "api"))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 import transformers_models as models  # noqa: E402
-from transformers import __version__ as version  # noqa: E402
-
-import ckptsurgeon as cs  # noqa: E402
 
 KINDS = ("complete", "part", "wrong", "refused", "verified")
-_SECTION = re.compile(r"\n## Models of transformers\n.*?(?=\n## |\Z)", re.DOTALL)
+HEADS = (
+    "",
+    "ForCausalLM",
+    "ForMaskedLM",
+    "ForImageClassification",
+    "ForVision2Seq",
+    "ForSpeechSeq2Seq",
+)  # of `AutoModel`, that --save saves
+GOOD = {"complete": 1, "verified": 1}
+_SECTION = "\n## {}\n.*?(?=\n## |\\Z)"
+Outcome = dict[str, int] | None  # None where it is not counted
 
 
 def main() -> int:
-    """Try every architecture, or the named ones; 0 only if all are complete and verified."""
+    """Try every architecture, or the named ones, or the folders that were saved; 0 only if all are complete and verified."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures, as transformers' configurations name them")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save each below this folder, and do nothing more")
+    parser.add_argument("--folders", type=Path, metavar="FOLDER", help="transfer what --save saved, under another release")
     parser.add_argument("--write", action="store_true", help="write the counts into RESULTS.md")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    counts: Counter[str] = Counter()
-    began, total = time.perf_counter(), 0
-    for name in arguments.names or models.NAMES:
-        found = _tried(name)
+    names = arguments.names or models.NAMES
+    if arguments.save:
+        return _save(arguments.save, names)
+    began, counts, total = time.perf_counter(), Counter[str](), 0
+    for name, found in _of_folders(arguments.folders) if arguments.folders else ((name, _of_architecture(name)) for name in names):
         if found is None:
             continue
         total += 1
         counts.update(found)
-        if found != {"complete": 1, "verified": 1}:
-            print(f"{name:34} {' '.join(found)}", flush=True)
-    minutes = (time.perf_counter() - began) / 60
-    text = (
-        f"`python tests/bench/zoo.py --write`, transformers {version}, torch {torch.__version__}: each architecture at reduced size,\n"
-        "saved by `save_pretrained`, transferred into a fresh model without a flag, and verified.\n\n"
-        f"{_table(counts, total)}\n\n{minutes:.0f} minutes.\n"
-    )
+        if found != GOOD:
+            print(f"{name:60} {' '.join(found)}", flush=True)
+    version, minutes = f"transformers {transformers.__version__}, torch {torch.__version__}", (time.perf_counter() - began) / 60
+    text = f"{_table(counts, total)}\n\n{version}; {minutes:.0f} minutes.\n"
     print(text)
     if arguments.write:
-        _write(text)
+        _write(text, (arguments.folders / "VERSION").read_text() if arguments.folders else "")
     return int(not total or counts["complete"] < total or counts["verified"] < total)
 
 
-def _tried(name: str) -> dict[str, int] | None:
-    """What became of an architecture; None where it can't be built or saved."""
+def _save(folder: Path, names: list[str]) -> int:
+    """Save the models that build, every third in torch's own format."""
+    folder.mkdir(parents=True)
+    (folder / "VERSION").write_text(transformers.__version__)
+    for name in names:
+        for head in HEADS:
+            try:
+                make = models.maker(models.small(name), getattr(transformers, f"AutoModel{head}"))
+                if make is not None:
+                    model = make(0)
+                    model.save_pretrained(folder / f"{type(model).__name__}-{name}", safe_serialization=len(list(folder.iterdir())) % 3 > 0)
+            except Exception:  # noqa: BLE001 - it has no such head, does not build at this size, or can't be saved
+                continue
+    print(len(list(folder.iterdir())) - 1, "saved by transformers", transformers.__version__)
+    return 0
+
+
+def _of_architecture(name: str) -> Outcome:
+    """What becomes of an architecture that is saved now."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             make = models.maker(models.small(name))
@@ -74,27 +100,50 @@ def _tried(name: str) -> dict[str, int] | None:
                 return None
             saved = make(0)
             saved.save_pretrained(folder)
-            fresh = make(1)
+            make(1)
         except Exception:  # noqa: BLE001 - it does not build at this size, or can't be saved: whatever the library says
             return None
-        return {_outcome(folder, fresh, saved.state_dict()): 1, **_verified(folder, make)}
+        return _outcome(folder, make, saved.state_dict())
 
 
-def _outcome(folder: str, model: Any, truth: dict[str, torch.Tensor]) -> str:
+def _of_folders(folder: Path) -> Iterator[tuple[str, Outcome]]:
+    """What becomes of each folder that another release has saved, as far as this one's `from_pretrained` loads it."""
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        kind = getattr(transformers, place.name.partition("-")[0], None)
+        if kind is None:
+            continue
+
+        def make(seed: int, kind: Any = kind, place: Path = place) -> Any:
+            torch.manual_seed(seed)
+            return kind(kind.config_class.from_pretrained(place)).eval()
+
+        try:
+            config = make(1).config
+            words = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            theirs, told = kind.from_pretrained(place, **words)
+        except Exception:  # noqa: BLE001 - this release can't load it
+            continue
+        lacking = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+        truth = {key: value for key, value in theirs.state_dict().items() if key not in lacking}
+        found = _outcome(str(place), make, truth)
+        yield place.name, {**found, **({"verified": 1} if lacking else {})}  # what theirs lacks, no verify can find
+
+
+def _outcome(folder: str, make: Callable[[int], Any], truth: dict[str, torch.Tensor]) -> dict[str, int]:
+    import ckptsurgeon as cs
+
+    verified = {"verified": 1} if cs.verify(folder, make(2)).ok else {}
+    model = make(3)
     try:
         report = cs.transfer(folder, model)
     except cs.CheckpointError:
-        return "refused"
+        return {"refused": 1, **verified}
     differ = set(models.unlike(model, truth))
-    return "complete" if not differ else "wrong" if differ & set(report.transferred) else "part"
-
-
-def _verified(folder: str, make: Callable[[int], Any]) -> dict[str, int]:
-    return {"verified": 1} if cs.verify(folder, make(2)).ok else {}
+    return {"complete" if not differ else "wrong" if differ & set(report.transferred) else "part": 1, **verified}
 
 
 def _table(counts: Counter[str], total: int) -> str:
-    head = ("architectures", *KINDS)
+    head = ("models", *KINDS)
     row = (total, *(counts[kind] for kind in KINDS))
     return "\n".join(
         f"| {' | '.join(str(cell).rjust(len(name)) for cell, name in zip(cells, head, strict=True))} |"
@@ -102,10 +151,12 @@ def _table(counts: Counter[str], total: int) -> str:
     )
 
 
-def _write(text: str) -> None:
+def _write(text: str, release: str) -> None:
     path = HERE / "RESULTS.md"
-    old = _SECTION.sub("", path.read_text()).rstrip("\n")
-    path.write_text(f"{old}\n\n## Models of transformers\n\n{text}")
+    title = f"Folders of transformers {release}" if release else "Models of transformers"
+    command = "--folders FOLDER --write`, for what `--save FOLDER` saved there" if release else "--write`, for what it saves itself"
+    old = re.sub(_SECTION.format(re.escape(title)), "", path.read_text(), flags=re.DOTALL).rstrip("\n")
+    path.write_text(f"{old}\n\n## {title}\n\n`python tests/bench/zoo.py {command}: transferred without a flag, and verified\n\n{text}")
 
 
 if __name__ == "__main__":
