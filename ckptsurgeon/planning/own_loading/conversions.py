@@ -73,7 +73,12 @@ def not_converted(library: str, refused: Mapping[str, str], level: Level = "erro
     for key, reason in refused.items():
         by_reason.setdefault(reason, []).append(key)
     return [
-        Finding("conversion", f"is left as it is, with {len(keys) - 1} more: {library} converts them by {reason}", keys[0], level)
+        Finding(
+            "conversion",
+            f"is left as it is{f', with {len(keys) - 1} more' if len(keys) > 1 else ''}; {library} converts by {reason}",
+            keys[0],
+            level,
+        )
         for reason, keys in by_reason.items()
     ]
 
