@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import click
 
+from ckptsurgeon.dtypes import all_names
 from ckptsurgeon.hints import close_names
 
 # What other tools call what a command does, and the words of ours that do it.
@@ -37,6 +38,15 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "soup": "merge --average",
     }
 )
+_ALSO_VALUES = {
+    "pt": "torch",
+    "pth": "torch",
+    "bin": "torch",
+    "ckpt": "torch",
+    "pytorch": "torch",
+    "st": "safetensors",
+    "sft": "safetensors",
+}
 _OUTPUTS = {"plan": "plan.json", "skeleton": "net.json", "match": "rules.toml"}  # what -o may be called; of others a checkpoint
 _OUTPUT = "-o"
 Meant = tuple[str, str | None]
@@ -160,9 +170,25 @@ def _other(error: click.ClickException, words: Sequence[str]) -> Meant | None:
     return None
 
 
+def _choice(error: click.ClickException, words: Sequence[str]) -> Meant | None:
+    """A value that is none of an option's few: the one that it is a slip, or another word, for."""
+    assert isinstance(error, click.BadParameter)
+    kind = error.param.type if error.param is not None else None
+    found = re.search(r"'([^']*)' is not one of", error.format_message())
+    if not isinstance(kind, click.Choice) or found is None or error.param is None:
+        return None
+    known = [str(one) for one in kind.choices]
+    names = [*known, *all_names()] if error.param.name == "dtype" else known
+    other = _ALSO_VALUES.get(found[1].lower().lstrip("."))
+    close = [other] if other in known else close_names(found[1], names, 1)
+    ending = f"; is it {close[0]}?" if close else ""
+    return f"{' '.join(error.format_message().split()).rstrip('.')}{ending}", None
+
+
 _TABLE: tuple[tuple[type[click.ClickException], Callable[[click.ClickException, Sequence[str]], Meant | None]], ...] = (
     (click.NoSuchOption, _no_option),
     (click.MissingParameter, _missing),
+    (click.BadParameter, _choice),
     (click.UsageError, _other),
 )
 

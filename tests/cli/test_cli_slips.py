@@ -315,3 +315,18 @@ def test_several_checkpoints_without_average(slips, run) -> None:
     assert "nothing of" not in run("merge", "params.pt", "zoo:Net", "-o", "y.pt").out
     torch.save({**other, "more": torch.ones(1)}, "d.pt")
     assert "nothing of" not in run("merge", "params.pt", "d.pt", "-o", "z.pt").out
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "right"),
+    [
+        ("--dtype", "flaot16", "float16"),
+        ("--dtype", "sorce", "source"),
+        ("--format", "pt", "torch"),
+        ("--format", ".safetensor", "safetensors"),
+        ("--tied", "aliases", "alias"),
+    ],
+)
+def test_one_of_few_words_with_a_slip(slips, run, option, wrong, right) -> None:
+    ended = run("merge", "params.pt", "lm.pt", "-o", "x.pt", option, wrong)
+    assert ended.code == 2 and ended.err.splitlines()[0].endswith(f"; is it {right}?"), ended.err
