@@ -32,6 +32,7 @@ CARRIED = [
     ("vit.embeddings.position_embeddings", (1, 17, 8), (1, 26, 8), "interpolate(prefix=1)"),
     ("absolute", (1, 17, 8), (1, 26, 8), "interpolate(prefix=1)"),  # a bare table of the form (1, N, C)
     ("layers.0.blocks.0.attn.relative_position_bias_table", (169, 3), (529, 3), "relative_position_bias"),
+    ("beit.layers.0.relative_position_bias.relative_position_bias_table", (52, 2), (124, 2), "relative_position_bias(extra=3)"),
     ("embed_tokens.weight", (100, 4), (105, 4), 'pad(fill="init")'),
     ("transformer.wte.weight", (100, 4), (150, 4), 'pad(fill="init")'),
     ("tok_embeddings.weight", (32000, 4), (32064, 4), 'pad(fill="init")'),

@@ -16,6 +16,7 @@ from ckptsurgeon.adapters.vision.resize import resize_tokens
 from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, first_shape, pair, square_root, wanted_shape
 from ckptsurgeon.errors import RuleError
 
+BEIT = 3  # rows below the window's: class to patch, patch to class, class to class
 _FIELDS: dict[str, Check] = {"grid": pair, "to": pair, "extra": whole, "mode": SMOOTH}
 
 
@@ -55,7 +56,10 @@ def _fill(op: Op, place: Place) -> Op:
 def _offer(source: Shape, target: Shape) -> Op | None:
     if len(source) != 2 or len(target) != 2 or source[1] != target[1]:
         return None
-    return {"op": "relative_position_bias"} if _window(source[0]) and _window(target[0]) else None
+    for extra in (0, BEIT):
+        if min(source[0], target[0]) > extra and _window(source[0] - extra) and _window(target[0] - extra):
+            return {"op": "relative_position_bias", **({"extra": extra} if extra else {})}
+    return None
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:
