@@ -234,6 +234,7 @@ def matching(found: Proposal) -> dict[str, Any]:
         "used": _coverage(found.used),
         "rules": _rules(found.rules),
         "warnings": list(found.warnings),
+        "conversions": found.conversions,
         "rivals": [_way(way) for way in found.rivals],
         "forward": None if found.forward is None else _twins(found.forward),
         "refused": found.refused,

@@ -77,6 +77,7 @@ class Proposal(Matching, Result):
         output: where the next command would write.
         task: what the rules were made for.
         accepts: whether uncertain links are applied too.
+        conversions: what the conversions of the target's library come to, before any link, in words; empty without any.
         in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
     """
 
@@ -104,6 +105,7 @@ class Proposal(Matching, Result):
     beside: tuple[Rule, ...] = field(default=(), repr=False, compare=False)
     spelled: bool = field(default=False, repr=False, compare=False)
     output: str = field(default="merged.pt", repr=False, compare=False)
+    conversions: str = ""
     in_memory: InMemory = field(default=NOT_IN_MEMORY, repr=False, compare=False)
     task: Task | None = field(default=None, repr=False, compare=False)
     accepts: bool = field(default=False, repr=False, compare=False)
@@ -213,6 +215,7 @@ def propose(
     return replace(
         rule(replace(judged, links=tuple(links)), task, accept=accept),
         numbers_used=tuple(used),
+        conversions=names.applied.words,
         warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(found.unused)) is not None else ())),
         rivals=ways_to_choose([source], target, names, before)[0],
         unkept=tuple(find_unkept(target, {name for name, (_, key) in names.entries.items() if key not in refused})),

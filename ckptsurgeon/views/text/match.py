@@ -27,6 +27,8 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
     left = [link for link in found.links if id(link) not in applied]
     if found.before:
         lines.append(f"  by {count(len(found.before), 'rule')} of yours, which come first")
+    if found.conversions:
+        lines.append(f"  {found.conversions}")
     accepted = ", uncertain ones among them, as you accept them" if any(not link.certain for link in certain) else ""
     lines.append(heading("matched", _tensors(certain), f"by {count(len(found.ruled), 'rule')}{accepted}" if found.ruled else "same names"))
     if verbose:
