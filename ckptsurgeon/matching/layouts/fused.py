@@ -15,7 +15,7 @@ from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "qkv"
 _IN_TURN = re.compile(r"in_proj|c_attn")  # the same layout wherever the word is used
-_PLAIN = re.compile(r"qkv|to_qkv|in_proj")  # in turn in plain vision transformers
+_PLAIN = re.compile(r"(?:to_)?q?kv|in_proj")  # in turn in plain vision transformers
 _SEVERAL = re.compile(r"query_key_value|linear_qkv|wqkv|attn|key_value")  # words that published implementations use for several layouts
 _CUT = re.compile(r"(?P<before>(?:transpose \| )?)(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)(?P<after>(?: \| transpose)?)")
 _TURN, _GROUP, _HEAD = "in turn", "each group's together", "each head's together"

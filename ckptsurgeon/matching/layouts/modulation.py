@@ -23,7 +23,7 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     if len(link.sources) != 1 or len(link.targets) != 1 or link.op:
         return ()
     one, other = unit_of(link.sources[0]), unit_of(link.targets[0])
-    if not (_WORDS.search(one) and _WORDS.search(other)) or _ends(one) == _ends(other):
+    if not (_WORDS.search(one) or _WORDS.search(other)) or _ends(one) == _ends(other):
         return ()
     shape = sides.target.tensors[link.targets[0]].shape
     width = sides.target.width

@@ -260,7 +260,7 @@ def again(found: Proposal, links: Sequence[Link]) -> Proposal:
     """The proposal of the same two sides with other links; what was said of it stays."""
     assert found.task is not None
     made = rule(result(list(links), found.task.source, found.task.target, found.order), found.task, accept=found.accepts)
-    kept = {name: getattr(found, name) for name in ("warnings", "rivals", "unkept", "numbers_used")}
+    kept = {name: getattr(found, name) for name in ("warnings", "rivals", "unkept", "numbers_used", "sizes", "output")}
     return replace(made, **kept)
 
 
