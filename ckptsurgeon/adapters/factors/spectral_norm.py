@@ -16,6 +16,7 @@ from ckptsurgeon.adapters.shapes import from_front, need, refused
 from ckptsurgeon.errors import RuleError
 
 _IMAGES, _OTHERS = 0.9, 0.5  # cosines from which on u and v are each other's images, and up to which they are not
+_NEARLY, _EXACT, _INEXACT = 0.7, 0.999, 0.99  # the same where one is just the other's image, as an iteration leaves it
 _WAYS = "write spectral_norm(dim=0), or spectral_norm(dim=1) for a transposed convolution"
 
 
@@ -88,9 +89,12 @@ def _rows(dim: int | None, original: Tensor, u: Tensor, v: Tensor) -> int:
     fits = dims_of(tuple(original.shape), tuple(u.shape), tuple(v.shape))
     if len(fits) == 1:
         return fits[0] if dim is None else dim
-    cosines = {one: _cosine(_matrix(original, one), u, v) for one in (*fits, *([] if dim is None else [dim]))}
-    best = max(cosines, key=lambda one: cosines[one])
-    clear = cosines[best] > _IMAGES and all(cosine < _OTHERS for one, cosine in cosines.items() if one != best)
+    cosines = {one: _cosines(_matrix(original, one), u, v) for one in (*fits, *([] if dim is None else [dim]))}
+    best = max(cosines, key=lambda one: min(cosines[one]))
+    others = [found for one, found in cosines.items() if one != best]
+    near = min(cosines[best]) > _IMAGES and all(min(other) < _OTHERS for other in others)
+    exact = min(cosines[best]) > _NEARLY and max(cosines[best]) > _EXACT and all(max(other) < _INEXACT for other in others)
+    clear = near or (dim is None and exact)
     if dim is None and not clear:
         raise RuleError("spectral_norm can't tell by its values which dim of a weight are the rows", hint=_WAYS)
     if clear and dim not in (None, best):
@@ -104,13 +108,13 @@ def _matrix(original: Tensor, dim: int) -> Tensor:
     return original.movedim(dim, 0).flatten(1)
 
 
-def _cosine(matrix: Tensor, u: Tensor, v: Tensor) -> float:
-    """How far u is what the matrix makes of v, and v what its transpose makes of u: near 1 after some steps of the power iteration."""
+def _cosines(matrix: Tensor, u: Tensor, v: Tensor) -> list[float]:
+    """How far u is what the matrix makes of v, and v what its transpose makes of u: both near 1 after some steps of the power iteration."""
     import torch
 
     matrix, u, v = matrix.double(), u.double(), v.double()
     images = (u, torch.mv(matrix, v)), (v, torch.mv(matrix.T, u))
-    return min(float(torch.dot(one, image) / (one.norm() * image.norm()).clamp_min(1e-300)) for one, image in images)
+    return [float(torch.dot(one, image) / (one.norm() * image.norm()).clamp_min(1e-300)) for one, image in images]
 
 
 ADAPTER = Adapter(
