@@ -27,6 +27,8 @@ def _fill(op: Op, place: Place) -> Op:
     dim, heads = from_front(op, op.get("dim", 0), place.shapes), op["heads"]
     filled = {"op": "group_mean", "heads": heads, "to": op.get("to", heads), "dim": dim}
     if "to" not in op:
+        if not place.shapes:
+            raise refused(op, "is for one tensor, and gets none")
         size = part_of(op, dim, heads, place.shapes[0])
         wanted = wanted_size(op, place, dim, "to")
         if not size or wanted % size:
