@@ -158,11 +158,14 @@ def _reaches(found: Diff) -> list[str]:
         return []
     done, total = reaches.counts
     sizes = {offer.key: offer for one in found.advice.sizes for offer in one.offers}
-    rows = [(key, sizes.get(key) or shapes.get(key)) for key in (*found.advice.partly, *found.advice.open)]
-    sized = fold((key, f"{shape(row.source_shape)} → {shape(row.target_shape)}") for key, row in rows if row is not None)
-    parts = [f"{row.key} {row.common}" for row in sized]
-    left = [*parts, *fold_siblings(key for key, row in rows if row is None)]
-    rest = f"; open: {listing(left, OPEN)}" if left else ""
+
+    def told(keys: Sequence[str]) -> list[str]:
+        rows = [(key, sizes.get(key) or shapes.get(key)) for key in keys]
+        sized = fold((key, f"{shape(row.source_shape)} → {shape(row.target_shape)}") for key, row in rows if row is not None)
+        return [*(f"{row.key} {row.common}" for row in sized), *fold_siblings(key for key, row in rows if row is None)]
+
+    lists = (("partly open", told(found.advice.partly)), ("open", told(found.advice.open)))
+    rest = "".join(f"; {words}: {listing(left, OPEN)}" for words, left in lists if left)
     return [f"→ {done:,} of {count(total, 'tensor')}, {percent(reaches.elements)} of elements{rest}"]
 
 
