@@ -20,6 +20,7 @@ from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Outside, Rule, rule_options
 from ckptsurgeon.shown import Result
 from ckptsurgeon.tensors import Checkpoint
@@ -259,7 +260,7 @@ class Diff(Result):
         root = at_root(self.root)
         if self.same and not (self.dropped or self.options or self.prefix or self.lacking):
             return Command("verify", self.source, self.target, options=root)
-        drops = (("drop", self.prefix.bare(key)) for key in self.refused)
+        drops = (("drop", literal(self.prefix.bare(key))) for key in self.refused)
         own = (*root, *([("dequantize",)] if self.parted_codes else []), *self.options)
         return Command("merge", self.source, self.target, self.output, (*own, *drops, *self.advice.options))
 

@@ -17,6 +17,7 @@ from ckptsurgeon.planning.apply_rules import Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.prefixes.find import Change, find_exchange
 from ckptsurgeon.planning.prefixes.heads import Tensors
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
@@ -125,13 +126,13 @@ def _rules(chosen: Change, rivals: Sequence[Change], source: Checkpoint, head: s
     rest = (Rule("drop", f"{head}**"),) if len(source) + len(source.entries) > len(chosen.mapping) else ()
     yield (*moved, *rest)
     if len(chosen.mapping) <= MANY:
-        yield (*(Rule("rename", head + key, name) for key, name in chosen.mapping.items()), *rest)
+        yield (*(Rule("rename", head + literal(key), literal(name)) for key, name in chosen.mapping.items()), *rest)
 
 
 def _by_prefix(chosen: Change, others: set[str], source: Tensors, head: str) -> tuple[Rule, ...]:
     """Drops of the keys that only the others take; where these have the names that the chosen ones get, or are the same, a rename too."""
     prefix = chosen.prefix
-    rename = Rule("rename", f"{head}{prefix.stripped}{{**rest}}", f"{prefix.added}{{**rest}}")
+    rename = Rule("rename", f"{head}{literal(prefix.stripped)}{{**rest}}", f"{literal(prefix.added)}{{**rest}}")
     if not others:
         return (rename,)
     from ckptsurgeon.rules.drafting.cover import dropping
@@ -148,7 +149,7 @@ def _by_heads(mapping: Mapping[str, str], head: str) -> Iterator[Rule]:
     """A rename for each head that keys lose and what they get for it, the longest first."""
     heads: dict[tuple[str, str], None] = {}
     for key, name in mapping.items():
-        one, other = key.split("."), name.split(".")
+        one, other = literal(key).split("."), literal(name).split(".")
         same = 0
         while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
             same += 1
@@ -163,6 +164,6 @@ def ways_to_exchange(source: Tensors, target: Tensors) -> tuple[Way, ...]:
     found = []
     for change in find_exchange(source, target)[:FEW]:
         strip, add = change.prefix.stripped, change.prefix.added
-        rule = Rule("rename", f"{strip}{{**rest}}", f"{add}{{**rest}}")
+        rule = Rule("rename", f"{literal(strip)}{{**rest}}", f"{literal(add)}{{**rest}}")
         found.append(Way(f"prefix {strip} exchanged for {add}", change.mapping, (rule,)))
     return tuple(found)
