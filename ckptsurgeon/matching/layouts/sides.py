@@ -19,6 +19,8 @@ Tensors = Mapping[str, TensorMeta]
 _LEAVES = {"weight", "bias", "param", "qweight", "scales"}
 _ROTARY = re.compile(r"(?:^|[._])(?:rope|rotary|inv_freq|freqs)(?=[._]|$)")
 _PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)")
+_OF_POSITIONS = re.compile(r"pos|rel|wpe|attn_?bias|attention_bias", re.IGNORECASE)  # one of these is in each name of positions
+_OF_TOKENS = re.compile(r"tok|word|vocab|wte", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:^|[._])\d+(?=[._]|$)")
 
 
@@ -66,12 +68,14 @@ class Side:
     @cached_property
     def positions(self) -> tuple[str, ...]:
         """Tables of positions, absolute or relative."""
-        return tuple(key for key in self.tensors if {"pos", "relpos"} & set(concepts(key)) and not _ROTARY.search(key))
+        near = (key for key in self.tensors if _OF_POSITIONS.search(key) and not _ROTARY.search(key))
+        return tuple(key for key in near if {"pos", "relpos"} & set(concepts(key)))
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """Tables of tokens."""
-        found = ((key, set(concepts(key))) for key, tensor in self.tensors.items() if len(tensor.shape) == 2)
+        near = (key for key, tensor in self.tensors.items() if len(tensor.shape) == 2 and _OF_TOKENS.search(key))
+        found = ((key, set(concepts(key))) for key in near)
         return tuple(key for key, words in found if "tok" in words and not words & {"pos", "head", "tokentype", "cls", "mask"})
 
     @cached_property
@@ -87,9 +91,10 @@ class Side:
     @cached_property
     def is_plain_vision(self) -> bool:
         """Whether it is a plain vision transformer: patches or convolutions, absolute positions and no relative ones, and no tokens."""
-        words = [(len(tensor.shape), set(concepts(key))) for key, tensor in self.tensors.items()]
-        patches = any(dims > 3 or (dims > 1 and "patch" in told) for dims, told in words)
-        return patches and any("pos" in told for _, told in words) and not any("relpos" in told for _, told in words) and not self.tokens
+        patches = any(len(tensor.shape) > 3 or (len(tensor.shape) > 1 and "patch" in key.lower()) for key, tensor in self.tensors.items())
+        words = [set(concepts(key)) for key in self.positions]
+        absolute = any("pos" in told for told in words) and not any("relpos" in told for told in words)
+        return patches and absolute and not self.tokens
 
     @cached_property
     def frequencies(self) -> tuple[str, ...]:
