@@ -130,6 +130,7 @@ class Advice:
         auto: whether names that a library gave up and dimensions of size 1 are left to `--auto safe`.
         links: what missing keys probably are, certain or not.
         carried: the rules of the certain links, carried by themselves or by `--match`.
+        skipped: whether so many keys are left over that they are not matched here.
         sizes: what the keys of another size are.
         reaches: the coverage with all of it; None where that is no more than the diff covers already.
         open: the target's keys that get no value of the source then; `partly`: those of which a part is filled up.
@@ -140,6 +141,7 @@ class Advice:
     auto: bool = False
     links: tuple[Link, ...] = ()
     carried: tuple[Rule, ...] = ()
+    skipped: bool = False
     sizes: tuple[Resize, ...] = ()
     reaches: Coverage | None = None
     open: tuple[str, ...] = ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from ckptsurgeon.matching.proposals import advise as advise_module
 from ckptsurgeon.matching.proposals.advise import advise
 from ckptsurgeon.matching.proposals.sizes import resizes
 from ckptsurgeon.planning.diff import compare
@@ -117,6 +120,15 @@ def test_codes_and_counters_are_offered_nothing() -> None:
     for dtype in ("I64", "I8", "BOOL"):
         pair = side("a", {"wte.weight": (100, 4)}, dtype=dtype), side("t", {"wte.weight": (105, 4)})
         assert resizes(*pair, {"wte.weight": "wte.weight"}) == ()
+
+
+def test_too_many_left_over_are_left_to_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = side("a", {"fc1.weight": (2, 3), "fc2.weight": (3, 2)}), side("t", {"fc1.weight": (2, 3), "dense2.weight": (3, 2)})
+    assert advise(compare(*pair), *pair).rules
+    monkeypatch.setattr(advise_module, "LARGEST", 3)
+    found = replace(compare(*pair), advice=advise(compare(*pair), *pair))
+    assert found.advice.skipped and not found.advice.rules
+    assert "Too many names are left over to match them here.\nTry: ckptsurgeon match a t -o rules.toml\n" in str(found)
 
 
 def test_equal_offers_are_one_pattern_that_names_no_other_key() -> None:

@@ -109,14 +109,16 @@ def advise(
     links: tuple[Link, ...] = ()
     # Names that loading code gives are not matched; old names only where that leads to less.
     given = tuple(frozenset(key for key in one.matched if key not in case.plain) for one in (found, base))
-    for keys in dict.fromkeys(given) if _open(case, base) else ():
+    to_match = _open(case, base)
+    few = len(source) + len(target) <= LARGEST
+    for keys in dict.fromkeys(given) if to_match and few else ():
         matched = _matched(case, base, keys)
         links = links or (tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ())
         for carried, by_match in _ways(matched, base):
             reached = _reached(case, carried, chosen, base, matched if matched is not None and matched.worth else None)
             if reached is not None:
                 return _advice(case, found, reached, chosen, matched, carried, by_match, links)
-    return _advice(case, found, base, chosen, None, (), False, links)
+    return replace(_advice(case, found, base, chosen, None, (), False, links), skipped=to_match and not few)
 
 
 def with_sizes(found: Proposal, source: Checkpoint, target: Checkpoint, outside: Outside = NO_OUTSIDE) -> Proposal:
@@ -145,11 +147,10 @@ def _safely(case: Case, found: Diff) -> tuple[Diff, str | None]:
 
 
 def _open(case: Case, found: Diff) -> bool:
-    """Whether names are left over on both sides, or matrices are turned (square ones of their kind are too), and not too many to be matched
-    here."""
+    """Whether names are left over on both sides, or matrices are turned (square ones of their kind are too)."""
     names = any(key in case.target for key in found.missing) and any(key in case.source for key in found.extra)
     turned = any(len(row.source_shape) == 2 and row.source_shape == row.target_shape[::-1] for row in found.mismatched)
-    return (names or turned) and len(case.source) + len(case.target) <= LARGEST
+    return names or turned
 
 
 def _stays(link: Link) -> bool:

@@ -130,6 +130,10 @@ def _cut(found: Diff) -> list[str]:
 def _links(found: Diff, width: int | None) -> list[str]:
     """What goes by other names: the rules that the next command carries, and what is left open."""
     advice = found.advice
+    if advice.skipped:
+        look = Command("match", found.source, found.target, "rules.toml", (*at_root(found.root), *found.options))
+        words = "Too many names are left over to match them here."
+        return [words, *next_step("Try:", look, found.in_memory, width)]
     if not advice.links and not advice.carried:
         return []
     from ckptsurgeon.matching.rules_from_links import to_toml
