@@ -57,3 +57,9 @@ def test_a_long_list_in_another_order() -> None:
     order = chance.sample(range(4_000), 4_000)
     rules, seconds = made({f"h.{at}.w": f"h.{to}.w" for at, to in enumerate(order)})
     assert rules <= 4_000 and seconds < 20
+
+
+def test_long_keys_cost_what_they_are_long() -> None:
+    deep = ".".join(f"block{at}.{at}" for at in range(31))  # as many segments as are looked at
+    rules, seconds = made({f"{deep}.{at}.w": f"net.{deep}.{at}.v" for at in range(500)})
+    assert rules == 1 and seconds < 20

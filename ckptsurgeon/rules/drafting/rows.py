@@ -67,13 +67,21 @@ def literal(line: Line) -> Row:
 
 def _shared(lines: Iterable[Line]) -> Shared:
     """How a number follows from one of the source's wherever the same texts lead to both: layers that lack a part count like the others."""
+    lines = list(lines)
+    given: dict[tuple[str, ...], set[int]] = {}
+    for line in lines:
+        first = line.cuts[0][0]
+        for slot, number in enumerate(first.numbers):
+            given.setdefault(first.until(slot), set()).add(number)
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], set[tuple[int, int]]] = {}
     for line in lines:
         sources, targets = line.cuts
+        slots = [(slot, place) for slot in range(len(sources[0].numbers)) if len(given[place := sources[0].until(slot)]) > 1]
         for one in targets:
             for at, number in enumerate(one.numbers):
-                for slot, given in enumerate(sources[0].numbers):
-                    found.setdefault((sources[0].until(slot), one.until(at)), set()).add((given, number))
+                until = one.until(at)
+                for slot, place in slots:
+                    found.setdefault((place, until), set()).add((sources[0].numbers[slot], number))
     forms = {place: fit(pairs, len(place[0]) - 1) for place, pairs in found.items() if len({given for given, _ in pairs}) > 1}
     return {place: form for place, form in forms.items() if form is not None}
 
