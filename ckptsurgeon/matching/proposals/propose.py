@@ -157,8 +157,11 @@ class Proposal(Matching, Result):
 def share_of(done: Collection[str], side: Mapping[str, TensorMeta]) -> float:
     """The least share of a side's tensors, elements and matrices that these keys have.
 
-    A few large tensors that fit by chance are no mapping, nor are many small ones, and norms of one width are in all models.
+    A few large tensors that fit by chance are no mapping, nor are many small ones, and norms of one width are in all models. None of an
+    empty side is explained.
     """
+    if not side:
+        return 0.0
     matrices = {key: tensor for key, tensor in side.items() if len(tensor.shape) > 1}
     return min(
         share

@@ -97,12 +97,17 @@ def _single(parts: Parts) -> Part:
     return _only(next(iter(parts.values())))
 
 
+def _stacked(found: Sequence[Part], dim: int) -> Part:
+    """Parts that were made alike, as one with a dim more."""
+    return _joined(found, "stack", _dim(dim, found[0].shape, True))
+
+
 def _joined(found: Sequence[Part], op: str, dim: int) -> Part:
     """Parts that were made alike, as one."""
     first = found[0]
     if any((part.ops, len(part.names)) != (first.ops, len(first.names)) for part in found):
         raise RuleError("joins tensors of which each is made in its own way")
-    after = {"op": op, "dim": _dim(dim, first.shape, op == "stack"), "of": len(found)}
+    after = {"op": op, "dim": _dim(dim, first.shape), "of": len(found)}
     shape = infer_chain([after], [part.shape for part in found])[0]
     return Part(tuple(name for part in found for name in part.names), (*first.ops, after), shape)
 
@@ -159,7 +164,7 @@ def _interleave(operation: Any, parts: Parts, layer: Layer) -> Parts:
 def _merge_list(operation: Any, parts: Parts, layer: Layer) -> Parts:
     if len(parts) == 1 and len(layer.targets) > 1:
         raise RuleError("joins for several targets")
-    return {layer.targets[0] if len(parts) == 1 else source: [_joined(found, "stack", operation.dim)] for source, found in parts.items()}
+    return {layer.targets[0] if len(parts) == 1 else source: [_stacked(found, operation.dim)] for source, found in parts.items()}
 
 
 def _split_list(operation: Any, parts: Parts, layer: Layer) -> Parts:
@@ -225,7 +230,7 @@ def _experts(operation: Any, parts: Parts, layer: Layer) -> Parts:
             share = parts[source][index * size : (index + 1) * size]
             if not share:
                 raise RuleError(f"has {len(parts[source])} tensors for {len(layer.targets)} targets")
-            found[target].append(_joined(share, "stack", operation.stack_dim))
+            found[target].append(_stacked(share, operation.stack_dim))
     return {target: [_joined(lists, "concat", operation.concat_dim) if len(lists) > 1 else lists[0]] for target, lists in found.items()}
 
 
