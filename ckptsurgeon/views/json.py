@@ -8,7 +8,6 @@ from json import JSONEncoder, dumps
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.command import as_words
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.tensors import Refused
 
@@ -170,7 +169,9 @@ def _next(command: Command, found: Diff) -> dict[str, Any]:
     there = (*(row.key for row in found.mismatched), *found.missing)
     return {
         "verb": command.verb,
-        "options": list(as_words(command.options)),
+        "rules": _rules(rule for rule in advice.rules if rule.kind != "init"),
+        "match": advice.match,
+        "auto": advice.auto,
         "coverage": _coverage(advice.reaches or found.coverage),
         "open": list(advice.open if advice.reaches else there),
     }

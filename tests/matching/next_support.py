@@ -77,6 +77,10 @@ def made(row: dict[str, object], source: State, goal: Tensor) -> Tensor:
         if "index" not in row:  # an order that nobody wrote down: whatever a copy is, it is wrong
             return first.roll(1, numbers[0])
         return first.index_select(numbers[0], torch.tensor(row["index"]))
+    if op.startswith("transpose of "):
+        return made({**row, "op": op.removeprefix("transpose of ")}, source, goal.mT).mT
+    if op.startswith("permute("):
+        return first.permute(numbers)
     if op.startswith("chunk"):
         index, of, dim = numbers
         size = first.shape[dim] // of

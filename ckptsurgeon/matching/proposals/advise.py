@@ -25,7 +25,7 @@ from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
 
 FEW = 4  # rules that are written out; more are left to `--match`
-MOST = 24  # that are written out where `--match` would not end well
+MOST = 100  # that are written out where `--match` would not end well
 _SCHEMES = {"weight": "ones", "running_var": "ones", "scale": "ones", "gamma": "ones"}  # of one dimension: a norm's; others begin at 0
 LARGEST = 40_000  # tensors of both sides, beyond which a diff leaves matching to `match`
 
