@@ -14,7 +14,7 @@ from itertools import chain
 from math import inf
 
 from ckptsurgeon.matching.module_tree import fold
-from ckptsurgeon.matching.turning import TURNED
+from ckptsurgeon.matching.turning import TURN, TURNED
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -159,13 +159,13 @@ def _turned(found: Sequence[Link], same: Mapping[str, str], source: Tensors) -> 
         shape = source[link.sources[0]].shape
         if shape[0] == shape[1] and same.get(link.sources[0]) == link.targets[0]:
             told = next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op})
-            if told == {"transpose"}:
-                turned[link.sources[0]] = replace(link, op="transpose", margin=inf, evidence=(SAME, TURNED))
+            if told == {TURN}:
+                turned[link.sources[0]] = replace(link, op=TURN, margin=inf, evidence=(SAME, TURNED))
     return turned
 
 
 def _matrix(link: Link, source: Tensors) -> bool:
-    return len(link.sources) == len(link.targets) == 1 and len(source[link.sources[0]].shape) == 2 and link.op in ("", "transpose")
+    return len(link.sources) == len(link.targets) == 1 and len(source[link.sources[0]].shape) == 2 and link.op in ("", TURN)
 
 
 def _kinds(key: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 Shape = tuple[int, ...]
+TURN = "transpose"  # what turns a matrix, as an adapt rule writes it
 TURNED = "turned, as those of its kind that are not square"
 _LEAST = 0.1  # of the weights that may be turned, that must fit turned only
 # How a window's dims stand before its channels (in, out) elsewhere, by the number of dims.
@@ -45,7 +46,7 @@ def _dims(shape: Shape) -> tuple[int, ...]:
 
 
 def _op(shape: Shape) -> str:
-    return "transpose" if len(shape) == 2 else f"permute({list(_dims(shape))})"
+    return TURN if len(shape) == 2 else f"permute({list(_dims(shape))})"
 
 
 def turned(source: Tensors, target: Tensors) -> Turned:
@@ -78,10 +79,10 @@ def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> l
     """The links, where a bare square parameter that is a layer's weight elsewhere is turned as those that are not square are."""
     bare = {id(link): source[link.sources[0]].shape for link in links if _bare(link, source, target)}
     ops = {link.op for link in links if id(link) in bare and len(set(bare[id(link)])) > 1}
-    if ops != {"transpose"}:
+    if ops != {TURN}:
         return list(links)
     return [
-        replace(link, op="transpose", margin=max(link.margin, ENOUGH), evidence=(*link.evidence, TURNED))
+        replace(link, op=TURN, margin=max(link.margin, ENOUGH), evidence=(*link.evidence, TURNED))
         if id(link) in bare and len(set(bare[id(link)])) == 1 and link.op == "" and link.margin < inf
         else link
         for link in links
@@ -90,7 +91,7 @@ def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> l
 
 def _bare(link: Link, source: Tensors, target: Tensors) -> bool:
     """Whether a link is of a matrix that is a parameter by itself on one side, and a layer's weight on the other."""
-    if len(link.sources) != 1 or len(link.targets) != 1 or link.op not in ("", "transpose") or _table(link.targets[0]):
+    if len(link.sources) != 1 or len(link.targets) != 1 or link.op not in ("", TURN) or _table(link.targets[0]):
         return False
     one, other = link.sources[0], link.targets[0]
     return len(source[one].shape) == len(target[other].shape) == 2 and one.endswith("weight") != other.endswith("weight")
