@@ -20,13 +20,15 @@ OwnShape = Callable[..., Shape]  # (shapes, **arguments) -> shape
 class Asked:
     """An op as a rule asks for it, and which of the rule's results it is for.
 
-    `siblings` are the names of all of the rule's results, `number` what a part stands for that only the result names.
+    `siblings` are the names of all of the rule's results, `number` what a part stands for that only the result names. `filled` is set for
+    an op that is as a plan has it already.
     """
 
     op: Op
     index: int = 0
     siblings: tuple[str, ...] = ()
     number: int | None = None
+    filled: bool = False
 
 
 def fill_chain(
@@ -46,14 +48,15 @@ def fill_chain(
     # What a part of the result's name counts is for the first op that counts parts.
     counted = counted_at([one.op for one in asked])
     for place, one in enumerate(asked):
-        last = place == len(asked) - 1
-        siblings = tuple(known.get(name) if last else None for name in one.siblings)
-        number = one.number if place == counted else None
-        look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, number)
         op: Op = one.op
-        if is_own(op):
-            op = {**op, "shape": list(own[str(op["op"])](given, **op["arguments"]))}
-        op = {name: listed(value) for name, value in adapter_of(op).fill(op, look).items()}
+        if not one.filled:
+            last = place == len(asked) - 1
+            siblings = tuple(known.get(name) if last else None for name in one.siblings)
+            number = one.number if place == counted else None
+            look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, number)
+            if is_own(op):
+                op = {**op, "shape": list(own[str(op["op"])](given, **op["arguments"]))}
+            op = {name: listed(value) for name, value in adapter_of(op).fill(op, look).items()}
         given = _infer(op, given)
         ops.append(op)
     infer_chain(ops, shapes)

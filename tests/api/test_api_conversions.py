@@ -32,6 +32,7 @@ KINDS = {
     "nomic_bert": "gate and up are cut from one matrix, and q, k, v",
     "molmo2_text": "q, k and v are cut unequally, an embedding is joined of two",
     "inkling_mm_model": "gate and up in turn, element by element",
+    "inkling2_loop_text": "queries of two tensors in another order",
     "kimi_k25": "fused rotary q, k, v of a vision tower",
     "mistral_large4": "rotary q and k, in pairs",
     "qwen3_vl_moe": "experts are turned where their shapes say so",

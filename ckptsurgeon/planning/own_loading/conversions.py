@@ -189,7 +189,7 @@ def _of_source(
         steps = tuple(dict.fromkeys(step for member in members for step in member.steps))
         places = tuple(place for member in members for place in member.places)
         rule = Rule("convert", file=f"{made.by}, {by}")
-        found.append(Item(key, key, places, tuple(Asked(op) for op in made.ops), (*steps, (rule, 0))))
+        found.append(Item(key, key, places, tuple(Asked(op, filled=True) for op in made.ops), (*steps, (rule, 0))))
     refused = {asked[name].places[0]: words for name, words in answer.refused.items()}
     return found, Applied(naming.library, len(answer.renamed), len(answer.made), len(answer.ignored), refused)
 
