@@ -132,7 +132,7 @@ class Proposal(Matching, Result):
             The error to raise, or None where it is one.
         """
         share = self.explained
-        if share >= least and (share or self.before or (self.links and not least)):
+        if share >= least and ((share and self.links) or self.before or (self.links and not least)):
             return None
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
             left = [link for link in self.links if link not in self.applied and not (link.clear and link.doubt)]
