@@ -12,7 +12,6 @@ from ckptsurgeon.errors import CoverageError, PlanError, RuleError, StrictError
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.planning.plan_types import Step, way_to_look
 from ckptsurgeon.report import Finding
-from ckptsurgeon.rules.meant import meant_words
 from ckptsurgeon.rules.patterns import compile_pattern
 
 if TYPE_CHECKING:
@@ -87,5 +86,7 @@ def refuse_idle_casts(allowed: Iterable[str], keys: Collection[str]) -> None:
     compiled = {pattern: compile_pattern(pattern) for pattern in allowed}
     idle = [pattern for pattern, form in compiled.items() if not any(form.match(key) is not None for key in keys)]
     if idle:
+        from ckptsurgeon.rules.meant import meant_words
+
         problems = tuple(f"allow-cast {pattern!r} matches nothing{meant_words(pattern, keys)}" for pattern in idle)
         raise RuleError("patterns that allow no cast", problems=problems, hint="name keys as the output has them")

@@ -18,7 +18,6 @@ from ckptsurgeon.command import Option
 from ckptsurgeon.errors import CheckpointError, RuleError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Note, Path
-from ckptsurgeon.rules import variables
 from ckptsurgeon.rules.rules import Outside, Rule, from_arguments, path_of_file, rule_options
 
 if TYPE_CHECKING:
@@ -75,7 +74,9 @@ def load_rules(path: Path, *, reverse: bool = False, numbers: Mapping[str, int] 
     "rename 'dense2.{p}' 'fc2.{p}' (rules.toml:1)"
     """
     used: set[str] = set()
-    found = _read(path, variables.checked(numbers or {}), used)
+    from ckptsurgeon.rules.variables import checked
+
+    found = _read(path, checked(numbers or {}), used)
     refuse_unused([name for name in numbers or () if name not in used])
     if not reverse:
         return found
@@ -141,6 +142,11 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
 
 def _filled(rules: Iterable[Rule], numbers: Mapping[str, int], used: set[str]) -> tuple[Rule, ...]:
     """The rules with numbers for their variables. RuleError for a variable that nothing sets."""
+    rules = tuple(rules)
+    if not any(rule.kind == "adapt" for rule in rules):
+        return rules
+    from ckptsurgeon.rules import variables
+
     found = []
     for rule in rules:
         lacks = variables.unset(rule.result, numbers) if rule.kind == "adapt" else None

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ckptsurgeon.errors import CheckpointError, PlanError, StaleError
-from ckptsurgeon.models.target.slips import only_model
 from ckptsurgeon.models.target.spec import looks_like_spec
 from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning import planfile
@@ -122,5 +121,7 @@ def _refuse_checkpoint(file: OpenFile) -> None:
         form = format_of(file)
     except CheckpointError:
         return
+    from ckptsurgeon.models.target.slips import only_model
+
     words = shlex.join(["ckptsurgeon", "plan", file.path, only_model() or "TARGET", "-o", "plan.json"])
     raise PlanError(f"is a checkpoint ({form.name}), not a plan", path=file.path, hint=f"plan it first: {words}")

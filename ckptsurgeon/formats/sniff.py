@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
 from ckptsurgeon.formats.folders import parts
-from ckptsurgeon.formats.folders.hf_folder import find_in_folder
 from ckptsurgeon.formats.registry import TABLE, Format, module
 from ckptsurgeon.formats.zip_directory import ends_as_zip
 from ckptsurgeon.storage.files import OpenFile
@@ -52,8 +51,11 @@ def read(source: Source) -> Archive:
     Raises a CheckpointError, and nothing else, for anything that is not one.
     """
     with no_collections():
-        folder = isinstance(source, str) and os.path.isdir(source)
-        return _read_file(find_in_folder(str(source)) if folder else source, format_of)
+        if isinstance(source, str) and os.path.isdir(source):
+            from ckptsurgeon.formats.folders.hf_folder import find_in_folder
+
+            source = find_in_folder(source)
+        return _read_file(source, format_of)
 
 
 @contextmanager

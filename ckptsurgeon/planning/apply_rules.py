@@ -9,22 +9,25 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.planning import linking, rule_problems
-from ckptsurgeon.planning.averaging import Weights, average_items, weights_of
+from ckptsurgeon.planning import rule_problems
 from ckptsurgeon.planning.keys import Claim, Item, SourceKey
 from ckptsurgeon.planning.legacy_names import renamed_by_loading_code, repaired
 from ckptsurgeon.planning.own_loading import conversions
 from ckptsurgeon.planning.own_loading.conversions import Applied
-from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
 from ckptsurgeon.rules.first_match import FirstMatch
 from ckptsurgeon.rules.rules import CompiledRule, Outside, Rule, compile_rules
 from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
+
+if TYPE_CHECKING:
+    from ckptsurgeon.planning import linking
+    from ckptsurgeon.planning.averaging import Weights
 
 __all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
 NO_OUTSIDE = Outside()
@@ -99,6 +102,8 @@ class _Stage:
                     out += [item.moved(name, compiled.rule, which) for which, name in enumerate(names)]
                     given += names
                 else:
+                    from ckptsurgeon.planning import linking
+
                     group = linking.group_of(index, compiled, match, item)
                     if group.key not in groups:
                         groups[group.key] = group
@@ -110,6 +115,8 @@ class _Stage:
         for group in groups.values():
             by_rule.setdefault(group.index, []).append(group)
         for index, found in by_rule.items():
+            from ckptsurgeon.planning import linking
+
             try:
                 linking.check_even(found)
             except RuleError as error:
@@ -117,6 +124,8 @@ class _Stage:
         return [one for row in out for one in ([row] if isinstance(row, Item) else self._linked(row))]
 
     def _linked(self, group: linking.Group) -> list[Item]:
+        from ckptsurgeon.planning import linking
+
         try:
             found = linking.join(group, self.sources, self.outside)
         except RuleError as error:
@@ -141,7 +150,11 @@ def name_sources(
     that land on one of the target's names, keys that a link needs and that are not there.
     """
     compiled = compile_rules(rules, outside)
-    mean = None if average in (None, False) else weights_of(average, sources)
+    mean = None
+    if average not in (None, False):
+        from ckptsurgeon.planning.averaging import weights_of
+
+        mean = weights_of(average, sources)
     measure = sources[0] if mean is not None and target is None else target
     active = [rule for rule in compiled if not rule.of_target]
     choices = [_choice(source, number, measure, active) if measure is not None else NO_CHANGE for number, source in enumerate(sources)]
@@ -176,6 +189,8 @@ def name_sources(
     items = renamed_by_loading_code(items, outside.taken, dropped, handed)
     landed = [(place, item.name) for item in items for place in item.places]
     if mean is not None:
+        from ckptsurgeon.planning.averaging import average_items
+
         items = average_items(items, sources, mean, problems)
     lost = () if known is None else rule_problems.rules_without_effect(active, items, known)
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
@@ -186,6 +201,8 @@ def name_sources(
         first = sources[0]
         look = f"ckptsurgeon inspect -v {shlex.quote(first.path)}"
         if target is not None or first.kind == "model":
+            from ckptsurgeon.planning.plan_types import way_to_look
+
             look = way_to_look(first.path, first.root, first.kind == "model", None if target is None else target.path)
         hint = f"see the names: {look}"
         if crossed:

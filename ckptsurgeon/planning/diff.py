@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.command import NOT_IN_MEMORY, Command, InMemory, Option, at_root
 from ckptsurgeon.formats.registry import named
-from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
@@ -333,7 +332,7 @@ def compare(
         parted_codes=_parted(origins, codes, target),
         rivals=ways_to_choose([source], target, names, rules)[0],
         exchanges=exchanges,
-        warnings=tuple(words for words in (lost_factors(extra),) if words is not None),
+        warnings=_lost(extra),
         loaded=_loaded(outside.taken.get(0), computed),
         lacking=() if named(source.format).leaves_out_tied else tuple(key for key in matched if key in origins and origins[key].tied_to),
         unkept=tuple(find_unkept(target, given)),
@@ -362,3 +361,13 @@ def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: C
         as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.here) for one in read)
         found += [one.key for one in read if origin.fits and not as_it_is]
     return tuple(found)
+
+
+def _lost(extra: Collection[str]) -> tuple[str, ...]:
+    """What is said of factors of PEFT that go nowhere."""
+    if not extra:
+        return ()
+    from ckptsurgeon.low_rank import lost_factors
+
+    words = lost_factors(extra)
+    return (words,) if words is not None else ()

@@ -15,7 +15,6 @@ from ckptsurgeon.planning.legacy_names import BY, COUNTER, is_counter
 from ckptsurgeon.planning.plan_types import FROM_MODEL, Step, copied_key
 from ckptsurgeon.planning.resolve import Origin, kept_out
 from ckptsurgeon.rules.copied_value import copied, filled_in, follow
-from ckptsurgeon.rules.meant import meant_words
 from ckptsurgeon.rules.rules import CompiledRule, Rule
 from ckptsurgeon.tensors import Checkpoint
 
@@ -72,6 +71,8 @@ def find_init_rules(
         elif any(compiled.match(key) is not None for key in target):
             problems.append(f"{compiled.rule} matches only keys that take weights from the source; to initialise them, --drop them too")
         else:
+            from ckptsurgeon.rules.meant import meant_words
+
             problems.append(f"{compiled.rule} matches nothing in the target{meant_words(compiled.rule.pattern, target)}")
     if problems:
         raise RuleError(

@@ -15,8 +15,7 @@ from ckptsurgeon.planning.keys import Claim, SourceKey
 from ckptsurgeon.planning.legacy_names import BY
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.rules import AUTO
-from ckptsurgeon.rules.meant import meant_words
-from ckptsurgeon.rules.rules import Rule
+from ckptsurgeon.rules.rules import CompiledRule, Rule
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 
@@ -132,7 +131,7 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
             key = next(key for _, key in names.names_of if rule.match(key) is not None)
             problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: link it: '{key} -> KEY'")
         elif not matched:
-            close = meant_words(rule.patterns[0][1].text, keys) if len(problems) < SHOWN else ""
+            close = _meant(rule, keys) if len(problems) < SHOWN else ""
             problems.append(f"{rule.rule} matches nothing in the target{close}")
         elif not taken:
             problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or link it: 'A -> {matched[0]}'")
@@ -140,8 +139,15 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
             problems.append(f"{rule.rule} never gets a turn: earlier rules adapt all of its keys")
     for rule in names.keeps:
         if not any(rule.match(key) is not None for key in keys):
-            problems.append(f"{rule.rule} matches nothing in the target{meant_words(rule.patterns[0][1].text, keys)}")
+            problems.append(f"{rule.rule} matches nothing in the target{_meant(rule, keys)}")
     return asked
+
+
+def _meant(rule: CompiledRule, keys: Collection[str]) -> str:
+    """What a rule that matches nothing may have meant, in words."""
+    from ckptsurgeon.rules.meant import meant_words
+
+    return meant_words(rule.patterns[0][1].text, keys)
 
 
 def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mapping[str, Shape], names: Names, auto: str | None) -> Origin:

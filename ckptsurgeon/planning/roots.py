@@ -15,7 +15,6 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PartError, RootError
 from ckptsurgeon.hints import close_words
 from ckptsurgeon.planning import training_places
-from ckptsurgeon.planning.own_loading import conversions
 from ckptsurgeon.planning.prefixes.find import NEAR, find_change
 from ckptsurgeon.planning.training_places import all_moments, lightning_average, of_optimizer
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
@@ -277,6 +276,8 @@ def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
 
 def _fit(state_dict: StateDict, target: Checkpoint, joined: bool) -> _Fit:
     """What a state_dict covers under the change of names that explains most, whether that is applied or its rivals are asked for."""
+    from ckptsurgeon.planning.own_loading import conversions
+
     mapping = conversions.choose(state_dict.tensors, target, find_change(state_dict.tensors, target)).best.mapping
     parent = _parent(state_dict.root)
     origins: dict[str, Hashable] = {}

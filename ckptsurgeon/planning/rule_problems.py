@@ -9,7 +9,6 @@ from ckptsurgeon.command import as_words
 from ckptsurgeon.hints import SHOWN, close_words
 from ckptsurgeon.planning.keys import Item
 from ckptsurgeon.planning.prefixes.find import Prefix
-from ckptsurgeon.rules.meant import meant_words
 from ckptsurgeon.rules.rules import CompiledRule, Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, Refused
 
@@ -43,6 +42,8 @@ def rules_without_a_turn(
             yield f"{rule.rule} matches nothing: there is no source {numbers[0]}, the first is 0"
         else:
             told += 1  # close names are looked for where they are shown
+            from ckptsurgeon.rules.meant import meant_words
+
             close = meant_words(rule.patterns[0][1].text, (item.seen for item in items)) if told <= SHOWN else ""
             yield f"{rule.rule} matches nothing{close}"
 

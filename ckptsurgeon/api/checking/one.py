@@ -27,7 +27,6 @@ from ckptsurgeon.errors import (
     no_memory,
 )
 from ckptsurgeon.planning import roots
-from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
@@ -98,6 +97,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
             if against is not None:
                 from ckptsurgeon.api._own_loading import taken_as_it_stands
                 from ckptsurgeon.api._proving import strict_load
+                from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 
                 as_read = read_by_library(chosen, against.checkpoint)
                 with _TRYING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
@@ -15,11 +16,13 @@ from ckptsurgeon.formats.registry import loading
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import SourceKey
-from ckptsurgeon.planning.plan_types import Plan, Step
 from ckptsurgeon.report import Finding
 from ckptsurgeon.rules.loading_code import Made, Taken, is_below
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 from ckptsurgeon.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    from ckptsurgeon.planning.plan_types import Plan, Step
 
 
 @dataclass(frozen=True)

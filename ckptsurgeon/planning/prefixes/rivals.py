@@ -10,17 +10,20 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ckptsurgeon.command import Option, as_words
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.planning.apply_rules import Names, name_sources
-from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.prefixes.find import Change, find_exchange
 from ckptsurgeon.planning.prefixes.heads import Tensors
 from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
+
+if TYPE_CHECKING:
+    from ckptsurgeon.planning.averaging import Weights
 
 FEW = 4  # that are offered
 MANY = 24  # rules, more of which nobody would paste: a change that needs them is told without

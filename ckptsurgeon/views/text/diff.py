@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from ckptsurgeon.command import Command, InMemory, as_words, at_root
 from ckptsurgeon.planning.diff import Diff, Resize
-from ckptsurgeon.planning.plan_findings import OTHER_TARGET
 from ckptsurgeon.planning.prefixes.rivals import Way
 from ckptsurgeon.rules.rules import rule_options
 from ckptsurgeon.views.folding import fold, fold_siblings
@@ -202,4 +201,6 @@ def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | 
 
 def no_merge(target: str, unkept: Sequence[str]) -> str:
     """What is said in place of a merge where a target file has values that can't be kept."""
+    from ckptsurgeon.planning.plan_findings import OTHER_TARGET
+
     return f"No merge can keep {listing(unkept, 4)} of {name(target)}: {OTHER_TARGET}."

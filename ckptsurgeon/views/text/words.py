@@ -8,12 +8,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from ckptsurgeon.command import Command, InMemory
 from ckptsurgeon.errors import printable
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.op import Op
+    from ckptsurgeon.command import Command, InMemory
     from ckptsurgeon.planning.quantised import Codes
     from ckptsurgeon.report import Coverage, Finding
 
