@@ -215,10 +215,8 @@ _KIND = {"head", "pool", "lm", "mask"}
 
 def _barred(one: str, other: str) -> bool:
     """Whether one name alone says that the tensor was added to a model, or is a head or a pooler."""
-    told, wanted = (set(concepts(key.rpartition(".")[0])) for key in (one, other))
-    return any((told & words) != (wanted & words) and not (told & wanted & words) for words in (_ADDED, _KIND)) and bool(
-        (told ^ wanted) & (_ADDED | _KIND)
-    )
+    told, wanted = set(concepts(one)), set(concepts(other))
+    return any(bool(told & words) != bool(wanted & words) or (told & words and not told & wanted & words) for words in (_ADDED, _KIND))
 
 
 def _differing(one: str, other: str) -> tuple[str, list[str], list[str], list[str]]:

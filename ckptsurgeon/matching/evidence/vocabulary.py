@@ -33,8 +33,9 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"feed_?forward|ffn?|mlps?|pointwise_feedforward|positionwise", "mlp"),
     (r"token_?type|segment", "tokentype"),
     (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
-    (r"wte|tok|word|token|vocab|tokens", "tok"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
+    (r"mask_?(token|embedding)", "mask"),
+    (r"wte|tok|word|token|vocab|tokens", "tok"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
     (r"lm_head|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
     (
