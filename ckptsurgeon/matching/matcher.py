@@ -19,7 +19,7 @@ from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.factors import sides, written
 from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
-from ckptsurgeon.matching.module_tree import both, fold
+from ckptsurgeon.matching.module_tree import both, fold, list_lengths
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import settled
@@ -140,14 +140,15 @@ def _share(links: Iterable[Link], target: Tensors) -> int:
 def _match(given: Tensors, wanted: Tensors, about: Turned, rest: bool) -> tuple[list[Link], float]:
     one, other = both(map(about.seen, given.values()), wanted.values())
     ordered = has_order(given) and has_order(wanted)
-    clues = Clues()
+    rows = list_lengths(one) | list_lengths(other)
+    clues = Clues(rows=rows)
     for _ in range(PASSES):
         record = lay(one, other, clues)
-        clues = _learned(record)
+        clues = replace(_learned(record), rows=rows)
     trust = _trust(_certain(record)) if ordered else 0.0
     for _ in range(PASSES if trust else 0):
         record = lay(one, other, replace(clues, trust=trust))
-        clues = _learned(record)
+        clues = replace(_learned(record), rows=rows)
     found = [link for laid in between(record.units, one, other, trust) for link in links(laid, about)]
     found = squares_turned(found, given, wanted)
     found += orphans(found, record, given, wanted)

@@ -27,6 +27,7 @@ ROLES: Mapping[str, str] = {
 }  # fmt: skip
 _STEMMED = re.compile(r"(?:(weight|bias)_(.+)|(.+)_(weight|bias))")
 _NUMBER = re.compile(r"\d+")
+_LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 _BESIDE_CHILDREN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
@@ -181,6 +182,13 @@ def both(source: Iterable[TensorMeta], target: Iterable[TensorMeta]) -> tuple[No
     """The trees of two sides whose forms can be compared."""
     interned = _Interned()
     return grow(source, interned), grow(target, interned)
+
+
+def list_lengths(root: Node) -> dict[int, int]:
+    """By node (its id), how many have its path but for the last number in it."""
+    heads = {id(node): _LAST_NUMBER.sub("{}", node.path) for node in root.nodes}
+    counts = Counter(heads.values())
+    return {node: counts[head] for node, head in heads.items()}
 
 
 def _node(module: _Module, path: str, name: str, interned: _Interned) -> Node:

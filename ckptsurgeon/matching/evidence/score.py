@@ -34,6 +34,7 @@ EXACT = 1.0  # the same shapes, dimensions of one included
 NUMBERS = 2.0  # numbers are in the same order
 ORDER = 1.5  # keys are in the same order, as far as that can be trusted
 ELSEWHERE = 2.5  # the same two names were paired elsewhere, always
+LENGTH = 1.0  # numbered lists are as long
 COMPANY = 2.0  # as near as the other to what is paired already
 Anchors = Sequence[tuple[Node, Node]]  # pairs in the same surroundings that are certain
 
@@ -41,13 +42,14 @@ Anchors = Sequence[tuple[Node, Node]]  # pairs in the same surroundings that are
 @dataclass(frozen=True)
 class Clues:
     """What is known before a choice: how far the order of keys can be trusted (0 to 1), how often which names were paired elsewhere,
-    and which node of the target each node of the source (by its id) was paired with."""
+    which node of the target each node of the source (by its id) was paired with, and how many differ from a node by its last number."""
 
     trust: float = 0.0
     pairs: Mapping[tuple[str, str], int] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, int] = field(default_factory=dict)
     partners: Mapping[int, Node] = field(default_factory=dict)
+    rows: Mapping[int, int] = field(default_factory=dict)
 
 
 class Table:
@@ -83,6 +85,8 @@ class Table:
             found["numbers in the same order"] = NUMBERS * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
         elif self.families[0][row] == self.families[1][column] != (0, 1):
             found["numbers in the same order"] = NUMBERS
+        if self.clues.rows.get(id(source), 1) == self.clues.rows.get(id(target), 1) > 1:
+            found["in a list as long"] = LENGTH
         if other_roles(source, target):
             found[f"roles {AGAINST_IT}"] = 2 * AGAINST
         trust = self.clues.trust * (0.3 if self._confused(row) or self._confused(column, 1) else 1.0)
