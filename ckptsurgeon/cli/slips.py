@@ -148,7 +148,7 @@ def _output(command: str, given: Sequence[str]) -> str:
     stem, suffix = os.path.splitext(_OUTPUTS.get(command, "merged.pt"))
     if command == "merge" and len(given) == 1:
         stem, old = os.path.splitext(os.path.basename(os.path.normpath(given[0])))
-        suffix = ".pt" if old == ".safetensors" else ".safetensors"
+        suffix = ".safetensors" if old != ".safetensors" else suffix  # which is torch's
     number, name = 2, f"{stem}{suffix}"
     while os.path.exists(name):
         number, name = number + 1, f"{stem}_{number}{suffix}"

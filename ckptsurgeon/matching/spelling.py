@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 
 from ckptsurgeon.matching.factors import FORMS
 from ckptsurgeon.matching.module_tree import ROLES
@@ -23,6 +24,7 @@ _LAST = {
     for name in (*(role for role in ROLES if len(role) > 3), *(name.format("weight") for form in FORMS for name in form.names))
 }
 _ROLE = re.compile(rf"[._]?({'|'.join(re.sub('[._]', '[._]?', role) for role in sorted(_LAST.values(), key=len, reverse=True))})$")
+_MOST_HEADS = 4
 _FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
 
 
@@ -35,20 +37,19 @@ def same_but_for_separators(source: Tensors, target: Tensors) -> dict[str, str]:
     {'a0fcweight': 'a.0.fc.weight'}
     """
     best: dict[str, str] = {}
-    heads = [_common_head(side) for side in (source, target)]
-    for here in dict.fromkeys(("", heads[0])):
-        for there in dict.fromkeys(("", heads[1])):
+    for here in _common_heads(source):
+        for there in _common_heads(target):
             ones, others = squashed(source, here), squashed(target, there)
             found = {key: others[name] for name, key in ones.items() if name in others and target[others[name]].shape == source[key].shape}
             best = found if len(found) > len(best) else best
     return best
 
 
-def _common_head(keys: Iterable[str]) -> str:
-    """What all keys begin with, up to an underscore."""
+def _common_heads(keys: Iterable[str]) -> list[str]:
+    """What all keys begin with, up to each of the first separators in it, and nothing."""
     first, last = min(keys, default=""), max(keys, default="")
     same = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    return first[:same].rpartition("_")[0]
+    return ["", *(first[: found.start()] for found in islice(_SEPARATORS.finditer(first[:same].lower()), _MOST_HEADS))]
 
 
 def squash(name: str) -> str:

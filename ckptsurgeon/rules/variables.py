@@ -13,7 +13,7 @@ from typing import Any
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.hints import close_names
 
-_TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?P<name>[^\W\d]\w*)|.""", re.DOTALL)
+_TOKEN = re.compile(r"""\d\w*|[bBrRuUfF]{1,2}(?=['"])|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?P<name>[^\W\d]\w*)|.""", re.DOTALL)
 _WORDS = {"True", "False", "None"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -80,11 +80,13 @@ def test_the_output_may_be_the_target_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["out.txt", "out", "nowhere/out.pt"])
-def test_an_output_that_can_not_be_is_refused_before_anything_is_read(output: str, tmp_path: Path) -> None:
+def test_an_output_that_can_not_be_is_refused_before_anything_is_written(output: str, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "in.pt")
     with pytest.raises(OutputError):
-        cs.merge(tmp_path / "not even there.pt", None, tmp_path / output)
+        cs.merge(tmp_path / "in.pt", None, tmp_path / output)
     with pytest.raises(OutputError):
         cs.merge(tmp_path / "not even there.pt", None, tmp_path / "out.pt", format="gguf")
+    assert os.listdir(tmp_path) == ["in.pt"]
 
 
 def test_the_format_can_be_named(tmp_path: Path) -> None:

@@ -33,12 +33,12 @@ def slips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     exec(CODE, scope)
-    for folder in ("nets", "runs"):
+    for folder in ("hidden_nets", "runs"):
         Path(folder).mkdir()
     Path("zoo.py").write_text(CODE)
     Path("lam.py").write_text("from torch import nn\nSmall = lambda: nn.Linear(2, 2)\n")
     for name in ("deep", "far"):
-        Path(f"nets/{name}.py").write_text(CODE.replace("LM", name.title()))
+        Path(f"hidden_nets/{name}.py").write_text(CODE.replace("LM", name.title()))
     torch.save(scope["Net"]().state_dict(), "params.pt")
     torch.save(scope["Net"]().state_dict(), "runs/best.pt")
     torch.save(scope["LM"]().state_dict(), "lm.pt")
@@ -67,13 +67,13 @@ def tried(ended) -> str:
         ("lm.pt", "LM", "zoo:LM"),
         ("small.pt", "lam.py", "lam.py:Small"),
         ("small.pt", "lam", "lam:Small"),
-        ("params.pt", "nets.deep.Net", "nets.deep:Net"),
-        ("params.pt", "nets/deep.Net", "nets/deep.py:Net"),
-        ("params.pt", "nets/deep:Net", "nets/deep.py:Net"),
-        ("params.pt", r"nets\deep.py:Net", "nets/deep.py:Net"),
-        ("params.pt", "nets.dep:Net", "nets.deep:Net"),
-        ("lm.pt", "far:Far", "nets/far.py:Far"),
-        ("lm.pt", "Far", "nets/far.py:Far"),
+        ("params.pt", "hidden_nets.deep.Net", "hidden_nets.deep:Net"),
+        ("params.pt", "hidden_nets/deep.Net", "hidden_nets/deep.py:Net"),
+        ("params.pt", "hidden_nets/deep:Net", "hidden_nets/deep.py:Net"),
+        ("params.pt", r"hidden_nets\deep.py:Net", "hidden_nets/deep.py:Net"),
+        ("params.pt", "hidden_nets.dep:Net", "hidden_nets.deep:Net"),
+        ("lm.pt", "far:Far", "hidden_nets/far.py:Far"),
+        ("lm.pt", "Far", "hidden_nets/far.py:Far"),
     ],
 )
 def test_a_target_with_a_slip(slips, run, file, wrong, right) -> None:

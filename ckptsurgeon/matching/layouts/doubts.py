@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from ckptsurgeon.matching.layouts import fused, gated, merging, modulation, rotary
 from ckptsurgeon.matching.layouts.sides import Side, Sides
+from ckptsurgeon.matching.same_names import SAME
 from ckptsurgeon.planning.links import LAYOUT, Layout, Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -27,14 +28,17 @@ def with_doubts(links: Iterable[Link], source: Tensors, target: Tensors) -> list
         source: all tensors of the source, also those that were not to be matched.
         target: all tensors of the target.
     """
+    links = list(links)
     sides = Sides(Side(source), Side(target))
-    return [_with_doubt(link, sides) for link in links]
+    same = sum(SAME in link.evidence for link in links)
+    one_naming = sides.one_naming or 2 * same > min(len(source), len(target))
+    return [_with_doubt(link, sides, one_naming) for link in links]
 
 
-def _with_doubt(link: Link, sides: Sides) -> Link:
-    stays = len(link.sources) == len(link.targets) == 1 and sides.names.get(link.sources[0]) == link.targets[0]
-    found = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
+def _with_doubt(link: Link, sides: Sides, one_naming: bool) -> Link:
     whole = len(link.sources) == len(link.targets) == 1
-    if not found or (whole and sides.one_naming):
+    stays = whole and (SAME in link.evidence or sides.names.get(link.sources[0]) == link.targets[0])
+    found = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
+    if not found or (whole and one_naming):
         return link
     return replace(link, doubt=LAYOUT, choices=tuple(found))

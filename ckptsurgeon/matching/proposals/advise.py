@@ -27,7 +27,7 @@ from ckptsurgeon.tensors import Checkpoint
 FEW = 4  # rules that are written out; more are left to `--match`
 MOST = 100  # that are written out where `--match` would not end well
 _SCHEMES = {"weight": "ones", "running_var": "ones", "scale": "ones", "gamma": "ones"}  # of one dimension: a norm's; others begin at 0
-LARGEST = 40_000  # tensors of both sides, beyond which a diff leaves matching to `match`
+LARGEST = 24_000  # names left over on both sides, beyond which a diff leaves matching to `match`
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def advise(
     # Names that loading code gives are not matched; old names only where that leads to less.
     given = tuple(frozenset(key for key in one.matched if key not in case.plain) for one in (found, base))
     to_match = _open(case, base)
-    few = len(source) + len(target) <= LARGEST
+    few = len(found.missing) + len(found.extra) <= LARGEST
     for keys in dict.fromkeys(given) if to_match and few else ():
         matched = _matched(case, base, keys)
         links = links or (tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ())

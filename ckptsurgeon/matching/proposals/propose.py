@@ -135,7 +135,8 @@ class Proposal(Matching, Result):
         if share >= least and ((share and self.links) or self.before or (self.links and not least)):
             return None
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
-            left = [link for link in self.links if link not in self.applied and not (link.clear and link.doubt)]
+            applied = set(self.applied)
+            left = [link for link in self.links if link not in applied and not (link.clear and link.doubt)]
             doubtful = (left or self.links)[0]
             codes = any(DEQUANTIZE in link.evidence for link in left)
             way = "leave out what rivals it (drop=['other_tower.**']), or take them as they are: accept_uncertain=True"
@@ -247,7 +248,7 @@ def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
     applied, left = _applied(found, accept)
     asked = replace(task, links=applied, doubtful=frozenset(key for link in left for key in link.sources))
     try:
-        ruled = generalise(asked)
+        ruled = generalise(asked) if applied or task.before else ()  # nothing is carried by drops alone
     except RuleError:
         writable = [link for link in applied if _is_writable(link)]
         if len(writable) == len(applied):

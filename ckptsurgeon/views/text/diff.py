@@ -141,7 +141,8 @@ def _links(found: Diff, width: int | None) -> list[str]:
     shown = [(to_toml.arrow(rule),) for rule in advice.carried if rule.kind in ("rename", "adapt")]
     if shown:
         lines += ["Probably the same under other names:", *table(shown, width, OFFERS)]
-    left = [link for link in advice.uncertain if set(link.targets) & set(found.missing)]
+    missing = set(found.missing)
+    left = [link for link in advice.uncertain if not missing.isdisjoint(link.targets)]
     if left:
         doubts = sum(len(link.targets) for link in left if link.doubt)
         rest = sum(len(link.targets) for link in left) - doubts
