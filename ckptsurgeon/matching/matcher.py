@@ -28,10 +28,12 @@ from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spel
 from ckptsurgeon.matching.towers import towered
 from ckptsurgeon.matching.turning import Turned, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Layout, Link
-from ckptsurgeon.planning.prefixes.find import find_change, rename_all
+from ckptsurgeon.planning.prefixes.find import Change, find_change, find_exchange, rename_all
 from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 PASSES = 2  # without the order of keys, and as many with it
+EXCHANGED = 0.7  # of the smaller side's names, from which on a prefix that is exchanged for another is one naming
 Z = 2.58  # 99 of 100 samples lie so many standard deviations around the truth
 _MOMENTS = ("adam_m", "adam_v", "Adam", "Adam_1", "exp_avg", "exp_avg_sq", "Momentum", "momentum_buffer")
 Tensors = Mapping[str, TensorMeta]
@@ -101,15 +103,37 @@ def _towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[
 
 
 def _names(source: Tensors, target: Tensors) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Target keys by the source keys that are called the same in the same shape, and every source key as the target would call it."""
+    """Target keys by the source keys that are called the same in the same shape, and every source key as the target would call it.
+
+    Names are the same after the prefix that is stripped or added unasked; also after one prefix is exchanged for another, where that
+    is so of most, or but for separators.
+    """
     change = find_change(source, target).applied
     bare = rename_all(source, target, change.prefix)
     least = min(len(source), len(target))
+    if 2 * len(change.mapping) < least:
+        exchanges = find_exchange(source, target)
+        if len(exchanges) == 1 and len(exchanges[0].mapping) >= EXCHANGED * least:
+            return _exchanged(exchanges[0], change.mapping, source, bare)
     if len(change.mapping) < least:
         flat = same_but_for_separators(source, target)
         if len(flat) > max(len(change.mapping), least / 2) and change.mapping.items() <= flat.items():
             return flat, {**bare, **flat}
     return change.mapping, bare
+
+
+def _exchanged(
+    exchange: Change, same: Mapping[str, str], source: Tensors, bare: Mapping[str, str]
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """The same names where one prefix is exchanged for another; what does not have it keeps its name."""
+    prefix = exchange.prefix
+    names = {key: unwrap(key, WRAPPERS) for key in source}
+    mapped = {key: exchange.mapping[name] for key, name in names.items() if name in exchange.mapping}
+    taken = {*mapped.values()}
+    kept = {key: name for key, name in same.items() if key not in mapped and name not in taken}
+    return {**mapped, **kept}, {
+        key: prefix.added + prefix.bare(name) if name.startswith(prefix.stripped) else bare[key] for key, name in names.items()
+    }
 
 
 def _look(source: Tensors, target: Tensors, rest: bool = False) -> tuple[list[Link], float]:

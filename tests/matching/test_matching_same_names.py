@@ -143,3 +143,20 @@ def test_what_is_left_over_is_fresh_where_all_else_goes_by_its_name(in_order: bo
     found = sure(source, target)
     assert {key: value for key, value in found.items() if "pooler" not in key} == {key: (f"bert.{key}",) for key in body}
     assert not [key for key in found if "pooler" in key]
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_prefix_that_is_exchanged_is_one_naming_too(in_order: bool) -> None:
+    """`bert.` for `encoder.`: a head of the source is no pooler of the target, and a table of another size stays what it is."""
+    body = {f"layer.{i}.{name}.weight": (16, 16) for i in range(4) for name in ("q", "k", "v", "out")}
+    source = side(
+        {f"bert.{key}": shape for key, shape in body.items()}
+        | {"bert.embed.weight": (50, 16), "cls.transform.dense.weight": (16, 16), "cls.transform.dense.bias": (16,)}
+    )
+    target = side(
+        {f"encoder.{key}": shape for key, shape in body.items()}
+        | {"encoder.embed.weight": (60, 16), "encoder.pooler.dense.weight": (16, 16), "encoder.pooler.dense.bias": (16,)}
+    )
+    if in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    assert sure(source, target) == {f"encoder.{key}": (f"bert.{key}",) for key in body}
