@@ -26,6 +26,7 @@ from ckptsurgeon.planning.diff import Resize
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.conversions import applied_prefix
 from ckptsurgeon.planning.plan_types import way_to_look
+from ckptsurgeon.planning.prefixes.find import rename_all
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
 from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
 from ckptsurgeon.report import Coverage, Twins
@@ -248,7 +249,7 @@ def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
     applied, left = _applied(found, accept)
     asked = replace(task, links=applied, doubtful=frozenset(key for link in left for key in link.sources))
     try:
-        ruled = generalise(asked) if applied or task.before else ()  # nothing is carried by drops alone
+        ruled = generalise(asked) if applied or task.before or _by_name(task) else ()  # drops alone carry nothing
     except RuleError:
         writable = [link for link in applied if _is_writable(link)]
         if len(writable) == len(applied):
@@ -258,6 +259,12 @@ def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
         ruled = generalise(replace(asked, links=applied))
         left = [link for link in found.links if link not in applied]
     return replace(_proposal(found, asked, applied, ruled, left), task=task, accepts=accept)
+
+
+def _by_name(task: Task) -> bool:
+    """Whether any key of the source would go by its name without a rule."""
+    names = rename_all(task.source, task.target, task.prefix)
+    return any(name in task.target for name in names.values())
 
 
 def again(found: Proposal, links: Sequence[Link]) -> Proposal:
