@@ -98,7 +98,7 @@ def _matched(
         )
     refuse_unused([name for name in ruling.unused if name not in proposed.numbers_used])
     if proposed.open and target.kind == "skeleton":
-        raise open_error([row for one in proposed.open for row in _findings(one, proposed.open)], target.path)
+        raise open_error([row for one in proposed.open for row in _findings(one, proposed.open)], sources[0].path, target.path)
     return replace(ruling, rules=proposed.rules, open=proposed.open)
 
 

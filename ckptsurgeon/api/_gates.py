@@ -26,24 +26,23 @@ def refuse_open(plan: Plan, path: str | None = None) -> None:
     opened = [finding for finding in plan.findings if finding.code in (OPEN_LAYOUT, LAYOUT_CHOICE)]
     if not opened:
         return
+    first, target = plan.sources[0], plan.target.spec if plan.target else ""
     if path is None:
-        raise open_error(opened, plan.sources[0].path)
-    first = plan.sources[0]
-    again = Command("plan", first.path, plan.target.spec if plan.target else "", path, (*at_root(first.root), ("match",)))
-    raise open_error(opened, path, f"plan again with one of these ways: {shlex.join(again.words)} --overwrite --layout as-is")
+        raise open_error(opened, first.path, target)
+    again = Command("plan", first.path, target, path, (*at_root(first.root), ("match",)))
+    raise open_error(opened, path, target, f"plan again with one of these ways: {shlex.join(again.words)} --overwrite --layout as-is")
 
 
-def open_error(opened: Sequence[Finding], path: str, hint: str | None = None) -> PlanError:
-    """The refusal that names what is open with the ways to settle it."""
+def open_error(opened: Sequence[Finding], path: str, target: str, hint: str | None = None) -> PlanError:
+    """The refusal that names what is open with the ways to settle it; `hint` is for a plan in a file."""
+    look = shlex.join(["ckptsurgeon", "match", path, target])
     return PlanError(
         "shapes can't tell in which order the elements of some tensors lie, and none is chosen",
         path=path,
         problems=tuple(
             f"{finding.key}: {finding.message}" if finding.code == OPEN_LAYOUT else f"  {finding.message}" for finding in opened
         ),
-        hint=hint
-        or "add one of these ways to what is matched (layout='as-is' takes all as they stand), "
-        "or let your models decide: ckptsurgeon match CKPT TARGET --source-model module:Net --forward module:make_inputs",
+        hint=hint or f"add one of these ways; layout='as-is' takes all as they stand; see them side by side: {look}",
     )
 
 
