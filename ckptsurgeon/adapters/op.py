@@ -148,6 +148,11 @@ def list_of(check: Check) -> Check:
     return lambda value: type(value) in (list, tuple) and all(map(check, value))
 
 
+def or_none(check: Check) -> Check:
+    """None, or a value that passes a check."""
+    return lambda value: value is None or check(value)
+
+
 @dataclass(frozen=True)
 class OneOf:
     """One of some words; `meant` says which one a slip is."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, signed
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, or_none, signed
 from ckptsurgeon.adapters.shapes import from_front, need, refused
 from ckptsurgeon.errors import RuleError
 
@@ -120,7 +120,7 @@ def _cosines(matrix: Tensor, u: Tensor, v: Tensor) -> list[float]:
 ADAPTER = Adapter(
     words="w = original / (u · (original v)), of a weight, u and v by turns, as torch has it in eval mode; "
     "the rows are dim `dim`, told by the shapes, else (None) by the values of u and v",
-    fields={"dim": lambda value: value is None or signed(value)},
+    fields={"dim": or_none(signed)},
     infer=_infer,
     fill=_fill,
     kernel=_kernel,

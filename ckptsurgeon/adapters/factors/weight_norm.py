@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, one_of, signed
+from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, one_of, or_none, signed
 from ckptsurgeon.adapters.shapes import from_front, need, refused, size_of
 from ckptsurgeon.errors import RuleError
 
@@ -127,7 +127,7 @@ def _lengths(v: Tensor, dim: int | None) -> Tensor:
 ADAPTER = Adapter(
     words="w = g * v / |v|, of g and v by turns, with a norm for each index of dim `dim` (told by g's shape; None: one for the whole); "
     "of one tensor for two results: g = |w| and v = w",
-    fields={"dim": lambda value: value is None or signed(value), "part": one_of(*PARTS)},
+    fields={"dim": or_none(signed), "part": one_of(*PARTS)},
     infer=_infer,
     fill=_fill,
     kernel=_kernel,
