@@ -34,6 +34,7 @@ COMMANDS = {
     "skeleton": "Save a target's names and shapes, for check --against.",
     "groups": "Parameter groups: what is fresh learns at its own rate.",
     "adapters": "The adapters and schemes that rules can name.",
+    "guide": "The manual: a page for each topic.",
 }
 
 

@@ -43,6 +43,13 @@ class Show:
         """Print another answer on stdout: its text, or its value as JSON."""
         put(json_parts(value()) if self.json else [text()])
 
+    def page(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
+        """Show a long text by the person's pager where stdout is a terminal; else as any other answer."""
+        if self.json or self.width is None:
+            self.answer(text, value)
+        else:
+            click.echo_via_pager(text())
+
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""
         said: set[str] = set()

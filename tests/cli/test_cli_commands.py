@@ -263,11 +263,11 @@ def test_help_lists_the_commands_in_the_order_of_use(run):
     ended = run("--help")
     assert ended.code == 0 and ended.err == ""
     names = [line.split()[0] for line in ended.out.split("Commands:")[1].strip().splitlines() if line.startswith("  ") or line]
-    assert names == ["inspect", "diff", "match", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters"]
+    assert names == ["inspect", "diff", "match", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters", "guide"]
 
 
 @pytest.mark.parametrize(
-    "name", ["inspect", "diff", "match", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters"]
+    "name", ["inspect", "diff", "match", "plan", "apply", "merge", "verify", "check", "skeleton", "groups", "adapters", "guide"]
 )
 def test_every_command_helps_within_eighty_columns(run, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")

@@ -68,6 +68,8 @@ COMMANDS = {
     "skeleton model:Net -o out.json": True,
     "groups a.safetensors model:Net --lr 1": True,
     "adapters": False,
+    "guide": False,
+    "guide patterns": False,
     "--help": False,
 }
 
@@ -172,6 +174,7 @@ ANSWERS = (
     "merge --help",
     "--version",
     "adapters",
+    "guide patterns",
 )
 
 

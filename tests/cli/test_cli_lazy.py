@@ -39,6 +39,7 @@ COSTS = {
     "diff --json": (["diff", "a.pt", "b.pt", "--json"], 90, {MATCHER, "ckptsurgeon.views.text"}),
     "diff with keys left on one side": (["diff", "a.pt", "less.pt"], 90, {MATCHER}),
     "check": (["check", "a.pt", "a.safetensors"], 90, {MATCHER, "ckptsurgeon.adapters"}),
+    "guide": (["guide", "patterns"], 25, {MATCHER, "ckptsurgeon.adapters", "json"}),
     "plan": (["plan", "a.pt", "b.pt"], 130, {MATCHER}),
     "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 135, {MATCHER, "ckptsurgeon.models.verify"}),
 }

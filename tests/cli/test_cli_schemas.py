@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 NET, VARIANT = "model:Net", "variants:NetVariant"
 SCHEMAS = resources("ckptsurgeon") / "views" / "schemas"
-NAMES = ["adapters", "check", "diff", "error", "explain", "groups", "inspect", "match", "merge", "plan", "skeleton", "verify"]
+NAMES = ["adapters", "check", "diff", "error", "explain", "groups", "guide", "inspect", "match", "merge", "plan", "skeleton", "verify"]
 
 
 def fits(value: Any, name: str) -> None:

@@ -48,3 +48,5 @@ def test_the_program_in_the_wheel_answers_by_the_schema_in_it(installed: Path, t
     assert Path(ran("-c", "import ckptsurgeon; print(ckptsurgeon.__file__)").strip()).is_relative_to(installed)
     answer = json.loads(ran("-m", "ckptsurgeon", "inspect", str(ROOT / "fixtures" / "net_params.pkl"), "--json"))
     jsonschema.validate(answer, json.loads((installed / "ckptsurgeon" / "views" / "schemas" / "inspect.json").read_text()))
+    page = (ROOT / "ckptsurgeon" / "guide" / "patterns.md").read_text()
+    assert ran("-m", "ckptsurgeon", "guide", "patterns").partition("\n")[0] == page.partition("\n")[0]
