@@ -30,10 +30,11 @@ from ckptsurgeon.planning.roots import choose
 from ckptsurgeon.report import CarriedState, Cast, Finding, Report
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
-from ckptsurgeon.streaming.apply import torn, with_data
 from ckptsurgeon.streaming.checksums import check_all, without
 from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.step_values import with_data
 from ckptsurgeon.streaming.values import cast, memory_of, refuse_losses, reported, tensor_from
+from ckptsurgeon.streaming.writing import torn
 from ckptsurgeon.tensors import Archive, Checkpoint
 
 if TYPE_CHECKING:

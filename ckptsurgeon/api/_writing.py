@@ -18,9 +18,10 @@ from ckptsurgeon.formats.registry import OUTPUTS, SUFFIXES, WRITTEN
 from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import Report, Verification
-from ckptsurgeon.streaming.apply import Output, Training, Values
+from ckptsurgeon.streaming.apply import Output, Training
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free, named, refuse_no_file
+from ckptsurgeon.streaming.step_values import Values
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.tensors import Checkpoint
 

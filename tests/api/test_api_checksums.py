@@ -186,7 +186,7 @@ def test_the_thread_ends_with_what_it_stands_beside(tmp_path: Path, monkeypatch:
     def fails(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckptsurgeon.streaming.apply.prove", fails)
+    monkeypatch.setattr("ckptsurgeon.streaming.writing.prove", fails)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         cs.merge(path, None, tmp_path / "out.safetensors")

@@ -116,7 +116,7 @@ def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monke
 
     monkeypatch.setattr(safetensors, "lay_out", wrong)
     if bug in ("lost", "added"):  # the slots' numbers no longer fit: keep them in step
-        monkeypatch.setattr(applying, "_write", lambda run, layout, tensors, temporary, proof: os.pwrite(temporary.fd, filled(layout), 0))
+        monkeypatch.setattr(applying, "write", lambda run, layout, tensors, temporary, proof: os.pwrite(temporary.fd, filled(layout), 0))
     with pytest.raises(VerificationError) as caught:
         run(tmp_path, ".safetensors")
     assert any(problem.startswith(("a: ", "z: ")) for problem in caught.value.problems)

@@ -1,0 +1,161 @@
+"""The values of a plan's steps: ranges of files that are copied as they are, or bytes that are made, part by part.
+
+It decides nothing, and writes nothing. A cast or a strided tensor goes through torch in chunks; initial values are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ckptsurgeon.adapters.chain import made_dtype
+from ckptsurgeon.adapters.table import OwnKernel, adapter_of
+from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.errors import PlanError
+from ckptsurgeon.planning.plan_types import Plan, Step, resolved
+from ckptsurgeon.report import Cast
+from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
+from ckptsurgeon.streaming.moved_ranges import Ranges, ranges_of
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import Buffer, cast, tensor_from
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Values:
+    """Where values that no file holds come from (a model, schemes, a person's own code), handed in by who knows models.
+
+    `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
+    key that is no tensor, `kernels` a person's own adapters by name. `loaded`, given the plan's values and the values that are no tensors,
+    gives those that loading decides, to be written instead; what torch's load gets of the sources as it is counts as the plan's.
+    """
+
+    initial: Callable[[str], Buffer]
+    extra_state: Callable[[str], Any]
+    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    loaded: Callable[[Callable[[str], torch.Tensor], Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
+
+
+@dataclass
+class Run:
+    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `loaded` the bytes
+    that are written instead of a step's own, `held` the file and offset of each record whose copy has the checksum that the file gives
+    for it: the proof compares the two."""
+
+    plan: Plan
+    sources: Sequence[Checkpoint]
+    target: Checkpoint | None
+    values: Values | None
+    reader: Reader
+    steps: Mapping[str, Step]
+    casts: list[Cast] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+    loaded: dict[str, Buffer] = field(default_factory=dict)
+    held: set[tuple[str, int]] = field(default_factory=set)
+
+    def find_loaded(self, entries: Mapping[str, Any]) -> None:
+        """Find what loading decides."""
+        if self.values is None or self.values.loaded is None:
+            return
+        lost: dict[str, list[Cast]] = {}
+
+        def fetch(key: str) -> torch.Tensor:
+            if key in self.plan.handed:
+                number, name = self.plan.handed[key]
+                origin = with_data(self.sources[number], name)
+                return tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape)
+            step = self.steps[key]
+            apart = replace(self, casts=lost.setdefault(key, []))
+            apart.casts.clear()
+            return tensor_from(bytearray().join(apart.parts(step)), step.dtype).view(step.shape)
+
+        for key, value in self.values.loaded(fetch, entries).items():
+            dtype, casts = BY_TORCH[str(value.dtype).removeprefix("torch.")].code, lost.get(key, [])
+            parts = dense_parts(value)
+            self.loaded[key] = bytearray().join(
+                parts if dtype == self.steps[key].dtype else cast(key, parts, dtype, self.steps[key].dtype, casts)
+            )
+            self.casts += casts
+
+    def origins(self, step: Step) -> tuple[TensorMeta, ...]:
+        """The tensors of files that a step reads; none where its value is made."""
+        if step.target in self.loaded:
+            return ()
+        if step.action == "load":
+            raise PlanError("is computed by the target's own loading code, and no model is at hand that has it", key=step.target)
+        if step.action == "keep" and self.target is not None:
+            return (with_data(self.target, step.target),)
+        return tuple(with_data(self.sources[number], key) for number, key in step.sources)
+
+    def ranges(self, step: Step) -> Ranges | None:
+        """The ranges of files whose bytes a step copies as they are, or None where they change."""
+        if step.target in self.loaded:
+            return None
+        step = resolved(step, self.steps)
+        origins = self.origins(step)
+        return ranges_of(origins, step.adapters) if origins and step.cast is None else None
+
+    def parts(self, step: Step) -> Iterator[Buffer]:
+        """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
+        if step.target in self.loaded:
+            return iter([self.loaded[step.target]])
+        made = resolved(step, self.steps)
+        casts = self.casts if made is step else []  # what a copy's original loses is told once
+        origins = self.origins(made)
+        parts, dtype = self._plain_parts(made, origins), origins[0].dtype if origins else self._wanted(made).dtype
+        if parts is not None:
+            given = made_dtype(made.adapters, dtype)
+            return iter(parts) if made.cast is None else cast(made.target, parts, given, made.cast, casts)
+
+        def initial() -> torch.Tensor:
+            wanted = self._wanted(made)
+            return tensor_from(self._initial(made), wanted.dtype).view(wanted.shape)
+
+        tensors = [tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape) for origin in origins]
+        return dense_parts(adapted_and_cast(made, tensors, dtype, initial, self.values.kernels if self.values is not None else {}, casts))
+
+    def _plain_parts(self, step: Step, origins: tuple[TensorMeta, ...]) -> Iterable[Buffer] | None:
+        """The bytes of a step, before its cast, where they can be had part by part; None where its adapters need whole tensors."""
+        if not origins:
+            return [self._initial(step)]
+        if not step.adapters:
+            return self.reader.parts(origins[0])
+        op, adapter = step.adapters[0], adapter_of(step.adapters[0])
+        if len(step.adapters) == 1 and adapter.by_rows is not None and origins[0].as_stored and origins[0].shape:
+            return by_rows(self.reader, step.target, op, *origins)
+        if len(step.adapters) == 1 and adapter.elementwise:
+            return elementwise([self.reader.parts(origin) for origin in origins], origins[0].dtype, op)
+        ranges = ranges_of(origins, step.adapters)
+        if ranges is None:
+            return None
+        return self.reader.chunks(ranges, sum(each.nbytes for each in ranges))
+
+    def _initial(self, step: Step) -> Buffer:
+        if self.target is not None and self.target.kind == "file" and step.sources and step.schemes == ("model",):
+            return self.reader.read(with_data(self.target, step.target))
+        if self.values is None:
+            raise _no_values(step)
+        return self.values.initial(step.target)
+
+    def _wanted(self, step: Step) -> TensorMeta:
+        if self.target is None:
+            raise _no_values(step)
+        return self.target[step.target]
+
+
+def _no_values(step: Step) -> PlanError:
+    return PlanError("gets a value of the target's own, and there is no target with values", key=step.target)
+
+
+def with_data(checkpoint: Checkpoint, key: str) -> TensorMeta:
+    """A tensor that has data behind it; PlanError for a skeleton's."""
+    tensor = checkpoint[key]
+    if tensor.place is None:
+        raise PlanError(
+            f"has no values behind it: {checkpoint.path} is a {checkpoint.format}", key=key, hint="give a checkpoint file as the source"
+        )
+    return tensor
