@@ -35,6 +35,9 @@ def _escape(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+ADVICE = "try:"  # what a hint is told after
+
+
 class CheckpointError(Exception):
     """Something about a checkpoint, a target, a rule or an output that stops the work.
 
@@ -76,7 +79,7 @@ class CheckpointError(Exception):
         return "\n".join(map(printable, lines))
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n  try: {printable(self.hint)}"
+        return self.message if self.hint is None else f"{self.message}\n  {ADVICE} {printable(self.hint)}"
 
 
 class UnreadableError(CheckpointError):

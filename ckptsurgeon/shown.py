@@ -2,14 +2,18 @@
 
 Results stand on lower floors than the views that word them. So one table names each result's views, which are imported when they are asked
 for: it is the only way up in the house.
+
+A text may be `Styled`: a `str` that knows which of its parts have a style, so that whatever measures, cuts or compares it sees plain text,
+without escape codes. A style is a meaning (`good`, `missing` …), not a colour; only the command line turns it into one, where a terminal
+wants it. `+`, `joined` and `excerpt` keep styles; every other operation of `str`, an f-string too, gives plain text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import fields
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 _LONGEST = 200
 # By result, the functions that make its text and its JSON. One without a text is printed as its `repr`.
@@ -56,8 +60,7 @@ class Result(Shown):
         Returns:
             The table as text.
         """
-        path, _ = VIEWS[type(self).__name__]
-        return repr(self) if path is None else str(_view(path)(self, verbose, width))
+        return str(styled_text(self, verbose, width))
 
     def __str__(self) -> str:
         return self.to_text()
@@ -89,6 +92,13 @@ class Result(Shown):
     def _values(self) -> dict[str, Any]:
         values: dict[str, Any] = _view(VIEWS[type(self).__name__][1])(self)
         return values
+
+
+def styled_text(found: Result, verbose: bool, width: int | None) -> str:
+    """The text of `Result.to_text`, in which parts have a style."""
+    path, _ = VIEWS[type(found).__name__]
+    text: str = repr(found) if path is None else _view(path)(found, verbose, width)
+    return text
 
 
 def json_parts(value: dict[str, Any]) -> Iterator[str]:
@@ -124,3 +134,94 @@ def _short(value: Any) -> str:
         return f"<{size}>"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:58]} …"
+
+
+# What matches; what fits in part or needs a look; only in the target; only in the source; a no; what to do next; what may be passed over.
+Style = Literal["good", "changed", "missing", "extra", "bad", "strong", "faint"]
+
+
+class Span(NamedTuple):
+    """A part of a text, from `start` to before `stop`, and its style."""
+
+    start: int
+    stop: int
+    style: Style
+
+
+class Styled(str):
+    """A text and the spans of it that have a style, in order, disjoint.
+
+    >>> styled("ok", "good") + " then", (styled("ok", "good") + " then").spans
+    ('ok then', (Span(start=0, stop=2, style='good'),))
+    """
+
+    __slots__ = ("spans",)
+    spans: tuple[Span, ...]
+
+    def __new__(cls, text: str, spans: Iterable[Span] = ()) -> Styled:
+        """Return `text` with these spans."""
+        made = super().__new__(cls, text)
+        made.spans = tuple(spans)
+        return made
+
+    def __add__(self, after: str) -> Styled:
+        return joined((self, after))
+
+    def __radd__(self, before: str) -> Styled:
+        return joined((before, self))
+
+    def __getnewargs__(self) -> tuple[str, tuple[Span, ...]]:  # type: ignore[override]
+        return str(self), self.spans
+
+
+def styled(text: str, style: Style | None, start: int = 0, stop: int | None = None) -> str:
+    """Text with a style from `start` to before `stop`; what has a style already keeps it. Without a style, the text as it is.
+
+    >>> styled("a key", "missing", 2).spans
+    (Span(start=2, stop=5, style='missing'),)
+    """
+    if style is None:
+        return text
+    spans, at = [], start
+    end = len(text) if stop is None else stop
+    for span in spans_of(text):
+        if at < span.start and at < end:
+            spans.append(Span(at, min(span.start, end), style))
+        spans.append(span)
+        at = max(at, span.stop)
+    if at < end:
+        spans.append(Span(at, end, style))
+    return Styled(text, sorted(spans))
+
+
+def spans_of(text: str) -> tuple[Span, ...]:
+    """The spans of a text that have a style; of plain text none."""
+    return text.spans if isinstance(text, Styled) else ()
+
+
+def joined(parts: Iterable[str], between: str = "") -> Styled:
+    """Texts as one, as `str.join` makes it, with their styles.
+
+    >>> joined(["a", styled("b", "good")], ", ").spans
+    (Span(start=3, stop=4, style='good'),)
+    """
+    texts = [*parts]
+    spans, at = [], 0
+    for text in texts:
+        spans += [Span(at + span.start, at + span.stop, span.style) for span in spans_of(text)]
+        at += len(text) + len(between)
+    return Styled(between.join(texts), spans)
+
+
+def excerpt(text: str, start: int, stop: int) -> str:
+    """A text from `start` to before `stop`, with its styles.
+
+    >>> excerpt(styled("abc", "good"), 1, 2).spans
+    (Span(start=0, stop=1, style='good'),)
+    """
+    spans = [
+        Span(max(span.start, start) - start, min(span.stop, stop) - start, span.style)
+        for span in spans_of(text)
+        if span.start < stop and span.stop > start
+    ]
+    return Styled(text[start:stop], spans) if spans else text[start:stop]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ckptsurgeon.cli.endings import debug, say_options, told, with_traceback
-from ckptsurgeon.cli.output import StdoutError, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
+from ckptsurgeon.cli.output import StdoutError, color, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
 from ckptsurgeon.errors import CheckpointError, InternalError
 from ckptsurgeon.regular_expressions import one_child
 from ckptsurgeon.version import VERSION
@@ -89,6 +89,7 @@ class Flow(click.Group):
 
 @click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="ckptsurgeon")
+@color
 @debug
 @click.pass_context
 def cli(ctx: click.Context) -> int:

@@ -14,6 +14,7 @@ import click
 
 from ckptsurgeon.cli.endings import debug
 from ckptsurgeon.cli.output import Show as Show
+from ckptsurgeon.cli.output import color
 from ckptsurgeon.dtypes import DTYPE_CHOICES, choice
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
@@ -61,11 +62,12 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, -v, -q and --debug, the first three handed on as one `show`."""
+    """--json, -v, -q, --color and --debug, the first three handed on as one `show`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Answer in JSON (its schema ships in the package).")
     @click.option("-v", "--verbose", is_flag=True, help="Show every key.")
     @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+    @color
     @debug
     @wraps(function)
     def run(*args: Any, as_json: bool, verbose: bool, quiet: bool, **kwargs: Any) -> Any:

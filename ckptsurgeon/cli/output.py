@@ -1,4 +1,8 @@
-"""Printing: data to stdout, notes and errors to stderr, text or JSON, colour only where a terminal wants it."""
+"""Printing: data to stdout, notes and errors to stderr, text or JSON, colour where it is wanted.
+
+Colour is as git, ruff and no-color.org have it: `--color` beats NO_COLOR, which beats FORCE_COLOR; without any of them a terminal gets
+colour, unless it is a dumb one. A variable that is set to nothing counts as not set.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,24 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, TextIO
 
 import click
 
-from ckptsurgeon.errors import CheckpointError, OutputError, printable
+from ckptsurgeon.errors import ADVICE, CheckpointError, OutputError, printable
 from ckptsurgeon.hints import Unmissable
-from ckptsurgeon.shown import Result, json_parts
+from ckptsurgeon.shown import Result, Styled, json_parts, styled, styled_text
+
+color = click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    show_default="auto",
+    expose_value=False,
+    help="Colour the output: auto is on a terminal, and obeys NO_COLOR and FORCE_COLOR.",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Show:
 
     def result(self, found: Result) -> None:
         """Print a result of the library on stdout."""
-        put(found.json_parts() if self.json else [found.to_text(verbose=self.verbose, width=self.width)])
+        put(found.json_parts() if self.json else [styled_text(found, self.verbose, self.width)])
 
     def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
         """Print another answer on stdout: its text, or its value as JSON."""
@@ -57,9 +69,52 @@ class Show:
         def listen(words: str) -> None:
             if words not in said and (not self.quiet or isinstance(words, Unmissable)):
                 said.add(words)
-                tell(f"note: {printable(words)}")
+                line = f"note: {printable(words)}"
+                tell(line if isinstance(words, Unmissable) else styled(line, "faint"))
 
         return listen
+
+
+def wanted(stream: TextIO, words: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a stream gets colour.
+
+    Args:
+        stream: stdout or stderr.
+        words: the words of the command line; None for this process's. They are read here, since a command line that is not well formed
+            is told in colour too.
+        environment: the variables.
+    """
+    asked = _asked(sys.argv[1:] if words is None else words)
+    if asked in ("always", "never"):
+        return asked == "always"
+    if environment.get("NO_COLOR"):
+        return False
+    if environment.get("FORCE_COLOR"):
+        return True
+    return environment.get("TERM") != "dumb" and stream.isatty()
+
+
+def _asked(words: Sequence[str]) -> str | None:
+    """The last value of `--color`.
+
+    >>> _asked(["diff", "--color", "never", "a.pt", "--color=always"])
+    'always'
+    """
+    given = [
+        after if word == "--color" else word.partition("=")[2]
+        for word, after in pairwise([*words, ""])
+        if word.partition("=")[0] == "--color"
+    ]
+    return given[-1] if given else None
+
+
+def _write(text: str, stream: TextIO, nl: bool = True) -> None:
+    colour = wanted(stream)
+    if colour and isinstance(text, Styled):
+        from ckptsurgeon.cli.colour import painted
+
+        text = painted(text)
+    click.echo(text, stream, nl, color=colour)
 
 
 def put(parts: Iterable[str]) -> None:
@@ -71,7 +126,7 @@ def put(parts: Iterable[str]) -> None:
 
     def write() -> None:
         for part in chain(parts, "\n"):
-            click.echo(part, nl=False)
+            _write(part, sys.stdout, nl=False)
 
     try:
         _print(write)
@@ -82,7 +137,7 @@ def put(parts: Iterable[str]) -> None:
 def tell(words: str) -> None:
     """Write to stderr, if anybody reads it: that nobody does must stop nothing."""
     try:
-        click.echo(words, err=True)
+        _write(words, sys.stderr)
     except OSError:
         _lose(sys.stderr, 2)
 
@@ -128,10 +183,6 @@ def open_streams() -> bool:
     return can_write
 
 
-def _coloured(word: str) -> str:
-    return word if os.environ.get("NO_COLOR") else click.style(word, fg="red", bold=True)
-
-
 def show_error(error: CheckpointError, as_json: bool) -> None:
     """A refusal: on stdout as JSON, else, or where stdout can't be written, on stderr as what, where, why, and what to try."""
     if as_json and not isinstance(error, StdoutError):
@@ -140,8 +191,13 @@ def show_error(error: CheckpointError, as_json: bool) -> None:
 
             return put(json_parts(as_value(error)))
         except StdoutError as full:
-            tell(f"{_coloured('error:')} {full}")
-    tell(f"{_coloured('error:')} {error}")
+            tell(_refusal(full))
+    tell(_refusal(error))
+
+
+def _refusal(error: CheckpointError) -> str:
+    words = styled("error:", "bad") + f" {error.message}"
+    return words if error.hint is None else words + "\n  " + styled(ADVICE, "strong") + f" {printable(error.hint)}"
 
 
 def show_usage_error(error: click.ClickException, as_json: bool) -> None:

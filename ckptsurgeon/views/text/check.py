@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.report import CheckReport, FileCheck, Finding, Settings, Verification
+from ckptsurgeon.shown import joined, styled
 from ckptsurgeon.views.folding import fold_siblings
-from ckptsurgeon.views.text.words import count, findings, fitted, listing, most_rows, name, of_several, shape
+from ckptsurgeon.views.text.words import LEVELS, answer, count, findings, fitted, listing, most_rows, name, of_several, shape
 
 if TYPE_CHECKING:
     from ckptsurgeon.finding_codes import Code
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 def verification(found: Verification, verbose: bool = False, width: int | None = None) -> str:
     """What was compared, every finding, a forward pass's shapes, and what is on record as fresh."""
     root = f" (root {name(found.root)})" if found.root else ""
-    lines = [f"{name(found.source)}{root} → {name(found.target)}: {'ok' if found.ok else 'NOT ok'}", f"  {proved(found)}"]
+    lines = [
+        f"{name(found.source)}{root} → {name(found.target)}: " + answer("ok" if found.ok else "NOT ok", found.ok),
+        "  " + proved(found),
+    ]
     # torch's own words for what the other findings say one by one
     shown = [finding for finding in found.findings if verbose or (finding.code, finding.level) != ("load", "note")]
     lines += findings(shown, verbose, width)
@@ -33,11 +37,11 @@ def proved(found: Verification) -> str:
     errors = sum(finding.level == "error" for finding in found.findings)
     compared = count(found.tensors, "tensor")
     if not found.bitwise and (found.ok or found.tensors):
-        return f"{'verified' if found.ok else 'NOT verified'}: names, dtypes and shapes of {compared}"
+        return answer("verified" if found.ok else "NOT verified", found.ok) + f": names, dtypes and shapes of {compared}"
     if not found.ok:
         where = "" if found.device == "none" else f" on {found.device}"
-        return f"NOT verified{where}: {count(errors, 'error')}; {compared} compared"
-    return f"verified: {compared}, loaded strictly on {found.device} and compared bit for bit"
+        return answer("NOT verified", False) + f"{where}: {count(errors, 'error')}; {compared} compared"
+    return answer("verified", True) + f": {compared}, loaded strictly on {found.device} and compared bit for bit"
 
 
 def check(found: CheckReport, verbose: bool = False, width: int | None = None) -> str:
@@ -70,7 +74,8 @@ def totals(found: CheckReport, verbose: bool = True) -> str:
     aside = f"; {count(notes, 'note')} (-v shows {'it' if notes == 1 else 'them'})" if notes else ""
     unheld = [value for _, value in found.settings.not_used] if found.settings is not None else []
     gate = f"; not held against {listing([*map(str, dict.fromkeys(unheld))])}" if unheld else ""
-    return f"{count(len(found.files), 'file')} checked, {f'{bad} not good' if bad else 'all good'}{gate}{aside}{read_on}"
+    good = answer(f"{bad} not good" if bad else "all good", not bad)
+    return f"{count(len(found.files), 'file')} checked, " + good + f"{gate}{aside}{read_on}"
 
 
 def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, str, str], list[str]]:
@@ -94,9 +99,10 @@ def _file(found: FileCheck, verbose: bool) -> list[str]:
     lines = []
     for (code, level, message), keys in rows[: most_rows(verbose)]:
         kind = "" if level == "error" else f" ({level})"
-        lines.append(f"{name(found.path)}: {code}{kind} {about(keys, message.partition(chr(0))[0])}")
+        said = f" {about(keys, message.partition(chr(0))[0])}"
+        lines.append(styled(name(found.path), "strong") + ": " + styled(f"{code}{kind}", LEVELS.get(level)) + said)
     rest = len(rows) - len(lines)
-    return lines + ([f"{name(found.path)}: and {rest} more (-v shows all)"] if rest else [])
+    return lines + ([styled(f"{name(found.path)}: and {rest} more (-v shows all)", "faint")] if rest else [])
 
 
 def explain(found: Sequence[Code], width: int | None = None) -> str:
@@ -104,6 +110,11 @@ def explain(found: Sequence[Code], width: int | None = None) -> str:
     blocks = []
     for row in found:
         asked = f"   (looked for with {row.option})" if row.option else ""
-        lines = [f"{row.code} {row.name}{asked}", f"  {row.meaning}", f"  Why it matters: {row.why}", f"  What to do: {row.todo}"]
+        lines = [
+            styled(f"{row.code} {row.name}", "strong") + asked,
+            f"  {row.meaning}",
+            f"  Why it matters: {row.why}",
+            f"  What to do: {row.todo}",
+        ]
         blocks.append(fitted(lines, width))
-    return "\n\n".join(blocks)
+    return joined(blocks, "\n\n")

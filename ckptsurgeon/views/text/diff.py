@@ -17,6 +17,7 @@ from ckptsurgeon.views.text.words import (
     folded,
     heading,
     keys,
+    level_line,
     listing,
     most_rows,
     name,
@@ -43,49 +44,50 @@ def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
         lines.append(f"  {found.conversions.words}")
     lines.append(heading("matched", len(found.matched)))
     if verbose:
-        lines += keys(found.matched, width, None)
+        lines += keys(found.matched, width, None, "matched")
     if found.adapted:
         lines.append(heading("adapted", len(found.adapted), "of those that match, by rules"))
         lines += folded([(row.key, (chain(row.ops),)) for row in found.adapted], width, most)
     lines.append(heading("mismatched", len(found.mismatched), "in both, with another shape: source → target"))
-    lines += folded([(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched], width, most)
+    reshaped = [(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched]
+    lines += folded(reshaped, width, most, "mismatched")
     lines.append(heading("missing", len(found.missing), "only in the target"))
-    lines += _with_shapes(found.missing, found.missing_shapes, width, most)
+    lines += _with_shapes("missing", found.missing, found.missing_shapes, width, most)
     lines.append(heading("extra", len(found.extra), "only in the source"))
-    lines += _with_shapes(found.extra, found.extra_shapes, width, most)
+    lines += _with_shapes("extra", found.extra, found.extra_shapes, width, most)
     heads = [
         (f"{head.source} {shape(head.source_shape)}", "→", f"{head.target} {shape(head.target_shape)}: {head.words}")
         for head in found.heads
     ]
     lines += table(heads, width, most)
     if found.dropped:
-        lines += [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most)]
+        lines += [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most, "dropped")]
     if found.loaded:
         lines.append(heading("loaded", len(found.loaded), "by the model's own loading code, under names that it takes"))
         lines += folded([(row.key, (row.words,)) for row in found.loaded], width, most)
     if found.conversions.refused:
         lines.append(heading("not converted", len(found.conversions.refused), "by operations that are not done here"))
-        lines += folded([(key, (words,)) for (_, key), words in found.conversions.refused.items()], width, most)
+        lines += folded([(key, (words,)) for (_, key), words in found.conversions.refused.items()], width, most, "not converted")
     if found.dtype_changed:
         lines.append(heading("other dtype", len(found.dtype_changed), "matched; cast when merged"))
-        lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most)
+        lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most, "other dtype")
     lines += [*quantised(found.quantised), *quantised(found.target_quantised, " in the target")]
     if found.refused:
         lines.append(heading("refused", len(found.refused), "not told without running the file; leave out with --drop"))
-        lines += table(list(found.refused.items()), width, most)
-    lines += [f"  warning: {name(words)}" for words in found.warnings]
+        lines += table(list(found.refused.items()), width, most, "refused")
+    lines += [level_line("warning", name(words)) for words in found.warnings]
     done, total = found.coverage.counts
     lines.append(f"Coverage {coverage_words(found.coverage)} ({done} of {count(total, 'tensor')}).")
     return fitted([*lines, *_next(found, width)], width)
 
 
-def _with_shapes(found: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:
+def _with_shapes(under: str, found: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:
     """Keys with their shapes, one a line with `most` None; else folded where the shapes are equal, and by their names alone where that is
     needed to show them all."""
     rows = [(key, (shape(shapes[key]) if key in shapes else "",)) for key in found]
     if most is None:
-        return table([(key, *cells) for key, cells in rows], width, None)
-    return folded(rows, width, most) if len(fold(rows)) <= most else keys(found, width, most)
+        return table([(key, *cells) for key, cells in rows], width, None, under)
+    return folded(rows, width, most, under) if len(fold(rows)) <= most else keys(found, width, most, under)
 
 
 def _next(found: Diff, width: int | None) -> list[str]:

@@ -10,16 +10,17 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import lightning_average
+from ckptsurgeon.shown import styled
 from ckptsurgeon.sizes import rounded
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
-from ckptsurgeon.views.text.words import count, fitted, folded, keys, listing, most_rows, name, quantised, shape, table
+from ckptsurgeon.views.text.words import count, fitted, folded, keys, level_line, listing, most_rows, name, quantised, shape, table
 
 ROWS = 40
 
 
 def archive(found: Archive, verbose: bool = False, width: int | None = None) -> str:
     """The format, the roots, every tensor folded (of several roots, only the chosen one's), and what else the file holds."""
-    lines = [f"{name(found.path)}: {found.format}, {rounded(sum(stamp.size for stamp in found.files))}"]
+    lines = [styled(name(found.path), "strong") + f": {found.format}, {rounded(sum(stamp.size for stamp in found.files))}"]
     if found.part is not None:
         lines.append(f"  {found.part.reason}")
         lines.append(f"  {found.part.hint}")
@@ -43,7 +44,7 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None) -> 
         lines += _provenance(found.provenance, verbose, width)
     if found.beside:
         lines.append(f"  beside the tensors: {listing(found.beside, None if verbose else 8)}")
-    return fitted([*lines, *(f"  note: {name(note)}" for note in found.notes)], width)
+    return fitted([*lines, *(level_line("note", name(note)) for note in found.notes)], width)
 
 
 def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, width: int | None) -> list[str]:
@@ -64,7 +65,7 @@ def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, wid
         lines += [f"    tied, one tensor: {listing(group)}" for group in (found.ties or find_ties(found.tensors))[: most_rows(verbose)]]
     lines += quantised(find(found.tensors).values())
     refused = [(key, f"refused: {entry.reason}") for key, entry in found.entries.items() if isinstance(entry, Refused)]
-    return lines + (table(refused, width, most_rows(verbose)) if refused else [])
+    return lines + (table(refused, width, most_rows(verbose), "refused") if refused else [])
 
 
 def _provenance(record: Mapping[str, Any], verbose: bool, width: int | None) -> list[str]:
@@ -77,7 +78,7 @@ def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]], width: int | No
     """What rules can name: kind, name, arguments and words of each."""
     lines = []
     for kind in dict.fromkeys(row[0] for row in rows):
-        lines.append(f"{kind}s")
+        lines.append(styled(f"{kind}s", "strong"))
         for _, one, arguments, words in (row for row in rows if row[0] == kind):
             lines += [f"  {one}({', '.join(arguments)})" if arguments else f"  {one}", f"      {words}"]
     return fitted(lines, width)

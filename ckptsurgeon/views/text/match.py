@@ -11,7 +11,7 @@ from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.rules import option_text, rule_options
 from ckptsurgeon.views.text.diff import choices, no_merge, resized
-from ckptsurgeon.views.text.words import count, fitted, heading, keys, most_rows, name, next_step, table
+from ckptsurgeon.views.text.words import answer, count, fitted, heading, keys, level_line, most_rows, name, next_step, table
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 ROWS = 20  # rules that are shown
@@ -46,11 +46,11 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
     else:
         lines += _pairs([(to_toml.arrow(one.rule), to_toml.comment(one)) for one in to_toml.sketched(left)], width, ROWS)
     lines.append(heading("unmatched", len(found.unmatched), "only in the target"))
-    lines += keys(found.unmatched, width, most)
+    lines += keys(found.unmatched, width, most, "unmatched")
     lines.append(heading("unused", len(found.unused), "only in the source"))
-    lines += keys(found.unused, width, most)
+    lines += keys(found.unused, width, most, "unused")
     lines += resized(found.sizes, width)
-    lines += [f"  warning: {name(words)}" for words in found.warnings]
+    lines += [level_line("warning", name(words)) for words in found.warnings]
     lines += _twins(found)
     done, total = found.coverage.counts
     lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
@@ -107,7 +107,7 @@ def _twins(found: Proposal) -> list[str]:
     if found.forward is None:
         return []
     same = "the same from both models" if found.forward.same else "NOT the same from both models"
-    lines = [heading("outputs", len(found.forward.outputs), f"{same}, run on one input")]
+    lines = [heading("outputs", len(found.forward.outputs), answer(same, found.forward.same) + ", run on one input")]
     rows = [
         (place, "no counterpart" if difference is None else f"differs by at most {difference:.3g}, of {scale:.3g}")
         for place, difference, scale in found.forward.outputs

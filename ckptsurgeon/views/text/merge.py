@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.report import FRESH, CarriedState, Cast, Report
+from ckptsurgeon.shown import joined, styled
 from ckptsurgeon.sizes import rounded
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_siblings
 from ckptsurgeon.views.text.check import proved
 from ckptsurgeon.views.text.words import (
     aligned,
+    answer,
     broken,
     columns,
     count,
@@ -37,26 +39,26 @@ def report(found: Report, verbose: bool = False, width: int | None = None) -> st
         lines.append(f"  {_sources(found)}{f' → {name(found.target)}' if found.target else ''}")
     lines += [heading("transferred", len(found.transferred), _adapted(found))]
     if verbose:
-        lines += keys(found.transferred, width, None)
+        lines += keys(found.transferred, width, None, "transferred")
     if found.partial:
         lines += [
             heading("partly", len(found.partial), "trained in part: the rest was filled up, or is fresh in a source"),
-            *keys(found.partial, width, most),
+            *keys(found.partial, width, most, "partly"),
         ]
     if found.kept:
         lines += [heading("kept", len(found.kept), "the target's own values"), *keys(found.kept, width, most)]
-    lines += [heading("fresh", len(found.fresh), _fresh(found)), *keys(found.fresh, width, most)]
+    lines += [heading("fresh", len(found.fresh), _fresh(found)), *keys(found.fresh, width, most, "fresh")]
     lines.append(heading("dropped", len(found.dropped), "of the source"))
-    lines += folded([(key, (reason,)) for key, reason in found.dropped], width, most)
+    lines += folded([(key, (reason,)) for key, reason in found.dropped], width, most, "dropped")
     if found.casts:
         lines += [heading("lossy casts", len(found.casts)), *_casts(found.casts, width, most)]
     if found.optimizer is not None:
         lines += _carried(found.optimizer, width, most)
     lines += findings(found.findings, verbose, width)
     if found.verification is not None:
-        lines.append(f"  {proved(found.verification)}")
+        lines.append("  " + proved(found.verification))
     elif found.proven:
-        lines.append("  proven: read back and held against the plan, byte by byte")
+        lines.append("  " + answer("proven", True) + ": read back and held against the plan, byte by byte")
     return fitted(lines, width)
 
 
@@ -78,7 +80,7 @@ def _carried(found: CarriedState, width: int | None, most: int | None) -> list[s
         lines.append(heading("carried", len(found.carried) + len(found.adapted), adapted))
         lines.append(heading("at zero", len(found.zeroed), "start without"))
     rows = [(key, (reason,)) for key, reason in found.not_carried if reason != FRESH]  # those are told with the weights
-    lines += [heading("not carried", len(rows)), *folded(rows, width, most)] if rows else []
+    lines += [heading("not carried", len(rows)), *folded(rows, width, most, "not carried")] if rows else []
     if found.casts:
         lines += [heading("lossy casts", len(found.casts), "of moments"), *_casts(found.casts, width, most)]
     lines += [f"  also carried: {listing(found.others)}"] if found.others else []
@@ -131,7 +133,8 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
         first, *more = [params_cell] if width is None else broken(params_cell, max(width - before, 24))
         body += [[*cell, first], *([*[""] * len(cell), rest] for rest in more)]
     under = ["-" * max(map(columns, column)) for column in zip(head, *body, strict=True)]
-    return "\n".join(aligned([head, under, *body]))
+    top, *rest = aligned([head, under, *body])
+    return joined([styled(top, "strong"), *rest], "\n")
 
 
 def _sources(found: Report) -> str:

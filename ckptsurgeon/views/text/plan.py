@@ -51,9 +51,9 @@ def _action(word: str, steps: Sequence[Step], width: int | None) -> list[str]:
     lines = []
     for reason, named in by_reason.items():
         if len(named) > 1 or single <= 1:
-            lines += [heading(word, len(named), name(reason)), *keys(named, width)]
+            lines += [heading(word, len(named), name(reason)), *keys(named, width, under=word)]
     apart = [(named[0], reason) for reason, named in by_reason.items() if len(named) == 1 < single]
-    return [*lines, heading(word, len(apart), "each for its own reason"), *table(apart, width)] if apart else lines
+    return [*lines, heading(word, len(apart), "each for its own reason"), *table(apart, width, under=word)] if apart else lines
 
 
 def _dropped(found: Plan, width: int | None, most: int | None) -> list[str]:
@@ -61,7 +61,7 @@ def _dropped(found: Plan, width: int | None, most: int | None) -> list[str]:
         return []
     return [
         heading("drop", len(found.dropped), "of the source"),
-        *folded([(row.source, (row.reason,)) for row in found.dropped], width, most),
+        *folded([(row.source, (row.reason,)) for row in found.dropped], width, most, "drop"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The parts that all texts are made of: sizes, shapes, counted headings, aligned rows, folded keys and findings."""
+"""The parts that all texts are made of: sizes, shapes, counted headings, aligned rows, folded keys, findings; and which style each has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import printable
+from ckptsurgeon.shown import Style, excerpt, joined, styled
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 if TYPE_CHECKING:
@@ -24,6 +25,36 @@ LONGEST = 200  # characters of a finding, where a library's own words may run on
 _PIECES = re.compile(r"[^ ,]+[ ,]*|[ ,]+")
 
 Row = Sequence[str]
+
+# The style of a heading's word and count, and of the keys that stand below it; one that isn't here is plain.
+STYLES: dict[str, Style] = {
+    "matched": "good",
+    "mismatched": "changed",
+    "missing": "missing",
+    "unmatched": "missing",
+    "extra": "extra",
+    "unused": "extra",
+    "dropped": "extra",
+    "drop": "extra",
+    "uncertain": "changed",
+    "layout open": "changed",
+    "not converted": "changed",
+    "other dtype": "changed",
+    "refused": "bad",
+    "copy": "good",
+    "rename": "good",
+    "adapt": "good",
+    "load": "good",
+    "initialise": "changed",
+    "transferred": "good",
+    "carried": "good",
+    "partly": "changed",
+    "fresh": "changed",
+    "at zero": "changed",
+    "not carried": "changed",
+    "lossy casts": "changed",
+}
+LEVELS: dict[str, Style] = {"error": "bad", "warning": "changed", "note": "faint"}
 
 
 def shape(dims: Sequence[int]) -> str:
@@ -76,6 +107,11 @@ def count(number: int, thing: str) -> str:
 _OF_SEVERAL = {"is": "are", "has": "have", "was": "were", "does": "do"}
 
 
+def answer(words: str, ok: bool) -> str:
+    """A yes or a no, in its style."""
+    return styled(words, "good" if ok else "bad")
+
+
 def of_several(message: str) -> str | None:
     """What is said of one thing, said of several; None for what does not begin with a verb that is known here.
 
@@ -88,7 +124,14 @@ def of_several(message: str) -> str | None:
 
 def heading(word: str, number: int, words: str = "") -> str:
     """A counted heading; its words are said only of something."""
-    return f"  {word:<11} {number:>5}" + (f"   {words}" if number and words else "")
+    counted = f"  {word:<11} {number:>5}"
+    return styled(counted, STYLES.get(word) if number else "faint", 2) + ("   " + words if number and words else "")
+
+
+def level_line(level: str, words: str) -> str:
+    """A finding, a warning or a note, indented: its level, then what it says. A note is faint as a whole."""
+    label = f"  {level}:"
+    return styled(f"{label} {words}", LEVELS.get(level), 2, None if level == "note" else len(label))
 
 
 def listing(names: Sequence[object], most: int | None = 8) -> str:
@@ -102,14 +145,19 @@ def most_rows(verbose: bool) -> int | None:
     return None if verbose else MOST
 
 
-def table(rows: Iterable[Row], width: int | None, most: int | None = MOST) -> list[str]:
-    """Rows as aligned columns, indented; rows beyond `most` are counted. The last cell of a row that is too wide stands below."""
+def table(rows: Iterable[Row], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
+    """Rows as aligned columns, indented; rows beyond `most` are counted. The last cell of a row that is too wide stands below.
+
+    The first cell of each has the style of the heading that they stand under.
+    """
+    style = STYLES.get(under)
     cells = [[name(cell) for cell in row] for row in rows]
     shown = cells if most is None or len(cells) <= most + 1 else cells[:most]
     lines = []
     for line, head, row in zip(_indented(shown), _indented([row[:-1] for row in shown]), shown, strict=True):
-        lines += [line] if width is None or len(line) <= width or len(row) == 1 else [head, f"        {row[-1]}"]
-    return lines + ([f"    … and {len(cells) - len(shown)} more (-v shows all)"] if len(cells) > len(shown) else [])
+        told = [line] if width is None or len(line) <= width or len(row) == 1 else [head, f"        {row[-1]}"]
+        lines += [styled(told[0], style, 4, 4 + len(row[0])), *told[1:]]
+    return lines + ([styled(f"    … and {len(cells) - len(shown)} more (-v shows all)", "faint", 4)] if len(cells) > len(shown) else [])
 
 
 def _indented(rows: Sequence[Row]) -> list[str]:
@@ -150,11 +198,11 @@ def fitted(lines: Iterable[str], width: int | None) -> str:
         if width is None or len(line) <= width or "\n" in line:
             whole.append(line)
             continue
-        inner = line.lstrip()
-        indent = len(line) - len(inner)
+        indent = len(line) - len(line.lstrip())
+        inner = excerpt(line, indent, len(line))
         first, *rest = broken(inner, width - indent - 4)
         whole += [" " * indent + first, *(" " * (indent + 4) + more for more in rest)]
-    return "\n".join(whole)
+    return joined(whole, "\n")
 
 
 def broken(text: str, room: int) -> list[str]:
@@ -163,26 +211,27 @@ def broken(text: str, room: int) -> list[str]:
     >>> broken("norm1.{weight,bias,running_mean}", 20)
     ['norm1.{weight,bias,', 'running_mean}']
     """
-    lines = [""]
-    for piece in _PIECES.findall(text):
-        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > room:
-            lines.append("")
-        lines[-1] += piece
-    return [line.rstrip() for line in lines]
+    lines, start = [], 0
+    for piece in _PIECES.finditer(text):
+        if piece.start() > start and piece.start() - start + len(piece[0].rstrip()) > room:
+            lines.append((start, piece.start()))
+            start = piece.start()
+    ends = [*lines, (start, len(text))]
+    return [excerpt(text, begin, begin + len(text[begin:end].rstrip())) for begin, end in ends]
 
 
-def folded(rows: Iterable[tuple[str, tuple[str, ...]]], width: int | None, most: int | None = MOST) -> list[str]:
-    """Keys with what is said of each, folded where the same is said."""
-    return table([(row.key, *_cells(row.common)) for row in fold(rows)], width, most)
+def folded(rows: Iterable[tuple[str, tuple[str, ...]]], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
+    """Keys with what is said of each, folded where the same is said; in the style of the heading that they stand under."""
+    return table([(row.key, *_cells(row.common)) for row in fold(rows)], width, most, under)
 
 
 def _cells(common: Hashable) -> tuple[str, ...]:
     return common if isinstance(common, tuple) else (str(common),)
 
 
-def keys(found: Iterable[str], width: int | None, most: int | None = MOST) -> list[str]:
-    """Bare keys: folded, or, with `most` None, one a line."""
-    return table([(key,) for key in (found if most is None else fold_siblings(found))], width, most)
+def keys(found: Iterable[str], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
+    """Bare keys: folded, or, with `most` None, one a line; in the style of the heading that they stand under."""
+    return table([(key,) for key in (found if most is None else fold_siblings(found))], width, most, under)
 
 
 def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list[str]:
@@ -197,12 +246,13 @@ def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list
         words = message if verbose or len(message) <= LONGEST else f"{message[:LONGEST].rstrip()} … (-v shows all)"
         if len(named) > 1:
             plural = of_several(words)
-            lines.append(f"  {level}: {count(len(named), 'tensor')}{f': {name(words)}' if plural is None else f' {name(plural)}'}")
+            said = f": {name(words)}" if plural is None else f" {name(plural)}"
+            lines.append(level_line(level, f"{count(len(named), 'tensor')}{said}"))
             lines += keys(named, width, most) if level != "note" or verbose else []
         else:
-            lines.append(f"  {level}: {''.join(f'{name(key)}: ' for key in named)}{name(words)}")
+            lines.append(level_line(level, f"{''.join(f'{name(key)}: ' for key in named)}{name(words)}"))
     rest = len(together) - len(shown)
-    return lines + ([f"  … and {count(rest, 'finding')} more (-v shows all)"] if rest else [])
+    return lines + ([styled(f"  … and {count(rest, 'finding')} more (-v shows all)", "faint", 2)] if rest else [])
 
 
 def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
@@ -220,7 +270,8 @@ def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
 def pasted(label: str, command: Command, width: int | None) -> str:
     """A command ready to paste; where it is wider than the terminal, over several lines, broken before its options."""
     words = command.words
-    line = f"{label} {name(shlex.join(words))}"
+    label = styled(label, "strong")
+    line = label + f" {name(shlex.join(words))}"
     if width is None or len(line) <= width:
         return line
     parts: list[list[str]] = [[]]
@@ -233,7 +284,7 @@ def pasted(label: str, command: Command, width: int | None) -> str:
         if len(lines[-1]) + len(part) + 3 > width and lines[-1].strip():
             lines.append("      ")
         lines[-1] += part if not lines[-1].strip() else f" {part}"
-    return "\n".join([label, " \\\n".join(lines)])
+    return joined([label, " \\\n".join(lines)], "\n")
 
 
 def next_step(label: str, command: Command, live: InMemory, width: int | None) -> list[str]:
@@ -241,7 +292,7 @@ def next_step(label: str, command: Command, live: InMemory, width: int | None) -
     if not any(live):
         return [pasted(label, command, width)]
     call = command.call(live)
-    return [] if call is None else [f"{label} {name(call)}"]
+    return [] if call is None else [styled(label, "strong") + f" {name(call)}"]
 
 
 def coverage(found: Coverage) -> str:
