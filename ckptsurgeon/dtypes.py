@@ -101,3 +101,17 @@ def choice(word: object) -> str:
 def all_names() -> list[str]:
     """Every name that `named` knows, codes as safetensors writes them."""
     return [*BY_CODE, *(name for name in _NAMES if name.upper() not in BY_CODE)]
+
+
+def widens(own: str, wanted: str) -> bool:
+    """Whether every value of one dtype is one of the other, both by their codes.
+
+    >>> widens("BF16", "F32"), widens("F32", "BF16"), widens("U8", "I32"), widens("I8", "U16")
+    (True, False, True, False)
+    """
+    narrow, wide = BY_CODE[own], BY_CODE[wanted]
+    if own == wanted:
+        return True
+    if narrow.kind == wide.kind == "float":
+        return wide.size > narrow.size and wanted in ("F32", "F64")
+    return narrow.kind == wide.kind == "int" and wide.size > narrow.size and (own[0] == wanted[0] or wanted[0] == "I")

@@ -54,7 +54,7 @@ ROOMS = {
         {"table"},
         {"chain"},
     ],
-    "models": [{"target"}, {"init"}, {"own_loading"}, {"training"}, {"verify"}],
+    "models": [{"target"}, {"init"}, {"own_loading"}, {"training"}, {"sharded"}, {"verify"}],
 }
 MOST_MODULES, MOST_LINES = 20, 400
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

@@ -36,6 +36,12 @@ def runs(tensor: TensorMeta, block: Block | None = None) -> Iterable[Span]:
     return merged(_each(tensor, tuple((0, size) for size in tensor.shape) if block is None else block))
 
 
+def meeting(tensor: TensorMeta, block: Block) -> tuple[Piece, ...]:
+    """The pieces of a tensor that have elements of a block; all of those that are runs of elements."""
+    flat = any(len(piece.offsets) != len(tensor.shape) for piece in tensor.pieces)
+    return tensor.pieces if flat else tuple(_meeting(tensor.pieces, block))
+
+
 def merged(ranges: Iterable[Span]) -> Iterator[Span]:
     """The same ranges, where neighbours in one file are one."""
     last: Span | None = None

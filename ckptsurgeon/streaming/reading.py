@@ -9,9 +9,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import prod
 from types import TracebackType
 from typing import BinaryIO
 
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.storage import copying
@@ -19,9 +22,9 @@ from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.storage.opening import open_regular
-from ckptsurgeon.storage.pieces import runs, scatter
+from ckptsurgeon.storage.pieces import Block, meeting, runs, scatter, stretches
 from ckptsurgeon.streaming.values import Buffer, densify
-from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta, contiguous_stride
 
 
 class Reader:
@@ -79,6 +82,23 @@ class Reader:
         data = bytearray(tensor.nbytes)
         self._read(runs(tensor), memoryview(data))
         return data
+
+    def block(self, tensor: TensorMeta, block: Block) -> bytearray:
+        """The elements of a block of a tensor, densely in row-major order."""
+        data = bytearray(prod(stop - start for start, stop in block) * BY_CODE[tensor.dtype].size)
+        self.block_into(tensor, block, memoryview(data))
+        return data
+
+    def block_into(self, tensor: TensorMeta, block: Block, memory: memoryview) -> None:
+        """A block's elements like `block`, into memory of their size. Nothing but the block is read where it lies densely; else the tensor,
+        or those of its pieces that the block is in."""
+        if tensor.as_stored:
+            self._read(runs(tensor, block), memory)
+            return
+        whole, size, done = self._densified(replace(tensor, pieces=meeting(tensor, block))), BY_CODE[tensor.dtype].size, 0
+        for start, count in stretches(contiguous_stride(tensor.shape), block):
+            memory[done : done + count * size] = whole[start * size : (start + count) * size]
+            done += count * size
 
     def rows(self, tensor: TensorMeta, start: int, stop: int) -> bytearray:
         """Some rows of a tensor whose stored bytes are its own, like `read`."""

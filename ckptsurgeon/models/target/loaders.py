@@ -2,7 +2,7 @@
 
 A module's own way is an overridden `_load_from_state_dict`, a hook before or after loading, or, for the model itself, an overridden
 `load_state_dict`. Such code gets every key below its module. torch's own norms and the wrappers of activation checkpointing do no more than
-plain copying does, so they don't count. Nothing is run here.
+plain copying does, nor do FSDP's hooks, so they don't count. Nothing is run here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ckptsurgeon.loading import Loader
+from ckptsurgeon.models.target.sharding import local
 from ckptsurgeon.planning.own_loading.versions import module_paths
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
 # torch's own code that gives what copying a key's value gives.
 _PLAIN = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)
 _WRAPPING = ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper._pre_load_state_dict_hook")
+# FSDP's own code, which puts sharded parameters back in their places around a load.
+_SHARDING = "torch.distributed.fsdp."
 # torch's own code that takes keys under an older name, and leaves today's names alone.
 _RENAMING = ("torch.nn.utils.parametrizations", "weight_norm.<locals>._weight_norm_compat_hook")
 
@@ -59,9 +62,10 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common; a wrapper around other tensors has no memory of its own, and shares none."""
+    """What tensors that share memory have in common; a wrapper around other tensors has no memory of its own, and shares none. A sharded tensor
+    has that of this rank's part."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(local(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return -id(tensor)
 
@@ -77,8 +81,9 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool | None]]:
 
 def _changes(module: nn.Module) -> bool | None:
     hooks = [_place(getattr(hook, "hook", hook)) for hook in module._load_state_dict_pre_hooks.values()]
-    hooks = [place for place in hooks if place != _WRAPPING]
-    own = module._load_state_dict_post_hooks or _overridden(module, "_load_from_state_dict", _PLAIN)
+    hooks = [place for place in hooks if place != _WRAPPING and not place[0].startswith(_SHARDING)]
+    after = [hook for hook in module._load_state_dict_post_hooks.values() if not _place(hook)[0].startswith(_SHARDING)]
+    own = after or _overridden(module, "_load_from_state_dict", _PLAIN)
     if own or any(place != _RENAMING for place in hooks):
         return True
     return False if hooks else None

@@ -1,7 +1,7 @@
 """A live model, or a live state_dict, as a `Checkpoint`: names, dtypes, shapes, strides and ties, without data behind them.
 
-No tensor is copied or read, so a model on the meta device is as good as any other. What a checkpoint can't hold (sparse,
-quantized, nested, lazy, a dtype without a code) is refused by its key, never left out.
+No tensor is copied or read, so a model on the meta device is as good as any other, and of a sharded tensor the whole is told. What a
+checkpoint can't hold (sparse, quantized, nested, lazy, a dtype without a code) is refused by its key, never left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ckptsurgeon.formats.plain.skeleton import fingerprint
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.conversions import find_naming
 from ckptsurgeon.models.target.loaders import find_loaders
+from ckptsurgeon.models.target.sharding import is_sharded, local
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 
@@ -170,13 +171,16 @@ def _unsupported(tensor: torch.Tensor) -> tuple[str, str] | None:
         return "is quantized", "use its dequantized values: tensor.dequantize()"
     if tensor.is_nested or tensor.layout != torch.strided:
         return f"is not a dense tensor ({'nested' if tensor.is_nested else tensor.layout})", "use its dense form: tensor.to_dense()"
-    if is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
         return f"is a {type(tensor).__name__}, which wraps other tensors", "use a plain tensor: its full or dequantized values"
     return None
 
 
 def place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What tied tensors have in common; a storage is told by its object, since on meta every data pointer is 0."""
+    """What tied tensors have in common; a storage is told by its object, since on meta every data pointer is 0. Of sharded tensors, the
+    whole's shape and the memory of this rank's part."""
+    if is_sharded(tensor):
+        return (*place(local(tensor)), tuple(tensor.shape))
     storage = tensor.untyped_storage()._cdata
     views = (tensor.is_conj(), tensor.is_neg())
     return (storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride(), views)

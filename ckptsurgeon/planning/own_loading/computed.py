@@ -99,19 +99,9 @@ def _in_doubt(
 def _unfit(value: Made, wanted: str, key: str, allowed: Sequence[Pattern]) -> str:
     if not value.fits:
         return "it has another shape than the model's"
-    if _widens(value.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
+    if widens(value.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
         return ""
     return f"torch's load casts it from {value.dtype} to {wanted}, and what that loses is not counted; allow it: allow_cast={[key]!r}"
-
-
-def _widens(own: str, wanted: str) -> bool:
-    """Whether every value of one dtype is one of the other."""
-    narrow, wide = BY_CODE[own], BY_CODE[wanted]
-    if own == wanted:
-        return True
-    if narrow.kind == wide.kind == "float":
-        return wide.size > narrow.size and wanted in ("F32", "F64")
-    return narrow.kind == wide.kind == "int" and wide.size > narrow.size and (own[0] == wanted[0] or wanted[0] == "I")
 
 
 def refuse(computed: Computed, source: Checkpoint) -> None:
@@ -135,7 +125,7 @@ def casts(computed: Computed, target: Checkpoint | None) -> list[Finding]:
     return [
         Finding("cast", f"is cast from {value.dtype} to {target[key].dtype} by torch's load; what that loses is not counted", key, "note")
         for key, value in computed.made.items()
-        if target is not None and not _widens(value.dtype, target[key].dtype)
+        if target is not None and not widens(value.dtype, target[key].dtype)
     ]
 
 

@@ -1,0 +1,93 @@
+"""Memory for a sharded model on the meta device, and the plan for it: what no source gives is drawn by its layer's own `reset_parameters`.
+
+A meta model has no constructor's values. What its state_dict does not show (buffers that are not persistent) could never get any, and is
+refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.models.init.schemes import KEEP
+from ckptsurgeon.models.target.parameters import named_tensors
+from ckptsurgeon.models.target.sharding import is_sharded
+from ckptsurgeon.planning.plan_types import Plan
+
+_DRAWN = "reset"
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether tensors of the model are on the meta device."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def with_initial_values(plan: Plan) -> Plan:
+    """The plan where every value that would be the constructor's is the layer's own `reset_parameters`', by the plan's seed."""
+
+    def op(row: Any) -> Any:
+        return {**row, "scheme": _DRAWN} if row.get("scheme") == KEEP and (row["op"] == "init" or row.get("fill") == "init") else row
+
+    return replace(plan, steps=tuple(replace(step, ops=tuple(map(op, step.ops))) for step in plan.steps))
+
+
+def refuse_unreachable(model: nn.Module, plan: Plan) -> None:
+    """Raises ModelError for tensors on meta that no transfer reaches, or that keep a value which they do not have."""
+    parameters, buffers = named_tensors(model)
+    lost = [name for name, one in (*parameters.items(), *buffers.items()) if one.tensor.is_meta and not one.keys]
+    lost += [step.target for step in plan.steps if step.action in ("keep", "load")]
+    if lost:
+        raise ModelError(
+            "is on the meta device, and would have no value: it is not in the state_dict",
+            key=lost[0],
+            problems=shortened(lost[1:]),
+            hint="model.to_empty(device=…), give these their values, then transfer",
+        )
+
+
+@contextmanager
+def memory_for(model: nn.Module) -> Iterator[None]:
+    """Give a meta model memory on its mesh's device; when what is done within fails, it is on meta again.
+
+    Raises:
+        ModelError: its parameters are other objects afterwards, so that ties or an optimizer would be lost.
+    """
+    before = {name: id(one.tensor) for part in named_tensors(model) for name, one in part.items()}
+    real = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    try:
+        model.to_empty(device=_device(model))
+        for module, name, buffer in real:
+            module._buffers[name] = buffer
+        after = {name: one.tensor for name, one in named_tensors(model)[0].items()}
+        apart = [name for name, tensor in after.items() if before.get(name) != id(tensor)]
+        if apart:
+            raise ModelError(
+                "is another object since it has memory",
+                key=apart[0],
+                problems=shortened(apart[1:]),
+                hint="model.to_empty(device=…), then tie what is tied anew, make the optimizer, and transfer",
+            )
+        yield
+    except BaseException:
+        model.to(device="meta")
+        raise
+
+
+def _device(model: nn.Module) -> torch.device:
+    """The device that sharded tensors' mesh is of; on GPUs the current one."""
+    sharded: Any = next(tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor))
+    kind = str(sharded.device_mesh.device_type)
+    index = getattr(torch, kind).current_device() if kind not in ("cpu", "meta") else None
+    return torch.device(kind) if index is None else torch.device(kind, index)

@@ -1,0 +1,268 @@
+"""A plan's values for a sharded model: which are read from files block by block, and which are computed whole and narrowed.
+
+Before anything is changed, every value is either known to lie in open files, within their bounds, or at hand in this rank's blocks, and what
+casts lose is counted. Where a value needs a whole sharded tensor, all ranks gather it together, in the plan's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.models.init import initialize
+from ckptsurgeon.models.init.schemes import KEEP, concrete
+from ckptsurgeon.models.init.user_functions import Fill
+from ckptsurgeon.models.sharded.blocks import Part, narrowed
+from ckptsurgeon.models.sharded.plain_layer import plain_layer
+from ckptsurgeon.models.sharded.values import Ready, Stored, Value
+from ckptsurgeon.models.target.sharding import is_sharded
+from ckptsurgeon.planning.plan_types import Plan, Step, resolved
+from ckptsurgeon.report import Cast
+from ckptsurgeon.storage.pieces import Block
+from ckptsurgeon.streaming.adapting import adapted_and_cast
+from ckptsurgeon.streaming.apply import with_data
+from ckptsurgeon.streaming.losses import added
+from ckptsurgeon.streaming.moved_ranges import ranges_of
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import tensor_from
+from ckptsurgeon.tensors import Checkpoint, Piece, TensorMeta, contiguous_stride
+
+Lost = tuple[str, Block | None, Cast]  # the key, the block that was cast (None for all of the tensor), and what the cast lost
+Wholes = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A value that is computed whole by `make`, from whole values of the sharded tensors `needs`; what casts lose is added to the list."""
+
+    make: Callable[[Wholes, list[Cast]], torch.Tensor]
+    needs: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where a plan's values come from.
+
+    Attributes:
+        plan: made for the model.
+        source: the checkpoint; `live` its tensors, where it is in memory.
+        reader: of the source's files.
+        model: the target; `state` its state_dict.
+        kernels, schemes: a person's own, by name.
+    """
+
+    plan: Plan
+    source: Checkpoint
+    live: Mapping[str, Any]
+    reader: Reader
+    model: nn.Module
+    state: Mapping[str, Any]
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+    schemes: Mapping[str, Fill] = field(default_factory=dict)
+
+    def all(self) -> dict[str, Stored | Computed]:
+        """What each key gets that gets anything; of tied keys, which are one tensor, the first alone.
+
+        Raises:
+            ModelError: a live source's tensor on meta.
+            PlanError, RuleError: as the plain transfer.
+        """
+        steps = {step.target: step for step in self.plan.steps}
+        tied = {key: group for group in self.plan.ties for key in group}
+        wanted: dict[str, Stored | Computed] = {}
+        for step in self.plan.steps:
+            done = next((key for key in tied.get(step.target, ()) if key in wanted), None)
+            origin = None if done is not None else self._of(step, steps)
+            if origin is not None:
+                wanted[step.target] = origin
+        return wanted
+
+    def _of(self, step: Step, steps: Mapping[str, Step]) -> Stored | Computed | None:
+        if step.sources:
+            return self._taken(step)
+        if step.action != "init":
+            return None
+        origin = resolved(step, steps)
+        if origin is step:
+            return self._drawn(step)
+        found = self._of(origin, steps)
+        return found if found is not None else _kept(self.state[origin.target])
+
+    def _taken(self, step: Step) -> Stored | Computed:
+        keys = [key for _, key in step.sources]
+        dtype = self.source[keys[0]].dtype
+        if not any(key in self.live for key in keys):
+            metas = [with_data(self.source, key) for key in keys]
+            for span in (span for meta in metas for span in meta.spans):
+                self.reader.locate(span)  # opened, held against its stamp and unpacked now: not between two copies
+            if not step.adapters:
+                return Stored(step.target, metas[0], self.reader)
+            moved = ranges_of(metas, step.adapters)
+            if moved is not None:
+                return Stored(step.target, _of_runs(step, dtype, moved), self.reader)
+        tensors = [self._whole_source(key) for key in keys]
+        needs = tuple(tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and is_sharded(tensor))
+        filled = self._filling(step)
+        more = (self.state[step.target],) if filled is None else ()
+
+        def make(wholes: Wholes, casts: list[Cast]) -> torch.Tensor:
+            rest = iter(wholes)
+            given = [tensor() if callable(tensor) else next(rest) if is_sharded(tensor) else tensor for tensor in tensors]
+            if not step.adapters and step.cast is None:
+                return given[0]
+            initial = filled if filled is not None else lambda: wholes[-1]
+            return adapted_and_cast(step, given, dtype, initial, self.kernels, casts)
+
+        return Computed(make, (*needs, *(tensor for tensor in more if is_sharded(tensor))))
+
+    def _whole_source(self, key: str) -> torch.Tensor | Callable[[], torch.Tensor]:
+        """A source's tensor, or what reads it."""
+        if key not in self.live:
+            meta = with_data(self.source, key)
+            return lambda: tensor_from(self.reader.read(meta), meta.dtype).view(meta.shape)
+        tensor: torch.Tensor = self.live[key].detach()
+        if tensor.device.type == "meta":
+            raise ModelError("has no values: it is on the meta device", path=self.source.path, key=key)
+        return tensor if is_sharded(tensor) else tensor.resolve_conj().resolve_neg()
+
+    def _filling(self, step: Step) -> Callable[[], torch.Tensor] | None:
+        """What gives the value that an adapter fills up with; None where it is the model's own."""
+        scheme = next(iter(step.schemes), None)
+        return _never if scheme is None else self._scheme(step, scheme)
+
+    def _drawn(self, step: Step) -> Computed | None:
+        """A fresh tensor's value; None where it stays as it is."""
+        make = self._scheme(step, step.schemes[0])
+        return None if make is None else Computed(lambda _wholes, _casts: make())
+
+    def _scheme(self, step: Step, scheme: str) -> Callable[[], torch.Tensor] | None:
+        """What gives a scheme's value, the same on every rank; None for the model's own."""
+        key = self.plan.leader(step.target)
+        owner, leaf = initialize.layer_of(self.model, key)
+        if scheme == KEEP or concrete(scheme, key, step.shape, step.dtype, owner, leaf) == KEEP:
+            return None
+        layer = None if owner is None else plain_layer(owner)
+        return lambda: initialize.value(scheme, key, step.shape, step.dtype, self.plan.seed, layer, self.schemes, leaf)
+
+
+def settle(wanted: Mapping[str, Stored | Computed], state: Mapping[str, Any], ranks: Ranks) -> tuple[dict[str, Value], list[Lost]]:
+    """Every value ready to be put in, and what casts lose in this rank's parts. All ranks come here together.
+
+    Raises:
+        CheckpointError: of any kind that computing a value raises, on this rank or another.
+    """
+    values: dict[str, Value] = {}
+    lost: list[Lost] = []
+    with ranks.step():
+        parts: dict[str, list[Part]] = {}
+        for part in own_parts({key: state[key] for key in wanted}):
+            parts.setdefault(part.key, []).append(part)
+        for key, origin in wanted.items():
+            if isinstance(origin, Stored):
+                values[key] = origin
+                lost += _lost(origin, state[key], parts.get(key, ()))
+            elif not origin.needs:
+                values[key] = _narrowed(key, origin, (), parts.get(key, ()), lost)
+    for key, origin in wanted.items():
+        if isinstance(origin, Computed) and origin.needs:
+            wholes = [_whole(tensor) for tensor in origin.needs]
+            with ranks.step():
+                values[key] = _narrowed(key, origin, wholes, parts.get(key, ()), lost)
+    return values, lost
+
+
+def without_tied(values: Mapping[str, Value], state: Mapping[str, Any], ties: Iterable[Sequence[str]]) -> dict[str, Value]:
+    """The values, of tied keys that of the first alone: they are one tensor.
+
+    Raises:
+        PlanError: tied keys get different values.
+    """
+    kept = dict(values)
+    for group in ties:
+        first, *rest = [key for key in group if key in values] or [""]
+        for key in rest:
+            if not _same(kept.pop(key), values[first], state[key]):
+                raise torn(first, key)
+    return kept
+
+
+def _same(one: Value, other: Value, tensor: torch.Tensor) -> bool:
+    if isinstance(one, Stored) and isinstance(other, Stored) and replace(one.meta, name="") == replace(other.meta, name=""):
+        return True
+    for part in own_parts({"": tensor}):
+        memories = [torch.empty_like(part.memory) for _ in range(2)]
+        for value, memory in zip((one, other), memories, strict=True):
+            value.into(replace(part, memory=memory))
+        if memory_of(memories[0]) != memory_of(memories[1]):
+            return False
+    return True
+
+
+def together(told: Iterable[Iterable[Lost]]) -> list[Cast]:
+    """What casts lost in all, from what each rank lost: a block that several ranks hold is counted once.
+
+    >>> row = Cast("w", "F32", "F16", 0.5, changed=1)
+    >>> [cast.changed for cast in together([[("w", ((0, 1),), row)], [("w", ((0, 1),), row), ("w", ((1, 2),), row)]])]
+    [2]
+    """
+    by_key: dict[str, dict[Block | None, Cast]] = {}
+    for key, block, cast in (row for rank in told for row in rank):
+        by_key.setdefault(key, {}).setdefault(block, cast)
+    casts = []
+    for rows in by_key.values():
+        total, *rest = [rows[None]] if None in rows else rows.values()
+        for cast in rest:
+            total = added(total, cast)
+        casts.append(total)
+    return casts
+
+
+def _lost(value: Stored, tensor: torch.Tensor, parts: Iterable[Part]) -> Iterator[Lost]:
+    """What a cast to the tensor's dtype loses, part by part; nothing where the dtype holds all that the file's can hold."""
+    code = BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
+    if code != value.meta.dtype and not holds_all(value.meta.dtype, code):
+        yield from ((value.key, part.block, value.lost(part.block, code)) for part in parts)
+
+
+def _narrowed(key: str, origin: Computed, wholes: Wholes, parts: Sequence[Part], lost: list[Lost]) -> Ready:
+    """This rank's blocks of a computed value, which is not computed where the rank has none."""
+    if not parts:
+        return Ready(())
+    casts: list[Cast] = []
+    whole = origin.make(wholes, casts)
+    lost += [(key, None, cast) for cast in casts]
+    return Ready([(part.block, narrowed(whole, part.block).clone()) for part in parts])
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor's whole value on the CPU, which all ranks gather together."""
+    sharded: Any = tensor
+    with torch.no_grad():
+        whole: torch.Tensor = sharded.detach().full_tensor().cpu()
+    return whole
+
+
+def _kept(tensor: torch.Tensor) -> Computed:
+    """The model's own value of another key."""
+    if is_sharded(tensor):
+        return Computed(lambda wholes, _casts: wholes[0], (tensor,))
+    return Computed(lambda _wholes, _casts: tensor.detach())
+
+
+def _never() -> torch.Tensor:
+    raise AssertionError("no adapter of this step fills up with an initial value")
+
+
+def _of_runs(step: Step, dtype: str, moved: Iterable[Span]) -> TensorMeta:
+    """A tensor that adapters make by moving bytes only, as runs of elements of the files that its sources lie in."""
+    size, start, pieces = BY_CODE[dtype].size, 0, []
+    for span in moved:
+        count = span.nbytes // size
+        pieces.append(Piece(span, (start,), (count,), (1,)))
+        start += count
+    return TensorMeta(step.target, dtype, step.shape, contiguous_stride(step.shape), None, tuple(pieces))

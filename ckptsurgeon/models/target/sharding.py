@@ -1,0 +1,69 @@
+"""Which tensors are sharded over ranks, and the part of one that is this rank's own.
+
+A sharded tensor is a DTensor of torch: FSDP2, tensor parallelism and their products make nothing else. Nothing is communicated here.
+`torch.distributed.tensor`, which takes a second to import, is not imported: where nobody has, there is no such tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.errors import ModelError
+
+_TENSORS, _FLAT, _REPLICATED = "torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.parallel"
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, of which each rank has a part, or a copy.
+
+    >>> is_sharded(torch.zeros(2))
+    False
+    """
+    return _is(tensor, _TENSORS, "DTensor")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's own part of a sharded tensor, which shares its memory; any other tensor itself.
+
+    >>> local(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    with torch.no_grad():
+        part: torch.Tensor = sharded.to_local()
+    return part
+
+
+def over_ranks(model: nn.Module) -> bool:
+    """Whether a model is spread over the ranks of a process group, so that all of them have to do the same with it: it has sharded
+    tensors, or stands in DistributedDataParallel.
+
+    >>> over_ranks(nn.Linear(3, 2))
+    False
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    replicated = any(_is(module, _REPLICATED, "DistributedDataParallel") for module in model.modules())
+    return replicated or any(map(is_sharded, (*model.parameters(), *model.buffers())))
+
+
+def refuse_flat(modules: Iterable[nn.Module]) -> None:
+    """ModelError for a model of FSDP's first version, whose parameters are flat pieces of several."""
+    if any(_is(module, _FLAT, "FullyShardedDataParallel") for module in modules):
+        raise ModelError(
+            "is in FullyShardedDataParallel, which joins parameters into flat ones",
+            hint="shard it by torch.distributed.fsdp.fully_shard(model), or transfer before it is wrapped",
+        )
+
+
+def _is(value: object, module: str, name: str) -> bool:
+    """Whether a value is of a class of a module of torch that somebody has imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)
