@@ -6,19 +6,22 @@ The verbs of `api` that need torch and a model; imported only when one of them i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.api import _gates, _gpu_layouts, _opening, _training_state
 from ckptsurgeon.api._deciding import decide, report_of
 from ckptsurgeon.api._options import NO_TRAINING, GroupOptions, RuleOptions, TrainingOptions, facts, facts_of, refuse_idle
 from ckptsurgeon.api._rules import Own, Ruling
-from ckptsurgeon.api._training_state import averaged_into
 from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models.init import initialize
+from ckptsurgeon.models.sharded.meta import on_meta
+from ckptsurgeon.models.sharded.ranks import Ranks
+from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors, state_dict_of
 from ckptsurgeon.models.training import freezing, groups
 from ckptsurgeon.models.training.ema import live_roots
@@ -26,8 +29,9 @@ from ckptsurgeon.models.training.transfer import Value, Waiting, at_hand, put
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.parameter_types import Given, Note
 from ckptsurgeon.planning.plan import Plan, Step
+from ckptsurgeon.planning.plan_types import digest
 from ckptsurgeon.planning.roots import choose
-from ckptsurgeon.report import CarriedState, Cast, Finding, Report
+from ckptsurgeon.report import Cast, Finding, Report
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.checksums import check_all, without
@@ -54,47 +58,99 @@ def transfer(
     step: bool = False,
 ) -> Report:
     """See `ckptsurgeon.transfer`. `step`: it is a step of another call, whose options have been held against it."""
-    goal = checkpoint_of(model, type(model).__name__)
-    goal = goal if options.conversions else _opening.without_conversions(goal)
-    given, live = _open(source, options.root, goal, training.ema is not None)
-    ruling, plan = decide([given], goal, lambda: model, ruling, options)
-    if not step:
-        _refuse_idle(plan, options, training)
-        _gates.refuse_idle_casts(plan.allow_cast, [each.target for each in plan.steps])
-    _gates.refuse_open(plan)
-    _gates.check(plan, options)
-    _gpu_layouts.refuse(plan, [given], live)
+    ranks = Ranks.of(model)
+    with ExitStack() as undo:
+        with ranks.step() as told:
+            goal = checkpoint_of(model, type(model).__name__)
+            goal = goal if options.conversions else _opening.without_conversions(goal)
+            given, live = _open(source, options.root, goal, training.ema is not None)
+            ruling, plan = decide([given], goal, lambda: model, ruling, options)
+            if not step:
+                _refuse_idle(plan, options, training, on_meta(model))
+                _gates.refuse_idle_casts(plan.allow_cast, [each.target for each in plan.steps])
+            _gates.refuse_open(plan)
+            _gates.check(plan, options)
+            _gpu_layouts.refuse(plan, [given], live)
+            told.same = {"source": given.fingerprint, "model": goal.fingerprint, "plan": digest(plan)}
+            reader = undo.enter_context(Reader([given]))
+            run = _Run(plan, given, live, reader, model, ruling.own, training.optimizer)
+        way = _sharded_way(run, ranks, undo) if any(map(is_sharded, (*model.parameters(), *model.buffers()))) else _plain_way(run, ranks)
 
-    def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
-        rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
-        chosen = replace(options, root=where, match=False, accept_uncertain=False, layout=None, numbers=None)
-        return transfer(other, copy, rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
+        def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
+            rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
+            chosen = replace(options, root=where, match=False, accept_uncertain=False, layout=None, numbers=None)
+            return transfer(other, copy, rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
 
-    carried: CarriedState | None = None
-    with Reader([given]) as reader, ExitStack() as undo:
-        casts: list[Cast] = []
-        run = _Run(plan, given, live, reader, model, ruling.own, casts)
-        values = {each.target: run.value(each) for each in plan.steps if each.sources and each.action != "load"}
-        handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
-        refuse_losses(casts, plan.allow_cast)
-        _refuse_torn_ties(plan, values)
-        reader.check_unchanged()
-        extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
-        if training:
+        with ranks.step() as told:
+            refuse_losses(way.casts, plan.allow_cast)
+            reader.check_unchanged()
+            extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
             around = cache(lambda: _training_state.beside_weights(source, given, reader))
-            carried = _training_state.give(
-                training, around, given, plan, model, lambda: averaged_into(training, source, around, again, undo), undo
-            )
-        if training.checksums:
-            check_all(reader, [given])
-        put(plan, model, values.__getitem__, extra, ruling.own.schemes, handed)
-        _check_still_unchanged(reader)
+            carried = _training_state.give(training, around, given, plan, model, undo) if training else None
+            averaged = _training_state.find_averaged(training, source, around, undo) if training.ema is not None else None
+            if training.checksums:
+                check_all(reader, [given])
+            told.same = {"training state": sha256(repr(carried).encode()).hexdigest()}
+        if carried is not None and averaged is not None:
+            report = again(averaged.source, averaged.model, averaged.root, averaged.left_out)
+            with ranks.step():
+                carried = averaged.told(carried, report)
+        way.put(extra)
+        with ranks.step():
+            _check_still_unchanged(reader)
     return report_of(
         plan,
-        casts=reported(casts),
+        casts=reported(way.casts),
         findings=(*plan.findings, *(_without_checksums(reader, given) if training.checksums else ())),
         optimizer=carried,
     )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a plan's values get into a model: what casts lose, known before anything is changed, and what puts them in with extra state."""
+
+    casts: list[Cast]
+    put: Callable[[Mapping[str, Any]], None]
+
+
+def _plain_way(run: _Run, ranks: Ranks) -> Way:
+    """Into a model of plain tensors, also one of several copies that DistributedDataParallel keeps: each rank reads for itself."""
+    plan = run.plan
+    with ranks.step():
+        values = {each.target: run.value(each) for each in plan.steps if each.sources and each.action != "load"}
+        handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
+        refuse_losses(run.casts, plan.allow_cast)
+        _refuse_torn_ties(plan, values)
+
+    def into(extra: Mapping[str, Any]) -> None:
+        with ranks.step():
+            put(plan, run.model, values.__getitem__, extra, run.own.schemes, handed)
+
+    return Way(run.casts, into)
+
+
+def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack) -> Way:
+    """Into a model with sharded tensors: each rank reads the blocks that are its own."""
+    from ckptsurgeon.models.sharded import meta, prepare
+    from ckptsurgeon.models.sharded import put as sharded
+
+    plan, model = run.plan, run.model
+    with ranks.step():
+        sharded.refuse(plan, model, state_dict_of(model, type(model).__name__))
+        if meta.on_meta(model):
+            plan = meta.with_initial_values(plan)
+            meta.refuse_unreachable(model, plan)
+            undo.enter_context(meta.memory_for(model, run.optimizer))
+        state = state_dict_of(model, type(model).__name__)
+        origins = prepare.Origins(plan, run.given, run.live, run.reader, model, state, run.own.kernels, run.own.schemes)
+        wanted = origins.all()
+        sharded.refuse_unwritable(state, wanted)
+    values, lost = prepare.settle(wanted, state, ranks)
+    with ranks.step() as told:
+        values = prepare.without_tied(values, state, plan.ties)
+        told.tell = lost
+    return Way(prepare.together(told.told), lambda extra: sharded.put(model, state, values, extra, ranks))
 
 
 def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
@@ -104,8 +160,9 @@ def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
     return without(entries.values())
 
 
-def _refuse_idle(plan: Plan, options: RuleOptions, training: TrainingOptions) -> None:
-    drawn = any(scheme != "model" for step in plan.steps for scheme in step.schemes)  # "model" is what the live model has already
+def _refuse_idle(plan: Plan, options: RuleOptions, training: TrainingOptions, meta: bool) -> None:
+    # "model" is what the live model has already, unless it is on meta.
+    drawn = any(meta or scheme != "model" for step in plan.steps for scheme in step.schemes)
     present = {kind: getattr(training, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
     known = facts(target=True, initial_values=drawn, codes="codes" in facts_of(plan), **present)
     refuse_idle(known, **vars(options), **vars(training))
@@ -186,7 +243,8 @@ class _Run:
     reader: Reader
     model: nn.Module
     own: Own
-    casts: list[Cast]
+    optimizer: torch.optim.Optimizer | None = None
+    casts: list[Cast] = field(default_factory=list)
 
     def value(self, step: Step) -> Value:
         """A step's value. One that is neither adapted nor cast is not copied: it waits in the file, or lies in the live source."""

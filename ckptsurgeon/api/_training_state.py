@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-Rows = tuple[tuple[str, str], ...]  # what is not carried, each with the reason
 _STAYS = (
     "the source has none for the averaged copy, where it stays as it was",
     "the source has none for the averaged copy, where it stays as it was; at 0 the first update copies the model over the average",
@@ -140,14 +140,12 @@ def give(
     given: Checkpoint,
     plan: Plan,
     model: nn.Module,
-    averaged: Callable[[], tuple[Report, Rows] | None],
     undo: ExitStack,
 ) -> CarriedState:
-    """Carry what is asked for. What fails within `undo` is put back as it was.
+    """Carry what is asked for, but for the averaged copy (`find_averaged`). What fails within `undo` is put back as it was.
 
     Args:
         around: what stands beside the weights; called only where something of it is asked for.
-        averaged: transfers into the averaged copy, and says what of its wrapper's own the source does not have.
 
     Raises:
         RootError: a state that is asked for is not in the source, or could be several.
@@ -186,9 +184,6 @@ def give(
     if driven:
         groups = asked.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
         undo.enter_context(optimizer_state.driving(groups, driven))
-    done = averaged()
-    if done is not None:
-        carried = replace(carried, others=(*carried.others, "ema"), ema=done[0], not_carried=(*carried.not_carried, *done[1]))
     return carried
 
 
@@ -283,25 +278,39 @@ def _other(kind: Any, taker: Any, found: BesideWeights, asked: TrainingOptions) 
     return training_state.fitted(own, tree, fetch, groups)
 
 
-def averaged_into(
-    asked: TrainingOptions,
-    source: Given,
-    around: Callable[[], BesideWeights],
-    again: Callable[[Given, nn.Module, str, tuple[str, ...]], Report],
-    undo: ExitStack,
-) -> tuple[Report, Rows] | None:
-    """Transfer into the averaged copy by the same rules; the wrapper's own buffers, such as `n_averaged`, are copied by name.
+@dataclass(frozen=True)
+class Averaged:
+    """What the averaged copy `model` takes, by a transfer of its own: from `source`, under `root`, without the keys `left_out`.
 
-    Args:
-        again: transfers from a source into a model, under a root, some keys dropped.
-
-    Returns:
-        The report, and those of the wrapper's buffers that the source does not have, each with what that means.
+    `buffers` are its wrapper's own, such as `n_averaged`; `values` those of them that the source has, each with what gives it.
     """
-    if asked.ema is None:
-        return None
-    import torch
 
+    source: Given
+    model: nn.Module
+    root: str
+    left_out: tuple[str, ...]
+    buffers: Mapping[str, torch.Tensor]
+    values: Mapping[str, Callable[[], torch.Tensor]]
+
+    def told(self, carried: CarriedState, report: Report) -> CarriedState:
+        """Copy the wrapper's own buffers, and add the copy's report to what was carried."""
+        import torch
+
+        for name, value in self.values.items():
+            with torch.no_grad():
+                self.buffers[name].copy_(value())
+        kept = replace(report, dropped=tuple(row for row in report.dropped if row[0] not in self.values))
+        missing = tuple((name, _STAYS[name == "n_averaged"]) for name in self.buffers if name not in self.values)
+        return replace(carried, others=(*carried.others, "ema"), ema=kept, not_carried=(*carried.not_carried, *missing))
+
+
+def find_averaged(asked: TrainingOptions, source: Given, around: Callable[[], BesideWeights], undo: ExitStack) -> Averaged:
+    """What goes into the averaged copy. When what is done until `undo` ends fails, the copy holds what it held.
+
+    Raises:
+        RootError: the source has no averaged copy, or several.
+        ModelError: `ema` is neither a model nor keeps one.
+    """
     found = around()
     model, buffers = ema.inner(asked.ema), ema.own_buffers(asked.ema)
     if found.live:
@@ -322,12 +331,11 @@ def averaged_into(
         if name in buffers and meta.shape == tuple(buffers[name].shape)
     }
     undo.enter_context(ema.restored(model, buffers))
-    report = again(source, model, root, () if chosen is None else tuple(name for name in ours if name in chosen.tensors))
-    for name, (place, meta) in ours.items():
+    left_out = () if chosen is None else tuple(name for name in ours if name in chosen.tensors)
+
+    def value(name: str, place: str, meta: TensorMeta) -> torch.Tensor:
         lives: Any = at_root(source, place) if found.live else {}
-        value = lives[name] if found.live else tensor_from(found.reader.read(meta), meta.dtype).view(meta.shape)
-        with torch.no_grad():
-            buffers[name].copy_(value)
-    kept = tuple(row for row in report.dropped if row[0] not in ours)
-    missing = tuple((name, _STAYS[name == "n_averaged"]) for name in buffers if name not in ours)
-    return replace(report, dropped=kept), missing
+        return lives[name] if found.live else tensor_from(found.reader.read(meta), meta.dtype).view(meta.shape)
+
+    values = {name: partial(value, name, place, meta) for name, (place, meta) in ours.items()}
+    return Averaged(source, model, root, left_out, buffers, values)

@@ -53,13 +53,13 @@ def refuse_unreachable(model: nn.Module, plan: Plan) -> None:
 
 
 @contextmanager
-def memory_for(model: nn.Module) -> Iterator[None]:
+def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
     """Give a meta model memory on its mesh's device; when what is done within fails, it is on meta again.
 
     Raises:
-        ModelError: its parameters are other objects afterwards, so that ties or an optimizer would be lost.
+        ModelError: its plain parameters are other objects afterwards, so that a tie, or the optimizer that was made of them, would be lost.
     """
-    before = {name: id(one.tensor) for part in named_tensors(model) for name, one in part.items()}
+    before = named_tensors(model)[0]
     real = [
         (module, name, buffer)
         for module in model.modules()
@@ -70,14 +70,17 @@ def memory_for(model: nn.Module) -> Iterator[None]:
         model.to_empty(device=_device(model))
         for module, name, buffer in real:
             module._buffers[name] = buffer
-        after = {name: one.tensor for name, one in named_tensors(model)[0].items()}
-        apart = [name for name, tensor in after.items() if before.get(name) != id(tensor)]
+        after = named_tensors(model)[0]
+        own = {id(one.tensor) for one in after.values()}
+        held = set() if optimizer is None else {id(one) for group in optimizer.param_groups for one in group["params"]}
+        apart = [name for name, one in before.items() if name not in after or one.keys != after[name].keys]
+        apart += [name for name, one in before.items() if id(one.tensor) in held - own]
         if apart:
             raise ModelError(
-                "is another object since it has memory",
+                "is another parameter since it has memory",
                 key=apart[0],
                 problems=shortened(apart[1:]),
-                hint="model.to_empty(device=…), then tie what is tied anew, make the optimizer, and transfer",
+                hint="model.to_empty(device=…), tie what was tied, make the optimizer, then transfer",
             )
         yield
     except BaseException:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def plain_layer(module: nn.Module) -> nn.Module:
 
 def _copied(module: nn.Module) -> nn.Module:
     sharding = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, sharding))
+    kind: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, sharding))
     made: nn.Module = kind.__new__(kind)
     own = {name: OrderedDict() if isinstance(value, OrderedDict) and "hooks" in name else value for name, value in vars(module).items()}
     own["_parameters"] = {name: _whole(one) for name, one in module._parameters.items()}

@@ -1,36 +1,39 @@
 """A plan's values for a sharded model: which are read from files block by block, and which are computed whole and narrowed.
 
-Before anything is changed, every value is either known to lie in open files, within their bounds, or at hand in this rank's blocks, and what
-casts lose is counted. Where a value needs a whole sharded tensor, all ranks gather it together, in the plan's order.
+Before anything is changed, every value is either known to lie in open files, within their bounds, or at hand in this rank's blocks, and
+what casts lose is counted. Where a value needs a whole sharded tensor, all ranks gather it together, in the plan's order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ckptsurgeon.dtypes import BY_CODE, BY_TORCH, widens
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.init.schemes import KEEP, concrete
 from ckptsurgeon.models.init.user_functions import Fill
-from ckptsurgeon.models.sharded.blocks import Part, narrowed
+from ckptsurgeon.models.sharded.blocks import Part, narrowed, own_parts
 from ckptsurgeon.models.sharded.plain_layer import plain_layer
+from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Ready, Stored, Value
 from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.pieces import Block
 from ckptsurgeon.streaming.adapting import adapted_and_cast
-from ckptsurgeon.streaming.apply import with_data
 from ckptsurgeon.streaming.losses import added
 from ckptsurgeon.streaming.moved_ranges import ranges_of
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import tensor_from
-from ckptsurgeon.tensors import Checkpoint, Piece, TensorMeta, contiguous_stride
+from ckptsurgeon.streaming.step_values import with_data
+from ckptsurgeon.streaming.values import memory_of, tensor_from
+from ckptsurgeon.streaming.writing import torn
+from ckptsurgeon.tensors import Checkpoint, Piece, Span, TensorMeta, contiguous_stride
 
 Lost = tuple[str, Block | None, Cast]  # the key, the block that was cast (None for all of the tensor), and what the cast lost
 Wholes = Sequence[torch.Tensor]
@@ -66,21 +69,15 @@ class Origins:
     schemes: Mapping[str, Fill] = field(default_factory=dict)
 
     def all(self) -> dict[str, Stored | Computed]:
-        """What each key gets that gets anything; of tied keys, which are one tensor, the first alone.
+        """What each key gets that gets anything.
 
         Raises:
             ModelError: a live source's tensor on meta.
             PlanError, RuleError: as the plain transfer.
         """
         steps = {step.target: step for step in self.plan.steps}
-        tied = {key: group for group in self.plan.ties for key in group}
-        wanted: dict[str, Stored | Computed] = {}
-        for step in self.plan.steps:
-            done = next((key for key in tied.get(step.target, ()) if key in wanted), None)
-            origin = None if done is not None else self._of(step, steps)
-            if origin is not None:
-                wanted[step.target] = origin
-        return wanted
+        found = {step.target: self._of(step, steps) for step in self.plan.steps}
+        return {key: origin for key, origin in found.items() if origin is not None}
 
     def _of(self, step: Step, steps: Mapping[str, Step]) -> Stored | Computed | None:
         if step.sources:
@@ -225,7 +222,7 @@ def together(told: Iterable[Iterable[Lost]]) -> list[Cast]:
 def _lost(value: Stored, tensor: torch.Tensor, parts: Iterable[Part]) -> Iterator[Lost]:
     """What a cast to the tensor's dtype loses, part by part; nothing where the dtype holds all that the file's can hold."""
     code = BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
-    if code != value.meta.dtype and not holds_all(value.meta.dtype, code):
+    if code != value.meta.dtype and not widens(value.meta.dtype, code):
         yield from ((value.key, part.block, value.lost(part.block, code)) for part in parts)
 
 

@@ -1,7 +1,7 @@
 """A target key's value, of which each rank gets the blocks that are its own.
 
-What lies in a file as it is wanted, or needs a cast alone, is `Stored`: any block of it is read by itself, straight into the model's memory,
-and no other byte. All else is computed whole, narrowed to this rank's blocks and kept as `Ready`, before anything is changed.
+What lies in a file as it is wanted, or needs a cast alone, is `Stored`: any block of it is read by itself, straight into the model's
+memory, and no other byte. All else is computed whole, narrowed to this rank's blocks and kept as `Ready`, before anything is changed.
 """
 
 from __future__ import annotations

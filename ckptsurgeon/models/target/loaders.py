@@ -62,8 +62,8 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common; a wrapper around other tensors has no memory of its own, and shares none. A sharded tensor
-    has that of this rank's part."""
+    """What tensors that share memory have in common; of a sharded tensor, that of this rank's part. Another wrapper around tensors has no
+    memory of its own, and shares none."""
     try:
         return int(local(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

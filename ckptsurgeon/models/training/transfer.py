@@ -97,7 +97,7 @@ def put(
     places = {key: place for place, key in enumerate(state)}
     for step in plan.steps:
         if step.action == "load":
-            _check_writable(step.target, state[step.target])
+            check_writable(step.target, state[step.target])
         elif step.sources:
             values[step.target] = fetch(step.target)
         elif step.fresh:
@@ -112,7 +112,7 @@ def put(
     # `from(KEY)`: what that key gets, or what it has and keeps.
     values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:
-        _check_writable(key, state[key])
+        check_writable(key, state[key])
     own = {storage_of(tensor) for tensor in tensors_of(model) if not is_traceable_wrapper_subclass(tensor)}
     # A source that shares the model's memory would change while the model does.
     values = {
@@ -126,8 +126,8 @@ def put(
     special = reachable_keys(state, loaders, foreign)
     if not loaders and not special and not foreign:
         with undisturbed(), torch.no_grad():
-            _set_extra(model, state, extra, name)
-            _copy(state, values, lambda: _reset_extra(model, state, extra, name))
+            set_extra(model, state, extra, name)
+            _copy(state, values, lambda: reset_extra(model, state, extra, name))
         return
     computed = {step.target for step in plan.steps if step.action == "load"}
     through = {key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in special), *handed.items())}
@@ -165,7 +165,8 @@ def _copy(state: Mapping[str, Any], values: Mapping[str, Value], undo: Undo, und
         done.append(key)
 
 
-def _check_writable(key: str, tensor: torch.Tensor) -> None:
+def check_writable(key: str, tensor: torch.Tensor) -> None:
+    """Raises ModelError for a tensor of the model that can't take values in place."""
     if tensor.device.type == "meta":
         raise ModelError("the model is on the meta device and has no memory", key=key, hint="model.to_empty(device='cpu') first")
     if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -176,7 +177,7 @@ def _check_writable(key: str, tensor: torch.Tensor) -> None:
         raise ModelError("can't take values: it was made in inference mode", key=key, hint="build the model outside torch.inference_mode()")
 
 
-def _set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
+def set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
     """Give each module its extra state; when one refuses, all have what they had."""
     done: list[str] = []
     try:
@@ -184,11 +185,12 @@ def _set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, A
             done.append(key)
             _set_one(model, key, value, name)
     except BaseException:
-        _reset_extra(model, state, done, name)
+        reset_extra(model, state, done, name)
         raise
 
 
-def _reset_extra(model: nn.Module, state: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
+def reset_extra(model: nn.Module, state: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
+    """Give modules the extra state that `state` has of them again."""
     for key in keys:
         with suppress(TargetError):
             _set_one(model, key, state[key], name)

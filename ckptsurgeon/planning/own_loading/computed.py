@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.dtypes import widens
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.formats.registry import loading
 from ckptsurgeon.hints import shortened

@@ -1,0 +1,66 @@
+"""Puts a plan's values into a sharded model: each rank its own parts, and all ranks or none where anything is wrong before the first copy.
+
+The counterpart of `training.transfer` for models with sharded tensors. It decides nothing; the plan does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.errors import ModelError
+from ckptsurgeon.models.sharded.load import load
+from ckptsurgeon.models.sharded.ranks import Ranks
+from ckptsurgeon.models.sharded.values import Value
+from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
+from ckptsurgeon.models.target.sharding import local, refuse_flat
+from ckptsurgeon.models.training.transfer import check_writable, reset_extra, set_extra
+from ckptsurgeon.planning.plan_types import Plan
+from ckptsurgeon.streaming.signals import undisturbed
+
+_BEFORE = "transfer into the model before it is sharded"
+
+
+def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises ModelError for a model whose own code would have to load, or whose state_dict is not its own memory."""
+    refuse_flat(model.modules())
+    loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
+    if loaders or plan.handed or any(step.action == "load" for step in plan.steps):
+        path, loader = next(iter(loaders.items()), ("", None))
+        kind = type(model).__name__ if loader is None else loader.name
+        raise ModelError(f"has loading code of its own ({kind}), which can't run on sharded tensors", key=path or None, hint=_BEFORE)
+    own = {storage_of(tensor) for tensor in tensors_of(model)}
+    copies = [key for key, tensor in state.items() if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in own]
+    if copies:
+        raise ModelError("is a copy that a hook of the state_dict made, not the model's own memory", key=copies[0], hint=_BEFORE)
+
+
+def put(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value], extra: Mapping[str, Any], ranks: Ranks) -> None:
+    """Give the model its values, in place; an interrupt waits until this rank's parts are whole. All ranks come here together.
+
+    Args:
+        state: the model's state_dict.
+        values: by key, of tied keys one.
+        extra: values for keys that are no tensors.
+
+    Raises:
+        UnreadableError, StaleError: a file fails or shrinks while it is read, here or on another rank: this alone can leave a mixture.
+    """
+    name = type(model).__name__
+    with undisturbed(), torch.no_grad():
+        with ranks.step():
+            set_extra(model, state, extra, name)
+        try:
+            load(state, values)
+        except BaseException:
+            reset_extra(model, state, extra, name)
+            raise
+
+
+def refuse_unwritable(state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raises ModelError for a tensor that can't take values in place."""
+    for key in keys:
+        check_writable(key, local(state[key]))
