@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import zip_longest
 from pkgutil import get_data
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +17,22 @@ from ckptsurgeon.hints import close_names
 # By topic, in the order in which a person meets them, what its page is about. Each is a file `guide/TOPIC.md`.
 TOPICS: Mapping[str, str] = MappingProxyType(
     {
+        "merge": "Look at a checkpoint, see what fits a model, take it.",
+        "average": "The mean of several checkpoints, or parts of several.",
+        "roots": "Where the weights are in a training checkpoint; prefixes such as module.",
         "patterns": "Which keys a pattern matches, with a table of examples.",
+        "rules": "Rename, drop, keep, adapt and init, on the command line and in a file.",
+        "adapters": "When a shape differs: another vocabulary, image size, fused layers.",
+        "match": "Load the weights of another implementation of the same model.",
+        "initialise": "The values of parameters that no source gives.",
+        "fine-tune": "Fresh layers learn faster; others are frozen at first, or slower.",
+        "resume": "Go on training in a changed model: optimizer state, a new head.",
+        "plan": "Decide now, review it, do it later.",
+        "verify": "Load a file strictly on a device and compare; what a merge proves.",
+        "convert": "Other formats and dtypes; quantised weights.",
+        "gate": "Block bad checkpoints in CI: check, pre-commit, GitHub Actions.",
+        "safety": "Files from strangers: nothing is run, and what a file may cost.",
+        "json": "JSON and exit codes, for other programs; the verbs of Python.",
     }
 )
 # Other words that a person may look for.
@@ -24,10 +41,48 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "glob": "patterns",
         "regex": "patterns",
         "wildcards": "patterns",
+        "inspect": "merge",
+        "diff": "merge",
+        "transfer": "merge",
+        "soup": "average",
+        "mean": "average",
+        "root": "roots",
+        "prefix": "roots",
+        "prefixes": "roots",
+        "ema": "roots",
+        "rename": "rules",
+        "drop": "rules",
+        "keep": "rules",
+        "toml": "rules",
+        "vocabulary": "adapters",
+        "shapes": "adapters",
+        "qkv": "adapters",
+        "lora": "adapters",
+        "init": "initialise",
+        "initialize": "initialise",
+        "finetune": "fine-tune",
+        "groups": "fine-tune",
+        "freeze": "fine-tune",
+        "lr": "fine-tune",
+        "optimizer": "resume",
+        "apply": "plan",
+        "checksums": "verify",
+        "dtype": "convert",
+        "quantised": "convert",
+        "safetensors": "convert",
+        "check": "gate",
+        "ci": "gate",
+        "pre-commit": "gate",
+        "limits": "safety",
+        "pickle": "safety",
+        "schemas": "json",
+        "exit-codes": "json",
+        "python": "json",
     }
 )
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)  # what the tests of a page need and no reader does
-_LINK = re.compile(r"\[([^\]]+)\]\(([\w-]+)\.md(?:#[\w-]+)?\)")
+_OUTSIDE = re.compile(r"^(?P<block>```(?s:.*?)^```$)|(?:^\|.+\|\n)+", re.MULTILINE)  # a block, which is left alone, or a table
+_LINK = re.compile(r"\[([^\]]+)\]\([\w-]+\.md(?:#[\w-]+)?\)")
 
 
 class TopicError(CheckpointError):
@@ -53,10 +108,33 @@ def topic(word: str) -> str:
 
 
 @cache
-def page(name: str) -> str:
-    """A topic's page as Markdown, without its comments; a link to another page is the command that prints it."""
+def page(name: str, width: int | None = None) -> str:
+    """A topic's page as Markdown, without its comments; of a link to another page the text is left.
+
+    Args:
+        width: a terminal's columns, for which tables are laid out; None leaves them as Markdown.
+    """
     text = (get_data("ckptsurgeon", f"guide/{name}.md") or b"").decode()
-    return _LINK.sub(lambda link: f"{link[1]} (`ckptsurgeon guide {link[2]}`)", _COMMENT.sub("", text)).strip("\n")
+    text = _LINK.sub(r"\1", _COMMENT.sub("", text)).strip("\n")
+    return (
+        text
+        if width is None
+        else _OUTSIDE.sub(lambda part: part[0] if part["block"] else _laid_out(part[0], width), text + "\n").rstrip("\n")
+    )
+
+
+def _laid_out(table: str, width: int) -> str:
+    """A Markdown table in columns that together are no wider than `width`, if its words allow it."""
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines())
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, cells)) for cells in columns]
+    least = [max(len(word) for cell in cells for word in (cell or " ").split(" ")) for cells in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > width and (spare := [(now, at) for at, now in enumerate(widths) if now > least[at]]):
+        widths[max(spare)[1]] -= 1
+    rows = [header, ["-" * wide for wide in widths], *rows]
+    cells = [[wrap(cell, wide, break_on_hyphens=False) for cell, wide in zip(row, widths, strict=True)] for row in rows]
+    lines = [line for row in cells for line in zip_longest(*row, fillvalue="")]
+    return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in lines)
 
 
 def listing() -> str:

@@ -49,7 +49,7 @@ def test_every_page_is_a_topic_and_every_topic_a_page() -> None:
 @pytest.mark.parametrize("name", GUIDE_PAGES)
 def test_a_page_reads_well_on_a_terminal(name: str) -> None:
     """Eighty columns, but for blocks; no comment and no bare link is left."""
-    page = guide.page(name)
+    page = guide.page(name, WIDTH)
     assert page.startswith("# ")
     assert "<!--" not in page and ".md)" not in page
     for line in BLOCK.sub("", page + "\n").splitlines():

@@ -89,11 +89,11 @@ def test_a_format_that_is_only_read_is_no_output() -> None:
         cs.merge("fixtures/net_params.pkl", None, "out.pt", format="skeleton")
 
 
-def test_the_readme_names_every_format_that_may_be_allowed() -> None:
-    readme = (PACKAGE.parent / "README.md").read_text()
-    (sentence,) = re.findall(r"`--allow` knows([^.]*), by content", readme)
+def test_the_guide_names_every_format_that_may_be_allowed() -> None:
+    (sentence,) = re.findall(r"`--allow`\sknows([^.]*), by content", " ".join((PACKAGE / "guide" / "gate.md").read_text().split()))
     assert set(re.findall("`([^`]+)`", sentence)) == set(registry.allowed_by())
-    assert "reads both of torch's\nformats, safetensors, Hugging Face folders and indexes of shards, and NumPy's npz" in readme
+    read = "reads both of torch's formats, safetensors, Hugging Face folders and indexes of shards, and NumPy's npz"
+    assert read in " ".join((PACKAGE / "guide" / "convert.md").read_text().split())
 
 
 @pytest.mark.parametrize(

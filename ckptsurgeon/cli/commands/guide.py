@@ -21,5 +21,5 @@ def command(topic: str | None, show: options.Show) -> int:
         show.answer(guide.listing, guide.listing_json)
         return 0
     name = guide.topic(topic)
-    show.page(lambda: guide.page(name), lambda: guide.page_json(name))
+    show.page(lambda: guide.page(name, show.width), lambda: guide.page_json(name))
     return 0
