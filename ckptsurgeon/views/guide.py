@@ -19,9 +19,9 @@ TOPICS: Mapping[str, str] = MappingProxyType(
     {
         "merge": "Look at a checkpoint, see what fits a model, take it.",
         "average": "The mean of several checkpoints, or parts of several.",
-        "roots": "Where the weights are in a training checkpoint; prefixes such as module.",
+        "roots": "Where a training checkpoint has its weights; prefixes as module.",
         "patterns": "Which keys a pattern matches, with a table of examples.",
-        "rules": "Rename, drop, keep, adapt and init, on the command line and in a file.",
+        "rules": "Rename, drop, keep, adapt, init: on the command line, in a file.",
         "adapters": "When a shape differs: another vocabulary, image size, fused layers.",
         "match": "Load the weights of another implementation of the same model.",
         "initialise": "The values of parameters that no source gives.",

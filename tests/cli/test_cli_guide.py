@@ -73,6 +73,6 @@ def test_a_terminal_gets_a_page_by_the_pager(tmp_path: Path) -> None:
     pager = tmp_path / "pager"
     pager.write_text(f"#!/bin/sh\necho paged\nexec {sys.executable} -c 'import sys; sys.stdout.write(sys.stdin.read())'\n")
     pager.chmod(0o755)
-    assert on_a_terminal("guide", "patterns", PAGER=str(pager)) == f"paged\n{guide.page('patterns')}\n"
+    assert on_a_terminal("guide", "json", PAGER=str(pager), COLUMNS="70") == f"paged\n{guide.page('json', 70)}\n"
     assert "paged" not in on_a_terminal("guide", PAGER=str(pager))
     assert "paged" not in on_a_terminal("guide", "patterns", "--json", PAGER=str(pager))
