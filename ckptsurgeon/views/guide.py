@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError
-from ckptsurgeon.hints import close_names
+from ckptsurgeon.hints import without_slip
 
 # By topic, in the order in which a person meets them, what its page is about. Each is a file `guide/TOPIC.md`.
 TOPICS: Mapping[str, str] = MappingProxyType(
@@ -22,7 +22,7 @@ TOPICS: Mapping[str, str] = MappingProxyType(
         "roots": "Where a training checkpoint has its weights; prefixes as module.",
         "patterns": "Which keys a pattern matches, with a table of examples.",
         "rules": "Rename, drop, keep, adapt, init: on the command line, in a file.",
-        "adapters": "When a shape differs: another vocabulary, image size, fused layers.",
+        "adapters": "Where shapes differ: another vocabulary, image size, fused layers.",
         "match": "Load the weights of another implementation of the same model.",
         "initialise": "The values of parameters that no source gives.",
         "fine-tune": "Fresh layers learn faster; others are frozen at first, or slower.",
@@ -44,6 +44,7 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "inspect": "merge",
         "diff": "merge",
         "transfer": "merge",
+        "averaging": "average",
         "soup": "average",
         "mean": "average",
         "root": "roots",
@@ -60,10 +61,12 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "lora": "adapters",
         "init": "initialise",
         "initialize": "initialise",
+        "finetuning": "fine-tune",
         "finetune": "fine-tune",
         "groups": "fine-tune",
         "freeze": "fine-tune",
         "lr": "fine-tune",
+        "resuming": "resume",
         "optimizer": "resume",
         "apply": "plan",
         "checksums": "verify",
@@ -102,9 +105,10 @@ def topic(word: str) -> str:
     name = ALSO.get(name, name)
     if name in TOPICS:
         return name
-    close = list(dict.fromkeys(ALSO.get(each, each) for each in close_names(name, [*TOPICS, *ALSO], 1)))
+    meant = without_slip(name, [*TOPICS, *ALSO])
+    meant = ALSO.get(meant or "", meant)
     message = f"the guide has no page {word!r}"
-    raise TopicError(f"{message}; is it {close[0]}?" if close else message, hint=f"ckptsurgeon guide{f' {close[0]}' if close else ''}")
+    raise TopicError(f"{message}; is it {meant}?" if meant else message, hint=f"ckptsurgeon guide{f' {meant}' if meant else ''}")
 
 
 @cache
