@@ -35,6 +35,8 @@ COMMANDS = {
     "groups": "Parameter groups: what is fresh learns at its own rate.",
     "adapters": "The adapters and schemes that rules can name.",
     "guide": "The manual: a page for each topic.",
+    "completion": "Print the script that completes words in bash, zsh or fish.",
+    "help": "Show how a command is used.",
 }
 
 
@@ -44,6 +46,13 @@ class Flow(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of use."""
         return list(COMMANDS)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Two examples, then what the program is for."""
+        from ckptsurgeon.cli.help_pages import write_examples
+
+        write_examples("", formatter)
+        super().format_help_text(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The table, as click writes it."""
@@ -88,17 +97,12 @@ class Flow(click.Group):
 
 
 @click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(VERSION, prog_name="ckptsurgeon")
+@click.version_option(VERSION, "-V", "--version", prog_name="ckptsurgeon")
 @color
 @debug
 @click.pass_context
 def cli(ctx: click.Context) -> int:
     """PyTorch checkpoint surgery: see what fits, plan it, merge it, prove that it loads.
-
-    \b
-      ckptsurgeon diff net.pt model:Net                what fits?
-      ckptsurgeon merge net.pt model:Net -o merged.pt  take it
-      ckptsurgeon groups merged.pt model:Net --lr 1e-3 --fresh-lr 1e-2
 
     \b
     CKPT is a file, or a Hugging Face folder. TARGET is one of

@@ -76,7 +76,24 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class RuleCommand(click.Command):
+class Command(click.Command):
+    """A command whose help begins with examples and groups its options, as the tables of `help_pages` say."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, then what the command does."""
+        from ckptsurgeon.cli.help_pages import write_examples
+
+        write_examples(self.name or "", formatter)
+        super().format_help_text(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section for each group."""
+        from ckptsurgeon.cli.help_pages import write_options
+
+        write_options(self, ctx, formatter)
+
+
+class RuleCommand(Command):
     """A command that remembers the order of its rules, which click forgets between options of different names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -183,9 +200,9 @@ limit = click.option(
     callback=_raise_limits,
     help="Read a trusted file beyond the limit that an error named: --limit pickle-bytes=2GiB.",
 )
-root = click.option("--root", metavar="NAME", help="Which nested dict of the checkpoint holds the state_dict.")
+root = click.option("--root", metavar="ROOT", help="Which nested dict of the checkpoint holds the state_dict.")
 rename = click.option(
-    "--rename", nargs=2, multiple=True, metavar="A B", expose_value=False, help="Rename keys: --rename 'fc2.{p}' 'dense2.{p}'."
+    "--rename", nargs=2, multiple=True, metavar="FROM TO", expose_value=False, help="Rename keys: --rename 'fc2.{p}' 'dense2.{p}'."
 )
 drop = click.option(
     "--drop", multiple=True, metavar="PATTERN", expose_value=False, help="Leave keys out: --drop 'aux.**'; '1:aux.**' of the second source."
@@ -206,7 +223,7 @@ adapt = click.option(
     help="Change shapes: --adapt pos_embed interpolate; or link keys: --adapt 'q.{p} + k.{p} -> qk.{p}' concat.",
 )
 rule_files = click.option("--rules", multiple=True, metavar="RULES.TOML", help="Rules from a file, after those given here.")
-reverse = click.option("--reverse", is_flag=True, help="Turn the rules of files round.")
+reverse = click.option("--reverse", is_flag=True, help="Apply the rules of files in the other direction.")
 auto = click.option(
     "--auto", type=click.Choice(AUTO), metavar="safe", help="Apply what can't change a tensor's meaning: dimensions of 1, old names."
 )
@@ -219,7 +236,7 @@ conversions = click.option(
     help="Take names as they are, where TARGET is a model of transformers, whose own loading renames and converts.",
 )
 average = click.option("--average", is_flag=True, help="The mean of all paths; each is a source, and there is no target.")
-weights = click.option("--weights", metavar="W,W...", help="With --average, a weight for each source: --weights 3,1.")
+weights = click.option("--weights", metavar="WEIGHT,...", help="With --average, a weight for each source: --weights 3,1.")
 init = click.option(
     "--init",
     nargs=2,
@@ -233,21 +250,21 @@ dtype = click.option(
 )
 allow_cast = click.option("--allow-cast", multiple=True, metavar="PATTERN", help="Keys whose cast may overflow or truncate.")
 dequantize = click.option("--dequantize", is_flag=True, help="Make values of fp8 and int8 codes and the scales beside them.")
-seed = click.option("--seed", type=Integer(0, (1 << 63) - 1), show_default="0", help="For the constructor and the schemes.")
+seed = click.option("--seed", type=Integer(0), metavar="N", help="The seed of constructors and schemes; 0 if not given.")
 min_coverage = click.option(
     "--min-coverage", type=Number(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
 )
 strict = click.option("--strict", is_flag=True, help="A no for any missing, extra or mismatched key that no rule names.")
 output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
-format_ = click.option("--format", type=click.Choice(list(WRITTEN)), help="Instead of what OUT's suffix says.")
-tied = click.option("--tied", type=click.Choice(["copy", "alias"]), show_default="copy", help="How safetensors gets tied keys.")
+format_ = click.option("--format", type=click.Choice(list(WRITTEN)), help="The format of OUT, in place of what its suffix says.")
+tied = click.option("--tied", type=click.Choice(["copy", "alias"]), help="How safetensors stores tied keys; copy if not given.")
 provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
 verified = click.option(
-    "--verify/--no-verify", default=True, help="Hold the output against plan and model, and what is read against its checksums."
+    "--verify/--no-verify", default=True, help="Compare the output with plan and model, and what is read with its checksums."
 )
-device = click.option("--device", show_default="cpu", metavar="DEVICE", help="Where to load a model: cpu, cuda:0, mps, meta.")
-finite = click.option("--finite", is_flag=True, help="NaN or infinite values are a no.")
+device = click.option("--device", metavar="DEVICE", help="Where to load a model: cpu (if not given), cuda:0, mps, meta.")
+finite = click.option("--finite", is_flag=True, help="Exit 1 if there are NaN or infinite values.")
 
 matching = click.option("--match", is_flag=True, help="Find what the rules leave open by itself, as `ckptsurgeon match` shows it.")
 accept_uncertain = click.option("--accept-uncertain", is_flag=True, help="Apply the links that matching is not certain of, too.")

@@ -7,7 +7,7 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("adapters")
+@click.command("adapters", cls=options.Command)
 @options.shown
 def command(show: options.Show) -> int:
     """The adapters of --adapt with their arguments, and the schemes of --init.

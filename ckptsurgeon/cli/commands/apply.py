@@ -9,7 +9,7 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("apply")
+@click.command("apply", cls=options.Command)
 @click.argument("plan", metavar="PLAN.JSON")
 @options.writing
 @options.limit

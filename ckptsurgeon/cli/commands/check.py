@@ -10,26 +10,36 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("check")
+@click.command("check", cls=options.Command)
 @click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option("--against", metavar="TARGET", help="What every file must fit: a skeleton (no torch needed), a model, a checkpoint.")
-@click.option("--finite/--no-finite", help="NaN or infinite values are found (needs torch).")
-@click.option("--full/--no-full", help="Hold the data against the checksums of torch's zip format; reads whole files.")
-@click.option("--max-size", metavar="SIZE", help="The most a checkpoint may have: 500MB, 1.5GB, 5GiB.")
-@click.option("--dtype", "dtypes", multiple=True, metavar="DTYPE,...", help="What floating tensors must be: F16,BF16 or float16,bfloat16.")
-@click.option("--allow", multiple=True, metavar="FORMAT,...", help="The formats that may be, such as safetensors,torch-zip.")
+@click.option("--finite/--no-finite", help="Report NaN and infinite values (needs torch).")
+@click.option("--full/--no-full", help="Compare the data with the checksums of torch's zip format; reads whole files.")
+@click.option("--max-size", metavar="SIZE", help="The largest size of a checkpoint: 500MB, 1.5GB, 5GiB.")
 @click.option(
-    "--select", multiple=True, metavar="CODE,...", help="Tell these codes alone, or beginnings such as CK2 (and what can't be read)."
+    "--dtype", "dtypes", multiple=True, metavar="DTYPE,...", help="The dtypes that floating tensors may have: F16,BF16 or float16,bfloat16."
 )
-@click.option("--ignore", multiple=True, metavar="CODE,...", help="Do not tell these codes.")
+@click.option("--allow", multiple=True, metavar="FORMAT,...", help="The formats that are allowed: safetensors,torch-zip.")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="CODE,...",
+    help="Report only these codes, or families such as CK2 (what can't be read is always reported).",
+)
+@click.option("--ignore", multiple=True, metavar="CODE,...", help="Do not report these codes.")
 @options.root
 @options.conversions
 @options.limit
-@click.option("--jobs", type=options.Integer(min=1), metavar="N", help="Files at a time; by itself as many as there are cores, at most 8.")
+@click.option(
+    "--jobs",
+    type=options.Integer(min=1),
+    metavar="N",
+    help="How many files are checked at a time; if not given, one for each core, at most 8.",
+)
 @click.option("--config", metavar="FILE", help="Take the settings from this file instead of the nearest pyproject.toml.")
 @click.option("--no-config", is_flag=True, help="Take no settings from any file.")
 @click.option("--github", is_flag=True, help="Answer as annotations of GitHub Actions.")
-@click.option("--explain", metavar="CODE", help="What a code means, why it matters, and what to do; checks nothing.")
+@click.option("--explain", metavar="CODE", help="Print what a code means, why it matters and what to do; checks nothing.")
 @options.shown
 @click.pass_context
 def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, **words: Any) -> int:

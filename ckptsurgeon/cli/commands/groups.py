@@ -10,19 +10,21 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("groups")
+@click.command("groups", cls=options.Command)
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
-@click.option("--lr", type=float, required=True, help="For what was transferred.")
-@click.option("--fresh-lr", type=float, help="For what is fresh.")
-@click.option("--fresh-scale", type=float, help="For what is fresh, as a multiple of --lr.")
-@click.option("--weight-decay", type=float, help="For all groups.")
-@click.option("--override", "overrides", nargs=2, type=(str, float), multiple=True, metavar="PATTERN LR", help="A rate by pattern.")
+@click.option("--lr", type=float, metavar="RATE", required=True, help="The learning rate of what was transferred.")
+@click.option("--fresh-lr", type=float, metavar="RATE", help="The learning rate of what is fresh.")
+@click.option("--fresh-scale", type=float, metavar="FACTOR", help="The learning rate of what is fresh, as a multiple of --lr.")
+@click.option("--weight-decay", type=float, metavar="DECAY", help="The weight decay of all groups.")
+@click.option(
+    "--override", "overrides", nargs=2, type=(str, float), multiple=True, metavar="PATTERN RATE", help="A rate for the keys that match."
+)
 @click.option(
     "--layer-decay",
     type=float,
-    metavar="D",
-    help="Layer-wise: what was transferred learns at LR x D to the power of its depth below the head.",
+    metavar="FACTOR",
+    help="Layer by layer: what was transferred learns at --lr times FACTOR to the power of its depth below the head.",
 )
 @click.option("--layers", multiple=True, metavar="PATTERN", help="With --layer-decay, what a layer is: 'encoder.layer.{i}.**'.")
 @click.option("--no-decay", is_flag=True, help="No weight decay for biases, parameters of one dimension, norms and embeddings.")
@@ -30,8 +32,7 @@ from ckptsurgeon.cli import options
 @click.option(
     "--partial",
     type=click.Choice(["transferred", "fresh"]),
-    show_default="transferred",
-    help="What partly transferred tensors count as (a grown vocabulary).",
+    help="What partly transferred tensors, such as a grown vocabulary, count as; transferred if not given.",
 )
 @options.limit
 @options.shown

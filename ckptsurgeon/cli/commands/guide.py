@@ -7,8 +7,8 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("guide")
-@click.argument("topic", required=False)
+@click.command("guide", cls=options.Command)
+@click.argument("topic", required=False, metavar="[TOPIC]")
 @options.shown
 def command(topic: str | None, show: options.Show) -> int:
     """Print a page of the manual; without TOPIC, the list of topics.

@@ -7,7 +7,7 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("inspect")
+@click.command("inspect", cls=options.Command)
 @click.argument("checkpoint", metavar="CKPT")
 @options.root
 @options.limit

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 @click.option(
     "--min-coverage",
     type=options.Number(0, 1),
-    show_default="0.5",
     metavar="SHARE",
-    help="Least share of one side's tensors and elements that must be matched.",
+    help="Least share of one side's tensors and elements that must be matched; 0.5 if not given.",
 )
 @click.option("--values", is_flag=True, help="Look at the values too: they tell a norm from a bias, never q from k from v.")
 @click.option("--forward", metavar="MODULE:FUNCTION", help="Run both models on what this function of yours returns, and compare outputs.")
@@ -33,9 +32,8 @@ if TYPE_CHECKING:
 @click.option(
     "--tolerance",
     type=options.Number(0, 1, max_open=True),
-    show_default="1e-4",
     metavar="SHARE",
-    help="For --forward: by how much of their greatest value outputs may differ.",
+    help="For --forward: by how much of their greatest value outputs may differ; 1e-4 if not given.",
 )
 @click.option("--strict", is_flag=True, help="Exit 1 when anything is uncertain.")
 @options.limit
@@ -54,12 +52,8 @@ def command(
 ) -> int:
     """Find which tensor of CKPT is which of TARGET, where names, nesting, numbering, order and layout differ.
 
-    \b
-    ckptsurgeon match a.pt other:ViT                   look
-    ckptsurgeon match a.pt other:ViT -o rules.toml     write, read, commit it
-    ckptsurgeon merge a.pt other:ViT -o out.pt --rules rules.toml
-
-    What is uncertain is shown with its runner-up and not applied. What you know already is said by --rename, --drop and the like.
+    The rules that -o writes are for you to read and commit; merge takes them by --rules. An uncertain link is shown with its runner-up and
+    not applied. What you know already, you say by --rename, --drop and the like.
     """
     from dataclasses import replace
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 @options.deciding
 @options.writing
 @click.option("--with-optimizer", is_flag=True, help="Write a training checkpoint: the optimizer's state goes with the weights.")
-@click.option("--optimizer", "optimizer_from", metavar="FILE", help="That state stands in a second file, such as optimizer.pt.")
+@click.option("--optimizer", "optimizer_from", metavar="FILE", help="Take that state from a second file, such as optimizer.pt.")
 @click.option(
     "--optimizer-names",
     metavar="FILE|model",
     callback=options.names,
     help="Whose the optimizer's positions are: a file of names, one a line or in JSON, or as the target model registers them.",
 )
-@click.option("--optimizer-root", metavar="NAME", help="Where the optimizer's state stands, such as optimizer_states.1.")
+@click.option("--optimizer-root", metavar="ROOT", help="Where the checkpoint holds that state, such as optimizer_states.1.")
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
 @options.limit
 @options.shown
@@ -39,13 +39,6 @@ def command(
     **choices: Any,
 ) -> int:
     """Take what fits, keep or initialise the rest, write it, and prove it before the file takes its name.
-
-    \b
-    ckptsurgeon merge net.pt model:Net -o out.pt --rename 'fc2.{p}' 'dense2.{p}'
-    ckptsurgeon merge vit.pt other:ViT -o out.pt --rules vit.toml
-    ckptsurgeon merge vit.pt vit:Large -o out.pt --adapt pos_embed interpolate
-    ckptsurgeon merge net.pt -o net.safetensors    one path alone is converted
-    ckptsurgeon merge a.pt b.pt c.pt -o soup.pt --average
 
     Rules hold in the order given; the first that matches a key wins. In a pattern * matches within a segment, ** across
     segments; {p} is one segment and {**rest} one or more, which a rename's result can use again; /…/ is a regular expression.

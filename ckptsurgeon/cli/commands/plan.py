@@ -33,9 +33,7 @@ def command(
 ) -> int:
     """Decide what every key gets, and why. One path alone is converted.
 
-    \b
-    ckptsurgeon plan net.pt model:Net -o plan.json    review it, commit it
-    ckptsurgeon apply plan.json -o merged.pt          refused when it is stale
+    Review the plan and commit it; `ckptsurgeon apply` does what it says, and refuses it once a file or the model has changed.
     """
     from ckptsurgeon import api
     from ckptsurgeon.api._options import facts, refuse_idle

@@ -7,7 +7,7 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("skeleton")
+@click.command("skeleton", cls=options.Command)
 @click.argument("target", metavar="TARGET")
 @options.output
 @options.overwrite

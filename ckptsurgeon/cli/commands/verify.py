@@ -9,7 +9,7 @@ import click
 from ckptsurgeon.cli import options
 
 
-@click.command("verify")
+@click.command("verify", cls=options.Command)
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @options.root
