@@ -6,9 +6,61 @@ After a change of output, `python tests/docs/pages.py` writes README and guide a
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
 from pages import PAGES, README, ROOT, rewrite, shell
+from picture import PICTURE, picture, styled
+
+MOST_LINES = 250
+
+
+def test_it_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudoterminal")
+def test_the_picture_is_what_diff_prints() -> None:
+    """`python tests/docs/picture.py` draws it anew."""
+    drawn = PICTURE.read_text()
+    assert f"]({PICTURE.relative_to(ROOT)})" in README.read_text()
+    assert len(set(re.findall(r'fill="(#\w+)">', drawn))) >= 4, "it has no colours"
+    assert picture() == drawn
+
+
+def test_a_style_ends_where_it_is_reset() -> None:
+    assert list(styled("\x1b[2ma\x1b[22;1mb\x1b[39mc\x1b[0md\x1b[91me")) == [
+        ("a", ' opacity="0.6"'),
+        ("b", ' font-weight="bold"'),
+        ("c", ' font-weight="bold"'),
+        ("d", ""),
+        ("e", ' fill="#ff7b72"'),
+    ]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_what_a_person_wants_is_a_row_that_leads_into_the_guide() -> None:
+    table = README.read_text().partition("| I want to … |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 15
+    assert all("(ckptsurgeon/guide/" in cells(line)[1] for line in table)
+    for words in ("average three checkpoints", "another vocabulary", "resume with a new head", "block bad checkpoints in CI"):
+        assert any(words in line for line in table), words
+    reached = set(re.findall(r"ckptsurgeon/guide/([\w-]+)\.md", README.read_text()))
+    assert reached == set(PAGES) - {"README"}
+
+
+def test_the_speeds_are_measured_ones() -> None:
+    table = README.read_text().partition("## Speed")[2].partition("\n## ")[0]
+    rows = [cells(line) for line in table.splitlines() if line.startswith("|")][2:]
+    measured = {
+        (row[1], row[2], row[4]) for line in (ROOT / "tests/bench/RESULTS.md").read_text().splitlines() if len(row := cells(line)) == 8
+    }
+    assert len(rows) == 5
+    assert {(seconds, size, other) for _, seconds, size, _, other in rows} <= measured
 
 
 def test_the_command_that_installs_also_runs_the_main_job(tmp_path: Path) -> None:
