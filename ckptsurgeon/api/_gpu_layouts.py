@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptsurgeon.adapters.chain import decodes
 from ckptsurgeon.errors import CastError
-from ckptsurgeon.formats import read_tree
+from ckptsurgeon.formats import tree_of
 from ckptsurgeon.planning.plan_types import Plan
 from ckptsurgeon.planning.training_places import at_place
 from ckptsurgeon.streaming.reading import Reader
@@ -40,7 +40,7 @@ def _forms(source: Checkpoint, names: Sequence[str], live: Mapping[str, Any] | N
         return {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
     texts = {name: f"{source.root}.{name}".lstrip(".") for name in names}
     told = set(texts.values()) & set(source.left_behind)
-    tree = read_tree(source.files[0].path).value if told else None
+    tree = tree_of(source).value if told else None
     with Reader([source]) as reader:
         return {
             name: int.from_bytes(bytes(reader.read(source[name])), "little") if name in source else at_place(tree, texts[name])

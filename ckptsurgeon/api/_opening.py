@@ -118,7 +118,8 @@ def open_source(given: Given, *, root: str | None = None, target: Checkpoint | N
         except RootError:
             from ckptsurgeon.formats import registry
 
-            tree = None if root is None or not registry.named(found.format).pickled else formats.read_tree(found.files[0]).value
+            form = registry.named(found.format)
+            tree = None if root is None or not (form.pickled or form.holds_folder) else formats.tree_of(found).value
             named = None if tree is None else roots.at_place(tree, root or "")
             if named is None:
                 raise

@@ -6,15 +6,15 @@ Every entry of a torch zip file is held against its checksum too, in a second th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import Target
 from ckptsurgeon.errors import CheckpointError, FormatError, PlanError, VerificationError
+from ckptsurgeon.formats.archive_tree import tensors_of
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning import roots
@@ -24,7 +24,7 @@ from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.streaming import checksums
 from ckptsurgeon.streaming.checksums import Checksums
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.tensors import Checkpoint
 
 
 def verify_written(
@@ -40,7 +40,8 @@ def verify_written(
 ) -> Verification:
     """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
     checkpoint = _opening.open_source(path, root=root, target=target.checkpoint)
-    with checksums.checking_files(() if shown is not None else checkpoint.files) as held:
+    within = checksums.entries_in(checkpoint)
+    with checksums.checking_files(() if shown is not None else checkpoint.files, within) as held:
         found = (
             _by_names(checkpoint, target.checkpoint) if target.build is None else _loaded(checkpoint, target, device, finite, inputs, seed)
         )
@@ -131,7 +132,7 @@ def refuse_non_finite(path: str, shown: str) -> None:
     """Raises VerificationError for NaN and infinite values in any tensor of the file at `path`, which is to be named `shown`."""
     archive = _opening.read(path)
     weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
-    beside = dict(_tensors("", formats.read_tree(path).value)) if named(archive.format).pickled else {}
+    beside = dict(tensors_of(formats.read_tree(path).value)) if named(archive.format).pickled else {}
     known = {tensor.place for tensor in weights.values()}
     every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.place not in known}}
     found = non_finite(replace(weights, tensors=every))
@@ -139,12 +140,3 @@ def refuse_non_finite(path: str, shown: str) -> None:
         problems = shortened(f"{finding.key}: {finding.message}" for finding in found)
         hint = "take an earlier checkpoint; see which: ckptsurgeon check --finite CKPT"
         raise VerificationError("would hold values that are NaN or infinite; nothing was kept", path=shown, problems=problems, hint=hint)
-
-
-def _tensors(place: str, value: Any) -> Iterator[tuple[str, TensorMeta]]:
-    """Every tensor of a tree, by its dotted place."""
-    if isinstance(value, TensorMeta):
-        yield place, value
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for name, one in items:
-        yield from _tensors(f"{place}.{name}" if place else str(name), one)

@@ -74,7 +74,8 @@ class BesideWeights:
 
 def holds_more(given: Checkpoint) -> bool:
     """Whether a checkpoint's file may hold more than the weights."""
-    return named(given.format).pickled
+    form = named(given.format)
+    return form.pickled or form.holds_folder
 
 
 def beside_weights(source: Given, given: Checkpoint, reader: Reader) -> BesideWeights:
@@ -95,7 +96,7 @@ def beside_weights(source: Given, given: Checkpoint, reader: Reader) -> BesideWe
             path=given.path,
             hint="give the torch file that training wrote, or the optimizer's own file: optimizer_from='optimizer.pt'",
         )
-    tree = formats.read_tree(given.files[0])
+    tree = formats.tree_of(given)
     return BesideWeights(given.path, tree.value, given.root, reader, False, files=tree.files)
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckptsurgeon.formats.archive_tree import ValueTree
     from ckptsurgeon.storage.opening import Source
-    from ckptsurgeon.tensors import Archive
+    from ckptsurgeon.tensors import Archive, Checkpoint
 
-__all__ = ["read", "read_tree"]
+__all__ = ["read", "read_tree", "tree_of"]
 
 
 def read(source: Source) -> Archive:
@@ -27,3 +27,10 @@ def read_tree(source: Source) -> ValueTree:
     from ckptsurgeon.formats import archive_tree
 
     return archive_tree.read_tree(source)
+
+
+def tree_of(seen: Archive | Checkpoint) -> ValueTree:
+    """As `archive_tree.tree_of`: all that a file or folder holds whose headers were read."""
+    from ckptsurgeon.formats import archive_tree
+
+    return archive_tree.tree_of(seen)

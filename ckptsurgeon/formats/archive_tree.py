@@ -6,18 +6,21 @@ called or looked for here, and no tensor's bytes are read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats.folders.hf_folder import names_in
 from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle.unpickled import NAMES, Claims, Locate, Unpacked, refusal, tensor_meta
 from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
-from ckptsurgeon.formats.registry import module
+from ckptsurgeon.formats.registry import module, named
 from ckptsurgeon.formats.sniff import format_of, no_collections
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
+from ckptsurgeon.storage.files import changed
 from ckptsurgeon.storage.opening import Source, open_regular
-from ckptsurgeon.tensors import FileStamp, Refused
+from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, Refused, TensorMeta
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,31 @@ def read_tree(source: Source) -> ValueTree:
             raise
 
 
-def plain_tree(path: str, found: Unpacked) -> Any:
-    """What the opcode machine made of a pickle as a tree of plain values."""
+def tree_of(seen: Archive | Checkpoint) -> ValueTree:
+    """Everything in a file or folder whose headers were read, as `read_tree`; StaleError where it is another one by now."""
+    form = named(seen.format)
+    if not form.holds_folder:
+        return read_tree(seen.files[0])
+    with no_collections():
+        found: ValueTree = module(form.module).read_tree(seen.path, names_in(seen.path))
+    if found.files != seen.files:
+        raise changed(seen.path)
+    return found
+
+
+def tensors_of(value: Any, place: str = "") -> Iterator[tuple[str, TensorMeta]]:
+    """Every tensor of a tree, by its dotted place."""
+    if isinstance(value, TensorMeta):
+        yield place, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, one in items:
+        yield from tensors_of(one, f"{place}.{name}" if place else str(name))
+
+
+def plain_tree(path: str, found: Unpacked, place: str = "") -> Any:
+    """What the opcode machine made of a pickle as a tree of plain values; its tensors are named below a dotted `place`."""
     walk = _Walk(path, found.locate, Budget(path, found.nbytes), {}, allowed("nesting"), Claims())
-    value = walk.told("", found.value, 0)
+    value = walk.told(place, found.value, 0)
     walk.claims.check(path)
     return value
 

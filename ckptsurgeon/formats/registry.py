@@ -6,7 +6,8 @@ and imported only for a file that is its own. A new format is one module with `r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
@@ -35,8 +36,15 @@ def _is_json(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{"
 
 
-def _never(_head: bytes) -> bool:
+def _never(_seen: object) -> bool:
     return False
+
+
+_DCP_FILE = re.compile(r".+\.distcp|(?:__\d+)?\.metadata")
+
+
+def _is_dcp(name: str) -> bool:
+    return _DCP_FILE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,9 @@ class Format:
         suffixes: how files of it are called. Files so called are checked in a folder, and an output's suffix says its format.
         writer: the module whose `layout_of(contents)` lays a new file out; `""` for a format that is only read.
         shards: the format of several such files with an index; `""` where they can't be shards.
+        member: whether a file of this name makes its folder one of it. `read(folder, names)` in its module reads such a folder, and
+            `read_tree(folder, names)` gives all that is in it.
+        joined: its files are zip archives one after another, whose checksums are held one by one.
         index: it is such an index. `read(file, read_shard)` in its module reads it, `is_own(file)` tells it from other JSON.
         pickled: it holds a pickle: `unpack(file)` in its module gives all that it has beside the weights, and tensors may share bytes.
         keeps_versions: it keeps the versions of modules (torch's `_metadata`).
@@ -67,11 +78,18 @@ class Format:
     suffixes: tuple[str, ...] = ()
     writer: str = ""
     shards: str = ""
+    member: Callable[[str], bool] = _never
+    joined: bool = False
     index: bool = False
     pickled: bool = False
     keeps_versions: bool = False
     leaves_out_tied: bool = False
     official: str = ""
+
+    @property
+    def holds_folder(self) -> bool:
+        """Whether a folder is one of it, by the names of the files in it."""
+        return self.member is not _never
 
     @property
     def word(self) -> str:
@@ -115,6 +133,7 @@ TABLE: tuple[Format, ...] = (
     Format("torch-legacy", "torch.legacy", _is_pickle, family="torch", shards="torch-shards", pickled=True, official="torch"),
     Format("torch-shards", "folders.hf_shards", family="torch", index=True, official="torch"),
     Format("skeleton", "plain.skeleton", _is_json),
+    Format("dcp", "folders.dcp", member=_is_dcp, joined=True, official="dcp"),
     Format("npz", "plain.npz", _is_zip_of_arrays, official="numpy"),  # no suffix: most .npz files in a folder are no checkpoints
 )
 BY_NAME: Mapping[str, Format] = MappingProxyType({one.name: one for one in TABLE})
@@ -144,6 +163,11 @@ def named(name: str) -> Format:
 def module(name: str) -> Any:
     """A format's module, or its writer's, imported now."""
     return import_module(f"ckptsurgeon.formats.{name}")
+
+
+def of_folder(names: Collection[str]) -> Format | None:
+    """The format of a folder that has files of these names; None where it is none by itself."""
+    return next((one for one in TABLE if any(map(one.member, names))), None)
 
 
 def allowed_by() -> dict[str, tuple[str, ...]]:

@@ -9,12 +9,12 @@ import gc
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from ckptsurgeon.errors import CheckpointError, FormatError, PointerError
 from ckptsurgeon.formats.folders import parts
-from ckptsurgeon.formats.registry import TABLE, Format, module
+from ckptsurgeon.formats.registry import TABLE, Format, module, of_folder
 from ckptsurgeon.formats.zip_directory import ends_as_zip
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import Source, open_regular
@@ -52,10 +52,27 @@ def read(source: Source) -> Archive:
     """
     with no_collections():
         if isinstance(source, str) and os.path.isdir(source):
-            from ckptsurgeon.formats.folders.hf_folder import find_in_folder
+            from ckptsurgeon.formats.folders.hf_folder import FOLDER_NAMES, find_in_folder, names_in
 
+            names = names_in(source)
+            form = of_folder(names)
+            if form is not None:
+                return _read_folder(source, form, names, [name for name in FOLDER_NAMES if name in names])
             source = find_in_folder(source)
         return _read_file(source, format_of)
+
+
+def _read_folder(folder: str, form: Format, names: Collection[str], others: Sequence[str]) -> Archive:
+    if others:
+        words = f"holds two checkpoints: a folder of {form.name}, and {others[0]}"
+        hint = f"give {parts.word(os.path.join(folder, others[0]))}, or move it to a folder of its own"
+        raise FormatError(words, path=folder, hint=hint)
+    try:
+        found: Archive = module(form.module).read(folder, names)
+        return found
+    except CheckpointError as error:
+        error.path = error.path or folder
+        raise
 
 
 @contextmanager

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from ckptsurgeon import formats
 from ckptsurgeon.errors import CheckpointError, FormatError
+from ckptsurgeon.formats.archive_tree import tensors_of
 from ckptsurgeon.formats.inflate import inflated
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.formats.zip_directory import Entry, read_directory
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.report import Finding
@@ -22,9 +25,10 @@ from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Record, Span, TensorMeta
+from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, Packed, Record, Span, TensorMeta
 
 _ZIP = b"PK\x03\x04"
+Within = Mapping[str, Mapping[str, Entry]]  # by a file's path, its entries by name
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,21 @@ class Checksums:
     without: int = 0
 
 
-def check_file(seen: FileStamp, alive: Callable[[], None]) -> Checksums:
+def check_file(seen: FileStamp, alive: Callable[[], None], within: Within | None = None) -> Checksums:
     """Read a file as it was `seen`, and hold each entry against its checksum; `alive` is called between buffers and may raise.
 
-    StaleError when the file is no longer what it was.
+    `within` has the entries, where the file is no zip archive by itself. StaleError when the file is no longer what it was.
     """
     with open_regular(seen) as file:
-        return _check(file, alive)
+        return _check(file, alive, within)
 
 
-def _check(file: OpenFile, alive: Callable[[], None]) -> Checksums:
+def _check(file: OpenFile, alive: Callable[[], None], within: Within | None = None) -> Checksums:
     if file.read(0, min(len(_ZIP), file.size)) != _ZIP:
         return Checksums(file.path, keeps=False)
     wrong: dict[int, str] = {}
     without = 0
-    entries = read_directory(file, cased=True).entries
+    entries = read_directory(file, cased=True).entries if within is None else within.get(file.path, {})
     folder = f"{next(iter(entries), '').partition('/')[0]}/"
     below = len(folder) if all(name.startswith(folder) for name in entries) else 0
     for name, entry in entries.items():
@@ -83,8 +87,20 @@ def check_file_now(path: str) -> Checksums:
         return _check(file, lambda: None)
 
 
+def entries_in(seen: Archive | Checkpoint) -> Within | None:
+    """The entries of all tensors, file by file, of a format whose files are zip archives one after another; None of any other."""
+    if not named(seen.format).joined:
+        return None
+    found: dict[str, dict[str, Entry]] = {}
+    for span in (span for _, tensor in tensors_of(formats.tree_of(seen).value) for span in tensor.spans):
+        entry = span.packed or span.record
+        if entry is not None:
+            found.setdefault(span.file, {})[span.storage] = entry
+    return found
+
+
 @contextmanager
-def checking_files(files: Sequence[FileStamp]) -> Iterator[list[Checksums]]:
+def checking_files(files: Sequence[FileStamp], within: Within | None = None) -> Iterator[list[Checksums]]:
     """While the block runs, `hold` files in a second thread. What became of each stands in the list after the block.
 
     StaleError, before the block or after it, when a file is no longer what it was.
@@ -94,7 +110,7 @@ def checking_files(files: Sequence[FileStamp]) -> Iterator[list[Checksums]]:
         opened = [stack.enter_context(open_regular(seen)) for seen in files]  # here, where no one's code has changed the folder
 
         def work(alive: Callable[[], None]) -> None:
-            found.extend(_check(file, alive) for file in opened)
+            found.extend(_check(file, alive, within) for file in opened)
 
         with _in_a_thread(work):
             yield found

@@ -35,6 +35,7 @@ def saved(folder: Path) -> dict[str, Path]:
     for of_one, name in (("safetensors", "safetensors-shards"), ("torch-zip", "torch-shards")):
         files[name] = folder / f"{name}.index.json"
         files[name].write_text(f'{{"weight_map": {{"w": "{of_one}"}}}}')
+    files["dcp"] = Path(__file__).parent / "data/dcp/ranks2"
     return files
 
 
@@ -53,7 +54,7 @@ def test_a_module_is_imported_only_for_a_file_that_is_its_own(tmp_path: Path) ->
     for name, path in saved(tmp_path).items():
         loaded = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.split()
         found = {module for module in modules if f"ckptsurgeon.formats.{module}" in loaded}
-        shard = {"safetensors-shards": "plain.safetensors", "torch-shards": "torch.zip"}.get(name)
+        shard = {"safetensors-shards": "plain.safetensors", "torch-shards": "torch.zip", "dcp": "torch.zip"}.get(name)
         json = {"folders.hf_shards"} if name == "skeleton" else set()  # which looks whether it is its own
         assert found == {registry.named(name).module, *([shard] if shard else []), *json}, name
 
@@ -92,7 +93,7 @@ def test_a_format_that_is_only_read_is_no_output() -> None:
 def test_the_guide_names_every_format_that_may_be_allowed() -> None:
     (sentence,) = re.findall(r"`--allow`\sknows([^.]*), by content", " ".join((PACKAGE / "guide" / "gate.md").read_text().split()))
     assert set(re.findall("`([^`]+)`", sentence)) == set(registry.allowed_by())
-    read = "reads both of torch's formats, safetensors, Hugging Face folders and indexes of shards, and NumPy's npz"
+    read = "Hugging Face folders and indexes of shards, folders of torch.distributed.checkpoint, and NumPy's npz"
     assert read in " ".join((PACKAGE / "guide" / "convert.md").read_text().split())
 
 

@@ -1,4 +1,5 @@
-"""Which checkpoints a path stands for: a file for itself, a Hugging Face folder for its one, any other folder for all in it and below.
+"""Which checkpoints a path stands for: a file for itself, a Hugging Face folder for its one, any other folder for all in it and below; a
+folder of ranks' files is one, and what else is in it are others.
 
 Names decide here, since a folder holds much else; what a file is, its content tells later. Links to folders are not followed.
 """
@@ -9,9 +10,8 @@ import os
 from collections.abc import Iterator
 
 from ckptsurgeon.errors import PartError, UnreadableError
-from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.folders.hf_folder import find_in_folder
-from ckptsurgeon.formats.registry import SUFFIXES
+from ckptsurgeon.formats.registry import SUFFIXES, of_folder
 from ckptsurgeon.tensors import Archive
 
 
@@ -37,8 +37,9 @@ def _below(top: str) -> Iterator[str]:
             folders.clear()
             yield folder
             continue
-        if parts.of_folder(names) is parts.TABLE["dcp-folder"]:
-            yield folder  # its own files have no checkpoint's suffix
+        if (form := of_folder(names)) is not None:
+            yield folder
+            names = [name for name in names if not form.member(name)]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name))
     yield from (str(error.filename) for error in refused if str(error.filename) != top)
@@ -57,8 +58,8 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def other_checkpoints(path: str, archive: Archive) -> list[str]:
-    """In a Hugging Face folder, the other files in it and below that look like checkpoints."""
-    if not os.path.isdir(path):
+    """In a Hugging Face folder, the other files in it and below that look like checkpoints; those beside ranks' files are looked at."""
+    if not os.path.isdir(path) or archive.path == path:
         return []
     taken = {os.path.normpath(stamp.path) for stamp in archive.files}
     found = []

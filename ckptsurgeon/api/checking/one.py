@@ -156,11 +156,12 @@ def _dtypes(checkpoint: Checkpoint, expected: tuple[str, ...]) -> Iterator[Findi
 
 
 def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
-    from ckptsurgeon.streaming.checksums import check_file, findings_of, places_in
+    from ckptsurgeon.streaming.checksums import check_file, entries_in, findings_of, places_in
 
     keeps = False
+    within = entries_in(archive)
     for stamp in archive.files:
-        held = check_file(stamp, alive)
+        held = check_file(stamp, alive, within)
         keeps = keeps or held.keeps
         where = f"{os.path.basename(stamp.path)}: " if len(archive.files) > 1 else ""
         places = (place for state_dict in archive.state_dicts for place in places_in(state_dict.tensors))

@@ -22,12 +22,17 @@ FOLDER_NAMES = (
 )
 
 
-def find_in_folder(folder: str) -> str:
-    """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
+def names_in(folder: str) -> list[str]:
+    """The names in a folder, in order. UnreadableError where it can't be read."""
     try:
-        names = sorted(os.listdir(folder))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise unreadable(folder, error) from error
+
+
+def find_in_folder(folder: str) -> str:
+    """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
+    names = names_in(folder)
     for name in FOLDER_NAMES:
         if name in names:
             return os.path.join(folder, name)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from ckptsurgeon.errors import CheckpointError, FormatError, RootError, UnreadableError
+from ckptsurgeon.errors import CheckpointError, FormatError, RootError
+from ckptsurgeon.formats.folders.inside import check_link, member
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
-from ckptsurgeon.storage.local import unreadable
 from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.tensors import Archive, FileStamp, Shard, StateDict, TensorMeta
 
@@ -42,10 +42,10 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     archives: dict[str, Archive] = {}
     shards: dict[str, StateDict] = {}
     for name in names:
-        path = _shard_path(file.path, folder, name)
+        path = member(file.path, folder, name)
         archive = archives[name] = read_shard(path)
         if os.path.islink(path):
-            _check_place(file.path, folder, name, archive.files[0])
+            check_link(file.path, folder, name, opened=archive.files[0])
         shard = shards[name] = _only_state_dict(archive)
         # Before the next one is read: one file under many names is read once.
         unlisted = next((key for key in shard.tensors if weight_map.get(key) != name), None)
@@ -117,30 +117,3 @@ def _only_state_dict(archive: Archive) -> StateDict:
     if len(archive.state_dicts) != 1 or archive.state_dicts[0].root:
         raise RootError("is a shard with more than one plain state_dict", path=archive.path)
     return archive.state_dicts[0]
-
-
-def _shard_path(index: str, folder: str, name: str) -> str:
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise FormatError(f"names the shard {name[:200]!r}, which is not a plain file name", path=index)
-    path = os.path.join(folder, name)
-    if os.path.islink(path):
-        _check_place(index, folder, name)
-    if not os.path.exists(path):
-        raise UnreadableError(f"lacks its shard {name!r}", path=index, hint="download the whole folder again")
-    return path
-
-
-def _check_place(index: str, folder: str, name: str, opened: FileStamp | None = None) -> None:
-    """Hold where a link leads against where it may lead; after it was opened too, when it may no longer be the link that it was."""
-    real, home = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder or ".")
-    before, cache, after = home.rpartition("/models--")
-    blobs = f"{before}{cache}{after.partition('/')[0]}/blobs" if cache else home
-    if not real.startswith((f"{home}/", f"{blobs}/")):
-        raise FormatError(f"names the shard {name!r}, a link that leads out of its folder", path=index)
-    if opened is not None:
-        try:
-            found = os.lstat(real)
-        except OSError as error:
-            raise unreadable(real, error) from error
-        if (found.st_dev, found.st_ino) != (opened.device, opened.inode):
-            raise FormatError(f"names the shard {name!r}, a link that was changed while it was read", path=index)

@@ -33,11 +33,11 @@ _JOIN = (
 )
 # What makes a whole of the folder that holds it, what is in that folder, and how its files are called.
 _SAFETENSORS, _DISTCP = re.compile(r".+\.safetensors"), re.compile(r"\.metadata|.+\.distcp")
-_DCP = ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt", re.compile(r"\.metadata"), _DISTCP)
+_DCP = ("ckptsurgeon inspect FOLDER", re.compile(r"\.metadata"), _DISTCP)
 _CONSOLIDATE = (f"python -c {shlex.quote(_JOIN)} FOLDER OUT", _SAFETENSORS, _SAFETENSORS)
 _ZERO = ("python -m deepspeed.utils.zero_to_fp32 FOLDER OUT", re.compile(r"latest|.+_optim_states\.pt"), re.compile(r".+_states\.pt"))
 _COMMANDS: Mapping[str, tuple[str, re.Pattern[str], re.Pattern[str]]] = {
-    **dict.fromkeys(("distcp", "dcp-metadata", "dcp-folder"), _DCP),
+    **dict.fromkeys(("distcp", "dcp-metadata"), _DCP),
     **dict.fromkeys(("dcp-safetensors", "dcp-safetensors-folder"), _CONSOLIDATE),
     **dict.fromkeys(("zero-model", "zero-optimizer", "zero-folder"), _ZERO),
 }
@@ -75,11 +75,6 @@ TABLE: Mapping[str, Part] = {
             "dcp-metadata",
             "is the .metadata of torch.distributed.checkpoint: where the pieces lie in the ranks' files, without their data",
             _unplaced("dcp-metadata"),
-        ),
-        Part(
-            "dcp-folder",
-            "is a folder of torch.distributed.checkpoint, whose tensors lie in pieces in the ranks' .distcp files",
-            _unplaced("dcp-folder"),
         ),
         Part(
             "zero-model",
@@ -207,8 +202,6 @@ def of_broken(file: OpenFile) -> Part | None:
 def of_folder(names: Iterable[str]) -> Part | None:
     """A folder in which a checkpoint lies in pieces, by the names in it."""
     every = list(names)
-    if ".metadata" in every or any(name.endswith(".distcp") for name in every):
-        return TABLE["dcp-folder"]
     if any(map(_SHARD.fullmatch, every)):
         return TABLE["dcp-safetensors-folder"]
     if "zero_to_fp32.py" in every or any(pattern.fullmatch(name) for name in every for pattern, _ in _NAMES[:3]):

@@ -1,11 +1,14 @@
 """A checkpoint's files as torch's, safetensors' and NumPy's own readers give them, file by file, always `weights_only` and on the CPU.
 
-This is the other opinion that our reader is held against, so nothing of ours is used to read here. What these readers refuse is
-reported with their own words.
+This is the other opinion that our reader is held against, so nothing of ours is used to read here, with one exception: torch reads the
+`.metadata` of a distributed checkpoint by unpickling whatever it asks for, so that where the ranks' tensors lie is ours to tell, and what
+each holds is torch's. What these readers refuse is reported with their own words.
 """
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,35 +16,61 @@ import safetensors.torch
 import torch
 
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.formats.folders.dcp import contents_of
+from ckptsurgeon.formats.folders.dcp_metadata import Blob, TensorRow
+from ckptsurgeon.formats.folders.nesting import nested
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.tensors import Checkpoint
 
-Reader = Callable[[str], Any]
+Reader = Callable[[str, str], Any]  # of a file, and the root that is wanted of it
 
 
-def _torch(path: str) -> Any:
+def _torch(path: str, _root: str) -> Any:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
-def _safetensors(path: str) -> Any:
+def _safetensors(path: str, _root: str) -> Any:
     return safetensors.torch.load_file(path, device="cpu")
 
 
-def _numpy(path: str) -> Any:
+def _numpy(path: str, _root: str) -> Any:
     import numpy
 
     with numpy.load(path, allow_pickle=False) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
-READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors, "numpy": _numpy}  # by a format's `official`
+def _dcp(path: str, root: str) -> Any:
+    contents = contents_of(path, os.listdir(path))
+
+    def load(blob: Blob | None) -> Any:
+        assert blob is not None
+        with open(os.path.join(path, blob.file), "rb") as file:
+            file.seek(blob.offset)
+            return torch.load(io.BytesIO(file.read(blob.length)), map_location="cpu", weights_only=True)
+
+    def whole(row: TensorRow) -> torch.Tensor:
+        made = torch.empty(row.shape, dtype=getattr(torch, row.dtype.torch))
+        for chunk in row.chunks:
+            if all(chunk.sizes):
+                made[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))] = load(chunk.blob)
+        return made
+
+    wanted = [key for key in contents.order if not root or key.startswith(f"{root}.")]
+    leaves = {key: whole(contents.tensors[key]) if key in contents.tensors else load(contents.values[key]) for key in wanted}
+    return nested(leaves, contents.paths)
+
+
+READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors, "numpy": _numpy, "dcp": _dcp}  # by a format's `official`
 
 
 def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The files that hold tensors, in the order in which the checkpoint first names them; its only file where none does."""
+    if named(checkpoint.format).holds_folder:
+        return (checkpoint.path,)
     spans = (span for tensor in checkpoint.values() for span in tensor.spans)
     files = tuple(dict.fromkeys(span.file for span in spans if span is not None))
     return files or tuple(stamp.path for stamp in checkpoint.files) or (checkpoint.path,)
@@ -56,7 +85,7 @@ def load_file(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
     reader = READERS.get(named(checkpoint.format).official)
     if reader is None:
         raise TargetError(f"a {checkpoint.format} holds no values to load", path=file)
-    loaded = user_code.call(file, reader, file)
+    loaded = user_code.call(file, reader, file, checkpoint.root)
     found = at_root(loaded, checkpoint.root)
     if not isinstance(found, Mapping):
         where = f"at the root {checkpoint.root!r}" if checkpoint.root else "at its top"

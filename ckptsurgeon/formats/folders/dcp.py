@@ -1,0 +1,282 @@
+"""A folder of torch.distributed.checkpoint (DCP): `.metadata`, written last, and the blobs of all ranks in `.distcp` files.
+
+Reads headers only: the `.metadata`, and of each blob all but the tensor's bytes. A tensor of several chunks lies in pieces. What does not
+go together is refused by file and rows. Layout as in torch's `filesystem.py` (`FileSystemWriter`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ckptsurgeon.errors import FormatError, UnreadableError
+from ckptsurgeon.formats.archive_tree import ValueTree, plain_tree
+from ckptsurgeon.formats.folders import nesting
+from ckptsurgeon.formats.folders.blobs import Blobs
+from ckptsurgeon.formats.folders.dcp_metadata import Blob, Contents, TensorRow, parse, together
+from ckptsurgeon.formats.folders.inside import check_link, member
+from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
+from ckptsurgeon.formats.zip_directory import read_directory
+from ckptsurgeon.limit_table import Budget, allowed, exceeded
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.pieces import tiled
+from ckptsurgeon.storage.window import Window
+from ckptsurgeon.tensors import Archive, FileStamp, Piece, Refused, Span, TensorMeta, contiguous_stride
+
+METADATA = ".metadata"
+_RANK = re.compile(r"__\d+\.metadata")  # of a save without collectives, one for each rank
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is read of a folder."""
+
+    tree: dict[Any, Any]
+    values: Mapping[str, Unpacked]
+    stamps: tuple[FileStamp, ...]
+    globals: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+def read(folder: str, names: Collection[str]) -> Archive:
+    """Read the headers of a DCP folder that has files of these names."""
+    found = _read(folder, names)
+    known: dict[int, tuple[Any, int]] = {}
+
+    def extra_state(place: str, value: Any) -> Any:
+        return plain(found.values[place].value, known) if place in found.values else value
+
+    roots, beside = nesting.collect(found.tree, extra_state)
+    if not roots:
+        raise FormatError("holds no tensors under names", path=folder, hint="give a folder that dcp.save wrote of a model's state_dict")
+    return Archive(
+        path=folder,
+        format="dcp",
+        fingerprint=found.fingerprint,
+        files=found.stamps,
+        state_dicts=roots,
+        globals=found.globals,
+        beside=beside,
+        notes=found.notes,
+    )
+
+
+def read_tree(folder: str, names: Collection[str]) -> ValueTree:
+    """All that a DCP folder holds, nested as it was saved."""
+    found = _read(folder, names)
+    return ValueTree(folder, found.tree, found.stamps)
+
+
+def contents_of(folder: str, names: Collection[str]) -> Contents:
+    """What the `.metadata` of a DCP folder says, or those of all ranks together."""
+    found = [parse(raw, stamp.path) for stamp, raw in _metadata(folder, names)]
+    return found[0] if len(found) == 1 else together(found)[0]
+
+
+def _metadata(folder: str, names: Collection[str]) -> list[tuple[FileStamp, bytes]]:
+    """The bytes of `.metadata`, or of each rank's; UnreadableError where the save never finished."""
+    every = [METADATA] if METADATA in names else sorted(filter(_RANK.fullmatch, names), key=_rank)
+    if not every:
+        raise _unfinished(folder, names)
+    found: list[tuple[FileStamp, bytes]] = []
+    for name in every:
+        with _opened(folder, name) as file:
+            found.append((file.stamp, _whole(file, sum(len(raw) for _, raw in found))))
+    return found
+
+
+def _read(folder: str, names: Collection[str]) -> _Read:
+    rows = _metadata(folder, names)
+    found = [parse(raw, stamp.path) for stamp, raw in rows]
+    contents, copies = (found[0], ()) if len(found) == 1 else together(found)
+    raw = b"".join(raw for _, raw in rows)
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        blobs = [row for one in found for row in _blobs(one)]
+        for name in _files(blob for _, blob in blobs):
+            with suppress(_Absent):
+                files[name] = stack.enter_context(_opened(folder, name))
+        notes = tuple(_check_places(blobs, files, names))
+        return _Folder(folder, contents, files, len(raw), copies).read(raw, [stamp for stamp, _ in rows], notes)
+
+
+def _rank(name: str) -> int:
+    return int(name[2 : -len(METADATA)])
+
+
+def _whole(file: OpenFile, before: int) -> bytes:
+    """The bytes of a `.metadata`, of which those of other ranks had `before`."""
+    nbytes = before + file.size
+    if nbytes > (most := allowed("dcp-metadata-bytes")):
+        raise exceeded("dcp-metadata-bytes", f"is a .metadata of {nbytes} bytes, above the limit of {most}", nbytes, path=file.path)
+    return file.read(0, file.size)
+
+
+def _unfinished(folder: str, names: Collection[str]) -> UnreadableError:
+    early = f"{METADATA}.tmp is there" if f"{METADATA}.tmp" in names else f"it has no {METADATA}"
+    return UnreadableError(
+        f"is a save of torch.distributed.checkpoint that never finished: {early}, and {METADATA} is written last",
+        path=folder,
+        hint="give the folder of an earlier step",
+    )
+
+
+def _files(blobs: Iterable[Blob]) -> list[str]:
+    return sorted({blob.file for blob in blobs})
+
+
+class _Absent(UnreadableError):
+    """No file of a name is there."""
+
+
+@contextmanager
+def _opened(folder: str, name: str) -> Iterator[OpenFile]:
+    """The open file of a name, in the folder."""
+    try:
+        path = member(folder, folder, name, "file")
+    except UnreadableError as error:
+        raise _Absent(error.reason, path=folder, hint=error.hint) from error
+    with open_regular(path) as file:
+        if os.path.islink(path):
+            check_link(folder, folder, name, "file", file.stamp)
+        yield file
+
+
+def _check_places(blobs: Sequence[tuple[str, Blob]], files: Mapping[str, OpenFile], names: Collection[str]) -> Iterator[str]:
+    """Hold the blobs' places against each other: FormatError where two overlap. Yields notes on bytes and files that nothing names."""
+    places: dict[str, list[tuple[int, int, str]]] = {name: [] for name in files}
+    for key, blob in blobs:
+        if blob.file in places:
+            places[blob.file].append((blob.offset, blob.offset + blob.length, key))
+    for name, rows in places.items():
+        rows.sort()
+        for (_, end, key), (start, _, other) in pairwise(rows):
+            if start < end:
+                words = f"has blobs that overlap, of {key} and {other}: one ends at byte {end}, the next begins at {start}"
+                raise FormatError(words, path=files[name].path, key=other, hint="copy or download the folder again; do not trust it")
+        unnamed = files[name].size - sum(end - start for start, end, _ in rows)
+        if unnamed > 0 and all(end <= files[name].size for _, end, _ in rows):
+            yield f"{name} has {unnamed} bytes that {METADATA} does not name"
+    known = set(_files(blob for _, blob in blobs))
+    others = sorted(name for name in names if name.endswith(".distcp") and name not in known)
+    if others:
+        yield f"{METADATA} does not name {', '.join(others[:5])}{' and others' if len(others) > 5 else ''}: an earlier save left it there"
+
+
+def _blobs(contents: Contents) -> Iterator[tuple[str, Blob]]:
+    for key, row in contents.tensors.items():
+        seen: set[Blob] = set()
+        for chunk in row.chunks:
+            if chunk.blob is not None and chunk.blob not in seen:
+                seen.add(chunk.blob)  # one at the place of several chunks, of which one has elements
+                yield key, chunk.blob
+    for key, value in contents.values.items():
+        if value is not None:
+            yield key, value
+
+
+@dataclass
+class _Folder:
+    """The reading of one folder's blobs."""
+
+    path: str
+    contents: Contents
+    files: Mapping[str, OpenFile]
+    nbytes: int
+    copies: Sequence[tuple[str, Blob, Blob]] = ()
+
+    def read(self, raw: bytes, stamps: Sequence[FileStamp], notes: tuple[str, ...]) -> _Read:
+        """Read every blob's header."""
+        self.blobs = Blobs()
+        self.sizes = {file.path: file.size for file in self.files.values()}
+        budget = Budget(self.path, self.nbytes)
+        budget.spend("tensors", len(self.contents.tensors), "has more than {} tensors")
+        tensors = {key: self._tensor(key, row) for key, row in self.contents.tensors.items()}
+        unpacked = {key: self._value(key, blob) for key, blob in self.contents.values.items()}
+        self.blobs.claims.check(self.path)
+        values = {
+            key: found if isinstance(found, Refused) else plain_tree(self.files[blob.file].path, found, key)
+            for key, found in unpacked.items()
+            if (blob := self.contents.values[key]) is not None
+        }
+        found = {**tensors, **values, **self._unlike()}
+        leaves = {key: found[key] for key in self.contents.order}
+        tree = nesting.nested(leaves, self.contents.paths)
+        return _Read(
+            tree,
+            {key: found for key, found in unpacked.items() if isinstance(found, Unpacked)},
+            (*stamps, *(file.stamp for file in self.files.values())),
+            (*self.contents.globals, *(name for name in self.blobs.globals if name not in self.contents.globals)),
+            self.blobs.fingerprint(raw),
+            notes,
+        )
+
+    def _value(self, key: str, blob: Blob | None) -> Unpacked | Refused:
+        if blob is None:
+            raise FormatError(f"is a value whose place {METADATA} does not tell", path=self.path, key=key)
+        file = self.files.get(blob.file)
+        if file is None or blob.offset + blob.length > file.size:
+            there = "is not there" if file is None else f"has {file.size} bytes, and ends before it"
+            words = f"lies in {blob.file}, which {there}"
+            raise FormatError(words, path=self.path, key=key, hint="copy or download all of its files again")
+        if blob.transforms:
+            return Refused(_transformed(blob))
+        found = self.blobs.value(file, key, blob)
+        self.blobs.hash(file.read(blob.offset, blob.length))
+        return found
+
+    def _unlike(self) -> dict[str, Refused]:
+        """By key, what ranks saved each by itself, and not alike."""
+        return {
+            key: Refused(f"a value that ranks saved each by itself, and not alike: in {first.file} and {other.file}")
+            for key, first, other in self.copies
+            if self._checksums(first) != self._checksums(other)
+        }
+
+    def _checksums(self, blob: Blob) -> object:
+        """What tells whether two blobs hold the same; None for one that is not there."""
+        file = self.files.get(blob.file)
+        if file is None or blob.offset + blob.length > file.size:
+            return None
+        entries = read_directory(Window(file, blob.offset, blob.length)).entries
+        return {name: (entry.crc, entry.size) for name, entry in entries.items() if not name.endswith("/.data/serialization_id")}
+
+    def _tensor(self, key: str, row: TensorRow) -> TensorMeta | Refused:
+        """A tensor, of one chunk or of pieces."""
+        pieces: list[Piece] = []
+        for chunk in row.chunks:
+            blob = chunk.blob
+            if blob is None:
+                continue  # without elements, or `tiled` says which are not there
+            if blob.transforms:
+                return Refused(_transformed(blob))
+            file = self.files.get(blob.file)
+            if file is None or blob.offset + blob.length > file.size:
+                where = os.path.join(self.path, blob.file) if file is None else file.path
+                span = Span(where, blob.offset, max(blob.length, 1), "")
+                pieces.append(Piece(span, chunk.offsets, chunk.sizes, contiguous_stride(chunk.sizes)))
+                continue
+            found = self.blobs.tensor(file, key, blob)
+            if isinstance(found, Refused):
+                return found
+            if found.dtype != row.dtype.code or found.shape != chunk.sizes:
+                if 0 in chunk.sizes:
+                    continue
+                words = f"has {found.dtype} {found.shape} at byte {blob.offset}, where {METADATA} says {row.dtype.code} {chunk.sizes}"
+                raise FormatError(words, path=file.path, key=key, hint="copy or download the folder again; do not trust it")
+            assert found.span is not None
+            pieces.append(Piece(found.span, chunk.offsets, chunk.sizes, found.stride))
+        made = tiled(key, row.dtype.code, row.shape, pieces, self.sizes)
+        only = made.pieces[0] if made.pieces and made.pieces[0].sizes == row.shape else None
+        return made if only is None else TensorMeta(key, made.dtype, made.shape, only.stride, only.span)
+
+
+def _transformed(blob: Blob) -> str:
+    return f"a value stored through {', '.join(blob.transforms)}, which only the program that wrote it can undo"

@@ -1,0 +1,31 @@
+"""A stretch of an open file that is read as if it were a file by itself."""
+
+from __future__ import annotations
+
+from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.tensors import FileStamp
+
+
+class Window(OpenFile):
+    """The `size` bytes from `start` on of an open file, which stays its owner's to close. Offsets count from `start`.
+
+    The caller makes sure that the file has them.
+    """
+
+    def __init__(self, file: OpenFile, start: int, size: int) -> None:
+        super().__init__(file.path, file.stamp)
+        self._file = file
+        self.start = start
+        self.size = size
+
+    def some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.some`."""
+        return self._file.some(max(min(nbytes, self.size - offset), 0), self.start + offset)
+
+    def some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.some_into`."""
+        return self._file.some_into(view[: max(self.size - offset, 0)], self.start + offset)
+
+    def now(self) -> FileStamp:
+        """As `OpenFile.now`, of the whole file."""
+        return self._file.now()
