@@ -22,17 +22,18 @@ TOPICS: Mapping[str, str] = MappingProxyType(
         "roots": "Where a training checkpoint has its weights; prefixes as module.",
         "patterns": "Which keys a pattern matches, with a table of examples.",
         "rules": "Rename, drop, keep, adapt, init: on the command line, in a file.",
-        "adapters": "Where shapes differ: another vocabulary, image size, fused layers.",
+        "adapters": "Where shapes differ: another vocabulary, image size, fused qkv.",
         "match": "Load the weights of another implementation of the same model.",
         "initialise": "The values of parameters that no source gives.",
         "fine-tune": "Fresh layers learn faster; others are frozen at first, or slower.",
         "resume": "Go on training in a changed model: optimizer state, a new head.",
         "plan": "Decide now, review it, do it later.",
-        "verify": "Load a file strictly on a device and compare; what a merge proves.",
+        "verify": "Load a file strictly on a device; what a merge proves.",
         "convert": "Other formats and dtypes; quantised weights.",
         "gate": "Block bad checkpoints in CI: check, pre-commit, GitHub Actions.",
         "safety": "Files from strangers: nothing is run, and what a file may cost.",
         "json": "JSON and exit codes, for other programs; the verbs of Python.",
+        "coming-from": "From load_state_dict, timm, mmengine, MONAI: what to write here.",
     }
 )
 # Other words that a person may look for.
@@ -81,6 +82,15 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "schemas": "json",
         "exit-codes": "json",
         "python": "json",
+        "load-state-dict": "coming-from",
+        "strict": "coming-from",
+        "timm": "coming-from",
+        "mmengine": "coming-from",
+        "mmdetection": "coming-from",
+        "detectron2": "coming-from",
+        "monai": "coming-from",
+        "transformers": "coming-from",
+        "mergekit": "coming-from",
     }
 )
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)  # what the tests of a page need and no reader does
