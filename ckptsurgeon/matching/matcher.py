@@ -168,11 +168,11 @@ def _match(given: Tensors, wanted: Tensors, about: Turned, rest: bool) -> tuple[
     clues = Clues(rows=rows)
     for _ in range(PASSES):
         record = lay(one, other, clues)
-        clues = replace(_learned(record), rows=rows)
+        clues = _learned(record, rows)
     trust = _trust(_certain(record)) if ordered else 0.0
     for _ in range(PASSES if trust else 0):
         record = lay(one, other, replace(clues, trust=trust))
-        clues = replace(_learned(record), rows=rows)
+        clues = _learned(record, rows)
     found = [link for laid in between(record.units, one, other, trust) for link in links(laid, about)]
     found = squares_turned(found, given, wanted)
     found += orphans(found, record, given, wanted)
@@ -211,11 +211,11 @@ def _certain(record: Record) -> list[Laid]:
     return [laid for laid in (*record.units, *record.modules) if laid.margin >= ENOUGH and len(laid.sources) == len(laid.targets) == 1]
 
 
-def _learned(record: Record) -> Clues:
+def _learned(record: Record, rows: Mapping[int, int]) -> Clues:
     """What a pass is certain of, as clues for the next."""
     certain = _certain(record)
-    pairs, sources, targets = count_pairs([(laid.sources[0], laid.targets[0]) for laid in certain])
-    return Clues(0.0, pairs, sources, targets, {id(laid.sources[0]): laid.targets[0] for laid in certain})
+    pairs, sources, targets = count_pairs([(laid.sources[0], laid.targets[0]) for laid in certain], rows)
+    return Clues(0.0, pairs, sources, targets, {id(laid.sources[0]): laid.targets[0] for laid in certain}, rows)
 
 
 def _trust(certain: list[Laid]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ckptsurgeon.matching.evidence.distinguish import (
     abbreviated,
@@ -32,6 +33,7 @@ AGAINST = -2.0  # names exclude each other; twice that for roles
 SAME = 1.0  # the same name
 EXACT = 1.0  # the same shapes, dimensions of one included
 NUMBERS = 2.0  # numbers are in the same order
+UNEVEN = 1.0  # the same, where one side has more: which of them is left out is not told
 ORDER = 1.5  # keys are in the same order, as far as that can be trusted
 ELSEWHERE = 2.5  # the same two names were paired elsewhere, always
 LENGTH = 1.0  # numbered lists are as long
@@ -82,7 +84,8 @@ class Table:
         if source.exact == target.exact:
             found["same shape"] = EXACT
         if self.ordinals[0] and self.ordinals[1]:
-            found["numbers in the same order"] = NUMBERS * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
+            points = NUMBERS if self.even else UNEVEN
+            found["numbers in the same order"] = points * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
         elif self.families[0][row] == self.families[1][column] != (0, 1):
             found["numbers in the same order"] = NUMBERS
         if self.clues.rows.get(id(source), 1) == self.clues.rows.get(id(target), 1) > 1:
@@ -113,22 +116,42 @@ class Table:
 
     def _elsewhere(self, source: Node, target: Node) -> float:
         best = 0.0
-        own = int(self.clues.partners.get(id(source)) is target)  # what was decided of these two is no evidence for it
-        for one in source.tails:
-            for other in target.tails:
-                count = self.clues.pairs.get((one, other), 0) - own
+        pairs, sources, targets = self.inside
+        for one in tails(source, self.clues.rows):
+            for other in tails(target, self.clues.rows):
+                count = self.clues.pairs.get((one, other), 0) - pairs.get((one, other), 0)
                 if count > 0:
-                    best = max(best, count / max(self.clues.sources[one] - own, self.clues.targets[other] - own))
+                    seen = max(self.clues.sources[one] - sources.get(one, 0), self.clues.targets[other] - targets.get(other, 0))
+                    best = max(best, count / seen)
         return best
 
+    @cached_property
+    def inside(self) -> tuple[Mapping[tuple[str, str], int], Mapping[str, int], Mapping[str, int]]:
+        """What an earlier pass paired within the group: what was decided of these is no evidence for them."""
+        there = {id(target) for target in self.targets}
+        partners = ((source, self.clues.partners.get(id(source))) for source in self.sources)
+        return count_pairs([(one, other) for one, other in partners if other is not None and id(other) in there], self.clues.rows)
 
-def count_pairs(choices: Sequence[tuple[Node, Node]]) -> tuple[dict[tuple[str, str], int], dict[str, int], dict[str, int]]:
+
+def tails(node: Node, rows: Mapping[int, int]) -> tuple[str, ...]:
+    """How a node may be called elsewhere: its name alone and within its modules; a numbered name with how many are numbered so there.
+
+    The first of two norms does another thing than the first of three.
+    """
+    many = rows.get(id(node), 1) if node.path[-1:].isdigit() else 1
+    return tuple(f"{tail} of {many}" for tail in node.tails) if many > 1 else node.tails
+
+
+def count_pairs(
+    choices: Sequence[tuple[Node, Node]], rows: Mapping[int, int]
+) -> tuple[dict[tuple[str, str], int], dict[str, int], dict[str, int]]:
     """How often names of nodes were paired, and how often each was seen."""
     pairs: Counter[tuple[str, str]] = Counter()
     sources: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     for source, target in choices:
-        sources.update(source.tails)
-        targets.update(target.tails)
-        pairs.update((one, other) for one in source.tails for other in target.tails)
+        ones, others = tails(source, rows), tails(target, rows)
+        sources.update(ones)
+        targets.update(others)
+        pairs.update((one, other) for one in ones for other in others)
     return pairs, sources, targets
