@@ -170,10 +170,17 @@ def _idle(link: Link, found: Found, idle: Mapping[tuple[str, tuple[int, ...]], l
     """The doubt of one link, if an idle key is as good as its own; the first of them is shown."""
     (key,) = link.sources
     others = idle.get((fold(key), squeezed(found.source[key].shape)), ())
-    if not others or _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]):
+    if not others or _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]) or _counted_alike(key, link.targets[0], others):
         return None
     first, rival = sorted((key, others[0]), key=lambda one: places[one])
     return Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))
+
+
+def _counted_alike(key: str, name: str, others: Iterable[str]) -> bool:
+    """Whether both names count their lists alike, and idle keys differ from the link's own by such a number alone."""
+    return _MEMBER.findall(key) == _MEMBER.findall(name) and all(
+        _MEMBER.sub("{}", other) == _MEMBER.sub("{}", key) and _MEMBER.findall(other) != _MEMBER.findall(name) for other in others
+    )
 
 
 def _out_of_order(found: Found) -> _Doubts:
@@ -226,23 +233,33 @@ def _by_lists(links: Iterable[Link]) -> dict[tuple[str, str], list[Link]]:
 
 def _either_direction(found: Found) -> _Doubts:
     """Lists of equal members that one library may count up and another down, where nothing but numbers tells which."""
-    for (here, there), links in _by_lists(_open(found)).items():
-        names = _last_name(here), _last_name(there)
-        words = set(concepts(".".join(names)))
-        both = all(
-            len({_number_at(link_side(link), head) for link in links}) > 1 for head, link_side in ((here, _source), (there, _target))
-        )
-        if both and words & _EITHER_WAY and names[0] != names[1] and _all_alike(found.source, here) and _all_alike(found.target, there):
-            for link in links:
-                yield Doubt(link, "such lists are counted up or down, and these are all alike")
+    lists = {
+        pair: links
+        for pair, links in _by_lists(_open(found)).items()
+        if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY and _concepts_differ(*map(_last_name, pair))
+    }
+    alike = {pair for pair in lists if _all_alike(found.source, pair[0]) and _all_alike(found.target, pair[1])}
+    told = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
+    for pair in alike:
+        counts = _counted(lists[pair], pair)
+        if all(len({count[side] for count in counts}) > 1 for side in (0, 1)):
+            if not {(tuple(map(_above, pair)), count) for count in counts} <= told:  # a list beside it, of other shapes, tells
+                for link in lists[pair]:
+                    yield Doubt(link, "such lists are counted up or down, and these are all alike")
 
 
-def _source(link: Link) -> str:
-    return link.sources[0]
+def _concepts_differ(one: str, other: str) -> bool:
+    return set(concepts(one)) != set(concepts(other))
 
 
-def _target(link: Link) -> str:
-    return link.targets[0]
+def _above(head: str) -> str:
+    """The module that a numbered list stands in."""
+    return head.rstrip("._0123456789").rpartition(".")[0]
+
+
+def _counted(links: Iterable[Link], pair: tuple[str, str]) -> set[tuple[int, int]]:
+    """Which number of the one list goes to which of the other."""
+    return {(int(_number_at(link.sources[0], pair[0])), int(_number_at(link.targets[0], pair[1]))) for link in links}
 
 
 def _all_alike(side: Tensors, head: str) -> bool:

@@ -72,8 +72,18 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
             module != owners_module and fold(module) == fold(owners_module) and rows[fold(owner.sources[0]), tensor.shape] > 1
         )
         if not lacked and used.issuperset(once) and (len(once) == 1 or _one_embedding(once)):
-            found += _shared(key, tensor, owner, len(once) == 1)
+            found += _shared(key, tensor, _of_embeddings(owner, once), len(once) == 1)
     return found
+
+
+def _of_embeddings(owner: Link, names: Sequence[str]) -> Link:
+    """The link that a target shares; of several embeddings the one that is both sides', or the encoder's, which may not be the decoder's."""
+    words = {name: set(concepts(name)) for name in names}
+    several = [name for name in sorted(names, key=lambda name: ("decoder" in words[name], name)) if not {"head", "lm"} & words[name]]
+    both = [name for name in several if not {"encoder", "decoder"} & words[name]]
+    if len(several) < 2 or len(both) == 1:
+        return owner
+    return replace(owner, sources=(several[0],), margin=min(owner.margin, 0.5), runner_up=f"{several[1]} -> {owner.targets[0]}")
 
 
 def _one_embedding(names: Sequence[str]) -> bool:
@@ -93,7 +103,7 @@ def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]
         return []  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
     same_name = last == owner_last and (last not in ROLES or last == "bias" or module.rpartition(".")[2] == owner_module.rpartition(".")[2])
     margin = min(owner.margin, inf if tied or (same_name and once) else 0.5)
-    return [Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {of}",))]
+    return [Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {of}",), owner.runner_up if margin < ENOUGH else "")]
 
 
 def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:

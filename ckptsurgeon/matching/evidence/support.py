@@ -22,6 +22,7 @@ _GENERIC = SAYS_NOTHING | {"conv", "norm", "first", "second", "final", "encoder"
 _MEMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a number that is a whole part
 ALONE = "only one of its shape here"
 _HALF = 0.5
+_WHOLE_NAME = 3  # parts in common at the end of two names, from which on they name a tensor where no other name ends so
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
 _HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
 
@@ -79,6 +80,8 @@ class Support:
             return False
         if told == wanted:
             return bool(told) or bool(head)
+        if len(tail) >= _WHOLE_NAME and self._only_one(tail):
+            return True
         shared = {word for word in told & wanted if not word.startswith("#")}
         if head and shared - SAYS_NOTHING and (told <= wanted or wanted <= told):
             return True
@@ -87,6 +90,16 @@ class Support:
         if min(len(here), len(there)) == 0:
             return max(len(here), len(there)) == 1 and bool(head)
         return bool(head) and not (told | wanted) & _TELLING and (len(tail) > 1 or head not in self.matched_modules)
+
+    def _only_one(self, tail: Sequence[str]) -> bool:
+        """Whether on each side only one name ends so."""
+        ends, name = self._ends.setdefault(len(tail), _ends(len(tail), self.source, self.target)), tuple(tail)
+        return all(end[name] == 1 for end in ends)
+
+    @cached_property
+    def _ends(self) -> dict[int, tuple[Counter[tuple[str, ...]], ...]]:
+        """How many names of a side end in which parts, by how many parts these are."""
+        return {}
 
     def _elsewhere(self, one: str, other: str) -> bool:
         """Whether two names count differently, though both sides count alike."""
@@ -230,6 +243,10 @@ def _differing(one: str, other: str) -> tuple[str, list[str], list[str], list[st
     return ".".join(a[:start]), a[start : len(a) - end], b[start : len(b) - end], a[len(a) - end :]
 
 
+def _ends(many: int, *sides: Tensors) -> tuple[Counter[tuple[str, ...]], ...]:
+    return tuple(Counter(tuple(key.split(".")[-many:]) for key in side) for side in sides)
+
+
 def _words(parts: Sequence[str]) -> tuple[str, ...]:
     return concepts(".".join(parts))
 
@@ -252,6 +269,6 @@ def _role_of(key: str, side: Tensors) -> str | None:
         return None
     if "pos" in words:
         return _PLACES
-    if words & {"head", "lm"} or {"embed", "out"} <= words or module in _HEADS:
+    if words & {"head", "lm"} or {"embed", "out"} <= words or module in _HEADS or module.rpartition(".")[2] == "output_layer":
         return _HEAD
     return _TOKENS if words & {"tok", "embed"} else None

@@ -35,7 +35,8 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
     (r"mask_?(token|embedding)", "mask"),
-    (r"wte|tok|word|token|vocab|tokens", "tok"),
+    (r"wte|tok|word|token|tokens", "tok"),
+    (r"(up|down)convs?", r"\1.conv"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
     (r"lm_head|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
     (
@@ -47,6 +48,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
 _SPLIT = re.compile(r"[._\-/]+")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _DIGITS = re.compile(r"\d+|\D+")
+_INITIALS = re.compile(r"([A-Z]{2,})([a-z]+)")
 
 # A word, and the concepts that it stands for.
 _WORDS: dict[str, str] = {}
@@ -148,7 +150,7 @@ def concepts(name: str) -> tuple[str, ...]:
     >>> concepts("blocks.3.ln_1.weight")
     ('block', '#3', 'norm', '#1', 'weight')
     """
-    text = _CAMEL.sub("_", name).lower()
+    text = _CAMEL.sub("_", _INITIALS.sub(_initials, name)).lower()
     for pattern, told in _PHRASE:
         text = pattern.sub(told, text)
     found: list[str] = []
@@ -165,6 +167,11 @@ def concepts(name: str) -> tuple[str, ...]:
             else:
                 found.append(_WORDS.get(part, part))
     return tuple(found)
+
+
+def _initials(found: re.Match[str]) -> str:
+    """`HRconv` is `HR` and a word in small letters, `CLSToken` is `CLS` and `Token`."""
+    return f"{found[1]}_{found[2]}" if found[2] in _WORDS else found[0]
 
 
 def implied(words: Sequence[str]) -> set[str]:
