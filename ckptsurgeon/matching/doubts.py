@@ -242,10 +242,10 @@ def _either_direction(found: Found) -> _Doubts:
     told = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
     for pair in alike:
         counts = _counted(lists[pair], pair)
-        if all(len({count[side] for count in counts}) > 1 for side in (0, 1)):
-            if not {(tuple(map(_above, pair)), count) for count in counts} <= told:  # a list beside it, of other shapes, tells
-                for link in lists[pair]:
-                    yield Doubt(link, "such lists are counted up or down, and these are all alike")
+        counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
+        if counted_both and not {(tuple(map(_above, pair)), count) for count in counts} <= told:  # a list beside it, of other shapes, tells
+            for link in lists[pair]:
+                yield Doubt(link, "such lists are counted up or down, and these are all alike")
 
 
 def _concepts_differ(one: str, other: str) -> bool:

@@ -77,7 +77,7 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
 
 
 def _of_embeddings(owner: Link, names: Sequence[str]) -> Link:
-    """The link that a target shares; of several embeddings the one that is both sides', or the encoder's, which may not be the decoder's."""
+    """The link that a target shares; of several embeddings the one for both sides, or the encoder's, perhaps not the decoder's."""
     words = {name: set(concepts(name)) for name in names}
     several = [name for name in sorted(names, key=lambda name: ("decoder" in words[name], name)) if not {"head", "lm"} & words[name]]
     both = [name for name in several if not {"encoder", "decoder"} & words[name]]
@@ -96,7 +96,7 @@ def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]
     """The link of a target to the source that another target has, if any."""
     of = owner.targets[0]
     told, other = set(concepts(key)), set(concepts(of))
-    tied = bool(_EMBEDS & other and _HEADS & told) and "pos" not in other | told
+    tied = bool(_EMBEDS & other and _HEADS & told) and not {"pos", "tokentype"} & other.union(told, concepts(owner.sources[0]))
     (module, last), (owner_module, owner_last) = ((name.rpartition(".")[0], name.rpartition(".")[2]) for name in (key, of))
     within = f"{module}.".startswith(f"{owner_module}.") or f"{owner_module}.".startswith(f"{module}.")
     if len(squeezed(tensor.shape)) < 2 and not (last == owner_last and within):

@@ -31,7 +31,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
         "cross.attn",
     ),
     (r"feed_?forward|ffn?|mlps?|pointwise_feedforward|positionwise", "mlp"),
-    (r"token_?type|segment", "tokentype"),
+    (r"token_?type|segment|seg", "tokentype"),
     (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
     (r"mask_?(token|embedding)", "mask"),
