@@ -16,6 +16,7 @@ from ckptsurgeon.adapters.chain import infer_chain
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.storage.pieces import merged, runs
+from ckptsurgeon.streaming.bands import side_by_side
 from ckptsurgeon.tensors import Span, TensorMeta
 
 Ranges = tuple[Span, ...]
@@ -31,8 +32,10 @@ def _between(ranges: Ranges, ends: Sequence[int], start: int, stop: int) -> Iter
 
 
 def ranges_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Ranges | None:
-    """The ranges of bytes that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter."""
-    given: list[Ranges] = [tuple(runs(tensor)) for tensor in tensors if tensor.as_stored and tensor.place is not None]
+    """The ranges of bytes that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter, or
+    where the ranges of one are too short to be copied one by one."""
+    dense = [tensor for tensor in tensors if tensor.as_stored and tensor.place is not None and not side_by_side(tensor)]
+    given: list[Ranges] = [tuple(runs(tensor)) for tensor in dense] if len(dense) == len(tensors) else []
     if len(given) < len(tensors) or len({tensor.dtype for tensor in tensors}) != 1:
         return None
     if not ops:

@@ -24,13 +24,15 @@ from ckptsurgeon.tensors import TensorMeta
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor as it should stand in the file: copied from `ranges` of files, or made with `digest`."""
+    """A tensor as it should stand in the file: copied from `ranges` of files, or a `copy` that was put together of pieces, or made with
+    `digest`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     ranges: Ranges | None
     digest: str | None
+    copy: TensorMeta | None = None
 
 
 def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any = WEIGHTS) -> None:
@@ -102,6 +104,13 @@ def _same(file: OpenFile, tensor: TensorMeta, item: Expected, reader: Reader) ->
             if position + each.nbytes > end or not copying.equal_ranges(file, position, source, offset, each.nbytes):
                 return False
             position += each.nbytes
+        return position == end
+    if item.copy is not None:
+        for part in reader.parts(item.copy):
+            nbytes = memoryview(part).nbytes
+            if position + nbytes > end or file.read(position, nbytes) != part:
+                return False
+            position += nbytes
         return position == end
     digest = sha256()
     for chunk in copying.chunks(file, end - tensor.nbytes, tensor.nbytes):

@@ -23,6 +23,7 @@ from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.storage.pieces import Block, meeting, runs, scatter, stretches
+from ckptsurgeon.streaming.bands import bands, side_by_side
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta, contiguous_stride
 
@@ -108,7 +109,12 @@ class Reader:
 
     def read_into(self, tensor: TensorMeta, memory: memoryview) -> None:
         """A tensor's elements like `read`, into memory of their size; there is no second copy where they lie densely."""
-        if tensor.as_stored:
+        if side_by_side(tensor):
+            done = 0
+            for band in bands(tensor, self._read_one):
+                memory[done : done + len(band)] = band
+                done += len(band)
+        elif tensor.as_stored:
             self._read(runs(tensor), memory)
         else:
             memory[:] = self._densified(tensor)
@@ -116,9 +122,12 @@ class Reader:
     def _read(self, ranges: Iterable[Span], memory: memoryview) -> None:
         done = 0
         for each in ranges:
-            file, offset = self.locate(each)
-            copying.read_at(file, memory[done : done + each.nbytes], offset)
+            self._read_one(each, memory[done : done + each.nbytes])
             done += each.nbytes
+
+    def _read_one(self, each: Span, memory: memoryview) -> None:
+        file, offset = self.locate(each)
+        copying.read_at(file, memory, offset)
 
     def _densified(self, tensor: TensorMeta) -> bytearray:
         """The elements of a tensor that lie with a stride, or are lazily changed; of one in pieces, piece after piece."""
@@ -134,6 +143,8 @@ class Reader:
 
     def parts(self, tensor: TensorMeta) -> Iterable[Buffer]:
         """A tensor's elements like `read`, in parts of whole elements; memory is flat where they lie densely."""
+        if side_by_side(tensor):
+            return bands(tensor, self._read_one)
         if not tensor.as_stored:
             dense = memoryview(self.read(tensor))
             return (dense[start : start + BUFFER] for start in range(0, len(dense), BUFFER))

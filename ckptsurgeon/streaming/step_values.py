@@ -99,6 +99,12 @@ class Run:
         origins = self.origins(step)
         return ranges_of(origins, step.adapters) if origins and step.cast is None else None
 
+    def copied(self, step: Step) -> TensorMeta | None:
+        """The tensor of a file that a step copies as it is; None for any other step."""
+        made = resolved(step, self.steps)
+        origins = self.origins(made) if step.target not in self.loaded else ()
+        return origins[0] if len(origins) == 1 and not made.adapters and made.cast is None else None
+
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
         if step.target in self.loaded:

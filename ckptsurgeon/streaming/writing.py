@@ -83,7 +83,10 @@ def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: 
 
 def expected_of(run: Run, tensor: OutTensor) -> Expected:
     """What is to stand in the written file for a tensor."""
-    return Expected(tensor.name, tensor.dtype, tensor.shape, run.ranges(run.steps[tensor.name]), run.digests.get(tensor.storage))
+    step = run.steps[tensor.name]
+    ranges = run.ranges(step)
+    copy = run.copied(step) if ranges is None else None
+    return Expected(tensor.name, tensor.dtype, tensor.shape, ranges, run.digests.get(tensor.storage), copy)
 
 
 def prove_file(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any) -> None:
