@@ -254,7 +254,7 @@ seed = click.option("--seed", type=Integer(0), metavar="N", help="The seed of co
 min_coverage = click.option(
     "--min-coverage", type=Number(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
 )
-strict = click.option("--strict", is_flag=True, help="A no for any missing, extra or mismatched key that no rule names.")
+strict = click.option("--strict", is_flag=True, help="Exit 1 if a key is missing, extra or mismatched and no rule names it.")
 output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
 format_ = click.option("--format", type=click.Choice(list(WRITTEN)), help="The format of OUT, in place of what its suffix says.")

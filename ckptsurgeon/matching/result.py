@@ -44,6 +44,13 @@ class Matching(Shown):
         return {key: link for link in self.links for key in link.targets}
 
 
+def keys_left(found: Matching, applied: tuple[Link, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys of the target and of the source that no applied link has."""
+    left = [link for link in found.links if link not in applied]
+    targets, sources = ([key for link in left for key in getattr(link, side)] for side in ("targets", "sources"))
+    return (*found.unmatched, *targets), (*found.unused, *sources)
+
+
 def result(links: list[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], order: float) -> Matching:
     """A matching of these links, in the target's order."""
     places = {key: place for place, key in enumerate(target)}

@@ -10,13 +10,14 @@ from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.command import NOT_IN_MEMORY, Command, InMemory, Option, at_root
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
+from ckptsurgeon.planning.legacy_names import is_counter
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
 from ckptsurgeon.planning.quantised import Codes, find
-from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out
+from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.patterns import literal
@@ -201,6 +202,7 @@ class Diff(Result):
         exchanges: renames of one prefix to another that would explain most of what is left, the best first.
         output: where the next command would write.
         options: the rules that it was made with, as options of a command.
+        loose: the missing, extra and mismatched keys that no rule names, which `--strict` refuses.
         lacking: matched keys that the file has by no name of their own, only by a tied one, where its format has to have all.
         advice: what comes next; empty until it was asked for.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
@@ -231,6 +233,7 @@ class Diff(Result):
     rivals: tuple[Way, ...] = ()
     exchanges: tuple[Way, ...] = ()
     warnings: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
     advice: Advice = field(default=Advice(), compare=False)
     output: str = field(default="merged.pt", repr=False, compare=False)
@@ -299,13 +302,16 @@ def compare(
     exchanges = (
         ways_to_exchange({key: source[key] for key in left}, {key: target[key] for key in missing}) if 2 * len(matched) < few else ()
     )
+    begins_at_zero = auto == "safe" and target.kind != "file"  # so a plan has it for BatchNorm's counters
+    loose = [key for key in (*missing, *mismatched) if not (begins_at_zero and is_counter(key))]
+    missing_entries = [key for key in target.entries if key not in given]
     return Diff(
         source=source.path,
         target=target.path,
         root=source.root,
         prefix=names.prefixes[0],
         matched=(*matched, *(key for key in target.entries if key in given)),
-        missing=(*missing, *(key for key in target.entries if key not in given)),
+        missing=(*missing, *missing_entries),
         extra=tuple(extra),
         missing_shapes={key: target[key].shape for key in missing},
         extra_shapes={key: source[key].shape for key in left},
@@ -335,6 +341,7 @@ def compare(
         warnings=_lost(extra),
         loaded=_loaded(outside.taken.get(0), computed),
         lacking=() if named(source.format).leaves_out_tied else tuple(key for key in matched if key in origins and origins[key].tied_to),
+        loose=without_a_rule(names, target, (*loose, *missing_entries), extra),
         unkept=tuple(find_unkept(target, given)),
         conversions=names.applied,
         in_memory=(source.in_memory, target.in_memory),

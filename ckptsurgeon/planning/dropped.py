@@ -10,7 +10,7 @@ from ckptsurgeon.planning.legacy_names import is_counter
 from ckptsurgeon.planning.plan_findings import lost_parts
 from ckptsurgeon.planning.plan_types import Dropped, Entry, Step
 from ckptsurgeon.planning.quantised import Codes
-from ckptsurgeon.planning.resolve import Origin, kept_out
+from ckptsurgeon.planning.resolve import Origin, is_ruled, kept_out
 from ckptsurgeon.tensors import Checkpoint
 
 BESIDE = "stands beside the codes "
@@ -87,11 +87,7 @@ def keys_without_a_rule(
     dropped: Sequence[Dropped],
 ) -> tuple[str, ...]:
     """Every key that is missing, extra or mismatched without a rule that names it."""
-    rules = (*names.inits, *names.keeps)
-    tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
-
-    def named(key: str) -> bool:
-        return any(one in names.names_of_dropped or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
+    named = is_ruled(names, target)
 
     def repaired(step: Step) -> bool:
         return is_counter(step.target) and step.schemes == ("zeros",)  # without a rule that names it, only a repair says so

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsurgeon.adapters.chain import Asked, can_compute, decodes, fill_chain, made_dtype
@@ -107,6 +107,27 @@ def _follow(group: Sequence[str], found: dict[str, Origin], problems: list[str])
     fits = set(fitting)
     rest = [key for key in group if key not in fits or (adapted and not found[key].ops)]
     found.update(dict.fromkeys(rest, Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
+
+
+def is_ruled(names: Names, target: Checkpoint | None) -> Callable[[str], bool]:
+    """Whether a rule says what becomes of a key of the target: an init, a keep, or a drop of what would land there. A rule that names a key
+    holds for all keys that are tied to it."""
+    rules = (*names.inits, *names.keeps)
+    tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
+
+    def named(key: str) -> bool:
+        return any(one in names.names_of_dropped or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
+
+    return named
+
+
+def without_a_rule(names: Names, target: Checkpoint, targets: Iterable[str], sources: Iterable[str]) -> tuple[str, ...]:
+    """Those of some keys of the target, and of the one source, that no rule names."""
+    ruled = is_ruled(names, target)
+    return (
+        *(key for key in targets if not ruled(key)),
+        *(key for key in sources if not any(map(ruled, names.names_of.get((0, key), ())))),
+    )
 
 
 def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:

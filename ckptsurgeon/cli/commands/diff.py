@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="TARGET")
 @options.mapping
 @click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
-@click.option("--strict", is_flag=True, help="Exit 1 for any missing, extra or mismatched key.")
+@options.strict
 @options.limit
 @options.shown
 @options.ordered_rules
@@ -32,5 +32,4 @@ def command(
 
     found = api.diff(checkpoint, target, rules=rules, note=show.note(), **choices)
     show.result(found)
-    loose = bool(found.missing or found.extra or found.mismatched)
-    return int((exit_code and not found.same) or (strict and loose))
+    return int((exit_code and not found.same) or (strict and bool(found.loose)))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="For --forward: by how much of their greatest value outputs may differ; 1e-4 if not given.",
 )
-@click.option("--strict", is_flag=True, help="Exit 1 when anything is uncertain.")
+@options.strict
 @options.limit
 @options.shown
 @options.ordered_rules
@@ -83,4 +83,4 @@ def command(
 
         say_options(refusal, merge.command, click.get_current_context().command)
         show_error(refusal, as_json=False)
-    return int(refusal is not None or differs or (strict and len(found.applied) < len(found.links)))
+    return int(refusal is not None or differs or (strict and bool(found.loose)))

@@ -17,7 +17,7 @@ from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.matching.factors import DEQUANTIZE
 from ckptsurgeon.matching.layouts.choices import Open, as_they_stand, by_rules, open_layouts, with_numbers
 from ckptsurgeon.matching.matcher import looked_at, match
-from ckptsurgeon.matching.result import Matching, result
+from ckptsurgeon.matching.result import Matching, keys_left, result
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, generalise
 from ckptsurgeon.matching.rules_from_links.replay import origins
@@ -28,7 +28,7 @@ from ckptsurgeon.planning.own_loading.conversions import applied_prefix
 from ckptsurgeon.planning.plan_types import way_to_look
 from ckptsurgeon.planning.prefixes.find import rename_all
 from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
-from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out
+from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.patterns import literal
@@ -64,6 +64,7 @@ class Proposal(Matching, Result):
         possible: the same with the uncertain links.
         open: layouts that are in doubt, each with the rules that would settle it.
         toml: the rules as the text of a commented rules file.
+        loose: the keys of both sides that are not applied and that no rule names, which `--strict` refuses.
         numbers_used: the numbers that were set and that a layout in doubt uses.
         warnings: keys too long to match, and what speaks against links, where values were looked at.
         forward: how far both models' outputs differ, where they ran.
@@ -94,6 +95,7 @@ class Proposal(Matching, Result):
     possible: float = 0.0
     open: tuple[Open, ...] = ()
     toml: str = ""
+    loose: tuple[str, ...] = ()
     numbers_used: tuple[str, ...] = field(default=(), repr=False, compare=False)
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
@@ -217,9 +219,11 @@ def propose(
         origins(source, target, (*before, *left), outside)
     used: set[str] = set()
     links = as_they_stand(with_numbers(taken, numbers, used, told), layout)
+    made = rule(replace(judged, links=tuple(links)), task, accept=accept)
     return replace(
-        rule(replace(judged, links=tuple(links)), task, accept=accept),
+        made,
         numbers_used=tuple(used),
+        loose=without_a_rule(names, target, *keys_left(made, made.applied)),
         conversions=names.applied.words,
         warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(found.unused)) is not None else ())),
         rivals=ways_to_choose([source], target, names, before)[0],
