@@ -66,7 +66,9 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option("--json", "as_json", is_flag=True, help="Answer in JSON (its schema ships in the package).")
     @click.option("-v", "--verbose", is_flag=True, help="Show every key.")
-    @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+    @click.option(
+        "-q", "--quiet", is_flag=True, help="No notes and no summaries: nothing on stdout where a file is written or all is well."
+    )
     @color
     @debug
     @wraps(function)

@@ -32,7 +32,10 @@ color = click.option(
 
 @dataclass(frozen=True)
 class Show:
-    """How a person wants the answer: as JSON, with everything (`verbose`), without notes (`quiet`)."""
+    """How a person wants the answer: as JSON, with everything (`verbose`), without notes and summaries (`quiet`).
+
+    A text that is no answer but a summary is given with `asked=False`: what was written, or that all is well. JSON is always asked for.
+    """
 
     json: bool = False
     verbose: bool = False
@@ -47,12 +50,16 @@ class Show:
 
         return get_terminal_size().columns
 
-    def result(self, found: Result) -> None:
+    def result(self, found: Result, asked: bool = True) -> None:
         """Print a result of the library on stdout."""
+        if self.quiet and not asked and not self.json:
+            return
         put(found.json_parts() if self.json else [styled_text(found, self.verbose, self.width)])
 
-    def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
+    def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]], asked: bool = True) -> None:
         """Print another answer on stdout: its text, or its value as JSON."""
+        if self.quiet and not asked and not self.json:
+            return
         put(json_parts(value()) if self.json else [text()])
 
     def page(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:

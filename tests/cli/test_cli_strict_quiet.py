@@ -66,3 +66,38 @@ def test_strict_is_explained_in_the_same_words_everywhere() -> None:
     commands = [command for name in COMMANDS if (command := cli.get_command(program, name)) is not None]
     words = {command.name: option.help for command in commands for option in command.params if option.name == "strict"}  # type: ignore[attr-defined]
     assert set(words) == {"diff", "match", "plan", "merge"} and len(set(words.values())) == 1
+
+
+# What -q leaves of stdout: nothing of a summary, all of an answer. In order: what one writes, a later one reads.
+QUIET = {
+    "merge net_params.pkl variants:NetTwoClasses -o merged.pt": False,
+    "skeleton model:Net -o net.json": False,
+    "plan net_params.pkl net.json -o plan.json": False,
+    "apply plan.json -o out.pt": False,
+    "match net_params.pkl variants:NetRenamed -o rules.toml": False,
+    "verify out.pt model:Net": False,
+    "check out.pt --against net.json": False,
+    "verify net_params.pkl variants:NetTwoClasses": True,
+    "check net_params.pkl --max-size 1kB": True,
+    "inspect net_params.pkl": True,
+    "diff net_params.pkl model:Net": True,
+    "match net_params.pkl variants:NetRenamed": True,
+    "plan net_params.pkl model:Net": True,
+    "merge net_params.pkl model:Net -o new.pt --dry-run": True,
+    "groups merged.pt variants:NetTwoClasses --lr 1 --fresh-lr 2": True,
+    "adapters": True,
+}
+
+
+def test_quiet_leaves_only_what_was_asked_for(run, place) -> None:
+    for line, printed in QUIET.items():
+        ended = run(*line.split(), "-q")
+        assert ended.err == "" and (ended.out == "") is not printed, (line, ended)
+        loud = run(*line.split(), *(["--overwrite"] if "-o" in line and "--dry-run" not in line else []))
+        assert loud.code == ended.code and loud.out and (not printed or loud.out == ended.out), line
+
+
+def test_quiet_does_not_hide_json_or_errors(run, place) -> None:
+    assert run("merge", "net_params.pkl", "model:Net", "-o", "out.pt", "-q", "--json").json["output"] == "out.pt"
+    ended = run("merge", "net_params.pkl", "model:Net", "-o", "out.pt", "-q")
+    assert ended.code == 2 and ended.out == "" and ended.err.startswith("error: out.pt")

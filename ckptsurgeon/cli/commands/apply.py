@@ -19,5 +19,5 @@ def command(plan: str, show: options.Show, **choices: Any) -> int:
     from ckptsurgeon import api
 
     done = api.apply(plan, note=show.note(), **choices)
-    show.result(done)
+    show.result(done, asked=False)
     return 0

@@ -75,7 +75,7 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
 
         show.answer(lambda: annotations.check(found, os.environ.get("GITHUB_WORKSPACE")), dict)
     else:
-        show.result(found)
+        show.result(found, asked=not found.ok)
     return int(not found.ok)
 
 

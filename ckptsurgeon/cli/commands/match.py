@@ -75,7 +75,7 @@ def command(
         write_text(output, found.toml, overwrite, note)
         note(f"wrote {output}: {count(len(found.rules), 'rule')}")
         found = replace(found, written=output)
-    show.result(found)
+    show.result(found, asked=found.written is None)
     if refusal is not None and not show.json:
         from ckptsurgeon.cli.commands import merge
         from ckptsurgeon.cli.endings import say_options

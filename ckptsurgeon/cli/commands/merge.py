@@ -60,5 +60,5 @@ def command(
         show.result(made)
         return 0
     done = api.merge(sources, target, rules=rules, note=note, **choices)
-    show.result(done)
+    show.result(done, asked=False)
     return 0

@@ -47,5 +47,5 @@ def command(
 
         write_json(output, made.to_dict(), overwrite, note)
         note(f"wrote {output}; follow it with: ckptsurgeon apply {output} -o OUT")
-    show.result(made)
+    show.result(made, asked=output is None)
     return 0

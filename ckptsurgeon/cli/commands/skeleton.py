@@ -22,5 +22,5 @@ def command(target: str, output: str, overwrite: bool, show: options.Show) -> in
     found = api.skeleton(target, note=show.note())
     value = found.to_dict()
     write_json(output, value, overwrite, show.note())
-    show.answer(lambda: text.skeleton(found, output), lambda: value)
+    show.answer(lambda: text.skeleton(found, output), lambda: value, asked=False)
     return 0

@@ -25,5 +25,5 @@ def command(checkpoint: str, target: str, show: options.Show, **choices: Any) ->
     from ckptsurgeon import api
 
     found = api.verify(checkpoint, target, note=show.note(), **choices)
-    show.result(found)
+    show.result(found, asked=not found.ok)
     return int(not found.ok)
