@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import Target
-from ckptsurgeon.errors import CheckpointError, FormatError, PlanError, VerificationError
+from ckptsurgeon.errors import CheckpointError, FormatError, PlanError, SettingsError, VerificationError
 from ckptsurgeon.formats.archive_tree import tensors_of
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.hints import shortened
+from ckptsurgeon.parameter_types import Given
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.fits import NOTHING, fits
 from ckptsurgeon.report import Finding, Verification
@@ -25,6 +27,9 @@ from ckptsurgeon.streaming import checksums
 from ckptsurgeon.streaming.checksums import Checksums
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def verify_written(
@@ -53,6 +58,48 @@ def verify_written(
         problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
         raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
     return found
+
+
+def held_in_place(target: Given, asked: bool) -> nn.Module | None:
+    """The live model whose own values are compared: where that is `asked`, or the model is spread over ranks; else None.
+
+    Raises:
+        SettingsError: it is asked of what is no live model.
+    """
+    known = isinstance(target, (str, os.PathLike, Checkpoint, Target))
+    if not known:
+        from torch import nn
+
+        if isinstance(target, nn.Module):
+            from ckptsurgeon.models.target.sharding import over_ranks
+
+            return target if asked or over_ranks(target) else None
+    if asked:
+        raise SettingsError("compares what a live model holds, and the target is none", key="--in-place", hint="give the model itself")
+    return None
+
+
+def verify_held(path: str, model: nn.Module, *, root: str | None, finite: bool, conversions: bool) -> Verification:
+    """Hold what a live model holds against a file; all ranks that it is spread over come here together. Rank 0 reads the file's checksums.
+
+    Raises as `verify`, on all ranks.
+    """
+    from ckptsurgeon.models.sharded.ranks import Ranks
+    from ckptsurgeon.models.target.skeleton import checkpoint_of
+    from ckptsurgeon.models.verify.in_place import verify_in_place
+
+    ranks, name = Ranks.of(model), type(model).__name__
+    with ranks.step() as step, ExitStack() as stack:
+        with ranks.step():
+            goal = checkpoint_of(model, name)
+            goal = goal if conversions else _opening.without_conversions(goal)
+            checkpoint = _opening.open_source(path, root=root, target=goal)
+            reader = stack.enter_context(Reader([checkpoint]))
+            held = stack.enter_context(checksums.checking_files(checkpoint.files if ranks.rank == 0 else ()))
+        found = verify_in_place(checkpoint, model, reader, ranks, finite=finite, conversions=conversions)
+        stack.close()
+        step.tell = tuple(_damage(held, checkpoint, found))
+    return replace(found, findings=(*found.findings, *step.told[0]), root=checkpoint.root, target=name)
 
 
 def errors(found: Verification) -> tuple[Finding, ...]:

@@ -19,6 +19,7 @@ from ckptsurgeon.api import _opening
 from ckptsurgeon.api._options import TrainingOptions
 from ckptsurgeon.errors import FormatError, ModelError
 from ckptsurgeon.formats.registry import named
+from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.optimizer.assign import Assigned, assign, held_by_key
@@ -208,9 +209,21 @@ def _optimizer(
     if reason is not None:
         return None, saved, CarriedState(place, assigned.by, zeroed=every, not_carried=((type(asked.optimizer).__name__, reason),))
     held = {(0, key): state for key, state in held_by_key(saved, assigned, given).items()}
-    made = optimizer_state.make(asked.optimizer, plan_states(parameters, steps, held), fetch)
+    made = optimizer_state.make(asked.optimizer, plan_states(parameters, steps, held), fetch, _spread(model, found, fetch))
     found.reader.check_unchanged()
     return made, saved, replace(account(place, saved, assigned, given, made.plans, made.notes), casts=reported(made.casts))
+
+
+def _spread(model: nn.Module, found: BesideWeights, fetch: Callable[[TensorMeta], torch.Tensor]) -> optimizer_state.Spread | None:
+    """What gives a sharded model's moments their values; None for another model."""
+    if not any(map(is_sharded, model.parameters())):
+        return None
+    from ckptsurgeon.models.sharded.planner import spread
+
+    def own_part(into: torch.Tensor, value: TensorMeta | torch.Tensor) -> None:
+        spread(into, fetch(value) if found.live and isinstance(value, TensorMeta) else value, found.reader)
+
+    return own_part
 
 
 def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:

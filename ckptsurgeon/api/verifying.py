@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
-from ckptsurgeon.api._options import facts, refuse_idle
-from ckptsurgeon.api._proving import unreadable, verify_written
-from ckptsurgeon.errors import FormatError
+from ckptsurgeon.api._options import facts, is_given, option, refuse_idle
+from ckptsurgeon.api._proving import held_in_place, unreadable, verify_held, verify_written
+from ckptsurgeon.errors import FormatError, SettingsError
 from ckptsurgeon.parameter_types import Given, Note, Path
 from ckptsurgeon.report import Verification
 
@@ -25,9 +25,14 @@ def verify(
     inputs: Iterable[str] = (),
     seed: int | None = None,
     conversions: bool = True,
+    in_place: bool = False,
     note: Note = silent,
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
+
+    Of a live model a copy is loaded, and the model itself is neither changed nor compared. With `in_place` the values that it has now are
+    compared instead, as after `transfer`. So is always a model that is spread over ranks, by FSDP2, tensor parallelism or
+    DistributedDataParallel: every rank calls this, compares its own part with the same part of the file, and gets the same report.
 
     Everything in the file, what stands beside the weights too, is held against the checksums that torch's zip format keeps, whatever the
     target and the device. With a skeleton or another checkpoint as target nothing is loaded: names, dtypes and shapes are compared.
@@ -43,6 +48,7 @@ def verify(
         seed: the seed of a model's constructor and of init schemes, which draw each key's values from the seed and its name; 0 by default.
         conversions: `False` takes names as they are where the target is a model of transformers, whose own loading renames keys, and cuts,
             joins or turns tensors.
+        in_place: compare what the live model `target` holds with the file; names without the segments of wrappers.
         note: called with each note, a line of text; notes are dropped by default.
 
     Returns:
@@ -50,7 +56,7 @@ def verify(
 
     Raises:
         DeviceError: the device is not on this machine.
-        SettingsError: a device, input or seed where the target is no model.
+        SettingsError: a device, input or seed where the target is no model, or is compared in place; `in_place` for what is no live model.
         CheckpointError: the file or the target can't be read or built. A file that does not fit, or that is not what its own checksums
             say, is a report whose `ok` is False.
 
@@ -60,13 +66,25 @@ def verify(
     {'output': (1, 2)}
     """
     path = os.fspath(checkpoint)
+    model = held_in_place(target, in_place)
+    if model is not None:
+        _refuse_loading(device=device, inputs=tuple(inputs), seed=seed)
+        return replace(verify_held(path, model, root=root, finite=finite, conversions=conversions), source=path)
     try:
         _opening.look(path)
     except FormatError as error:
         return replace(unreadable(error, path), source=path, target=_opening.name_of(target))
     goal = _opening.open_target(target, conversions=conversions, note=note)
-    model, shapes = goal.build is not None, tuple(inputs)
-    known = facts(model=model, model_built=model, verify=True, values=device is None or device.partition(":")[0] != "meta")
+    built, shapes = goal.build is not None, tuple(inputs)
+    known = facts(model=built, model_built=built, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)
     found = verify_written(path, goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
     return replace(found, source=path, target=goal.checkpoint.path)
+
+
+def _refuse_loading(**given: object) -> None:
+    """Raises SettingsError for an option of a copy that is loaded, where none is."""
+    for name, value in given.items():
+        if is_given(value):
+            reason = "is for a copy that is loaded, and the model is compared in place"
+            raise SettingsError(reason, key=option(name), hint="leave it out")

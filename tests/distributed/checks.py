@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import ckptsurgeon as cs
+
 CHECKS: dict[str, Check] = {}
 
 
@@ -68,15 +70,16 @@ class Net(nn.Module):
     def __init__(self, classes: int = 7) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 4)
-        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4), nn.Linear(4, 3, bias=False))
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+        self.tail = nn.Linear(4, 3, bias=False)
         self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, classes)
         if classes == 7:
             self.head.weight = self.embed.weight
 
     def forward(self, ids: torch.Tensor) -> Any:
-        hidden = self.layers[2](self.layers[1](self.layers[0](self.embed(ids))))
-        return self.head(self.norm(hidden)).sum() + self.layers[3](hidden).sum()
+        hidden = self.layers(self.embed(ids))
+        return self.head(self.norm(hidden)).sum() + self.tail(hidden).sum()
 
 
 def device() -> str:
@@ -133,6 +136,15 @@ def saved(state: dict[str, Any], path: Path) -> Path:
             torch.save(state, path)
     dist.barrier()
     return path
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The kind of error of ours that a call raises, with its text; `""` for none."""
+    try:
+        call()
+    except cs.CheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def on_all(value: Any) -> list[Any]:

@@ -9,7 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import checks
+import checks_failing  # noqa: F401
+import checks_meta  # noqa: F401
 import checks_transfer  # noqa: F401
+import checks_verify  # noqa: F401
 import torch
 import torch.distributed as dist
 

@@ -1,23 +1,11 @@
-"""Which blocks of a model's tensors are this rank's own, as torch's load planner tells it, and cutting a block into bands.
-
-A plain tensor is one block, the whole; a sharded one may be several, or none. The planner is asked, and nothing is communicated.
-"""
+"""Blocks of a model's tensors, each with the memory that it has on this rank, and blocks cut into bands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from ckptsurgeon.storage.pieces import Block
 
@@ -31,34 +19,6 @@ class Part:
     key: str
     block: Block
     memory: torch.Tensor
-
-
-def whole_tensors(state: Mapping[str, torch.Tensor]) -> Metadata:
-    """What torch's planner takes for a checkpoint in which each of these tensors is one chunk."""
-    rows: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for key, tensor in state.items():
-        size = torch.Size(tensor.shape)
-        chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-        rows[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [chunk])
-    return Metadata(rows)
-
-
-def parts_of(plan: LoadPlan, planner: LoadPlanner) -> Iterator[Part]:
-    """The parts that a plan of torch's reads, of tensors that are whole in their checkpoint."""
-    for item in plan.items:
-        block = tuple((start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True))
-        yield Part(item.storage_index.fqn, block, planner.resolve_tensor(item).detach())
-
-
-def own_parts(state: Mapping[str, torch.Tensor]) -> list[Part]:
-    """The parts of tensors that are this rank's own.
-
-    >>> [part.block for part in own_parts({"w": torch.zeros(2, 3)})]
-    [((0, 2), (0, 3))]
-    """
-    planner = DefaultLoadPlanner(allow_partial_load=True)
-    planner.set_up_planner(dict(state), whole_tensors(state), False)
-    return list(parts_of(planner.create_local_plan(), planner))
 
 
 def bands(block: Block, itemsize: int, nbytes: int = BAND) -> Iterator[Block]:

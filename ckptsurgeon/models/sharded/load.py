@@ -19,7 +19,7 @@ from torch.futures import Future
 
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.models.sharded.blocks import parts_of, whole_tensors
+from ckptsurgeon.models.sharded.planner import parts_of, whole_tensors
 from ckptsurgeon.models.sharded.values import Value
 
 

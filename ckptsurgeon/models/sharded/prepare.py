@@ -18,8 +18,9 @@ from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.init.schemes import KEEP, concrete
 from ckptsurgeon.models.init.user_functions import Fill
-from ckptsurgeon.models.sharded.blocks import Part, narrowed, own_parts
+from ckptsurgeon.models.sharded.blocks import Part, narrowed
 from ckptsurgeon.models.sharded.plain_layer import plain_layer
+from ckptsurgeon.models.sharded.planner import own_parts
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Ready, Stored, Value
 from ckptsurgeon.models.target.sharding import is_sharded

@@ -16,7 +16,7 @@ from ckptsurgeon.models.sharded.load import load
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Value
 from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
-from ckptsurgeon.models.target.sharding import local, refuse_flat
+from ckptsurgeon.models.target.sharding import local
 from ckptsurgeon.models.training.transfer import check_writable, reset_extra, set_extra
 from ckptsurgeon.planning.plan_types import Plan
 from ckptsurgeon.streaming.signals import undisturbed
@@ -26,7 +26,6 @@ _BEFORE = "transfer into the model before it is sharded"
 
 def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raises ModelError for a model whose own code would have to load, or whose state_dict is not its own memory."""
-    refuse_flat(model.modules())
     loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
     if loaders or plan.handed or any(step.action == "load" for step in plan.steps):
         path, loader = next(iter(loaders.items()), ("", None))

@@ -43,24 +43,28 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def over_ranks(model: nn.Module) -> bool:
     """Whether a model is spread over the ranks of a process group, so that all of them have to do the same with it: it has sharded
-    tensors, or stands in DistributedDataParallel.
+    tensors, or stands in DistributedDataParallel or FullyShardedDataParallel.
 
     >>> over_ranks(nn.Linear(3, 2))
     False
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    replicated = any(_is(module, _REPLICATED, "DistributedDataParallel") for module in model.modules())
-    return replicated or any(map(is_sharded, (*model.parameters(), *model.buffers())))
+    wrapped = any(_is(module, _REPLICATED, "DistributedDataParallel") or _is_flat(module) for module in model.modules())
+    return wrapped or any(map(is_sharded, (*model.parameters(), *model.buffers())))
 
 
 def refuse_flat(modules: Iterable[nn.Module]) -> None:
     """ModelError for a model of FSDP's first version, whose parameters are flat pieces of several."""
-    if any(_is(module, _FLAT, "FullyShardedDataParallel") for module in modules):
+    if any(map(_is_flat, modules)):
         raise ModelError(
             "is in FullyShardedDataParallel, which joins parameters into flat ones",
             hint="shard it by torch.distributed.fsdp.fully_shard(model), or transfer before it is wrapped",
         )
+
+
+def _is_flat(module: nn.Module) -> bool:
+    return _is(module, _FLAT, "FullyShardedDataParallel")
 
 
 def _is(value: object, module: str, name: str) -> bool:

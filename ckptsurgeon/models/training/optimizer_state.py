@@ -18,6 +18,7 @@ from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.parameters import named, named_tensors
+from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.optimizer.format import BITSANDBYTES, SLOTS, Leaf, wanted_slots
 from ckptsurgeon.optimizer.order import LiveOrder, live_order
 from ckptsurgeon.optimizer.plan import Parameter, ParameterPlan, SlotPlan
@@ -28,6 +29,7 @@ from ckptsurgeon.streaming.values import cast, tensor_from
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 Fetch = Callable[[TensorMeta], torch.Tensor]
+Spread = Callable[[torch.Tensor, TensorMeta | torch.Tensor], None]  # fills a sharded tensor from a file's, or from a whole one
 LARGEST_STEP = 1 << 53  # beyond which a float counts no longer one by one
 
 
@@ -103,12 +105,13 @@ def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: M
     )
 
 
-def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch) -> Made:
+def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch, spread: Spread | None = None) -> Made:
     """The state that `plans` say, on the parameters' devices, in their dtypes and strides; nothing is loaded yet.
 
     Args:
         plans: one for each parameter, in the optimizer's order.
         fetch: a leaf's tensor, of its dtype and shape, on any device; it is copied.
+        spread: gives a sharded parameter's moments this rank's own part of a leaf, or of a whole tensor.
 
     Raises:
         PlanError: a tensor is not what it was planned to be.
@@ -122,7 +125,7 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
         lost: list[Cast] = []
         values: dict[str, Any] = {}
         for slot in plan.slots:
-            made = _value(parameter, plan, slot, fetch, lost)
+            made = _value(parameter, plan, slot, fetch, lost, spread)
             if isinstance(made, str):
                 plan = replace(plan, slots=(), reason=f"the source's {slot.slot.name} {made}")
                 break
@@ -137,14 +140,14 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
     return Made({"state": state, "param_groups": own["param_groups"]}, tuple(done), tuple(casts), tuple(notes))
 
 
-def _value(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast]) -> Any:
+def _value(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast], spread: Spread | None) -> Any:
     """A slot's value; or why it can't be had, as text."""
     if slot.slot.kind == "step":
         return _step(slot, fetch)
     if slot.slot.kind == "code":
         (leaf,) = slot.leaves
         return fetch(leaf).detach().to(parameter.device, copy=True) if type(leaf) is TensorMeta else leaf
-    return _moment(parameter, plan, slot, fetch, casts)
+    return _moment(parameter, plan, slot, fetch, casts, spread)
 
 
 def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
@@ -173,22 +176,30 @@ def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
     return torch.tensor(max(count for count in counts if count is not None), dtype=dtype)
 
 
-def _moment(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast]) -> torch.Tensor | str:
+def _moment(
+    parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast], spread: Spread | None
+) -> torch.Tensor | str:
     """A moment as the parameter lies in memory; or why it can't be had."""
     found = torch.zeros_like(parameter, requires_grad=False)
     if not slot.leaves:
         return found
     name, goal = f"{plan.parameter.name} {slot.slot.name}", plan.parameter
+    if spread is not None and is_sharded(found) and not slot.ops and slot.leaves[0].dtype == goal.dtype:
+        spread(found, slot.leaves[0])
+        return found
     tensors = [fetch(leaf).detach() for leaf in slot.leaves]
     dtype = slot.leaves[0].dtype
     made = tensors[0]
     if slot.ops:
         step = Step(name, dtype, goal.shape, "adapt", plan.sources, slot.ops, False, "")
-        made = adapted(step, [tensor.cpu() for tensor in tensors], lambda: found, {})
+        made = adapted(step, [tensor.cpu() for tensor in tensors], lambda: torch.zeros(goal.shape, dtype=found.dtype), {})
     if dtype != goal.dtype:
         made = tensor_from(bytearray().join(cast(name, dense_parts(made), dtype, goal.dtype, casts)), goal.dtype).view(goal.shape)
         if casts[-1].overflowed:
             return f"has values that {goal.dtype} can't hold"
+    if spread is not None and is_sharded(found):
+        spread(found, made)
+        return found
     with torch.no_grad():
         return found.copy_(made)
 

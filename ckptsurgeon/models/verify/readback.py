@@ -7,6 +7,7 @@ values compared after torch's cast; a note says so. Memory: the tensor on the CP
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 
@@ -34,27 +35,49 @@ def compare(key: str, meta: TensorMeta, value: torch.Tensor, given: BytesLike, f
     size = memoryview(given).nbytes
     if size != meta.nbytes:
         return [Finding("differs", f"our reader gives {size} bytes where the shape and dtype need {meta.nbytes}", key)]
+    code = BY_TORCH[str(value.dtype).removeprefix("torch.")].code
+    return [*dtype_note(key, code, meta.dtype), *told(key, meta, differences(meta.dtype, value, given), finite)]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What sets some elements of a model's tensor apart from a file's: how many there are, how many are `wrong`, the number of the first
+    wrong one (None without one), and how many of the model's are NaN or infinite."""
+
+    elements: int
+    wrong: int = 0
+    first: int | None = None
+    nans: int = 0
+    infinities: int = 0
+
+
+def differences(dtype: str, value: torch.Tensor, given: BytesLike) -> Differences:
+    """What sets a model's tensor, on any device, apart from a file's dense bytes of the dtype with the code `dtype`."""
     own = value.detach().to("cpu").resolve_conj().resolve_neg().reshape(-1)
-    code = BY_TORCH[str(own.dtype).removeprefix("torch.")].code
-    findings = dtype_note(key, code, meta.dtype)
     if not own.numel():
-        return findings
-    file = _flat(given).view(getattr(torch, BY_CODE[meta.dtype].torch))
+        return Differences(0)
+    file = _flat(given).view(getattr(torch, BY_CODE[dtype].torch))
     wrong, first, nans, infinities = 0, None, 0, 0
     for start in range(0, own.numel(), PIECE):
         mine, theirs = own[start : start + PIECE], file[start : start + PIECE]
-        unlike = _unlike(mine, theirs) if code == meta.dtype else _unlike_after_cast(mine, theirs.to(mine.dtype))
+        unlike = _unlike(mine, theirs) if mine.dtype == theirs.dtype else _unlike_after_cast(mine, theirs.to(mine.dtype))
         if unlike is not None:
             wrong += int(unlike.sum())
             first = start + int(unlike.to(torch.uint8).argmax()) if first is None else first
         found = _non_finite(mine)
         nans, infinities = nans + found[0], infinities + found[1]
-    if first is not None:
-        place = tuple(int(index) for index in torch.unravel_index(torch.tensor(first), meta.shape)) if meta.shape else ()
-        findings.append(Finding("differs", f"{wrong} of {own.numel()} elements differ from the file, the first at {place}", key))
-    if nans or infinities:
-        counts = " and ".join(f"{count} {word}" for count, word in ((nans, "NaN"), (infinities, "infinite")) if count)
-        message = f"has {counts} of {own.numel()} values"
+    return Differences(own.numel(), wrong, first, nans, infinities)
+
+
+def told(key: str, meta: TensorMeta, found: Differences, finite: bool) -> list[Finding]:
+    """Findings as `compare` gives them, for the elements of the tensor `meta`."""
+    findings = []
+    if found.first is not None:
+        place = tuple(int(index) for index in torch.unravel_index(torch.tensor(found.first), meta.shape)) if meta.shape else ()
+        findings.append(Finding("differs", f"{found.wrong} of {found.elements} elements differ from the file, the first at {place}", key))
+    if found.nans or found.infinities:
+        counts = " and ".join(f"{count} {word}" for count, word in ((found.nans, "NaN"), (found.infinities, "infinite")) if count)
+        message = f"has {counts} of {found.elements} values"
         findings.append(Finding("non-finite", message, key, "error" if finite else "warning"))
     return findings
 

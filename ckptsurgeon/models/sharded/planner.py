@@ -1,0 +1,66 @@
+"""Which blocks of a model's tensors are this rank's own, as torch's load planner tells it.
+
+A plain tensor is one block, the whole; a sharded one may be several, or none. The planner is asked, and nothing is communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+
+from ckptsurgeon.models.sharded.blocks import Part, narrowed
+from ckptsurgeon.models.sharded.values import Stored
+from ckptsurgeon.models.target.sharding import is_sharded
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.tensors import TensorMeta
+
+
+def whole_tensors(state: Mapping[str, torch.Tensor]) -> Metadata:
+    """What torch's planner takes for a checkpoint in which each of these tensors is one chunk."""
+    rows: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for key, tensor in state.items():
+        size = torch.Size(tensor.shape)
+        chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+        rows[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [chunk])
+    return Metadata(rows)
+
+
+def parts_of(plan: LoadPlan, planner: LoadPlanner) -> Iterator[Part]:
+    """The parts that a plan of torch's reads, of tensors that are whole in their checkpoint."""
+    for item in plan.items:
+        block = tuple((start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True))
+        yield Part(item.storage_index.fqn, block, planner.resolve_tensor(item).detach())
+
+
+def own_parts(state: Mapping[str, torch.Tensor]) -> list[Part]:
+    """The parts of tensors that are this rank's own.
+
+    >>> [part.block for part in own_parts({"w": torch.zeros(2, 3)})]
+    [((0, 2), (0, 3))]
+    """
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    planner.set_up_planner(dict(state), whole_tensors(state), False)
+    return list(parts_of(planner.create_local_plan(), planner))
+
+
+def spread(into: torch.Tensor, value: torch.Tensor | TensorMeta, reader: Reader) -> None:
+    """Give a sharded tensor its value: this rank's own part of a whole tensor, or of one that lies in the reader's files."""
+    if isinstance(value, torch.Tensor) and is_sharded(value):
+        with torch.no_grad():
+            into.copy_(value)
+        return
+    for part in own_parts({"": into}):
+        if isinstance(value, TensorMeta):
+            Stored(value.name, value, reader).into(part)
+        else:
+            part.memory.copy_(narrowed(value, part.block))

@@ -1,0 +1,153 @@
+"""The values that a model has now, held against a file bit for bit: of a model over ranks, each rank's own part.
+
+Nothing is loaded and no model is copied or changed. Every rank reads the blocks of its own tensors, and all come to the same findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.errors import FormatError
+from ckptsurgeon.models.sharded.blocks import Part, bands, narrowed
+from ckptsurgeon.models.sharded.ranks import Ranks
+from ckptsurgeon.models.target.conversions import find_naming
+from ckptsurgeon.models.target.loaders import find_loaders
+from ckptsurgeon.models.target.sharding import is_sharded, refuse_flat
+from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
+from ckptsurgeon.models.verify import by_library, readback
+from ckptsurgeon.models.verify.readback import Differences
+from ckptsurgeon.planning.fits import misfits, shapes_of, tied_keys
+from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
+from ckptsurgeon.report import Finding, Verification
+from ckptsurgeon.storage.pieces import Block
+from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.values import memory_of, tensor_from
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.wrappers import WRAPPERS, unwrap
+
+Row = tuple[str, Block, Differences]
+
+
+def verify_in_place(
+    checkpoint: Checkpoint, model: nn.Module, reader: Reader, ranks: Ranks, *, finite: bool = False, conversions: bool = True
+) -> Verification:
+    """Compare what a model holds with a file. All ranks that the model is spread over come here together.
+
+    Args:
+        checkpoint: the file; `reader` has it open.
+        ranks: those that the model is spread over.
+        finite: NaN and infinite values are errors, not warnings.
+        conversions: take the file's names as the model's library does.
+
+    Returns:
+        The same on every rank. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`, `differs`, `checksum` (errors), `non-finite`
+        (a warning, or an error with `finite`), `tied`, `hook`, `dtype`, `conversions`, `held` (notes).
+
+    Raises:
+        ModelError: the model is in FullyShardedDataParallel.
+    """
+    with ranks.step() as step:
+        refuse_flat(model.modules())
+        own = state_dict_of(model, checkpoint.path)
+        state, checkpoint = _bare(own), replace(checkpoint, tensors=_bare(checkpoint), entries=_bare(checkpoint.entries))
+        skeleton = checkpoint_of_state_dict(state, checkpoint.path)
+        as_read = read_by_library(checkpoint, replace(skeleton, naming=find_naming(model, own) if conversions else None))
+        view = as_read.checkpoint
+        aliases = tied_keys(view, shapes_of(view), skeleton.ties)
+        findings = [*as_read.notes(), *as_read.forgiven(misfits(shapes_of(view), shapes_of(skeleton), aliases))]
+        changed = {unwrap(key, WRAPPERS) for one in find_loaders(model, own).values() if one.changes for key in one.keys}
+        metas = {key: view[aliases.get(key, key)] for key in skeleton if aliases.get(key, key) in view}
+        metas = {key: meta for key, meta in metas.items() if meta.shape == skeleton[key].shape}
+        read = by_library.reader(checkpoint, as_read, reader.read)
+        rows: list[Row] = []
+        damaged: list[Finding] = []
+        for part in _parts({key: state[key] for key in metas if key not in changed}):
+            try:
+                rows.extend(_compared(part, metas[part.key], reader, read))
+            except FormatError as error:
+                damaged.append(Finding("checksum", error.reason, part.key))
+        reader.check_unchanged()
+        step.same = {"file": checkpoint.fingerprint, "model": skeleton.fingerprint}
+        step.tell = rows, damaged
+    findings += dict.fromkeys(finding for _, found in step.told for finding in found)
+    whole = _together(rows for rows, _ in step.told)
+    for key, meta in metas.items():
+        if key in changed:
+            findings.append(Finding("hook", "is changed by the model's own loading code, so it is not compared", key, "note"))
+            continue
+        findings += readback.dtype_note(key, skeleton[key].dtype, meta.dtype)
+        if key in whole:
+            findings += readback.told(key, meta, whole[key], finite)
+    places = {str(one.device) for one in state.values() if isinstance(one, torch.Tensor)}
+    words = "the values that the model has now were compared, " + (
+        f"those of {ranks.size} ranks" if ranks.size > 1 else "nothing was loaded"
+    )
+    findings.append(Finding("held", words, None, "note"))
+    fresh = (checkpoint.provenance or {}).get("fresh")
+    return Verification(
+        " and ".join(sorted(places)) or "cpu",
+        sum(key not in changed for key in metas),
+        tuple(findings),
+        fresh=tuple(map(str, fresh)) if isinstance(fresh, (list, tuple)) else None,
+    )
+
+
+def _bare(named: Mapping[str, Any]) -> dict[str, Any]:
+    """By names without the segments of wrappers, where these stay apart."""
+    bare = {unwrap(key, WRAPPERS): value for key, value in named.items()}
+    return bare if len(bare) == len(named) else dict(named)
+
+
+def _parts(state: Mapping[str, torch.Tensor]) -> Iterable[Part]:
+    if any(map(is_sharded, state.values())):
+        from ckptsurgeon.models.sharded.planner import own_parts
+
+        return own_parts(state)
+    return [Part(key, tuple((0, size) for size in tensor.shape), tensor.detach()) for key, tensor in state.items()]
+
+
+def _compared(part: Part, meta: TensorMeta, reader: Reader, read: by_library.Read) -> Iterator[Row]:
+    """What sets a part apart from the file, band after band; the first wrong element by its number in the whole tensor."""
+    size = BY_CODE[meta.dtype].size
+    whole = None if meta.place is not None else tensor_from(read(meta), meta.dtype).view(meta.shape)
+    found = []
+    for band in bands(part.block, size) if meta.as_stored else [part.block]:
+        data = reader.block(meta, band) if whole is None else memory_of(narrowed(whole, band))
+        one = readback.differences(meta.dtype, narrowed(part.memory, band, part.block), data)
+        if one.first is not None:
+            one = replace(one, first=_in_whole(one.first, band, meta.shape))
+        found.append(one)
+    yield part.key, part.block, _sum(found)
+
+
+def _in_whole(number: int, block: Block, shape: tuple[int, ...]) -> int:
+    """The number, in the whole tensor, of an element that is the `number`-th of a block."""
+    place, stride = 0, 1
+    for (start, stop), size in zip(reversed(block), reversed(shape), strict=True):
+        number, index = divmod(number, stop - start)
+        place += (start + index) * stride
+        stride *= size
+    return place
+
+
+def _sum(found: Iterable[Differences]) -> Differences:
+    rows = list(found)
+    firsts = [one.first for one in rows if one.first is not None]
+    counts = (sum(getattr(one, name) for one in rows) for name in ("elements", "wrong", "nans", "infinities"))
+    elements, wrong, nans, infinities = counts
+    return Differences(elements, wrong, min(firsts, default=None), nans, infinities)
+
+
+def _together(told: Iterable[Iterable[Row]]) -> dict[str, Differences]:
+    """What was found of each tensor. Copies of a block on several ranks count once, by the one that differs most."""
+    by_key: dict[str, dict[Block, Differences]] = {}
+    for key, block, found in (row for rank in told for row in rank):
+        known = by_key.setdefault(key, {})
+        known[block] = max(known.get(block, found), found, key=lambda one: (one.wrong, one.nans + one.infinities))
+    return {key: _sum(blocks.values()) for key, blocks in by_key.items()}
