@@ -37,6 +37,7 @@ EXAMPLES: dict[str, str] = {
     "load_plan.path": "'plan.json'",
     "load_rules.path": "'rules.toml'",
     "lr": "1e-3",
+    "max_shard_size": "'5GB'",
     "max_size": "'500MB'",
     "min_coverage": "0.9",
     "model": "Net()",

@@ -168,8 +168,9 @@ class Report(Result):
         coverage: the share of the target that a source gives, fresh or not.
         casts: each change of dtype.
         findings: warnings and notes.
-        output: the file that was written, or None.
+        output: the file or folder that was written, or None.
         nbytes: its size in bytes.
+        files: the name and size in bytes of each file that was written: a folder's shards and their index, else the one file.
         proven: whether the file was held against the plan byte by byte.
         verification: the outcome of loading it into the model, or None.
         adapted: keys whose shape or values adapters changed.
@@ -202,6 +203,7 @@ class Report(Result):
     roots: tuple[str, ...] = ()
     prefixes: tuple[Mapping[str, object], ...] = ()
     optimizer: CarriedState | None = None
+    files: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ckptsurgeon.dtypes import choice
 from ckptsurgeon.errors import ModelError, PlanError, SettingsError
+from ckptsurgeon.sizes import parsed
 
 if TYPE_CHECKING:
     from ckptsurgeon.api._rules import Rules
@@ -84,16 +85,44 @@ def _layout(given: Words | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where `merge` and `apply` write, how, and how the file is proven."""
+    """Where `merge` and `apply` write, how, and how the file is proven. `max_shard_size` is in bytes once it is read."""
 
     output: Path
     format: str | None = None
+    max_shard_size: int | str | None = None
+    resume: bool = False
     overwrite: bool = False
     tied: str | None = None
     provenance: bool = True
     verify: bool = True
     device: str | None = None
     finite: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the size. Raises SettingsError for one that is none."""
+        object.__setattr__(self, "max_shard_size", shard_size(self.max_shard_size))
+
+    @property
+    def shard_size(self) -> int | None:
+        """The most bytes of a shard, where it is chosen."""
+        return None if self.max_shard_size is None else int(self.max_shard_size)
+
+
+def shard_size(given: int | str | None) -> int | None:
+    """A size in bytes, as a number or as text such as `5GB`.
+
+    Raises:
+        SettingsError: it is no size, or none that holds anything.
+
+    >>> shard_size("5GB"), shard_size("2GiB"), shard_size(1000), shard_size(None)
+    (5000000000, 2147483648, 1000, None)
+    """
+    if given is None:
+        return None
+    size = parsed(given) if isinstance(given, str) else int(given)
+    if not size:
+        raise SettingsError(f"{given!r} is no size", key="--max-shard-size", hint="5GB, 500MB or 2GiB, or a number of bytes")
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +209,10 @@ TABLE: tuple[Row, ...] = (
     Row("strict", ("target",), "is about a target's keys, and there is no target", "give the target as the last path"),
     Row("dtype target", ("target",), "takes the target's dtypes, and there is no target", "name a dtype: dtype='BF16'"),
     Row("weights", ("average",), "goes with --average", "--average --weights 3,1"),
-    Row("overwrite", ("output",), "replaces the file that -o names, and none is named", "add -o FILE"),
+    Row("overwrite", ("output",), "replaces what -o names, and none is named", "add -o FILE"),
+    Row("resume", ("folder",), "goes on with shards that are proven, and one file is written", "leave it out, or add max_shard_size='5GB'"),
+    Row("resume", ("verify",), "goes on with shards that are proven, and --no-verify proves none", "leave out one of the two"),
+    Row("with_optimizer", ("one file",), "writes one training checkpoint, and shards hold weights alone", "write a file: -o OUT.pt"),
     Row("tolerance", ("forward",), "is for outputs that --forward compares", "source_model='module:Net', forward='module:make_inputs'"),
     Row("optimizer_root", ("optimizer",), "says where an optimizer's state stands, and none is asked for", "with_optimizer=True"),
     Row("optimizer_names", ("optimizer",), "names an optimizer's parameters, and none is asked for", "with_optimizer=True"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon.api._deciding import report_of
@@ -33,7 +34,8 @@ def output_format(output: Path, format: str | None = None) -> str:
     """The format to write, as `format` or the output's suffix says.
 
     Args:
-        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`).
+        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`). A folder, or a
+            path that ends in a slash, gets shards in Hugging Face's names, of safetensors where no format is named.
         format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
 
     Returns:
@@ -42,13 +44,15 @@ def output_format(output: Path, format: str | None = None) -> str:
     Raises:
         OutputError: the suffix, or `format`, names neither.
 
-    >>> output_format("net.pt"), output_format("net.ckpt", "safetensors")
-    ('torch', 'safetensors')
+    >>> output_format("net.pt"), output_format("net.ckpt", "safetensors"), output_format("net/")
+    ('torch', 'safetensors', 'safetensors')
     """
     if format is not None:
         if format not in WRITTEN:
             raise OutputError(f"{format!r} is no format to write", path=output, hint=" or ".join(WRITTEN))
         return format
+    if _is_folder(os.fspath(output)):
+        return "safetensors"
     suffix = os.path.splitext(os.fspath(output))[1].lower()
     if suffix not in OUTPUTS:
         refuse_no_file(os.fspath(output))
@@ -59,18 +63,61 @@ def output_format(output: Path, format: str | None = None) -> str:
     return OUTPUTS[suffix]
 
 
-def refuse_output(options: OutputOptions) -> None:
-    """OutputError for a path that says no format, or where a file is that is not to be replaced."""
-    output_format(options.output, options.format)
-    check_free(os.fspath(options.output), options.overwrite)
+@dataclass(frozen=True)
+class OutputKind:
+    """The format of an output, and, where it is a folder, the most bytes of a file in it."""
+
+    format: str
+    max_shard_size: int | None = None
+
+
+def output_kind(options: OutputOptions, planned: int | None = None) -> OutputKind:
+    """What is written: one file, or, into a folder, shards.
+
+    A folder is written where the path ends in a slash or is one already, and where a size of shards is chosen, now or in the plan.
+
+    Args:
+        planned: the size of shards that the plan has on record.
+
+    Raises:
+        OutputError: as `output_format`; or shards are asked for, and the path names a file.
+    """
+    path = os.fspath(options.output)
+    size = options.shard_size or planned
+    if not _is_folder(path) and size is None:
+        return OutputKind(output_format(path, options.format))
+    if not _is_folder(path) and (os.path.splitext(path)[1].lower() in OUTPUTS or os.path.isfile(path)):
+        words = "names a file, and with max_shard_size shards are written into a folder"
+        raise OutputError(words, path=path, hint=f"-o {shlex.quote(os.path.splitext(path)[0] + '/')}")
+    from ckptsurgeon.formats.folders.shards import USUAL_SIZE
+
+    return OutputKind(output_format(path, options.format or "safetensors"), size or USUAL_SIZE)
+
+
+def _is_folder(path: str) -> bool:
+    """Whether a path says that a folder is written."""
+    return bool(path) and (path.endswith(("/", os.sep)) or os.path.isdir(path))
+
+
+def refuse_output(options: OutputOptions, planned: int | None = None) -> None:
+    """OutputError for a path that says no format, or where a file or folder is that is not to be replaced."""
+    if output_kind(options, planned).max_shard_size is None:
+        check_free(os.fspath(options.output), options.overwrite)
+    else:
+        from ckptsurgeon.streaming.new_folder import check_folder
+
+        check_folder(os.fspath(options.output), options.overwrite, options.resume)
 
 
 def refuse_idle_writing(made: Plan, options: OutputOptions, training: TrainingOptions = NO_TRAINING, *, written: bool = True) -> None:
     """Raises SettingsError for an option about the output that would do nothing; `written` is False where nothing is."""
+    kind = output_kind(options, made.max_shard_size)
     known = facts(
         model=made.target is not None and made.target.kind == "model",
         verify=options.verify,
-        leaves_out_tied=WRITTEN[output_format(options.output, options.format)].leaves_out_tied,
+        leaves_out_tied=WRITTEN[kind.format].leaves_out_tied,
+        folder=kind.max_shard_size,
+        one_file=kind.max_shard_size is None,
         optimizer=training.written,
         written=written,
         output=options.output,
@@ -92,8 +139,17 @@ def carry_out(
     """
     wanted, finite = None if goal is None else goal.checkpoint, options.finite
     provenance = record(made) if options.provenance else None
-    format = output_format(options.output, options.format)
-    how = Output(os.fspath(options.output), format, options.overwrite, options.tied or "copy", provenance, options.verify)
+    kind = output_kind(options, made.max_shard_size)
+    how = Output(
+        path=os.fspath(options.output),
+        format=kind.format,
+        overwrite=options.overwrite,
+        tied=options.tied or "copy",
+        provenance=provenance,
+        proof=options.verify,
+        max_shard_size=kind.max_shard_size,
+        resume=options.resume,
+    )
     if how.tied not in ("copy", "alias"):
         raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
     verification: list[Verification] = []
@@ -113,7 +169,8 @@ def carry_out(
         casts=written.casts,
         findings=(*written.findings, *(proof.findings if proof is not None else ())),
         output=how.path,
-        nbytes=written.nbytes,
+        nbytes=sum(size for _, size in written.files),
+        files=written.files,
         proven=how.proof,
         verification=proof,
     )

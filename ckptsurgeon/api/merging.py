@@ -10,10 +10,10 @@ from typing import Any, Literal
 from ckptsurgeon.api import _gates, _gpu_layouts, _opening
 from ckptsurgeon.api._deciding import decide
 from ckptsurgeon.api._opening import Target, silent
-from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect, facts_of, refuse_idle
+from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect, facts_of, refuse_idle, shard_size
 from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
-from ckptsurgeon.api._writing import carry_out, output_format, refuse_idle_writing, refuse_output
+from ckptsurgeon.api._writing import carry_out, output_kind, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames, Words
 from ckptsurgeon.planning import planfile
@@ -48,6 +48,7 @@ def plan(
     allow_cast: Iterable[str] = (),
     min_coverage: float | None = None,
     strict: bool = False,
+    max_shard_size: int | str | None = None,
     full: bool = False,
     note: Note = silent,
 ) -> Plan:
@@ -78,6 +79,8 @@ def plan(
         allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
         min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
         strict: refuse missing, extra and mismatched keys that no rule names.
+        max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
+            10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
         full: digest all data of the files, so that `apply` notices any change; else a sample of it, which notices a file saved anew.
         note: called with each note, a line of text; notes are dropped by default.
 
@@ -101,6 +104,7 @@ def plan(
     refuse_idle(facts_of(made), **vars(options))
     _gates.refuse_idle_casts(made.allow_cast, [step.target for step in made.steps])
     _gates.check(made, options)
+    made = replace(made, max_shard_size=shard_size(max_shard_size))
     return sampled(made, found, None if goal is None else goal.checkpoint, full)
 
 
@@ -146,6 +150,8 @@ def merge(
     min_coverage: float | None = None,
     strict: bool = False,
     format: str | None = None,
+    max_shard_size: int | str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     tied: str | None = None,
     provenance: bool = True,
@@ -169,7 +175,8 @@ def merge(
     Args:
         sources: a path or a `Checkpoint`, or a list of them.
         target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint; None converts the one source.
-        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`).
+        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`). A folder, or a
+            path that ends in a slash, gets shards in Hugging Face's names, of safetensors where no format is named.
         root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
         rename: new names for source keys, from pattern to result: `{"fc2.{p}": "dense2.{p}"}`.
         drop: patterns of source keys to leave out.
@@ -193,7 +200,10 @@ def merge(
         min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
         strict: refuse missing, extra and mismatched keys that no rule names.
         format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
-        overwrite: replace `output` if it exists.
+        max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
+            10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
+        resume: go on with the shards that an interrupted run of the same call has proven; each is held against its sources again.
+        overwrite: replace `output` if it exists; a folder as a whole, and only where it holds nothing but a checkpoint's files.
         tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
         verify: hold the written file against the plan and the model, and all that is read against the checksums of torch's zip format; data
@@ -225,7 +235,7 @@ def merge(
     """
     options, writing = collect(RuleOptions, locals()), collect(OutputOptions, locals())
     training = collect(TrainingOptions, locals())
-    output_format(writing.output, writing.format)
+    output_kind(writing)
     ruling = gather(options, note=note)
     seen = _look(sources)
     goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
@@ -255,6 +265,8 @@ def apply(
     output: Path,
     *,
     format: str | None = None,
+    max_shard_size: int | str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     tied: str | None = None,
     provenance: bool = True,
@@ -267,9 +279,13 @@ def apply(
 
     Args:
         plan: a plan, or the path of a plan.json.
-        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`).
+        output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`). A folder, or a
+            path that ends in a slash, gets shards in Hugging Face's names, of safetensors where no format is named.
         format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
-        overwrite: replace `output` if it exists.
+        max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
+            10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
+        resume: go on with the shards that an interrupted run of the same call has proven; each is held against its sources again.
+        overwrite: replace `output` if it exists; a folder as a whole, and only where it holds nothing but a checkpoint's files.
         tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
         verify: hold the written file against the plan and the model, and all that is read against the checksums of torch's zip format; data
@@ -312,6 +328,6 @@ def apply(
         planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
         if goal is not None:
             check_data(replace(made, sources=()), (), goal.checkpoint)
-    refuse_output(writing)
+    refuse_output(writing, made.max_shard_size)
     _, own = load_own(made.own_adapters, schemes, note)
     return carry_out(made, found, goal, writing, own)

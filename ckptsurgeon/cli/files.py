@@ -48,7 +48,7 @@ def write_text(path: str, value: str, overwrite: bool, note: Note, kind: str = "
         raise OutputError(f"is no text, and would be replaced by {kind}", path=path, hint="choose another path, or remove it first")
     with new_file(path, overwrite) as temporary:
         write_at(temporary.fd, value.encode(), 0)
-    for finding in lost(temporary):
+    for finding in lost(temporary.lost):
         note(finding.message)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ckptsurgeon.cli.endings import debug, say_options, told, with_traceback
+from ckptsurgeon.cli.endings import as_options, debug, say_options, told, with_traceback
 from ckptsurgeon.cli.output import StdoutError, color, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
 from ckptsurgeon.errors import CheckpointError, InternalError
 from ckptsurgeon.regular_expressions import one_child
@@ -154,6 +154,13 @@ def _no_stdout() -> int:
     return USAGE
 
 
+def _tell_notes(error: BaseException) -> None:
+    """What whoever was interrupted has to say of it."""
+    cause = error if hasattr(error, "__notes__") else error.__context__
+    for words in getattr(cause, "__notes__", ()):
+        tell(f"note: {as_options(words, {'resume': '--resume'})}")
+
+
 def _run(as_json: bool) -> int:
     try:
         code = cli.main(prog_name="ckptsurgeon", standalone_mode=False)
@@ -161,10 +168,12 @@ def _run(as_json: bool) -> int:
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         show_usage_error(error, as_json)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        _tell_notes(error)
         tell("interrupted")
         return INTERRUPTED
-    except Terminated:
+    except Terminated as error:
+        _tell_notes(error)
         return TERMINATED
     except SystemExit:  # click's own, where the reader of the help has gone
         lose_stdout()

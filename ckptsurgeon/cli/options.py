@@ -257,10 +257,14 @@ min_coverage = click.option(
     "--min-coverage", type=Number(0, 1), metavar="SHARE", help="Least share of tensors and of elements transferred."
 )
 strict = click.option("--strict", is_flag=True, help="Exit 1 if a key is missing, extra or mismatched and no rule names it.")
-output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
+output = click.option("-o", "--output", required=True, metavar="OUT", help="The file to write; into a folder (OUT/) go shards.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
 format_ = click.option("--format", type=click.Choice(list(WRITTEN)), help="The format of OUT, in place of what its suffix says.")
 tied = click.option("--tied", type=click.Choice(["copy", "alias"]), help="How safetensors stores tied keys; copy if not given.")
+max_shard_size = click.option(
+    "--max-shard-size", metavar="SIZE", help="Write shards of at most this size, with their index, into the folder OUT: 5GB, 2GiB."
+)
+resume = click.option("--resume", is_flag=True, help="Continue with the shards that an interrupted run has proven.")
 provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
 verified = click.option(
     "--verify/--no-verify", default=True, help="Compare the output with plan and model, and what is read with its checksums."
@@ -290,4 +294,4 @@ known = stack(root, rename, drop, keep, adapt, rule_files, reverse, conversions,
 mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto, conversions, numbers)
 accepting = stack(matching, accept_uncertain, layout)
 deciding = stack(mapping, accepting, init, average, weights, dtype, allow_cast, dequantize, seed, min_coverage, strict)
-writing = stack(output, overwrite, format_, tied, provenance, verified, device, finite)
+writing = stack(output, overwrite, format_, max_shard_size, resume, tied, provenance, verified, device, finite)

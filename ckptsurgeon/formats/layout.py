@@ -86,3 +86,20 @@ class Layout:
     size: int
     checksums: bool = False
     tail: Callable[[Sequence[int]], tuple[Chunk, ...]] = no_tail
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """One file of an output.
+
+    Attributes:
+        name: what it is called in its folder; `""` where the output is this one file.
+        tensors: its tensors.
+        entries: its values that are no tensors.
+        layout: how it lies on disk; the slots' indexes are those of `tensors`.
+    """
+
+    name: str
+    tensors: Sequence[OutTensor]
+    entries: Mapping[str, Any]
+    layout: Layout

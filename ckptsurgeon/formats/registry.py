@@ -59,6 +59,7 @@ class Format:
         family: what `--allow` and `--format` call it, together with its other versions and its shards; by itself its name.
         suffixes: how files of it are called. Files so called are checked in a folder, and an output's suffix says its format.
         writer: the module whose `layout_of(contents)` lays a new file out; `""` for a format that is only read.
+        in_folder: how a folder calls a file of it that is written there, with `{}` for which of several shards it is.
         shards: the format of several such files with an index; `""` where they can't be shards.
         member: whether a file of this name makes its folder one of it. `read(folder, names)` in its module reads such a folder, and
             `read_tree(folder, names)` gives all that is in it.
@@ -77,6 +78,7 @@ class Format:
     family: str = ""
     suffixes: tuple[str, ...] = ()
     writer: str = ""
+    in_folder: str = ""
     shards: str = ""
     member: Callable[[str], bool] = _never
     joined: bool = False
@@ -105,6 +107,7 @@ TABLE: tuple[Format, ...] = (
         _is_safetensors,
         suffixes=(".safetensors",),
         writer="plain.safetensors",
+        in_folder="model{}.safetensors",
         shards="safetensors-shards",
         leaves_out_tied=True,
         official="safetensors",
@@ -125,6 +128,7 @@ TABLE: tuple[Format, ...] = (
         family="torch",
         suffixes=_TORCH,
         writer="torch.zip_writer",
+        in_folder="pytorch_model{}.bin",
         shards="torch-shards",
         pickled=True,
         keeps_versions=True,

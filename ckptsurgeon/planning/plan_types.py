@@ -153,6 +153,7 @@ class Plan(Result):
         allow_cast: the patterns of keys whose casts may lose something.
         findings: warnings and notes.
         loose: what `strict` refuses: each missing, extra or mismatched key that no rule names.
+        max_shard_size: the most bytes of a shard, where `apply` is to write shards.
     """
 
     sources: tuple[PlanSource, ...]
@@ -171,6 +172,7 @@ class Plan(Result):
     allow_cast: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     loose: tuple[str, ...] = ()
+    max_shard_size: int | None = None
 
     @property
     def transferred(self) -> tuple[str, ...]:

@@ -91,6 +91,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "coverage": {"tensors": plan.coverage.tensors, "elements": plan.coverage.elements},
         "findings": [{"code": row.code, "key": row.key, "message": row.message, "level": row.level} for row in plan.findings],
         "loose": list(plan.loose),
+        **({"max_shard_size": plan.max_shard_size} if plan.max_shard_size else {}),
     }
 
 
@@ -163,6 +164,7 @@ def _plan(value: Mapping[str, Any]) -> Plan:
         allow_cast=allow_cast,
         findings=tuple(_finding(row) for row in _rows(value["findings"])),
         loose=tuple(_texts(value["loose"])),
+        max_shard_size=_whole(value.get("max_shard_size", 0)) or None,
     )
 
 

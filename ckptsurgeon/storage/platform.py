@@ -26,6 +26,8 @@ _POSITION = threading.Lock()  # a file has one position, and several threads may
 _AT_ONCE = 1 << 30
 # The kernel can't copy between these two files (another file system, an old kernel). EIO too: reading then tells which file it is.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EIO}
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -140,6 +142,39 @@ def sync_folder(folder: str) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def open_folder(folder: str) -> int | None:
+    """A descriptor of a folder, through which its permissions can be set; None where folders have none (Windows)."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _flags("O_CLOEXEC", "O_NOFOLLOW")) if hasattr(os, "O_DIRECTORY") else None
+
+
+def rename_folder(folder: str, place: str) -> None:
+    """Give a folder another name, which an empty folder may have; OSError where one that is not empty has it, or a file."""
+    if os.name == "nt" and os.path.isdir(place):
+        os.rmdir(place)  # Windows renames over nothing
+    os.rename(folder, place)
+
+
+def exchange(one: str, other: str) -> bool:
+    """Let two paths change places in one step, so that neither is missing for a moment; False where the system or file system can't.
+
+    Linux has `renameat2` for it, macOS `renamex_np`, which Python does not name.
+    """
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        paths = os.fsencode(one), os.fsencode(other)
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*paths, _RENAME_SWAP)
+        else:
+            failed = libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    except (OSError, TypeError, AttributeError):  # no C library by that way (Windows), or an old one
+        return False
+    if failed and (code := ctypes.get_errno()) not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code), other)
+    return not failed
 
 
 def set_mode(fd: int, path: str, mode: int) -> None:

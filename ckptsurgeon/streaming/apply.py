@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.errors import OutputError, PlanError
+from ckptsurgeon import formats
+from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import registry
-from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, OutTensor
-from ckptsurgeon.planning.plan_types import Plan, Step
+from ckptsurgeon.formats.layout import WEIGHTS, Contents, OutFile, OutTensor
+from ckptsurgeon.planning.plan_types import Plan, Step, digest
 from ckptsurgeon.report import Cast, Finding
-from ckptsurgeon.streaming.atomic import lost, new_file, syncing
+from ckptsurgeon.storage import copying
+from ckptsurgeon.streaming.atomic import NewFile, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import checking, refuse, without
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.step_values import Run, Values
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
-from ckptsurgeon.streaming.values import reported
-from ckptsurgeon.streaming.writing import expected_of, prove_file, write
+from ckptsurgeon.streaming.values import refuse_losses, refused_losses, reported
+from ckptsurgeon.streaming.writing import begin, finish, made_in, prove_file, still_proven
 from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.version import VERSION
+
+if TYPE_CHECKING:
+    from ckptsurgeon.streaming.new_folder import NewFolder
 
 
 @dataclass(frozen=True)
 class Output:
-    """How to write: the path, `torch` or `safetensors`, and the choices that a person has."""
+    """How to write: the path, `torch` or `safetensors`, and the choices that a person has. `max_shard_size`, in bytes, is set where the
+    path is a folder."""
 
     path: str
     format: str
@@ -37,6 +46,8 @@ class Output:
     tied: str = "copy"
     provenance: Mapping[str, Any] | None = None
     proof: bool = True
+    max_shard_size: int | None = None
+    resume: bool = False
 
     @property
     def form(self) -> registry.Format:
@@ -56,9 +67,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the file's size in bytes, what the casts lost, and what there is to say."""
+    """What was written: each file's name in its folder and its size in bytes, what the casts lost, and what there is to say."""
 
-    nbytes: int
+    files: tuple[tuple[str, int], ...]
     casts: tuple[Cast, ...]
     findings: tuple[Finding, ...]
     tensors: int
@@ -92,24 +103,85 @@ def apply(
         if training is not None:  # each moment is its own: two that shared memory would be counted on twice
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
         tensors, aliases = tensors_of(plan, storages, alias=output.form.leaves_out_tied and output.tied == "alias")
-        layout = _layout(plan, tensors, aliases, entries, output, [*own, *entries], around)
+        files, index = _files(plan, tensors, aliases, entries, output, [*own, *entries], around)
         _refuse_part_of_source(output.path, checkpoints)
+        resumed = []
+        with _new_place(output, [*(file.name for file in files), *index], _task(plan, checkpoints, output)) as place:
+            _write_texts(place, index)
+            for file in files:
+                with place.opened(file.name) as temporary:
+                    known = place.proven(file.name)
+                    if known is not None and still_proven(run, file, temporary, known):
+                        resumed.append(file.name)
+                    else:
+                        begin(run, file, temporary, output.proof)
+                        if refused_losses(run.casts, plan.allow_cast):
+                            continue  # nothing is copied any more; what else can't be cast is told with it
+                        finish(run, file, temporary)
+                    reader.check_unchanged()
+                    with syncing(temporary):
+                        if output.proof:
+                            left = [span for where, span in reader.entries().items() if where not in run.held]
+                            with checking(reader, left) as wrong:
+                                if file.name not in resumed:
+                                    prove_file(run, file, temporary.path, around)
+                            if wrong:
+                                reader.check_unchanged()
+                            refuse(wrong, checkpoints)
+                            run.held.update(reader.entries())
+                        if file is files[-1]:
+                            _check_whole(place, tensors, output)
+                            if verify is not None:
+                                verify(place.path)
+                    reader.check_unchanged()  # the proof has read the sources again
+                    if output.proof and file.name not in resumed:
+                        place.keep(file.name, *made_in(run, file))
+            refuse_losses(run.casts, plan.allow_cast)
+    found = [*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ())]
+    if resumed:
+        words = f"{len(resumed)} of {len(files)} shards were there from an interrupted run, and were held against the plan again"
+        found.append(Finding("resumed", words, level="note"))
+    sizes = [(file.name or os.path.basename(output.path), file.layout.size) for file in files] + [(n, len(t)) for n, t in index.items()]
+    return Written(tuple(sizes), reported(run.casts), (*found, *lost(place.lost, bool(files[0].name))), len(own))
+
+
+@contextmanager
+def _new_place(output: Output, names: Sequence[str], task: str) -> Iterator[NewFile | NewFolder]:
+    """Where the files of these names are written until the block ends well."""
+    if output.max_shard_size is None:
         with new_file(output.path, output.overwrite) as temporary:
-            write(run, layout, tensors, temporary, output.proof)
-            reader.check_unchanged()
-            with syncing(temporary):
-                if output.proof:
-                    left = [span for place, span in reader.entries().items() if place not in run.held]
-                    with checking(reader, left) as wrong:
-                        prove_file(temporary.path, [expected_of(run, tensor) for tensor in tensors], entries, reader, around)
-                    if wrong:
-                        reader.check_unchanged()
-                    refuse(wrong, checkpoints)
-                if verify is not None:
-                    verify(temporary.path)
-            reader.check_unchanged()  # the proof has read the sources again
-    found = (*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ()), *lost(temporary))
-    return Written(layout.size, reported(run.casts), found, len(own))
+            yield NewFile(temporary)
+    else:
+        from ckptsurgeon.streaming.new_folder import new_folder
+
+        with new_folder(output.path, output.overwrite, task, names, output.resume) as folder:
+            yield folder
+
+
+def _task(plan: Plan, checkpoints: Sequence[Checkpoint], output: Output) -> str:
+    """The digest of all that decides what is written: the plan, its files as they are now, the options, and this program."""
+    stamps = [(file.path, file.size, file.mtime_ns, file.inode) for checkpoint in checkpoints for file in checkpoint.files]
+    how = (output.format, output.max_shard_size, output.tied, output.provenance, VERSION)
+    return sha256(repr((digest(plan), stamps, how)).encode()).hexdigest()
+
+
+def _write_texts(place: NewFile | NewFolder, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        with place.opened(name) as temporary:
+            copying.write_at(temporary.fd, text.encode(), 0)
+            os.ftruncate(temporary.fd, len(text.encode()))
+            os.fsync(temporary.fd)
+
+
+def _check_whole(place: NewFile | NewFolder, tensors: Sequence[OutTensor], output: Output) -> None:
+    """Raises VerificationError where a reader of the folder finds other tensors in it than were written."""
+    if output.proof and output.max_shard_size is not None:
+        names = {tensor.name for tensor in tensors}
+        wrong = names.symmetric_difference(formats.read(place.path).state_dicts[0].tensors)
+        if wrong:
+            raise VerificationError(
+                "the folder as a whole is not what was planned; nothing was kept", path=place.path, problems=tuple(wrong)
+            )
 
 
 def _refuse_part_of_source(path: str, checkpoints: Sequence[Checkpoint]) -> None:
@@ -137,7 +209,7 @@ def _entries(run: Run) -> dict[str, Any]:
     return found
 
 
-def _layout(
+def _files(
     plan: Plan,
     tensors: Sequence[OutTensor],
     aliases: Mapping[str, str],
@@ -145,15 +217,44 @@ def _layout(
     output: Output,
     order: Sequence[str],
     around: Any,
-) -> Layout:
+) -> tuple[list[OutFile], dict[str, str]]:
+    """The files of an output, laid out, and the texts beside them by name: the index, where there are several shards.
+
+    Values that are no tensors stand in the first.
+    """
     record = None if output.provenance is None else json.dumps(output.provenance, separators=(",", ":"), ensure_ascii=False)
-    contents = Contents(tensors, aliases, entries, plan.module_metadata, order, record, around)
-    try:
-        layout: Layout = registry.module(output.form.writer).layout_of(contents)
-        return layout
-    except OutputError as error:
-        error.path = error.path or output.path
-        raise
+    layout_of = registry.module(output.form.writer).layout_of
+
+    def laid_out(name: str, shard: Sequence[OutTensor], own: Mapping[str, Any], keys: Sequence[str]) -> OutFile:
+        names = {tensor.name for tensor in shard}
+        stood_for = {key: kept for key, kept in aliases.items() if kept in names}
+        try:
+            return OutFile(name, shard, own, layout_of(Contents(shard, stood_for, own, plan.module_metadata, keys, record, around)))
+        except OutputError as error:
+            error.path = error.path or output.path
+            raise
+
+    if output.max_shard_size is None:
+        return [laid_out("", tensors, entries, order)], {}
+    from ckptsurgeon.formats.folders.shards import INDEX, file_name, index_text, split
+
+    leaders = {key: group[0] for group in plan.ties for key in group}
+    shards = split(
+        tensors,
+        output.max_shard_size,
+        lambda tensor: [tensor.storage, leaders.get(tensor.name, tensor.name)],
+        written_once=not output.form.leaves_out_tied,
+    )
+    files, positions = [], {key: position for position, key in enumerate(order)}
+    for number, shard in enumerate(shards):
+        own = entries if number == 0 else {}
+        keys = sorted((*(tensor.name for tensor in shard), *own), key=positions.__getitem__)
+        files.append(laid_out(file_name(output.form.in_folder, number, len(shards)), shard, own, keys))
+    if len(files) == 1:
+        return files, {}
+    weight_map = {key: file.name for file in files for key in (*(tensor.name for tensor in file.tensors), *file.entries)}
+    size = sum(slot.nbytes for file in files for slot in file.layout.slots)
+    return files, {file_name(output.form.in_folder, 0, 1) + INDEX: index_text(weight_map, size)}
 
 
 def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, str], output: Output) -> tuple[Finding, ...]:

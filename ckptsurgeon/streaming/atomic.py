@@ -12,13 +12,13 @@ import os
 import shlex
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from ckptsurgeon.errors import CheckpointError, OutputError
-from ckptsurgeon.report import Finding
+from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming.file_attributes import hand_over
 from ckptsurgeon.streaming.signals import undisturbed
@@ -34,6 +34,7 @@ _REASONS = {
     errno.EROFS: ("its file system is read-only", "choose another folder"),
     errno.ENOENT: ("no file can be made in its folder", "choose another folder"),
     errno.ENOTDIR: ("a part of its path is a file", "choose another path"),
+    errno.EBUSY: ("it is in use, or another file system is mounted there", "choose another path"),
     errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
 }
 
@@ -46,6 +47,33 @@ class Temporary:
     path: str
     fd: int
     lost: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """An output that is one file, with what one that is a folder has too; no run goes on with it."""
+
+    temporary: Temporary
+
+    @property
+    def path(self) -> str:
+        """Where readers find it until it has its name."""
+        return self.temporary.path
+
+    @property
+    def lost(self) -> list[str]:
+        """As a `Temporary` has it."""
+        return self.temporary.lost
+
+    def opened(self, _name: str) -> AbstractContextManager[Temporary]:
+        """The file itself."""
+        return nullcontext(self.temporary)
+
+    def proven(self, _name: str) -> None:
+        """Nothing is known of it from before."""
+
+    def keep(self, _name: str, _made: Mapping[str, str], _casts: Sequence[Cast]) -> None:
+        """Nothing is noted."""
 
 
 def output_error(path: str, error: OSError) -> OutputError:
@@ -62,30 +90,40 @@ def refuse_no_file(path: str) -> None:
         raise OutputError("is a folder", path=path, hint="give the path of a file to write")
 
 
+def real_path(path: str) -> str:
+    """Where a path really leads. OutputError for one that no file can have."""
+    try:
+        return os.path.realpath(path)
+    except ValueError as error:  # a null character, or one that no file system encodes
+        raise OutputError(f"is no path that a file can have ({error})", path=path, hint="choose another path") from error
+
+
+def no_folder(path: str, folder: str) -> OutputError:
+    """The error for an output in a folder that is not there."""
+    return OutputError("its folder does not exist", path=path, hint=f"mkdir -p {shlex.quote(folder)}")
+
+
 def check_free(path: str, overwrite: bool) -> str:
     """The path that will really be written (a link is followed); what a killed run left beside it is taken away.
 
     OutputError when it is taken and may not be replaced.
     """
-    try:
-        refuse_no_file(path)
-        real = os.path.realpath(path)
-    except ValueError as error:  # a null character, or one that no file system encodes
-        raise OutputError(f"is no path that a file can have ({error})", path=path, hint="choose another path") from error
+    real = real_path(path)
+    refuse_no_file(path)
     folder, name = os.path.split(real)
-    _sweep(folder, _head(name), real)
+    _sweep(folder, head_of(name), real)
     try:
         status = os.stat(real)
     except FileNotFoundError:
         if not os.path.isdir(folder):
-            raise OutputError("its folder does not exist", path=path, hint=f"mkdir -p {shlex.quote(folder)}") from None
+            raise no_folder(path, folder) from None
         return real
     except OSError as error:
         raise output_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise OutputError("is not a regular file", path=path, hint="give the path of a file to write")
     if not overwrite:
-        raise _taken(path)
+        raise taken(path)
     return real
 
 
@@ -100,7 +138,7 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
     opened = ExitStack()
     tried: list[str] = []  # noted before they are made: an interrupt can come in between
     try:
-        temporary = _create(os.path.join(folder, _head(name)), _mode(real), tried)
+        temporary = create_locked(os.path.join(folder, head_of(name)), _mode(real), tried)
         opened.callback(os.close, temporary.fd)
         try:
             yield temporary
@@ -121,10 +159,10 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
                     os.unlink(one)
 
 
-def lost(temporary: Temporary) -> list[Finding]:
-    """A warning, where the file that was replaced had something beside its bytes that the new one could not get."""
-    words = f"the file that was replaced had what could not be kept: {', '.join(temporary.lost)}"
-    return [Finding("attributes", words, level="warning")] if temporary.lost else []
+def lost(what: Sequence[str], folder: bool = False) -> list[Finding]:
+    """A warning, where what was replaced had something beside its bytes that the new one could not get."""
+    words = f"the {'folder' if folder else 'file'} that was replaced had what could not be kept: {', '.join(what)}"
+    return [Finding("attributes", words, level="warning")] if what else []
 
 
 def named(text: str, temporary: str, path: str) -> str:
@@ -141,7 +179,8 @@ def reword(error: CheckpointError, temporary: str, path: str) -> None:
     error.args = (error.message,)
 
 
-def _head(name: str) -> str:
+def head_of(name: str) -> str:
+    """How the hidden names beside an output of this name begin."""
     return f".{name[:_HEAD]}{_MARK}"
 
 
@@ -150,10 +189,10 @@ def _mode(real: str) -> int:
     return 0o600 if os.path.exists(real) else 0o666
 
 
-def _create(start: str, mode: int, tried: list[str]) -> Temporary:
+def create_locked(start: str, mode: int, tried: list[str], end: str = ".tmp") -> Temporary:
     """A new file under a name of its own, locked for as long as somebody writes to it."""
     while True:
-        path = _name(start, os.urandom(4).hex())
+        path = hidden_name(start, os.urandom(4).hex(), end)
         tried.append(path)
         try:
             fd = platform.create(path, mode)
@@ -170,10 +209,16 @@ def _create(start: str, mode: int, tried: list[str]) -> Temporary:
         os.close(fd)  # another run swept it away in the moment before it was locked
 
 
-def _name(start: str, chance: str) -> str:
+def hidden_name(start: str, chance: str, end: str = ".tmp") -> str:
     """A temporary file's path: its last digits are made of the others, so that a name of ours can be told from one that looks like it."""
     check = sha256(os.fsencode(os.path.basename(start)) + chance.encode()).hexdigest()[:4]
-    return f"{start}{chance}{check}.tmp"
+    return f"{start}{chance}{check}{end}"
+
+
+def hidden_ones(start: str, end: str = ".tmp") -> Iterator[str]:
+    """The paths of ours that begin and end so."""
+    found = glob.glob(f"{glob.escape(start)}*{end}")
+    yield from (path for path in found if path == hidden_name(start, path[len(start) : len(start) + 8], end))
 
 
 def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, close: Callable[[], None]) -> None:
@@ -189,13 +234,18 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, clos
             os.link(temporary.path, real)  # unlike rename, it never replaces what another run has just put there
             os.unlink(temporary.path)
         except FileExistsError:
-            raise _taken(path) from None
+            raise taken(path) from None
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             if os.path.lexists(real):
-                raise _taken(path) from None
+                raise taken(path) from None
             os.rename(temporary.path, real)  # a file system without hard links
+    sync_home(real, path)
+
+
+def sync_home(real: str, path: str) -> None:
+    """Make an output's new name last; OutputError, which says that it is whole, where that fails."""
     try:
         platform.sync_folder(os.path.dirname(real))
     except OSError as error:
@@ -203,27 +253,25 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, clos
         raise OutputError(reason, path=path, hint="check the disk") from error
 
 
-def _taken(path: str) -> OutputError:
+def taken(path: str) -> OutputError:
+    """The error for a path that is not to be replaced."""
     return OutputError("exists already", path=path, hint="give overwrite=True to replace it, or choose another path")
 
 
 def _sweep(folder: str, head: str, output: str = "") -> None:
     """Take away what a killed run over the same output left: its lock is gone with it. Where there are no locks it stays."""
-    start = os.path.join(folder, head)
-    for stale in glob.glob(f"{glob.escape(start)}*.tmp"):
-        if stale != _name(start, stale[len(start) : len(start) + 8]):
-            continue  # somebody else's
+    for stale in hidden_ones(os.path.join(folder, head)):
         with suppress(OSError):
             fd = platform.open_itself(stale)
             try:
-                if _own(os.fstat(fd), output):
+                if is_ours(os.fstat(fd), output):
                     platform.lock_at_once(fd)
                     os.unlink(stale)
             finally:
                 os.close(fd)
 
 
-def _own(found: os.stat_result, output: str) -> bool:
+def is_ours(found: os.stat_result, output: str) -> bool:
     """Whether a file under a name of ours is one that we left: regular, this user's, and of no other name but that of the output."""
     if not stat.S_ISREG(found.st_mode) or not platform.is_mine(found):
         return False

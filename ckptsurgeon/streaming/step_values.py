@@ -43,8 +43,8 @@ class Values:
 @dataclass
 class Run:
     """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `loaded` the bytes
-    that are written instead of a step's own, `held` the file and offset of each record whose copy has the checksum that the file gives
-    for it: the proof compares the two."""
+    that are written instead of a step's own, `held` the file and offset of each record that is known to have the checksum that the file
+    gives for it: its copy has it, and the proof compares the two, or it was read for that."""
 
     plan: Plan
     sources: Sequence[Checkpoint]
@@ -104,6 +104,11 @@ class Run:
         made = resolved(step, self.steps)
         origins = self.origins(made) if step.target not in self.loaded else ()
         return origins[0] if len(origins) == 1 and not made.adapters and made.cast is None else None
+
+    def by_others(self, step: Step) -> bool:
+        """Whether a model, or a person's own code, has a part in a step's value."""
+        made = resolved(step, self.steps)
+        return made.target in self.loaded or not self.origins(made) or bool(made.schemes) or any(":" in op["op"] for op in made.ops)
 
     def parts(self, step: Step) -> Iterator[Buffer]:
         """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""

@@ -88,14 +88,16 @@ def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: lis
     casts.append(total)
 
 
+def refused_losses(casts: Iterable[Cast], allowed: Iterable[str]) -> list[Cast]:
+    """The casts that overflow or truncate, and whose key no pattern of `allowed` names."""
+    lossy = [found for found in casts if found.overflowed or found.truncated]
+    patterns = [compile_pattern(pattern) for pattern in allowed] if lossy else []
+    return [found for found in lossy if not any(pattern.match(found.key) is not None for pattern in patterns)]
+
+
 def refuse_losses(casts: Iterable[Cast], allowed: Iterable[str]) -> None:
-    """Overflow and truncation are errors unless a pattern of `allowed` names the key: CastError for all of them at once."""
-    patterns = [compile_pattern(pattern) for pattern in allowed]
-    refused = [
-        found
-        for found in casts
-        if (found.overflowed or found.truncated) and not any(pattern.match(found.key) is not None for pattern in patterns)
-    ]
+    """Raises CastError for all of `refused_losses` at once."""
+    refused = refused_losses(casts, allowed)
     if refused:
         raise CastError(
             "casts that would not keep the values",

@@ -1,59 +1,105 @@
-"""Writes one file of an output and proves it: values that are made first, then the copies, then checksums and ties."""
+"""Writes one file of an output and proves it: values that are made first, then the copies, then ties and checksums."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
-from ckptsurgeon.formats.layout import Layout, OutTensor, Slot
+from ckptsurgeon.formats.layout import WEIGHTS, OutFile, OutTensor, Slot
+from ckptsurgeon.report import Cast
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.streaming.atomic import Temporary
+from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.step_values import Run
-from ckptsurgeon.streaming.values import refuse_losses
+
+if TYPE_CHECKING:
+    from ckptsurgeon.streaming.journal import Proven
 
 
-def write(run: Run, layout: Layout, tensors: Sequence[OutTensor], temporary: Temporary, proof: bool) -> None:
-    """Write a file as it is laid out; with `proof` digests of what is made are kept for it."""
-    for offset, data in layout.chunks:
+def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool) -> None:
+    """Write what is known of a file before its data, and the values that are made; with `proof` their digests are kept for it."""
+    for offset, data in file.layout.chunks:
         copying.write_at(temporary.fd, data, offset)
-    moved = {slot.index: run.ranges(run.steps[tensors[slot.index].name]) for slot in layout.slots}
-    # Values that are made come first: a cast that must not be stops the run before the long copying.
-    for slot in layout.slots:
-        if moved[slot.index] is None:
-            _make(run, slot, tensors[slot.index], temporary, proof)
+    for slot in file.layout.slots:
+        if run.ranges(run.steps[file.tensors[slot.index].name]) is None:
+            _make(run, slot, file.tensors[slot.index], temporary, proof)
     order = {key: place for place, key in enumerate(run.steps)}
     run.casts.sort(key=lambda found: order[found.key])
-    refuse_losses(run.casts, run.plan.allow_cast)
-    for slot in layout.slots:
+
+
+def finish(run: Run, file: OutFile, temporary: Temporary) -> None:
+    """Copy what only moves, and write what follows from the data."""
+    layout, moved = file.layout, _moved(run, file)
+    for slot, ranges in zip(layout.slots, moved, strict=True):
         position = slot.offset
-        for each in moved[slot.index] or ():
+        for each in ranges:
             copying.copy_range(*run.reader.locate(each), temporary.fd, position, each.nbytes)
             position += each.nbytes
-    _refuse_torn_ties(run, layout, tensors, temporary)
-    written = LocalFile(temporary.path, temporary.fd)
-    checksums = [copying.checksum(written, slot.offset, slot.nbytes) for slot in layout.slots] if layout.checksums else []
-    for slot, crc in zip(layout.slots, checksums, strict=bool(checksums)):
-        ranges = moved[slot.index] or ()
-        if len(ranges) == 1 and ranges[0].checksum() == crc:
-            run.held.add((ranges[0].file, ranges[0].offset))
-    for offset, data in layout.tail(checksums):
+    _refuse_torn_ties(run, file, temporary)
+    for offset, data in layout.tail(_checksums(run, file, temporary, moved)):
         copying.write_at(temporary.fd, data, offset)
 
 
-def _refuse_torn_ties(run: Run, layout: Layout, tensors: Sequence[OutTensor], temporary: Temporary) -> None:
+def _moved(run: Run, file: OutFile) -> list[Ranges]:
+    """For each slot of a file the ranges that are copied there; none where its value is made."""
+    return [run.ranges(run.steps[file.tensors[slot.index].name]) or () for slot in file.layout.slots]
+
+
+def _checksums(run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges]) -> list[int]:
+    """The checksums of a written file's slots, where its format has some; what they show of the sources is noted."""
+    if not file.layout.checksums:
+        return []
+    written = LocalFile(temporary.path, temporary.fd)
+    checksums = [copying.checksum(written, slot.offset, slot.nbytes) for slot in file.layout.slots]
+    for ranges, crc in zip(moved, checksums, strict=True):
+        if len(ranges) == 1 and ranges[0].checksum() == crc:
+            run.held.add((ranges[0].file, ranges[0].offset))
+    return checksums
+
+
+def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven) -> bool:
+    """Whether a file that an interrupted run had proven is what is to be written: all its bytes are looked at again.
+
+    Of values that were made the digest that the run noted is believed, since the plan, the sources and this program are the same; not where
+    a model or a person's own code makes them, which may be another by now.
+    """
+    made = [tensor for tensor in file.tensors if run.ranges(run.steps[tensor.name]) is None]
+    if any(tensor.name not in known.made or run.by_others(run.steps[tensor.name]) for tensor in made):
+        return False
+    written = LocalFile(temporary.path, temporary.fd)
+    if written.size != file.layout.size:
+        return False
+    chunks = [*file.layout.chunks, *file.layout.tail(_checksums(run, file, temporary, _moved(run, file)))]
+    if any(written.read(offset, len(data)) != data for offset, data in chunks):
+        return False
+    run.digests.update({tensor.storage: known.made[tensor.name] for tensor in made})
+    try:
+        prove_file(run, file, temporary.path, WEIGHTS)
+    except VerificationError:
+        return False
+    run.casts.extend(known.casts)
+    return True
+
+
+def made_in(run: Run, file: OutFile) -> tuple[dict[str, str], list[Cast]]:
+    """The digests of the tensors of a file that were made, and what their casts lost."""
+    made = {tensor.name: run.digests[tensor.storage] for tensor in file.tensors if tensor.storage in run.digests}
+    return made, [cast for cast in run.casts if cast.key in made]
+
+
+def _refuse_torn_ties(run: Run, file: OutFile, temporary: Temporary) -> None:
     """Raises PlanError where keys that are one tensor in the target model came by different values: it could hold only one of them."""
     if run.plan.target is None or run.plan.target.kind not in ("model", "skeleton"):
         return
-    slots = {tensors[slot.index].name: slot for slot in layout.slots}
+    slots = {file.tensors[slot.index].name: slot for slot in file.layout.slots}
     written = LocalFile(temporary.path, temporary.fd)
-    number = {tensor.name: tensor.storage for tensor in tensors}
+    number = {tensor.name: tensor.storage for tensor in file.tensors}
     for group in run.plan.ties:
-        first, *rest = [key for key in group if key in number]
+        first, *rest = [key for key in group if key in number] or [""]  # all of a group are in one file
         for key in rest:
             one, other = slots.get(first), slots.get(key)
             if number[key] == number[first] or one is None or other is None:
@@ -89,10 +135,10 @@ def expected_of(run: Run, tensor: OutTensor) -> Expected:
     return Expected(tensor.name, tensor.dtype, tensor.shape, ranges, run.digests.get(tensor.storage), copy)
 
 
-def prove_file(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any) -> None:
+def prove_file(run: Run, file: OutFile, path: str, around: Any) -> None:
     """Raises VerificationError, naming every key, where the file is not what was planned; StaleError where a source changed meanwhile."""
     try:
-        prove(path, expected, entries, reader, around)
+        prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around)
     except VerificationError:
-        reader.check_unchanged()  # a source that changed since it was copied is the likelier reason
+        run.reader.check_unchanged()  # a source that changed since it was copied is the likelier reason
         raise

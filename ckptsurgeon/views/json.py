@@ -277,6 +277,7 @@ def report(found: Report) -> dict[str, Any]:
         "target": found.target,
         "output": found.output,
         "bytes": found.nbytes,
+        "files": [{"name": name, "bytes": nbytes} for name, nbytes in found.files],
         "transferred": list(found.transferred),
         "adapted": list(found.adapted),
         "partial": list(found.partial),

@@ -305,7 +305,7 @@ def test_paths_that_no_file_can_have(base, path) -> None:
     for call in calls:
         with pytest.raises(CheckpointError):
             call(path)
-    if path != Path("folder/missing"):
+    if path not in (Path("folder"), Path("folder/missing")):  # shards are written into an empty folder
         with pytest.raises(CheckpointError):
             cs.merge("a.pt", None, path, format="torch")
     assert path == Path("folder") or not cs.check(path).ok

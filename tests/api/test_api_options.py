@@ -17,7 +17,7 @@ from ckptsurgeon.errors import ModelError, PlanError, RuleError
 CLASSES = (RuleOptions, OutputOptions, TrainingOptions, GroupOptions)
 # By verb, the kinds of options that it collects, and the keywords that are its own.
 COLLECTED = {
-    "plan": ((RuleOptions,), {"full"}),
+    "plan": ((RuleOptions,), {"full", "max_shard_size"}),
     "merge": ((RuleOptions, OutputOptions, TrainingOptions), set()),
     "apply": ((OutputOptions,), set()),
     "transfer": ((RuleOptions, TrainingOptions), set()),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +76,13 @@ def test_a_copy_that_goes_wrong(bug: Copy, suffix: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_two_tensors_in_each_others_place(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = applying._layout
-    monkeypatch.setattr(applying, "_layout", lambda *arguments: swaps(real(*arguments)))
+    real = applying._files
+
+    def swapped(*arguments: Any) -> Any:
+        files, texts = real(*arguments)
+        return [replace(file, layout=swaps(file.layout)) for file in files], texts
+
+    monkeypatch.setattr(applying, "_files", swapped)
     with pytest.raises(VerificationError) as caught:
         run(tmp_path, suffix)
     assert caught.value.problems == ("a: its bytes differ", "b: its bytes differ")
@@ -99,8 +106,6 @@ def test_made_values_that_are_written_wrong(dtype: str | None, tmp_path: Path, m
 
 @pytest.mark.parametrize("bug", ["lost", "added", "renamed", "another shape", "another dtype"])
 def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     real = safetensors.lay_out
 
     def wrong(tensors, metadata):  # type: ignore[no-untyped-def]
@@ -116,7 +121,8 @@ def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monke
 
     monkeypatch.setattr(safetensors, "lay_out", wrong)
     if bug in ("lost", "added"):  # the slots' numbers no longer fit: keep them in step
-        monkeypatch.setattr(applying, "write", lambda run, layout, tensors, temporary, proof: os.pwrite(temporary.fd, filled(layout), 0))
+        monkeypatch.setattr(applying, "begin", lambda run, file, temporary, proof: os.pwrite(temporary.fd, filled(file.layout), 0))
+        monkeypatch.setattr(applying, "finish", lambda run, file, temporary: None)
     with pytest.raises(VerificationError) as caught:
         run(tmp_path, ".safetensors")
     assert any(problem.startswith(("a: ", "z: ")) for problem in caught.value.problems)

@@ -55,7 +55,7 @@ def command(
         from ckptsurgeon.api._writing import refuse_idle_writing
 
         deciding = vars(collect(RuleOptions, {**choices, "rules": rules}))
-        made = api.plan(sources, target, note=note, **deciding)
+        made = api.plan(sources, target, note=note, max_shard_size=choices["max_shard_size"], **deciding)
         refuse_idle_writing(made, collect(OutputOptions, choices), collect(TrainingOptions, choices), written=False)
         show.result(made)
         return 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", metavar="PLAN.JSON", help="Where to write the plan.")
 @click.option("--full", is_flag=True, help="Digest all data, so that apply notices any change; reads whole files.")
 @options.overwrite
+@options.max_shard_size
 @options.limit
 @options.shown
 @options.ordered_rules

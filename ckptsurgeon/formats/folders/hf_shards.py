@@ -53,9 +53,10 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
             raise FormatError(f"is in the shard {name}, where the index does not have it", path=file.path, key=unlisted)
     tensors: dict[str, TensorMeta] = {}
     for key, name in weight_map.items():
-        if key not in shards[name].tensors:
+        if key in shards[name].tensors:
+            tensors[key] = shards[name].tensors[key]
+        elif key not in shards[name].entries:
             raise FormatError(f"is in the index, but not in its shard {name}", path=file.path, key=key)
-        tensors[key] = shards[name].tensors[key]
     metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
     entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
     formats = [named(archive.format) for archive in archives.values()]
@@ -72,7 +73,7 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         files=tuple(stamps),
         state_dicts=(StateDict("", tensors, entries, metadata),),
         globals=tuple(dict.fromkeys(name for archive in archives.values() for name in archive.globals)),
-        metadata=next(iter(archives.values())).metadata,
+        metadata={key: text for archive in reversed(archives.values()) for key, text in archive.metadata.items()},
         provenance=next((archive.provenance for archive in archives.values() if archive.provenance), None),
         part=next((archive.part for archive in archives.values() if archive.part), None),
         notes=tuple(dict.fromkeys(note for archive in archives.values() for note in archive.notes)),

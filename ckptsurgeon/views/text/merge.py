@@ -33,7 +33,8 @@ from ckptsurgeon.views.text.words import coverage as coverage_words
 def report(found: Report, verbose: bool = False, width: int | None = None) -> str:
     """What a merge, an apply or a transfer did."""
     most = most_rows(verbose)
-    where = f"Wrote {name(found.output)} ({rounded(found.nbytes)})" if found.output else f"Transferred into {name(found.target)}"
+    many = f" in {len(found.files)} files" if len(found.files) > 1 else ""
+    where = f"Wrote {name(found.output)} ({rounded(found.nbytes)}{many})" if found.output else f"Transferred into {name(found.target)}"
     lines = [f"{where}: coverage {coverage_words(found.coverage)}"]
     if any(found.roots) or (found.output and (found.target or len(found.sources) > 1)):
         lines.append(f"  {_sources(found)}{f' → {name(found.target)}' if found.target else ''}")

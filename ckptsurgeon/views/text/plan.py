@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ckptsurgeon.planning.plan import Plan, Step
+from ckptsurgeon.sizes import exact
 from ckptsurgeon.views.text.words import coverage as coverage_words
 from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys, listing, most_rows, name, shape, table
 
@@ -70,4 +71,5 @@ def summary(found: Plan) -> str:
     counts = Counter(step.action for step in found.steps)
     words = [f"{counts[action]} to {word}" for action, word in WORDS.items() if counts[action]]  # type: ignore[index]
     words += [f"{len(found.dropped)} to drop"] if found.dropped else []
-    return f"Plan: {', '.join(words) or 'nothing to do'}. Coverage {coverage_words(found.coverage)}."
+    shards = f" Shards of at most {exact(found.max_shard_size)}." if found.max_shard_size else ""
+    return f"Plan: {', '.join(words) or 'nothing to do'}. Coverage {coverage_words(found.coverage)}.{shards}"

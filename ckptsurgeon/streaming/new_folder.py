@@ -1,0 +1,313 @@
+"""An output folder that is whole or not there: written beside its place under a recognisable name, synced, and only then named.
+
+It does for a folder what `atomic` does for a file. A folder that is replaced changes places with the new one in one step where the system
+can do that, else by two renames, the first of which the next run takes back if the second never came. Only folders that hold nothing but
+a checkpoint's files are replaced. What an interrupted run has proven can be gone on with.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from ckptsurgeon.errors import CheckpointError, OutOfMemoryError, OutputError, StaleError, UnreadableError
+from ckptsurgeon.formats.folders.shards import is_checkpoint_file
+from ckptsurgeon.hints import shortened
+from ckptsurgeon.report import Cast
+from ckptsurgeon.storage import platform
+from ckptsurgeon.streaming import journal as journals
+from ckptsurgeon.streaming.atomic import (
+    Temporary,
+    create_locked,
+    head_of,
+    hidden_ones,
+    is_ours,
+    no_folder,
+    output_error,
+    real_path,
+    reword,
+    sync_home,
+    taken,
+)
+from ckptsurgeon.streaming.file_attributes import hand_over
+from ckptsurgeon.streaming.journal import Journal, Proven
+from ckptsurgeon.streaming.signals import undisturbed
+
+_JOURNAL, _NEW, _OLD = ".log", ".tmp", ".old"
+# After these, after what the system refuses, and after an interrupt, a run can go on; after any other error of ours nothing is kept.
+_GOES_ON = (UnreadableError, OutOfMemoryError)
+
+
+@dataclass(frozen=True)
+class NewFolder:
+    """A folder that is being written. `path` is good for readers until it takes its name, `mode` what files are made with; `lost` is
+    told as for a file."""
+
+    path: str
+    journal: Journal
+    mode: int
+    lost: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Temporary]:
+        """The file of that name in it, made where it is not there."""
+        path = os.path.join(self.path, name)
+        fd = platform.open_itself(path) if os.path.lexists(path) else platform.create(path, self.mode)
+        try:
+            yield Temporary(path, fd, self.lost)
+        finally:
+            os.close(fd)
+
+    def proven(self, name: str) -> Proven | None:
+        """What an interrupted run noted of a file that it had proven."""
+        return self.journal.rows.get(name)
+
+    def keep(self, name: str, made: Mapping[str, str], casts: Sequence[Cast]) -> None:
+        """Note a file as proven and synced, with the digests of what was made in it and what its casts lost."""
+        self.journal.add(name, Proven(made, tuple(casts)))
+
+
+def check_folder(path: str, overwrite: bool, resume: bool = False) -> str:
+    """The folder that will really be written. What a killed run left beside it is taken away, unless it is to be gone on with.
+
+    OutputError where a file stands there, or a folder with anything in it that may not be replaced.
+    """
+    real = real_path(path)
+    if not path:
+        raise OutputError("output='' is empty", hint="give the path of a folder to write")
+    home = os.path.dirname(real)
+    for journal in hidden_ones(_start(real), _JOURNAL):
+        with _locked(journal) as fd:
+            if fd is not None:
+                _take_back(journal, real)
+                if not resume:
+                    _clear(journal, real)
+    try:
+        names = sorted(os.listdir(real))
+    except FileNotFoundError:
+        if not os.path.isdir(home):
+            raise no_folder(path, home) from None
+        return real
+    except NotADirectoryError:
+        raise OutputError("is a file, and several files need a folder", path=path, hint="give the path of a folder") from None
+    except OSError as error:
+        raise output_error(path, error) from error
+    _refuse_others(path, real, names)
+    if names and not overwrite:
+        raise taken(path)
+    return real
+
+
+def _refuse_others(path: str, real: str, names: Sequence[str]) -> None:
+    others = [name for name in names if not is_checkpoint_file(name) or not stat.S_ISREG(os.lstat(os.path.join(real, name)).st_mode)]
+    if others:
+        words = "is a folder that would be replaced whole, and it holds what is no file of a checkpoint written there"
+        raise OutputError(words, path=path, problems=shortened(others), hint="choose a new folder, or move these elsewhere first")
+
+
+@contextmanager
+def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resume: bool = False) -> Iterator[NewFolder]:
+    """A folder that takes the name `path` when the block ends well. Otherwise nothing is left behind, or, after an interrupt or an error
+    of the machine's, what is proven until then, hidden, for `resume`.
+
+    Args:
+        task: the digest of all that decides what is written.
+        names: the files that it is to hold.
+
+    Raises:
+        OutputError: as `check_folder`, or the system refuses a write.
+        StaleError: what an interrupted run left is of another task.
+    """
+    real = check_folder(path, overwrite, resume)
+    opened = ExitStack()
+    journals_of_ours: list[str] = []  # noted before they are made: an interrupt can come in between
+    folder, named = None, False
+    try:
+        folder = _left(path, real, task, opened) if resume else None
+        folder = folder or _create(real, task, opened, journals_of_ours)
+        journals_of_ours = [folder.journal.path]
+        _remove_all_but(folder.path, folder.journal.rows)
+        try:
+            yield folder
+        except CheckpointError as error:
+            reword(error, folder.path, path)
+            raise
+        _remove_all_but(folder.path, names)
+        _hand_over(folder, real)
+        platform.sync_folder(folder.path)
+        with undisturbed():
+            _take_name(folder, real, path, overwrite)
+            named = True
+        sync_home(real, path)
+    except BaseException as error:
+        ended = output_error(path, error) if isinstance(error, OSError) else error
+        goes_on = not isinstance(error, CheckpointError) or isinstance(error, _GOES_ON)
+        if goes_on and not named and folder is not None and folder.journal.rows:
+            with undisturbed():
+                _remove_all_but(folder.path, folder.journal.rows)
+            journals_of_ours = []
+            _say(ended, f"{len(folder.journal.rows)} of its files are proven and kept: the same with resume=True goes on with them")
+        if ended is error:
+            raise
+        raise ended from error
+    finally:
+        with undisturbed():
+            for journal in journals_of_ours:
+                with suppress(OSError):
+                    _clear(journal, real)
+            with suppress(OSError):
+                opened.close()
+
+
+def _say(error: BaseException, words: str) -> None:
+    if isinstance(error, CheckpointError):
+        error.hint = f"{error.hint}; {words}" if error.hint else words
+    else:
+        error.add_note(words)
+
+
+def _start(real: str) -> str:
+    home, name = os.path.split(real)
+    return os.path.join(home, head_of(name))
+
+
+def _beside(journal: str) -> tuple[str, str]:
+    """The hidden folder of a journal, and where the one that is replaced stands between two renames."""
+    base = journal.removesuffix(_JOURNAL)
+    return base + _NEW, base + _OLD
+
+
+@contextmanager
+def _locked(journal: str) -> Iterator[int | None]:
+    """The descriptor of a journal that a run left which is no more; None where it still runs, or the file is none of ours."""
+    try:
+        fd = platform.open_itself(journal)
+    except OSError:
+        yield None
+        return
+    try:
+        try:
+            ours = is_ours(os.fstat(fd), journal)
+            if ours:
+                platform.lock_at_once(fd)
+        except OSError:
+            ours = False
+        yield fd if ours else None
+    finally:
+        os.close(fd)
+
+
+def _take_back(journal: str, real: str) -> None:
+    """Undo the first of two renames, where the second never came."""
+    new, old = _beside(journal)
+    if os.path.lexists(old) and os.path.lexists(new) and not os.path.lexists(real):
+        with suppress(OSError):
+            os.rename(old, real)
+
+
+def _clear(journal: str, real: str) -> None:
+    """Take a journal and its folder away; a folder that was replaced only where the new one has its name."""
+    _take_back(journal, real)
+    new, old = _beside(journal)
+    if os.path.lexists(old) and os.path.lexists(new):
+        return  # somebody has put another folder there meanwhile: it is not ours to say which is wanted
+    for hidden in (new, old):
+        _remove_all_but(hidden, ())
+        with suppress(OSError):
+            os.rmdir(hidden)
+    if not os.path.lexists(new) and not os.path.lexists(old):
+        with suppress(OSError):
+            os.unlink(journal)
+
+
+def _remove_all_but(folder: str, names: Container[str]) -> None:
+    """Take away what a hidden folder holds beside these files; it has no folders of its own."""
+    with suppress(OSError):
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or not platform.is_mine(found):
+            return
+        for name in os.listdir(folder):
+            if name not in names:
+                with suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
+
+
+def _left(path: str, real: str, task: str, opened: ExitStack) -> NewFolder | None:
+    """The hidden folder that an interrupted run of the same task left, with its journal; others that can't be gone on with are removed."""
+    for journal in hidden_ones(_start(real), _JOURNAL):
+        with ExitStack() as stack:
+            fd = stack.enter_context(_locked(journal))
+            if fd is None:
+                continue
+            found, (hidden, _) = journals.read(journal, fd), _beside(journal)
+            if found is None or not os.path.isdir(hidden) or os.lstat(hidden).st_ino != found.inode:
+                _clear(journal, real)
+                continue
+            if found.task != task:
+                words = "has beside it what an interrupted run left that wrote something else, by other inputs or options"
+                raise StaleError(words, path=path, hint="leave out resume=True to begin anew")
+            opened.push(stack.pop_all())
+            return NewFolder(hidden, found, _mode(real))
+    return None
+
+
+def _create(real: str, task: str, opened: ExitStack, tried: list[str]) -> NewFolder:
+    made = create_locked(_start(real), 0o600, tried, _JOURNAL)
+    opened.callback(os.close, made.fd)
+    hidden, _ = _beside(made.path)
+    mode = _mode(real)
+    os.mkdir(hidden, 0o777 if mode == 0o666 else 0o700)
+    journal = Journal(made.path, made.fd, task, os.lstat(hidden).st_ino)
+    journal.begin()
+    return NewFolder(hidden, journal, mode)
+
+
+def _mode(real: str) -> int:
+    """Permissions to write with: nobody but us sees, meanwhile, files that replace others, which may be less open than their modes say."""
+    return 0o600 if os.path.isdir(real) and os.listdir(real) else 0o666
+
+
+def _hand_over(folder: NewFolder, real: str) -> None:
+    """Give the new folder what the old one has beside its files, and the new files what the least open of the old ones has."""
+    if not os.path.isdir(real):
+        return
+    old = [os.path.join(real, name) for name in sorted(os.listdir(real))]
+    lost: list[str] = []
+    if old:
+        least = min(old, key=lambda path: stat.S_IMODE(os.stat(path).st_mode).bit_count())
+        for name in sorted(os.listdir(folder.path)):
+            with folder.opened(name) as file:
+                lost += hand_over(file.fd, file.path, least)
+    fd = platform.open_folder(folder.path)
+    if fd is not None:
+        try:
+            lost += hand_over(fd, folder.path, real)
+        finally:
+            os.close(fd)
+    folder.lost.extend(dict.fromkeys(lost))
+
+
+def _take_name(folder: NewFolder, real: str, path: str, overwrite: bool) -> None:
+    names = os.listdir(real) if os.path.isdir(real) else []
+    if not names or not overwrite:
+        try:
+            platform.rename_folder(folder.path, real)  # never over a folder that holds anything, nor over a file
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise taken(path) from error
+        return
+    _refuse_others(path, real, names)
+    if platform.exchange(folder.path, real):
+        return
+    _, old = _beside(folder.journal.path)
+    os.rename(real, old)
+    try:
+        os.rename(folder.path, real)
+    except BaseException:
+        os.rename(old, real)
+        raise
