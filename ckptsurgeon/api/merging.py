@@ -13,7 +13,6 @@ from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect, facts_of, refuse_idle, shard_size
 from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
-from ckptsurgeon.api._writing import carry_out, output_kind, refuse_idle_writing, refuse_output
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames, Words
 from ckptsurgeon.planning import planfile
@@ -235,6 +234,8 @@ def merge(
     """
     options, writing = collect(RuleOptions, locals()), collect(OutputOptions, locals())
     training = collect(TrainingOptions, locals())
+    from ckptsurgeon.api._writing import carry_out, output_kind, refuse_idle_writing, refuse_output
+
     output_kind(writing)
     ruling = gather(options, note=note)
     seen = _look(sources)
@@ -308,6 +309,8 @@ def apply(
     (8, 10)
     """
     writing = collect(OutputOptions, locals())
+    from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
+
     made = plan if isinstance(plan, Plan) else load_plan(plan)
     _gates.refuse_open(made, None if isinstance(plan, Plan) else os.fspath(plan))
     schemes = [scheme for step in made.steps for scheme in step.schemes]

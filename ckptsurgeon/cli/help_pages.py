@@ -20,7 +20,7 @@ GROUPS: dict[str, str] = {
     "What is checked": "against check.finite check.full max-size check.dtype allow",
     "Findings": "select ignore explain github",
     "Settings": "config no-config",
-    "Output": "output overwrite format tied provenance dry-run",
+    "Output": "output overwrite format max-shard-size resume tied provenance dry-run",
     "Optimizer state": "with-optimizer optimizer optimizer-names optimizer-root",
     "Proof": "verify device input finite full min-coverage strict exit-code",
     "Limits": "limit jobs",

@@ -38,8 +38,6 @@ from ckptsurgeon.streaming.journal import Journal, Proven
 from ckptsurgeon.streaming.signals import undisturbed
 
 _JOURNAL, _NEW, _OLD = ".log", ".tmp", ".old"
-# After these, after what the system refuses, and after an interrupt, a run can go on; after any other error of ours nothing is kept.
-_GOES_ON = (UnreadableError, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -127,33 +125,33 @@ def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resu
     journals_of_ours: list[str] = []  # noted before they are made: an interrupt can come in between
     folder, named = None, False
     try:
-        folder = _left(path, real, task, opened) if resume else None
-        folder = folder or _create(real, task, opened, journals_of_ours)
-        journals_of_ours = [folder.journal.path]
-        _remove_all_but(folder.path, folder.journal.rows)
         try:
+            folder = _left(path, real, task, opened) if resume else None
+            folder = folder or _create(real, task, opened, journals_of_ours)
+            journals_of_ours = [folder.journal.path]
+            _remove_all_but(folder.path, folder.journal.rows)
             yield folder
-        except CheckpointError as error:
-            reword(error, folder.path, path)
-            raise
-        _remove_all_but(folder.path, names)
-        _hand_over(folder, real)
-        platform.sync_folder(folder.path)
-        with undisturbed():
-            _take_name(folder, real, path, overwrite)
-            named = True
-        sync_home(real, path)
-    except BaseException as error:
-        ended = output_error(path, error) if isinstance(error, OSError) else error
-        goes_on = not isinstance(error, CheckpointError) or isinstance(error, _GOES_ON)
-        if goes_on and not named and folder is not None and folder.journal.rows:
+            _remove_all_but(folder.path, names)
+            _hand_over(folder, real)
+            platform.sync_folder(folder.path)
             with undisturbed():
-                _remove_all_but(folder.path, folder.journal.rows)
-            journals_of_ours = []
-            _say(ended, f"{len(folder.journal.rows)} of its files are proven and kept: the same with resume=True goes on with them")
-        if ended is error:
+                _take_name(folder, real, path, overwrite)
+                named = True
+            sync_home(real, path)
+        except BaseException as error:
+            if isinstance(error, CheckpointError) and folder is not None:
+                reword(error, folder.path, path)
+            if folder is not None and folder.journal.rows and not named and _goes_on(error):
+                with undisturbed():
+                    _remove_all_but(folder.path, folder.journal.rows)
+                journals_of_ours = []
+                _say(error, f"{len(folder.journal.rows)} of its files are proven and kept: the same with resume=True goes on with them")
             raise
-        raise ended from error
+    except OSError as error:
+        refused = output_error(path, error)
+        for words in getattr(error, "__notes__", ()):
+            _say(refused, words)
+        raise refused from error
     finally:
         with undisturbed():
             for journal in journals_of_ours:
@@ -161,6 +159,11 @@ def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resu
                     _clear(journal, real)
             with suppress(OSError):
                 opened.close()
+
+
+def _goes_on(error: BaseException) -> bool:
+    """Whether a run can go on after an error: an interrupt, or what the system refuses; nothing is kept after others of ours."""
+    return not isinstance(error, CheckpointError) or isinstance(error, (UnreadableError, OutOfMemoryError))
 
 
 def _say(error: BaseException, words: str) -> None:
