@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import checks
+import checks_dcp  # noqa: F401
 import checks_failing  # noqa: F401
 import checks_meta  # noqa: F401
 import checks_transfer  # noqa: F401
