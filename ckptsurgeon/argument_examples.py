@@ -77,4 +77,4 @@ EXAMPLES: dict[str, str] = {
     "weight_decay": "0.01",
     "what": "['fc1.*']",
 }
-CALLS = {"limits": "limits(pickle_bytes='2GiB', tensors=10_000_000)"}  # by verb, where the person names the parameters
+CALLS = {"limits": "limits(pickle_bytes='2GB', tensors=10_000_000)"}  # by verb, where the person names the parameters

@@ -213,7 +213,7 @@ NAMED: dict[str, Kind] = {
     "allow": _NAMES,
     "dtypes": _DTYPES,
     "inputs": Kind("a shape such as '1x3x32x32', or a list of them", _WORDS.fits),
-    "limits.bounds": Kind("a number, or text such as '2GiB'", _any(_is(int), _is_text)),
+    "limits.bounds": Kind("a number, or text such as '2GB'", _any(_is(int), _is_text)),
 }
 
 

@@ -208,7 +208,10 @@ def out_of_memory(error: BaseException, key: str | None = None) -> OutOfMemoryEr
     """Say that memory is short, and how much was asked for at once where `error` tells it."""
     found = _ASKED.search(str(error))
     asked = next(filter(None, found.groups()), "") if found else ""
-    words = f": {f'{int(asked):,} bytes' if asked.isdecimal() else asked} are asked for at once" if asked else ""
+    from ckptsurgeon.sizes import parsed, rounded
+
+    nbytes = parsed(asked)
+    words = f": {asked if nbytes is None else rounded(nbytes)} are asked for at once" if asked else ""
     return OutOfMemoryError(f"there is not enough memory for this{words}", key=key, hint="close other programs, or use a larger machine")
 
 

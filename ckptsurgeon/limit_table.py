@@ -15,7 +15,7 @@ from types import MappingProxyType
 from ckptsurgeon import sizes
 from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import CheckpointError, LimitError
-from ckptsurgeon.sizes import GIB, KIB, MIB
+from ckptsurgeon.sizes import GB, KB, MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +39,30 @@ class Limit:
 
 
 TABLE: tuple[Limit, ...] = (
-    Limit("pickle-bytes", GIB, "the pickle of a torch file"),
+    Limit("pickle-bytes", GB, "the pickle of a torch file"),
     Limit("pickle-steps", 200_000_000, "the opcodes of one pickle"),
     Limit("pickle-memo", 50_000_000, "the values that one pickle keeps to use again"),
-    Limit("pickle-copies", MIB, "what a pickle hands to constructors again and again", per_byte=1),
-    Limit("integer-bytes", 4 * KIB, "one integer of a pickle"),
+    Limit("pickle-copies", MB, "what a pickle hands to constructors again and again", per_byte=1),
+    Limit("integer-bytes", 4 * KB, "one integer of a pickle"),
     Limit("global-characters", 1000, "the name of a global that a pickle asks for"),
     Limit("nesting", 64, "containers within containers", most=150),  # some of what goes down there goes down by recursion
     Limit("tensors", 4_000_000, "the tensors of one file, or of all shards"),
     Limit("dense-keys", 20_000, "the keys of a torch file's state_dicts (torch writes some 100 bytes for each)", per_byte=1 / 40),
     Limit("containers", 100_000, "the dicts, lists and tuples of a torch file that have values of their own", per_byte=1 / 8),
     Limit("globals", 10_000, "the names that a pickle asks for beyond the allow-list"),
-    Limit("name-characters", MIB, "the dotted names of all values of a torch file", per_byte=4),
+    Limit("name-characters", MB, "the dotted names of all values of a torch file", per_byte=4),
     Limit("json-bytes", 100_000_000, "a safetensors header (as its own library has it), an index, a skeleton"),
     Limit("dcp-metadata-bytes", 64 * MIB, "the .metadata of torch.distributed.checkpoint, some 143 for each chunk of a tensor"),
     Limit("shards", 10_000, "the files that one index names"),
     Limit("zip-entries", 4_000_000, "the entries of a zip archive"),
-    Limit("zip-directory-bytes", GIB // 2, "the directory of a zip archive"),
-    Limit("inflated-bytes", MIB, "what a deflated pickle inflates to (here the bytes are the file's own)", per_byte=1),
-    Limit("view-bytes", GIB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
-    Limit("claimed-bytes", 16 * GIB, "what all tensors of a file, or of all shards, come to beyond the storages they are in", per_byte=16),
-    Limit("inflated-data-bytes", 16 * GIB, "what all deflated storages of a file inflate to (here the bytes are the file's)", per_byte=16),
-    Limit("extra-state-bytes", 64 * MIB, "one _extra_state"),
-    Limit("label-bytes", 64 * MIB, "a list of tokens or labels"),
-    Limit("toml-bytes", MIB, "a rules file, or the settings of a project"),
+    Limit("zip-directory-bytes", GB // 2, "the directory of a zip archive"),
+    Limit("inflated-bytes", MB, "what a deflated pickle inflates to (here the bytes are the file's own)", per_byte=1),
+    Limit("view-bytes", GB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
+    Limit("claimed-bytes", 16 * GB, "what all tensors of a file, or of all shards, come to beyond the storages they are in", per_byte=16),
+    Limit("inflated-data-bytes", 16 * GB, "what all deflated storages of a file inflate to (here the bytes are the file's)", per_byte=16),
+    Limit("extra-state-bytes", 64 * MB, "one _extra_state"),
+    Limit("label-bytes", 64 * MB, "a list of tokens or labels"),
+    Limit("toml-bytes", MB, "a rules file, or the settings of a project"),
     Limit("toml-nesting", 32, "what such a file nests, or the parts of one dotted key", most=150),
     Limit("toml-keys", 100_000, "the keys of such a file, dotted ones part by part, and the values in its lists"),
     Limit("choices", 200_000, "what all patterns of a call, or of one rules file, have to choose from: {a,b}, {0..11}"),
@@ -93,7 +93,7 @@ def limits(**bounds: int | str) -> Iterator[None]:
     """Read with other limits, for the time of a `with` block: larger for a file that is trusted, or smaller.
 
     Args:
-        bounds: limits by name (those of `--limit`, with `_`), as a number or as text such as `"2GiB"`.
+        bounds: limits by name (those of `--limit`, with `_`), as a number or as text such as `"2GB"`.
 
     Returns:
         A context manager.
@@ -103,7 +103,7 @@ def limits(**bounds: int | str) -> Iterator[None]:
         CheckpointError: there is no such limit, or the value is no amount.
 
     >>> from ckptsurgeon import open
-    >>> with limits(pickle_bytes="2GiB", tensors=10_000_000):
+    >>> with limits(pickle_bytes="2GB", tensors=10_000_000):
     ...     len(open("fixtures/net_params.pkl"))
     10
     """
@@ -130,8 +130,8 @@ def _bound(name: str, value: int | str) -> tuple[str, int]:
 def shown(limit: Limit, value: int) -> str:
     """A bound as a person writes it.
 
-    >>> shown(BY_NAME["pickle-bytes"], 1 << 31), shown(BY_NAME["tensors"], 1 << 10)
-    ('2GiB', '1024')
+    >>> shown(BY_NAME["pickle-bytes"], 2 * 10**9), shown(BY_NAME["tensors"], 1024)
+    ('2GB', '1024')
     """
     return sizes.exact(value) if limit.in_bytes else str(value)
 
@@ -140,12 +140,22 @@ def exceeded(name: str, reason: str, needed: int = 0, *, path: str | None = None
     """The error for what goes beyond a limit, with the flag that allows `needed`; where that is not known, four times as much as now."""
     limit = BY_NAME[name]
     needed = needed or allowed(name) * 4
-    wanted = min(1 << (needed - 1).bit_length(), limit.most)
+    wanted = min(_round_up(needed), limit.most)
     if wanted < needed and wanted <= allowed(name):
         return LimitError(reason, path=path, key=key, hint=f"this is beyond what the limit {name} can be raised to; do not trust the file")
     words = shown(limit, wanted)
     python = f"with ckptsurgeon.limits({name.replace('-', '_')}={words if words.isdecimal() else repr(words)})"
     return LimitError(reason, path=path, key=key, hint=f"where the file is trusted: --limit {name}={words} (in Python: {python})")
+
+
+def _round_up(number: int) -> int:
+    """The least of 1, 2, 5, 10, 20, 50 … that is no less.
+
+    >>> _round_up(1), _round_up(30), _round_up(1001)
+    (1, 50, 2000)
+    """
+    power = 10 ** (len(str(number)) - 1)
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 
 class Budget:
@@ -163,4 +173,4 @@ class Budget:
         if most is None:
             most = self.most[name] = allowed(name, self.nbytes)
         if spent > most:
-            raise exceeded(name, words.format(most), max(spent, most * 4), path=self.path)
+            raise exceeded(name, words.format(f"{most:,}"), max(spent, most * 4), path=self.path)

@@ -31,7 +31,7 @@ _CHILD = """
 import faulthandler, json, re, sys, time
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+    resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
 except (ImportError, ValueError, OSError):
     pass
 def answer(body, flags, keys):
@@ -42,7 +42,7 @@ def answer(body, flags, keys):
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         return [str(error)]
     except MemoryError:
-        return ["it needs more than 2 GiB of memory"]
+        return ["it needs more than 2 GB of memory"]
 for line in sys.stdin.buffer:
     seconds, *asked = json.loads(line.decode("utf-8", "surrogatepass"))
     began = time.perf_counter()

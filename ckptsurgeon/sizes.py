@@ -1,13 +1,15 @@
-"""Sizes in bytes: one table of units, by which they are read from a person and shown to one. `K M G T` are powers of 1000, `Ki Mi Gi Ti` of
-1024, as everywhere in this program; what is shown is in the latter and says so, so that it can be given back."""
+"""Sizes in bytes, and shares: how they are read from a person and shown to one. Pure text.
+
+`kB MB GB TB` are powers of 1000, as disks and Hugging Face count, and so is all that is shown. A person may also write `KiB MiB GiB TiB`.
+"""
 
 from __future__ import annotations
 
 import re
 
-KIB, MIB, GIB, TIB = (1 << bits for bits in (10, 20, 30, 40))
-UNITS: dict[str, int] = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
-SHOWN = ("KiB", "MiB", "GiB", "TiB")
+KB, MB, GB, TB = (10**power for power in (3, 6, 9, 12))
+SHOWN: dict[str, int] = {"kB": KB, "MB": MB, "GB": GB, "TB": TB}
+UNITS: dict[str, int] = {"": 1, "B": 1, **SHOWN, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _BY_NAME = {name.upper(): size for name, size in UNITS.items()} | {name.upper()[:-1]: size for name, size in UNITS.items() if size > 1}
 _SIZE = re.compile(r"(?P<whole>\d[\d_,]{0,30})(?:\.(?P<part>\d{1,30}))?\s*(?P<unit>[A-Za-z]*)", re.ASCII)
 
@@ -29,20 +31,29 @@ def parsed(text: str) -> int | None:
 def rounded(nbytes: float) -> str:
     """Bytes as a person reads them.
 
-    >>> rounded(1536), rounded(12), rounded(5 << 40)
-    ('1.5 KiB', '12 B', '5.0 TiB')
+    >>> rounded(1536), rounded(12), rounded(999_999), rounded(5 * 10**15)
+    ('1.5 kB', '12 B', '1.0 MB', '5,000.0 TB')
     """
-    if nbytes < KIB:
+    if nbytes < KB:
         return f"{nbytes:.0f} B"
-    unit = next((unit for unit in SHOWN if nbytes < UNITS[unit] * 1024), SHOWN[-1])
-    return f"{nbytes / UNITS[unit]:.1f} {unit}"
+    unit = next((unit for unit, size in SHOWN.items() if nbytes < size * 999.95), "TB")
+    return f"{nbytes / UNITS[unit]:,.1f} {unit}"
 
 
 def exact(nbytes: int) -> str:
     """Bytes as a person writes them, to the byte.
 
-    >>> exact(1 << 31), exact(5 * 10**9), exact(1025)
-    ('2GiB', '5GB', '1025')
+    >>> exact(2 * 10**9), exact(1 << 31), exact(1025)
+    ('2GB', '2GiB', '1025')
     """
     sizes = sorted((size, unit) for unit, size in UNITS.items() if size > 1)
     return next((f"{nbytes // size}{unit}" for size, unit in reversed(sizes) if nbytes >= size and not nbytes % size), str(nbytes))
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1, cut rather than rounded, so that only the whole is 100.0 %.
+
+    >>> percent(0.99999), percent(1)
+    ('99.9 %', '100.0 %')
+    """
+    return f"{int(share * 1000 + 1e-9) / 10:.1f} %"

@@ -13,6 +13,7 @@ from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.planning.plan_types import Step, way_to_look
 from ckptsurgeon.report import Finding
 from ckptsurgeon.rules.patterns import compile_pattern
+from ckptsurgeon.sizes import percent
 
 if TYPE_CHECKING:
     from ckptsurgeon.api._options import RuleOptions
@@ -59,7 +60,7 @@ def check(plan: Plan, options: RuleOptions) -> None:
     if min_coverage is not None and _explained(plan, opened) < min_coverage:
         from ckptsurgeon.views.text import words
 
-        raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {words.percent(min_coverage)} is asked for", path=path)
+        raise CoverageError(f"covers {words.coverage(plan.coverage)}, and {percent(min_coverage)} is asked for", path=path)
     if options.strict and plan.loose:
         more = len(plan.loose) - 20
         raise StrictError(

@@ -104,7 +104,7 @@ def load_plan(path: Path) -> Plan:
     with open_regular(os.fspath(path)) as file:
         _refuse_checkpoint(file)
         if file.size > (most := allowed("json-bytes")):
-            raise exceeded("json-bytes", f"is a file of {file.size} bytes, above the limit of {most}", file.size, path=os.fspath(path))
+            raise exceeded("json-bytes", f"is a file of {file.size:,} bytes, above the limit of {most:,}", file.size, path=os.fspath(path))
         return planfile.from_json(file.read(0, file.size), os.fspath(path))
 
 

@@ -45,8 +45,8 @@ def inspect(path: Path | BytesIO) -> Archive:
         CheckpointError: the file can't be read or is no checkpoint.
 
     >>> print(inspect("fixtures/net_params.pkl").to_text())  # doctest: +ELLIPSIS
-    fixtures/net_params.pkl: torch-legacy, 243.7 KiB
-      10 tensors, 62,006 elements, 242.2 KiB (10 F32)
+    fixtures/net_params.pkl: torch-legacy, 249.6 kB
+      10 tensors, 62,006 elements, 248.0 kB (10 F32)
         conv1.weight  F32  (6, 3, 5, 5)
     ...
     """

@@ -200,7 +200,7 @@ limit = click.option(
     metavar="NAME=VALUE",
     expose_value=False,
     callback=_raise_limits,
-    help="Read a trusted file beyond the limit that an error named: --limit pickle-bytes=2GiB.",
+    help="Read a trusted file beyond the limit that an error named: --limit pickle-bytes=2GB.",
 )
 root = click.option("--root", metavar="ROOT", help="Which nested dict of the checkpoint holds the state_dict.")
 rename = click.option(

@@ -52,7 +52,7 @@ def bounded(file: OpenFile, nbytes: int, what: str) -> int:
     """`nbytes`, where so much JSON may be read."""
     most = allowed("json-bytes")
     if nbytes > most:
-        raise exceeded("json-bytes", f"has {what} of {nbytes} bytes, above the limit of {most}", nbytes, path=file.path)
+        raise exceeded("json-bytes", f"has {what} of {nbytes:,} bytes, above the limit of {most:,}", nbytes, path=file.path)
     return nbytes
 
 

@@ -30,13 +30,13 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
 
     Raises:
         UnreadableError: there is no such file, it is no regular file, or it may not be read.
-        LimitError: it has more than 64 MiB.
+        LimitError: it has more than 64 MB.
         FormatError: it is neither form, has a token or a number twice, or numbers far beyond the count of its tokens.
     """
     name = os.fspath(path)
     with open_regular(name) as file:
         if file.size > (most := allowed("label-bytes")):
-            raise exceeded("label-bytes", f"is a list of {file.size} bytes, above the limit of {most}", file.size, path=name)
+            raise exceeded("label-bytes", f"is a list of {file.size:,} bytes, above the limit of {most:,}", file.size, path=name)
         raw = file.read(0, file.size).removeprefix(b"\xef\xbb\xbf")
     try:
         text = raw.decode("utf-8")

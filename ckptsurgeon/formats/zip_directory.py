@@ -56,7 +56,7 @@ def read_directory(file: OpenFile, *, cased: bool = False) -> Directory:
     start, size, count, end = _end_records(file)
     for name, value, what in (("zip-entries", count, "entries"), ("zip-directory-bytes", size, "bytes of directory")):
         if value > allowed(name):
-            raise exceeded(name, f"is a zip of {value} {what}, above the limit of {allowed(name)}", value, path=file.path)
+            raise exceeded(name, f"is a zip of {value:,} {what}, above the limit of {allowed(name):,}", value, path=file.path)
     raw = file.read(start, size)
     if start + size != end:
         raise _bad(file, "has bytes between its directory and its end record")

@@ -15,6 +15,7 @@ from ckptsurgeon.planning.quantised import scales_read
 from ckptsurgeon.planning.resolve import find_refused, find_unkept
 from ckptsurgeon.report import Coverage, Finding
 from ckptsurgeon.rules.loading_code import Taken
+from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import Checkpoint, find_overlaps
 
 LITTLE = 0.1  # of a target's elements; less is worth a warning
@@ -51,7 +52,7 @@ def little(coverage: Coverage, sources: Sequence[Checkpoint], look: str) -> list
     """
     if not coverage.counts[0] or coverage.elements >= LITTLE:
         return []
-    share = "less than 0.1 %" if coverage.elements < 0.001 else f"{coverage.elements:.1%}".replace("%", " %")
+    share = "less than 0.1 %" if coverage.elements < 0.001 else percent(coverage.elements)
     whose = sources[0].path if len(sources) == 1 else f"{len(sources)} sources"
     return [Finding("little", f"only {share} of the target's elements come from {whose}; see what is in the way: {look}", None, "warning")]
 

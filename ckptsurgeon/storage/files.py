@@ -61,7 +61,7 @@ class OpenFile(ABC):
     def truncated(self, needed: int) -> UnreadableError:
         """The error for a file that ends before byte `needed`."""
         return UnreadableError(
-            f"is truncated: it has {self.size} bytes and its header asks for at least {needed}",
+            f"is truncated: it has {self.size:,} bytes and its header asks for at least {needed:,}",
             path=self.path,
             hint="copy or download it again; an interrupted transfer leaves such files",
         )

@@ -120,7 +120,7 @@ def _fault(piece: Piece, size: int, whole: tuple[int, ...], shape: tuple[int, ..
     reach = 1 + sum((count - 1) * step for count, step in zip(piece.sizes, piece.stride, strict=True))
     bound = sizes[span.file] if span.packed is None else span.packed.size
     if min(piece.stride, default=0) < 0 or span.offset < 0 or reach * size > span.nbytes or span.offset + span.nbytes > bound:
-        return f"{_words(place, whole, shape)} reach out of {span.file}, which has {bound} bytes"
+        return f"{_words(place, whole, shape)} reach out of {span.file}, which has {bound:,} bytes"
     return None
 
 

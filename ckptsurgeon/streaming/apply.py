@@ -20,6 +20,7 @@ from ckptsurgeon.formats import registry
 from ckptsurgeon.formats.layout import WEIGHTS, Contents, OutFile, OutTensor
 from ckptsurgeon.planning.plan_types import Plan, Step, digest
 from ckptsurgeon.report import Cast, Finding
+from ckptsurgeon.sizes import rounded
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming.atomic import NewFile, lost, new_file, syncing
 from ckptsurgeon.streaming.checksums import checking, refuse, without
@@ -263,7 +264,7 @@ def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, st
     for tensor in tensors:
         kept = first.setdefault(tensor.storage, tensor.name)
         if kept != tensor.name and output.form.leaves_out_tied:
-            words = f"is tied to {kept} and written as a copy, which costs {tensor.nbytes} bytes (--tied alias writes one)"
+            words = f"is tied to {kept} and written as a copy, which costs {rounded(tensor.nbytes)} (--tied alias writes one)"
             findings.append(Finding("tied-copy", words, tensor.name, "note"))
     findings += [Finding("tied-alias", f"is tied to {kept} and written as its alias", key, "note") for key, kept in aliases.items()]
     return tuple(findings)

@@ -123,7 +123,7 @@ def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: 
             digest.update(part)
         position += memoryview(part).nbytes
     if position != slot.offset + slot.nbytes:
-        raise OutputError(f"got {position - slot.offset} bytes where the plan says {slot.nbytes}", key=tensor.name)
+        raise OutputError(f"got {position - slot.offset:,} bytes where the plan says {slot.nbytes:,}", key=tensor.name)
     run.digests[tensor.storage] = digest.hexdigest()
 
 

@@ -213,9 +213,9 @@ def test_what_is_marked_as_an_adapter_is_a_function() -> None:
 
 def test_limits_of_another_kind() -> None:
     for value in (None, 3.5, b"2GiB", [1]):
-        with pytest.raises(ArgumentError, match="pickle_bytes: takes a number, or text such as '2GiB'") as caught:
+        with pytest.raises(ArgumentError, match="pickle_bytes: takes a number, or text such as '2GB'") as caught:
             cs.limits(pickle_bytes=value)  # type: ignore[arg-type]
-        assert caught.value.hint == "limits(pickle_bytes='2GiB', tensors=10_000_000)"
+        assert caught.value.hint == "limits(pickle_bytes='2GB', tensors=10_000_000)"
 
 
 def test_arguments_that_changed_places(base) -> None:

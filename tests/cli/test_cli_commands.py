@@ -18,7 +18,7 @@ NET, VARIANT = "model:Net", "variants:NetVariant"
 def test_inspect(run):
     ended = run("inspect", "net_params.pkl")
     assert ended.code == 0 and ended.err == ""
-    assert "10 tensors, 62,006 elements, 242.2 KiB (10 F32)" in ended.out
+    assert "10 tensors, 62,006 elements, 248.0 kB (10 F32)" in ended.out
     assert "fc3.weight    F32  (10, 84)" in ended.out
 
 

@@ -56,7 +56,7 @@ def test_two_limits_at_once(run):
         ("tensors=", "'' is no amount"),
         ("tensors=0", "'0' is no amount"),
         ("tensors=-1", "'-1' is no amount"),
-        ("pickle-bytes=much", "such as 1GiB"),
+        ("pickle-bytes=much", "such as 1GB"),
         ("nesting=1000", "up to 150"),
     ],
 )

@@ -225,7 +225,7 @@ def test_a_deflated_pickle_may_not_inflate_without_measure(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("program", [b"\x8b\x01\x10\0\0" + bytes(4097), b"I" + b"0" * 4097 + b"\n", b"L" + b"1" * 4097 + b"L\n"])
 def test_integers_have_a_limit(program: bytes) -> None:
-    with pytest.raises(LimitError, match="409"):
+    with pytest.raises(LimitError, match="4,0"):
         run(b"\x80\x02" + program + b".")
 
 

@@ -48,7 +48,7 @@ def check(
         against: what each must fit: a model, a spec such as `"model:Net"`, a skeleton or a checkpoint.
         finite: NaN and infinite values are errors; needs torch.
         full: hold the data against the checksums of torch's zip format.
-        max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"5GiB"` (2³⁰).
+        max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"1.5GB"` (10⁹).
         dtypes: the expected ones, by any of their names (`F16`, `float16`, `torch.half`). Floating and complex tensors of others are found;
             integers and booleans only where one of their kind is expected.
         allow: the formats that may be, such as `safetensors` or `torch` (or only `torch-zip`); the error for another word lists all.

@@ -185,5 +185,5 @@ def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
     with Reader([checkpoint]) as reader:
         for key, tensor in checkpoint.items():
             if tensor.place is not None and (count := count_non_finite(watched(reader.parts(tensor)), tensor.dtype)):
-                yield Finding("CK401", f"has {count} values that are NaN or infinite", key)
+                yield Finding("CK401", f"has {count:,} values that are NaN or infinite", key)
         reader.check_unchanged()

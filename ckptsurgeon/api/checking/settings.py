@@ -151,5 +151,5 @@ def nbytes(value: Any) -> int:
         return value
     found = parsed(value) if isinstance(value, str) else None
     if found is None:
-        raise SettingsError(f"{value!r} is no size", key="--max-size", hint="write bytes, or a number with its unit: 500MB, 1.5GB, 5GiB")
+        raise SettingsError(f"{value!r} is no size", key="--max-size", hint="write bytes, or a number with its unit: 500MB, 1.5GB")
     return found

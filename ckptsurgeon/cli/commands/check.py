@@ -15,7 +15,7 @@ from ckptsurgeon.cli import options
 @click.option("--against", metavar="TARGET", help="What every file must fit: a skeleton (no torch needed), a model, a checkpoint.")
 @click.option("--finite/--no-finite", help="Report NaN and infinite values (needs torch).")
 @click.option("--full/--no-full", help="Compare the data with the checksums of torch's zip format; reads whole files.")
-@click.option("--max-size", metavar="SIZE", help="The largest size of a checkpoint: 500MB, 1.5GB, 5GiB.")
+@click.option("--max-size", metavar="SIZE", help="The largest size of a checkpoint: 500MB, 1.5GB.")
 @click.option(
     "--dtype", "dtypes", multiple=True, metavar="DTYPE,...", help="The dtypes that floating tensors may have: F16,BF16 or float16,bfloat16."
 )

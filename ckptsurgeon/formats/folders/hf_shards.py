@@ -38,7 +38,7 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     names = sorted(set(weight_map.values()))
     for limit, count, what in (("shards", len(names), "files"), ("tensors", len(weight_map), "tensors")):
         if count > allowed(limit):
-            raise exceeded(limit, f"is an index of {count} {what}, above the limit of {allowed(limit)}", count, path=file.path)
+            raise exceeded(limit, f"is an index of {count:,} {what}, above the limit of {allowed(limit):,}", count, path=file.path)
     archives: dict[str, Archive] = {}
     shards: dict[str, StateDict] = {}
     for name in names:

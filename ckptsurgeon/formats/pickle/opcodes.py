@@ -166,7 +166,7 @@ def _persistent_line(m: Machine) -> None:
 def _check_integer(length: int, what: str) -> None:
     most = allowed("integer-bytes")
     if length > most:
-        raise exceeded("integer-bytes", f"the pickle has an integer of {length} {what}, above the limit of {most}", length)
+        raise exceeded("integer-bytes", f"the pickle has an integer of {length:,} {what}, above the limit of {most:,}", length)
 
 
 def _long(size: int) -> Callable[[Machine], None]:

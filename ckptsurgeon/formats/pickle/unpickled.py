@@ -50,7 +50,7 @@ class Claims:
         stored = sum(self.stored.values())
         beyond, most = self.nbytes - stored, allowed("claimed-bytes", stored)
         if beyond > most:
-            words = f"has tensors of {self.nbytes} bytes together in storages of {stored}, above the limit of {most} beyond these"
+            words = f"has tensors of {self.nbytes:,} bytes together in storages of {stored:,}, above the limit of {most:,} beyond these"
             raise exceeded("claimed-bytes", words, beyond, path=path)
 
 
@@ -160,7 +160,7 @@ def written_out(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """torch's `_metadata`, where it may be written out: what is one shared dict in a pickle then stands there once for each path."""
     entries, most = sum(len(local) for local in metadata.values()), allowed("metadata-entries")
     if entries > most:
-        raise exceeded("metadata-entries", f"has a _metadata of {entries} entries, above the limit of {most}", entries)
+        raise exceeded("metadata-entries", f"has a _metadata of {entries:,} entries, above the limit of {most:,}", entries)
     return metadata
 
 
@@ -176,7 +176,7 @@ def tensor_meta(path: str, name: str, ref: TensorRef, locate: Locate, claims: Cl
     if ref.lazy:
         _refuse_unresolvable(path, name, ref)
     if nbytes > reach > 0 and nbytes > allowed("view-bytes"):
-        raise exceeded("view-bytes", f"repeats {reach} stored bytes into {nbytes}", nbytes, path=path, key=name)
+        raise exceeded("view-bytes", f"repeats {reach:,} stored bytes into {nbytes:,}", nbytes, path=path, key=name)
     span = whole
     if start or reach != whole.nbytes or ref.lazy:
         span = Span(whole.file, whole.offset + start, reach, whole.storage, whole.packed, whole.record, ref.lazy)
@@ -235,7 +235,7 @@ def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
         return refused, 0
     size = 8 + sum(size for _, size in children) + sum(len(key) for key in keys if type(key) is str)
     if size > (most := allowed("extra-state-bytes")):
-        return Refused(f"an _extra_state of more than {most} bytes (--limit extra-state-bytes={size} takes it)"), 0
+        return Refused(f"an _extra_state of more than {most:,} bytes (--limit extra-state-bytes={size} takes it)"), 0
     values = [child for child, _ in children]
     return dict(zip(keys, values, strict=True)) if kind is PickledDict else kind(values), size
 

@@ -112,10 +112,10 @@ def _check(file: OpenFile, entries: dict[str, Entry]) -> None:
         if name + _END in entries:
             raise FormatError(f"has the entries {name!r} and {name + _END!r}, which NumPy takes for one", path=file.path)
     if len(entries) > (most := allowed("tensors")):
-        raise exceeded("tensors", f"has {len(entries)} tensors, above the limit of {most}", len(entries), path=file.path)
+        raise exceeded("tensors", f"has {len(entries):,} tensors, above the limit of {most:,}", len(entries), path=file.path)
     inflated, most = sum(entry.size for entry in entries.values() if type(entry) is Packed), allowed("inflated-data-bytes", file.size)
     if inflated > most:
-        raise exceeded("inflated-data-bytes", f"inflates to {inflated} bytes, above the limit of {most}", inflated, path=file.path)
+        raise exceeded("inflated-data-bytes", f"inflates to {inflated:,} bytes, above the limit of {most:,}", inflated, path=file.path)
 
 
 def _raw_header(file: OpenFile, name: str, entry: Entry) -> bytes:
@@ -128,7 +128,7 @@ def _raw_header(file: OpenFile, name: str, entry: Entry) -> bytes:
         raise FormatError(f"is of version {raw[6]}.{raw[7]} of NumPy's format, which NumPy does not write", path=file.path, key=key)
     length = int.from_bytes(raw[8 : 8 + size], "little")
     if length > _LONGEST:
-        raise FormatError(f"has a header of {length} bytes, and NumPy reads {_LONGEST}", path=file.path, key=key)
+        raise FormatError(f"has a header of {length:,} bytes, and NumPy reads {_LONGEST:,}", path=file.path, key=key)
     length += 8 + size
     if length > len(raw):
         raw = _first(file, name, entry, length)
@@ -190,7 +190,7 @@ def _tensor(file: OpenFile, name: str, entry: Entry, header: _Header) -> TensorM
         raise _malformed(file, key)
     nbytes = prod(header.shape) * dtype.size
     if entry.size != header.length + nbytes:
-        raise FormatError(f"has {entry.size - header.length} bytes for the shape {header.shape} of {code}", path=file.path, key=key)
+        raise FormatError(f"has {entry.size - header.length:,} bytes for the shape {header.shape} of {code}", path=file.path, key=key)
     stride = contiguous_stride(header.shape[::-1])[::-1] if header.fortran else contiguous_stride(header.shape)
     if type(entry) is Packed:
         span = Span(file.path, header.length, nbytes, name, entry)

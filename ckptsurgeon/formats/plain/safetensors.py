@@ -81,7 +81,7 @@ def _row(pairs: list[tuple[str, Any]]) -> _Row | None:
 def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, TensorMeta]:
     path, size = file.path, file.size - data
     if len(header) > (most := allowed("tensors")):
-        raise exceeded("tensors", f"has {len(header)} tensors, above the limit of {most}", len(header), path=path)
+        raise exceeded("tensors", f"has {len(header):,} tensors, above the limit of {most:,}", len(header), path=path)
     shapes: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}  # with strides and elements: many are alike
     ordered, position = True, 0
     for name, info in header.items():
@@ -103,7 +103,7 @@ def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, Ten
     if not ordered:
         position = _position(path, header, data)
     if position != size:
-        raise FormatError(f"has {size - position} bytes after its last tensor", path=path)
+        raise FormatError(f"has {size - position:,} bytes after its last tensor", path=path)
     return header
 
 

@@ -49,7 +49,7 @@ def read(file: OpenFile) -> Archive:
     if not isinstance(rows, list):
         raise FormatError("is a skeleton without its list of tensors", path=file.path)
     if len(rows) > (most := allowed("tensors")):
-        raise exceeded("tensors", f"is a skeleton of {len(rows)} tensors, above the limit of {most}", len(rows), path=file.path)
+        raise exceeded("tensors", f"is a skeleton of {len(rows):,} tensors, above the limit of {most:,}", len(rows), path=file.path)
     for row in rows:
         meta = _tensor(file.path, row)
         if meta.name in tensors:

@@ -152,7 +152,7 @@ def _data_offsets(file: OpenFile, keys: Any, storages: dict[str, StorageRef], po
         if position > file.size:
             raise file.truncated(position)
     if position != file.size:
-        raise FormatError(f"has {file.size - position} bytes after its last storage")
+        raise FormatError(f"has {file.size - position:,} bytes after its last storage")
     return offsets
 
 

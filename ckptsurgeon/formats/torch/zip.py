@@ -79,7 +79,7 @@ def _read(file: OpenFile) -> _Read:
     pickle = content(file, "data.pkl", others["data.pkl"], "pickle-bytes")
     inflated, most = sum(entry.size for entry in entries.values() if type(entry) is Packed), allowed("inflated-data-bytes", file.size)
     if inflated > most:
-        raise exceeded("inflated-data-bytes", f"inflates to {inflated} bytes, above the limit of {most}", inflated, path=file.path)
+        raise exceeded("inflated-data-bytes", f"inflates to {inflated:,} bytes, above the limit of {most:,}", inflated, path=file.path)
     digest = sha256(b"%d\n" % file.size)
     digest.update(pickle)
     digest.update(directory.raw)
@@ -107,7 +107,7 @@ def _read(file: OpenFile) -> _Read:
 
 def _byteorder(file: OpenFile, entry: Entry) -> bytes:
     if entry.size > 16:
-        raise FormatError(f"has a byteorder of {entry.size} bytes, where torch writes one word", path=file.path)
+        raise FormatError(f"has a byteorder of {entry.size:,} bytes, where torch writes one word", path=file.path)
     return content(file, "byteorder", entry, "pickle-bytes")
 
 
@@ -118,7 +118,7 @@ def content(file: OpenFile, name: str, entry: Entry, limit: str) -> bytes:
         bounds["inflated-bytes"] = allowed("inflated-bytes", file.size)
     for bound, most in bounds.items():
         if entry.size > most:
-            raise exceeded(bound, f"has a {name} of {entry.size} bytes, above the limit of {most}", entry.size, path=file.path)
+            raise exceeded(bound, f"has a {name} of {entry.size:,} bytes, above the limit of {most:,}", entry.size, path=file.path)
     data = file.read(entry.offset, entry.nbytes)
     if isinstance(entry, Packed):
         data = b"".join(inflated([data], entry.size, file.path, name))
@@ -166,7 +166,7 @@ def _whole(path: str, storage: StorageRef, entry: Entry | None) -> Span:
     if entry is None:
         raise FormatError(f"lacks the record of its storage {storage.key!r}")
     if entry.size != nbytes:
-        raise FormatError(f"has a record of {entry.size} bytes for the storage {storage.key!r}, whose pickle says {nbytes}")
+        raise FormatError(f"has a record of {entry.size:,} bytes for the storage {storage.key!r}, whose pickle says {nbytes:,}")
     if isinstance(entry, Record):
         return Span(path, entry.offset, nbytes, storage.key, None, entry)
     return Span(path, 0, nbytes, storage.key, entry)

@@ -34,6 +34,7 @@ from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
 from ckptsurgeon.shown import Result
+from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
@@ -146,12 +147,13 @@ class Proposal(Matching, Result):
             rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
             return CoverageError(
                 f"{sum(not link.clear for link in self.links)} links are uncertain{rival}; "
-                f"what is certain explains {share:.1%} of either side",
+                f"what is certain explains {percent(share)} of either side",
                 path=self.source,
                 hint="quantised weights are codes: make values of them: dequantize=True" if codes else way,
             )
         return CoverageError(
-            f"has too little in common with {self.target}: links explain {share:.1%} of either side, and {least:.0%} is asked for",
+            f"has too little in common with {self.target}: links explain {percent(share)} of either side, "
+            f"and {percent(least)} is asked for",
             path=self.source,
             hint=f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}"
             + (f"; {less}" if less else ""),

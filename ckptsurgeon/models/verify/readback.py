@@ -34,7 +34,7 @@ def compare(key: str, meta: TensorMeta, value: torch.Tensor, given: BytesLike, f
     """
     size = memoryview(given).nbytes
     if size != meta.nbytes:
-        return [Finding("differs", f"our reader gives {size} bytes where the shape and dtype need {meta.nbytes}", key)]
+        return [Finding("differs", f"our reader gives {size:,} bytes where the shape and dtype need {meta.nbytes:,}", key)]
     code = BY_TORCH[str(value.dtype).removeprefix("torch.")].code
     return [*dtype_note(key, code, meta.dtype), *told(key, meta, differences(meta.dtype, value, given), finite)]
 
@@ -74,10 +74,10 @@ def told(key: str, meta: TensorMeta, found: Differences, finite: bool) -> list[F
     findings = []
     if found.first is not None:
         place = tuple(int(index) for index in torch.unravel_index(torch.tensor(found.first), meta.shape)) if meta.shape else ()
-        findings.append(Finding("differs", f"{found.wrong} of {found.elements} elements differ from the file, the first at {place}", key))
+        findings.append(Finding("differs", f"{found.wrong:,} of {found.elements:,} elements differ from the file, the first at {place}", key))
     if found.nans or found.infinities:
-        counts = " and ".join(f"{count} {word}" for count, word in ((found.nans, "NaN"), (found.infinities, "infinite")) if count)
-        message = f"has {counts} of {found.elements} values"
+        counts = " and ".join(f"{count:,} {word}" for count, word in ((found.nans, "NaN"), (found.infinities, "infinite")) if count)
+        message = f"has {counts} of {found.elements:,} values"
         findings.append(Finding("non-finite", message, key, "error" if finite else "warning"))
     return findings
 

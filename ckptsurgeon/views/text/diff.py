@@ -9,6 +9,7 @@ from ckptsurgeon.command import Command, InMemory, as_words, at_root
 from ckptsurgeon.planning.diff import Diff, Resize
 from ckptsurgeon.planning.prefixes.rivals import Way
 from ckptsurgeon.rules.rules import rule_options
+from ckptsurgeon.sizes import percent
 from ckptsurgeon.views.folding import fold, fold_siblings
 from ckptsurgeon.views.text.words import (
     chain,
@@ -22,7 +23,6 @@ from ckptsurgeon.views.text.words import (
     most_rows,
     name,
     next_step,
-    percent,
     quantised,
     shape,
     table,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import printable
 from ckptsurgeon.shown import Style, excerpt, joined, styled
+from ckptsurgeon.sizes import percent
 from ckptsurgeon.views.folding import fold, fold_siblings
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def of_several(message: str) -> str | None:
 
 def heading(word: str, number: int, words: str = "") -> str:
     """A counted heading; its words are said only of something."""
-    counted = f"  {word:<11} {number:>5}"
+    counted = f"  {word:<11} {number:>5,}"
     return styled(counted, STYLES.get(word) if number else "faint", 2) + ("   " + words if number and words else "")
 
 
@@ -303,8 +304,3 @@ def coverage(found: Coverage) -> str:
     '50.0 % of tensors, 99.9 % of elements'
     """
     return f"{percent(found.tensors)} of tensors, {percent(found.elements)} of elements"
-
-
-def percent(share: float) -> str:
-    """A share from 0 to 1, cut rather than rounded, so that only the whole is 100.0 %."""
-    return f"{int(share * 1000 + 1e-9) / 10:.1f} %"
