@@ -154,7 +154,7 @@ def _round_up(number: int) -> int:
     >>> _round_up(1), _round_up(30), _round_up(1001)
     (1, 50, 2000)
     """
-    power = 10 ** (len(str(number)) - 1)
+    power = int("1" + "0" * (len(str(number)) - 1))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 

@@ -1,22 +1,25 @@
-"""Folds keys that differ in numbers only: `layers.0.q.weight` … `layers.31.q.weight` become `layers.{0..31}.q.weight`. Pure text.
+"""Folds keys that differ in numbers or words: `layers.0.q.weight` … `layers.31.k.weight` become `layers.{0..31}.{q,k}.weight`. Pure text.
 
 Rule: what is folded is a pattern that matches these keys and no other, unless it is shortened: `{0,4,…,90: 31}` stands for 31 numbers.
-Only a number that reads back as itself folds: not `01`, not one of more than 18 digits, not one that is folded already.
+Only a number that reads back as itself folds: not `01`, not one of more than 18 digits, not one that is folded already. Words fold from the
+last segment to the second: a key's first name stays whole, so that a line stands for one part of the model.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ckptsurgeon.rules.patterns import MOST_CHOICES, listed, literal, written
+from ckptsurgeon.rules.patterns import MOST_CHOICES, listed, written
 
 _NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.|: )(0|[1-9][0-9]{0,17})(?![0-9])")
-_DOTS = re.compile(r"\\.|\{[^{}]*\}|(\.)", re.DOTALL)
 _MOST_LISTED = 8  # numbers and runs of them
-_WORD = re.compile(r"[A-Za-z0-9_]+")
+_MOST_WORDS = 8  # of one brace; more are several lines
+_MOST_ROWS = 5000  # left after the numbers, beyond which words are not folded: nobody reads them
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _MOST_NUMBERS = 16  # of one key; a model has a few, and each is looked at in turn
 _Table = dict[tuple[tuple[str, ...], Hashable], int]  # a key in pieces (text, number, text, …) and its common value: how many rows
 
@@ -30,12 +33,42 @@ class Folded:
     count: int
 
 
-def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
-    """Fold (key, common) rows; rows fold only when `common` is equal. In the order of each group's first row.
+_Piece = tuple[str, bool]  # a piece of a segment: its text, and whether it is a brace of folded numbers or words
+_Segments = tuple[tuple[_Piece, ...], ...]
+
+
+class Several(tuple[Hashable, ...]):
+    """What is said of each leaf of a line, where it is not the same of all."""
+
+
+def fold(rows: Iterable[tuple[str, Hashable]], alike: Callable[[Any], Hashable] | None = None) -> list[Folded]:
+    """Fold (key, common) rows by numbers, then by words; rows fold only when `common` is equal. In the order of each group's first row.
+
+    Args:
+        rows: keys, and what is said of each.
+        alike: what of `common` the leaves of one module (`weight`, `bias`) must agree in to share a line; the line's `common` is then
+            `Several`, one of each leaf. Without it they must be equal.
 
     >>> [row.key for row in fold([("h.0.w", 1), ("h.1.w", 1), ("h.2.w", 2), ("out.w", 1)])]
     ['h.{0..1}.w', 'h.2.w', 'out.w']
+    >>> [row.key for row in fold((f"a.{part}.{leaf}", 1) for part in "qkv" for leaf in ("weight", "bias"))]
+    ['a.{q,k,v}.{weight,bias}']
+    >>> fold([("fc.weight", "(2, 3)"), ("fc.bias", "(2,)")], lambda shape: "")
+    [Folded(key='fc.{weight,bias}', common=('(2, 3)', '(2,)'), count=2)]
     """
+    return _fold_words(_fold_numbers(rows), alike)
+
+
+def fold_keys(keys: Iterable[str]) -> list[str]:
+    """Fold bare keys, where nothing else is said of them.
+
+    >>> fold_keys(["fc.weight", "fc.bias", "h.0.w", "h.1.w"])
+    ['fc.{weight,bias}', 'h.{0..1}.w']
+    """
+    return [row.key for row in fold((key, ()) for key in keys)]
+
+
+def _fold_numbers(rows: Iterable[tuple[str, Hashable]]) -> _Table:
     # By the first number at once: what then is left to fold is little, where there are a million keys.
     alike: defaultdict[tuple[str, str | None, Hashable], list[str]] = defaultdict(list)
     find = _NUMBER.search
@@ -54,7 +87,7 @@ def fold(rows: Iterable[tuple[str, Hashable]]) -> list[Folded]:
     widest = max((len(parts) for parts, _ in table), default=0)
     for position in range(3, widest, 2):
         table = _fold_at(table, position)
-    return [Folded(_joined(parts), common, count) for (parts, common), count in table.items()]
+    return table
 
 
 def _as_often(numbers: list[str]) -> list[tuple[int, list[str]]]:
@@ -80,12 +113,6 @@ def _fold_at(table: _Table, position: int) -> _Table:
     return folded
 
 
-def _joined(parts: Sequence[str]) -> str:
-    """A key in pieces as a pattern where numbers of it are folded, else as it stands."""
-    numbers = parts[1::2]
-    return written(parts[::2], numbers) if any(number[0] == "{" for number in numbers if number) else "".join(parts)
-
-
 def _range(numbers: list[str]) -> str:
     """Numbers in braces: all by one step, or each run of three or more as its ends; of more than a few, the first two and the last.
 
@@ -101,30 +128,93 @@ def _range(numbers: list[str]) -> str:
     return f"{{{values[0]},{values[1]},…,{values[-1]}: {len(values)}}}"
 
 
-def fold_siblings(keys: Iterable[str]) -> list[str]:
-    """Fold bare keys by numbers, then by module, where nothing else is said of them.
+@dataclass(slots=True)
+class _Row:
+    segments: _Segments
+    common: Hashable
+    count: int
 
-    >>> fold_siblings(["fc.weight", "fc.bias", "h.0.w", "h.1.w"])
-    ['fc.{weight,bias}', 'h.{0..1}.w']
-    """
-    modules: dict[tuple[str, bool], list[str]] = {}
-    for row in fold((key, ()) for key in keys):
-        plain = row.count == 1
-        module, leaf = _split(row.key, plain)
-        modules.setdefault((module, plain), []).append(leaf)
-    folded = []
-    for (module, plain), leaves in modules.items():
-        words = [leaf for leaf in leaves if _WORD.fullmatch(leaf)] if module else []
-        if len(words) < 2:
-            words = []
+
+def _fold_words(table: _Table, alike: Callable[[Any], Hashable] | None) -> list[Folded]:
+    """Fold words segment by segment, from the last one to the second."""
+    rows = [_Row(_segments(parts), common, count) for (parts, common), count in table.items()]
+    if len(rows) > _MOST_ROWS:
+        return [Folded(_text(row.segments), row.common, row.count) for row in rows]
+    deepest = max((len(row.segments) for row in rows), default=0)
+    if alike is not None:
+        rows = _fold_segment(rows, 1, alike)
+    for from_the_end in range(1, deepest):
+        rows = _fold_segment(rows, from_the_end, lambda common: common)
+    return [Folded(_text(row.segments), row.common, row.count) for row in rows]
+
+
+def _fold_segment(rows: list[_Row], from_the_end: int, alike: Callable[[Any], Hashable]) -> list[_Row]:
+    """Fold the words of one segment of rows whose other segments are equal, and that stand for equally many keys."""
+    groups: dict[Hashable, list[_Row]] = {}
+    for place, row in enumerate(rows):
+        at = len(row.segments) - from_the_end
+        if at < 1 or _word(row.segments[at]) is None:
+            groups[place] = [row]
         else:
-            folded.append(f"{literal(module) if plain else module}.{{{','.join(words)}}}")
-        folded += [f"{module}.{leaf}" if module else leaf for leaf in leaves if leaf not in words]
-    return folded
+            rest = (row.segments[:at], row.segments[at + 1 :], row.count, alike(row.common))
+            groups.setdefault(rest, []).append(row)
+    return [row for group in groups.values() for row in (_joined(group, from_the_end) if len(group) > 1 else group)]
 
 
-def _split(key: str, plain: bool) -> tuple[str, str]:
-    """A key's module and last segment; where it is folded, not `plain`, a dot within braces divides nothing."""
-    dots = [found.start() for found in _DOTS.finditer(key) if found[1]] if not plain else [key.rfind(".")]
-    end = dots[-1] if dots else -1
-    return (key[:end], key[end + 1 :]) if end >= 0 else ("", key)
+def _joined(group: Sequence[_Row], from_the_end: int) -> list[_Row]:
+    """Rows of which one segment differs, as few rows as may be."""
+    rows: list[_Row] = []
+    for start in range(0, len(group), _MOST_WORDS):
+        some = group[start : start + _MOST_WORDS]
+        common = some[0].common if len({row.common for row in some}) == 1 else Several(row.common for row in some)
+        words = [_word(row.segments[-from_the_end]) for row in some]
+        if len(some) == 1 or len(set(words)) < len(words):  # a key that stands there twice
+            rows += some
+            continue
+        before, after = some[0].segments[:-from_the_end], some[0].segments[len(some[0].segments) - from_the_end + 1 :]
+        brace = (f"{{{','.join(map(str, words))}}}", True)
+        rows.append(_Row((*before, (brace,), *after), common, sum(row.count for row in some)))
+    return rows
+
+
+def _word(segment: tuple[_Piece, ...]) -> str | None:
+    """The segment where it is one word and nothing else; None for others."""
+    ((text, folded),) = segment if len(segment) == 1 else (("", True),)
+    return text if not folded and _WORD.fullmatch(text) else None
+
+
+def _segments(parts: Sequence[str]) -> _Segments:
+    """A key in pieces (text, number, text, …) by its dots; a number that is not folded is text."""
+    if len(parts) == 1:
+        return tuple(((segment, False),) for segment in parts[0].split("."))
+    segments: list[list[_Piece]] = [[]]
+    plain = ""
+    for place, part in enumerate(parts):
+        if place % 2 and part[:1] == "{":
+            segments[-1] += [(plain, False)] * bool(plain) + [(part, True)]
+            plain = ""
+            continue
+        first, *more = part.split(".") if place % 2 == 0 else [part]
+        plain += first
+        for text in more:
+            if plain or not segments[-1]:
+                segments[-1].append((plain, False))
+            segments.append([])
+            plain = text
+    if plain or not segments[-1]:
+        segments[-1].append((plain, False))
+    return tuple(map(tuple, segments))
+
+
+def _text(segments: _Segments) -> str:
+    """A key as a pattern where something of it is folded, else as it stands."""
+    texts, braces = [""], []
+    for place, segment in enumerate(segments):
+        texts[-1] += "." if place else ""
+        for text, folded in segment:
+            if folded:
+                braces.append(text)
+                texts.append("")
+            else:
+                texts[-1] += text
+    return written(texts, braces) if braces else texts[0]

@@ -55,7 +55,8 @@ def test_every_count_in_a_diff_reconciles_with_its_keys():
 def test_many_of_a_kind_are_counted():
     rows = [(f"key{chr(97 + n)}",) for n in range(20)]
     lines = table(rows, None, 12)
-    assert len(lines) == 13 and lines[-1] == "    … and 8 more (-v shows all)"
+    assert len(lines) == 13 and lines[9] == "    … 8 more (-v shows all)"
+    assert [line.strip() for line in (*lines[:9], *lines[10:])] == [f"key{letter}" for letter in "abcdefghirst"]
     assert len(table(rows[:13], None, 12)) == 13  # never a line that says that one line more is hidden
     assert len(table(rows, None, None)) == 20
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules.patterns import compile_pattern
-from ckptsurgeon.views.folding import fold, fold_siblings
+from ckptsurgeon.views.folding import Several, fold, fold_keys
 
 
 def folded(*keys):
@@ -18,7 +18,7 @@ def folded(*keys):
 
 def spread(text: str) -> list[str]:
     """The keys that a folded text stands for, of those of `segments`."""
-    pieces = re.split(r"\{([0-9.,]+)\}", text)
+    pieces = re.split(r"\{([0-9A-Za-z_.,]+)\}", text)
     choices = []
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
@@ -91,6 +91,15 @@ def test_folding_again_changes_nothing(given_keys):
     assert folded(*once) == once
 
 
+def test_leaves_of_a_module_share_a_line_where_they_agree_in_what_they_must():
+    said = {"w": ("F32", 4), "b": ("F32", 2), "n": ("I64", 1)}
+    rows = [(f"h.{i}.{part}.{leaf}", value) for i in range(2) for part in "qk" for leaf, value in said.items()]
+    found = [(row.key, row.common, row.count) for row in fold(rows, lambda common: common[0])]
+    assert found == [("h.{0..1}.{q,k}.{w,b}", Several((("F32", 4), ("F32", 2))), 8), ("h.{0..1}.{q,k}.n", ("I64", 1), 4)]
+    same = [(row.key, row.common) for row in fold([("n.w", 1), ("n.b", 1)], lambda _common: ())]
+    assert same == [("n.{w,b}", 1)]
+
+
 @given(st.lists(st.tuples(st.text(alphabet="ab0129.{},", max_size=8), st.sampled_from([1, 2])), max_size=30))
 def test_no_row_is_lost(rows):
     assert sum(row.count for row in fold(rows)) == len(rows)
@@ -107,10 +116,17 @@ def test_no_row_is_lost(rows):
         (["p.0a", "p.1a", "p.0b", "p.1b"], ["p.{0..1}a", "p.{0..1}b"]),
         (["a*.w", "a*.b", "a*.c d", "q.w"], ["a\\*.{w,b}", "a*.c d", "q.w"]),
         (["p.0.w", "p.2.w", "q.w"], ["p.{0,2}.w", "q.w"]),
+        ([f"h.{i}.self.{p}.{q}" for i in range(3) for p in "qkv" for q in "wb"], ["h.{0..2}.self.{q,k,v}.{w,b}"]),
+        (["m.q.w", "m.q.b", "m.k.w"], ["m.q.{w,b}", "m.k.w"]),
+        (["m.q.w", "m.k.w", "m.k.b", "n.k.w"], ["m.q.w", "m.k.{w,b}", "n.k.w"]),
+        (["a.w", "b.w"], ["a.w", "b.w"]),
+        (["m.01.w", "m.q.w", "m.k.w"], ["m.01.w", "m.{q,k}.w"]),
+        (["m.conv1.w", "m.conv2.w", "m.bn.w"], ["m.conv{1..2}.w", "m.bn.w"]),
+        ([f"m.{letter}" for letter in "abcdefghij"], ["m.{a,b,c,d,e,f,g,h}", "m.{i,j}"]),
     ],
 )
-def test_siblings_share_a_line(keys, lines):
-    assert fold_siblings(keys) == lines
+def test_words_share_a_line(keys, lines):
+    assert fold_keys(keys) == lines
 
 
 ODD = st.sampled_from(["a", "w", "*", "{0..1}", "{", "b}", "\\", "a+b", " ", "->", "/", ":x", "01"])
@@ -144,7 +160,7 @@ def test_a_folded_text_that_is_printed_whole_is_a_pattern_of_these_keys_alone(gi
 @given(odd_keys.map(lambda keys: [key for key in keys if "{0..1}" not in key]))
 def test_folded_siblings_are_patterns_too(given_keys):
     reached = []
-    for line in fold_siblings(given_keys):
+    for line in fold_keys(given_keys):
         if line in given_keys:
             reached.append(line)
         elif "…" in line:

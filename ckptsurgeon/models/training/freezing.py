@@ -21,7 +21,7 @@ from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.models.training.groups import FRESH, TRANSFERRED
 from ckptsurgeon.shown import Shown
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views.folding import fold_siblings
+from ckptsurgeon.views.folding import fold_keys
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -52,7 +52,7 @@ class Frozen(Shown):
             (f"{kept} {len(self.modules)}", self.modules),
             (f"trainable {len(self.trainable)} tensors", self.trainable),
         ]
-        return "\n".join(f"{head}: {printable(', '.join(fold_siblings(names)))}" for head, names in rows if names)
+        return "\n".join(f"{head}: {printable(', '.join(fold_keys(names)))}" for head, names in rows if names)
 
 
 def freeze(model: nn.Module, what: object, *, partial: str = FRESH) -> Frozen:

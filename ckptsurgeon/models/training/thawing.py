@@ -24,7 +24,7 @@ from ckptsurgeon.models.training.groups import NO_DECAY, check_decay, check_rate
 from ckptsurgeon.models.training.schedules import attach, check_schedulers, course
 from ckptsurgeon.parameter_types import NoDecay, Words
 from ckptsurgeon.shown import Shown
-from ckptsurgeon.views.folding import fold_siblings
+from ckptsurgeon.views.folding import fold_keys
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +44,7 @@ class Stage(Shown):
     keys: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.at}: {printable(self.name)}, lr {self.lr:g}: {printable(', '.join(fold_siblings(self.keys)))}"
+        return f"{self.at}: {printable(self.name)}, lr {self.lr:g}: {printable(', '.join(fold_keys(self.keys)))}"
 
 
 class Thaw:

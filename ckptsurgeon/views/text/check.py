@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.report import CheckReport, FileCheck, Finding, Settings, Verification
 from ckptsurgeon.shown import joined, styled
-from ckptsurgeon.views.folding import fold_siblings
+from ckptsurgeon.views.folding import fold_keys
 from ckptsurgeon.views.text.words import LEVELS, answer, count, findings, fitted, listing, most_rows, name, of_several, shape
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def verification(found: Verification, verbose: bool = False, width: int | None =
     lines += findings(shown, verbose, width)
     lines += [f"  forward pass: {name(place)} {shape(dims)}" for place, dims in found.outputs.items()]
     if found.fresh:
-        fresh = found.fresh if verbose else fold_siblings(found.fresh)
+        fresh = found.fresh if verbose else fold_keys(found.fresh)
         lines.append(f"  fresh on record: {listing(fresh, None if verbose else 8)}")
     return fitted(lines, width)
 
@@ -90,7 +90,7 @@ def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, s
 def about(keys: Sequence[str], message: str, most: int | None = 4) -> str:
     """What is said of which keys."""
     words = (of_several(message) or message) if len(keys) > 1 else message
-    return f"{f'{listing(fold_siblings(keys), most)}: ' if keys else ''}{name(words)}"
+    return f"{f'{listing(fold_keys(keys), most)}: ' if keys else ''}{name(words)}"
 
 
 def _file(found: FileCheck, verbose: bool) -> list[str]:

@@ -10,8 +10,9 @@ from ckptsurgeon.planning.diff import Diff, Resize
 from ckptsurgeon.planning.prefixes.rivals import Way
 from ckptsurgeon.rules.rules import rule_options
 from ckptsurgeon.sizes import percent
-from ckptsurgeon.views.folding import fold, fold_siblings
+from ckptsurgeon.views.folding import fold, fold_keys
 from ckptsurgeon.views.text.words import (
+    cells_of,
     chain,
     count,
     fitted,
@@ -87,7 +88,8 @@ def _with_shapes(under: str, found: Sequence[str], shapes: Mapping[str, Sequence
     rows = [(key, (shape(shapes[key]) if key in shapes else "",)) for key in found]
     if most is None:
         return table([(key, *cells) for key, cells in rows], width, None, under)
-    return folded(rows, width, most, under) if len(fold(rows)) <= most else keys(found, width, most, under)
+    lines = fold(rows, lambda _shape: ())
+    return table(cells_of(lines), width, most, under) if len(lines) <= most else keys(found, width, most, under)
 
 
 def _next(found: Diff, width: int | None) -> list[str]:
@@ -168,7 +170,7 @@ def _reaches(found: Diff) -> list[str]:
     def told(keys: Sequence[str]) -> list[str]:
         rows = [(key, sizes.get(key) or shapes.get(key)) for key in keys]
         sized = fold((key, f"{shape(row.source_shape)} → {shape(row.target_shape)}") for key, row in rows if row is not None)
-        return [*(f"{row.key} {row.common}" for row in sized), *fold_siblings(key for key, row in rows if row is None)]
+        return [*(f"{row.key} {row.common}" for row in sized), *fold_keys(key for key, row in rows if row is None)]
 
     lists = (("partly open", told(found.advice.partly)), ("open", told(found.advice.open)))
     rest = "".join(f"; {words}: {listing(left, OPEN)}" for words, left in lists if left)
@@ -181,7 +183,7 @@ def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
         return []
     lines = ["Another size:"]
     for one in sizes:
-        keys_ = listing(fold_siblings(offer.key for offer in one.offers), 2)
+        keys_ = listing(fold_keys(offer.key for offer in one.offers), 2)
         line, how = f"    {keys_}: {name(one.role)}", shlex.join(as_words(rule_options(one.rules)))
         if how and width is not None and len(line) + len(how) + 10 > width:
             lines += [f"{line};", f"        fits by {name(how)}"]

@@ -13,7 +13,8 @@ from ckptsurgeon.planning.training_places import lightning_average
 from ckptsurgeon.shown import styled
 from ckptsurgeon.sizes import rounded
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
-from ckptsurgeon.views.text.words import count, fitted, folded, keys, level_line, listing, most_rows, name, quantised, shape, table
+from ckptsurgeon.views.folding import fold
+from ckptsurgeon.views.text.words import cells_of, count, fitted, keys, level_line, listing, most_rows, name, quantised, shape, table
 
 ROWS = 40
 
@@ -61,11 +62,18 @@ def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, wid
     if tensors:
         cells = {(code, dims): (code, shape(dims)) for code, dims in alike}
         rows = ((key, cells[tensor.dtype, tensor.shape]) for key, tensor in found.tensors.items())
-        lines += table([(key, *cells) for key, cells in rows], width, None) if verbose else folded(rows, width, ROWS)
+        lines += table(
+            [(key, *cells) for key, cells in rows] if verbose else cells_of(fold(rows, dtype_of)), width, None if verbose else ROWS
+        )
         lines += [f"    tied, one tensor: {listing(group)}" for group in (found.ties or find_ties(found.tensors))[: most_rows(verbose)]]
     lines += quantised(find(found.tensors).values())
     refused = [(key, f"refused: {entry.reason}") for key, entry in found.entries.items() if isinstance(entry, Refused)]
     return lines + (table(refused, width, most_rows(verbose), "refused") if refused else [])
+
+
+def dtype_of(cells: tuple[str, str]) -> str:
+    """What the leaves of a module must agree in to share a line."""
+    return cells[0]
 
 
 def _provenance(record: Mapping[str, Any], verbose: bool, width: int | None) -> list[str]:

@@ -9,7 +9,7 @@ from ckptsurgeon.report import FRESH, CarriedState, Cast, Report
 from ckptsurgeon.shown import joined, styled
 from ckptsurgeon.sizes import rounded
 from ckptsurgeon.tensors import Checkpoint
-from ckptsurgeon.views.folding import fold_siblings
+from ckptsurgeon.views.folding import fold_keys
 from ckptsurgeon.views.text.check import proved
 from ckptsurgeon.views.text.words import (
     aligned,
@@ -125,7 +125,7 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
     cells = []
     for row in rows:
         decays = [f"{row['weight_decay']:g}" if row["weight_decay"] is not None else ""] if decay else []
-        params = list(row["params"]) if verbose else fold_siblings(row["params"])
+        params = list(row["params"]) if verbose else fold_keys(row["params"])
         cells.append([name(row["name"]), f"{row['lr']:g}", *decays, str(len(row["params"])), listing(params, None if verbose else 6)])
     head = [f"{header}  " for header in headers]
     before = sum(max(len(row[place]) for row in [head, *cells]) + 2 for place in range(len(head) - 1))

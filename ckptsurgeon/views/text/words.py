@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import printable
 from ckptsurgeon.shown import Style, excerpt, joined, styled
 from ckptsurgeon.sizes import percent
-from ckptsurgeon.views.folding import fold, fold_siblings
+from ckptsurgeon.views.folding import Folded, Several, fold, fold_keys
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.op import Op
@@ -147,18 +147,22 @@ def most_rows(verbose: bool) -> int | None:
 
 
 def table(rows: Iterable[Row], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
-    """Rows as aligned columns, indented; rows beyond `most` are counted. The last cell of a row that is too wide stands below.
+    """Rows as aligned columns, indented; of more than `most` the first and the last ones, with what is between them counted.
 
-    The first cell of each has the style of the heading that they stand under.
+    The last cell of a row that is too wide stands below. The first cell of each has the style of the heading that they stand under.
     """
     style = STYLES.get(under)
-    cells = [[name(cell) for cell in row] for row in rows]
-    shown = cells if most is None or len(cells) <= most + 1 else cells[:most]
-    lines = []
-    for line, head, row in zip(_indented(shown), _indented([row[:-1] for row in shown]), shown, strict=True):
-        told = [line] if width is None or len(line) <= width or len(row) == 1 else [head, f"        {row[-1]}"]
+    every = list(rows)
+    hidden = 0 if most is None or len(every) <= most + 1 else len(every) - most
+    head = len(every) - hidden - (len(every) - hidden) // 4 if hidden else len(every)
+    shown = [[name(cell) for cell in row] for row in (*every[:head], *every[head + hidden :])]
+    lines: list[str] = []
+    for place, (line, above, row) in enumerate(zip(_indented(shown), _indented([row[:-1] for row in shown]), shown, strict=True)):
+        told = [line] if width is None or len(line) <= width or len(row) == 1 else [above, f"        {row[-1]}"]
+        if hidden and place == head:
+            lines.append(styled(f"    … {hidden:,} more (-v shows all)", "faint", 4))
         lines += [styled(told[0], style, 4, 4 + len(row[0])), *told[1:]]
-    return lines + ([styled(f"    … and {len(cells) - len(shown)} more (-v shows all)", "faint", 4)] if len(cells) > len(shown) else [])
+    return lines
 
 
 def _indented(rows: Sequence[Row]) -> list[str]:
@@ -223,16 +227,25 @@ def broken(text: str, room: int) -> list[str]:
 
 def folded(rows: Iterable[tuple[str, tuple[str, ...]]], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
     """Keys with what is said of each, folded where the same is said; in the style of the heading that they stand under."""
-    return table([(row.key, *_cells(row.common)) for row in fold(rows)], width, most, under)
+    return table(cells_of(fold(rows)), width, most, under)
 
 
-def _cells(common: Hashable) -> tuple[str, ...]:
-    return common if isinstance(common, tuple) else (str(common),)
+def cells_of(rows: Iterable[Folded]) -> list[Row]:
+    """Folded rows as cells; where something else is said of each leaf, each cell lists what is said.
+
+    >>> cells_of(fold([("fc.weight", ("F32", "(2, 3)")), ("fc.bias", ("F32", "(2,)"))], lambda cells: cells[0]))
+    [('fc.{weight,bias}', 'F32', '(2, 3), (2,)')]
+    """
+    found: list[Row] = []
+    for row in rows:
+        every: Any = row.common if isinstance(row.common, Several) else [row.common]
+        found.append((row.key, *(", ".join(cells if len(set(cells)) > 1 else cells[:1]) for cells in zip(*every, strict=True))))
+    return found
 
 
 def keys(found: Iterable[str], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
     """Bare keys: folded, or, with `most` None, one a line; in the style of the heading that they stand under."""
-    return table([(key,) for key in (found if most is None else fold_siblings(found))], width, most, under)
+    return table([(key,) for key in (found if most is None else fold_keys(found))], width, most, under)
 
 
 def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list[str]:
