@@ -52,7 +52,7 @@ TABLE: tuple[Limit, ...] = (
     Limit("globals", 10_000, "the names that a pickle asks for beyond the allow-list"),
     Limit("name-characters", MB, "the dotted names of all values of a torch file", per_byte=4),
     Limit("json-bytes", 100_000_000, "a safetensors header (as its own library has it), an index, a skeleton"),
-    Limit("dcp-metadata-bytes", 64 * MIB, "the .metadata of torch.distributed.checkpoint, some 143 for each chunk of a tensor"),
+    Limit("dcp-metadata-bytes", 64 * MB, "the .metadata of torch.distributed.checkpoint, some 143 for each chunk of a tensor"),
     Limit("shards", 10_000, "the files that one index names"),
     Limit("zip-entries", 4_000_000, "the entries of a zip archive"),
     Limit("zip-directory-bytes", GB // 2, "the directory of a zip archive"),
