@@ -19,7 +19,8 @@ def test_inspect(run):
     ended = run("inspect", "net_params.pkl")
     assert ended.code == 0 and ended.err == ""
     assert "10 tensors, 62,006 elements, 248.0 kB (10 F32)" in ended.out
-    assert "fc3.weight    F32  (10, 84)" in ended.out
+    assert "    fc3.{weight,bias}    F32  (10, 84), (10,)\n" in ended.out
+    assert "    fc3.weight    F32  (10, 84)\n    fc3.bias      F32  (10,)\n" in run("inspect", "net_params.pkl", "-v").out
 
 
 def test_inspect_lists_every_root_and_shows_the_tensors_of_one(place, run):
@@ -27,9 +28,9 @@ def test_inspect_lists_every_root_and_shows_the_tensors_of_one(place, run):
     torch.save({"epoch": 3, "model": net, "ema": {key: value + 1 for key, value in net.items()}}, "train.pt")
     ended = run("inspect", "train.pt")
     assert "root model: 10 tensors" in ended.out and "root ema: 10 tensors" in ended.out and "epoch" in ended.out
-    assert "fc3.weight" not in ended.out and "--root" in ended.out
+    assert "fc3." not in ended.out and "--root" in ended.out
     one = run("inspect", "train.pt", "--root", "ema").out
-    assert "fc3.weight" in one and "root model" not in one
+    assert "fc3.{weight,bias}" in one and "root model" not in one
     found = run("inspect", "train.pt", "--root", "ema", "--json").json
     assert found["root"] == "ema" and [row["root"] for row in found["roots"]] == ["model", "ema"]
     assert run("inspect", "train.pt", "-v").out.count("fc3.weight") == 2

@@ -38,7 +38,7 @@ def test_a_transformer_is_told_on_one_screen_of_eighty_columns():
     for words in (compare(source, target).to_text(width=80), make_plan([source], target).to_text(width=80)):
         lines = words.splitlines()
         assert len(lines) <= 32 and max(map(len, lines)) <= 80, words
-        assert "model.layers.{80..95}.self_attn.q_proj.weight" in words
+        assert "model.layers.{80..95}.self_attn.{q_proj,k_proj,v_proj,o_proj}.weight" in words
     long = make_plan([source], target).to_text(verbose=True)
     assert all(f"model.layers.{n}.mlp.up_proj.weight" in long for n in range(96))
 

@@ -74,7 +74,9 @@ def told(key: str, meta: TensorMeta, found: Differences, finite: bool) -> list[F
     findings = []
     if found.first is not None:
         place = tuple(int(index) for index in torch.unravel_index(torch.tensor(found.first), meta.shape)) if meta.shape else ()
-        findings.append(Finding("differs", f"{found.wrong:,} of {found.elements:,} elements differ from the file, the first at {place}", key))
+        findings.append(
+            Finding("differs", f"{found.wrong:,} of {found.elements:,} elements differ from the file, the first at {place}", key)
+        )
     if found.nans or found.infinities:
         counts = " and ".join(f"{count:,} {word}" for count, word in ((found.nans, "NaN"), (found.infinities, "infinite")) if count)
         message = f"has {counts} of {found.elements:,} values"
