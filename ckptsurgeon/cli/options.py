@@ -81,6 +81,14 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 class Command(click.Command):
     """A command whose help begins with examples and groups its options, as the tables of `help_pages` say."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click parses, also where a shell asks what may come next."""
+        if ctx.resilient_parsing:
+            from ckptsurgeon.cli.completing import begin
+
+            args = begin(self, ctx, args)
+        return super().parse_args(ctx, args)
+
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, then what the command does."""
         from ckptsurgeon.cli.help_pages import write_examples
@@ -100,6 +108,8 @@ class RuleCommand(Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note the rules in the order in which click's own parser meets them, then parse as ever."""
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
         from ckptsurgeon.rules.rules import Rule
 
         args = as_is_of(args)
