@@ -41,6 +41,7 @@ COMMANDS = {
     "completion": "Print the script that completes words in bash, zsh or fish.",
     "help": "Show how a command is used.",
 }
+_NOT_IN_GUIDE = {"guide", "completion", "help"}  # of each other command `ckptsurgeon guide COMMAND` prints a page
 
 
 class Flow(click.Group):
@@ -76,6 +77,7 @@ class Flow(click.Group):
             return None
         command: click.Command = import_module(f"ckptsurgeon.cli.commands.{cmd_name}").command
         command.short_help = COMMANDS[cmd_name]
+        command.epilog = None if cmd_name in _NOT_IN_GUIDE else f"Read more: ckptsurgeon guide {cmd_name}"
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
@@ -109,7 +111,12 @@ class Flow(click.Group):
             raise
 
 
-@click.group(cls=Flow, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Flow,
+    invoke_without_command=True,
+    epilog="Read more: ckptsurgeon guide",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(VERSION, "-V", "--version", prog_name="ckptsurgeon")
 @color
 @debug

@@ -67,7 +67,10 @@ class Show:
         if self.json or self.width is None:
             self.answer(text, value)
         else:
-            click.echo_via_pager(text())
+            from ckptsurgeon.cli.colour import painted
+
+            colour = None if wanted(sys.stdout) else False  # click knows which pagers can show it
+            click.echo_via_pager(painted(text()), colour)
 
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.hints import without_slip
+from ckptsurgeon.shown import excerpt, joined, styled
 
 # By topic, in the order in which a person meets them, what its page is about. Each is a file `guide/TOPIC.md`.
 TOPICS: Mapping[str, str] = MappingProxyType(
@@ -75,6 +76,7 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "quantised": "convert",
         "safetensors": "convert",
         "check": "gate",
+        "skeleton": "gate",
         "ci": "gate",
         "pre-commit": "gate",
         "limits": "safety",
@@ -94,7 +96,7 @@ ALSO: Mapping[str, str] = MappingProxyType(
     }
 )
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)  # what the tests of a page need and no reader does
-_OUTSIDE = re.compile(r"^(?P<block>```(?s:.*?)^```$)|(?:^\|.+\|\n)+", re.MULTILINE)  # a block, which is left alone, or a table
+_PART = re.compile(r"(^```(?s:.*?)^```\n)|((?:^\|.+\|\n)+)|(.*\n)", re.MULTILINE)  # a block, a table, another line
 _LINK = re.compile(r"\[([^\]]+)\]\([\w-]+\.md(?:#[\w-]+)?\)")
 
 
@@ -126,15 +128,16 @@ def page(name: str, width: int | None = None) -> str:
     """A topic's page as Markdown, without its comments; of a link to another page the text is left.
 
     Args:
-        width: a terminal's columns, for which tables are laid out; None leaves them as Markdown.
+        width: a terminal's columns, for which tables are laid out and headings get a style; None leaves the Markdown alone.
     """
     text = (get_data("ckptsurgeon", f"guide/{name}.md") or b"").decode()
     text = _LINK.sub(r"\1", _COMMENT.sub("", text)).strip("\n")
-    return (
-        text
-        if width is None
-        else _OUTSIDE.sub(lambda part: part[0] if part["block"] else _laid_out(part[0], width), text + "\n").rstrip("\n")
-    )
+    if width is None:
+        return text
+    parts = []
+    for block, table, other in _PART.findall(text + "\n"):
+        parts += [block, _laid_out(table, width) if table else "", styled(other, "strong" if other.startswith("#") else None)]
+    return excerpt(laid_out := joined(parts), 0, len(laid_out) - 1)
 
 
 def _laid_out(table: str, width: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from cli_support import PROGRAM
 from test_cli_schemas import fits
 
+from ckptsurgeon.cli.main import COMMANDS
 from ckptsurgeon.views import guide
 
 
@@ -51,6 +53,14 @@ def test_another_word_for_a_topic(run) -> None:
         assert run("guide", word.upper()).out == f"{guide.page(name)}\n"
 
 
+def test_the_help_of_a_command_leads_to_its_page(run) -> None:
+    for name in set(COMMANDS) - {"guide", "completion", "help"}:
+        last = run(name, "--help").out.splitlines()[-1].strip()
+        assert last == f"Read more: ckptsurgeon guide {name}"
+        assert f"ckptsurgeon {name}" in run("guide", name).out
+    assert run("--help").out.splitlines()[-1].strip() == "Read more: ckptsurgeon guide"
+
+
 def on_a_terminal(*words: str, **more: str) -> str:
     ours, its = pty.openpty()
     try:
@@ -76,3 +86,11 @@ def test_a_terminal_gets_a_page_by_the_pager(tmp_path: Path) -> None:
     assert on_a_terminal("guide", "json", PAGER=str(pager), COLUMNS="70") == f"paged\n{guide.page('json', 70)}\n"
     assert "paged" not in on_a_terminal("guide", PAGER=str(pager))
     assert "paged" not in on_a_terminal("guide", "patterns", "--json", PAGER=str(pager))
+
+
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("less") is None, reason="needs a pseudoterminal and less")
+def test_headings_are_bold_where_the_pager_can_show_it() -> None:
+    bold = "\x1b[1m# Patterns: which keys a rule means\x1b[0m"
+    less = {"PAGER": "less -F -X", "TERM": "xterm-256color", "LESS": "-R", "LINES": "500"}
+    assert bold in on_a_terminal("guide", "patterns", **less)
+    assert bold not in on_a_terminal("guide", "patterns", **less, NO_COLOR="1")
