@@ -265,7 +265,11 @@ def test_what_a_persons_code_prints_does_not_stand_in_the_data(place, program):
 def test_help_lists_the_commands_in_the_order_of_use(run):
     ended = run("--help")
     assert ended.code == 0 and ended.err == ""
-    names = [line.split()[0] for line in ended.out.split("Commands:")[1].strip().splitlines() if line.startswith("  ") or line]
+    names = [
+        line.split()[0]
+        for line in ended.out.split("Commands:")[1].partition("\n\n")[0].strip().splitlines()
+        if line.startswith("  ") or line
+    ]
     assert names == [*COMMANDS]
 
 
