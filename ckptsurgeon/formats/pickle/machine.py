@@ -14,6 +14,7 @@ from typing import Any
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.pickle.globals import construct
 from ckptsurgeon.formats.pickle.opcodes import RARE
+from ckptsurgeon.formats.pickle.records import Records
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
 from ckptsurgeon.formats.pickle.tensors import Extents, asked_for, tensors
 from ckptsurgeon.limit_table import allowed, exceeded
@@ -64,6 +65,7 @@ def _loop(m: Machine) -> Pickled:
     # Of values kept to use again only those are kept that may be asked for; of these there are few where there are very many.
     asked: set[bytes] | None = None
     extents: Extents = {}
+    records: Records | None = None
     few = len(data) <= steps  # so many opcodes can't be in it, however they are read
     # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
     try:
@@ -75,6 +77,8 @@ def _loop(m: Machine) -> Pickled:
             if op == 0x72:  # LONG_BINPUT
                 position += 4
                 place = data[position - 4 : position]
+                if m.skipped:
+                    raise m.two_ways()
                 if asked is None:
                     asked = asked_for(data, position)
                 if place in asked:
@@ -90,6 +94,8 @@ def _loop(m: Machine) -> Pickled:
                 stack.append(memo[data[position]])
                 position += 1
             elif op == 0x71:  # BINPUT
+                if m.skipped:
+                    raise m.two_ways()
                 memo[data[position]] = stack[-1]
                 position += 1
             elif op == 0x28:  # MARK
@@ -133,9 +139,9 @@ def _loop(m: Machine) -> Pickled:
                 stack.append(from_bytes(data[position - 4 : position], "little", signed=True))
             elif op == 0x94:  # MEMOIZE
                 if m.dropped:
-                    raise FormatError("the pickle counts the values that it keeps in two ways")
-                memo[len(memo)] = stack[-1]
-                if len(memo) > most:
+                    raise m.two_ways()
+                memo[len(memo) + m.skipped] = stack[-1]
+                if len(memo) + m.skipped > most:
                     raise m.full()
             elif op == 0x85:  # TUPLE1
                 stack[-1] = (stack[-1],)
@@ -153,6 +159,11 @@ def _loop(m: Machine) -> Pickled:
                 m.position, m.stack = position, stack
                 handler(m)
                 position, stack, frame = m.position, m.stack, m.frame
+                if op == 0x62 and few and not m.dropped and data[position : position + 1] in (b"h", b"j"):  # BUILD, and another like it
+                    records = records or Records(m, position)
+                    position = records.read(m, position, min(frame, len(data)), stack)
+                    if len(memo) + m.skipped > most:
+                        raise m.full()
         raise exceeded("pickle-steps", f"the pickle takes more than {steps} steps")
     finally:
         m.position = position

@@ -248,6 +248,8 @@ def _tuple3(m: Machine) -> None:
 
 
 def _put(m: Machine) -> None:
+    if m.skipped:
+        raise m.two_ways()
     m.memo[_place(m)] = m.stack[-1]
     if len(m.memo) > allowed("pickle-memo"):
         raise m.full()

@@ -42,7 +42,8 @@ class Machine:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.dropped = 0  # values that the pickle keeps to use again, and never asks for
+        self.dropped = 0  # values that the pickle keeps at places that it names, and never asks for
+        self.skipped = 0  # values that it keeps at the next place, and never asks for
         self.asked: dict[str, None] = {}
         self.globals: dict[tuple[str, str], Any] = {}
         self.budget = Budget(None, len(data))
@@ -55,6 +56,10 @@ class Machine:
         )
         name_globals(error, tuple(self.asked))
         return error
+
+    def two_ways(self) -> FormatError:
+        """The error for a pickle that keeps some values at places that it names and some at the next: readers count these differently."""
+        return FormatError("the pickle counts the values that it keeps in two ways")
 
     def full(self) -> LimitError:
         """The error for a memo of too many values."""
