@@ -43,6 +43,13 @@ def _never(_seen: object) -> bool:
 _DCP_FILE = re.compile(r".+\.distcp|(?:__\d+)?\.metadata")
 
 
+_DCP_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def _is_dcp_safetensors(name: str) -> bool:
+    return _DCP_SAFETENSORS.fullmatch(name) is not None
+
+
 def _is_dcp(name: str) -> bool:
     return _DCP_FILE.fullmatch(name) is not None
 
@@ -138,6 +145,7 @@ TABLE: tuple[Format, ...] = (
     Format("torch-shards", "folders.hf_shards", family="torch", index=True, official="torch"),
     Format("skeleton", "plain.skeleton", _is_json),
     Format("dcp", "folders.dcp", member=_is_dcp, joined=True, official="dcp"),
+    Format("dcp-safetensors", "folders.dcp_safetensors", family="safetensors", member=_is_dcp_safetensors, official="dcp-safetensors"),
     Format("npz", "plain.npz", _is_zip_of_arrays, official="numpy"),  # no suffix: most .npz files in a folder are no checkpoints
 )
 BY_NAME: Mapping[str, Format] = MappingProxyType({one.name: one for one in TABLE})

@@ -223,6 +223,32 @@ def test_it_is_verified_by_torchs_reading_of_every_blob(run: Callable[..., Any],
     assert run("merge", path, "net:Net", "-o", "o.safetensors").code == 0
 
 
+def test_torchs_safetensors_of_ranks(run: Callable[..., Any], folder: Callable[[str], str]) -> None:
+    """HuggingFaceStorageWriter's files: one folder, whose pieces make whole tensors."""
+    path = folder("hf2")
+    assert run("inspect", path, "--json").json["format"] == "dcp-safetensors" and "files of 2 ranks" in run("inspect", path).out
+    assert run("merge", path, "-o", "o.safetensors").code == 0 and run("check", path).code == 0
+    from safetensors.torch import load_file
+
+    found, whole = load_file("o.safetensors"), torch.arange(24.0).reshape(6, 4)
+    assert same(found["rows"], whole) and same(found["all"], torch.arange(6).to(torch.float8_e4m3fn)) and len(found) == 2
+    os.rename("hf2/shard-00001-model-00001-of-00001.safetensors", "first")
+    with pytest.raises(FormatError, match="rows 0 to 2 lie in no piece") as refused:
+        cs.open(path)
+    assert refused.value.key == "rows"
+    shutil.copy("hf2/shard-00002-model-00001-of-00001.safetensors", "hf2/shard-00003-model-00001-of-00001.safetensors")
+    os.rename("first", "hf2/shard-00001-model-00001-of-00001.safetensors")
+    with pytest.raises(FormatError, match="rows 3 to 5 lie in 2 pieces, in hf2/shard-00002"):
+        cs.open(path)
+
+
+def test_a_folder_of_two_checkpoints_is_refused(run: Callable[..., Any], folder: Callable[[str], str]) -> None:
+    path = folder("fsdp2")
+    run("merge", path, "-o", "fsdp2/model.safetensors")
+    ended = run("inspect", path)
+    assert ended.code == 2 and "holds two checkpoints" in ended.err and run("inspect", "fsdp2/model.safetensors").code == 0
+
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64]
 DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16]
 

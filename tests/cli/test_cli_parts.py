@@ -84,7 +84,6 @@ PARTS = {
     "dcp/.metadata": "dcp-metadata",
     "hf_ranks/shard-00001-model-00001-of-00001.safetensors": "dcp-safetensors",
     "hf_ranks/shard-00002-model-00001-of-00001.safetensors": "dcp-safetensors",
-    "hf_ranks": "dcp-safetensors-folder",
 }
 
 
@@ -156,9 +155,8 @@ def test_a_folder_of_runs_is_gone_through(run: Callable[..., Any], place: Path, 
     torch.save({"w": torch.ones(1)}, place / "runs" / "dcp" / "beside.pt")
     ended = run("check", "runs", "--json")
     bad = {file["path"] for file in ended.json["files"] if not file["ok"]}
-    shards = {f"runs/hf_ranks/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
-    assert bad == shards
-    assert {file["path"] for file in ended.json["files"]} == bad | {"runs/dcp", "runs/dcp/beside.pt", "runs/hf_whole"}
+    assert not bad
+    assert {file["path"] for file in ended.json["files"]} == {"runs/dcp", "runs/dcp/beside.pt", "runs/hf_ranks", "runs/hf_whole"}
 
 
 def command_of(run: Callable[..., Any], path: str) -> str:
@@ -174,25 +172,17 @@ def as_printed(command: str) -> None:
     subprocess.run(command, shell=True, check=True, capture_output=True, env={**os.environ, "PATH": path})
 
 
-@pytest.mark.parametrize("folder", ["dcp", "run 1's/dcp"])
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("folder", ["ranks", "run [1]'s/ranks"])
+@pytest.mark.parametrize("file", ["dcp/.metadata", "dcp/__0_0.distcp", "hf_ranks/shard-00002-model-00001-of-00001.safetensors"])
 def test_the_folder_is_given_by_the_command_that_is_printed(
     run: Callable[..., Any], place: Path, written: Path, folder: str, file: str
 ) -> None:
-    shutil.copytree(written / "dcp", place / folder)
-    words = shlex.split(command_of(run, os.path.join(folder, file)))
+    source, name = os.path.split(file)
+    shutil.copytree(written / source, place / folder)
+    words = shlex.split(command_of(run, os.path.join(folder, name)))
     assert words == ["ckptsurgeon", "inspect", folder]
     ended = run(*words[1:])
     assert ended.code == 0 and "fc.weight" in ended.out
-
-
-@pytest.mark.parametrize("file", ["shard-00002-model-00001-of-00001.safetensors", ""])
-def test_torch_joins_the_folder_of_the_command_that_is_printed(run: Callable[..., Any], place: Path, written: Path, file: str) -> None:
-    shutil.copytree(written / "hf_ranks", place / "run [1]'s")
-    as_printed(command_of(run, os.path.join("run [1]'s", file)))
-    (joined,) = (place / "OUT").glob("*.safetensors")
-    cs.merge(joined, None, place / "joined.pt")
-    assert torch.equal(torch.load(place / "joined.pt", weights_only=True)["fc.weight"], torch.arange(24.0).reshape(6, 4))
 
 
 ZERO_TO_FP32 = """

@@ -35,7 +35,8 @@ def saved(folder: Path) -> dict[str, Path]:
     for of_one, name in (("safetensors", "safetensors-shards"), ("torch-zip", "torch-shards")):
         files[name] = folder / f"{name}.index.json"
         files[name].write_text(f'{{"weight_map": {{"w": "{of_one}"}}}}')
-    files["dcp"] = Path(__file__).parent / "data/dcp/ranks2"
+    kept = Path(__file__).parent / "data/dcp"
+    files |= {"dcp": kept / "ranks2", "dcp-safetensors": kept / "hf2"}
     return files
 
 
@@ -54,7 +55,12 @@ def test_a_module_is_imported_only_for_a_file_that_is_its_own(tmp_path: Path) ->
     for name, path in saved(tmp_path).items():
         loaded = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.split()
         found = {module for module in modules if f"ckptsurgeon.formats.{module}" in loaded}
-        shard = {"safetensors-shards": "plain.safetensors", "torch-shards": "torch.zip", "dcp": "torch.zip"}.get(name)
+        shard = {
+            "safetensors-shards": "plain.safetensors",
+            "torch-shards": "torch.zip",
+            "dcp": "torch.zip",
+            "dcp-safetensors": "plain.safetensors",
+        }.get(name)
         json = {"folders.hf_shards"} if name == "skeleton" else set()  # which looks whether it is its own
         assert found == {registry.named(name).module, *([shard] if shard else []), *json}, name
 

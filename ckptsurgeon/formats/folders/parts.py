@@ -25,20 +25,14 @@ _GATHER = (
 )
 _MEGATRON = "the folder with all ranks' files holds the whole; Megatron's own tools/checkpoint/convert.py reads it"
 _DEEPSPEED = "the folder with all ranks' files holds the whole; DeepSpeed's own tools read it"
-_JOIN = (
-    "import glob, os, sys; from safetensors import safe_open; "
-    "from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files as join; "
-    "out = os.path.abspath(sys.argv[2]); os.makedirs(out); os.chdir(sys.argv[1]); "  # torch globs the folder's name
-    'join(".", out, {key: 1 for file in glob.glob("*.safetensors") for key in safe_open(file, "pt").keys()})'
-)
 # What makes a whole of the folder that holds it, what is in that folder, and how its files are called.
 _SAFETENSORS, _DISTCP = re.compile(r".+\.safetensors"), re.compile(r"\.metadata|.+\.distcp")
 _DCP = ("ckptsurgeon inspect FOLDER", re.compile(r"\.metadata"), _DISTCP)
-_CONSOLIDATE = (f"python -c {shlex.quote(_JOIN)} FOLDER OUT", _SAFETENSORS, _SAFETENSORS)
+_HF = ("ckptsurgeon inspect FOLDER", _SAFETENSORS, _SAFETENSORS)
 _ZERO = ("python -m deepspeed.utils.zero_to_fp32 FOLDER OUT", re.compile(r"latest|.+_optim_states\.pt"), re.compile(r".+_states\.pt"))
 _COMMANDS: Mapping[str, tuple[str, re.Pattern[str], re.Pattern[str]]] = {
     **dict.fromkeys(("distcp", "dcp-metadata"), _DCP),
-    **dict.fromkeys(("dcp-safetensors", "dcp-safetensors-folder"), _CONSOLIDATE),
+    "dcp-safetensors": _HF,
     **dict.fromkeys(("zero-model", "zero-optimizer", "zero-folder"), _ZERO),
 }
 
@@ -60,11 +54,6 @@ TABLE: Mapping[str, Part] = {
             "dcp-safetensors",
             "is one rank's file of torch.distributed.checkpoint (HuggingFaceStorageWriter): its tensors are pieces",
             _unplaced("dcp-safetensors"),
-        ),
-        Part(
-            "dcp-safetensors-folder",
-            "is a folder of torch.distributed.checkpoint (HuggingFaceStorageWriter): each rank's file holds pieces of tensors",
-            _unplaced("dcp-safetensors-folder"),
         ),
         Part(
             "distcp",
@@ -104,7 +93,6 @@ _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"layer_\d+-model_\d+-model_states\.pt"), "deepspeed-layer"),
     (re.compile(r"(?:model|optim)_world_size_(?!1_)\d+_rank_\d+\.pt"), "rank"),
 )
-_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _WHOLE = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors")
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d\d+(?:_\d{3})*")
 
@@ -202,8 +190,6 @@ def of_broken(file: OpenFile) -> Part | None:
 def of_folder(names: Iterable[str]) -> Part | None:
     """A folder in which a checkpoint lies in pieces, by the names in it."""
     every = list(names)
-    if any(map(_SHARD.fullmatch, every)):
-        return TABLE["dcp-safetensors-folder"]
     if "zero_to_fp32.py" in every or any(pattern.fullmatch(name) for name in every for pattern, _ in _NAMES[:3]):
         return TABLE["zero-folder"]
     return TABLE["megatron-folder"] if any(map(_MEGATRON_FOLDER.fullmatch, every)) else None

@@ -8,6 +8,7 @@ each holds is torch's. What these readers refuse is reported with their own word
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -64,7 +65,31 @@ def _dcp(path: str, root: str) -> Any:
     return nested(leaves, contents.paths)
 
 
-READERS: dict[str, Reader] = {"torch": _torch, "safetensors": _safetensors, "numpy": _numpy, "dcp": _dcp}  # by a format's `official`
+def _dcp_safetensors(path: str, _root: str) -> Any:
+    shape: dict[str, list[int]] = {}
+    pieces: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for name in filter(named("dcp-safetensors").member, os.listdir(path)):
+        with safetensors.safe_open(os.path.join(path, name), "pt") as file:
+            info = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for key in file.keys():  # noqa: SIM118
+                tensor, offsets = file.get_tensor(key), info[key]["saved_offsets"]
+                ends = [start + size for start, size in zip(offsets, tensor.shape, strict=True)]
+                shape[key] = list(map(max, shape.get(key, ends), ends))
+                pieces.setdefault(key, []).append((offsets, tensor))
+    whole = {key: torch.empty(shape[key], dtype=found[0][1].dtype) for key, found in pieces.items()}
+    for key, found in pieces.items():
+        for offsets, tensor in found:
+            whole[key][tuple(slice(start, start + size) for start, size in zip(offsets, tensor.shape, strict=True))] = tensor
+    return whole
+
+
+READERS: dict[str, Reader] = {
+    "torch": _torch,
+    "safetensors": _safetensors,
+    "numpy": _numpy,
+    "dcp": _dcp,
+    "dcp-safetensors": _dcp_safetensors,
+}  # by a format's `official`
 
 
 def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
