@@ -254,7 +254,7 @@ def unused_name(source: Checkpoint, target: Checkpoint) -> str:
     from ckptsurgeon.formats.registry import WRITTEN, named
 
     own, other = WRITTEN.get(named(source.format).word), WRITTEN["torch"]
-    chosen = own if own is not None and (own.pickled or not target.entries) else other
+    chosen = own if own is not None and own.suffixes and (own.pickled or not target.entries) else other
     names = (f"merged{number}{chosen.suffixes[0]}" for number in ("", *(f"-{number}" for number in range(2, 1000))))
     return next((name for name in names if not os.path.lexists(name)), f"merged{chosen.suffixes[0]}")
 

@@ -19,7 +19,7 @@ from ckptsurgeon.formats.registry import OUTPUTS, SUFFIXES, WRITTEN
 from ckptsurgeon.parameter_types import Path
 from ckptsurgeon.planning.plan import Plan
 from ckptsurgeon.report import Report, Verification
-from ckptsurgeon.streaming.apply import Output, Training
+from ckptsurgeon.streaming.apply import Output, Save, Training
 from ckptsurgeon.streaming.apply import apply as write_plan
 from ckptsurgeon.streaming.atomic import check_free, named, refuse_no_file
 from ckptsurgeon.streaming.step_values import Values
@@ -36,10 +36,10 @@ def output_format(output: Path, format: str | None = None) -> str:
     Args:
         output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`). A folder, or a
             path that ends in a slash, gets shards in Hugging Face's names, of safetensors where no format is named.
-        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
+        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`; `"dcp"` writes a folder of torch.distributed.checkpoint.
 
     Returns:
-        `"torch"` or `"safetensors"`.
+        `"torch"`, `"safetensors"` or `"dcp"`.
 
     Raises:
         OutputError: the suffix, or `format`, names neither.
@@ -65,33 +65,38 @@ def output_format(output: Path, format: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class OutputKind:
-    """The format of an output, and, where it is a folder, the most bytes of a file in it."""
+    """The format of an output, whether it is a folder, and the most bytes of a shard where shards are written."""
 
     format: str
+    is_folder: bool = False
     max_shard_size: int | None = None
 
 
 def output_kind(options: OutputOptions, planned: int | None = None) -> OutputKind:
-    """What is written: one file, or, into a folder, shards.
+    """What is written: one file, or into a folder shards, or what a format's own library writes there.
 
-    A folder is written where the path ends in a slash or is one already, and where a size of shards is chosen, now or in the plan.
+    A folder is written where the path ends in a slash or is one already, where a size of shards is chosen, now or in the plan, and for a
+    format that has no files.
 
     Args:
         planned: the size of shards that the plan has on record.
 
     Raises:
-        OutputError: as `output_format`; or shards are asked for, and the path names a file.
+        OutputError: as `output_format`; or a folder is to be written, and the path names a file.
     """
     path = os.fspath(options.output)
     size = options.shard_size or planned
-    if not _is_folder(path) and size is None:
+    saved = options.format is not None and output_format(path, options.format) == options.format and bool(WRITTEN[options.format].saved)
+    if not _is_folder(path) and size is None and not saved:
         return OutputKind(output_format(path, options.format))
     if not _is_folder(path) and (os.path.splitext(path)[1].lower() in OUTPUTS or os.path.isfile(path)):
-        words = "names a file, and with max_shard_size shards are written into a folder"
+        words = f"names a file, and {f'format={options.format!r}' if saved else 'max_shard_size'} writes a folder"
         raise OutputError(words, path=path, hint=f"-o {shlex.quote(os.path.splitext(path)[0] + '/')}")
+    if saved:
+        return OutputKind(output_format(path, options.format), True)
     from ckptsurgeon.formats.folders.shards import USUAL_SIZE
 
-    return OutputKind(output_format(path, options.format or "safetensors"), size or USUAL_SIZE)
+    return OutputKind(output_format(path, options.format or "safetensors"), True, size or USUAL_SIZE)
 
 
 def _is_folder(path: str) -> bool:
@@ -101,7 +106,7 @@ def _is_folder(path: str) -> bool:
 
 def refuse_output(options: OutputOptions, planned: int | None = None) -> None:
     """OutputError for a path that says no format, or where a file or folder is that is not to be replaced."""
-    if output_kind(options, planned).max_shard_size is None:
+    if not output_kind(options, planned).is_folder:
         check_free(os.fspath(options.output), options.overwrite)
     else:
         from ckptsurgeon.streaming.new_folder import check_folder
@@ -116,8 +121,8 @@ def refuse_idle_writing(made: Plan, options: OutputOptions, training: TrainingOp
         model=made.target is not None and made.target.kind == "model",
         verify=options.verify,
         leaves_out_tied=WRITTEN[kind.format].leaves_out_tied,
-        folder=kind.max_shard_size,
-        one_file=kind.max_shard_size is None,
+        shards=kind.max_shard_size,
+        one_file=not kind.is_folder,
         optimizer=training.written,
         written=written,
         output=options.output,
@@ -162,7 +167,8 @@ def carry_out(
         if finite and (not verification or around is not None):  # the model has shown the weights alone
             refuse_non_finite(path, how.path)
 
-    written = write_plan(made, found, wanted, how, values=_values(made, goal, own, how.format), verify=prove, training=around)
+    values = _values(made, goal, own, how.format)
+    written = write_plan(made, found, wanted, how, values=values, verify=prove, training=around, save=_saving(how))
     proof = verification[0] if verification else None
     return report_of(
         made,
@@ -174,6 +180,15 @@ def carry_out(
         proven=how.proof,
         verification=proof,
     )
+
+
+def _saving(how: Output) -> Save | None:
+    """What has a format's own library write it; None where we do."""
+    if not how.form.saved:
+        return None
+    from ckptsurgeon.models.sharded.save import save
+
+    return save
 
 
 def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:

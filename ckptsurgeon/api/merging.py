@@ -198,7 +198,7 @@ def merge(
         allow_cast: patterns of keys whose casts may overflow or truncate, and of quantised weights that may be taken as plain codes.
         min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
         strict: refuse missing, extra and mismatched keys that no rule names.
-        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
+        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`; `"dcp"` writes a folder of torch.distributed.checkpoint.
         max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
             10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
         resume: go on with the shards that an interrupted run of the same call has proven; each is held against its sources again.
@@ -282,7 +282,7 @@ def apply(
         plan: a plan, or the path of a plan.json.
         output: the file to write; its suffix says the format (`.pt .pth .pkl .bin .ckpt` for torch's zip, `.safetensors`). A folder, or a
             path that ends in a slash, gets shards in Hugging Face's names, of safetensors where no format is named.
-        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`.
+        format: `"torch"` or `"safetensors"`, whatever the suffix of `output`; `"dcp"` writes a folder of torch.distributed.checkpoint.
         max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
             10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
         resume: go on with the shards that an interrupted run of the same call has proven; each is held against its sources again.

@@ -66,6 +66,7 @@ class Format:
         family: what `--allow` and `--format` call it, together with its other versions and its shards; by itself its name.
         suffixes: how files of it are called. Files so called are checked in a folder, and an output's suffix says its format.
         writer: the module whose `layout_of(contents)` lays a new file out; `""` for a format that is only read.
+        saved: the files of a folder of it, where its own library writes them.
         in_folder: how a folder calls a file of it that is written there, with `{}` for which of several shards it is.
         shards: the format of several such files with an index; `""` where they can't be shards.
         member: whether a file of this name makes its folder one of it. `read(folder, names)` in its module reads such a folder, and
@@ -85,6 +86,7 @@ class Format:
     family: str = ""
     suffixes: tuple[str, ...] = ()
     writer: str = ""
+    saved: tuple[str, ...] = ()
     in_folder: str = ""
     shards: str = ""
     member: Callable[[str], bool] = _never
@@ -144,12 +146,12 @@ TABLE: tuple[Format, ...] = (
     Format("torch-legacy", "torch.legacy", _is_pickle, family="torch", shards="torch-shards", pickled=True, official="torch"),
     Format("torch-shards", "folders.hf_shards", family="torch", index=True, official="torch"),
     Format("skeleton", "plain.skeleton", _is_json),
-    Format("dcp", "folders.dcp", member=_is_dcp, joined=True, official="dcp"),
+    Format("dcp", "folders.dcp", member=_is_dcp, joined=True, saved=("__0_0.distcp", ".metadata"), official="dcp"),
     Format("dcp-safetensors", "folders.dcp_safetensors", family="safetensors", member=_is_dcp_safetensors, official="dcp-safetensors"),
     Format("npz", "plain.npz", _is_zip_of_arrays, official="numpy"),  # no suffix: most .npz files in a folder are no checkpoints
 )
 BY_NAME: Mapping[str, Format] = MappingProxyType({one.name: one for one in TABLE})
-WRITTEN: Mapping[str, Format] = MappingProxyType({one.word: one for one in TABLE if one.writer})  # by the names of --format
+WRITTEN: Mapping[str, Format] = MappingProxyType({one.word: one for one in TABLE if one.writer or one.saved})  # by the names of --format
 SUFFIXES: Mapping[str, Format] = MappingProxyType({suffix: one for one in TABLE for suffix in one.suffixes})
 
 OUTPUTS: Mapping[str, str] = MappingProxyType({suffix: one.word for suffix, one in SUFFIXES.items() if one.writer})  # what a suffix writes

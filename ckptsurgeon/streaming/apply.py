@@ -28,8 +28,8 @@ from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.step_values import Run, Values
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import refuse_losses, refused_losses, reported
-from ckptsurgeon.streaming.writing import begin, finish, made_in, prove_file, still_proven
-from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.streaming.writing import begin, finish, located, made_in, prove_file, scratch, still_proven
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.version import VERSION
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """How to write: the path, `torch` or `safetensors`, and the choices that a person has. `max_shard_size`, in bytes, is set where the
-    path is a folder."""
+    """How to write: the path, the format, and a person's choices. `max_shard_size`, in bytes, is set where shards are written."""
 
     path: str
     format: str
@@ -54,6 +53,15 @@ class Output:
     def form(self) -> registry.Format:
         """The format as the registry has it."""
         return registry.WRITTEN[self.format]
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the path is a folder's."""
+        return self.max_shard_size is not None or bool(self.form.saved)
+
+
+# Writes tensors, each in one span of a file, and values that are none into a folder.
+Save = Callable[[str, Sequence[TensorMeta], Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,9 @@ def apply(
     values: Values | None = None,
     verify: Callable[[str], None] | None = None,
     training: Training | None = None,
+    save: Save | None = None,
 ) -> Written:
-    """Write what `plan` says to `output.path`, with `training` as a training checkpoint.
+    """Write what `plan` says to `output.path`, with `training` as a training checkpoint, or by `save`, where a format's own library writes.
 
     `verify` gets the path of the proven temporary file and raises to stop it from taking its name. Raises CastError for casts that overflow
     or truncate and are not allowed by name, VerificationError when the file differs from the plan, OutputError when it can't be written.
@@ -104,10 +113,14 @@ def apply(
         if training is not None:  # each moment is its own: two that shared memory would be counted on twice
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
         tensors, aliases = tensors_of(plan, storages, alias=output.form.leaves_out_tied and output.tied == "alias")
-        files, index = _files(plan, tensors, aliases, entries, output, [*own, *entries], around)
+        if save is None:
+            files, index = _files(plan, tensors, aliases, entries, output, [*own, *entries], around)
+        else:
+            files, index = [scratch(run, tensors)], {}
+        names = output.form.saved or [*(file.name for file in files), *index]
         _refuse_part_of_source(output.path, checkpoints)
         resumed = []
-        with _new_place(output, [*(file.name for file in files), *index], _task(plan, checkpoints, output)) as place:
+        with _new_place(output, names, _task(plan, checkpoints, output)) as place:
             _write_texts(place, index)
             for file in files:
                 with place.opened(file.name) as temporary:
@@ -119,13 +132,17 @@ def apply(
                         if refused_losses(run.casts, plan.allow_cast):
                             continue  # nothing is copied any more; what else can't be cast is told with it
                         finish(run, file, temporary)
+                    written, where = file, temporary.path
+                    if save is not None:
+                        written, where = replace(file, tensors=tensors, entries=entries), place.path
+                        save(where, located(run, tensors, file, temporary.path), entries)
                     reader.check_unchanged()
                     with syncing(temporary):
                         if output.proof:
-                            left = [span for where, span in reader.entries().items() if where not in run.held]
+                            left = [span for entry, span in reader.entries().items() if entry not in run.held]
                             with checking(reader, left) as wrong:
                                 if file.name not in resumed:
-                                    prove_file(run, file, temporary.path, around)
+                                    prove_file(run, written, where, around)
                             if wrong:
                                 reader.check_unchanged()
                             refuse(wrong, checkpoints)
@@ -135,21 +152,23 @@ def apply(
                             if verify is not None:
                                 verify(place.path)
                     reader.check_unchanged()  # the proof has read the sources again
-                    if output.proof and file.name not in resumed:
+                    if output.proof and save is None and file.name not in resumed:
                         place.keep(file.name, *made_in(run, file))
             refuse_losses(run.casts, plan.allow_cast)
+            sizes = [(os.path.basename(output.path), files[0].layout.size)]
+            if output.is_folder:
+                sizes = [(name, os.path.getsize(os.path.join(place.path, name))) for name in names]
     found = [*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ())]
     if resumed:
         words = f"{len(resumed)} of {len(files)} shards were there from an interrupted run, and were held against the plan again"
         found.append(Finding("resumed", words, level="note"))
-    sizes = [(file.name or os.path.basename(output.path), file.layout.size) for file in files] + [(n, len(t)) for n, t in index.items()]
-    return Written(tuple(sizes), reported(run.casts), (*found, *lost(place.lost, bool(files[0].name))), len(own))
+    return Written(tuple(sizes), reported(run.casts), (*found, *lost(place.lost, output.is_folder)), len(own))
 
 
 @contextmanager
 def _new_place(output: Output, names: Sequence[str], task: str) -> Iterator[NewFile | NewFolder]:
     """Where the files of these names are written until the block ends well."""
-    if output.max_shard_size is None:
+    if not output.is_folder:
         with new_file(output.path, output.overwrite) as temporary:
             yield NewFile(temporary)
     else:
@@ -161,7 +180,7 @@ def _new_place(output: Output, names: Sequence[str], task: str) -> Iterator[NewF
 
 def _task(plan: Plan, checkpoints: Sequence[Checkpoint], output: Output) -> str:
     """The digest of all that decides what is written: the plan, its files as they are now, the options, and this program."""
-    stamps = [(file.path, file.size, file.mtime_ns, file.inode) for checkpoint in checkpoints for file in checkpoint.files]
+    stamps = [(file.size, file.mtime_ns, file.inode, file.device) for checkpoint in checkpoints for file in checkpoint.files]
     how = (output.format, output.max_shard_size, output.tied, output.provenance, VERSION)
     return sha256(repr((digest(plan), stamps, how)).encode()).hexdigest()
 
@@ -263,8 +282,12 @@ def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, st
     first: dict[int, str] = {}
     for tensor in tensors:
         kept = first.setdefault(tensor.storage, tensor.name)
-        if kept != tensor.name and output.form.leaves_out_tied:
-            words = f"is tied to {kept} and written as a copy, which costs {rounded(tensor.nbytes)} (--tied alias writes one)"
+        if kept != tensor.name and not output.form.pickled:
+            other = " (--tied alias writes one)" if output.form.leaves_out_tied else ""
+            words = f"is tied to {kept} and written as a copy, which costs {rounded(tensor.nbytes)}{other}"
             findings.append(Finding("tied-copy", words, tensor.name, "note"))
+    if output.form.saved and plan.fresh and output.provenance is not None:
+        words = "keeps no record of what is fresh: keep the plan, or this report, for the groups of an optimizer"
+        findings.append(Finding("no-record", f"a folder of {output.format} {words}", level="note"))
     findings += [Finding("tied-alias", f"is tied to {kept} and written as its alias", key, "note") for key, kept in aliases.items()]
     return tuple(findings)

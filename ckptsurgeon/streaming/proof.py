@@ -6,6 +6,7 @@ Copied tensors are compared byte for byte with their source, made ones by the SH
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -36,7 +37,7 @@ class Expected:
 
 
 def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any = WEIGHTS) -> None:
-    """Raises VerificationError, naming every key, when the file at `path` is not exactly what was to be written.
+    """Raises VerificationError, naming every key, when the file or folder at `path` is not exactly what was to be written.
 
     `around` is the value in which the state_dict stands.
     """
@@ -52,14 +53,15 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
     problems += [f"{name}: is in the file, and not in the plan" for name in tensors if name not in names]
     if repr(_plain(found.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
         problems.append("the values that are no tensors differ")
-    with open_regular(path) as file:
+    with ExitStack() as stack:
+        files = {stamp.path: stack.enter_context(open_regular(stamp.path)) for stamp in archive.files}
         for item in expected:
             tensor = tensors.get(item.name)
             if tensor is None:
                 continue
             if (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
                 problems.append(f"{item.name}: is {tensor.dtype} {tensor.shape}, not {item.dtype} {item.shape}")
-            elif not _same(file, tensor, item, reader):
+            elif not _same(files, tensor, item, reader):
                 problems.append(f"{item.name}: its bytes differ")
     if problems:
         raise VerificationError(
@@ -92,10 +94,11 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _same(file: OpenFile, tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
+def _same(files: Mapping[str, OpenFile], tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
     written = tuple(runs(tensor))
     if len(written) > 1 or not tensor.as_stored:
         return False  # every tensor is written in one piece
+    file = files[written[0].file] if written else next(iter(files.values()))
     position = written[0].offset if written else 0
     end = position + tensor.nbytes
     if item.ranges is not None:

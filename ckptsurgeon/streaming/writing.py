@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
-from ckptsurgeon.formats.layout import WEIGHTS, OutFile, OutTensor, Slot
+from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutFile, OutTensor, Slot
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.local import LocalFile
@@ -15,9 +15,13 @@ from ckptsurgeon.streaming.atomic import Temporary
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.step_values import Run
+from ckptsurgeon.tensors import Span, TensorMeta, contiguous_stride
 
 if TYPE_CHECKING:
     from ckptsurgeon.streaming.journal import Proven
+
+SCRATCH = ".scratch"
+_ALIGNED = 64
 
 
 def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool) -> None:
@@ -83,6 +87,41 @@ def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven) -
         return False
     run.casts.extend(known.casts)
     return True
+
+
+def scratch(run: Run, tensors: Sequence[OutTensor]) -> OutFile:
+    """A file of those tensors that do not lie in one span of a file of their own: made ones, and those put together of several ranges.
+
+    Keys that are one tensor in the target and come by different values are among them, so that they are found.
+    """
+    storage = {tensor.name: tensor.storage for tensor in tensors}
+    torn_ones = {key for group in run.plan.ties for key in group if len({storage[key] for key in group if key in storage}) > 1}
+    left = [tensor for tensor in tensors if tensor.name in torn_ones or _one_span(run, tensor) is None]
+    slots, position = [], 0
+    for index, tensor in enumerate(left):
+        slots.append(Slot(position, tensor.nbytes, index))
+        position += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+    return OutFile(SCRATCH, left, {}, Layout(tuple(slots), (), position))
+
+
+def _one_span(run: Run, tensor: OutTensor) -> Span | None:
+    """The span of a file on disk that a tensor is; None for any other."""
+    ranges = run.ranges(run.steps[tensor.name])
+    return ranges[0] if ranges is not None and len(ranges) == 1 and ranges[0].packed is None else None
+
+
+def located(run: Run, tensors: Sequence[OutTensor], file: OutFile, path: str) -> list[TensorMeta]:
+    """Where each tensor's bytes lie: in its source, or in the scratch file at `path`."""
+    slots = {file.tensors[slot.index].name: slot for slot in file.layout.slots}
+    found = []
+    for tensor in tensors:
+        slot, span = slots.get(tensor.name), None
+        if slot is not None:
+            span = Span(path, slot.offset, slot.nbytes, tensor.name)
+        elif (span := _one_span(run, tensor)) is not None:
+            run.reader.locate(span)  # opened as it was when its header was read
+        found.append(TensorMeta(tensor.name, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape), span))
+    return found
 
 
 def made_in(run: Run, file: OutFile) -> tuple[dict[str, str], list[Cast]]:

@@ -202,13 +202,13 @@ def test_a_training_checkpoint_is_one_file(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters())
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "in.pt")
-    with pytest.raises(SettingsError, match="shards hold weights alone"):
+    with pytest.raises(SettingsError, match="a folder gets weights alone"):
         cs.merge(tmp_path / "in.pt", torch.nn.Linear(2, 2), f"{tmp_path}/out/", with_optimizer=True, format="torch")
 
 
 def test_resume_is_for_folders_and_for_what_is_proven(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "in.pt")
-    with pytest.raises(SettingsError, match="one file is written"):
+    with pytest.raises(SettingsError, match="none are written"):
         cs.merge(tmp_path / "in.pt", None, tmp_path / "out.pt", resume=True)
     with pytest.raises(SettingsError, match="--no-verify proves none"):
         cs.merge(tmp_path / "in.pt", None, f"{tmp_path}/out/", resume=True, verify=False)

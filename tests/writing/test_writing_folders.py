@@ -303,8 +303,6 @@ def test_values_of_a_model_are_made_again(tmp_path: Path, monkeypatch: pytest.Mo
             cs.merge(place / "a.pt", spec, place / "out", max_shard_size=256)
     (place / "net.py").write_text((place / "net.py").read_text().replace("1.0", "2.0"))
     done = run(place, "merge", "a.pt", "net.py:Net", "-o", "out", "--max-shard-size", "256", "--resume")
-    if done.code == 2:  # the spec is another text, and so is the task
-        done = run(place, "merge", str(place / "a.pt"), spec, "-o", str(place / "out"), "--max-shard-size", "256", "--resume")
     assert done.code == 0 and "2 of 3 shards were there" in done.out, done
     assert load_file(place / "out" / NAMES[2])["third"].unique().tolist() == [2.0]
 
