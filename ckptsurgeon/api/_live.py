@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -314,4 +314,15 @@ def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:
 
 def initialize_fresh(model: nn.Module, source: Any, scheme: Any, seed: int, note: Note) -> tuple[str, ...]:
     """See `ckptsurgeon.initialize`."""
-    return initialize.initialize(model, _record(source), scheme, seed=seed, note=note)
+    record, ranks = _record(source), Ranks.of(model)
+    if not any(map(is_sharded, (*model.parameters(), *model.buffers()))):
+        with ranks.step():
+            return initialize.initialize(model, record, scheme, seed=seed, note=note)
+    from ckptsurgeon.models.sharded.plain_layer import plain_layer
+    from ckptsurgeon.models.sharded.planner import spread, whole
+
+    # What a scheme's own code fails by, it fails by on every rank: they draw the same values.
+    with Reader([]) as none:
+        return initialize.initialize(
+            model, record, scheme, seed=seed, note=note, write=partial(spread, reader=none), plain=plain_layer, whole=whole
+        )

@@ -251,4 +251,46 @@ def groups_freezing_and_thawing(folder: Path) -> None:
     model(torch.arange(6)).backward()
     assert model.embed.weight.grad is None and model.head.weight.grad is not None
     optimizer.step()
-    assert cs.unfreeze(model, "norm.*").trainable == ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    thaw = cs.Thaw(model, optimizer_over(model), ["norm.*", "layers.**"], lr=0.1, at=1)
+    thaw.step()
+    assert model.norm.weight.requires_grad and not model.tail.weight.requires_grad
+    model(torch.arange(6)).backward()
+    assert model.norm.weight.grad is not None
+    assert cs.unfreeze(model, "tail.*").trainable == ("tail.weight", "norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
+def optimizer_over(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+
+
+@check(2, 4)
+def initialize_draws_the_same_as_on_one_machine(folder: Path) -> None:
+    schemes = {"head.weight": "xavier_normal", "head.bias": "from(norm.bias)", "layers.0.*": "reset", "layers.2.*": "per_layer_type"}
+    plain, model = seeded(2, 4), sharded(seeded(2, 4))
+    keys = [f"{layer}.{leaf}" for layer in ("head", "layers.0", "layers.2") for leaf in ("weight", "bias")]
+    wanted, found = (cs.initialize(each, keys, schemes, seed=5) for each in (plain, model))
+    assert wanted == found and len(found) == 6
+    same(model, plain.state_dict())
+
+
+@check(2)
+def an_averaged_copy_in_shards(folder: Path) -> None:
+    net, average = seeded(1), seeded(3)
+    path = saved({"model": net.state_dict(), "ema": average.state_dict()}, folder / "train.pt")
+    model, copy = sharded(seeded(2)), sharded(seeded(4))
+    report = cs.transfer(path, model, ema=copy)
+    assert report.optimizer.others == ("ema",) and len(set(on_all(str(report.optimizer.ema)))) == 1
+    same(model, net.state_dict())
+    same(copy, average.state_dict())
+
+
+@check(2)
+def again_after_a_step_of_training(folder: Path) -> None:
+    """After a forward pass FSDP2 may hold whole parameters, which must not be what is written to."""
+    path, state = file_of(folder)
+    model = sharded(seeded(2))
+    model(torch.arange(6))
+    cs.transfer(path, model)
+    same(model, state)
+    plain = seeded(1)
+    assert bits(model.eval()(torch.arange(6))) == bits(plain.eval()(torch.arange(6)))

@@ -19,6 +19,7 @@ from ckptsurgeon.models.init.recorded import known_fresh
 from ckptsurgeon.models.init.scheme_text import SCHEMES, Scheme, describe_effective, parse_scheme
 from ckptsurgeon.models.init.schemes import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, layer_of, owner_of, value
 from ckptsurgeon.models.init.user_functions import Fill, in_hand, own_schemes
+from ckptsurgeon.models.target.loaders import storage_of, tensors_of
 from ckptsurgeon.models.target.parameters import Named, matched, named_tensors, other_names
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.rules.copied_value import copied, filled_in, follow
@@ -38,6 +39,11 @@ __all__ = [
     "value",
 ]
 
+
+def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    tensor.copy_(value)
+
+
 Group = tuple[str, ...]  # all names of one tensor
 Chosen = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
 
@@ -49,6 +55,9 @@ def initialize(
     *,
     seed: int = 0,
     note: Callable[[str], None] = lambda _line: None,
+    write: Callable[[torch.Tensor, torch.Tensor], None] = _copy,
+    plain: Callable[[nn.Module], nn.Module] = lambda layer: layer,
+    whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> tuple[str, ...]:
     """Initialise a model's fresh tensors in place, on whatever device they are, and return the keys that were touched.
 
@@ -63,6 +72,9 @@ def initialize(
             keeps its value). A scheme is a text, or a function `f(tensor, generator)` that fills a tensor, or returns another, with a
             generator that is seeded by name.
         note: takes one line for each module of the person's own that a scheme imports.
+        write: puts a whole value into a tensor of the model.
+        plain: a layer as it would be on one machine, whose values are the same on every rank.
+        whole: the whole value of a tensor of the model.
 
     Raises:
         NoRecordError: `report` is a checkpoint that records nothing.
@@ -81,7 +93,7 @@ def initialize(
     spelled = _names(state, tensors)
     schemes = _by_key(texts, {key: spelled[key] for key in state if key in fresh}, spelled)
     own = {**own_schemes([text for text in schemes.values() if text not in given], note), **given}
-    storages = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    storages = {storage_of(tensor) for tensor in tensors_of(model)}
     groups = _tie_groups(state, schemes, fresh)
     written = {name: group for group in groups for name in group}
     values: list[tuple[Group, torch.Tensor, torch.Tensor]] = []
@@ -97,22 +109,22 @@ def initialize(
             chosen = concrete(wanted, origin, shape, code, *layer_of(model, origin, tensors))
             if chosen == KEEP and origin == key:
                 continue
-            if tensor.is_meta or tensor.untyped_storage()._cdata not in storages:
+            if tensor.is_meta or storage_of(tensor) not in storages:
                 reason = "is on the meta device" if tensor.is_meta else "is a copy that a hook of the state_dict made"
                 raise ModelError(f"can't be initialised in place: it {reason}", key=key, hint="build the model on a real device")
             if chosen == KEEP:
-                made = found
+                made = whole(found)
             else:
                 leader = written[origin][0]
                 owner, leaf = layer_of(model, leader, tensors)
-                made = drawn(chosen, leader, shape, code, seed, owner, own, leaf)
+                made = drawn(chosen, leader, shape, code, seed, None if owner is None else plain(owner), own, leaf)
             values.append((names, tensor, fitted(made, key, tuple(tensor.shape), _code(tensor))))
         except RuleError as error:
             problems.append(error)
     _raise_all(problems)
     with torch.no_grad():
         for _, tensor, new in values:
-            tensor.copy_(new)
+            write(tensor, new)
     touched = {name for names, _, _ in values for name in names}
     return tuple(key for key in state if key in touched)
 

@@ -6,6 +6,7 @@ A plain tensor is one block, the whole; a sharded one may be several, or none. T
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -64,3 +65,11 @@ def spread(into: torch.Tensor, value: torch.Tensor | TensorMeta, reader: Reader)
             Stored(value.name, value, reader).into(part)
         else:
             part.memory.copy_(narrowed(value, part.block))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's whole value on the CPU; that of a sharded one all ranks gather together."""
+    sharded: Any = tensor
+    with torch.no_grad():
+        value: torch.Tensor = sharded.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+    return value.cpu()

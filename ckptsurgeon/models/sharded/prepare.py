@@ -20,7 +20,7 @@ from ckptsurgeon.models.init.schemes import KEEP, concrete
 from ckptsurgeon.models.init.user_functions import Fill
 from ckptsurgeon.models.sharded.blocks import Part, narrowed
 from ckptsurgeon.models.sharded.plain_layer import plain_layer
-from ckptsurgeon.models.sharded.planner import own_parts
+from ckptsurgeon.models.sharded.planner import own_parts, whole
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Ready, Stored, Value
 from ckptsurgeon.models.target.sharding import is_sharded
@@ -168,7 +168,7 @@ def settle(wanted: Mapping[str, Stored | Computed], state: Mapping[str, Any], ra
                 values[key] = _narrowed(key, origin, (), parts.get(key, ()), lost)
     for key, origin in wanted.items():
         if isinstance(origin, Computed) and origin.needs:
-            wholes = [_whole(tensor) for tensor in origin.needs]
+            wholes = [whole(tensor) for tensor in origin.needs]
             with ranks.step():
                 values[key] = _narrowed(key, origin, wholes, parts.get(key, ()), lost)
     return values, lost
@@ -235,14 +235,6 @@ def _narrowed(key: str, origin: Computed, wholes: Wholes, parts: Sequence[Part],
     whole = origin.make(wholes, casts)
     lost += [(key, None, cast) for cast in casts]
     return Ready([(part.block, narrowed(whole, part.block).clone()) for part in parts])
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor's whole value on the CPU, which all ranks gather together."""
-    sharded: Any = tensor
-    with torch.no_grad():
-        whole: torch.Tensor = sharded.detach().full_tensor().cpu()
-    return whole
 
 
 def _kept(tensor: torch.Tensor) -> Computed:
