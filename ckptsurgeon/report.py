@@ -103,6 +103,7 @@ class Verification(Result):
         outputs: the shapes of a forward pass, by place.
         fresh: the keys that the file records as fresh; None without a record.
         root: the nested dict of the file that was taken.
+        in_place: whether the values that a live model has were compared, and nothing was loaded.
         source: the file.
         target: what it was held against.
     """
@@ -114,6 +115,7 @@ class Verification(Result):
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fresh: tuple[str, ...] | None = None
     root: str = ""
+    in_place: bool = False
     source: str = field(default="", repr=False, compare=False)
     target: str = field(default="", repr=False, compare=False)
 

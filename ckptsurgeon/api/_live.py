@@ -21,7 +21,7 @@ from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.sharded.meta import on_meta
 from ckptsurgeon.models.sharded.ranks import Ranks
-from ckptsurgeon.models.target.sharding import is_sharded, refuse_flat
+from ckptsurgeon.models.target.sharding import is_sharded, own_class, refuse_flat
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors, state_dict_of
 from ckptsurgeon.models.training import freezing, groups
 from ckptsurgeon.models.training.ema import live_roots
@@ -62,7 +62,7 @@ def transfer(
     with ExitStack() as undo:
         with ranks.step() as told:
             refuse_flat(model.modules())
-            goal = checkpoint_of(model, type(model).__name__)
+            goal = checkpoint_of(model, own_class(model).__name__)
             goal = goal if options.conversions else _opening.without_conversions(goal)
             given, live = _open(source, options.root, goal, training.ema is not None)
             ruling, plan = decide([given], goal, lambda: model, ruling, options)

@@ -85,10 +85,11 @@ def verify_held(path: str, model: nn.Module, *, root: str | None, finite: bool, 
     Raises as `verify`, on all ranks.
     """
     from ckptsurgeon.models.sharded.ranks import Ranks
+    from ckptsurgeon.models.target.sharding import own_class
     from ckptsurgeon.models.target.skeleton import checkpoint_of
     from ckptsurgeon.models.verify.in_place import verify_in_place
 
-    ranks, name = Ranks.of(model), type(model).__name__
+    ranks, name = Ranks.of(model), own_class(model).__name__
     with ranks.step() as step, ExitStack() as stack:
         with ranks.step():
             goal = checkpoint_of(model, name)

@@ -58,6 +58,12 @@ def transfer(
     An optimizer's state without names goes by the order of the source's keys, unless they were sorted, and the order in which this model
     registers its parameters; where they disagree, `optimizer_names` must say. `optimizer_from` may be the state in memory.
 
+    A model may be spread over the ranks of a process group: by FSDP2 (`fully_shard`), tensor parallelism (DTensor),
+    DistributedDataParallel, or several of these. Then every rank calls this with the same arguments, reads the bytes of its own shards, and
+    gets the same report. What one rank can't do before the first copy is raised on all, and nothing is changed. A sharded model on the meta
+    device gets its memory here; its fresh tensors are drawn by their layer's `reset_parameters`, from the seed, the same on every mesh.
+    Modules with loading code of their own are refused in a sharded model.
+
     Args:
         source: a path, an `io.BytesIO`, a `Checkpoint`, a state_dict or a training checkpoint in memory, or a model.
         model: changed in place; it keeps its own values where the source has none that fit, and those keys are `report.fresh`.
@@ -105,7 +111,8 @@ def transfer(
         CheckpointError: as `plan`; also CastError for a value that the model's dtype can't hold. RootError or ModelError
             for a training state that is not there, or whose parameters can't be identified. FormatError for data that is not what its own
             checksum says. The model is unchanged then.
-        UnreadableError, StaleError: also for a file that fails or changes while it is copied: these alone can leave a mixture, and say so.
+        UnreadableError, StaleError: also for a file that fails or changes while it is copied, on any rank: these alone can leave a mixture,
+            and say so.
         KeyboardInterrupt: the model has all of the new values, or none.
 
     >>> from torch import nn

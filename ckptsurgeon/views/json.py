@@ -308,6 +308,7 @@ def verification(found: Verification) -> dict[str, Any]:
         "outputs": [{"name": name, "shape": list(dims)} for name, dims in found.outputs.items()],
         "fresh": None if found.fresh is None else list(found.fresh),
         "root": found.root,
+        "in_place": found.in_place,
     }
 
 

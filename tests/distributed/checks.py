@@ -86,6 +86,11 @@ def device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
+def ids() -> torch.Tensor:
+    """An input of `Net`."""
+    return torch.arange(6, device=device())
+
+
 def mesh(*sizes: int) -> DeviceMesh:
     names = ("data", "model")[: len(sizes)] if len(sizes) > 1 else ("data",)
     return init_device_mesh(device(), sizes, mesh_dim_names=names)

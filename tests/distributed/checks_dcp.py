@@ -71,12 +71,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def adamw_of_two_ranks(folder: Path) -> None:
     resumes("fsdp2", "rows", lambda model: torch.optim.AdamW(model.parameters(), lr=0.1))
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def momentum_of_four_ranks(folder: Path) -> None:
     resumes("fsdp4", "rows", lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
@@ -128,7 +128,7 @@ def random_place(chance: random.Random, dims: int, over: Any) -> list[Any]:
     return [Shard(chance.randrange(dims)) if dims and chance.random() < 0.7 else Replicate() for _ in range(over.ndim)]
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def what_any_mesh_saves_any_other_gets(folder: Path) -> None:
     """Random tensors, meshes and placements, saved by dcp.save on one mesh, and put into another by transfer and by dcp.load."""
     world = dist.get_world_size()

@@ -124,7 +124,7 @@ class Reads:
         self.patch.__exit__(*error)
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def each_rank_reads_its_own_bytes_once(folder: Path) -> None:
     """By rows and by columns: the tensor data that is read are this rank's elements, each once, and no others."""
     torch.manual_seed(0)

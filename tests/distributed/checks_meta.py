@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checks import Net, bits, check, device, mesh, on_all, refusal, saved, seeded, sharded, whole
+from checks import Net, bits, check, device, ids, mesh, on_all, refusal, saved, seeded, sharded, whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -24,7 +24,7 @@ def body(folder: Path) -> tuple[Path, dict[str, Any]]:
     return saved(state, folder / "body.safetensors"), state
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def fresh_values_are_the_same_on_every_mesh(folder: Path) -> None:
     """They are what the layer's own reset_parameters gives a model on one machine, by the seed."""
     path, state = body(folder)
@@ -41,7 +41,7 @@ def fresh_values_are_the_same_on_every_mesh(folder: Path) -> None:
     assert found.keys() == state.keys() | set(report.fresh)
 
 
-@check(2)
+@check(1, 2)
 def a_named_scheme_and_a_tie(folder: Path) -> None:
     state = {key: value for key, value in seeded(1).state_dict().items() if key not in ("head.bias",)}
     path = saved(state, folder / "net.safetensors")
@@ -50,10 +50,10 @@ def a_named_scheme_and_a_tie(folder: Path) -> None:
     assert model.head.weight is model.embed.weight
     found = whole(model)
     assert found["head.bias"].tolist() == [2.0] * 7 and bits(found["embed.weight"]) == bits(state["embed.weight"])
-    model(torch.arange(6, device=device())).backward()
+    model(ids()).backward()
 
 
-@check(2)
+@check(1, 2)
 def a_failure_leaves_it_on_meta(folder: Path) -> None:
     path, _ = body(folder)
     model = sharded(on_meta())
@@ -83,14 +83,14 @@ def what_the_state_dict_does_not_show_is_refused(folder: Path) -> None:
     assert model.frequencies.tolist() == [0.0, 1.0, 2.0] and model.w.to_local().tolist() == [0.0, 0.0]
 
 
-@check(2)
+@check(1, 2)
 def an_optimizer_of_a_meta_model(folder: Path) -> None:
     """Sharded parameters stay the objects that they were, so that an optimizer which was made first goes on with them."""
     path, _ = body(folder)
     model = sharded(on_meta())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     cs.transfer(path, model)
-    model(torch.arange(6, device=device())).backward()
+    model(ids()).backward()
     before = whole(model)["norm.weight"].clone()
     optimizer.step()
     assert not torch.equal(before, whole(model)["norm.weight"])

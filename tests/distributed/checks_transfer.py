@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checks import bits, check, mesh, on_all, refusal, same, saved, seeded, sharded
+from checks import bits, check, device, ids, mesh, on_all, refusal, same, saved, seeded, sharded
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -32,7 +32,7 @@ def tensor_parallel(net: nn.Module, over: Any) -> nn.Module:
     return parallelize_module(net, over, plan)
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def one_file_into_fsdp(folder: Path) -> None:
     path, state = file_of(folder)
     model = sharded(seeded(2))
@@ -42,7 +42,7 @@ def one_file_into_fsdp(folder: Path) -> None:
     same(model, state)
 
 
-@check(2)
+@check(1, 2)
 def a_torch_file_with_its_root(folder: Path) -> None:
     path, state = file_of(folder, "net.pt")
     model = sharded(seeded(2))
@@ -50,10 +50,10 @@ def a_torch_file_with_its_root(folder: Path) -> None:
     same(model, state)
 
 
-@check(2)
+@check(1, 2)
 def copies_of_ddp(folder: Path) -> None:
     path, state = file_of(folder)
-    model = DistributedDataParallel(seeded(2))
+    model = DistributedDataParallel(seeded(2).to(device()))
     report = cs.transfer(path, model)
     assert len(set(on_all(str(report)))) == 1
     same(model, state)
@@ -100,7 +100,7 @@ def compiled_and_checkpointed(folder: Path) -> None:
     same(model, state)
 
 
-@check(2)
+@check(1, 2)
 def hugging_face_shards(folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -165,7 +165,7 @@ scheme = "from(new)"
 """
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def rules_move_and_compute(folder: Path) -> None:
     """A matrix cut in three, which moves bytes only, one turned and one grown by the model's own rows, and another key's value."""
     state = {"qkv": torch.randn(9, 4), "turned": torch.randn(5, 4), "old": torch.randn(3), "grown": torch.randn(6, 2)}
@@ -183,7 +183,7 @@ def rules_move_and_compute(folder: Path) -> None:
     same(model, {key: value.detach() for key, value in plain.state_dict().items()})
 
 
-@check(2)
+@check(1, 2)
 def casts_are_counted_once(folder: Path) -> None:
     path, state = file_of(folder)
     plain, model = seeded(2).to(torch.bfloat16), sharded(seeded(2).to(torch.bfloat16))
@@ -210,16 +210,16 @@ def a_cast_that_overflows_on_one_rank_is_refused_on_all(folder: Path) -> None:
 
 
 def fully_sharded(net: nn.Module) -> nn.Module:
-    fully_shard(net, mesh=mesh(dist.get_world_size()))
+    fully_shard(net.to(device()), mesh=mesh(dist.get_world_size()))
     return net
 
 
-@check(2)
+@check(1, 2)
 def an_optimizer_by_name(folder: Path) -> None:
     """Moments of a training on one machine come to a sharded optimizer as torch's own set_optimizer_state_dict puts them."""
     net = seeded(1)
     first = torch.optim.AdamW(net.parameters(), lr=0.1)
-    net(torch.arange(6)).backward()
+    net(ids().cpu()).backward()
     first.step()
     path = saved({"model": net.state_dict(), "optimizer": first.state_dict()}, folder / "train.pt")
     model = sharded(seeded(2))
@@ -233,11 +233,11 @@ def an_optimizer_by_name(folder: Path) -> None:
     for name, moments in wanted.items():
         for slot, value in moments.items():
             assert bits(found[name][slot]) == bits(value), (name, slot)
-    model(torch.arange(6)).backward()
+    model(ids()).backward()
     optimizer.step()
 
 
-@check(2)
+@check(1, 2)
 def groups_freezing_and_thawing(folder: Path) -> None:
     state = {key: value for key, value in seeded(1, 6).state_dict().items() if not key.startswith("head.")}
     path = saved(state, folder / "net.safetensors")
@@ -248,13 +248,13 @@ def groups_freezing_and_thawing(folder: Path) -> None:
     optimizer = torch.optim.SGD(other, momentum=0.9)
     frozen = cs.freeze(model, report)
     assert frozen.trainable == ("head.weight", "head.bias")
-    model(torch.arange(6)).backward()
+    model(ids()).backward()
     assert model.embed.weight.grad is None and model.head.weight.grad is not None
     optimizer.step()
     thaw = cs.Thaw(model, optimizer_over(model), ["norm.*", "layers.**"], lr=0.1, at=1)
     thaw.step()
     assert model.norm.weight.requires_grad and not model.tail.weight.requires_grad
-    model(torch.arange(6)).backward()
+    model(ids()).backward()
     assert model.norm.weight.grad is not None
     assert cs.unfreeze(model, "tail.*").trainable == ("tail.weight", "norm.weight", "norm.bias", "head.weight", "head.bias")
 
@@ -263,7 +263,7 @@ def optimizer_over(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def initialize_draws_the_same_as_on_one_machine(folder: Path) -> None:
     schemes = {"head.weight": "xavier_normal", "head.bias": "from(norm.bias)", "layers.0.*": "reset", "layers.2.*": "per_layer_type"}
     plain, model = seeded(2, 4), sharded(seeded(2, 4))
@@ -273,7 +273,7 @@ def initialize_draws_the_same_as_on_one_machine(folder: Path) -> None:
     same(model, plain.state_dict())
 
 
-@check(2)
+@check(1, 2)
 def an_averaged_copy_in_shards(folder: Path) -> None:
     net, average = seeded(1), seeded(3)
     path = saved({"model": net.state_dict(), "ema": average.state_dict()}, folder / "train.pt")
@@ -284,13 +284,13 @@ def an_averaged_copy_in_shards(folder: Path) -> None:
     same(copy, average.state_dict())
 
 
-@check(2)
+@check(1, 2)
 def again_after_a_step_of_training(folder: Path) -> None:
     """After a forward pass FSDP2 may hold whole parameters, which must not be what is written to."""
     path, state = file_of(folder)
     model = sharded(seeded(2))
-    model(torch.arange(6))
+    model(ids())
     cs.transfer(path, model)
     same(model, state)
     plain = seeded(1)
-    assert bits(model.eval()(torch.arange(6))) == bits(plain.eval()(torch.arange(6)))
+    assert bits(model.eval()(ids())) == bits(plain.to(device()).eval()(ids()))

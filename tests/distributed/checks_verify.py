@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ckptsurgeon as cs
 
 
-@check(2, 4)
+@check(1, 2, 4)
 def one_wrong_bit_on_one_rank(folder: Path) -> None:
     state = seeded(1).state_dict()
     path = saved({"model": state}, folder / "net.pt")

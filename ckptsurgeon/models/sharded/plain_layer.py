@@ -5,14 +5,13 @@ Schemes that ask the layer itself (`reset`, `per_layer_type`) get this one, and 
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
-from ckptsurgeon.models.target.sharding import is_sharded
+from ckptsurgeon.models.target.sharding import is_sharded, own_class
 
 
 def plain_layer(module: nn.Module) -> nn.Module:
@@ -29,8 +28,7 @@ def plain_layer(module: nn.Module) -> nn.Module:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    sharding = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    kind: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, sharding))
+    kind: Any = own_class(module)
     made: nn.Module = kind.__new__(kind)
     own = {name: OrderedDict() if isinstance(value, OrderedDict) and "hooks" in name else value for name, value in vars(module).items()}
     own["_parameters"] = {name: _whole(one) for name, one in module._parameters.items()}

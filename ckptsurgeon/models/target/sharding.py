@@ -63,6 +63,16 @@ def refuse_flat(modules: Iterable[nn.Module]) -> None:
         )
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without the one that FSDP2 puts before it.
+
+    >>> own_class(nn.Linear(3, 2)).__name__
+    'Linear'
+    """
+    sharding = getattr(sys.modules.get(_FLAT), "FSDPModule", ())
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, sharding))
+
+
 def _is_flat(module: nn.Module) -> bool:
     return _is(module, _FLAT, "FullyShardedDataParallel")
 

@@ -47,7 +47,7 @@ def verify_in_place(
 
     Returns:
         The same on every rank. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`, `differs`, `checksum` (errors), `non-finite`
-        (a warning, or an error with `finite`), `tied`, `hook`, `dtype`, `conversions`, `held` (notes).
+        (a warning, or an error with `finite`), `tied`, `hook`, `dtype`, `conversions` (notes).
 
     Raises:
         ModelError: the model is in FullyShardedDataParallel.
@@ -85,16 +85,13 @@ def verify_in_place(
         if key in whole:
             findings += readback.told(key, meta, whole[key], finite)
     places = {str(one.device) for one in state.values() if isinstance(one, torch.Tensor)}
-    words = "the values that the model has now were compared, " + (
-        f"those of {ranks.size} ranks" if ranks.size > 1 else "nothing was loaded"
-    )
-    findings.append(Finding("held", words, None, "note"))
     fresh = (checkpoint.provenance or {}).get("fresh")
     return Verification(
         " and ".join(sorted(places)) or "cpu",
         sum(key not in changed for key in metas),
         tuple(findings),
         fresh=tuple(map(str, fresh)) if isinstance(fresh, (list, tuple)) else None,
+        in_place=True,
     )
 
 

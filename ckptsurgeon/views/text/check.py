@@ -41,7 +41,8 @@ def proved(found: Verification) -> str:
     if not found.ok:
         where = "" if found.device == "none" else f" on {found.device}"
         return answer("NOT verified", False) + f"{where}: {count(errors, 'error')}; {compared} compared"
-    return answer("verified", True) + f": {compared}, loaded strictly on {found.device} and compared bit for bit"
+    how = f"as the model holds them on {found.device}," if found.in_place else f"loaded strictly on {found.device} and"
+    return answer("verified", True) + f": {compared}, {how} compared bit for bit"
 
 
 def check(found: CheckReport, verbose: bool = False, width: int | None = None) -> str:
