@@ -72,7 +72,8 @@ def _matched(
             "matching is between one source and a target", hint="match one at a time: ckptsurgeon match CKPT TARGET -o rules.toml"
         )
     from ckptsurgeon.matching.factors import DEQUANTIZE
-    from ckptsurgeon.matching.proposals.propose import LEAST, propose
+    from ckptsurgeon.matching.proposals.propose import propose
+    from ckptsurgeon.matching.proposals.shares import LEAST
 
     proposed = propose(
         sources[0],

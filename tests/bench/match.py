@@ -20,7 +20,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.matching.proposals.propose import LEAST, share_of
+from ckptsurgeon.matching.proposals.shares import LEAST, share_of, unlike
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "matching"))
@@ -78,12 +78,13 @@ def _refused(path: Path, order: str) -> bool:
     """Whether what is sure explains too little of both sides."""
     value = json.loads(path.read_text())
     source, target = (side(sorted(value[name]) if order == "sorted" else value[name]) for name in ("source", "target"))
-    sure = [link for link in match(source, target).links if link.clear]
-    shares = (
-        share_of({key for link in sure for key in link.sources}, source),
-        share_of({key for link in sure for key in link.targets}, target),
-    )
-    return max(shares) < LEAST
+    links = match(source, target).links
+    some = [
+        ({key for link in these for key in link.sources}, {key for link in these for key in link.targets})
+        for these in ([link for link in links if link.clear], links)
+    ]
+    shares = [share_of(done, whole) for done, whole in zip(some[0], (source, target), strict=True)]
+    return max(shares) < LEAST or bool(unlike(*some[1], source, target))
 
 
 def _tensors(result: Score) -> int:

@@ -185,17 +185,17 @@ class Support:
         """Whether it is the one tensor of its role on both sides."""
         if len(link.sources) != 1 or len(link.targets) != 1:
             return False
-        role = _role_of(link.sources[0], self.source)
+        role = role_of(link.sources[0], self.source)
         return (
             role is not None
-            and role == _role_of(link.targets[0], self.target)
+            and role == role_of(link.targets[0], self.target)
             and self._of_role[0].get(role) == 1 == self._of_role[1].get(role)
         )
 
     @cached_property
     def _of_role(self) -> tuple[Counter[str], Counter[str]]:
         found = [
-            Counter(role for key in side if (role := _role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
+            Counter(role for key in side if (role := role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
         ]
         return found[0], found[1]
 
@@ -259,7 +259,7 @@ def _modules(key: str) -> Iterator[str]:
         head = head.rpartition(".")[0]
 
 
-def _role_of(key: str, side: Tensors) -> str | None:
+def role_of(key: str, side: Tensors) -> str | None:
     """The role that a tensor has in a whole model, where its name and shape say one."""
     module, shape = key.rpartition(".")[0], side[key].shape
     words = set(concepts(module))

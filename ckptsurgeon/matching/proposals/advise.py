@@ -12,7 +12,8 @@ from functools import cached_property
 
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import CheckpointError, RuleError
-from ckptsurgeon.matching.proposals.propose import LEAST, Proposal, propose
+from ckptsurgeon.matching.proposals.propose import Proposal, propose
+from ckptsurgeon.matching.proposals.shares import LEAST
 from ckptsurgeon.matching.proposals.sizes import resizes
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links.replay import origins

@@ -6,7 +6,7 @@ Rule: a key that a person's rule names is never matched again. Pure: no file, no
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.matching.factors import DEQUANTIZE
 from ckptsurgeon.matching.layouts.choices import Open, as_they_stand, by_rules, open_layouts, with_numbers
 from ckptsurgeon.matching.matcher import looked_at, match
+from ckptsurgeon.matching.proposals.shares import LEAST, share_of, unlike
 from ckptsurgeon.matching.result import Matching, keys_left, result
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled, Task, generalise
@@ -35,9 +36,8 @@ from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
 from ckptsurgeon.shown import Result
 from ckptsurgeon.sizes import percent
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.tensors import Checkpoint
 
-LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
 UNWRITABLE = "a key that no text can have"
 
@@ -63,6 +63,7 @@ class Proposal(Matching, Result):
         explained: the share of the side that is explained best, with links that are sure but for their layout: the least of its tensors',
             its elements' and its matrices' share.
         possible: the same with the uncertain links.
+        unlike: why both sides look like other models, though links explain half of one; empty where they do not.
         open: layouts that are in doubt, each with the rules that would settle it.
         toml: the rules as the text of a commented rules file.
         loose: the keys of both sides that are not applied and that no rule names, which `--strict` refuses.
@@ -94,6 +95,7 @@ class Proposal(Matching, Result):
     used: Coverage = field(default_factory=lambda: Coverage(0.0, 0.0))
     explained: float = 0.0
     possible: float = 0.0
+    unlike: str = ""
     open: tuple[Open, ...] = ()
     toml: str = ""
     loose: tuple[str, ...] = ()
@@ -137,7 +139,9 @@ class Proposal(Matching, Result):
         """
         share = self.explained
         if share >= least and ((share and self.links) or self.before or (self.links and not least)):
-            return None
+            if not self.unlike or least < LEAST:
+                return None
+            return CoverageError(f"has too little in common with {self.target}: {self.unlike}", path=self.source, hint=self._way_on(less))
         if self.possible >= max(least, 1e-9) and len(self.applied) < len(self.links):
             applied = set(self.applied)
             left = [link for link in self.links if link not in applied and not (link.clear and link.doubt)]
@@ -155,26 +159,12 @@ class Proposal(Matching, Result):
             f"has too little in common with {self.target}: links explain {percent(share)} of either side, "
             f"and {percent(least)} is asked for",
             path=self.source,
-            hint=f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}"
-            + (f"; {less}" if less else ""),
+            hint=self._way_on(less),
         )
 
-
-def share_of(done: Collection[str], side: Mapping[str, TensorMeta]) -> float:
-    """The least share of a side's tensors, elements and matrices that these keys have.
-
-    A few large tensors that fit by chance are no mapping, nor are many small ones, and norms of one width are in all models. None of an
-    empty side is explained.
-    """
-    if not side:
-        return 0.0
-    matrices = {key: tensor for key, tensor in side.items() if len(tensor.shape) > 1}
-    return min(
-        share
-        for some in (side, matrices)
-        for whole in (Coverage.of({key: tensor for key, tensor in some.items() if key in done}, some),)
-        for share in (whole.tensors, whole.elements)
-    )
+    def _way_on(self, less: str) -> str:
+        look = f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}"
+        return f"{look}; {less}" if less else look
 
 
 def propose(
@@ -365,6 +355,7 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
         used,
         explained,
         possible,
+        unlike(maybe_taken, maybe, source, target),
         opened,
         to_toml.toml(head, task.before, doubts, ruled, opened),
         options=task.options,

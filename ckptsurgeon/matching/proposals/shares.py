@@ -1,0 +1,82 @@
+"""How much of two sides links explain, and whether that is a mapping of one model or what unlike models have in common.
+
+Rule: half of one side is enough where both have one naming. Between two namings the layers of any two transformers of one width fit, so
+nearly all of one side must have a partner, an uncertain one at least, and what reads the input must have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ckptsurgeon.matching.evidence.support import role_of
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.layouts.sides import Side, Sides
+from ckptsurgeon.matching.module_tree import is_float
+from ckptsurgeon.report import Coverage
+from ckptsurgeon.sizes import percent
+from ckptsurgeon.tensors import TensorMeta
+
+LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
+NEARLY_ALL = 0.8  # the same between two namings, uncertain links included
+Tensors = Mapping[str, TensorMeta]
+
+
+def share_of(done: Collection[str], side: Tensors) -> float:
+    """The least share of a side's tensors, elements and matrices that these keys have.
+
+    A few large tensors that fit by chance are no mapping, nor are many small ones, and norms of one width are in all models. None of an
+    empty side is explained.
+    """
+    if not side:
+        return 0.0
+    matrices = {key: tensor for key, tensor in side.items() if len(tensor.shape) > 1}
+    return min(
+        share
+        for some in (side, matrices)
+        for whole in (Coverage.of({key: tensor for key, tensor in some.items() if key in done}, some),)
+        for share in (whole.tensors, whole.elements)
+    )
+
+
+def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, target: Tensors) -> str:
+    """Why two sides of two namings are no two implementations of one model; empty where they may be.
+
+    Args:
+        taken: the source's keys that any link has, an uncertain one too.
+        reached: the target's.
+    """
+    if Sides(Side(source), Side(target)).one_naming:
+        return ""
+    sides = [
+        (done, {key: tensor for key, tensor in side.items() if is_float(tensor)}) for done, side in ((taken, source), (reached, target))
+    ]
+    open_roles = [{role for key in side.keys() - done if (role := _sized(key, side))} for done, side in sides]
+    resized = open_roles[0] & open_roles[1]
+    inputs = [[key for key in side if _reads_input(key, side)] for _, side in sides]
+    met = any(key in done or _sized(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
+    if all(inputs) and not met:
+        return f"what reads the input has no partner: {inputs[0][0]} and {inputs[1][0]}"
+    shares = [
+        share_of(done, {key: tensor for key, tensor in side.items() if key in done or _sized(key, side) not in resized})
+        for done, side in sides
+    ]
+    if max(shares) < NEARLY_ALL:
+        return f"even uncertain links explain only {percent(max(shares))} of either side, whose names differ: {percent(NEARLY_ALL)} is asked for"
+    return ""
+
+
+def _sized(key: str, side: Tensors) -> tuple[str, tuple[int, ...]] | None:
+    """The role of a tensor that models have in sizes of their own (a vocabulary, positions, classes, channels), and the size that stays."""
+    shape = side[key].shape
+    if len(shape) == 3 and shape[0] == 1 and "pos" in concepts(key):
+        return "positions", shape[2:]
+    role = role_of(key, side)
+    return None if role is None else (role, (shape[0], *shape[2:]) if len(shape) > 2 else shape[1:])
+
+
+def _reads_input(key: str, side: Tensors) -> bool:
+    """Whether a tensor may be what a model looks its input up in, or a convolution with a window."""
+    shape, words = side[key].shape, set(concepts(key))
+    if {"pos", "relpos", "tokentype", "cls", "mask", "head", "lm"} & words:
+        return False
+    return bool({"tok", "embed"} & words) if len(shape) == 2 else len(shape) > 2 and shape[0] > 1 and any(size > 1 for size in shape[2:])

@@ -1,0 +1,70 @@
+"""Models that have layers in common and are not the same: refused, whatever share fits."""
+
+from __future__ import annotations
+
+import pytest
+from pairs_support import meta
+
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.proposals.shares import share_of, unlike
+from ckptsurgeon.tensors import TensorMeta
+
+Side = dict[str, TensorMeta]
+Rows = list[tuple[str, tuple[int, ...]]]
+WIDTH = 8
+SHAPES = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8), "n1": (8,), "n2": (8,), "f1": (32, 8), "f2": (8, 32)}
+HF = {
+    "q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.output.dense", "n1": "layernorm_before",
+    "f1": "intermediate.dense", "f2": "output.dense", "n2": "layernorm_after",
+}  # fmt: skip
+FAIRSEQ = {
+    "k": "self_attn.k_proj", "v": "self_attn.v_proj", "q": "self_attn.q_proj", "o": "self_attn.out_proj", "n1": "self_attn_layer_norm",
+    "f1": "fc1", "f2": "fc2", "n2": "final_layer_norm",
+}  # fmt: skip
+
+
+def layers(path: str, names: dict[str, str], many: int) -> Rows:
+    return [(f"{path}.{at}.{name}.weight", SHAPES[part]) for at in range(many) for part, name in names.items()]
+
+
+def found(source: Rows, target: Rows) -> tuple[float, str]:
+    """The share that certain links explain, and why both are unlike."""
+    one, other = ({key: meta(key, shape) for key, shape in rows} for rows in (source, target))
+    links = match(one, other).links
+    sure = {key for link in links if link.clear for key in link.targets}
+    return share_of(sure, other), unlike(
+        {key for link in links for key in link.sources}, {k for link in links for k in link.targets}, one, other
+    )
+
+
+IMAGE: Rows = [("embeddings.patch_embeddings.projection.weight", (8, 3, 4, 4)), *layers("encoder.layer", HF, 12)]
+SOUND: Rows = [("feature_extractor.conv.weight", (8, 1, 10)), *layers("encoder.layers", FAIRSEQ, 12)]
+WORDS: Rows = [("embeddings.word_embeddings.weight", (40, 8)), *layers("encoder.layer", HF, 12)]
+
+
+@pytest.mark.parametrize(("source", "target"), [(IMAGE, SOUND), (SOUND, WORDS), (WORDS, SOUND)], ids=["image", "sound", "words"])
+def test_layers_of_one_width_are_no_model_where_what_reads_the_input_differs(source: Rows, target: Rows) -> None:
+    share, why = found(source, target)
+    assert share > 0.7 and "what reads the input has no partner" in why
+
+
+@pytest.mark.parametrize("rows", [(50, 8), (40, 8)], ids=["another vocabulary", "the same"])
+def test_what_reads_the_input_may_be_of_another_size(rows: tuple[int, int]) -> None:
+    share, why = found(WORDS, [("embed_tokens.weight", rows), *layers("encoder.layers", FAIRSEQ, 12), ("span_head.weight", (2, 8))])
+    assert share > 0.7 and why == ""
+
+
+def test_fewer_layers_under_other_names_are_a_mapping() -> None:
+    assert found(WORDS, [("embed_tokens.weight", (40, 8)), *layers("encoder.layers", FAIRSEQ, 4)])[1] == ""
+
+
+def test_half_of_two_models_of_other_names_is_none() -> None:
+    mixers: Rows = [(f"mixers.{at}.state.weight", (20 + at, 8)) for at in range(12)]
+    others: Rows = [(f"states.{at}.kernel.weight", (50 + at, 8)) for at in range(12)]
+    share, why = found([*WORDS, *mixers], [("embed_tokens.weight", (40, 8)), *layers("encoder.layers", FAIRSEQ, 12), *others])
+    assert share > 0.5 and "even uncertain links explain only" in why
+
+
+def test_half_of_a_model_under_its_own_names_is_a_mapping() -> None:
+    share, why = found([*WORDS, ("extra.weight", (300, 8))], [*WORDS, ("other.weight", (400, 8))])
+    assert share < 0.8 and why == ""
