@@ -61,7 +61,8 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
         for done, side in sides
     ]
     if max(shares) < NEARLY_ALL:
-        return f"even uncertain links explain only {percent(max(shares))} of either side, whose names differ: {percent(NEARLY_ALL)} is asked for"
+        wanted = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
+        return f"even uncertain links explain only {percent(max(shares))} of either side, {wanted}"
     return ""
 
 
