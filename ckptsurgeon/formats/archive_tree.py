@@ -6,6 +6,7 @@ called or looked for here, and no tensor's bytes are read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ckptsurgeon.formats.folders.hf_folder import names_in
 from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
 from ckptsurgeon.formats.pickle.unpickled import NAMES, Claims, Locate, Unpacked, refusal, tensor_meta
 from ckptsurgeon.formats.pickle.values import Encoded, PickledDict, TensorRef
-from ckptsurgeon.formats.registry import module, named
+from ckptsurgeon.formats.registry import module, named, of_folder
 from ckptsurgeon.formats.sniff import format_of, no_collections
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.storage.files import changed
@@ -39,7 +40,7 @@ def read_tree(source: Source) -> ValueTree:
     """Everything in a torch file, without running any of it.
 
     Args:
-        source: a torch zip or legacy file: its path, or the file as it was seen.
+        source: a torch zip or legacy file, or a folder of ranks' files: its path, or the file as it was seen.
 
     Raises:
         FormatError: a file of another format, which holds no more than tensors under names, or none that can be read.
@@ -49,6 +50,10 @@ def read_tree(source: Source) -> ValueTree:
     >>> read_tree("fixtures/net_params.pkl").value["fc3.bias"].shape
     (10,)
     """
+    if isinstance(source, str) and os.path.isdir(source) and (form := of_folder(names := names_in(source))) is not None:
+        with no_collections():
+            whole: ValueTree = module(form.module).read_tree(source, names)
+            return whole
     with no_collections(), open_regular(source) as file:
         try:
             form = format_of(file)

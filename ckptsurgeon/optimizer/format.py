@@ -103,6 +103,7 @@ def read_saved(value: Any) -> Saved:
     """
     if isinstance(value, Refused):
         raise FormatError(f"holds {value.reason} in place of an optimizer's state_dict", hint="save optimizer.state_dict() instead")
+    value = _unflattened(value) if isinstance(value, Mapping) and "state" not in value else value
     state: Any = value.get("state") if isinstance(value, Mapping) else None
     groups: Any = value.get("param_groups") if isinstance(value, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):
@@ -120,6 +121,26 @@ def read_saved(value: Any) -> Saved:
             raise FormatError(f"has something other than named values as the state of position {_short(position)}")
     plain = tuple({name: one for name, one in group.items() if name not in ("params", "param_names")} for group in groups)
     return Saved(plain, positions, _names(groups, positions), flattened)
+
+
+def _unflattened(value: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """A state with one key for each value, as torch's `flatten_optimizer_state_dict` names them, as torch's own: `state.fc.weight.exp_avg`,
+    and `param_groups.fc.weight.lr`. Parameters whose hyper-parameters are all equal are one group.
+
+    >>> _unflattened({"state.w.step": 1, "param_groups.w.lr": 0.1, "param_groups.b.lr": 0.1})
+    {'state': {'w': {'step': 1}}, 'param_groups': [{'lr': 0.1, 'params': ['w', 'b']}]}
+    """
+    parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for key, one in value.items():
+        kind, _, rest = key.partition(".") if type(key) is str else ("", "", "")
+        name, _, last = rest.rpartition(".")
+        if kind not in parts or not name:
+            return value
+        parts[kind].setdefault(name, {})[last] = one
+    groups: dict[str, dict[str, Any]] = {}
+    for name, own in parts["param_groups"].items():
+        groups.setdefault(repr(sorted(own.items())), {**own, "params": []})["params"].append(name)
+    return {"state": parts["state"], "param_groups": list(groups.values())}
 
 
 def _flat(kept: Any) -> Any:

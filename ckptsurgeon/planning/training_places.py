@@ -37,6 +37,7 @@ AVERAGED = (
 )
 AVERAGING_STATE = "averaging_state"  # where Lightning's WeightAveraging has what its average keeps beside the weights: `n_averaged`
 _OPTIMIZERS = frozenset(PLACES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
+_NUMBERED = re.compile(r"optimizer_\d+")  # as Lightning names them in a folder of ranks' files
 _MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta")
 
 
@@ -98,7 +99,8 @@ def _around(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
 
 
 def _named(kind: Kind, place: str, around: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    for name in PLACES[kind]:
+    numbered = [key for key in around if type(key) is str and _NUMBERED.fullmatch(key)] if kind == "optimizer" else []
+    for name in (*PLACES[kind], *numbered):
         value = around.get(name)
         where = f"{place}.{name}" if place else name
         if isinstance(value, (list, tuple)):  # Lightning has lists
@@ -138,7 +140,7 @@ def of_optimizer(place: str) -> bool:
     >>> of_optimizer("optimizer.state.0"), of_optimizer("exp_avg"), of_optimizer("model.optimizer_head")
     (True, True, False)
     """
-    return any(segment in _OPTIMIZERS or _MOMENT.fullmatch(segment) for segment in place.split("."))
+    return any(segment in _OPTIMIZERS or _MOMENT.fullmatch(segment) or _NUMBERED.fullmatch(segment) for segment in place.split("."))
 
 
 def all_moments(keys: Iterable[str]) -> bool:

@@ -30,6 +30,9 @@ from ckptsurgeon.storage.window import Window
 from ckptsurgeon.tensors import Archive, FileStamp, Piece, Refused, Span, TensorMeta, contiguous_stride
 
 METADATA = ".metadata"
+# What a chunk of a tensor comes to: bytes of `.metadata`, seconds and bytes of memory (measured; see tests/bench/distributed.py).
+_BYTES, _SECONDS, _MEMORY = 143, 85e-6, 3500
+_DATA = re.compile(r"__(\d+)_\d+\.distcp")
 _RANK = re.compile(r"__\d+\.metadata")  # of a save without collectives, one for each rank
 
 
@@ -103,8 +106,20 @@ def _read(folder: str, names: Collection[str]) -> _Read:
         for name in _files(blob for _, blob in blobs):
             with suppress(_Absent):
                 files[name] = stack.enter_context(_opened(folder, name))
-        notes = tuple(_check_places(blobs, files, names))
+        notes = (*_about(contents, names), *_check_places(blobs, files, names))
         return _Folder(folder, contents, files, len(raw), copies).read(raw, [stamp for stamp, _ in rows], notes)
+
+
+def _about(contents: Contents, names: Collection[str]) -> Iterator[str]:
+    """Who saved a folder, and what of it stands elsewhere."""
+    files = [name for name in names if name.endswith(".distcp")]
+    ranks = len({found[1] for name in files if (found := _DATA.fullmatch(name)) is not None})
+    if ranks:
+        yield f"saved by {ranks} rank{'s' if ranks > 1 else ''}, in {len(files)} file{'s' if len(files) > 1 else ''}"
+    if "megatron" in contents.kind or {"common.pt", "metadata.json"} <= {*names}:
+        yield "Megatron's torch_dist: layers may be stacked along a first dimension, and common.pt beside it has what is no tensor"
+    elif "meta.pt" in names:
+        yield "Lightning's: meta.pt beside it has what is no tensor, such as hyper-parameters and the step"
 
 
 def _rank(name: str) -> int:
@@ -115,7 +130,10 @@ def _whole(file: OpenFile, before: int) -> bytes:
     """The bytes of a `.metadata`, of which those of other ranks had `before`."""
     nbytes = before + file.size
     if nbytes > (most := allowed("dcp-metadata-bytes")):
-        raise exceeded("dcp-metadata-bytes", f"is a .metadata of {nbytes} bytes, above the limit of {most}", nbytes, path=file.path)
+        chunks = nbytes // _BYTES
+        cost = f"some {chunks:,} chunks, which take about {chunks * _SECONDS:.0f} s of a core and {chunks * _MEMORY / 1e9:.1f} GB to read"
+        words = f"is a .metadata of {nbytes} bytes, above the limit of {most}: {cost}"
+        raise exceeded("dcp-metadata-bytes", words, nbytes, path=file.path)
     return file.read(0, file.size)
 
 

@@ -12,6 +12,7 @@ from hashlib import sha256
 from typing import Any
 
 from ckptsurgeon.errors import FormatError
+from ckptsurgeon.formats.archive_tree import ValueTree
 from ckptsurgeon.formats.folders.inside import check_link, member
 from ckptsurgeon.formats.json_text import integer, parse
 from ckptsurgeon.formats.plain import safetensors
@@ -55,6 +56,12 @@ def read(folder: str, names: Collection[str]) -> Archive:
         metadata={key: value for key, value in archives[0].metadata.items() if key != INFO},
         notes=(f"files of {ranks} rank{'s' if ranks > 1 else ''}; that there were no more of them stands in none",),
     )
+
+
+def read_tree(folder: str, names: Collection[str]) -> ValueTree:
+    """All that such a folder holds: tensors under names."""
+    found = read(folder, names)
+    return ValueTree(folder, dict(found.state_dicts[0].tensors), found.files)
 
 
 def _shard(folder: str, name: str) -> Archive:

@@ -6,7 +6,7 @@ import os
 
 from ckptsurgeon.errors import UnreadableError
 from ckptsurgeon.formats.folders import parts
-from ckptsurgeon.formats.registry import SUFFIXES
+from ckptsurgeon.formats.registry import SUFFIXES, of_folder
 from ckptsurgeon.storage.local import unreadable
 
 # In the order in which Hugging Face's own loaders look.
@@ -30,6 +30,14 @@ def names_in(folder: str) -> list[str]:
         raise unreadable(folder, error) from error
 
 
+def _names_in(folder: str) -> list[str]:
+    """The names in a folder; none where it can't be read."""
+    try:
+        return names_in(folder)
+    except UnreadableError:
+        return []
+
+
 def find_in_folder(folder: str) -> str:
     """The file of a Hugging Face folder that holds or indexes its weights. UnreadableError, with what is there, when none does."""
     names = names_in(folder)
@@ -41,6 +49,10 @@ def find_in_folder(folder: str) -> str:
         return os.path.join(folder, indexes[0])
     if (part := parts.of_folder(names)) is not None:
         raise parts.refused(part, folder)
+    within = [path for name in names if os.path.isdir(path := os.path.join(folder, name)) and of_folder(_names_in(path)) is not None]
+    if within:
+        hint = f"give one of them: {', '.join(map(parts.word, within[:5]))}"
+        raise UnreadableError("is a folder without a checkpoint of its own, with folders of ranks' files in it", path=folder, hint=hint)
     here = [name for name in names if name.endswith(tuple(SUFFIXES))]
     hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
     raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)

@@ -26,7 +26,7 @@ def nested(leaves: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, An
     containers: list[tuple[dict[Any, Any], Any]] = []  # each with the key it stands under, the outer ones first
     for name, value in leaves.items():
         node = top
-        *outer, last = paths.get(name, (name,))
+        *outer, last = paths.get(name) or _unnested(name)
         for part in outer:
             child = node.setdefault(part, _Container())
             if type(child) is not _Container:
@@ -40,6 +40,12 @@ def nested(leaves: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, An
     for node, part in reversed(containers):
         node[part] = _as_list(node[part])
     return top
+
+
+def _unnested(name: str) -> Path:
+    """The place of a key of which nothing tells it: the top, or an optimizer's part, as Megatron names it."""
+    head, _, rest = name.partition(".")
+    return (head, rest) if head == "optimizer" and rest else (name,)
 
 
 class _Container(dict[Any, Any]):
