@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.version import VERSION as __version__
+__version__ = "0.1.0"  # pyproject.toml reads it from here
 
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.user_adapter import adapter
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.models.training.thawing import Stage, Thaw
     from ckptsurgeon.planning.diff import Diff
     from ckptsurgeon.planning.plan_types import Plan
+    from ckptsurgeon.progress import Progress
     from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, FileCheck, Finding, Report, Verification
     from ckptsurgeon.rules.rules import Rule
     from ckptsurgeon.tensors import Archive, Checkpoint, TensorMeta
@@ -75,6 +76,7 @@ _HOMES = {
     "models.training.thawing": "Stage Thaw",
     "planning.diff": "Diff",
     "planning.plan_types": "Plan",
+    "progress": "Progress",
     "report": "CarriedState Cast CheckReport Coverage FileCheck Finding Report Verification",
     "rules.rules": "Rule",
     "tensors": "Archive Checkpoint TensorMeta",
@@ -109,6 +111,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PointerError",
+    "Progress",
     "Proposal",
     "Report",
     "RootError",

@@ -55,6 +55,7 @@ EXAMPLES: dict[str, str] = {
     "paths": "['net.pt']",
     "pattern": "'aux.**'",
     "plan": "'plan.json'",
+    "progress": "print",
     "rename": "{'fc2.{p}': 'dense2.{p}'}",
     "result": "'dense2.{p}'",
     "root": "'model'",

@@ -13,6 +13,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -107,6 +108,19 @@ def _mapping(fits: Fits) -> Fits:
     return lambda value: isinstance(value, Mapping) and all(_is_text(key) and fits(one) for key, one in value.items())
 
 
+def _takes_one(value: Any) -> bool:
+    """Whether a value is a function, no class, that can be called with one argument, as far as Python says how it can be called."""
+    if not callable(value) or isinstance(value, type):
+        return False
+    try:
+        inspect.signature(value).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # one written in C that does not say
+        return True
+    return True
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_text, value))
 
@@ -157,6 +171,7 @@ KINDS: dict[str, Kind] = {
     "int": _WHOLE,
     "float": _NUMBER,
     "Note": Kind("a function of one text", callable),
+    "OnProgress": Kind("a function of one Progress", _takes_one),
     "nn.Module": _MODEL,
     "Optimizer": _OPTIMIZER,
     "torch.optim.Optimizer": _OPTIMIZER,
@@ -224,7 +239,7 @@ def kind_of(verb: str, parameter: inspect.Parameter) -> Kind | None:
 
 
 def checked(verb: Callable[P, T]) -> Callable[P, T]:
-    """The verb, which holds its arguments against the tables first.
+    """The verb, which holds its arguments against the tables first, and tells its `progress`, where it has one, how far the work is.
 
     Raises:
         ArgumentError: an argument of another kind.
@@ -248,10 +263,19 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
             unbound = f"{name}() {error}{_close(kwargs, signature)}"  # Python's own words for a parameter that there is not
             raise TypeError(unbound) from None
         hold(verb, name, {**{each: value for each, value in given.items() if each != named}, **given.get(named, {})})
-        with libraries():
+        with libraries(), _told(given.get("progress")):
             return verb(*args, **kwargs)
 
     return call
+
+
+def _told(progress: Any) -> AbstractContextManager[None]:
+    """What tells a verb's `progress` how far the work is."""
+    if progress is None:
+        return nullcontext()
+    from ckptsurgeon.progress import listening
+
+    return listening(progress)
 
 
 def _close(given: Mapping[str, Any], signature: inspect.Signature) -> str:

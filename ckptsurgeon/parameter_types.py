@@ -1,7 +1,7 @@
 """The types that several public functions take, each by one name; `arguments` says in words what each of them accepts.
 
 `torch` and `nn` here are imported when something of them is first used: signatures name torch's types, and only asking for their hints
-(`typing.get_type_hints`) imports torch.
+(`typing.get_type_hints`) imports torch. So it is with the type of an event.
 """
 
 from __future__ import annotations
@@ -31,15 +31,19 @@ if TYPE_CHECKING:
     import torch as torch
     from torch import nn as nn
 
+    from ckptsurgeon.progress import Progress
+
     Model = nn.Module
     Dtype = str | torch.dtype
 else:
-    torch, nn = LazyModule("torch"), LazyModule("torch.nn")
+    torch, nn, progress = LazyModule("torch"), LazyModule("torch.nn"), LazyModule("ckptsurgeon.progress")
+    Progress = ForwardRef("progress.Progress", module=__name__)
     Model = ForwardRef("nn.Module", module=__name__)
     Dtype = str | ForwardRef("torch.dtype", module=__name__)
 
 Path = str | os.PathLike[str]
 Note = Callable[[str], None]  # gets each note, a line of text
+OnProgress = Callable[[Progress], None]  # gets each event of how far the work is
 Renames = Mapping[str, str] | Iterable[tuple[str, str]]
 Words = str | Iterable[str]
 Given = Path | BytesIO | Checkpoint | Archive | Model | Mapping[str, Any]  # a file on disk or in memory, a spec, a model, a state_dict

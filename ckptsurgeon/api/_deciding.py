@@ -74,18 +74,20 @@ def _matched(
     from ckptsurgeon.matching.factors import DEQUANTIZE
     from ckptsurgeon.matching.proposals.propose import propose
     from ckptsurgeon.matching.proposals.shares import LEAST
+    from ckptsurgeon.progress import phase
 
-    proposed = propose(
-        sources[0],
-        target,
-        ruling.rules,
-        ruling.outside,
-        accept=options.accept_uncertain,
-        dequantize=options.dequantize,
-        layout=tuple(options.layout or ()),
-        numbers=options.numbers or {},
-        told=model and partial(numbers_of, model),
-    )
+    with phase("matching", len(target), "tensors"):
+        proposed = propose(
+            sources[0],
+            target,
+            ruling.rules,
+            ruling.outside,
+            accept=options.accept_uncertain,
+            dequantize=options.dequantize,
+            layout=tuple(options.layout or ()),
+            numbers=options.numbers or {},
+            told=model and partial(numbers_of, model),
+        )
     refusal = proposed.refusal(LEAST)
     if refusal is not None:
         raise refusal

@@ -6,8 +6,8 @@ The verbs of `api` that need torch and a model; imported only when one of them i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from hashlib import sha256
@@ -31,6 +31,7 @@ from ckptsurgeon.parameter_types import Given, Note
 from ckptsurgeon.planning.plan import Plan, Step
 from ckptsurgeon.planning.plan_types import digest
 from ckptsurgeon.planning.roots import choose
+from ckptsurgeon.progress import nobody, phase, raising_later
 from ckptsurgeon.report import Cast, Finding, Report
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
@@ -59,7 +60,7 @@ def transfer(
 ) -> Report:
     """See `ckptsurgeon.transfer`. `step`: it is a step of another call, whose options have been held against it."""
     ranks = Ranks.of(model)
-    with ExitStack() as undo:
+    with raising_later() as held, ExitStack() as undo:
         with ranks.step() as told:
             refuse_flat(model.modules())
             goal = checkpoint_of(model, own_class(model).__name__)
@@ -75,7 +76,11 @@ def transfer(
             told.same = {"source": given.fingerprint, "model": goal.fingerprint, "plan": digest(plan)}
             reader = undo.enter_context(Reader([given]))
             run = _Run(plan, given, live, reader, model, ruling.own, training.optimizer)
-        way = _sharded_way(run, ranks, undo) if any(map(is_sharded, (*model.parameters(), *model.buffers()))) else _plain_way(run, ranks)
+        way = (
+            _sharded_way(run, ranks, undo)
+            if any(map(is_sharded, (*model.parameters(), *model.buffers())))
+            else _plain_way(run, ranks, held)
+        )
 
         def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
             rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
@@ -115,20 +120,32 @@ class Way:
     put: Callable[[Mapping[str, Any]], None]
 
 
-def _plain_way(run: _Run, ranks: Ranks) -> Way:
+def _plain_way(run: _Run, ranks: Ranks, held: list[BaseException]) -> Way:
     """Into a model of plain tensors, also one of several copies that DistributedDataParallel keeps: each rank reads for itself."""
     plan = run.plan
     with ranks.step():
-        values = {each.target: run.value(each) for each in plan.steps if each.sources and each.action != "load"}
+        values = _values(run, [each for each in plan.steps if each.sources and each.action != "load"])
         handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
         refuse_losses(run.casts, plan.allow_cast)
         _refuse_torn_ties(plan, values)
 
     def into(extra: Mapping[str, Any]) -> None:
         with ranks.step():
-            put(plan, run.model, values.__getitem__, extra, run.own.schemes, handed)
+            put(plan, run.model, values.__getitem__, extra, run.own.schemes, handed, held)
 
     return Way(run.casts, into)
+
+
+def _values(run: _Run, steps: Sequence[Step]) -> dict[str, Value]:
+    """The values of steps; only those that are adapted or cast take time and memory."""
+    changed = {each.target for each in steps if each.adapters or each.cast is not None}
+    with phase("converting", len(changed), "tensors") if changed else nullcontext(nobody) as advance:
+        values = {}
+        for each in steps:
+            values[each.target] = run.value(each)
+            if each.target in changed:
+                advance(1)
+    return values
 
 
 def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack) -> Way:

@@ -257,12 +257,3 @@ def unused_name(source: Checkpoint, target: Checkpoint) -> str:
     chosen = own if own is not None and own.suffixes and (own.pickled or not target.entries) else other
     names = (f"merged{number}{chosen.suffixes[0]}" for number in ("", *(f"-{number}" for number in range(2, 1000))))
     return next((name for name in names if not os.path.lexists(name)), f"merged{chosen.suffixes[0]}")
-
-
-_MANY = 5_000  # tensors of a side, from which on a person is told why it takes some seconds
-
-
-def tell_size(source: Checkpoint, target: Checkpoint, note: Note) -> None:
-    """Say what is being matched, where that takes a while."""
-    if max(len(source), len(target)) > _MANY:
-        note(f"matching {len(source):,} tensors with {len(target):,}: some seconds for every ten thousand")

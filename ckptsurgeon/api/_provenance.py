@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckptsurgeon import __version__
 from ckptsurgeon.planning.plan import Plan, digest
-from ckptsurgeon.version import VERSION
 
 
 def record(plan: Plan) -> dict[str, Any]:
     """The record of a plan's output: tool, plan digest, sources' fingerprints, seed, and which keys are fresh or kept."""
     return {
         "version": 1,
-        "tool": f"ckptsurgeon {VERSION}",
+        "tool": f"ckptsurgeon {__version__}",
         "plan": digest(plan),
         "sources": [{"fingerprint": source.fingerprint, "format": source.format, "root": source.root} for source in plan.sources],
         "target": None if plan.target is None else {"fingerprint": plan.target.fingerprint, "kind": plan.target.kind},

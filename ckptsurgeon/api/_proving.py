@@ -21,6 +21,7 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Given
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.fits import NOTHING, fits
+from ckptsurgeon.progress import phase
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.streaming import checksums
@@ -164,8 +165,9 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
     if checkpoint.kind == "skeleton":
         raise PlanError("is a skeleton and has no values that could be NaN", path=checkpoint.path, hint="leave out --finite")
     findings = []
-    with Reader([checkpoint]) as reader:
+    with Reader([checkpoint]) as reader, phase("reading values", checkpoint.nbytes) as advance:
         for key, tensor in checkpoint.items():
+            advance(tensor.nbytes)
             try:
                 count = 0 if tensor.place is None else count_non_finite(reader.parts(tensor), tensor.dtype)
             except FormatError as error:

@@ -9,7 +9,7 @@ from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent, unused_name
 from ckptsurgeon.api._options import RuleOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
-from ckptsurgeon.parameter_types import Given, Note, Renames
+from ckptsurgeon.parameter_types import Given, Note, OnProgress, Renames
 from ckptsurgeon.planning.diff import Diff, compare
 
 
@@ -28,6 +28,7 @@ def diff(
     conversions: bool = True,
     numbers: Mapping[str, int] | None = None,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> Diff:
     """What of `target` does `source` cover: matched, missing, extra and mismatched keys, after wrapper prefixes and rules.
 
@@ -46,6 +47,8 @@ def diff(
             joins or turns tensors.
         numbers: for variables in adapters' arguments, by name: `{"heads": 32}`, as `permute_rope(heads=heads)` needs.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `Diff`; printed, it is the command line's table.
@@ -70,9 +73,10 @@ def diff(
     found = compare(given, goal, ruling.rules, ruling.outside, auto)
     if found.mismatched or (found.missing and (found.extra or goal.kind == "skeleton")):
         from ckptsurgeon.matching.proposals.advise import advise
+        from ckptsurgeon.progress import phase
 
-        _opening.tell_size(given, goal, note)
-        found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))
+        with phase("matching", len(goal), "tensors"):
+            found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))
     if found.missing and found.extra:
         from ckptsurgeon.matching.proposals.renamed_heads import renamed_heads
 

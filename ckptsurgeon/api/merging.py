@@ -14,7 +14,7 @@ from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions
 from ckptsurgeon.api._rules import Rules, Ruling, gather, load_own, own_code, say_code
 from ckptsurgeon.api._stale import check_data, hinting, load_plan, sampled
 from ckptsurgeon.errors import PlanError
-from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Renames, Words
+from ckptsurgeon.parameter_types import Dtype, Given, Note, OnProgress, Path, Renames, Words
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan
@@ -50,6 +50,7 @@ def plan(
     max_shard_size: int | str | None = None,
     full: bool = False,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> Plan:
     """Decide how every key of `target` gets its value, and what becomes of every source key; write nothing.
 
@@ -82,6 +83,8 @@ def plan(
             10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
         full: digest all data of the files, so that `apply` notices any change; else a sample of it, which notices a file saved anew.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `Plan`, for `apply`; printed, it is the command line's table.
@@ -162,6 +165,7 @@ def merge(
     optimizer_names: Iterable[str] | Literal["model"] | None = None,
     optimizer_from: Path | None = None,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Plan, apply and verify: write to `output` what fits, and prove it before the file takes its name.
 
@@ -219,6 +223,8 @@ def merge(
         optimizer_from: a second file or folder that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
             `optimizer.bin`; the source may then be of any format.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `Report`: which keys were transferred, kept and fresh, and how the file was proven; printed, it is the command line's table.
@@ -275,6 +281,7 @@ def apply(
     device: str | None = None,
     finite: bool = False,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Do what was decided: carry out a plan, or the plan.json at a path, and prove the result as `merge` does.
 
@@ -295,6 +302,8 @@ def apply(
             values.
         finite: NaN and infinite values are errors; needs torch.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `Report`, as `merge` returns it.

@@ -10,7 +10,7 @@ from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import GroupOptions, RuleOptions, TrainingOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
-from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, Renames, Scheme, Words, nn, torch
+from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, OnProgress, Renames, Scheme, Words, nn, torch
 from ckptsurgeon.report import Report
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def transfer(
     ema: Any = None,
     ema_root: str | None = None,
     checksums: bool = False,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Put the weights that fit into a live model, in place, on whatever device it is: all, or, when anything is wrong, none.
 
@@ -102,6 +103,8 @@ def transfer(
         ema_root: where the averaged copy stands in the source; the usual names are tried by default.
         checksums: hold all that is read against the checksums of torch's zip format before the first copy. Without it only deflated data
             is, which is unpacked anyway; the other formats have none.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, once the
+            model is whole.
 
     Returns:
         The report; printed, it is the command line's table. `param_groups` and `initialize` take it. `report.optimizer` says what became

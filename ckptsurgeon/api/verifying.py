@@ -11,7 +11,7 @@ from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import facts, is_given, option, refuse_idle
 from ckptsurgeon.api._proving import held_in_place, unreadable, verify_held, verify_written
 from ckptsurgeon.errors import FormatError, SettingsError
-from ckptsurgeon.parameter_types import Given, Note, Path
+from ckptsurgeon.parameter_types import Given, Note, OnProgress, Path
 from ckptsurgeon.report import Verification
 
 
@@ -27,6 +27,7 @@ def verify(
     conversions: bool = True,
     in_place: bool = False,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> Verification:
     """Load a checkpoint strictly into a fresh model on `device` and compare every tensor bit for bit with the file.
 
@@ -50,6 +51,8 @@ def verify(
             joins or turns tensors.
         in_place: compare what the live model `target` holds with the file; names without the segments of wrappers.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `Verification`: `ok`, its `findings`, and `outputs`, the shapes of the forward pass.

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ckptsurgeon import __version__
 from ckptsurgeon.cli.endings import as_options, debug, say_options, told, with_traceback
 from ckptsurgeon.cli.output import StdoutError, color, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
 from ckptsurgeon.errors import CheckpointError, InternalError
 from ckptsurgeon.regular_expressions import one_child
-from ckptsurgeon.version import VERSION
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -117,7 +117,7 @@ class Flow(click.Group):
     epilog="Read more: ckptsurgeon guide",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(VERSION, "-V", "--version", prog_name="ckptsurgeon")
+@click.version_option(__version__, "-V", "--version", prog_name="ckptsurgeon")
 @color
 @debug
 @click.pass_context

@@ -67,13 +67,18 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--json", "as_json", is_flag=True, help="Answer in JSON (its schema ships in the package).")
     @click.option("-v", "--verbose", is_flag=True, help="Show every key.")
     @click.option(
-        "-q", "--quiet", is_flag=True, help="No notes and no summaries: nothing on stdout where a file is written or all is well."
+        "-q",
+        "--quiet",
+        is_flag=True,
+        help="No notes, progress or summaries: nothing on stdout where a file is written or all is well.",
     )
     @color
     @debug
     @wraps(function)
     def run(*args: Any, as_json: bool, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
-        return function(*args, show=Show(as_json, verbose, quiet), **kwargs)
+        show = Show(as_json, verbose, quiet)
+        with show.progress():
+            return function(*args, show=show, **kwargs)
 
     return run
 

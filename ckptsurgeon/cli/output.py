@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, TextIO
@@ -72,6 +72,21 @@ class Show:
             colour = None if wanted(sys.stdout) else False  # click knows which pagers can show it
             click.echo_via_pager(painted(text()), colour)
 
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """While the block runs, say how far it is on a terminal's stderr, unless it is to be quiet."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from ckptsurgeon.cli.progress_line import ProgressLine
+        from ckptsurgeon.progress import listening
+
+        try:
+            with listening(ProgressLine(status).show):
+                yield
+        finally:
+            status("")
+
     def note(self) -> Callable[[str], None]:
         """A listener for notes that says each once, on stderr."""
         said: set[str] = set()
@@ -118,7 +133,22 @@ def _asked(words: Sequence[str]) -> str | None:
     return given[-1] if given else None
 
 
+_status: list[str] = []  # what stands on the last line of stderr's terminal, to be written over
+
+
+def status(words: str) -> None:
+    """Show one line on stderr's terminal, over the one that was shown there; without words, take that away."""
+    if not words and not _status:
+        return
+    before = len(_status.pop()) if _status else 0
+    with contextlib.suppress(OSError):
+        click.echo(f"\r{words}{' ' * (before - len(words))}" if words else f"\r{' ' * before}\r", sys.stderr, nl=False)
+        if words:
+            _status.append(words)
+
+
 def _write(text: str, stream: TextIO, nl: bool = True) -> None:
+    status("")
     colour = wanted(stream)
     if colour and isinstance(text, Styled):
         from ckptsurgeon.cli.colour import painted

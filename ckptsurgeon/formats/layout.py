@@ -103,3 +103,8 @@ class OutFile:
     tensors: Sequence[OutTensor]
     entries: Mapping[str, Any]
     layout: Layout
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors, those of tied ones once."""
+        return sum(slot.nbytes for slot in self.layout.slots)

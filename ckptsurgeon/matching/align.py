@@ -21,6 +21,7 @@ from ckptsurgeon.matching.frontier import Frontier
 from ckptsurgeon.matching.leftover import Place, pair_leftovers
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.matching.pairing import Laid, Left, Record, laid, under
+from ckptsurgeon.progress import beat
 
 _DEPTH = 60
 _TABLE = 1_000_000  # pairs of two rows that are compared each with each
@@ -84,6 +85,7 @@ class _Pass:
 
     def pair(self, choice: Choice, depth: int) -> Left:
         """Two nodes go together: write it down, and place what is in them."""
+        beat()
         one, other = choice.source, choice.target
         if one.leaf and other.leaf:
             self.record.units.append(laid(choice))

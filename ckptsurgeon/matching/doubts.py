@@ -20,6 +20,7 @@ from ckptsurgeon.matching.module_tree import fold, squeezed
 from ckptsurgeon.matching.same_names import SHIFTED
 from ckptsurgeon.matching.spelling import squash, squashed
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.progress import beat
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
@@ -118,6 +119,7 @@ class Doubt(NamedTuple):
 def doubted(found: Found) -> list[Link]:
     """The links; those that a doubt is about have lost their margin, and say why."""
     for kind in _DOUBTS:
+        beat()
         doubts = {id(doubt.link): doubt for doubt in kind(found)}
         if doubts:
             found = replace(found, links=[doubts[id(link)].cast() if id(link) in doubts else link for link in found.links])

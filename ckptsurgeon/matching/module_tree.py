@@ -14,6 +14,7 @@ from functools import cached_property
 from math import log2, prod
 
 from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.progress import beat
 from ckptsurgeon.tensors import TensorMeta
 
 Shape = tuple[int, ...]
@@ -192,6 +193,7 @@ def list_lengths(root: Node) -> dict[int, int]:
 
 
 def _node(module: _Module, path: str, name: str, interned: _Interned) -> Node:
+    beat()
     children = [_node(child, _join(path, part), part, interned) for part, child in module.items()]
     children += _units(module, path, interned)
     children.sort(key=lambda node: node.at)

@@ -6,29 +6,37 @@ Rule: offsets and lengths in, nothing is known of tensors. Memory is a fixed few
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import platform
 from ckptsurgeon.storage.files import OpenFile
 
+Advance = Callable[[int], None]  # gets how many bytes more are done
 BUFFER = 4 << 20
+AT_ONCE = 64 << 20  # bytes that the kernel copies between two calls of `advance`
 
 
-def copy_range(source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int) -> None:
+def _unheard(_nbytes: int) -> None:
+    """Nobody asks how far it is."""
+
+
+def copy_range(source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int, advance: Advance = _unheard) -> None:
     """Copy `nbytes` bytes of a file into the one behind the descriptor `output`.
 
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
     """
     done = 0
     while source.fd is not None and done < nbytes:
-        copied = platform.copy_in_kernel(source.fd, output, nbytes - done, source_offset + done, output_offset + done)
+        copied = platform.copy_in_kernel(source.fd, output, min(nbytes - done, AT_ONCE), source_offset + done, output_offset + done)
         if not copied:
             break  # by hand, which also tells whether the file ended: some file systems answer 0 instead of an error
         done += copied
+        advance(copied)
     for chunk in chunks(source, source_offset + done, nbytes - done):
         write_at(output, chunk, output_offset + done)
         done += len(chunk)
+        advance(len(chunk))
 
 
 def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -66,15 +74,16 @@ def read_at(source: OpenFile, buffer: bytearray | memoryview, offset: int) -> No
         raise StaleError("became shorter while it was read", path=source.path, hint="run it again when nothing writes to it")
 
 
-def checksum(source: OpenFile, offset: int, nbytes: int) -> int:
+def checksum(source: OpenFile, offset: int, nbytes: int, advance: Advance = _unheard) -> int:
     """The CRC-32 of `nbytes` bytes from `offset`."""
     crc = 0
     for chunk in chunks(source, offset, nbytes):
         crc = zlib.crc32(chunk, crc)
+        advance(len(chunk))
     return crc
 
 
-def equal_ranges(one: OpenFile, one_offset: int, other: OpenFile, other_offset: int, nbytes: int) -> bool:
+def equal_ranges(one: OpenFile, one_offset: int, other: OpenFile, other_offset: int, nbytes: int, advance: Advance = _unheard) -> bool:
     """Whether two files have the same `nbytes` bytes there."""
     size = min(nbytes, BUFFER)
     first, second = bytearray(size), bytearray(size)
@@ -84,5 +93,6 @@ def equal_ranges(one: OpenFile, one_offset: int, other: OpenFile, other_offset: 
             first, second = bytearray(size), bytearray(size)
         if not one.fill(first, one_offset) or not other.fill(second, other_offset) or first != second:
             return False
+        advance(size)
         one_offset, other_offset, nbytes = one_offset + size, other_offset + size, nbytes - size
     return True

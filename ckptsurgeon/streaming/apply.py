@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon import formats
+from ckptsurgeon import __version__, formats
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import registry
 from ckptsurgeon.formats.layout import WEIGHTS, Contents, OutFile, OutTensor
 from ckptsurgeon.planning.plan_types import Plan, Step, digest
+from ckptsurgeon.progress import Share, phase
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.sizes import rounded
 from ckptsurgeon.storage import copying
@@ -28,9 +29,8 @@ from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.step_values import Run, Values
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import refuse_losses, refused_losses, reported
-from ckptsurgeon.streaming.writing import begin, finish, located, made_in, prove_file, scratch, still_proven
+from ckptsurgeon.streaming.writing import WRITING, begin, finish, located, made_in, prove_file, scratch, still_proven
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
-from ckptsurgeon.version import VERSION
 
 if TYPE_CHECKING:
     from ckptsurgeon.streaming.new_folder import NewFolder
@@ -119,30 +119,31 @@ def apply(
             files, index = [scratch(run, tensors)], {}
         names = output.form.saved or [*(file.name for file in files), *index]
         _refuse_part_of_source(output.path, checkpoints)
-        resumed = []
+        resumed, share = [], Share(0, sum(file.nbytes for file in files))
         with _new_place(output, names, _task(plan, checkpoints, output)) as place:
             _write_texts(place, index)
             for file in files:
                 with place.opened(file.name) as temporary:
                     known = place.proven(file.name)
-                    if known is not None and still_proven(run, file, temporary, known):
+                    if known is not None and still_proven(run, file, temporary, known, share):
                         resumed.append(file.name)
                     else:
-                        begin(run, file, temporary, output.proof)
+                        rest = begin(run, file, temporary, output.proof, share)
                         if refused_losses(run.casts, plan.allow_cast):
                             continue  # nothing is copied any more; what else can't be cast is told with it
-                        finish(run, file, temporary)
+                        finish(run, file, temporary, share, rest)
                     written, where = file, temporary.path
                     if save is not None:
                         written, where = replace(file, tensors=tensors, entries=entries), place.path
-                        save(where, located(run, tensors, file, temporary.path), entries)
+                        with phase(WRITING, sum(tensor.nbytes for tensor in tensors)):
+                            save(where, located(run, tensors, file, temporary.path), entries)
                     reader.check_unchanged()
                     with syncing(temporary):
                         if output.proof:
                             left = [span for entry, span in reader.entries().items() if entry not in run.held]
                             with checking(reader, left) as wrong:
                                 if file.name not in resumed:
-                                    prove_file(run, written, where, around)
+                                    prove_file(run, written, where, around, share if save is None else None)
                             if wrong:
                                 reader.check_unchanged()
                             refuse(wrong, checkpoints)
@@ -154,6 +155,7 @@ def apply(
                     reader.check_unchanged()  # the proof has read the sources again
                     if output.proof and save is None and file.name not in resumed:
                         place.keep(file.name, *made_in(run, file))
+                share = share.after(file.nbytes)
             refuse_losses(run.casts, plan.allow_cast)
             sizes = [(os.path.basename(output.path), files[0].layout.size)]
             if output.is_folder:
@@ -181,7 +183,7 @@ def _new_place(output: Output, names: Sequence[str], task: str) -> Iterator[NewF
 def _task(plan: Plan, checkpoints: Sequence[Checkpoint], output: Output) -> str:
     """The digest of all that decides what is written: the plan, its files as they are now, the options, and this program."""
     stamps = [(file.size, file.mtime_ns, file.inode, file.device) for checkpoint in checkpoints for file in checkpoint.files]
-    how = (output.format, output.max_shard_size, output.tied, output.provenance, VERSION)
+    how = (output.format, output.max_shard_size, output.tied, output.provenance, __version__)
     return sha256(repr((digest(plan), stamps, how)).encode()).hexdigest()
 
 

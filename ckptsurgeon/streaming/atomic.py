@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from ckptsurgeon.errors import CheckpointError, OutputError
+from ckptsurgeon.progress import phase, wait_for
 from ckptsurgeon.report import Cast, Finding
 from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming.file_attributes import hand_over
@@ -296,6 +297,9 @@ def syncing(temporary: Temporary) -> Iterator[None]:
     thread.start()
     try:
         yield
+        if thread.is_alive():
+            with phase("waiting for the disk"):
+                wait_for(thread)
     finally:
         thread.join()
     if failed:

@@ -20,6 +20,7 @@ from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.registry import named
 from ckptsurgeon.formats.zip_directory import Entry, read_directory
 from ckptsurgeon.hints import shortened
+from ckptsurgeon.progress import wait_for
 from ckptsurgeon.report import Finding
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
@@ -164,6 +165,7 @@ def _in_a_thread(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
     thread.start()
     try:
         yield
+        wait_for(thread)
     except BaseException:
         stop.set()
         raise

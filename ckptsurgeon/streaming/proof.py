@@ -14,6 +14,7 @@ from typing import Any
 from ckptsurgeon import formats
 from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import WEIGHTS, Stored
+from ckptsurgeon.progress import Advance, nobody
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import open_regular
@@ -36,10 +37,17 @@ class Expected:
     copy: TensorMeta | None = None
 
 
-def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], reader: Reader, around: Any = WEIGHTS) -> None:
+def prove(
+    path: str,
+    expected: Sequence[Expected],
+    entries: Mapping[str, Any],
+    reader: Reader,
+    around: Any = WEIGHTS,
+    advance: Advance = nobody,
+) -> None:
     """Raises VerificationError, naming every key, when the file or folder at `path` is not exactly what was to be written.
 
-    `around` is the value in which the state_dict stands.
+    `around` is the value in which the state_dict stands; `advance` gets how many bytes more were compared.
     """
     archive = formats.read(path)
     found = archive.state_dicts[0]
@@ -61,7 +69,7 @@ def prove(path: str, expected: Sequence[Expected], entries: Mapping[str, Any], r
                 continue
             if (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
                 problems.append(f"{item.name}: is {tensor.dtype} {tensor.shape}, not {item.dtype} {item.shape}")
-            elif not _same(files, tensor, item, reader):
+            elif not _same(files, tensor, item, reader, advance):
                 problems.append(f"{item.name}: its bytes differ")
     if problems:
         raise VerificationError(
@@ -94,7 +102,7 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _same(files: Mapping[str, OpenFile], tensor: TensorMeta, item: Expected, reader: Reader) -> bool:
+def _same(files: Mapping[str, OpenFile], tensor: TensorMeta, item: Expected, reader: Reader, advance: Advance) -> bool:
     written = tuple(runs(tensor))
     if len(written) > 1 or not tensor.as_stored:
         return False  # every tensor is written in one piece
@@ -104,7 +112,7 @@ def _same(files: Mapping[str, OpenFile], tensor: TensorMeta, item: Expected, rea
     if item.ranges is not None:
         for each in item.ranges:
             source, offset = reader.locate(each)
-            if position + each.nbytes > end or not copying.equal_ranges(file, position, source, offset, each.nbytes):
+            if position + each.nbytes > end or not copying.equal_ranges(file, position, source, offset, each.nbytes, advance):
                 return False
             position += each.nbytes
         return position == end
@@ -114,8 +122,10 @@ def _same(files: Mapping[str, OpenFile], tensor: TensorMeta, item: Expected, rea
             if position + nbytes > end or file.read(position, nbytes) != part:
                 return False
             position += nbytes
+            advance(nbytes)
         return position == end
     digest = sha256()
     for chunk in copying.chunks(file, end - tensor.nbytes, tensor.nbytes):
         digest.update(chunk)
+        advance(len(chunk))
     return digest.hexdigest() == item.digest

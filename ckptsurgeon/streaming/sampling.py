@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from hashlib import sha256
 
+from ckptsurgeon.progress import phase
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta
@@ -46,10 +47,11 @@ def digest(checkpoint: Checkpoint) -> str:
     if not checkpoint.files:
         return ""
     found = sha256()
-    with Reader([checkpoint]) as reader:
+    with Reader([checkpoint]) as reader, phase("reading values", sum(stamp.size for stamp in checkpoint.files)) as advance:
         for stamp in checkpoint.files:
             for part in copying.chunks(reader.open(stamp.path), 0, stamp.size):
                 found.update(part)
+                advance(len(part))
         reader.check_unchanged()
     return found.hexdigest()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.matching.evidence.value_evidence import Stats, noise_share
+from ckptsurgeon.progress import Advance, phase
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, tensor_from
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
@@ -24,8 +25,9 @@ LEAST = 8  # rows and columns below which a spectrum tells nothing
 
 def of_file(checkpoint: Checkpoint, keys: Iterable[str]) -> Mapping[str, Stats]:
     """The statistics of a checkpoint's floating tensors; none of those with values that are not finite."""
-    with Reader([checkpoint]) as reader:
-        found = {key: _streamed(checkpoint[key], reader.parts(checkpoint[key])) for key in keys if _floats(checkpoint[key])}
+    floats = [checkpoint[key] for key in keys if _floats(checkpoint[key])]
+    with Reader([checkpoint]) as reader, phase("reading values", sum(tensor.nbytes for tensor in floats)) as advance:
+        found = {tensor.name: _streamed(tensor, reader.parts(tensor), advance) for tensor in floats}
         reader.check_unchanged()
     return {key: stats for key, stats in found.items() if stats is not None}
 
@@ -40,7 +42,7 @@ def _floats(tensor: TensorMeta) -> bool:
     return tensor.place is not None and tensor.numel > 0 and BY_CODE[tensor.dtype].kind == "float"
 
 
-def _streamed(tensor: TensorMeta, parts: Iterable[Buffer]) -> Stats | None:
+def _streamed(tensor: TensorMeta, parts: Iterable[Buffer], advance: Advance) -> Stats | None:
     import torch
 
     total = squares = 0.0
@@ -54,6 +56,7 @@ def _streamed(tensor: TensorMeta, parts: Iterable[Buffer]) -> Stats | None:
         if wanted > 0:
             sample.append(values[:wanted].clone())
             wanted -= len(sample[-1])
+        advance(memoryview(part).nbytes)
     top = 0.0
     if sample:
         flat = torch.cat(sample)

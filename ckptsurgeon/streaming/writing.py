@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutFile, OutTensor, Slot
+from ckptsurgeon.progress import Advance, Share, nobody, phase
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.local import LocalFile
@@ -21,30 +23,39 @@ if TYPE_CHECKING:
     from ckptsurgeon.streaming.journal import Proven
 
 SCRATCH = ".scratch"
+WRITING = "writing"  # the phase of both halves
 _ALIGNED = 64
 
 
-def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool) -> None:
-    """Write what is known of a file before its data, and the values that are made; with `proof` their digests are kept for it."""
+def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Share) -> Share:
+    """Write what is known of a file before its data, and the values that are made; with `proof` their digests are kept for it.
+
+    `share` is the file's part of all that is written; what follows of it is returned.
+    """
     for offset, data in file.layout.chunks:
         copying.write_at(temporary.fd, data, offset)
-    for slot in file.layout.slots:
-        if run.ranges(run.steps[file.tensors[slot.index].name]) is None:
-            _make(run, slot, file.tensors[slot.index], temporary, proof)
+    made = [slot for slot in file.layout.slots if run.ranges(run.steps[file.tensors[slot.index].name]) is None]
+    nbytes = sum(slot.nbytes for slot in made)
+    with phase(WRITING, nbytes, share=share) if made else nullcontext(nobody) as advance:
+        for slot in made:
+            _make(run, slot, file.tensors[slot.index], temporary, proof, advance)
     order = {key: place for place, key in enumerate(run.steps)}
     run.casts.sort(key=lambda found: order[found.key])
+    return share.after(nbytes)
 
 
-def finish(run: Run, file: OutFile, temporary: Temporary) -> None:
-    """Copy what only moves, and write what follows from the data."""
+def finish(run: Run, file: OutFile, temporary: Temporary, share: Share, rest: Share) -> None:
+    """Copy what only moves, the `rest` of the file's `share`, and write what follows from the data."""
     layout, moved = file.layout, _moved(run, file)
-    for slot, ranges in zip(layout.slots, moved, strict=True):
-        position = slot.offset
-        for each in ranges:
-            copying.copy_range(*run.reader.locate(each), temporary.fd, position, each.nbytes)
-            position += each.nbytes
+    nbytes = sum(each.nbytes for ranges in moved for each in ranges)
+    with phase(WRITING, nbytes, share=rest) if nbytes else nullcontext(nobody) as advance:
+        for slot, ranges in zip(layout.slots, moved, strict=True):
+            position = slot.offset
+            for each in ranges:
+                copying.copy_range(*run.reader.locate(each), temporary.fd, position, each.nbytes, advance)
+                position += each.nbytes
     _refuse_torn_ties(run, file, temporary)
-    for offset, data in layout.tail(_checksums(run, file, temporary, moved)):
+    for offset, data in layout.tail(_checksums(run, file, temporary, moved, share)):
         copying.write_at(temporary.fd, data, offset)
 
 
@@ -53,19 +64,20 @@ def _moved(run: Run, file: OutFile) -> list[Ranges]:
     return [run.ranges(run.steps[file.tensors[slot.index].name]) or () for slot in file.layout.slots]
 
 
-def _checksums(run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges]) -> list[int]:
+def _checksums(run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], share: Share) -> list[int]:
     """The checksums of a written file's slots, where its format has some; what they show of the sources is noted."""
     if not file.layout.checksums:
         return []
     written = LocalFile(temporary.path, temporary.fd)
-    checksums = [copying.checksum(written, slot.offset, slot.nbytes) for slot in file.layout.slots]
+    with phase("computing checksums", file.nbytes, share=share) as advance:
+        checksums = [copying.checksum(written, slot.offset, slot.nbytes, advance) for slot in file.layout.slots]
     for ranges, crc in zip(moved, checksums, strict=True):
         if len(ranges) == 1 and ranges[0].checksum() == crc:
             run.held.add((ranges[0].file, ranges[0].offset))
     return checksums
 
 
-def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven) -> bool:
+def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, share: Share) -> bool:
     """Whether a file that an interrupted run had proven is what is to be written: all its bytes are looked at again.
 
     Of values that were made the digest that the run noted is believed, since the plan, the sources and this program are the same; not where
@@ -77,12 +89,12 @@ def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven) -
     written = LocalFile(temporary.path, temporary.fd)
     if written.size != file.layout.size:
         return False
-    chunks = [*file.layout.chunks, *file.layout.tail(_checksums(run, file, temporary, _moved(run, file)))]
+    chunks = [*file.layout.chunks, *file.layout.tail(_checksums(run, file, temporary, _moved(run, file), share))]
     if any(written.read(offset, len(data)) != data for offset, data in chunks):
         return False
     run.digests.update({tensor.storage: known.made[tensor.name] for tensor in made})
     try:
-        prove_file(run, file, temporary.path, WEIGHTS)
+        prove_file(run, file, temporary.path, WEIGHTS, share)
     except VerificationError:
         return False
     run.casts.extend(known.casts)
@@ -154,13 +166,14 @@ def torn(first: str, key: str) -> PlanError:
     )
 
 
-def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: bool) -> None:
+def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: bool, advance: Advance) -> None:
     position, digest = slot.offset, sha256()
     for part in run.parts(run.steps[tensor.name]):
         copying.write_at(temporary.fd, part, position)
         if proof:
             digest.update(part)
         position += memoryview(part).nbytes
+        advance(memoryview(part).nbytes)
     if position != slot.offset + slot.nbytes:
         raise OutputError(f"got {position - slot.offset:,} bytes where the plan says {slot.nbytes:,}", key=tensor.name)
     run.digests[tensor.storage] = digest.hexdigest()
@@ -174,10 +187,12 @@ def expected_of(run: Run, tensor: OutTensor) -> Expected:
     return Expected(tensor.name, tensor.dtype, tensor.shape, ranges, run.digests.get(tensor.storage), copy)
 
 
-def prove_file(run: Run, file: OutFile, path: str, around: Any) -> None:
+def prove_file(run: Run, file: OutFile, path: str, around: Any, share: Share | None) -> None:
     """Raises VerificationError, naming every key, where the file is not what was planned; StaleError where a source changed meanwhile."""
     try:
-        prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around)
+        nbytes = sum(tensor.nbytes for tensor in file.tensors) if share is None else file.nbytes
+        with phase("proving", nbytes, share=share) as advance:
+            prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around, advance)
     except VerificationError:
         run.reader.check_unchanged()  # a source that changed since it was copied is the likelier reason
         raise

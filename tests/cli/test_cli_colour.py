@@ -73,6 +73,7 @@ LINES: dict[str, list[tuple[tuple[str, ...], list[str]]]] = {
     ],
     "skeleton": [((VARIANT, "-o", "net.json", "--overwrite"), [DIM])],
     "groups": [(("merged.pt", VARIANT, "--lr", "1e-3", "--fresh-scale", "10"), [f"{BOLD}group"])],
+    "guide": [(("patterns",), [])],
     "adapters": [((), [f"{BOLD}adapters\x1b[0m", f"{BOLD}schemes"])],
 }
 CASES = [(name, *row) for name, rows in LINES.items() for row in rows]

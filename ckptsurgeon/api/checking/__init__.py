@@ -15,7 +15,7 @@ from ckptsurgeon.api._opening import Target, silent
 from ckptsurgeon.api.checking import folders, one, workers
 from ckptsurgeon.api.checking.settings import Gate, gate, refuse_unheard
 from ckptsurgeon.errors import SettingsError
-from ckptsurgeon.parameter_types import Dtype, Given, Note, Path, Words
+from ckptsurgeon.parameter_types import Dtype, Given, Note, OnProgress, Path, Words
 from ckptsurgeon.report import CheckReport, FileCheck, Settings
 
 __all__ = ["check", "check_each", "target_of"]
@@ -38,6 +38,7 @@ def check(
     conversions: bool = True,
     jobs: int | None = None,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> CheckReport:
     """Whether files are readable, safe, whole, and what is expected; every finding of every file at once, in the order of the paths.
 
@@ -59,6 +60,8 @@ def check(
             joins or turns tensors.
         jobs: how many files at a time; by default as many as there are cores, at most 8.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `CheckReport`: `ok`, and the findings of each of its `files`.

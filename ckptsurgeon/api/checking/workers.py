@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
+from ckptsurgeon.progress import EVERY, Advance, beat, phase
 from ckptsurgeon.report import Finding
 from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming.signals import HELD, undisturbed
@@ -40,39 +41,57 @@ def default_jobs() -> int:
 
 def in_order(work: Work, count: int, jobs: int, *, values: bool, large: bool) -> list[Findings]:
     """The answers for the files 0 … count - 1. `values` says that torch will be needed, `large` that it will surely last."""
+    with phase("checking", count, "files") as advance:
+        return _in_order(work, count, jobs, values, large, advance)
+
+
+def _in_order(work: Work, count: int, jobs: int, values: bool, large: bool, advance: Advance) -> list[Findings]:
     done: list[Findings] = []
+
+    def alone(number: int) -> Findings:
+        found = work(number, beat)
+        advance(1)
+        return found
+
     began = time.monotonic()
     while len(done) < count and (min(jobs, count) == 1 or not (values or large or time.monotonic() - began > _HELP_AFTER)):
-        done.append(work(len(done), _nobody_stops))
+        done.append(alone(len(done)))
     rest = range(len(done), count)
     jobs = min(jobs, len(rest))
     if jobs == 0:
         return done
     if jobs == 1:
-        return done + [work(number, _nobody_stops) for number in rest]
-    return done + (_in_threads(work, rest, jobs) if values or not platform.may_fork() else _in_processes(work, rest, jobs))
+        return done + [alone(number) for number in rest]
+    several = _in_threads if values or not platform.may_fork() else _in_processes
+    return done + several(work, rest, jobs, advance)
 
 
 def _nobody_stops() -> None:
-    """Alone in the main thread, an interrupt comes by itself."""
+    """A worker process is killed where nobody waits for its answer."""
 
 
 class _StoppedError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def _in_threads(work: Work, numbers: Sequence[int], jobs: int) -> list[Findings]:
+def _in_threads(work: Work, numbers: Sequence[int], jobs: int, advance: Advance) -> list[Findings]:
     stop = threading.Event()
 
     def alive() -> None:
         if stop.is_set():
             raise _StoppedError
 
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
             waiting = [pool.submit(copy_context().run, work, number, alive) for number in numbers]
+            left = set(waiting)
+            while left:
+                done, left = wait(left, EVERY, FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what ended one of them
+                advance(len(done))
             return [future.result() for future in waiting]
         except BaseException:
             stop.set()
@@ -80,7 +99,7 @@ def _in_threads(work: Work, numbers: Sequence[int], jobs: int) -> list[Findings]
             raise
 
 
-def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Findings]:
+def _in_processes(work: Work, numbers: Sequence[int], jobs: int, advance: Advance) -> list[Findings]:
     from multiprocessing.connection import wait
 
     context = platform.forking()
@@ -113,7 +132,8 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Finding
         for _ in range(jobs):
             hire()
         while busy:
-            for line in [line for line in wait(list(busy)) if line in busy]:
+            beat()
+            for line in [line for line in wait(list(busy), EVERY) if line in busy]:
                 number = busy.pop(line)
                 try:
                     answers[number] = tuple(Finding(*row) for row in json.loads(line.recv_bytes()))
@@ -125,6 +145,7 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int) -> list[Finding
                         hire()
                 else:
                     give(line)
+                    advance(1)
     finally:
         with undisturbed():
             for worker in workers.values():

@@ -15,7 +15,8 @@ from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.evidence.value_evidence import judged
 from ckptsurgeon.matching.proposals.advise import with_sizes
 from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
-from ckptsurgeon.parameter_types import Given, Note, Renames, Words
+from ckptsurgeon.parameter_types import Given, Note, OnProgress, Renames, Words
+from ckptsurgeon.progress import phase
 from ckptsurgeon.tensors import Checkpoint
 
 TOLERANCE = 1e-4  # of the greatest output
@@ -41,6 +42,7 @@ def match(
     source_model: Given | None = None,
     tolerance: float | None = None,
     note: Note = silent,
+    progress: OnProgress | None = None,
 ) -> Proposal:
     """Find the mapping between two implementations of one architecture from what their headers say: names, shapes, numbers and order.
 
@@ -68,6 +70,8 @@ def match(
         source_model: for `forward`: the model that the checkpoint is of, or its spec.
         tolerance: for `forward`: by how much of their greatest value outputs may differ; 1e-4 by default.
         note: called with each note, a line of text; notes are dropped by default.
+        progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
+            left half done.
 
     Returns:
         A `Proposal`: links with their evidence and margin, `rules` to hand to `plan`, `merge` or `transfer`, in `toml` the same as the text
@@ -93,20 +97,21 @@ def match(
     aim = _opening.open_target(target, conversions=conversions, note=note)
     given = _opening.open_source(seen, root=root, target=aim.checkpoint)
     judge = _judge(given, aim, note) if values else None
-    _opening.tell_size(given, aim.checkpoint, note)
-    found = propose(
-        given,
-        aim.checkpoint,
-        ruling.rules,
-        ruling.outside,
-        accept=accept_uncertain,
-        judge=judge,
-        layout=tuple(options.layout or ()),
-        numbers=options.numbers or {},
-        told=aim.any_model and partial(numbers_of, aim.any_model),
-    )
-    refuse_unused([name for name in ruling.unused if name not in found.numbers_used])
-    found = replace(with_sizes(found, given, aim.checkpoint, ruling.outside), output=_opening.unused_name(given, aim.checkpoint))
+    with phase("matching", len(aim.checkpoint), "tensors"):
+        found = propose(
+            given,
+            aim.checkpoint,
+            ruling.rules,
+            ruling.outside,
+            accept=accept_uncertain,
+            judge=judge,
+            layout=tuple(options.layout or ()),
+            numbers=options.numbers or {},
+            told=aim.any_model and partial(numbers_of, aim.any_model),
+        )
+        refuse_unused([name for name in ruling.unused if name not in found.numbers_used])
+        found = with_sizes(found, given, aim.checkpoint, ruling.outside)
+    found = replace(found, output=_opening.unused_name(given, aim.checkpoint))
     if forward is not None and source_model is not None:
         from ckptsurgeon.api.matching.trying import tried
 

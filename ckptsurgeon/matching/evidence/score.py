@@ -25,6 +25,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
 )
 from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
 from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.progress import beat
 
 AGAINST_IT = "against it"
 WORD = 3.0  # a word that tells look-alikes apart is on both sides
@@ -150,6 +151,7 @@ def count_pairs(
     sources: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     for source, target in choices:
+        beat()
         ones, others = tails(source, rows), tails(target, rows)
         sources.update(ones)
         targets.update(others)

@@ -22,6 +22,7 @@ from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.conversions import applied_prefix
 from ckptsurgeon.planning.prefixes.find import Prefix, rename_all
+from ckptsurgeon.progress import beat
 from ckptsurgeon.rules.drafting import cover
 from ckptsurgeon.rules.drafting.drafts import Draft, Known, merge
 from ckptsurgeon.rules.drafting.rows import Line, Row, literal, rows
@@ -93,6 +94,7 @@ def generalise(task: Task) -> tuple[Ruled, ...]:
         for how in (GENERAL, FOLDED, LITERAL):
             also: frozenset[str] = frozenset()  # keys to drop that went astray by a prefix which only rules bring about
             for _ in range(_TRIES):
+                beat()
                 try:
                     found = list(view.rules(how, also))
                     led = task.replayed(ruled.rule for ruled in found)

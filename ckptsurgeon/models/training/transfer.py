@@ -28,6 +28,7 @@ from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.planning.plan_types import Plan, resolved
+from ckptsurgeon.progress import Held, phase
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.signals import undisturbed
 from ckptsurgeon.streaming.values import tensor_from
@@ -71,6 +72,7 @@ def put(
     extra: Mapping[str, Any],
     schemes: Mapping[str, Fill],
     handed: Mapping[str, Value] = {},
+    held: Held = None,
 ) -> None:
     """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on whatever device it is.
 
@@ -80,6 +82,7 @@ def put(
         extra: values for keys that are no tensors.
         schemes: a person's own, by name.
         handed: what the model's own loading code gets as it is, by the names that it needs.
+        held: gets what a listener to the progress raises, since the model must not be left half filled.
 
     Raises:
         ModelError: the model is on meta, or has a tensor that can't be written to.
@@ -127,7 +130,7 @@ def put(
     if not loaders and not special and not foreign:
         with undisturbed(), torch.no_grad():
             set_extra(model, state, extra, name)
-            _copy(state, values, lambda: reset_extra(model, state, extra, name))
+            _copy(state, values, held, lambda: reset_extra(model, state, extra, name))
         return
     computed = {step.target for step in plan.steps if step.action == "load"}
     through = {key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in special), *handed.items())}
@@ -141,7 +144,7 @@ def put(
             undo()
         raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
     with undisturbed(), torch.no_grad():
-        _copy(after, rest, undo, "; what its own loading code changed in it is undone")
+        _copy(after, rest, held, undo, "; what its own loading code changed in it is undone")
 
 
 def _owned(value: Value) -> torch.Tensor:
@@ -149,20 +152,26 @@ def _owned(value: Value) -> torch.Tensor:
     return at_hand(value) if isinstance(value, Waiting) else value.detach().clone()
 
 
-def _copy(state: Mapping[str, Any], values: Mapping[str, Value], undo: Undo, undone: str = "") -> None:
+def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, undo: Undo, undone: str = "") -> None:
     """Copy values into the model. Where one can't be read, those before it stay, and `undo` is run; `undone` says so."""
     done: list[str] = []
-    for key, value in values.items():
-        try:
-            state[key].copy_(value) if isinstance(value, torch.Tensor) else value.into(state[key])
-        except BaseException as error:
-            undo()
-            if isinstance(error, CheckpointError):
-                error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}{undone}"
-                error.problems = shortened([f"{one}: has its new value" for one in done])
-                error.hint = "transfer again when the file is whole, or build the model anew"
-            raise
-        done.append(key)
+    with phase("transferring", sum(_size(state[key]) for key in values), held=held) as advance:
+        for key, value in values.items():
+            try:
+                state[key].copy_(value) if isinstance(value, torch.Tensor) else value.into(state[key])
+            except BaseException as error:
+                undo()
+                if isinstance(error, CheckpointError):
+                    error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}{undone}"
+                    error.problems = shortened([f"{one}: has its new value" for one in done])
+                    error.hint = "transfer again when the file is whole, or build the model anew"
+                raise
+            done.append(key)
+            advance(_size(state[key]))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def check_writable(key: str, tensor: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_stat
 from ckptsurgeon.models.verify import by_library, forward, loading, readback
 from ckptsurgeon.planning.fits import fits
 from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
+from ckptsurgeon.progress import phase
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.streaming.values import tensor_from
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta, contiguous_stride
@@ -81,11 +82,12 @@ def verify_on_device(
     skeleton = checkpoint_of_state_dict(state, checkpoint.path)
     as_read = read_by_library(checkpoint, replace(skeleton, naming=find_naming(model, state) if conversions else None))
     del state
-    if as_read.naming is None:
-        loaded = loading.load_strictly(model, checkpoint, skeleton)
-    else:
-        read = by_library.reader(checkpoint, as_read, read)
-        loaded = by_library.load_by_library(model, checkpoint, skeleton, as_read, read)
+    with phase("loading", checkpoint.nbytes):
+        if as_read.naming is None:
+            loaded = loading.load_strictly(model, checkpoint, skeleton)
+        else:
+            read = by_library.reader(checkpoint, as_read, read)
+            loaded = by_library.load_by_library(model, checkpoint, skeleton, as_read, read)
     findings = list(loaded.findings)
     findings += _readers_agree(checkpoint, loaded) if loaded.complete else []
     compared = 0
@@ -139,20 +141,22 @@ def _read_back(
     compared, findings = 0, []
     state = state_dict_of(model, checkpoint.path)
     changing = {key for loader in find_loaders(model, state).values() if loader.changes for key in loader.keys}
-    for key, value in state.items():
-        meta = checkpoint.get(loaded.aliases.get(key, key))
-        if not isinstance(value, torch.Tensor) or meta is None or meta.shape != tuple(value.shape):
-            continue
-        compared += 1
-        try:
-            given = read(meta)
-        except FormatError as error:
-            findings.append(Finding("checksum", error.reason, key))
-            continue
-        found = readback.compare(key, meta, value, given, finite)
-        if key in changing and any(finding.code == "differs" for finding in found):
-            found = by_torch.compare(key, value, finite)
-        findings += found
+    pairs = [(key, value, checkpoint.get(loaded.aliases.get(key, key))) for key, value in state.items() if isinstance(value, torch.Tensor)]
+    with phase("comparing", sum(meta.nbytes for _, _, meta in pairs if meta is not None)) as advance:
+        for key, value, meta in pairs:
+            if meta is None or meta.shape != tuple(value.shape):
+                continue
+            compared += 1
+            try:
+                given = read(meta)
+            except FormatError as error:
+                findings.append(Finding("checksum", error.reason, key))
+                continue
+            found = readback.compare(key, meta, value, given, finite)
+            if key in changing and any(finding.code == "differs" for finding in found):
+                found = by_torch.compare(key, value, finite)
+            findings += found
+            advance(meta.nbytes)
     return compared, findings
 
 
