@@ -138,13 +138,14 @@ _status: list[str] = []  # what stands on the last line of stderr's terminal, to
 
 def status(words: str) -> None:
     """Show one line on stderr's terminal, over the one that was shown there; without words, take that away."""
-    if not words and not _status:
-        return
-    before = len(_status.pop()) if _status else 0
+    before = _status[0] if _status else ""
+    if words:  # noted first: an interrupt may come right after it is written
+        _status[:] = [words.ljust(len(before))]
     with contextlib.suppress(OSError):
-        click.echo(f"\r{words}{' ' * (before - len(words))}" if words else f"\r{' ' * before}\r", sys.stderr, nl=False)
-        if words:
-            _status.append(words)
+        if words or before:
+            click.echo(f"\r{words.ljust(len(before))}{'' if words else chr(13)}", sys.stderr, nl=False)
+    if not words:
+        _status.clear()
 
 
 def _write(text: str, stream: TextIO, nl: bool = True) -> None:
