@@ -21,11 +21,13 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 GUIDE = ROOT / "ckptsurgeon" / "guide"
 PAGES = {"README": README, **{path.stem: path for path in sorted(GUIDE.glob("*.md"))}}
+WIDTH = 80  # of what is printed by `ckptsurgeon guide`
 BLOCK = re.compile(r"^```(?P<kind>\w+)(?: (?P<file>\S+))?\n(?P<body>.*?)^```\n", re.DOTALL | re.MULTILINE)
 
 
@@ -78,6 +80,34 @@ def render(text: str, folder: Path) -> str:
     return BLOCK.sub(block, text)
 
 
+def wrapped(text: str) -> str:
+    """A page with its prose wrapped to `WIDTH`: paragraphs and items of lists; blocks, tables, headings and comments stay.
+
+    >>> print(wrapped("a " * 45 + "\\n| a | table |\\n- an item\\n  of two lines\\n"), end="")
+    a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a
+    a a a a a
+    | a | table |
+    - an item of two lines
+    """
+
+    def paragraph(found: re.Match[str]) -> str:
+        lines = re.sub(r"\n(?=\s*(?:[-*]|\d+\.) )", "\0", found[0].rstrip("\n")).split("\0")
+        return "".join(f"{item(line)}\n" for line in lines)
+
+    def item(line: str) -> str:
+        start = re.match(r"\s*(?:(?:[-*]|\d+\.) )?", line)
+        assert start is not None
+        words = " ".join(line[start.end() :].split())
+        return fill(
+            words, WIDTH - 1, initial_indent=start[0], subsequent_indent=" " * start.end(), break_long_words=False, break_on_hyphens=False
+        )
+
+    return "".join(
+        part if part.startswith(("```", "<!--")) else re.sub(r"(?:^(?![|#]).*\S.*\n)+", paragraph, part, flags=re.MULTILINE)
+        for part in re.split(r"(^<!--.*?^-->\n|^```.*?^```\n)", text, flags=re.DOTALL | re.MULTILINE)
+    )
+
+
 def copy_of_fixtures(folder: Path) -> Path:
     """A folder as a reader has it, within `folder`."""
     shutil.copytree(ROOT / "fixtures", folder / "fixtures", ignore=shutil.ignore_patterns("__pycache__"))
@@ -85,10 +115,11 @@ def copy_of_fixtures(folder: Path) -> Path:
 
 
 def rewrite(name: str) -> None:
-    """Write a page with every output as it is now."""
+    """Write a page with every output as it is now, and a page of the guide in lines of a terminal's width."""
     with tempfile.TemporaryDirectory() as folder:
         path = PAGES[name]
-        path.write_text(render(path.read_text(), copy_of_fixtures(Path(folder))))
+        text = render(path.read_text(), copy_of_fixtures(Path(folder)))
+        path.write_text(wrapped(text) if path.parent == GUIDE else text)
 
 
 if __name__ == "__main__":

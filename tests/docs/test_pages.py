@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import re
 from pathlib import Path
+from types import ModuleType
 
+import pages
+import picture
 import pytest
-from pages import BLOCK, GUIDE, PAGES, copy_of_fixtures, render
+from pages import BLOCK, GUIDE, PAGES, WIDTH, copy_of_fixtures, render, wrapped
 
 from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.rules.templates import check_template, expand
 from ckptsurgeon.views import guide
 
 GUIDE_PAGES = {name: path for name, path in PAGES.items() if path.parent == GUIDE}
-WIDTH = 80
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -54,6 +57,18 @@ def test_a_page_reads_well_on_a_terminal(name: str) -> None:
     assert "<!--" not in page and ".md)" not in page
     for line in BLOCK.sub("", page + "\n").splitlines():
         assert len(line) <= WIDTH, line
+
+
+@pytest.mark.parametrize("module", [pages, picture], ids=lambda module: module.__name__)
+def test_the_examples_of_what_runs_pages(module: ModuleType) -> None:
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed
+
+
+@pytest.mark.parametrize("name", GUIDE_PAGES)
+def test_wrapping_changes_no_word_and_is_done(name: str) -> None:
+    text = GUIDE_PAGES[name].read_text()
+    assert wrapped(text).split() == text.split() and wrapped(text) == text
 
 
 @pytest.mark.parametrize("name", PAGES)
