@@ -147,7 +147,7 @@ def test_every_command_takes_a_folder_where_it_takes_a_file(run: Callable[..., A
     read = {name: by_torch(name) for name in ("tp2", "fsdp2")}
     mean = torch.load("mean.pt", weights_only=True)
     assert all(torch.equal(mean[key], (read["tp2"][key] + read["fsdp2"][key]) / 2) for key in mean if key != "seen")
-    rules = ("--rename", "down.*", "head.*", "--dtype", "BF16", "--adapt", "up.weight", "slice(dim=0, start=1, stop=3)")
+    rules = ("--rename", "down.{p}", "head.{p}", "--dtype", "BF16", "--adapt", "up.weight", "slice(dim=0, start=1, stop=3)")
     ended = run("merge", "tp2", "-o", "cut.pt", *rules)
     assert ended.code == 0, ended.err
     cut = torch.load("cut.pt", weights_only=True)
