@@ -68,7 +68,7 @@ def test_killed_at_every_call_that_changes_something(tmp_path: Path) -> None:
         resumed += any(finding.code == "resumed" for finding in report.findings)
         assert left(place) == [] and sorted(content(place / "out")) == NAMES and content(place / "out") == whole
         shutil.rmtree(place)
-    assert {(False, 2), (True, 2), (True, 0)} <= set(outcomes) and resumed > 2
+    assert {(False, 2), (True, 2)} <= set(outcomes) and resumed > 2  # with much left beside the old folder, and beside the new one
 
 
 @pytest.mark.parametrize(("sent", "code"), [("INT", 130), ("TERM", 143)])
