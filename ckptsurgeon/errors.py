@@ -215,7 +215,7 @@ def out_of_memory(error: BaseException, key: str | None = None) -> OutOfMemoryEr
     return OutOfMemoryError(f"there is not enough memory for this{words}", key=key, hint="close other programs, or use a larger machine")
 
 
-_LIBRARIES = ("torch", "safetensors", "click")  # what the package depends on, each by the name that is imported
+_LIBRARIES = ("torch", "safetensors", "click", "tabulate")  # what the package depends on, each by the name that is imported
 _LONGEST = 300
 
 

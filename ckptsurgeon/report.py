@@ -51,8 +51,8 @@ class Coverage:
         )
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, repr=False)
+class Finding(Shown):
     """One thing that was found.
 
     Attributes:
@@ -68,8 +68,8 @@ class Finding:
     level: Level = "error"
 
 
-@dataclass(frozen=True)
-class Cast:
+@dataclass(frozen=True, repr=False)
+class Cast(Shown):
     """A change of a tensor's dtype, and what it lost.
 
     Attributes:

@@ -30,6 +30,18 @@ VIEWS: dict[str, tuple[str | None, str]] = {
 }
 
 
+# The functions of `views/tables.py` that make a result's table.
+TABLES = {
+    "Archive": "archive",
+    "CheckReport": "check",
+    "Diff": "diff",
+    "Plan": "plan",
+    "Proposal": "matching",
+    "Report": "report",
+    "Verification": "verification",
+}
+
+
 class Shown:
     """A base of frozen results (`@dataclass(frozen=True, repr=False)`) that gives them a `repr` of one line, at most 200 characters.
 
@@ -40,7 +52,7 @@ class Shown:
 
     def __repr__(self) -> str:
         values = ((field.name, getattr(self, field.name)) for field in fields(self) if field.repr)  # type: ignore[arg-type]
-        words = [f"{name}={_short(value)}" for name, value in values if value not in (None, (), "", False) and _size(value) != 0]
+        words = [f"{name}={short(value)}" for name, value in values if value not in (None, (), "", False) and _size(value) != 0]
         line = f"{type(self).__name__}({', '.join(words)})"
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]} …)"
 
@@ -50,54 +62,78 @@ class Result(Shown):
 
     __slots__ = ()
 
-    def to_text(self, *, verbose: bool = False, width: int | None = None) -> str:
-        """The command line's table.
+    def to_text(self, *, verbose: bool = False, width: int | None = None, **how: Any) -> str:
+        """The command line's text.
 
         Args:
             verbose: a row for every key, as `-v` shows them.
             width: the terminal's, in columns; None for one line a row.
+            how: what else the command can choose of its text, such as `stat=True` for a `Diff`.
+
+        Returns:
+            The text.
+        """
+        return str(styled_text(self, verbose, width, **how))
+
+    def to_table(self, form: str = "github", *, verbose: bool = False, **how: Any) -> str:
+        """The rows of the text as a table, which `--table` prints.
+
+        Args:
+            form: `"github"` (Markdown), `"html"` or `"csv"`.
+            verbose: a row for every key; without it keys are folded.
+            how: as for `to_text`.
 
         Returns:
             The table as text.
         """
-        return str(styled_text(self, verbose, width))
+        table: str = _view(f"ckptsurgeon.views.tables.{TABLES[type(self).__name__]}")(self, form, verbose, **how)
+        return table
 
     def __str__(self) -> str:
         return self.to_text()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, **how: Any) -> dict[str, Any]:
         """The result as plain values.
+
+        Args:
+            how: what else the command can choose of its JSON, such as `stat=True` for a `Diff`.
 
         Returns:
             What `--json` prints, as dicts and lists; the schemas that ship in the package describe it.
         """
-        return {name: [*value] if isinstance(value, list) else value for name, value in self._values().items()}
+        return {name: [*value] if isinstance(value, list) else value for name, value in self._values(**how).items()}
 
-    def to_json(self) -> str:
+    def to_json(self, **how: Any) -> str:
         """The result as JSON text.
+
+        Args:
+            how: as for `to_dict`.
 
         Returns:
             What `--json` prints.
         """
-        return "".join(self.json_parts())
+        return "".join(self.json_parts(**how))
 
-    def json_parts(self) -> Iterator[str]:
+    def json_parts(self, **how: Any) -> Iterator[str]:
         """The text of `to_json` in parts, so that an answer about a million tensors need never be held whole.
+
+        Args:
+            how: as for `to_dict`.
 
         Returns:
             An iterator over the parts.
         """
-        return json_parts(self._values())
+        return json_parts(self._values(**how))
 
-    def _values(self) -> dict[str, Any]:
-        values: dict[str, Any] = _view(VIEWS[type(self).__name__][1])(self)
+    def _values(self, **how: Any) -> dict[str, Any]:
+        values: dict[str, Any] = _view(VIEWS[type(self).__name__][1])(self, **how)
         return values
 
 
-def styled_text(found: Result, verbose: bool, width: int | None) -> str:
+def styled_text(found: Result, verbose: bool, width: int | None, **how: Any) -> str:
     """The text of `Result.to_text`, in which parts have a style."""
     path, _ = VIEWS[type(found).__name__]
-    text: str = repr(found) if path is None else _view(path)(found, verbose, width)
+    text: str = repr(found) if path is None else _view(path)(found, verbose, width, **how)
     return text
 
 
@@ -126,10 +162,11 @@ def _size(value: Any) -> int | None:
     return len(value) if isinstance(value, Sized) and not isinstance(value, str) else None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value within a `repr`: a count for what holds others, and long text cut."""
     size = _size(value)
     if isinstance(value, tuple | list) and size == 1 and isinstance(value[0], str):
-        return f"({_short(value[0])},)"
+        return f"({short(value[0])},)"
     if size is not None and isinstance(value, tuple | list | Mapping | frozenset | set):
         return f"<{size}>"
     text = repr(value)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.loading import Loader, Naming
-from ckptsurgeon.shown import Result, Shown
+from ckptsurgeon.shown import Result, Shown, short
 
 Kind = Literal["file", "model", "skeleton"]  # where a checkpoint's names come from; a skeleton has no values
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -95,8 +95,8 @@ class Piece:
         return is_contiguous(self.sizes, self.stride) and not self.span.lazy
 
 
-@dataclass(frozen=True, slots=True)
-class TensorMeta:
+@dataclass(frozen=True, slots=True, repr=False)
+class TensorMeta(Shown):
     """A tensor without its data.
 
     Attributes:
@@ -226,6 +226,21 @@ class Shard:
     others: frozenset[str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Which tensors of an archive are shown, and how.
+
+    Attributes:
+        patterns: those whose keys match one of them; all without any.
+        sort: `file` is the file's order, `name` by key, `size` by bytes, the largest first.
+        depth: shows modules instead, down to so many levels; 0 shows tensors.
+    """
+
+    patterns: tuple[str, ...] = ()
+    sort: str = "file"
+    depth: int = 0
+
+
 @dataclass(frozen=True, repr=False)
 class Archive(Result):
     """A file, or a folder of shards, as read, with every root it holds.
@@ -244,6 +259,7 @@ class Archive(Result):
         part: set where it is one rank's part of a checkpoint, whose tensors are pieces.
         kind: `file`, or `skeleton`.
         chosen: the root to show; None for all.
+        look: which of its tensors are shown, and how.
     """
 
     path: str
@@ -259,6 +275,7 @@ class Archive(Result):
     part: Part | None = None
     kind: Kind = "file"
     chosen: Checkpoint | None = field(default=None, repr=False, compare=False)
+    look: Look = field(default=Look(), repr=False, compare=False)
 
     __str__ = Shown.__repr__
 
@@ -333,7 +350,7 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.path!r}: {self.format}, {len(self)} tensors, {self.numel} elements>"
+        return f"<Checkpoint {short(self.path)}: {self.format}, {len(self):,} tensors, {self.numel:,} elements>"
 
     @property
     def numel(self) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from io import BytesIO
 
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
+from ckptsurgeon.api._options import facts, refuse_idle
+from ckptsurgeon.errors import RuleError, SettingsError
 from ckptsurgeon.parameter_types import Given, Note, Path
-from ckptsurgeon.tensors import Archive, Checkpoint
+from ckptsurgeon.tensors import Archive, Checkpoint, Look
+
+SORTS = ("file", "name", "size")
+DEPTH = 3  # levels of a tree
 
 
 def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the verb's name, as in `cs.open`
@@ -31,11 +38,24 @@ def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the
     return _opening.open_source(path, root=root)
 
 
-def inspect(path: Path | BytesIO) -> Archive:
+def inspect(
+    path: Path | BytesIO,
+    patterns: Iterable[str] = (),
+    *,
+    root: str | None = None,
+    sort: str = "file",
+    tree: bool = False,
+    depth: int | None = None,
+) -> Archive:
     """What a file holds: every root, what a pickle asked for, what else is there; nothing of it is run and no data is read.
 
     Args:
         path: a checkpoint file, a Hugging Face folder, or an `io.BytesIO` that holds a file.
+        patterns: show only tensors whose keys match one of them: `["fc.*"]`. `state_dicts` has all.
+        root: show only the nested dict of this name, such as `"model"` or `"ema"`.
+        sort: `"file"` shows tensors in the file's order, `"name"` by key, `"size"` by bytes, the largest first.
+        tree: show modules with the sums of their tensors, instead of tensors.
+        depth: how many levels of modules are shown; 3 by default.
 
     Returns:
         An `Archive`: its `state_dicts` by root, `globals` that a pickle asked for, what stands `beside`, `metadata`. It is printed as one
@@ -43,14 +63,48 @@ def inspect(path: Path | BytesIO) -> Archive:
 
     Raises:
         CheckpointError: the file can't be read or is no checkpoint.
+        RuleError: a pattern is not well formed, or matches no key.
+        SettingsError: there is no such order, or `depth` is given without `tree`.
 
     >>> print(inspect("fixtures/net_params.pkl").to_text())  # doctest: +ELLIPSIS
     fixtures/net_params.pkl: torch-legacy, 249.6 kB
       10 tensors, 62,006 elements, 248.0 kB (10 F32)
-        conv1.weight  F32  (6, 3, 5, 5)
+        conv1.{weight,bias}  F32  (6, 3, 5, 5), (6,)
     ...
     """
-    return _opening.read(path)
+    refuse_idle(facts(tree=tree), depth=depth)
+    if sort not in SORTS:
+        raise SettingsError(f"there is no order {sort!r}", key="--sort", hint=f"one of {', '.join(SORTS)}")
+    if depth is not None and depth < 1:
+        raise SettingsError("a tree has one level at least", key="--depth", hint="give --depth 2")
+    found = _opening.read(path)
+    if root is not None:
+        found = replace(found, chosen=_opening.open_source(found, root=root, parts=True))
+    look = Look(tuple(patterns), sort, (depth or DEPTH) if tree else 0)
+    if look.patterns:
+        _refuse_no_match(found, look)
+    return replace(found, look=look)
+
+
+def _refuse_no_match(found: Archive, look: Look) -> None:
+    """Raises RuleError for patterns that match no key that would be shown."""
+    from ckptsurgeon.rules.meant import meant_words
+    from ckptsurgeon.rules.patterns import compile_pattern
+
+    keys = [key for one in ([found.chosen] if found.chosen is not None else found.state_dicts) for key in one.tensors]
+    problems = []
+    for text in look.patterns:
+        pattern = compile_pattern(text)
+        pattern.learn(keys)
+        if not any(map(pattern.test, keys)):
+            problems.append(f"{text!r} matches no key{meant_words(text, keys)}")
+    if problems:
+        raise RuleError(
+            problems[0] if len(problems) == 1 else f"{len(problems)} patterns match no key",
+            path=found.path,
+            problems=tuple(problems) if len(problems) > 1 else (),
+            hint="quote a pattern, so that the shell leaves it as it is: 'fc.*'; ** crosses dots",
+        )
 
 
 def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:

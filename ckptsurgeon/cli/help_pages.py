@@ -10,6 +10,7 @@ import click
 # By heading, in the order in which help shows them, options by their long names. `check.dtype` is the option of one command where others
 # of its name stand elsewhere. Every option of every command has exactly one group.
 GROUPS: dict[str, str] = {
+    "What is shown": "sort tree depth only stat name-status table",
     "Which keys": "root rename drop keep rules reverse no-conversions",
     "Shapes": "adapt auto set",
     "Matching": "match accept-uncertain layout values match.min-coverage forward source-model tolerance",

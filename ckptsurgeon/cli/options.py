@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,6 +80,24 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
         show = Show(as_json, verbose, quiet)
         with show.progress():
             return function(*args, show=show, **kwargs)
+
+    return run
+
+
+def tabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `shown`, and --table."""
+
+    @click.option(
+        "--table",
+        type=click.Choice(["github", "html", "csv"]),
+        help="Print the rows as a table and nothing else: Markdown as GitHub has it, HTML, or CSV. With -v a row for every key.",
+    )
+    @shown
+    @wraps(function)
+    def run(*args: Any, table: str | None, show: Show, **kwargs: Any) -> Any:
+        if table is not None and show.json:
+            raise click.UsageError("--json and --table are two answers; ask for one")
+        return function(*args, show=replace(show, table=table), **kwargs)
 
     return run
 

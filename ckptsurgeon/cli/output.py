@@ -32,7 +32,8 @@ color = click.option(
 
 @dataclass(frozen=True)
 class Show:
-    """How a person wants the answer: as JSON, with everything (`verbose`), without notes and summaries (`quiet`).
+    """How a person wants the answer: as JSON, with everything (`verbose`), without notes and summaries (`quiet`),
+    as a `table` of a form.
 
     A text that is no answer but a summary is given with `asked=False`: what was written, or that all is well. JSON is always asked for.
     """
@@ -40,6 +41,7 @@ class Show:
     json: bool = False
     verbose: bool = False
     quiet: bool = False
+    table: str | None = None
 
     @property
     def width(self) -> int | None:
@@ -50,11 +52,13 @@ class Show:
 
         return get_terminal_size().columns
 
-    def result(self, found: Result, asked: bool = True) -> None:
-        """Print a result of the library on stdout."""
+    def result(self, found: Result, asked: bool = True, **how: Any) -> None:
+        """Print a result of the library on stdout; `how` is handed on to its views."""
+        if self.table is not None:
+            return put([found.to_table(self.table, verbose=self.verbose, **how).removesuffix("\n")])
         if self.quiet and not asked and not self.json:
             return
-        put(found.json_parts() if self.json else [styled_text(found, self.verbose, self.width)])
+        put(found.json_parts(**how) if self.json else [styled_text(found, self.verbose, self.width, **how)])
 
     def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]], asked: bool = True) -> None:
         """Print another answer on stdout: its text, or its value as JSON."""

@@ -28,7 +28,7 @@ def reverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     Raises RuleError that names each rule that can't be turned round, and why.
 
     >>> reverse([Rule("rename", "encoder_layer_{i}.{p}", "blocks.{i+1}.{p}")])
-    (Rule(kind='rename', pattern='blocks.{i}.{p}', result='encoder_layer_{i-1}.{p}', file='', line=0),)
+    (Rule(kind='rename', pattern='blocks.{i}.{p}', result='encoder_layer_{i-1}.{p}'),)
     """
     given = tuple(rules)
     moves = any(rule.kind == "rename" or (rule.kind == "adapt" and "->" in rule.pattern) for rule in given)

@@ -57,7 +57,7 @@ def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set
     `numbers` go before those of the text's own `[set]`; `used` gets the names of those that rules use.
 
     >>> parse_rules('[[drop]]\\nkey = "aux.**"', "rules.toml")
-    (Rule(kind='drop', pattern='aux.**', result='', file='rules.toml', line=1),)
+    (Rule(kind='drop', pattern='aux.**', file='rules.toml', line=1),)
     """
     try:
         value = toml_text.parse(text, path)

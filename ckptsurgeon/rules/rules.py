@@ -22,6 +22,7 @@ from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern, without_escapes
 from ckptsurgeon.rules.templates import check_template
+from ckptsurgeon.shown import Shown
 
 # Nobody writes the last two: they are reasons.
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average", "convert"]
@@ -33,8 +34,8 @@ _PLUS = re.compile(r"\\.|\{[^{}]*\}|(\+)", re.DOTALL)
 _BRACED = re.compile(r"\{\s*(?:\*\*)?([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*)\s*\}")
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, repr=False)
+class Rule(Shown):
     """One rule.
 
     Attributes:
@@ -299,7 +300,7 @@ def from_arguments(
     """Rules from the library's keyword arguments: drops first, then renames, keeps, adapts and inits, each in the order given.
 
     >>> from_arguments(rename={"fc2.{p}": "dense2.{p}"})
-    (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}', file='', line=0),)
+    (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}'),)
     """
 
     def pairs(kind: Kind, given: Mapping[str, str] | Iterable[tuple[str, str]]) -> Iterable[Rule]:

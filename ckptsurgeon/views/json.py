@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, Finding, Report, Twins, Verification
     from ckptsurgeon.rules.rules import Rule
     from ckptsurgeon.tensors import Archive, TensorMeta
+    from ckptsurgeon.views.modules import Module
 
 VERSION = 1
 _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
@@ -83,8 +84,10 @@ def archive(found: Archive) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
     from ckptsurgeon.planning.quantised import find
     from ckptsurgeon.planning.training_places import lightning_average
+    from ckptsurgeon.views.selected import roots_shown, selected, tree
 
-    shown = found.state_dicts[0] if found.chosen is None else found.chosen
+    shown = roots_shown(found)[0]
+    chosen = selected(shown.tensors, found.look)
     averaged = lightning_average([one.root for one in found.state_dicts], found.beside)
     return {
         "version": VERSION,
@@ -96,7 +99,8 @@ def archive(found: Archive) -> dict[str, Any]:
             {"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes, "average": one.root == averaged}
             for one in found.state_dicts
         ],
-        "tensors": Rows(shown.tensors),
+        "tensors": Rows(chosen),
+        "modules": [_module(row) for row in tree(chosen, found.look)] if found.look.depth else None,
         "quantised": [_codes(one) for one in find(shown.tensors).values()],
         "refused": {key: entry.reason for key, entry in shown.entries.items() if isinstance(entry, Refused)},
         "globals": list(found.globals),
@@ -108,8 +112,12 @@ def archive(found: Archive) -> dict[str, Any]:
     }
 
 
-def diff(found: Diff) -> dict[str, Any]:
-    """`diff`."""
+def _module(row: Module) -> dict[str, Any]:
+    return {"path": row.path, "level": row.level, **dict(zip(("tensors", "elements", "bytes"), row.numbers, strict=True))}
+
+
+def diff(found: Diff, stat: bool = False) -> dict[str, Any]:
+    """`diff`; with `stat` also how many keys of each module match."""
     prefix, command = found.prefix, found.next_command
     return {
         "version": VERSION,
@@ -161,7 +169,14 @@ def diff(found: Diff) -> dict[str, Any]:
         "likely": [_link(link) for link in found.advice.links if not link.is_rename],
         "warnings": list(found.warnings),
         "next": None if command is None else _next(command, found),
+        **({"stat": _stat(found)} if stat else {}),
     }
+
+
+def _stat(found: Diff) -> list[dict[str, Any]]:
+    from ckptsurgeon.views.counted import COUNTED, counted
+
+    return [{"module": row.path, **dict(zip(COUNTED, row.numbers, strict=True))} for row in counted(found)]
 
 
 def _next(command: Command, found: Diff) -> dict[str, Any]:

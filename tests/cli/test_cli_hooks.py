@@ -215,7 +215,7 @@ def test_isolated_without_dependencies(repository, monkeypatch):
 
 def test_isolated_with_all_that_it_depends_on(repository, monkeypatch):
     version = torch.__version__.partition("+")[0]
-    need("setuptools>=68", f"torch=={version}", "safetensors>=0.4.3", "click>=8.1")
+    need("setuptools>=68", f"torch=={version}", "safetensors>=0.4.3", "click>=8.1", "tabulate>=0.9")
     constraint = repository / ".cache" / "constraint.txt"
     constraint.parent.mkdir()
     constraint.write_text(f"torch=={version}\n")

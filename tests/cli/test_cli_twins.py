@@ -20,6 +20,11 @@ RENAME = ("--rename", "fc2.{p}", "dense2.{p}")
 # By schema, a command's words and the same call of the library.
 TWINS = {
     "inspect": (("inspect", "net_params.pkl"), lambda: cs.inspect("net_params.pkl")),
+    "inspect some": (
+        ("inspect", "net_params.pkl", "fc*.weight", "conv1.*", "--sort", "size"),
+        lambda: cs.inspect("net_params.pkl", ["fc*.weight", "conv1.*"], sort="size"),
+    ),
+    "inspect a tree": (("inspect", "net_params.pkl", "--tree", "--depth", "2"), lambda: cs.inspect("net_params.pkl", tree=True, depth=2)),
     "diff": (("diff", "net_params.pkl", VARIANT), lambda: cs.diff("net_params.pkl", VARIANT)),
     "diff by rules": (
         ("diff", "net_params.pkl", VARIANT, *RENAME),
@@ -55,7 +60,7 @@ def test_a_command_prints_what_the_result_of_the_verb_gives(name: str, place: Pa
     fits(result.to_dict(), SCHEMAS.get(name, name.split()[0]))
     if name != "skeleton":  # the command says where it wrote it
         assert result.to_text() + "\n" == as_text.out
-        assert str(result) == (repr(result) if name == "inspect" else result.to_text())
+        assert str(result) == (repr(result) if name.startswith("inspect") else result.to_text())
 
 
 def test_plain_json_has_every_tensor_of_an_inspected_file(place: Path) -> None:

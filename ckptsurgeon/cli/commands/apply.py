@@ -13,7 +13,7 @@ from ckptsurgeon.cli import options
 @click.argument("plan", metavar="PLAN.JSON")
 @options.writing
 @options.limit
-@options.shown
+@options.tabled
 def command(plan: str, show: options.Show, **choices: Any) -> int:
     """Do what was decided; refuse a plan whose source or target has changed since."""
     from ckptsurgeon import api

@@ -40,7 +40,7 @@ from ckptsurgeon.cli import options
 @click.option("--no-config", is_flag=True, help="Take no settings from any file.")
 @click.option("--github", is_flag=True, help="Answer as annotations of GitHub Actions.")
 @click.option("--explain", metavar="CODE", help="Print what a code means, why it matters and what to do; checks nothing.")
-@options.shown
+@options.tabled
 @click.pass_context
 def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, **words: Any) -> int:
     """Are the files readable, safe, whole, and do they fit? Exit 1 when anything is found.

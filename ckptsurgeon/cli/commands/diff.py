@@ -16,13 +16,33 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
 @options.mapping
+@click.option(
+    "--only",
+    metavar="WHAT[,WHAT...]",
+    help="Show only these: matched, mismatched, missing, extra, dropped, dtype. JSON has all.",
+)
+@click.option("--stat", is_flag=True, help="Show how many keys of each module match, are missing, extra or mismatched.")
+@click.option(
+    "--name-status",
+    is_flag=True,
+    help="Show a letter and a key a line, as git does: M another shape, A only in TARGET, D only in CKPT, T another dtype; -v: = matched.",
+)
 @click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
 @options.strict
 @options.limit
-@options.shown
+@options.tabled
 @options.ordered_rules
 def command(
-    checkpoint: str, target: str, rules: tuple[Rule | str, ...], exit_code: bool, strict: bool, show: options.Show, **choices: Any
+    checkpoint: str,
+    target: str,
+    rules: tuple[Rule | str, ...],
+    exit_code: bool,
+    strict: bool,
+    only: str | None,
+    stat: bool,
+    name_status: bool,
+    show: options.Show,
+    **choices: Any,
 ) -> int:
     """What matches, what is missing, extra or mismatched, and how much of TARGET that covers.
 
@@ -30,6 +50,24 @@ def command(
     """
     from ckptsurgeon import api
 
+    how = _how(show, only, stat, name_status)
     found = api.diff(checkpoint, target, rules=rules, note=show.note(), **choices)
-    show.result(found)
+    show.result(found, **how)
     return int((exit_code and not found.same) or (strict and bool(found.loose)))
+
+
+def _how(show: options.Show, only: str | None, stat: bool, name_status: bool) -> dict[str, Any]:
+    """What is shown of a diff, as its views take it; a usage error where one option would do nothing beside another."""
+    given = [name for name, value in (("--only", only), ("--stat", stat), ("--name-status", name_status)) if value]
+    if stat and len(given) > 1:
+        raise click.UsageError(f"{given[0] if given[0] != '--stat' else given[1]} and --stat are two answers; ask for one")
+    if show.json and not stat and given:
+        raise click.UsageError(f"--json has every list, so that {given[0]} would do nothing; leave it out")
+    if show.table and name_status:
+        raise click.UsageError("--table and --name-status are two answers; ask for one")
+    from ckptsurgeon.views.counted import categories
+
+    how: dict[str, Any] = {"stat": True} if stat else {}
+    if only is not None:
+        how["only"] = categories([word.strip() for word in only.split(",")])
+    return how | ({"name_status": True} if name_status else {})

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 )
 @options.strict
 @options.limit
-@options.shown
+@options.tabled
 @options.ordered_rules
 def command(
     checkpoint: str,

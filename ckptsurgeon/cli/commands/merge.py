@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--optimizer-root", metavar="ROOT", help="Where the checkpoint holds that state, such as optimizer_states.1.")
 @click.option("--dry-run", is_flag=True, help="Print the plan that merge would follow, and write nothing.")
 @options.limit
-@options.shown
+@options.tabled
 @options.ordered_rules
 def command(
     paths: tuple[str, ...],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @options.overwrite
 @options.max_shard_size
 @options.limit
-@options.shown
+@options.tabled
 @options.ordered_rules
 def command(
     paths: tuple[str, ...],

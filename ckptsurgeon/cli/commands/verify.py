@@ -19,7 +19,7 @@ from ckptsurgeon.cli import options
 @options.seed
 @options.conversions
 @options.limit
-@options.shown
+@options.tabled
 def command(checkpoint: str, target: str, show: options.Show, **choices: Any) -> int:
     """Load CKPT strictly into a fresh TARGET on a device, and compare every tensor bit for bit with the file."""
     from ckptsurgeon import api

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckptsurgeon.command import Command, InMemory, as_words, at_root
 from ckptsurgeon.planning.diff import Diff, Resize
 from ckptsurgeon.planning.prefixes.rivals import Way
 from ckptsurgeon.rules.rules import rule_options
+from ckptsurgeon.shown import styled
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.views.folding import fold, fold_keys
 from ckptsurgeon.views.text.words import (
     cells_of,
     chain,
     count,
+    cut,
     fitted,
     folded,
     heading,
@@ -25,61 +27,109 @@ from ckptsurgeon.views.text.words import (
     name,
     next_step,
     quantised,
+    right_aligned,
     shape,
     table,
 )
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
+ROWS = 40  # modules that are shown
 OFFERS = 6  # rules that are shown
 OPEN = 3  # keys that stay open and are named
 
 
-def diff(found: Diff, verbose: bool = False, width: int | None = None) -> str:
-    """What matches, what does not and why, coverage, and the command to run next."""
-    most = most_rows(verbose)
+def diff(
+    found: Diff, verbose: bool = False, width: int | None = None, only: Sequence[str] = (), stat: bool = False, name_status: bool = False
+) -> str:
+    """What matches, what does not and why, coverage, and the command to run next.
+
+    Args:
+        found: a diff.
+        verbose: a row for every key.
+        width: the terminal's, in columns.
+        only: the categories that are shown; without any all, and the command that follows.
+        stat: the numbers of each module's keys instead.
+        name_status: a letter and a key a line instead.
+    """
+    from ckptsurgeon.views.counted import categories, lettered
+
+    if name_status:
+        return "\n".join(f"{letter}\t{name(key)}" for letter, key in lettered(found, only, verbose))
     root = f" (root {name(found.root)})" if found.root else ""
     lines = [f"{name(found.source)}{root} → {name(found.target)}"]
     if found.prefix:
         lines.append(f"  {name(found.prefix)}")
     if found.conversions.library:
         lines.append(f"  {found.conversions.words}")
-    lines.append(heading("matched", len(found.matched)))
-    if verbose:
-        lines += keys(found.matched, width, None, "matched")
+    done, total = found.coverage.counts
+    last = f"Coverage {coverage_words(found.coverage)} ({done:,} of {count(total, 'tensor')})."
+    if stat:
+        return fitted([*lines, *_stat(found, width, most_rows(verbose)), last], width)
+    wanted = categories(only)
+    for word, rows in _sections(found, verbose, width, bool(only)):
+        lines += rows if not only or word in wanted else []
+    if only:
+        return fitted([*lines, last], width)
+    lines += [level_line("warning", name(words)) for words in found.warnings]
+    return fitted([*lines, last, *_next(found, width)], width)
+
+
+def _stat(found: Diff, width: int | None, most: int | None) -> list[str]:
+    """A row for each module, a column for each category that has a key."""
+    from ckptsurgeon.views.counted import COUNTED, counted
+
+    modules = counted(found)
+    totals = [sum(row.numbers[at] for row in modules) for at in range(len(COUNTED))]
+    columns = [at for at, total in enumerate(totals) if total]
+    rows = [["module", *(COUNTED[at] for at in columns)]]
+    rows += [[name(row.path), *(f"{row.numbers[at]:,}" if row.numbers[at] else "" for at in columns)] for row in modules]
+    rows.append(["all", *(f"{totals[at]:,}" for at in columns)])
+    if width is not None and max(map(len, right_aligned(rows))) > width:
+        rows[0] = ["module", *({"mismatched": "other", "matched": "same"}.get(COUNTED[at], COUNTED[at]) for at in columns)]
+    lines = right_aligned(rows)
+    return [styled(lines[0], "faint", 4), *cut(lines[1:-1], None if most is None else ROWS), lines[-1]]
+
+
+def _sections(found: Diff, verbose: bool, width: int | None, listed: bool) -> Iterator[tuple[str, list[str]]]:
+    """What is said of each category; `listed` also lists what matches."""
+    most = most_rows(verbose)
+    matched = keys(found.matched, width, most, "matched") if verbose or listed else []
+    yield "matched", [heading("matched", len(found.matched)), *matched]
     if found.adapted:
-        lines.append(heading("adapted", len(found.adapted), "of those that match, by rules"))
-        lines += folded([(row.key, (chain(row.ops),)) for row in found.adapted], width, most)
-    lines.append(heading("mismatched", len(found.mismatched), "in both, with another shape: source → target"))
+        yield (
+            "matched",
+            [
+                heading("adapted", len(found.adapted), "of those that match, by rules"),
+                *folded([(row.key, (chain(row.ops),)) for row in found.adapted], width, most),
+            ],
+        )
     reshaped = [(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched]
-    lines += folded(reshaped, width, most, "mismatched")
-    lines.append(heading("missing", len(found.missing), "only in the target"))
-    lines += _with_shapes("missing", found.missing, found.missing_shapes, width, most)
-    lines.append(heading("extra", len(found.extra), "only in the source"))
-    lines += _with_shapes("extra", found.extra, found.extra_shapes, width, most)
+    words = "in both, with another shape: source → target"
+    yield "mismatched", [heading("mismatched", len(found.mismatched), words), *folded(reshaped, width, most, "mismatched")]
+    rows = _with_shapes("missing", found.missing, found.missing_shapes, width, most)
+    yield "missing", [heading("missing", len(found.missing), "only in the target"), *rows]
+    rows = _with_shapes("extra", found.extra, found.extra_shapes, width, most)
     heads = [
         (f"{head.source} {shape(head.source_shape)}", "→", f"{head.target} {shape(head.target_shape)}: {head.words}")
         for head in found.heads
     ]
-    lines += table(heads, width, most)
+    yield "extra", [heading("extra", len(found.extra), "only in the source"), *rows, *table(heads, width, most)]
     if found.dropped:
-        lines += [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most, "dropped")]
+        yield "dropped", [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most, "dropped")]
     if found.loaded:
-        lines.append(heading("loaded", len(found.loaded), "by the model's own loading code, under names that it takes"))
-        lines += folded([(row.key, (row.words,)) for row in found.loaded], width, most)
+        rows = folded([(row.key, (row.words,)) for row in found.loaded], width, most)
+        yield "loaded", [heading("loaded", len(found.loaded), "by the model's own loading code, under names that it takes"), *rows]
     if found.conversions.refused:
-        lines.append(heading("not converted", len(found.conversions.refused), "by operations that are not done here"))
-        lines += folded([(key, (words,)) for (_, key), words in found.conversions.refused.items()], width, most, "not converted")
+        rows = folded([(key, (words,)) for (_, key), words in found.conversions.refused.items()], width, most, "not converted")
+        yield "not converted", [heading("not converted", len(found.conversions.refused), "by operations that are not done here"), *rows]
     if found.dtype_changed:
-        lines.append(heading("other dtype", len(found.dtype_changed), "matched; cast when merged"))
-        lines += folded([(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed], width, most, "other dtype")
-    lines += [*quantised(found.quantised), *quantised(found.target_quantised, " in the target")]
+        changed = [(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed]
+        rows = folded(changed, width, most, "other dtype")
+        yield "dtype", [heading("other dtype", len(found.dtype_changed), "matched; cast when merged"), *rows]
+    yield "quantised", [*quantised(found.quantised), *quantised(found.target_quantised, " in the target")]
     if found.refused:
-        lines.append(heading("refused", len(found.refused), "not told without running the file; leave out with --drop"))
-        lines += table(list(found.refused.items()), width, most, "refused")
-    lines += [level_line("warning", name(words)) for words in found.warnings]
-    done, total = found.coverage.counts
-    lines.append(f"Coverage {coverage_words(found.coverage)} ({done} of {count(total, 'tensor')}).")
-    return fitted([*lines, *_next(found, width)], width)
+        rows = table(list(found.refused.items()), width, most, "refused")
+        yield "refused", [heading("refused", len(found.refused), "not told without running the file; leave out with --drop"), *rows]
 
 
 def _with_shapes(under: str, found: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:

@@ -11,10 +11,25 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import lightning_average
 from ckptsurgeon.shown import styled
-from ckptsurgeon.sizes import rounded
-from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, find_ties
+from ckptsurgeon.sizes import percent, rounded
+from ckptsurgeon.tensors import Archive, Checkpoint, Look, Refused, StateDict, TensorMeta, find_ties
 from ckptsurgeon.views.folding import fold
-from ckptsurgeon.views.text.words import cells_of, count, fitted, keys, level_line, listing, most_rows, name, quantised, shape, table
+from ckptsurgeon.views.selected import roots_shown, selected, tree
+from ckptsurgeon.views.text.words import (
+    cells_of,
+    count,
+    cut,
+    fitted,
+    keys,
+    level_line,
+    listing,
+    most_rows,
+    name,
+    quantised,
+    right_aligned,
+    shape,
+    table,
+)
 
 ROWS = 40
 
@@ -25,19 +40,22 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None) -> 
     if found.part is not None:
         lines.append(f"  {found.part.reason}")
         lines.append(f"  {found.part.hint}")
-    if found.chosen is not None:
-        lines += _state_dict(found.chosen, True, verbose, width)
+    if found.chosen is not None or found.look.patterns:
+        for one in roots_shown(found):
+            lines += _state_dict(one, found.look, True, verbose, width)
     else:
         several = len(found.state_dicts) > 1
         averaged = lightning_average([one.root for one in found.state_dicts], found.beside)
         for state_dict in found.state_dicts:
-            lines += _state_dict(state_dict, verbose or not several, verbose, width)
+            lines += _state_dict(state_dict, found.look, verbose or not several, verbose, width)
             if state_dict.root == averaged:
                 lines.append(
                     "    the average of the weights (Lightning's averaging_state says so); current_model_state has the last step's"
                 )
         if several and not verbose:
             lines.append(f"  {len(found.state_dicts)} state_dicts; see the tensors of one with --root, of all with -v")
+    if found.look.patterns:  # what else the file holds was not asked for
+        return fitted(lines, width)
     if found.globals:
         lines.append(f"  asks for {count(len(found.globals), 'name')} beyond the allow-list; none is imported:")
         lines += table([(one,) for one in found.globals], width, most_rows(verbose))
@@ -48,8 +66,9 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None) -> 
     return fitted([*lines, *(level_line("note", name(note)) for note in found.notes)], width)
 
 
-def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, width: int | None) -> list[str]:
-    alike = Counter((tensor.dtype, tensor.shape) for tensor in found.tensors.values())  # of a million tensors most are
+def _state_dict(found: StateDict | Checkpoint, look: Look, tensors: bool, verbose: bool, width: int | None) -> list[str]:
+    chosen = selected(found.tensors, look)
+    alike = Counter((tensor.dtype, tensor.shape) for tensor in chosen.values())  # of a million tensors most are
     dtypes: Counter[str] = Counter()
     numel = nbytes = 0
     for (code, dims), number in alike.items():
@@ -57,23 +76,52 @@ def _state_dict(found: StateDict | Checkpoint, tensors: bool, verbose: bool, wid
         numel += number * prod(dims)
         nbytes += number * prod(dims) * BY_CODE[code].size
     root = f"root {name(found.root)}: " if found.root else ""
-    kinds = ", ".join(f"{number} {code}" for code, number in dtypes.most_common())
-    lines = [f"  {root}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {rounded(nbytes)} ({kinds})"]
-    if tensors:
-        cells = {(code, dims): (code, shape(dims)) for code, dims in alike}
-        rows = ((key, cells[tensor.dtype, tensor.shape]) for key, tensor in found.tensors.items())
-        lines += table(
-            [(key, *cells) for key, cells in rows] if verbose else cells_of(fold(rows, dtype_of)), width, None if verbose else ROWS
-        )
-        lines += [f"    tied, one tensor: {listing(group)}" for group in (found.ties or find_ties(found.tensors))[: most_rows(verbose)]]
+    kinds = ", ".join(f"{number:,} {code}" for code, number in dtypes.most_common())
+    of = f"{len(chosen):,} of " if look.patterns else ""
+    lines = [f"  {root}{of}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {rounded(nbytes)} ({kinds})"]
+    if tensors and look.depth:
+        lines += _tree(chosen, look, nbytes, width, None if verbose else ROWS)
+    elif tensors:
+        lines += table(tensor_rows(chosen, look, verbose), width, None if verbose else ROWS)
+        ties = [group for group in found.ties or find_ties(found.tensors) if any(key in chosen for key in group)]
+        lines += [f"    tied, one tensor: {listing(group)}" for group in ties[: most_rows(verbose)]]
+    if look.patterns:
+        return lines
     lines += quantised(find(found.tensors).values())
     refused = [(key, f"refused: {entry.reason}") for key, entry in found.entries.items() if isinstance(entry, Refused)]
     return lines + (table(refused, width, most_rows(verbose), "refused") if refused else [])
 
 
-def dtype_of(cells: tuple[str, str]) -> str:
-    """What the leaves of a module must agree in to share a line."""
-    return cells[0]
+def tensor_rows(tensors: Mapping[str, TensorMeta], look: Look, verbose: bool) -> list[Sequence[str]]:
+    """A row for each tensor: its key, dtype and shape, and where they are sorted by it its size; folded without `verbose`."""
+
+    def cells(tensor: TensorMeta) -> tuple[str, str]:
+        return tensor.dtype, shape(tensor.shape)
+
+    if verbose:
+        sized = look.sort == "size"
+        return [(key, *cells(tensor), *([rounded(tensor.nbytes)] if sized else [])) for key, tensor in tensors.items()]
+    if look.sort != "size":
+        return cells_of(fold(((key, cells(tensor)) for key, tensor in tensors.items()), lambda common: common[0]))
+    numbers = {f"{dtype} {dims}": tensor.nbytes for tensor in tensors.values() for dtype, dims in [cells(tensor)]}
+    rows = [(numbers[f"{row.common[0]} {row.common[1]}"] * row.count, row) for row in fold((k, cells(t)) for k, t in tensors.items())]  # type: ignore[index]
+    rows.sort(key=lambda row: -row[0])
+    return [(*cells_of([row])[0], rounded(nbytes)) for nbytes, row in rows]
+
+
+def _tree(tensors: Mapping[str, TensorMeta], look: Look, nbytes: int, width: int | None, most: int | None) -> list[str]:
+    """A row for each module, indented by its level; a narrow terminal gets fewer numbers."""
+    heads = ("module", "tensors", "elements", "size", "share")
+    rows = [heads]
+    for row in tree(tensors, look):
+        number, elements, size = row.numbers
+        share = percent(size / nbytes if nbytes else 1.0)
+        rows.append(("  " * row.level + name(row.name), f"{number:,}", f"{elements:,}", rounded(size), share))
+    for columns in ((0, 1, 2, 3, 4), (0, 1, 3, 4), (0, 3, 4), (0, 4)):
+        lines = right_aligned([[row[column] for column in columns] for row in rows])
+        if width is None or max(map(len, lines)) <= width:
+            break
+    return cut([styled(lines[0], "faint", 4), *lines[1:]], None if most is None else most + 1)
 
 
 def _provenance(record: Mapping[str, Any], verbose: bool, width: int | None) -> list[str]:

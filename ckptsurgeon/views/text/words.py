@@ -153,15 +153,44 @@ def table(rows: Iterable[Row], width: int | None, most: int | None = MOST, under
     """
     style = STYLES.get(under)
     every = list(rows)
-    hidden = 0 if most is None or len(every) <= most + 1 else len(every) - most
-    head = len(every) - hidden - (len(every) - hidden) // 4 if hidden else len(every)
+    head, hidden = _gap(len(every), most)
     shown = [[name(cell) for cell in row] for row in (*every[:head], *every[head + hidden :])]
     lines: list[str] = []
     for place, (line, above, row) in enumerate(zip(_indented(shown), _indented([row[:-1] for row in shown]), shown, strict=True)):
         told = [line] if width is None or len(line) <= width or len(row) == 1 else [above, f"        {row[-1]}"]
         if hidden and place == head:
-            lines.append(styled(f"    … {hidden:,} more (-v shows all)", "faint", 4))
+            lines.append(_more(hidden))
         lines += [styled(told[0], style, 4, 4 + len(row[0])), *told[1:]]
+    return lines
+
+
+def _gap(rows: int, most: int | None) -> tuple[int, int]:
+    """How many of so many rows stand before the gap, and how many are left out."""
+    hidden = 0 if most is None or rows <= most + 1 else rows - most
+    return (rows, 0) if most is None or not hidden else (most - most // 4, hidden)
+
+
+def _more(hidden: int) -> str:
+    return styled(f"    … {hidden:,} more (-v shows all)", "faint", 4)
+
+
+def cut(lines: Sequence[str], most: int | None) -> list[str]:
+    """The first and the last of many lines, with what is between them counted."""
+    head, hidden = _gap(len(lines), most)
+    return [*lines[:head], *([_more(hidden)] if hidden else []), *lines[head + hidden :]]
+
+
+def right_aligned(rows: Sequence[Row]) -> list[str]:
+    """Rows of a name and numbers as indented lines: the name to the left, each number to the right of its column.
+
+    >>> right_aligned([["a", "1,000"], ["abc", "1"]])
+    ['    a    1,000', '    abc      1']
+    """
+    widths = [max(map(columns, cells)) for cells in zip(*rows, strict=True)]
+    lines = []
+    for first, *numbers in rows:
+        cells = [first + " " * (widths[0] - columns(first)), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True))]
+        lines.append("    " + "  ".join(cells).rstrip())
     return lines
 
 

@@ -1,0 +1,52 @@
+"""Which tensors of an archive are shown: those of a root whose keys match a pattern, in an order; and its modules. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.rules.patterns import compile_pattern
+from ckptsurgeon.tensors import Archive, Checkpoint, Look, StateDict, TensorMeta
+from ckptsurgeon.views.modules import Module, Numbers, modules
+
+
+def selected(tensors: Mapping[str, TensorMeta], look: Look) -> Mapping[str, TensorMeta]:
+    """The tensors whose keys match a pattern, sorted as `look` says."""
+    rows = list(tensors.items())
+    if look.patterns:
+        patterns = [compile_pattern(text) for text in look.patterns]
+        for pattern in patterns:
+            pattern.learn(tensors)
+        tests = [pattern.test for pattern in patterns]
+        rows = [(key, tensor) for key, tensor in rows if any(test(key) for test in tests)]
+    elif look.sort == "file":
+        return tensors
+    if look.sort == "name":
+        rows.sort(key=lambda row: row[0])
+    if look.sort == "size":
+        rows.sort(key=lambda row: -row[1].nbytes)
+    return dict(rows)
+
+
+def roots_shown(found: Archive) -> list[StateDict | Checkpoint]:
+    """The roots whose tensors are shown: the chosen one, or with patterns those that have a match, or all."""
+    roots: list[StateDict | Checkpoint] = [*found.state_dicts] if found.chosen is None else [found.chosen]
+    return [root for root in roots if selected(root.tensors, found.look)] or roots if found.look.patterns else roots
+
+
+def tree(tensors: Mapping[str, TensorMeta], look: Look) -> list[Module]:
+    """The modules of tensors, each with its tensors, elements and bytes."""
+    rows = ((key, (1, prod(one.shape), prod(one.shape) * BY_CODE[one.dtype].size)) for key, one in tensors.items())
+    orders = {"name": by_name, "size": by_size}
+    return modules(rows, look.depth, orders.get(look.sort))
+
+
+def by_name(name: str, _numbers: Numbers) -> tuple[int, str]:
+    """Sort modules by name."""
+    return 0, name
+
+
+def by_size(name: str, numbers: Numbers) -> tuple[int, str]:
+    """Sort modules by their bytes, the largest first."""
+    return -numbers[-1], name
