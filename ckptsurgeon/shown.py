@@ -165,6 +165,8 @@ def _size(value: Any) -> int | None:
 def short(value: Any) -> str:
     """A value within a `repr`: a count for what holds others, and long text cut."""
     size = _size(value)
+    if isinstance(value, tuple) and len(value) <= 8 and all(type(one) is int for one in value):
+        return repr(value)
     if isinstance(value, tuple | list) and size == 1 and isinstance(value[0], str):
         return f"({short(value[0])},)"
     if size is not None and isinstance(value, tuple | list | Mapping | frozenset | set):
