@@ -87,6 +87,12 @@ def _stat(found: Diff, width: int | None, most: int | None) -> list[str]:
     if width is not None and max(map(len, right_aligned(rows))) > width:
         rows[0] = ["module", *({"mismatched": "other", "matched": "same"}.get(COUNTED[at], COUNTED[at]) for at in columns)]
     lines = right_aligned(rows)
+    if width is not None and max(map(len, lines)) > width:  # a line of words for each module
+        told = (
+            f"    {row[0]}: {', '.join(f'{number} {COUNTED[at]}' for number, at in zip(row[1:], columns, strict=True) if number)}"
+            for row in rows[1:]
+        )
+        return cut([*told], None if most is None else ROWS)
     return [styled(lines[0], "faint", 4), *cut(lines[1:-1], None if most is None else ROWS), lines[-1]]
 
 

@@ -156,8 +156,10 @@ def table(rows: Iterable[Row], width: int | None, most: int | None = MOST, under
     head, hidden = _gap(len(every), most)
     shown = [[name(cell) for cell in row] for row in (*every[:head], *every[head + hidden :])]
     lines: list[str] = []
-    for place, (line, above, row) in enumerate(zip(_indented(shown), _indented([row[:-1] for row in shown]), shown, strict=True)):
-        told = [line] if width is None or len(line) <= width or len(row) == 1 else [above, f"        {row[-1]}"]
+    for place, (line, row) in enumerate(zip(_indented(shown, width), shown, strict=True)):
+        close = f"    {'  '.join(row)}".rstrip()  # not aligned with the others
+        ways = [[line], [close], [f"    {'  '.join(row[:-1])}".rstrip(), f"        {row[-1]}"]]
+        told = next((way for way in ways if width is None or len(row) == 1 or len(way[0]) <= width), ways[-1])
         if hidden and place == head:
             lines.append(_more(hidden))
         lines += [styled(told[0], style, 4, 4 + len(row[0])), *told[1:]]
@@ -194,9 +196,10 @@ def right_aligned(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _indented(rows: Sequence[Row]) -> list[str]:
-    # A row with an endless cell stands by itself, or every other row would be as wide.
-    wide = [any(len(cell) > WIDEST for cell in row) for row in rows]
+def _indented(rows: Sequence[Row], width: int | None) -> list[str]:
+    # A row with an endless cell, or wider than the terminal, stands by itself, or every other row would be as wide.
+    room = WIDEST if width is None else width - 4
+    wide = [any(len(cell) > WIDEST for cell in row) or (width is not None and len("  ".join(row)) > room) for row in rows]
     narrow = [row for row, alone in zip(rows, wide, strict=True) if not alone]
     lines = iter(aligned(narrow))
     return [f"    {'  '.join(row) if alone else next(lines)}".rstrip() for row, alone in zip(rows, wide, strict=True)]
