@@ -11,7 +11,7 @@ wants it. `+`, `joined` and `excerpt` keep styles; every other operation of `str
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +40,21 @@ TABLES = {
     "Report": "report",
     "Verification": "verification",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Which tensors of an archive are shown, and how.
+
+    Attributes:
+        patterns: those whose keys match one of them; all without any.
+        sort: `file` is the file's order, `name` by key, `size` by bytes, the largest first.
+        depth: shows modules instead, down to so many levels; 0 shows tensors.
+    """
+
+    patterns: tuple[str, ...] = ()
+    sort: str = "file"
+    depth: int = 0
 
 
 class Shown:

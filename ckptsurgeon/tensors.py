@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.loading import Loader, Naming
-from ckptsurgeon.shown import Result, Shown, short
+from ckptsurgeon.shown import Look, Result, Shown, short
 
 Kind = Literal["file", "model", "skeleton"]  # where a checkpoint's names come from; a skeleton has no values
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -224,21 +224,6 @@ class Shard:
 
     whole: str
     others: frozenset[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Which tensors of an archive are shown, and how.
-
-    Attributes:
-        patterns: those whose keys match one of them; all without any.
-        sort: `file` is the file's order, `name` by key, `size` by bytes, the largest first.
-        depth: shows modules instead, down to so many levels; 0 shows tensors.
-    """
-
-    patterns: tuple[str, ...] = ()
-    sort: str = "file"
-    depth: int = 0
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,8 @@ from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import facts, refuse_idle
 from ckptsurgeon.errors import RuleError, SettingsError
 from ckptsurgeon.parameter_types import Given, Note, Path
-from ckptsurgeon.tensors import Archive, Checkpoint, Look
+from ckptsurgeon.shown import Look
+from ckptsurgeon.tensors import Archive, Checkpoint
 
 SORTS = ("file", "name", "size")
 DEPTH = 3  # levels of a tree

@@ -7,7 +7,8 @@ from math import prod
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.rules.patterns import compile_pattern
-from ckptsurgeon.tensors import Archive, Checkpoint, Look, StateDict, TensorMeta
+from ckptsurgeon.shown import Look
+from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta
 from ckptsurgeon.views.modules import Module, Numbers, modules
 
 

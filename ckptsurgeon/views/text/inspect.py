@@ -10,9 +10,9 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.quantised import find
 from ckptsurgeon.planning.training_places import lightning_average
-from ckptsurgeon.shown import styled
+from ckptsurgeon.shown import Look, styled
 from ckptsurgeon.sizes import percent, rounded
-from ckptsurgeon.tensors import Archive, Checkpoint, Look, Refused, StateDict, TensorMeta, find_ties
+from ckptsurgeon.tensors import Archive, Checkpoint, Refused, StateDict, TensorMeta, find_ties
 from ckptsurgeon.views.folding import fold
 from ckptsurgeon.views.selected import roots_shown, selected, tree
 from ckptsurgeon.views.text.words import (
