@@ -31,7 +31,7 @@ def inverted(path: str, names: dict[str, str], width: int, first: bool) -> Rows:
     wide = width if first else 4 * width
     rows: Rows = [] if first else [(f"{path}.{names['expand']}.weight", (wide, width, 1, 1)), *norm(f"{path}.{names['n1']}", wide)]
     rows += [(f"{path}.{names['deep']}.weight", (wide, 1, 3, 3)), *norm(f"{path}.{names['n1' if first else 'n2']}", wide)]
-    last = names["first_out" if first else "project"]
+    last = names.get("first_out", "") if first else names["project"]
     return [*rows, (f"{path}.{last}.weight", (width + 2, wide, 1, 1)), *norm(f"{path}.{names['n2' if first else 'n3']}", width + 2)]
 
 
@@ -113,3 +113,30 @@ def test_words_are_told_where_nothing_stands_between_them() -> None:
     assert concepts("HRconv") == ("hr", "conv")
     assert set(concepts("upconv1")) == set(concepts("conv_up1"))
     assert concepts("CLSToken") == concepts("cls_token")
+
+
+@pytest.mark.parametrize("in_order", [True, False], ids=["library", "sorted"])
+def test_a_tower_called_v_is_no_value(in_order: bool) -> None:
+    parts = {"weight": (8, 8), "bias": (8,)}
+    source: Rows = [("v.patch_embed.proj.weight", (8, 1, 4, 4)), ("mlp_head.weight", (5, 8))]
+    target: Rows = [("net.patch_embeddings.projection.weight", (8, 1, 4, 4)), ("classifier.weight", (5, 8))]
+    for at in range(3):
+        source += [(f"v.blocks.{at}.attn.qkv.{part}", (24, *shape[1:])) for part, shape in parts.items()]
+        source += [(f"v.blocks.{at}.attn.proj.{part}", shape) for part, shape in parts.items()]
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            target += [(f"net.layers.{at}.attention.{name}.{part}", shape) for part, shape in parts.items()]
+    found = match(*(side(rows if in_order else sorted(rows)) for rows in (source, target))).by_target
+    for at in range(3):
+        assert found[f"net.layers.{at}.attention.v_proj.weight"].sources == (f"v.blocks.{at}.attn.qkv.weight",)
+        assert found[f"net.layers.{at}.attention.o_proj.weight"].sources == (f"v.blocks.{at}.attn.proj.weight",)
+    assert "v" in concepts("blocks.0.attn.v.weight") and "v" in concepts("v.0.conv.weight")
+
+
+def test_what_expands_comes_before_what_goes_in_depth_also_where_keys_are_sorted() -> None:
+    timm = {"expand": "conv_pw", "deep": "conv_dw", "project": "conv_pwl", "n1": "bn1", "n2": "bn2", "n3": "bn3"}
+    named = {"expand": "expansion.conv", "deep": "depthwise.conv", "project": "projection.conv"}
+    named |= {"n1": "expansion.bn", "n2": "depthwise.bn", "n3": "projection.bn"}
+    source = [row for at in range(3) for row in inverted(f"blocks.{at}", timm, 8 + 2 * at, first=False)]
+    target = [row for at in range(3) for row in inverted(f"encoder.{at}", named, 8 + 2 * at, first=False)]
+    found = sure(match(side(sorted(source)), side(sorted(target))))
+    assert found == {other: one for (one, _), (other, _) in zip(source, target, strict=True)}

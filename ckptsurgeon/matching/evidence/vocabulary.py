@@ -48,6 +48,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
 _SPLIT = re.compile(r"[._\-/]+")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _DIGITS = re.compile(r"\d+|\D+")
+_LETTERS = frozenset("qkv")
 _INITIALS = re.compile(r"([A-Z]{2,})([a-z]+)")
 
 # A word, and the concepts that it stands for.
@@ -150,7 +151,7 @@ def concepts(name: str) -> tuple[str, ...]:
     >>> concepts("blocks.3.ln_1.weight")
     ('block', '#3', 'norm', '#1', 'weight')
     """
-    text = _CAMEL.sub("_", _INITIALS.sub(_initials, name)).lower()
+    text = _CAMEL.sub("_", _INITIALS.sub(_initials, _towers_aside(name))).lower()
     for pattern, told in _PHRASE:
         text = pattern.sub(told, text)
     found: list[str] = []
@@ -167,6 +168,15 @@ def concepts(name: str) -> tuple[str, ...]:
             else:
                 found.append(_WORDS.get(part, part))
     return tuple(found)
+
+
+def _towers_aside(name: str) -> str:
+    """The name; a module of one letter that holds a module with a numbered list is a tower, and no query, key or value."""
+    parts = name.split(".")
+    if not _LETTERS.intersection(parts):
+        return name
+    end = max((at for at, part in enumerate(parts[:-2]) if part.isdigit()), default=0)
+    return ".".join("tower" if at + 1 < end and part in _LETTERS else part for at, part in enumerate(parts))
 
 
 def _initials(found: re.Match[str]) -> str:
