@@ -37,7 +37,7 @@ LINES: dict[str, list[tuple[tuple[str, ...], list[str]]]] = {
             [
                 f"  {GREEN}matched         6\x1b[0m\n",
                 f"  {RED}missing         7\x1b[0m   only in the target\n",
-                f"    {RED}norm1.weight\x1b[0m  ",
+                f"    {RED}dense2.{{weight,bias}}\x1b[0m  ",
                 f"  {CYAN}extra           2\x1b[0m",
                 f"{BOLD}Next:\x1b[0m ckptsurgeon",
                 f"{DIM}note: imports variants",
@@ -56,7 +56,12 @@ LINES: dict[str, list[tuple[tuple[str, ...], list[str]]]] = {
         (("net_params.pkl", VARIANT, "--no-such-option"), [f"{RED}{BOLD}error:\x1b[0m ", f"  {BOLD}try:\x1b[0m "]),
     ],
     "match": [(("net_params.pkl", VARIANT), [f"  {GREEN}matched", f"  {RED}unmatched", f"  {CYAN}unused", f"{BOLD}Next:\x1b[0m "])],
-    "plan": [(("net_params.pkl", VARIANT), [f"  {GREEN}copy", f"  {YELLOW}initialise", f"  {CYAN}drop", f"    {CYAN}fc2.weight\x1b[0m  "])],
+    "plan": [
+        (
+            ("net_params.pkl", VARIANT),
+            [f"  {GREEN}copy", f"  {YELLOW}initialise", f"  {CYAN}drop", f"    {CYAN}fc2.{{weight,bias}}\x1b[0m  "],
+        )
+    ],
     "apply": [(("plan.json", "-o", "o.pt", "--overwrite"), [f"  {GREEN}transferred", f"  {YELLOW}fresh", f"  {GREEN}verified\x1b[0m: 15"])],
     "merge": [
         (("net_params.pkl", VARIANT, "-o", "o.pt", "--overwrite"), [f"  {GREEN}transferred", f"  {CYAN}dropped"]),
@@ -98,7 +103,7 @@ def test_coloured_output_is_the_plain_one_with_colours(name: str, words: tuple[s
 
 
 def test_every_command_has_a_row_above() -> None:
-    assert sorted(LINES) == sorted(COMMANDS)
+    assert sorted([*LINES, "completion"]) == sorted(COMMANDS)  # which prints a script
 
 
 class Stream(io.StringIO):
