@@ -52,17 +52,19 @@ State = Mapping[str, Any]
 def transfer(
     source: Given,
     model: nn.Module,
-    ruling: Ruling,
+    gathered: Callable[[], Ruling],
     options: RuleOptions,
     training: TrainingOptions = NO_TRAINING,
     *,
     step: bool = False,
 ) -> Report:
-    """See `ckptsurgeon.transfer`. `step`: it is a step of another call, whose options have been held against it."""
+    """See `ckptsurgeon.transfer`. `gathered` reads the rules, which may be files, where all ranks learn of it if one can't. `step`: it is
+    a step of another call, whose options have been held against it."""
     ranks = Ranks.of(model)
     with raising_later() as held, ExitStack() as undo:
         with ranks.step() as told:
             refuse_flat(model.modules())
+            ruling = gathered()
             goal = checkpoint_of(model, own_class(model).__name__)
             goal = goal if options.conversions else _opening.without_conversions(goal)
             given, live = _open(source, options.root, goal, training.ema is not None)
@@ -85,7 +87,7 @@ def transfer(
         def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
             rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
             chosen = replace(options, root=where, match=False, accept_uncertain=False, layout=None, numbers=None)
-            return transfer(other, copy, rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
+            return transfer(other, copy, lambda: rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
 
         with ranks.step() as told:
             refuse_losses(way.casts, plan.allow_cast)
@@ -331,14 +333,16 @@ def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:
 
 def initialize_fresh(model: nn.Module, source: Any, scheme: Any, seed: int, note: Note) -> tuple[str, ...]:
     """See `ckptsurgeon.initialize`."""
-    record, ranks = _record(source), Ranks.of(model)
+    ranks = Ranks.of(model)
     if not any(map(is_sharded, (*model.parameters(), *model.buffers()))):
         with ranks.step():
-            return initialize.initialize(model, record, scheme, seed=seed, note=note)
+            return initialize.initialize(model, _record(source), scheme, seed=seed, note=note)
     from ckptsurgeon.models.sharded.plain_layer import plain_layer
     from ckptsurgeon.models.sharded.planner import spread, whole
 
-    # What a scheme's own code fails by, it fails by on every rank: they draw the same values.
+    with ranks.step():
+        record = _record(source)
+    # What a scheme fails by, it fails by on every rank: they draw the same values.
     with Reader([]) as none:
         return initialize.initialize(
             model, record, scheme, seed=seed, note=note, write=partial(spread, reader=none), plain=plain_layer, whole=whole

@@ -126,7 +126,7 @@ def transfer(
     options, training = collect(RuleOptions, locals()), collect(TrainingOptions, locals())
     from ckptsurgeon.api import _live
 
-    return _live.transfer(source, model, gather(options), options, training)
+    return _live.transfer(source, model, lambda: gather(options), options, training)
 
 
 def initialize(

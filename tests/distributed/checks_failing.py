@@ -48,6 +48,21 @@ def a_file_is_missing_on_one_rank(folder: Path) -> None:
 
 
 @check(2)
+def rules_or_a_record_are_missing_on_one_rank(folder: Path) -> None:
+    path = saved(seeded(1).state_dict(), folder / "net.safetensors")
+    model = sharded(seeded(2))
+    if dist.get_rank() == 0:
+        (folder / "rules.toml").write_text('[[drop]]\nkey = "tail.*"\n')
+    dist.barrier()
+    rules = folder / ("no.toml" if dist.get_rank() else "rules.toml")
+    wrong = on_all(refusal(lambda: cs.transfer(path, model, rules=[rules])))
+    assert all("no.toml" in text for text in wrong), wrong
+    record = path if dist.get_rank() == 0 else folder / "no.safetensors"
+    assert "" not in on_all(refusal(lambda: cs.initialize(model, record)))
+    same(model, seeded(2).state_dict())
+
+
+@check(2)
 def a_file_fails_on_one_rank_in_mid_copy(folder: Path) -> None:
     path = saved(seeded(1).state_dict(), folder / "net.safetensors")
     model = sharded(seeded(2))

@@ -44,7 +44,7 @@ def test_a_large_tensor_is_compared_in_bands(tmp_path: Path) -> None:
     assert cs.verify(tmp_path / "w.safetensors", model, in_place=True).ok
     model.w[2999, 7] = model.w[1500, 9] = 0
     (wrong,) = [row for row in cs.verify(tmp_path / "w.safetensors", model, in_place=True).findings if row.level == "error"]
-    assert wrong.message == "2 of 9000000 elements differ from the file, the first at (1500, 9)"
+    assert wrong.message == "2 of 9,000,000 elements differ from the file, the first at (1500, 9)"
 
 
 def test_wrappers_dtypes_and_missing_keys(tmp_path: Path) -> None:

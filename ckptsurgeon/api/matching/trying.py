@@ -64,7 +64,7 @@ def tried(
     assert origin.build is not None and aim.build is not None
     inputs = output_comparison.make_inputs(forward, note)
     source = origin.build(0)
-    _live.transfer(given, source, Ruling(()), RuleOptions(strict=True), step=True)  # what the checkpoint is of must take all of it
+    _live.transfer(given, source, lambda: Ruling(()), RuleOptions(strict=True), step=True)  # what the checkpoint is of must take all of it
 
     def run(proposal: Proposal) -> Twins:
         return output_comparison.compare(source, _target(proposal, given, aim, note, conversions), inputs, tolerance)
@@ -123,7 +123,7 @@ def _target(proposal: Proposal, given: Checkpoint, aim: Target, note: Note, conv
     """A fresh target with the source's weights as a proposal has them."""
     assert aim.build is not None
     model = aim.build(0)
-    _live.transfer(given, model, bring(proposal.rules, note), RuleOptions(conversions=conversions), step=True)
+    _live.transfer(given, model, lambda: bring(proposal.rules, note), RuleOptions(conversions=conversions), step=True)
     return model
 
 
