@@ -187,10 +187,10 @@ def main() -> int:
     import torch
 
     text = (
-        f"\n## Sharded models\n\n`python tests/bench/sharded_models.py --layers {' '.join(map(str, arguments.layers))} --write`: into FSDP2 on "
-        "two ranks (gloo, CPU), from one safetensors file and from a folder that `dcp.save` wrote on three ranks with AdamW's moments; by "
-        "rank, the larger figure. Memory is the peak beyond what was resident before and the rank's own parameters (and moments). torch "
-        f"{torch.__version__}:\n\n{table}\n"
+        f"\n## Sharded models\n\n`python tests/bench/sharded_models.py --layers {' '.join(map(str, arguments.layers))} --write`: into "
+        "FSDP2 on two ranks (gloo, CPU), from one safetensors file and from a folder that `dcp.save` wrote on three ranks with AdamW's "
+        "moments; by rank, the larger figure. Memory is the peak beyond what was resident before and the rank's own parameters (and "
+        f"moments). torch {torch.__version__}:\n\n{table}\n"
     )
     print(text)
     if arguments.write:
