@@ -281,7 +281,9 @@ def _told(progress: Any) -> AbstractContextManager[None]:
 def _close(given: Mapping[str, Any], signature: inspect.Signature) -> str:
     """What the first parameter that there is not may be meant as."""
     wrong = [each for each in given if each not in signature.parameters][:1]
-    close = close_names(wrong[0], [each for each in signature.parameters if each not in given], most=1) if wrong else []
+    free = [each for each in signature.parameters if each not in given]
+    begun = [each for each in free if wrong and (each.startswith(wrong[0]) or wrong[0].startswith(f"{each}_"))]
+    close = begun or (close_names(wrong[0], free, most=1) if wrong else [])
     return f", did you mean {close[0]}?" if close else ""
 
 
@@ -291,7 +293,7 @@ def hold(verb: Callable[..., Any], name: str, given: Mapping[str, Any]) -> None:
     for each, value in given.items():
         kind = kinds.get(each, rest)
         if kind is not None and not (value is None and each in optional) and not kind.fits(value):
-            hint = _swapped(name, each, given, kinds) or _hint(name, each, kind, value)
+            hint = _swapped(name, each, given, _in_order(verb, kinds)) or _hint(name, each, kind, value)
             part, place = _wrong_part(kind, value)
             raise ArgumentError(f"takes {kind.words}, and {described(part)} was given to {name}{place}", key=each, hint=hint)
 
@@ -336,6 +338,29 @@ def described(value: Any) -> str:
     return f"{an} {kind}"
 
 
+def _in_order(verb: Callable[..., Any], kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """The parameters that may stand without their names, which alone can change places."""
+    parameters = inspect.signature(verb).parameters
+    return {
+        each: kind for each, kind in kinds.items() if each in parameters and parameters[each].kind is not inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def _unquoted(value: Any) -> Any:
+    """What a text is as a number or True or False; the value itself where it is none."""
+    if not isinstance(value, str):
+        return value
+    return {"True": True, "False": False}.get(value, next((kind(value) for kind in (int, float) if _is_a(kind, value)), value))
+
+
+def _is_a(kind: type[int] | type[float], text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _swapped(verb: str, wrong: str, given: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str | None:
     """The right order, where two arguments fit when they change places."""
     for other, value in given.items():
@@ -350,6 +375,8 @@ def _hint(verb: str, name: str, kind: Kind, value: Any) -> str:
         return f"make one first: {value.__name__}(...)"
     if isinstance(value, _BYTES) and kind.file and kind.fits(io.BytesIO()):
         return f"io.BytesIO({name})"
+    if isinstance(value, str) and kind.fits(_unquoted(value)):
+        return f"{name}={_unquoted(value)}"
     from ckptsurgeon.argument_examples import CALLS, EXAMPLES
 
     if (isinstance(value, Mapping) or _is_model(value)) and name in ("path", "source", "sources", "checkpoint"):

@@ -118,7 +118,12 @@ def limits(**bounds: int | str) -> Iterator[None]:
 def _bound(name: str, value: int | str) -> tuple[str, int]:
     limit = BY_NAME.get(name)
     if limit is None:
-        raise CheckpointError(f"there is no limit {name!r}", hint=f"the limits are {', '.join(BY_NAME)}")
+        from ckptsurgeon.hints import close_names
+
+        close = close_names(name, BY_NAME) if name else []
+        raise CheckpointError(
+            f"there is no limit {name!r}", hint=f"is it {' or '.join(close)}?" if close else f"the limits are {', '.join(BY_NAME)}"
+        )
     number = sizes.parsed(value) if isinstance(value, str) else value
     if type(number) is not int or not 0 < number <= limit.most:
         largest = f" up to {limit.most}" if limit.most < 1 << 62 else ""

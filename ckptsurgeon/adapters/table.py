@@ -80,7 +80,7 @@ def adapter_of(op: Op) -> Adapter:
     if name not in ADAPTERS:
         close = close_names(name, ADAPTERS)
         words = f"is it {' or '.join(close)}? " if close else ""
-        raise RuleError(f"there is no adapter {name!r}", hint=f"{words}the adapters are {', '.join(ADAPTERS)}")
+        raise RuleError(f"there is no adapter {name!r}", hint=f"{words}all of them: ckptsurgeon adapters")
     return load(name)
 
 

@@ -123,5 +123,6 @@ def _refuse_checkpoint(file: OpenFile) -> None:
         return
     from ckptsurgeon.models.target.slips import only_model
 
-    words = shlex.join(["ckptsurgeon", "plan", file.path, only_model() or "TARGET", "-o", "plan.json"])
+    target = only_model()
+    words = shlex.join(["ckptsurgeon", "plan", file.path, target, "-o", "plan.json"]) if target else "ckptsurgeon help plan"
     raise PlanError(f"is a checkpoint ({form.name}), not a plan", path=file.path, hint=f"plan it first: {words}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from io import BytesIO
@@ -9,7 +11,7 @@ from io import BytesIO
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import facts, refuse_idle
-from ckptsurgeon.errors import RuleError, SettingsError
+from ckptsurgeon.errors import FormatError, RuleError, SettingsError, TargetError
 from ckptsurgeon.parameter_types import Given, Note, Path
 from ckptsurgeon.shown import Look
 from ckptsurgeon.tensors import Archive, Checkpoint
@@ -78,7 +80,7 @@ def inspect(
         raise SettingsError(f"there is no order {sort!r}", key="--sort", hint=f"one of {', '.join(SORTS)}")
     if depth is not None and depth < 1:
         raise SettingsError("a tree has one level at least", key="--depth", hint="give --depth 2")
-    found = _opening.read(path)
+    found = _read(path)
     if root is not None:
         found = replace(found, chosen=_opening.open_source(found, root=root, parts=True))
     look = Look(tuple(patterns), sort, (depth or DEPTH) if tree else 0)
@@ -106,6 +108,21 @@ def _refuse_no_match(found: Archive, look: Look) -> None:
             problems=tuple(problems) if len(problems) > 1 else (),
             hint="quote a pattern, so that the shell leaves it as it is: 'fc.*'; ** crosses dots",
         )
+
+
+def _read(path: Path | BytesIO) -> Archive:
+    """The header of a file; a model or its code in its place is told with the way to see its names."""
+    if isinstance(path, str) and _opening.is_code(path):
+        words = shlex.join(["ckptsurgeon", "skeleton", path, "-o", "net.json"])
+        raise TargetError("is a model, where a checkpoint file is needed", path=path, hint=f"save its names and shapes: {words}")
+    try:
+        return _opening.read(path)
+    except FormatError as error:
+        from ckptsurgeon.models.target.slips import meant_specs
+
+        if not isinstance(path, BytesIO) and os.fspath(path).endswith(".py") and (models := meant_specs(os.fspath(path))):
+            error.hint = f"save the names and shapes of its model: {shlex.join(['ckptsurgeon', 'skeleton', models[0], '-o', 'net.json'])}"
+        raise
 
 
 def skeleton(target: Given, *, note: Note = silent) -> Checkpoint:

@@ -240,14 +240,13 @@ def merge(
     """
     options, writing = collect(RuleOptions, locals()), collect(OutputOptions, locals())
     training = collect(TrainingOptions, locals())
-    from ckptsurgeon.api._writing import carry_out, output_kind, refuse_idle_writing, refuse_output
+    from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 
-    output_kind(writing)
+    refuse_output(writing)
     ruling = gather(options, note=note)
     seen = _look(sources)
     goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
     found, made = _decide(seen, goal, ruling, options)
-    refuse_output(writing)  # what is wrong with the inputs is told first
     if goal is not None and goal.build is not None and (made.needs_model or verify):
         built = _opening.as_built(goal, made.seed, note)
         if built is not goal:
@@ -321,6 +320,7 @@ def apply(
     from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 
     made = plan if isinstance(plan, Plan) else load_plan(plan)
+    refuse_output(writing, made.max_shard_size)
     _gates.refuse_open(made, None if isinstance(plan, Plan) else os.fspath(plan))
     schemes = [scheme for step in made.steps for scheme in step.schemes]
     if not isinstance(plan, Plan):
@@ -340,6 +340,5 @@ def apply(
         planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
         if goal is not None:
             check_data(replace(made, sources=()), (), goal.checkpoint)
-    refuse_output(writing, made.max_shard_size)
     _, own = load_own(made.own_adapters, schemes, note)
     return carry_out(made, found, goal, writing, own)

@@ -15,6 +15,10 @@ from ckptsurgeon.parameter_types import Given, Note, OnProgress, Path
 from ckptsurgeon.report import Verification
 
 
+def _shapes(inputs: Iterable[str]) -> tuple[str, ...]:
+    return (inputs,) if isinstance(inputs, str) else tuple(inputs)
+
+
 def verify(
     checkpoint: Path,
     target: Given,
@@ -71,14 +75,14 @@ def verify(
     path = os.fspath(checkpoint)
     model = held_in_place(target, in_place)
     if model is not None:
-        _refuse_loading(device=device, inputs=tuple(inputs), seed=seed)
+        _refuse_loading(device=device, inputs=_shapes(inputs), seed=seed)
         return replace(verify_held(path, model, root=root, finite=finite, conversions=conversions), source=path)
     try:
         _opening.look(path)
     except FormatError as error:
         return replace(unreadable(error, path), source=path, target=_opening.name_of(target))
     goal = _opening.open_target(target, conversions=conversions, note=note)
-    built, shapes = goal.build is not None, tuple(inputs)
+    built, shapes = goal.build is not None, _shapes(inputs)
     known = facts(model=built, model_built=built, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)
     found = verify_written(path, goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)

@@ -10,7 +10,7 @@ from ckptsurgeon.formats import json_text
 from ckptsurgeon.parameter_types import Note
 from ckptsurgeon.storage.copying import write_at
 from ckptsurgeon.storage.opening import open_regular
-from ckptsurgeon.streaming.atomic import lost, new_file
+from ckptsurgeon.streaming.atomic import check_free, lost, new_file
 
 
 def name_list(path: str) -> tuple[str, ...]:
@@ -31,6 +31,11 @@ def name_list(path: str) -> tuple[str, ...]:
         return tuple(line.strip() for line in raw.decode("utf-8").splitlines() if line.strip())
     except UnicodeDecodeError as error:
         raise FormatError("is no text", path=path, hint="give a file with one name a line") from error
+
+
+def refuse_taken(path: str, overwrite: bool) -> None:
+    """OutputError for a path that is taken or can't be written, before the work is done."""
+    check_free(path, overwrite)
 
 
 def write_json(path: str, value: dict[str, Any], overwrite: bool, note: Note) -> None:

@@ -205,6 +205,11 @@ def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]
     """Sources and target: the last of several paths is the target; one alone has none, and neither has an average."""
     if len(paths) > 2 and ":" in paths[-2] and os.path.splitext(paths[-1])[1] in _WRITES and not os.path.exists(paths[-1]):
         raise click.UsageError(f"{paths[-1]} stands where the target is expected, and does not exist; is it -o {paths[-1]}?")
+    if average:
+        from ckptsurgeon.api._opening import is_code
+
+        if models := [path for path in paths if is_code(path)]:
+            raise click.UsageError(f"--average takes checkpoints only, and {models[0]} is a model; leave it out")
     return ([*paths[:-1]], paths[-1]) if len(paths) > 1 and not average else ([*paths], None)
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import click
 
 from ckptsurgeon.dtypes import all_names
-from ckptsurgeon.hints import close_names
+from ckptsurgeon.hints import close_names, without_slip
 
 # What other tools call what a command does, and the words of ours that do it.
 ALSO: Mapping[str, str] = MappingProxyType(
@@ -79,6 +79,7 @@ def _no_option(error: click.ClickException, words: Sequence[str]) -> Meant | Non
         return (f"{name} stands after the command", whole) if whole is not None else None
     known = _options(context.command)
     meant = [option for option in known if _bare(option) == _bare(name)] or [option for option in known if option.startswith(name)][:1]
+    meant = meant or [option for option in [without_slip(name, known)] if option is not None]
     if meant:
         at = next((place for place, word in enumerate(words) if word.partition("=")[0] == name), None)
         mended = [] if at is None else [*words[:at], words[at].replace(name, meant[0], 1), *words[at + 1 :]]
@@ -128,7 +129,7 @@ def _missing(error: click.ClickException, words: Sequence[str]) -> Meant | None:
     if isinstance(param, click.Option) and _OUTPUT in param.opts and given:
         if words[-1] != given[0] and is_new_file(words[-1]):  # OUT stands there, without its option
             return message, _followed(context.parent, [*words[:-1], _OUTPUT, words[-1]])
-        more = [_OUTPUT, _output(words[0], given)]
+        more = [_OUTPUT, free_name(words[0], given)]
     elif param.name == "target" and given and (target := only_model()) is not None:
         more = [target]
     return message, _followed(context.parent, [*words, *more]) if more else None
@@ -143,7 +144,7 @@ def is_new_file(word: str) -> bool:
     return bool(re.fullmatch(r"[^:()]+\.\w+", word)) and not os.path.exists(word) and not word.endswith(".py")
 
 
-def _output(command: str, given: Sequence[str]) -> str:
+def free_name(command: str, given: Sequence[str]) -> str:
     """A name for the output that is free to take."""
     stem, suffix = os.path.splitext(_OUTPUTS.get(command, "merged.pt"))
     if command == "merge" and len(given) == 1:
@@ -157,10 +158,15 @@ def _output(command: str, given: Sequence[str]) -> str:
 
 def _other(error: click.ClickException, words: Sequence[str]) -> Meant | None:
     """A file where the command should stand, or another tool's word for one of the commands."""
-    found = re.fullmatch(r"No such command '(.*)'\.?", error.format_message(), re.DOTALL)
+    found = re.fullmatch(r"No such command '(.*?)'(?:\.|; is it .*)?", error.format_message(), re.DOTALL)
     if found is None or not words or words[0] != found[1]:
         return None
     message = f"No such command {words[0]!r}"
+    program = error.ctx.find_root() if isinstance(error, click.UsageError) and error.ctx is not None else None
+    if program is not None and isinstance(program.command, click.Group):
+        command = without_slip(words[0], program.command.list_commands(program))
+        if command is not None and words[0] not in ALSO:
+            return f"{message}; is it {command}?", _followed(program, [command, *words[1:]])
     if words[0] in ALSO:
         return f"{message}; it is {ALSO[words[0]]}", shlex.join(["ckptsurgeon", *ALSO[words[0]].split(), *words[1:]])
     if os.path.exists(words[0]):

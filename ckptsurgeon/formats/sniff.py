@@ -144,9 +144,9 @@ def format_of(file: OpenFile) -> Format:
         raise FormatError("is too short to be a checkpoint", path=file.path, hint="copy or download it again")
     names = ", ".join(form.name for form in TABLE if not form.index)
     raise FormatError(
-        f"is no checkpoint: of none of the formats {names}, nor an index of shards",
+        "is not a checkpoint of a format that is read here",
         path=file.path,
-        hint="look at its first bytes" + (f": head -c 64 {parts.word(file.path)} | xxd" if file.fd is not None else ""),
+        hint=f"the formats are {names}, and folders of Hugging Face",
     )
 
 

@@ -6,7 +6,6 @@ A plan of another version, one that does not add up, or one whose source or targ
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -106,11 +105,11 @@ def from_json(raw: bytes, path: str) -> Plan:
     except CheckpointError as error:
         raise PlanError(error.reason, path=path, hint=error.hint) from error
     if not isinstance(value, dict) or "steps" not in value:
-        raise PlanError("is not a plan", path=path, hint="make one with: ckptsurgeon plan CKPT TARGET -o plan.json")
+        raise PlanError("is not a plan", path=path, hint="make one, as this shows: ckptsurgeon help plan")
     version = value.get("version")
     if type(version) is not int or version != VERSION:
         words = f"is a plan of version {_version(version)}; this ckptsurgeon follows version {VERSION}"
-        raise PlanError(words, path=path, hint=f"make it again: ckptsurgeon plan CKPT TARGET -o {shlex.quote(path)} --overwrite")
+        raise PlanError(words, path=path, hint="make it again, as this shows: ckptsurgeon help plan")
     try:
         return _plan(value)
     except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:

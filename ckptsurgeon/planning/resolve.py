@@ -9,7 +9,7 @@ from ckptsurgeon.adapters.chain import Asked, can_compute, decodes, fill_chain, 
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.errors import PlanError, RuleError
-from ckptsurgeon.hints import SHOWN, several, shortened
+from ckptsurgeon.hints import SHOWN, close_names, several, shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import Claim, SourceKey
 from ckptsurgeon.planning.legacy_names import BY
@@ -76,7 +76,11 @@ def find_origins(
     for group in target.ties if target is not None else ():
         _follow(group, found, problems)
     if problems:
-        raise RuleError("adapters that can't be followed", problems=shortened(problems))
+        from ckptsurgeon.planning.plan_types import way_to_look
+
+        first = sources[0]
+        look = way_to_look(first.path, first.root, first.in_memory == "model", None if target is None else target.path)
+        raise RuleError("adapters that can't be followed", problems=shortened(problems), hint=f"see the names: {look}")
     return found if target is None else {key: found[key] for key in target if key in found}
 
 
@@ -150,7 +154,7 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
         asked.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
         if not matched and any(rule.match(key) is not None for _, key in names.names_of):
             key = next(key for _, key in names.names_of if rule.match(key) is not None)
-            problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: link it: '{key} -> KEY'")
+            problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: {_link(key, keys)}")
         elif not matched:
             close = _meant(rule, keys) if len(problems) < SHOWN else ""
             problems.append(f"{rule.rule} matches nothing in the target{close}")
@@ -162,6 +166,11 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
         if not any(rule.match(key) is not None for key in keys):
             problems.append(f"{rule.rule} matches nothing in the target{_meant(rule, keys)}")
     return asked
+
+
+def _link(key: str, keys: Collection[str]) -> str:
+    close = close_names(key, keys, 1)
+    return f"link it: '{key} -> {close[0]}'" if close else "link it to the target's, as in 'a -> b'"
 
 
 def _meant(rule: CompiledRule, keys: Collection[str]) -> str:
@@ -189,7 +198,7 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
     if len(mixed) > 1 and made_dtype(ops[:1], "") == "":
         raise RuleError(
             f"joins {' and '.join(sorted(mixed))}",
-            hint="convert one of them first: merge FILE -o OUT --dtype …",
+            hint="convert one of their files to the dtype of the other first: ckptsurgeon help merge",
         )
     if not can_compute(ops, dtype):
         raise RuleError(f"computes values, and {claim.places[0][1]} is {dtype}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PartError, RootError
-from ckptsurgeon.hints import close_words
+from ckptsurgeon.hints import without_slip
 from ckptsurgeon.planning import training_places
 from ckptsurgeon.planning.prefixes.find import NEAR, find_change
 from ckptsurgeon.planning.training_places import all_moments, lightning_average, of_optimizer
@@ -100,9 +100,9 @@ def _named(archive: Archive, root: str) -> StateDict:
         if state_dict.root == root:
             return state_dict
     raise RootError(
-        f"has no state_dict at {root!r}{close_words(root, names)}",
+        f"has no state_dict at {root!r}",
         path=archive.path,
-        hint=f"its roots: {_listing(archive.state_dicts)}",
+        hint=f"{f'is it {close}? ' if (close := without_slip(root, names)) else ''}its roots: {_listing(archive.state_dicts)}",
     )
 
 

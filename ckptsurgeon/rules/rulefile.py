@@ -219,7 +219,7 @@ def _malformed(rule: Rule, path: str) -> tuple[list[str], int]:
 
 
 def _example(rows: Sequence[object]) -> str | None:
-    return None if rows else 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
+    return "ckptsurgeon guide rules" if rows else 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
 
 
 def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:

@@ -78,7 +78,7 @@ def _cast(step: Step, tensor: torch.Tensor, dtype: str, casts: list[Cast]) -> to
 def _refuse_overflow(step: Step, tensors: Sequence[torch.Tensor], made: torch.Tensor) -> None:
     """Raises CastError where finite values came to be infinite, or none, in the dtype in which they are computed."""
     if made.is_floating_point() and not _finite(made) and all(_finite(tensor) for tensor in tensors):
-        raise _overflow(step.target, made, "convert the source to a wider dtype first: merge FILE -o OUT --dtype F32")
+        raise _overflow(step.target, made, "convert the source to a wider dtype first, by a merge with dtype='F32'")
 
 
 def _overflow(key: str, made: torch.Tensor, hint: str) -> CastError:

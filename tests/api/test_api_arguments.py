@@ -197,7 +197,7 @@ def test_a_rule_of_another_kind(base) -> None:
         (("rename", "a", ["b"]), "result", "give one of them"),
         (("a.*", "drop"), "kind", "the other way round: Rule(kind, pattern)"),
         (("drop", "a", "", 3), "file", "file='rules.toml'"),
-        (("drop", "a", "", "r.toml", "3"), "line", "line=1"),
+        (("drop", "a", "", "r.toml", "3"), "line", "line=3"),
     ):
         with pytest.raises(ArgumentError) as caught:
             cs.Rule(*arguments)  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "npz": (lambda path: np.savez(path.open("wb"), words=np.array(["a"])), "holds no tensors: words is an array of text", "the weights"),
     "whole module": (lambda path: torch.save(Whole(), path), "a whole pickled object of", "model.state_dict()"),
     "optimizer only": (lambda path: torch.save(optimizer_state(), path), "holds an optimizer's state and no model's", "state_dict"),
-    "text": (lambda path: path.write_text("import this\n"), "is no checkpoint", "first bytes"),
+    "text": (lambda path: path.write_text("import this\n"), "is not a checkpoint", "the formats are"),
     "bare tensor": (lambda path: torch.save(torch.zeros(2), path), "one bare tensor", "save it under a key"),
     "no tensors": (lambda path: torch.save({"epoch": 3}, path), "holds no tensors", "state_dict"),
     "other JSON": (lambda path: path.write_text('{"a": 1}'), "is JSON, not a skeleton", "ckptsurgeon skeleton"),
@@ -145,7 +145,7 @@ MODULES = {
         ("model:net", "model has no 'net'", "model:Net"),
         ("variants:NetVarient", "variants has no 'NetVarient'", "variants:NetVariant"),
         ("model:Net(", "not a call with literals only", ""),
-        ("model.py", "is no checkpoint", ""),
+        ("model.py", "is not a checkpoint", ""),
     ],
 )
 def test_bad_targets(place, files, run, target, reason, hint):

@@ -64,6 +64,6 @@ def test_a_limit_that_is_none(run, word, says):
     ended = run("inspect", FILE, "--limit", word)
     assert ended.code == 2 and not ended.out and says in ended.err and "try: ckptsurgeon inspect --help" in ended.err
     if "no limit" in says:
-        assert all(name in ended.err for name in BY_NAME)
+        assert "is it tensors" in ended.err if word != "=3" else all(name in ended.err for name in BY_NAME)
     as_json = run("inspect", FILE, "--limit", word, "--json")
     assert as_json.code == 2 and says in json.loads(as_json.out)["error"]["message"]

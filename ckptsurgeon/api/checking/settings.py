@@ -122,7 +122,7 @@ def _codes(word: str, option: str) -> tuple[finding_codes.Code, ...]:
 
 def every_code() -> str:
     """The codes, as a hint names them."""
-    return f"the codes are {', '.join(finding_codes.BY_CODE)}; or the beginning of some, such as CK2"
+    return "all of them: ckptsurgeon check --explain all; or the beginning of some, such as CK2"
 
 
 def _dtype(word: str) -> str:

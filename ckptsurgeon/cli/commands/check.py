@@ -57,7 +57,7 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
     if explain is not None:
         idle = [name for name in spoken if name not in ("explain", "as_json", "verbose", "quiet")]
         if idle:
-            raise click.UsageError("--explain checks nothing; give it alone", ctx)
+            raise click.UsageError(f"--explain checks nothing; give it alone: --explain {explain}", ctx)
         return _explain(explain, show)
     if not paths:
         raise click.UsageError("Missing argument 'PATH...'.", ctx)
@@ -86,9 +86,11 @@ def _explain(words: str, show: options.Show) -> int:
 
     found = finding_codes.TABLE if words.lower() == "all" else finding_codes.named(words)
     if not found:
-        listing = ", ".join(f"{row.code} {row.name}" for row in finding_codes.TABLE)
         from ckptsurgeon.errors import SettingsError
+        from ckptsurgeon.hints import close_names
 
-        raise SettingsError(f"there is no code {words!r}", key="--explain", hint=f"one of {listing}; or all")
+        close = close_names(words, [*finding_codes.BY_CODE, *(row.name for row in finding_codes.TABLE)])
+        hint = f"is it {' or '.join(close)}?" if close else "ckptsurgeon check --explain all"
+        raise SettingsError(f"there is no code {words!r}", key="--explain", hint=hint)
     show.answer(lambda: text.explain(found, show.width), lambda: json.explain(found))
     return 0

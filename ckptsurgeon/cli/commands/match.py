@@ -62,6 +62,10 @@ def command(
 
     note = show.note()
     refuse_idle(facts(output=output), overwrite=overwrite)
+    if output is not None:
+        from ckptsurgeon.cli.files import refuse_taken
+
+        refuse_taken(output, overwrite)
     found = api.match(checkpoint, target, rules=rules, note=note, **choices)
     less = "or ask for less: --min-coverage 0.1"
     refusal = found.refusal(less=less) if min_coverage is None else found.refusal(min_coverage, less)

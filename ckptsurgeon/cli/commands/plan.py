@@ -41,12 +41,19 @@ def command(
 
     sources, target = options.split(paths, average)
     refuse_idle(facts(output=output), overwrite=overwrite)
+    if output is not None:
+        from ckptsurgeon.cli.files import refuse_taken
+
+        refuse_taken(output, overwrite)
     note = show.note()
     made = api.plan(sources, target, rules=rules, average=options.mean(average, weights), note=note, **choices)
     if output is not None:
+        import shlex
+
         from ckptsurgeon.cli.files import write_json
+        from ckptsurgeon.cli.slips import free_name
 
         write_json(output, made.to_dict(), overwrite, note)
-        note(f"wrote {output}; follow it with: ckptsurgeon apply {output} -o OUT")
+        note(f"wrote {output}; follow it with: {shlex.join(['ckptsurgeon', 'apply', output, '-o', free_name('apply', sources)])}")
     show.result(made, asked=output is None)
     return 0

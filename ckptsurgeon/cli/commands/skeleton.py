@@ -16,9 +16,10 @@ from ckptsurgeon.cli import options
 def command(target: str, output: str, overwrite: bool, show: options.Show) -> int:
     """Write a target's names and shapes as JSON, so that a gate can hold files against it without torch."""
     from ckptsurgeon import api
-    from ckptsurgeon.cli.files import write_json
+    from ckptsurgeon.cli.files import refuse_taken, write_json
     from ckptsurgeon.views.text import merge as text
 
+    refuse_taken(output, overwrite)
     found = api.skeleton(target, note=show.note())
     value = found.to_dict()
     write_json(output, value, overwrite, show.note())

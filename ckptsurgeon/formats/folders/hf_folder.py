@@ -54,5 +54,9 @@ def find_in_folder(folder: str) -> str:
         hint = f"give one of them: {', '.join(map(parts.word, within[:5]))}"
         raise UnreadableError("is a folder without a checkpoint of its own, with folders of ranks' files in it", path=folder, hint=hint)
     here = [name for name in names if name.endswith(tuple(SUFFIXES))]
-    hint = f"give a file in it: {', '.join(here[:5])}" if here else "give a checkpoint file, or a folder with model.safetensors or an index"
+    hint = (
+        f"give a file in it: {', '.join(os.path.join(folder, name) for name in here[:5])}"
+        if here
+        else "give a checkpoint file, or a folder with model.safetensors or an index"
+    )
     raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)

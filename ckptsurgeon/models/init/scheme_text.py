@@ -116,7 +116,7 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     if scheme is None:
         close = close_names(name, SCHEMES)
         hint = f"is it {' or '.join(close)}? " if close else ""
-        raise RuleError(f"there is no scheme {name!r}", hint=f"{hint}the schemes are {', '.join(SCHEMES)}, or your own: {OWN_FORMS}")
+        raise RuleError(f"there is no scheme {name!r}", hint=f"{hint}all of them: ckptsurgeon adapters; your own: {OWN_FORMS}")
     names = list(scheme.parameters)
     problems = [f"{word} is given twice" for word in names[: len(args)] if word in kwargs]
     problems += [f"takes no argument {word!r}" for word in kwargs if word not in names]

@@ -81,8 +81,7 @@ def _literals(text: str, attribute: str, call: str) -> tuple[tuple[Any, ...], di
         raise TargetError(
             f"the arguments {call} are not a call with literals only",
             path=text,
-            hint=f"numbers, strings, True, None, lists, tuples and dicts may stand there: {attribute}(num_classes=2, sizes=[1, 2]); "
-            f"for anything else write a function without arguments that returns the model",
+            hint=f"write values there, as in {attribute}(num_classes=2, sizes=[1, 2]), or name a function without arguments",
         )
     return found[1], found[2]
 
