@@ -168,12 +168,12 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["moment", "value"])
 def test_a_file_that_is_not_what_was_to_be_written_is_not_kept(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun(MAKERS["AdamW"], tmp_path / "a.pt")
-    honest = applying._write
+    honest = applying.finish
 
-    def dishonest(run: Any, layout: Any, tensors: Any, temporary: Any, proof: Any) -> None:
-        honest(run, layout, tensors, temporary, proof)
+    def dishonest(run: Any, file: Any, temporary: Any) -> None:
+        honest(run, file, temporary)
         if what == "moment":
-            slot = next(slot for slot in layout.slots if tensors[slot.index].name.startswith("conv1.weight exp_avg"))
+            slot = next(slot for slot in file.layout.slots if file.tensors[slot.index].name.startswith("conv1.weight exp_avg"))
             applying.copying.write_at(temporary.fd, b"\x01", slot.offset)
 
     def misplaced(*args: Any, **more: Any) -> Any:
@@ -182,7 +182,7 @@ def test_a_file_that_is_not_what_was_to_be_written_is_not_kept(what: str, tmp_pa
         return laid_out(*rest, around, **more)
 
     laid_out = zip_writer.lay_out
-    monkeypatch.setattr(applying, "_write", dishonest)
+    monkeypatch.setattr(applying, "finish", dishonest)
     monkeypatch.setattr(zip_writer, "lay_out", misplaced)
     with pytest.raises(VerificationError) as error:
         cs.merge(tmp_path / "a.pt", f"{VARIANTS}:NetRenamed", tmp_path / "b.pt", rename=RENAME, with_optimizer=True, root="model")

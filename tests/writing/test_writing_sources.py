@@ -16,8 +16,7 @@ from writing_support import PROGRAM, Ended, content, environment, inside, loaded
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import StaleError, VerificationError
-from ckptsurgeon.streaming import apply as applying
-from ckptsurgeon.streaming import proof
+from ckptsurgeon.streaming import proof, writing
 
 
 def grown(path: Path) -> None:
@@ -140,7 +139,7 @@ def test_the_proof_reads_the_source_again_and_the_stamp_is_compared_after_it(
         if when != "after it":
             proof.prove(*arguments)
 
-    monkeypatch.setattr(applying, "prove", changing)
+    monkeypatch.setattr(writing, "prove", changing)
     with pytest.raises(StaleError, match=r"a\.pt: changed while it was read"):
         cs.merge(folder / "a.pt", folder / "b.pt", folder / "out.pt")
     assert {**content(folder), "a.pt": before["a.pt"]} == before
@@ -159,7 +158,7 @@ def test_a_source_whose_values_change_before_the_proof_is_stale_and_no_fault_of_
             proof.prove(*arguments)
         proof.prove(*arguments)
 
-    monkeypatch.setattr(applying, "prove", changing)
+    monkeypatch.setattr(writing, "prove", changing)
     with pytest.raises(StaleError):
         cs.merge(folder / "a.pt", folder / "b.pt", folder / "out.pt")
     assert not (folder / "out.pt").exists()
