@@ -220,8 +220,8 @@ def test_of_several_merges_at_once_one_wins_whole(overwrite: bool, tmp_path: Pat
     assert len(os.listdir(tmp_path)) == 5
 
 
-def flips(source_fd: int, offset: int, output: int, place: int, count: int) -> None:
-    REAL(source_fd, offset, output, place, count)
+def flips(source_fd: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
+    REAL(source_fd, offset, output, place, count, *rest)
     if count:
         os.pwrite(output, bytes([os.pread(output, 1, place)[0] ^ 1]), place)
 

@@ -170,8 +170,8 @@ def test_a_file_that_is_not_what_was_to_be_written_is_not_kept(what: str, tmp_pa
     begun(MAKERS["AdamW"], tmp_path / "a.pt")
     honest = applying.finish
 
-    def dishonest(run: Any, file: Any, temporary: Any) -> None:
-        honest(run, file, temporary)
+    def dishonest(run: Any, file: Any, temporary: Any, *shares: Any) -> None:
+        honest(run, file, temporary, *shares)
         if what == "moment":
             slot = next(slot for slot in file.layout.slots if file.tensors[slot.index].name.startswith("conv1.weight exp_avg"))
             applying.copying.write_at(temporary.fd, b"\x01", slot.offset)

@@ -23,7 +23,7 @@ from ckptsurgeon.streaming import apply as applying
 from ckptsurgeon.streaming.apply import Output, apply
 
 REAL = copying.copy_range
-Copy = Callable[[int, int, int, int, int], None]
+Copy = Callable[..., None]
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -39,22 +39,22 @@ def run(folder: Path, suffix: str, proof: bool = True, dtype: str | None = None)
     return folder / f"out{suffix}"
 
 
-def flips_a_byte(source: int, offset: int, output: int, place: int, count: int) -> None:
-    REAL(source, offset, output, place, count)
+def flips_a_byte(source: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
+    REAL(source, offset, output, place, count, *rest)
     byte = os.pread(output, 1, place)[0]
     os.pwrite(output, bytes([byte ^ 1]), place)
 
 
-def copies_from_the_wrong_place(source: int, offset: int, output: int, place: int, count: int) -> None:
-    REAL(source, offset + 4, output, place, count)
+def copies_from_the_wrong_place(source: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
+    REAL(source, offset + 4, output, place, count, *rest)
 
 
-def copies_nothing(*_: int) -> None:
+def copies_nothing(*_: Any) -> None:
     pass
 
 
-def copies_the_first_half(source: int, offset: int, output: int, place: int, count: int) -> None:
-    REAL(source, offset, output, place, count // 2)
+def copies_the_first_half(source: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
+    REAL(source, offset, output, place, count // 2, *rest)
 
 
 def swaps(layout: Layout) -> Layout:
@@ -121,8 +121,8 @@ def test_names_and_shapes_that_are_written_wrong(bug: str, tmp_path: Path, monke
 
     monkeypatch.setattr(safetensors, "lay_out", wrong)
     if bug in ("lost", "added"):  # the slots' numbers no longer fit: keep them in step
-        monkeypatch.setattr(applying, "begin", lambda run, file, temporary, proof: os.pwrite(temporary.fd, filled(file.layout), 0))
-        monkeypatch.setattr(applying, "finish", lambda run, file, temporary: None)
+        monkeypatch.setattr(applying, "begin", lambda run, file, temporary, *_: os.pwrite(temporary.fd, filled(file.layout), 0))
+        monkeypatch.setattr(applying, "finish", lambda *_: None)
     with pytest.raises(VerificationError) as caught:
         run(tmp_path, ".safetensors")
     assert any(problem.startswith(("a: ", "z: ")) for problem in caught.value.problems)
