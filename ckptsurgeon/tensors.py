@@ -271,7 +271,8 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
 
     Attributes:
         path: as the person gave it; for a model its spec.
-        format: `torch-zip`, `torch-legacy`, `safetensors`, `safetensors-shards`, `torch-shards`, `skeleton` or `model`.
+        format: `torch-zip`, `torch-legacy`, `safetensors`, `safetensors-shards`, `torch-shards`, `dcp`, `dcp-safetensors`,
+            `npz`, `skeleton` or `model`.
         fingerprint: SHA-256 (hex) of the header's bytes and the file's size; of names, dtypes and shapes for a model or skeleton.
         root: the nested dict that holds it, `""` for the top.
         tensors: the tensors by key; the checkpoint itself is this mapping too.

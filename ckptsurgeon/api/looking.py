@@ -24,7 +24,7 @@ def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the
     """The state_dict of the file or Hugging Face folder at `path`, or of the file that an `io.BytesIO` holds, without its data.
 
     Args:
-        path: a checkpoint file, a Hugging Face folder, or an `io.BytesIO` that holds a file.
+        path: a checkpoint file, a Hugging Face folder, a folder of `torch.distributed.checkpoint`, or an `io.BytesIO` that holds a file.
         root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
 
     Returns:
@@ -53,7 +53,7 @@ def inspect(
     """What a file holds: every root, what a pickle asked for, what else is there; nothing of it is run and no data is read.
 
     Args:
-        path: a checkpoint file, a Hugging Face folder, or an `io.BytesIO` that holds a file.
+        path: a checkpoint file, a Hugging Face folder, a folder of `torch.distributed.checkpoint`, or an `io.BytesIO` that holds a file.
         patterns: show only tensors whose keys match one of them: `["fc.*"]`. `state_dicts` has all.
         root: show only the nested dict of this name, such as `"model"` or `"ema"`.
         sort: `"file"` shows tensors in the file's order, `"name"` by key, `"size"` by bytes, the largest first.

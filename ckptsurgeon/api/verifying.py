@@ -43,7 +43,7 @@ def verify(
     target and the device. With a skeleton or another checkpoint as target nothing is loaded: names, dtypes and shapes are compared.
 
     Args:
-        checkpoint: a checkpoint file, or a Hugging Face folder.
+        checkpoint: a checkpoint file, a Hugging Face folder, or a folder of `torch.distributed.checkpoint`.
         target: a model, a spec such as `"module:Net"`, a skeleton or a checkpoint.
         root: the nested dict that holds the state_dict, such as `"model"` or `"ema"`, where there are several.
         device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no

@@ -9,15 +9,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.pickle.globals import construct
 from ckptsurgeon.formats.pickle.opcodes import RARE
-from ckptsurgeon.formats.pickle.records import Records
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
 from ckptsurgeon.formats.pickle.tensors import Extents, asked_for, tensors
 from ckptsurgeon.limit_table import allowed, exceeded
+
+if TYPE_CHECKING:
+    from ckptsurgeon.formats.pickle.records import Records
 
 __all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
 
@@ -160,7 +162,10 @@ def _loop(m: Machine) -> Pickled:
                 handler(m)
                 position, stack, frame = m.position, m.stack, m.frame
                 if op == 0x62 and few and not m.dropped and data[position : position + 1] in (b"h", b"j"):  # BUILD, and another like it
-                    records = records or Records(m, position)
+                    if records is None:
+                        from ckptsurgeon.formats.pickle.records import Records
+
+                        records = Records(m, position)
                     position = records.read(m, position, min(frame, len(data)), stack)
                     if len(memo) + m.skipped > most:
                         raise m.full()
