@@ -103,7 +103,7 @@ def test_coloured_output_is_the_plain_one_with_colours(name: str, words: tuple[s
 
 
 def test_every_command_has_a_row_above() -> None:
-    assert sorted([*LINES, "completion"]) == sorted(COMMANDS)  # which prints a script
+    assert sorted([*LINES, "completion", "help"]) == sorted(COMMANDS)  # which print a script, and what --help prints
 
 
 class Stream(io.StringIO):
