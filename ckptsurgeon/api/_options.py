@@ -213,7 +213,7 @@ TABLE: tuple[Row, ...] = (
     Row("min_coverage", ("target",), "is the share of a target, and there is no target", "give the target as the last path"),
     Row("strict", ("target",), "is about a target's keys, and there is no target", "give the target as the last path"),
     Row("dtype target", ("target",), "takes the target's dtypes, and there is no target", "name a dtype: dtype='BF16'"),
-    Row("depth", ("tree",), "is how deep a tree goes, and none is asked for", "tree=True, depth=2"),
+    Row("depth", ("tree",), "is how deep a tree goes, and none is asked for", "leave it out, or ask for a tree"),
     Row("weights", ("average",), "goes with --average", "--average --weights 3,1"),
     Row("overwrite", ("output",), "replaces what -o names, and none is named", "add -o FILE"),
     Row("resume", ("shards",), "goes on with shards that are proven, and none are written", "leave it out, or add max_shard_size='5GB'"),

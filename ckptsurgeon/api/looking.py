@@ -10,7 +10,6 @@ from io import BytesIO
 
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent
-from ckptsurgeon.api._options import facts, refuse_idle
 from ckptsurgeon.errors import FormatError, RuleError, SettingsError, TargetError
 from ckptsurgeon.parameter_types import Given, Note, Path
 from ckptsurgeon.shown import Look
@@ -75,7 +74,10 @@ def inspect(
         conv1.{weight,bias}  F32  (6, 3, 5, 5), (6,)
     ...
     """
-    refuse_idle(facts(tree=tree), depth=depth)
+    if depth is not None:
+        from ckptsurgeon.api._options import facts, refuse_idle
+
+        refuse_idle(facts(tree=tree), depth=depth)
     if sort not in SORTS:
         raise SettingsError(f"there is no order {sort!r}", key="--sort", hint=f"one of {', '.join(SORTS)}")
     if depth is not None and depth < 1:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.shown import Look
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta
-from ckptsurgeon.views.modules import Module, Numbers, modules
+
+if TYPE_CHECKING:
+    from ckptsurgeon.views.modules import Module, Numbers
 
 
 def selected(tensors: Mapping[str, TensorMeta], look: Look) -> Mapping[str, TensorMeta]:
     """The tensors whose keys match a pattern, sorted as `look` says."""
     rows = list(tensors.items())
     if look.patterns:
+        from ckptsurgeon.rules.patterns import compile_pattern
+
         patterns = [compile_pattern(text) for text in look.patterns]
         for pattern in patterns:
             pattern.learn(tensors)
@@ -38,6 +42,8 @@ def roots_shown(found: Archive) -> list[StateDict | Checkpoint]:
 
 def tree(tensors: Mapping[str, TensorMeta], look: Look) -> list[Module]:
     """The modules of tensors, each with its tensors, elements and bytes."""
+    from ckptsurgeon.views.modules import modules
+
     rows = ((key, (1, prod(one.shape), prod(one.shape) * BY_CODE[one.dtype].size)) for key, one in tensors.items())
     orders = {"name": by_name, "size": by_size}
     return modules(rows, look.depth, orders.get(look.sort))

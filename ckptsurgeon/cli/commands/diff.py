@@ -65,9 +65,9 @@ def _how(show: options.Show, only: str | None, stat: bool, name_status: bool) ->
         raise click.UsageError(f"--json has every list, so that {given[0]} would do nothing; leave it out")
     if show.table and name_status:
         raise click.UsageError("--table and --name-status are two answers; ask for one")
-    from ckptsurgeon.views.counted import categories
-
     how: dict[str, Any] = {"stat": True} if stat else {}
     if only is not None:
+        from ckptsurgeon.views.counted import categories
+
         how["only"] = categories([word.strip() for word in only.split(",")])
     return how | ({"name_status": True} if name_status else {})

@@ -51,9 +51,9 @@ def diff(
         stat: the numbers of each module's keys instead.
         name_status: a letter and a key a line instead.
     """
-    from ckptsurgeon.views.counted import categories, lettered
-
     if name_status:
+        from ckptsurgeon.views.counted import lettered
+
         return "\n".join(f"{letter}\t{name(key)}" for letter, key in lettered(found, only, verbose))
     root = f" (root {name(found.root)})" if found.root else ""
     lines = [f"{name(found.source)}{root} → {name(found.target)}"]
@@ -65,7 +65,11 @@ def diff(
     last = f"Coverage {coverage_words(found.coverage)} ({done:,} of {count(total, 'tensor')})."
     if stat:
         return fitted([*lines, *_stat(found, width, most_rows(verbose)), last], width)
-    wanted = categories(only)
+    wanted: tuple[str, ...] = ()
+    if only:
+        from ckptsurgeon.views.counted import categories
+
+        wanted = categories(only)
     for word, rows in _sections(found, verbose, width, bool(only)):
         lines += rows if not only or word in wanted else []
     if only:
