@@ -8,7 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptsurgeon as cs
@@ -40,6 +40,7 @@ def transformer(layers: int, prefix: str = "model.layers") -> dict[str, tuple[in
 names = st.lists(st.sampled_from(["a", "h", "0", "1", "2", "10", "w", "x*", "layer{1}"]), min_size=1, max_size=5).map(".".join)
 
 
+@settings(deadline=None)
 @given(st.lists(names, unique=True, max_size=30), st.integers(1, 6))
 def test_the_modules_of_one_level_have_all_keys_of_modules_and_no_sum_is_lost(keys: list[str], depth: int) -> None:
     rows = modules([(key, (1, index)) for index, key in enumerate(keys)], depth)
