@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def the_saved_root_is_proven_in_place(folder: Path) -> None:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
 DTYPES += (torch.float8_e4m3fn,)
-DRAWS = 12
+DRAWS = int(os.environ.get("CHECKS_DRAWS", "12"))
 
 
 def drawn(chance: random.Random) -> tuple[torch.Tensor, Any]:
