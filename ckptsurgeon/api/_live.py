@@ -79,7 +79,7 @@ def transfer(
             reader = undo.enter_context(Reader([given]))
             run = _Run(plan, given, live, reader, model, ruling.own, training.optimizer)
         way = (
-            _sharded_way(run, ranks, undo)
+            _sharded_way(run, ranks, undo, held)
             if any(map(is_sharded, (*model.parameters(), *model.buffers())))
             else _plain_way(run, ranks, held)
         )
@@ -150,7 +150,7 @@ def _values(run: _Run, steps: Sequence[Step]) -> dict[str, Value]:
     return values
 
 
-def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack) -> Way:
+def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack, held: list[BaseException]) -> Way:
     """Into a model with sharded tensors: each rank reads the blocks that are its own."""
     from ckptsurgeon.models.sharded import meta, prepare
     from ckptsurgeon.models.sharded import put as sharded
@@ -170,7 +170,7 @@ def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack) -> Way:
     with ranks.step() as told:
         values = prepare.without_tied(values, state, plan.ties)
         told.tell = lost
-    return Way(prepare.together(told.told), lambda extra: sharded.put(model, state, values, extra, ranks))
+    return Way(prepare.together(told.told), lambda extra: sharded.put(model, state, values, extra, ranks, held))
 
 
 def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:

@@ -294,3 +294,25 @@ def again_after_a_step_of_training(folder: Path) -> None:
     same(model, state)
     plain = seeded(1)
     assert bits(model.eval()(ids())) == bits(plain.to(device()).eval()(ids()))
+
+
+@check(2)
+def progress_is_each_ranks_own_and_cannot_cut_it_in_two(folder: Path) -> None:
+    path, state = file_of(folder)
+    model, seen = sharded(seeded(2)), []
+    cs.transfer(path, model, progress=seen.append)
+    (last,) = [row for row in seen if row.phase == "transferring" and row.done == row.total]
+    parts = {key: getattr(value, "to_local", lambda value=value: value)() for key, value in model.state_dict().items()}
+    assert last.total == sum(part.nbytes for key, part in parts.items() if key != "head.weight")  # tied to another
+
+    def stops(event: Any) -> None:
+        if dist.get_rank() == 1 and event.phase == "transferring":
+            raise InterruptedError
+
+    model, came = sharded(seeded(3)), ""
+    try:
+        cs.transfer(path, model, progress=stops)
+    except InterruptedError:
+        came = "stopped"
+    assert on_all(came) == ["", "stopped"]
+    same(model, state)

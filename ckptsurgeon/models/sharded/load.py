@@ -21,17 +21,18 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.sharded.planner import parts_of, whole_tensors
 from ckptsurgeon.models.sharded.values import Value
+from ckptsurgeon.progress import Held, phase
 
 
-def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value]) -> None:
+def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: Held = None) -> None:
     """Give each tensor of `state` its value, of which each rank reads or copies the blocks that are its own.
 
-    All ranks must come here with the same keys.
+    All ranks must come here with the same keys. `held` gets what a listener to the progress raises: no rank stops half way for it.
 
     Raises:
         UnreadableError, StaleError: a file fails or shrinks, on this rank or another, while it is read; the model may hold a mixture then.
     """
-    reader = _Blocks(state, values)
+    reader = _Blocks(state, values, held)
     try:
         with torch.no_grad():
             dcp.load({key: state[key] for key in values}, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
@@ -42,9 +43,9 @@ def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value]) -> None
 class _Blocks(StorageReader):
     """What torch's engine asks for blocks: it reads no metadata, which are at hand, and so can't fail before the first copy."""
 
-    def __init__(self, state: Mapping[str, torch.Tensor], values: Mapping[str, Value]) -> None:
+    def __init__(self, state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: Held) -> None:
         self._metadata = whole_tensors({key: state[key] for key in values})
-        self._values = values
+        self._values, self._held = values, held
         self.done: list[str] = []
         self.error: BaseException | None = None
 
@@ -69,9 +70,12 @@ class _Blocks(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill this rank's parts."""
         try:
-            for part in parts_of(plan, planner):
-                self._values[part.key].into(part)
-                self.done.append(part.key)
+            parts = list(parts_of(plan, planner))
+            with phase("transferring", sum(part.memory.nbytes for part in parts), held=self._held) as advance:
+                for part in parts:
+                    self._values[part.key].into(part)
+                    self.done.append(part.key)
+                    advance(part.memory.nbytes)
         except BaseException as error:
             self.error = error
             raise

@@ -7,6 +7,7 @@ what casts lose is counted. Where a value needs a whole sharded tensor, all rank
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Ready, Stored, Value
 from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
+from ckptsurgeon.progress import nobody, phase
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.pieces import Block
 from ckptsurgeon.streaming.adapting import adapted_and_cast
@@ -160,12 +162,15 @@ def settle(wanted: Mapping[str, Stored | Computed], state: Mapping[str, Any], ra
         parts: dict[str, list[Part]] = {}
         for part in own_parts({key: state[key] for key in wanted}):
             parts.setdefault(part.key, []).append(part)
-        for key, origin in wanted.items():
-            if isinstance(origin, Stored):
-                values[key] = origin
-                lost += _lost(origin, state[key], parts.get(key, ()))
-            elif not origin.needs:
-                values[key] = _narrowed(key, origin, (), parts.get(key, ()), lost)
+        changed = {key for key, origin in wanted.items() if not isinstance(origin, Stored) or _dtype_of(state[key]) != origin.meta.dtype}
+        with phase("converting", len(changed), "tensors") if changed else nullcontext(nobody) as advance:
+            for key, origin in wanted.items():
+                if isinstance(origin, Stored):
+                    values[key] = origin
+                    lost += _lost(origin, state[key], parts.get(key, ()))
+                elif not origin.needs:
+                    values[key] = _narrowed(key, origin, (), parts.get(key, ()), lost)
+                advance(key in changed)
     for key, origin in wanted.items():
         if isinstance(origin, Computed) and origin.needs:
             wholes = [whole(tensor) for tensor in origin.needs]
@@ -222,9 +227,13 @@ def together(told: Iterable[Iterable[Lost]]) -> list[Cast]:
 
 def _lost(value: Stored, tensor: torch.Tensor, parts: Iterable[Part]) -> Iterator[Lost]:
     """What a cast to the tensor's dtype loses, part by part; nothing where the dtype holds all that the file's can hold."""
-    code = BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
+    code = _dtype_of(tensor)
     if code != value.meta.dtype and not widens(value.meta.dtype, code):
         yield from ((value.key, part.block, value.lost(part.block, code)) for part in parts)
+
+
+def _dtype_of(tensor: torch.Tensor) -> str:
+    return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
 def _narrowed(key: str, origin: Computed, wholes: Wholes, parts: Sequence[Part], lost: list[Lost]) -> Ready:

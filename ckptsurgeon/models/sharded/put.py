@@ -19,6 +19,7 @@ from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_
 from ckptsurgeon.models.target.sharding import local
 from ckptsurgeon.models.training.transfer import check_writable, reset_extra, set_extra
 from ckptsurgeon.planning.plan_types import Plan
+from ckptsurgeon.progress import Held
 from ckptsurgeon.streaming.signals import undisturbed
 
 _BEFORE = "transfer into the model before it is sharded"
@@ -37,13 +38,16 @@ def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
         raise ModelError("is a copy that a hook of the state_dict made, not the model's own memory", key=copies[0], hint=_BEFORE)
 
 
-def put(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value], extra: Mapping[str, Any], ranks: Ranks) -> None:
+def put(
+    model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value], extra: Mapping[str, Any], ranks: Ranks, held: Held = None
+) -> None:
     """Give the model its values, in place; an interrupt waits until this rank's parts are whole. All ranks come here together.
 
     Args:
         state: the model's state_dict.
         values: by key, of tied keys one.
         extra: values for keys that are no tensors.
+        held: gets what a listener to the progress raises.
 
     Raises:
         UnreadableError, StaleError: a file fails or shrinks while it is read, here or on another rank: this alone can leave a mixture.
@@ -53,7 +57,7 @@ def put(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value],
         with ranks.step():
             set_extra(model, state, extra, name)
         try:
-            load(state, values)
+            load(state, values, held)
         except BaseException:
             reset_extra(model, state, extra, name)
             raise

@@ -24,6 +24,7 @@ from ckptsurgeon.models.verify import by_library, readback
 from ckptsurgeon.models.verify.readback import Differences
 from ckptsurgeon.planning.fits import misfits, shapes_of, tied_keys
 from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
+from ckptsurgeon.progress import phase
 from ckptsurgeon.report import Finding, Verification
 from ckptsurgeon.storage.pieces import Block
 from ckptsurgeon.streaming.reading import Reader
@@ -67,11 +68,14 @@ def verify_in_place(
         read = by_library.reader(checkpoint, as_read, reader.read)
         rows: list[Row] = []
         damaged: list[Finding] = []
-        for part in _parts({key: state[key] for key in metas if key not in changed}):
-            try:
-                rows.extend(_compared(part, metas[part.key], reader, read))
-            except FormatError as error:
-                damaged.append(Finding("checksum", error.reason, part.key))
+        parts = list(_parts({key: state[key] for key in metas if key not in changed}))
+        with phase("comparing", sum(part.memory.nbytes for part in parts)) as advance:
+            for part in parts:
+                try:
+                    rows.extend(_compared(part, metas[part.key], reader, read))
+                except FormatError as error:
+                    damaged.append(Finding("checksum", error.reason, part.key))
+                advance(part.memory.nbytes)
         reader.check_unchanged()
         step.same = {"file": checkpoint.fingerprint, "model": skeleton.fingerprint}
         step.tell = rows, damaged
