@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def test_wrappers_segments_stand_in_one_table() -> None:
 def test_the_scheme_that_copies_a_key_is_read_in_one_place() -> None:
     holds = {module for module, tree in TREES.items() for text in texts_of(tree) if r"from\s*\(" in text or r"from\(" in text}
     assert holds == {"rules/copied_value.py"}
+
+
+def test_what_the_package_defines_it_uses() -> None:
+    """Functions and classes at the top of a module; methods are also called by click, torch and training loops."""
+    defined = {node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used = {node.id for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used |= {name for tree in TREES.values() for name in names_of(tree)}
+    used |= {word for tree in TREES.values() for text in texts_of(tree) for word in re.findall(r"\w+", text)}  # tables of dotted names
+    assert {name for name in defined - used if not re.fullmatch(r"__\w+__", name)} == set()

@@ -10,7 +10,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.planning.diff import compare
 from ckptsurgeon.planning.plan import make_plan
-from ckptsurgeon.planning.prefixes.find import Prefix, find_prefix, rename_all
+from ckptsurgeon.planning.prefixes.find import Prefix, find_change, rename_all
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 
@@ -19,6 +19,11 @@ NET = {"conv.weight": (6, 3, 5, 5), "conv.bias": (6,), "layer1.0.bn.weight": (6,
 
 def wrapped(before: str, keys=NET):
     return {before + key: shape for key, shape in keys.items()}
+
+
+def find_prefix(source, target) -> Prefix:
+    """The prefix that is applied unasked."""
+    return find_change(source, target).applied.prefix
 
 
 def reached(source, target) -> dict[str, str]:

@@ -128,17 +128,6 @@ class Choice:
         return self.rivals[0] if self.rivals else self.applied
 
 
-def find_prefix(source: Tensors, target: Tensors) -> Prefix:
-    """The prefix between the names of two checkpoints that is applied, or an empty one.
-
-    >>> from ckptsurgeon.tensors import TensorMeta
-    >>> meta = lambda name: TensorMeta(name, "F32", (2,), (1,))
-    >>> str(find_prefix({"module.w": meta("module.w")}, {"w": meta("w")}))
-    'prefix module. stripped'
-    """
-    return find_change(source, target).applied.prefix
-
-
 def find_change(source: Tensors, target: Tensors) -> Choice:
     """The change of names between two checkpoints that is applied unasked, and its rivals."""
     most = min(len(source), len(target))
