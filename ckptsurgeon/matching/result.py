@@ -46,7 +46,8 @@ class Matching(Shown):
 
 def keys_left(found: Matching, applied: tuple[Link, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys of the target and of the source that no applied link has."""
-    left = [link for link in found.links if link not in applied]
+    done = set(applied)
+    left = [link for link in found.links if link not in done]
     targets, sources = ([key for link in left for key in getattr(link, side)] for side in ("targets", "sources"))
     return (*found.unmatched, *targets), (*found.unused, *sources)
 
