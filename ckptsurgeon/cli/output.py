@@ -60,8 +60,16 @@ class Show:
             return
         put(found.json_parts(**how) if self.json else [styled_text(found, self.verbose, self.width, **how)])
 
-    def answer(self, text: Callable[[], str], value: Callable[[], dict[str, Any]], asked: bool = True) -> None:
-        """Print another answer on stdout: its text, or its value as JSON."""
+    def answer(
+        self,
+        text: Callable[[], str],
+        value: Callable[[], dict[str, Any]],
+        asked: bool = True,
+        table: Callable[[str], str] | None = None,
+    ) -> None:
+        """Print another answer on stdout: its text, its value as JSON, or, for a command that has `--table`, its `table` of a form."""
+        if self.table is not None and table is not None:
+            return put([table(self.table).removesuffix("\n")])
         if self.quiet and not asked and not self.json:
             return
         put(json_parts(value()) if self.json else [text()])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.errors import SettingsError
 from ckptsurgeon.views.folding import fold
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 FORMS = ("github", "html", "csv")
 Cells = tuple[str, ...]
+_FORMULA = tuple("=+-@＝＋－＠")  # a spreadsheet computes a cell that begins with one of these
 
 
 def rendered(form: str, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Rows as a table of a form.
+
+    Keys come from files of strangers. So CSV is written as OWASP recommends against formula injection: every cell is quoted, and one that a
+    spreadsheet would compute begins with an apostrophe.
 
     Raises:
         SettingsError: there is no such form.
@@ -36,7 +40,8 @@ def rendered(form: str, headers: Sequence[str], rows: Iterable[Sequence[object]]
     cells = [[name(cell) if str(cell) else "" for cell in row] for row in rows]
     if form == "csv":
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([headers, *cells])
+        quoted = [[f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in row] for row in cells]
+        csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([headers, *quoted])
         return text.getvalue()
     if form not in FORMS:
         raise SettingsError(f"there is no table {form!r}", key="--table", hint=f"one of {', '.join(FORMS)}")
@@ -138,6 +143,22 @@ def check(found: CheckReport, form: str, verbose: bool = False) -> str:
 def verification(found: Verification, form: str, verbose: bool = False) -> str:
     """`verify`: a row for each finding."""
     return rendered(form, ("code", "level", "key", "message"), _findings(found.findings, verbose))
+
+
+def groups(rows: Iterable[Mapping[str, Any]], form: str, verbose: bool = False) -> str:
+    """`groups`: a row for each parameter with its group's name and rates."""
+    cells: list[Sequence[object]] = []
+    for row in rows:
+        decay = "" if row["weight_decay"] is None else row["weight_decay"]
+        cells += [[row["name"], row["lr"], decay, key] for key, *_ in _folded([(key, ()) for key in row["params"]], verbose)]
+    return rendered(form, ("group", "lr", "weight decay", "key"), cells)
+
+
+def known(rows: Iterable[tuple[str, str, Sequence[str], str]], form: str) -> str:
+    """`adapters`: a row for each adapter and each scheme."""
+    return rendered(
+        form, ("kind", "name", "arguments", "words"), [[kind, word, ", ".join(args), words] for kind, word, args, words in rows]
+    )
 
 
 def _findings(found: Iterable[Finding], verbose: bool) -> list[Sequence[str]]:

@@ -93,12 +93,16 @@ COMMANDS = {
     "merge": (("merge", "net_params.pkl", VARIANT, "-o", "out.pt", "--overwrite"), "status"),
     "check": (("check", "net_params.pkl", "missing.pt"), "path"),
     "verify": (("verify", "net_params.pkl", VARIANT), "code"),
+    "groups": (("groups", "merged.pt", VARIANT, "--lr", "1e-3", "--fresh-lr", "1e-2"), "group"),
+    "adapters": (("adapters",), "kind"),
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_table_is_all_that_stdout_has(name, place, run):
     words, first = COMMANDS[name]
+    if "merged.pt" in words:
+        assert run("merge", "net_params.pkl", VARIANT, "-o", "merged.pt").code == 0
     ended = run(*words, "--table", "csv")
     rows = list(csv.reader(io.StringIO(ended.out)))
     assert rows[0][0] == first and len(rows) > 1 and {len(row) for row in rows} == {len(rows[0])}
@@ -111,3 +115,40 @@ def test_a_table_of_tensors_adds_up_and_has_each_with_v(place, run):
     rows = list(csv.DictReader(io.StringIO(run("inspect", "net_params.pkl", "--table", "csv", "-v").out)))
     tensors = cs.open("net_params.pkl")
     assert {row["key"]: int(row["bytes"]) for row in rows} == {key: one.nbytes for key, one in tensors.items()}
+
+
+def test_a_table_of_groups_has_each_parameter_once_with_its_rate(place, run):
+    assert run("merge", "net_params.pkl", VARIANT, "-o", "merged.pt").code == 0
+    words = ("groups", "merged.pt", VARIANT, "--lr", "1e-3", "--fresh-lr", "1e-2", "--weight-decay", "0.1", "--no-decay")
+    rows = list(csv.DictReader(io.StringIO(run(*words, "--table", "csv", "-v").out)))
+    table = [(row["group"], float(row["lr"]), float(row["weight decay"]), row["key"]) for row in rows]
+    groups = run(*words, "--json").json["groups"]
+    assert table == [(group["name"], group["lr"], group["weight_decay"], key) for group in groups for key in group["params"]]
+    assert "conv{1..2}.weight" in run(*words, "--table", "csv").out
+
+
+def test_a_table_of_adapters_has_each_with_its_arguments(run):
+    rows = list(csv.DictReader(io.StringIO(run("adapters", "--table", "csv").out)))
+    known = run("adapters", "--json").json["known"]
+    assert [(row["kind"], row["name"], row["arguments"], row["words"]) for row in rows] == [
+        (row["kind"], row["name"], ", ".join(row["arguments"]), row["words"]) for row in known
+    ]
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(1)", "\uff1d1", '=HYPERLINK("https://e.org")']
+
+
+def test_a_key_that_a_spreadsheet_would_compute_is_text_in_csv(place, run):
+    torch.save({key: torch.zeros(2) for key in [*FORMULAS, "a;=1+1", "fc.weight"]}, "formulas.pt")
+    out = run("inspect", "formulas.pt", "--table", "csv", "-v").out
+    assert [row["key"] for row in csv.DictReader(io.StringIO(out))] == [*(f"'{key}" for key in FORMULAS), "a;=1+1", "fc.weight"]
+    assert '"a;=1+1","F32"' in out  # quoted, so that a reader with another separator does not cut it
+    assert "| =1+1 " in run("inspect", "formulas.pt", "--table", "github", "-v").out
+
+
+def test_name_status_help_names_every_letter(run):
+    from ckptsurgeon.views.counted import LETTERS
+
+    text = " ".join(run("diff", "--help").out.split())
+    words = text[text.index("--name-status") :].split("--exit-code")[0]
+    assert all(f" {letter} " in words for letter in LETTERS.values())

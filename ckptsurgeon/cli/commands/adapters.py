@@ -8,7 +8,7 @@ from ckptsurgeon.cli import options
 
 
 @click.command("adapters", cls=options.Command)
-@options.shown
+@options.tabled
 def command(show: options.Show) -> int:
     """The adapters of --adapt with their arguments, and the schemes of --init.
 
@@ -16,7 +16,7 @@ def command(show: options.Show) -> int:
     """
     from ckptsurgeon.adapters.table import ADAPTERS, load
     from ckptsurgeon.models.init.scheme_text import SCHEMES
-    from ckptsurgeon.views import json
+    from ckptsurgeon.views import json, tables
     from ckptsurgeon.views.text import inspect as text
 
     known = [(name, load(name)) for name in ADAPTERS]
@@ -24,5 +24,5 @@ def command(show: options.Show) -> int:
         *(("adapter", name, tuple(field for field in one.fields if field not in one.planned), one.words) for name, one in known),
         *(("scheme", name, tuple(one.parameters), one.words) for name, one in SCHEMES.items()),
     ]
-    show.answer(lambda: text.known(rows, show.width), lambda: json.known(rows))
+    show.answer(lambda: text.known(rows, show.width), lambda: json.known(rows), table=lambda form: tables.known(rows, form))
     return 0

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @click.option(
     "--name-status",
     is_flag=True,
-    help="Show a letter and a key a line, as git does: M another shape, A only in TARGET, D only in CKPT, T another dtype; -v: = matched.",
+    help="Show a letter and a key a line, as git does: M another shape, A only in TARGET, D only in CKPT, T another dtype; "
+    "with -v also = matched and ! dropped by a rule.",
 )
 @click.option("--exit-code", is_flag=True, help="Exit 1 when they differ in any way, a dtype included.")
 @options.strict

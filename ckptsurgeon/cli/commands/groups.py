@@ -35,7 +35,7 @@ from ckptsurgeon.cli import options
     help="What partly transferred tensors, such as a grown vocabulary, count as; transferred if not given.",
 )
 @options.limit
-@options.shown
+@options.tabled
 def command(
     checkpoint: str,
     target: str,
@@ -79,8 +79,12 @@ def command(
             path=checkpoint,
             hint=f"give rates by pattern: {shlex.join(['--override', pattern, '1e-2'])}",
         )
-    from ckptsurgeon.views import json
+    from ckptsurgeon.views import json, tables
     from ckptsurgeon.views.text import merge as text
 
-    show.answer(lambda: text.groups(rows, show.verbose, show.width), lambda: json.groups(rows))
+    show.answer(
+        lambda: text.groups(rows, show.verbose, show.width),
+        lambda: json.groups(rows),
+        table=lambda form: tables.groups(rows, form, show.verbose),
+    )
     return 0
