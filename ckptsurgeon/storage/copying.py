@@ -27,16 +27,17 @@ def copy_range(source: OpenFile, source_offset: int, output: int, output_offset:
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
     """
     done = 0
-    while source.fd is not None and done < nbytes:
-        copied = platform.copy_in_kernel(source.fd, output, min(nbytes - done, AT_ONCE), source_offset + done, output_offset + done)
-        if not copied:
-            break  # by hand, which also tells whether the file ended: some file systems answer 0 instead of an error
-        done += copied
-        advance(copied)
-    for chunk in chunks(source, source_offset + done, nbytes - done):
-        write_at(output, chunk, output_offset + done)
-        done += len(chunk)
-        advance(len(chunk))
+    with source.held_open() as file:
+        while file.fd is not None and done < nbytes:
+            copied = platform.copy_in_kernel(file.fd, output, min(nbytes - done, AT_ONCE), source_offset + done, output_offset + done)
+            if not copied:
+                break  # read and write instead, which also finds a file that ended: some file systems return 0 instead of an error
+            done += copied
+            advance(copied)
+        for chunk in chunks(file, source_offset + done, nbytes - done):
+            write_at(output, chunk, output_offset + done)
+            done += len(chunk)
+            advance(len(chunk))
 
 
 def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -6,6 +6,8 @@ Rule: reads never move a file position, and never return less than was asked for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ckptsurgeon.errors import StaleError, UnreadableError
 from ckptsurgeon.tensors import FileStamp
@@ -35,6 +37,11 @@ class OpenFile(ABC):
     @abstractmethod
     def now(self) -> FileStamp:
         """The file as it is now."""
+
+    @contextmanager
+    def held_open(self) -> Iterator[OpenFile]:
+        """This file, open for several reads in a row."""
+        yield self
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` bytes from `offset`; UnreadableError when the file ends before."""

@@ -77,6 +77,7 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
         errno.ENXIO: ("is not a regular file", "give a checkpoint file on disk, not a pipe or a device"),
         errno.EISDIR: ("is a folder", "give a checkpoint file on disk, not a pipe or a device"),
         errno.ELOOP: ("is a link that leads back to itself", "give the file itself"),
+        errno.EMFILE: ("can't be opened: this process has as many files open as it may", "raise the limit: ulimit -n $(ulimit -Hn)"),
         errno.ENOTDIR: ("does not exist: a part of its path is a file", "check the path"),
     }
     reason, hint = reasons.get(error.errno or 0, (f"could not be read ({error.strerror})", "check the path and the disk"))

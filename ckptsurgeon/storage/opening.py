@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import open_path
@@ -11,6 +11,7 @@ from ckptsurgeon.storage.memory import MemoryFile
 from ckptsurgeon.tensors import FileStamp
 
 Source = str | FileStamp
+MOST_OPEN = 64  # files that are open together; macOS lets a process have 256 by default, Linux 1,024
 
 
 @contextmanager
@@ -31,3 +32,42 @@ def open_regular(source: Source) -> Iterator[OpenFile]:
             if file.stamp != source:
                 raise changed(source.path)
             yield file
+
+
+class ReopenedFile(OpenFile):
+    """A file on disk that is opened anew for every read, as it was seen."""
+
+    def some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.some`."""
+        with self.held_open() as file:
+            return file.some(nbytes, offset)
+
+    def some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.some_into`."""
+        with self.held_open() as file:
+            return file.some_into(view, offset)
+
+    def now(self) -> FileStamp:
+        """As `OpenFile.now`."""
+        with open_path(self.path) as file:
+            return file.stamp
+
+    @contextmanager
+    def held_open(self) -> Iterator[OpenFile]:
+        """As `OpenFile.held_open`. StaleError where the file is no longer what was seen."""
+        with open_regular(self.stamp) as file:
+            yield file
+
+
+class OpenFiles(ExitStack):
+    """The files of a checkpoint, which may be more than a process may have open: after the first `MOST_OPEN`, each read opens its file."""
+
+    count = 0
+
+    def add(self, opening: AbstractContextManager[OpenFile]) -> OpenFile:
+        """The file that `opening` gives, readable until this is left."""
+        self.count += 1
+        if self.count <= MOST_OPEN:
+            return self.enter_context(opening)
+        with opening as file:
+            return file if file.stamp.data is not None else ReopenedFile(file.path, file.stamp)

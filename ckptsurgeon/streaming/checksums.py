@@ -10,7 +10,7 @@ import shlex
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ckptsurgeon import formats
@@ -24,7 +24,7 @@ from ckptsurgeon.progress import wait_for
 from ckptsurgeon.report import Finding
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
-from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, Packed, Record, Span, TensorMeta
 
@@ -107,11 +107,11 @@ def checking_files(files: Sequence[FileStamp], within: Within | None = None) -> 
     StaleError, before the block or after it, when a file is no longer what it was.
     """
     found: list[Checksums] = []
-    with ExitStack() as stack:
-        opened = [stack.enter_context(open_regular(seen)) for seen in files]  # here, where no one's code has changed the folder
+    with OpenFiles() as opened:
+        held = [opened.add(open_regular(seen)) for seen in files]  # here, where no one's code has changed the folder
 
         def work(alive: Callable[[], None]) -> None:
-            found.extend(_check(file, alive, within) for file in opened)
+            found.extend(_check(file, alive, within) for file in held)
 
         with _in_a_thread(work):
             yield found

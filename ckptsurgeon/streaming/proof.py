@@ -6,7 +6,6 @@ Copied tensors are compared byte for byte with their source, made ones by the SH
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -17,7 +16,7 @@ from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.progress import Advance, nobody
 from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.files import OpenFile
-from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import runs
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.reading import Reader
@@ -61,8 +60,8 @@ def prove(
     problems += [f"{name}: is in the file, and not in the plan" for name in tensors if name not in names]
     if repr(_plain(found.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
         problems.append("the values that are no tensors differ")
-    with ExitStack() as stack:
-        files = {stamp.path: stack.enter_context(open_regular(stamp.path)) for stamp in archive.files}
+    with OpenFiles() as opened:
+        files = {stamp.path: opened.add(open_regular(stamp.path)) for stamp in archive.files}
         for item in expected:
             tensor = tensors.get(item.name)
             if tensor is None:

@@ -1,6 +1,6 @@
 """Opens the files behind checkpoints, each once and as it was when its header was read, and gives tensors' bytes.
 
-A deflated entry is inflated into an unnamed temporary file, so that memory stays flat. torch is imported only for a tensor that does not
+Deflated entries are inflated into one unnamed temporary file, so that memory stays flat. torch is imported only for a tensor that does not
 lie densely.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from types import TracebackType
@@ -21,7 +21,7 @@ from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import LocalFile
-from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import Block, meeting, runs, scatter, stretches
 from ckptsurgeon.streaming.bands import bands, side_by_side
 from ckptsurgeon.streaming.values import Buffer, densify
@@ -37,21 +37,22 @@ class Reader:
             if self._stamps.setdefault(seen.path, seen) != seen:
                 raise changed(seen.path)  # between the reading of two headers
         self._files: dict[str, OpenFile] = {}
-        self._inflated: dict[tuple[str, int], LocalFile] = {}
+        self._inflated: dict[tuple[str, int], tuple[LocalFile, int]] = {}
         self._entries: dict[tuple[str, int], Span] = {}
-        self._stack = ExitStack()
+        self._open = OpenFiles()
+        self._unpacked: BinaryIO | None = None
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        self._open.close()
 
     def open(self, path: str) -> OpenFile:
         """The open file at a path, which is as it was when its header was read."""
         file = self._files.get(path)
         if file is None:
-            file = self._files[path] = self._stack.enter_context(open_regular(self._stamps.get(path, path)))
+            file = self._files[path] = self._open.add(open_regular(self._stamps.get(path, path)))
         return file
 
     def locate(self, span: Span) -> tuple[OpenFile, int]:
@@ -65,12 +66,15 @@ class Reader:
         place = span.file, span.packed.offset
         if place not in self._inflated:
             with _unpacking(file.path):
-                from tempfile import TemporaryFile
+                if self._unpacked is None:
+                    from tempfile import TemporaryFile
 
-                unnamed = self._stack.enter_context(TemporaryFile())  # noqa: SIM115
-                _inflate(file, span, span.packed, unnamed)
-                self._inflated[place] = LocalFile(file.path, unnamed.fileno())
-        return self._inflated[place], span.offset
+                    self._unpacked = self._open.enter_context(TemporaryFile())  # noqa: SIM115
+                start = self._unpacked.tell()
+                _inflate(file, span, span.packed, self._unpacked)
+                self._inflated[place] = LocalFile(file.path, self._unpacked.fileno()), start
+        unpacked, start = self._inflated[place]
+        return unpacked, start + span.offset
 
     def chunks(self, ranges: Iterable[Span], nbytes: int) -> Iterator[memoryview]:
         """The bytes of ranges, `nbytes` together, a buffer at a time; each view is good until the next one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
 from ckptsurgeon.formats.zip_directory import read_directory
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
-from ckptsurgeon.storage.opening import open_regular
+from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import tiled
 from ckptsurgeon.storage.window import Window
 from ckptsurgeon.tensors import Archive, FileStamp, Piece, Refused, Span, TensorMeta, contiguous_stride
@@ -100,12 +100,12 @@ def _read(folder: str, names: Collection[str]) -> _Read:
     found = [parse(raw, stamp.path) for stamp, raw in rows]
     contents, copies = (found[0], ()) if len(found) == 1 else together(found)
     raw = b"".join(raw for _, raw in rows)
-    with ExitStack() as stack:
+    with OpenFiles() as opened:
         files: dict[str, OpenFile] = {}
         blobs = [row for one in found for row in _blobs(one)]
         for name in _files(blob for _, blob in blobs):
             with suppress(_Absent):
-                files[name] = stack.enter_context(_opened(folder, name))
+                files[name] = opened.add(_opened(folder, name))
         notes = (*_about(contents, names), *_check_places(blobs, files, names))
         return _Folder(folder, contents, files, len(raw), copies).read(raw, [stamp for stamp, _ in rows], notes)
 
