@@ -8,6 +8,7 @@ import torch
 from adapters_support import apply, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -48,7 +49,7 @@ def normed(make, how, dim, dtype=torch.float32):
 
 @pytest.mark.parametrize("how", [nn.utils.weight_norm, parametrizations.weight_norm])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(dim=dims, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_weight_norm_is_the_modules_own_weight_bit_for_bit(how, make, dim, dtype, seed):
     torch.manual_seed(seed)
@@ -64,7 +65,7 @@ def test_weight_norm_is_the_modules_own_weight_bit_for_bit(how, make, dim, dtype
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(dim=st.sampled_from([0, 1, 2, None]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_factors_of_a_weight_are_those_that_torch_makes(make, dim, dtype, seed):
     torch.manual_seed(seed)
@@ -115,7 +116,7 @@ def test_spectral_norm_is_the_modules_own_weight_bit_for_bit(how, name, dtype):
 
 
 @pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(size=st.integers(3, 12), seed=st.integers(0, 999), steps=st.sampled_from([0, 1, 2, 20]), stale=st.booleans())
 def test_values_tell_the_rows_of_a_kernel_or_it_is_refused(make, size, seed, steps, stale):
     """As many inputs as outputs; the values of a net that was trained, or not yet, or whose last step came after the last iteration."""

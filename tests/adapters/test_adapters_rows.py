@@ -11,6 +11,7 @@ import torch
 from adapters_support import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.adapters import widening
 from ckptsurgeon.adapters.op import Place
@@ -92,7 +93,7 @@ def test_what_can_not_be_told_is_refused(words: str, rows: int, wanted: int | No
         filled(rows, wanted, **fields)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     source=st.lists(st.none() | st.sampled_from("abcdefgh"), max_size=8),
     target=st.lists(st.none() | st.sampled_from("abcdefgh"), max_size=8),
@@ -112,7 +113,7 @@ def test_each_token_takes_the_row_of_the_same_token(source: Lines, target: Lines
     assert ADAPTER.infer(op, ((rows, 3),)) == ((wanted, 3),)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(index=st.permutations(range(5)))
 def test_a_permutation_is_undone(index: list[int]) -> None:
     back = ADAPTER.invert({"op": "rows", "index": index})

@@ -22,6 +22,7 @@ import torch
 from adapters_support import Case, cases, run, same
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors.torch import load_file, save_file
 
 import ckptsurgeon as cs
@@ -37,7 +38,7 @@ from ckptsurgeon.rules.rules import Rule
 PACKAGE = Path(cs.__file__).parent
 NAMES = list(ADAPTERS)
 every = pytest.mark.parametrize("name", NAMES)
-some = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+some = settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @every
@@ -115,7 +116,7 @@ any_shape = st.lists(st.integers(0, 9) | st.just(1 << 61), max_size=5).map(tuple
 
 
 @every
-@settings(some, max_examples=100)
+@settings(some, max_examples=examples(100))
 @given(data=st.data())
 def test_no_op_does_worse_than_a_rule_error(name: str, data: st.DataObject) -> None:
     """Of a rule or of a plan, with any fields, shapes and target."""
@@ -139,7 +140,7 @@ def test_no_op_does_worse_than_a_rule_error(name: str, data: st.DataObject) -> N
         assert adapter_of(filled).infer(json.loads(json.dumps(filled)), shapes) == found
 
 
-@settings(some, max_examples=400)
+@settings(some, max_examples=examples(400))
 @given(source=st.lists(st.integers(0, 30), max_size=5).map(tuple), data=st.data())
 def test_what_is_offered_makes_the_target(source: Shape, data: st.DataObject) -> None:
     target = [data.draw(st.just(size) | st.sampled_from([1, 3, 4, 9, 16, 17, 25])) for size in source]

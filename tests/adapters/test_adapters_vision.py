@@ -12,6 +12,7 @@ import torch
 from adapters_support import OF_FAMILY, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch.nn import functional
 from transformers import BeitConfig, Dinov2Config, Dinov2WithRegistersConfig, ViTConfig
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
@@ -230,7 +231,7 @@ def resize_matrix(size: int, to: int, mode: str) -> torch.Tensor:
     return found / found.sum(1, keepdim=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(grid=st.tuples(*[st.integers(1, 7)] * 2), to=st.tuples(*[st.integers(1, 7)] * 2), mode=st.sampled_from(["bicubic", "bilinear"]))
 def test_antialiasing_is_the_formula_in_every_layout(grid: tuple[int, int], to: tuple[int, int], mode: str) -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch.distributed import checkpoint as dcp
 
 import ckptsurgeon as cs
@@ -42,7 +43,7 @@ ROWS = st.lists(
 
 
 @given(rows=ROWS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_torch_loads_every_tensor_whatever_it_was(rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("dcp")
     state: dict[str, torch.Tensor] = {}

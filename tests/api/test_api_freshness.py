@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 
 import ckptsurgeon as cs
@@ -134,7 +135,7 @@ PLACES = ("w", "v", "u")
 @given(
     st.lists(st.tuples(st.sets(st.sampled_from(PLACES)), st.sets(st.sampled_from(PLACES))), min_size=1, max_size=3),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_a_join_is_fresh_where_all_is_partial_where_some_is(records: list[tuple[set[str], set[str]]]) -> None:
     sources = [
         Checkpoint(

@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.api.checking.project import glob, read
 from ckptsurgeon.errors import SettingsError
@@ -20,7 +21,7 @@ def expression(words: str) -> str:
     return "".join(_AS_REGEX.get(part) or re.escape(part) for part in re.findall(r"\*\*/|\*\*|\*|\?|[^*?]+", words))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(
     st.lists(st.sampled_from(["**/", "**", "*", "?", "a", "b", ".", "/", ".pt", "é"]), min_size=1, max_size=7).map("".join),
     st.lists(st.sampled_from(["a", "b", "ab", "a.pt", ".", "..", "é.b"]), min_size=1, max_size=4).map("/".join),

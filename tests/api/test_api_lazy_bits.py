@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor, nn
 
 import ckptsurgeon as cs
@@ -97,7 +98,7 @@ def test_a_merge_writes_the_values(output: str, dtype: torch.dtype, legacy: bool
 
 
 @formats
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_any_views_of_one_storage(legacy: bool, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("views")

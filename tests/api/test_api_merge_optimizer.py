@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model import Net
+from profiles import examples
 from test_api_resume import MAKERS, MORE, NetSplit, begun, renewed, train
 from torch import nn
 from variants import NetDeeper, NetGrey, NetRenamed
@@ -238,7 +239,7 @@ _value = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(_value, _junk), _junk)
 def test_any_state_is_written_whole_or_refused(tmp_path: Path, optimizer: Any, other: Any) -> None:
     torch.save({"model": nn.Linear(3, 2).state_dict(), "optimizer": optimizer, "other": other}, tmp_path / "a.pt")

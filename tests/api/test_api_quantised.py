@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -273,7 +274,7 @@ def test_values_are_made_of_codes_and_scales(library: str, out: str, tmp_path: P
     assert step.ops[0]["op"] == "dequantize" and [name for _, name in step.sources] == [key, *find(cs.open(path))[key].scales]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(rows=st.integers(1, 300), cols=st.integers(1, 300), seed=st.integers(0, 9), kind=st.sampled_from(["block", "row", "tensor"]))
 def test_fp8_of_any_shape(tmp_path_factory: pytest.TempPathFactory, rows: int, cols: int, seed: int, kind: str) -> None:
     """Ragged blocks at the edges too; the oracle scales block by block."""

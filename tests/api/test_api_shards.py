@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors.torch import load_file
 
 import ckptsurgeon as cs
@@ -51,7 +52,7 @@ def made(rows: list[tuple[int, torch.dtype, int | None]]) -> dict[str, torch.Ten
 
 
 @given(rows=TENSORS, most=st.integers(1, 400), format=st.sampled_from([*PATTERNS]), tied=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_shards_are_those_of_huggingface_hub_and_hold_every_tensor(
     rows: list[Any], most: int, format: str, tied: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -270,7 +271,7 @@ KEYS = st.text("ab_0", min_size=1, max_size=2)
 NESTED = st.dictionaries(KEYS, st.recursive(LEAVES, lambda below: st.lists(below, max_size=3) | st.dictionaries(KEYS, below, max_size=3)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=NESTED)
 def test_any_state_dict_is_read_as_torch_reads_it(place: Path, state: dict[str, Any]) -> None:
     shutil.rmtree("any", ignore_errors=True)

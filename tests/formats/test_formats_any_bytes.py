@@ -1,9 +1,8 @@
-"""One sentence, for any bytes: an Archive, or a CheckpointError, nothing else. `FORMATS_FUZZ=20000 pytest …` runs it longer."""
+"""One sentence, for any bytes: an Archive, or a CheckpointError, nothing else. `HYPOTHESIS_PROFILE=long pytest …` runs it longer."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
 from io import BytesIO
@@ -16,12 +15,13 @@ import torch
 from formats_support import outcome, save_legacy, save_zip
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.formats.pickle.opcodes import RARE
 from ckptsurgeon.tensors import Archive
 
-EXAMPLES = int(os.environ.get("FORMATS_FUZZ", "300"))
+EXAMPLES = examples(300)
 run_for = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 MAGICS = [

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError
@@ -48,7 +49,7 @@ def outcome(folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> Any:
         return found.state_dicts, found.fingerprint, records, found.globals, found.notes
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 1 << 20), byte=st.integers(0, 255), change=st.booleans())
 def test_blobs_are_what_the_reader_makes_of_them(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, byte: int, change: bool

@@ -13,6 +13,7 @@ import torch
 from formats_support import assert_same, only, sample, save_legacy, save_zip, sharing, sharing_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.dtypes import TABLE
 from ckptsurgeon.formats import read
@@ -222,7 +223,7 @@ SUITES: list[Conformance] = [TestTorchZip(), TestTorchZipHighestProtocol(), Test
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: type(suite).__name__)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_random_state_dicts(suite: Conformance, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
     names = data.draw(st.lists(text, unique=True, min_size=1, max_size=6))

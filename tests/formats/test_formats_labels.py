@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import ViTConfig
 
@@ -142,7 +143,7 @@ def test_what_is_no_file_of_a_sensible_size_is_refused(tmp_path: Path) -> None:
 LINES = st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1), min_size=1, unique=True)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=LINES)
 def test_what_is_written_is_read(tokens: list[str], tmp_path: Path) -> None:
     assert read_labels(written(tmp_path, tokens)) == tuple(tokens)
@@ -164,7 +165,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=VALUES | st.binary() | st.text())
 def test_any_content_is_a_list_or_a_checkpoint_error(content: Any, tmp_path: Path) -> None:
     try:

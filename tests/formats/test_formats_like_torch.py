@@ -20,6 +20,7 @@ from formats_support import bits, outcome, stored
 from hostile_pickles import legacy, long, text, zipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.tensors import Archive, Refused, TensorMeta
 
@@ -339,7 +340,7 @@ KEYS = st.sampled_from(["0", "1", "2"])
 VIEWS = st.tuples(st.sampled_from(["0", "1", "7", "8", "9"]), st.integers(0, 4), st.integers(1, 4))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(references=st.lists(st.tuples(KEYS, st.none() | VIEWS), min_size=1, max_size=5))
 def test_views_of_legacy_storages(
     references: list[tuple[str, tuple[str, int, int] | None]], tmp_path_factory: pytest.TempPathFactory
@@ -388,7 +389,7 @@ def wrapped(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 TENSORS = st.recursive(st.sampled_from([plain(), plain("1"), complex_tensor()]), wrapped, max_leaves=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(tensors=st.lists(TENSORS, min_size=1, max_size=3))
 def test_tensors_in_any_wrapping(tensors: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
     named = {f"t{number}": tensor for number, tensor in enumerate(tensors)}

@@ -20,6 +20,7 @@ from formats_support import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from profiles import examples
 from torch import nn
 
 import ckptsurgeon as cs
@@ -77,7 +78,7 @@ def test_what_numpy_saves_is_read(save: Callable[..., None], tmp_path: Path) -> 
     hold(saved(tmp_path / "it", save, some()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.dictionaries(
         st.text("ab./_é", min_size=1, max_size=4).filter(lambda name: not set(name.split("/")) & {"", ".", ".."}),
@@ -325,7 +326,7 @@ def test_a_header_costs_no_more_than_itself(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_any_bytes_are_an_archive_or_a_refusal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     raw = bytearray(packed({"w.npy": LEGAL["as NumPy"], "v.npy": array(PLAIN)}, data.draw(st.sampled_from([0, 8]))))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
@@ -70,7 +71,7 @@ def outcome(raw: bytes) -> Any:
     return told(found.value, {}), found.end, found.globals
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(raw=metadata(), place=st.integers(0, 1 << 16), byte=st.integers(0, 255), change=st.sampled_from(["none", "one", "cut", "twice"]))
 def test_records_are_what_the_opcodes_make_of_them(raw: bytes, place: int, byte: int, change: str) -> None:
     place %= len(raw)

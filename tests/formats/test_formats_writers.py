@@ -15,6 +15,7 @@ import torch
 from formats_support import assert_same, bits, carry_out, code_of, only, out_tensors, sample, sharing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.dtypes import TABLE
 from ckptsurgeon.errors import OutputError
@@ -77,7 +78,7 @@ def test_zip_of_every_dtype(code: str, shape: tuple[int, ...], tmp_path: Path) -
 
 
 @given(tensors=states(CODES))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_zip_of_random_state_dicts(tensors: Tensors, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "random.pt"
     if not tensors:
@@ -223,7 +224,7 @@ def test_zip_beyond_four_gigabytes(tmp_path: Path) -> None:
 
 
 @given(tensors=states(OFFICIAL_CODES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_safetensors_are_the_library_s_bytes(tensors: Tensors, tmp_path_factory: pytest.TempPathFactory) -> None:
     path, official = (tmp_path_factory.getbasetemp() / name for name in ("ours.safetensors", "theirs.safetensors"))
     for metadata in ({}, {"format": "pt"}, {"a": '"\\\n\x01é😀'}):

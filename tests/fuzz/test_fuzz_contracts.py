@@ -5,7 +5,6 @@ And the fuzzers themselves: that their seeds are read, that a change is a change
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -24,8 +23,9 @@ from fuzz_properties import broken, mutated, place
 from fuzz_seeds import READERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+EXAMPLES = examples(40)
 # Seeds that no reader takes: what pickle.dump writes.
 REFUSED = {("legacy", "plain"), ("legacy", "plain 5")}
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_or_a_checkpoint_error_and_nothing_else(reader: str, folder
     holds()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(fuzz.NAMES))
 def test_any_bytes(data: bytes, reader: str) -> None:
     import tempfile

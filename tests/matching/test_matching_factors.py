@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -171,7 +172,7 @@ def metas(module: nn.Module) -> dict[str, TensorMeta]:
     return {key: TensorMeta(key, "F32", tuple(value.shape), ()) for key, value in module.state_dict().items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_a_factor_is_never_sure_to_be_the_weight(data: st.DataObject) -> None:
     """Whatever keys of a normed net are there: a link of one key leads from a factor to the same factor, or from what is none to none."""
@@ -283,7 +284,7 @@ LAYERS = {
 EVERY = {**FORMS, "spectral": parametrizations.spectral_norm, "old spectral": nn.utils.spectral_norm}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_whatever_holds_a_weight_what_is_transferred_is_right(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each layer in a form of its own on either side, keys in any order, modules with other names: nothing is wrong, and where names are

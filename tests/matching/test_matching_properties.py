@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_support import PAIRS, read_pair
+from profiles import examples
 
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.tensors import TensorMeta
@@ -84,7 +85,7 @@ def disguised(
     return {name: back[name] for name in ORDERS[order](list(back), rng)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     model=st.sampled_from(sorted(MODELS)),
     order=st.sampled_from(sorted(ORDERS)),

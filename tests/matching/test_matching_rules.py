@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from links_support import Shapes, World
 from pairs_support import PAIRS, read_pair
+from profiles import examples
 from rules_support import checkpoint, led, literal_plan, proposed, read_back
 
 from ckptsurgeon.errors import PlanError
@@ -89,7 +90,7 @@ def any_links(draw: st.DrawFn) -> tuple[dict[str, tuple[int, ...]], dict[str, tu
     return one, other, links
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(any_links())
 @example(
     ({"a.w": SQUARE, "b.w": SQUARE}, {"a.w": SQUARE, "b.w": SQUARE}, [Link(("a.w",), ("b.w",), "", 9.0), Link(("b.w",), ("a.w",), "", 9.0)])
@@ -100,7 +101,7 @@ def test_any_links_at_all_become_rules_that_lead_to_them(
     check_any(*drawn)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_any_keys_at_all_get_rules_that_lead_to_their_links(chance: Random) -> None:
     world = World(chance)
@@ -119,7 +120,7 @@ def check_any(one: Shapes, other: Shapes, links: list[Link]) -> None:
         assert compare(source, target, found.rules).rivals
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(0, 40), min_size=1), st.booleans())
 def test_blocks_of_which_some_are_renamed_need_one_rule(some: set[int], all_: set[int], moved: bool) -> None:
     """Every third, or any; those of others keep their names, or have another one too."""
@@ -163,7 +164,7 @@ def test_parts_of_some_layers_are_joined() -> None:
     assert rules_of(one, other, links) == [("adapt", "h.{i=1..9..2}.q.w + h.{i=1..9..2}.k.w -> h.{i}.qk.w", "concat(dim=0)")]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(2, 6), st.integers(0, 3), st.integers(0, 2), st.booleans())
 def test_layers_take_one_rule_whatever_they_count_from(count: int, start: int, other_start: int, swapped: bool) -> None:
     source = checkpoint({f"h.{i + start}.{leaf}": SQUARE for i in range(count) for leaf in ("w", "b")})
@@ -318,7 +319,7 @@ def test_a_persons_rules_come_first_and_their_keys_are_not_looked_for() -> None:
     assert read_back(found, source, target) == plan
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=5, max_size=8), st.booleans())
 def test_modules_numbered_through_get_their_places_first(depths: list[int], left_over: bool) -> None:
     """Stages of any depth, in one row on the other side, as in MobileNet; the first of a stage lacks a part."""

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_support import PAIRS, meta, read_pair
+from profiles import examples
 
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.planning.prefixes.find import find_change
@@ -41,7 +42,7 @@ def partly_renamed(model: Side, rng: random.Random, words: list[str]) -> Side:
     return {names[key]: meta(names[key], tensor.shape) for key, tensor in model.items()}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     model=st.sampled_from(sorted(MODELS)),
     seed=st.integers(0, 1 << 30),

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading_support import everything, same
+from profiles import examples
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -211,7 +212,7 @@ def loaded(model: nn.Module, path: Path) -> dict[str, Any]:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_any_tree_gets_what_torch_makes_of_its_old_keys(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("computed")
     torch.manual_seed(data.draw(st.integers(0, 99)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.adapters.table import run
 from ckptsurgeon.errors import RuleError
@@ -77,7 +78,7 @@ def check(*arguments: Any) -> None:
 
 
 sizes = st.integers(1, 4)
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def some(*shape: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loading_support import KINDS, Derives, InPlace, Raises, Remaps, Scaled, Turned, by_torch, everything, same
+from profiles import examples
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -27,7 +28,7 @@ def tree(kinds: list[type[nn.Module]], nested: bool) -> nn.Module:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_tree_of_loaders_gives_what_torch_gives(data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
     nested = data.draw(st.booleans())

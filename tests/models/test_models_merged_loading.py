@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loading_support import KINDS, Assigns, Frozen, InPlace, Plain, Scaled, Turned, by_torch, everything, same
+from profiles import examples
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,7 +44,7 @@ def loaded(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_merged_file_of_any_tree_loads_to_the_model_of_torch(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("merged")
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 
 import ckptsurgeon as cs
@@ -183,7 +184,7 @@ _optimizer = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(_junk, _optimizer), st.one_of(_junk, st.dictionaries(st.sampled_from(["step_size", "gamma", "base_lrs", "_last_lr"]), _junk))
 )

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading_support import everything, same
+from profiles import examples
 from safetensors.torch import load_file
 from torch import nn
 
@@ -44,7 +45,7 @@ class Views(nn.Module):
     parameter=st.booleans(),
     form=st.sampled_from([".pt", ".safetensors"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_transfer_merge_and_torch_agree(
     names: list[str], lacking: set[str], parameter: bool, form: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -8,6 +8,7 @@ import planning_support as support
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.errors import CheckpointError, FormatError, ModelError, RootError
 from ckptsurgeon.optimizer.assign import assign, held_by_key
@@ -101,7 +102,7 @@ def test_an_order_within_a_module_is_not_proven_by_the_modules():
         keys(saved([(2,), (2,)]), kept)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.data())
 def test_moments_are_given_to_their_own_parameters_or_to_none(data: st.DataObject) -> None:
     """The saving model, its file in any order, and a live model with more or fewer layers: the truth is known here, and never missed."""
@@ -229,7 +230,7 @@ _dicts = st.fixed_dictionaries({"state": st.one_of(_states, _leaves), "param_gro
 _values = st.one_of(_dicts, _leaves)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(_values, st.one_of(st.none(), st.lists(st.sampled_from(["w", "b", "c"]), max_size=3)))
 def test_any_state_is_planned_or_refused(value: Any, names: list[str] | None) -> None:
     source = support.checkpoint({"w": (4, 3), "b": (4,)})

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_support import checkpoint, model, rule
 from planning_worlds import followed, worlds
+from profiles import examples
 
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.planning.plan import make_plan
@@ -26,7 +27,7 @@ def equal(one, other):
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(worlds(), st.randoms(use_true_random=False), st.booleans())
 def test_every_value_goes_where_the_rules_say_and_every_key_has_a_step_or_a_fate(world, random, written):
     keys = list(world.source)

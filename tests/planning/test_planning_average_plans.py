@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_support import checkpoint, metas, model, rule
+from profiles import examples
 
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.planning.plan import make_plan
@@ -26,7 +27,7 @@ def refused(sources, target=None, rules=(), average=True, **more):
     return caught.value
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.lists(st.floats(0, 1e300, allow_subnormal=False) | st.integers(0, 1 << 80), min_size=2, max_size=6).filter(any))
 def test_each_key_is_the_mean_of_all_sources(weights):
     sources = soups(*[SHAPES] * len(weights))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_support import any_rules, checkpoint, live, metas, model, rule, shapes, targets
+from profiles import examples
 from torch import nn
 
 from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, UnsafeError
@@ -30,7 +31,7 @@ def reasons(plan):
 # ---- every key is accounted for
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(shapes, targets(), any_rules, st.sampled_from([None, "source", "target", "F16"]))
 def test_every_key_has_one_step_or_one_fate(drawn, target, rules, dtype):
     source = checkpoint(drawn)
@@ -59,7 +60,7 @@ def test_every_key_has_one_step_or_one_fate(drawn, target, rules, dtype):
         assert len({bool(step.sources) for step in plan.steps if step.target in group}) == 1
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(shapes, targets(), any_rules)
 def test_diff_and_plan_agree(drawn, target, rules):
     source = checkpoint(drawn)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from planning_support import any_rules, checkpoint, metas, model, rule, shapes, targets
+from profiles import examples
 
 from ckptsurgeon.adapters.table import ADAPTERS
 from ckptsurgeon.errors import PlanError, RuleError, StaleError
@@ -80,7 +81,7 @@ def test_a_plan_with_all_there_is_comes_back():
     assert json.loads(text(to_json(PLAN))) == to_json(PLAN)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(shapes, st.one_of(targets(), st.none()), any_rules, st.sampled_from([None, "source", "BF16"]), st.integers(0, (1 << 63) - 1))
 def test_any_plan_comes_back_and_can_be_followed(drawn, target, rules, dtype, seed):
     source = checkpoint(drawn)
@@ -151,7 +152,7 @@ def without(value, path, put=()):
     return made
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(
     st.sampled_from(PATHS),
     st.one_of(st.sampled_from(JUNK), st.text(max_size=5), st.integers(), st.floats(allow_nan=False, allow_infinity=False)),
@@ -406,7 +407,7 @@ _junk = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(st.sampled_from(ADAPT_PATHS), _junk)
 def test_a_changed_adapter_is_a_plan_or_a_plan_error(path, junk):
     value = without(to_json(ADAPT_PLAN), path, (junk,))
@@ -421,7 +422,7 @@ FIELDS = ["dim", "dims", "index", "of", "sizes", "start", "stop", "size", "fill"
 NAMES = [*ADAPTERS, "cast", "init", "my:flip", ":", "a:", "", "Transpose", "conca"]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(
     st.integers(0, len(ADAPT_PLAN.steps) - 1),
     st.lists(

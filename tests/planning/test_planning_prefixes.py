@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from planning_support import checkpoint, live, metas, model, shapes
+from profiles import examples
 from torch import nn
 
 import ckptsurgeon as cs
@@ -147,7 +148,7 @@ def test_nothing_in_common_and_nothing_at_all():
     assert find_prefix(metas(["module"]), metas(["module.module", "w"])) == Prefix(added="module.")
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(shapes, shapes)
 def test_a_prefix_never_costs_a_key_and_never_makes_two_one(source, target):
     given, goal = metas(source), metas(target)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from planning_support import checkpoint, model, names
+from profiles import examples
 
 from ckptsurgeon.command import as_words
 from ckptsurgeon.errors import PlanError, RuleError
@@ -65,20 +66,20 @@ def tried(source: Checkpoint, target: Checkpoint, rules: list[Rule]) -> int:
     return 0
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(layouts(2, 3), layouts())
 def test_each_offered_set_of_lines_gives_the_listed_mapping(source: dict[str, Any], target: dict[str, Any]) -> None:
     event(f"{tried(checkpoint(source), model(target), [])} ways")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(layouts(2, 3), layouts(), st.data())
 def test_they_do_beside_drops_of_the_persons_own(source: dict[str, Any], target: dict[str, Any], data: st.DataObject) -> None:
     gone = data.draw(st.lists(st.sampled_from(list(source)), min_size=1, max_size=2, unique=True))
     event(f"{tried(checkpoint(source), model(target), [Rule('drop', key) for key in gone])} ways")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(layouts(2, 3), layouts(), layouts())
 def test_they_do_for_one_of_several_sources(source: dict[str, Any], other: dict[str, Any], target: dict[str, Any]) -> None:
     sources, goal = [checkpoint(source), checkpoint(other, "b.pt")], model(target)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors.numpy import save_file
 
 import ckptsurgeon as cs
@@ -32,7 +33,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "c", "0", "1", "weight", "bias"]), m
 SIDES = st.dictionaries(NAMES, st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple), min_size=1, max_size=8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(SIDES, SIDES)
 def test_each_missing_and_extra_tensor_has_its_shape(tmp_path_factory, source: Shapes, target: Shapes) -> None:
     folder = tmp_path_factory.mktemp("sides")

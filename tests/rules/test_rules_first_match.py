@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules.first_match import FirstMatch
@@ -26,7 +27,7 @@ def in_turn(rules: list[CompiledRule], name: str, source: int) -> tuple[int, Mat
     return next(((place, match) for place, rule in enumerate(rules) if (match := rule.match(name, source)) is not None), None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(st.one_of(patterns, patterns.map("1:{}".format)), max_size=8), st.lists(names, min_size=1), st.integers(0, 1))
 def test_it_is_the_rule_that_asking_in_turn_finds(texts: list[str], asked: list[str], source: int) -> None:
     rules = [rule for text in texts if (rule := compiled(text)) is not None]
@@ -34,7 +35,7 @@ def test_it_is_the_rule_that_asking_in_turn_finds(texts: list[str], asked: list[
     assert [first.find(name, source) for name in asked] == [in_turn(rules, name, source) for name in asked]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(patterns, st.lists(names, min_size=1))
 def test_every_key_that_matches_begins_with_a_head_of_the_pattern(text: str, keys: list[str]) -> None:
     if compiled(text) is None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules import long_keys, patterns
@@ -18,7 +19,7 @@ tokens = st.sampled_from(["*", "**", "{p}", "{q}", "{**r}", "{**s}", "a", "b", "
 keys = st.text(alphabet="ab._1", max_size=24)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(text=st.lists(tokens, min_size=1, max_size=9).map("".join), key=keys)
 @example(text="**.{p}_{q}.*", key="a.b.a_b_a.b")
 @example(text="**.b", key="b")
@@ -93,7 +94,7 @@ def test_nor_does_a_key_as_long_as_those_of_models(pattern: str, key: str) -> No
     assert time.process_time() - began < 2
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(text=st.lists(tokens, min_size=1, max_size=9).map("".join), key=keys)
 @example(text="{p}_{q}.*a*b", key="a_b_a.aab")
 @example(text="**.{p}{a,ab,b}*.**", key="ab.abab.a")

@@ -5,6 +5,7 @@ import warnings
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern, listed, literal, unescaped, written
@@ -205,7 +206,7 @@ MARKS = "ab01.,*{}+-> |/:\\=\"'[#é\n\t\u2028"
 any_key = st.one_of(st.text(alphabet=MARKS, min_size=1, max_size=12), st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(any_key, any_key, any_key, st.lists(any_key, max_size=3))
 @example("a -> b", " + ", "/x/", ["0:a"])
 @example("3:x", "/", "//", [" "])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon import regular_expressions
 from ckptsurgeon.errors import CheckpointError, LimitError, RuleError
@@ -49,7 +50,7 @@ groups = st.sampled_from(["(a|b)", "(?:ab)", "(?P<n>.)", "(b)?", "(?=a)", "(?<=b
 words = st.one_of(plain, groups)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(words, min_size=1, max_size=7).map("".join), st.lists(st.text(alphabet="abA.1\né\ud800\udc00", max_size=8), max_size=4))
 @example(r"(?P<n>a)(b)?.*", ["a", "ab", "a\n", "a.b"])
 @example(".", ["\ud800\udc00", "\U00010000", "\n"])

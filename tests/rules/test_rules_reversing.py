@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_support import checkpoint, model, rule
 from planning_worlds import KINDS, STAGE, followed, worlds
+from profiles import examples
 from test_planning_adapt_plans import equal, shapes_of
 
 from ckptsurgeon.errors import RuleError
@@ -109,7 +110,7 @@ def test_an_adapter_of_a_targets_key_is_undone_before_its_name_is():
 # ---- there and back
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(worlds(KINDS), st.randoms(use_true_random=False))
 def test_the_way_back_leads_to_the_names_shapes_and_values_that_were_there(world, random):
     there = make_plan([checkpoint(shapes_of(world.source))], model(shapes_of(world.target)), world.rules)
@@ -120,7 +121,7 @@ def test_the_way_back_leads_to_the_names_shapes_and_values_that_were_there(world
     assert equal(followed(back, world.target), world.source)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(worlds(KINDS))
 def test_rules_turned_round_twice_do_what_they_did(world):
     twice = reverse(reverse(world.rules))
@@ -137,7 +138,7 @@ _sides = st.lists(
 ).map(" + ".join)  # fmt: skip
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(
     st.lists(
         st.one_of(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planning_support import rule
+from profiles import examples
 
 from ckptsurgeon.errors import LimitError, RuleError
 from ckptsurgeon.rules.rulefile import FORMS, parse_rules, to_toml
@@ -222,7 +223,7 @@ _words = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(st.one_of(st.lists(_words, max_size=25).map(" ".join), st.lists(_words, max_size=25).map("".join), st.text(max_size=60)))
 def test_any_text_gives_rules_or_a_rule_error(text):
     try:
@@ -246,7 +247,7 @@ _fields = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.lists(st.tuples(st.sampled_from(list(FORMS)), _fields), max_size=6), st.data())
 def test_any_tables_give_rules_in_order_or_problems_with_a_line_each(tables, data):
     def value(one):
@@ -293,7 +294,7 @@ def _any_rule(draw: st.DrawFn) -> Rule:
     return Rule(kind, draw(st.sampled_from([key, f"a + b -> {results}", f"0:a + 1:a -> {results}", f"a -> {results}"])), op)
 
 
-@settings(max_examples=500, deadline=None)  # a regular expression starts a process
+@settings(max_examples=examples(500), deadline=None)  # a regular expression starts a process
 @given(st.lists(_any_rule(), max_size=6))
 @example([Rule("drop", '"""\n[[rename]]\n"""')])
 @example([Rule("drop", "\\U0000005b"), Rule("drop", "\x7f\x00\r\n")])

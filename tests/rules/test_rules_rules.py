@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_support import checkpoint, model, rule
+from profiles import examples
 
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.hints import close_words
@@ -296,7 +297,7 @@ _rules = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(
     st.lists(_sources, min_size=1, max_size=2),
     _sources,

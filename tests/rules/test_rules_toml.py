@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.api._rules import load_rules
 from ckptsurgeon.api.checking.project import read
@@ -67,7 +68,7 @@ words = st.sampled_from(
 )
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 @given(st.lists(words, max_size=14).map("".join))
 @example('a = """x\\"""" # " [[[[\nb = 1')
 @example("a = '''[[['''''\nb = '[[['")
@@ -81,7 +82,7 @@ def test_what_is_within_the_limits_is_tomllibs(text: str) -> None:
     assert parse(text, "it") == truth
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(words, max_size=10).map("".join), st.integers(0, 40))
 @example("a = 1 # ' \n", 40)
 @example('a = """ \\""" \n"""\n', 40)

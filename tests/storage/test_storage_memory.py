@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors.torch import save
 from torch import nn
 
@@ -52,7 +53,7 @@ class Net(nn.Module):
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     turned=st.booleans(),
 )
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_transferred_is_what_the_file_gives(
     form: str, seed: int, rows: int, dtype: torch.dtype, turned: bool, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 
 import ckptsurgeon as cs
@@ -102,7 +103,7 @@ def tilings(draw: st.DrawFn) -> tuple[np.ndarray[Any, Any], TensorMeta, Files, l
 
 
 @given(tilings(), st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 def test_a_block_of_a_tiled_tensor_is_what_numpy_slices(made: Any, data: st.DataObject) -> None:
     array, tensor, files, _ = made
     assert files.bytes_of(runs(tensor)) == array.tobytes()
@@ -115,7 +116,7 @@ def test_a_block_of_a_tiled_tensor_is_what_numpy_slices(made: Any, data: st.Data
 
 
 @given(code=st.sampled_from(sorted(DTYPES)), data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 def test_a_block_of_a_strided_tensor_is_what_numpy_slices(code: str, data: st.DataObject) -> None:
     base = np.arange(400).astype(DTYPES[code])
     shape = data.draw(st.lists(st.integers(0, 5), max_size=3).map(tuple))
@@ -162,7 +163,7 @@ def test_many_pieces_cost_no_more_than_they_are() -> None:
 
 
 @given(tilings(), st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 def test_a_tensor_that_lacks_a_piece_or_has_one_twice_is_refused(made: Any, data: st.DataObject) -> None:
     array, tensor, files, kept = made
     if not kept:
@@ -317,7 +318,7 @@ def test_tensors_of_the_same_pieces_are_tied(values: dict[str, Any], tmp_path: P
 
 
 @given(tilings(), st.data())
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 def test_a_cut_along_the_first_dimension_is_the_rows_of_a_block(made: Any, data: st.DataObject) -> None:
     array, tensor, _, _ = made
     if not array.ndim or not array.size or not tensor.as_stored:

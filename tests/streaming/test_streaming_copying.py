@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import copying
@@ -57,7 +58,7 @@ def files(tmp_path: Path) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), start=st.integers(0, 40), place=st.integers(0, 6))
 def test_every_path_copies_the_same_bytes(path: str, data: bytes, start: int, place: int, files: tuple[int, int]) -> None:
     source, output = files

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.report import Cast
@@ -126,7 +127,7 @@ def test_every_pair_of_dtypes_at_its_limits(source: str, target: str) -> None:
     check(b"".join(HARD), source, target, part=7)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(
     pair=st.sampled_from(PAIRS),
     data=st.lists(st.sampled_from(HARD) | st.binary(min_size=8, max_size=8), min_size=2, max_size=12).map(b"".join),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.errors import CastError
@@ -45,7 +46,7 @@ def test_the_bytes_are_torchs(source: str, target: str) -> None:
     assert made == memory_of(given.to(dtype_of(target)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     numbers=st.lists(st.floats(width=32), min_size=1, max_size=30),
     target=st.sampled_from(["F16", "BF16", "F64", "F8_E5M2", "F8_E4M3"]),
@@ -70,7 +71,7 @@ def test_float_losses_are_exactly_what_torch_loses(numbers: list[float], target:
     assert found.truncated == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     numbers=st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(1 << 40), 1 << 40).map(float), min_size=1, max_size=30),
     target=st.sampled_from(["I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64"]),
@@ -83,7 +84,7 @@ def test_float_to_integer_overflow_and_truncation(numbers: list[float], target: 
     assert found.truncated == sum(number != math.trunc(number) for number, good in zip(numbers, fits, strict=True) if good)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     numbers=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=1, max_size=20),
     target=st.sampled_from(["I32", "I8", "U8", "U32", "U64"]),
