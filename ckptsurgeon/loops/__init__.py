@@ -1,4 +1,4 @@
-"""Callbacks for people's training loops. Each module imports its own library at its top, and is imported by nobody but the person's code.
+"""Callbacks for training loops of Lightning and Hugging Face. Each module imports its library at its top; only user code imports it.
 
-They only call the library's verbs at the right moment: what is transferred, frozen or thawed is decided by these.
+The callbacks only call `transfer`, `freeze` and `Thaw` at the right moment, which decide what is transferred, frozen or thawed.
 """

@@ -1,6 +1,6 @@
-"""A callback for Hugging Face's Trainer: the report in its log, and a schedule that thaws.
+"""A callback for Hugging Face's Trainer: it logs the transfer's report and steps a thawing schedule.
 
-The Trainer is given a model and an optimizer, so the transfer comes before it: `transfer`, `freeze`, `param_groups`, then
+The Trainer takes a model and an optimizer, so call `transfer`, `freeze` and `param_groups` first, then
 `Trainer(model, ..., optimizers=(optimizer, scheduler), callbacks=[TransferCallback(report)])`.
 """
 
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.loops.words import BY, numbers, record
+from ckptsurgeon.loops.records import BY, numbers, record
 from ckptsurgeon.models.training.thawing import Thaw
 from ckptsurgeon.report import Report
 
@@ -23,12 +23,12 @@ class TransferCallback(TrainerCallback, ExportableState):
     """Writes a transfer's numbers into the Trainer's log, and thaws what is frozen stage by stage.
 
     Args:
-        report: what `ckptsurgeon.transfer` gave.
+        report: the report that `ckptsurgeon.transfer` returned.
         thaw: a schedule over the Trainer's own optimizer and scheduler.
-        by: what `thaw` counts, `"epoch"` or `"step"` (of the optimizer).
+        by: the unit of `thaw`, `"epoch"` or `"step"` (of the optimizer).
 
-    A Trainer's checkpoint keeps what was fresh and how far the schedule is. To resume: build model, optimizer and schedule as at the
-    beginning, call `resume(folder)`, then `trainer.train(resume_from_checkpoint=folder)`.
+    A Trainer's checkpoint records which keys were fresh and how far the schedule is. To resume: build model, optimizer and schedule as
+    before, call `resume(folder)`, then `trainer.train(resume_from_checkpoint=folder)`.
 
     >>> from ckptsurgeon.report import Coverage
     >>> callback = TransferCallback(Report(("a.pt",), "Net", ("w",), (), ("b",), (), Coverage(0.5, 0.9, (1, 2))))
@@ -42,7 +42,7 @@ class TransferCallback(TrainerCallback, ExportableState):
         self.report, self._thaw, self._by = report, thaw, by
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the transfer once, at the beginning of a run."""
+        """Log the transfer once, at the start of a run that does not resume."""
         if state.global_step == 0:
             state.log_history.append({**numbers(self.report), "step": 0})
 
@@ -57,21 +57,21 @@ class TransferCallback(TrainerCallback, ExportableState):
             self._thaw.step()
 
     def state(self) -> dict[str, Any]:
-        """What a Trainer's checkpoint keeps in its trainer_state.json."""
+        """Return what a Trainer's checkpoint keeps in its trainer_state.json."""
         thaw = {} if self._thaw is None else {"thaw": self._thaw.state_dict()}
         return {"args": {}, "attributes": {**record(self.report), **thaw}}
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Bring the schedule to where a checkpoint's folder has it.
+        """Set the schedule to the progress recorded in a checkpoint's folder.
 
         Raises:
-            ModelError: the folder has no record of this callback.
+            ModelError: the folder contains no record of this callback.
         """
         path = os.path.join(os.fspath(folder), "trainer_state.json")
         try:
             with open(path, encoding="utf-8") as file:
-                found = json.load(file)["stateful_callbacks"][type(self).__name__]
-            attributes = (found[0] if isinstance(found, list) else found)["attributes"]
+                saved = json.load(file)["stateful_callbacks"][type(self).__name__]
+            attributes = (saved[0] if isinstance(saved, list) else saved)["attributes"]
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ModelError("has no record of a transfer", path=path, hint="give a folder that the Trainer wrote") from error
         if self._thaw is not None and "thaw" in attributes:

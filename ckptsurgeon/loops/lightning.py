@@ -1,7 +1,7 @@
-"""A Lightning callback: the transfer before the optimizer is built, the report in the logs, freezing and a schedule that thaws.
+"""A Lightning callback: it transfers before the optimizer is built, logs the report, freezes, and steps a thawing schedule.
 
-A run that resumes (`trainer.fit(..., ckpt_path=...)`) transfers nothing: its weights are in its checkpoint, and so is what was fresh.
-Whether it does is known only after `setup`, so the transfer waits until `configure_optimizers` asks for the report, or `fit` starts.
+A run that resumes (`trainer.fit(..., ckpt_path=...)`) transfers nothing: its checkpoint has the weights and the record of what was fresh.
+Whether a run resumes is known only after `setup`, so the transfer waits until `configure_optimizers` calls `report_of`, or `fit` starts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ckptsurgeon import api
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.loops.words import BY, Recorded, numbers, record, recorded
+from ckptsurgeon.loops.records import BY, Recorded, numbers, record, recorded
 from ckptsurgeon.models.training.thawing import Thaw
 from ckptsurgeon.report import Report
 
@@ -23,17 +23,17 @@ class TransferCallback(Callback):
     """Transfers weights into the LightningModule when `configure_optimizers` calls `report_of(self.trainer)`, or else when `fit` starts.
 
     Args:
-        source: what `ckptsurgeon.transfer` takes.
+        source: the source of `ckptsurgeon.transfer`.
         into: the attribute of the LightningModule that is the model, such as `"model"`; None for the module itself.
         freeze: patterns to freeze, or True to freeze what was transferred.
-        thaw: the arguments of `ckptsurgeon.Thaw` (`lr`, `stages`, `at`, ...) but for model, optimizer and scheduler.
-        by: what `thaw` counts, `"epoch"` or `"step"`.
+        thaw: the arguments of `ckptsurgeon.Thaw` (`lr`, `stages`, `at`, ...) without model, optimizer and scheduler.
+        by: the unit of `thaw`, `"epoch"` or `"step"`.
         choices: the other arguments of `transfer` (`rename`, `adapt`, `rules`, `min_coverage`, ...).
 
-    `report` is None before; then the transfer's report, or, in a run that resumes, the record of it. Every logger gets its numbers.
+    `report` is None before the transfer, then the transfer's report or, in a run that resumes, its record. Every logger gets its metrics.
 
     Raises:
-        CheckpointError: as `transfer`, when `fit` begins.
+        CheckpointError: when `fit` begins, as `transfer` raises it.
 
     >>> callback = TransferCallback("net_params.pkl", rename={"fc2.{p}": "dense2.{p}"}, freeze=True)
     >>> callback.report is None
@@ -59,22 +59,22 @@ class TransferCallback(Callback):
         self._resumed: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the model. A checkpoint is restored after this, and before the optimizer is built."""
+        """Keep the model for later. Lightning restores a checkpoint after this, and before it builds the optimizer."""
         if stage == "fit":
             self._model = pl_module if self._into is None else getattr(pl_module, self._into)
 
     def begin(self) -> Report | Recorded:
-        """Transfer and freeze, once, unless the run resumes; the report, or the record of it."""
+        """Transfer and freeze once, unless the run resumes; return the report or its record."""
         if self.report is None:
             if self._model is None:
                 raise ModelError("the trainer has not begun to fit, and there is no model to transfer into")
             self.report = api.transfer(self._source, self._model, **self._choices)
             rank_zero_info(str(self.report))
-            self._freeze_now()
+            self._freeze_model()
         return self.report
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizer is there, its state not yet restored: the schedule begins, or goes on where it was."""
+        """Log the metrics and build the schedule, or restore it. The optimizer exists by now; its state is not restored yet."""
         self.begin()
         if isinstance(self.report, Report):
             for logger in trainer.loggers:
@@ -99,22 +99,20 @@ class TransferCallback(Callback):
             self._step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: what was transferred and what is fresh, and how far the schedule is."""
+        """Return what a checkpoint keeps: the record of the transfer, and the schedule's state."""
         state: dict[str, Any] = {} if self.report is None else record(self.report)
         return state if self._schedule is None else {**state, "thaw": self._schedule.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was."""
+        """Restore the record and the schedule's state from a checkpoint."""
         if "fresh" in state_dict:
             self.report = recorded(state_dict)
-            self._freeze_now()
+            self._freeze_model()
         self._resumed = state_dict.get("thaw")
 
-    def _freeze_now(self) -> None:
-        if self._freeze is True:
-            rank_zero_info(str(api.freeze(self._model, self.report)))
-        elif self._freeze:
-            rank_zero_info(str(api.freeze(self._model, self._freeze)))
+    def _freeze_model(self) -> None:
+        if self._freeze:
+            rank_zero_info(str(api.freeze(self._model, self.report if self._freeze is True else self._freeze)))
 
     def _step(self) -> None:
         thawed = self._schedule.step() if self._schedule is not None else ()
@@ -123,13 +121,13 @@ class TransferCallback(Callback):
 
 
 def report_of(trainer: Trainer) -> Report | Recorded:
-    """The report of a trainer's TransferCallback, for `param_groups` in `configure_optimizers`; the transfer is made if it has not been.
+    """Return the report of a trainer's TransferCallback, for `param_groups` in `configure_optimizers`. Transfers first if needed.
 
     Raises:
         ModelError: there is no such callback, or the trainer has not begun to fit.
         CheckpointError: as `transfer`.
     """
-    found = next((callback for callback in trainer.callbacks if isinstance(callback, TransferCallback)), None)  # type: ignore[attr-defined]
-    if found is None:
+    callback = next((each for each in trainer.callbacks if isinstance(each, TransferCallback)), None)  # type: ignore[attr-defined]
+    if callback is None:
         raise ModelError("this trainer has no TransferCallback", hint="Trainer(callbacks=[TransferCallback(...)])")
-    return found.begin()
+    return callback.begin()

@@ -250,7 +250,7 @@ CALLED: tuple[tuple[str, str, str], ...] = (
     ),
     (
         'cs.initialize(model, {"fc9.*": "zeros"})',
-        "1 keys that are fresh on record are not in this model\n  fc9.*",
+        "1 keys recorded as fresh are not in this model\n  fc9.*",
         "is it fc3.bias or fc2.bias or fc1.bias?",
     ),
     (

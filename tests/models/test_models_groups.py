@@ -329,7 +329,7 @@ def test_partly_transferred_tensors_count_as_the_person_chooses():
     assert "embed.weight" in names(param_groups(Stack(), before, lr=1.0, fresh_lr=2.0))["transferred"]
     with pytest.raises(NoRecordError, match="partly transferred"):
         param_groups(Stack(), before, lr=1.0, fresh_lr=2.0, partial="fresh")
-    with pytest.raises(ModelError, match="1 keys that are partly transferred"):
+    with pytest.raises(ModelError, match="1 keys recorded as partly transferred"):
         param_groups(Stack(), report(partial=("embedding.weight",)), lr=1.0, fresh_lr=2.0, partial="fresh")
 
 

@@ -275,7 +275,7 @@ def test_a_key_that_from_can_not_take_its_value_from_is_refused(schemes, message
 
 
 def test_from_has_no_value_where_no_other_values_are():
-    with pytest.raises(RuleError, match="no other values are at hand") as caught:
+    with pytest.raises(RuleError, match="no other values are available") as caught:
         value("from(a)", "b", (2,), "F32", 0, nn.Linear(1, 1))
     assert caught.value.key == "b"
 

@@ -1,1 +1,1 @@
-"""Initial values of fresh tensors: the schemes, and what a person's functions and modules' own resets give."""
+"""Initial values of fresh tensors: built-in schemes, user-defined functions, and modules' own `reset_parameters`."""

@@ -1,7 +1,8 @@
-"""`initialize`: initial values for a live model's fresh tensors, in place.
+"""`initialize` writes initial values into a live model's fresh tensors, in place.
 
-Only what is on record as fresh is touched, and all is checked, and every value made, before the first write. `schemes.py` makes
-the values; here they are chosen by pattern, tied names are one tensor, and `from(KEY)` finds the key whose value it takes.
+Only tensors that a record lists as fresh are changed. Everything is checked, and every value is made, before the first write.
+`schemes.py` makes the values; this module chooses a scheme for each key by pattern, treats tied names as one tensor, and resolves
+`from(KEY)`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ckptsurgeon.hints import close_hint
 from ckptsurgeon.models.init.recorded import known_fresh
 from ckptsurgeon.models.init.scheme_text import SCHEMES, Scheme, describe_effective, parse_scheme
 from ckptsurgeon.models.init.schemes import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, layer_of, owner_of, value
-from ckptsurgeon.models.init.user_functions import Fill, in_hand, own_schemes
+from ckptsurgeon.models.init.user_functions import Fill, function_schemes, own_schemes
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
 from ckptsurgeon.models.target.parameters import Named, matched, named_tensors, other_names
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
@@ -44,14 +45,14 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.copy_(value)
 
 
-Group = tuple[str, ...]  # all names of one tensor
-Chosen = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
+Names = tuple[str, ...]  # all names of one tensor
+SchemeOrFunction = str | Callable[..., Any]  # a scheme's text, or a function (tensor, generator)
 
 
 def initialize(
     model: nn.Module,
     report: object,
-    scheme: Chosen | Mapping[str, Chosen] = "per_layer_type",
+    scheme: SchemeOrFunction | Mapping[str, SchemeOrFunction] = "per_layer_type",
     *,
     seed: int = 0,
     note: Callable[[str], None] = lambda _line: None,
@@ -59,66 +60,66 @@ def initialize(
     plain: Callable[[nn.Module], nn.Module] = lambda layer: layer,
     whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> tuple[str, ...]:
-    """Initialise a model's fresh tensors in place, on whatever device they are, and return the keys that were touched.
+    """Initialise a model's fresh tensors in place, on any device, and return the keys that were written.
 
     A tied tensor is written once, seeded by its first key, and only if all its names are fresh. Everything is checked, and
-    every value is made, before the first write. The scheme `model`, and `per_layer_type` on a layer that its table does not
-    have, leave the constructor's value as it is; such keys are not returned. `from(KEY)` gives the value that KEY has afterwards, be
-    it fresh or not; the key may use the pattern's parts: `{"layers.{i}.{p}": "from(layers.{i-1}.{p})"}`.
+    every value is made, before the first write. The scheme `model`, and `per_layer_type` on a layer type that is not in its table,
+    leave the constructor's value unchanged; such keys are not returned. `from(KEY)` gives the value that KEY has afterwards, whether
+    KEY is fresh or not; KEY may use the pattern's parts: `{"layers.{i}.{p}": "from(layers.{i-1}.{p})"}`.
 
     Args:
-        report: what is fresh: a report, a plan, a merged file's `Checkpoint`, or key names.
-        scheme: one scheme for all fresh keys, or schemes by pattern (the first that matches wins; a fresh key that none matches
-            keeps its value). A scheme is a text, or a function `f(tensor, generator)` that fills a tensor, or returns another, with a
-            generator that is seeded by name.
-        note: takes one line for each module of the person's own that a scheme imports.
-        write: puts a whole value into a tensor of the model.
-        plain: a layer as it would be on one machine, whose values are the same on every rank.
-        whole: the whole value of a tensor of the model.
+        report: the record of what is fresh: a report, a plan, a merged file's `Checkpoint`, or key names.
+        scheme: one scheme for all fresh keys, or schemes by pattern (the first matching pattern wins; a fresh key that no pattern matches
+            keeps its value). A scheme is a text, or a function `f(tensor, generator)` that fills the tensor or returns another one; the
+            generator is seeded by the key's name.
+        note: takes one line for each user module that a scheme imports.
+        write: writes a whole value into a tensor of the model.
+        plain: returns a layer as it would be without sharding, so that its values are the same on every rank.
+        whole: returns the whole value of a tensor of the model.
 
     Raises:
-        NoRecordError: `report` is a checkpoint that records nothing.
-        ModelError: it names keys that the model has not, or the tensor is on meta or can't be written through the state_dict.
-        RuleError: a malformed scheme, one that does not suit a tensor, a pattern that matches nothing fresh.
-        TargetError: a person's own scheme can't be imported or fails, or a layer's `reset_parameters` does.
-        CastError: `from(KEY)`, where the other key's value does not fit the dtype.
+        NoRecordError: `report` is a checkpoint that does not record what is fresh.
+        ModelError: it names keys that the model does not have, or the tensor is on meta or can't be written through the state_dict.
+        RuleError: a malformed scheme, one that does not suit a tensor, or a pattern that matches no fresh key.
+        TargetError: a user-defined scheme can't be imported or fails, or a layer's `reset_parameters` fails.
+        CastError: `from(KEY)`, where KEY's value does not fit the dtype.
 
     >>> initialize(nn.Sequential(nn.Linear(3, 2)), ["0.weight"], "zeros")
     ('0.weight',)
     """
     state = state_dict_of(model, type(model).__name__)
-    tensors = [one for part in named_tensors(model) for one in part.values()]
+    tensors = [named for part in named_tensors(model) for named in part.values()]
     fresh = known_fresh(state, tensors, report)
-    texts, given = _texts(scheme)
-    spelled = _names(state, tensors)
-    schemes = _by_key(texts, {key: spelled[key] for key in state if key in fresh}, spelled)
-    own = {**own_schemes([text for text in schemes.values() if text not in given], note), **given}
+    texts, functions = _texts_and_functions(scheme)
+    pattern_names = _names_by_key(state, tensors)
+    schemes = _schemes_by_key(texts, {key: pattern_names[key] for key in state if key in fresh}, pattern_names)
+    fills = {**own_schemes([text for text in schemes.values() if text not in functions], note), **functions}
     storages = {storage_of(tensor) for tensor in tensors_of(model)}
     groups = _tie_groups(state, schemes, fresh)
-    written = {name: group for group in groups for name in group}
-    values: list[tuple[Group, torch.Tensor, torch.Tensor]] = []
+    group_of = {name: group for group in groups for name in group}
+    values: list[tuple[Names, torch.Tensor, torch.Tensor]] = []
     problems: list[RuleError] = []
     for names in groups:
-        key = _named(names, schemes)
+        key = _first_with_scheme(names, schemes)
         tensor: torch.Tensor = state[key]
         try:
-            origin = _origin(key, state, schemes, written)
-            found: torch.Tensor = state[origin]
-            shape, code = tuple(found.shape), _code(found)
-            wanted = schemes[origin] if origin in written else KEEP
-            chosen = concrete(wanted, origin, shape, code, *layer_of(model, origin, tensors))
+            origin = _origin(key, state, schemes, group_of)
+            origin_tensor: torch.Tensor = state[origin]
+            shape, code = tuple(origin_tensor.shape), _dtype_code(origin_tensor)
+            origin_scheme = schemes[origin] if origin in group_of else KEEP
+            chosen = concrete(origin_scheme, origin, shape, code, *layer_of(model, origin, tensors))
             if chosen == KEEP and origin == key:
                 continue
             if tensor.is_meta or storage_of(tensor) not in storages:
                 reason = "is on the meta device" if tensor.is_meta else "is a copy that a hook of the state_dict made"
                 raise ModelError(f"can't be initialised in place: it {reason}", key=key, hint="build the model on a real device")
             if chosen == KEEP:
-                made = whole(found)
+                new_value = whole(origin_tensor)
             else:
-                leader = written[origin][0]
+                leader = group_of[origin][0]
                 owner, leaf = layer_of(model, leader, tensors)
-                made = drawn(chosen, leader, shape, code, seed, None if owner is None else plain(owner), own, leaf)
-            values.append((names, tensor, fitted(made, key, tuple(tensor.shape), _code(tensor))))
+                new_value = drawn(chosen, leader, shape, code, seed, None if owner is None else plain(owner), fills, leaf)
+            values.append((names, tensor, fitted(new_value, key, tuple(tensor.shape), _dtype_code(tensor))))
         except RuleError as error:
             problems.append(error)
     _raise_all(problems)
@@ -129,27 +130,27 @@ def initialize(
     return tuple(key for key in state if key in touched)
 
 
-def _texts(scheme: Chosen | Mapping[str, Chosen]) -> tuple[str | Mapping[str, str], dict[str, Fill]]:
-    """Schemes as texts, those that are functions by the names under which they are given too."""
+def _texts_and_functions(scheme: SchemeOrFunction | Mapping[str, SchemeOrFunction]) -> tuple[str | Mapping[str, str], dict[str, Fill]]:
+    """Schemes as texts, where a made-up name stands for each function; and the functions by these names."""
     rows = scheme if isinstance(scheme, Mapping) else {"**": scheme}
-    functions = list(dict.fromkeys(one for one in rows.values() if not isinstance(one, str)))
-    wrong = next((one for one in functions if not callable(one)), None)
-    if wrong is not None:
-        raise RuleError(f"{wrong!r:.60} is no scheme", hint="give a name such as 'xavier_normal', or a function of (tensor, generator)")
-    given = in_hand(functions)
-    names = dict(zip(functions, given, strict=True))
-    texts = {pattern: one if isinstance(one, str) else names[one] for pattern, one in rows.items()}
-    return (texts if isinstance(scheme, Mapping) else texts["**"]), given
+    functions = list(dict.fromkeys(value for value in rows.values() if not isinstance(value, str)))
+    invalid = next((value for value in functions if not callable(value)), None)
+    if invalid is not None:
+        raise RuleError(f"{invalid!r:.60} is no scheme", hint="give a name such as 'xavier_normal', or a function of (tensor, generator)")
+    by_name = function_schemes(functions)
+    names = dict(zip(functions, by_name, strict=True))
+    texts = {pattern: value if isinstance(value, str) else names[value] for pattern, value in rows.items()}
+    return (texts if isinstance(scheme, Mapping) else texts["**"]), by_name
 
 
-def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], written: Mapping[str, Group]) -> str:
-    """The key whose value a key gets: itself, or where its `from(KEY)`, and perhaps that key's own, leads.
+def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], group_of: Mapping[str, Names]) -> str:
+    """The key whose value a key gets: itself, or the key at the end of its chain of `from(KEY)`.
 
-    A tied tensor goes by its first name with a scheme.
+    A tied tensor's scheme is that of its first name that has one.
     """
 
     def source_of(key: str) -> str | None:
-        source = copied(schemes[key]) if key in written else None
+        source = copied(schemes[key]) if key in group_of else None
         if source is None:
             return None
         if not isinstance(state.get(source), torch.Tensor):
@@ -158,7 +159,7 @@ def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], writ
         if state[source].shape != state[key].shape:
             shapes = f"{tuple(state[key].shape)}, and {source!r}, whose value it takes, {tuple(state[source].shape)}"
             raise RuleError(f"has the shape {shapes}", key=key)
-        return _named(written[source], schemes) if source in written else source
+        return _first_with_scheme(group_of[source], schemes) if source in group_of else source
 
     keys = follow(key, source_of)
     if keys is None:
@@ -166,53 +167,55 @@ def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], writ
     return keys[-1]
 
 
-def _named(names: Group, schemes: Mapping[str, str]) -> str:
+def _first_with_scheme(names: Names, schemes: Mapping[str, str]) -> str:
     """The first name of a tensor that has a scheme."""
     return next(name for name in names if name in schemes)
 
 
-def _code(tensor: torch.Tensor) -> str:
+def _dtype_code(tensor: torch.Tensor) -> str:
     return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
-def _names(state: Mapping[str, Any], tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
-    """Each key to the names that a pattern may call it by: its own first, then those that its tensor has in the model."""
-    more: dict[str, list[str]] = {}
+def _names_by_key(state: Mapping[str, Any], tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
+    """Each key with all names that a pattern may match: the key itself first, then its tensor's names in the model."""
+    aliases: dict[str, list[str]] = {}
     for name, keys in other_names(tensors).items():
         for key in keys:
-            more.setdefault(key, []).append(name)
-    return {key: tuple(dict.fromkeys((key, *more.get(key, ())))) for key in state}
+            aliases.setdefault(key, []).append(name)
+    return {key: tuple(dict.fromkeys((key, *aliases.get(key, ())))) for key in state}
 
 
-def _by_key(scheme: str | Mapping[str, str], fresh: Mapping[str, tuple[str, ...]], keys: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Which fresh key gets which scheme; a pattern that matches no fresh key is an error."""
+def _schemes_by_key(
+    scheme: str | Mapping[str, str], fresh: Mapping[str, tuple[str, ...]], keys: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """The scheme of each fresh key. A pattern that matches no fresh key is a RuleError."""
     if isinstance(scheme, str):
-        return dict.fromkeys(fresh, _written_out(scheme, compile_pattern("**"), {}))
-    chosen: dict[str, str] = {}
+        return dict.fromkeys(fresh, _with_parts(scheme, compile_pattern("**"), {}))
+    schemes: dict[str, str] = {}
     problems = []
-    for text, wanted in scheme.items():
+    for text, pattern_scheme in scheme.items():
         pattern = compile_pattern(text)
-        taken = matched(pattern, fresh)
-        _written_out(wanted, pattern, None)
-        for key, parts in taken.items():
-            if key not in chosen:
-                chosen[key] = _written_out(wanted, pattern, parts)
-        if not taken:
+        matches = matched(pattern, fresh)
+        _with_parts(pattern_scheme, pattern, None)
+        for key, parts in matches.items():
+            if key not in schemes:
+                schemes[key] = _with_parts(pattern_scheme, pattern, parts)
+        if not matches:
             known = bool(matched(pattern, keys))
             reason = f"the pattern {text!r} matches {'nothing that is fresh' if known else 'nothing in the model'}"
             problems.append(RuleError(reason, hint=meant_hint(text, fresh)))
     _raise_all(problems)
-    return chosen
+    return schemes
 
 
-def _written_out(scheme: str, pattern: Pattern, parts: dict[str, str] | None) -> str:
-    """A scheme, checked; in `from(KEY)` the parts of a match are filled in."""
+def _with_parts(scheme: str, pattern: Pattern, parts: dict[str, str] | None) -> str:
+    """Check a scheme and return it, with the parts of a match filled into `from(KEY)`."""
     parse_scheme(scheme)
     return filled_in(scheme, pattern, parts)
 
 
 def _tie_groups(state: Mapping[str, Any], schemes: Mapping[str, str], fresh: frozenset[str]) -> list[tuple[str, ...]]:
-    """The tensors to initialise, each as all its names; one of whose names is not fresh is left out."""
+    """The tensors to initialise, each as all its names. A tensor with a name that is not fresh is left out."""
     tied = {key: names for names in checkpoint_of_state_dict(state).ties for key in names}
     groups = dict.fromkeys(tied.get(key, (key,)) for key in schemes if isinstance(state[key], torch.Tensor))
     return [names for names in groups if fresh.issuperset(names)]

@@ -1,6 +1,6 @@
-"""Which of a model's keys are fresh, and which partly transferred, by a record: a report, a plan, a merged file's `Checkpoint`, or names.
+"""Which of a model's keys are fresh, and which partly transferred, by a record: a report, a plan, a merged `Checkpoint`, or key names.
 
-Nothing here guesses: where no record says it, or where it speaks of keys that the model has not, that is an error.
+Nothing is guessed: a missing record, or a record with keys that the model does not have, is an error.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 
 def fresh_keys(source: object) -> frozenset[str]:
-    """The keys that are fresh by `source`'s own record.
+    """The keys that `source` records as fresh.
 
     Args:
         source: a report or a plan (anything with `fresh`, a tuple of keys), a merged file's `Checkpoint`, or key names.
 
     Raises:
-        NoRecordError: a checkpoint without provenance, or a verification of one.
+        NoRecordError: a checkpoint without provenance, or a verification of such a checkpoint.
         ModelError: `source` is none of these.
 
     >>> sorted(fresh_keys(["fc3.weight", "fc3.bias"]))
     ['fc3.bias', 'fc3.weight']
     """
     if isinstance(source, Checkpoint):
-        found: object = (source.provenance or {}).get("fresh")
+        recorded: object = (source.provenance or {}).get("fresh")
         path: str | None = source.path
     else:
-        found, path = getattr(source, "fresh", source), None
-    if found is None:
+        recorded, path = getattr(source, "fresh", source), None
+    if recorded is None:
         raise NoRecordError(
             "does not record which parameters are fresh",
             path=path,
-            hint="give rates by pattern in its place, such as {'head.*': 1e-2}, or merge it again, with provenance",
+            hint="give rates by pattern instead, such as {'head.*': 1e-2}, or merge it again, with provenance",
         )
-    keys = list(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else None
+    keys = list(recorded) if isinstance(recorded, Iterable) and not isinstance(recorded, (str, bytes)) else None
     if keys is None or not all(isinstance(key, str) for key in keys):
         raise ModelError(f"a {type(source).__name__} does not say what is fresh", hint="pass a report, a plan, a checkpoint or key names")
     return frozenset(keys)
@@ -49,78 +49,76 @@ def partial_keys(source: object) -> frozenset[str]:
     """The keys whose tensor is partly transferred and partly filled, such as a grown vocabulary; none where only names are given.
 
     Raises:
-        NoRecordError: a file that was merged before this was recorded.
+        NoRecordError: a file merged by a version that did not record this.
 
     >>> partial_keys(["fc3.weight"])
     frozenset()
     """
     if not isinstance(source, Checkpoint):
         return frozenset(getattr(source, "partial", ()))
-    found = (source.provenance or {}).get("partial")
-    if found is None:
+    recorded = (source.provenance or {}).get("partial")
+    if recorded is None:
         raise NoRecordError(
             "does not record which tensors are partly transferred", path=source.path, hint="merge again, or count them as transferred"
         )
-    return frozenset(found)
+    return frozenset(recorded)
 
 
 def known_fresh(keys: Iterable[str], tensors: Iterable[Named], source: object) -> frozenset[str]:
     """`fresh_keys(source)` as the keys of a model's state_dict.
 
     Args:
-        keys: those of the model's state_dict.
-        tensors: the model's parameters and buffers. A record may use any of their names, and may have been made for the same model
-            before it was wrapped or after.
+        keys: the keys of the model's state_dict.
+        tensors: the model's parameters and buffers. A record may use any of their names, and may have been made before or after the
+            model was wrapped.
 
     Raises:
-        ModelError: some are no names of the model's: the record is another model's.
+        ModelError: the record has keys that are no names of the model, so it belongs to another model.
     """
-    return _known(keys, tensors, fresh_keys(source), "fresh")
+    return _model_keys(keys, tensors, fresh_keys(source), "fresh")
 
 
 def known_partial(keys: Iterable[str], tensors: Iterable[Named], source: object) -> frozenset[str]:
-    """`partial_keys(source)` as the keys of a model's state_dict; as `known_fresh`."""
-    return _known(keys, tensors, partial_keys(source), "partly transferred")
+    """`partial_keys(source)` as the keys of a model's state_dict. Raises as `known_fresh`."""
+    return _model_keys(keys, tensors, partial_keys(source), "partly transferred")
 
 
-def _known(keys: Iterable[str], tensors: Iterable[Named], recorded: frozenset[str], kind: str) -> frozenset[str]:
+def _model_keys(keys: Iterable[str], tensors: Iterable[Named], recorded: frozenset[str], kind: str) -> frozenset[str]:
     known = set(keys)
     if recorded <= known:
         return recorded
-    names = {key: unwrap(key, WRAPPERS) for key in known}
-    counts = Counter(names.values())
-    bare = {name: (key,) for key, name in names.items() if counts[name] == 1}
+    unwrapped = {key: unwrap(key, WRAPPERS) for key in known}
+    counts = Counter(unwrapped.values())
+    by_unwrapped = {name: (key,) for key, name in unwrapped.items() if counts[name] == 1}
     others = other_names(tensors)
-    keys_of = {name: (name,) if name in known else bare.get(unwrap(name, WRAPPERS)) or others.get(name, ()) for name in recorded}
-    unknown = sorted(name for name, found in keys_of.items() if not found)
+    keys_of = {name: (name,) if name in known else by_unwrapped.get(unwrap(name, WRAPPERS)) or others.get(name, ()) for name in recorded}
+    unknown = sorted(name for name, matching in keys_of.items() if not matching)
     if unknown:
         raise ModelError(
-            f"{len(unknown)} keys that are {kind} on record are not in this model",
+            f"{len(unknown)} keys recorded as {kind} are not in this model",
             hint=close_hint(unknown[0], known) or "pass the model that the record was made for",
             problems=tuple(unknown[:10]) + ((f"and {len(unknown) - 10} more",) if len(unknown) > 10 else ()),
         )
-    return frozenset(key for found in keys_of.values() for key in found)
+    return frozenset(key for matching in keys_of.values() for key in matching)
 
 
 def fresh_parameters(
-    parameters: Mapping[str, Named], buffers: Mapping[str, Named], fresh: frozenset[str], passed: Container[str] = ()
+    parameters: Mapping[str, Named], buffers: Mapping[str, Named], fresh: frozenset[str], exempt: Container[str] = ()
 ) -> set[str]:
-    """First names of the parameters all of whose keys are fresh: otherwise a source gave it its values.
+    """First names of the parameters whose keys are all fresh. Where any key is not, a source gave the parameter its values.
 
     Args:
         fresh: keys of the state_dict.
-        passed: first names of parameters that need not be told.
+        exempt: first names of parameters that may be without a key.
 
     Raises:
-        ModelError: a fresh key whose parameter can't be told, or, where anything is fresh, a trainable parameter without a key.
+        ModelError: a fresh key whose parameter is unknown, or, where anything is fresh, a trainable parameter without a key.
     """
-    owned = {key for part in (parameters, buffers) for one in part.values() for key in one.keys}
+    model_keys = {key for part in (parameters, buffers) for parameter in part.values() for key in parameter.keys}
     hint = "name it by pattern, without the record: param_groups(model, {'PATTERN': 1e-2}, lr=1e-3)"
-    for key in sorted(fresh - owned):
-        raise ModelError(
-            "is fresh on record, and no parameter or buffer of the model: a hook of the state_dict made it", key=key, hint=hint
-        )
-    for first, one in parameters.items():
-        if fresh and not one.keys and one.trainable and first not in passed:
-            raise ModelError("is not in the state_dict, so that no record can say whether it is fresh", key=first, hint=hint)
-    return {first for first, one in parameters.items() if one.keys and fresh.issuperset(one.keys)}
+    for key in sorted(fresh - model_keys):
+        raise ModelError("is recorded as fresh, but is no parameter or buffer of the model: a state_dict hook made it", key=key, hint=hint)
+    for first, parameter in parameters.items():
+        if fresh and not parameter.keys and parameter.trainable and first not in exempt:
+            raise ModelError("is not in the state_dict, so no record can say whether it is fresh", key=first, hint=hint)
+    return {first for first, parameter in parameters.items() if parameter.keys and fresh.issuperset(parameter.keys)}

@@ -1,7 +1,8 @@
-"""The scheme `reset`: what a module's own `reset_parameters` gives, without building the rest of the model.
+"""The scheme `reset`: the value that a module's own `reset_parameters` gives, without building the rest of the model.
 
-It runs on a copy of that one module on the CPU, under a forked random state, so neither the model nor torch's random state
-changes, and a module on meta will do. A tensor that `reset_parameters` leaves alone is told by what stood there before, and refused.
+`reset_parameters` runs on a copy of that module on the CPU, under a forked random state, so neither the model nor torch's random state
+changes; the module may be on meta. The copy's tensors are overwritten first, so that a tensor which `reset_parameters` does not set is
+recognised and refused.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def reset_value(module: nn.Module, key: str, seed: int, leaf: str | None = None)
 
     Args:
         module: the layer that owns the key. Its children are reset only if its `reset_parameters` does so.
-        seed: of the random state under which it runs; all tensors of a module come from one and the same run.
+        seed: seeds the random state under which it runs. All tensors of a module come from runs with the same seed.
         leaf: the tensor's name in the layer; None where it is the key's last part.
 
     Raises:
-        RuleError: the module has no `reset_parameters`, or that does not set this tensor, or sets it to NaN.
-        TargetError: it fails, or the module can't be copied.
+        RuleError: the module has no `reset_parameters`, or it does not set this tensor, or sets it to NaN.
+        TargetError: `reset_parameters` fails, or the module can't be copied.
 
     >>> reset_value(nn.LayerNorm(2), "norm.weight", 0)
     tensor([1., 1.])
@@ -50,42 +51,42 @@ def reset_value(module: nn.Module, key: str, seed: int, leaf: str | None = None)
     return value
 
 
-def held(module: nn.Module | None, key: str) -> torch.Tensor | None:
-    """The parameter or buffer of `module` itself that has the key's last segment as its name."""
+def own_tensor(module: nn.Module | None, key: str) -> torch.Tensor | None:
+    """The parameter or buffer of `module` itself whose name is the key's last segment."""
     name = key.rpartition(".")[2]
-    found = getattr(module, "_parameters", {}).get(name)
-    if found is None:
-        found = getattr(module, "_buffers", {}).get(name)
-    return found if isinstance(found, torch.Tensor) else None
+    tensor = getattr(module, "_parameters", {}).get(name)
+    if tensor is None:
+        tensor = getattr(module, "_buffers", {}).get(name)
+    return tensor if isinstance(tensor, torch.Tensor) else None
 
 
-def _run(module: nn.Module, name: str, seed: int, before: int) -> torch.Tensor | None:
-    """One run, before which the tensor held `before`, or NaN where it can."""
+def _run(module: nn.Module, name: str, seed: int, prefill: int) -> torch.Tensor | None:
+    """The tensor after one run on a copy whose tensors were filled with NaN, or with `prefill` where their dtype has no NaN."""
 
     def run() -> torch.Tensor | None:
-        copied = _on_cpu(module, name, before)
-        reset: object = copied.reset_parameters
+        layer = _on_cpu(module, name, prefill)
+        reset: object = layer.reset_parameters
         assert callable(reset)
         reset()
-        found = held(copied, name)
-        return None if found is None else found.detach()
+        tensor = own_tensor(layer, name)
+        return None if tensor is None else tensor.detach()
 
     with forked(seed), torch.device("cpu"):
         return user_code.call(type(module).__name__, run)
 
 
-def _on_cpu(module: nn.Module, name: str, before: int) -> nn.Module:
-    """A copy on the CPU whose own parameters, and the tensor `name`, are overwritten; of a module on meta, everything."""
-    copied = copy.deepcopy(module)
-    tensors = [*copied.parameters(), *copied.buffers()]
+def _on_cpu(module: nn.Module, name: str, prefill: int) -> nn.Module:
+    """A copy on the CPU whose own parameters and tensor `name` are overwritten; for a module on meta, all its tensors are."""
+    layer = copy.deepcopy(module)
+    tensors = [*layer.parameters(), *layer.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        copied.to_empty(device="cpu")
-        marked = [*copied.parameters(), *copied.buffers()]
+        layer.to_empty(device="cpu")
+        overwritten = [*layer.parameters(), *layer.buffers()]
     else:
-        copied.to("cpu")
-        asked = held(copied, name)
-        marked = [*copied.parameters(recurse=False), *([] if asked is None else [asked])]
+        layer.to("cpu")
+        requested = own_tensor(layer, name)
+        overwritten = [*layer.parameters(recurse=False), *([] if requested is None else [requested])]
     with torch.no_grad():
-        for tensor in marked:
-            tensor.fill_(math.nan if tensor.is_floating_point() or tensor.is_complex() else before)
-    return copied
+        for tensor in overwritten:
+            tensor.fill_(math.nan if tensor.is_floating_point() or tensor.is_complex() else prefill)
+    return layer

@@ -1,7 +1,7 @@
-"""The initialisation schemes as a person names them: `xavier_normal`, `normal(std=0.02)`, `from(layers.11.weight)`, `mylib:ortho(gain=2)`.
+"""The initialisation schemes as a user writes them: `xavier_normal`, `normal(std=0.02)`, `from(layers.11.weight)`, `mylib:ortho(gain=2)`.
 
-Facts and words only, without torch, so that a plan can check a scheme and say what it will do. The names and parameters are those
-of `torch.nn.init`; a name with a colon is a person's own function, which is not imported here. `schemes.py` makes the values.
+This module parses and describes schemes without torch, so that a plan can check one and say what it will do. Names and parameters are
+those of `torch.nn.init`; a name with a colon is a user-defined function, which is not imported here. `schemes.py` makes the values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _spread(value: Any) -> bool:
+def _non_negative(value: Any) -> bool:
     return _number(value) and value >= 0
 
 
@@ -39,7 +39,7 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _one_of(*names: str) -> Check:
+def _choice(*names: str) -> Check:
     return lambda value: isinstance(value, str) and value in names
 
 
@@ -47,9 +47,14 @@ def _one_of(*names: str) -> Check:
 class Scheme:
     """A scheme: its parameters with their checks, and what it needs.
 
-    `needs` is `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions), `model` (the target's constructor), `layer` (the
-    module that owns the tensor, on meta or not) or `key` (another key's value). `required` names the parameters that must be given,
-    `bounds` the defaults of `a` and `b` where they are an interval; `words` say what it does, `source` where it comes from.
+    Attributes:
+        words: what the scheme does.
+        parameters: its parameters, each with the check of its value.
+        required: the parameters that must be given.
+        needs: `nothing`, `fans` (a fan-in and a fan-out, so at least two dimensions), `model` (the target's constructor), `layer` (the
+            module that owns the tensor, on meta or not) or `key` (another key's value).
+        bounds: the defaults of `a` and `b` where they are an interval.
+        source: the paper that the scheme is from.
     """
 
     words: str
@@ -63,7 +68,7 @@ class Scheme:
 _GLOROT = "Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks"
 _HE = "He et al. 2015, Delving deep into rectifiers"
 _SAXE = "Saxe et al. 2013, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks"
-_KAIMING: Mapping[str, Check] = {"a": _number, "mode": _one_of("fan_in", "fan_out"), "nonlinearity": _one_of(*NONLINEARITIES)}
+_KAIMING: Mapping[str, Check] = {"a": _number, "mode": _choice("fan_in", "fan_out"), "nonlinearity": _choice(*NONLINEARITIES)}
 
 SCHEMES: dict[str, Scheme] = {
     "model": Scheme("the value of the target's own constructor", needs="model"),
@@ -73,18 +78,18 @@ SCHEMES: dict[str, Scheme] = {
     "zeros": Scheme("0"),
     "ones": Scheme("1"),
     "constant": Scheme("one value", {"value": _number}, ("value",)),
-    "normal": Scheme("N(mean, std²), by default N(0, 1)", {"mean": _number, "std": _spread}),
+    "normal": Scheme("N(mean, std²), by default N(0, 1)", {"mean": _number, "std": _non_negative}),
     "uniform": Scheme("U(a, b), by default U(0, 1)", {"a": _number, "b": _number}, bounds=(0.0, 1.0)),
     "trunc_normal": Scheme(
         "N(mean, std²) within [a, b], by default N(0, 1) within [-2, 2]",
-        {"mean": _number, "std": _spread, "a": _number, "b": _number},
+        {"mean": _number, "std": _non_negative, "a": _number, "b": _number},
         bounds=(-2.0, 2.0),
     ),
-    "xavier_normal": Scheme("N(0, gain² · 2 / (fan_in + fan_out))", {"gain": _spread}, needs="fans", source=_GLOROT),
-    "xavier_uniform": Scheme("U(-x, x), x = gain · √(6 / (fan_in + fan_out))", {"gain": _spread}, needs="fans", source=_GLOROT),
+    "xavier_normal": Scheme("N(0, gain² · 2 / (fan_in + fan_out))", {"gain": _non_negative}, needs="fans", source=_GLOROT),
+    "xavier_uniform": Scheme("U(-x, x), x = gain · √(6 / (fan_in + fan_out))", {"gain": _non_negative}, needs="fans", source=_GLOROT),
     "kaiming_normal": Scheme("N(0, gain² / fan)", _KAIMING, needs="fans", source=_HE),
     "kaiming_uniform": Scheme("U(-x, x), x = gain · √(3 / fan)", _KAIMING, needs="fans", source=_HE),
-    "orthogonal": Scheme("a (semi-)orthogonal matrix, times gain", {"gain": _spread}, needs="fans", source=_SAXE),
+    "orthogonal": Scheme("a (semi-)orthogonal matrix, times gain", {"gain": _non_negative}, needs="fans", source=_SAXE),
 }
 
 # What a fan-based scheme gives a tensor of fewer than two dimensions, by the last segment of its key.
@@ -92,11 +97,11 @@ WITHOUT_FANS: dict[str, str] = {"bias": "zeros", "weight": "ones"}
 
 
 def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
-    """The scheme's name and its arguments by name. A person's own has the name `module:function` or `path/to/file.py:function`.
+    """The scheme's name and its arguments by name. A user-defined one's name is `module:function` or `path/to/file.py:function`.
 
     Raises:
-        RuleError: not a scheme's form, an unknown name (with close names and the list), an unknown or unfit argument. Whether a
-            person's own is there, and takes its arguments, is known only when it is imported.
+        RuleError: malformed text, an unknown name (with close names and the list), an unknown or unfit argument. Whether a user-defined
+            scheme exists and takes its arguments is checked only when it is imported.
 
     >>> parse_scheme("constant(0.1)"), parse_scheme("kaiming_normal(mode='fan_out')")
     (('constant', {'value': 0.1}), ('kaiming_normal', {'mode': 'fan_out'}))
@@ -104,14 +109,14 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     (('from', {'key': 'layers.11.weight'}), ('mylib:ortho', {'gain': 2}))
     """
     if is_own(text):
-        return _own(text)
+        return _parse_user_scheme(text)
     key = copied(text)
-    found = literal_call(text) if key is None else ("from", (key,), {})
-    if found is None:
+    call = literal_call(text) if key is None else ("from", (key,), {})
+    if call is None:
         raise RuleError(
             f"{text!r} is not a scheme", hint="write a name, or a name with literal arguments: normal(std=0.02), from(layers.11.weight)"
         )
-    name, args, kwargs = found
+    name, args, kwargs = call
     scheme = SCHEMES.get(name)
     if scheme is None:
         close = close_names(name, SCHEMES)
@@ -121,19 +126,19 @@ def parse_scheme(text: str) -> tuple[str, dict[str, Any]]:
     problems = [f"{word} is given twice" for word in names[: len(args)] if word in kwargs]
     problems += [f"takes no argument {word!r}" for word in kwargs if word not in names]
     problems += [f"takes {len(names)} arguments, not {len(args)}"] if len(args) > len(names) else []
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    problems += [f"{word} can't be {value!r}" for word, value in given.items() if word in names and not scheme.parameters[word](value)]
-    problems += [f"needs {word}" for word in scheme.required if word not in given]
-    if not problems and scheme.bounds and given.get("a", scheme.bounds[0]) > given.get("b", scheme.bounds[1]):
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    problems += [f"{word} can't be {value!r}" for word, value in arguments.items() if word in names and not scheme.parameters[word](value)]
+    problems += [f"needs {word}" for word in scheme.required if word not in arguments]
+    if not problems and scheme.bounds and arguments.get("a", scheme.bounds[0]) > arguments.get("b", scheme.bounds[1]):
         problems = ["has an a that is greater than b"]
     if problems:
         takes = f"{name}({', '.join(f'{word}=...' for word in names)})" if names else f"{name} alone"
         raise RuleError(f"the scheme {text!r} {'; '.join(problems)}", hint=f"write {takes}: {scheme.words}")
-    return name, given
+    return name, arguments
 
 
 def is_own(text: str) -> bool:
-    """Whether a scheme, by its name or its whole text, is a person's own.
+    """Whether a scheme, given by its name or its whole text, is user-defined.
 
     >>> is_own("mylib:ortho"), is_own("inits/a.py:ortho(gain=2)"), is_own("normal"), is_own("from('a:b')")
     (True, True, False, False)
@@ -142,7 +147,7 @@ def is_own(text: str) -> bool:
 
 
 def needs(text: str) -> Needs:
-    """What a scheme's value is made from, `nothing` for a person's own. Raises RuleError as `parse_scheme`.
+    """What a scheme's value is made from; `nothing` for a user-defined one. Raises RuleError as `parse_scheme`.
 
     >>> needs("reset"), needs("normal(std=2)"), needs("mylib:ortho")
     ('layer', 'nothing', 'nothing')
@@ -151,21 +156,21 @@ def needs(text: str) -> Needs:
     return "nothing" if is_own(name) else SCHEMES[name].needs
 
 
-def _own(text: str) -> tuple[str, dict[str, Any]]:
+def _parse_user_scheme(text: str) -> tuple[str, dict[str, Any]]:
     try:
-        found = spec.parse(text.strip())
+        parsed = spec.parse(text.strip())
     except TargetError as error:
         raise RuleError(f"the scheme {text!r} {error.reason}", hint=f"a function of your own is named as {OWN_FORMS}") from error
-    if found.args:
+    if parsed.args:
         raise RuleError(f"the scheme {text!r} has arguments without names", hint="name them: mylib:ortho(gain=2)")
-    return f"{found.place}:{found.attribute}", dict(found.kwargs)
+    return f"{parsed.place}:{parsed.attribute}", dict(parsed.kwargs)
 
 
 def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
-    """The scheme's text that a tensor really gets: a fan-based one gives a 1-d or 0-d bias zeros and a 1-d or 0-d weight ones.
+    """The scheme that a tensor gets in the end. Under a fan-based scheme, a 1-d or 0-d bias gets zeros and a 1-d or 0-d weight ones.
 
     Raises:
-        RuleError: as `parse_scheme`; a fan-based scheme on another tensor of fewer than two dimensions, with its key.
+        RuleError: as `parse_scheme`; or a fan-based scheme on another tensor of fewer than two dimensions, with its key.
     """
     name, _ = parse_scheme(scheme)
     if is_own(name) or SCHEMES[name].needs != "fans" or len(shape) >= 2 or prod(shape) == 0:
@@ -181,7 +186,7 @@ def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
 
 
 def describe_effective(scheme: str, key: str, shape: tuple[int, ...]) -> str:
-    """The words that a plan records for what a tensor really gets.
+    """The text that a plan records for a tensor's effective scheme.
 
     Raises:
         RuleError: as `effective_scheme`.
@@ -189,5 +194,5 @@ def describe_effective(scheme: str, key: str, shape: tuple[int, ...]) -> str:
     >>> describe_effective("xavier_normal", "fc3.bias", (2,)), describe_effective("xavier_normal", "fc3.weight", (2, 84))
     ('zeros (bias under xavier_normal)', 'xavier_normal')
     """
-    done = effective_scheme(scheme, key, shape)
-    return scheme if done == scheme else f"{done} ({key.rpartition('.')[2]} under {scheme})"
+    effective = effective_scheme(scheme, key, shape)
+    return scheme if effective == scheme else f"{effective} ({key.rpartition('.')[2]} under {scheme})"

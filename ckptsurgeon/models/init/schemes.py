@@ -1,8 +1,8 @@
 """The initial value of one tensor: the schemes of `scheme_text` as tensors.
 
-A named scheme's values, and a person's own, depend on the seed and the key's name only, and `reset`'s on the seed and the name of the
-layer, so that one more layer doesn't change another's values; torch's global random state is neither read nor moved, and no
-model is written to. The formulas are `torch.nn.init`'s, whose sources `SCHEMES` names.
+Values of named and user-defined schemes depend only on the seed and the key, those of `reset` on the seed and the layer's name, so that
+another layer doesn't change them. torch's global random state is neither read nor changed, and no model is written to.
+The formulas are `torch.nn.init`'s; `SCHEMES` names their papers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, ModelError, RuleError, TargetError
-from ckptsurgeon.models.init.reset import held, reset_value
+from ckptsurgeon.models.init.reset import own_tensor, reset_value
 from ckptsurgeon.models.init.scheme_text import SCHEMES, effective_scheme, is_own, parse_scheme
 from ckptsurgeon.models.init.user_functions import Fill, checked_tensor
 from ckptsurgeon.models.target.build import forked
@@ -39,7 +39,7 @@ _FILL: dict[str, Callable[..., Any]] = {
 _FIXED: dict[str, float] = {"zeros": 0.0, "ones": 1.0}
 _NORM = {"weight": "ones", "bias": "zeros", "running_mean": "zeros", "running_var": "ones", "num_batches_tracked": "zeros"}
 
-# `per_layer_type`: the first row whose types a layer is; another layer, or another name in it, keeps its constructor's value.
+# `per_layer_type`: the first row whose types a layer has. Other layers, and other names in a layer, keep their constructor's value.
 PER_LAYER_TYPE: tuple[tuple[tuple[type[nn.Module], ...], Mapping[str, str]], ...] = (
     (
         (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -65,28 +65,28 @@ def value(
 
     Args:
         scheme: a scheme's text, `xavier_normal` or `normal(std=0.02)`; `from(KEY)` has no value by itself.
-        key: the tensor's key; with `seed` it seeds the values.
+        key: the tensor's key; together with `seed` it seeds the values.
         dtype_code: safetensors' code. Values are drawn in float32 (float64 for `F64`) and then cast.
-        module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. Its own value is taken for the first two;
+        module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. The first two take its current value;
             for `reset` it may be on meta.
-        own: the loaded functions of a person's own schemes, by name (`user_functions.own_schemes`).
+        own: the loaded functions of user-defined schemes, by name (`user_functions.own_schemes`).
         leaf: the tensor's name in its layer; None where it is the key's last part.
 
     Raises:
-        RuleError: the scheme is malformed, does not suit this tensor, or needs a module or a function that is not there.
-        TargetError: a person's own function, or a layer's `reset_parameters`, fails, or gives something else.
+        RuleError: the scheme is malformed, does not suit this tensor, or needs a module or a function that is not given.
+        TargetError: a user-defined function, or a layer's `reset_parameters`, fails or returns something else.
 
     >>> value("constant(2)", "fc.bias", (2,), "I64", 0, None)
     tensor([2, 2])
     """
     chosen = concrete(scheme, key, shape, dtype_code, module, leaf)
     if chosen == KEEP:
-        return fitted(held(module, leaf or key), key, shape, dtype_code)
+        return fitted(own_tensor(module, leaf or key), key, shape, dtype_code)
     return drawn(chosen, key, shape, dtype_code, seed, module, own, leaf)
 
 
 def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, module: nn.Module | None, leaf: str | None = None) -> str:
-    """The scheme that this tensor really gets, `model` for its constructor's value, checked against its shape and dtype.
+    """The scheme that this tensor gets in the end (`model` for its constructor's value), checked against its shape and dtype.
 
     Raises:
         RuleError: as `value`.
@@ -96,7 +96,7 @@ def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, mod
         return scheme
     if name == "from":
         raise RuleError(
-            f"{scheme} is another key's value, and no other values are at hand here", key=key, hint=f"init={{{key!r}: 'zeros'}}"
+            f"{scheme} is another key's value, and no other values are available here", key=key, hint=f"init={{{key!r}: 'zeros'}}"
         )
     if SCHEMES[name].needs in ("model", "layer") and module is None:
         raise RuleError(f"{name} needs the layer itself, and no model is known here", key=key, hint=f"init={{{key!r}: 'zeros'}}")
@@ -111,10 +111,10 @@ def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, mod
     if name in _FILL and (BY_CODE[dtype_code].kind != "float" or dtype_code == "F8_E8M0"):
         raise RuleError(f"{name} can't be drawn in {dtype_code}", key=key, hint=f"give it a value: init={{{key!r}: 'zeros'}}")
     if name not in _FILL:
-        wanted = _FIXED.get(name, kwargs.get("value", 0.0))
-        kept = float(_scalar(wanted, dtype_code).to(torch.float64).real)
+        constant = _FIXED.get(name, kwargs.get("value", 0.0))
+        stored = float(_scalar(constant, dtype_code).to(torch.float64).real)
         exact = name in _FIXED or BY_CODE[dtype_code].kind in ("int", "bool")
-        if abs(kept) == float("inf") or kept != kept or (exact and kept != wanted):
+        if abs(stored) == float("inf") or stored != stored or (exact and stored != constant):
             raise RuleError(f"{chosen} is not a value of {dtype_code}", key=key)
     return chosen
 
@@ -129,7 +129,7 @@ def drawn(
     own: Mapping[str, Fill],
     leaf: str | None = None,
 ) -> torch.Tensor:
-    """The value of a scheme that `concrete` gave, other than `model`. Raises as `value`."""
+    """The value of a scheme that `concrete` returned, except `model`. Raises as `value`."""
     name, kwargs = parse_scheme(chosen)
     try:
         if name == "reset" and module is not None:
@@ -142,7 +142,7 @@ def drawn(
         return _scalar(_FIXED.get(name, kwargs.get("value", 0.0)), dtype_code).expand(shape).contiguous()
     tensor = torch.zeros(shape, dtype=torch.float64 if dtype_code == "F64" else torch.float32, device="cpu")
     if tensor.numel():
-        with _one_thread() if name == "orthogonal" else nullcontext():  # whose decomposition depends on how many there are
+        with _one_thread() if name == "orthogonal" else nullcontext():  # its decomposition depends on the number of threads
             _FILL[name](tensor, generator=torch.Generator("cpu").manual_seed(seed_of(seed, key)), **kwargs)
     return _cast(tensor, chosen, key, dtype_code)
 
@@ -158,7 +158,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed that a key, or a layer, has of its own: 64 bits of SHA-256.
+    """The seed of one key or layer: 64 bits of a SHA-256 of `seed` and its name.
 
     >>> seed_of(0, "fc.weight") == seed_of(0, "fc.weight") != seed_of(1, "fc.weight")
     True
@@ -167,9 +167,9 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
-    """The layer whose own tensor, or extra state, the key names; None without a model or where the key is no path in it.
+    """The layer whose own tensor or extra state the key names; None without a model, or where the key is no path in it.
 
-    The key need not have the segments that wrappers put into a path.
+    The key may leave out the segments that wrappers add to a path.
 
     >>> owner_of(nn.Sequential(nn.DataParallel(nn.Linear(3, 2))), "0.weight")
     Linear(in_features=3, out_features=2, bias=True)
@@ -181,7 +181,7 @@ def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
             return None
         within = inner(module)
         if name in WRAPPERS and within is not module and name not in {*module._modules, *within._modules}:
-            continue  # a wrapper between these two, whose own segment a hook of the outer one left out
+            continue  # the segment of a wrapper within `module`, whose own segment a hook left out of the key
         module = module._modules[name] if name in module._modules else within._modules.get(name)
     if module is None:
         return None
@@ -196,46 +196,46 @@ def layer_of(model: nn.Module | None, key: str, tensors: Iterable[Named] | None 
         tensors: the model's parameters and buffers, where they are known.
     """
     owner, leaf = owner_of(model, key), key.rpartition(".")[2]
-    if model is None or (owner is not None and held(owner, leaf) is not None):
+    if model is None or (owner is not None and own_tensor(owner, leaf) is not None):
         return owner, leaf
     if tensors is None:
-        tensors = [one for part in named_tensors(model) for one in part.values()]
-    name = next((one.names[0] for one in tensors if key in one.keys), None)
+        tensors = [named for part in named_tensors(model) for named in part.values()]
+    name = next((named.names[0] for named in tensors if key in named.keys), None)
     return (owner, leaf) if name is None else (owner_of(model, name), name.rpartition(".")[2])
 
 
-def fitted(found: object, key: str, shape: tuple[int, ...], dtype_code: str) -> torch.Tensor:
-    """A constructor's own value as a CPU tensor of the dtype that is wanted: finite stays finite, an integer stays what it is.
+def fitted(source: object, key: str, shape: tuple[int, ...], dtype_code: str) -> torch.Tensor:
+    """A value of a model as a CPU tensor of the given dtype. Finite values stay finite, and integers keep their value.
 
     Raises:
-        ModelError: `found` is no tensor, has another shape, is on meta, or was never written to.
+        ModelError: `source` is no tensor, has another shape, is on meta, or was never written to.
         CastError: a value does not fit the dtype.
     """
-    if not isinstance(found, torch.Tensor):
+    if not isinstance(source, torch.Tensor):
         raise ModelError("is not among the model's tensors", key=key)
-    if tuple(found.shape) != tuple(shape):
-        raise ModelError(f"has the shape {tuple(found.shape)} in the model, not {tuple(shape)}", key=key)
-    if found.is_meta:
+    if tuple(source.shape) != tuple(shape):
+        raise ModelError(f"has the shape {tuple(source.shape)} in the model, not {tuple(shape)}", key=key)
+    if source.is_meta:
         raise ModelError("is on the meta device and has no value", key=key, hint="build the model on the CPU")
-    if is_unset(found):
+    if is_unset(source):
         raise ModelError(
-            "is left without a value by the model's constructor: it is memory as it was", key=key, hint=f"init={{{key!r}: 'zeros'}}"
+            "is left without a value by the model's constructor: it is uninitialised memory", key=key, hint=f"init={{{key!r}: 'zeros'}}"
         )
-    own = found.detach().to("cpu")
-    cast = own.to(getattr(torch, BY_CODE[dtype_code].torch))
-    if cast.dtype == own.dtype:
+    original = source.detach().to("cpu")
+    cast = original.to(getattr(torch, BY_CODE[dtype_code].torch))
+    if cast.dtype == original.dtype:
         return cast
-    if own.is_floating_point() and cast.is_floating_point():
-        fits = bool((_finite(cast) | ~_finite(own)).all())
+    if original.is_floating_point() and cast.is_floating_point():
+        fits = bool((_finite(cast) | ~_finite(original)).all())
     else:
-        fits = torch.equal(cast.to(own.dtype), own)
+        fits = torch.equal(cast.to(original.dtype), original)
     if not fits:
-        raise CastError(f"the model's initial value ({own.dtype}) does not fit {dtype_code}", key=key)
+        raise CastError(f"the model's initial value ({original.dtype}) does not fit {dtype_code}", key=key)
     return cast
 
 
 def _filled(chosen: str, key: str, shape: tuple[int, ...], dtype_code: str, seed: int, own: Mapping[str, Fill]) -> torch.Tensor:
-    """What a person's own scheme gives. Its tensor has the dtype that is wanted, float32 for narrower floats."""
+    """The value that a user-defined scheme gives. It fills a tensor of the given dtype, float32 for narrower floats."""
     name, arguments = parse_scheme(chosen)
     if name not in own:
         raise RuleError(f"{name} is a function of your own, and it has not been imported here", key=key)
@@ -243,13 +243,13 @@ def _filled(chosen: str, key: str, shape: tuple[int, ...], dtype_code: str, seed
     tensor = torch.zeros(shape, dtype=torch.float32 if row.kind == "float" and row.size < 4 else getattr(torch, row.torch), device="cpu")
     if not tensor.numel():
         return tensor
-    number = seed_of(seed, key)
-    with forked(number):  # for what it draws without the generator
-        given = own[name](tensor, torch.Generator("cpu").manual_seed(number), **arguments)
-    found = checked_tensor(tensor if given is None else given, chosen)
-    if found.shape != tensor.shape:
-        raise TargetError(f"gives the shape {tuple(found.shape)}, not {tuple(shape)}", path=chosen, key=key)
-    return found
+    key_seed = seed_of(seed, key)
+    with forked(key_seed):  # the function may draw without the generator
+        returned = own[name](tensor, torch.Generator("cpu").manual_seed(key_seed), **arguments)
+    filled = checked_tensor(tensor if returned is None else returned, chosen)
+    if filled.shape != tensor.shape:
+        raise TargetError(f"gives the shape {tuple(filled.shape)}, not {tuple(shape)}", path=chosen, key=key)
+    return filled
 
 
 def _cast(tensor: torch.Tensor, chosen: str, key: str, dtype_code: str) -> torch.Tensor:

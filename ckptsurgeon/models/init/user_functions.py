@@ -1,7 +1,7 @@
-"""A person's own initialisation schemes and adapters: functions of their modules, found, imported and called.
+"""User-defined initialisation schemes and adapters: functions of the user's modules, imported and called.
 
-Importing says what it imports through `note`, each module once, and happens only here; whatever the functions raise or print is
-`user_code`'s affair. What comes back from them is checked before anyone uses it.
+Only this module imports them; `note` gets one line for each module. `user_code` handles what the functions raise or print. Their results
+are checked before they are used.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OwnAdapter:
-    """A person's own adapter.
+    """A user-defined adapter. Both functions raise TargetError where the user's function fails or returns something else.
 
     Attributes:
-        shape: `shape(shapes, **arguments)`, the shape that comes out, of whole numbers from 0 up.
-        kernel: `kernel(tensors, **arguments)`, the tensor that comes out, dense; what it draws at random is the same every time.
-        Both raise TargetError where the person's function fails or gives something else.
+        shape: `shape(shapes, **arguments)` returns the output's shape, of whole numbers from 0 up.
+        kernel: `kernel(tensors, **arguments)` returns the output, a dense tensor; random numbers in it are the same every time.
     """
 
     shape: Callable[..., Shape]
@@ -39,24 +38,24 @@ class OwnAdapter:
 
 
 def load(text: str, note: Note) -> Fill:
-    """The function that a spec names, imported; calling it runs the person's code guarded, with its folder first on sys.path.
+    """Import the function that a spec names, and return it wrapped: a call runs through `user_code`, with its folder first on sys.path.
 
     Args:
-        text: `module:function` or `path/to/file.py:function`; arguments in parentheses are not looked at.
+        text: `module:function` or `path/to/file.py:function`; arguments in parentheses are ignored.
         note: takes one line that says what is imported.
 
     Raises:
-        TargetError: no such file, module or function (with close names), a module that fails on import, or nothing that can be called.
+        TargetError: no such file, module or function (with close names), a module that fails on import, or a value that is not callable.
 
     >>> load("operator:neg", lambda line: None)(3)
     -3
     """
-    spec, found = _resolved(text, note)
-    return _guarded(spec, found)
+    spec, function = _resolved(text, note)
+    return _guarded(spec, function)
 
 
 def own_schemes(texts: Iterable[str], note: Note) -> dict[str, Fill]:
-    """The functions of all schemes among `texts` that are a person's own, by name; each is imported once, the others are left alone.
+    """The functions of the user-defined schemes among `texts`, by name. Each is imported once.
 
     Raises:
         RuleError: a malformed scheme.
@@ -65,24 +64,24 @@ def own_schemes(texts: Iterable[str], note: Note) -> dict[str, Fill]:
     >>> own_schemes(["zeros", "normal(std=2)"], print)
     {}
     """
-    found: dict[str, tuple[Spec, Callable[..., Any]]] = {}
-    said = once(note)
+    functions: dict[str, tuple[Spec, Callable[..., Any]]] = {}
+    note_once = once(note)
     for text in dict.fromkeys(texts):
         name, arguments = parse_scheme(text)
         if is_own(name):
-            if name not in found:
-                found[name] = _resolved(name, said)
-            _check_takes(text, found[name][1], 2, arguments)
-    return {name: _guarded(*both) for name, both in found.items()}
+            if name not in functions:
+                functions[name] = _resolved(name, note_once)
+            _check_takes(text, functions[name][1], 2, arguments)
+    return {name: _guarded(*resolved) for name, resolved in functions.items()}
 
 
-def in_hand(functions: Iterable[Callable[..., Any]]) -> dict[str, Fill]:
-    """Functions that a person has in hand, as schemes: guarded, each by a name that a scheme's text can be.
+def function_schemes(functions: Iterable[Callable[..., Any]]) -> dict[str, Fill]:
+    """Function objects as schemes: each wrapped by `user_code`, under a made-up name that can stand as a scheme's text.
 
     Raises:
         TargetError: a function that does not take `(tensor, generator)`.
 
-    >>> [name for name in in_hand([lambda tensor, generator: tensor.zero_()])]
+    >>> [name for name in function_schemes([lambda tensor, generator: tensor.zero_()])]
     ['given:scheme0']
     """
 
@@ -90,61 +89,64 @@ def in_hand(functions: Iterable[Callable[..., Any]]) -> dict[str, Fill]:
         _check_takes(name, function, 2, {})
         return lambda *args: user_code.call(name, function, *args)
 
-    return {name: guarded(name, function) for name, function in ((f"given:scheme{number}", one) for number, one in enumerate(functions))}
+    return {
+        name: guarded(name, function)
+        for name, function in ((f"given:scheme{number}", function) for number, function in enumerate(functions))
+    }
 
 
 def load_adapter(text: str, note: Note) -> OwnAdapter:
-    """A person's own adapter, imported: a function marked with `ckptsurgeon.adapter(shape=...)`.
+    """Import a user-defined adapter: a function marked with `ckptsurgeon.adapter(shape=...)`.
 
     Raises:
-        TargetError: as `load`; or the function tells no shape.
+        TargetError: as `load`; or the function has no `shape`.
     """
-    spec, found = _resolved(text, note)
-    shape = getattr(found, "shape", None)
+    spec, kernel = _resolved(text, note)
+    shape = getattr(kernel, "shape", None)
     if not callable(shape):
         raise TargetError(
             "does not say which shape it gives",
             path=spec.text,
             hint="mark it: @ckptsurgeon.adapter(shape=lambda shapes, **arguments: shapes[0])",
         )
-    told, made = _guarded(spec, shape), _guarded(spec, found)
+    guarded_shape, guarded_kernel = _guarded(spec, shape), _guarded(spec, kernel)
 
     def checked_shape(shapes: Sequence[Shape], /, **arguments: Any) -> Shape:
-        given = told(tuple(map(tuple, shapes)), **arguments)
-        if not isinstance(given, (tuple, list)) or not all(type(size) is int and size >= 0 for size in given):
-            raise TargetError(f"its shape function gives {given!r:.60}, not a tuple of whole numbers", path=spec.text)
-        return tuple(given)
+        result = guarded_shape(tuple(map(tuple, shapes)), **arguments)
+        if not isinstance(result, (tuple, list)) or not all(type(size) is int and size >= 0 for size in result):
+            raise TargetError(f"its shape function gives {result!r:.60}, not a tuple of whole numbers", path=spec.text)
+        return tuple(result)
 
     def checked_kernel(tensors: Sequence[torch.Tensor], /, **arguments: Any) -> torch.Tensor:
         with build.forked(0):
-            given = made(list(tensors), **arguments)
-        if isinstance(given, (tuple, list)) and len(given) == 1:
-            given = given[0]
-        return checked_tensor(given, spec.text)
+            result = guarded_kernel(list(tensors), **arguments)
+        if isinstance(result, (tuple, list)) and len(result) == 1:
+            result = result[0]
+        return checked_tensor(result, spec.text)
 
     return OwnAdapter(checked_shape, checked_kernel)
 
 
-def checked_tensor(given: object, path: str) -> torch.Tensor:
-    """What a person's function gave, as a dense tensor on the CPU. TargetError, with `path`, for anything else."""
-    if not isinstance(given, torch.Tensor):
-        raise TargetError(f"gives a {type(given).__name__}, not a tensor", path=path)
-    if given.is_meta or given.layout != torch.strided or given.is_quantized:
-        kind = "on the meta device, without values" if given.is_meta else "not dense"
+def checked_tensor(value: object, path: str) -> torch.Tensor:
+    """The result of a user's function as a dense tensor on the CPU. TargetError, with `path`, for anything else."""
+    if not isinstance(value, torch.Tensor):
+        raise TargetError(f"gives a {type(value).__name__}, not a tensor", path=path)
+    if value.is_meta or value.layout != torch.strided or value.is_quantized:
+        kind = "on the meta device, without values" if value.is_meta else "not dense"
         raise TargetError(f"gives a tensor that is {kind}", path=path)
-    return given.detach().to("cpu")
+    return value.detach().to("cpu")
 
 
 def once(note: Note) -> Note:
-    """A note that says each line only once."""
-    said: set[str] = set()
+    """`note` without repetitions: each line is passed on only once."""
+    noted: set[str] = set()
 
-    def say(line: str) -> None:
-        if line not in said:
-            said.add(line)
+    def note_line(line: str) -> None:
+        if line not in noted:
+            noted.add(line)
             note(line)
 
-    return say
+    return note_line
 
 
 def _resolved(text: str, note: Note) -> tuple[Spec, Callable[..., Any]]:
@@ -156,7 +158,7 @@ def _resolved(text: str, note: Note) -> tuple[Spec, Callable[..., Any]]:
 
 
 def _close_functions(spec: Spec) -> str | None:
-    """A hint with the functions of the module that has just been imported."""
+    """A hint with the functions of the spec's module, which is imported already."""
     with imports.search(spec):
         module = vars(imports.load(spec, lambda _line: None))
     names = [name for name, value in module.items() if inspect.isfunction(value) and not name.startswith("_")]
@@ -172,13 +174,13 @@ def _guarded(spec: Spec, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _check_takes(text: str, function: Callable[..., Any], given: int, arguments: dict[str, Any]) -> None:
+def _check_takes(text: str, function: Callable[..., Any], positional: int, arguments: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return
     try:
-        signature.bind(*[None] * given, **arguments)
+        signature.bind(*[None] * positional, **arguments)
     except TypeError as error:
         name = text.partition("(")[0].rpartition(":")[2]
         raise TargetError(

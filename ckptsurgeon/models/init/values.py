@@ -1,7 +1,7 @@
-"""A model's values as bytes, and the provider through which initial values reach those who write files.
+"""A model's values as bytes, and the provider of initial values for writers of files.
 
-Bytes are dense and row-major, in the machine's order, which is the files' order. Nothing here writes into a model, and a buffer
-that is handed out keeps its tensor alive and can't be written to.
+Bytes are dense and row-major, in the machine's byte order, which is the files' order. Nothing here writes into a model; a returned
+buffer is read-only and keeps its tensor alive.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckptsurgeon.tensors import TensorMeta
 def tensor_bytes(t: torch.Tensor) -> memoryview:
     """The tensor's elements as a read-only memoryview of `numel * element_size` bytes, dense and row-major.
 
-    A dense CPU tensor is not copied: the view shows its memory, and keeps it alive. Any other is copied to such a one first.
+    A dense CPU tensor is not copied: the view shows its memory, and keeps it alive. Any other tensor is copied to a dense CPU one first.
 
     Raises:
         ModelError: the tensor is on the meta device and has no values.
@@ -48,17 +48,16 @@ def make_provider(
     """A function from a target's key to its initial value: dense bytes in the dtype of `shapes[key]`.
 
     Args:
-        model: a built model for the scheme `model` and for `per_layer_type`, one on meta where only `reset` needs it, or None where none
-            is known.
-        inits: scheme by key; a key that is not in it gets `model`, the target's own constructor's value.
+        model: a built model for the schemes `model` and `per_layer_type`; a model on meta is enough for `reset`; None where there is none.
+        inits: scheme by key; a key that is not in it gets `model`, the value of the target's constructor.
         shapes: the target's tensors by key.
-        seed: with the key's name, seeds the named schemes.
-        own: the functions of a person's own schemes by name, loaded beforehand (`user_functions.own_schemes`); none is imported here.
+        seed: together with the key, seeds the named schemes.
+        own: the loaded functions of user-defined schemes by name (`user_functions.own_schemes`); none is imported here.
 
     The function raises:
-        ModelError: no model is known, it has no such key, another shape there, or no values (it is on meta).
+        ModelError: there is no model, or it does not have the key, has another shape there, or no values (it is on meta).
         RuleError: a scheme is malformed, does not suit the tensor, or is `from(KEY)`, whose value another step of the plan has.
-        TargetError: a person's own scheme, or a layer's `reset_parameters`, fails.
+        TargetError: a user-defined scheme, or a layer's `reset_parameters`, fails.
         CastError: a value does not fit the dtype.
     """
 
@@ -79,6 +78,6 @@ def make_provider(
 
 
 def extra_state(model: nn.Module) -> dict[str, object]:
-    """The values of the model's state_dict that are not tensors (`_extra_state`), by key, as the model gives them."""
+    """The values of the model's state_dict that are not tensors (`_extra_state`), by key."""
     state_dict = state_dict_of(model, type(model).__name__)
     return {key: value for key, value in state_dict.items() if not isinstance(value, torch.Tensor)}

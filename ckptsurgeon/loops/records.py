@@ -1,4 +1,4 @@
-"""What a loop's log is told of a transfer: plain numbers, and the record that a checkpoint keeps of it."""
+"""A transfer as a training loop keeps it: metrics for the log, and the record in the loop's checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BY = ("epoch", "step")
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a resumed run knows of its transfer: which keys it took, and which it did not."""
+    """The record of a transfer in a resumed run: which keys got a source's values, which are fresh, and which are partly transferred."""
 
     transferred: tuple[str, ...]
     fresh: tuple[str, ...]
@@ -21,7 +21,7 @@ class Recorded:
 
 
 def numbers(report: Report) -> dict[str, float]:
-    """A report as metrics: coverage as shares from 0 to 1, the rest counts.
+    """Return a report as metrics: coverage as shares from 0 to 1, everything else as counts.
 
     >>> from ckptsurgeon.report import Coverage
     >>> numbers(Report(("a.pt",), "Net", ("w",), (), ("b",), (), Coverage(0.5, 0.9, (1, 2))))["transfer/fresh"]
@@ -36,12 +36,12 @@ def numbers(report: Report) -> dict[str, float]:
 
 
 def record(report: Report | Recorded) -> dict[str, list[str]]:
-    """A report as a checkpoint keeps it."""
+    """Return the part of a report that a checkpoint keeps."""
     return {name: list(getattr(report, name)) for name in ("transferred", "fresh", "partial")}
 
 
 def recorded(state: Mapping[str, Any]) -> Recorded:
-    """`record` read back.
+    """Read back what `record` returned.
 
     >>> recorded({"transferred": ["w"], "fresh": ["b"], "partial": []}).fresh
     ('b',)
