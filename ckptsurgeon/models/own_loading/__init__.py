@@ -1,1 +1,1 @@
-"""A module's own way to load (versions, hooks, `_load_from_state_dict`): tried out, run by torch, undone where it fails."""
+"""Modules with loading code of their own (versions, hooks, `_load_from_state_dict`): it is probed, run by torch, and undone on failure."""

@@ -1,7 +1,7 @@
-"""Values put into a model by torch's `load_state_dict`, so that its modules' own loading code runs: all of them, or none.
+"""Loads values into a model by torch's `load_state_dict`, so that its modules' own loading code runs; on failure the model is unchanged.
 
-Only the keys that such code can reach go in this way, as values that the code may change. Every other key is given the model's own tensor,
-which changes nothing, so that no second copy of it is needed.
+Only the keys that such code can reach are loaded this way, as values that the code may change. For every other key the model's own tensor
+is passed: that changes nothing and needs no second copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptsurgeon.errors import CheckpointError, TargetError
 from ckptsurgeon.loading import Loader
-from ckptsurgeon.models.own_loading.snapshot import Undo, remembered
+from ckptsurgeon.models.own_loading.snapshot import Undo, take_snapshot
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import place, state_dict_of
@@ -46,90 +46,90 @@ def load(
 
     Args:
         state: the model's state_dict.
-        extra: values of keys that are no tensors.
+        extra: values that are not tensors, by key.
         loaders: the modules with loading code of their own.
-        versions: what was recorded for these modules when the values were saved.
+        versions: the metadata recorded for these modules when the values were saved.
         others: keys that get a value later; here they get the model's own.
-        computed: keys to which the model's code has to give a value, which it computes from others.
+        computed: keys whose value the model's code must compute from other keys.
 
     Raises:
-        TargetError: the model's code fails, refuses the values, or gives the model other tensors. The model is as it was before.
+        TargetError: the model's code fails, refuses the values, or gives the model other tensors. The model is unchanged.
     """
     name = type(model).__name__
-    given: OrderedDict[str, Any] = OrderedDict()
-    for key, own in state.items():
+    inputs: OrderedDict[str, Any] = OrderedDict()
+    for key, model_value in state.items():
         if key in values or key in extra:
-            given[key] = values[key] if key in values else extra[key]
+            inputs[key] = values[key] if key in values else extra[key]
         elif key in others:
-            given[key] = own
-    given.update({key: value for key, value in values.items() if key not in state})
-    metadata = {path: local for path, local in getattr(state, "_metadata", {}).items() if path not in loaders}
-    given._metadata = copy.deepcopy({**metadata, **versions})  # type: ignore[attr-defined]
-    back = _remember(model, state, values, loaders)
+            inputs[key] = model_value
+    inputs.update({key: value for key, value in values.items() if key not in state})
+    metadata = {path: module_metadata for path, module_metadata in getattr(state, "_metadata", {}).items() if path not in loaders}
+    inputs._metadata = copy.deepcopy({**metadata, **versions})  # type: ignore[attr-defined]
+    restore = _snapshot(model, state, values, loaders)
     try:
-        result = user_code.call(name, model.load_state_dict, given, strict=False)
+        result = user_code.call(name, model.load_state_dict, inputs, strict=False)
         missing = set(getattr(result, "missing_keys", None) or ())
-        has = {place(state[key]) for key in computed if key not in missing}  # a tied key has its value by another name
-        _check_given([key for key in state if key in computed and key in missing and place(state[key]) not in has], name)
-        _check_taken([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)
+        filled = {place(state[key]) for key in computed if key not in missing}  # a tied key gets its value through another name
+        _check_computed([key for key in state if key in computed and key in missing and place(state[key]) not in filled], name)
+        _check_not_lost([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)
         _check_same_tensors(state, state_dict_of(model, name), name)
     except BaseException as error:
         with undisturbed():
-            back()
-            _set_back(model, state, extra, name)
+            restore()
+            _restore_extra_state(model, state, extra, name)
         if isinstance(error, CheckpointError):
             error.reason += f"; {OUTSIDE}"
         raise
 
     def undo() -> None:
-        back()
-        _set_back(model, state, extra, name)
+        restore()
+        _restore_extra_state(model, state, extra, name)
 
     return undo
 
 
-def _remember(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, torch.Tensor], loaders: Mapping[str, Loader]) -> Undo:
-    """Everything that loading may change: modules with code of their own and all below, and whatever shares memory with what is loaded."""
-    own = {path: module for path, module in model.named_modules(remove_duplicate=False) if path in loaders and loaders[path].changes}
-    modules = [one for module in own.values() for one in module.modules()]
+def _snapshot(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, torch.Tensor], loaders: Mapping[str, Loader]) -> Undo:
+    """Snapshot everything that loading may change: modules with loading code and all below, and tensors that share memory with `values`."""
+    custom = {path: module for path, module in model.named_modules(remove_duplicate=False) if path in loaders and loaders[path].changes}
+    modules = [below for module in custom.values() for below in module.modules()]
     memory = {storage_of(state[key]) for key in values if isinstance(state.get(key), torch.Tensor)}
-    everything = tensors_of(model)
-    if not memory <= {storage_of(tensor) for tensor in everything}:  # the state_dict's tensors are not the model's own
-        return remembered([*model.modules()], everything)
-    tensors = [one for module in own.values() for one in tensors_of(module)]
-    return remembered(modules, [*tensors, *(tensor for tensor in everything if storage_of(tensor) in memory)])
+    all_tensors = tensors_of(model)
+    if not memory <= {storage_of(tensor) for tensor in all_tensors}:  # the state_dict's tensors are not the model's own
+        return take_snapshot([*model.modules()], all_tensors)
+    tensors = [below for module in custom.values() for below in tensors_of(module)]
+    return take_snapshot(modules, [*tensors, *(tensor for tensor in all_tensors if storage_of(tensor) in memory)])
 
 
-def _set_back(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
-    """Give the modules their own extra state again."""
+def _restore_extra_state(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
+    """Set the modules' extra state back to what `state` has."""
     for key in extra:
         module = _module_at(model, key)
         try:
             if module is not None:
                 user_code.call(name, module.set_extra_state, state[key])
         except TargetError:
-            continue  # what it refuses from itself it has not taken from elsewhere
+            continue  # a module that refuses its own extra state has not taken another one
 
 
 def _module_at(model: nn.Module, key: str) -> nn.Module | None:
     path = key.rpartition(".")[0]
-    return next((module for place, module in model.named_modules(remove_duplicate=False) if place == path), None)
+    return next((module for module_path, module in model.named_modules(remove_duplicate=False) if module_path == path), None)
 
 
-def _check_given(missing: list[str], name: str) -> None:
+def _check_computed(missing: list[str], name: str) -> None:
     if missing:
         raise TargetError(
-            "the model's loading code was to compute a value, and gave none: what it does hangs on values, not on names alone",
+            "the model's loading code should have computed a value, and gave none: it depends on values, not on names alone",
             path=name,
             key=missing[0],
             hint="load the file by torch once, save model.state_dict(), and take that file",
         )
 
 
-def _check_taken(lost: list[str], name: str) -> None:
+def _check_not_lost(lost: list[str], name: str) -> None:
     if lost:
         raise TargetError(
-            f"its load_state_dict does not take {len(lost)} of the keys that its own state_dict has, so that their values would be lost",
+            f"its load_state_dict does not take {len(lost)} of its own state_dict's keys, so their values would be lost",
             path=name,
             key=lost[0],
             hint="the hook that renames them needs one that renames them back: register_load_state_dict_pre_hook",
@@ -144,7 +144,7 @@ def _check_same_tensors(before: Mapping[str, Any], after: Mapping[str, Any], nam
     changed = next((key for key in (*old, *new) if old.get(key) != new.get(key)), None)
     if changed is not None:
         raise TargetError(
-            "the model's loading code gives it other tensors than it had, which the plan can't know of",
+            "the model's loading code replaces tensors by others of another shape or dtype, which the plan can't take into account",
             path=name,
             key=changed,
             hint="load the file by torch once, save model.state_dict(), and take that file",

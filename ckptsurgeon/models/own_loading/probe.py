@@ -1,7 +1,7 @@
-"""What a model's own loading code does with names that the model has not: found out by loading tensors that carry their names.
+"""Finds what a model's own loading code does with names that the model does not have, by loading stand-in tensors that carry their names.
 
-Each is a stand-in without memory of its own. Where it is copied into the model, nothing is written: which key would have taken it is noted.
-What computes with it gives a stand-in that carries the names of all that went in. Hooks after loading are not run. The model is put back.
+A stand-in has no memory of its own. A copy of one into the model writes nothing: the key that would have received it is recorded.
+A computation on stand-ins gives one that carries the names of all inputs. Hooks after loading are not run. The model is restored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.loading import Loader
-from ckptsurgeon.models.own_loading.snapshot import remembered
+from ckptsurgeon.models.own_loading.snapshot import take_snapshot
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import tensors_of
 from ckptsurgeon.models.target.skeleton import place, state_dict_of
@@ -28,15 +28,15 @@ from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
-# Operations that leave a tensor's values as they are, where its dtype and shape stay as well.
+# Operations that keep a tensor's values, as long as its dtype and shape stay the same.
 _SAME = ("detach", "clone", "contiguous", "cpu", "to", "type_as", "requires_grad_", "data")
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__setitem__")
 
 
 @dataclass(frozen=True)
-class _Put:
-    """What loading would put into a tensor of the model, of this `shape`: a value made of the tensors of these `names`, in `dtype`;
-    `whole` where it is one of these tensors as it is."""
+class _Loaded:
+    """The value that loading would put into a tensor of the model with this `shape`: made of the tensors `names`, in `dtype`;
+    `whole` where it is one of these tensors unchanged."""
 
     names: frozenset[str] = frozenset()
     whole: bool = False
@@ -45,48 +45,48 @@ class _Put:
 
 
 @dataclass
-class _Seen:
-    """What was copied, by the memory of the model's tensor, and, where nothing was copied, what stood in the state_dict at a key."""
+class _Record:
+    """What a probe recorded: `copies` by the memory they were copied to, and the loaded dict's `entries` by the model's keys."""
 
-    copies: dict[Any, _Put] = field(default_factory=dict)
-    stood: dict[str, _Put] = field(default_factory=dict)
+    copies: dict[Any, _Loaded] = field(default_factory=dict)
+    entries: dict[str, _Loaded] = field(default_factory=dict)
 
 
 class _Named(torch.Tensor):
-    """A tensor that carries the names of what it was made of."""
+    """A tensor that carries the names of the tensors it was made of."""
 
     names: frozenset[str]
     whole: bool
-    seen: _Seen
+    seen: _Record
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         name = getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-        inputs = [one for one in _flat((args, kwargs or {})) if isinstance(one, _Named)]
-        names = frozenset().union(*(one.names for one in inputs))
+        inputs = [value for value in _flat((args, kwargs or {})) if isinstance(value, _Named)]
+        names = frozenset().union(*(value.names for value in inputs))
         if name == "copy_" and not isinstance(args[0], _Named):
-            inputs[0].seen.copies[_start(args[0])] = _Put(names, inputs[0].whole, _dtype(inputs[0]), tuple(args[0].shape))
+            inputs[0].seen.copies[_start(args[0])] = _Loaded(names, inputs[0].whole, _dtype(inputs[0]), tuple(args[0].shape))
             return args[0]
         if name in _IN_PLACE or (name.endswith("_") and not name.startswith("__") and name not in _SAME):
             if isinstance(args[0], _Named):
                 args[0].names, args[0].whole = names, False
             return args[0]
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            made = func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
         first = inputs[0]
 
-        def wrapped(one: Any) -> Any:
-            if isinstance(one, torch.Tensor):
-                whole = len(names) == 1 and first.whole and name in _SAME and (one.shape, one.dtype) == (_shape(first), _dtype(first))
-                return _named(one, names, whole, first.seen)
-            return type(one)(map(wrapped, one)) if type(one) in (tuple, list) else one
+        def wrapped(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                whole = len(names) == 1 and first.whole and name in _SAME and (value.shape, value.dtype) == (_shape(first), _dtype(first))
+                return _named(value, names, whole, first.seen)
+            return type(value)(map(wrapped, value)) if type(value) in (tuple, list) else value
 
-        return wrapped(made)
+        return wrapped(result)
 
 
 def _start(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor's memory begins: the code may give it another shape."""
+    """Where a tensor's memory begins, without its shape, which loading code may change."""
     return place(tensor)[:2]
 
 
@@ -106,50 +106,50 @@ def _flat(value: Any) -> list[Any]:
     return [item for part in value.values() for item in _flat(part)] if isinstance(value, dict) else [value]
 
 
-def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, seen: _Seen) -> _Named:
+def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, seen: _Record) -> _Named:
     with torch._C.DisableTorchFunctionSubclass():
-        made = tensor.as_subclass(_Named)
-    made.names, made.whole, made.seen = names, whole, seen
-    return made
+        stand_in = tensor.as_subclass(_Named)
+    stand_in.names, stand_in.whole, stand_in.seen = names, whole, seen
+    return stand_in
 
 
 def probe(model: nn.Module, loaders: Mapping[str, Loader], given: Mapping[str, TensorMeta], versions: Mapping[str, Any]) -> Taken:
-    """What the model's code does with a source's names that the model has not, or has with another shape.
+    """What the model's code does with names of a source that the model does not have, or has with another shape.
 
     Args:
         loaders: the model's modules with loading code of their own.
         given: the source's tensors by name.
-        versions: what the source recorded, by the path of the model's module.
+        versions: the metadata that the source recorded, by the path of the model's module.
     """
     path = type(model).__name__
     state = state_dict_of(model, path)
-    strange = {name for name, meta in given.items() if name not in state or tuple(state[name].shape) != meta.shape}
-    seen = _Seen()
+    unknown = {name for name, meta in given.items() if name not in state or tuple(state[name].shape) != meta.shape}
+    seen = _Record()
     on_meta = any(tensor.is_meta for tensor in tensors_of(model))
     loaded: OrderedDict[str, Any] = OrderedDict((name, _stand_in(name, meta, on_meta, seen)) for name, meta in given.items())
     metadata = {place: dict(local) for place, local in {**getattr(state, "_metadata", {}), **versions}.items() if place in versions}
     loaded._metadata = metadata  # type: ignore[attr-defined]
     failed: dict[str, str] = {}
     unexpected: list[str] = []
-    back = remembered(model.modules() if "" in loaders else [one for each in _own(model, loaders) for one in each.modules()])
+    restore = take_snapshot(model.modules() if "" in loaders else [child for module in _own(model, loaders) for child in module.modules()])
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # that copying to meta does nothing
+            warnings.simplefilter("ignore")  # torch warns that copying to meta does nothing
             if type(model).load_state_dict is nn.Module.load_state_dict and "load_state_dict" not in vars(model):
                 _load(model, loaded, "", metadata, unexpected, failed, seen)
             else:
-                unexpected += strange
-                _guarded(failed, "", lambda: model.load_state_dict(loaded, strict=False))
+                unexpected += unknown
+                _runs(failed, "", lambda: model.load_state_dict(loaded, strict=False))
             for key, value in state_dict_of(model, path).items():
                 if isinstance(value, _Named) and key in state:
-                    seen.copies[_start(state[key])] = _Put(value.names, value.whole, _dtype(value), tuple(_shape(value)))
+                    seen.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
     finally:
-        back()
-    return _told(state, loaders, strange, given, seen, unexpected, failed)
+        restore()
+    return _summary(state, loaders, unknown, given, seen, unexpected, failed)
 
 
 def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Checkpoint) -> Taken:
-    """What loading code does with a file's own names, as torch's load of that file would have it do; the model is made only where it runs.
+    """What loading code would do with a file's names when torch loads that file. The model is built only where such code would run.
 
     Args:
         target: the model's state_dict and its modules with loading code.
@@ -164,7 +164,7 @@ def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:
     return [module for module_path, module in model.named_modules(remove_duplicate=False) if module_path in loaders]
 
 
-def _stand_in(name: str, meta: TensorMeta, on_meta: bool, seen: _Seen) -> _Named:
+def _stand_in(name: str, meta: TensorMeta, on_meta: bool, seen: _Record) -> _Named:
     kind = getattr(torch, BY_CODE[meta.dtype].torch)
     value = torch.empty(meta.shape, dtype=kind, device="meta") if on_meta else torch.zeros((), dtype=kind).expand(meta.shape)
     return _named(value, frozenset([name]), True, seen)
@@ -177,23 +177,23 @@ def _load(
     metadata: Mapping[str, Any],
     unexpected: list[str],
     failed: dict[str, str],
-    seen: _Seen,
+    seen: _Record,
 ) -> None:
-    """torch's own loading, without hooks after it; a module whose code fails is left out with all below."""
+    """Load as torch does, without hooks after loading. A module whose code fails is skipped with all below it."""
     local = dict(metadata.get(prefix[:-1], {}))
-    if not _guarded(failed, prefix[:-1], lambda: module._load_from_state_dict(state, prefix, local, True, [], unexpected, [])):
+    if not _runs(failed, prefix[:-1], lambda: module._load_from_state_dict(state, prefix, local, True, [], unexpected, [])):
         return
     for name in (*module._parameters, *module._buffers):
         value = state.get(prefix + name)
         if isinstance(value, _Named):
-            seen.stood[unwrap(prefix + name, HIDDEN)] = _Put(value.names, value.whole, _dtype(value))
+            seen.entries[unwrap(prefix + name, HIDDEN)] = _Loaded(value.names, value.whole, _dtype(value))
     for name, child in module._modules.items():
         if child is not None:
             below = f"{prefix}{name}."
             _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, unexpected, failed, seen)
 
 
-def _guarded(failed: dict[str, str], path: str, function: Callable[[], object]) -> bool:
+def _runs(failed: dict[str, str], path: str, function: Callable[[], object]) -> bool:
     try:
         user_code.call(path, function)
     except TargetError as error:
@@ -202,16 +202,16 @@ def _guarded(failed: dict[str, str], path: str, function: Callable[[], object]) 
     return True
 
 
-def _told(
+def _summary(
     state: Mapping[str, Any],
     loaders: Mapping[str, Loader],
-    strange: set[str],
+    unknown: set[str],
     given: Mapping[str, TensorMeta],
-    seen: _Seen,
+    seen: _Record,
     unexpected: list[str],
     failed: Mapping[str, str],
 ) -> Taken:
-    def who(name: str) -> str | None:
+    def class_of(name: str) -> str | None:
         path = max((path for path in loaders if is_below(name, path)), key=len, default=None)
         return None if path is None else loaders[path].name
 
@@ -225,40 +225,40 @@ def _told(
         if not isinstance(value, torch.Tensor):
             continue
         copied = seen.copies.get(_start(value))
-        put = copied or seen.stood.get(key, _Put())
-        if not put.names & strange or (copied is None and put.names == {key}):
+        put = copied or seen.entries.get(key, _Loaded())
+        if not put.names & unknown or (copied is None and put.names == {key}):
             continue
         (name, *more) = sorted(put.names)
-        by = who(key) or who(name) or "model"
+        class_name = class_of(key) or class_of(name) or "model"
         used |= put.names
         if put.whole and not more and free(name, key) and (copied is None or given[name].shape == tuple(value.shape)):
-            renamed[name] = (key, by)
+            renamed[name] = (key, class_name)
         elif not put.whole or put.names != {key} or given[key].shape != tuple(value.shape):
             dtype = BY_TORCH[str(put.dtype).removeprefix("torch.")].code
-            made[key] = Made(tuple(sorted(put.names)), by, dtype, put.shape == tuple(value.shape))
-    gone = {name: who(name) for name in sorted(strange - used - set(unexpected) - state.keys())}
-    tried = {name: by for name, by in gone.items() if not any(is_below(name, path) for path in failed)}
-    dropped = {name: by for name, by in tried.items() if by is not None}
+            made[key] = Made(tuple(sorted(put.names)), class_name, dtype, put.shape == tuple(value.shape))
+    ignored = {name: class_of(name) for name in sorted(unknown - used - set(unexpected) - state.keys())}
+    reached = {name: class_name for name, class_name in ignored.items() if not any(is_below(name, path) for path in failed)}
+    dropped = {name: class_name for name, class_name in reached.items() if class_name is not None}
     heads = _heads(loaders, made)
-    for name, (key, by) in list(renamed.items()):
+    for name, (key, class_name) in list(renamed.items()):
         if _head(name, heads) is not None or _head(key, heads) is not None:
-            made[key] = Made((name,), by, given[name].dtype, given[name].shape == tuple(state[key].shape))
+            made[key] = Made((name,), class_name, given[name].dtype, given[name].shape == tuple(state[key].shape))
             del renamed[name]
-    needed = {*made, *(name for one in made.values() for name in one.names)}
+    needed = {*made, *(name for value in made.values() for name in value.names)}
     handed = {
         name: head
         for name in given
-        if (name in strange or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
+        if (name in unknown or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
     }
     return Taken(renamed, dropped, made, handed, failed)
 
 
 def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
-    """The outermost modules whose code may compute one of these values: what lies below them is not told apart."""
-    names = {name for key, one in made.items() for name in (key, *one.names)}
+    """The outermost modules whose code may compute one of these values; each is treated as a whole, with all below it."""
+    names = {name for key, value in made.items() for name in (key, *value.names)}
     paths = dict.fromkeys(unwrap(path, HIDDEN) for path in loaders)
-    found = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
-    return [path for path in found if not any(path != other and (not other or path.startswith(f"{other}.")) for other in found)]
+    matching = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
+    return [path for path in matching if not any(path != outer and (not outer or path.startswith(f"{outer}.")) for outer in matching)]
 
 
 def _head(name: str, heads: list[str]) -> str | None:

@@ -1,6 +1,6 @@
-"""What modules hold, kept so that code which changes them can be undone: tensors' values, attributes, and what lists and dicts contain.
+"""A snapshot of modules that undoes later changes to them: tensors' values, attributes, and the contents of lists and dicts.
 
-Objects of other classes are kept by reference: what happens inside them, or outside the modules, can't be undone.
+Objects of other classes are kept by reference: changes inside them, or outside the modules, can't be undone.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ Undo = Callable[[], None]
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
 
 
-def remembered(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor] = ()) -> Undo:
-    """A function that puts the modules' attributes and the tensors' values back as they are now.
+def take_snapshot(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor] = ()) -> Undo:
+    """Return a function that restores the modules' attributes and the tensors' values to what they are now.
 
     >>> layer = nn.BatchNorm1d(2)
-    >>> back = remembered([layer])
+    >>> restore = take_snapshot([layer])
     >>> layer.eps, layer.weight = 3, nn.Parameter(torch.zeros(5))
-    >>> back()
+    >>> restore()
     >>> layer.eps, layer.weight.tolist()
     (1e-05, [1.0, 1.0])
     """
     undo: list[Undo] = []
-    seen: dict[int, Any] = {}  # what is kept, by id; it stays alive, so that no id is used again
+    seen: dict[int, Any] = {}  # objects of the snapshot by id; they stay alive, so that no id is used again
     for module in modules:
         _keep(vars(module), undo, seen)
     for tensor in tensors:
         _keep(tensor, undo, seen)
 
-    def back() -> None:
-        for step in undo:
-            step()
+    def restore() -> None:
+        for undo_step in undo:
+            undo_step()
 
-    return back
+    return restore
 
 
 def _keep(value: Any, undo: list[Undo], seen: dict[int, Any]) -> None:
@@ -50,11 +50,11 @@ def _keep(value: Any, undo: list[Undo], seen: dict[int, Any]) -> None:
     elif type(value) in _CONTAINERS:
         content = type(value)(value)
         undo.append(lambda: _refill(value, content))
-        for one in list(content.values()) if isinstance(content, dict) else list(content):
-            _keep(one, undo, seen)
+        for item in list(content.values()) if isinstance(content, dict) else list(content):
+            _keep(item, undo, seen)
     elif type(value) is tuple:
-        for one in value:
-            _keep(one, undo, seen)
+        for item in value:
+            _keep(item, undo, seen)
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -63,17 +63,17 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def _tensor(tensor: torch.Tensor) -> Undo:
-    """Its values, in the memory that it has now."""
+    """What restores a tensor's values, its memory and `requires_grad`."""
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(tensor)
     with torch.no_grad():
-        memory, value, learns = tensor.data if plain else None, tensor.detach().clone(), tensor.requires_grad
+        memory, value, requires_grad = tensor.data if plain else None, tensor.detach().clone(), tensor.requires_grad
 
-    def back() -> None:
+    def restore() -> None:
         with torch.no_grad():
             if memory is not None and (tensor.data_ptr(), tensor.shape) != (memory.data_ptr(), memory.shape):
                 tensor.data = memory
             tensor.copy_(value)
-        if tensor.is_leaf and tensor.requires_grad != learns:
-            tensor.requires_grad_(learns)
+        if tensor.is_leaf and tensor.requires_grad != requires_grad:
+            tensor.requires_grad_(requires_grad)
 
-    return back
+    return restore
