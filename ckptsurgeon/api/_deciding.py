@@ -1,10 +1,11 @@
-"""From opened sources and a target to a plan, by the rules and options of a call; and from a plan that was followed to its report.
+"""Makes a plan from opened sources, a target, rules and options; and the report of a plan that was carried out.
 
-What `plan`, `merge` and `transfer` share.
+`plan`, `merge` and `transfer` share it.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
 
     from ckptsurgeon.matching.layouts.choices import Open
 
-OPEN = "open: layout"  # why a key of a layout in doubt takes nothing
-MATCHED = "matched"  # the code of what is said of a proof after matching
+OPEN = "open: layout"  # the reason of a step or a dropped key whose layout is in doubt
+MATCHED = "matched"  # the code of the finding that limits what a proof shows after matching
 NOT_THE_MAPPING = "keys were matched: this proves the file, not the mapping, which a run of both models does (match --forward)"
 
 
 def decide(
     sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[[], nn.Module] | None, ruling: Ruling, options: RuleOptions
 ) -> tuple[Ruling, Plan]:
-    """The plan, and the rules that it follows: a call's own, those that matching adds, and what the model's loading code takes.
+    """Make the plan, and complete its rules: those of the call, those that matching adds, and what the model's loading code takes.
 
     Args:
-        model: gives a model on which the target's loading code may run; None where the target is no model.
+        model: returns a model on which the target's loading code may run; None where the target is no model.
 
     Raises:
         CoverageError: matching finds too little.
@@ -46,7 +47,7 @@ def decide(
     if options.match:
         ruling = _matched(sources, target, model, ruling, options)
     ruling = learned(sources, target, model, ruling, average=options.average, auto=options.auto)
-    made = make_plan(
+    plan = make_plan(
         sources,
         target,
         ruling.rules,
@@ -59,8 +60,8 @@ def decide(
         outside=ruling.outside,
     )
     if options.match:
-        made = replace(made, findings=(*made.findings, Finding(MATCHED, NOT_THE_MAPPING, level="note")))
-    return ruling, marked(made, ruling.open)
+        plan = replace(plan, findings=(*plan.findings, Finding(MATCHED, NOT_THE_MAPPING, level="note")))
+    return ruling, marked(plan, ruling.open)
 
 
 def _matched(
@@ -68,9 +69,7 @@ def _matched(
 ) -> Ruling:
     """A call's rules, and after them those that matching adds. Raises CoverageError where it finds too little."""
     if target is None or len(sources) != 1:
-        raise PlanError(
-            "matching is between one source and a target", hint="match one at a time: ckptsurgeon match CKPT TARGET -o rules.toml"
-        )
+        raise PlanError("matching is between one source and a target", hint=_way_to_match(sources, target))
     from ckptsurgeon.matching.factors import DEQUANTIZE
     from ckptsurgeon.matching.proposals.propose import propose
     from ckptsurgeon.matching.proposals.shares import LEAST
@@ -91,60 +90,68 @@ def _matched(
     refusal = proposed.refusal(LEAST)
     if refusal is not None:
         raise refusal
-    codes = [link for link in proposed.links if DEQUANTIZE in link.evidence and link not in proposed.applied]
-    if codes:
+    coded = [link for link in proposed.links if DEQUANTIZE in link.evidence and link not in proposed.applied]
+    if coded:
         raise CastError(
-            f"would get the numbers of {codes[0].sources[0]}, which are codes and no values",
-            key=codes[0].targets[0],
-            problems=shortened(f"{link.sources[0]} -> {link.targets[0]}" for link in codes[1:]),
-            hint=f"make values of them: dequantize=True; or keep the target's own: keep={[codes[0].targets[0]]!r}",
+            f"would get the numbers of {coded[0].sources[0]}, which are codes and no values",
+            key=coded[0].targets[0],
+            problems=shortened(f"{link.sources[0]} -> {link.targets[0]}" for link in coded[1:]),
+            hint=f"make values of them: dequantize=True; or keep the target's own: keep={[coded[0].targets[0]]!r}",
         )
     refuse_unused([name for name in ruling.unused if name not in proposed.numbers_used])
     if proposed.open and target.kind == "skeleton":
-        raise open_error([row for one in proposed.open for row in _findings(one, proposed.open)], sources[0].path, target.path)
+        raise open_error([row for layout in proposed.open for row in _findings(layout, proposed.open)], sources[0].path, target.path)
     return replace(ruling, rules=proposed.rules, open=proposed.open)
 
 
+def _way_to_match(sources: Sequence[Checkpoint], target: Checkpoint | None) -> str:
+    """The hint for a call that can't be matched as a whole."""
+    if target is None:
+        return "give the target as the last path, or leave out match=True"
+    words = shlex.join(["ckptsurgeon", "match", sources[0].path, target.path, "-o", "rules.toml"])
+    return f"match one source at a time, and give the rules of each: {words}"
+
+
 def numbers_of(model: Callable[[], nn.Module]) -> Mapping[str, int]:
-    """How many heads a model says that it has. Its module is loaded where a layout in doubt needs the number."""
-    from ckptsurgeon.models.target.heads import numbers_of as told
+    """How many heads a model has, by its attributes. The model is built only where a layout in doubt needs the number."""
+    from ckptsurgeon.models.target import heads
 
-    return told(model())
+    return heads.numbers_of(model())
 
 
-def marked(made: Plan, opened: Sequence[Open]) -> Plan:
-    """A plan that says which keys it leaves open, and between which layouts."""
-    if not opened:
-        return made
-    targets = {key for one in opened for key in one.targets}
-    sources = {key for one in opened for link in one.links for key in link.sources}
+def marked(plan: Plan, layouts: Sequence[Open]) -> Plan:
+    """The plan with the keys that it leaves open, and the layouts that are possible for them."""
+    if not layouts:
+        return plan
+    targets = {key for layout in layouts for key in layout.targets}
+    sources = {key for layout in layouts for link in layout.links for key in link.sources}
     steps = tuple(
         replace(step, reason="; ".join([OPEN, *step.reason.split("; ")[1:]])) if step.target in targets and not step.sources else step
-        for step in made.steps
+        for step in plan.steps
     )
-    dropped = tuple(replace(row, reason=OPEN) if row.source in sources else row for row in made.dropped)
+    dropped = tuple(replace(row, reason=OPEN) if row.source in sources else row for row in plan.dropped)
     return replace(
-        made, steps=steps, dropped=dropped, findings=(*made.findings, *(row for one in opened for row in _findings(one, opened)))
+        plan, steps=steps, dropped=dropped, findings=(*plan.findings, *(row for layout in layouts for row in _findings(layout, layouts)))
     )
 
 
-def _findings(one: Open, opened: Sequence[Open]) -> list[Finding]:
-    """What is open, and each way to settle it as words of a command line."""
+def _findings(layout: Open, layouts: Sequence[Open]) -> list[Finding]:
+    """A finding for a layout in doubt, and one for each choice, with the options that choose it."""
     from ckptsurgeon.matching.layouts.choices import as_is_options
 
-    needs = f"; needs {' '.join(f'--set {name}=N' for name in one.variables)}" if one.variables else ""
-    ways = [as_is_options(one, opened), *(" ".join(map(option_text, way.rules)) for way in one.ways[1:])]
+    needs = f"; needs {' '.join(f'--set {name}=N' for name in layout.variables)}" if layout.variables else ""
+    options_of_ways = [as_is_options(layout, layouts), *(" ".join(map(option_text, way.rules)) for way in layout.ways[1:])]
     return [
-        Finding(OPEN_LAYOUT, f"layout open ({one.kind}): {len(one.targets)} tensors{needs}", one.targets[0], "warning"),
+        Finding(OPEN_LAYOUT, f"layout open ({layout.kind}): {len(layout.targets)} tensors{needs}", layout.targets[0], "warning"),
         *(
-            Finding(LAYOUT_CHOICE, f"{way.words}: {options}", one.targets[0], "warning")
-            for way, options in zip(one.ways, ways, strict=True)
+            Finding(LAYOUT_CHOICE, f"{way.words}: {options}", layout.targets[0], "warning")
+            for way, options in zip(layout.ways, options_of_ways, strict=True)
         ),
     ]
 
 
 def report_of(plan: Plan, **more: Any) -> Report:
-    """The report of a plan that was followed, with what else its caller has to say."""
+    """The report of a plan that was carried out; `more` are further fields of it."""
     return Report(
         sources=tuple(source.path for source in plan.sources),
         target=plan.target.spec if plan.target is not None else "",

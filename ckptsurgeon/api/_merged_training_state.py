@@ -1,7 +1,7 @@
-"""`merge --with-optimizer`: the optimizer's state of the source, made that of the target, to be written around the merged weights.
+"""`merge --with-optimizer`: converts the source's optimizer state to the target's parameters, to be written beside the merged weights.
 
-What else the training checkpoint holds is written along where it is plain: epochs, the schedule, the scaler. Tensors stay in the file and
-are streamed; only step counts are read here.
+Plain entries of the training checkpoint (epochs, the schedule, the scaler) are written too. Tensors stay in the file and are streamed;
+only step counts are read here.
 """
 
 from __future__ import annotations
@@ -35,90 +35,92 @@ if TYPE_CHECKING:
 
 
 def training(
-    made: Plan,
-    found: Sequence[Checkpoint],
-    goal: Target | None,
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    target: Target | None,
     options: TrainingOptions,
     checksums: bool,
 ) -> tuple[Training, CarriedState]:
-    """What is to be written around the weights, and what becomes of the source's state.
+    """What is written around the weights, and what becomes of the source's state.
 
     Args:
-        checksums: hold what is read here against the checksums that its file keeps. The moments are read later, when they are written.
+        checksums: compare what is read here with its file's checksums. The moments are read later, when they are written.
 
     Raises:
-        PlanError: several sources; an optimizer that is of no kind we know.
-        TargetError: no model as the target, so that no one knows its parameters.
+        PlanError: several sources; an optimizer of an unknown kind.
+        TargetError: the target is no model, so that its parameters are unknown.
         RootError, ModelError, FormatError: as for `transfer` with an optimizer.
     """
-    if len(found) != 1:
+    if len(sources) != 1:
         raise PlanError("an optimizer's state is carried from one source only", hint="merge without --with-optimizer")
-    if goal is None or goal.build_meta is None:
+    if target is None or target.build_meta is None:
         raise TargetError("only a model says which keys are parameters", hint="give module:Net as the target")
-    given, second = found[0], options.optimizer_from
-    model = goal.build_meta()
-    steps = {step.target: step for step in made.steps}
-    with Reader([given]) as reader, ExitStack() as opened:
-        weights = _training_state.beside_weights(given, given, reader) if second is None or _training_state.holds_more(given) else None
-        beside = weights if second is None else _training_state.apart("optimizer", second, opened)
+    source, optimizer_file = sources[0], options.optimizer_from
+    model = target.build_meta()
+    steps = {step.target: step for step in plan.steps}
+    with Reader([source]) as reader, ExitStack() as opened:
+        weights = (
+            _training_state.beside_weights(source, source, reader) if optimizer_file is None or _training_state.holds_more(source) else None
+        )
+        beside = weights if optimizer_file is None else _training_state.apart("optimizer", optimizer_file, opened)
         assert beside is not None
         place, value = _training_state.find("optimizer", beside, options.optimizer_root)
         tree, fetch = beside.tree(place, value)
         try:
             saved = read_saved(tree)
             assigned = assign(
-                saved, given, options.optimizer_names, optimizer_state.order_of(model, None, steps, given), ON_THE_COMMAND_LINE
+                saved, source, options.optimizer_names, optimizer_state.order_of(model, None, steps, source), ON_THE_COMMAND_LINE
             )
             slots = slots_of(saved, kind_of(saved))
             parameters = _parameters(model, slots, steps)
-            held = held_by_key(saved, assigned, given)
+            states = held_by_key(saved, assigned, source)
             state = merge_state(
-                saved, assigned, held, parameters, steps, frozenset(steps), 1, lambda leaf: optimizer_state.count_of(leaf, fetch)
+                saved, assigned, states, parameters, steps, frozenset(steps), 1, lambda leaf: optimizer_state.count_of(leaf, fetch)
             )
         except FormatError as error:
             error.path, error.key = error.path or beside.path, error.key or place
             raise
         beside.reader.check_unchanged()
         if checksums:
-            check_all(beside.reader, [given])
-    around, others = _around(None if weights is None else weights.value, given.root, place or "optimizer", state.value)
+            check_all(beside.reader, [source])
+    around, plain = _around(None if weights is None else weights.value, source.root, place or "optimizer", state.value)
     carried = replace(
-        _training_state.account(_training_state.shown(beside, place), saved, assigned, given, state.plans, state.notes), others=others
+        _training_state.account(_training_state.shown(beside, place), saved, assigned, source, state.plans, state.notes), others=plain
     )
-    source = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)
-    return Training(around, state.steps, source), carried
+    moments = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)
+    return Training(around, state.steps, moments), carried
 
 
 def _parameters(model: nn.Module, slots: Any, steps: Mapping[str, Any]) -> list[Parameter]:
-    found = []
-    for name, one in named(model).items():
-        own = next((steps[key].dtype for key in one.keys if key in steps), None)
-        dtype = own or BY_TORCH[str(one.tensor.dtype).removeprefix("torch.")].code
-        found.append(Parameter(name, one.keys, dtype, tuple(one.tensor.shape), slots))
-    return found
+    parameters = []
+    for name, parameter in named(model).items():
+        planned_dtype = next((steps[key].dtype for key in parameter.keys if key in steps), None)
+        dtype = planned_dtype or BY_TORCH[str(parameter.tensor.dtype).removeprefix("torch.")].code
+        parameters.append(Parameter(name, parameter.keys, dtype, tuple(parameter.tensor.shape), slots))
+    return parameters
 
 
 def _around(value: Any, root: str, place: str, state: Mapping[str, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:
-    """The training checkpoint: weights and state where they stood, and beside them what is plain."""
+    """The training checkpoint: weights and state where the source has them, its plain entries, and the names of these."""
     around: dict[Any, Any] = {}
-    ours = {(root or "model").partition(".")[0], place.partition(".")[0]}
-    others = []
-    for name, one in value.items() if isinstance(value, Mapping) and root else ():
-        if str(name) not in ours and type(name) in (str, int) and is_plain(one):
-            around[name] = one
-            others.append(str(name))
-    for where, what in ((root or "model", WEIGHTS), (place, dict(state))):
-        _put(around, where, what)
-    return around, tuple(others)
+    replaced = {(root or "model").partition(".")[0], place.partition(".")[0]}
+    plain = []
+    for key, entry in value.items() if isinstance(value, Mapping) and root else ():
+        if str(key) not in replaced and type(key) in (str, int) and is_plain(entry):
+            around[key] = entry
+            plain.append(str(key))
+    for dotted, content in ((root or "model", WEIGHTS), (place, dict(state))):
+        _put(around, dotted, content)
+    return around, tuple(plain)
 
 
-def _put(around: dict[Any, Any], place: str, value: Any) -> None:
-    """Set a value at a dotted place; a number counts in a list, which has this one member alone."""
+def _put(tree: dict[Any, Any], place: str, value: Any) -> None:
+    """Set a value at a dotted place; a number stands for a list of this one value."""
     name, _, rest = place.partition(".")
     if not rest:
-        around[name] = value
+        tree[name] = value
     elif rest.isdecimal():
-        around[name] = [value]
+        tree[name] = [value]
     else:
-        inner = around.setdefault(name, {})
+        inner = tree.setdefault(name, {})
         _put(inner, rest, value)

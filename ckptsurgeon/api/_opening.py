@@ -1,6 +1,6 @@
-"""Turns what a person gives (a path, a spec, a model, a state_dict, a checkpoint) into a `Checkpoint`, and for a model the way to build it.
+"""Turns an argument (a path, a spec, a model, a state_dict, a checkpoint) into a `Checkpoint`, and for a model a function that builds it.
 
-torch is imported only when a model or a live state_dict is given. Nothing is compared or decided here.
+torch is imported only for a model or a state_dict in memory. Nothing is compared or decided here.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 def silent(_note: str) -> None:
-    """Where nobody listens."""
+    """The default of `note=`: drops the note."""
 
 
 def unmissable(note: Note) -> Note:
-    """A listener whose notes `-q` does not hide: for code that not the call itself names, but a file."""
+    """A `note` callback whose notes `-q` does not hide: for code that a file names, and not the call itself."""
     return lambda words: note(Unmissable(words))
 
 
 def is_code(target: str) -> bool:
-    """Whether a target's text names code to import, such as `module:Net`, and no file that is there."""
+    """Whether a target's text names code to import, such as `module:Net`, and is no file that exists."""
     if ":" not in target:
         return False
     from ckptsurgeon.models.target.spec import looks_like_spec
@@ -45,7 +45,7 @@ def is_code(target: str) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A target: its names and shapes, and, when it is a model, how to make a fresh one on the CPU from a seed (or on meta)."""
+    """A target: its names and shapes, and, when it is a model, what builds a fresh one on the CPU from a seed, or on meta."""
 
     checkpoint: Checkpoint
     build: Callable[[int], nn.Module] | None = None
@@ -53,23 +53,23 @@ class Target:
 
     @property
     def any_model(self) -> Callable[[], nn.Module] | None:
-        """The cheapest way to a model with the target's modules, whatever its values; None where the target is no model."""
+        """A function that builds a model with the target's modules, on meta where possible; None where the target is no model."""
         build = self.build
         return self.build_meta or (None if build is None else lambda: build(0))
 
 
-def read(given: Path | BytesIO) -> Archive:
+def read(source: Path | BytesIO) -> Archive:
     """The header of the file or folder at a path, or of a file in memory, with every root in it."""
-    return formats.read(file_in_memory(given) if isinstance(given, BytesIO) else os.fspath(given))
+    return formats.read(file_in_memory(source) if isinstance(source, BytesIO) else os.fspath(source))
 
 
-def look(given: Given) -> Given:
-    """A path's header, anything else as it is: a file that can't be read is told before a model is imported."""
-    if isinstance(given, BytesIO):
-        return read(given)
-    if not isinstance(given, (str, os.PathLike)):
-        return given
-    text = os.fspath(given)
+def look(source: Given) -> Given:
+    """The header of the file at a path; any other argument as it is. So an unreadable file is an error before a model is imported."""
+    if isinstance(source, BytesIO):
+        return read(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    text = os.fspath(source)
     if is_code(text):
         raise TargetError("is a model, where a checkpoint file is needed", path=text, hint="give the file first and the model last")
     try:
@@ -77,112 +77,116 @@ def look(given: Given) -> Given:
     except (FormatError, UnreadableError) as error:
         from ckptsurgeon.models.target.slips import meant_specs
 
-        if found := meant_specs(text):
-            error.hint = f"give the file first and the model last; the model is {' or '.join(map(shlex.quote, found))}"
+        if specs := meant_specs(text):
+            error.hint = f"give the file first and the model last; the model is {' or '.join(map(shlex.quote, specs))}"
         raise
 
 
-def look_on_disk(given: Given) -> Given:
-    """What `look` sees, where it is to be found again by its path; PlanError for a file in memory."""
-    found = look(given)
-    if isinstance(found, (Archive, Checkpoint)) and any(file.data is not None for file in found.files):
+def look_on_disk(source: Given) -> Given:
+    """As `look`, for a source that a plan names by its path; PlanError for a file in memory."""
+    opened = look(source)
+    if isinstance(opened, (Archive, Checkpoint)) and any(file.data is not None for file in opened.files):
         words = "lies in memory, and a plan names its sources by path"
-        raise PlanError(words, path=found.path, hint="write it to a file and give its path")
-    return found
+        raise PlanError(words, path=opened.path, hint="write it to a file and give its path")
+    return opened
 
 
 def name_of(target: Given) -> str:
-    """What a target that was not opened is called: its path or spec as it was given, or its class."""
+    """The name of a target that was not opened: its path or spec as given, or its class."""
     if isinstance(target, (str, os.PathLike)):
         return os.fspath(target)
     return target.path if isinstance(target, Checkpoint) else type(target).__name__
 
 
-def open_source(given: Given, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
-    """A source as a checkpoint: a file, or what `look` saw of it, under its named or best root, or a `Checkpoint` as it is.
+def open_source(source: Given, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
+    """A source as a checkpoint: a file, or its header as `look` returns it, under the given or best root; a `Checkpoint` as it is.
 
     `parts`: as `roots.choose`.
     """
-    if isinstance(given, Checkpoint):
-        if root is not None and root != given.root:
+    if isinstance(source, Checkpoint):
+        if root is not None and root != source.root:
             raise RootError(
-                f"was opened under the root {given.root!r}, not {root!r}", path=given.path, hint="open it again under that root"
+                f"was opened under the root {source.root!r}, not {root!r}", path=source.path, hint="open it again under that root"
             )
-        return given
-    found = look(given)
-    if isinstance(found, Archive):
+        return source
+    opened = look(source)
+    if isinstance(opened, Archive):
         from ckptsurgeon.planning import roots
 
         try:
-            return _with_shard(roots.choose(found, root=root, target=target, parts=parts))
+            return _with_shard(roots.choose(opened, root=root, target=target, parts=parts))
         except RootError:
             from ckptsurgeon.formats import registry
 
-            form = registry.named(found.format)
-            tree = None if root is None or not (form.pickled or form.holds_folder) else formats.tree_of(found).value
-            named = None if tree is None else roots.at_place(tree, root or "")
-            if named is None:
+            source_format = registry.named(opened.format)
+            tree = None if root is None or not (source_format.pickled or source_format.holds_folder) else formats.tree_of(opened).value
+            state_dict = None if tree is None else roots.at_place(tree, root or "")
+            if state_dict is None:
                 raise
-            return roots.checkpoint(found, named)
+            return roots.checkpoint(opened, state_dict)
     raise TargetError(
-        f"a {type(given).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
+        f"a {type(source).__name__} is no source that can be read from disk", hint="give a path or a Checkpoint; `transfer` takes more"
     )
 
 
-def _with_shard(found: Checkpoint) -> Checkpoint:
-    """A checkpoint as it is; of one file that lacks the scales of what may be codes, with what tells that it is a shard."""
+def _with_shard(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint; for a single file with weights that may be quantised but no scales, with the `shard` that says whether it is one."""
     from ckptsurgeon.planning.quantised import lacks_scales
 
-    if len(found.files) != 1 or found.files[0].data is not None or not lacks_scales(found):
-        return found
+    if len(checkpoint.files) != 1 or checkpoint.files[0].data is not None or not lacks_scales(checkpoint):
+        return checkpoint
     from ckptsurgeon.formats.folders.hf_shards import shard_of
 
-    return replace(found, shard=shard_of(found.files[0].path))
+    return replace(checkpoint, shard=shard_of(checkpoint.files[0].path))
 
 
-def open_target(given: Given, *, root: str | None = None, conversions: bool = True, note: Note = silent) -> Target:
+def open_target(target: Given, *, root: str | None = None, conversions: bool = True, note: Note = silent) -> Target:
     """A target as a checkpoint: a spec such as `module:Net`, a live model or state_dict, a skeleton, or another checkpoint file.
 
-    Without `conversions` its library's are left out. Raises SettingsError where there are none to leave out, TargetError for a spec that
-    can't be imported or built, and the readers' errors for a file.
+    With `conversions=False` the name conversions of transformers are left out.
+
+    Raises:
+        SettingsError: `conversions=False` for a target that has none.
+        TargetError: a spec that can't be imported or built.
+        FormatError, UnreadableError: a file that can't be read.
     """
-    found = _open_target(given, root, note)
-    return found if conversions else replace(found, checkpoint=without_conversions(found.checkpoint))
+    opened = _open_target(target, root, note)
+    return opened if conversions else replace(opened, checkpoint=without_conversions(opened.checkpoint))
 
 
 def without_conversions(target: Checkpoint) -> Checkpoint:
-    """A target whose sources' names are taken as they are. SettingsError where they are anyway."""
+    """The target without the name conversions of transformers. Raises SettingsError where it has none."""
     if target.naming is None:
         words = "turns off what only a model of transformers 5 has, and the target is none"
         raise SettingsError(words, path=target.path, key="--no-conversions", hint="leave it out")
     return replace(target, naming=None)
 
 
-def _open_target(given: Given, root: str | None, note: Note) -> Target:
-    if isinstance(given, Target):
-        return given
-    if isinstance(given, Checkpoint):
-        return Target(given)
-    if isinstance(given, (str, os.PathLike)):
-        text = os.fspath(given)
+def _open_target(target: Given, root: str | None, note: Note) -> Target:
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, Checkpoint):
+        return Target(target)
+    if isinstance(target, (str, os.PathLike)):
+        text = os.fspath(target)
         if is_code(text):
             return _from_spec(text, note)
         from ckptsurgeon.planning import roots
 
         return Target(_with_shard(roots.choose(_read_target(text), root=root)))
-    return _from_live(given, note)
+    return _from_live(target, note)
 
 
 def _read_target(text: str) -> Archive:
-    """`read`; what is no checkpoint may be code, written without the name of a model."""
+    """As `read`; the error for a file that is no checkpoint names the models that may be meant, if it is Python code."""
     try:
         return read(text)
     except (FormatError, UnreadableError) as error:
         from ckptsurgeon.models.target.slips import meant_specs
 
-        found = meant_specs(text)
-        if found or (text.endswith(".py") and os.path.isfile(text)):
-            error.hint = f"is it {' or '.join(map(shlex.quote, found))}?" if found else f"name the model in it: {text}:NAME"
+        specs = meant_specs(text)
+        if specs or (text.endswith(".py") and os.path.isfile(text)):
+            error.hint = f"is it {' or '.join(map(shlex.quote, specs))}?" if specs else f"name the model in it: {text}:NAME"
         raise
 
 
@@ -201,16 +205,16 @@ def open_planned(planned: PlanTarget, note: Note = silent) -> Target:
 
 
 def as_built(target: Target, seed: int, note: Note) -> Target:
-    """The target as its model is really built on the CPU: a constructor may catch what fails on meta, and build another shape there."""
+    """The target as it is built on the CPU: a constructor may handle an error on meta and build other shapes there."""
     assert target.build is not None
     from ckptsurgeon.models.target.skeleton import checkpoint_of
 
-    real = checkpoint_of(target.build(seed), target.checkpoint.path)
-    real = real if target.checkpoint.naming is not None else replace(real, naming=None)
-    if real.fingerprint == target.checkpoint.fingerprint:
+    built = checkpoint_of(target.build(seed), target.checkpoint.path)
+    built = built if target.checkpoint.naming is not None else replace(built, naming=None)
+    if built.fingerprint == target.checkpoint.fingerprint:
         return target
     note(f"{target.checkpoint.path} has other tensors on the CPU than on the meta device; those of the CPU are taken")
-    return Target(real, target.build, None)
+    return Target(built, target.build, None)
 
 
 def _from_spec(text: str, note: Note) -> Target:
@@ -229,31 +233,35 @@ def _from_spec(text: str, note: Note) -> Target:
     return Target(checkpoint_of(build_meta(spec, note), text, note=note), fresh, on_meta)
 
 
-def _from_live(given: Given, note: Note) -> Target:
+def _from_live(target: Given, note: Note) -> Target:
     from torch import nn
 
     from ckptsurgeon.models.target.build import copied as deep_copy
     from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors
 
-    if isinstance(given, nn.Module):
-        name = type(given).__name__
+    if isinstance(target, nn.Module):
+        name = type(target).__name__
 
         def copied(_seed: int) -> nn.Module:
-            return deep_copy(given, name)
+            return deep_copy(target, name)
 
-        return Target(checkpoint_of(given, name, note=note), copied, lambda: given)
-    if isinstance(given, Mapping):
-        refuse_no_tensors(given, "target")
-        return Target(checkpoint_of_state_dict(given))
-    raise TargetError(f"a {type(given).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")
+        return Target(checkpoint_of(target, name, note=note), copied, lambda: target)
+    if isinstance(target, Mapping):
+        refuse_no_tensors(target, "target")
+        return Target(checkpoint_of_state_dict(target))
+    raise TargetError(f"a {type(target).__name__} is no target", hint="give a path, a spec such as 'model:Net', a model or a state_dict")
 
 
 def unused_name(source: Checkpoint, target: Checkpoint) -> str:
-    """A name in the current folder for what is merged of the two, which no file has: in the source's format where it can be written and
-    holds what the target holds."""
+    """A free file name in the current folder for the merged output: in the source's format where that can be written and can hold the
+    target's entries, else in torch's."""
     from ckptsurgeon.formats.registry import WRITTEN, named
 
-    own, other = WRITTEN.get(named(source.format).word), WRITTEN["torch"]
-    chosen = own if own is not None and own.suffixes and (own.pickled or not target.entries) else other
+    source_format, torch_format = WRITTEN.get(named(source.format).word), WRITTEN["torch"]
+    chosen = (
+        source_format
+        if source_format is not None and source_format.suffixes and (source_format.pickled or not target.entries)
+        else torch_format
+    )
     names = (f"merged{number}{chosen.suffixes[0]}" for number in ("", *(f"-{number}" for number in range(2, 1000))))
     return next((name for name in names if not os.path.lexists(name)), f"merged{chosen.suffixes[0]}")

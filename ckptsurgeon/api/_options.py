@@ -1,7 +1,7 @@
-"""The options of a call: collected once from the public keywords, and handed down whole. One table says which apply to which call.
+"""The options of a call, collected from the public keywords into frozen dataclasses. One table says which options apply to which call.
 
-An option that would be ignored is refused, with the reason. It counts as given when it is not None, False or empty; so whatever has a
-default says None where it is not given.
+An option that would be ignored is refused, with the reason. A value that is not None, False or empty counts as given; so an option with a
+default value has None as its keyword's default.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class RuleOptions:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        """Read the patterns of casts, which may be an iterator, and a dtype by any of its names; refuse what contradicts itself before
-        anything is opened.
+        """Read the patterns of `allow_cast`, which may be an iterator, and the dtype by any of its names; refuse contradictions before
+        any file is opened.
 
         Raises:
-            RuleError: a pattern that is not well formed, or a number that is none.
-            PlanError: uncertain links are accepted or a layout is chosen, and no match is asked for.
+            RuleError: a pattern that is not well formed, or a value of `numbers` that is no number.
+            PlanError: `accept_uncertain` or `layout` without `match`.
         """
         patterns = (self.allow_cast,) if isinstance(self.allow_cast, str) else tuple(self.allow_cast)
         if patterns:
@@ -75,17 +75,17 @@ class RuleOptions:
             object.__setattr__(self, "numbers", checked(self.numbers))
 
 
-def _layout(given: Words | None) -> tuple[str, ...] | None:
+def _layout(patterns: Words | None) -> tuple[str, ...] | None:
     """The patterns of target keys whose layout is taken as it stands; `"as-is"` stands for all keys."""
-    if given is None:
+    if patterns is None:
         return None
-    words = (given,) if isinstance(given, str) else tuple(given)
-    return tuple("**" if word == "as-is" else word for word in words)
+    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return tuple("**" if word == "as-is" else word for word in several)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where `merge` and `apply` write, how, and how the file is proven. `max_shard_size` is in bytes once it is read."""
+    """Where and how `merge` and `apply` write, and how the file is verified. `max_shard_size` is in bytes after construction."""
 
     output: Path
     format: str | None = None
@@ -99,35 +99,35 @@ class OutputOptions:
     finite: bool = False
 
     def __post_init__(self) -> None:
-        """Read the size. Raises SettingsError for one that is none."""
+        """Read `max_shard_size`. Raises SettingsError for text that is no size."""
         object.__setattr__(self, "max_shard_size", shard_size(self.max_shard_size))
 
     @property
     def shard_size(self) -> int | None:
-        """The most bytes of a shard, where it is chosen."""
+        """The most bytes of a shard; None where it is not given."""
         return None if self.max_shard_size is None else int(self.max_shard_size)
 
 
-def shard_size(given: int | str | None) -> int | None:
+def shard_size(size: int | str | None) -> int | None:
     """A size in bytes, as a number or as text such as `5GB`.
 
     Raises:
-        SettingsError: it is no size, or none that holds anything.
+        SettingsError: it is no size, or zero.
 
     >>> shard_size("5GB"), shard_size("2GiB"), shard_size(1000), shard_size(None)
     (5000000000, 2147483648, 1000, None)
     """
-    if given is None:
+    if size is None:
         return None
-    size = parsed(given) if isinstance(given, str) else int(given)
-    if not size:
-        raise SettingsError(f"{given!r} is no size", key="--max-shard-size", hint="5GB, 500MB or 2GiB, or a number of bytes")
-    return size
+    nbytes = parsed(size) if isinstance(size, str) else int(size)
+    if not nbytes:
+        raise SettingsError(f"{size!r} is no size", key="--max-shard-size", hint="5GB, 500MB or 2GiB, or a number of bytes")
+    return nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What is carried beside the weights, by `transfer` into new objects and by `merge` into a file, and where it stands."""
+    """Which training state is carried with the weights, by `transfer` into objects and by `merge` into a file, and where it is found."""
 
     with_optimizer: bool = False
     optimizer: Any = None
@@ -150,7 +150,7 @@ class TrainingOptions:
 
     @property
     def written(self) -> bool:
-        """Whether a file gets the optimizer's state."""
+        """Whether `merge` writes the optimizer's state."""
         return self.with_optimizer or self.optimizer_from is not None
 
     def __bool__(self) -> bool:
@@ -176,18 +176,18 @@ NO_TRAINING = TrainingOptions()
 Options = TypeVar("Options", RuleOptions, OutputOptions, TrainingOptions, GroupOptions)
 
 
-def collect(kind: type[Options], given: Mapping[str, Any]) -> Options:
-    """The options of a kind among the arguments of a function, which are its `locals()` at its top.
+def collect(kind: type[Options], arguments: Mapping[str, Any]) -> Options:
+    """The options of a kind, from the arguments of a function: its `locals()` at the first line.
 
     >>> collect(GroupOptions, {"model": "a model", "lr": 0.1}).lr
     0.1
     """
-    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
+    return kind(**{option_field.name: arguments[option_field.name] for option_field in fields(kind) if option_field.name in arguments})
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An option applies where the call has at least one of the facts `needs`; `reason` says why it does not without them."""
+    """An option that applies only if at least one of the facts `needs` is true of the call; `reason` and `hint` are for the error."""
 
     option: str
     needs: tuple[str, ...]
@@ -254,7 +254,7 @@ def refuse_idle(facts: Collection[str], **given: Any) -> None:
 
 
 def is_given(value: Any) -> bool:
-    """Whether an option's value was given: 0 is one.
+    """Whether an option was given a value; 0 counts as one.
 
     >>> is_given(0), is_given(None), is_given(False), is_given(())
     (True, False, False, False)
@@ -271,20 +271,20 @@ def option(name: str) -> str:
     return "--" + {"inputs": "input"}.get(name, name).replace("_", "-")
 
 
-def facts(**said: object) -> frozenset[str]:
-    """The names of what is true of a call.
+def facts(**named: object) -> frozenset[str]:
+    """The facts of a call: the names whose values are true.
 
     >>> sorted(facts(target=True, model_built=None, initial_values=[1]))
     ['initial values', 'target']
     """
-    return frozenset(name.replace("_", " ") for name, true in said.items() if true)
+    return frozenset(name.replace("_", " ") for name, value in named.items() if value)
 
 
-def facts_of(made: Plan, verify: bool = True) -> frozenset[str]:
-    """What is true of a call that made this plan, and, for `merge`, proves the result."""
+def facts_of(plan: Plan, verify: bool = True) -> frozenset[str]:
+    """The facts of a call that made this plan; `verify` is whether `merge` loads the result into a model."""
     from ckptsurgeon.adapters.table import adapter_of
 
-    model = made.target is not None and made.target.kind == "model"
-    drawn = any(step.schemes for step in made.steps)
-    codes = any(adapter_of(op).decodes for step in made.steps for op in step.adapters)
-    return facts(target=made.target, model_built=model and (verify or made.needs_model), initial_values=drawn, codes=codes)
+    model = plan.target is not None and plan.target.kind == "model"
+    drawn = any(step.schemes for step in plan.steps)
+    dequantized = any(adapter_of(op).decodes for step in plan.steps for op in step.adapters)
+    return facts(target=plan.target, model_built=model and (verify or plan.needs_model), initial_values=drawn, codes=dequantized)

@@ -1,4 +1,4 @@
-"""What a target model's own loading code does with a source's keys that the model has no name for: tried out, and given to the rules."""
+"""Runs a target model's own loading code on source keys that the model has no name for, and adds what it takes to the rules."""
 
 from __future__ import annotations
 
@@ -26,25 +26,28 @@ def learned(
     average: Weights | None = None,
     auto: str | None = None,
 ) -> Ruling:
-    """The ruling with what the model's loading code takes. The code runs only where a source has names below its module that the target
-    has not, or has with another shape; `model` gives a model on which it may run."""
+    """The ruling with what the model's loading code takes.
+
+    The code runs only where a source has names below its module that the target lacks or has with another shape; `model` returns a model
+    on which it may run.
+    """
     if target is None or model is None or not target.loaders:
         return ruling
     names = name_sources(sources, target, ruling.rules, ruling.outside, average=average, auto=auto)
-    found: dict[int, Taken] = {}
+    taken: dict[int, Taken] = {}
     for number, source in enumerate(sources):
-        given = _given(number, source, names, target)
-        if needs_probe(given, target):
+        tensors = _given(number, source, names, target)
+        if needs_probe(tensors, target):
             from ckptsurgeon.models.own_loading.probe import probe
             from ckptsurgeon.planning.own_loading.versions import stated
 
             versions = stated(number, sources, names, target.loaders)
-            found[number] = probe(model(), target.loaders, given, versions)
-    return replace(ruling, outside=replace(ruling.outside, taken=found)) if found else ruling
+            taken[number] = probe(model(), target.loaders, tensors, versions)
+    return replace(ruling, outside=replace(ruling.outside, taken=taken)) if taken else ruling
 
 
 def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
-    """What the target's loading code does with a file's own names, as torch's load of that file would have it do."""
+    """What the target's loading code takes of a file under the file's own names, as in `load_state_dict`."""
     model = target.any_model
     if model is None:
         return Taken()
@@ -54,11 +57,11 @@ def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
 
 
 def _given(number: int, source: Checkpoint, names: Names, target: Checkpoint) -> dict[str, TensorMeta]:
-    """A source's tensors by name; one that adapters make fit counts as the target's."""
+    """A source's tensors by their new names; one that adapters make fit has the target's shape."""
     fitted = {name for name, claim in names.claims.items() if claim.asked and name in target}
     return {
         name: target[name] if name in fitted else source[key]
-        for (other, key), given in names.names_of.items()
-        if other == number and key in source
-        for name in given
+        for (owner, key), new_names in names.names_of.items()
+        if owner == number and key in source
+        for name in new_names
     }

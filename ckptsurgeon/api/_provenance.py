@@ -1,4 +1,4 @@
-"""What a merge writes into its output about itself: values only, no path and no time, so that the same input gives the same bytes."""
+"""The provenance record that a merge writes into its output: no path and no time, so that the same input gives the same bytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Holds a file against a target afresh: against a model by loading it there, against anything else by names, dtypes and shapes.
+"""Verifies a file against a target: loads it into a fresh model, or, for any other target, compares names, dtypes and shapes.
 
-Every entry of a torch zip file is held against its checksum too, in a second thread beside the rest.
+Every entry of a torch zip file is also compared with its checksum, in a second thread.
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ def verify_written(
 ) -> Verification:
     """Verify the file at `path`. With `shown` (the name it is to take), a failure is raised as VerificationError instead of returned."""
     checkpoint = _opening.open_source(path, root=root, target=target.checkpoint)
-    within = checksums.entries_in(checkpoint)
-    with checksums.checking_files(() if shown is not None else checkpoint.files, within) as held:
-        found = (
+    entries = checksums.entries_in(checkpoint)
+    with checksums.checking_files(() if shown is not None else checkpoint.files, entries) as checked:
+        verification = (
             _by_names(checkpoint, target.checkpoint) if target.build is None else _loaded(checkpoint, target, device, finite, inputs, seed)
         )
-        if finite and not found.bitwise:  # no value was looked at, but the file has them
-            found = replace(found, findings=(*found.findings, *non_finite(checkpoint)))
-    found = replace(found, findings=(*found.findings, *_damage(held, checkpoint, found)))
-    found = replace(found, root=checkpoint.root)
-    if shown is not None and not found.ok:
-        problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(found))
+        if finite and not verification.bitwise:  # no value was looked at, but the file has them
+            verification = replace(verification, findings=(*verification.findings, *non_finite(checkpoint)))
+    verification = replace(verification, findings=(*verification.findings, *_damage(checked, checkpoint, verification)))
+    verification = replace(verification, root=checkpoint.root)
+    if shown is not None and not verification.ok:
+        problems = tuple(f"{finding.key}: {finding.message}" if finding.key else finding.message for finding in errors(verification))
         raise VerificationError("what was written does not load as it should; nothing was kept", path=shown, problems=problems[:20])
-    return found
+    return verification
 
 
 def held_in_place(target: Given, asked: bool) -> nn.Module | None:
-    """The live model whose own values are compared: where that is `asked`, or the model is spread over ranks; else None.
+    """The live model whose current values are compared: with `asked`, or for a model that is spread over ranks; else None.
 
     Raises:
-        SettingsError: it is asked of what is no live model.
+        SettingsError: `asked`, and the target is no live model.
     """
-    known = isinstance(target, (str, os.PathLike, Checkpoint, Target))
-    if not known:
+    opened = isinstance(target, (str, os.PathLike, Checkpoint, Target))
+    if not opened:
         from torch import nn
 
         if isinstance(target, nn.Module):
@@ -81,9 +81,9 @@ def held_in_place(target: Given, asked: bool) -> nn.Module | None:
 
 
 def verify_held(path: str, model: nn.Module, *, root: str | None, finite: bool, conversions: bool) -> Verification:
-    """Hold what a live model holds against a file; all ranks that it is spread over come here together. Rank 0 reads the file's checksums.
+    """Compare a live model's current values with a file; every rank that the model is spread over calls this. Rank 0 checks the checksums.
 
-    Raises as `verify`, on all ranks.
+    Raises the errors of `verify`, on all ranks.
     """
     from ckptsurgeon.models.sharded.ranks import Ranks
     from ckptsurgeon.models.target.sharding import own_class
@@ -93,33 +93,33 @@ def verify_held(path: str, model: nn.Module, *, root: str | None, finite: bool, 
     ranks, name = Ranks.of(model), own_class(model).__name__
     with ranks.step() as step, ExitStack() as stack:
         with ranks.step():
-            goal = checkpoint_of(model, name)
-            goal = goal if conversions else _opening.without_conversions(goal)
-            checkpoint = _opening.open_source(path, root=root, target=goal)
+            target = checkpoint_of(model, name)
+            target = target if conversions else _opening.without_conversions(target)
+            checkpoint = _opening.open_source(path, root=root, target=target)
             reader = stack.enter_context(Reader([checkpoint]))
-            files, within = (checkpoint.files, checksums.entries_in(checkpoint)) if ranks.rank == 0 else ((), None)
-            held = stack.enter_context(checksums.checking_files(files, within))
-        found = verify_in_place(checkpoint, model, reader, ranks, finite=finite, conversions=conversions)
+            files, entries = (checkpoint.files, checksums.entries_in(checkpoint)) if ranks.rank == 0 else ((), None)
+            checked = stack.enter_context(checksums.checking_files(files, entries))
+        verification = verify_in_place(checkpoint, model, reader, ranks, finite=finite, conversions=conversions)
         stack.close()
-        step.tell = tuple(_damage(held, checkpoint, found))
-    return replace(found, findings=(*found.findings, *step.told[0]), root=checkpoint.root, target=name)
+        step.tell = tuple(_damage(checked, checkpoint, verification))
+    return replace(verification, findings=(*verification.findings, *step.told[0]), root=checkpoint.root, target=name)
 
 
 def errors(found: Verification) -> tuple[Finding, ...]:
-    """The findings that make a no."""
+    """The findings that make the verification fail."""
     return tuple(finding for finding in found.findings if finding.level == "error")
 
 
 def unreadable(error: FormatError, path: str) -> Verification:
-    """A no for a file that can't be read, where entries of it are not what their checksums say. Raises `error` where all are."""
-    found: list[Finding] = []
+    """The failed verification of a file that can't be read because its data is damaged. Raises `error` where all checksums are right."""
+    findings: list[Finding] = []
     with suppress(CheckpointError):  # it is no zip archive, or one whose directory is damaged
-        held = checksums.check_file_now(error.path or path)
-        found += checksums.findings_of(held, (), "" if held.path == path else f"{os.path.basename(held.path)}: ")
-    if not any(finding.level == "error" for finding in found):
+        checked = checksums.check_file_now(error.path or path)
+        findings += checksums.findings_of(checked, (), "" if checked.path == path else f"{os.path.basename(checked.path)}: ")
+    if not any(finding.level == "error" for finding in findings):
         raise error
     note = Finding("unreadable", f"nothing was loaded or compared, since the file {error.reason}", level="note")
-    return Verification("none", 0, (*found, note), bitwise=False)
+    return Verification("none", 0, (*findings, note), bitwise=False)
 
 
 def _loaded(checkpoint: Checkpoint, target: Target, device: str, finite: bool, inputs: tuple[str, ...], seed: int) -> Verification:
@@ -129,11 +129,11 @@ def _loaded(checkpoint: Checkpoint, target: Target, device: str, finite: bool, i
     assert build is not None
     builder = build_meta if device == "meta" and build_meta is not None else lambda: build(seed)
     with Reader([checkpoint]) as reader:
-        found = verify_on_device(
+        verification = verify_on_device(
             checkpoint, builder, device, read=reader.read, finite=finite, inputs=inputs, conversions=target.checkpoint.naming is not None
         )
         reader.check_unchanged()
-    return found
+    return verification
 
 
 def _by_names(checkpoint: Checkpoint, target: Checkpoint) -> Verification:
@@ -143,23 +143,27 @@ def _by_names(checkpoint: Checkpoint, target: Checkpoint) -> Verification:
 
 
 def strict_load(checkpoint: Checkpoint, target: Checkpoint, taken: Taken = NOTHING) -> list[Finding]:
-    """What keeps a checkpoint from loading strictly into a target, as `fits` has it, and a warning for each dtype that loading casts."""
+    """Why a checkpoint does not load strictly into a target, from `fits`, and a warning for each dtype that loading casts."""
     findings, loaded = fits(checkpoint, target, taken)
     casts = ((key, meta.dtype, target[key].dtype) for key, meta in loaded.items())
-    return findings + [Finding("dtype", f"is {own}, in the target {goal}", key, "warning") for key, own, goal in casts if own != goal]
+    return findings + [
+        Finding("dtype", f"is {source_dtype}, in the target {target_dtype}", key, "warning")
+        for key, source_dtype, target_dtype in casts
+        if source_dtype != target_dtype
+    ]
 
 
-def _damage(files: Sequence[Checksums], checkpoint: Checkpoint, found: Verification) -> Iterator[Finding]:
-    """What the checksums of files say of all that is in them, beyond what was found where their values were read."""
-    told = {finding.key for finding in found.findings if finding.code == "checksum"}
-    for held in files:
-        where = f"{os.path.basename(held.path)}: " if len(files) > 1 else ""
-        findings = checksums.findings_of(held, checksums.places_in(checkpoint.tensors), where)
-        yield from (finding for finding in findings if finding.key is None or finding.key not in told)
+def _damage(files: Sequence[Checksums], checkpoint: Checkpoint, verification: Verification) -> Iterator[Finding]:
+    """The entries whose checksums are wrong, except those that were found when their values were read."""
+    reported = {finding.key for finding in verification.findings if finding.code == "checksum"}
+    for checked in files:
+        where = f"{os.path.basename(checked.path)}: " if len(files) > 1 else ""
+        findings = checksums.findings_of(checked, checksums.places_in(checkpoint.tensors), where)
+        yield from (finding for finding in findings if finding.key is None or finding.key not in reported)
 
 
 def non_finite(checkpoint: Checkpoint) -> list[Finding]:
-    """Every tensor with a NaN or an infinite value, streamed through torch, or with data that is damaged."""
+    """A finding for every tensor with NaN or infinite values, or with damaged data. Tensors are streamed through torch."""
     from ckptsurgeon.streaming.values import count_non_finite
 
     if checkpoint.kind == "skeleton":
@@ -180,14 +184,14 @@ def non_finite(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def refuse_non_finite(path: str, shown: str) -> None:
-    """Raises VerificationError for NaN and infinite values in any tensor of the file at `path`, which is to be named `shown`."""
+    """Raises VerificationError for NaN and infinite values in any tensor of the file at `path`; the error names it `shown`."""
     archive = _opening.read(path)
     weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
-    beside = dict(tensors_of(formats.read_tree(path).value)) if named(archive.format).pickled else {}
-    known = {tensor.place for tensor in weights.values()}
-    every = {**weights, **{place: tensor for place, tensor in beside.items() if tensor.place not in known}}
-    found = non_finite(replace(weights, tensors=every))
-    if found:
-        problems = shortened(f"{finding.key}: {finding.message}" for finding in found)
+    others = dict(tensors_of(formats.read_tree(path).value)) if named(archive.format).pickled else {}
+    places = {tensor.place for tensor in weights.values()}
+    every = {**weights, **{place: tensor for place, tensor in others.items() if tensor.place not in places}}
+    findings = non_finite(replace(weights, tensors=every))
+    if findings:
+        problems = shortened(f"{finding.key}: {finding.message}" for finding in findings)
         hint = "take an earlier checkpoint; see which: ckptsurgeon check --finite CKPT"
         raise VerificationError("would hold values that are NaN or infinite; nothing was kept", path=shown, problems=problems, hint=hint)

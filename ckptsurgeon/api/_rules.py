@@ -1,6 +1,6 @@
-"""Gathers the rules of a call: arguments, rules files, and what they name outside of themselves, which is read and imported here.
+"""Collects the rules of a call from its arguments and rules files; reads the label files and imports the code that they name.
 
-A person's own code is imported only when a rule names it, and `note` says so.
+User code is imported only when a rule names it, and `note` says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Rules = Path | Rule | Sequence[Path | Rule]
 
 @dataclass(frozen=True)
 class Own:
-    """A person's own code by name: the kernels of adapters, and the functions of schemes."""
+    """User code by name: the kernels of adapters, and the functions of schemes."""
 
     kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
     schemes: Mapping[str, Fill] = field(default_factory=dict)
@@ -39,10 +39,10 @@ class Own:
 
 @dataclass(frozen=True)
 class Ruling:
-    """The rules of a call in their order, and what they name outside: token lists and shapes, and a person's own code.
+    """The rules of a call in order, and what they refer to: token lists and shapes (`outside`), and user code (`own`).
 
-    `options` are the rules as they were given, as options of a command; `unused` are numbers that were set, and that no rule uses; `open`
-    is what matching leaves open.
+    `options` are the rules as options of a command; `unused` names the numbers that no rule uses; `open` are the layouts that matching
+    leaves in doubt.
     """
 
     rules: tuple[Rule, ...]
@@ -54,7 +54,7 @@ class Ruling:
 
 
 def load_rules(path: Path, *, reverse: bool = False, numbers: Mapping[str, int] | None = None) -> tuple[Rule, ...]:
-    """The rules of a TOML file, turned round with `reverse`.
+    """The rules of a TOML file, reversed with `reverse=True`.
 
     Args:
         path: a rules file (TOML).
@@ -65,7 +65,7 @@ def load_rules(path: Path, *, reverse: bool = False, numbers: Mapping[str, int] 
         The rules, in the order of the file.
 
     Raises:
-        RuleError: rules that are not well formed, all at once and with their lines, or that can't be turned round.
+        RuleError: rules that are not well formed, all at once and with their lines, or that can't be reversed.
         UnreadableError: the file can't be read.
 
     >>> from pathlib import Path
@@ -76,17 +76,17 @@ def load_rules(path: Path, *, reverse: bool = False, numbers: Mapping[str, int] 
     used: set[str] = set()
     from ckptsurgeon.rules.variables import checked
 
-    found = _read(path, checked(numbers or {}), used)
+    rules = _read(path, checked(numbers or {}), used)
     refuse_unused([name for name in numbers or () if name not in used])
     if not reverse:
-        return found
+        return rules
     from ckptsurgeon.rules.reversing import reverse as turn_round
 
-    return turn_round(found)
+    return turn_round(rules)
 
 
 def _read(path: Path, numbers: Mapping[str, int], used: set[str]) -> tuple[Rule, ...]:
-    """The rules of a file; `used` gets the names of the numbers that they use."""
+    """The rules of a file. Adds the names of the numbers that they use to `used`."""
     from ckptsurgeon.rules import toml_text
     from ckptsurgeon.rules.rulefile import parse_rules
     from ckptsurgeon.storage.opening import open_regular
@@ -103,62 +103,62 @@ def _read(path: Path, numbers: Mapping[str, int], used: set[str]) -> tuple[Rule,
 
 
 def _refuse_checkpoint(file: OpenFile) -> None:
-    """RuleError for a file that begins as a checkpoint."""
+    """Raises RuleError for a file that begins as a checkpoint."""
     from ckptsurgeon.formats.sniff import format_of
 
     if file.read(0, min(file.size, 64)).lstrip()[:1] in (b"{", b"[", b"#", b""):
         return
     try:
-        form = format_of(file)
+        file_format = format_of(file)
     except CheckpointError:
         return
     raise RuleError(
-        f"is a checkpoint ({form.name}), not rules", path=file.path, hint="a checkpoint stands before the target, without an option"
+        f"is a checkpoint ({file_format.name}), not rules", path=file.path, hint="a checkpoint stands before the target, without an option"
     )
 
 
 def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -> Ruling:
-    """The rules of the arguments, then those of `rules` (files' paths, or rules) in order, with what they name.
+    """The rules of the arguments, then those of `rules` (paths of files, or rules) in order, with what they refer to.
 
-    `reverse` turns the files round as if they were one; without `schemes`, for verbs that initialise nothing, no own scheme is imported.
+    `reverse` reverses all files as one. `schemes=False` is for verbs that initialise nothing: then no user-defined scheme is imported.
     """
     rules, reverse, numbers = options.rules, options.reverse, options.numbers or {}
     used: set[str] = set()
     arguments = _filled(from_arguments(options.rename, options.drop, options.init, options.adapt, options.keep), numbers, used)
-    given = [rules] if isinstance(rules, (str, os.PathLike)) else [rules] if isinstance(rules, Rule) else list(rules)
-    given = [_filled([one], numbers, used)[0] if isinstance(one, Rule) else one for one in given]
-    if reverse and all(isinstance(one, Rule) for one in given):
+    sources = [rules] if isinstance(rules, (str, os.PathLike)) else [rules] if isinstance(rules, Rule) else list(rules)
+    sources = [_filled([item], numbers, used)[0] if isinstance(item, Rule) else item for item in sources]
+    if reverse and all(isinstance(item, Rule) for item in sources):
         raise RuleError("there is no rules file to turn round", hint="rules='rules.toml', reverse=True")
-    loaded = _loaded(given, numbers, used)
+    loaded = _loaded(sources, numbers, used)
     _refuse_unused(numbers, used, options)
-    found = bring((*arguments, *_turned(loaded, given, reverse)), note, schemes=schemes)
-    said = rule_options([*arguments, *(one if isinstance(one, Rule) else os.fspath(one) for one in given)])
-    files = any(not isinstance(one, Rule) for one in given)  # they have the variables still
-    told: list[Option] = [("set", f"{name}={number}") for name, number in numbers.items() if files]
-    told += [] if options.conversions else [("no-conversions",)]
+    ruling = bring((*arguments, *_turned(loaded, sources, reverse)), note, schemes=schemes)
+    options_of_rules = rule_options([*arguments, *(item if isinstance(item, Rule) else os.fspath(item) for item in sources)])
+    files = any(not isinstance(item, Rule) for item in sources)  # they have the variables still
+    more: list[Option] = [("set", f"{name}={number}") for name, number in numbers.items() if files]
+    more += [] if options.conversions else [("no-conversions",)]
     unused = tuple(name for name in numbers if name not in used)
-    return replace(found, options=(*said, *([("reverse",)] if reverse else []), *told), unused=unused)
+    return replace(ruling, options=(*options_of_rules, *([("reverse",)] if reverse else []), *more), unused=unused)
 
 
 def _filled(rules: Iterable[Rule], numbers: Mapping[str, int], used: set[str]) -> tuple[Rule, ...]:
-    """The rules with numbers for their variables. RuleError for a variable that nothing sets."""
+    """The rules with numbers in place of variables. Raises RuleError for a variable that is not set."""
     rules = tuple(rules)
     if not any(rule.kind == "adapt" for rule in rules):
         return rules
     from ckptsurgeon.rules import variables
 
-    found = []
+    filled = []
     for rule in rules:
-        lacks = variables.unset(rule.result, numbers) if rule.kind == "adapt" else None
-        if lacks is not None:
+        problem = variables.unset(rule.result, numbers) if rule.kind == "adapt" else None
+        if problem is not None:
             name = next(name for name in variables.names_in(rule.result) if name not in numbers)
-            raise RuleError(f"{rule}: {lacks}", hint=f"numbers={{{name!r}: 32}}")
-        found.append(replace(rule, result=variables.filled(rule.result, numbers, used)) if rule.kind == "adapt" else rule)
-    return tuple(found)
+            raise RuleError(f"{rule}: {problem}", hint=f"numbers={{{name!r}: 32}}")
+        filled.append(replace(rule, result=variables.filled(rule.result, numbers, used)) if rule.kind == "adapt" else rule)
+    return tuple(filled)
 
 
 def refuse_unused(names: Sequence[str]) -> None:
-    """RuleError for variables that are set and that nothing uses."""
+    """Raises RuleError for variables that are set and not used."""
     if names:
         raise RuleError(
             f"{names[0]!r} is set, and no rule and no layout in doubt uses it",
@@ -171,12 +171,12 @@ def _refuse_unused(numbers: Mapping[str, int], used: set[str], options: RuleOpti
         refuse_unused([name for name in numbers if name not in used])
 
 
-def _loaded(given: Sequence[Path | Rule], numbers: Mapping[str, int], used: set[str]) -> list[tuple[Rule, ...]]:
-    """The rules of each file, and each rule that is given as it is. RuleError for the problems of all files at once."""
-    found, errors = [], []
-    for one in given:
+def _loaded(sources: Sequence[Path | Rule], numbers: Mapping[str, int], used: set[str]) -> list[tuple[Rule, ...]]:
+    """The rules of each file, and each `Rule` by itself. Raises one RuleError for the problems of all files."""
+    loaded, errors = [], []
+    for source in sources:
         try:
-            found.append((one,) if isinstance(one, Rule) else _read(one, numbers, used))
+            loaded.append((source,) if isinstance(source, Rule) else _read(source, numbers, used))
         except RuleError as error:
             errors.append(error)
     if len(errors) == 1:
@@ -184,90 +184,95 @@ def _loaded(given: Sequence[Path | Rule], numbers: Mapping[str, int], used: set[
     if errors:
         problems = [f"{error.path}: {problem}" for error in errors for problem in error.problems or (error.reason,)]
         raise RuleError("rules files that can't be followed", problems=shortened(problems), hint=errors[0].hint)
-    return found
+    return loaded
 
 
-def _turned(found: Sequence[tuple[Rule, ...]], given: Sequence[Path | Rule], reverse: bool) -> Iterable[Rule]:
-    """All rules in order; with `reverse` the files' turned round as one, since a stage of one file goes on in the next."""
+def _turned(loaded: Sequence[tuple[Rule, ...]], sources: Sequence[Path | Rule], reverse: bool) -> Iterable[Rule]:
+    """All rules in order; with `reverse` those of the files reversed as one list, since a stage may continue in the next file."""
     if not reverse:
-        return [rule for rules in found for rule in rules]
+        return [rule for rules in loaded for rule in rules]
     from ckptsurgeon.rules.reversing import reverse as turn_round
 
-    plain = [one for one in given if isinstance(one, Rule)]
-    read = [rule for one, rules in zip(given, found, strict=True) if not isinstance(one, Rule) for rule in rules]
+    plain = [source for source in sources if isinstance(source, Rule)]
+    read = [rule for source, rules in zip(sources, loaded, strict=True) if not isinstance(source, Rule) for rule in rules]
     return [*plain, *turn_round(read)]
 
 
 def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True) -> Ruling:
-    """What rules name outside: read, or imported. What is not well formed is left to `compile_rules` to tell, save schemes.
+    """Read the label files and import the code that rules name. Rules that are not well formed are left to `compile_rules`, except schemes.
 
-    Raises RuleError for a scheme without a meaning, TargetError for a person's own code that can't be had.
+    Raises:
+        RuleError: an unknown scheme.
+        TargetError: user code that can't be imported.
     """
     labels: dict[str, tuple[str | None, ...]] = {}
     adapters: list[str] = []
-    wanted: list[str] = []
-    named: dict[str, list[str]] = {}  # by rules file, the code that it names
+    scheme_names: list[str] = []
+    named: dict[str, list[str]] = {}  # for each rules file, the code that it names
     for rule in rules:
-        ours: tuple[list[str], list[str]] = ([], [rule.result] if rule.kind == "init" else [])
+        own_adapters: list[str] = []
+        schemes_here = [rule.result] if rule.kind == "init" else []
         for op in _ops(rule):
-            ours[0].extend([str(op["op"])] if is_own(op) else [])
-            ours[1].extend([str(op["scheme"])] if type(op.get("scheme")) is str else [])
+            own_adapters += [str(op["op"])] if is_own(op) else []
+            schemes_here += [str(op["scheme"])] if type(op.get("scheme")) is str else []
             for name in ("source", "target"):
                 if type(op.get(name)) is str:
                     from ckptsurgeon.formats.labels import read_labels
 
                     path = path_of_file(rule, op[name])
                     labels[path] = labels.get(path) or read_labels(path)
-        adapters += ours[0]
-        wanted += ours[1]
+        adapters += own_adapters
+        scheme_names += schemes_here
         if rule.line:
-            named.setdefault(rule.file, []).extend(own_code(ours[0], ours[1] if schemes else ()))
-    if wanted:
+            named.setdefault(rule.file, []).extend(own_code(own_adapters, schemes_here if schemes else ()))
+    if scheme_names:
         from ckptsurgeon.models.init.scheme_text import parse_scheme
 
-        for scheme in wanted:
+        for scheme in scheme_names:
             parse_scheme(scheme)
     for file, code in named.items():
         say_code(file, code, unmissable(note))
-    shapes, own = load_own(adapters, wanted if schemes else (), unmissable(note) if any(named.values()) else note)
+    shapes, own = load_own(adapters, scheme_names if schemes else (), unmissable(note) if any(named.values()) else note)
     return Ruling(rules, Outside(labels, shapes), own)
 
 
 def own_code(adapters: Iterable[str], schemes: Iterable[str]) -> list[str]:
-    """What of the adapters and schemes is a person's own code."""
+    """The adapters, all of them user code, and those of the schemes that are user code; each once."""
     return list(dict.fromkeys([*adapters, *_own(schemes)]))
 
 
 def _own(schemes: Iterable[str]) -> list[str]:
-    """Those of the schemes that are a person's own functions; `scheme_text` is loaded where there is a scheme at all."""
-    found = list(schemes)
-    if not found:
+    """The schemes that are user-defined functions. `scheme_text` is imported only if there is any scheme."""
+    names = list(schemes)
+    if not names:
         return []
     from ckptsurgeon.models.init.scheme_text import is_own as is_function
 
-    return [scheme for scheme in found if is_function(scheme)]
+    return [scheme for scheme in names if is_function(scheme)]
 
 
 def say_code(file: str, code: Sequence[str], note: Note) -> None:
-    """Say which code a plan or a rules file names, before any of it is imported."""
+    """Note which code a plan or a rules file names, before it is imported."""
     if code:
         note(f"{file} names code, which is imported now: {', '.join(dict.fromkeys(code))}")
 
 
 def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, OwnShape], Own]:
-    """The shape functions, kernels and schemes of a person's own, imported; nothing is imported where none is named."""
-    wanted, fills = list(dict.fromkeys(adapters)), _own(schemes)
-    if not wanted and not fills:
+    """Import user-defined adapters and schemes: the shape functions, and the kernels and schemes. Imports nothing where none is named."""
+    names, fills = list(dict.fromkeys(adapters)), _own(schemes)
+    if not names and not fills:
         return {}, Own()
     from ckptsurgeon.models.init.user_functions import load_adapter, once, own_schemes
 
     say = once(note)
-    found = {name: load_adapter(name, say) for name in wanted}
-    return {name: one.shape for name, one in found.items()}, Own({name: one.kernel for name, one in found.items()}, own_schemes(fills, say))
+    loaded = {name: load_adapter(name, say) for name in names}
+    return {name: adapter.shape for name, adapter in loaded.items()}, Own(
+        {name: adapter.kernel for name, adapter in loaded.items()}, own_schemes(fills, say)
+    )
 
 
 def _ops(rule: Rule) -> Iterable[Mapping[str, Any]]:
     try:
         return parse_ops(rule.result) if rule.kind == "adapt" and rule.result else ()
     except RuleError:
-        return ()  # told with all others when the rules are compiled
+        return ()  # reported with all others when the rules are compiled

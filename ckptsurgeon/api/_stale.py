@@ -1,4 +1,4 @@
-"""Whether the data that a plan was made for is still what it was, by a sample of it or as a whole; and plans that lie in files.
+"""Checks that the data of a plan's files has not changed since the plan was made, by a sample or a digest; and reads plan files.
 
 Headers are compared before, by their fingerprints.
 """
@@ -21,59 +21,59 @@ from ckptsurgeon.streaming.sampling import digest, sample
 from ckptsurgeon.tensors import Checkpoint
 
 
-def sampled(made: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None, full: bool) -> Plan:
-    """A plan that knows of the data it was made for: by a sample, and with `full` by a digest of all."""
+def sampled(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None, full: bool) -> Plan:
+    """The plan with a sample of its files' data, and with `full` a digest of all data."""
 
     def all_of(checkpoint: Checkpoint) -> str:
         return digest(checkpoint) if full else ""
 
-    rows = [replace(row, sample=sample(found), sha256=all_of(found)) for row, found in zip(made.sources, sources, strict=True)]
-    goal = made.target
-    if goal is not None and target is not None:
-        goal = replace(goal, sample=sample(target), sha256=all_of(target))
-    return replace(made, sources=tuple(rows), target=goal)
+    rows = [replace(row, sample=sample(source), sha256=all_of(source)) for row, source in zip(plan.sources, sources, strict=True)]
+    planned_target = plan.target
+    if planned_target is not None and target is not None:
+        planned_target = replace(planned_target, sample=sample(target), sha256=all_of(target))
+    return replace(plan, sources=tuple(rows), target=planned_target)
 
 
-def check_data(made: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> None:
-    """Raises StaleError when a source or the target has other data than the plan was made for; their headers are known to be the same."""
-    held: list[tuple[PlanSource | PlanTarget, Checkpoint]] = [*zip(made.sources, sources, strict=True)]
-    if made.target is not None and target is not None:
-        held.append((made.target, target))
-    for planned, found in held:
-        for known, take in ((planned.sha256, digest), (planned.sample, sample)):
-            if known and known != take(found):
-                raise StaleError("was saved anew with other values since the plan was made", path=found.path, hint="plan again")
-            if known:
-                break  # what is known of all needs no sample
+def check_data(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> None:
+    """Raises StaleError when the data of a source or the target has changed since the plan was made. Headers were compared before."""
+    rows: list[tuple[PlanSource | PlanTarget, Checkpoint]] = [*zip(plan.sources, sources, strict=True)]
+    if plan.target is not None and target is not None:
+        rows.append((plan.target, target))
+    for planned, checkpoint in rows:
+        for recorded, compute in ((planned.sha256, digest), (planned.sample, sample)):
+            if recorded and recorded != compute(checkpoint):
+                raise StaleError("was saved anew with other values since the plan was made", path=checkpoint.path, hint="plan again")
+            if recorded:
+                break  # a digest of all data makes the sample redundant
 
 
 @contextmanager
-def hinting(made: Plan, path: str | None) -> Iterator[None]:
-    """Within it, a StaleError says how to plan again: for a plan in a file by the command that makes it anew."""
+def hinting(plan: Plan, path: str | None) -> Iterator[None]:
+    """A context that adds to a StaleError the command that makes the plan at `path` again."""
     try:
         yield
     except StaleError as error:
-        live = made.target is not None and made.target.kind == "model" and not looks_like_spec(made.target.spec)
+        live = plan.target is not None and plan.target.kind == "model" and not looks_like_spec(plan.target.spec)
         if path is not None and not live:
-            error.hint = f"plan again, with the rules and other options that it had, if any: {shlex.join(_command(made, path))}"
+            error.hint = f"plan again, with the rules and other options that it had, if any: {shlex.join(_command(plan, path))}"
         raise
 
 
-def _command(made: Plan, path: str) -> Iterator[str]:
-    """The words of a command that makes a plan again, its rules left out."""
-    yield from ("ckptsurgeon", "plan", *(source.path for source in made.sources))
-    if made.target is not None:
-        yield made.target.spec
-    elif len(made.sources) > 1:
+def _command(plan: Plan, path: str) -> Iterator[str]:
+    """The words of a command that makes a plan again, without its rules."""
+    yield from ("ckptsurgeon", "plan", *(source.path for source in plan.sources))
+    if plan.target is not None:
+        yield plan.target.spec
+    elif len(plan.sources) > 1:
         yield "--average"
-    roots = {source.root for source in made.sources}
+    roots = {source.root for source in plan.sources}
     if len(roots) == 1 and "" not in roots:
         yield from ("--root", *roots)
-    if made.seed:
-        yield from ("--seed", str(made.seed))
-    for pattern in made.allow_cast:
+    if plan.seed:
+        yield from ("--seed", str(plan.seed))
+    for pattern in plan.allow_cast:
         yield from ("--allow-cast", pattern)
-    if any(row.sha256 for row in made.sources):
+    if any(row.sha256 for row in plan.sources):
         yield "--full"
     yield from ("-o", path, "--overwrite")
 
@@ -88,7 +88,7 @@ def load_plan(path: Path) -> Plan:
         The `Plan`.
 
     Raises:
-        PlanError: it is none, of another version, or damaged.
+        PlanError: it is no plan, has another version, or is damaged.
 
     >>> import json
     >>> from pathlib import Path
@@ -109,7 +109,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def _refuse_checkpoint(file: OpenFile) -> None:
-    """PlanError for a file that begins as a checkpoint; JSON is looked into later."""
+    """Raises PlanError for a file that begins as a checkpoint or rules file; JSON is parsed later."""
     from ckptsurgeon.formats.sniff import format_of, is_rules
 
     head = file.read(0, min(file.size, 4096))
@@ -118,11 +118,11 @@ def _refuse_checkpoint(file: OpenFile) -> None:
     if is_rules(head):
         raise PlanError("is a rules file, not a plan", path=file.path, hint=f"plan or merge with it: rules={file.path!r}")
     try:
-        form = format_of(file)
+        file_format = format_of(file)
     except CheckpointError:
         return
     from ckptsurgeon.models.target.slips import only_model
 
     target = only_model()
     words = shlex.join(["ckptsurgeon", "plan", file.path, target, "-o", "plan.json"]) if target else "ckptsurgeon help plan"
-    raise PlanError(f"is a checkpoint ({form.name}), not a plan", path=file.path, hint=f"plan it first: {words}")
+    raise PlanError(f"is a checkpoint ({file_format.name}), not a plan", path=file.path, hint=f"plan it first: {words}")

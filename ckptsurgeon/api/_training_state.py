@@ -1,7 +1,7 @@
-"""Resumes a training: the optimizer's state, the schedule, the scaler and the averaged copy go where the weights went, or nothing does.
+"""Carries training state in `transfer`: the optimizer's state, the scheduler's, the scaler's and the averaged copy.
 
-Each is found in the source, held against the new object and made ready before the first is loaded; when anything fails, all have what they
-had. What can't be carried is told, and never stops the weights.
+Each is found in the source, compared with the new object and converted before the first is loaded; if anything fails, all objects are
+unchanged. State that can't be carried is reported, and the weights are transferred all the same.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _STAYS = (
 )
 
 
-def without_averaged(found: Archive) -> Archive:
-    """An archive without its averaged copies, where it has others: the model's own weights are meant."""
-    copies = training_places.average_roots([one.root for one in found.state_dicts])
-    rest = tuple(one for one in found.state_dicts if one.root not in copies)
-    return replace(found, state_dicts=rest) if rest else found
+def without_averaged(archive: Archive) -> Archive:
+    """An archive without its averaged copies, if it has other state_dicts: then the model's own weights are meant."""
+    copies = training_places.average_roots([state_dict.root for state_dict in archive.state_dicts])
+    rest = tuple(state_dict for state_dict in archive.state_dicts if state_dict.root not in copies)
+    return replace(archive, state_dicts=rest) if rest else archive
 
 
 @dataclass(frozen=True)
 class BesideWeights:
-    """All that a file or a live source holds, as a tree or live, and how a tensor of it is had. `whole`: it may be a state itself."""
+    """All that a file or a source in memory (`live`) holds, and how its tensors are read. `whole`: it may be a single state itself."""
 
     path: str
     value: Any
@@ -65,22 +65,22 @@ class BesideWeights:
     whole: bool = False
     files: tuple[FileStamp, ...] = ()
 
-    def tree(self, place: str, found: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
-        """One part of it with a `TensorMeta` for each tensor, and what gives these tensors."""
+    def tree(self, place: str, value: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
+        """One part of it as a tree with a `TensorMeta` for each tensor, and a function that returns these tensors."""
         if not self.live:
-            return found, lambda leaf: tensor_from(self.reader.read(leaf), leaf.dtype).view(leaf.shape)
-        tree, tensors = training_state.live_tree(found, place)
+            return value, lambda leaf: tensor_from(self.reader.read(leaf), leaf.dtype).view(leaf.shape)
+        tree, tensors = training_state.live_tree(value, place)
         return tree, lambda leaf: tensors[leaf.name]
 
 
-def holds_more(given: Checkpoint) -> bool:
+def holds_more(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's file may hold more than the weights."""
-    form = named(given.format)
-    return form.pickled or form.holds_folder
+    source_format = named(checkpoint.format)
+    return source_format.pickled or source_format.holds_folder
 
 
-def beside_weights(source: Given, given: Checkpoint, reader: Reader) -> BesideWeights:
-    """What stands beside the weights in the source.
+def beside_weights(source: Given, checkpoint: Checkpoint, reader: Reader) -> BesideWeights:
+    """What the source holds beside the weights.
 
     Raises:
         ModelError: a module, which holds no training state.
@@ -88,146 +88,151 @@ def beside_weights(source: Given, given: Checkpoint, reader: Reader) -> BesideWe
         StaleError: the file changed since the weights' header was read.
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
-        return BesideWeights("the source", source, given.root, reader, True)
+        return BesideWeights("the source", source, checkpoint.root, reader, True)
     if not isinstance(source, (str, os.PathLike, BytesIO, Checkpoint)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the checkpoint that training wrote")
-    if not holds_more(given):
+    if not holds_more(checkpoint):
         raise FormatError(
-            f"is a {given.format}, which holds no training state",
-            path=given.path,
+            f"is a {checkpoint.format}, which holds no training state",
+            path=checkpoint.path,
             hint="give the torch file that training wrote, or the optimizer's own file: optimizer_from='optimizer.pt'",
         )
-    tree = formats.tree_of(given)
-    return BesideWeights(given.path, tree.value, given.root, reader, False, files=tree.files)
+    tree = formats.tree_of(checkpoint)
+    return BesideWeights(checkpoint.path, tree.value, checkpoint.root, reader, False, files=tree.files)
 
 
 def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> BesideWeights:
-    """What a second file holds, or a live state: a state by itself (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or one
-    beside others. Of a folder that these wrote, the file of this kind.
+    """What a second file, or a state in memory, holds: one state (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or several.
+
+    For a folder that the Trainer or accelerate wrote, its file for this kind of state.
 
     Raises:
-        ModelError: it is neither.
-        FormatError, UnreadableError: as the reader's.
+        ModelError: it is neither a path nor a mapping.
+        FormatError, UnreadableError: the file can't be read.
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         return BesideWeights("the state", source, "", undo.enter_context(Reader([])), True, True)
     if not isinstance(source, (str, os.PathLike, BytesIO)):
         raise ModelError(f"a {type(source).__name__} holds no training state", hint="give the file that has it, such as optimizer.pt")
     tree = formats.read_tree(held_in_memory(source) if isinstance(source, BytesIO) else _state_file(kind, os.fspath(source)))
-    held = Checkpoint(tree.path, "", "", {}, files=tree.files)
-    return BesideWeights(tree.path, tree.value, "", undo.enter_context(Reader([held])), False, True, tree.files)
+    checkpoint = Checkpoint(tree.path, "", "", {}, files=tree.files)
+    return BesideWeights(tree.path, tree.value, "", undo.enter_context(Reader([checkpoint])), False, True, tree.files)
 
 
 def _state_file(kind: training_places.Kind, path: str) -> str:
-    """The file of a kind of state, where a path is the folder that has it; else the path."""
+    """The file for a kind of state in the folder at `path`; `path` itself where there is none."""
     files = [os.path.join(path, name) for name in training_places.FILES[kind]]
-    return next((one for one in files if os.path.isfile(one)), path)
+    return next((file for file in files if os.path.isfile(file)), path)
 
 
-def find(kind: training_places.Kind, found: BesideWeights, asked: str | None) -> tuple[str, Any]:
-    """Where a kind of state stands, and it itself; a file that is one by itself is named by its path."""
-    if asked is None and found.whole and training_places.is_state(kind, found.value):
-        return "", found.value
-    return training_places.find(kind, found.value, found.root, asked, found.path)
+def find(kind: training_places.Kind, beside: BesideWeights, root: str | None) -> tuple[str, Any]:
+    """The place of a kind of state and its value; the place is "" for a file that is nothing else."""
+    if root is None and beside.whole and training_places.is_state(kind, beside.value):
+        return "", beside.value
+    return training_places.find(kind, beside.value, beside.root, root, beside.path)
 
 
-def shown(found: BesideWeights, place: str) -> str:
-    """A state's place as the report names it: with its file, where this is a second one."""
-    return place if not found.whole else f"{found.path}: {place}" if place else found.path
+def shown(beside: BesideWeights, place: str) -> str:
+    """A state's place as the report names it, with the file's path if it is a second file."""
+    return place if not beside.whole else f"{beside.path}: {place}" if place else beside.path
 
 
 def give(
-    asked: TrainingOptions,
+    training: TrainingOptions,
     around: Callable[[], BesideWeights],
-    given: Checkpoint,
+    checkpoint: Checkpoint,
     plan: Plan,
     model: nn.Module,
     undo: ExitStack,
 ) -> CarriedState:
-    """Carry what is asked for, but for the averaged copy (`find_averaged`). What fails within `undo` is put back as it was.
+    """Load the state of each given object except the averaged copy (`find_averaged`). `undo` restores all of them if a later step fails.
 
     Args:
-        around: what stands beside the weights; called only where something of it is asked for.
+        around: returns what the source holds beside the weights; called only if it is needed.
 
     Raises:
-        RootError: a state that is asked for is not in the source, or could be several.
+        RootError: the state of a given object is not in the source, or is there several times.
         FormatError: the optimizer's state contradicts itself.
-        ModelError: whose the optimizer's positions are can't be told, or an object that takes none.
+        ModelError: the parameters of the optimizer's state can't be identified, or an object has no state to load.
     """
     carried = CarriedState()
-    made, saved = None, None
-    read: list[BesideWeights] = []
-    if asked.optimizer is not None:
-        found = around() if asked.optimizer_from is None else apart("optimizer", asked.optimizer_from, undo)
-        read.append(found)
-        made, saved, carried = _optimizer(asked, found, given, plan, model)
+    new_state, saved = None, None
+    states: list[BesideWeights] = []
+    if training.optimizer is not None:
+        beside = around() if training.optimizer_from is None else apart("optimizer", training.optimizer_from, undo)
+        states.append(beside)
+        new_state, saved, carried = _optimizer(training, beside, checkpoint, plan, model)
     ready = []
     groups: list[dict[str, Any]] = []
-    driven: list[dict[str, Any]] = []
-    for kind, taker in (("scheduler", asked.scheduler), ("scaler", asked.scaler)):
-        if taker is None:
+    driven_groups: list[dict[str, Any]] = []
+    for kind, receiver in (("scheduler", training.scheduler), ("scaler", training.scaler)):
+        if receiver is None:
             continue
-        origin = asked.scheduler_from if kind == "scheduler" else None
-        read.append(around() if origin is None else apart("scheduler", origin, undo))
-        state = _other(kind, taker, read[-1], asked)
+        origin = training.scheduler_from if kind == "scheduler" else None
+        states.append(around() if origin is None else apart("scheduler", origin, undo))
+        state = _other(kind, receiver, states[-1], training)
         if isinstance(state, str):
             carried = replace(carried, not_carried=(*carried.not_carried, (kind, state)))
             continue
-        ready.append((taker, state))
+        ready.append((receiver, state))
         carried = replace(carried, others=(*carried.others, kind))
-        if kind == "scheduler" and hasattr(taker, "optimizer"):
-            driven = training_state.driven(state, taker.optimizer.param_groups, () if saved is None else saved.groups)
-    for one in read if asked.checksums else ():
-        check_all(one.reader, [given])
-    if made is not None:
-        undo.enter_context(optimizer_state.loaded(asked.optimizer, made.state_dict))
-    for taker, state in ready:
-        undo.enter_context(training_state.loaded(taker, state))
-    if driven:
-        groups = asked.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
-        undo.enter_context(optimizer_state.driving(groups, driven))
+        if kind == "scheduler" and hasattr(receiver, "optimizer"):
+            driven_groups = training_state.driven(state, receiver.optimizer.param_groups, () if saved is None else saved.groups)
+    for one in states if training.checksums else ():
+        check_all(one.reader, [checkpoint])
+    if new_state is not None:
+        undo.enter_context(optimizer_state.loaded(training.optimizer, new_state.state_dict))
+    for receiver, state in ready:
+        undo.enter_context(training_state.loaded(receiver, state))
+    if driven_groups:
+        groups = training.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
+        undo.enter_context(optimizer_state.driving(groups, driven_groups))
     return carried
 
 
 def _optimizer(
-    asked: TrainingOptions, found: BesideWeights, given: Checkpoint, plan: Plan, model: nn.Module
+    training: TrainingOptions, beside: BesideWeights, checkpoint: Checkpoint, plan: Plan, model: nn.Module
 ) -> tuple[optimizer_state.Made | None, Saved, CarriedState]:
-    parameters = optimizer_state.parameters_of(model, asked.optimizer)
-    place, value = find("optimizer", found, asked.optimizer_root)
-    tree, fetch = found.tree(place, value)
+    parameters = optimizer_state.parameters_of(model, training.optimizer)
+    place, value = find("optimizer", beside, training.optimizer_root)
+    tree, fetch = beside.tree(place, value)
     steps = {step.target: step for step in plan.steps}
-    live = optimizer_state.order_of(model, asked.optimizer, steps, given)
+    live = optimizer_state.order_of(model, training.optimizer, steps, checkpoint)
     try:
         saved = read_saved(tree)
-        assigned = assign(saved, given, asked.optimizer_names, live)
+        assigned = assign(saved, checkpoint, training.optimizer_names, live)
     except FormatError as error:
-        error.path, error.key = error.path or found.path, error.key or place
+        error.path, error.key = error.path or beside.path, error.key or place
         raise
-    place = shown(found, place)
-    every = tuple(parameter.name for parameter in parameters)
-    reason = _other_kind(optimizer_state.kind_of(asked.optimizer), asked.optimizer, saved)
+    place = shown(beside, place)
+    names = tuple(parameter.name for parameter in parameters)
+    reason = _other_kind(optimizer_state.kind_of(training.optimizer), training.optimizer, saved)
     if reason is not None:
-        return None, saved, CarriedState(place, assigned.by, zeroed=every, not_carried=((type(asked.optimizer).__name__, reason),))
-    held = {(0, key): state for key, state in held_by_key(saved, assigned, given).items()}
-    made = optimizer_state.make(asked.optimizer, plan_states(parameters, steps, held), fetch, _spread(model, found, fetch))
-    found.reader.check_unchanged()
-    return made, saved, replace(account(place, saved, assigned, given, made.plans, made.notes), casts=reported(made.casts))
+        return None, saved, CarriedState(place, assigned.by, zeroed=names, not_carried=((type(training.optimizer).__name__, reason),))
+    states = {(0, key): state for key, state in held_by_key(saved, assigned, checkpoint).items()}
+    new_state = optimizer_state.make(training.optimizer, plan_states(parameters, steps, states), fetch, _spread(model, beside, fetch))
+    beside.reader.check_unchanged()
+    return (
+        new_state,
+        saved,
+        replace(account(place, saved, assigned, checkpoint, new_state.plans, new_state.notes), casts=reported(new_state.casts)),
+    )
 
 
-def _spread(model: nn.Module, found: BesideWeights, fetch: Callable[[TensorMeta], torch.Tensor]) -> optimizer_state.Spread | None:
-    """What gives a sharded model's moments their values; None for another model."""
+def _spread(model: nn.Module, beside: BesideWeights, fetch: Callable[[TensorMeta], torch.Tensor]) -> optimizer_state.Spread | None:
+    """A function that writes values into the moments of a sharded model; None for another model."""
     if not any(map(is_sharded, model.parameters())):
         return None
     from ckptsurgeon.models.sharded.planner import spread
 
     def own_part(into: torch.Tensor, value: TensorMeta | torch.Tensor) -> None:
-        spread(into, fetch(value) if found.live and isinstance(value, TensorMeta) else value, found.reader)
+        spread(into, fetch(value) if beside.live and isinstance(value, TensorMeta) else value, beside.reader)
 
     return own_part
 
 
 def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
-    """Why nothing of the source's optimizer is any good to the new one; None where it is."""
+    """Why the new optimizer can't take the source's state; None where it can."""
     if kind is None:
         return f"is none of {', '.join(SLOTS)}: it was left as it is"
     if saved.state and saved.by_bitsandbytes != (kind == BITSANDBYTES):
@@ -241,25 +246,29 @@ def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
 
 
 def account(
-    place: str, saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan], notes: Sequence[tuple[str, str]]
+    place: str, saved: Saved, assigned: Assigned, checkpoint: Checkpoint, plans: Sequence[ParameterPlan], notes: Sequence[tuple[str, str]]
 ) -> CarriedState:
-    """What became of each parameter's state, and of what the source has beside."""
-    rows = [(one.parameter.name, one.reason) for one in plans if one.reason is not None]
+    """What became of each parameter's state, and of the rest of the source's state."""
+    rows = [(parameter_plan.parameter.name, parameter_plan.reason) for parameter_plan in plans if parameter_plan.reason is not None]
     return CarriedState(
         place=place,
         by=assigned.by,
-        carried=tuple(one.parameter.name for one in plans if one.reason is None and not one.adapted),
-        adapted=tuple(one.parameter.name for one in plans if one.reason is None and one.adapted),
+        carried=tuple(
+            parameter_plan.parameter.name for parameter_plan in plans if parameter_plan.reason is None and not parameter_plan.adapted
+        ),
+        adapted=tuple(
+            parameter_plan.parameter.name for parameter_plan in plans if parameter_plan.reason is None and parameter_plan.adapted
+        ),
         zeroed=tuple(name for name, _ in rows),
-        not_carried=(*rows, *notes, *left(saved, assigned, given, plans)),
+        not_carried=(*rows, *notes, *left(saved, assigned, checkpoint, plans)),
     )
 
 
-def left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
-    """What of the source's state goes nowhere."""
+def left(saved: Saved, assigned: Assigned, checkpoint: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
+    """The parts of the source's state that are not carried, each with the reason."""
     used = {key for plan in plans if plan.reason is None for _, key in plan.sources}
-    told = {key for plan in plans if plan.reason is not None for _, key in plan.sources}
-    ties = {key: set(group) for group in given.ties for key in group}
+    reported = {key for plan in plans if plan.reason is not None for _, key in plan.sources}
+    ties = {key: set(group) for group in checkpoint.ties for key in group}
     rows = []
     for position, state in saved.state.items():
         if all(value is None for value in state.values()):
@@ -267,36 +276,38 @@ def left(saved: Saved, assigned: Assigned, given: Checkpoint, plans: Sequence[Pa
         key = assigned.keys.get(position)
         if key is None:
             rows.append((f"position {str(position)[:60]} of the source", "it is no parameter of the source's state_dict"))
-        elif not ties.get(key, {key}) & (used | told):
+        elif not ties.get(key, {key}) & (used | reported):
             rows.append((f"{key} of the source", "its parameter goes nowhere"))
     kept = {slot.slot.name for plan in plans for slot in plan.slots}
-    more = dict.fromkeys(name for state in saved.state.values() for name, value in state.items() if value is not None and name not in kept)
+    unused = dict.fromkeys(
+        name for state in saved.state.values() for name, value in state.items() if value is not None and name not in kept
+    )
     if kept:
-        rows += [(name, "the new optimizer does not keep it") for name in more]
+        rows += [(name, "the new optimizer does not keep it") for name in unused]
     return rows
 
 
-def _other(kind: Any, taker: Any, found: BesideWeights, asked: TrainingOptions) -> dict[str, Any] | str:
-    """A scheduler's or scaler's new state, or why it can't have one."""
-    if not callable(getattr(taker, "state_dict", None)) or not callable(getattr(taker, "load_state_dict", None)):
-        raise ModelError(f"a {type(taker).__name__} is no {kind}: it has no state_dict")
-    optimizer = getattr(taker, "optimizer", None)
-    if kind == "scheduler" and asked.optimizer is not None and optimizer is not None and optimizer is not asked.optimizer:
+def _other(kind: Any, receiver: Any, beside: BesideWeights, training: TrainingOptions) -> dict[str, Any] | str:
+    """A scheduler's or scaler's new state, or the reason why there is none."""
+    if not callable(getattr(receiver, "state_dict", None)) or not callable(getattr(receiver, "load_state_dict", None)):
+        raise ModelError(f"a {type(receiver).__name__} is no {kind}: it has no state_dict")
+    optimizer = getattr(receiver, "optimizer", None)
+    if kind == "scheduler" and training.optimizer is not None and optimizer is not None and optimizer is not training.optimizer:
         raise ModelError("the scheduler drives another optimizer than the one given", hint="make it from the new optimizer")
-    place, value = find(kind, found, None)
-    tree, fetch = found.tree(place, value)
-    own = training_state.own_state(taker)
-    if not own:
+    place, value = find(kind, beside, None)
+    tree, fetch = beside.tree(place, value)
+    own_state = training_state.own_state(receiver)
+    if not own_state:
         return "the new one is not enabled, and keeps no state"
     groups = len(optimizer.param_groups) if optimizer is not None and kind == "scheduler" else None
-    return training_state.fitted(own, tree, fetch, groups)
+    return training_state.fitted(own_state, tree, fetch, groups)
 
 
 @dataclass(frozen=True)
 class Averaged:
-    """What the averaged copy `model` takes, by a transfer of its own: from `source`, under `root`, without the keys `left_out`.
+    """The transfer into the averaged copy `model`: from `source`, under `root`, without the keys `left_out`.
 
-    `buffers` are its wrapper's own, such as `n_averaged`; `values` those of them that the source has, each with what gives it.
+    `buffers` are its wrapper's own, such as `n_averaged`; `values` has, for those that the source holds, a function that returns the value.
     """
 
     source: Given
@@ -307,7 +318,7 @@ class Averaged:
     values: Mapping[str, Callable[[], torch.Tensor]]
 
     def told(self, carried: CarriedState, report: Report) -> CarriedState:
-        """Copy the wrapper's own buffers, and add the copy's report to what was carried."""
+        """Copy the wrapper's own buffers, and return `carried` with the averaged copy's report."""
         import torch
 
         for name, value in self.values.items():
@@ -318,38 +329,40 @@ class Averaged:
         return replace(carried, others=(*carried.others, "ema"), ema=kept, not_carried=(*carried.not_carried, *missing))
 
 
-def find_averaged(asked: TrainingOptions, source: Given, around: Callable[[], BesideWeights], undo: ExitStack) -> Averaged:
-    """What goes into the averaged copy. When what is done until `undo` ends fails, the copy holds what it held.
+def find_averaged(training: TrainingOptions, source: Given, around: Callable[[], BesideWeights], undo: ExitStack) -> Averaged:
+    """What goes into the averaged copy. `undo` restores the copy if a later step fails.
 
     Raises:
         RootError: the source has no averaged copy, or several.
         ModelError: `ema` is neither a model nor keeps one.
     """
-    found = around()
-    model, buffers = ema.inner(asked.ema), ema.own_buffers(asked.ema)
-    if found.live:
+    beside = around()
+    model, buffers = ema.inner(training.ema), ema.own_buffers(training.ema)
+    if beside.live:
         assert isinstance(source, Mapping)
         roots = ema.live_roots(source).state_dicts
     else:
         source = source.path if isinstance(source, Checkpoint) else source
         assert isinstance(source, (str, os.PathLike))
         roots = _opening.read(source).state_dicts
-    root = training_places.choose_average_root([one.root for one in roots], asked.ema_root, found.path)
-    chosen = next((one for one in roots if one.root == root), None)
-    counts = training_places.AVERAGING_STATE if root == training_places.lightning_average([one.root for one in roots]) else root
-    ours = {
-        name: (one.root, meta)
-        for one in roots
-        if one is chosen or one.root == counts
-        for name, meta in one.tensors.items()
+    root = training_places.choose_average_root([state_dict.root for state_dict in roots], training.ema_root, beside.path)
+    chosen = next((state_dict for state_dict in roots if state_dict.root == root), None)
+    counts = (
+        training_places.AVERAGING_STATE if root == training_places.lightning_average([state_dict.root for state_dict in roots]) else root
+    )
+    own = {
+        name: (state_dict.root, meta)
+        for state_dict in roots
+        if state_dict is chosen or state_dict.root == counts
+        for name, meta in state_dict.tensors.items()
         if name in buffers and meta.shape == tuple(buffers[name].shape)
     }
     undo.enter_context(ema.restored(model, buffers))
-    left_out = () if chosen is None else tuple(name for name in ours if name in chosen.tensors)
+    left_out = () if chosen is None else tuple(name for name in own if name in chosen.tensors)
 
     def value(name: str, place: str, meta: TensorMeta) -> torch.Tensor:
-        lives: Any = at_root(source, place) if found.live else {}
-        return lives[name] if found.live else tensor_from(found.reader.read(meta), meta.dtype).view(meta.shape)
+        lives: Any = at_root(source, place) if beside.live else {}
+        return lives[name] if beside.live else tensor_from(beside.reader.read(meta), meta.dtype).view(meta.shape)
 
-    values = {name: partial(value, name, place, meta) for name, (place, meta) in ours.items()}
+    values = {name: partial(value, name, place, meta) for name, (place, meta) in own.items()}
     return Averaged(source, model, root, left_out, buffers, values)

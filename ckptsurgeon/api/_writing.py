@@ -1,4 +1,4 @@
-"""Carries out a plan: writes the file, proves it, and reports. What `merge` and `apply` share."""
+"""Carries out a plan: writes the file, verifies it, and returns the report. `merge` and `apply` share it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ckptsurgeon.streaming.step_values import Values
 from ckptsurgeon.streaming.values import Buffer
 from ckptsurgeon.tensors import Checkpoint
 
-# Suffixes of formats that are not written: a file of another format so called would mislead its readers.
+# Suffixes of formats that are not written: no hint offers to write another format under such a name.
 _NEVER_WRITTEN = frozenset({*SUFFIXES, ".npz", ".npy", ".json", ".h5", ".hdf5", ".gguf", ".onnx", ".zip", ".tar", ".gz"}) - {*OUTPUTS}
 
 
@@ -56,16 +56,18 @@ def output_format(output: Path, format: str | None = None) -> str:
     suffix = os.path.splitext(os.fspath(output))[1].lower()
     if suffix not in OUTPUTS:
         refuse_no_file(os.fspath(output))
-        other = "" if suffix in _NEVER_WRITTEN else ", or give format='torch'"
+        python_hint = "" if suffix in _NEVER_WRITTEN else ", or give format='torch'"
         raise OutputError(
-            f"its suffix {suffix!r} does not say which format to write", path=output, hint=f"end it in one of {' '.join(OUTPUTS)}{other}"
+            f"its suffix {suffix!r} does not say which format to write",
+            path=output,
+            hint=f"end it in one of {' '.join(OUTPUTS)}{python_hint}",
         )
     return OUTPUTS[suffix]
 
 
 @dataclass(frozen=True)
 class OutputKind:
-    """The format of an output, whether it is a folder, and the most bytes of a shard where shards are written."""
+    """The format of an output, whether it is a folder, and the most bytes of a shard if shards are written."""
 
     format: str
     is_folder: bool = False
@@ -73,26 +75,28 @@ class OutputKind:
 
 
 def output_kind(options: OutputOptions, planned: int | None = None) -> OutputKind:
-    """What is written: one file, or into a folder shards, or what a format's own library writes there.
+    """What is written: one file, a folder of shards, or a folder in a library's own format (DCP).
 
-    A folder is written where the path ends in a slash or is one already, where a size of shards is chosen, now or in the plan, and for a
-    format that has no files.
+    A folder is written if the path ends in a slash or is a folder already, if a shard size is given here or in the plan, and for a format
+    that is always a folder.
 
     Args:
-        planned: the size of shards that the plan has on record.
+        planned: the shard size that the plan records.
 
     Raises:
-        OutputError: as `output_format`; or a folder is to be written, and the path names a file.
+        OutputError: as `output_format`; or a folder would be written, and the path names a file.
     """
     path = os.fspath(options.output)
     size = options.shard_size or planned
-    saved = options.format is not None and output_format(path, options.format) == options.format and bool(WRITTEN[options.format].saved)
-    if not _is_folder(path) and size is None and not saved:
+    by_library = (
+        options.format is not None and output_format(path, options.format) == options.format and bool(WRITTEN[options.format].saved)
+    )
+    if not _is_folder(path) and size is None and not by_library:
         return OutputKind(output_format(path, options.format))
     if not _is_folder(path) and (os.path.splitext(path)[1].lower() in OUTPUTS or os.path.isfile(path)):
-        words = f"names a file, and {f'format={options.format!r}' if saved else 'max_shard_size'} writes a folder"
+        words = f"names a file, and {f'format={options.format!r}' if by_library else 'max_shard_size'} writes a folder"
         raise OutputError(words, path=path, hint=f"-o {shlex.quote(os.path.splitext(path)[0] + '/')}")
-    if saved:
+    if by_library:
         return OutputKind(output_format(path, options.format), True)
     from ckptsurgeon.formats.folders.shards import USUAL_SIZE
 
@@ -100,12 +104,12 @@ def output_kind(options: OutputOptions, planned: int | None = None) -> OutputKin
 
 
 def _is_folder(path: str) -> bool:
-    """Whether a path says that a folder is written."""
+    """Whether a path ends in a slash or is a folder."""
     return bool(path) and (path.endswith(("/", os.sep)) or os.path.isdir(path))
 
 
 def refuse_output(options: OutputOptions, planned: int | None = None) -> None:
-    """OutputError for a path that says no format, or where a file or folder is that is not to be replaced."""
+    """Raises OutputError for a path that implies no format, or that exists and may not be replaced."""
     if not output_kind(options, planned).is_folder:
         check_free(os.fspath(options.output), options.overwrite)
     else:
@@ -114,11 +118,11 @@ def refuse_output(options: OutputOptions, planned: int | None = None) -> None:
         check_folder(os.fspath(options.output), options.overwrite, options.resume)
 
 
-def refuse_idle_writing(made: Plan, options: OutputOptions, training: TrainingOptions = NO_TRAINING, *, written: bool = True) -> None:
-    """Raises SettingsError for an option about the output that would do nothing; `written` is False where nothing is."""
-    kind = output_kind(options, made.max_shard_size)
-    known = facts(
-        model=made.target is not None and made.target.kind == "model",
+def refuse_idle_writing(plan: Plan, options: OutputOptions, training: TrainingOptions = NO_TRAINING, *, written: bool = True) -> None:
+    """Raises SettingsError for an option about the output that would do nothing; `written` is False for a dry run."""
+    kind = output_kind(options, plan.max_shard_size)
+    known_facts = facts(
+        model=plan.target is not None and plan.target.kind == "model",
         verify=options.verify,
         leaves_out_tied=WRITTEN[kind.format].leaves_out_tied,
         shards=kind.max_shard_size,
@@ -127,25 +131,25 @@ def refuse_idle_writing(made: Plan, options: OutputOptions, training: TrainingOp
         written=written,
         output=options.output,
     )
-    refuse_idle(known, **vars(options), **vars(training))
+    refuse_idle(known_facts, **vars(options), **vars(training))
 
 
 def carry_out(
-    made: Plan, found: Sequence[Checkpoint], goal: Target | None, options: OutputOptions, own: Own, around: Training | None = None
+    plan: Plan, sources: Sequence[Checkpoint], target: Target | None, options: OutputOptions, own: Own, around: Training | None = None
 ) -> Report:
-    """Follow a plan: write the file, prove it before it takes its name, and report.
+    """Carry out a plan: write the file, verify it before it gets its name, and return the report.
 
     Args:
-        own: a person's own code that the plan names.
-        around: what is written around the weights; None for the weights alone.
+        own: the user code that the plan names.
+        around: the training checkpoint to write around the weights; None for the weights alone.
 
     Raises:
         CheckpointError: as `ckptsurgeon.merge`.
     """
-    wanted, finite = None if goal is None else goal.checkpoint, options.finite
-    provenance = record(made) if options.provenance else None
-    kind = output_kind(options, made.max_shard_size)
-    how = Output(
+    target_checkpoint, finite = None if target is None else target.checkpoint, options.finite
+    provenance = record(plan) if options.provenance else None
+    kind = output_kind(options, plan.max_shard_size)
+    output = Output(
         path=os.fspath(options.output),
         format=kind.format,
         overwrite=options.overwrite,
@@ -155,53 +159,53 @@ def carry_out(
         max_shard_size=kind.max_shard_size,
         resume=options.resume,
     )
-    if how.tied not in ("copy", "alias"):
-        raise OutputError(f"{how.tied!r} is no way to write tied keys", path=how.path, hint="copy or alias")
+    if output.tied not in ("copy", "alias"):
+        raise OutputError(f"{output.tied!r} is no way to write tied keys", path=output.path, hint="copy or alias")
     verification: list[Verification] = []
 
     def prove(path: str) -> None:
-        if how.proof and goal is not None and goal.build is not None:
-            seen = verify_written(path, goal, options.device or "cpu", finite=finite, seed=made.seed, shown=how.path)
-            findings = tuple(replace(row, message=named(row.message, path, how.path)) for row in seen.findings)
-            verification.append(replace(seen, findings=findings))
-        if finite and (not verification or around is not None):  # the model has shown the weights alone
-            refuse_non_finite(path, how.path)
+        if output.proof and target is not None and target.build is not None:
+            verified = verify_written(path, target, options.device or "cpu", finite=finite, seed=plan.seed, shown=output.path)
+            findings = tuple(replace(row, message=named(row.message, path, output.path)) for row in verified.findings)
+            verification.append(replace(verified, findings=findings))
+        if finite and (not verification or around is not None):  # the model has checked the weights alone
+            refuse_non_finite(path, output.path)
 
-    values = _values(made, goal, own, how.format)
-    written = write_plan(made, found, wanted, how, values=values, verify=prove, training=around, save=_saving(how))
-    proof = verification[0] if verification else None
+    values = _values(plan, target, own, output.format)
+    written = write_plan(plan, sources, target_checkpoint, output, values=values, verify=prove, training=around, save=_saving(output))
+    checked = verification[0] if verification else None
     return report_of(
-        made,
+        plan,
         casts=written.casts,
-        findings=(*written.findings, *(proof.findings if proof is not None else ())),
-        output=how.path,
+        findings=(*written.findings, *(checked.findings if checked is not None else ())),
+        output=output.path,
         nbytes=sum(size for _, size in written.files),
         files=written.files,
-        proven=how.proof,
-        verification=proof,
+        proven=output.proof,
+        verification=checked,
     )
 
 
-def _saving(how: Output) -> Save | None:
-    """What has a format's own library write it; None where we do."""
-    if not how.form.saved:
+def _saving(output: Output) -> Save | None:
+    """The function by which a format's own library writes the file; None where ckptsurgeon writes it."""
+    if not output.form.saved:
         return None
     from ckptsurgeon.models.sharded.save import save
 
     return save
 
 
-def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | None:
-    schemes = {step.target: scheme for step in made.steps for scheme in step.schemes}
-    loaded = _loaded_values(made, goal, format)
-    if goal is None or not (schemes or made.needs_model):
+def _values(plan: Plan, target: Target | None, own: Own, format: str) -> Values | None:
+    schemes = {step.target: scheme for step in plan.steps for scheme in step.schemes}
+    loaded = _loaded_values(plan, target, format)
+    if target is None or not (schemes or plan.needs_model):
         return Values(_no_initial, _no_initial, own.kernels, loaded) if own.kernels or loaded else None
     from ckptsurgeon.models.init.values import extra_state, make_provider
 
-    model = goal.build(made.seed) if goal.build is not None and made.needs_model else None
-    provide = make_provider(model, schemes, goal.checkpoint, made.seed, own.schemes)
+    model = target.build(plan.seed) if target.build is not None and plan.needs_model else None
+    provide = make_provider(model, schemes, target.checkpoint, plan.seed, own.schemes)
     extra = extra_state(model) if model is not None else {}
-    leaders = {key: group[0] for group in made.ties for key in group}
+    leaders = {key: group[0] for group in plan.ties for key in group}
 
     def initial(key: str) -> Buffer:
         try:
@@ -213,23 +217,25 @@ def _values(made: Plan, goal: Target | None, own: Own, format: str) -> Values | 
 
     def own_extra(key: str) -> Any:
         if key not in extra:
-            raise ModelError("is an extra state, and no model is at hand that has it", key=key, hint="give the model itself as the target")
+            raise ModelError(
+                "is an extra state, and there is no model to take it from", key=key, hint="give the model itself as the target"
+            )
         return extra[key]
 
     return Values(initial, own_extra, own.kernels, loaded)
 
 
-def _loaded_values(made: Plan, goal: Target | None, format: str) -> Any:
-    """What finds the values that loading decides; None where it decides none."""
-    if goal is None or goal.build is None or not (goal.checkpoint.loaders or goal.checkpoint.overlaps):
+def _loaded_values(plan: Plan, target: Target | None, format: str) -> Any:
+    """A function that returns the values that the model's loading code computes; None where it computes none."""
+    if target is None or target.build is None or not (target.checkpoint.loaders or target.checkpoint.overlaps):
         return None
     from ckptsurgeon.models.own_loading.loaded_values import is_needed, loaded_values
 
-    build, wanted, versionless = goal.build, goal.checkpoint, not WRITTEN[format].keeps_versions
-    if not is_needed(made, wanted, versionless):
+    build, checkpoint, versionless = target.build, target.checkpoint, not WRITTEN[format].keeps_versions
+    if not is_needed(plan, checkpoint, versionless):
         return None
-    return lambda fetch, extra: loaded_values(made, wanted, build, fetch, extra, versionless)
+    return lambda fetch, extra: loaded_values(plan, checkpoint, build, fetch, extra, versionless)
 
 
 def _no_initial(key: str) -> Any:
-    raise PlanError("gets a value of the target's own, and there is no target with values", key=key)
+    raise PlanError("gets the target's own value, and there is no target with values", key=key)
