@@ -1,4 +1,4 @@
-"""The verb that holds names and shapes of two sides against each other: diff. It writes nothing."""
+"""The verb that compares the names and shapes of two sides: diff. It writes nothing."""
 
 from __future__ import annotations
 
@@ -61,24 +61,26 @@ def diff(
     (8, 10)
     """
     options = collect(RuleOptions, locals())
-    seen = _opening.look(source)
+    opened = _opening.look(source)
     ruling = gather(options, schemes=False, note=note)
-    aim = _opening.open_target(target, conversions=conversions, note=note)
-    goal = aim.checkpoint
-    given = _opening.open_source(seen, root=root, target=goal)
-    if aim.any_model is not None:
+    opened_target = _opening.open_target(target, conversions=conversions, note=note)
+    target_checkpoint = opened_target.checkpoint
+    source_checkpoint = _opening.open_source(opened, root=root, target=target_checkpoint)
+    if opened_target.any_model is not None:
         from ckptsurgeon.api._own_loading import learned
 
-        ruling = learned([given], goal, aim.any_model, ruling, auto=auto)
-    found = compare(given, goal, ruling.rules, ruling.outside, auto)
-    if found.mismatched or (found.missing and (found.extra or goal.kind == "skeleton")):
+        ruling = learned([source_checkpoint], target_checkpoint, opened_target.any_model, ruling, auto=auto)
+    result = compare(source_checkpoint, target_checkpoint, ruling.rules, ruling.outside, auto)
+    if result.mismatched or (result.missing and (result.extra or target_checkpoint.kind == "skeleton")):
         from ckptsurgeon.matching.proposals.advise import advise
         from ckptsurgeon.progress import phase
 
-        with phase("matching", len(goal), "tensors"):
-            found = replace(found, advice=advise(found, given, goal, ruling.rules, ruling.outside, auto))
-    if found.missing and found.extra:
+        with phase("matching", len(target_checkpoint), "tensors"):
+            result = replace(result, advice=advise(result, source_checkpoint, target_checkpoint, ruling.rules, ruling.outside, auto))
+    if result.missing and result.extra:
         from ckptsurgeon.matching.proposals.renamed_heads import renamed_heads
 
-        found = replace(found, heads=renamed_heads(found, given, goal))
-    return replace(found, options=(*ruling.options, *([("auto", auto)] if auto else [])), output=unused_name(given, goal))
+        result = replace(result, heads=renamed_heads(result, source_checkpoint, target_checkpoint))
+    return replace(
+        result, options=(*ruling.options, *([("auto", auto)] if auto else [])), output=unused_name(source_checkpoint, target_checkpoint)
+    )

@@ -82,21 +82,21 @@ def inspect(
         raise SettingsError(f"there is no order {sort!r}", key="--sort", hint=f"one of {', '.join(SORTS)}")
     if depth is not None and depth < 1:
         raise SettingsError("a tree has one level at least", key="--depth", hint="give --depth 2")
-    found = _read(path)
+    archive = _read(path)
     if root is not None:
-        found = replace(found, chosen=_opening.open_source(found, root=root, parts=True))
+        archive = replace(archive, chosen=_opening.open_source(archive, root=root, parts=True))
     look = Look(tuple(patterns), sort, (depth or DEPTH) if tree else 0)
     if look.patterns:
-        _refuse_no_match(found, look)
-    return replace(found, look=look)
+        _refuse_no_match(archive, look)
+    return replace(archive, look=look)
 
 
-def _refuse_no_match(found: Archive, look: Look) -> None:
-    """Raises RuleError for patterns that match no key that would be shown."""
+def _refuse_no_match(archive: Archive, look: Look) -> None:
+    """Raises RuleError for patterns that match none of the keys that would be shown."""
     from ckptsurgeon.rules.meant import meant_words
     from ckptsurgeon.rules.patterns import compile_pattern
 
-    keys = [key for one in ([found.chosen] if found.chosen is not None else found.state_dicts) for key in one.tensors]
+    keys = [key for state_dict in ([archive.chosen] if archive.chosen is not None else archive.state_dicts) for key in state_dict.tensors]
     problems = []
     for text in look.patterns:
         pattern = compile_pattern(text)
@@ -106,14 +106,14 @@ def _refuse_no_match(found: Archive, look: Look) -> None:
     if problems:
         raise RuleError(
             problems[0] if len(problems) == 1 else f"{len(problems)} patterns match no key",
-            path=found.path,
+            path=archive.path,
             problems=tuple(problems) if len(problems) > 1 else (),
             hint="quote a pattern, so that the shell leaves it as it is: 'fc.*'; ** crosses dots",
         )
 
 
 def _read(path: Path | BytesIO) -> Archive:
-    """The header of a file; a model or its code in its place is told with the way to see its names."""
+    """The header of a file. The error for a model or Python code in its place has the command that saves the model's names."""
     if isinstance(path, str) and _opening.is_code(path):
         words = shlex.join(["ckptsurgeon", "skeleton", path, "-o", "net.json"])
         raise TargetError("is a model, where a checkpoint file is needed", path=path, hint=f"save its names and shapes: {words}")

@@ -1,4 +1,4 @@
-"""The verbs that decide and write: plan, merge, apply. Each opens what it is given and calls the floors below in order."""
+"""The verbs that decide and write: plan, merge, apply. Each opens its arguments and calls the floors below in order."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def plan(
         min_coverage: the least share, from 0 to 1, of the target's tensors and of its elements that must be transferred.
         strict: refuse missing, extra and mismatched keys that no rule names.
         max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
-            10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
+            10⁹ bytes) or `"2GiB"` (of 2³⁰). A tensor is never split, and tied ones are in one shard. The default is 5 GB.
         full: digest all data of the files, so that `apply` notices any change; else a sample of it, which notices a file saved anew.
         note: called with each note, a line of text; notes are dropped by default.
         progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, and nothing is
@@ -91,7 +91,7 @@ def plan(
 
     Raises:
         RuleError: rules that can't be followed, all at once.
-        CoverageError, StrictError: the plan is a no.
+        CoverageError, StrictError: the plan transfers nothing or too little, or leaves keys that no rule names.
         PlanError: nothing says what a key gets.
 
     >>> decided = plan("fixtures/net_params.pkl", "fixtures/variants.py:NetTwoClasses")
@@ -100,29 +100,30 @@ def plan(
     """
     options = collect(RuleOptions, locals())
     ruling = gather(options, note=note)
-    seen = _look(sources)
-    goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
-    found, made = _decide(seen, goal, ruling, options)
-    refuse_idle(facts_of(made), **vars(options))
-    _gates.refuse_idle_casts(made.allow_cast, [step.target for step in made.steps])
-    _gates.check(made, options)
-    made = replace(made, max_shard_size=shard_size(max_shard_size))
-    return sampled(made, found, None if goal is None else goal.checkpoint, full)
+    opened = _look(sources)
+    opened_target = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
+    checkpoints, decided = _decide(opened, opened_target, ruling, options)
+    refuse_idle(facts_of(decided), **vars(options))
+    _gates.refuse_idle_casts(decided.allow_cast, [step.target for step in decided.steps])
+    _gates.check(decided, options)
+    decided = replace(decided, max_shard_size=shard_size(max_shard_size))
+    return sampled(decided, checkpoints, None if opened_target is None else opened_target.checkpoint, full)
 
 
 def _look(sources: Any) -> list[Given]:
-    """What can be told before a model is imported: that the sources can be read."""
-    return [_opening.look_on_disk(one) for one in (sources if isinstance(sources, (list, tuple)) else [sources])]
+    """The sources with their headers read, so that an unreadable file is an error before a model is imported."""
+    return [_opening.look_on_disk(source) for source in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 
-def _decide(given: Sequence[Given], goal: Target | None, ruling: Ruling, options: RuleOptions) -> tuple[list[Checkpoint], Plan]:
-    wanted = None if goal is None else goal.checkpoint
-    if not given or (wanted is None and len(given) > 1 and not options.average):
-        raise PlanError("needs one source to convert, or a target", hint="the last path is the target: merge A B TARGET -o OUT")
-    found = [_opening.open_source(one, root=options.root, target=wanted) for one in given]
-    _, made = decide(found, wanted, None if goal is None else goal.any_model, ruling, options)
-    _gpu_layouts.refuse(made, found)
-    return found, made
+def _decide(sources: Sequence[Given], target: Target | None, ruling: Ruling, options: RuleOptions) -> tuple[list[Checkpoint], Plan]:
+    target_checkpoint = None if target is None else target.checkpoint
+    if not sources or (target_checkpoint is None and len(sources) > 1 and not options.average):
+        hint = "give the target, or average=True for the mean of all sources" if sources else "give the path of a checkpoint"
+        raise PlanError("needs one source to convert, or a target", hint=hint)
+    checkpoints = [_opening.open_source(source, root=options.root, target=target_checkpoint) for source in sources]
+    _, plan_of_all = decide(checkpoints, target_checkpoint, None if target is None else target.any_model, ruling, options)
+    _gpu_layouts.refuse(plan_of_all, checkpoints)
+    return checkpoints, plan_of_all
 
 
 def merge(
@@ -204,12 +205,12 @@ def merge(
         strict: refuse missing, extra and mismatched keys that no rule names.
         format: `"torch"` or `"safetensors"`, whatever the suffix of `output`; `"dcp"` writes a folder of torch.distributed.checkpoint.
         max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
-            10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
-        resume: go on with the shards that an interrupted run of the same call has proven; each is held against its sources again.
+            10⁹ bytes) or `"2GiB"` (of 2³⁰). A tensor is never split, and tied ones are in one shard. The default is 5 GB.
+        resume: continue with the shards that an interrupted run of the same call has verified; each is compared with its sources again.
         overwrite: replace `output` if it exists; a folder as a whole, and only where it holds nothing but a checkpoint's files.
         tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
-        verify: hold the written file against the plan and the model, and all that is read against the checksums of torch's zip format; data
+        verify: compare the written file with the plan and the model, and all that is read with the checksums of torch's zip format; data
             without a checksum is a note in the report.
         device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
             values.
@@ -217,9 +218,9 @@ def merge(
         with_optimizer: write a training checkpoint: the optimizer's state beside the weights, under the names that the source has, with its
             groups' hyper-parameters, and whatever else is plain there. Needs a model as the target, one source and torch's format;
             `optimizer_from` implies it.
-        optimizer_root: where the optimizer's state stands, such as `"optimizer_states.1"`; the usual names are tried by default.
-        optimizer_names: the source's parameter names in the order of its optimizer, group after group, where nothing else tells whose each
-            position is; `"model"`: the order in which the target registers them.
+        optimizer_root: where the source holds the optimizer's state, such as `"optimizer_states.1"`; the usual names are tried by default.
+        optimizer_names: the source's parameter names in the order of its optimizer, group after group, for a state that has no names;
+            `"model"`: the order in which the target registers its parameters.
         optimizer_from: a second file or folder that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
             `optimizer.bin`; the source may then be of any format.
         note: called with each note, a line of text; notes are dropped by default.
@@ -244,26 +245,26 @@ def merge(
 
     refuse_output(writing)
     ruling = gather(options, note=note)
-    seen = _look(sources)
-    goal = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
-    found, made = _decide(seen, goal, ruling, options)
-    if goal is not None and goal.build is not None and (made.needs_model or verify):
-        built = _opening.as_built(goal, made.seed, note)
-        if built is not goal:
-            goal = built
-            found, made = _decide(seen, goal, ruling, options)
-    refuse_idle(facts_of(made, verify), **vars(options))
-    refuse_idle_writing(made, writing, training)
-    _gates.refuse_open(made)
-    _gates.check(made, options)
+    opened = _look(sources)
+    opened_target = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
+    checkpoints, decided = _decide(opened, opened_target, ruling, options)
+    if opened_target is not None and opened_target.build is not None and (decided.needs_model or verify):
+        built = _opening.as_built(opened_target, decided.seed, note)
+        if built is not opened_target:
+            opened_target = built
+            checkpoints, decided = _decide(opened, opened_target, ruling, options)
+    refuse_idle(facts_of(decided, verify), **vars(options))
+    refuse_idle_writing(decided, writing, training)
+    _gates.refuse_open(decided)
+    _gates.check(decided, options)
     around, carried = None, None
     if training.written:
         from ckptsurgeon.api import _merged_training_state
 
-        around, carried = _merged_training_state.training(made, found, goal, training, verify)
-    _gates.refuse_idle_casts(made.allow_cast, [step.target for step in (*made.steps, *(around.steps if around is not None else ()))])
-    done = carry_out(made, found, goal, writing, ruling.own, around)
-    return done if carried is None else replace(done, optimizer=carried)
+        around, carried = _merged_training_state.training(decided, checkpoints, opened_target, training, verify)
+    _gates.refuse_idle_casts(decided.allow_cast, [step.target for step in (*decided.steps, *(around.steps if around is not None else ()))])
+    written_report = carry_out(decided, checkpoints, opened_target, writing, ruling.own, around)
+    return written_report if carried is None else replace(written_report, optimizer=carried)
 
 
 def apply(
@@ -282,7 +283,7 @@ def apply(
     note: Note = silent,
     progress: OnProgress | None = None,
 ) -> Report:
-    """Do what was decided: carry out a plan, or the plan.json at a path, and prove the result as `merge` does.
+    """Carry out a plan, or the plan.json at a path, and verify the result as `merge` does.
 
     Args:
         plan: a plan, or the path of a plan.json.
@@ -290,12 +291,12 @@ def apply(
             path that ends in a slash, gets shards in Hugging Face's names, of safetensors where no format is named.
         format: `"torch"` or `"safetensors"`, whatever the suffix of `output`; `"dcp"` writes a folder of torch.distributed.checkpoint.
         max_shard_size: write shards of at most this size, with their index, into a folder: a number of bytes, or text such as `"5GB"` (of
-            10⁹ bytes) or `"2GiB"` (of 2³⁰). One tensor is never cut, and tied ones stand in one shard. The default is 5 GB.
-        resume: go on with the shards that an interrupted run of the same call has proven; each is held against its sources again.
+            10⁹ bytes) or `"2GiB"` (of 2³⁰). A tensor is never split, and tied ones are in one shard. The default is 5 GB.
+        resume: continue with the shards that an interrupted run of the same call has verified; each is compared with its sources again.
         overwrite: replace `output` if it exists; a folder as a whole, and only where it holds nothing but a checkpoint's files.
         tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
-        verify: hold the written file against the plan and the model, and all that is read against the checksums of torch's zip format; data
+        verify: compare the written file with the plan and the model, and all that is read with the checksums of torch's zip format; data
             without a checksum is a note in the report.
         device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
             values.
@@ -319,26 +320,26 @@ def apply(
     writing = collect(OutputOptions, locals())
     from ckptsurgeon.api._writing import carry_out, refuse_idle_writing, refuse_output
 
-    made = plan if isinstance(plan, Plan) else load_plan(plan)
-    refuse_output(writing, made.max_shard_size)
-    _gates.refuse_open(made, None if isinstance(plan, Plan) else os.fspath(plan))
-    schemes = [scheme for step in made.steps for scheme in step.schemes]
+    decided = plan if isinstance(plan, Plan) else load_plan(plan)
+    refuse_output(writing, decided.max_shard_size)
+    _gates.refuse_open(decided, None if isinstance(plan, Plan) else os.fspath(plan))
+    schemes = [scheme for step in decided.steps for scheme in step.schemes]
     if not isinstance(plan, Plan):
         note = _opening.unmissable(note)
-        target = [made.target.spec] if made.target is not None and _opening.is_code(made.target.spec) else []
-        say_code(os.fspath(plan), [*target, *own_code(made.own_adapters, schemes)], note)
-    refuse_idle_writing(made, writing)
-    found = [_opening.open_source(source.path, root=source.root) for source in made.sources]
+        target_code = [decided.target.spec] if decided.target is not None and _opening.is_code(decided.target.spec) else []
+        say_code(os.fspath(plan), [*target_code, *own_code(decided.own_adapters, schemes)], note)
+    refuse_idle_writing(decided, writing)
+    checkpoints = [_opening.open_source(source.path, root=source.root) for source in decided.sources]
     path = None if isinstance(plan, Plan) else os.fspath(plan)
-    with hinting(made, path):
-        planfile.check_sources(made, found)  # before the target's module is imported
-        check_data(made, found, None)
-    goal = None if made.target is None else _opening.open_planned(made.target, note)
-    if goal is not None and goal.build is not None and (made.needs_model or verify):
-        goal = _opening.as_built(goal, made.seed, note)
-    with hinting(made, path):
-        planfile.check_followable(made, found, None if goal is None else goal.checkpoint)
-        if goal is not None:
-            check_data(replace(made, sources=()), (), goal.checkpoint)
-    _, own = load_own(made.own_adapters, schemes, note)
-    return carry_out(made, found, goal, writing, own)
+    with hinting(decided, path):
+        planfile.check_sources(decided, checkpoints)  # before the target's module is imported
+        check_data(decided, checkpoints, None)
+    opened_target = None if decided.target is None else _opening.open_planned(decided.target, note)
+    if opened_target is not None and opened_target.build is not None and (decided.needs_model or verify):
+        opened_target = _opening.as_built(opened_target, decided.seed, note)
+    with hinting(decided, path):
+        planfile.check_followable(decided, checkpoints, None if opened_target is None else opened_target.checkpoint)
+        if opened_target is not None:
+            check_data(replace(decided, sources=()), (), opened_target.checkpoint)
+    _, own = load_own(decided.own_adapters, schemes, note)
+    return carry_out(decided, checkpoints, opened_target, writing, own)

@@ -90,9 +90,9 @@ def transfer(
         strict: refuse missing, extra and mismatched keys that no rule names.
         optimizer: a new SGD, Adam, AdamW or RMSprop over the model's parameters, which gets the moments of the source's by the parameters'
             names, adapted as their weights are, zero for fresh ones. Steps are kept; the groups' hyper-parameters stay its own.
-        optimizer_root: where the optimizer's state stands, such as `"optimizer_states.1"`; the usual names are tried by default.
-        optimizer_names: the source's parameter names in the order of its optimizer, group after group, where nothing else tells whose each
-            position is; `"model"`: the order in which the target registers them.
+        optimizer_root: where the source holds the optimizer's state, such as `"optimizer_states.1"`; the usual names are tried by default.
+        optimizer_names: the source's parameter names in the order of its optimizer, group after group, for a state that has no names;
+            `"model"`: the order in which the target registers its parameters.
         optimizer_from: a second file or folder that has the optimizer's state, such as the Trainer's `optimizer.pt` or accelerate's
             `optimizer.bin`; the source may then be of any format.
         scheduler: a new scheduler, which gets the state of the source's where it fits, and sets the learning rate it stood at.
@@ -100,8 +100,8 @@ def transfer(
             memory.
         scaler: a new gradient scaler, which gets the state of the source's where it fits.
         ema: a new averaged copy (`AveragedModel`, timm's, or a model), which gets the source's by the same rules.
-        ema_root: where the averaged copy stands in the source; the usual names are tried by default.
-        checksums: hold all that is read against the checksums of torch's zip format before the first copy. Without it only deflated data
+        ema_root: where the source holds the averaged copy; the usual names are tried by default.
+        checksums: compare all that is read with the checksums of torch's zip format before the first copy. Without it only deflated data
             is, which is unpacked anyway; the other formats have none.
         progress: called with a `Progress`, how far the work is, at most ten times a second; what it raises stops the run, once the
             model is whole.
@@ -309,14 +309,14 @@ def groups(
     [('transferred', 0.001, 8), ('fresh', 0.01, 2)]
     """
     options = collect(GroupOptions, locals())
-    seen = _opening.look(checkpoint)
-    goal = _opening.open_target(target, note=note)
-    if goal.build_meta is None:
-        raise TargetError("is no model, and only a model has parameters", path=goal.checkpoint.path, hint="give module:Net")
-    source = _opening.open_source(seen, target=goal.checkpoint)
+    opened = _opening.look(checkpoint)
+    opened_target = _opening.open_target(target, note=note)
+    if opened_target.build_meta is None:
+        raise TargetError("is no model, and only a model has parameters", path=opened_target.checkpoint.path, hint="give module:Net")
+    source = _opening.open_source(opened, target=opened_target.checkpoint)
     from ckptsurgeon.api import _live
 
-    found = _live.param_groups(goal.build_meta(), source, options)
+    rows = _live.param_groups(opened_target.build_meta(), source, options)
     return [
         {
             "name": row["name"],
@@ -325,5 +325,5 @@ def groups(
             "params": list(row["param_names"]),
             "elements": sum(parameter.numel() for parameter in row["params"]),
         }
-        for row in found
+        for row in rows
     ]

@@ -1,4 +1,4 @@
-"""The verb that loads a file and proves it: verify. It writes nothing."""
+"""The verb that loads a file into a fresh model and compares it: verify. It writes nothing."""
 
 from __future__ import annotations
 
@@ -81,16 +81,16 @@ def verify(
         _opening.look(path)
     except FormatError as error:
         return replace(unreadable(error, path), source=path, target=_opening.name_of(target))
-    goal = _opening.open_target(target, conversions=conversions, note=note)
-    built, shapes = goal.build is not None, _shapes(inputs)
+    opened_target = _opening.open_target(target, conversions=conversions, note=note)
+    built, shapes = opened_target.build is not None, _shapes(inputs)
     known = facts(model=built, model_built=built, verify=True, values=device is None or device.partition(":")[0] != "meta")
     refuse_idle(known, device=device, inputs=shapes, seed=seed)
-    found = verify_written(path, goal, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
-    return replace(found, source=path, target=goal.checkpoint.path)
+    verification = verify_written(path, opened_target, device or "cpu", finite=finite, inputs=shapes, seed=seed or 0, root=root)
+    return replace(verification, source=path, target=opened_target.checkpoint.path)
 
 
 def _refuse_loading(**given: object) -> None:
-    """Raises SettingsError for an option of a copy that is loaded, where none is."""
+    """Raises SettingsError for an option that is about loading a copy: with `in_place` none is loaded."""
     for name, value in given.items():
         if is_given(value):
             reason = "is for a copy that is loaded, and the model is compared in place"

@@ -1,7 +1,7 @@
 """The gate: are files readable, safe, whole, and do they fit? Every finding of every file at once, in the order of the paths.
 
-`settings` is what is asked, `one` asks it of a file, `folders` says which files a path stands for, `workers` does several at a time,
-`project` reads what a pyproject.toml asks.
+`settings` has the options of a check, `one` checks a file, `folders` lists the files of a folder, `workers` checks several at a time,
+`project` reads the settings in a pyproject.toml.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ckptsurgeon.report import CheckReport, FileCheck, Settings
 
 __all__ = ["check", "check_each", "target_of"]
 
-_LARGE = 16 << 20  # bytes of all files, in which there may be headers that take long
+_LARGE = 16 << 20  # bytes of all files together, beyond which headers may take long to read
 
 
 def check(
@@ -48,7 +48,7 @@ def check(
         paths: a path or several; a Hugging Face folder is one checkpoint, any other folder stands for the files in it and below.
         against: what each must fit: a model, a spec such as `"model:Net"`, a skeleton or a checkpoint.
         finite: NaN and infinite values are errors; needs torch.
-        full: hold the data against the checksums of torch's zip format.
+        full: compare the data with the checksums of torch's zip format.
         max_size: the most bytes, as a number or as text such as `"500MB"` (10⁶) or `"1.5GB"` (10⁹).
         dtypes: the expected ones, by any of their names (`F16`, `float16`, `torch.half`). Floating and complex tensors of others are found;
             integers and booleans only where one of their kind is expected.
@@ -85,39 +85,39 @@ def check(
         "ignore": ignore,
     }
     refuse_unheard({**words, "against": against is not None})
-    asked = gate(root=root, **words)  # a word that means nothing is told before a model is built
+    options = gate(root=root, **words)  # an invalid option is an error before a model is built
     if against is not None:
         words["against"] = target_of(against, note)
     if against is not None or not conversions:
-        asked = gate(root=root, conversions=conversions, **words)
+        options = gate(root=root, conversions=conversions, **words)
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    return check_each([os.fspath(path) for path in files], lambda _path: asked, jobs=jobs, note=note)
+    return check_each([os.fspath(path) for path in files], lambda _path: options, jobs=jobs, note=note)
 
 
 def target_of(against: Given, note: Note) -> Target:
-    """What files must fit, opened."""
+    """The target that files must fit, opened."""
     return _opening.open_target(against, note=note)
 
 
 def check_each(
     paths: Iterable[str], choose: Callable[[str], Gate], *, jobs: int | None = None, settings: Settings | None = None, note: Note = silent
 ) -> CheckReport:
-    """`check`, where each file has a gate of its own, by the `settings` of a file."""
+    """As `check`, with a gate for each file, which `choose` returns; `settings` are those of a settings file, for the report."""
     if jobs is not None and jobs < 1:
         raise SettingsError(f"{jobs} is no number of jobs", key="--jobs", hint="1 or more")
     files = [file for path in paths for file in folders.expand(path)]
     gates = [choose(file) for file in files]
-    for words in dict.fromkeys(words for asked in gates for words in asked.notes):
+    for words in dict.fromkeys(words for file_gate in gates for words in file_gate.notes):
         note(words)
 
     def work(number: int, alive: one.Alive) -> workers.Findings:
         return one.findings(files[number], gates[number], alive)
 
-    found = workers.in_order(
+    findings = workers.in_order(
         work,
         len(files),
         jobs or workers.default_jobs(),
-        values=any(asked.finite and asked.wants("CK401") for asked in gates),
-        large=any(asked.full for asked in gates) or sum(map(folders.size, files)) > _LARGE,
+        values=any(file_gate.finite and file_gate.wants("CK401") for file_gate in gates),
+        large=any(file_gate.full for file_gate in gates) or sum(map(folders.size, files)) > _LARGE,
     )
-    return CheckReport(tuple(FileCheck(file, each) for file, each in zip(files, found, strict=True)), settings)
+    return CheckReport(tuple(FileCheck(file, file_findings) for file, file_findings in zip(files, findings, strict=True)), settings)

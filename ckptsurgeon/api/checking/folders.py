@@ -1,7 +1,7 @@
-"""Which checkpoints a path stands for: a file for itself, a Hugging Face folder for its one, any other folder for all in it and below; a
-folder of ranks' files is one, and what else is in it are others.
+"""Lists the checkpoints of a path: a file is one, a Hugging Face folder is one, and any other folder stands for all in it and below.
 
-Names decide here, since a folder holds much else; what a file is, its content tells later. Links to folders are not followed.
+A folder of files that ranks saved is one checkpoint, and its other files are checkpoints of their own. Files are chosen by name, since a
+folder holds other files too; their formats are detected from their content later. Symbolic links to folders are not followed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ckptsurgeon.tensors import Archive
 
 
 def expand(path: str) -> list[str]:
-    """The files and Hugging Face folders that `path` stands for, in the order of their names; `path` itself where there is nothing."""
+    """The files and Hugging Face folders of `path`, in the order of their names; `path` itself where there are none."""
     if not os.path.isdir(path):
         return [path]
     return list(_below(path)) or [path]
 
 
 def size(path: str) -> int:
-    """The bytes of a regular file, of anything else 0."""
+    """The size of a regular file in bytes; 0 for anything else."""
     try:
         return os.path.getsize(path) if os.path.isfile(path) else 0
     except (OSError, ValueError):
@@ -37,9 +37,9 @@ def _below(top: str) -> Iterator[str]:
             folders.clear()
             yield folder
             continue
-        if (form := of_folder(names)) is not None:
+        if (folder_format := of_folder(names)) is not None:
             yield folder
-            names = [name for name in names if not form.member(name)]
+            names = [name for name in names if not folder_format.member(name)]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name))
     yield from (str(error.filename) for error in refused if str(error.filename) != top)
@@ -58,12 +58,12 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def other_checkpoints(path: str, archive: Archive) -> list[str]:
-    """In a Hugging Face folder, the other files in it and below that look like checkpoints; those beside ranks' files are looked at."""
+    """The files in a Hugging Face folder and below that look like checkpoints and are no part of `archive`, relative to `path`."""
     if not os.path.isdir(path) or archive.path == path:
         return []
     taken = {os.path.normpath(stamp.path) for stamp in archive.files}
-    found = []
+    files = []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name)]
-    return [os.path.relpath(file, path) for file in found if os.path.normpath(file) not in taken]
+        files += [os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name)]
+    return [os.path.relpath(file, path) for file in files if os.path.normpath(file) not in taken]

@@ -1,6 +1,6 @@
-"""Everything that is found in one file or folder: nothing is raised for a bad one, whatever is wrong with it.
+"""Checks one file or folder. Whatever is wrong with it becomes a finding; nothing is raised.
 
-The questions are asked one after another; torch is loaded for values (`finite`) alone.
+The checks run one after another; torch is imported only for `finite`.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ FITS = {"missing": "CK301", "unexpected": "CK302", "shape": "CK303", "kind": "CK
 ASKS = "asks for {}, which is never imported here and would be elsewhere"
 MEMORY = CheckpointError("there was not enough memory to check it", hint="check it alone, with --jobs 1")
 
-_TRYING = Lock()  # loading code is tried out on a model that several files may share
+_PROBING = Lock()  # a model whose loading code is run may be shared by the threads of several files
 
-Alive = Callable[[], None]  # called every few megabytes; raises where nobody waits for the answer any more
+Alive = Callable[[], None]  # called every few megabytes; raises if the run was stopped
 
 
 def findings(path: str, gate: Gate, alive: Alive) -> tuple[Finding, ...]:
-    """What is found in the file or folder at `path`, as far as the gate wants to be told."""
-    found: list[Finding] = []
+    """The findings in the file or folder at `path` whose codes the gate selects."""
+    collected: list[Finding] = []
     try:
         for step in _steps(path, gate, alive):
-            found += step
+            collected += step
     except (MemoryError, RuntimeError) as error:
         if not no_memory(error):
             raise
-        found.append(_refusal(MEMORY, path))
-    return tuple(finding for finding in found if gate.wants(finding.code))
+        collected.append(_refusal(MEMORY, path))
+    return tuple(finding for finding in collected if gate.wants(finding.code))
 
 
 def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
-    """Each a kind of question, so that one that can't be answered does not keep the others from being asked."""
+    """The findings of one check after another. A check that fails adds its error as a finding, and the others still run."""
     archive = None
     try:
         archive = _opening.read(path)
@@ -81,8 +81,8 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     if archive is None:
         return
     yield list(_safety(archive))
-    quantised = {key: one for state_dict in archive.state_dicts for key, one in find(state_dict.tensors).items()}
-    yield [Finding("CK203", one.words, key, "note") for key, one in quantised.items()]
+    quantised = {key: codes for state_dict in archive.state_dicts for key, codes in find(state_dict.tensors).items()}
+    yield [Finding("CK203", codes.words, key, "note") for key, codes in quantised.items()]
     if archive.part is not None:
         yield [_refusal(PartError(archive.part.reason, hint=archive.part.hint), path)]
     yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.other_checkpoints(path, archive)]
@@ -100,7 +100,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
                 from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 
                 as_read = read_by_library(chosen, against.checkpoint)
-                with _TRYING:
+                with _PROBING:
                     taken = taken_as_it_stands(as_read.checkpoint, against)
                 misfits = as_read.forgiven(strict_load(as_read.checkpoint, against.checkpoint, taken))
                 yield [replace(found, code=FITS[found.code]) for found in misfits if found.code in FITS]
@@ -114,11 +114,11 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
         yield _collected(_not_finite(checkpoint, alive), path)
 
 
-def _collected(found: Iterator[Finding], path: str) -> list[Finding]:
-    """What was found until the reading failed, and why it did."""
+def _collected(stream: Iterator[Finding], path: str) -> list[Finding]:
+    """The findings, and the error if reading fails midway."""
     findings = []
     try:
-        for finding in found:
+        for finding in stream:
             findings.append(finding)
     except CheckpointError as error:
         findings.append(_refusal(error, path))
@@ -126,9 +126,9 @@ def _collected(found: Iterator[Finding], path: str) -> list[Finding]:
 
 
 def _refusal(error: CheckpointError, path: str) -> Finding:
-    """What kept a file from being read. Who asked for code is unsafe, whatever else is wrong with the file."""
-    own = next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)
-    code = "CK201" if error.globals and own != "CK108" else own
+    """The finding for an error. A file that names code to import is unsafe, whatever else is wrong with it."""
+    code_of_kind = next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)
+    code = "CK201" if error.globals and code_of_kind != "CK108" else code_of_kind
     where = f"{os.path.basename(error.path)}: " if error.path and error.path != path else ""  # a shard
     hint = f" (try: {error.hint})" if error.hint else ""
     return Finding(code, where + error.reason + "".join(f"; {problem}" for problem in error.problems) + hint, error.key)
@@ -148,7 +148,7 @@ def _safety(archive: Archive) -> Iterator[Finding]:
 
 
 def _dtypes(checkpoint: Checkpoint, expected: tuple[str, ...]) -> Iterator[Finding]:
-    """Numbers with a fraction must have an expected dtype; integers and booleans only where one of their kind is expected."""
+    """Floating and complex tensors must have an expected dtype; integers and booleans only if one of their kind is expected."""
     kinds = {"float", "complex", *(BY_CODE[code].kind for code in expected)}
     for key, tensor in checkpoint.items():
         if tensor.dtype not in expected and BY_CODE[tensor.dtype].kind in kinds:
@@ -158,20 +158,20 @@ def _dtypes(checkpoint: Checkpoint, expected: tuple[str, ...]) -> Iterator[Findi
 def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
     from ckptsurgeon.streaming.checksums import check_file, entries_in, findings_of, places_in
 
-    keeps = False
-    within = entries_in(archive)
+    any_checksums = False
+    entries = entries_in(archive)
     for stamp in archive.files:
-        held = check_file(stamp, alive, within)
-        keeps = keeps or held.keeps
+        checked = check_file(stamp, alive, entries)
+        any_checksums = any_checksums or checked.keeps
         where = f"{os.path.basename(stamp.path)}: " if len(archive.files) > 1 else ""
         places = (place for state_dict in archive.state_dicts for place in places_in(state_dict.tensors))
-        yield from (replace(found, code="CK106") for found in findings_of(held, places, where))
-    if not keeps:
+        yield from (replace(found, code="CK106") for found in findings_of(checked, places, where))
+    if not any_checksums:
         yield Finding("CK106", f"{archive.format} keeps no checksums that the data could be held against", level="note")
 
 
 def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
-    """Streamed through torch; a tensor without data has no values."""
+    """Tensors with NaN or infinite values, streamed through torch; a tensor without data has none."""
     from ckptsurgeon.streaming.reading import Reader
     from ckptsurgeon.streaming.values import count_non_finite
 

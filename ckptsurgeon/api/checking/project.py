@@ -1,7 +1,7 @@
-"""What a project asks of its checkpoints: `[tool.ckptsurgeon.check]` of its pyproject.toml, found from the current folder upwards.
+"""The settings of `check` in a project: `[tool.ckptsurgeon.check]` of the nearest pyproject.toml, from the current folder upwards.
 
-A key that there is not, or a value of another kind than the option takes, is one SettingsError that names the file and the key. Paths are
-those of the file's folder. Nothing is opened or imported that no file of this run needs.
+An unknown key, or a value of the wrong type, is a SettingsError that names the file and the key. Paths are relative to the file's folder.
+Targets are opened only for the files of this run that need them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _is(kind: type) -> Callable[[Any], bool]:
 
 @dataclass(frozen=True)
 class _Key:
-    """A key: the argument that it gives, what it takes, and whether a file's own table may have it."""
+    """A setting: the argument of `check` that it stands for, a test and a name of its type, and whether `[[files]]` tables may have it."""
 
     argument: str
     fits: Callable[[Any], bool]
@@ -70,9 +70,11 @@ PATH = _Key("path", _words, "a pattern of paths or a list of them")
 
 @dataclass(frozen=True)
 class Project:
-    """What a file asks: of every checkpoint, and of those whose path, seen from its folder, a pattern names. `jobs` and
-    `limits` are for the run. `written` has each setting as it stands there; `named`: the call names the file, and so its code is the
-    call's. Code that is named by a file that was only found is a stranger's, and never imported."""
+    """The settings of a file: `common` for every checkpoint, and `files` for those whose path, relative to its folder, matches a pattern.
+
+    `jobs` and `limits` are for the run; `written` has each setting as the file has it. `named` says that the call names this settings
+    file (`--config`). The code that it names is imported only then: a file that was merely found may be anybody's.
+    """
 
     path: str = ""
     folder: str = ""
@@ -84,13 +86,13 @@ class Project:
     named: bool = False
 
     def of(self, path: str) -> dict[str, Any]:
-        """The arguments for a path; of tables that name it the later ones go before the earlier."""
-        found = dict(self.common or {})
-        place = os.path.relpath(os.path.abspath(path), self.folder).replace(os.sep, "/")
+        """The arguments for a path; where several tables match it, later ones override earlier ones."""
+        arguments = dict(self.common or {})
+        relative = os.path.relpath(os.path.abspath(path), self.folder).replace(os.sep, "/")
         for patterns, values in self.files:
-            if any(pattern.fits(place) for pattern in patterns):
-                found.update(values)
-        return found
+            if any(pattern.fits(relative) for pattern in patterns):
+                arguments.update(values)
+        return arguments
 
 
 def find(start: str) -> Project:
@@ -99,9 +101,9 @@ def find(start: str) -> Project:
     while True:
         path = os.path.join(folder, NAME)
         if os.path.isfile(path):
-            found = read(path, named=False)
-            if found is not None:
-                return found
+            project = read(path, named=False)
+            if project is not None:
+                return project
         above = os.path.dirname(folder)
         if above == folder or os.path.exists(os.path.join(folder, ".git")):
             return Project()
@@ -109,7 +111,7 @@ def find(start: str) -> Project:
 
 
 def read(path: str, *, named: bool = True) -> Project | None:
-    """What the file at `path` asks; None, or an error where the call named it, when it has no `[tool.ckptsurgeon]`."""
+    """The settings in the file at `path`; if it has no `[tool.ckptsurgeon]`, None, or an error with `named`."""
     with open_regular(path) as file:
         toml_text.check({"toml-bytes": file.size}, path)
         raw = file.read(0, file.size)
@@ -134,17 +136,17 @@ def _project(path: str, table: dict[str, Any]) -> Project:
     files = []
     written = [(name, value) for name, value in table.items() if name != "files"]
     for number, row in enumerate(table.get("files", ()), 1):
-        own = f"{place}.files[{number}]"
-        _known(path, own, row, {"path": PATH, **{name: key for name, key in KEYS.items() if key.own}})
+        table_place = f"{place}.files[{number}]"
+        _known(path, table_place, row, {"path": PATH, **{name: key for name, key in KEYS.items() if key.own}})
         if "path" not in row:
-            raise SettingsError("says not which files it is for", path=path, key=own, hint='path = "weights/**/*.pt"')
+            raise SettingsError("does not say which files it is for", path=path, key=table_place, hint='path = "weights/**/*.pt"')
         patterns = [row["path"]] if isinstance(row["path"], str) else row["path"]
         written += [(f"files[{number}].{name}", value) for name, value in row.items()]
         try:
             globs = tuple(map(glob, patterns))
         except SettingsError as error:
-            raise SettingsError(error.reason, path=path, key=f"{own}.path", hint=error.hint) from error
-        files.append((globs, _arguments(path, own, folder, row)))
+            raise SettingsError(error.reason, path=path, key=f"{table_place}.path", hint=error.hint) from error
+        files.append((globs, _arguments(path, table_place, folder, row)))
     return Project(
         path,
         folder,
@@ -157,13 +159,13 @@ def _project(path: str, table: dict[str, Any]) -> Project:
 
 
 def _limits(path: str, place: str, words: str | list[str]) -> dict[str, str]:
-    found = {}
+    values = {}
     for word in [words] if isinstance(words, str) else words:
         name, _, value = word.partition("=")
-        found[name.strip().replace("-", "_")] = value
+        values[name.strip().replace("-", "_")] = value
     try:
-        with limits(**found):
-            return found
+        with limits(**values):
+            return values
     except CheckpointError as error:
         raise SettingsError(error.reason, path=path, key=f"{place}.limit", hint=error.hint) from error
 
@@ -182,40 +184,40 @@ def _known(path: str, place: str, table: Any, keys: Mapping[str, _Key]) -> None:
 
 
 def _arguments(path: str, place: str, folder: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's settings as the arguments that they are, each tried, a path made one of the file's folder."""
-    found = {KEYS[name].argument: value for name, value in table.items() if name in KEYS and KEYS[name].own}
+    """A table's settings as arguments of `check`, each validated; the target is resolved relative to the file's folder."""
+    arguments = {KEYS[name].argument: value for name, value in table.items() if name in KEYS and KEYS[name].own}
     try:
-        gate(**{name: value for name, value in found.items() if name not in ("against", "conversions")})
+        gate(**{name: value for name, value in arguments.items() if name not in ("against", "conversions")})
     except SettingsError as error:
         raise SettingsError(error.reason, path=path, key=f"{place}.{(error.key or '').lstrip('-')}", hint=error.hint) from error
-    if "against" in found:
-        found["against"] = _from_here(folder, found["against"])
-    return found
+    if "against" in arguments:
+        arguments["against"] = _from_here(folder, arguments["against"])
+    return arguments
 
 
 def _from_here(folder: str, target: str) -> str:
-    """A target as it is called from the current folder: a file's path beside the settings, a module that lies there by its file."""
+    """A target of a settings file in `folder`, as it is named from the current folder; a module in that folder by its file."""
     if os.path.realpath(folder) == os.path.realpath(os.getcwd()):
         return target
     if not looks_like_spec(target):
         return os.path.relpath(os.path.join(folder, target))
     spec = parse(target)
     file = spec.file or f"{spec.module}.py"
-    there = os.path.join(folder, file)
-    return os.path.relpath(there) + target[len(spec.place) :] if spec.file or os.path.isfile(there) else target
+    beside = os.path.join(folder, file)
+    return os.path.relpath(beside) + target[len(spec.place) :] if spec.file or os.path.isfile(beside) else target
 
 
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
 _WILD = {"**/": Token("lead"), "**": Token("deep"), "*": Token("star"), "?": Token("char")}
-_MOST_WILD = 100  # of a pattern
-_SWAPPED = str.maketrans("/.", "./")  # keys have dots where paths have slashes
+_MOST_WILD = 100  # wildcards of a pattern
+_SWAPPED = str.maketrans("/.", "./")  # as keys have dots where paths have slashes
 
 
 @dataclass(frozen=True)
 class Glob:
     """A pattern of paths: `*` is anything within a name, `?` one character of it, `**` also goes across folders.
 
-    It is held against a path as a pattern of keys is, in time that grows with the path alone.
+    Matching takes time that grows with the path alone, as for patterns of keys.
 
     >>> [glob("weights/**/*.pt").fits(path) for path in ("weights/a.pt", "weights/b/c/a.pt", "a.pt")]
     [True, True, False]
@@ -229,7 +231,7 @@ class Glob:
 
 
 def glob(words: str) -> Glob:
-    """A person's pattern of paths, compiled. SettingsError for one with too many wildcards."""
+    """A pattern of paths, compiled. Raises SettingsError for one with too many wildcards."""
     parts = _GLOB.findall(words.removeprefix("./").rstrip("/"))
     if sum(part in _WILD for part in parts) > _MOST_WILD:
         raise SettingsError(f"has more than {_MOST_WILD} wildcards", hint='path = "weights/**/*.pt"')
@@ -239,9 +241,9 @@ def glob(words: str) -> Glob:
 def check_project(
     paths: Iterable[str], project: Project, given: Mapping[str, Any], *, jobs: int | None = None, note: Note = _opening.silent
 ) -> CheckReport:
-    """`check` with what a project asks; what is `given` (arguments of `check`) goes before it.
+    """`check` with a project's settings; `given`, arguments of `check`, override them.
 
-    Code that the project's file names is imported only where the call names the file; else the answer and a note say that it was not.
+    Code that the settings file names is imported only if the call names the file; else the report and a note say that it was not.
     """
     targets: dict[str, Target] = {}
     settings = _followed(project, given)
@@ -250,15 +252,15 @@ def check_project(
             words = f"{settings.path}: {name} = {value!r} is not followed, since it names code and the file was only found"
             here = shlex.quote(_from_here(project.folder, value))
             note(Unmissable(f"{words} (follow it: --against {here}, or --config {shlex.quote(settings.path)})"))
-    say = unmissable(note) if project.path and "against" not in given else note
+    code_note = unmissable(note) if project.path and "against" not in given else note
     refuse_unheard(given)
     alone = {name: value for name, value in given.items() if name not in ("against", "conversions")}
-    gate(**alone)  # a word that means nothing is told before a model is built
+    gate(**alone)  # an invalid option is an error before a model is built
 
     def target(words: str) -> Target:
         if words not in targets:
             try:
-                targets[words] = target_of(words, say)
+                targets[words] = target_of(words, code_note)
             except CheckpointError as error:
                 if "against" not in given:
                     error.reason += f" (asked for by {os.path.relpath(project.path)})"
@@ -266,20 +268,20 @@ def check_project(
         return targets[words]
 
     def choose(path: str) -> Gate:
-        asked = {**project.of(path), **given} if project.path else dict(given)
-        against = asked.pop("against", None)
+        arguments = {**project.of(path), **given} if project.path else dict(given)
+        against = arguments.pop("against", None)
         if against is not None and "against" not in given and not project.named and is_code(against):
             against = None
-            asked.pop("conversions", None)
-        return gate(against=None if against is None else target(against), **asked)
+            arguments.pop("conversions", None)
+        return gate(against=None if against is None else target(against), **arguments)
 
-    bounds: dict[str, int | str] = {**project.limits, **current()}  # those of the command line go before
+    bounds: dict[str, int | str] = {**project.limits, **current()}  # those of the command line override the file's
     with limits(**bounds):
         return check_each(paths, choose, jobs=jobs or project.jobs, settings=settings, note=note)
 
 
 def _followed(project: Project, given: Mapping[str, Any]) -> Settings | None:
-    """What of the project's file this run follows, and what not: code that it names. What the call gives instead is left out."""
+    """The settings of the file that this run uses, and those that it does not, since they name code. Overridden settings are left out."""
     if not project.path:
         return None
     used: list[tuple[str, Any]] = []

@@ -1,6 +1,6 @@
-"""What is asked of a file, from the words that a person writes to one frozen `Gate`; a word that means nothing is a SettingsError.
+"""The options of a check as one frozen `Gate`; an option that can't be understood is a SettingsError.
 
-Nothing is read or imported here: a target comes as it was opened.
+Nothing is read or imported here: the target was opened before.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ckptsurgeon.parameter_types import Dtype, Words
 from ckptsurgeon.sizes import parsed
 
 _ASKS = {"against": "--against", "max_size": "--max-size", "dtypes": "--dtype", "allow": "--allow", "finite": "--finite", "full": "--full"}
-_FLAGS = {"--finite": "finite", "--full": "full"}  # that naming their code turns on
+_FLAGS = ("--finite", "--full")  # selecting their codes turns them on
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What is asked of a file. Codes are in full, dtypes safetensors' codes, `max_size` bytes; what is empty is not asked."""
+    """What is checked. Finding codes are complete, dtypes are safetensors' codes, `max_size` is in bytes; an empty field is not checked."""
 
     against: Target | None = None
     root: str | None = None
@@ -39,7 +39,7 @@ class Gate:
     notes: tuple[str, ...] = ()
 
     def wants(self, code: str) -> bool:
-        """Whether findings of this code are told."""
+        """Whether findings of this code are reported."""
         return finding_codes.wanted(code, self.select, self.ignore)
 
 
@@ -56,24 +56,23 @@ def gate(
     select: Words = (),
     ignore: Words = (),
 ) -> Gate:
-    """A gate from a person's words; without `conversions` those of the library of `against` are left out. SettingsError, its `key` the
-    option, for a word that means nothing.
+    """A gate from the arguments of `check`. Raises SettingsError for an invalid one; its `key` is the option.
 
-    Selecting what only a flag looks for (CK401, CK106) is asking for it.
+    Selecting a code that only a flag looks for (CK401, CK106) turns the flag on.
 
     >>> gate(max_size="1.5 MB", dtypes="bfloat16,F32", select="CK4").finite
     True
     """
     if not conversions and against is None:
-        raise SettingsError("is about what files are held against, and nothing is", key="--no-conversions", hint="add --against module:Net")
+        raise SettingsError("is about a target, and none is given", key="--no-conversions", hint="add --against module:Net")
     if not conversions and against is not None:
         against = replace(against, checkpoint=without_conversions(against.checkpoint))
     options = {"--against": against is not None, "--max-size": max_size is not None, "--dtype": bool(_split(dtypes))}
     options |= {"--allow": bool(_split(allow)), "--finite": finite, "--full": full, "": True}
     chosen = [(word, _codes(word, "--select")) for word in _split(select)]
     notes = []
-    for word, found in chosen:
-        idle = {row.option for row in found} if not any(options[row.option] for row in found) else set()
+    for word, rows in chosen:
+        idle = {row.option for row in rows} if not any(options[row.option] for row in rows) else set()
         options.update(dict.fromkeys(idle & set(_FLAGS), True))
         if idle and not idle & set(_FLAGS):
             notes.append(f"nothing is looked for under {word} without {' or '.join(sorted(idle))}")
@@ -85,22 +84,22 @@ def gate(
         max_size=None if max_size is None else nbytes(max_size),
         dtypes=tuple(dict.fromkeys(map(_dtype, _split(dtypes)))),
         allow=tuple(dict.fromkeys(name for word in _split(allow) for name in _format(word))),
-        select=frozenset(row.code for _, found in chosen for row in found),
+        select=frozenset(row.code for _, rows in chosen for row in rows),
         ignore=frozenset(row.code for word in _split(ignore) for row in _codes(word, "--ignore")),
         notes=tuple(notes),
     )
 
 
 def refuse_unheard(given: Mapping[str, Any]) -> None:
-    """Raises SettingsError where one call asks for something and, by `select` or `ignore`, not to be told of it."""
+    """Raises SettingsError for an option whose findings `select` or `ignore` hides."""
     select, ignore = (
         [row.code for word in _split(given.get(name) or ()) for row in finding_codes.named(word)] for name in ("select", "ignore")
     )
     for name, option in _ASKS.items():
-        found = [row.code for row in finding_codes.TABLE if row.option == option]
-        if is_given(given.get(name)) and not any(finding_codes.wanted(code, select, ignore) for code in found):
-            reason = f"looks for {' and '.join(found)}, which --select or --ignore leaves out"
-            raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {found[0]} be told")
+        codes = [row.code for row in finding_codes.TABLE if row.option == option]
+        if is_given(given.get(name)) and not any(finding_codes.wanted(code, select, ignore) for code in codes):
+            reason = f"looks for {' and '.join(codes)}, which --select or --ignore leaves out"
+            raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {codes[0]} be told")
 
 
 def _split(words: Dtype | Iterable[Dtype]) -> list[str]:
@@ -114,42 +113,42 @@ def _unknown(option: str, what: str, word: str, known: Sequence[str], hint: str)
 
 
 def _codes(word: str, option: str) -> tuple[finding_codes.Code, ...]:
-    found = finding_codes.named(word)
-    if not found:
+    rows = finding_codes.named(word)
+    if not rows:
         raise _unknown(option, "code", word, [*finding_codes.BY_CODE, *(row.name for row in finding_codes.TABLE)], every_code())
-    return found
+    return rows
 
 
 def every_code() -> str:
-    """The codes, as a hint names them."""
+    """The hint for an unknown code."""
     return "all of them: ckptsurgeon check --explain all; or the beginning of some, such as CK2"
 
 
 def _dtype(word: str) -> str:
-    found = named(word)
-    if found is None:
+    dtype = named(word)
+    if dtype is None:
         raise _unknown(
             "--dtype", "dtype", word, all_names(), "write safetensors' codes or torch's names: F16, BF16, F32, or float16, bfloat16"
         )
-    return found.code
+    return dtype.code
 
 
 def _format(word: str) -> tuple[str, ...]:
-    found = allowed_by().get(word.lower())
-    if found is None:
+    formats = allowed_by().get(word.lower())
+    if formats is None:
         raise _unknown("--allow", "format", word, list(allowed_by()), f"the formats are {', '.join(allowed_by())}")
-    return found
+    return formats
 
 
 def nbytes(value: Any) -> int:
-    """A size that a person wrote, in bytes: 1.5 GB is 1,500,000,000, 1GiB is 1,073,741,824.
+    """A size in bytes: 1.5 GB is 1,500,000,000, 1GiB is 1,073,741,824.
 
     >>> nbytes("500MB"), nbytes("1.5 KiB"), nbytes(12)
     (500000000, 1536, 12)
     """
     if type(value) is int and value >= 0:
         return value
-    found = parsed(value) if isinstance(value, str) else None
-    if found is None:
+    size = parsed(value) if isinstance(value, str) else None
+    if size is None:
         raise SettingsError(f"{value!r} is no size", key="--max-size", hint="write bytes, or a number with its unit: 500MB, 1.5GB")
-    return found
+    return size

@@ -1,8 +1,8 @@
-"""Several files at a time, the answers in the order of the files.
+"""Checks several files at a time; the findings come in the order of the files.
 
-Headers are read by pure Python, where threads only take turns, so processes do that: forked, and only from a process of one thread
-without torch, where a fork is sound. Else threads, which overlap where buffers are read, summed up (zlib) or looked through (torch).
-A worker process that is killed costs its own file's answer and no other. An interrupt ends all of them at once.
+Headers are read by pure Python, which threads can't do in parallel, so processes do: forked, and only from a process of one thread
+without torch, where forking is safe. Else threads, which run in parallel while data is read, checksummed (zlib) or computed on (torch).
+If a worker process is killed, only its current file has no findings. An interrupt ends all workers at once.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 Findings = tuple[Finding, ...]
-Work = Callable[[int, Callable[[], None]], Findings]  # a file by its number, and what to call now and then
-MOST_JOBS = 8  # unless more are asked for
-_HELP_AFTER = 0.1  # seconds: what takes less needs no help
+Work = Callable[[int, Callable[[], None]], Findings]  # checks a file by its number; calls the function now and then
+MOST_JOBS = 8  # the most by default
+_PARALLEL_AFTER = 0.1  # seconds; a shorter run starts no workers
 KILLED = Finding("CK100", "the process that checked it was killed (try: check it alone, with --jobs 1; was memory short?)")
 
 
 def default_jobs() -> int:
-    """As many as there are cores for this process, and not more than a disk serves well."""
+    """The number of cores of this process, at most `MOST_JOBS`: more readers make a disk slower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_JOBS)
 
 
 def in_order(work: Work, count: int, jobs: int, *, values: bool, large: bool) -> list[Findings]:
-    """The answers for the files 0 … count - 1. `values` says that torch will be needed, `large` that it will surely last."""
+    """The findings of the files 0 … count - 1. `values` says that torch is needed, `large` that the files take long."""
     with phase("checking", count, "files") as advance:
         return _in_order(work, count, jobs, values, large, advance)
 
@@ -49,12 +49,12 @@ def _in_order(work: Work, count: int, jobs: int, values: bool, large: bool, adva
     done: list[Findings] = []
 
     def alone(number: int) -> Findings:
-        found = work(number, beat)
+        findings = work(number, beat)
         advance(1)
-        return found
+        return findings
 
     began = time.monotonic()
-    while len(done) < count and (min(jobs, count) == 1 or not (values or large or time.monotonic() - began > _HELP_AFTER)):
+    while len(done) < count and (min(jobs, count) == 1 or not (values or large or time.monotonic() - began > _PARALLEL_AFTER)):
         done.append(alone(len(done)))
     rest = range(len(done), count)
     jobs = min(jobs, len(rest))
@@ -66,12 +66,12 @@ def _in_order(work: Work, count: int, jobs: int, values: bool, large: bool, adva
     return done + several(work, rest, jobs, advance)
 
 
-def _nobody_stops() -> None:
-    """A worker process is killed where nobody waits for its answer."""
+def _never_stops() -> None:
+    """The `alive` function of a worker process, which is killed instead."""
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the answer any more."""
+    """The run was stopped."""
 
 
 def _in_threads(work: Work, numbers: Sequence[int], jobs: int, advance: Advance) -> list[Findings]:
@@ -103,71 +103,73 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int, advance: Advanc
     from multiprocessing.connection import wait
 
     context = platform.forking()
-    left = list(reversed(numbers))
+    pending = list(reversed(numbers))
     answers: dict[int, Findings] = {}
-    busy: dict[Connection, int] = {}  # a worker's line, and the number that it has
+    busy: dict[Connection, int] = {}  # the number of the file that each worker checks
     workers: dict[Connection, BaseProcess] = {}
 
-    def hire() -> None:
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=_serve, args=(work, theirs, [*workers, ours]), daemon=True)
-        # A signal between the fork and a worker's own first words would send it back up through all that called us.
+    def start_worker() -> None:
+        parent_end, child_end = context.Pipe()
+        worker = context.Process(target=_serve, args=(work, child_end, [*workers, parent_end]), daemon=True)
+        # A signal right after the fork would raise in the child process, which would then run its callers' handlers.
         try:
             with platform.signals_blocked(HELD):
                 worker.start()
-                workers[ours] = worker
-        except OSError:  # there may be no more processes; who is there already does the work
-            ours.close()
+                workers[parent_end] = worker
+        except OSError:  # no more processes can be started; the others do the work
+            parent_end.close()
         finally:
-            theirs.close()
-        if ours in workers:
-            give(ours)
+            child_end.close()
+        if parent_end in workers:
+            send_next(parent_end)
 
-    def give(line: Connection) -> None:
-        if left:
-            busy[line] = left.pop()
-            line.send_bytes(str(busy[line]).encode())
+    def send_next(connection: Connection) -> None:
+        if pending:
+            busy[connection] = pending.pop()
+            connection.send_bytes(str(busy[connection]).encode())
 
     try:
         for _ in range(jobs):
-            hire()
+            start_worker()
         while busy:
             beat()
-            for line in [line for line in wait(list(busy), EVERY) if line in busy]:
-                number = busy.pop(line)
+            for connection in [connection for connection in wait(list(busy), EVERY) if connection in busy]:
+                number = busy.pop(connection)
                 try:
-                    answers[number] = tuple(Finding(*row) for row in json.loads(line.recv_bytes()))
+                    answers[number] = tuple(Finding(*row) for row in json.loads(connection.recv_bytes()))
                 except (EOFError, OSError):
-                    workers[line].join()
-                    if (workers[line].exitcode or 0) <= 0:  # a signal; what an error of ours ended is done again here, and ends the run
+                    workers[connection].join()
+                    if (
+                        workers[connection].exitcode or 0
+                    ) <= 0:  # a signal killed it; after an internal error the file is checked again here, which raises it
                         answers[number] = (KILLED,)
-                    if left:
-                        hire()
+                    if pending:
+                        start_worker()
                 else:
-                    give(line)
+                    send_next(connection)
                     advance(1)
     finally:
         with undisturbed():
             for worker in workers.values():
                 worker.kill()
-            for line, worker in workers.items():
+            for connection, worker in workers.items():
                 worker.join()
-                line.close()
-    return [answers[number] if number in answers else work(number, _nobody_stops) for number in numbers]
+                connection.close()
+    return [answers[number] if number in answers else work(number, _never_stops) for number in numbers]
 
 
-def _serve(work: Work, line: Connection, others: Sequence[Connection]) -> None:
-    """A worker's life: numbers in, findings out, until the line is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits for us is told, and ends us
+def _serve(work: Work, connection: Connection, others: Sequence[Connection]) -> None:
+    """The loop of a worker process: receives file numbers and sends findings, until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process gets it too, and kills the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     platform.unblock_signals(HELD)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for life; the traceback of an error of ours, which the caller meets again, goes there
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - never closed; hides the traceback of an internal error, which the parent raises again
     for other in others:
         other.close()
     while True:
         try:
-            number = int(line.recv_bytes())
+            number = int(connection.recv_bytes())
         except EOFError:
             return
-        found = work(number, _nobody_stops)
-        line.send_bytes(json.dumps([(one.code, one.message, one.key, one.level) for one in found]).encode())
+        findings = work(number, _never_stops)
+        connection.send_bytes(json.dumps([(finding.code, finding.message, finding.key, finding.level) for finding in findings]).encode())

@@ -1,4 +1,4 @@
-"""The verb that matches two implementations. It reads headers; torch is loaded only for a model as target, or to look at values."""
+"""The verb that matches two implementations. It reads headers; torch is imported only for a model as target, or to compare values."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def match(
     [('fc2.{p}', 'dense2.{p}')]
     """
     options = collect(RuleOptions, {**locals(), "match": True})
-    seen = _opening.look(source)
+    opened = _opening.look(source)
     ruling = gather(options, schemes=False, note=note)
     if (forward is None) != (source_model is None):
         raise PlanError("compares two models, and needs both", hint="source_model='module:Net', forward='module:make_inputs'")
@@ -94,45 +94,45 @@ def match(
     tolerance = TOLERANCE if tolerance is None else tolerance
     if not 0 <= tolerance < 1:
         raise PlanError(f"{tolerance} is no share that outputs may differ by", hint="tolerance=1e-4")
-    aim = _opening.open_target(target, conversions=conversions, note=note)
-    given = _opening.open_source(seen, root=root, target=aim.checkpoint)
-    judge = _judge(given, aim, note) if values else None
-    with phase("matching", len(aim.checkpoint), "tensors"):
-        found = propose(
-            given,
-            aim.checkpoint,
+    opened_target = _opening.open_target(target, conversions=conversions, note=note)
+    source_checkpoint = _opening.open_source(opened, root=root, target=opened_target.checkpoint)
+    judge = _judge(source_checkpoint, opened_target, note) if values else None
+    with phase("matching", len(opened_target.checkpoint), "tensors"):
+        proposal = propose(
+            source_checkpoint,
+            opened_target.checkpoint,
             ruling.rules,
             ruling.outside,
             accept=accept_uncertain,
             judge=judge,
             layout=tuple(options.layout or ()),
             numbers=options.numbers or {},
-            told=aim.any_model and partial(numbers_of, aim.any_model),
+            told=opened_target.any_model and partial(numbers_of, opened_target.any_model),
         )
-        refuse_unused([name for name in ruling.unused if name not in found.numbers_used])
-        found = with_sizes(found, given, aim.checkpoint, ruling.outside)
-    found = replace(found, output=_opening.unused_name(given, aim.checkpoint))
+        refuse_unused([name for name in ruling.unused if name not in proposal.numbers_used])
+        proposal = with_sizes(proposal, source_checkpoint, opened_target.checkpoint, ruling.outside)
+    proposal = replace(proposal, output=_opening.unused_name(source_checkpoint, opened_target.checkpoint))
     if forward is not None and source_model is not None:
         from ckptsurgeon.api.matching.trying import tried
 
-        origin = _opening.open_target(source_model, note=note)
-        found = tried(found, given, aim, origin, forward, tolerance, note, conversions)
-    return found
+        opened_source_model = _opening.open_target(source_model, note=note)
+        proposal = tried(proposal, source_checkpoint, opened_target, opened_source_model, forward, tolerance, note, conversions)
+    return proposal
 
 
-def _judge(given: Checkpoint, aim: Target, note: Note) -> Judge:
-    """Looks at the values on both sides. Raises PlanError where a side has none."""
-    if given.kind == "skeleton" or (aim.build is None and aim.checkpoint.kind == "skeleton"):
-        empty = given if given.kind == "skeleton" else aim.checkpoint
-        raise PlanError("is a skeleton and has no values to look at", path=empty.path, hint="give a checkpoint, or the model itself")
+def _judge(source: Checkpoint, target: Target, note: Note) -> Judge:
+    """A function that judges links by the values on both sides. Raises PlanError if a side has no values."""
+    if source.kind == "skeleton" or (target.build is None and target.checkpoint.kind == "skeleton"):
+        skeleton = source if source.kind == "skeleton" else target.checkpoint
+        raise PlanError("is a skeleton and has no values to look at", path=skeleton.path, hint="give a checkpoint, or the model itself")
     from ckptsurgeon.streaming import statistics
 
-    of_target = partial(statistics.of_file, aim.checkpoint)
-    if aim.build is not None:
+    of_target = partial(statistics.of_file, target.checkpoint)
+    if target.build is not None:
         from ckptsurgeon.models.target.skeleton import state_dict_of
 
-        note(f"the values of {aim.checkpoint.path} are its constructor's, and tell only how it is initialised")
-        state = state_dict_of(aim.build(0), aim.checkpoint.path)
+        note(f"the values of {target.checkpoint.path} are its constructor's, and tell only how it is initialised")
+        state = state_dict_of(target.build(0), target.checkpoint.path)
         of_target = partial(statistics.of_tensors, state)
-    fresh = aim.build is not None
-    return lambda found: judged(found, given, aim.checkpoint, partial(statistics.of_file, given), of_target, fresh=fresh)
+    initialized = target.build is not None
+    return lambda proposal: judged(proposal, source, target.checkpoint, partial(statistics.of_file, source), of_target, fresh=initialized)

@@ -1,7 +1,7 @@
-"""Runs both models on a person's inputs with the source's weights, and settles layouts in doubt by which of them gives the same outputs.
+"""Runs both models on the user's inputs with the source's weights, and chooses the layouts in doubt that give the same outputs.
 
-Rule: the layouts of one kind are tried for all layers at once, and each kind's with each other's. One is chosen only where its outputs are
-the same within the tolerance, and no other's come near; what outputs can't tell apart stays in doubt.
+The layouts of one kind are tried for all layers at once, in every combination of kinds. A combination is chosen only if its outputs are
+equal within the tolerance and no other combination's come near; layouts that outputs can't tell apart stay in doubt.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ckptsurgeon.tensors import Checkpoint
 if TYPE_CHECKING:
     from torch import nn
 
-MOST = 64  # runs
-APART = 10.0  # how many times as far off the next best must be
+MOST = 64  # combinations that are run
+APART = 10.0  # the next best combination must differ by this factor more
 
-Choice = tuple[int, ...]  # for each kind of layout that is open, the number of its way
+Choice = tuple[int, ...]  # for each kind of layout in doubt, the number of the choice
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """One choice of layouts, what it leads to, and how far the outputs differ, of their greatest value."""
+    """One combination of layouts, the proposal that it gives, and how the outputs compare."""
 
     choice: Choice
     proposal: Proposal
@@ -45,91 +45,100 @@ class _Trial:
 
     @property
     def off(self) -> float:
-        """How far the outputs differ at most."""
+        """The largest difference of the outputs, as a share of their greatest value."""
         rows = [difference / scale if scale else difference for _, difference, scale in self.twins.outputs if difference is not None]
         missing = any(difference is None for _, difference, _ in self.twins.outputs)
         return float("inf") if missing or not rows else max(rows)
 
 
 def tried(
-    found: Proposal, given: Checkpoint, aim: Target, origin: Target, forward: str, tolerance: float, note: Note, conversions: bool
+    proposal: Proposal,
+    source: Checkpoint,
+    target: Target,
+    source_model: Target,
+    forward: str,
+    tolerance: float,
+    note: Note,
+    conversions: bool,
 ) -> Proposal:
-    """The proposal with how both models' outputs compare; layouts that were open are settled where the outputs decide them.
+    """The proposal with the comparison of both models' outputs; layouts in doubt are chosen where the outputs decide them.
 
-    Raises PlanError where one of the two is no model.
+    Raises PlanError if one of the two is no model.
     """
-    for one in (origin, aim):
-        if one.build is None:
-            raise PlanError("is no model that can be run", path=one.checkpoint.path, hint="write module:Net")
-    assert origin.build is not None and aim.build is not None
+    for side in (source_model, target):
+        if side.build is None:
+            raise PlanError("is no model that can be run", path=side.checkpoint.path, hint="write module:Net")
+    assert source_model.build is not None and target.build is not None
     inputs = output_comparison.make_inputs(forward, note)
-    source = origin.build(0)
-    _live.transfer(given, source, lambda: Ruling(()), RuleOptions(strict=True), step=True)  # what the checkpoint is of must take all of it
+    model = source_model.build(0)
+    _live.transfer(
+        source, model, lambda: Ruling(()), RuleOptions(strict=True), step=True
+    )  # the source model must load the whole checkpoint
 
-    def run(proposal: Proposal) -> Twins:
-        return output_comparison.compare(source, _target(proposal, given, aim, note, conversions), inputs, tolerance)
+    def run(candidate: Proposal) -> Twins:
+        return output_comparison.compare(model, _target(candidate, source, target, note, conversions), inputs, tolerance)
 
-    if not found.open:
-        return replace(found, forward=run(found))
+    if not proposal.open:
+        return replace(proposal, forward=run(proposal))
     trials = []
-    for choice, proposal in itertools.islice(_choices(_known(found, numbers_of(source), note)), MOST):
+    for choice, candidate in itertools.islice(_choices(_known(proposal, numbers_of(model), note)), MOST):
         try:
-            trials.append(_Trial(choice, proposal, run(proposal)))
+            trials.append(_Trial(choice, candidate, run(candidate)))
         except CheckpointError:
             if not any(choice):
-                raise  # as they stand, which must run
+                raise  # the layouts as they are: these must run
     best, *others = sorted(trials, key=lambda trial: trial.off)
     if not best.twins.same:
         note("no layout gives the same outputs from both models")
-        return replace(found, forward=trials[0].twins)
+        return replace(proposal, forward=trials[0].twins)
     near = [trial for trial in others if trial.twins.same and trial.off < APART * best.off]
     near += [trial for trial in others if trial.twins.same and trial not in near and trial.off == best.off]
-    if any(not _alike(best.proposal, trial.proposal, given, aim, note, conversions) for trial in near):
+    if any(not _alike(best.proposal, trial.proposal, source, target, note, conversions) for trial in near):
         note("several layouts give the same outputs from both models: other inputs may tell them apart")
-        return replace(found, forward=best.twins)
-    first = min([best, *near], key=lambda trial: trial.choice)
-    return replace(first.proposal, forward=first.twins)
+        return replace(proposal, forward=best.twins)
+    chosen = min([best, *near], key=lambda trial: trial.choice)
+    return replace(chosen.proposal, forward=chosen.twins)
 
 
-def _known(found: Proposal, numbers: Mapping[str, int], note: Note) -> Proposal:
-    """The proposal with the numbers that the source's model says filled in."""
+def _known(proposal: Proposal, numbers: Mapping[str, int], note: Note) -> Proposal:
+    """The proposal with the numbers of heads that the source model has, filled in."""
 
-    def told(link: Link) -> Link:
-        return replace(link, choices=tuple(replace(one, op=variables.filled(one.op, numbers)) for one in link.choices))
+    def filled(link: Link) -> Link:
+        return replace(link, choices=tuple(replace(layout, op=variables.filled(layout.op, numbers)) for layout in link.choices))
 
-    known = again(found, [told(link) if link.doubt else link for link in found.links])
-    for name in dict.fromkeys(name for one in known.open for name in one.variables):
+    known = again(proposal, [filled(link) if link.doubt else link for link in proposal.links])
+    for name in dict.fromkeys(name for layout in known.open for name in layout.variables):
         note(f"what needs {name} is not tried: --set {name}=N")
     return known
 
 
-def _choices(found: Proposal) -> Iterator[tuple[Choice, Proposal]]:
-    """Each choice of a way for each kind, as they stand first, with the proposal that it leads to."""
-    kinds = {id(link): place for place, one in enumerate(found.open) for link in one.links}
-    for choice in itertools.product(*(range(len(one.ways)) for one in found.open)):
+def _choices(proposal: Proposal) -> Iterator[tuple[Choice, Proposal]]:
+    """Each combination of layouts, the unchanged ones first, with the proposal that it gives."""
+    kind_of_link = {id(link): position for position, layout in enumerate(proposal.open) for link in layout.links}
+    for choice in itertools.product(*(range(len(layout.ways)) for layout in proposal.open)):
         links = []
-        for link in found.links:
-            if id(link) in kinds:
-                at = choice[kinds[id(link)]]
-                layout = link.choices[at if at < len(link.choices) else 0]
+        for link in proposal.links:
+            if id(link) in kind_of_link:
+                number = choice[kind_of_link[id(link)]]
+                layout = link.choices[number if number < len(link.choices) else 0]
                 links.append(settled(link, layout, "and both models give the same outputs"))
             else:
                 links.append(link)
         if not any(variables.names_in(link.op) for link in links):
-            yield choice, again(found, links)
+            yield choice, again(proposal, links)
 
 
-def _target(proposal: Proposal, given: Checkpoint, aim: Target, note: Note, conversions: bool) -> nn.Module:
-    """A fresh target with the source's weights as a proposal has them."""
-    assert aim.build is not None
-    model = aim.build(0)
-    _live.transfer(given, model, lambda: bring(proposal.rules, note), RuleOptions(conversions=conversions), step=True)
+def _target(proposal: Proposal, source: Checkpoint, target: Target, note: Note, conversions: bool) -> nn.Module:
+    """A fresh target model with the source's weights, loaded by the rules of a proposal."""
+    assert target.build is not None
+    model = target.build(0)
+    _live.transfer(source, model, lambda: bring(proposal.rules, note), RuleOptions(conversions=conversions), step=True)
     return model
 
 
-def _alike(one: Proposal, other: Proposal, given: Checkpoint, aim: Target, note: Note, conversions: bool) -> bool:
-    """Whether two proposals lead to the very same weights."""
+def _alike(first: Proposal, second: Proposal, source: Checkpoint, target: Target, note: Note, conversions: bool) -> bool:
+    """Whether two proposals give identical weights."""
     import torch
 
-    states = [_target(proposal, given, aim, note, conversions).state_dict() for proposal in (one, other)]
+    states = [_target(proposal, source, target, note, conversions).state_dict() for proposal in (first, second)]
     return all(torch.equal(value, states[1][key]) for key, value in states[0].items() if isinstance(value, torch.Tensor))
