@@ -198,6 +198,7 @@ def has_torch(cache: Path) -> bool:
     return any(environment.glob("lib/python*/site-packages/torch/__init__.py"))
 
 
+@pytest.mark.slow
 def test_isolated_without_dependencies(repository, monkeypatch):
     """What a gate uses and no more: no torch, and it works, and says what it can't do."""
     need(*BUILT_BY, "click>=8.1")
@@ -218,6 +219,7 @@ def test_isolated_without_dependencies(repository, monkeypatch):
     assert subprocess.run(full, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_isolated_with_all_that_it_depends_on(repository, monkeypatch):
     version = torch.__version__.partition("+")[0]
     need(*BUILT_BY, f"torch=={version}", "safetensors>=0.4.3", "click>=8.1", "tabulate>=0.9")

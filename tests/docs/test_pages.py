@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import itertools
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,8 @@ from ckptsurgeon.views import guide
 GUIDE_PAGES = {name: path for name, path in PAGES.items() if path.parent == GUIDE}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash, which runs the commands")
 @pytest.mark.parametrize("name", PAGES)
 def test_every_block_gives_what_the_page_says(name: str, tmp_path: Path) -> None:
     text = PAGES[name].read_text()

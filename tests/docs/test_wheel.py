@@ -18,6 +18,7 @@ import tabulate
 
 import ckptsurgeon
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -119,6 +119,7 @@ print(whole["old"] > 0 and whole["new"] > 0)
 """
 
 
+@pytest.mark.slow
 def test_interrupts_at_random_moments_never_leave_a_mixture(tmp_path: Path) -> None:
     torch.save(nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)]).state_dict(), tmp_path / "a.pt")
     command = [sys.executable, "-c", LOOP, str(tmp_path / "a.pt")]
