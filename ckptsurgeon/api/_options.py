@@ -215,7 +215,6 @@ TABLE: tuple[Row, ...] = (
     Row("dtype target", ("target",), "takes the target's dtypes, and there is no target", "name a dtype: dtype='BF16'"),
     Row("depth", ("tree",), "is how deep a tree goes, and none is asked for", "leave it out, or ask for a tree"),
     Row("weights", ("average",), "goes with --average", "--average --weights 3,1"),
-    Row("overwrite", ("output",), "replaces what -o names, and none is named", "add -o FILE"),
     Row("resume", ("shards",), "goes on with shards that are proven, and none are written", "leave it out, or add max_shard_size='5GB'"),
     Row("resume", ("verify",), "goes on with shards that are proven, and --no-verify proves none", "leave out one of the two"),
     Row("max_shard_size", ("shards",), "is for Hugging Face's shards, and torch writes a DCP folder as it does", "leave it out"),

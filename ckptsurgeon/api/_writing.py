@@ -129,7 +129,6 @@ def refuse_idle_writing(plan: Plan, options: OutputOptions, training: TrainingOp
         one_file=not kind.is_folder,
         optimizer=training.written,
         written=written,
-        output=options.output,
     )
     refuse_idle(known_facts, **vars(options), **vars(training))
 

@@ -1,4 +1,4 @@
-"""The colour of each style, as git and ruff have them, in a terminal's escape codes."""
+"""The colours of styles, as git and ruff use them, as a terminal's escape codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS: dict[Style, dict[str, Any]] = {
 
 
 def painted(text: str) -> str:
-    """A text with the escape codes of its styles, which end with each line."""
+    """A text with escape codes for its styles; a style that spans lines is ended and begun anew on each."""
     parts, at = [], 0
     for start, stop, style in spans_of(text):
         lines = text[start:stop].split("\n")

@@ -1,8 +1,8 @@
-"""What a shell offers for a word that is being typed: a table from parameters to words. Imported by a shell's completion alone.
+"""The words that shell completion offers: a table from parameters to functions. Imported only while a shell completes.
 
-Keys and roots are those of the checkpoint on the command line: its header is read, under all limits, and nothing of a model is built or
-imported. A file that can't be read offers nothing. A name that a shell could take for anything but a word is not offered: names in a
-checkpoint are a stranger's, and what is offered is put onto a command line.
+Keys and roots are those of the checkpoint on the command line: its header is read, under all limits, and no model is built or imported.
+For a file that can't be read nothing is offered. A name with characters that are special to a shell is not offered, since a checkpoint
+may come from anybody and the shell puts the word onto the command line.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _target(ctx: click.Context) -> str | None:
 
 
 def _paths(ctx: click.Context) -> Sequence[str]:
-    one = ctx.params.get("checkpoint")
-    return [one] if one else ctx.params.get("paths") or ()
+    checkpoint = ctx.params.get("checkpoint")
+    return [checkpoint] if checkpoint else ctx.params.get("paths") or ()
 
 
 def _keys_of(path: str | None, root: str | None) -> Iterable[str]:
@@ -44,7 +44,12 @@ def _keys_of(path: str | None, root: str | None) -> Iterable[str]:
         return ()
     from ckptsurgeon.formats.sniff import read
 
-    return (key for one in read(path).state_dicts if root in (None, one.root) for key in (*one.tensors, *one.entries))
+    return (
+        key
+        for state_dict in read(path).state_dicts
+        if root in (None, state_dict.root)
+        for key in (*state_dict.tensors, *state_dict.entries)
+    )
 
 
 def source_keys(ctx: click.Context) -> Iterable[str]:
@@ -58,7 +63,7 @@ def target_keys(ctx: click.Context) -> Iterable[str]:
 
 
 def both_keys(ctx: click.Context) -> Iterable[str]:
-    """The keys of both."""
+    """The keys of the source and of the target."""
     return (*source_keys(ctx), *target_keys(ctx))
 
 
@@ -69,7 +74,7 @@ def roots(ctx: click.Context) -> Iterable[str]:
         return ()
     from ckptsurgeon.formats.sniff import read
 
-    return [one.root for one in read(path).state_dicts if one.root]
+    return [state_dict.root for state_dict in read(path).state_dicts if state_dict.root]
 
 
 def adapters(_ctx: click.Context) -> Iterable[str]:
@@ -115,7 +120,7 @@ def dtypes(_ctx: click.Context) -> Iterable[str]:
 
 
 def devices(_ctx: click.Context) -> Iterable[str]:
-    """Devices that a person may have."""
+    """The usual devices."""
     return ("cpu", "cuda:0", "mps", "meta")
 
 
@@ -127,7 +132,7 @@ def commands(_ctx: click.Context) -> Iterable[str]:
 
 
 def models(ctx: click.Context) -> Iterable[str]:
-    """The models that the Python files of this folder define, as specs, by their text; none where the checkpoint stands."""
+    """The models that the Python files of this folder define, as specs, found without importing; none in place of the first path."""
     if "paths" in ctx.params and not ctx.params["paths"]:
         return ()
     from ckptsurgeon.models.target.slips import spec_of
@@ -137,11 +142,11 @@ def models(ctx: click.Context) -> Iterable[str]:
 
 
 def files(_ctx: click.Context) -> Iterable[str]:
-    """Nothing of ours: the shell completes paths."""
+    """No words: the shell itself completes paths."""
     return ()
 
 
-# By a parameter's name, what is offered for each of its values. Those in `_PATHS` may be paths, too.
+# For each parameter, the functions that give the words for its values. Parameters in `_PATHS` may be paths, too.
 OFFERED: Mapping[str, tuple[Words, ...]] = {
     "root": (roots,),
     "optimizer_root": (roots,),
@@ -179,40 +184,40 @@ _LISTS = {"select", "ignore", "allow", "dtypes"}  # several values with commas b
 
 
 def begin(command: click.Command, ctx: click.Context, words: Sequence[str]) -> list[str]:
-    """Have a command's parameters offer what the table says; the words without an option at their end that has not all of its values."""
+    """Set the completion of a command's parameters; return the words without a last option that still lacks values."""
     for param in command.params:
         if param.name in OFFERED:
             param._custom_shell_complete = _offered
     names = {name: param for param in command.params if isinstance(param, click.Option) and not param.is_flag for name in param.opts}
-    last = next((place for place in range(len(words) - 1, -1, -1) if words[place] in names), None)
-    if last is None or len(words) - last - 1 >= names[words[last]].nargs:
+    last_option = next((position for position in range(len(words) - 1, -1, -1) if words[position] in names), None)
+    if last_option is None or len(words) - last_option - 1 >= names[words[last_option]].nargs:
         return [*words]
-    ctx.meta["typed"] = len(words) - last - 1
-    return [*words[:last]]
+    ctx.meta["typed"] = len(words) - last_option - 1
+    return [*words[:last_option]]
 
 
 def _begins_a_path(incomplete: str) -> bool:
-    """Whether a path begins so that is no Python file."""
-    folder, begun = os.path.split(incomplete)
+    """Whether the path of a file or folder, other than a Python file, begins with this text."""
+    folder, start = os.path.split(incomplete)
     try:
         names = os.listdir(folder or ".")
     except OSError:
         return False
-    return bool(begun or folder) and any(name.startswith(begun) and not name.endswith(".py") for name in names)
+    return bool(start or folder) and any(name.startswith(start) and not name.endswith(".py") for name in names)
 
 
 def _offered(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """What is offered for a word of a parameter; nothing where it can't be told."""
+    """The words that are offered for a parameter; none if the checkpoint can't be read."""
     name = param.name or ""
-    ways = OFFERED[name]
+    functions = OFFERED[name]
     number = ctx.meta.get("typed", 0) if isinstance(param, click.Option) else 0
-    before, comma, begun = incomplete.rpartition(",") if name in _LISTS else ("", "", incomplete)
+    before, comma, start = incomplete.rpartition(",") if name in _LISTS else ("", "", incomplete)
     items = [CompletionItem(incomplete, type=_FILE)] if name in _PATHS else []
     if items and _begins_a_path(incomplete):
-        return items  # a shell that gets words completes no paths beside them
+        return items  # a shell that gets words does not complete paths as well
     try:
-        known = ways[number](ctx) if number < len(ways) else ()
-        words = dict.fromkeys(word for word in known if word.startswith(begun) and _PLAIN.fullmatch(word))
-    except (CheckpointError, OSError):  # the command tells it, not a shell that completes
+        offered = functions[number](ctx) if number < len(functions) else ()
+        words = dict.fromkeys(word for word in offered if word.startswith(start) and _PLAIN.fullmatch(word))
+    except (CheckpointError, OSError):  # the command reports it when it runs
         return items
     return [*items, *(CompletionItem(before + comma + word) for word in list(words)[:_MOST])]

@@ -1,7 +1,7 @@
-"""What ended a run, as one error that a person can read: a row for each kind of exception, and for all others a request to report it.
+"""Turns the exception that ended a run into a `CheckpointError` with a readable message; any unforeseen one is a request to report it.
 
-What a missing library or a failed allocation looks like, `errors` knows. A hint that is written for Python gets the command line's words.
-Nothing here prints.
+`errors` recognises missing libraries and failed allocations. Hints that name Python parameters are rewritten to options of the command
+line. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the
 
 
 def with_traceback() -> bool:
-    """Whether the traceback is asked for: by `--debug`, or by CKPTSURGEON_DEBUG in the environment."""
+    """Whether to show the traceback: with `--debug`, or if CKPTSURGEON_DEBUG is set in the environment."""
     return "--debug" in sys.argv or bool(os.environ.get("CKPTSURGEON_DEBUG"))
 
 
-def told(error: BaseException) -> CheckpointError:
-    """What ended the run, as an error of ours; one of ours as it is."""
+def as_checkpoint_error(error: BaseException) -> CheckpointError:
+    """The exception as a `CheckpointError`; one that is a `CheckpointError` already as it is."""
     if isinstance(error, CheckpointError):
         return error
     if no_memory(error):
@@ -47,7 +47,7 @@ def told(error: BaseException) -> CheckpointError:
     return _unforeseen(error)
 
 
-# A parameter as Python has it: with a value, or by its name alone, which then has an underscore. Not within a call, a path or quotes.
+# A Python parameter: with a value, or its name alone if that has an underscore. Not within a call, a path or quotes.
 _TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PYTHON = re.compile(
     rf"""\w\((?:{_TEXT}|[^()'"])*\)"""
@@ -57,7 +57,7 @@ _PYTHON = re.compile(
 
 
 def as_options(words: str, options: Mapping[str, str]) -> str:
-    """A sentence that names parameters, in the words of a command line; `options` are its options, by the names of their parameters.
+    """A sentence with its Python parameters replaced by options of the command line; `options` maps parameters' names to options.
 
     >>> known = {name: f"--{name.replace('_', '-')}" for name in ("optimizer_root", "layers", "layer_decay", "grid")}
     >>> as_options("choose one: optimizer_root='optim', or layers=['a.{i}', 'b']", known)
@@ -68,46 +68,46 @@ def as_options(words: str, options: Mapping[str, str]) -> str:
     "--overwrite, or --init 'a.{i}' zeros"
     """
 
-    def written(found: re.Match[str]) -> str:
-        option = options.get(found[1] or found[3] or "")
-        if option is None or found[3]:
-            return option or found[0]
+    def written(match: re.Match[str]) -> str:
+        option = options.get(match[1] or match[3] or "")
+        if option is None or match[3]:
+            return option or match[0]
         try:
-            value = "NAME" if found[2] == "…" else ast.literal_eval(found[2])
+            value = "NAME" if match[2] == "…" else ast.literal_eval(match[2])
         except (ValueError, SyntaxError):  # an expression, not a value
-            return found[0]
+            return match[0]
         if value is True:
             return option
         if option == "--set" and isinstance(value, dict):
             return " ".join(f"{option} {name}={number}" for name, number in value.items())
-        rows = value.items() if isinstance(value, dict) else [(one,) for one in (value if isinstance(value, list) else [value])]
-        return " ".join(shlex.join([option, *map(str, row)]) for row in rows)
+        value_rows = value.items() if isinstance(value, dict) else [(item,) for item in (value if isinstance(value, list) else [value])]
+        return " ".join(shlex.join([option, *map(str, row)]) for row in value_rows)
 
     return _PYTHON.sub(written, words)
 
 
 def say_options(error: CheckpointError, *commands: click.Command | None) -> None:
-    """Put an error of the library into the words of the command that ran, the last; an option that it has not is another's."""
+    """Rewrite an error's parameters as options of the command that ran, the last of `commands`; the others serve for options it lacks."""
     options = _names(commands)
     error.reason = as_options(error.reason, options)
     error.hint = None if error.hint is None else as_options(error.hint, options)
 
 
-def tries_options(found: CheckReport, command: click.Command) -> CheckReport:
-    """A report of `check` whose findings say what to try in the words of its command."""
+def tries_options(report: CheckReport, command: click.Command) -> CheckReport:
+    """A report of `check` with the parameters in its findings' hints rewritten as options of its command."""
     options = _names([command])
 
-    def said(row: Finding) -> Finding:
-        message, begins, hint = row.message.partition(" (try: ")
-        return replace(row, message=message + begins + as_options(hint, options)) if hint else row
+    def rewritten(row: Finding) -> Finding:
+        message, separator, hint = row.message.partition(" (try: ")
+        return replace(row, message=message + separator + as_options(hint, options)) if hint else row
 
-    return replace(found, files=tuple(replace(file, findings=tuple(map(said, file.findings))) for file in found.files))
+    return replace(report, files=tuple(replace(file, findings=tuple(map(rewritten, file.findings))) for file in report.files))
 
 
 def _names(commands: Iterable[click.Command | None]) -> dict[str, str]:
-    """Options by the names of their parameters."""
-    given = [one for command in commands if command is not None for one in command.params]
-    return {one.name: one.opts[-1] for one in given if isinstance(one, click.Option) and one.name}
+    """The commands' options, by the names of their parameters."""
+    params = [param for command in commands if command is not None for param in command.params]
+    return {param.name: param.opts[-1] for param in params if isinstance(param, click.Option) and param.name}
 
 
 def _unforeseen(error: BaseException) -> CheckpointError:

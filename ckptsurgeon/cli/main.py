@@ -1,4 +1,4 @@
-"""The entry point: runs a command, and turns whatever ends it into one message and an exit code. Never a traceback for a bad input."""
+"""The entry point: runs a command, and turns every exception into one message and an exit code. Bad input never gives a traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ckptsurgeon import __version__
-from ckptsurgeon.cli.endings import as_options, debug, say_options, told, with_traceback
+from ckptsurgeon.cli.endings import as_checkpoint_error, as_options, debug, say_options, with_traceback
 from ckptsurgeon.cli.output import StdoutError, color, flush, lose_stdout, open_streams, show_error, show_usage_error, tell
 from ckptsurgeon.errors import CheckpointError, InternalError
 from ckptsurgeon.regular_expressions import one_child
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
-# By name, each a module of `commands`, in the order in which a person uses them; and what `--help` says of it.
+# The commands in the order of use, each a module of `commands`, with its line in `--help`.
 COMMANDS = {
     "inspect": "What is inside a checkpoint, without running any of it.",
     "diff": "What matches, is missing, extra or mismatched.",
@@ -41,7 +41,7 @@ COMMANDS = {
     "completion": "Print the script that completes words in bash, zsh or fish.",
     "help": "Show how a command is used.",
 }
-_NOT_IN_GUIDE = {"guide", "completion", "help"}  # of each other command `ckptsurgeon guide COMMAND` prints a page
+_NOT_IN_GUIDE = {"guide", "completion", "help"}  # every other command has a page in the guide
 
 
 class Flow(click.Group):
@@ -59,12 +59,12 @@ class Flow(click.Group):
         super().format_help_text(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table, as click writes it."""
+        """The commands and their lines."""
         with formatter.section("Commands"):
             formatter.write_dl([*COMMANDS.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The commands by the table, or the options."""
+        """Complete a command's name, or an option."""
         from click.shell_completion import CompletionItem
 
         if incomplete.startswith("-"):
@@ -72,7 +72,7 @@ class Flow(click.Group):
         return [CompletionItem(name, help=words) for name, words in COMMANDS.items() if name.startswith(incomplete)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a name, imported now."""
+        """Import and return the command of a name."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"ckptsurgeon.cli.commands.{cmd_name}").command
@@ -81,8 +81,8 @@ class Flow(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the first word names; where there is none, the close ones are told."""
-        if ctx.resilient_parsing:  # a shell asks what may come next
+        """The command that the first word names; if there is none, the error names close ones."""
+        if ctx.resilient_parsing:  # a shell completes
             return super().resolve_command(ctx, args)
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             from ckptsurgeon.cli.slips import no_command
@@ -98,7 +98,7 @@ class Flow(click.Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what the library says of its parameters is said of the command's options."""
+        """Run the command; errors of the library that name parameters are rewritten to name the command's options."""
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -138,14 +138,14 @@ def cli(ctx: click.Context) -> int:
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that temporary files are taken away; no SystemExit, which a person's own code may raise."""
+    """SIGTERM as an exception, so that temporary files are removed. Not SystemExit, which user code may raise."""
 
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:
     raise Terminated
 
 
-_interrupts: list[int] = []  # Python drops an exception that is raised within a finalizer or a callback of its own; this is not dropped
+_interrupts: list[int] = []  # remembered here, since Python drops an exception that is raised in a finalizer or callback
 
 
 def _interrupted(number: int, _frame: object) -> NoReturn:
@@ -159,13 +159,13 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, _interrupted)
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without NumPy is all we need
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's warning; NumPy is not needed
     _held = one_child()  # for all regular expressions of this call
     code = _run("--json" in sys.argv) if can_write else _no_stdout()
     if _interrupts and code != INTERRUPTED:
         tell("interrupted")
         code = INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done: an interrupt now would only make Python's own end ugly
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: an interrupt now would only print a traceback at exit
     sys.exit(code)
 
 
@@ -175,7 +175,7 @@ def _no_stdout() -> int:
 
 
 def _tell_notes(error: BaseException) -> None:
-    """What whoever was interrupted has to say of it."""
+    """Print the notes that the interrupted code added to the exception."""
     cause = error if hasattr(error, "__notes__") else error.__context__
     for words in getattr(cause, "__notes__", ()):
         tell(f"note: {as_options(words, {'resume': '--resume'})}")
@@ -195,13 +195,13 @@ def _run(as_json: bool) -> int:
     except Terminated as error:
         _tell_notes(error)
         return TERMINATED
-    except SystemExit:  # click's own, where the reader of the help has gone
+    except SystemExit:  # click raises it when the reader of stdout has closed the pipe
         lose_stdout()
         return 0
-    except BaseException as error:  # noqa: BLE001 - the last resort, where each error gets its words
+    except BaseException as error:  # noqa: BLE001 - the last handler, which turns any error into a message
         if with_traceback():
             tell("".join(traceback.format_exception(error)).rstrip())
-        ended = told(error)
+        ended = as_checkpoint_error(error)
         if isinstance(ended, InternalError):
             words = [word for word in sys.argv[1:] if word != "--debug"]
             ended.hint = f"send them what this shows: {shlex.join(['ckptsurgeon', '--debug', *words])}"

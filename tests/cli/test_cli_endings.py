@@ -317,11 +317,15 @@ def test_an_allocator_that_fails_in_check_is_told_of_the_file(two, run, monkeypa
 
 
 def test_each_kind_has_its_words():
-    assert isinstance(endings.told(MemoryError()), OutOfMemoryError)
-    assert isinstance(endings.told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")), OutOfMemoryError)
-    assert "21.5 GB are asked for" in str(endings.told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")))
-    assert isinstance(endings.told(ModuleNotFoundError("No module named 'safetensors'", name="safetensors")), MissingError)
-    assert isinstance(endings.told(ImportError("cannot import name 'x'", name="ckptsurgeon.api")), InternalError)
+    assert isinstance(endings.as_checkpoint_error(MemoryError()), OutOfMemoryError)
+    assert isinstance(
+        endings.as_checkpoint_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")), OutOfMemoryError
+    )
+    assert "21.5 GB are asked for" in str(
+        endings.as_checkpoint_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."))
+    )
+    assert isinstance(endings.as_checkpoint_error(ModuleNotFoundError("No module named 'safetensors'", name="safetensors")), MissingError)
+    assert isinstance(endings.as_checkpoint_error(ImportError("cannot import name 'x'", name="ckptsurgeon.api")), InternalError)
 
 
 def test_a_folder_of_a_strangers_that_has_modules_of_our_names(two):

@@ -1,4 +1,4 @@
-"""`adapters`: what rules can do to shapes, and the schemes of what is fresh. Words of the two tables, nothing else."""
+"""`adapters`: lists the adapters and the init schemes that rules can name, from their tables."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ckptsurgeon.cli import options
 def command(show: options.Show) -> int:
     """The adapters of --adapt with their arguments, and the schemes of --init.
 
-    An argument that is left out is told from the shapes. Your own are named as module:function.
+    An argument that is left out is computed from the shapes. Your own are named as module:function.
     """
     from ckptsurgeon.adapters.table import ADAPTERS, load
     from ckptsurgeon.models.init.scheme_text import SCHEMES
     from ckptsurgeon.views import json, tables
     from ckptsurgeon.views.text import inspect as text
 
-    known = [(name, load(name)) for name in ADAPTERS]
+    loaded = [(name, load(name)) for name in ADAPTERS]
     rows = [
-        *(("adapter", name, tuple(field for field in one.fields if field not in one.planned), one.words) for name, one in known),
-        *(("scheme", name, tuple(one.parameters), one.words) for name, one in SCHEMES.items()),
+        *(("adapter", name, tuple(field for field in entry.fields if field not in entry.planned), entry.words) for name, entry in loaded),
+        *(("scheme", name, tuple(entry.parameters), entry.words) for name, entry in SCHEMES.items()),
     ]
     show.answer(lambda: text.known(rows, show.width), lambda: json.known(rows), table=lambda form: tables.known(rows, form))
     return 0

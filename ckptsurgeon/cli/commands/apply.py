@@ -1,4 +1,4 @@
-"""`apply`: do what a plan.json says."""
+"""`apply`: carry out a plan.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ckptsurgeon.cli import options
 @options.limit
 @options.tabled
 def command(plan: str, show: options.Show, **choices: Any) -> int:
-    """Do what was decided; refuse a plan whose source or target has changed since."""
+    """Carry out a plan; refuse it if a source or the target has changed since."""
     from ckptsurgeon import api
 
-    done = api.apply(plan, note=show.note(), **choices)
-    show.result(done, asked=False)
+    report = api.apply(plan, note=show.note(), **choices)
+    show.result(report, asked=False)
     return 0

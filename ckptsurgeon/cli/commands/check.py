@@ -48,14 +48,14 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
     A Hugging Face folder is one checkpoint; of any other folder every .pt, .pth, .pkl, .bin, .ckpt and .safetensors file is checked, in it
     and below (names that begin with a dot aside).
 
-    Settings stand in [tool.ckptsurgeon.check] of the nearest pyproject.toml, by the options' names; what is given here goes before them.
+    Settings are read from [tool.ckptsurgeon.check] of the nearest pyproject.toml, by the options' names; options given here override them.
     """
     github, explain, file, no_config = (words.pop(name) for name in ("github", "explain", "config", "no_config"))
     if github and show.json:
-        raise click.UsageError("--github and --json are two answers; ask for one", ctx)
-    spoken = [name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        raise click.UsageError("--github and --json are two forms of output; give one", ctx)
+    given_names = [name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if explain is not None:
-        idle = [name for name in spoken if name not in ("explain", "as_json", "verbose", "quiet")]
+        idle = [name for name in given_names if name not in ("explain", "as_json", "verbose", "quiet")]
         if idle:
             raise click.UsageError(f"--explain checks nothing; give it alone: --explain {explain}", ctx)
         return _explain(explain, show)
@@ -66,17 +66,17 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
     from ckptsurgeon.api.checking import project
     from ckptsurgeon.cli.endings import tries_options
 
-    asked = project.Project() if no_config else project.read(file) if file else project.find(os.getcwd())
+    settings = project.Project() if no_config else project.read(file) if file else project.find(os.getcwd())
     jobs = words.pop("jobs")
-    given = {name: value for name, value in words.items() if name in spoken}
-    found = tries_options(project.check_project(paths, asked or project.Project(), given, jobs=jobs, note=show.note()), ctx.command)
+    overrides = {name: value for name, value in words.items() if name in given_names}
+    report = tries_options(project.check_project(paths, settings or project.Project(), overrides, jobs=jobs, note=show.note()), ctx.command)
     if github:
         from ckptsurgeon.views import github as annotations
 
-        show.answer(lambda: annotations.check(found, os.environ.get("GITHUB_WORKSPACE")), dict)
+        show.answer(lambda: annotations.check(report, os.environ.get("GITHUB_WORKSPACE")), dict)
     else:
-        show.result(found, asked=not found.ok)
-    return int(not found.ok)
+        show.result(report, asked=not report.ok)
+    return int(not report.ok)
 
 
 def _explain(words: str, show: options.Show) -> int:
@@ -84,13 +84,13 @@ def _explain(words: str, show: options.Show) -> int:
     from ckptsurgeon.views import json
     from ckptsurgeon.views.text import check as text
 
-    found = finding_codes.TABLE if words.lower() == "all" else finding_codes.named(words)
-    if not found:
+    rows = finding_codes.TABLE if words.lower() == "all" else finding_codes.named(words)
+    if not rows:
         from ckptsurgeon.errors import SettingsError
         from ckptsurgeon.hints import close_names
 
         close = close_names(words, [*finding_codes.BY_CODE, *(row.name for row in finding_codes.TABLE)])
         hint = f"is it {' or '.join(close)}?" if close else "ckptsurgeon check --explain all"
         raise SettingsError(f"there is no code {words!r}", key="--explain", hint=hint)
-    show.answer(lambda: text.explain(found, show.width), lambda: json.explain(found))
+    show.answer(lambda: text.explain(rows, show.width), lambda: json.explain(rows))
     return 0

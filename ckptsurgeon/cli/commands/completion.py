@@ -1,4 +1,4 @@
-"""`completion`: the script by which a shell completes commands, options, keys, roots and the like. It is click's own."""
+"""`completion`: prints click's script by which a shell completes commands, options, keys, roots and the like."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def command(ctx: click.Context, shell: str) -> int:
     eval "$(ckptsurgeon completion zsh)"     zsh: in ~/.zshrc
     ckptsurgeon completion fish | source     fish: in ~/.config/fish/config.fish
 
-    Keys and roots are those of the checkpoint that stands on the command line. Only its header is read.
+    Keys and roots are those of the checkpoint on the command line. Only its header is read.
     """
     from click.shell_completion import get_completion_class
 

@@ -1,4 +1,4 @@
-"""`diff`: what of a target does a checkpoint cover?"""
+"""`diff`: how much of a target a checkpoint covers."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def command(
     from ckptsurgeon import api
 
     how = _how(show, only, stat, name_status)
-    found = api.diff(checkpoint, target, rules=rules, note=show.note(), **choices)
-    show.result(found, **how)
-    return int((exit_code and not found.same) or (strict and bool(found.loose)))
+    result = api.diff(checkpoint, target, rules=rules, note=show.note(), **choices)
+    show.result(result, **how)
+    return int((exit_code and not result.same) or (strict and bool(result.loose)))
 
 
 def _how(show: options.Show, only: str | None, stat: bool, name_status: bool) -> dict[str, Any]:
-    """What is shown of a diff, as its views take it; a usage error where one option would do nothing beside another."""
+    """The arguments of a diff's views; a usage error for options that exclude each other."""
     given = [name for name, value in (("--only", only), ("--stat", stat), ("--name-status", name_status)) if value]
     if stat and len(given) > 1:
         raise click.UsageError(f"{given[0] if given[0] != '--stat' else given[1]} and --stat are two answers; ask for one")
@@ -66,9 +66,9 @@ def _how(show: options.Show, only: str | None, stat: bool, name_status: bool) ->
         raise click.UsageError(f"--json has every list, so that {given[0]} would do nothing; leave it out")
     if show.table and name_status:
         raise click.UsageError("--table and --name-status are two answers; ask for one")
-    how: dict[str, Any] = {"stat": True} if stat else {}
+    view_options: dict[str, Any] = {"stat": True} if stat else {}
     if only is not None:
         from ckptsurgeon.views.counted import categories
 
-        how["only"] = categories([word.strip() for word in only.split(",")])
-    return how | ({"name_status": True} if name_status else {})
+        view_options["only"] = categories([word.strip() for word in only.split(",")])
+    return view_options | ({"name_status": True} if name_status else {})

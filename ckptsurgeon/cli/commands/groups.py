@@ -1,4 +1,4 @@
-"""`groups`: the parameter groups that training would get, from a merged file's own record."""
+"""`groups`: the parameter groups for training, from a merged file's record of what is fresh."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ def command(ctx: click.Context, name: str | None) -> int:
     if name is None:
         click.echo(program.get_help())
         return 0
-    flow = program.command
-    assert isinstance(flow, click.Group)
-    _, asked, _ = flow.resolve_command(program, [name])
-    assert asked is not None
-    click.echo(asked.get_help(click.Context(asked, program, name)))
+    group = program.command
+    assert isinstance(group, click.Group)
+    _, shown, _ = group.resolve_command(program, [name])
+    assert shown is not None
+    click.echo(shown.get_help(click.Context(shown, program, name)))
     return 0

@@ -27,7 +27,7 @@ from ckptsurgeon.cli import options
 def command(checkpoint: str, patterns: tuple[str, ...], show: options.Show, **choices: Any) -> int:
     """What is inside a checkpoint, without running any of it and without reading its data.
 
-    With patterns only tensors are shown whose keys match one: 'fc.*', 'encoder.**.bias', 'h.{0..3}.**'.
+    With patterns, only tensors whose keys match one are shown: 'fc.*', 'encoder.**.bias', 'h.{0..3}.**'.
     """
     from ckptsurgeon import api
 

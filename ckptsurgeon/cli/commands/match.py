@@ -1,4 +1,4 @@
-"""`match`: find the mapping between two implementations, and write it as rules that a person reviews."""
+"""`match`: find the mapping between two implementations, and write it as rules to review."""
 
 from __future__ import annotations
 
@@ -53,33 +53,31 @@ def command(
     """Find which tensor of CKPT is which of TARGET, where names, nesting, numbering, order and layout differ.
 
     The rules that -o writes are for you to read and commit; merge takes them by --rules. An uncertain link is shown with its runner-up and
-    not applied. What you know already, you say by --rename, --drop and the like.
+    not applied. Give what you know already by --rename, --drop and the like.
     """
     from dataclasses import replace
 
     from ckptsurgeon import api
-    from ckptsurgeon.api._options import facts, refuse_idle
 
     note = show.note()
-    refuse_idle(facts(output=output), overwrite=overwrite)
-    if output is not None:
-        from ckptsurgeon.cli.files import refuse_taken
+    if output is not None or overwrite:
+        from ckptsurgeon.cli.files import refuse_output
 
-        refuse_taken(output, overwrite)
-    found = api.match(checkpoint, target, rules=rules, note=note, **choices)
-    less = "or ask for less: --min-coverage 0.1"
-    refusal = found.refusal(less=less) if min_coverage is None else found.refusal(min_coverage, less)
-    differs = found.forward is not None and not found.forward.same
+        refuse_output(output, overwrite, "rules.toml")
+    proposal = api.match(checkpoint, target, rules=rules, note=note, **choices)
+    hint = "or ask for less: --min-coverage 0.1"
+    refusal = proposal.refusal(less=hint) if min_coverage is None else proposal.refusal(min_coverage, hint)
+    differs = proposal.forward is not None and not proposal.forward.same
     if refusal is not None:
-        found = replace(found, refused=refusal.message)
+        proposal = replace(proposal, refused=refusal.message)
     elif output is not None and not differs:
         from ckptsurgeon.cli.files import write_text
         from ckptsurgeon.views.text.words import count
 
-        write_text(output, found.toml, overwrite, note)
-        note(f"wrote {output}: {count(len(found.rules), 'rule')}")
-        found = replace(found, written=output)
-    show.result(found, asked=found.written is None)
+        write_text(output, proposal.toml, overwrite, note)
+        note(f"wrote {output}: {count(len(proposal.rules), 'rule')}")
+        proposal = replace(proposal, written=output)
+    show.result(proposal, asked=proposal.written is None)
     if refusal is not None and not show.json:
         from ckptsurgeon.cli.commands import merge
         from ckptsurgeon.cli.endings import say_options
@@ -87,4 +85,4 @@ def command(
 
         say_options(refusal, merge.command, click.get_current_context().command)
         show_error(refusal, as_json=False)
-    return int(refusal is not None or differs or (strict and bool(found.loose)))
+    return int(refusal is not None or differs or (strict and bool(proposal.loose)))

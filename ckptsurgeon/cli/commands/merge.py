@@ -50,15 +50,15 @@ def command(
     note = show.note()
     if dry_run:
         if choices["with_optimizer"] or choices["optimizer_from"] is not None:
-            note("what becomes of the optimizer's state is told when it is written; the plan is about the weights")
+            note("the plan is about the weights; what becomes of the optimizer's state is in the report of the merge itself")
         from ckptsurgeon.api._options import OutputOptions, RuleOptions, TrainingOptions, collect
         from ckptsurgeon.api._writing import refuse_idle_writing
 
         deciding = vars(collect(RuleOptions, {**choices, "rules": rules}))
-        made = api.plan(sources, target, note=note, max_shard_size=choices["max_shard_size"], **deciding)
-        refuse_idle_writing(made, collect(OutputOptions, choices), collect(TrainingOptions, choices), written=False)
-        show.result(made)
+        plan = api.plan(sources, target, note=note, max_shard_size=choices["max_shard_size"], **deciding)
+        refuse_idle_writing(plan, collect(OutputOptions, choices), collect(TrainingOptions, choices), written=False)
+        show.result(plan)
         return 0
-    done = api.merge(sources, target, rules=rules, note=note, **choices)
-    show.result(done, asked=False)
+    report = api.merge(sources, target, rules=rules, note=note, **choices)
+    show.result(report, asked=False)
     return 0

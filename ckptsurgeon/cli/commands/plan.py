@@ -37,23 +37,21 @@ def command(
     Review the plan and commit it; `ckptsurgeon apply` does what it says, and refuses it once a file or the model has changed.
     """
     from ckptsurgeon import api
-    from ckptsurgeon.api._options import facts, refuse_idle
 
     sources, target = options.split(paths, average)
-    refuse_idle(facts(output=output), overwrite=overwrite)
-    if output is not None:
-        from ckptsurgeon.cli.files import refuse_taken
+    if output is not None or overwrite:
+        from ckptsurgeon.cli.files import refuse_output
 
-        refuse_taken(output, overwrite)
+        refuse_output(output, overwrite, "plan.json")
     note = show.note()
-    made = api.plan(sources, target, rules=rules, average=options.mean(average, weights), note=note, **choices)
+    decided = api.plan(sources, target, rules=rules, average=options.mean(average, weights), note=note, **choices)
     if output is not None:
         import shlex
 
         from ckptsurgeon.cli.files import write_json
         from ckptsurgeon.cli.slips import free_name
 
-        write_json(output, made.to_dict(), overwrite, note)
+        write_json(output, decided.to_dict(), overwrite, note)
         note(f"wrote {output}; follow it with: {shlex.join(['ckptsurgeon', 'apply', output, '-o', free_name('apply', sources)])}")
-    show.result(made, asked=output is None)
+    show.result(decided, asked=output is None)
     return 0

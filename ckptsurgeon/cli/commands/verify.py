@@ -1,4 +1,4 @@
-"""`verify`: load it, prove it."""
+"""`verify`: load a checkpoint into a fresh model, and compare."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def command(checkpoint: str, target: str, show: options.Show, **choices: Any) ->
     """Load CKPT strictly into a fresh TARGET on a device, and compare every tensor bit for bit with the file."""
     from ckptsurgeon import api
 
-    found = api.verify(checkpoint, target, note=show.note(), **choices)
-    show.result(found, asked=not found.ok)
-    return int(not found.ok)
+    verification = api.verify(checkpoint, target, note=show.note(), **choices)
+    show.result(verification, asked=not verification.ok)
+    return int(not verification.ok)
