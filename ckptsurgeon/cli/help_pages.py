@@ -1,4 +1,4 @@
-"""What `--help` of a command shows: two examples after the usage line, and its options in groups. Two tables, and what writes them."""
+"""The help of a command: two examples after the usage line, and its options in groups; two tables, and the functions that write them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Example(NamedTuple):
     code: int = 0
 
 
-# By command, in the order of use; "" is the program's own. What one writes, a later one reads. A test runs them all.
+# By command, in the order of use; "" is the program's own. Later ones read what earlier ones write. A test runs them all.
 EXAMPLES: dict[str, tuple[Example, ...]] = {
     "": (
         Example("ckptsurgeon diff net_params.pkl variants:NetTwoClasses", "what fits?"),
@@ -119,7 +119,7 @@ def write_examples(name: str, formatter: click.HelpFormatter) -> None:
 
 
 def groups_of(command: click.Command, ctx: click.Context) -> Iterator[tuple[str, list[click.Parameter]]]:
-    """The headings of a command's help, each with its options in the table's order; one that no group has is among the last."""
+    """The headings of a command's help, each with its options in the table's order; options without a group are in the last."""
     options = {long_name(one): one for one in command.get_params(ctx) if isinstance(one, click.Option)}
     places: dict[str, list[click.Parameter]] = {heading: [] for heading in GROUPS}
     for heading, words in GROUPS.items():

@@ -1,6 +1,6 @@
-"""The options that several commands share, each written once, and what commands make of them. Rules keep their order.
+"""The options that several commands share, each defined once, and the functions that read them. Rules keep their order.
 
-Rule: what reads or decides is imported by the command that needs it, when it runs; this module has only what `--help` needs.
+This module imports only what `--help` needs; a command imports everything else when it runs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ RULES: tuple[Kind, ...] = ("rename", "drop", "keep", "adapt", "init")  # each an
 
 
 class Integer(click.IntRange):
-    """An integer within limits, which a message calls so."""
+    """An integer within limits, named "integer" in messages."""
 
     name = "integer"
 
 
 class Number(click.FloatRange):
-    """A number within limits, which a message calls so."""
+    """A number within limits, named "number" in messages."""
 
     name = "number"
 
@@ -63,7 +63,7 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, -v, -q, --color and --debug, the first three handed on as one `show`."""
+    """Add --json, -v, -q, --color and --debug; the function gets the first three as one `show`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Answer in JSON (its schema ships in the package).")
     @click.option("-v", "--verbose", is_flag=True, help="Show every key.")
@@ -85,7 +85,7 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As `shown`, and --table."""
+    """As `shown`, with --table."""
 
     @click.option(
         "--table",
@@ -96,7 +96,7 @@ def tabled(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(*args: Any, table: str | None, show: Show, **kwargs: Any) -> Any:
         if table is not None and show.json:
-            raise click.UsageError("--json and --table are two answers; ask for one")
+            raise click.UsageError("--json and --table are two forms of output; give one")
         return function(*args, show=replace(show, table=table), **kwargs)
 
     return run
@@ -106,7 +106,7 @@ class Command(click.Command):
     """A command whose help begins with examples and groups its options, as the tables of `help_pages` say."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click parses, also where a shell asks what may come next."""
+        """Parse as click does, also while a shell completes."""
         if ctx.resilient_parsing:
             from ckptsurgeon.cli.completing import begin
 
@@ -131,7 +131,7 @@ class RuleCommand(Command):
     """A command that remembers the order of its rules, which click forgets between options of different names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Note the rules in the order in which click's own parser meets them, then parse as ever."""
+        """Record the rules in the order in which click's own parser meets them, then parse as usual."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
         from ckptsurgeon.rules.rules import Rule
@@ -150,13 +150,13 @@ def as_is_of(args: list[str]) -> list[str]:
     >>> as_is_of(["--layout", "as-is", "enc.**", "a.pt", "--layout", "as-is", "b.pt"])
     ['--layout', 'as-is=enc.**', 'a.pt', '--layout', 'as-is', 'b.pt']
     """
-    found: list[str] = []
+    words: list[str] = []
     for word in args:
-        if found[-2:] == ["--layout", AS_IS] and set(word) & set("*{") and not word.startswith("-") and not os.path.exists(word):
-            found[-1] += f"={word}"
+        if words[-2:] == ["--layout", AS_IS] and set(word) & set("*{") and not word.startswith("-") and not os.path.exists(word):
+            words[-1] += f"={word}"
         else:
-            found.append(word)
-    return found
+            words.append(word)
+    return words
 
 
 def _layouts(_ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -168,20 +168,20 @@ def _layouts(_ctx: click.Context, _option: click.Parameter, words: tuple[str, ..
 
 
 def _numbers(_ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, int] | None:
-    found: dict[str, int] = {}
+    numbers_by_name: dict[str, int] = {}
     for word in words:
         name, _, value = word.partition("=")
         try:
             number = int(value)
         except ValueError as error:
             raise click.BadParameter(f"{word!r} sets no variable: write NAME=NUMBER, as in heads=32") from error
-        if found.setdefault(name, number) != number:
+        if numbers_by_name.setdefault(name, number) != number:
             raise click.BadParameter(f"{name} is set twice")
-    return found or None
+    return numbers_by_name or None
 
 
 def ordered_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rules of a `RuleCommand`, in order, and after them the rules files, handed on as `rules`."""
+    """Pass the rules of a `RuleCommand`, in order, and after them the rules files, as `rules`."""
 
     @wraps(function)
     def run(*args: Any, rules: tuple[str, ...], **kwargs: Any) -> Any:
@@ -202,7 +202,7 @@ def _raise_limits(ctx: click.Context, _option: click.Parameter, words: tuple[str
 
 
 def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]:
-    """Sources and target: the last of several paths is the target; one alone has none, and neither has an average."""
+    """Sources and target: the last of several paths is the target; a single path and an average have no target."""
     if len(paths) > 2 and ":" in paths[-2] and os.path.splitext(paths[-1])[1] in _WRITES and not os.path.exists(paths[-1]):
         raise click.UsageError(f"{paths[-1]} stands where the target is expected, and does not exist; is it -o {paths[-1]}?")
     if average:
@@ -214,7 +214,7 @@ def split(paths: tuple[str, ...], average: bool) -> tuple[list[str], str | None]
 
 
 def mean(average: bool, weights: str | None) -> list[float] | bool | None:
-    """What `--average` and `--weights` ask for."""
+    """The `average=` argument for `--average` and `--weights`."""
     from ckptsurgeon.api._options import facts, refuse_idle
 
     refuse_idle(facts(average=average), weights=weights)

@@ -1,7 +1,7 @@
-"""Printing: data to stdout, notes and errors to stderr, text or JSON, colour where it is wanted.
+"""Printing: data to stdout, notes and errors to stderr, as text or JSON, with or without colour.
 
-Colour is as git, ruff and no-color.org have it: `--color` beats NO_COLOR, which beats FORCE_COLOR; without any of them a terminal gets
-colour, unless it is a dumb one. A variable that is set to nothing counts as not set.
+Colour follows git, ruff and no-color.org: `--color` beats NO_COLOR, which beats FORCE_COLOR; without any of them a terminal gets colour,
+unless TERM is "dumb". An empty variable counts as not set.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ color = click.option(
 
 @dataclass(frozen=True)
 class Show:
-    """How a person wants the answer: as JSON, with everything (`verbose`), without notes and summaries (`quiet`),
-    as a `table` of a form.
+    """The form of the output: JSON, all rows (`verbose`), no notes and summaries (`quiet`), or a `table` of this format.
 
-    A text that is no answer but a summary is given with `asked=False`: what was written, or that all is well. JSON is always asked for.
+    A summary (what was written, or that all is well) is printed with `asked=False`, so that `quiet` drops it; JSON is always printed.
     """
 
     json: bool = False
@@ -52,13 +51,13 @@ class Show:
 
         return get_terminal_size().columns
 
-    def result(self, found: Result, asked: bool = True, **how: Any) -> None:
-        """Print a result of the library on stdout; `how` is handed on to its views."""
+    def result(self, value: Result, asked: bool = True, **how: Any) -> None:
+        """Print a result of the library on stdout; its views get `how`."""
         if self.table is not None:
-            return put([found.to_table(self.table, verbose=self.verbose, **how).removesuffix("\n")])
+            return put([value.to_table(self.table, verbose=self.verbose, **how).removesuffix("\n")])
         if self.quiet and not asked and not self.json:
             return
-        put(found.json_parts(**how) if self.json else [styled_text(found, self.verbose, self.width, **how)])
+        put(value.json_parts(**how) if self.json else [styled_text(value, self.verbose, self.width, **how)])
 
     def answer(
         self,
@@ -67,7 +66,7 @@ class Show:
         asked: bool = True,
         table: Callable[[str], str] | None = None,
     ) -> None:
-        """Print another answer on stdout: its text, its value as JSON, or, for a command that has `--table`, its `table` of a form."""
+        """Print any other output on stdout: its text, its value as JSON, or, with `--table`, its `table` in that format."""
         if self.table is not None and table is not None:
             return put([table(self.table).removesuffix("\n")])
         if self.quiet and not asked and not self.json:
@@ -75,7 +74,7 @@ class Show:
         put(json_parts(value()) if self.json else [text()])
 
     def page(self, text: Callable[[], str], value: Callable[[], dict[str, Any]]) -> None:
-        """Show a long text by the person's pager where stdout is a terminal; else as any other answer."""
+        """Show a long text in the user's pager if stdout is a terminal; else print it."""
         if self.json or self.width is None:
             self.answer(text, value)
         else:
@@ -86,7 +85,7 @@ class Show:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
-        """While the block runs, say how far it is on a terminal's stderr, unless it is to be quiet."""
+        """A context that shows progress on stderr if that is a terminal, unless `quiet`."""
         if self.quiet or not sys.stderr.isatty():
             yield
             return
@@ -100,12 +99,12 @@ class Show:
             status("")
 
     def note(self) -> Callable[[str], None]:
-        """A listener for notes that says each once, on stderr."""
-        said: set[str] = set()
+        """A `note` callback that prints each note once, on stderr."""
+        printed: set[str] = set()
 
         def listen(words: str) -> None:
-            if words not in said and (not self.quiet or isinstance(words, Unmissable)):
-                said.add(words)
+            if words not in printed and (not self.quiet or isinstance(words, Unmissable)):
+                printed.add(words)
                 line = f"note: {printable(words)}"
                 tell(line if isinstance(words, Unmissable) else styled(line, "faint"))
 
@@ -121,9 +120,9 @@ def wanted(stream: TextIO, words: Sequence[str] | None = None, environment: Mapp
             is told in colour too.
         environment: the variables.
     """
-    asked = _asked(sys.argv[1:] if words is None else words)
-    if asked in ("always", "never"):
-        return asked == "always"
+    choice = _asked(sys.argv[1:] if words is None else words)
+    if choice in ("always", "never"):
+        return choice == "always"
     if environment.get("NO_COLOR"):
         return False
     if environment.get("FORCE_COLOR"):
@@ -137,25 +136,25 @@ def _asked(words: Sequence[str]) -> str | None:
     >>> _asked(["diff", "--color", "never", "a.pt", "--color=always"])
     'always'
     """
-    given = [
-        after if word == "--color" else word.partition("=")[2]
-        for word, after in pairwise([*words, ""])
+    values = [
+        following if word == "--color" else word.partition("=")[2]
+        for word, following in pairwise([*words, ""])
         if word.partition("=")[0] == "--color"
     ]
-    return given[-1] if given else None
+    return values[-1] if values else None
 
 
-_status: list[str] = []  # what stands on the last line of stderr's terminal, to be written over
+_status: list[str] = []  # the text on the last line of the terminal, to be overwritten
 
 
 def status(words: str) -> None:
-    """Show one line on stderr's terminal, over the one that was shown there; without words, take that away."""
-    before = _status[0] if _status else ""
-    if words:  # noted first: an interrupt may come right after it is written
-        _status[:] = [words.ljust(len(before))]
+    """Show a line on stderr's terminal in place of the one before; an empty text removes it."""
+    shown = _status[0] if _status else ""
+    if words:  # recorded first: an interrupt may come right after the line is written
+        _status[:] = [words.ljust(len(shown))]
     with contextlib.suppress(OSError):
-        if words or before:
-            click.echo(f"\r{words.ljust(len(before))}{'' if words else chr(13)}", sys.stderr, nl=False)
+        if words or shown:
+            click.echo(f"\r{words.ljust(len(shown))}{'' if words else chr(13)}", sys.stderr, nl=False)
     if not words:
         _status.clear()
 
@@ -171,10 +170,10 @@ def _write(text: str, stream: TextIO, nl: bool = True) -> None:
 
 
 def put(parts: Iterable[str]) -> None:
-    """Write a line, part by part, to stdout, and flush it. A reader that has gone (`| head`) is no error.
+    """Write a line, part by part, to stdout, and flush it. A closed pipe (`| head`) is no error.
 
     Raises:
-        StdoutError: it can't be written: its disk is full, say.
+        StdoutError: stdout can't be written, as when the disk is full.
     """
 
     def write() -> None:
@@ -188,7 +187,7 @@ def put(parts: Iterable[str]) -> None:
 
 
 def tell(words: str) -> None:
-    """Write to stderr, if anybody reads it: that nobody does must stop nothing."""
+    """Write to stderr; errors in writing there are ignored."""
     try:
         _write(words, sys.stderr)
     except OSError:
@@ -196,7 +195,7 @@ def tell(words: str) -> None:
 
 
 def flush() -> None:
-    """Write what stands in stdout's buffer. A reader that has gone is no error. OSError where it can't be written."""
+    """Flush stdout. A closed pipe is no error. Raises OSError if it can't be written."""
     _print(sys.stdout.flush)
 
 
@@ -211,7 +210,7 @@ def _print(write: Callable[[], None]) -> None:
 
 
 def lose_stdout() -> None:
-    """Send what is still in stdout's buffer nowhere, so that Python's own end does not fail at it."""
+    """Discard what is left in stdout's buffer, so that Python does not fail to flush it at exit."""
     _lose(sys.stdout, 1)
 
 
@@ -222,9 +221,9 @@ def _lose(stream: TextIO, number: int) -> None:
 
 
 def open_streams() -> bool:
-    """Open the null device for each standard stream that is closed, so that no file gets its number; whether stdout can be written.
+    """Open the null device in place of each closed standard stream, so that no file gets its number. Returns whether stdout was open.
 
-    What an encoding lacks is written as an escape.
+    Characters that the stream's encoding lacks are written as escapes.
     """
     can_write = sys.stdout is not None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -237,7 +236,7 @@ def open_streams() -> bool:
 
 
 def show_error(error: CheckpointError, as_json: bool) -> None:
-    """A refusal: on stdout as JSON, else, or where stdout can't be written, on stderr as what, where, why, and what to try."""
+    """Print an error: on stdout as JSON; else, or if stdout can't be written, on stderr with its path, key, reason and hint."""
     if as_json and not isinstance(error, StdoutError):
         try:
             from ckptsurgeon.views.json import error as as_value
@@ -254,7 +253,7 @@ def _refusal(error: CheckpointError) -> str:
 
 
 def show_usage_error(error: click.ClickException, as_json: bool) -> None:
-    """A command line that is not well formed."""
+    """Print the error of a malformed command line."""
     from ckptsurgeon.cli.slips import meant
 
     message, command = meant(error, sys.argv[1:])
@@ -264,8 +263,8 @@ def show_usage_error(error: click.ClickException, as_json: bool) -> None:
 
 
 class UsageError(CheckpointError):
-    """The command line itself is not well formed."""
+    """The command line is malformed."""
 
 
 class StdoutError(OutputError):
-    """The answer could not be written to stdout."""
+    """The output could not be written to stdout."""

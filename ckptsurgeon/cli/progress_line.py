@@ -1,4 +1,4 @@
-"""How far the work is, on one line of a terminal's stderr: `writing 1.4 GB of 2.8 GB, 160 MB/s, 9 s left`."""
+"""Progress on one line of a terminal's stderr: `writing 1.4 GB of 2.8 GB, 160 MB/s, 9 s left`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from time import monotonic
 from ckptsurgeon.progress import Progress
 from ckptsurgeon.sizes import rounded
 
-DELAY = 1.0  # seconds, within which a command says nothing
+DELAY = 1.0  # seconds before the first line
 SAMPLES = 32  # of the latest events, over which the speed is measured: about three seconds
 
 
 class ProgressLine:
-    """Shows each event of a command that has run for longer than `DELAY`, by `write`, which gets the line."""
+    """Passes a line for each event to `write`, once the command has run for longer than `DELAY`."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -26,7 +26,7 @@ class ProgressLine:
         self._latest: deque[tuple[float, int]] = deque(maxlen=SAMPLES)
 
     def show(self, event: Progress) -> None:
-        """Write an event over the one before."""
+        """Show an event in place of the one before."""
         now = monotonic()
         if event.phase != self._phase or (self._latest and event.done < self._latest[-1][1]):
             self._phase, self._phase_began = event.phase, now

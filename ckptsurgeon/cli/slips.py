@@ -1,6 +1,6 @@
-"""A command line that is not well formed, in words, and the command that was probably meant: a row for each kind of slip.
+"""The messages for a malformed command line, and the command that was probably meant: a function for each kind of mistake.
 
-Pure but for a look at which of the words are files. A command is offered only where all its words are known.
+Only checks which words are files; reads nothing. A command is offered only if all its words are known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 from ckptsurgeon.dtypes import all_names
 from ckptsurgeon.hints import close_names, without_slip
 
-# What other tools call what a command does, and the words of ours that do it.
+# Other tools' names for commands, and the words of ckptsurgeon that do the same.
 ALSO: Mapping[str, str] = MappingProxyType(
     {
         "info": "inspect",
@@ -53,10 +53,10 @@ Meant = tuple[str, str | None]
 
 
 def meant(error: click.ClickException, words: Sequence[str]) -> Meant:
-    """What a usage error says on one line, and the command that was meant, if that is known.
+    """The message of a usage error on one line, and the command that was meant, if it is known.
 
     Args:
-        words: the command line's, without the program.
+        words: the words of the command line, without the program's name.
 
     >>> meant(click.UsageError("Missing  argument"), [])
     ('Missing argument', None)
@@ -68,7 +68,7 @@ def meant(error: click.ClickException, words: Sequence[str]) -> Meant:
 
 
 def _no_option(error: click.ClickException, words: Sequence[str]) -> Meant | None:
-    """An option that there is not: the one that it is a slip for, or close ones; or the commands that have it."""
+    """An unknown option: the one that was meant, close ones, or the commands that have it."""
     assert isinstance(error, click.NoSuchOption)
     name, context = error.option_name, error.ctx
     if context is None:
@@ -81,23 +81,23 @@ def _no_option(error: click.ClickException, words: Sequence[str]) -> Meant | Non
     meant = [option for option in known if _bare(option) == _bare(name)] or [option for option in known if option.startswith(name)][:1]
     meant = meant or [option for option in [without_slip(name, known)] if option is not None]
     if meant:
-        at = next((place for place, word in enumerate(words) if word.partition("=")[0] == name), None)
-        mended = [] if at is None else [*words[:at], words[at].replace(name, meant[0], 1), *words[at + 1 :]]
+        position = next((place for place, word in enumerate(words) if word.partition("=")[0] == name), None)
+        mended = [] if position is None else [*words[:position], words[position].replace(name, meant[0], 1), *words[position + 1 :]]
         return f"No such option {name!r}; is it {meant[0]}?", _followed(context.parent, mended)
-    flow = context.parent.command
-    assert isinstance(flow, click.Group)
-    others = {one: flow.get_command(context.parent, one) for one in flow.list_commands(context.parent)}
-    having = [one for one, command in others.items() if command is not None and name in _options(command)]
-    if having:
-        return f"{context.info_name} has no option {name!r}; {', '.join(having)} {'have' if len(having) > 1 else 'has'} it", None
+    group = context.parent.command
+    assert isinstance(group, click.Group)
+    commands = {command_name: group.get_command(context.parent, command_name) for command_name in group.list_commands(context.parent)}
+    with_option = [command_name for command_name, command in commands.items() if command is not None and name in _options(command)]
+    if with_option:
+        return f"{context.info_name} has no option {name!r}; {', '.join(with_option)} {'have' if len(with_option) > 1 else 'has'} it", None
     close = close_names(name, known)
     return (f"No such option {name!r}; is it {' or '.join(close)}?", None) if close else None
 
 
 def _followed(context: click.Context, words: Sequence[str]) -> str | None:
-    """A whole command as a line, if its words are well formed; `context` is the program's."""
-    flow = context.command
-    command = flow.get_command(context, words[0]) if isinstance(flow, click.Group) and words else None
+    """The command line of these words, if they can be parsed; `context` is the program's."""
+    group = context.command
+    command = group.get_command(context, words[0]) if isinstance(group, click.Group) and words else None
     if command is None or {"-h", "--help"} & set(words):
         return None
     try:
@@ -112,7 +112,7 @@ def _bare(option: str) -> str:
 
 
 def _options(command: click.Command) -> list[str]:
-    return [name for one in command.params if isinstance(one, click.Option) for name in (*one.opts, *one.secondary_opts)]
+    return [name for param in command.params if isinstance(param, click.Option) for name in (*param.opts, *param.secondary_opts)]
 
 
 def _missing(error: click.ClickException, words: Sequence[str]) -> Meant | None:
@@ -124,15 +124,15 @@ def _missing(error: click.ClickException, words: Sequence[str]) -> Meant | None:
     from ckptsurgeon.models.target.slips import only_model
 
     message = " ".join(error.format_message().split())
-    given = context.params.get("paths") or [context.params[name] for name in ("checkpoint", "target", "plan") if context.params.get(name)]
-    more: list[str] = []
-    if isinstance(param, click.Option) and _OUTPUT in param.opts and given:
-        if words[-1] != given[0] and is_new_file(words[-1]):  # OUT stands there, without its option
+    paths = context.params.get("paths") or [context.params[name] for name in ("checkpoint", "target", "plan") if context.params.get(name)]
+    added: list[str] = []
+    if isinstance(param, click.Option) and _OUTPUT in param.opts and paths:
+        if words[-1] != paths[0] and is_new_file(words[-1]):  # OUT is there, without -o
             return message, _followed(context.parent, [*words[:-1], _OUTPUT, words[-1]])
-        more = [_OUTPUT, free_name(words[0], given)]
-    elif param.name == "target" and given and (target := only_model()) is not None:
-        more = [target]
-    return message, _followed(context.parent, [*words, *more]) if more else None
+        added = [_OUTPUT, free_name(words[0], paths)]
+    elif param.name == "target" and paths and (target := only_model()) is not None:
+        added = [target]
+    return message, _followed(context.parent, [*words, *added]) if added else None
 
 
 def is_new_file(word: str) -> bool:
@@ -144,11 +144,11 @@ def is_new_file(word: str) -> bool:
     return bool(re.fullmatch(r"[^:()]+\.\w+", word)) and not os.path.exists(word) and not word.endswith(".py")
 
 
-def free_name(command: str, given: Sequence[str]) -> str:
-    """A name for the output that is free to take."""
+def free_name(command: str, paths: Sequence[str]) -> str:
+    """A file name for the output that does not exist."""
     stem, suffix = os.path.splitext(_OUTPUTS.get(command, "merged.pt"))
-    if command == "merge" and len(given) == 1:
-        stem, old = os.path.splitext(os.path.basename(os.path.normpath(given[0])))
+    if command == "merge" and len(paths) == 1:
+        stem, old = os.path.splitext(os.path.basename(os.path.normpath(paths[0])))
         suffix = ".safetensors" if old != ".safetensors" else suffix  # which is torch's
     number, name = 2, f"{stem}{suffix}"
     while os.path.exists(name):
@@ -157,9 +157,9 @@ def free_name(command: str, given: Sequence[str]) -> str:
 
 
 def _other(error: click.ClickException, words: Sequence[str]) -> Meant | None:
-    """A file where the command should stand, or another tool's word for one of the commands."""
-    found = re.fullmatch(r"No such command '(.*?)'(?:\.|; is it .*)?", error.format_message(), re.DOTALL)
-    if found is None or not words or words[0] != found[1]:
+    """A file in place of the command, or another tool's name for one of the commands."""
+    match = re.fullmatch(r"No such command '(.*?)'(?:\.|; is it .*)?", error.format_message(), re.DOTALL)
+    if match is None or not words or words[0] != match[1]:
         return None
     message = f"No such command {words[0]!r}"
     program = error.ctx.find_root() if isinstance(error, click.UsageError) and error.ctx is not None else None
@@ -177,16 +177,16 @@ def _other(error: click.ClickException, words: Sequence[str]) -> Meant | None:
 
 
 def _choice(error: click.ClickException, words: Sequence[str]) -> Meant | None:
-    """A value that is none of an option's few: the one that it is a slip, or another word, for."""
+    """A value that is none of an option's choices: the one that was meant."""
     assert isinstance(error, click.BadParameter)
     kind = error.param.type if error.param is not None else None
-    found = re.search(r"'([^']*)' is not one of", error.format_message())
-    if not isinstance(kind, click.Choice) or found is None or error.param is None:
+    match = re.search(r"'([^']*)' is not one of", error.format_message())
+    if not isinstance(kind, click.Choice) or match is None or error.param is None:
         return None
-    known = [str(one) for one in kind.choices]
+    known = [str(value) for value in kind.choices]
     names = [*known, *all_names()] if error.param.name == "dtype" else known
-    other = _ALSO_VALUES.get(found[1].lower().lstrip("."))
-    close = [other] if other in known else close_names(found[1], names, 1)
+    synonym = _ALSO_VALUES.get(match[1].lower().lstrip("."))
+    close = [synonym] if synonym in known else close_names(match[1], names, 1)
     ending = f"; is it {close[0]}?" if close else ""
     return f"{' '.join(error.format_message().split()).rstrip('.')}{ending}", None
 
@@ -200,12 +200,12 @@ _TABLE: tuple[tuple[type[click.ClickException], Callable[[click.ClickException, 
 
 
 def one_dash(words: Sequence[str], command: click.Command) -> str | None:
-    """What is said of a long option with one dash, which click takes for a short one and its value (`-out x` is `-o ut`); None without one.
+    """The message for a long option with one dash, which click reads as a short one and its value (`-out x` as `-o ut`); else None.
 
     >>> one_dash(["-out", "x"], click.Command("a", params=[click.Option(["-o", "--output"])]))
     "'-out' has one dash; is it --output?"
     """
-    known = [name for one in command.params if isinstance(one, click.Option) for name in one.opts if name.startswith("--")]
+    known = [name for param in command.params if isinstance(param, click.Option) for name in param.opts if name.startswith("--")]
     for word in words:
         if re.fullmatch(r"-[a-z][a-z]+(?:-[a-z]+)*", word) and (close := [name for name in known if name.startswith(f"-{word}")]):
             return f"{word!r} has one dash; is it {' or '.join(close)}?"
@@ -213,6 +213,6 @@ def one_dash(words: Sequence[str], command: click.Command) -> str | None:
 
 
 def no_command(word: str, commands: Sequence[str]) -> str | None:
-    """What is said of a word that is no command, where it is close to one."""
+    """The message for a word that is close to a command's name; None for any other."""
     close = close_names(word, commands) if word not in ALSO and not os.path.exists(word) else []
     return f"No such command {word!r}; is it {' or '.join(close)}?" if close else None

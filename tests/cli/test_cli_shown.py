@@ -69,12 +69,12 @@ def test_a_tree_has_shares_that_add_up(place, run):
     ("words", "says"),
     [
         (("inspect", "net_params.pkl", "--depth", "2"), "--depth: is how deep a tree goes"),
-        (("inspect", "net_params.pkl", "--json", "--table", "csv"), "--json and --table are two answers"),
+        (("inspect", "net_params.pkl", "--json", "--table", "csv"), "--json and --table are two forms of output"),
         (("diff", "net_params.pkl", VARIANT, "--only", "mising"), "there is no category 'mising'"),
         (("diff", "net_params.pkl", VARIANT, "--only", "missing", "--json"), "--json has every list, so that --only would do nothing"),
         (("diff", "net_params.pkl", VARIANT, "--name-status", "--json"), "--json has every list"),
-        (("diff", "net_params.pkl", VARIANT, "--stat", "--only", "extra"), "--only and --stat are two answers"),
-        (("diff", "net_params.pkl", VARIANT, "--table", "csv", "--name-status"), "--table and --name-status are two answers"),
+        (("diff", "net_params.pkl", VARIANT, "--stat", "--only", "extra"), "--only and --stat are two forms of output"),
+        (("diff", "net_params.pkl", VARIANT, "--table", "csv", "--name-status"), "--table and --name-status are two forms of output"),
     ],
 )
 def test_what_would_do_nothing_is_refused(words, says, place, run):

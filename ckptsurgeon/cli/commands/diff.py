@@ -61,11 +61,11 @@ def _how(show: options.Show, only: str | None, stat: bool, name_status: bool) ->
     """The arguments of a diff's views; a usage error for options that exclude each other."""
     given = [name for name, value in (("--only", only), ("--stat", stat), ("--name-status", name_status)) if value]
     if stat and len(given) > 1:
-        raise click.UsageError(f"{given[0] if given[0] != '--stat' else given[1]} and --stat are two answers; ask for one")
+        raise click.UsageError(f"{given[0] if given[0] != '--stat' else given[1]} and --stat are two forms of output; give one")
     if show.json and not stat and given:
         raise click.UsageError(f"--json has every list, so that {given[0]} would do nothing; leave it out")
     if show.table and name_status:
-        raise click.UsageError("--table and --name-status are two answers; ask for one")
+        raise click.UsageError("--table and --name-status are two forms of output; give one")
     view_options: dict[str, Any] = {"stat": True} if stat else {}
     if only is not None:
         from ckptsurgeon.views.counted import categories
