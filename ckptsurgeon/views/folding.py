@@ -38,16 +38,16 @@ _Segments = tuple[tuple[_Piece, ...], ...]
 
 
 class Several(tuple[Hashable, ...]):
-    """What is said of each leaf of a line, where it is not the same of all."""
+    """The values of a line's leaves, one each, where they differ."""
 
 
 def fold(rows: Iterable[tuple[str, Hashable]], alike: Callable[[Any], Hashable] | None = None) -> list[Folded]:
     """Fold (key, common) rows by numbers, then by words; rows fold only when `common` is equal. In the order of each group's first row.
 
     Args:
-        rows: keys, and what is said of each.
-        alike: what of `common` the leaves of one module (`weight`, `bias`) must agree in to share a line; the line's `common` is then
-            `Several`, one of each leaf. Without it they must be equal.
+        rows: keys, each with its `common` value.
+        alike: the part of `common` in which the leaves of a module (`weight`, `bias`) must agree to share a line; the line's `common` is
+            then a `Several` with the value of each leaf. Without it they must be equal.
 
     >>> [row.key for row in fold([("h.0.w", 1), ("h.1.w", 1), ("h.2.w", 2), ("out.w", 1)])]
     ['h.{0..1}.w', 'h.2.w', 'out.w']
@@ -60,7 +60,7 @@ def fold(rows: Iterable[tuple[str, Hashable]], alike: Callable[[Any], Hashable] 
 
 
 def fold_keys(keys: Iterable[str]) -> list[str]:
-    """Fold bare keys, where nothing else is said of them.
+    """Fold keys without values.
 
     >>> fold_keys(["fc.weight", "fc.bias", "h.0.w", "h.1.w"])
     ['fc.{weight,bias}', 'h.{0..1}.w']
@@ -69,15 +69,15 @@ def fold_keys(keys: Iterable[str]) -> list[str]:
 
 
 def _fold_numbers(rows: Iterable[tuple[str, Hashable]]) -> _Table:
-    # By the first number at once: what then is left to fold is little, where there are a million keys.
+    # Grouping by the first number in one pass leaves few rows, even of a million keys.
     alike: defaultdict[tuple[str, str | None, Hashable], list[str]] = defaultdict(list)
     find = _NUMBER.search
     for key, common in rows:
-        found = find(key)
-        if found is None:
+        match = find(key)
+        if match is None:
             alike[key, None, common].append("")
         else:
-            alike[key[: found.start()], key[found.end() :], common].append(found[0])
+            alike[key[: match.start()], key[match.end() :], common].append(match[0])
     table: _Table = {}
     for (head, tail, common), numbers in alike.items():
         rest = () if tail is None else _NUMBER.split(tail, _MOST_NUMBERS - 1)
@@ -91,17 +91,17 @@ def _fold_numbers(rows: Iterable[tuple[str, Hashable]]) -> _Table:
 
 
 def _as_often(numbers: list[str]) -> list[tuple[int, list[str]]]:
-    """Numbers by how often they stand there."""
+    """The numbers grouped by how often they occur."""
     if len(set(numbers)) == len(numbers):
         return [(1, numbers)]
-    found: dict[int, list[str]] = {}
+    by_times: dict[int, list[str]] = {}
     for number, times in Counter(numbers).items():
-        found.setdefault(times, []).append(number)
-    return list(found.items())
+        by_times.setdefault(times, []).append(number)
+    return list(by_times.items())
 
 
 def _fold_at(table: _Table, position: int) -> _Table:
-    """Fold the number at one position. Only rows that stand for equally many keys fold, so that a folded key says how many it is."""
+    """Fold the number at one position. Only rows that stand for equally many keys fold, so that the count of a folded key is exact."""
     groups: dict[tuple[tuple[str, ...], Hashable, int], list[str]] = {}
     for (parts, common), count in table.items():
         rest = (*parts[:position], "", *parts[position + 1 :]) if position < len(parts) else parts
@@ -151,18 +151,18 @@ def _fold_words(table: _Table, alike: Callable[[Any], Hashable] | None) -> list[
 def _fold_segment(rows: list[_Row], from_the_end: int, alike: Callable[[Any], Hashable]) -> list[_Row]:
     """Fold the words of one segment of rows whose other segments are equal, and that stand for equally many keys."""
     groups: dict[Hashable, list[_Row]] = {}
-    for place, row in enumerate(rows):
-        at = len(row.segments) - from_the_end
-        if at < 1 or _word(row.segments[at]) is None:
-            groups[place] = [row]
+    for position, row in enumerate(rows):
+        index = len(row.segments) - from_the_end
+        if index < 1 or _word(row.segments[index]) is None:
+            groups[position] = [row]
         else:
-            rest = (row.segments[:at], row.segments[at + 1 :], row.count, alike(row.common))
+            rest = (row.segments[:index], row.segments[index + 1 :], row.count, alike(row.common))
             groups.setdefault(rest, []).append(row)
     return [row for group in groups.values() for row in (_joined(group, from_the_end) if len(group) > 1 else group)]
 
 
 def _joined(group: Sequence[_Row], from_the_end: int) -> list[_Row]:
-    """Rows of which one segment differs, as few rows as may be."""
+    """Rows that differ in one segment, joined into as few as possible."""
     rows: list[_Row] = []
     for start in range(0, len(group), _MOST_WORDS):
         some = group[start : start + _MOST_WORDS]
@@ -207,7 +207,7 @@ def _segments(parts: Sequence[str]) -> _Segments:
 
 
 def _text(segments: _Segments) -> str:
-    """A key as a pattern where something of it is folded, else as it stands."""
+    """The key as a pattern if anything of it is folded, else as it is."""
     texts, braces = [""], []
     for place, segment in enumerate(segments):
         texts[-1] += "." if place else ""

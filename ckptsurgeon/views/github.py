@@ -1,6 +1,6 @@
 """`check` as workflow commands of GitHub Actions, which shows them as annotations beside the files.
 
-Every line but the last begins with a command of ours, and no name or message can begin another. Form: GitHub, "Workflow commands for GitHub
+Every line but the last is one workflow command, and no name or message can add another. Form: GitHub, "Workflow commands for GitHub
 Actions"; escapes as in actions/toolkit, `command.ts`.
 """
 
@@ -16,20 +16,20 @@ from ckptsurgeon.views.text.check import about, alike, followed, totals
 _COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}
 
 
-def check(found: CheckReport, workspace: str | None = None) -> str:
-    """An annotation for each thing found, keys of which the same is said together, and the totals; paths as the `workspace` has them."""
+def check(report: CheckReport, workspace: str | None = None) -> str:
+    """An annotation for each finding, keys with the same finding together, and the totals; paths are relative to the `workspace`."""
     lines = []
-    for file in found.files:
-        place = _place(file.path, workspace)
+    for file in report.files:
+        relative = _place(file.path, workspace)
         for (code, level, message), keys in alike(file.findings).items():
             row = BY_CODE.get(code)
             title = f"{code} {row.name}" if row else code
-            lines.append(f"::{_COMMANDS[level]} file={_property(place)},title={_property(title)}::{_data(about(keys, message, None))}")
-    if found.settings is not None:
-        kind = "warning" if found.settings.not_used else "notice"
-        place = _property(_place(found.settings.path, workspace))
-        lines.append(f"::{kind} file={place},title=settings::{_data(followed(found.settings))}")
-    return "\n".join([*lines, totals(found)])
+            lines.append(f"::{_COMMANDS[level]} file={_property(relative)},title={_property(title)}::{_data(about(keys, message, None))}")
+    if report.settings is not None:
+        kind = "warning" if report.settings.not_used else "notice"
+        relative = _property(_place(report.settings.path, workspace))
+        lines.append(f"::{kind} file={relative},title=settings::{_data(followed(report.settings))}")
+    return "\n".join([*lines, totals(report)])
 
 
 def _place(path: str, workspace: str | None) -> str:

@@ -15,7 +15,7 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.hints import without_slip
 from ckptsurgeon.shown import excerpt, joined, styled
 
-# By topic, in the order in which a person meets them, what its page is about. Each is a file `guide/TOPIC.md`.
+# The topics in the order of reading, each with what its page is about. Each is a file `guide/TOPIC.md`.
 TOPICS: Mapping[str, str] = MappingProxyType(
     {
         "merge": "Look at a checkpoint, see what fits a model, take it.",
@@ -38,7 +38,7 @@ TOPICS: Mapping[str, str] = MappingProxyType(
         "coming-from": "From load_state_dict, timm, mmengine, MONAI: what to write here.",
     }
 )
-# Other words that a person may look for.
+# Other words for a topic.
 ALSO: Mapping[str, str] = MappingProxyType(
     {
         "glob": "patterns",
@@ -100,7 +100,7 @@ ALSO: Mapping[str, str] = MappingProxyType(
         "mergekit": "coming-from",
     }
 )
-_COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)  # what the tests of a page need and no reader does
+_COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)  # blocks that only the tests of a page need
 _PART = re.compile(r"(^```(?s:.*?)^```\n)|((?:^\|.+\|\n)+)|(.*\n)", re.MULTILINE)  # a block, a table, another line
 _LINK = re.compile(r"\[([^\]]+)\]\([\w-]+\.md(?:#[\w-]+)?\)")
 
@@ -113,7 +113,7 @@ def topic(word: str) -> str:
     """The topic that a word names.
 
     Raises:
-        TopicError: it names none.
+        TopicError: there is no such topic.
 
     >>> topic("Patterns"), topic("regex")
     ('patterns', 'patterns')
@@ -130,7 +130,7 @@ def topic(word: str) -> str:
 
 @cache
 def page(name: str, width: int | None = None) -> str:
-    """A topic's page as Markdown, without its comments; of a link to another page the text is left.
+    """A topic's page as Markdown, without its comments; links to other pages are replaced by their text.
 
     Args:
         width: a terminal's columns, for which tables are laid out and headings get a style; None leaves the Markdown alone.
@@ -172,5 +172,5 @@ def listing_json() -> dict[str, Any]:
 
 
 def page_json(name: str) -> dict[str, Any]:
-    """A page for `--json`: its Markdown, beside the topics."""
+    """A page for `--json`: its Markdown, and the topics."""
     return {**listing_json(), "topic": name, "text": page(name)}

@@ -1,4 +1,4 @@
-"""The reports as JSON's values, each with `"version": 1`; their schemas stand in `schemas/`. Programs read these: keys are only added."""
+"""The results as JSON values, each with `"version": 1`; their schemas are in `schemas/`. Keys are only ever added."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NO_PREFIX = {"stripped": "", "added": "", "unwrapped": []}
 
 
 class Rows(list[dict[str, Any]]):
-    """A list that makes each tensor's row when it is asked for, since a million rows would take a quarter of a gigabyte.
+    """A list that makes each tensor's row on iteration, since a million rows would take a quarter of a gigabyte.
 
     json writes it whole with an `indent` only: without one it looks past `__iter__`. `texts` writes it ten times as fast.
     """
@@ -48,7 +48,7 @@ class Rows(list[dict[str, Any]]):
             yield _row(key, tensor.dtype, tensor.shape)
 
     def texts(self) -> Iterator[str]:
-        """The list as json writes it with an indent of 2, row by row: but for its name, a row is most often like one before."""
+        """The list as json writes it with an indent of 2, row by row. Except for the name, most rows are cached."""
         encode = JSONEncoder().encode
         comma = "["
         for key, tensor in self._tensors.items():
@@ -75,7 +75,7 @@ def _finding(found: Finding) -> dict[str, Any]:
 
 
 def error(found: CheckpointError) -> dict[str, Any]:
-    """Any refusal."""
+    """Any `CheckpointError`."""
     body = {"type": type(found).__name__, "message": found.message, "path": found.path, "key": found.key, "hint": found.hint}
     return {"version": VERSION, "error": {**body, "problems": list(found.problems)}}
 
@@ -270,7 +270,7 @@ def _cast(cast: Cast) -> dict[str, Any]:
 
 
 def carried(found: CarriedState) -> dict[str, Any]:
-    """What became of the training state, within a report."""
+    """The carried training state of a report."""
     return {
         "place": found.place,
         "by": found.by,

@@ -19,10 +19,10 @@ class Module:
 
     Attributes:
         path: the module, or a pattern of equal ones (`layer.{0..11}`).
-        name: what of the path its parent's row does not have.
-        level: how deep it stands, from 0.
-        numbers: the sums over all its tensors, of all equal ones together.
-        ends: whether nothing of it is shown below.
+        name: the part of the path below its parent's row.
+        level: its depth, from 0.
+        numbers: the sums over all its tensors, those of equal modules added up.
+        ends: whether its submodules are not shown.
     """
 
     path: str
@@ -122,10 +122,10 @@ def _rows(
 
 
 def _first_child(node: _Node) -> _Node:
-    """The first part of a module that has some."""
+    """The first submodule or tensor of a module that has any."""
     return next(iter(node.children.values()))
 
 
 def _folded(node: _Node) -> list[Folded]:
-    """A module's parts by name, numbered ones that are equal as one."""
+    """A module's submodules and tensors by name, with equal numbered ones folded."""
     return fold((name, child.alike) for name, child in node.children.items())

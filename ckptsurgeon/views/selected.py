@@ -1,4 +1,4 @@
-"""Which tensors of an archive are shown: those of a root whose keys match a pattern, in an order; and its modules. Pure."""
+"""Selects the tensors and modules of an archive that are shown, by root, patterns and order. Pure."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def selected(tensors: Mapping[str, TensorMeta], look: Look) -> Mapping[str, Tens
     return dict(rows)
 
 
-def roots_shown(found: Archive) -> list[StateDict | Checkpoint]:
-    """The roots whose tensors are shown: the chosen one, or with patterns those that have a match, or all."""
-    roots: list[StateDict | Checkpoint] = [*found.state_dicts] if found.chosen is None else [found.chosen]
-    return [root for root in roots if selected(root.tensors, found.look)] or roots if found.look.patterns else roots
+def roots_shown(archive: Archive) -> list[StateDict | Checkpoint]:
+    """The roots whose tensors are shown: the chosen one; else, with patterns, those that have a match; else all."""
+    roots: list[StateDict | Checkpoint] = [*archive.state_dicts] if archive.chosen is None else [archive.chosen]
+    return [root for root in roots if selected(root.tensors, archive.look)] or roots if archive.look.patterns else roots
 
 
 def tree(tensors: Mapping[str, TensorMeta], look: Look) -> list[Module]:
     """The modules of tensors, each with its tensors, elements and bytes."""
     from ckptsurgeon.views.modules import modules
 
-    rows = ((key, (1, prod(one.shape), prod(one.shape) * BY_CODE[one.dtype].size)) for key, one in tensors.items())
+    rows = ((key, (1, prod(tensor.shape), prod(tensor.shape) * BY_CODE[tensor.dtype].size)) for key, tensor in tensors.items())
     orders = {"name": by_name, "size": by_size}
     return modules(rows, look.depth, orders.get(look.sort))
 

@@ -1,4 +1,4 @@
-"""The rows of results as a table: Markdown as GitHub has it, HTML, or CSV. All rows are there; keys are folded, unless `verbose`."""
+"""Results as a table: GitHub's Markdown, HTML, or CSV. It has all rows; keys are folded, unless `verbose`."""
 
 from __future__ import annotations
 
@@ -56,69 +56,69 @@ def _folded(rows: Iterable[tuple[str, Cells]], verbose: bool) -> list[Sequence[s
     return [(key, *cells) for key, cells in rows] if verbose else cells_of(fold(rows))
 
 
-def archive(found: Archive, form: str, verbose: bool = False) -> str:
+def archive(result: Archive, form: str, verbose: bool = False) -> str:
     """`inspect`: a row for each tensor, with the bytes of one; with `--tree` a row for each module."""
     from ckptsurgeon.views.selected import roots_shown, selected, tree
 
-    several = len(found.state_dicts) > 1
-    head = ["root"] if several else []
+    several = len(result.state_dicts) > 1
+    root_header = ["root"] if several else []
     rows: list[Sequence[object]] = []
-    for root in roots_shown(found):
-        chosen = selected(root.tensors, found.look)
-        first = [root.root] if several else []
-        if found.look.depth:
-            rows += [[*first, row.path, *row.numbers] for row in tree(chosen, found.look)]
+    for root in roots_shown(result):
+        chosen = selected(root.tensors, result.look)
+        root_cell = [root.root] if several else []
+        if result.look.depth:
+            rows += [[*root_cell, row.path, *row.numbers] for row in tree(chosen, result.look)]
             continue
-        cells = ((key, (one.dtype, shape(one.shape), str(one.nbytes))) for key, one in chosen.items())
-        rows += [[*first, *row] for row in _folded(cells, verbose)]
-    if found.look.depth:
-        return rendered(form, [*head, "module", "tensors", "elements", "bytes"], rows)
-    return rendered(form, [*head, "key", "dtype", "shape", "bytes"], rows)
+        cells = ((key, (tensor.dtype, shape(tensor.shape), str(tensor.nbytes))) for key, tensor in chosen.items())
+        rows += [[*root_cell, *row] for row in _folded(cells, verbose)]
+    if result.look.depth:
+        return rendered(form, [*root_header, "module", "tensors", "elements", "bytes"], rows)
+    return rendered(form, [*root_header, "key", "dtype", "shape", "bytes"], rows)
 
 
-def diff(found: Diff, form: str, verbose: bool = False, only: Sequence[str] = (), stat: bool = False) -> str:
+def diff(result: Diff, form: str, verbose: bool = False, only: Sequence[str] = (), stat: bool = False) -> str:
     """`diff`: a row for each key that differs, and with `verbose` for each that matches; with `stat` a row for each module."""
     from ckptsurgeon.views.counted import COUNTED, LETTERS, categories, counted
 
     if stat:
-        return rendered(form, ["module", *COUNTED], [[row.path, *row.numbers] for row in counted(found)])
+        return rendered(form, ["module", *COUNTED], [[row.path, *row.numbers] for row in counted(result)])
     rows: dict[str, list[tuple[str, Cells]]] = {
-        "mismatched": [(row.key, (shape(row.source_shape), shape(row.target_shape))) for row in found.mismatched],
-        "missing": [(key, ("", shape(found.missing_shapes[key]) if key in found.missing_shapes else "")) for key in found.missing],
-        "extra": [(key, (shape(found.extra_shapes[key]) if key in found.extra_shapes else "", "")) for key in found.extra],
-        "dtype": [(row.key, (row.source_dtype, row.target_dtype)) for row in found.dtype_changed],
-        "matched": [(key, ("", "")) for key in found.matched],
-        "dropped": [(key, ("", "")) for key in found.dropped],
+        "mismatched": [(row.key, (shape(row.source_shape), shape(row.target_shape))) for row in result.mismatched],
+        "missing": [(key, ("", shape(result.missing_shapes[key]) if key in result.missing_shapes else "")) for key in result.missing],
+        "extra": [(key, (shape(result.extra_shapes[key]) if key in result.extra_shapes else "", "")) for key in result.extra],
+        "dtype": [(row.key, (row.source_dtype, row.target_dtype)) for row in result.dtype_changed],
+        "matched": [(key, ("", "")) for key in result.matched],
+        "dropped": [(key, ("", "")) for key in result.dropped],
     }
-    wanted = categories(only) or tuple(word for word in LETTERS if verbose or word not in ("matched", "dropped"))
-    return rendered(form, ("status", "key", "source", "target"), [[word, *row] for word in wanted for row in _folded(rows[word], verbose)])
+    shown = categories(only) or tuple(word for word in LETTERS if verbose or word not in ("matched", "dropped"))
+    return rendered(form, ("status", "key", "source", "target"), [[word, *row] for word in shown for row in _folded(rows[word], verbose)])
 
 
-def plan(found: Plan, form: str, verbose: bool = False) -> str:
+def plan(result: Plan, form: str, verbose: bool = False) -> str:
     """`plan`: a row for each step, and for each key that is dropped."""
     steps: dict[str, list[tuple[str, Cells]]] = {}
-    for step in found.steps:
+    for step in result.steps:
         steps.setdefault(step.action, []).append((step.target, (step.dtype, shape(step.shape), step.reason)))
     rows = [[action, *row] for action, same in steps.items() for row in _folded(same, verbose)]
-    rows += [["drop", *row] for row in _folded([(row.source, ("", "", row.reason)) for row in found.dropped], verbose)]
+    rows += [["drop", *row] for row in _folded([(row.source, ("", "", row.reason)) for row in result.dropped], verbose)]
     return rendered(form, ("action", "key", "dtype", "shape", "reason"), rows)
 
 
-def report(found: Report, form: str, verbose: bool = False) -> str:
+def report(result: Report, form: str, verbose: bool = False) -> str:
     """`merge` and `apply`: a row for each key and what became of it."""
-    partial = set(found.partial)
+    partial = set(result.partial)
     rows: list[Sequence[str]] = []
-    for word, keys in (("transferred", found.transferred), ("kept", found.kept), ("fresh", found.fresh)):
+    for word, keys in (("transferred", result.transferred), ("kept", result.kept), ("fresh", result.fresh)):
         cells = [(key, ("partly" if word == "transferred" and key in partial else "",)) for key in keys]
         rows += [[word, *row] for row in _folded(cells, verbose)]
-    rows += [["dropped", *row] for row in _folded([(key, (reason,)) for key, reason in found.dropped], verbose)]
+    rows += [["dropped", *row] for row in _folded([(key, (reason,)) for key, reason in result.dropped], verbose)]
     return rendered(form, ("status", "key", "reason"), rows)
 
 
-def matching(found: Proposal, form: str, verbose: bool = False) -> str:
+def matching(proposal: Proposal, form: str, verbose: bool = False) -> str:
     """`match`: a row for each link, and for each key of either side without one."""
     del verbose  # links are never folded: each has its own evidence
-    applied = {id(link) for link in found.applied}
+    applied = {id(link) for link in proposal.applied}
     rows = [
         [
             "matched" if id(link) in applied else "uncertain",
@@ -127,22 +127,22 @@ def matching(found: Proposal, form: str, verbose: bool = False) -> str:
             str(link.op or ""),
             ", ".join(map(str, link.evidence)),
         ]
-        for link in found.links
+        for link in proposal.links
     ]
-    rows += [["unmatched", "", key, "", ""] for key in found.unmatched]
-    rows += [["unused", key, "", "", ""] for key in found.unused]
+    rows += [["unmatched", "", key, "", ""] for key in proposal.unmatched]
+    rows += [["unused", key, "", "", ""] for key in proposal.unused]
     return rendered(form, ("status", "source", "target", "adapter", "evidence"), rows)
 
 
-def check(found: CheckReport, form: str, verbose: bool = False) -> str:
-    """`check`: a row for each thing found; notes with `verbose`."""
-    rows = [[file.path, *row] for file in found.files for row in _findings(file.findings, verbose) if verbose or row[1] != "note"]
+def check(result: CheckReport, form: str, verbose: bool = False) -> str:
+    """`check`: a row for each finding; notes only with `verbose`."""
+    rows = [[file.path, *row] for file in result.files for row in _findings(file.findings, verbose) if verbose or row[1] != "note"]
     return rendered(form, ("path", "code", "level", "key", "message"), rows)
 
 
-def verification(found: Verification, form: str, verbose: bool = False) -> str:
+def verification(result: Verification, form: str, verbose: bool = False) -> str:
     """`verify`: a row for each finding."""
-    return rendered(form, ("code", "level", "key", "message"), _findings(found.findings, verbose))
+    return rendered(form, ("code", "level", "key", "message"), _findings(result.findings, verbose))
 
 
 def groups(rows: Iterable[Mapping[str, Any]], form: str, verbose: bool = False) -> str:
@@ -161,6 +161,6 @@ def known(rows: Iterable[tuple[str, str, Sequence[str], str]], form: str) -> str
     )
 
 
-def _findings(found: Iterable[Finding], verbose: bool) -> list[Sequence[str]]:
-    rows = ((one.key or "", (one.code, one.level, one.message)) for one in found)
+def _findings(findings: Iterable[Finding], verbose: bool) -> list[Sequence[str]]:
+    rows = ((finding.key or "", (finding.code, finding.level, finding.message)) for finding in findings)
     return [(code, level, key, message) for key, code, level, message in _folded(rows, verbose)]

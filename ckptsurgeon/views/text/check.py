@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def verification(found: Verification, verbose: bool = False, width: int | None = None) -> str:
-    """What was compared, every finding, a forward pass's shapes, and what is on record as fresh."""
+    """What was compared, every finding, the shapes of a forward pass, and the keys that are recorded as fresh."""
     root = f" (root {name(found.root)})" if found.root else ""
     lines = [
         f"{name(found.source)}{root} → {name(found.target)}: " + answer("ok" if found.ok else "NOT ok", found.ok),
         "  " + proved(found),
     ]
-    # torch's own words for what the other findings say one by one
+    # torch's own message, which the other findings repeat one by one
     shown = [finding for finding in found.findings if verbose or (finding.code, finding.level) != ("load", "note")]
     lines += findings(shown, verbose, width)
     lines += [f"  forward pass: {name(place)} {shape(dims)}" for place, dims in found.outputs.items()]
@@ -46,7 +46,7 @@ def proved(found: Verification) -> str:
 
 
 def check(found: CheckReport, verbose: bool = False, width: int | None = None) -> str:
-    """A line for each thing found, keys of which the same is said together, and the totals; of a good file nothing.
+    """A line for each finding, keys with the same finding together, and the totals; nothing for a good file.
 
     Notes are counted, and shown with `verbose`.
     """
@@ -56,7 +56,7 @@ def check(found: CheckReport, verbose: bool = False, width: int | None = None) -
 
 
 def followed(settings: Settings) -> str:
-    """Which settings file was followed, what it asks, and what of it was not followed."""
+    """The settings file, its settings that were used, and those that were not."""
     used, unused = (", ".join(f"{key} = {_toml(value)}" for key, value in rows) for rows in (settings.used, settings.not_used))
     aside = f"; not followed, since it names code: {unused}" if unused else ""
     return name(f"settings: {settings.path}: {used or 'nothing that holds here'}{aside}")
@@ -67,7 +67,7 @@ def _toml(value: Any) -> str:
 
 
 def totals(found: CheckReport, verbose: bool = True) -> str:
-    """How many files, how many not good, what they were not held against, and where to read on."""
+    """How many files were checked, how many are not good, unused targets of the settings, and the command that explains a code."""
     bad = sum(not file.ok for file in found.files)
     first = next((one.code for file in found.files for one in file.findings if one.level == "error"), "")
     read_on = f" (what a code means: ckptsurgeon check --explain {first})" if bad else ""
@@ -80,7 +80,7 @@ def totals(found: CheckReport, verbose: bool = True) -> str:
 
 
 def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, str, str], list[str]]:
-    """The keys of which the same is said, by code, level and message; with `apart` each finding by itself."""
+    """The keys of equal findings, by code, level and message; with `apart` each finding by itself."""
     together: dict[tuple[str, str, str], list[str]] = {}
     for place, finding in enumerate(findings):
         message = f"{finding.message}\0{place}" if apart else finding.message
@@ -89,7 +89,7 @@ def alike(findings: Sequence[Finding], apart: bool = False) -> dict[tuple[str, s
 
 
 def about(keys: Sequence[str], message: str, most: int | None = 4) -> str:
-    """What is said of which keys."""
+    """The keys, and the message about them."""
     words = (of_several(message) or message) if len(keys) > 1 else message
     return f"{f'{listing(fold_keys(keys), most)}: ' if keys else ''}{name(words)}"
 
@@ -107,7 +107,7 @@ def _file(found: FileCheck, verbose: bool) -> list[str]:
 
 
 def explain(found: Sequence[Code], width: int | None = None) -> str:
-    """What codes mean, why they matter and what to do."""
+    """The meaning of codes, why they matter and what to do."""
     blocks = []
     for row in found:
         asked = f"   (looked for with {row.option})" if row.option else ""

@@ -1,4 +1,4 @@
-"""The text of `diff`, and the command that follows it."""
+"""The text of `diff`, and the command to run next."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def diff(
         found: a diff.
         verbose: a row for every key.
         width: the terminal's, in columns.
-        only: the categories that are shown; without any all, and the command that follows.
-        stat: the numbers of each module's keys instead.
-        name_status: a letter and a key a line instead.
+        only: the categories to show; if empty, all of them and the command to run next.
+        stat: show the numbers of each module's keys instead.
+        name_status: show a letter and a key on each line instead.
     """
     if name_status:
         from ckptsurgeon.views.counted import lettered
@@ -101,7 +101,7 @@ def _stat(found: Diff, width: int | None, most: int | None) -> list[str]:
 
 
 def _sections(found: Diff, verbose: bool, width: int | None, listed: bool) -> Iterator[tuple[str, list[str]]]:
-    """What is said of each category; `listed` also lists what matches."""
+    """The lines of each category; `listed` also lists the matched keys."""
     most = most_rows(verbose)
     matched = keys(found.matched, width, most, "matched") if verbose or listed else []
     yield "matched", [heading("matched", len(found.matched)), *matched]
@@ -182,7 +182,7 @@ def _next(found: Diff, width: int | None) -> list[str]:
 
 
 def _cut(found: Diff) -> list[str]:
-    """What becomes of lists of layers of which one side has fewer."""
+    """The sentences about lists of layers of which one side has fewer."""
     if not any(segment.isdigit() for key in (*found.extra, *found.missing) for segment in key.split(".")):
         return []
     from ckptsurgeon.views.text.cut_lists import cut_lists
@@ -191,7 +191,7 @@ def _cut(found: Diff) -> list[str]:
 
 
 def _links(found: Diff, width: int | None) -> list[str]:
-    """What goes by other names: the rules that the next command carries, and what is left open."""
+    """The keys that probably have other names: the rules in the next command, and how many keys are left open."""
     advice = found.advice
     if advice.skipped:
         look = Command("match", found.source, found.target, "rules.toml", (*at_root(found.root), *found.options))
@@ -213,14 +213,14 @@ def _links(found: Diff, width: int | None) -> list[str]:
         parts = [f"{count(rest, 'tensor')} of unclear origin"] if rest else []
         parts += [f"{count(doubts, 'tensor')} whose keys are clear and whose layout is not"] if doubts else []
         lines.append(f"Left open: {', '.join(parts)}.")
-    if left or advice.match:  # what speaks for it
+    if left or advice.match:  # match shows the evidence
         look = Command("match", found.source, found.target, options=(*at_root(found.root), *found.options))
         lines += next_step("Try:", look, found.in_memory, width)
     return lines
 
 
 def _reaches(found: Diff) -> list[str]:
-    """How far the next command comes, and what stays open then."""
+    """The coverage of the next command, and the keys that stay open."""
     reaches, shapes = found.advice.reaches, {row.key: row for row in found.mismatched}
     if reaches is None:
         return []
@@ -238,7 +238,7 @@ def _reaches(found: Diff) -> list[str]:
 
 
 def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
-    """What keys of another size are, with the rules that make them fit."""
+    """The keys of another size, with the rules that make them fit."""
     if not sizes:
         return []
     lines = ["Another size:"]
@@ -253,7 +253,7 @@ def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
 
 
 def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | None) -> list[str]:
-    """Changes of names between which nothing decides, each with the command that chooses it."""
+    """Equally good changes of names, each with the command that chooses it."""
     lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
     for way in ways:
         lines.append(f"  {name(way.words)}: {count(len(way.mapping), 'tensor')}")
@@ -265,7 +265,7 @@ def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | 
 
 
 def no_merge(target: str, unkept: Sequence[str]) -> str:
-    """What is said in place of a merge where a target file has values that can't be kept."""
+    """The sentence in place of a merge command, where a target file has values that can't be kept."""
     from ckptsurgeon.planning.plan_findings import OTHER_TARGET
 
     return f"No merge can keep {listing(unkept, 4)} of {name(target)}: {OTHER_TARGET}."

@@ -1,4 +1,4 @@
-"""The texts of `inspect`, and of what rules can name."""
+"""The texts of `inspect` and `adapters`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None) -> 
                 )
         if several and not verbose:
             lines.append(f"  {len(found.state_dicts)} state_dicts; see the tensors of one with --root, of all with -v")
-    if found.look.patterns:  # what else the file holds was not asked for
+    if found.look.patterns:  # only tensors are shown
         return fitted(lines, width)
     if found.globals:
         lines.append(f"  asks for {count(len(found.globals), 'name')} beyond the allow-list; none is imported:")
@@ -68,7 +68,7 @@ def archive(found: Archive, verbose: bool = False, width: int | None = None) -> 
 
 def _state_dict(found: StateDict | Checkpoint, look: Look, tensors: bool, verbose: bool, width: int | None) -> list[str]:
     chosen = selected(found.tensors, look)
-    alike = Counter((tensor.dtype, tensor.shape) for tensor in chosen.values())  # of a million tensors most are
+    alike = Counter((tensor.dtype, tensor.shape) for tensor in chosen.values())  # most of a million tensors are alike
     dtypes: Counter[str] = Counter()
     numel = nbytes = 0
     for (code, dims), number in alike.items():
@@ -131,7 +131,7 @@ def _provenance(record: Mapping[str, Any], verbose: bool, width: int | None) -> 
 
 
 def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]], width: int | None = None) -> str:
-    """What rules can name: kind, name, arguments and words of each."""
+    """The adapters and schemes: kind, name, arguments and description of each."""
     lines = []
     for kind in dict.fromkeys(row[0] for row in rows):
         lines.append(styled(f"{kind}s", "strong"))

@@ -1,4 +1,4 @@
-"""The text of `match`: the rules that were found with what speaks for them, what is uncertain, what is left over, and what to do next."""
+"""The text of `match`: the rules with their evidence, uncertain links, keys without a link, and the command to run next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 20  # rules that are shown
 
 
 def matching(found: Proposal, verbose: bool = False, width: int | None = None) -> str:
-    """What goes where by which evidence, what is uncertain and over which runner-up, what is left over, and the command to run next."""
+    """The applied links with their evidence, the uncertain ones with their runners-up, keys without a link, and the command to run next."""
     most = most_rows(verbose)
     root = f" (root {name(found.root)})" if found.root else ""
     lines = [f"{name(found.source)}{root} → {name(found.target)}"]
@@ -66,7 +66,7 @@ def matching(found: Proposal, verbose: bool = False, width: int | None = None) -
 
 
 def _open(found: Proposal, width: int | None) -> list[str]:
-    """The layouts in doubt, each with the ways to settle it as options to add."""
+    """The layouts in doubt, each with its choices as options to add."""
     lines = []
     for one in found.open:
         lines.append(
@@ -90,7 +90,7 @@ def _tensors(links: Iterable[Link]) -> int:
 
 
 def _pairs(rows: Sequence[tuple[str, str]], width: int | None, most: int) -> list[str]:
-    """Each rule, and what speaks for it on the same line where it has room, else below, further in."""
+    """Each rule with its evidence: on the same line if there is room, else below it, indented."""
     lines = []
     for rule, words in rows[:most]:
         whole = f"    {name(rule)}" + (f"   ({name(words)})" if words else "")
@@ -123,7 +123,7 @@ def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
     root, own = at_root(found.root), rule_options(found.before)
     if found.unkept:
         return [no_merge(found.target, found.unkept)]
-    if found.refused is not None:  # what to do is said with the refusal
+    if found.refused is not None:  # the error says what to do
         return []
     merge = Command("merge", found.source, found.target, found.output, (*root, *found.options, *rule_options(found.beside)))
     if found.written is not None:

@@ -1,4 +1,4 @@
-"""The texts of what was done or would be used: `merge`, `apply` and `transfer`, `skeleton`, `groups`."""
+"""The texts of `merge`, `apply`, `transfer`, `skeleton` and `groups`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _carried(found: CarriedState, width: int | None, most: int | None) -> list[s
         adapted = f"{len(found.adapted)} of them adapted with their weights" if found.adapted else ""
         lines.append(heading("carried", len(found.carried) + len(found.adapted), adapted))
         lines.append(heading("at zero", len(found.zeroed), "start without"))
-    rows = [(key, (reason,)) for key, reason in found.not_carried if reason != FRESH]  # those are told with the weights
+    rows = [(key, (reason,)) for key, reason in found.not_carried if reason != FRESH]  # the report lists the fresh ones with the weights
     lines += [heading("not carried", len(rows)), *folded(rows, width, most, "not carried")] if rows else []
     if found.casts:
         lines += [heading("lossy casts", len(found.casts), "of moments"), *_casts(found.casts, width, most)]
@@ -105,7 +105,7 @@ def _casts(casts: Sequence[Cast], width: int | None, most: int | None) -> list[s
 
 
 def _loss(casts: Sequence[Cast]) -> str:
-    """What casts lost together; the error is that of the values that did not overflow."""
+    """What casts lost together; the largest error is that of the values that did not overflow."""
     changed, overflowed, truncated = (sum(getattr(c, name) for c in casts) for name in ("changed", "overflowed", "truncated"))
     words = [f"{count(changed, 'value')} changed, by at most {max(c.largest_error for c in casts):.3g}"]
     words += [f"{overflowed:,} overflowed (infinite, saturated or wrapped)"] if overflowed else []

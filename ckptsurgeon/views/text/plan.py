@@ -14,7 +14,7 @@ WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "load": "load", "
 
 
 def plan(found: Plan, verbose: bool = False, width: int | None = None) -> str:
-    """What each key gets, by action and reason, what is dropped, and the line that sums it up; with `verbose` a row for every key."""
+    """What each key gets, by action and reason, the dropped keys, and a summary line; with `verbose` a row for every key."""
     most = most_rows(verbose)
     target = f" → {name(found.target.spec)}" if found.target is not None else ""
     lines = [f"{name(' + '.join(source.path for source in found.sources))}{target}"]
@@ -31,7 +31,7 @@ def plan(found: Plan, verbose: bool = False, width: int | None = None) -> str:
     lines += _dropped(found, width, most)
     if found.left_behind:
         lines.append(f"  left behind: {listing(found.left_behind, None if verbose else 8)}")
-    told = [finding for finding in found.findings if finding.code != "prefix"]  # it stands above
+    told = [finding for finding in found.findings if finding.code != "prefix"]  # the prefix is shown above
     return fitted([*lines, *findings(told, verbose, width), summary(found)], width)
 
 

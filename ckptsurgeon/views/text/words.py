@@ -1,4 +1,4 @@
-"""The parts that all texts are made of: sizes, shapes, counted headings, aligned rows, folded keys, findings; and which style each has."""
+"""What all texts are made of: shapes, counted headings, aligned rows, folded keys, findings, commands; and their styles."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from ckptsurgeon.planning.quantised import Codes
     from ckptsurgeon.report import Coverage, Finding
 
-MOST = 12  # rows of one kind before the rest is counted
-WIDEST = 240  # characters of a cell with which others are aligned
+MOST = 12  # rows of one kind that are shown; the rest is counted
+WIDEST = 240  # characters; a row with a longer cell is not aligned with the others
 FIELD = 40  # characters of a field of an op
-LONGEST = 200  # characters of a finding, where a library's own words may run on
+LONGEST = 200  # characters of a finding; a library's own message may be longer
 _PIECES = re.compile(r"[^ ,]+[ ,]*|[ ,]+")
 
 Row = Sequence[str]
 
-# The style of a heading's word and count, and of the keys that stand below it; one that isn't here is plain.
+# The style of a heading's word and count, and of the keys below it; a heading that isn't here is plain.
 STYLES: dict[str, Style] = {
     "matched": "good",
     "mismatched": "changed",
@@ -68,7 +68,7 @@ def shape(dims: Sequence[int]) -> str:
 
 
 def name(text: object) -> str:
-    """A key, path or reason on one line, whatever stands in it; quoted where its ends could not be seen.
+    """A key, path or reason on one line, with special characters escaped; quoted if it begins or ends with a space, or is empty.
 
     >>> name("a\\nb"), name(" a")
     ('a\\\\nb', "' a'")
@@ -78,7 +78,7 @@ def name(text: object) -> str:
 
 
 def chain(ops: Iterable[Op]) -> str:
-    """Ops as a person reads them; a long field is cut.
+    """Ops as text; a long field is cut.
 
     >>> chain([{"op": "transpose", "dims": [0, 1]}])
     'transpose(dims=[0, 1])'
@@ -90,7 +90,7 @@ def chain(ops: Iterable[Op]) -> str:
 
 
 class Cut:
-    """Stands for a field that is too long to read."""
+    """Replaces a field that is too long to read."""
 
     def __repr__(self) -> str:
         return "…"
@@ -109,12 +109,12 @@ _OF_SEVERAL = {"is": "are", "has": "have", "was": "were", "does": "do"}
 
 
 def answer(words: str, ok: bool) -> str:
-    """A yes or a no, in its style."""
+    """A good or bad result, in its style."""
     return styled(words, "good" if ok else "bad")
 
 
 def of_several(message: str) -> str | None:
-    """What is said of one thing, said of several; None for what does not begin with a verb that is known here.
+    """A message about one thing in the plural; None if it does not begin with a known verb.
 
     >>> of_several("is in the target only"), of_several("dtype F32, not F16")
     ('are in the target only', None)
@@ -124,7 +124,7 @@ def of_several(message: str) -> str | None:
 
 
 def heading(word: str, number: int, words: str = "") -> str:
-    """A counted heading; its words are said only of something."""
+    """A counted heading; its words are left out if the count is zero."""
     counted = f"  {word:<11} {number:>5,}"
     return styled(counted, STYLES.get(word) if number else "faint", 2) + ("   " + words if number and words else "")
 
@@ -229,7 +229,7 @@ def columns(text: str) -> int:
 
 
 def fitted(lines: Iterable[str], width: int | None) -> str:
-    """Lines as one text; those wider than the terminal go on below, further in. Commands to paste come with their own breaks."""
+    """Lines as one text; those wider than the terminal are wrapped and indented. Commands to paste have their own line breaks."""
     whole = []
     for line in lines:
         if width is None or len(line) <= width or "\n" in line:
@@ -258,12 +258,12 @@ def broken(text: str, room: int) -> list[str]:
 
 
 def folded(rows: Iterable[tuple[str, tuple[str, ...]]], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
-    """Keys with what is said of each, folded where the same is said; in the style of the heading that they stand under."""
+    """Keys with their values, folded where the values are equal; in the style of their heading."""
     return table(cells_of(fold(rows)), width, most, under)
 
 
 def cells_of(rows: Iterable[Folded]) -> list[Row]:
-    """Folded rows as cells; where something else is said of each leaf, each cell lists what is said.
+    """Folded rows as cells; where the leaves' values differ, a cell lists all of them.
 
     >>> cells_of(fold([("fc.weight", ("F32", "(2, 3)")), ("fc.bias", ("F32", "(2,)"))], lambda cells: cells[0]))
     [('fc.{weight,bias}', 'F32', '(2, 3), (2,)')]
@@ -276,12 +276,12 @@ def cells_of(rows: Iterable[Folded]) -> list[Row]:
 
 
 def keys(found: Iterable[str], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
-    """Bare keys: folded, or, with `most` None, one a line; in the style of the heading that they stand under."""
+    """Keys without values: folded, or, with `most` None, one on each line; in the style of their heading."""
     return table([(key,) for key in (found if most is None else fold_keys(found))], width, most, under)
 
 
 def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list[str]:
-    """Findings, those that say the same of several keys together (a note without the keys); the rest beyond a dozen counted."""
+    """Findings, equal ones together (a note without its keys); of more than `MOST` the rest is counted."""
     together: dict[tuple[str, str], list[str]] = {}
     for finding in found:
         together.setdefault((finding.level, finding.message), []).extend([finding.key] if finding.key is not None else [])
@@ -302,7 +302,7 @@ def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list
 
 
 def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
-    """A line for each scheme: how many weights are codes, and of what."""
+    """A line for each scheme of quantisation: how many weights it has, and an example."""
     by_scheme: dict[str, list[Codes]] = {}
     for one in found:
         by_scheme.setdefault(one.scheme, []).append(one)
@@ -314,7 +314,7 @@ def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
 
 
 def pasted(label: str, command: Command, width: int | None) -> str:
-    """A command ready to paste; where it is wider than the terminal, over several lines, broken before its options."""
+    """A command to paste; if it is wider than the terminal, on several lines, broken before options."""
     words = command.words
     label = styled(label, "strong")
     line = label + f" {name(shlex.join(words))}"
@@ -334,7 +334,7 @@ def pasted(label: str, command: Command, width: int | None) -> str:
 
 
 def next_step(label: str, command: Command, live: InMemory, width: int | None) -> list[str]:
-    """A command ready to paste; where a side is in memory the Python call that does the same, or nothing where there is none."""
+    """A command to paste; if a side is in memory, the Python call that does the same, or nothing if there is none."""
     if not any(live):
         return [pasted(label, command, width)]
     call = command.call(live)
@@ -342,7 +342,7 @@ def next_step(label: str, command: Command, live: InMemory, width: int | None) -
 
 
 def coverage(found: Coverage) -> str:
-    """Coverage as a person reads it; never rounded up to the whole.
+    """Coverage as text; never rounded up to 100 %.
 
     >>> from ckptsurgeon.report import Coverage
     >>> coverage(Coverage(0.5, 0.99999))
