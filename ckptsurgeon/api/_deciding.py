@@ -108,7 +108,9 @@ def _way_to_match(sources: Sequence[Checkpoint], target: Checkpoint | None) -> s
     """The hint for a call that can't be matched as a whole."""
     if target is None:
         return "give the target as the last path, or leave out match=True"
-    words = shlex.join(["ckptsurgeon", "match", sources[0].path, target.path, "-o", "rules.toml"])
+    in_memory = target.path.isidentifier()  # the class of a live model
+    command = shlex.join(["ckptsurgeon", "match", sources[0].path, target.path, "-o", "rules.toml"])
+    words = f"ckptsurgeon.match({sources[0].path!r}, model).rules" if in_memory else command
     return f"match one source at a time, and give the rules of each: {words}"
 
 

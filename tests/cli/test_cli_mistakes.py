@@ -62,6 +62,16 @@ TYPED: tuple[tuple[str, str, str], ...] = (
     ("merge net_params.pkl model:Net -out out.pt", "'-out' has one dash; is it --output?", "ckptsurgeon merge --help"),
     ("merge net_params.pkl -o net_params.pkl", "net_params.pkl: exists already", "give --overwrite to replace it, or choose another path"),
     (
+        "plan net_params.pkl model:Net --overwrite",
+        "--overwrite: replaces what -o names, and none is named",
+        "leave it out, or add -o plan.json",
+    ),
+    (
+        "match net_params.pkl model:Net --overwrite",
+        "--overwrite: replaces what -o names, and none is named",
+        "leave it out, or add -o rules.toml",
+    ),
+    (
         "merge net_params.pkl model:Net -o runs",
         "runs: is a folder that would be replaced whole, and it holds what is no file of a checkpoint written there\n  best.pt",
         "choose a new folder, or move these elsewhere first",
@@ -226,6 +236,21 @@ CALLED: tuple[tuple[str, str, str], ...] = (
         'cs.match("net_params.pkl", model, accept=True)',
         "match() got an unexpected keyword argument 'accept', did you mean accept_uncertain?",
         "",
+    ),
+    (
+        'cs.plan(["net_params.pkl", "net_params.pkl"])',
+        "needs one source to convert, or a target",
+        "give the target, or average=True for the mean of all sources",
+    ),
+    (
+        'cs.plan(["net_params.pkl", "net_params.pkl"], "model:Net", match=True)',
+        "matching is between one source and a target",
+        "match one source at a time, and give the rules of each: ckptsurgeon match net_params.pkl model:Net -o rules.toml",
+    ),
+    (
+        'cs.plan(["net_params.pkl", "net_params.pkl"], model, match=True)',
+        "matching is between one source and a target",
+        "match one source at a time, and give the rules of each: ckptsurgeon.match('net_params.pkl', model).rules",
     ),
     ('cs.merge("net_params.pkl", model, model)', "output: takes a path, and a Net was given to merge", "output='out.pt'"),
     (
