@@ -1,1 +1,1 @@
-"""What training code needs: transfer, parameter groups, freezing, schedules, and the state of another run."""
+"""What training needs: transfer, parameter groups, weight decay, freezing, schedules, and the state of an optimizer or scheduler."""

@@ -1,6 +1,6 @@
-"""Which parameters get no weight decay: biases, all of one dimension or none, norms and embeddings; or those that patterns name.
+"""Which parameters get no weight decay: biases, parameters of at most one dimension, norms and embeddings; or those that patterns match.
 
-Norms and embeddings are told by their module's type, biases by their name. Nothing is changed here.
+Norms and embeddings are recognised by their module's type, biases by their name. Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.Em
 
 
 def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None = None) -> frozenset[str]:
-    """First names of the parameters that get no weight decay; a tied one gets none if any of its names says so.
+    """First names of the parameters that get no weight decay. A tied parameter gets none if the rule holds for any of its names.
 
     Args:
-        rule: True for the usual ones (biases, parameters of at most one dimension, norms and embeddings by module type), False for none,
-            patterns for those that they match, and True among patterns for the usual ones too.
-        among: first names of the parameters that are asked about; None for the trainable ones.
+        rule: True for biases, parameters of at most one dimension, norms and embeddings; False for no parameter; patterns for those that
+            they match. True among patterns adds what True alone selects.
+        among: first names of the parameters to consider; None for the trainable ones.
 
     Raises:
-        ModelError: a pattern matches none of them, or the rule is something else.
+        ModelError: a pattern matches none of them, or the rule has another type.
 
     >>> sorted(without_decay(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)), True))
     ['0.weight', '1.bias']
@@ -35,29 +35,33 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
     if not all(isinstance(word, (bool, str)) for word in words):
         raise ModelError(f"no_decay can't be {rule!r}", hint="give True, or patterns such as ['**.bias']")
     parameters = named(model)
-    wanted = {first: one.every for first, one in parameters.items() if (one.trainable if among is None else first in among)}
-    rest = [name for first, one in parameters.items() if first not in wanted for name in one.every]
-    found = set(
-        first_matching_pattern([word for word in words if isinstance(word, str)], wanted, rest, "frozen" if among is None else "other")
+    candidates = {
+        first: parameter.every for first, parameter in parameters.items() if (parameter.trainable if among is None else first in among)
+    }
+    others = [name for first, parameter in parameters.items() if first not in candidates for name in parameter.every]
+    no_decay = set(
+        first_matching_pattern(
+            [word for word in words if isinstance(word, str)], candidates, others, "frozen" if among is None else "other"
+        )
     )
     if True in words:
         modules = modules_by_path(model)
-        for first in wanted:
-            places = [_layer(name) for name in parameters[first].bare]
-            owners = [modules[path] for path, _ in places if path in modules]
-            leaves = [leaf for _, leaf in places]
+        for first in candidates:
+            positions = [_layer(name) for name in parameters[first].bare]
+            owners = [modules[path] for path, _ in positions if path in modules]
+            leaves = [leaf for _, leaf in positions]
             biased = any(leaf.endswith("bias") or leaf.startswith("bias_") for leaf in leaves)  # bias_k, bias_ih_l0
             if parameters[first].tensor.ndim <= 1 or biased or any(isinstance(owner, _PLAIN) for owner in owners):
-                found.add(first)
-    return frozenset(found)
+                no_decay.add(first)
+    return frozenset(no_decay)
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """The path of the layer that a parameter is of, and its name there, also where it is parametrized.
+    """The path of a parameter's layer, and the parameter's name there, also where it is parametrized.
 
     >>> _layer("fc.bias"), _layer("fc.parametrizations.weight.original0")
     (('fc', 'bias'), ('fc', 'weight'))
     """
     path, _, leaf = name.rpartition(".")
-    head, found, parametrized = path.rpartition("parametrizations.")
-    return (head.removesuffix("."), parametrized) if found and leaf.startswith("original") else (path, leaf)
+    head, separator, parametrized = path.rpartition("parametrizations.")
+    return (head.removesuffix("."), parametrized) if separator and leaf.startswith("original") else (path, leaf)

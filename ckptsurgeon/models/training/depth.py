@@ -1,10 +1,10 @@
-"""How deep each parameter lies, from the stem (0) up to the head (the top): by patterns, the model's own word, or its repeated blocks.
+"""The depth of each parameter, from the stem (0) up to the head (the top): by patterns, a `group_matcher`, or the model's repeated blocks.
 
-A timm model's own `group_matcher` says it for that model. Elsewhere depth goes by names, without what wrappers put into them, and by the
-order of registration, as `named_parameters` gives it; the forward pass is not looked at. What stands before the layers is one below them
-(the stem), what stands after is one above (the head), what stands between two has the depth of the one before it; "before" and "after" are
-told within the smallest module that holds it and a layer. Of several stacks of blocks, the one that holds nearly all of what stands in
-stacks is the layers. Where two real ones could be, or none is there, nothing is guessed: the error lists what could be given.
+For a timm model, its own `group_matcher` gives the depths. Otherwise they follow from the parameters' names (without wrappers' segments)
+and the order of registration (that of `named_parameters`); the forward pass is not considered. Parameters before the layers are one below
+them (the stem), parameters after the layers one above (the head), and parameters between two layers have the depth of the earlier one.
+"Before" and "after" refer to the smallest module that contains the parameter and a layer. Of several stacks of blocks, the layers are the
+one with nearly all elements. Where that is ambiguous, or there is no stack, the error lists what could be given as `layers`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST = 8  # modules that a hint names
 
 @dataclass(frozen=True)
 class Depths:
-    """Depth by a parameter's first name, 0 to `top`; a tied one lies as low as the lowest of its names. `patterns` say what a layer is."""
+    """Depth by a parameter's first name, 0 to `top`; a tied parameter has the lowest depth of its names. `patterns` match the layers."""
 
     patterns: tuple[str, ...]
     of: Mapping[str, int]
@@ -48,11 +48,11 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     """The depth of every parameter, frozen ones too.
 
     Args:
-        layers: what is a layer: a pattern whose parts that match numbers say which (`encoder.layer.{i}.**`, `layer{s}.{i}.**`), counted
-            from the bottom; one without such a part is one layer. Several patterns stand on one another, in the order given. Two towers
-            side by side are one pattern: `*_model.encoder.layers.{i}.**`. None asks the model's own `group_matcher`, as timm's models have
-            it, and elsewhere finds the repeated blocks in the module tree.
-        matter: first names of the parameters that depth is wanted for; stacks without any of them are no candidates. None for all.
+        layers: a pattern for the layers, whose numbers tell them apart (`encoder.layer.{i}.**`, `layer{s}.{i}.**`) and count from the
+            bottom; a pattern without a number is one layer. Several patterns follow one another from the bottom up. Two towers
+            side by side are one pattern: `*_model.encoder.layers.{i}.**`. None uses the model's own `group_matcher` (timm's models have
+            one), or else finds the repeated blocks in the module tree.
+        matter: first names of the parameters whose depth is needed; stacks without any of them are no candidates. None for all.
 
     Raises:
         ModelError: no repeated blocks, more than one stack of them, or a pattern that matches no parameter.
@@ -65,10 +65,10 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     names = _in_order(by_name(model, parameters.values()))
     order = list(names)
     sizes = {name: one.tensor.numel() for one in parameters.values() for name in one.bare}
-    own = own_depths(model, sizes) if layers is None else None
-    if own is not None:
-        return _by_own_word(*own, order, parameters)
-    patterns = listed(layers) if layers is not None else (_found(model, matter, parameters),)
+    own_depth_of = own_depths(model, sizes) if layers is None else None
+    if own_depth_of is not None:
+        return _from_group_matcher(*own_depth_of, order, parameters)
+    patterns = listed(layers) if layers is not None else (_find_layers(model, matter, parameters),)
     layered: dict[str, int] = {}
     below = 0
     for text in patterns:
@@ -84,19 +84,19 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     return Depths(patterns, {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, below + 1)
 
 
-def _by_own_word(prefix: str, said: Mapping[str, int], order: list[str], parameters: Mapping[str, Named]) -> Depths:
-    """Depths as a module says; of what stands outside of it, below all or above all."""
-    outside = [name for name in order if name not in said]
-    first = next(place for place, name in enumerate(order) if name in said)
-    below, top = set(outside) & set(order[:first]), max(said.values())
-    depth = {name: at + bool(below) for name, at in said.items()}
+def _from_group_matcher(prefix: str, own: Mapping[str, int], order: list[str], parameters: Mapping[str, Named]) -> Depths:
+    """Depths from a module's `group_matcher`; parameters outside the module are below all others or above all others."""
+    outside = [name for name in order if name not in own]
+    start = next(place for place, name in enumerate(order) if name in own)
+    below, top = set(outside) & set(order[:start]), max(own.values())
+    depth = {name: depth_within + bool(below) for name, depth_within in own.items()}
     top += bool(below) + (len(below) < len(outside))
     depth.update({name: 0 if name in below else top for name in outside})
     return Depths((f"{prefix}**",), {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, top)
 
 
 def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
-    """Each name without wrappers' segments, in the order of registration, to all that a pattern may call it."""
+    """Each name without wrappers' segments, in the order of registration, with all names that a pattern may match."""
     bare = {name: dict(zip(parameter.names, parameter.bare, strict=True))[name] for name, parameter in parameters.items()}
     return {
         bare[name]: (bare[name], *parameter.every) if len(set(parameter.bare)) == 1 else (bare[name], name)
@@ -105,8 +105,8 @@ def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
 
 
 def stacks(model: nn.Module) -> tuple[str, ...]:
-    """Patterns of the outermost stacks of repeated blocks: children numbered in name (`3`, `layer3`), two at least of one type with layers
-    of its own. Stages that hold nothing but blocks of one type are gone into: their blocks are the layers.
+    """Patterns of the outermost stacks of repeated blocks: children with numbers in their names (`3`, `layer3`), of which at least two have
+    the same type and layers of their own. Where such children contain only blocks of one type (stages), these blocks are the layers.
 
     >>> stacks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     ()
@@ -118,12 +118,12 @@ def stacks(model: nn.Module) -> tuple[str, ...]:
         families: dict[str, dict[str, nn.Module]] = {}
         for name, child in children.items():
             number = _NUMBERED.fullmatch(name)
-            if number is not None and _holds(child):
+            if number is not None and _has_parameters(child):
                 families.setdefault(number[1], {})[name] = child
         inside = set()
         for stem, members in families.items():
-            kind, times = Counter(map(type, members.values())).most_common(1)[0]
-            if times > 1 and any(_composite(child) for child in members.values() if type(child) is kind):
+            kind, count = Counter(map(type, members.values())).most_common(1)[0]
+            if count > 1 and any(_composite(child) for child in members.values() if type(child) is kind):
                 found.append(f"{prefix}{stem}{{i}}{'.{j}' if _stages(members.values()) else ''}.**")
                 inside |= set(members)
         for name, child in children.items():
@@ -135,12 +135,12 @@ def stacks(model: nn.Module) -> tuple[str, ...]:
 
 
 def _stages(members: Iterable[nn.Module]) -> bool:
-    """Whether each is a container of blocks of one type, as a ResNet's `layer1` is; attention and MLP in a list are two types."""
+    """Whether each member contains only blocks of one type, as a ResNet's `layer1` does; attention and MLP in a list are two types."""
     kinds = set()
     for member in members:
         if type(member) not in (nn.Sequential, nn.ModuleList):
             return False
-        children = [child for child in _children(member).values() if _holds(child)]
+        children = [child for child in _children(member).values() if _has_parameters(child)]
         if not all(_composite(child) for child in children):
             return False
         kinds |= set(map(type, children))
@@ -152,35 +152,35 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
     return {name: inner(child) for name, child in inner(module).named_children()}
 
 
-def _holds(module: nn.Module) -> bool:
+def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
 def _composite(module: nn.Module) -> bool:
-    return any(_holds(child) for child in _children(module).values())
+    return any(_has_parameters(child) for child in _children(module).values())
 
 
-def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping[str, Named]) -> str:
-    """The pattern of the one stack that matters."""
-    wanted = {name: (name,) for first, one in parameters.items() if matter is None or first in matter for name in one.bare}
-    every = stacks(model)
-    counts = {text: len(set(_levels(compile_pattern(text), wanted).values())) for text in every}
-    mattering = [text for text in every if counts[text]] or list(every)
-    if len(mattering) == 1:
-        return mattering[0]
-    names = {name: (name,) for one in parameters.values() for name in one.bare}
-    sizes = {name: one.tensor.numel() for one in parameters.values() for name in one.bare}
-    held = {text: sum(sizes[name] for name in _levels(compile_pattern(text), names)) for text in mattering}
-    largest = max(mattering, key=held.__getitem__, default="")
-    if mattering and held[largest] >= MOST_OF * sum(held.values()) > 0:
+def _find_layers(model: nn.Module, matter: Collection[str] | None, parameters: Mapping[str, Named]) -> str:
+    """The pattern of the one stack of blocks that contains parameters of `matter`, or nearly all elements. ModelError if there is none."""
+    candidates = {name: (name,) for first, parameter in parameters.items() if matter is None or first in matter for name in parameter.bare}
+    found = stacks(model)
+    counts = {text: len(set(_levels(compile_pattern(text), candidates).values())) for text in found}
+    matching = [text for text in found if counts[text]] or list(found)
+    if len(matching) == 1:
+        return matching[0]
+    names = {name: (name,) for parameter in parameters.values() for name in parameter.bare}
+    sizes = {name: parameter.tensor.numel() for parameter in parameters.values() for name in parameter.bare}
+    elements = {text: sum(sizes[name] for name in _levels(compile_pattern(text), names)) for text in matching}
+    largest = max(matching, key=elements.__getitem__, default="")
+    if matching and elements[largest] >= MOST_OF * sum(elements.values()) > 0:
         return largest
-    if mattering:
+    if matching:
         raise ModelError(
-            f"{len(mattering)} stacks of blocks could be the layers",
-            hint=f"say which, layers={mattering[0]!r}, or several in their order: layers={mattering[:2]!r}",
-            problems=tuple(f"{text} ({counts[text]} layers)" for text in mattering),
+            f"{len(matching)} stacks of blocks could be the layers",
+            hint=f"say which, layers={matching[0]!r}, or several in their order: layers={matching[:2]!r}",
+            problems=tuple(f"{text} ({counts[text]} layers)" for text in matching),
         )
-    own = [f"{name}.**" for name, child in _children(model).items() if _holds(child)]
+    own = [f"{name}.**" for name, child in _children(model).items() if _has_parameters(child)]
     raise ModelError(
         "has no repeated blocks that could be the layers",
         path=type(model).__name__,
@@ -189,7 +189,7 @@ def _found(model: nn.Module, matter: Collection[str] | None, parameters: Mapping
 
 
 def _levels(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, tuple[int, ...]]:
-    """The numbers that a layer's pattern sees in each name that it matches, under the first of the names that this one goes by."""
+    """The numbers that a layer's pattern finds in each name that it matches."""
     matches = matched(pattern, names)
     digits = [{part for part, value in parts.items() if value.isascii() and value.isdigit()} for parts in matches.values()]
     # `layer{i}.**` also matches layer_norm: a part that is a number somewhere must be one everywhere, unless another part always is
@@ -197,14 +197,14 @@ def _levels(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, t
     numbers = [part for part in pattern.parts if part in (always or set().union(*digits))]
     return {
         name: tuple(int(parts[part]) for part in numbers)
-        for (name, parts), found in zip(matches.items(), digits, strict=True)
-        if found.issuperset(numbers)
+        for (name, parts), numeric in zip(matches.items(), digits, strict=True)
+        if numeric.issuperset(numbers)
     }
 
 
 def _around(order: list[str], layered: Mapping[str, int], top: int) -> dict[str, int]:
     """The depth of every name that is in no layer."""
-    spans: dict[str, list[int]] = {}  # a module's prefix to the first and last place of a layer in it, and the lowest and highest depth
+    spans: dict[str, list[int]] = {}  # by a module's prefix: the first and last position of a layer in it, its lowest and highest depth
     places = []
     for place, name in enumerate(order):
         if name not in layered:
@@ -213,22 +213,22 @@ def _around(order: list[str], layered: Mapping[str, int], top: int) -> dict[str,
         for prefix in _prefixes(name):
             span = spans.setdefault(prefix, [place, place, layered[name], layered[name]])
             span[1:] = [place, min(span[2], layered[name]), max(span[3], layered[name])]
-    found = {}
+    depth_of = {}
     for place, name in enumerate(order):
         if name in layered:
             continue
         first, last, lowest, highest = next(spans[prefix] for prefix in _prefixes(name) if prefix in spans)
         if place < first:
-            found[name] = lowest - 1
+            depth_of[name] = lowest - 1
         elif place > last:
-            found[name] = min(highest + 1, top)
+            depth_of[name] = min(highest + 1, top)
         else:
-            found[name] = layered[order[places[bisect_right(places, place) - 1]]]
-    return found
+            depth_of[name] = layered[order[places[bisect_right(places, place) - 1]]]
+    return depth_of
 
 
 def _prefixes(name: str) -> list[str]:
-    """The modules that hold a name, the innermost first.
+    """The prefixes of the modules that contain a name, the innermost first.
 
     >>> _prefixes("a.b.weight")
     ['a.b.', 'a.', '']

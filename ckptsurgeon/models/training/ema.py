@@ -1,6 +1,7 @@
-"""An averaged copy of a model (EMA, SWA): the model within its wrapper, and what the wrapper keeps of its own, such as `n_averaged`.
+"""An averaged copy of a model (EMA, SWA): the model inside its wrapper, and the wrapper's own buffers, such as `n_averaged`.
 
-Also the state_dicts nested in a live training checkpoint, by the same rule as in a file. Only what a failure puts back is copied here.
+Also finds the state_dicts nested in a live training checkpoint, by the same rule as in a file. Tensors are copied only for restoring them
+after a failure.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ def inner(averaged: Any) -> nn.Module:
     """The model whose weights are averaged.
 
     Raises:
-        ModelError: it is neither a model nor keeps one.
+        ModelError: `averaged` is not a model and has none.
 
     >>> inner(torch.optim.swa_utils.AveragedModel(nn.Linear(3, 2)))
     Linear(in_features=3, out_features=2, bias=True)
     """
     wraps = not isinstance(averaged, nn.Module) or list(averaged._modules) in [[name] for name in _INNER]
-    found = next((getattr(averaged, name, None) for name in _INNER if isinstance(getattr(averaged, name, None), nn.Module)), None)
-    model = found if wraps else averaged
+    wrapped = next((getattr(averaged, name, None) for name in _INNER if isinstance(getattr(averaged, name, None), nn.Module)), None)
+    model = wrapped if wraps else averaged
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(averaged).__name__} is no averaged model", hint="give the module that holds the averaged weights")
     return model
 
 
 def own_buffers(averaged: Any) -> dict[str, torch.Tensor]:
-    """What the wrapper keeps beside the model: `n_averaged`."""
+    """The wrapper's own buffers, such as `n_averaged`."""
     if not isinstance(averaged, nn.Module) or averaged is inner(averaged):
         return {}
     return {name: buffer for name, buffer in averaged._buffers.items() if buffer is not None}
@@ -48,7 +49,7 @@ def own_buffers(averaged: Any) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def restored(model: nn.Module | None, buffers: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """When what is done within fails, the model and the buffers hold what they held."""
+    """Restore the values of the model and the buffers if the block fails."""
     tensors = [*buffers.values(), *(() if model is None else (*model.parameters(), *model.buffers()))]
     kept = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -63,7 +64,7 @@ def restored(model: nn.Module | None, buffers: Mapping[str, torch.Tensor]) -> It
 def live_roots(source: Mapping[Any, Any]) -> Archive:
     """The state_dicts in a live training checkpoint, as a file's reader would list them, without data.
 
-    >>> [found.root for found in live_roots({"epoch": 3, "net": {"w": torch.zeros(2)}}).state_dicts]
+    >>> [state_dict.root for state_dict in live_roots({"epoch": 3, "net": {"w": torch.zeros(2)}}).state_dicts]
     ['net']
     """
     return Archive("the source", "model", "", (), tuple(_roots("", source, set(), 0)), kind="model")
@@ -77,10 +78,10 @@ def _roots(place: str, value: Any, seen: set[int], depth: int) -> Iterator[State
     if isinstance(value, Mapping):
         if "state" in value and "param_groups" in value:
             return
-        tensors = {key: one for key, one in items if isinstance(key, str) and isinstance(one, torch.Tensor)}
+        tensors = {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
         if tensors:
-            found = checkpoint_of_state_dict(tensors)
-            yield StateDict(place, found.tensors, ties=found.ties)
-    for key, one in items:
+            checkpoint = checkpoint_of_state_dict(tensors)
+            yield StateDict(place, checkpoint.tensors, ties=checkpoint.ties)
+    for key, item in items:
         if isinstance(key, (str, int)):
-            yield from _roots(f"{place}.{key}" if place else str(key), one, seen, depth + 1)
+            yield from _roots(f"{place}.{key}" if place else str(key), item, seen, depth + 1)

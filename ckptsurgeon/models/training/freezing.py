@@ -1,8 +1,8 @@
-"""Freezes parameters by pattern or by record, and thaws them: `requires_grad`, and eval mode for norms whose statistics would still move.
+"""Freezes parameters by pattern or by record, and thaws them: sets `requires_grad`, and eval mode for norms with running statistics.
 
-A wholly frozen layer that keeps running statistics (BatchNorm, InstanceNorm, SyncBatchNorm: anything with a `running_mean`) stays in eval
-mode, whatever `model.train()` says; LayerNorm and GroupNorm keep none and are left alone, and so is dropout. Only the layer's own `train`
-is replaced, in its instance, so that state_dict, forward and class stay what they are, and a copy or a pickle stays frozen too.
+A wholly frozen layer with running statistics (BatchNorm, InstanceNorm, SyncBatchNorm: anything with a `running_mean`) stays in eval
+mode even after `model.train()`. LayerNorm, GroupNorm and dropout are not changed. Only the `train` method of the layer's instance is
+replaced, so state_dict, forward and class stay the same, and a copy or a pickle stays frozen too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, repr=False)
 class Frozen(Shown):
-    """What `freeze` froze, or `unfreeze` thawed; printed, a short text.
+    """What `freeze` froze, or `unfreeze` thawed. `str()` gives a short text.
 
     Attributes:
         verb: `frozen` or `thawed`.
         keys: the tensors, each by its first name.
-        modules: the layers that are kept in eval mode from now on (or, thawed, no longer are).
-        trainable: what of the model is trainable now.
-        elements: how many numbers `keys` hold.
+        modules: the layers that are kept in eval mode from now on (after thawing: no longer are).
+        trainable: the parameters that are trainable now.
+        elements: the number of elements in `keys`.
     """
 
     verb: str
@@ -45,7 +45,7 @@ class Frozen(Shown):
     elements: int
 
     def __str__(self) -> str:
-        """The text: names folded."""
+        """A short text with folded names."""
         kept = "kept in eval mode" if self.verb == "frozen" else "no longer kept in eval mode"
         rows = [
             (f"{self.verb} {len(self.keys)} tensors, {self.elements:,} elements", self.keys),
@@ -60,16 +60,17 @@ def freeze(model: nn.Module, what: object, *, partial: str = FRESH) -> Frozen:
 
     Args:
         model: changed in place. Convert to SyncBatchNorm before: conversion builds new layers, which would not be kept in eval mode.
-        what: a pattern or several, held against the names of parameters and buffers; or a report, plan or merged checkpoint: then all is
-            frozen that is not fresh.
-        partial: under a record, whether partly transferred tensors count as `fresh` (they train, since part of them has learned nothing)
+        what: one or more patterns for names of parameters and buffers; or a report, plan or merged checkpoint, which freezes everything
+            that is not fresh.
+        partial: with a record, whether partly transferred tensors count as `fresh` (and train, since a part of them is untrained)
             or as `transferred`.
 
     Returns:
-        What is frozen now by this call (what was frozen already included) and what still trains.
+        What this call froze (including what was frozen already) and what is still trainable.
 
     Raises:
-        ModelError: a pattern that matches nothing, a record of another model, nothing to freeze, nothing that says what to freeze.
+        ModelError: a pattern matches nothing, a record belongs to another model, there is nothing to freeze, or `what` is neither a
+            pattern nor a record.
         NoRecordError: a checkpoint that does not record what is fresh.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
@@ -82,14 +83,14 @@ def freeze(model: nn.Module, what: object, *, partial: str = FRESH) -> Frozen:
     """
     every, buffers = named_tensors(model)
     chosen = _chosen(model, every, buffers, what, partial)
-    keys = tuple(first for first, one in every.items() if id(one.tensor) in chosen)
+    keys = tuple(first for first, parameter in every.items() if id(parameter.tensor) in chosen)
     for first in keys:
         every[first].tensor.requires_grad_(False)
-        every[first].tensor.grad = None  # an optimizer would go on stepping with a stale one
+        every[first].tensor.grad = None  # an optimizer would keep stepping with a stale gradient
     modules = []
     for name, layer in _with_statistics(model).items():
         own = list(layer.parameters())
-        if all(not one.requires_grad for one in own) and _covered(layer, chosen, by_record=not is_patterns(what)):
+        if all(not parameter.requires_grad for parameter in own) and _covered(layer, chosen, by_record=not is_patterns(what)):
             layer.training = False
             layer.__dict__["train"] = bound(_stay, layer)
             modules.append(name)
@@ -103,10 +104,10 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
 
     Args:
         model: changed in place.
-        what: a pattern or several, held against the names of parameters and buffers; all by default.
+        what: one or more patterns for names of parameters and buffers; all by default.
 
     Returns:
-        What was thawed, and what trains now.
+        What was thawed, and what is trainable now.
 
     Raises:
         ModelError: a pattern that matches nothing.
@@ -121,15 +122,15 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
 
 
 def thaw(model: nn.Module, every: Mapping[str, Named], chosen: Container[int]) -> Frozen:
-    """`unfreeze` for parameters and buffers that are known, by their id."""
-    found = [first for first, one in every.items() if id(one.tensor) in chosen]
-    keys = tuple(first for first in found if not every[first].trainable and _learns(every[first].tensor))
+    """`unfreeze` for parameters and buffers given by id; `every` is `named(model)`."""
+    names = [first for first, parameter in every.items() if id(parameter.tensor) in chosen]
+    keys = tuple(first for first in names if not every[first].trainable and _learns(every[first].tensor))
     for first in keys:
         every[first].tensor.requires_grad_(True)
     modules = []
     for name, layer in _with_statistics(model).items():
         own = list(layer.parameters())
-        free = any(one.requires_grad for one in own) if own else _covered(layer, chosen, by_record=False)
+        free = any(parameter.requires_grad for parameter in own) if own else _covered(layer, chosen, by_record=False)
         if is_kept(layer) and free:
             del layer.__dict__["train"]
             layer.training = model.training
@@ -144,7 +145,7 @@ def is_kept(layer: nn.Module) -> bool:
 
 
 def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for a kept layer's `train`. A plain function in a `partial`, so that copies and pickles are bound to the new layer."""
+    """Replaces the `train` of a layer kept in eval mode. A function in a `partial`, so that copies and pickles bind to the new layer."""
     layer.training = False
     return layer
 
@@ -154,14 +155,14 @@ def _learns(parameter: torch.Tensor) -> bool:
 
 
 def is_patterns(what: object) -> bool:
-    """Whether it is patterns, and not a record. A list of names would be a record for `param_groups`; here it says what to freeze."""
+    """Whether `what` is patterns and not a record. A list of names is a record for `param_groups`; here it lists what to freeze."""
     if isinstance(what, str):
         return True
     return isinstance(what, Iterable) and not isinstance(what, (Checkpoint, Mapping)) and not hasattr(what, "fresh")
 
 
 def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, Named], what: object, partial: str) -> set[int]:
-    """The parameters and buffers that are meant, by their id."""
+    """The ids of the parameters and buffers that `what` selects."""
     tensors = {**every, **buffers}
     if is_patterns(what):
         patterns = listed(what)  # type: ignore[arg-type]
@@ -169,7 +170,7 @@ def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, 
             raise ModelError(f"{what!r} does not say what to freeze", hint="give patterns such as 'layer1.**', or a report")
         return {
             id(tensors[first].tensor)
-            for first in first_matching_pattern(patterns, {first: one.every for first, one in tensors.items()}, (), "")
+            for first in first_matching_pattern(patterns, {first: named.every for first, named in tensors.items()}, (), "")
         }
     if partial not in (TRANSFERRED, FRESH):
         raise ModelError(f"partial can't be {partial!r}", hint="give 'transferred' or 'fresh'")
@@ -177,38 +178,40 @@ def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, 
     fresh = known_fresh(keys, tensors.values(), what)
     if partial == FRESH and _knows_partial(what):
         fresh |= known_partial(keys, tensors.values(), what)
-    free = fresh_parameters(every, buffers, fresh) | {first for first, one in buffers.items() if one.keys and fresh.issuperset(one.keys)}
-    return {id(one.tensor) for first, one in tensors.items() if first not in free}
+    trained = fresh_parameters(every, buffers, fresh) | {
+        first for first, named in buffers.items() if named.keys and fresh.issuperset(named.keys)
+    }
+    return {id(named.tensor) for first, named in tensors.items() if first not in trained}
 
 
 def _knows_partial(what: object) -> bool:
-    """A file that was merged before partly transferred tensors were recorded has none: its adapters could not fill up."""
+    """Whether a record lists partly transferred tensors. Files merged before that was recorded have none: adapters could not fill then."""
     return not isinstance(what, Checkpoint) or "partial" in (what.provenance or {})
 
 
 def _with_statistics(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that keep running statistics, by name."""
-    found = {}
+    layers = {}
     for name, layer in model.named_modules():
         if any(layer._buffers.get(leaf) is not None for leaf in _STATISTICS[:2]):
-            found[name] = layer
-    return found
+            layers[name] = layer
+    return layers
 
 
 def _covered(layer: nn.Module, chosen: Container[int], *, by_record: bool) -> bool:
-    """Whether what was asked for takes the layer: one of its parameters, or, without any and under a record, its statistics.
+    """Whether `chosen` includes one of the layer's parameters or, for a layer without parameters, its statistics.
 
-    A record under which the statistics are fresh leaves the layer alone: in eval mode it would work with none.
+    With a record, the statistics must be included too: if they are fresh, the layer in eval mode would have no usable statistics.
     """
     statistics = [layer._buffers[leaf] for leaf in _STATISTICS[:2] if layer._buffers.get(leaf) is not None]
-    own = list(layer.parameters())
-    taken_statistics = all(id(one) in chosen for one in statistics)
-    if not own:
+    parameters = list(layer.parameters())
+    taken_statistics = all(id(tensor) in chosen for tensor in statistics)
+    if not parameters:
         return taken_statistics
-    return any(id(one) in chosen for one in own) and (taken_statistics or not by_record)
+    return any(id(tensor) in chosen for tensor in parameters) and (taken_statistics or not by_record)
 
 
 def _report(verb: str, model: nn.Module, keys: tuple[str, ...], modules: list[str]) -> Frozen:
     every = named(model)
     elements = sum(every[first].tensor.numel() for first in keys)
-    return Frozen(verb, keys, tuple(modules), tuple(first for first, one in every.items() if one.trainable), elements)
+    return Frozen(verb, keys, tuple(modules), tuple(first for first, parameter in every.items() if parameter.trainable), elements)

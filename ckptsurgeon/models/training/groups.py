@@ -1,7 +1,7 @@
-"""A model's parameters in groups that learn at different rates: transferred (by depth, if wanted), fresh, and what patterns name.
+"""A model's parameters in groups with different learning rates: transferred (optionally by depth), fresh, and matched by patterns.
 
-Every trainable parameter is in exactly one group, a frozen one in none; that is checked by identity before anything is returned.
-Nothing here changes the model or guesses what is fresh: where no record says so, that is an error.
+Every trainable parameter is in exactly one group, a frozen one in none; this is checked by identity before the groups are returned.
+The model is not changed, and nothing is guessed: without a record of what is fresh, an error is raised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_DECAY = "/no decay"
 
 @dataclass(frozen=True)
 class _Rows:
-    """The groups as they fill: by place (kind, depth, without decay), in which order they are given out."""
+    """The groups being built, by position: (kind, depth, without decay), which is also their order in the result."""
 
     rates: dict[tuple[int, int, bool], tuple[str, float | None]] = field(default_factory=dict)
     members: dict[tuple[int, int, bool], list[tuple[str, torch.Tensor]]] = field(default_factory=dict)
@@ -54,71 +54,73 @@ def param_groups(
     no_decay: NoDecay = False,
     partial: str = TRANSFERRED,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any `torch.optim` optimizer: `transferred`, `fresh`, then one for each override; empty ones left out.
+    """Parameter groups for any `torch.optim` optimizer: `transferred`, `fresh`, then one for each override; empty groups are left out.
 
-    A tied parameter counts once, under its first name; it is fresh only if all its keys are, since otherwise a source gave it its
-    values, and an override takes it if the pattern matches any of its names. A name is one of the model's, with wrappers' segments or
-    without, or a key of the state_dict.
+    A tied parameter counts once, under its first name. It is fresh only if all its keys are, since otherwise a source gave it its
+    values. An override applies if its pattern matches any of the parameter's names: those in the model, with or without wrappers'
+    segments, and its keys in the state_dict.
 
     Args:
-        model: on any device; its `requires_grad` flags say what is trainable.
-        source: what is fresh, as for `fresh_keys`.
+        model: on any device; its `requires_grad` flags decide what is trainable.
+        source: the record of what is fresh, as for `fresh_keys`.
         lr: the transferred parameters' learning rate; None leaves it to the optimizer.
-        fresh_lr: the fresh parameters' learning rate, or
-        fresh_scale: what `lr` is multiplied with for them.
+        fresh_lr: the fresh parameters' learning rate.
+        fresh_scale: instead of `fresh_lr`: the fresh parameters' rate is `lr` × fresh_scale.
         weight_decay: for all groups; None leaves it to the optimizer.
-        overrides: learning rate by pattern of parameter names, before all else; the first pattern that matches wins.
+        overrides: learning rates by pattern of parameter names, which take precedence; the first matching pattern wins.
         layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), so that the head's is `lr`, the last
             layer's `lr` × layer_decay, and the stem's the least: layer-wise decay as in ELECTRA (Clark et al. 2020, arXiv:2003.10555) and
             BEiT (Bao et al. 2021, arXiv:2106.08254). Fresh parameters and overrides keep their rate.
-        layers: what the layers are, as for `depths`; None asks a timm model's own `group_matcher`, and else finds them in the module tree.
-        no_decay: what gets no weight decay, as for `without_decay`; each group then comes in two, the second named `…/no decay`.
-        partial: whether tensors that are partly transferred count as `transferred` or as `fresh`.
+        layers: patterns for the layers, as for `depths`; None uses a timm model's own `group_matcher`, or finds them in the module tree.
+        no_decay: what gets no weight decay, as for `without_decay`; such parameters are in groups of their own, named `…/no decay`.
+        partial: whether partly transferred tensors count as `transferred` or as `fresh`.
 
     Returns:
-        Dicts of `name`, `params` (the parameters), `param_names`, and `lr` and `weight_decay` where they are known. All have
-        `param_names`, as torch's optimizers want it, and keep it through their state_dict.
+        Dicts of `name`, `params` (the parameters), `param_names`, and `lr` and `weight_decay` where they are known. All groups have
+        `param_names`, as torch's optimizers require, which then keep it in their state_dict.
 
     Raises:
         NoRecordError: as `fresh_keys` and, with `partial="fresh"`, `partial_keys`.
-        ModelError: keys on record that the model has not, a pattern that matches no trainable parameter, nothing trainable, a lazy
-            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` where one is needed, layers
-            that can't be told (`depths`).
+        ModelError: recorded keys that the model does not have, a pattern that matches no trainable parameter, nothing trainable, a lazy
+            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` where one is needed, or
+            layers that can't be found (`depths`).
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> groups = param_groups(net, ["1.weight", "1.bias"], lr=1e-3, fresh_lr=1e-2)
     >>> [(group["name"], group["lr"], group["param_names"]) for group in groups]
     [('transferred', 0.001, ['0.weight', '0.bias']), ('fresh', 0.01, ['1.weight', '1.bias'])]
     """
-    given = dict(overrides or {})
-    check_rates({"lr": lr, "fresh_lr": fresh_lr, "fresh_scale": fresh_scale, "weight_decay": weight_decay, **given})
+    rates = dict(overrides or {})
+    check_rates({"lr": lr, "fresh_lr": fresh_lr, "fresh_scale": fresh_scale, "weight_decay": weight_decay, **rates})
     _check_choices(lr, fresh_lr, fresh_scale, layer_decay, layers, partial)
     every, buffers = named_tensors(model)
     tensors = [*every.values(), *buffers.values()]
     keys = state_dict_of(model, type(model).__name__)
     fresh = known_fresh(keys, tensors, source) | (known_partial(keys, tensors, source) if partial == FRESH else frozenset())
-    trainable = {first: one for first, one in every.items() if one.trainable}
+    trainable = {first: parameter for first, parameter in every.items() if parameter.trainable}
     if not trainable:
         raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if every else None)
-    chosen = first_matching_pattern(given, {first: one.every for first, one in trainable.items()}, _frozen_names(every), "frozen")
-    bare = without_decay(model, no_decay)
-    newest = fresh_parameters(every, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
+    chosen = first_matching_pattern(
+        rates, {first: parameter.every for first, parameter in trainable.items()}, _frozen_names(every), "frozen"
+    )
+    undecayed = without_decay(model, no_decay)
+    fresh_first = fresh_parameters(every, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
     rate = lr * fresh_scale if lr is not None and fresh_scale is not None else fresh_lr
-    if newest and rate is None:
+    if fresh_first and rate is None:
         hint = "give fresh_lr=1e-2, or fresh_scale=10"
-        first = next(first for first in trainable if first in newest)
-        raise ModelError(f"{len(newest)} parameters are fresh, and no rate is given for them", key=first, hint=hint)
-    deep = depths(model, layers, trainable.keys() - newest - chosen.keys()) if layer_decay is not None else None
-    rows, turns = _Rows(), {text: number for number, text in enumerate(given, start=2)}
-    for first, one in trainable.items():
-        plain = first in bare
+        first = next(first for first in trainable if first in fresh_first)
+        raise ModelError(f"{len(fresh_first)} parameters are fresh, and no rate is given for them", key=first, hint=hint)
+    layer_depths = depths(model, layers, trainable.keys() - fresh_first - chosen.keys()) if layer_decay is not None else None
+    rows, positions = _Rows(), {text: number for number, text in enumerate(rates, start=2)}
+    for first, parameter in trainable.items():
+        no_weight_decay = first in undecayed
         if first in chosen:
-            rows.add((turns[chosen[first]], 0, plain), chosen[first], given[chosen[first]], first, one.tensor)
-        elif first in newest:
-            rows.add((1, 0, plain), FRESH, rate, first, one.tensor)
+            rows.add((positions[chosen[first]], 0, no_weight_decay), chosen[first], rates[chosen[first]], first, parameter.tensor)
+        elif first in fresh_first:
+            rows.add((1, 0, no_weight_decay), FRESH, rate, first, parameter.tensor)
         else:
-            depth, name, own = _by_depth(deep, first, lr, layer_decay)
-            rows.add((0, depth, plain), name, own, first, one.tensor)
+            depth, name, own = _by_depth(layer_depths, first, lr, layer_decay)
+            rows.add((0, depth, no_weight_decay), name, own, first, parameter.tensor)
     groups = [_group(*rows.rates[place], weight_decay, place[2], rows.members[place]) for place in sorted(rows.rates)]
     check_groups(model, groups)
     _check_claims(every, fresh, groups)
@@ -126,13 +128,13 @@ def param_groups(
 
 
 def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Every trainable parameter of the model is in exactly one group, and nothing else is in any.
+    """Check that every trainable parameter of the model is in exactly one group, and that the groups contain nothing else.
 
     Args:
         groups: dicts with `params`, such as an optimizer's `param_groups`.
 
     Raises:
-        ModelError: it is not so; each parameter that is in none, in two, twice in one, or frozen in one is named.
+        ModelError: otherwise; it names each parameter that is in no group, in several, twice in one, or frozen and in one.
 
     >>> net = nn.Linear(3, 2)
     >>> check_groups(net, [{"name": "all", "params": [net.weight]}])
@@ -140,7 +142,7 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
     ckptsurgeon.errors.ModelError: bias: is trainable, and in no group
     """
     every = named(model)
-    known = {id(one.tensor) for one in every.values()}
+    known = {id(names.tensor) for names in every.values()}
     places: dict[int, list[str]] = {}
     problems = []
     for number, group in enumerate(groups):
@@ -149,13 +151,13 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
             places.setdefault(id(parameter), []).append(title)
             if id(parameter) not in known:
                 problems.append((f"a parameter of shape {tuple(parameter.shape)}", f"is in the group {title!r}, and not the model's"))
-    for first, one in every.items():
-        found = places.get(id(one.tensor), [])
-        if len(found) > 1:
-            problems.append((first, f"is in {len(found)} groups: {', '.join(map(repr, found))}"))
-        elif found and not one.trainable:
-            problems.append((first, f"is frozen, and in the group {found[0]!r}"))
-        elif one.trainable and not found:
+    for first, names in every.items():
+        titles = places.get(id(names.tensor), [])
+        if len(titles) > 1:
+            problems.append((first, f"is in {len(titles)} groups: {', '.join(map(repr, titles))}"))
+        elif titles and not names.trainable:
+            problems.append((first, f"is frozen, and in the group {titles[0]!r}"))
+        elif names.trainable and not titles:
             problems.append((first, "is trainable, and in no group"))
     if len(problems) == 1:
         raise ModelError(problems[0][1], key=problems[0][0])
@@ -165,29 +167,31 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _check_claims(every: Mapping[str, Named], fresh: frozenset[str], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Every fresh key of a trainable parameter is claimed by exactly one group. ModelError otherwise."""
+    """Check that the parameters which share a fresh key are all in the same group. ModelError otherwise."""
     group_of = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
     claims: dict[str, list[str]] = {}
-    for one in every.values():
-        for key in one.keys if one.trainable else ():
-            claims.setdefault(key, []).append(group_of[id(one.tensor)])
+    for parameter in every.values():
+        for key in parameter.keys if parameter.trainable else ():
+            claims.setdefault(key, []).append(group_of[id(parameter.tensor)])
     for key, titles in claims.items():
         if key in fresh and len(set(titles)) > 1:
             words = " and ".join(map(repr, titles))
             raise ModelError(f"is fresh, and of {len(titles)} parameters that share its memory, in the groups {words}", key=key)
 
 
-def _by_depth(deep: Depths | None, first: str, lr: float | None, decay: float | None) -> tuple[int, str, float | None]:
-    if deep is None or lr is None or decay is None:
+def _by_depth(layer_depths: Depths | None, first: str, lr: float | None, decay: float | None) -> tuple[int, str, float | None]:
+    if layer_depths is None or lr is None or decay is None:
         return 0, TRANSFERRED, lr
-    depth = deep.of[first]
-    return depth, f"{TRANSFERRED}/{deep.label(depth)}", lr * decay ** (deep.top - depth)
+    depth = layer_depths.of[first]
+    return depth, f"{TRANSFERRED}/{layer_depths.label(depth)}", lr * decay ** (layer_depths.top - depth)
 
 
-def _group(name: str, lr: float | None, decay: float | None, plain: bool, members: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    known = {"lr": lr, "weight_decay": 0.0 if plain else decay}
+def _group(
+    name: str, lr: float | None, decay: float | None, no_weight_decay: bool, members: list[tuple[str, torch.Tensor]]
+) -> dict[str, Any]:
+    known = {"lr": lr, "weight_decay": 0.0 if no_weight_decay else decay}
     return {
-        "name": name + (NO_DECAY if plain else ""),
+        "name": name + (NO_DECAY if no_weight_decay else ""),
         "params": [parameter for _, parameter in members],
         "param_names": [first for first, _ in members],
         **{word: value for word, value in known.items() if value is not None},
@@ -195,7 +199,7 @@ def _group(name: str, lr: float | None, decay: float | None, plain: bool, member
 
 
 def _frozen_names(every: Mapping[str, Named]) -> list[str]:
-    return [name for one in every.values() if not one.trainable for name in one.every]
+    return [name for parameter in every.values() if not parameter.trainable for name in parameter.every]
 
 
 def check_rates(rates: Mapping[str, float | None]) -> None:

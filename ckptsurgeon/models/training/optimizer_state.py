@@ -1,6 +1,6 @@
-"""Makes the state of a new optimizer from planned moments, and gives it to the optimizer: everything is made before anything is loaded.
+"""Makes the state of a new optimizer from planned moments and loads it into the optimizer. All of it is made before any of it is loaded.
 
-The groups' hyper-parameters stay the new optimizer's. What a dtype can't hold is left out with its reason, never rounded to infinity.
+The groups keep the new optimizer's hyper-parameters. A moment that a dtype can't hold is left out with its reason, never made infinite.
 Nothing here opens a file: tensors come through `fetch`.
 """
 
@@ -30,12 +30,12 @@ from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 Fetch = Callable[[TensorMeta], torch.Tensor]
 Spread = Callable[[torch.Tensor, TensorMeta | torch.Tensor], None]  # fills a sharded tensor from a file's, or from a whole one
-LARGEST_STEP = 1 << 53  # beyond which a float counts no longer one by one
+LARGEST_STEP = 1 << 53  # above it, floats can't hold every whole number
 
 
 @dataclass(frozen=True)
 class Made:
-    """A new optimizer's state: what `load_state_dict` takes, what became of each parameter, what casts lost, and what there is to say."""
+    """A new optimizer's state: what `load_state_dict` takes, the outcome for each parameter, what casts lost, and notes by parameter."""
 
     state_dict: dict[str, Any]
     plans: tuple[ParameterPlan, ...]
@@ -44,7 +44,7 @@ class Made:
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str | None:
-    """The name by which `SLOTS` has an optimizer; None for one that it has not, a person's own subclass included.
+    """An optimizer's name in `SLOTS`; None for one that is not there, such as a user-defined subclass.
 
     >>> kind_of(torch.optim.SGD([torch.zeros(1)], lr=0.1)), kind_of(torch.optim.Adagrad([torch.zeros(1)]))
     ('SGD', None)
@@ -56,10 +56,10 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Parameter, ...]:
-    """The optimizer's parameters in its own order, with the keys of the model's state_dict that are each of them.
+    """The optimizer's parameters in its own order, each with its keys in the model's state_dict.
 
     Raises:
-        ModelError: `optimizer` is none, or has no parameter of the model.
+        ModelError: `optimizer` is no optimizer, or has no parameter of the model.
 
     >>> net = nn.Linear(3, 2)
     >>> [(one.name, one.keys, one.shape) for one in parameters_of(net, torch.optim.SGD(net.parameters(), lr=0.1))]
@@ -67,36 +67,36 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(f"a {type(optimizer).__name__} is no optimizer of torch", hint="give the new torch.optim optimizer itself")
-    known = {id(one.tensor): (first, one.keys) for first, one in named(model).items()}
+    known = {id(names.tensor): (first, names.keys) for first, names in named(model).items()}
     kind = kind_of(optimizer)
-    found = []
+    parameters = []
     for number, group in enumerate(optimizer.param_groups):
         slots = wanted_slots(kind, group) if kind is not None else ()
         for index, parameter in enumerate(group["params"]):
-            name, own = known.get(id(parameter), (f"parameter {index} of group {number}", ()))
+            name, keys = known.get(id(parameter), (f"parameter {index} of group {number}", ()))
             dtype = BY_TORCH.get(str(parameter.dtype).removeprefix("torch."))
-            found.append(Parameter(name, own, "F32" if dtype is None else dtype.code, tuple(parameter.shape), slots))
-    if found and not any(parameter.keys for parameter in found):
+            parameters.append(Parameter(name, keys, "F32" if dtype is None else dtype.code, tuple(parameter.shape), slots))
+    if parameters and not any(parameter.keys for parameter in parameters):
         raise ModelError(
             "the optimizer has no parameter of the model", path=type(model).__name__, hint="make it from this model's own parameters"
         )
-    return tuple(found)
+    return tuple(parameters)
 
 
 def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: Mapping[str, Step], source: Checkpoint) -> LiveOrder:
-    """What a model, and its optimizer's groups, say about whose the source's moments are.
+    """The order of a model's parameters and of its optimizer's groups, from which the source's moments are assigned to parameters.
 
     Args:
-        optimizer: over the model's parameters; without one, a model's order never decides unasked.
+        optimizer: over the model's parameters; without one, the model's order never decides alone.
         steps: the weights' plan by target key.
     """
     parameters, buffers = named_tensors(model)
-    keys = {id(one.tensor): one.keys for one in parameters.values()}
+    keys = {id(names.tensor): names.keys for names in parameters.values()}
     groups = [] if optimizer is None else optimizer.param_groups
     return live_order(
-        {name: one.keys for one in parameters.values() for name in one.every},
+        {name: names.keys for names in parameters.values() for name in names.every},
         list(keys.values()),
-        [key for one in buffers.values() for key in one.keys],
+        [key for names in buffers.values() for key in names.keys],
         [[keys.get(id(parameter), ()) for parameter in group["params"]] for group in groups],
         groups,
         steps,
@@ -106,7 +106,7 @@ def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: M
 
 
 def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch, spread: Spread | None = None) -> Made:
-    """The state that `plans` say, on the parameters' devices, in their dtypes and strides; nothing is loaded yet.
+    """Make the planned state, on the parameters' devices, in their dtypes and strides. Nothing is loaded yet.
 
     Args:
         plans: one for each parameter, in the optimizer's order.
@@ -120,28 +120,28 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
     state: dict[int, dict[str, Any]] = {}
     casts: list[Cast] = []
     notes: list[tuple[str, str]] = []
-    done: list[ParameterPlan] = []
+    kept: list[ParameterPlan] = []
     for position, (parameter, plan) in enumerate(zip(parameters, plans, strict=True)):
         lost: list[Cast] = []
         values: dict[str, Any] = {}
         for slot in plan.slots:
-            made = _value(parameter, plan, slot, fetch, lost, spread)
-            if isinstance(made, str):
-                plan = replace(plan, slots=(), reason=f"the source's {slot.slot.name} {made}")
+            value = _value(parameter, plan, slot, fetch, lost, spread)
+            if isinstance(value, str):
+                plan = replace(plan, slots=(), reason=f"the source's {slot.slot.name} {value}")
                 break
-            values[slot.slot.name] = made
-        done.append(plan)
+            values[slot.slot.name] = value
+        kept.append(plan)
         if plan.reason is None:
             casts += lost
             notes += _notes(plan, fetch)
         if plan.slots:
             state[position] = values
     own = user_code.call(type(optimizer).__name__, optimizer.state_dict)
-    return Made({"state": state, "param_groups": own["param_groups"]}, tuple(done), tuple(casts), tuple(notes))
+    return Made({"state": state, "param_groups": own["param_groups"]}, tuple(kept), tuple(casts), tuple(notes))
 
 
 def _value(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast], spread: Spread | None) -> Any:
-    """A slot's value; or why it can't be had, as text."""
+    """A slot's value; or, as a str, why there is none."""
     if slot.slot.kind == "step":
         return _step(slot, fetch)
     if slot.slot.kind == "code":
@@ -161,9 +161,9 @@ def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
 
 
 def count_of(leaf: Leaf, fetch: Fetch) -> float | None:
-    """A step count; None for what is none."""
+    """A step count; None for a value that is none."""
     value = fetch(leaf).reshape(()).item() if type(leaf) is TensorMeta else leaf
-    plain = type(value) in (int, float) and 0 <= value <= LARGEST_STEP  # which NaN is not either
+    plain = type(value) in (int, float) and 0 <= value <= LARGEST_STEP  # False for NaN
     return float(value) if plain else None
 
 
@@ -179,34 +179,34 @@ def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
 def _moment(
     parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast], spread: Spread | None
 ) -> torch.Tensor | str:
-    """A moment as the parameter lies in memory; or why it can't be had."""
-    found = torch.zeros_like(parameter, requires_grad=False)
+    """A moment with the parameter's device, dtype and strides; or, as a str, why there is none."""
+    moment = torch.zeros_like(parameter, requires_grad=False)
     if not slot.leaves:
-        return found
-    name, goal = f"{plan.parameter.name} {slot.slot.name}", plan.parameter
-    if spread is not None and is_sharded(found) and not slot.ops and slot.leaves[0].dtype == goal.dtype:
-        spread(found, slot.leaves[0])
-        return found
+        return moment
+    name, target = f"{plan.parameter.name} {slot.slot.name}", plan.parameter
+    if spread is not None and is_sharded(moment) and not slot.ops and slot.leaves[0].dtype == target.dtype:
+        spread(moment, slot.leaves[0])
+        return moment
     tensors = [fetch(leaf).detach() for leaf in slot.leaves]
     dtype = slot.leaves[0].dtype
-    made = tensors[0]
+    value = tensors[0]
     if slot.ops:
-        step = Step(name, dtype, goal.shape, "adapt", plan.sources, slot.ops, False, "")
-        made = adapted(step, [tensor.cpu() for tensor in tensors], lambda: torch.zeros(goal.shape, dtype=found.dtype), {})
-    if dtype != goal.dtype:
-        made = tensor_from(bytearray().join(cast(name, dense_parts(made), dtype, goal.dtype, casts)), goal.dtype).view(goal.shape)
+        step = Step(name, dtype, target.shape, "adapt", plan.sources, slot.ops, False, "")
+        value = adapted(step, [tensor.cpu() for tensor in tensors], lambda: torch.zeros(target.shape, dtype=moment.dtype), {})
+    if dtype != target.dtype:
+        value = tensor_from(bytearray().join(cast(name, dense_parts(value), dtype, target.dtype, casts)), target.dtype).view(target.shape)
         if casts[-1].overflowed:
-            return f"has values that {goal.dtype} can't hold"
-    if spread is not None and is_sharded(found):
-        spread(found, made)
-        return found
+            return f"has values that {target.dtype} can't hold"
+    if spread is not None and is_sharded(moment):
+        spread(moment, value)
+        return moment
     with torch.no_grad():
-        return found.copy_(made)
+        return moment.copy_(value)
 
 
 @contextmanager
 def loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[None]:
-    """Give an optimizer its state; when that, or what is done within, fails, it has what it had.
+    """Load a state into an optimizer; restore its former state if that or the block fails.
 
     Raises:
         TargetError: the optimizer, or a hook on it, refuses the state.
@@ -223,7 +223,7 @@ def loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> I
 
 @contextmanager
 def driving(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Set what a scheduler drives in its optimizer's groups; when what is done within fails, they have what they had."""
+    """Set the values that a scheduler changes in its optimizer's groups; restore the former ones if that or the block fails."""
     before = [{word: _kept(group[word]) for word in own if word in group} for group, own in zip(groups, values, strict=True)]
     try:
         _drive(groups, values)
@@ -238,8 +238,8 @@ def _kept(value: Any) -> Any:
 
 
 def _drive(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
-    for group, own in zip(groups, values, strict=True):
-        for word, value in own.items():
+    for group, new_values in zip(groups, values, strict=True):
+        for word, value in new_values.items():
             if isinstance(group.get(word), torch.Tensor):
                 group[word].copy_(value) if isinstance(value, torch.Tensor) else group[word].fill_(value)
             else:

@@ -1,8 +1,9 @@
-"""How deep each parameter lies by a model's own word: timm's `group_matcher`, which says for each name in which group of layers it is.
+"""The depth of each parameter by the model's own `group_matcher`, timm's method that gives each name's group of layers.
 
-The form is timm's documented one, and nothing of timm is imported: a dict of regular expressions by group (one, or several with a suffix),
-or a function of a name; groups in the order of their numbers; one whose last number is 99999 joins the group before it; what none matches
-is above all (the head). A module that holds most of a model's parameters speaks for it: what stands outside of it is below or above.
+The format is as timm documents it; timm itself is not imported. `group_matcher` returns a dict of regular expressions by group (one, or
+several with a suffix), or a function of a name. Groups are ordered by their numbers; a group whose last number is 99999 joins the group
+before it; a name that no expression matches is above all (the head). The `group_matcher` of a module that contains most of the model's
+elements is used for the whole model: parameters outside of the module are below or above it.
 """
 
 from __future__ import annotations
@@ -20,85 +21,85 @@ from ckptsurgeon.errors import TargetError
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.parameters import inner, modules_by_path
 
-MOST_OF = 0.8  # of a model's elements: whoever holds so much speaks for all
-_JOINS = 99999.0
+MOST_OF = 0.8  # the share of a model's elements that a module must contain for its depths to be used
+_JOINS_PREVIOUS = 99999.0
 _MATCHER = "group_matcher"
-Place = tuple[float, ...]
+Group = tuple[float, ...]
 
 
 def own_depths(model: nn.Module, sizes: Mapping[str, int]) -> tuple[str, dict[str, int]] | None:
-    """The module that speaks for the model (its path, with a dot at its end), and the depth of each of its parameters, from 0.
+    """Find the outermost module with a usable `group_matcher` that contains most of the model's elements.
 
     Args:
-        sizes: the elements of each parameter by its name without wrappers' segments.
+        sizes: the number of elements of each parameter, by its name without wrappers' segments.
 
     Returns:
-        None where no module has a `group_matcher`, or what it says is of another form.
+        The module's path (with a dot at its end) and the depth of each of its parameters, from 0; None where there is no such module.
     """
     total = sum(sizes.values())
     for path, module in modules_by_path(model).items():
         prefix = f"{path}." if path else ""
-        own = {name: count for name, count in sizes.items() if name.startswith(prefix)}
-        if sum(own.values()) < MOST_OF * total:
+        elements = {name: count for name, count in sizes.items() if name.startswith(prefix)}
+        if sum(elements.values()) < MOST_OF * total:
             continue
-        place_of = _matcher(inner(module))
-        found = None if place_of is None else _numbered({name: place_of(name.removeprefix(prefix)) for name in own})
-        if found and len(set(found.values())) > 1:
-            return prefix, found
+        group_of = _matcher(inner(module))
+        depths = None if group_of is None else _numbered({name: group_of(name.removeprefix(prefix)) for name in elements})
+        if depths and len(set(depths.values())) > 1:
+            return prefix, depths
     return None
 
 
-def _matcher(module: nn.Module) -> Callable[[str], Place | None] | None:
-    """What tells a name's place by the module's own `group_matcher`; None where it has none, or it fails."""
+def _matcher(module: nn.Module) -> Callable[[str], Group | None] | None:
+    """A function from a name to its group, by the module's own `group_matcher`; None where the module has none, or it fails."""
     method = getattr(module, _MATCHER, None)
     if method is None or not callable(method):
         return None
     try:
         takes = "coarse" in inspect.signature(method).parameters
-        said = user_code.call(type(module).__name__, partial(method, coarse=False) if takes else method)
-        rows = list(_rows(said)) if isinstance(said, Mapping) else None
+        groups = user_code.call(type(module).__name__, partial(method, coarse=False) if takes else method)
+        rows = list(_rows(groups)) if isinstance(groups, Mapping) else None
     except (TargetError, TypeError, ValueError, re.error):
         return None
     if rows is not None:
         return partial(_by_rows, rows)
-    return partial(_by_function, type(module).__name__, said) if callable(said) else None
+    return partial(_by_function, type(module).__name__, groups) if callable(groups) else None
 
 
-def _rows(said: Mapping[Any, Any]) -> Iterator[tuple[re.Pattern[str], int, tuple[Any, ...]]]:
-    """A dict of regular expressions as rows: the expression, the number of its group, and what is added to the groups it captures."""
-    for number, form in enumerate(said.values()):
-        if form is None:
+def _rows(groups: Mapping[Any, Any]) -> Iterator[tuple[re.Pattern[str], int, tuple[Any, ...]]]:
+    """A dict of regular expressions as rows: the expression, its group's number, and the suffix to add to the numbers it captures."""
+    for number, expressions in enumerate(groups.values()):
+        if expressions is None:
             continue
-        for text, suffix in form if isinstance(form, (tuple, list)) else [(form, None)]:
+        for text, suffix in expressions if isinstance(expressions, (tuple, list)) else [(expressions, None)]:
             yield re.compile(text), number, tuple(suffix or ())
 
 
-def _by_rows(rows: Iterable[tuple[re.Pattern[str], int, tuple[Any, ...]]], name: str) -> Place | None:
+def _by_rows(rows: Iterable[tuple[re.Pattern[str], int, tuple[Any, ...]]], name: str) -> Group | None:
     for expression, number, suffix in rows:
-        found = expression.match(name)
-        if found is not None:
+        match = expression.match(name)
+        if match is not None:
             try:
-                return (float(number), *(float(part) for part in (*found.groups(), *suffix) if part is not None))
+                return (float(number), *(float(part) for part in (*match.groups(), *suffix) if part is not None))
             except (TypeError, ValueError):
                 return None
     return (math.inf,)
 
 
-def _by_function(what: str, function: Callable[[str], Any], name: str) -> Place | None:
+def _by_function(what: str, function: Callable[[str], Any], name: str) -> Group | None:
     try:
-        said = user_code.call(what, function, name)
-        return tuple(map(float, said)) if isinstance(said, Iterable) else (float(said),)
+        number = user_code.call(what, function, name)
+        return tuple(map(float, number)) if isinstance(number, Iterable) else (float(number),)
     except (TargetError, TypeError, ValueError):
         return None
 
 
-def _numbered(places: Mapping[str, Place | None]) -> dict[str, int] | None:
-    """Depths by the order of places; None where a name has none."""
-    known = {place for place in places.values() if place}
-    if None in places.values() or () in places.values():
+def _numbered(groups: Mapping[str, Group | None]) -> dict[str, int] | None:
+    """Depths by the order of groups; None where a name has no group."""
+    distinct = {group for group in groups.values() if group}
+    if None in groups.values() or () in groups.values():
         return None
     depth, depths = -1, {}
-    for place in sorted(known):
-        depth += depth < 0 or place[-1] != _JOINS
-        depths[place] = depth
-    return {name: depths[place] for name, place in places.items() if place is not None}
+    for group in sorted(distinct):
+        depth += depth < 0 or group[-1] != _JOINS_PREVIOUS
+        depths[group] = depth
+    return {name: depths[group] for name, group in groups.items() if group is not None}

@@ -1,7 +1,7 @@
-"""Adds a group to a live optimizer whose rates a scheduler changes: it joins where the schedule stands, and the scheduler learns of it.
+"""Adds a group to a live optimizer whose rates a scheduler changes. The new group starts at the schedule's current point.
 
-torch's schedulers keep lists with one value per group, in `_PER_GROUP`'s attributes; those grow by one, a scaled or a copied value.
-The other groups' values, their state and the course of the schedule stay what they are.
+torch's schedulers keep lists with one value per group, in the attributes `_PER_GROUP`. Each list gets one more value, scaled or copied.
+The other groups' values, their state and the schedule itself stay unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PER_GROUP: dict[str, bool] = {
 
 
 def course(group: Mapping[str, Any]) -> float:
-    """The rate that a group's schedule is made from: its highest under OneCycleLR, else the one that it began with.
+    """The base rate of a group's schedule: its highest rate under OneCycleLR, else its initial rate.
 
     >>> course({"lr": 0.01, "initial_lr": 0.1})
     0.1
@@ -41,26 +41,26 @@ def check_schedulers(optimizer: Optimizer, given: object) -> tuple[Any, ...]:
     """The schedulers given, one or several.
 
     Raises:
-        ModelError: one is no scheduler or another optimizer's, or none is given where the optimizer shows the marks of one.
+        ModelError: one is no scheduler, or belongs to another optimizer; or none is given although the groups have an `initial_lr`.
     """
-    several = tuple(given) if isinstance(given, Iterable) else () if given is None else (given,)
-    for one in several:
-        if not hasattr(one, "step") or not hasattr(one, "optimizer"):
-            raise ModelError(f"a {type(one).__name__} is no scheduler of torch's", hint="give a torch.optim.lr_scheduler")
-        if getattr(one.optimizer, "optimizer", one.optimizer) is not getattr(optimizer, "optimizer", optimizer):
-            raise ModelError(f"the {type(one).__name__} belongs to another optimizer")
-    if not several and any("initial_lr" in group for group in optimizer.param_groups):
+    schedulers = tuple(given) if isinstance(given, Iterable) else () if given is None else (given,)
+    for scheduler in schedulers:
+        if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
+            raise ModelError(f"a {type(scheduler).__name__} is no scheduler of torch's", hint="give a torch.optim.lr_scheduler")
+        if getattr(scheduler.optimizer, "optimizer", scheduler.optimizer) is not getattr(optimizer, "optimizer", optimizer):
+            raise ModelError(f"the {type(scheduler).__name__} belongs to another optimizer")
+    if not schedulers and any("initial_lr" in group for group in optimizer.param_groups):
         raise ModelError("a scheduler is at work on this optimizer, and is not given", hint="pass it, scheduler=…: its lists are per group")
-    return several
+    return schedulers
 
 
 def attach(
     optimizer: Optimizer, schedulers: Sequence[Any], group: dict[str, Any], lr: float, base: float, weight_decay: float | None
 ) -> None:
-    """Add `group` (name, params, param_names) with what else the first group has, its rates scaled.
+    """Add `group` (name, params, param_names) with all other options of the first group, its rates scaled.
 
     Args:
-        lr: the new group's rate where the schedule stands at its base.
+        lr: the new group's rate when the schedule is at its base.
         base: `course` of the first group; where it is 0 there is no ratio, and the rates are `lr` themselves.
         weight_decay: None for the first group's.
     """
@@ -82,9 +82,9 @@ def attach(
 
 def _all(schedulers: Iterable[Any]) -> Iterator[Any]:
     """Each scheduler and those within it."""
-    for one in schedulers:
-        yield one
-        yield from _all(getattr(one, "_schedulers", ()))
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _all(getattr(scheduler, "_schedulers", ()))
 
 
 def _scaled(value: Any, ratio: float | None, lr: float) -> Any:

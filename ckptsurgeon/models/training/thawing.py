@@ -1,8 +1,8 @@
-"""Gradual unfreezing: frozen parameters come back stage by stage, top down, in groups of their own of a live optimizer.
+"""Gradual unfreezing: frozen parameters become trainable stage by stage, top down, in new groups of a live optimizer.
 
-A stage turns `requires_grad` on and calls `add_param_group`; no other group and no state in the optimizer is touched. A scheduler that is
-given learns of the new group, at the point of its course where it stands. Nothing counts by itself: call `step()` once per epoch, or once
-per optimizer step, and `at` is in that unit. Gradual unfreezing: Howard and Ruder 2018, arXiv:1801.06146, section 3.3.
+A stage turns `requires_grad` on and calls `add_param_group`; other groups and the optimizer's state are not changed. A given scheduler is
+extended by the new group, at its current point. Call `step()` once per epoch or once per optimizer step; `at` counts these calls.
+Gradual unfreezing: Howard and Ruder 2018, arXiv:1801.06146, section 3.3.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Stage(Shown):
 
     Attributes:
         name: its patterns, or its layer.
-        at: at which count of `step()` it comes.
-        lr: its learning rate, where the schedule stands at its base.
+        at: the call of `step()` at which it is thawed.
+        lr: its learning rate when the schedule is at its base.
         keys: the names of its parameters.
     """
 
@@ -51,27 +51,26 @@ class Thaw:
     """A schedule that thaws a model stage by stage.
 
     Args:
-        model: the model, with what is to come later frozen (`freeze`).
-        optimizer: over what is trainable now; its first group lends new groups every option that is not given (betas, eps, fused …).
-        stages: patterns, the first stage first, each one or several, held against the names of frozen parameters; the first stage that
-            matches wins, and what none matches stays frozen. None: the head, the layers from the top down, the stem, as far as something in
-            them is frozen.
+        model: the model, in which everything to be thawed later is frozen (`freeze`).
+        optimizer: over what is trainable now; new groups take all other options (betas, eps, fused …) from its first group.
+        stages: for each stage, in order, one or more patterns for names of frozen parameters. The first matching stage wins; a parameter
+            that no stage matches stays frozen. None: the head, the layers from the top down, and the stem, where they are frozen.
         lr: the learning rate of the model's top, as `param_groups` has it.
         layer_decay: a stage's rate is `lr` × layer_decay ** (its distance from the head): 1 for the first of the stages given, or the last
             layer; 1 / 2.6 is ULMFiT's discriminative fine-tuning.
-        at: a stage comes after so many calls of `step()`: a number for every so many, or a number for each stage, ascending.
+        at: when a stage is thawed, in calls of `step()`: one number for the distance between stages, or ascending numbers, one per stage.
         weight_decay: the weight decay of the new groups; None takes that of the first group.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
-        layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
-            another; None asks a timm model's `group_matcher`, or finds the repeated blocks. What stands before is the stem (depth 0),
-            after it the head.
-        scheduler: the `torch.optim.lr_scheduler` at work, or several; it must be given where there is one, since its lists are per group. A
-            new group starts at `lr` × (what the schedule has made of the first group's rate by now) and goes on from there. `lr` stands for
-            the peak under OneCycleLR, for `base_lr` under CyclicLR. A floor (`eta_min`, `min_lr`) is one for all, as torch has it.
+        layers: a pattern for the layers, whose numbers tell them apart: `"encoder.layer.{i}.**"`; or several, from the bottom up. None
+            uses a timm model's `group_matcher`, or finds the repeated blocks. Parameters before the layers are the stem (depth 0),
+            those after them the head.
+        scheduler: the optimizer's `torch.optim.lr_scheduler`, or several. It must be given if there is one, since its lists are per group.
+            A new group starts at `lr` × (the first group's current rate / its base rate) and continues from there. `lr` is the peak under
+            OneCycleLR, and `base_lr` under CyclicLR. A minimum (`eta_min`, `min_lr`) is the same for all groups, as in torch.
 
     Raises:
-        ModelError: a stage that matches nothing frozen, rates or counts that can't be, layers that can't be told, a scheduler of another
-            optimizer, or one that is not given.
+        ModelError: a stage that matches nothing frozen, invalid rates or counts, layers that can't be found, a scheduler of another
+            optimizer, or a scheduler that is not given.
 
     >>> import torch
     >>> from ckptsurgeon import freeze
@@ -106,7 +105,7 @@ class Thaw:
         check_rates({"lr": lr, "weight_decay": weight_decay})
         check_decay(layer_decay)
         every = named(model)
-        rows = _found(model, every, layers) if stages is None else _given(every, stages)
+        rows = _stages_by_depth(model, every, layers) if stages is None else _stages_by_pattern(every, stages)
         self.stages = tuple(
             Stage(name, when, lr * layer_decay**below, keys) for when, (name, below, keys) in zip(_counts(at, len(rows)), rows, strict=True)
         )
@@ -117,13 +116,13 @@ class Thaw:
         self._steps = self._done = 0
 
     def step(self) -> tuple[str, ...]:
-        """Count one; thaw the stages whose turn has come.
+        """Count one epoch or step, and thaw the stages that are due.
 
         Returns:
-            The names that were thawed, mostly none.
+            The names that were thawed; usually none.
 
         Raises:
-            ModelError: a scheduler is at work that was not given.
+            ModelError: the optimizer has a scheduler that was not given.
         """
         self._steps += 1
         return self._catch_up(self._steps)
@@ -132,27 +131,27 @@ class Thaw:
         """The state to save in a checkpoint.
 
         Returns:
-            Plain values: the count of `step()`, and the names of each stage that was thawed.
+            Plain values: the number of `step()` calls, and the names of each thawed stage.
         """
         return {"steps": self._steps, "stages": [list(stage.keys) for stage in self.stages[: self._done]]}
 
     @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another process was: thaw what it had thawed. Load the optimizer's and the scheduler's state after this, not before.
+        """Resume: thaw what `state` lists as thawed. Load the optimizer's and the scheduler's state after this, not before.
 
         Args:
             state: what `state_dict()` returned.
 
         Raises:
-            ArgumentError: it is no such state.
-            ModelError: the state is of other stages.
+            ArgumentError: `state` is no such state.
+            ModelError: `state` has other stages.
         """
-        found = [tuple(keys) for keys in state["stages"]]
-        if found != [stage.keys for stage in self.stages[: len(found)]] or self._done > len(found):
+        thawed = [tuple(keys) for keys in state["stages"]]
+        if thawed != [stage.keys for stage in self.stages[: len(thawed)]] or self._done > len(thawed):
             raise ModelError("the state is of other stages", hint="freeze the model and build Thaw as it was at the beginning")
         self._steps = int(state["steps"])
-        while self._done < len(found):
-            self._come(self.stages[self._done])
+        while self._done < len(thawed):
+            self._thaw_stage(self.stages[self._done])
 
     def __str__(self) -> str:
         return "\n".join(f"{stage}{'' if number >= self._done else ' (thawed)'}" for number, stage in enumerate(self.stages))
@@ -160,25 +159,25 @@ class Thaw:
     def _catch_up(self, count: int) -> tuple[str, ...]:
         thawed: list[str] = []
         while self._done < len(self.stages) and self.stages[self._done].at <= count:
-            thawed += self._come(self.stages[self._done]).keys
+            thawed += self._thaw_stage(self.stages[self._done]).keys
         return tuple(thawed)
 
-    def _come(self, stage: Stage) -> Frozen:
+    def _thaw_stage(self, stage: Stage) -> Frozen:
         every = named(self._model)
-        here = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        # one that was in the optimizer before it was frozen stays in its group, with its state
-        new = [first for first in stage.keys if id(every[first].tensor) not in here]
+        present = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        # a parameter that was in the optimizer before it was frozen stays in its group, with its state
+        joining = [first for first in stage.keys if id(every[first].tensor) not in present]
         check_schedulers(self._optimizer, self._schedulers)
         for plain in (False, True):
-            own = [first for first in new if (first in self._bare) is plain]
-            if own:
+            members = [first for first in joining if (first in self._bare) is plain]
+            if members:
                 title = f"thawed/{stage.name}{NO_DECAY if plain else ''}"
                 decay = 0.0 if plain else self._weight_decay
-                group = {"name": title, "params": [every[first].tensor for first in own], "param_names": own}
+                group = {"name": title, "params": [every[first].tensor for first in members], "param_names": members}
                 attach(self._optimizer, self._schedulers, group, stage.lr, self._base, decay)
-        found = thaw(self._model, every, {id(every[first].tensor) for first in stage.keys})
+        frozen = thaw(self._model, every, {id(every[first].tensor) for first in stage.keys})
         self._done += 1
-        return found
+        return frozen
 
 
 def _counts(at: int | Sequence[int], number: int) -> list[int]:
@@ -190,26 +189,26 @@ def _counts(at: int | Sequence[int], number: int) -> list[int]:
     return counts
 
 
-def _given(every: Mapping[str, Named], stages: Sequence[Words]) -> list[tuple[str, int, tuple[str, ...]]]:
-    frozen = {first: one.every for first, one in every.items() if not one.trainable}
-    others = [name for one in every.values() if one.trainable for name in one.every]
+def _stages_by_pattern(every: Mapping[str, Named], stages: Sequence[Words]) -> list[tuple[str, int, tuple[str, ...]]]:
+    frozen = {first: parameter.every for first, parameter in every.items() if not parameter.trainable}
+    others = [name for parameter in every.values() if parameter.trainable for name in parameter.every]
     rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
     by_pattern = first_matching_pattern([text for row in rows for text in row], frozen, others, "trainable")
-    found: list[tuple[str, int, tuple[str, ...]]] = []
-    left = dict(by_pattern)
+    found_stages: list[tuple[str, int, tuple[str, ...]]] = []
+    remaining = dict(by_pattern)
     for below, row in enumerate(rows, start=1):
-        keys = tuple(first for first, text in left.items() if text in row)
-        left = {first: text for first, text in left.items() if first not in keys}
+        keys = tuple(first for first, text in remaining.items() if text in row)
+        remaining = {first: text for first, text in remaining.items() if first not in keys}
         if not keys:
             raise ModelError(f"the stage {', '.join(row)!r} has nothing left that an earlier one does not thaw")
-        found.append((", ".join(row), below, keys))
-    return found
+        found_stages.append((", ".join(row), below, keys))
+    return found_stages
 
 
-def _found(model: nn.Module, every: Mapping[str, Named], layers: Words | None) -> list[tuple[str, int, tuple[str, ...]]]:
-    frozen = [first for first, one in every.items() if not one.trainable]
+def _stages_by_depth(model: nn.Module, every: Mapping[str, Named], layers: Words | None) -> list[tuple[str, int, tuple[str, ...]]]:
+    frozen = [first for first, parameter in every.items() if not parameter.trainable]
     if not frozen:
         raise ModelError("the model has no frozen parameter", hint="freeze it first: freeze(model, report)")
-    deep = depths(model, layers, frozen)
-    rows = [(depth, tuple(first for first in frozen if deep.of[first] == depth)) for depth in range(deep.top, -1, -1)]
-    return [(deep.label(depth), deep.top - depth, keys) for depth, keys in rows if keys]
+    layer_depths = depths(model, layers, frozen)
+    rows = [(depth, tuple(first for first in frozen if layer_depths.of[first] == depth)) for depth in range(layer_depths.top, -1, -1)]
+    return [(layer_depths.label(depth), layer_depths.top - depth, keys) for depth, keys in rows if keys]

@@ -1,7 +1,7 @@
-"""Gives a scheduler or a gradient scaler the state of another run, and turns live training state into the trees that files give.
+"""Loads a saved state into a scheduler or a gradient scaler, and turns live training state into trees as readers of files return them.
 
-A state is carried where its keys, kinds of values and number of groups are those of the new object, and else left out with the reason:
-half a schedule would drive the rate wrongly. Everything is checked before anything is loaded; a failure puts back what was there.
+A state is loaded only if its keys, types of values and number of groups are those of the new object; otherwise it is left out with the
+reason, since half a schedule would set wrong rates. Everything is checked before anything is loaded; a failure restores the former state.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict
 from ckptsurgeon.tensors import Refused, TensorMeta
 
 Fetch = Callable[[TensorMeta], torch.Tensor]
-# Some versions of torch's schedulers keep these, others do not; they say nothing of the schedule.
+# Only some versions of torch's schedulers keep these; the schedule does not depend on them.
 VOLATILE = frozenset({"verbose", "_is_initial", "_get_lr_called_within_step"})
 # One value for each of the optimizer's groups.
 BY_GROUP = frozenset({"base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 
 
 class Unfit(Exception):
-    """A state that does not fit the object that is to take it; never leaves this module."""
+    """A state does not fit its new object. Never leaves this module."""
 
 
 def fitted(own: Mapping[str, Any], saved: Any, fetch: Fetch, groups: int | None = None) -> dict[str, Any] | str:
-    """A saved state in the form of the object whose own state is `own`; or, in words, why it does not fit that object.
+    """A saved state in the form of the object whose own state is `own`; or, as a str, why it does not fit that object.
 
     Args:
         groups: how many groups the optimizer has, for a scheduler.
@@ -112,11 +112,12 @@ def _at(place: str) -> str:
 
 
 def driven(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a carried scheduler sets in each of the optimizer's groups: its last learning rate, and, where it cycles them, the momentum.
+    """The values that a loaded scheduler sets in each of the optimizer's groups: its last learning rate and a cycled momentum.
 
     Args:
-        state: the scheduler's, fitted.
-        groups: the optimizer's own groups; `saved` those of the source's optimizer, where it is known.
+        state: the scheduler's state, as `fitted` returned it.
+        groups: the optimizer's own groups.
+        saved: the groups of the source's optimizer; empty where they are unknown.
     """
     rates, base = state.get("_last_lr"), state.get("base_lrs")
     by_group: list[dict[str, Any]] = []
@@ -165,7 +166,7 @@ def loaded(taker: Any, state: dict[str, Any]) -> Iterator[None]:
 
 
 def live_tree(value: Any, place: str = "") -> tuple[Any, dict[str, torch.Tensor]]:
-    """A live state as a tree like those of files, with a `TensorMeta` for each tensor, and the tensors by the names of these.
+    """A live state as a tree like those of files, with a `TensorMeta` for each tensor; and the tensors by the names of their `TensorMeta`s.
 
     >>> tree, tensors = live_tree({"step": 3, "exp_avg": torch.zeros(2)})
     >>> tree["step"], tree["exp_avg"].shape, list(tensors)

@@ -1,8 +1,8 @@
-"""Puts a plan's values into a live model: every value is at hand, and every tensor is known to take one, before the first copy.
+"""Puts a plan's values into a live model. Before the first copy, every value is available and every tensor is known to be writable.
 
-It decides nothing; the plan does. Values come through `fetch`, so that nothing here opens a file. What lies in a file is read straight into
-the model's memory: never mapped, since a mapped file that becomes shorter kills the process, and never held whole. What a module's own
-loading code can reach goes through torch's `load_state_dict` first, all or nothing.
+The plan decides what goes where. Values come through `fetch`, so nothing here opens a file. A value in a file is read straight into the
+model's memory: not through a memory map, since a mapped file that shrinks kills the process. Keys that a module's
+own loading code can reach go through torch's `load_state_dict` first, all or nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EXTRA = "_extra_state"
 
 @dataclass(frozen=True)
 class Waiting:
-    """A value that still lies in a file."""
+    """A value that is still in a file."""
 
     meta: TensorMeta
     reader: Reader
@@ -74,23 +74,22 @@ def put(
     handed: Mapping[str, Value] = {},
     held: Held = None,
 ) -> None:
-    """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on whatever device it is.
+    """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on any device.
 
     Args:
         plan: made for this model.
-        fetch: a target key's value, of the target's shape and dtype, on any device; raises for one that can't be had or must not be cast.
-        extra: values for keys that are no tensors.
-        schemes: a person's own, by name.
-        handed: what the model's own loading code gets as it is, by the names that it needs.
-        held: gets what a listener to the progress raises, since the model must not be left half filled.
+        fetch: returns a target key's value, of the target's shape and dtype, on any device; raises if there is none or a cast is refused.
+        extra: values that are not tensors, by key.
+        schemes: the functions of user-defined schemes, by name.
+        handed: values that the model's own loading code gets unchanged, by the names that it expects.
+        held: collects what a progress callback raises, since the model must not be left half filled.
 
     Raises:
-        ModelError: the model is on meta, or has a tensor that can't be written to.
-        TargetError: the model's own code fails; what it did outside the model can't be undone.
-        VerificationError: what the model holds afterwards is not what was put in.
-        The model is as it was before each of them.
-        UnreadableError, StaleError: a file fails or shrinks while it is read into the model; they name what the model has of it by then.
-        Extra state, and what the model's own loading code changed in it, is as it was before. An interrupt waits until the model is whole.
+        ModelError: the model is on meta, or has a tensor that can't be written to. The model is unchanged.
+        TargetError: the model's own code fails; what it did outside the model can't be undone. The model is unchanged.
+        VerificationError: the model does not have the new values afterwards. They are undone.
+        UnreadableError, StaleError: a file fails or shrinks while it is read; the error lists the tensors that have new values by then.
+            Extra state, and what the model's own loading code changed, is undone. An interrupt waits until all values are copied.
     """
     name = type(model).__name__
     state = state_dict_of(model, name)
@@ -125,7 +124,7 @@ def put(
     loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
     foreign = {key for key in values if storage_of(state[key]) not in own and state[key].numel()}
     if foreign or any(key.rpartition(".")[2] != _EXTRA or initialize.owner_of(model, key) is None for key in extra):
-        foreign = set(values)  # a model whose state_dict is not its own memory
+        foreign = set(values)  # the state_dict does not share the model's memory
     special = reachable_keys(state, loaders, foreign)
     if not loaders and not special and not foreign:
         with undisturbed(), torch.no_grad():
@@ -138,7 +137,7 @@ def put(
     undo = load(model, state, through, extra, loaders, plan.versions, rest, computed)
     after = state_dict_of(model, name)
     reachable = {key for loader in loaders.values() for key in loader.keys}
-    wrong = [key for key in foreign - reachable if not _same(after.get(key), at_hand(values[key]))]
+    wrong = [key for key in foreign - reachable if not _same_bits(after.get(key), at_hand(values[key]))]
     if wrong:
         with undisturbed():
             undo()
@@ -148,12 +147,12 @@ def put(
 
 
 def _owned(value: Value) -> torch.Tensor:
-    """A value that the model's code may change."""
+    """A value as a tensor of its own, which the model's code may change."""
     return at_hand(value) if isinstance(value, Waiting) else value.detach().clone()
 
 
 def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, undo: Undo, undone: str = "") -> None:
-    """Copy values into the model. Where one can't be read, those before it stay, and `undo` is run; `undone` says so."""
+    """Copy values into the model. If one can't be read, those copied before stay and `undo` is run; `undone` says so in the message."""
     done: list[str] = []
     with phase("transferring", sum(_size(state[key]) for key in values), held=held) as advance:
         for key, value in values.items():
@@ -163,7 +162,7 @@ def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, und
                 undo()
                 if isinstance(error, CheckpointError):
                     error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}{undone}"
-                    error.problems = shortened([f"{one}: has its new value" for one in done])
+                    error.problems = shortened([f"{key}: has its new value" for key in done])
                     error.hint = "transfer again when the file is whole, or build the model anew"
                 raise
             done.append(key)
@@ -187,32 +186,32 @@ def check_writable(key: str, tensor: torch.Tensor) -> None:
 
 
 def set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
-    """Give each module its extra state; when one refuses, all have what they had."""
+    """Set each module's extra state; if one refuses, restore all."""
     done: list[str] = []
     try:
         for key, value in extra.items():
             done.append(key)
-            _set_one(model, key, value, name)
+            _set_extra_state(model, key, value, name)
     except BaseException:
         reset_extra(model, state, done, name)
         raise
 
 
 def reset_extra(model: nn.Module, state: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
-    """Give modules the extra state that `state` has of them again."""
+    """Set the modules' extra state back to what `state` has."""
     for key in keys:
         with suppress(TargetError):
-            _set_one(model, key, state[key], name)
+            _set_extra_state(model, key, state[key], name)
 
 
-def _set_one(model: nn.Module, key: str, value: Any, name: str) -> None:
+def _set_extra_state(model: nn.Module, key: str, value: Any, name: str) -> None:
     owner = initialize.owner_of(model, key)
     assert owner is not None
     user_code.call(name, owner.set_extra_state, value)
 
 
-def _same(found: Any, value: torch.Tensor) -> bool:
+def _same_bits(current: Any, value: torch.Tensor) -> bool:
     """Whether two tensors have the same bits, on whatever devices."""
-    if not isinstance(found, torch.Tensor) or found.shape != value.shape:
+    if not isinstance(current, torch.Tensor) or current.shape != value.shape:
         return False
-    return tensor_bytes(found.to(value.dtype)) == tensor_bytes(value)
+    return tensor_bytes(current.to(value.dtype)) == tensor_bytes(value)
