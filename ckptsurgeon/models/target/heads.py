@@ -1,6 +1,6 @@
-"""How many heads a model's attention has, as the model itself says: by its configuration, or by its attention modules.
+"""The number of attention heads of a model, from its configuration or from its attention modules.
 
-Rule: a number is told only where all that speak of it agree. Nothing is run.
+A number is returned only if all values found for it agree. No code of the model's forward pass is run.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ KEY_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_query_group
 
 
 def numbers_of(model: nn.Module) -> dict[str, int]:
-    """`heads` and `kv_heads` of a model, as far as it says them.
+    """`heads` and `kv_heads` of a model, as far as they are known.
 
     >>> numbers_of(nn.MultiheadAttention(8, 2))
     {'heads': 2}
     """
-    found: dict[str, int] = {}
-    for name, words in (("heads", HEADS), ("kv_heads", KEY_HEADS)):
-        for said in (list(_of(_config(model), words)), [number for module in model.modules() for number in _of(module, words)]):
-            if len(set(said)) == 1:
-                found[name] = said[0]
-            if said:
+    numbers: dict[str, int] = {}
+    for name, names in (("heads", HEADS), ("kv_heads", KEY_HEADS)):
+        for values in (
+            list(_first_number(_config(model), names)),
+            [number for module in model.modules() for number in _first_number(module, names)],
+        ):
+            if len(set(values)) == 1:
+                numbers[name] = values[0]
+            if values:
                 break
-    return found
+    return numbers
 
 
 def _config(model: nn.Module) -> Any:
-    """What a model was made by: its `config`, `args` or `params`; of a model of several kinds the part for text."""
-    found = next((value for name in ("config", "args", "params") if (value := vars(model).get(name)) is not None), None)
-    text = getattr(found, "get_text_config", None)
-    return text() if callable(text) else found
+    """A model's configuration: its `config`, `args` or `params`; of a multimodal model, the part for text."""
+    config = next((value for name in ("config", "args", "params") if (value := vars(model).get(name)) is not None), None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
 
 
-def _of(owner: Any, names: tuple[str, ...]) -> Iterator[int]:
-    """The first of these attributes that is a whole number."""
-    held = vars(owner) if hasattr(owner, "__dict__") else {}
-    number = next((held[name] for name in names if type(held.get(name)) is int and held[name] > 0), None)
+def _first_number(owner: Any, names: tuple[str, ...]) -> Iterator[int]:
+    """The first of these attributes that is a positive whole number."""
+    attributes = vars(owner) if hasattr(owner, "__dict__") else {}
+    number = next((attributes[name] for name in names if type(attributes.get(name)) is int and attributes[name] > 0), None)
     if number is not None:
         yield number

@@ -1,8 +1,8 @@
-"""A model's parameters and buffers with every name that each goes by, and patterns held against them. Nothing is changed here.
+"""A model's parameters and buffers with all their names, and patterns matched against these. Nothing is changed here.
 
-A tensor's names in the model (`named_parameters`) and its keys in the state_dict may differ: wrappers and hooks rename keys. A key is told
-by the tensor that stands there, and by its name only where a hook put a copy there. A tied parameter stands under its first name, in the
-model's own order (that of registration). A pattern takes a tensor if it matches any of its names; one that takes nothing is an error.
+A tensor's names in the model (`named_parameters`) and its keys in the state_dict may differ: wrappers and hooks rename keys. A key belongs
+to the tensor that is its value; only where a hook put a copy there, the name decides. A tied parameter is listed under its first name, in
+the order of registration. A pattern matches a tensor if it matches any of its names; a pattern that matches no tensor is an error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ckptsurgeon.wrappers import WRAPPERS
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter or buffer and all its names: those in the model, the first first, its places there without wrappers' segments (`bare`),
-    and its keys in the state_dict, of which it may have none."""
+    """A parameter or buffer with its `names` in the model in order, its names without wrappers' segments (`bare`), and its `keys` in the
+    state_dict, of which there may be none."""
 
     names: tuple[str, ...]
     bare: tuple[str, ...]
@@ -42,7 +42,7 @@ class Named:
 
     @cached_property
     def every(self) -> tuple[str, ...]:
-        """All its names, which patterns are held against."""
+        """All its names, which patterns are matched against."""
         return tuple(dict.fromkeys((*self.names, *self.bare, *self.keys)))
 
 
@@ -103,7 +103,7 @@ def _wrappers(model: nn.Module) -> set[str]:
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:
-    """Where each parameter and buffer stands, by its id: what a wrapper that overrides `named_parameters` tells otherwise."""
+    """The paths of each parameter and buffer by its id, also where a wrapper overrides `named_parameters`."""
     by_id: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -196,18 +196,19 @@ def listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
 def first_matching_pattern(
     patterns: Iterable[str], wanted: Mapping[str, Iterable[str]], others: Iterable[str], other: str
 ) -> dict[str, str]:
-    """What each pattern takes: the first that matches wins.
+    """Assign candidates to patterns: the first pattern that matches any name of a candidate wins.
 
     Args:
-        patterns: held against whole names.
-        wanted: what may be taken, to the names that it goes by.
-        others: names that may not, and `other`, what they are, for the error.
+        patterns: matched against whole names.
+        wanted: the first names of candidates, each with all its names.
+        others: names that are no candidates.
+        other: the kind of `others`, for the error message.
 
     Returns:
-        What was taken to the pattern that took it.
+        The first name of each matched candidate, with the pattern that matched it.
 
     Raises:
-        ModelError: a pattern matches nothing that may be taken; all such patterns are told at once.
+        ModelError: a pattern matches no candidate; the error lists all such patterns.
         RuleError: a pattern that is not well formed.
 
     >>> first_matching_pattern(["b*", "*"], {"a": ["a"], "b": ["b"]}, [], "")
@@ -232,7 +233,7 @@ def first_matching_pattern(
 
 
 def matched(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
-    """What a pattern matches under any of its names, to the pattern's parts in the first of the names that it matches.
+    """The entries of which any name matches a pattern, each with the pattern's parts in the first matching name.
 
     >>> matched(compile_pattern("fc{i}.*"), {"fc1.weight": ["module.fc1.weight", "fc1.weight"], "head": ["head"]})
     {'fc1.weight': {'i': '1'}}

@@ -1,7 +1,7 @@
-"""Memory that a constructor takes and never writes to, made visible: no garbage gets into a file as an initial value.
+"""Detects memory that a constructor allocates and never writes to, so that no garbage gets into a file as an initial value.
 
-Within `marked()` every tensor of `torch.empty` and its like begins as one certain NaN, by whose bits `is_unset` knows it again, also
-in a copy; a NaN that a constructor means is another. What has no such NaN, integers above all, begins as 0. No random state is touched.
+Within `marked()`, every tensor of `torch.empty` and similar functions is filled with one special NaN, which `is_unset` recognises by its
+bits, also in a copy; other NaNs have other bits. Dtypes without such a NaN, such as integers, are filled with 0. No random state changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
 
 @contextmanager
 def marked() -> Iterator[None]:
-    """Mark what is allocated without values, for the time of the block.
+    """Within the block, fill tensors that are allocated without values with the special NaN.
 
     >>> with marked():
     ...     is_unset(torch.empty(2)), is_unset(torch.zeros(2)), is_unset(torch.full((2,), float("nan")))
@@ -35,7 +35,7 @@ def marked() -> Iterator[None]:
 
 
 def is_unset(tensor: torch.Tensor) -> bool:
-    """Whether an element of the tensor is as `marked` left it."""
+    """Whether an element of the tensor still has the special NaN of `marked`."""
     if tensor.dtype not in _MARKS or tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
         return False
     if tensor.is_neg():

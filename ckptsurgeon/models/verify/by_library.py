@@ -1,6 +1,6 @@
-"""A checkpoint loaded into a model by the code of the model's own library, where that has other names and layouts for its files.
+"""Loads a checkpoint into a model by the code of the model's own library, where the library uses other names and layouts in files.
 
-This is the other opinion that our conversions are held against: what the model then holds is compared with what ours make of the file.
+It checks our conversions independently: the loaded model is compared with the result of our conversions of the file.
 """
 
 from __future__ import annotations

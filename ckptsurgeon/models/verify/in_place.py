@@ -117,14 +117,14 @@ def _compared(part: Part, meta: TensorMeta, reader: Reader, read: by_library.Rea
     """What sets a part apart from the file, band after band; the first wrong element by its number in the whole tensor."""
     size = BY_CODE[meta.dtype].size
     whole = None if meta.place is not None else tensor_from(read(meta), meta.dtype).view(meta.shape)
-    found = []
+    differences = []
     for band in bands(part.block, size) if meta.as_stored else [part.block]:
         data = reader.block(meta, band) if whole is None else memory_of(narrowed(whole, band))
-        one = readback.differences(meta.dtype, narrowed(part.memory, band, part.block), data)
-        if one.first is not None:
-            one = replace(one, first=_in_whole(one.first, band, meta.shape))
-        found.append(one)
-    yield part.key, part.block, _sum(found)
+        difference = readback.differences(meta.dtype, narrowed(part.memory, band, part.block), data)
+        if difference.first is not None:
+            difference = replace(difference, first=_in_whole(difference.first, band, meta.shape))
+        differences.append(difference)
+    yield part.key, part.block, _sum(differences)
 
 
 def _in_whole(number: int, block: Block, shape: tuple[int, ...]) -> int:
@@ -139,16 +139,16 @@ def _in_whole(number: int, block: Block, shape: tuple[int, ...]) -> int:
 
 def _sum(found: Iterable[Differences]) -> Differences:
     rows = list(found)
-    firsts = [one.first for one in rows if one.first is not None]
-    counts = (sum(getattr(one, name) for one in rows) for name in ("elements", "wrong", "nans", "infinities"))
+    firsts = [row.first for row in rows if row.first is not None]
+    counts = (sum(getattr(row, name) for row in rows) for name in ("elements", "wrong", "nans", "infinities"))
     elements, wrong, nans, infinities = counts
     return Differences(elements, wrong, min(firsts, default=None), nans, infinities)
 
 
-def _together(told: Iterable[Iterable[Row]]) -> dict[str, Differences]:
+def _together(by_rank: Iterable[Iterable[Row]]) -> dict[str, Differences]:
     """What was found of each tensor. Copies of a block on several ranks count once, by the one that differs most."""
     by_key: dict[str, dict[Block, Differences]] = {}
-    for key, block, found in (row for rank in told for row in rank):
+    for key, block, difference in (row for rank in by_rank for row in rank):
         known = by_key.setdefault(key, {})
-        known[block] = max(known.get(block, found), found, key=lambda one: (one.wrong, one.nans + one.infinities))
+        known[block] = max(known.get(block, difference), difference, key=lambda one: (one.wrong, one.nans + one.infinities))
     return {key: _sum(blocks.values()) for key, blocks in by_key.items()}

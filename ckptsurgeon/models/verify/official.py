@@ -54,14 +54,14 @@ def _dcp(path: str, root: str) -> Any:
             return torch.load(io.BytesIO(file.read(blob.length)), map_location="cpu", weights_only=True)
 
     def whole(row: TensorRow) -> torch.Tensor:
-        made = torch.empty(row.shape, dtype=getattr(torch, row.dtype.torch))
+        tensor = torch.empty(row.shape, dtype=getattr(torch, row.dtype.torch))
         for chunk in row.chunks:
             if all(chunk.sizes):
-                made[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))] = load(chunk.blob)
-        return made
+                tensor[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))] = load(chunk.blob)
+        return tensor
 
-    wanted = [key for key in contents.order if not root or key.startswith(f"{root}.")]
-    leaves = {key: whole(contents.tensors[key]) if key in contents.tensors else load(contents.values[key]) for key in wanted}
+    keys = [key for key in contents.order if not root or key.startswith(f"{root}.")]
+    leaves = {key: whole(contents.tensors[key]) if key in contents.tensors else load(contents.values[key]) for key in keys}
     return nested(leaves, contents.paths)
 
 
@@ -111,11 +111,11 @@ def load_file(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
     if reader is None:
         raise TargetError(f"a {checkpoint.format} holds no values to load", path=file)
     loaded = user_code.call(file, reader, file, checkpoint.root)
-    found = at_root(loaded, checkpoint.root)
-    if not isinstance(found, Mapping):
+    state = at_root(loaded, checkpoint.root)
+    if not isinstance(state, Mapping):
         where = f"at the root {checkpoint.root!r}" if checkpoint.root else "at its top"
         raise TargetError(f"holds no dict {where} when torch loads it", path=file)
-    return found
+    return state
 
 
 def at_root(loaded: object, root: str) -> object:
@@ -137,7 +137,7 @@ def at_root(loaded: object, root: str) -> object:
             return value
     for name, value in items:
         if root.startswith(f"{name}."):
-            found = at_root(value, root[len(name) + 1 :])
-            if found is not None:
-                return found
+            nested_value = at_root(value, root[len(name) + 1 :])
+            if nested_value is not None:
+                return nested_value
     return None

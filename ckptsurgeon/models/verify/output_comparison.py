@@ -60,9 +60,9 @@ def compare(source: nn.Module, target: nn.Module, inputs: tuple[Any, Any], toler
         if name is None:
             rows.append((place, None, None))
             continue
-        wanted, sample = tensor.double(), left.pop(name).double()
-        difference = float((wanted - sample).abs().max()) if wanted.numel() else 0.0
-        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        expected, sample = tensor.double(), left.pop(name).double()
+        difference = float((expected - sample).abs().max()) if expected.numel() else 0.0
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
         rows.append((place if name == place else f"{place} and {name}", difference, scale))
     return Twins((*rows, *((name, None, None) for name in left)), tolerance)
 

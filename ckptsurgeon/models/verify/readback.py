@@ -1,7 +1,7 @@
-"""One tensor, as a device holds it, compared bit for bit with the bytes of a file.
+"""Compares one tensor on a device bit for bit with the bytes of a file.
 
-NaN payloads and the sign of zero count, since bytes are compared and not numbers. Only where the model's dtype is another one are
-values compared after torch's cast; a note says so. Memory: the tensor on the CPU, and pieces of `PIECE` elements.
+Bytes are compared, so NaN payloads and the sign of zero count. Only where the model has another dtype are values compared after torch's
+cast, which a note says. Memory: the tensor on the CPU, and chunks of `PIECE` elements.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def differences(dtype: str, value: torch.Tensor, given: BytesLike) -> Difference
         if unlike is not None:
             wrong += int(unlike.sum())
             first = start + int(unlike.to(torch.uint8).argmax()) if first is None else first
-        found = _non_finite(mine)
-        nans, infinities = nans + found[0], infinities + found[1]
+        non_finite = _non_finite(mine)
+        nans, infinities = nans + non_finite[0], infinities + non_finite[1]
     return Differences(own.numel(), wrong, first, nans, infinities)
 
 
