@@ -209,6 +209,17 @@ def a_cast_that_overflows_on_one_rank_is_refused_on_all(folder: Path) -> None:
     same(model, {"w": torch.zeros(4, 3, dtype=torch.float16)})
 
 
+@check(2)
+def a_plain_tensor_among_sharded_ones_grows_too(folder: Path) -> None:
+    path = saved({"rows": torch.ones(4, 3), "plain": torch.ones(2, 3)}, folder / "f.safetensors")
+    model = nn.Module()
+    model.rows = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh(2), [Shard(0)]))
+    model.plain = nn.Parameter(torch.full((3, 3), 7.0))
+    report = cs.transfer(path, model, adapt={"{n}": "pad(dim=0, fill='init')"})
+    assert report.partial == ("rows", "plain")
+    same(model, {"rows": torch.tensor([[1.0] * 3] * 4 + [[0.0] * 3]), "plain": torch.tensor([[1.0] * 3] * 2 + [[7.0] * 3])})
+
+
 def fully_sharded(net: nn.Module) -> nn.Module:
     fully_shard(net.to(device()), mesh=mesh(dist.get_world_size()))
     return net

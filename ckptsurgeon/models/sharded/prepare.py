@@ -107,18 +107,18 @@ class Origins:
                 return Stored(step.target, _of_runs(step, dtype, moved), self.reader)
         tensors = [self._whole_source(key) for key in keys]
         needs = tuple(tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and is_sharded(tensor))
-        filled = self._filling(step)
-        more = (self.state[step.target],) if filled is None else ()
+        filled, own = self._filling(step), self.state[step.target].detach()
+        more = (own,) if filled is None and is_sharded(own) else ()
 
         def make(wholes: Wholes, casts: list[Cast]) -> torch.Tensor:
             rest = iter(wholes)
             given = [tensor() if callable(tensor) else next(rest) if is_sharded(tensor) else tensor for tensor in tensors]
             if not step.adapters and step.cast is None:
                 return given[0]
-            initial = filled if filled is not None else lambda: wholes[-1]
+            initial = filled or (lambda: wholes[-1] if more else own)
             return adapted_and_cast(step, given, dtype, initial, self.kernels, casts)
 
-        return Computed(make, (*needs, *(tensor for tensor in more if is_sharded(tensor))))
+        return Computed(make, (*needs, *more))
 
     def _whole_source(self, key: str) -> torch.Tensor | Callable[[], torch.Tensor]:
         """A source's tensor, or what reads it."""
