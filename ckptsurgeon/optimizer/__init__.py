@@ -1,1 +1,1 @@
-"""An optimizer's state: whose moments they are, and what becomes of them when the model changes. Pure."""
+"""An optimizer's state: which parameter each moment belongs to, and what becomes of it when the model changes. Pure."""

@@ -1,7 +1,7 @@
-"""What an optimizer's state_dict may hold, in one table, and how it is looked through: pure, before any of its tensors is read.
+"""A table of what an optimizer's state_dict may hold, and a parser that checks one before any of its tensors is read. Pure.
 
-torch stores state by position: `{"state": {0: {"exp_avg": …}}, "param_groups": [{"lr": …, "params": [0, 1]}]}`. Nothing is believed here:
-what does not go together is a FormatError. Whose a position is, is not decided here.
+torch stores state by position: `{"state": {0: {"exp_avg": …}}, "param_groups": [{"lr": …, "params": [0, 1]}]}`. Parts that contradict each
+other are a FormatError. `assign` finds which parameter a position belongs to.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ State = Mapping[str, Leaf]
 
 @dataclass(frozen=True)
 class Slot:
-    """One value that an optimizer keeps for a parameter: a `moment` of its shape, a `step` count, or a `code`, which is carried as it is or
-    not at all.
+    """One value that an optimizer keeps for a parameter.
 
-    `when` is the hyper-parameter that asks for it, None for always. Without one that is `needed`, nothing of a parameter is carried;
-    another starts at zero.
+    Attributes:
+        name: its name in the state.
+        kind: a `moment` of the parameter's shape, a `step` count, or a `code`, which is carried unchanged or not at all.
+        when: the hyper-parameter with which the optimizer keeps it; None for always.
+        needed: whether nothing of a parameter's state is carried without it; else it starts at zero.
     """
 
     name: str
@@ -34,9 +36,9 @@ class Slot:
 
 
 _STEP = Slot("step", "step")
-# What the optimizers of bitsandbytes keep: 8-bit codes (`state1`) in blocks of the parameter's elements, which mean something only with the
-# blocks' scales (`absmax1`, else `max1`) and the table of values (`qmap1`); of small parameters, float32. Newer versions save the tensors
-# in a dict of their own.
+# What the optimizers of bitsandbytes keep: 8-bit codes (`state1`) in blocks of the parameter's elements, which have a meaning only with the
+# blocks' scales (`absmax1`, else `max1`) and the table of values (`qmap1`); for small parameters, float32. Newer versions save the tensors
+# in a nested dict.
 BITSANDBYTES = "bitsandbytes"
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _KEPT: tuple[str, ...] = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2")
@@ -54,14 +56,20 @@ SLOTS: Mapping[str, tuple[Slot, ...]] = {
     ),
     BITSANDBYTES: tuple(Slot(name, "code", needed=name in ("step", "state1")) for name in _KEPT),
 }
-# A hyper-parameter that tells an optimizer's saved groups from those of others: RMSprop's momentum_buffer is none for SGD.
+# The hyper-parameter that only this optimizer's saved groups have: RMSprop keeps a momentum_buffer as SGD does.
 MARKS: Mapping[str, str] = {"SGD": "dampening", "Adam": "betas", "AdamW": "betas", "RMSprop": "alpha"}
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An optimizer's state_dict that was looked through: its groups' hyper-parameters, the positions in each, in order, the parameters'
-    names if it has them, and by position what it keeps."""
+    """A parsed optimizer state_dict.
+
+    Attributes:
+        groups: the hyper-parameters of each group.
+        positions: the positions in each group, in order.
+        names: the parameters' names, in the order of all positions; None where it has no names.
+        state: by position, the values that the optimizer keeps.
+    """
 
     groups: tuple[Mapping[str, Any], ...]
     positions: tuple[tuple[Hashable, ...], ...]
@@ -79,7 +87,7 @@ class Saved:
         return any("state1" in state for state in self.state.values())
 
     def shape_of(self, position: Hashable) -> Shape | None:
-        """The shape of a position's moments; None without one. FormatError where they differ."""
+        """The shape of a position's moments; None where it has none. FormatError where they differ."""
         state = self.state.get(position, {})
         moments = _MOMENTS if "state2" not in state else _MOMENTS - {"state1"}  # AdEMAMix keeps two averages in one `state1`
         shapes = {name: leaf.shape for name, leaf in state.items() if type(leaf) is TensorMeta and name in moments}
@@ -92,10 +100,10 @@ _MOMENTS = frozenset(slot.name for slots in SLOTS.values() for slot in slots if 
 
 
 def read_saved(value: Any) -> Saved:
-    """Look through an optimizer's state_dict, whose tensors stand as `TensorMeta`.
+    """Parse an optimizer's state_dict, in which tensors are `TensorMeta`.
 
     Raises:
-        FormatError: it is none, or its parts do not go together; it names the part.
+        FormatError: it is not an optimizer's state_dict, or its parts contradict each other; the message names the part.
 
     >>> saved = read_saved({"state": {0: {"momentum_buffer": None}}, "param_groups": [{"lr": 0.1, "params": [0], "param_names": ["w"]}]})
     >>> saved.names, saved.positions, saved.groups[0]["lr"]
@@ -113,69 +121,70 @@ def read_saved(value: Any) -> Saved:
     if len(set(flat)) != len(flat):
         raise FormatError("has a position in two groups, or twice in one")
     known = set(flat)
-    flattened = {position: _flat(kept) for position, kept in state.items()}
-    for position, kept in flattened.items():
+    flattened = {position: _flat(values) for position, values in state.items()}
+    for position, values in flattened.items():
         if position not in known or type(position) is bool:
             raise FormatError(f"has state for position {_short(position)}, which no group has")
-        if not isinstance(kept, Mapping) or not all(type(name) is str for name in kept):
+        if not isinstance(values, Mapping) or not all(type(name) is str for name in values):
             raise FormatError(f"has something other than named values as the state of position {_short(position)}")
-    plain = tuple({name: one for name, one in group.items() if name not in ("params", "param_names")} for group in groups)
-    return Saved(plain, positions, _names(groups, positions), flattened)
+    options = tuple({name: option for name, option in group.items() if name not in ("params", "param_names")} for group in groups)
+    return Saved(options, positions, _names(groups, positions), flattened)
 
 
 def _unflattened(value: Mapping[Any, Any]) -> Mapping[str, Any]:
-    """A state with one key for each value, as torch's `flatten_optimizer_state_dict` names them, as torch's own: `state.fc.weight.exp_avg`,
-    and `param_groups.fc.weight.lr`. Parameters whose hyper-parameters are all equal are one group.
+    """A flattened state, as torch's `flatten_optimizer_state_dict` makes it (`state.fc.weight.exp_avg`, `param_groups.fc.weight.lr`), in
+    torch's nested form. Parameters with equal hyper-parameters become one group.
 
     >>> _unflattened({"state.w.step": 1, "param_groups.w.lr": 0.1, "param_groups.b.lr": 0.1})
     {'state': {'w': {'step': 1}}, 'param_groups': [{'lr': 0.1, 'params': ['w', 'b']}]}
     """
     parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
-    for key, one in value.items():
+    for key, leaf in value.items():
         kind, _, rest = key.partition(".") if type(key) is str else ("", "", "")
         name, _, last = rest.rpartition(".")
         if kind not in parts or not name:
             return value
-        parts[kind].setdefault(name, {})[last] = one
+        parts[kind].setdefault(name, {})[last] = leaf
     groups: dict[str, dict[str, Any]] = {}
-    for name, own in parts["param_groups"].items():
-        groups.setdefault(repr(sorted(own.items())), {**own, "params": []})["params"].append(name)
+    for name, options in parts["param_groups"].items():
+        groups.setdefault(repr(sorted(options.items())), {**options, "params": []})["params"].append(name)
     return {"state": parts["state"], "param_groups": list(groups.values())}
 
 
-def _flat(kept: Any) -> Any:
-    """A parameter's state without the dict in which bitsandbytes saves its tensors."""
-    wrapped = kept.get(_WRAPPED) if isinstance(kept, Mapping) else None
-    return {**{name: value for name, value in kept.items() if name != _WRAPPED}, **wrapped} if isinstance(wrapped, Mapping) else kept
+def _flat(values: Any) -> Any:
+    """A parameter's state, with the tensors of the nested dict in which bitsandbytes saves them."""
+    nested = values.get(_WRAPPED) if isinstance(values, Mapping) else None
+    return {**{name: value for name, value in values.items() if name != _WRAPPED}, **nested} if isinstance(nested, Mapping) else values
 
 
 def _positions(number: int, group: Any) -> tuple[Hashable, ...]:
     params: Any = group.get("params") if isinstance(group, Mapping) else None
     if not isinstance(params, (list, tuple)):
         raise FormatError(f"has no list of parameters in its group {number}")
-    if not all(type(one) is str or (type(one) is int and 0 <= one < 1 << 64) for one in params):
+    if not all(type(param) is str or (type(param) is int and 0 <= param < 1 << 64) for param in params):
         raise FormatError(f"has a parameter in its group {number} that is neither a position nor a name")
     return tuple(params)
 
 
 def _names(groups: Sequence[Mapping[str, Any]], positions: Sequence[tuple[Hashable, ...]]) -> tuple[str, ...] | None:
-    """The names in order: the positions themselves where they are names, else `param_names` where every group has it."""
+    """The parameters' names, in order: the positions themselves where they are names, else `param_names`; None where a group has
+    neither."""
     flat = [position for group in positions for position in group]
-    if flat and all(type(one) is str for one in flat):
+    if flat and all(type(position) is str for position in flat):
         return tuple(map(str, flat))
-    found: list[str] = []
-    for number, (group, own) in enumerate(zip(groups, positions, strict=True)):
+    all_names: list[str] = []
+    for number, (group, params) in enumerate(zip(groups, positions, strict=True)):
         names = group.get("param_names")
         if names is None:
-            if own:
+            if params:
                 return None
             continue
-        if type(names) not in (list, tuple) or len(names) != len(own) or not all(type(name) is str for name in names):
-            raise FormatError(f"has param_names in its group {number} that are not one name for each of its {len(own)} parameters")
-        found += names
-    if len(set(found)) != len(found):
+        if type(names) not in (list, tuple) or len(names) != len(params) or not all(type(name) is str for name in names):
+            raise FormatError(f"has param_names in its group {number} that are not one name for each of its {len(params)} parameters")
+        all_names += names
+    if len(set(all_names)) != len(all_names):
         raise FormatError("has one name for two parameters")
-    return tuple(found)
+    return tuple(all_names)
 
 
 def _short(position: Hashable) -> str:
@@ -187,7 +196,7 @@ def _shapes(shapes: Mapping[str, Shape]) -> str:
 
 
 def wanted_slots(optimizer: str, group: Mapping[str, Any]) -> tuple[Slot, ...]:
-    """The slots that an optimizer of `SLOTS` keeps under a group's hyper-parameters.
+    """The slots that an optimizer of `SLOTS` keeps with a group's hyper-parameters.
 
     >>> [slot.name for slot in wanted_slots("SGD", {"momentum": 0.9})], wanted_slots("SGD", {"momentum": 0})
     (['momentum_buffer'], ())

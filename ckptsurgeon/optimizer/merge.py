@@ -1,7 +1,7 @@
-"""Plans the optimizer's state of a merged file: the steps that write its moments, and the value in which they stand.
+"""Plans the optimizer's state of a merged file: the steps that write its moments, and the nested value that holds them.
 
-The new positions are the target's parameters, each in the group that its source's parameter was in, in the target's order; the groups keep
-the source's hyper-parameters and get the parameters' names. Pure: step counts come through `count`.
+The new positions are the target's parameters, in the target's order, each in the group of its source's parameter. The groups keep the
+source's hyper-parameters and get the parameters' names. Pure: `count` reads step counts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ Count = Callable[[Leaf], float | None]
 
 @dataclass(frozen=True)
 class MergedState:
-    """An optimizer's state to be written: its `value`, the `steps` of its tensors, which read `leaves` by name, what became of each
-    parameter, and what there is to say."""
+    """An optimizer's state to be written.
+
+    Attributes:
+        value: the nested value, with `Stored` for each tensor.
+        steps: the steps that write these tensors.
+        leaves: by name, the source tensors that the steps read.
+        plans: what becomes of each parameter's state.
+        notes: (name of a parameter, note) pairs.
+    """
 
     value: Mapping[str, Any]
     steps: tuple[Step, ...]
@@ -34,7 +41,7 @@ class MergedState:
 
 
 def kind_of(saved: Saved) -> str:
-    """The kind of optimizer that a state is of, told by what it keeps, or its groups' hyper-parameters. PlanError for one of none.
+    """The kind of optimizer that saved a state, found by what it keeps or by its groups' hyper-parameters. PlanError for an unknown kind.
 
     >>> kind_of(Saved(({"lr": 0.1, "alpha": 0.99},), ((),), None, {}))
     'RMSprop'
@@ -48,7 +55,7 @@ def kind_of(saved: Saved) -> str:
 
 
 def slots_of(saved: Saved, kind: str) -> tuple[Slot, ...]:
-    """The slots that a state has anywhere, all of them needed, save codes: what is written must be whole."""
+    """The slots that any parameter of a state has. All of them are needed, except codes: the state that is written must be complete."""
     present = {name for state in saved.state.values() for name, value in state.items() if value is not None}
     return tuple(slot if slot.kind == "code" else replace(slot, needed=True) for slot in SLOTS[kind] if slot.name in present)
 
@@ -66,36 +73,39 @@ def merge_state(
     """Plan the state of `parameters`, in the target's order.
 
     Args:
-        held: what is kept by the source's keys.
+        saved: the source's optimizer state.
+        assigned: the source key of each of its positions.
+        held: the optimizer's state by source key.
+        parameters: the target's parameters.
         steps: the weights' plan, by target key.
-        taken: names that steps have already.
-        number: of the source that has the leaves.
-        count: the number of steps that a leaf says; None for none.
+        taken: names that steps already have.
+        number: the number of the source that has the leaves.
+        count: reads the step count of a leaf; None where it is not a count.
 
     Raises:
-        FormatError: a hyper-parameter that is no plain value.
+        FormatError: a hyper-parameter that is not a plain value.
     """
     plans = plan_states(parameters, steps, {(0, key): state for key, state in held.items()})
-    made: list[Step] = []
+    written: list[Step] = []
     leaves: dict[str, TensorMeta] = {}
     notes: list[tuple[str, str]] = []
     groups_of = _groups_of(saved, assigned, plans)
-    order = [place for number_ in range(len(saved.groups)) for place, group in enumerate(groups_of) if group == number_]
+    order = sorted(range(len(plans)), key=groups_of.__getitem__)  # the parameters, group after group
     state: dict[int, dict[str, Any]] = {}
-    done = list(plans)
-    for position, place in enumerate(order):
-        plan = plans[place]
+    results = list(plans)
+    for position, index in enumerate(order):
+        plan = plans[index]
         counts = [count(leaf) for slot in plan.slots if slot.slot.kind == "step" for leaf in slot.leaves]
         if None in counts:
-            plan = done[place] = replace(plan, slots=(), reason="the source's step is no count of steps")
+            plan = results[index] = replace(plan, slots=(), reason="the source's step is no count of steps")
         if len(set(counts) - {None}) > 1:
-            words = " and ".join(f"{one:g}" for one in sorted({one for one in counts if one is not None}))
+            words = " and ".join(f"{total:g}" for total in sorted({total for total in counts if total is not None}))
             notes.append((plan.parameter.name, f"its parts had taken {words} steps; the most is kept"))
-        values = {slot.slot.name: _written(plan, slot, taken, number, counts, made, leaves) for slot in plan.slots}
+        values = {slot.slot.name: _written(plan, slot, taken, number, counts, written, leaves) for slot in plan.slots}
         if values:
             state[position] = values
     value = {"state": state, "param_groups": _groups(saved, plans, order, groups_of)}
-    return MergedState(value, tuple(made), leaves, tuple(done), tuple(notes))
+    return MergedState(value, tuple(written), leaves, tuple(results), tuple(notes))
 
 
 def _written(
@@ -104,13 +114,14 @@ def _written(
     taken: frozenset[str],
     number: int,
     counts: Sequence[float | None],
-    made: list[Step],
+    written: list[Step],
     leaves: dict[str, TensorMeta],
 ) -> Any:
-    """What stands in the state for a slot: a plain number, or `Stored` for a tensor, whose step and leaves are added."""
+    """The value of a slot in the state: a plain number, or `Stored` for a tensor, whose step and leaves are added to `written` and
+    `leaves`."""
     used, shape = slot.leaves, plan.parameter.shape
     if slot.slot.kind == "step":
-        used = (slot.leaves[max(range(len(counts)), key=lambda place: counts[place] or 0.0)],)
+        used = (slot.leaves[max(range(len(counts)), key=lambda index: counts[index] or 0.0)],)
     if slot.slot.kind != "moment":
         if type(used[0]) is not TensorMeta:
             return used[0]
@@ -124,38 +135,39 @@ def _written(
         leaves[name] = replace(leaf, name=name)
         sources.append((number, name))
     action: Any = "adapt" if slot.ops else "rename"
-    made.append(Step(target, used[0].dtype, shape, action, tuple(sources), slot.ops, False, "as its weight"))
+    written.append(Step(target, used[0].dtype, shape, action, tuple(sources), slot.ops, False, "as its weight"))
     return Stored(target)
 
 
 def _groups_of(saved: Saved, assigned: Assigned, plans: Sequence[ParameterPlan]) -> list[int]:
-    """The group of each parameter: that of its source's, else that of the parameter before it."""
+    """The group of each parameter: that of its source parameter, else that of the parameter before it."""
     group_of = {position: number for number, positions in enumerate(saved.positions) for position in positions}
     of_key = {key: group_of[position] for position, key in assigned.keys.items()}
-    found: list[int] = []
+    groups: list[int] = []
     for plan in plans:
-        own = next((of_key[key] for _, key in plan.sources if key in of_key), None)
-        found.append(own if own is not None else found[-1] if found else 0)
-    return found
+        group = next((of_key[key] for _, key in plan.sources if key in of_key), None)
+        groups.append(group if group is not None else groups[-1] if groups else 0)
+    return groups
 
 
 def _groups(saved: Saved, plans: Sequence[ParameterPlan], order: Sequence[int], groups_of: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
     for number, group in enumerate(saved.groups):
-        members = [position for position, place in enumerate(order) if groups_of[place] == number]
+        members = [position for position, index in enumerate(order) if groups_of[index] == number]
         names = [plans[order[position]].parameter.name for position in members]
         rows.append({**{name: _plain(name, value) for name, value in group.items()}, "params": members, "param_names": names})
     return rows
 
 
 def _plain(name: str, value: Any) -> Any:
+    """The value of a hyper-parameter. FormatError where it is not plain."""
     if is_plain(value):
         return value
     raise FormatError(f"has a group whose {str(name)[:60]!r} is no plain value", hint="save it with a rate that is a number")
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value has neither tensors nor what is refused in it."""
+    """Whether a value contains neither tensors nor refused values."""
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""What may tell the order in which an optimizer counts parameters: the keys' own order in a file, and a live model with its optimizer.
+"""Sources of the order in which an optimizer numbers parameters: the keys' order in a file, and a live model with its optimizer.
 
-torch counts parameters in the order in which a model registers them, group after group. A file's keys are in that order as long as nobody
-sorted them: torch's `_metadata` beside them proves it, and keys in the order of their names are taken for sorted. Pure.
+torch numbers parameters in the order in which a model registers them, group after group. A file's keys are in that order unless they were
+sorted. torch's `_metadata` in the file proves that they are; keys in alphabetical order are taken for sorted. Pure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.tensors import Checkpoint
 
-# The buffers of torch's norms; others are told by their dtype, by a live model, or by not fitting.
+# The buffers of torch's norms. Other buffers are recognised by dtype, by a live model, or because no parameter has their shape.
 BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _NUMBERS = re.compile(r"(\d+)")
 
@@ -25,16 +25,16 @@ Keys = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LiveOrder:
-    """What a live model says, in the source's keys, of which a parameter may have none, or several where they are joined in it.
+    """The order of a live model's parameters, in the source's keys. A parameter has no source key, one, or several that are joined.
 
     Attributes:
-        registered: the keys of each of the model's parameters, in the order of registration.
-        groups: the same by the groups of the live optimizer; empty where there is none.
+        registered: the source keys of each of the model's parameters, in the order of registration.
+        groups: the same by the groups of the live optimizer; empty without an optimizer.
         options: these groups' hyper-parameters.
-        passed: the source's keys that are no parameters of their own: buffers in the model, and copies of a parameter that is tied in it.
-        named: the keys of each parameter by every name that it has in the model.
+        passed: source keys to skip: buffers of the model, and copies of a parameter that is tied in it.
+        named: the source keys of each parameter, by every name that it has in the model.
         as_registered: whether the optimizer, if there is one, has its parameters in the order of registration, in one group.
-        leads: whether it may decide alone, where the file's order does not.
+        leads: whether this order may decide alone where the file's order does not.
     """
 
     registered: tuple[Keys, ...]
@@ -56,45 +56,49 @@ def live_order(
     source: Checkpoint,
     leads: bool,
 ) -> LiveOrder:
-    """What a live model says about the source.
+    """The order of a live model's parameters, in the source's keys.
 
     Args:
-        names: every name of every parameter, to its keys in the model's state_dict.
-        parameters: their keys, in the order of registration; `buffers`, those of the persistent buffers.
-        groups: the keys of the parameters in each group of the optimizer, and `options`, the groups' hyper-parameters.
+        names: every name of every parameter, with its keys in the model's state_dict.
+        parameters: the keys of each parameter, in the order of registration.
+        buffers: the keys of the persistent buffers.
+        groups: the keys of the parameters in each group of the optimizer.
+        options: the groups' hyper-parameters.
         steps: the weights' plan by target key.
+        source: the checkpoint that the plan reads.
+        leads: whether this order may decide alone where the file's order does not.
     """
     firsts = {key: group[0] for group in source.ties for key in group}
     used = {key for step in steps.values() for _, key in step.sources}
     heads = Counter(key[: -len(step.target)] for step in steps.values() for _, key in step.sources if key.endswith(step.target))
     head = heads.most_common(1)[0][0] if heads else ""
 
-    def every(keys: Keys) -> list[Keys]:
-        """The source's keys of each of a parameter's own keys that has any."""
+    def all_counterparts(keys: Keys) -> list[Keys]:
+        """For each of a parameter's target keys, the source keys that it comes from, if any."""
         found = [tuple(firsts.get(key, key) for _, key in steps[target].sources) for target in keys if target in steps]
-        if not any(found):  # it has another shape in the source, and was left there
+        if not any(found):  # the source has it with another shape, so no step reads it
             found = [(firsts.get(head + key, head + key),) for key in keys if head + key in source and head + key not in used]
-        return [own for own in found if own]
+        return [source_keys for source_keys in found if source_keys]
 
     def counterpart(keys: Keys) -> Keys:
-        return next((tuple(dict.fromkeys(own)) for own in every(keys)), ())
+        return next((tuple(dict.fromkeys(source_keys)) for source_keys in all_counterparts(keys)), ())
 
-    place = {keys: number for number, keys in enumerate(parameters)}
-    places = [place.get(keys, -1) for group in groups for keys in group]
-    copies = {key for keys in parameters for own in every(keys) for key in own if key not in counterpart(keys)}
+    index_of = {keys: index for index, keys in enumerate(parameters)}
+    indices = [index_of.get(keys, -1) for group in groups for keys in group]
+    copies = {key for keys in parameters for source_keys in all_counterparts(keys) for key in source_keys if key not in counterpart(keys)}
     return LiveOrder(
         tuple(map(counterpart, parameters)),
         tuple(tuple(map(counterpart, group)) for group in groups),
         tuple(options),
         frozenset(key for buffer in buffers for key in counterpart((buffer,))) | copies,
         {name: counterpart(keys) for name, keys in names.items()},
-        len(groups) <= 1 and places == sorted(places),
+        len(groups) <= 1 and indices == sorted(indices),
         leads,
     )
 
 
 def candidates(source: Checkpoint, passed: Collection[str] = ()) -> list[str]:
-    """The source's keys that may be parameters, in its own order, tied ones once, without those that are `passed`."""
+    """The source's keys that may be parameters, in the file's order: tied keys once, and none of `passed`."""
     later = {key for group in source.ties for key in group[1:]}
     return [
         key
@@ -107,8 +111,10 @@ def candidates(source: Checkpoint, passed: Collection[str] = ()) -> list[str]:
 
 
 def order_of_keys(source: Checkpoint) -> Literal["registered", "plain", "sorted"]:
-    """What the order of a state_dict's keys is worth: `registered` where torch's `_metadata` names the modules in the same order, `sorted`
-    where it is that of the names (of each dtype, as safetensors has it, and whether numbers count as numbers or not), else `plain`.
+    """Which order a state_dict's keys are in.
+
+    `registered` where torch's `_metadata` lists the modules in the same order; `sorted` where the names are sorted (within each dtype, as
+    safetensors sorts them, and with numbers compared as numbers or as text); else `plain`.
 
     >>> from ckptsurgeon.tensors import TensorMeta
     >>> def order(*keys, **more):
@@ -116,9 +122,9 @@ def order_of_keys(source: Checkpoint) -> Literal["registered", "plain", "sorted"
     >>> order("b.weight", "b.bias"), order("a", "b"), order("b.w", "a.w", module_metadata={"b": {}, "a": {}}), order("a.2", "a.10")
     ('plain', 'sorted', 'registered', 'sorted')
     """
-    places = {path: number for number, path in enumerate(source.module_metadata)}
-    modules = [places.get(key.rpartition(".")[0], -1) for key in source]
-    known = bool(places) and modules == sorted(modules) and modules[:1] != [-1]
+    index_of = {path: index for index, path in enumerate(source.module_metadata)}
+    modules = [index_of.get(key.rpartition(".")[0], -1) for key in source]
+    known = bool(index_of) and modules == sorted(modules) and modules[:1] != [-1]
     by_name = _sorted(source)
     if known and not (by_name and len(set(modules)) < len(modules)):  # `_metadata` says nothing of the order within a module
         return "registered"
@@ -133,6 +139,6 @@ def _sorted(source: Checkpoint) -> bool:
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
-    """A key that sorts by its numbers' values."""
+    """A sort key that compares the numbers in a name by value."""
     parts = _NUMBERS.split(key)
     return [(0, int(part), "") if number % 2 and len(part) < 20 else (1, 0, part) for number, part in enumerate(parts)]

@@ -1,7 +1,8 @@
-"""Decides what an optimizer's state becomes when its model changes: how each moment follows its weight, by the steps of the weights' plan.
+"""Decides what an optimizer's state becomes when its model changes: each moment is changed as the plan changes its weight.
 
-Moments go where their weight goes, zeros where it was filled up; nothing is carried for a weight that is fresh or computed, and the reason
-is told. 8-bit moments are codes: they go as they are, with a weight that goes as it is. Pure: no tensor is read and no torch loaded.
+Moments follow their weight, with zeros where the weight was filled up. For a weight that is fresh or computed nothing is carried, and the
+reason is reported. 8-bit moments are codes: they are carried unchanged, and only for a weight that is copied unchanged. Pure: no tensor is
+read and torch is not loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ckptsurgeon.tensors import Refused, TensorMeta
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the new optimizer: its name, its keys in the state_dict, dtype code and shape, and the slots its group asks for."""
+    """A parameter of the new optimizer: its name, its keys in the state_dict, its dtype code and shape, and the slots that its group
+    needs."""
 
     name: str
     keys: tuple[str, ...]
@@ -33,7 +35,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """How a slot gets its value: from the leaves of the sources, in order, by `ops`; zeros where there are no leaves."""
+    """How a slot gets its value: from the sources' leaves, in order, by `ops`; zeros where there are no leaves."""
 
     slot: Slot
     leaves: tuple[Leaf, ...]
@@ -42,7 +44,7 @@ class SlotPlan:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What a parameter's state becomes: `slots`, or nothing, and the `reason` why. `sources` are the keys it comes from."""
+    """What a parameter's state becomes: `slots`, or nothing, with the `reason`. `sources` are the source keys that it comes from."""
 
     parameter: Parameter
     slots: tuple[SlotPlan, ...] = ()
@@ -56,29 +58,29 @@ class ParameterPlan:
 
     @property
     def started(self) -> tuple[str, ...]:
-        """The slots of a carried state that start at zero, since the source has none."""
+        """The slots of a carried state that start at zero, because the source has no value."""
         return tuple(slot.slot.name for slot in self.slots if not slot.leaves)
 
 
 def moment_ops(ops: Sequence[Op]) -> tuple[Op, ...] | None:
-    """The ops by which moments follow a weight that goes through `ops`; None where one has no meaning for them.
+    """The ops for the moments of a weight to which `ops` are applied; None where moments can't follow one of them.
 
     >>> moment_ops([{"op": "pad", "dim": 0, "size": 9, "fill": "mean", "at": "end"}])
     ({'op': 'pad', 'dim': 0, 'size': 9, 'at': 'end', 'fill': 'zeros'},)
     >>> moment_ops([{"op": "average", "weights": [0.5, 0.5]}]) is None
     True
     """
-    found = [adapter_of(op).moments(op) for op in ops]
-    return tuple(op for op in found if op is not None) if None not in found else None
+    followed = [adapter_of(op).moments(op) for op in ops]
+    return tuple(op for op in followed if op is not None) if None not in followed else None
 
 
 def plan_states(parameters: Sequence[Parameter], steps: Mapping[str, Step], held: Mapping[SourceKey, State]) -> tuple[ParameterPlan, ...]:
-    """For each parameter what its state becomes.
+    """What the state of each parameter becomes.
 
     Args:
-        parameters: those of the new optimizer.
+        parameters: the parameters of the new optimizer.
         steps: the plan's steps by target key.
-        held: what the source's optimizer keeps, by the source's keys; tied keys each.
+        held: the source optimizer's state by source key; each of several tied keys has it.
     """
     return tuple(_planned(parameter, steps, held) for parameter in parameters)
 
@@ -112,7 +114,7 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
 
 
 def _lacking(slot: Slot, leaves: tuple[Leaf, ...], ops: tuple[Op, ...], parameter: Parameter) -> str | None:
-    """Why a slot's leaves do not make its value; None where they do."""
+    """Why a slot's leaves can't give its value, in words that continue "the source's exp_avg"; None where they can."""
     for leaf in leaves:
         if leaf is None:
             return "is not there"

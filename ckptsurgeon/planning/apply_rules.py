@@ -1,11 +1,11 @@
-"""Where each source key wants to go: first the wrapper prefix, then, stage by stage, the first rule that matches.
+"""Applies rules to the sources' keys: first the wrapper prefix is taken off, then, in each stage, the first rule that matches a key is
+applied.
 
-The one place where rules meet the sources' keys; `diff` and `plan` both build on it. All problems with rules are raised together.
+`diff` and `plan` both build on this module. All problems with rules are raised together, as one error.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -39,15 +39,18 @@ class Names:
     """What every key of every source becomes.
 
     Attributes:
-        prefixes: by source.
-        claims: by name, which tensors of the sources want to be there. With a target, the first of several for a name that it has not.
-        entries: by name, the source's value that is no tensor.
-        names_of: the names that a source key went to, also those that the target has not.
-        dropped: the rule that drops a key; `names_of_dropped` are the names that dropped keys would have landed on.
-        inits, keeps, adapts: the rules that are held against the target's names.
-        choices: by source, the prefix that is applied, and the rivals between which nothing decides; none of these is applied.
-        handed: by source and name, what torch's load needs as it is, since the target's own loading code computes with it.
-        applied: what the conversions of the target's library have come to.
+        prefixes: for each source, the change between its names and the target's.
+        claims: by name, the source tensors that it gets. Of several for a name that is not in the target, only the first.
+        entries: by name, the source value that is not a tensor.
+        names_of: for each source key, the names that it gets, including names that are not in the target.
+        dropped: for each dropped source key, the rule that drops it.
+        names_of_dropped: the names that dropped keys had when they were dropped.
+        inits, keeps, adapts: the rules whose patterns are matched against the target's names.
+        outside: token lists, own adapters and loading code, as the caller gave them.
+        choices: for each source, the prefix that is applied and its rivals. Where there are rivals, no rival is applied.
+        handed: by source and name, the items that torch's load gets unchanged, because the target's own loading code computes values from
+            them.
+        applied: what the conversions of the target's library did.
     """
 
     prefixes: tuple[Prefix, ...]
@@ -67,12 +70,12 @@ class Names:
 
 @dataclass
 class _Stage:
-    """One stage as it runs. `given` has, by a rule's place, the names it gave; `failed` the first result that couldn't be told."""
+    """One stage while it is applied. By the rule's index, `produced` has the names that it gave, `failed` its first problem."""
 
     rules: Sequence[CompiledRule]
     sources: Sequence[Checkpoint]
     outside: Outside
-    given: dict[int, list[str]] = field(default_factory=dict)
+    produced: dict[int, list[str]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     dropped: dict[SourceKey, Rule] = field(default_factory=dict)
     names_of_dropped: set[str] = field(default_factory=set)
@@ -86,13 +89,13 @@ class _Stage:
         out: list[Item | linking.Group] = []
         groups: dict[object, linking.Group] = {}
         for item in items:
-            taken = next((one for name in item.readings if (one := self._first.find(name, item.source)) is not None), None)
-            if taken is None:
+            first = next((hit for name in item.readings if (hit := self._first.find(name, item.source)) is not None), None)
+            if first is None:
                 out.append(item)
                 continue
-            index, match = taken
+            index, match = first
             compiled = self.rules[index]
-            given = self.given.setdefault(index, [])
+            produced = self.produced.setdefault(index, [])
             try:
                 if compiled.rule.kind == "drop":
                     self.dropped.update(dict.fromkeys(item.places, compiled.rule))
@@ -100,7 +103,7 @@ class _Stage:
                 elif compiled.rule.kind == "rename":
                     names = [expand(result, dict(match.parts)) for result in compiled.results]
                     out += [item.moved(name, compiled.rule, which) for which, name in enumerate(names)]
-                    given += names
+                    produced += names
                 else:
                     from ckptsurgeon.planning import linking
 
@@ -114,25 +117,25 @@ class _Stage:
         by_rule: dict[int, list[linking.Group]] = {}
         for group in groups.values():
             by_rule.setdefault(group.index, []).append(group)
-        for index, found in by_rule.items():
+        for index, groups_of_rule in by_rule.items():
             from ckptsurgeon.planning import linking
 
             try:
-                linking.check_even(found)
+                linking.check_even(groups_of_rule)
             except RuleError as error:
                 self.failed.setdefault(index, f"{self.rules[index].rule}: {error.reason}")
-        return [one for row in out for one in ([row] if isinstance(row, Item) else self._linked(row))]
+        return [item for entry in out for item in ([entry] if isinstance(entry, Item) else self._linked(entry))]
 
     def _linked(self, group: linking.Group) -> list[Item]:
         from ckptsurgeon.planning import linking
 
         try:
-            found = linking.join(group, self.sources, self.outside)
+            joined = linking.join(group, self.sources, self.outside)
         except RuleError as error:
             self.failed.setdefault(group.index, f"{group.compiled.rule}: {error.reason}")
             return []
-        self.given[group.index] += [item.name for item in found]
-        return found
+        self.produced[group.index] += [item.name for item in joined]
+        return joined
 
 
 def name_sources(
@@ -144,10 +147,13 @@ def name_sources(
     average: Weights | None = None,
     auto: str | None = None,
 ) -> Names:
-    """Name every source key. Without a target no prefix is stripped, save for an average, whose first source is the measure of the others.
+    """Give every source key its name in the target.
 
-    Raises RuleError, once for all problems: a rule that matches nothing, a rename none of whose results is in the target, two sources
-    that land on one of the target's names, keys that a link needs and that are not there.
+    Without a target no prefix is stripped, except in an average, where the other sources are compared with the first one.
+
+    Raises:
+        RuleError: all problems together: a rule that matches nothing, a rename without a result in the target, two source keys that get
+            the same target name, or a link whose keys are missing.
     """
     compiled = compile_rules(rules, outside)
     mean = None
@@ -155,9 +161,9 @@ def name_sources(
         from ckptsurgeon.planning.averaging import weights_of
 
         mean = weights_of(average, sources)
-    measure = sources[0] if mean is not None and target is None else target
+    reference = sources[0] if mean is not None and target is None else target
     active = [rule for rule in compiled if not rule.of_target]
-    choices = [_choice(source, number, measure, active) if measure is not None else NO_CHANGE for number, source in enumerate(sources)]
+    choices = [_choice(source, number, reference, active) if reference is not None else NO_CHANGE for number, source in enumerate(sources)]
     prefixes = tuple(choice.applied.prefix for choice in choices)
     known: Collection[str] | None = None if target is None else {*target, *target.entries}
     for rule in compiled:
@@ -166,7 +172,7 @@ def name_sources(
     items = [
         Item(bare, name, ((number, key),), entry=key not in source, others=_others(source, key, bare))
         for number, source in enumerate(sources)
-        for key, name in rename_all((*source, *source.entries), known or measure or (), prefixes[number]).items()
+        for key, name in rename_all((*source, *source.entries), known or reference or (), prefixes[number]).items()
         for bare in (prefixes[number].bare(key),)
     ]
     problems: list[str] = []
@@ -181,7 +187,7 @@ def name_sources(
         names_of_dropped |= stage.names_of_dropped
         problems += stage.failed.values()
     for stage, before in tried:
-        problems += rule_problems.rules_without_a_turn(stage.rules, stage.given, before, sources, prefixes)
+        problems += rule_problems.rules_without_a_turn(stage.rules, stage.produced, before, sources, prefixes)
     if auto == "safe" and known is not None:
         items = repaired(items, known, mean is not None)
     items, applied = conversions.converted(items, sources, target, dropped)
@@ -192,65 +198,61 @@ def name_sources(
         from ckptsurgeon.planning.averaging import average_items
 
         items = average_items(items, sources, mean, problems)
-    lost = () if known is None else rule_problems.rules_without_effect(active, items, known)
+    if known is not None:
+        problems += rule_problems.rules_without_effect(active, items, known)
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
-    problems += lost
-    crossed = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes, target is None or target.kind == "file")
-    problems += crossed
+    collisions = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes, target is None or target.kind == "file")
+    problems += collisions
     if problems:
-        first = sources[0]
-        look = f"ckptsurgeon inspect -v {shlex.quote(first.path)}"
-        if target is not None or first.kind == "model":
-            from ckptsurgeon.planning.plan_types import way_to_look
+        from ckptsurgeon.planning.plan_types import way_to_look
 
-            look = way_to_look(first.path, first.root, first.kind == "model", None if target is None else target.path)
-        hint = f"see the names: {look}"
-        if crossed:
-            hint = next(iter(crossed.values()))
+        first = sources[0]
+        look = way_to_look(first.path, first.root, first.kind == "model", None if target is None else target.path)
+        hint = next(iter(collisions.values()), f"see the names: {look}")
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
-    found = _names(items, landed, prefixes, dropped, names_of_dropped, compiled, sources, outside)
-    return replace(found, choices=tuple(choices), handed=handed, applied=applied)
+    names = _names(items, landed, prefixes, dropped, names_of_dropped, compiled, sources, outside)
+    return replace(names, choices=tuple(choices), handed=handed, applied=applied)
 
 
 def _others(source: Checkpoint, key: str, bare: str) -> frozenset[str]:
-    """Of the names by which patterns read a key, those that are other keys of the source."""
+    """Those names under which a pattern could match a key that are themselves other keys of the source."""
     names = {bare, unwrap(key, WRAPPERS)} - {key}
     return frozenset(name for name in names if name in source or name in source.entries)
 
 
-def _choice(source: Checkpoint, number: int, measure: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
+def _choice(source: Checkpoint, number: int, reference: Checkpoint, rules: Sequence[CompiledRule]) -> Choice:
     """The prefix between a source and the target (or the first source), and its rivals.
 
-    A wrapper's prefix is stripped whatever the rules say. Any other must not come from the few keys that chance makes equal while
-    rules name the rest as they stand in the file.
+    A wrapper's prefix is always stripped. Any other prefix is looked for only among the keys that no rule names: where rules name most
+    keys as they are in the file, the few others may be equal by chance.
     """
-    found = find_change(source, measure)
-    by_library = conversions.choose(source, measure, found)
-    if by_library is not found:
+    choice = find_change(source, reference)
+    by_library = conversions.choose(source, reference, choice)
+    if by_library is not choice:
         return replace(by_library, among=source)
-    found = replace(found, among=source)
-    applied = found.applied.prefix
-    if not rules or (applied and applied.of_wrappers and not found.rivals):
-        return found
+    choice = replace(choice, among=source)
+    applied = choice.applied.prefix
+    if not rules or (applied and applied.of_wrappers and not choice.rivals):
+        return choice
     bare = {key: key if (name := unwrap(key, WRAPPERS)) in source else name for key in source}
     seen = {*bare, *bare.values()}
     for rule in rules:
         rule.learn(seen)
     unnamed: dict[str, TensorMeta] = {}
     first = FirstMatch(rules)
-    given: set[str] = set()  # what rules give, no prefix need explain
+    explained: set[str] = set()  # target names that rules give, which no prefix has to explain
     for key, name in bare.items():
-        both = [found for found in (first.find(name, number), None if key == name else first.find(key, number)) if found is not None]
-        if not both:
+        hits = [hit for hit in (first.find(name, number), None if key == name else first.find(key, number)) if hit is not None]
+        if not hits:
             unnamed[key] = source[key]
             continue
-        place, match = min(both, key=lambda found: found[0])
-        if rules[place].counted is None:
-            with suppress(RuleError):  # told where the rule is followed
-                given.update(expand(result, dict(match.parts)) for result in rules[place].results)
+        index, match = min(hits, key=lambda hit: hit[0])
+        if rules[index].counted is None:
+            with suppress(RuleError):  # reported where the rule is applied
+                explained.update(expand(result, dict(match.parts)) for result in rules[index].results)
     if len(unnamed) == len(source):
-        return found
-    return replace(find_change(unnamed, {key: tensor for key, tensor in measure.items() if key not in given}), among=unnamed)
+        return choice
+    return replace(find_change(unnamed, {key: tensor for key, tensor in reference.items() if key not in explained}), among=unnamed)
 
 
 def _names(
@@ -274,15 +276,15 @@ def _names(
             entries.setdefault(item.name, item.places[0])
         else:
             claims.setdefault(item.name, item.claim)
-    for place, name in landed:
-        names_of.setdefault(place, []).append(name)
+    for source_key, name in landed:
+        names_of.setdefault(source_key, []).append(name)
     by_kind = {kind: tuple(rule for rule in compiled if rule.rule.kind == kind and rule.of_target) for kind in ("init", "keep", "adapt")}
     return Names(
         prefixes,
         claims,
         entries,
-        {place: tuple(names) for place, names in names_of.items()},
-        {place: rule for place, rule in dropped.items() if place not in names_of},
+        {source_key: tuple(names) for source_key, names in names_of.items()},
+        {source_key: rule for source_key, rule in dropped.items() if source_key not in names_of},
         frozenset(names_of_dropped),
         by_kind["init"],
         by_kind["keep"],

@@ -1,4 +1,4 @@
-"""The same key of every source as one weighted mean: model soups (Wortsman et al. 2022, arXiv:2203.05482), checkpoint averages."""
+"""Averages several sources key by key: model soups (Wortsman et al. 2022, arXiv:2203.05482), checkpoint averages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BY = Rule("average")
 
 
 def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
-    """The op of an average. PlanError for weights that are not one number for each source."""
+    """The op of an average. PlanError for weights that are not one number per source."""
     if len(sources) < 2:
         raise PlanError("an average needs two sources or more")
     if isinstance(average, bool):
@@ -35,16 +35,15 @@ def weights_of(average: Weights, sources: Sequence[Checkpoint]) -> Op:
 
 
 def average_items(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, problems: list[str]) -> list[Item]:
-    """One item for each name that the sources share. Integers, booleans and extra states are not averaged: they are taken from
-    the first source."""
+    """One item for each name that all sources have. Integers, booleans and extra states are not averaged: they are the first source's."""
     rows: dict[str, dict[int, Item]] = {}
     for item in items:
-        held = rows.setdefault(item.name, {})
+        row = rows.setdefault(item.name, {})
         if item.source < 0:
             problems.append(f"{item.name!r} joins keys of several sources, and can't be averaged in the same run")
-        elif item.source in held:
-            problems.append(f"two keys of {sources[item.source].path} land on {item.name!r}: {held[item.source].words} and {item.words}")
-        held[item.source] = item
+        elif item.source in row:
+            problems.append(f"two keys of {sources[item.source].path} land on {item.name!r}: {row[item.source].words} and {item.words}")
+        row[item.source] = item
     result = []
     for name, row in rows.items():
         lacking = [source.path for number, source in enumerate(sources) if number not in row]
@@ -52,15 +51,14 @@ def average_items(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, 
             problems += [f"{name!r} is not in {path}, or a rule dropped it there" for path in lacking if -1 not in row]
             continue
         first = row[0]
-        place = first.places[0]
-        if any(one.asked != first.asked or one.entry != first.entry for one in row.values()):
+        number, key = first.places[0]
+        if any(item.asked != first.asked or item.entry != first.entry for item in row.values()):
             problems.append(f"{name!r} is made in another way in each source")
-        elif first.entry or BY_CODE[sources[place[0]][place[1]].dtype].kind not in ("float", "complex"):
+        elif first.entry or BY_CODE[sources[number][key].dtype].kind not in ("float", "complex"):
             result.append(first)
         else:
             places = tuple(place for number in range(len(sources)) for place in row[number].places)
-            many = len(first.places) > 1
-            if many:
+            if len(first.places) > 1:
                 problems.append(f"{name!r} joins keys, and can't be averaged in the same run")
             result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), (*first.steps, (BY, 0))))
     return result

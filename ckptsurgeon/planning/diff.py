@@ -1,4 +1,4 @@
-"""Holds a source's names, shapes and dtypes against a target's. Pure: values in, a `Diff` out; no file, no torch, no printing."""
+"""Compares a source's names, shapes and dtypes with a target's. Pure: values in, a `Diff` out; no file, no torch, no printing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ckptsurgeon.tensors import Checkpoint
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A key in both, with two shapes."""
+    """A key that is in both, with different shapes."""
 
     key: str
     source_shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class RenamedHead:
-    """A missing weight that is probably the head which an extra one is, under another name and with another number of classes."""
+    """A missing weight that is probably the same head as an extra one, with another name and another number of classes."""
 
     source: str
     target: str
@@ -54,7 +54,7 @@ class RenamedHead:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A matched key that adapters make of its sources: these, in order, and the chain of ops."""
+    """A matched key whose value adapters make from its sources: the sources, in order, and the chain of ops."""
 
     key: str
     sources: tuple[str, ...]
@@ -63,8 +63,10 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A key that the model's own loading code takes, of a name that the model has not, or a key of the model that it computes from such;
-    and what becomes of it, in words. `planned` is False for what a plan can't do."""
+    """A key that the model has no parameter for and that its own loading code handles, or a key of the model that this code computes.
+
+    `words` says what becomes of it; `planned` is False where a plan can't do that.
+    """
 
     key: str
     words: str
@@ -73,7 +75,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class DtypeChange:
-    """A matched key whose dtype (safetensors' code) differs."""
+    """A matched key with different dtypes (safetensors codes)."""
 
     key: str
     source_dtype: str
@@ -82,15 +84,15 @@ class DtypeChange:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a key is that both sides have in another size, and an adapter, as a rule would write it, that makes it fit.
+    """An adapter that makes a mismatched key fit, in the form that a rule has it.
 
     Attributes:
-        key: the target's.
-        source_shape, target_shape: as they are.
-        adapter: empty where none fits: the key stays as the target has it.
+        key: the target's key.
+        source_shape, target_shape: the two shapes.
+        adapter: the adapter; empty where none fits, and the key keeps the target's value.
         role: what the key is and what the adapter does, in words.
-        sure: whether the next command carries it; a choice that a person has to make is shown only.
-        safe: whether it can't change what a tensor means, so that `--auto safe` applies it.
+        sure: whether the next command includes it; an adapter that the user has to decide on is only shown.
+        safe: whether it can't change the meaning of a tensor, so that `--auto safe` applies it.
     """
 
     key: str
@@ -104,7 +106,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Resize:
-    """Offers that say the same: the rules that ask for them, none where no adapter fits."""
+    """Offers with the same role and adapter, and the rules for them; no rules where no adapter fits."""
 
     offers: tuple[Offer, ...]
     rules: tuple[Rule, ...]
@@ -116,24 +118,25 @@ class Resize:
 
     @property
     def sure(self) -> bool:
-        """Whether the next command carries the rules."""
+        """Whether the next command includes the rules."""
         return bool(self.rules) and self.offers[0].sure
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What the next command carries beside what a diff was asked with.
+    """The options that the next command gets in addition to those that the diff was made with.
 
     Attributes:
-        rules: those that carry what is certain, adapters for another size among them.
-        match: whether `--match` carries the links, which is shorter than their rules.
-        auto: whether names that a library gave up and dimensions of size 1 are left to `--auto safe`.
-        links: what missing keys probably are, certain or not.
-        carried: the rules of the certain links, carried by themselves or by `--match`.
-        skipped: whether so many keys are left over that they are not matched here.
-        sizes: what the keys of another size are.
-        reaches: the coverage with all of it; None where that is no more than the diff covers already.
-        open: the target's keys that get no value of the source then; `partly`: those of which a part is filled up.
+        rules: rules for all that is certain, including adapters for other sizes.
+        match: whether the command uses `--match` in place of the rules of the links, which is shorter.
+        auto: whether the command uses `--auto safe` for names that a library renamed and for dimensions of size 1.
+        links: which source keys the missing keys probably are, certain or not.
+        carried: the rules of the certain links, whether the command has these rules or `--match`.
+        skipped: whether matching was skipped because too many keys are left over.
+        sizes: the keys of another size, with adapters.
+        reaches: the coverage with all of these options; None where that is no more than the diff covers already.
+        open: the target's keys that still get no value from the source.
+        partly: the target's keys of which a part is filled up.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -150,64 +153,64 @@ class Advice:
     @property
     def offers(self) -> tuple[Offer, ...]:
         """Every adapter that is offered for a key."""
-        return tuple(offer for one in self.sizes for offer in one.offers if offer.adapter)
+        return tuple(offer for resize in self.sizes for offer in resize.offers if offer.adapter)
 
     @property
     def renames(self) -> tuple[tuple[str, str], ...]:
-        """The target's and the source's key of each link that is certain and changes nothing but a name."""
+        """The target's and the source's key of each link that is certain and only renames."""
         return tuple((link.targets[0], link.sources[0]) for link in self.links if link.is_rename)
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """What the next command carries, as options."""
+        """These options in the form of a command's."""
         return (*rule_options(self.rules), *([("auto", "safe")] if self.auto else []), *([("match",)] if self.match else []))
 
     @property
     def uncertain(self) -> tuple[Link, ...]:
-        """Links that the next command does not carry."""
+        """Links that the next command does not include."""
         return tuple(link for link in self.links if not (link.certain and self.carried))
 
 
 @dataclass(frozen=True, repr=False)
 class Diff(Result):
-    """What of a target a source covers.
+    """Which keys of a target a source covers.
 
     Every key of the target is in exactly one of `matched`, `missing` and `mismatched`, by the target's name. Every key of the source
-    matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are no tensors (`_extra_state`)
+    matches something, or is in `extra`, `mismatched`, `dropped` or `refused`, by its own name. Values that are not tensors (`_extra_state`)
     count as keys, as they do for torch.
 
     Attributes:
         source: the source's path.
         target: the target's path or spec.
-        root: the nested dict of the source that was taken.
-        prefix: how the source's names were changed before they were compared.
+        root: the nested dict of the source that was used as its state_dict.
+        prefix: how the source's names were changed before the comparison.
         matched: keys that fit.
         missing: target keys that the source does not have.
         extra: source keys that the target does not have.
-        missing_shapes: the shape of each missing tensor, by its key; what is no tensor has none.
-        extra_shapes: the same of extra ones.
+        missing_shapes: the shape of each missing tensor, by its key.
+        extra_shapes: the shape of each extra tensor, by its key.
         heads: heads that have another name and another number of classes.
-        mismatched: keys in both with two shapes.
-        dtype_changed: matched keys whose dtype differs.
+        mismatched: keys that are in both, with different shapes.
+        dtype_changed: matched keys with different dtypes.
         coverage: the share of the target's tensors and elements that the source gives.
         dropped: source keys that a rule leaves out.
         refused: source keys whose values can't be read safely, with the reason.
-        adapted: matched keys that adapters make of their sources.
-        quantised: the source's weights that are codes beside scales.
-        target_quantised: the target's.
-        parted_codes: keys of `quantised` that a merge would cast or part from their scales.
-        loaded: keys that the model's own loading code takes.
-        rivals: prefixes between which nothing decides, so that none is applied.
-        warnings: what is said of the source's keys that nothing takes.
-        exchanges: renames of one prefix to another that would explain most of what is left, the best first.
+        adapted: matched keys whose values adapters make from the source.
+        quantised: the source's quantised weights: codes with scales.
+        target_quantised: the target's quantised weights.
+        parted_codes: keys of `quantised` that a merge would cast or separate from their scales.
+        loaded: keys that the model's own loading code handles.
+        rivals: prefixes between which the names don't decide, so that none of them is applied.
+        warnings: warnings about source keys that nothing uses.
+        exchanges: renames of one prefix to another that would explain most of the keys that are left, the best first.
         output: where the next command would write.
-        options: the rules that it was made with, as options of a command.
+        options: the rules that the diff was made with, as options of a command.
         loose: the missing, extra and mismatched keys that no rule names, which `--strict` refuses.
-        lacking: matched keys that the file has by no name of their own, only by a tied one, where its format has to have all.
-        advice: what comes next; empty until it was asked for.
+        lacking: matched keys that the file has only under a tied name, although its format stores every name.
+        advice: options for the next command; empty where matching was not run.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
-        conversions: what the conversions of the target's library have come to.
-        in_memory: of source and target, `file`, `model` or `state_dict` for what no path or spec names.
+        conversions: what the conversions of the target's library did.
+        in_memory: for source and target, `file`, `model` or `state_dict` where it is in memory, else empty.
     """
 
     source: str
@@ -249,16 +252,16 @@ class Diff(Result):
 
     @property
     def can_follow(self) -> bool:
-        """Whether a merge can follow: nothing is left to choose or to read first, and something fits."""
+        """Whether a merge can follow: the user has nothing to decide first, and something fits."""
         chosen = not (self.rivals or len(self.exchanges) > 1)
-        codes = any(one.key in self.parted_codes and (one.whole or one.op is None) for one in self.quantised)
+        codes = any(weight.key in self.parted_codes and (weight.whole or weight.op is None) for weight in self.quantised)
         computed = all(row.planned for row in self.loaded)
         return bool(chosen and computed and not codes and not self.unkept and (self.matched or self.advice.reaches))
 
     @property
     def next_command(self) -> Command | None:
-        """What to run next: `verify` where the file fits as it is, else one `merge` that carries all that is certain; None where a person
-        has to decide something first, or nothing fits."""
+        """The command to run next: `verify` where the file fits as it is, else one `merge` with everything that is certain; None where
+        the user has to decide something first, or nothing fits."""
         if not self.can_follow:
             return None
         root = at_root(self.root)
@@ -276,17 +279,22 @@ def compare(
     outside: Outside = NO_OUTSIDE,
     auto: str | None = None,
 ) -> Diff:
-    """Compare a source with a target, after wrapper prefixes and rules; with `auto` "safe", after what can't change a tensor's meaning.
+    """Compare a source with a target, after wrapper prefixes and rules were applied.
 
-    A key of the target that is tied to a matched one is matched too. Raises RuleError for rules that match nothing or collide, and for
-    adapters that can't be followed.
+    A key of the target that is tied to a matched one is matched too.
+
+    Args:
+        auto: "safe" also applies adapters and renames that can't change the meaning of a tensor.
+
+    Raises:
+        RuleError: rules that match nothing or collide, and adapters that can't be applied.
     """
     rules = tuple(rules)
     names = name_sources([source], target, rules, outside, auto=auto)
     computed = find_computed([source], target, names)
     origins = {key: origin for key, origin in find_origins([source], target, names, auto).items() if key not in computed.made}
     refused = find_refused(source, 0, names)
-    given = {name: key for name, (_, key) in names.entries.items() if key not in refused}
+    entry_keys = {name: key for name, (_, key) in names.entries.items() if key not in refused}
     matched = [key for key in target if key in computed.made or (key in origins and origins[key].fits)]
     missing = [key for key in target if key not in origins and key not in computed.made]
     mismatched = {key: origin.places[0][1] for key, origin in origins.items() if not origin.fits}
@@ -294,27 +302,30 @@ def compare(
     codes = find(source)
     used = {key for origin in origins.values() for _, key in origin.places}
     used |= {key for places in computed.places.values() for _, key in places}
-    used |= {key for name, key in given.items() if name in target.entries}
+    used |= {key for name, key in entry_keys.items() if name in target.entries}
     used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
-    left = [key for key in extra if key in source]
-    few = min(len(source), len(target))  # of which an exchange explains half: a pooler is no head where all else has its own name
+    extra_tensors = [key for key in extra if key in source]
+    # An exchange of prefixes is looked for only where fewer than half of the smaller side's keys match: else what is left is other layers.
+    smaller = min(len(source), len(target))
     exchanges = (
-        ways_to_exchange({key: source[key] for key in left}, {key: target[key] for key in missing}) if 2 * len(matched) < few else ()
+        ways_to_exchange({key: source[key] for key in extra_tensors}, {key: target[key] for key in missing})
+        if 2 * len(matched) < smaller
+        else ()
     )
-    begins_at_zero = auto == "safe" and target.kind != "file"  # so a plan has it for BatchNorm's counters
+    begins_at_zero = auto == "safe" and target.kind != "file"  # a plan sets BatchNorm's counters to 0 then
     loose = [key for key in (*missing, *mismatched) if not (begins_at_zero and is_counter(key))]
-    missing_entries = [key for key in target.entries if key not in given]
+    missing_entries = [key for key in target.entries if key not in entry_keys]
     return Diff(
         source=source.path,
         target=target.path,
         root=source.root,
         prefix=names.prefixes[0],
-        matched=(*matched, *(key for key in target.entries if key in given)),
+        matched=(*matched, *(key for key in target.entries if key in entry_keys)),
         missing=(*missing, *missing_entries),
         extra=tuple(extra),
         missing_shapes={key: target[key].shape for key in missing},
-        extra_shapes={key: source[key].shape for key in left},
+        extra_shapes={key: source[key].shape for key in extra_tensors},
         mismatched=tuple(Mismatch(key, source[origin].shape, target[key].shape, origin) for key, origin in mismatched.items()),
         dtype_changed=tuple(
             DtypeChange(key, origins[key].dtype, target[key].dtype)
@@ -342,7 +353,7 @@ def compare(
         loaded=_loaded(outside.taken.get(0), computed),
         lacking=() if named(source.format).leaves_out_tied else tuple(key for key in matched if key in origins and origins[key].tied_to),
         loose=without_a_rule(names, target, (*loose, *missing_entries), extra),
-        unkept=tuple(find_unkept(target, given)),
+        unkept=tuple(find_unkept(target, entry_keys)),
         conversions=names.applied,
         in_memory=(source.in_memory, target.in_memory),
     )
@@ -353,25 +364,25 @@ def _loaded(taken: Taken | None, computed: Computed) -> tuple[Loaded, ...]:
         return ()
     return (
         *(Loaded(name, words) for name, words in taken.moved()),
-        *(Loaded(key, one.words) for key, one in computed.made.items()),
-        *(Loaded(key, f"{one.words}: a merge can't, since {why}", False) for key, (one, why) in computed.refused.items()),
+        *(Loaded(key, made.words) for key, made in computed.made.items()),
+        *(Loaded(key, f"{made.words}: a merge can't, since {why}", False) for key, (made, why) in computed.refused.items()),
         *(Loaded(path or "the model itself", f"its own loading code fails: {reason}", False) for path, reason in taken.failed.items()),
     )
 
 
 def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: Checkpoint) -> tuple[str, ...]:
-    """The source's codes that the target does not get as they are, with their scales."""
+    """Keys of the source's codes that the target does not get unchanged and with their scales."""
     whole = {origin.places[0][1] for origin in origins.values() if origin.fits and not origin.ops}
-    found = []
+    parted = []
     for key, origin in origins.items():
-        read = [codes[name] for _, name in origin.places if name in codes]
-        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(one.here) for one in read)
-        found += [one.key for one in read if origin.fits and not as_it_is]
-    return tuple(found)
+        quantised = [codes[name] for _, name in origin.places if name in codes]
+        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(weight.here) for weight in quantised)
+        parted += [weight.key for weight in quantised if origin.fits and not as_it_is]
+    return tuple(parted)
 
 
 def _lost(extra: Collection[str]) -> tuple[str, ...]:
-    """What is said of factors of PEFT that go nowhere."""
+    """A warning about low-rank factors of PEFT that nothing uses, if there are any."""
     if not extra:
         return ()
     from ckptsurgeon.low_rank import lost_factors

@@ -1,4 +1,4 @@
-"""What becomes of every source key that nothing reads, and what `strict` calls loose: keys that no rule names."""
+"""Says why each source key that no step reads is left out, and which keys no rule names, which `strict` refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckptsurgeon.planning.resolve import Origin, is_ruled, kept_out
 from ckptsurgeon.tensors import Checkpoint
 
 BESIDE = "stands beside the codes "
-TIED = "tied to "  # how the fate begins of a key whose tensor is taken under another name
+TIED = "tied to "  # the reason begins with it where a key's tensor is taken under another name
 
 
 def fates(
@@ -26,36 +26,39 @@ def fates(
     entries: Sequence[Entry],
     codes: Mapping[SourceKey, Codes] = {},
 ) -> tuple[Dropped, ...]:
-    """The fate of every source key that nothing reads; `codes` are dequantized, and what stands beside them goes nowhere."""
-    beside = {(number, name): key for (number, key), one in codes.items() for name in (*one.scales, *one.beside)}
+    """Every source key that no step reads, with the reason. `codes` are the quantised weights that are dequantized: their scales are used
+    up and written nowhere."""
+    beside = {(number, name): key for (number, key), weight in codes.items() for name in (*weight.scales, *weight.beside)}
     used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
     tied = _tied_to_taken(sources, steps)
-    first = {
-        key: group[0] for group in (target.ties if target is not None else ()) for key in group
-    }  # the same for all that are one tensor
+    first = {key: group[0] for group in (target.ties if target is not None else ()) for key in group}
 
-    def why(place: SourceKey) -> str:
-        if place in names.dropped:
-            return str(names.dropped[place])
-        if place in beside:
-            return f"{BESIDE}{beside[place]}, of which values are made"
-        landed = names.names_of.get(place, ())
-        if place in names.applied.refused:
-            return f"not converted: {names.applied.refused[place]}"
-        name = next((one for one in landed if target is not None and one in target), landed[0] if landed else "")
+    def why(source_key: SourceKey) -> str:
+        if source_key in names.dropped:
+            return str(names.dropped[source_key])
+        if source_key in beside:
+            return f"{BESIDE}{beside[source_key]}, of which values are made"
+        landed = names.names_of.get(source_key, ())
+        if source_key in names.applied.refused:
+            return f"not converted: {names.applied.refused[source_key]}"
+        name = next((name for name in landed if target is not None and name in target), landed[0] if landed else "")
         if name in kept:
             return str(kept[name])
-        lost = name in names.claims and place not in names.claims[name].places and name in origins
-        if lost or names.entries.get(name, place) != place:
+        lost = name in names.claims and source_key not in names.claims[name].places and name in origins
+        if lost or names.entries.get(name, source_key) != source_key:
             return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
         if target is not None and name in target:
-            if name in first and place in tied and first[name] in map(first.get, names.names_of.get((place[0], tied[place]), ())):
-                return f"{TIED}{tied[place]}, which is taken"
-            if place[1] in sources[place[0]].entries:
+            if (
+                name in first
+                and source_key in tied
+                and first[name] in map(first.get, names.names_of.get((source_key[0], tied[source_key]), ()))
+            ):
+                return f"{TIED}{tied[source_key]}, which is taken"
+            if source_key[1] in sources[source_key[0]].entries:
                 return "no tensor, which the target has there"
-            return f"shape {sources[place[0]][place[1]].shape} does not fit {target[name].shape}"
-        return "not in the target" if name == place[1] else f"not in the target, as {name}"
+            return f"shape {sources[source_key[0]][source_key[1]].shape} does not fit {target[name].shape}"
+        return "not in the target" if name == source_key[1] else f"not in the target, as {name}"
 
     return tuple(
         Dropped(number, key, why((number, key)))
@@ -66,7 +69,7 @@ def fates(
 
 
 def _tied_to_taken(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
-    """The source keys that are one tensor with a key that a step reads, and that key."""
+    """The source keys that share a tensor with a key that a step reads, each with that key."""
     used = {place for step in steps for place in step.sources}
     groups = [(number, group) for number, source in enumerate(sources) for group in source.ties]
     taken = [next((key for key in reversed(group) if (number, key) in used), None) for number, group in groups]
@@ -86,11 +89,11 @@ def keys_without_a_rule(
     entries: Sequence[Entry],
     dropped: Sequence[Dropped],
 ) -> tuple[str, ...]:
-    """Every key that is missing, extra or mismatched without a rule that names it."""
+    """Every missing, extra or mismatched key that no rule names, with the reason."""
     named = is_ruled(names, target)
 
     def repaired(step: Step) -> bool:
-        return is_counter(step.target) and step.schemes == ("zeros",)  # without a rule that names it, only a repair says so
+        return is_counter(step.target) and step.schemes == ("zeros",)  # no rule names it, so `--auto safe` set it
 
     def landed(row: Dropped) -> tuple[str, ...]:
         return names.names_of.get((row.file, row.source), ("",))

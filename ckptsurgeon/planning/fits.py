@@ -1,6 +1,6 @@
-"""Whether a checkpoint loads strictly into a target, by names, shapes and dtypes: the one rule of `check --against` and `verify`.
+"""Whether a checkpoint loads strictly into a target, by names, shapes and dtypes. `check --against` and `verify` both use it.
 
-What the target's own loading code does with the names (`Taken`) comes first. Pure: no file and no value is looked at.
+The renames of the target's own loading code (`Taken`) are applied first. Pure: no file and no value is read.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 Shapes = Mapping[str, tuple[int, ...] | None]  # None for a value that is no tensor
 NOTHING = Taken()
-EXTRA_STATE = "_extra_state"  # the name under which torch keeps what a module's `get_extra_state` gives
+EXTRA_STATE = "_extra_state"  # the name under which torch stores what a module's `get_extra_state` returns
 
 
 def shapes_of(checkpoint: Checkpoint, tensors: Mapping[str, TensorMeta] | None = None) -> Shapes:
-    """The shape of every key of a checkpoint, or of these tensors and its values that are no tensors."""
+    """The shape of every key of a checkpoint; with `tensors`, of these in place of its own. Values that are not tensors have None."""
     return {**{key: meta.shape for key, meta in (checkpoint if tensors is None else tensors).items()}, **dict.fromkeys(checkpoint.entries)}
 
 
 def tied_keys(checkpoint: Checkpoint, present: Iterable[str], ties: Iterable[tuple[str, ...]]) -> dict[str, str]:
-    """Keys of the target that a safetensors file leaves out, each to the key of the file that the target ties it to.
+    """Keys of the target that a safetensors file leaves out, each with the key of the file that the target ties it to.
 
-    This is the rule of `safetensors.torch.load_model`, whose `save_model` writes one name of a tied tensor. torch's formats keep
-    every name, so there it is empty.
+    `safetensors.torch.save_model` writes one name of a tied tensor, and `load_model` accepts that. torch's formats keep every name, so for
+    them the result is empty.
     """
     if not named(checkpoint.format).leaves_out_tied:
         return {}
@@ -43,7 +43,7 @@ def misfits(shapes: Shapes, target: Shapes, tied: Mapping[str, str] = {}) -> lis
     [('c', 'is in the target only'), ('b', 'is in the file only'), ('a', 'has shape (2,), the target (3,)')]
     """
     absent, unlike = [], []
-    for key, wanted in target.items():
+    for key, target_shape in target.items():
         shape, is_extra = shapes.get(key), key.rpartition(".")[2] == EXTRA_STATE
         if key in tied:
             absent.append(Finding("tied", f"is not in the file; the target ties it to {tied[key]}, which is", key, "note"))
@@ -51,17 +51,18 @@ def misfits(shapes: Shapes, target: Shapes, tied: Mapping[str, str] = {}) -> lis
             absent.append(Finding("missing", f"is {'an extra state ' if is_extra else ''}in the target only", key))
         elif is_extra:
             continue  # the module takes whatever is there
-        elif shape is None and wanted is not None:
+        elif shape is None and target_shape is not None:
             unlike.append(Finding("kind", "is no tensor, in the target it is one", key))
-        elif wanted is None and shape is not None:
+        elif target_shape is None and shape is not None:
             unlike.append(Finding("kind", "is a tensor, in the target it is none", key))
-        elif shape != wanted:
-            unlike.append(Finding("shape", f"has shape {shape}, the target {wanted}", key))
+        elif shape != target_shape:
+            unlike.append(Finding("shape", f"has shape {shape}, the target {target_shape}", key))
     return [*absent, *(Finding("unexpected", "is in the file only", key) for key in shapes if key not in target), *unlike]
 
 
 def as_taken(checkpoint: Checkpoint, target: Checkpoint, taken: Taken) -> dict[str, TensorMeta]:
-    """A file's tensors under the names that loading code gives them, with those that it computes, without those that it takes for them."""
+    """A file's tensors as the target's loading code leaves them: renamed, with the tensors that it computes, without those it computes
+    from."""
     unfit = {name for made in taken.made.values() if not made.fits for name in made.names}
     gone = taken.dropped.keys() | (taken.handed.keys() - unfit)
     tensors = {taken.renamed.get(name, (name,))[0]: tensor for name, tensor in checkpoint.items() if name not in gone}
@@ -69,8 +70,14 @@ def as_taken(checkpoint: Checkpoint, target: Checkpoint, taken: Taken) -> dict[s
 
 
 def fits(checkpoint: Checkpoint, target: Checkpoint, taken: Taken = NOTHING) -> tuple[list[Finding], dict[str, TensorMeta]]:
-    """What keeps `checkpoint` from loading strictly into `target`, as `misfits` has it, and the file's tensors of the target's shape, by
-    the target's keys; `taken` is what the target's own loading code does with the file's names."""
+    """What keeps `checkpoint` from loading strictly into `target`, and which tensors load.
+
+    Args:
+        taken: what the target's own loading code does with the file's names.
+
+    Returns:
+        The findings of `misfits`, and the file's tensors with the target's shape, by the target's keys.
+    """
     tensors = as_taken(checkpoint, target, taken)
     shapes = shapes_of(checkpoint, tensors)
     tied = tied_keys(checkpoint, shapes, target.ties)

@@ -1,8 +1,8 @@
-"""Marks the values of a plan that were fresh in an earlier merge and were not trained since: they are still fresh, under their new names.
+"""Marks the values of a plan that an earlier merge initialised and that were not trained since: they are still fresh.
 
-A result is fresh if every tensor that it is made of is fresh on its own file's record; it is partly transferred if only some are, or if one
-is partly transferred itself: an average of a trained and a fresh head, trained rows with fresh ones below. No cast or adapter makes a fresh
-value a trained one. A target file's own values keep what that file's record says.
+A merged file records which of its values are fresh. A result is fresh if every tensor that it is made of is recorded as fresh. It is partly
+fresh if only some are, or if one is recorded as partly fresh, such as an average of a trained and a fresh head. Casts and adapters don't
+change that. A target file's own values keep what that file records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WORDS = "fresh since an earlier merge"
 
 
 def mark_fresh(steps: Sequence[Step], sources: Sequence[Checkpoint], target: Checkpoint | None) -> tuple[Step, ...]:
-    """The steps, those that take fresh or partly transferred values marked so."""
+    """The steps; those that take fresh or partly fresh values have `fresh` or `partial` set."""
     files = [*sources, *([target] if target is not None else [])]
     if not any(file.provenance for file in files):
         return tuple(steps)
@@ -26,10 +26,10 @@ def mark_fresh(steps: Sequence[Step], sources: Sequence[Checkpoint], target: Che
 
     def marked(step: Step) -> Step:
         places = step.sources or (((len(sources), step.target),) if step.action == "keep" else ())
-        found = [key in fresh[number] for number, key in places]
-        if found and all(found):
+        are_fresh = [key in fresh[number] for number, key in places]
+        if are_fresh and all(are_fresh):
             return replace(step, fresh=True, reason=f"{step.reason}; {WORDS}")
-        return replace(step, partial=any(found) or any(key in partial[number] for number, key in places))
+        return replace(step, partial=any(are_fresh) or any(key in partial[number] for number, key in places))
 
     return tuple(map(marked, steps))
 

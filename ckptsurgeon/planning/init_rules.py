@@ -1,6 +1,6 @@
-"""Which rule says what a key gets that no source gives: keep and init rules against the target's names.
+"""Finds the keep or init rule of each target key that no source gives.
 
-What a scheme means is not known here, but for `from(KEY)`, the value that another key of the target gets.
+This module does not know what schemes mean, except `from(KEY)`: the value that another key of the target gets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ckptsurgeon.tensors import Checkpoint
 
 @dataclass(frozen=True)
 class InitRule:
-    """The rule of a key: an init rule with its scheme, or, with `kept`, one that leaves the target's own value."""
+    """The rule for a key: an init rule with its scheme, or, with `kept`, a rule that leaves the target's own value."""
 
     rule: Rule
     scheme: str
@@ -33,12 +33,18 @@ def find_init_rules(
 ) -> dict[str, InitRule]:
     """The keep or init rule of each key of the target that no source gives, or that adapters fill up with initial values.
 
-    With `auto` "safe", BatchNorm's counter begins at 0. A rule that names a key holds for all keys that are tied to it. Raises RuleError,
-    once for all rules that get no turn; `look` is the command that shows the keys.
+    A rule that names a key also applies to all keys that are tied to it.
+
+    Args:
+        auto: with "safe", BatchNorm's counter begins at 0.
+        look: the command that shows the keys.
+
+    Raises:
+        RuleError: all rules that no key uses, together.
     """
     tied = {key: group for group in target.ties for key in group}
     kept = kept_out(target, names)
-    found: dict[str, InitRule] = {}
+    init_rules: dict[str, InitRule] = {}
     named: set[int] = set()
     used: set[int] = set()
     problems = []
@@ -49,18 +55,18 @@ def find_init_rules(
         origin = origins.get(key)
         filled = origin is not None and any(op.get("fill") == "init" for op in origin.ops)
         if key in kept:
-            found[key] = InitRule(kept[key], "model", kept=True)
+            init_rules[key] = InitRule(kept[key], "model", kept=True)
         elif origin is None or not origin.fits or filled:
             named.update(matching)
             if not matching and auto == "safe" and is_counter(key) and target.kind != "file":
-                found[key] = InitRule(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
+                init_rules[key] = InitRule(Rule("init", f"**.{COUNTER}", "zeros", BY), "zeros")
             if matching:
                 used.add(matching[0])
                 try:
-                    found[key] = InitRule(names.inits[matching[0]].rule, _scheme(names.inits[matching[0]], tied.get(key, (key,))))
+                    init_rules[key] = InitRule(names.inits[matching[0]].rule, _scheme(names.inits[matching[0]], tied.get(key, (key,))))
                 except RuleError as error:
                     problems.append(f"{names.inits[matching[0]].rule}: {error.reason}")
-        problems += _without_a_value(key, target, origin if filled else None, found.get(key))
+        problems += _without_a_value(key, target, origin if filled else None, init_rules.get(key))
     for number, compiled in enumerate(names.inits):
         if number in used:
             continue
@@ -80,11 +86,12 @@ def find_init_rules(
             problems=shortened(dict.fromkeys(problems)),
             hint=f"see the target's keys: {look}" if look else None,
         )
-    return found
+    return init_rules
 
 
 def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, init_rule: InitRule | None) -> Iterator[str]:
-    """A problem for a key whose scheme has no value here: a model's own without a model, or another key's to fill up with."""
+    """A problem for a key whose scheme can't give a value: the model's own value without a model, or another key's value to fill up
+    with."""
     if init_rule is not None and init_rule.kept:
         return
     own = None if init_rule is None else init_rule.scheme
@@ -101,13 +108,13 @@ def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, init_r
 
 
 def _scheme(compiled: CompiledRule, keys: Sequence[str]) -> str:
-    """The rule's scheme; in `from(KEY)` the parts of its pattern are filled in."""
-    match = next(found for key in keys if (found := compiled.match(key)) is not None)
+    """The rule's scheme, with the matched parts filled in where it is `from(KEY)`."""
+    match = next(match for key in keys if (match := compiled.match(key)) is not None)
     return filled_in(compiled.rule.result, compiled.patterns[0][1], dict(match.parts))
 
 
 def check_copies(steps: Sequence[Step], target: Checkpoint) -> tuple[Step, ...]:
-    """The steps, those of `from(KEY)` held against the step that they copy. RuleError for all that can't."""
+    """The steps, after those of `from(KEY)` were compared with the step that they copy. RuleError for all copies that can't be made."""
     by_key = {step.target: step for step in steps}
     problems = []
     for step in steps:

@@ -1,4 +1,4 @@
-"""What travels through the rules: a name, and the source tensors that stand for it, with what is to be done to them."""
+"""A name while rules are applied to it: the source tensors that it stands for, and the ops that are applied to them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ckptsurgeon.adapters.chain import Asked
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
-SourceKey = tuple[int, str]  # which source, and its key as it stands under the root
+SourceKey = tuple[int, str]  # the number of the source, and the key as it is below the root
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The source tensors, in order, that rules assign to one target key; the ops that make one tensor of them; and those rules."""
+    """The source tensors, in order, that rules assign to one target key; the ops that make one tensor of them; and the rules."""
 
     places: tuple[SourceKey, ...]
     asked: tuple[Asked, ...] = ()
@@ -22,11 +22,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Item:
-    """A name on its way: what patterns see (`seen`) and where it lands (`name`, with the prefix that the target has).
+    """A name while rules are applied to it.
 
-    `steps` are the rules that led it here, each with which of its results it is; `entry` is set for a value that is no tensor,
-    `begins` for the first of the parts that `unstack` numbers; `others` are names by which it would be read, if they were not other keys of
-    its source.
+    Attributes:
+        seen: the name that patterns are matched against.
+        name: the name in the target, with the prefix that the target has.
+        places: the source tensors, in order.
+        asked: the ops that make one tensor of them.
+        steps: the rules that were applied, each with the index of the result that this name is.
+        entry: whether it is a value that is not a tensor.
+        begins: whether it is the first of the parts that `unstack` numbers.
+        others: names that patterns must not match it by, because they are other keys of its source.
     """
 
     seen: str
@@ -40,19 +46,19 @@ class Item:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules that led it here."""
+        """The rules that were applied."""
         return tuple(rule for rule, _ in self.steps)
 
     @property
     def source(self) -> int:
-        """The number of the source that it comes from; -1 for several."""
+        """The number of the source that it comes from; -1 if there are several."""
         first = self.places[0][0]
         return first if len(self.places) == 1 or all(number == first for number, _ in self.places) else -1
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """The names by which a pattern may match: what patterns see, then, before any rule, the key as it stands in the file, and the key
-        without the segments of wrappers; none that is another key as it stands there."""
+        """The names that a pattern may match, in order: `seen`; before any rule was applied also the key as it is in the file, and that key
+        without wrapper segments. Names of other keys are left out."""
         if self.rules or len(self.places) > 1:
             return (self.seen,)
         raw = self.places[0][1]
@@ -60,14 +66,14 @@ class Item:
 
     @property
     def words(self) -> str:
-        """Its first key and the rules that led it here, as a problem names it."""
+        """Its first key and the rules that were applied, for an error message."""
         return f"{self.places[0][1]!r}" + (f" (by {', '.join(map(str, self.rules))})" if self.rules else "")
 
     @property
     def claim(self) -> Claim:
-        """What it is without its name."""
+        """Its tensors, ops and rules, without the name."""
         return Claim(self.places, self.asked, self.rules)
 
     def moved(self, name: str, rule: Rule, which: int = 0) -> Item:
-        """The same under the name that a rule gives, as which of its results."""
+        """The item under the name that a rule gives it; `which` is the index of the result."""
         return Item(name, name, self.places, self.asked, (*self.steps, (rule, which)), self.entry)

@@ -1,7 +1,7 @@
-"""Parameter names that libraries renamed, in both directions: what `--auto safe` renames by itself.
+"""Parameter names that libraries have renamed, in both directions: `--auto safe` applies these renames.
 
-A repair can't change what a tensor means, and is made only where a key of the source has no place in the target and the repaired name is
-there and nobody else's. What the target's own loading code does with such keys is done unasked, since torch does it.
+Such a rename can't change the meaning of a tensor. It is applied only where a source key is not in the target, the renamed key is, and no
+other source key has that name. The renames of the target's own loading code are always applied, because torch applies them too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.rules.templates import expand
 
 BY = "--auto safe"
-# Each pair stands for one tensor of a module: what it was called, what it is called now.
+# Each pair is one tensor of a module: its old name and its new name.
 RENAMED: tuple[tuple[str, str], ...] = (
     # torch.nn.utils.weight_norm, and spectral_norm, of any parameter, became parametrizations
     ("{n}_g", "parametrizations.{n}.original0"),
@@ -42,22 +42,23 @@ def is_counter(key: str) -> bool:
 
 @cache
 def _rules() -> tuple[tuple[Rule, Pattern], ...]:
-    """Every repair as a rename, both ways."""
+    """Each pair as renames in both directions."""
     pairs = [pair for old, new in RENAMED for pair in ((old, new), (new, old))]
-    placed = [(head + one, head + other) for one, other in pairs for head in ("{**m}.", "")]
-    return tuple((Rule("rename", one, other, BY), compile_pattern(one)) for one, other in placed)
+    renames = [(head + pattern, head + result) for pattern, result in pairs for head in ("{**m}.", "")]
+    return tuple((Rule("rename", pattern, result, BY), compile_pattern(pattern)) for pattern, result in renames)
 
 
 def repaired(items: Sequence[Item], known: Collection[str], average: bool = False) -> list[Item]:
-    """The items, those without a place under the name that the target has for them. In an `average` each source has names of its own."""
+    """The items; those whose name is not in the target get the name that the target has for them. In an `average`, names are looked up for
+    each source separately."""
     numbers = [item.source if average else 0 for item in items]
     taken = set(zip(numbers, (item.name for item in items), strict=True))
-    found = [
+    renamed = [
         item if item.name in known or item.entry else _repaired(item, known, number, taken)
         for number, item in zip(numbers, items, strict=True)
     ]
-    wanted = Counter((item.source, item.name) for item in found)  # what two of one source would become, neither does
-    return [one if one is item or wanted[one.source, one.name] == 1 else item for item, one in zip(items, found, strict=True)]
+    counts = Counter((item.source, item.name) for item in renamed)  # where two items would get one name, both stay as they are
+    return [new if new is old or counts[new.source, new.name] == 1 else old for old, new in zip(items, renamed, strict=True)]
 
 
 def _repaired(item: Item, known: Collection[str], number: int, taken: Collection[tuple[int, str]]) -> Item:
@@ -72,19 +73,22 @@ def _repaired(item: Item, known: Collection[str], number: int, taken: Collection
 def renamed_by_loading_code(
     items: Sequence[Item], by_source: Mapping[int, Taken], dropped: dict[SourceKey, Rule], handed: dict[tuple[int, str], list[Item]]
 ) -> list[Item]:
-    """The items as the target's own loading code takes them: under its names, without those that it drops, which are added to `dropped`.
-    Those that torch's load needs as they are are added to `handed`, by source and name."""
-    found = []
+    """The items under the names that the target's own loading code gives them.
+
+    Those that it drops are added to `dropped` and left out. Those that torch's load needs unchanged are added to `handed`, by source and
+    name.
+    """
+    renamed = []
     for item in items:
-        of = by_source.get(item.source)
-        if of is None or item.entry:
-            found.append(item)
+        taken = by_source.get(item.source)
+        if taken is None or item.entry:
+            renamed.append(item)
             continue
-        if item.name in of.handed:
+        if item.name in taken.handed:
             handed.setdefault((item.source, item.name), []).append(item)
-        if item.name in of.dropped:
-            dropped.update(dict.fromkeys(item.places, Rule("drop", file=code_of(of.dropped[item.name]))))
+        if item.name in taken.dropped:
+            dropped.update(dict.fromkeys(item.places, Rule("drop", file=code_of(taken.dropped[item.name]))))
             continue
-        key, by = of.renamed.get(item.name, ("", ""))
-        found.append(item.moved(key, Rule("rename", file=code_of(by))) if key else item)
-    return found
+        key, by = taken.renamed.get(item.name, ("", ""))
+        renamed.append(item.moved(key, Rule("rename", file=code_of(by))) if key else item)
+    return renamed

@@ -1,8 +1,8 @@
-"""Adapt rules with `->`: which source keys go together, and which keys come of them.
+"""Applies adapt rules with `->` (links): which source keys are joined, and which target keys they make.
 
-Several patterns are one result's sources in the order in which they are written; keys that differ in a part that no result names are
-gathered in numerical order (`experts.{e}.w1 -> experts.w1`), as are those that results only count with (`{i//2}`); a part that only the
-results name counts what `unstack` gives.
+Several patterns (`q + k -> qk`) are joined in the order in which they are written. Keys that differ in a part that no result names are
+gathered in numerical order (`experts.{e}.w1 -> experts.w1`), as are keys whose part the results only use in arithmetic (`{i//2}`). A part
+that only the results name numbers what `unstack` gives.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, counts_with
 from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint
 
-MOST = 100_000  # results of one unstack
+MOST = 100_000  # results of one `unstack` at most
 
 
 @dataclass(frozen=True)
 class Member:
-    """A key of a group, and how it matched."""
+    """An item of a group, and how it matched."""
 
     match: Match
     item: Item
@@ -32,7 +32,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """The keys that one application of a link needs together; `index` is the rule's place among its stage's."""
+    """The items that one application of a link joins; `index` is the rule's index within its stage."""
 
     key: object
     index: int
@@ -42,7 +42,8 @@ class Group:
 
 
 def group_of(index: int, compiled: CompiledRule, match: Match, item: Item) -> Group:
-    """The empty group that a matched key belongs to. Raises RuleError where a result can't be told, or the key holds no tensor."""
+    """The group, still empty, that a matched item belongs to. Raises RuleError where a result can't be computed, or the key has no
+    tensor."""
     if item.entry:
         raise RuleError("is for tensors, and this is none")
     parts = dict(match.parts) | ({compiled.counted: "0"} if compiled.counted else {})
@@ -52,7 +53,7 @@ def group_of(index: int, compiled: CompiledRule, match: Match, item: Item) -> Gr
 
 
 def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[Item]:
-    """What comes of a group. Raises RuleError where a key that it needs is not there."""
+    """The items that a group makes. Raises RuleError where a key that it needs is missing."""
     compiled = group.compiled
     members = sorted(group.members, key=lambda member: (_order(compiled, member), member.match.which))
     _check_whole(group, members)
@@ -72,15 +73,15 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
     return results
 
 
-def _alike(item: Item, other: Item) -> bool:
-    """Whether what earlier stages do to both, tensor by tensor, is one chain of ops over both."""
-    chains = [[(asked.op, asked.index, asked.number) for asked in one.asked] for one in (item, other)]
-    joined = any(adapter_of(asked.op).joins for asked in item.asked)
-    return chains[0] == chains[1] and len(item.places) == 1 and not joined
+def _alike(item: Item, first: Item) -> bool:
+    """Whether earlier stages apply the same chain of ops to both items, one that works tensor by tensor."""
+    chains = [[(asked.op, asked.index, asked.number) for asked in each.asked] for each in (item, first)]
+    joins = any(adapter_of(asked.op).joins for asked in item.asked)
+    return chains[0] == chains[1] and len(item.places) == 1 and not joins
 
 
 def _order(compiled: CompiledRule, member: Member) -> tuple[tuple[int, str], ...]:
-    """The place of a key among those that are gathered: numbers by value, before words."""
+    """The sort key of a gathered key: numbers by value, then words."""
     values = (member.match.parts[part] for part in compiled.gathered)
     return tuple((int(value), "") if value.isascii() and value.isdecimal() and len(value) < 19 else (1 << 62, value) for value in values)
 
@@ -97,21 +98,21 @@ def _check_whole(group: Group, members: Sequence[Member]) -> None:
                 words = ", ".join(f"{part}={value[1] or value[0]}" for part, value in zip(compiled.gathered, row, strict=True))
                 raise RuleError(f"{group.names[0]!r} lacks what {pattern.text!r} names{f' for {words}' if words else ''}")
     if len(compiled.gathered) > 1:
-        grid = prod(len({row[place] for row in rows}) for place in range(len(compiled.gathered)))
+        grid = prod(len({row[column] for row in rows}) for column in range(len(compiled.gathered)))
         if grid != len(rows):
             raise RuleError(f"{group.names[0]!r} gathers {len(rows)} keys by {' and '.join(compiled.gathered)}, and a full grid has {grid}")
     if len(compiled.gathered) == 1 and not counts_with(compiled.results[0], compiled.gathered[0]):
         numbers = [row[0][0] for row in rows if not row[0][1]]
-        hole = next((number for number, found in enumerate(numbers, numbers[0]) if number != found), None) if numbers else None
-        if hole is not None:
-            raise RuleError(f"{group.names[0]!r} lacks {compiled.gathered[0]}={hole}, between {numbers[0]} and {numbers[-1]}")
+        gap = next((expected for expected, number in enumerate(numbers, numbers[0]) if number != expected), None) if numbers else None
+        if gap is not None:
+            raise RuleError(f"{group.names[0]!r} lacks {compiled.gathered[0]}={gap}, between {numbers[0]} and {numbers[-1]}")
 
 
 def check_even(groups: Sequence[Group]) -> None:
-    """Raises RuleError where one rule joins unequally many keys element by element, so that no shape tells that some are not there."""
+    """Raises RuleError where a rule averages different numbers of keys: some are missing, and no shape would show it."""
     sizes = {len(group.members): group for group in groups}
     adapters = [adapter_of(op) for op in groups[0].compiled.ops] if len(sizes) > 1 else []
-    if any(one.joins and one.elementwise for one in adapters):
+    if any(adapter.joins and adapter.elementwise for adapter in adapters):
         least, most = sizes[min(sizes)], sizes[max(sizes)]
         raise RuleError(
             f"averages {len(least.members)} keys for {least.names[0]!r}, and {len(most.members)} for {most.names[0]!r}: some are not there"
@@ -119,17 +120,17 @@ def check_even(groups: Sequence[Group]) -> None:
 
 
 def _numbers(group: Group, members: Sequence[Member], sources: Sequence[Checkpoint], outside: Outside) -> Sequence[int | None]:
-    """What the counted part stands for, one after the other; without one, None once."""
+    """The values of the counted part, in order; `(None,)` where the rule has no counted part."""
     ops = group.compiled.ops
-    place = counted_at(ops)
-    if group.compiled.counted is None or place is None:
+    index = counted_at(ops)
+    if group.compiled.counted is None or index is None:
         return (None,)
-    before = (*members[0].item.asked, *(Asked(op) for op in ops[:place]))
+    before = (*members[0].item.asked, *(Asked(op) for op in ops[:index]))
     shapes = [sources[number][key].shape for member in members for number, key in member.item.places]
-    _, given = fill_chain(before, shapes, None, {}, outside.shapes)
-    dim = ops[place].get("dim", 0)
-    if not given[0] or not -len(given[0]) <= dim < len(given[0]):
-        raise RuleError(f"unstacks dim {dim} of shape {given[0]}")
-    if given[0][dim] > MOST:
-        raise RuleError(f"unstacks {given[0][dim]} tensors; at most {MOST} are")
-    return range(given[0][dim])
+    _, (shape, *_) = fill_chain(before, shapes, None, {}, outside.shapes)
+    dim = ops[index].get("dim", 0)
+    if not shape or not -len(shape) <= dim < len(shape):
+        raise RuleError(f"unstacks dim {dim} of shape {shape}")
+    if shape[dim] > MOST:
+        raise RuleError(f"unstacks {shape[dim]} tensors; at most {MOST} are")
+    return range(shape[dim])

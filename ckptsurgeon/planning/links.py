@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from ckptsurgeon.rules.rules import quoted
 
 ENOUGH = 1.0  # points by which a choice must beat its runner-up
-LAYOUT = "layout"  # the doubt about the order of elements that shapes can't show
+LAYOUT = "layout"  # the doubt where shapes can't show the order of the elements
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which the elements of a link's keys may lie: what makes the targets of the sources then, each in order.
+    """One possible order of the elements of a link's keys, with the rule that makes the targets from the sources then.
 
-    `words` say what lies how; `kind` is what the doubt is about, the same for all links that one decision settles.
+    `words` describes the order; `kind` says what the doubt is about, and is the same for all links that one decision resolves.
     """
 
     kind: str
@@ -25,11 +25,11 @@ class Layout:
 
     @property
     def rule(self) -> tuple[str, str]:
-        """The two texts of an adapt rule: the keys, and the adapters (none where the keys are copied as they stand)."""
+        """The two texts of an adapt rule: the keys, and the adapters (empty where the keys are copied unchanged)."""
         return f"{' + '.join(self.sources)} -> {' + '.join(self.targets)}", self.op
 
     def __str__(self) -> str:
-        """The rule as a command line has it after `--adapt`.
+        """The rule as it is written after `--adapt`.
 
         >>> print(Layout("rotary", "halves", ("wq",), ("q",), "permute_rope(heads=4, to='halves')"))
         'wq -> q' "permute_rope(heads=4, to='halves')"
@@ -42,14 +42,14 @@ class Link:
     """Keys of both sides that hold the same values, in a rule's form.
 
     Attributes:
-        sources, targets: in order; more than one on one side only (parts of a fused or stacked tensor), save for one source that
-            several targets share (`op` is empty then).
-        op: what makes the targets of the sources, as an `adapt` rule writes it; empty where nothing is changed.
+        sources, targets: the keys, in order; only one side has more than one (the parts of a fused or stacked tensor), or one source is
+            shared by several targets (`op` is empty then).
+        op: the adapters that make the targets from the sources, as an `adapt` rule has them; empty where nothing is changed.
         margin: by how many points the link beats its runner-up; inf where nothing else is possible.
-        evidence: what speaks for it, in words.
-        runner_up: the nearest other choice, as `source -> target`, or empty.
-        doubt: `"layout"` where the keys are right and the order of their elements can't be told by shapes (see `choices`), or empty.
-        choices: the layouts that a doubt is between; the first is that of `sources`, `targets` and `op`.
+        evidence: the reasons for the link, in words.
+        runner_up: the second-best choice, as `source -> target`, or empty.
+        doubt: `"layout"` where the keys are right but shapes can't show the order of their elements (see `choices`), or empty.
+        choices: the possible layouts where there is a doubt; the first is that of `sources`, `targets` and `op`.
     """
 
     sources: tuple[str, ...]
@@ -63,15 +63,15 @@ class Link:
 
     @property
     def is_rename(self) -> bool:
-        """Whether it is certain, and one tensor of the source goes to one of the target as it is."""
+        """Whether it is certain, and copies one source tensor unchanged to one target key."""
         return self.certain and not self.op and len(self.sources) == len(self.targets) == 1
 
     @property
     def clear(self) -> bool:
-        """Whether it beats its runner-up clearly: its keys are sure, the order of their elements perhaps not."""
+        """Whether it clearly beats its runner-up: its keys are certain, the order of their elements may be in doubt."""
         return self.margin >= ENOUGH
 
     @property
     def certain(self) -> bool:
-        """Whether its keys and its layout are sure; other links are shown and not applied."""
+        """Whether its keys and its layout are certain; other links are shown, not applied."""
         return self.clear and not self.doubt

@@ -1,6 +1,6 @@
-"""Decides: for every target key exactly one step, for every source key exactly one fate, each with its reason.
+"""Makes a plan: exactly one step for every target key, and for every source key whether it is used or why it is not.
 
-Pure: no file is opened, no torch imported, nothing printed. What is decided here is all that `apply` will do.
+Pure: no file is opened, no torch imported, nothing printed. `apply` does what the plan says, and nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.copied_value import copied
 from ckptsurgeon.rules.loading_code import code_of
-from ckptsurgeon.rules.patterns import compile_pattern
+from ckptsurgeon.rules.patterns import compile_pattern, literal
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -50,19 +50,27 @@ def make_plan(
     dequantize: bool = False,
     outside: Outside = NO_OUTSIDE,
 ) -> Plan:
-    """Decide how every key of `target` gets its value; without a target, convert the one source, or average them all.
+    """Decide how every key of `target` gets its value; without a target, convert the one source, or average all sources.
 
     Args:
-        dtype: `target` (the default with a target), `source` (the default without), or a floating code that every floating tensor gets.
-        average: a weight for each source, or True for equal ones: each key is the weighted mean of all sources' tensors.
-        auto: "safe" applies adapters and repairs that can't change what a tensor means.
-        dequantize: make values of quantised weights and their scales, where a formula is known; in BF16 where no dtype is chosen.
+        sources: the checkpoints that give values.
+        target: the names and shapes of the result, or None.
+        rules: rename, drop, keep, adapt and init rules.
+        dtype: `target` (the default with a target), `source` (the default without), or a floating dtype that every floating tensor gets.
+        seed: the seed of the model's constructor and of init schemes.
+        allow_cast: patterns of keys whose casts may lose values.
+        average: a weight for each source, or True for equal weights: each key is the weighted mean of all sources' tensors.
+        auto: "safe" applies adapters and renames that can't change the meaning of a tensor.
+        dequantize: turn quantised weights into values where a formula is known; in BF16 where no dtype is chosen.
         outside: the token lists and own adapters that the rules name.
+
+    Returns:
+        The plan.
 
     Raises:
         RuleError: rules that can't be followed.
-        PlanError: nothing says what a key gets.
-        CastError: quantised weights would be cast, adapted or parted from their scales.
+        PlanError: a key has no value, or the sources can't be combined.
+        CastError: quantised weights would be cast, adapted or separated from their scales.
         UnsafeError: a value inside the state_dict would have to be imported.
 
     >>> meta = lambda name, n: TensorMeta(name, "F32", (n,), (1,))
@@ -85,7 +93,7 @@ def make_plan(
         raise RuleError(f"{rule} is for a target's keys, and there is no target", hint="give the target as the last path")
     codes = _codes(sources, average) if dequantize else {}
     computed = find_computed(sources, target, names, average=average not in (None, False), allowed=allowed)
-    refuse(computed, sources[min(outside.taken, default=0)])
+    refuse(computed, sources[min(outside.taken, default=0)], names)
     origins = find_origins(sources, target, names, auto, codes)
     look = way_to_look(sources[0].path, sources[0].root, sources[0].kind == "model", None if target is None else target.path)
     planner = _Planner(target, names, choice, origins, auto, look, *_scales(sources, target, codes), computed)
@@ -125,25 +133,27 @@ def make_plan(
 
 
 def _codes(sources: Sequence[Checkpoint], average: Weights | None) -> dict[SourceKey, Codes]:
-    """The codes of all sources that values can be made of."""
-    found = {(number, key): one for number, source in enumerate(sources) for key, one in find(source).items() if one.op is not None}
-    whole = next(((number, key) for number, key in found if BY_CODE[sources[number][key].dtype].kind != "float"), None)
-    if average not in (None, False) and whole is not None:
-        path = sources[whole[0]].path
+    """The quantised weights of all sources that can be dequantized."""
+    quantised = {(number, key): weight for number, source in enumerate(sources) for key, weight in find(source).items()}
+    codes = {source_key: weight for source_key, weight in quantised.items() if weight.op is not None}
+    integer = next(((number, key) for number, key in codes if BY_CODE[sources[number][key].dtype].kind != "float"), None)
+    if average not in (None, False) and integer is not None:
+        path = sources[integer[0]].path
         hint = f"dequantize each source first: ckptsurgeon merge {shlex.quote(path)} -o values.safetensors --dequantize"
-        raise PlanError("is codes in integers, which are not averaged", path=path, key=whole[1], hint=hint)
-    return found
+        raise PlanError("is codes in integers, which are not averaged", path=path, key=integer[1], hint=hint)
+    return codes
 
 
 def _scales(
-    sources: Sequence[Checkpoint], target: Checkpoint | None, made: Mapping[SourceKey, Codes]
+    sources: Sequence[Checkpoint], target: Checkpoint | None, dequantized: Mapping[SourceKey, Codes]
 ) -> tuple[frozenset[SourceKey], frozenset[str]]:
-    """What stands beside codes that stay codes, in the sources and in the target."""
-    left = [(number, one) for number, source in enumerate(sources) for key, one in find(source).items() if (number, key) not in made]
+    """The keys of scales, and of what else belongs to codes that stay codes, in the sources and in the target."""
+    quantised = {(number, key): weight for number, source in enumerate(sources) for key, weight in find(source).items()}
+    kept = [(number, weight) for (number, key), weight in quantised.items() if (number, key) not in dequantized]
     own = find(target).values() if target is not None else ()
     return (
-        frozenset((number, name) for number, one in left for name in (*one.scales, *one.beside)),
-        frozenset(name for one in own for name in (*one.scales, *one.beside)),
+        frozenset((number, name) for number, weight in kept for name in (*weight.scales, *weight.beside)),
+        frozenset(name for weight in own for name in (*weight.scales, *weight.beside)),
     )
 
 
@@ -159,24 +169,27 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
 
 
 def _refuse_rivals(sources: Sequence[Checkpoint], rivals: Sequence[Sequence[Way]]) -> None:
-    """Raises PlanError where nothing decides between two prefixes of a source."""
+    """Raises PlanError where the names don't decide between two prefixes of a source."""
     for source, ways in zip(sources, rivals, strict=True):
         if ways:
-            options = next((way.options for way in ways if way.rules), (("rename", "KEY", "NAME"),))
+            options = next((way.options for way in ways if way.rules), None)
+            key, name = next((pair for way in ways for pair in way.mapping.items() if pair[0] != pair[1]), ("", ""))
             raise PlanError(
                 f"its names fit the target's in {len(ways)} ways, and none is chosen unasked"
                 if len(ways) > 1
                 else "its names fit the target's by a prefix under which two keys would be one",
                 path=source.path,
                 problems=tuple(map(str, ways)),
-                hint=f"choose one: {shlex.join(as_words(options))}",
+                hint=f"choose one: {shlex.join(as_words(options))}"
+                if options is not None
+                else f"rename each key, beginning with: {shlex.join(as_words([('rename', literal(key), literal(name))]))}",
             )
 
 
 def _refuse_unused(
     sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step], entries: Sequence[Entry], names: Names
 ) -> None:
-    """Raises PlanError where nothing is used of one of several sources. Of a single one this is zero coverage, which is another answer."""
+    """Raises PlanError where one of several sources is not used at all. With a single source that is a coverage of zero, no error here."""
     used = {number for step in steps for number, _ in step.sources} | {entry.source[0] for entry in entries if entry.source is not None}
     unused = [number for number in range(len(sources)) if number not in used]
     if len(sources) < 2 or not unused:
@@ -200,7 +213,7 @@ def _plan_source(source: Checkpoint, names: Names, number: int) -> PlanSource:
 
 @dataclass(frozen=True)
 class _Planner:
-    """The inputs of one planning, and what they lead to."""
+    """The inputs of a plan, and the steps and entries that follow from them."""
 
     target: Checkpoint | None
     names: Names
@@ -213,44 +226,44 @@ class _Planner:
     computed: Computed
 
     def steps(self) -> tuple[Step, ...]:
-        """One step for every tensor of the target; without a target, for every one that is converted."""
+        """One step for every tensor of the target; without a target, for every tensor that is converted."""
         if self.target is None:
             return tuple(self._transfer(name, origin) for name, origin in self.origins.items())
-        initials = find_init_rules(self.target, self.names, self.origins, self.auto, self.look)
+        init_rules = find_init_rules(self.target, self.names, self.origins, self.auto, self.look)
         steps = []
-        bare = []
+        without_value = []
         for key in self.target:
             origin = self.origins.get(key)
             if key in self.computed.made:
                 steps.append(self._load(key, self.target[key]))
             elif origin is not None and origin.fits:
-                steps.append(self._transfer(key, origin, initials.get(key)))
-            elif self.target.kind != "skeleton" or (key in initials and not initials[key].kept):
-                steps.append(self._own(key, origin, initials.get(key)))
+                steps.append(self._transfer(key, origin, init_rules.get(key)))
+            elif self.target.kind != "skeleton" or (key in init_rules and not init_rules[key].kept):
+                steps.append(self._own(key, origin, init_rules.get(key)))
             else:
-                bare.append(key)
-        if bare:
+                without_value.append(key)
+        if without_value:
             raise PlanError(
-                f"nothing says what {len(bare)} keys get: the target has no values of its own",
+                f"nothing says what {len(without_value)} keys get: the target has no values of its own",
                 path=self.target.path,
-                problems=shortened(bare),
-                hint=f"say so: init={{{bare[0]!r}: 'zeros'}} (or another scheme), or give the model itself as the target",
+                problems=shortened(without_value),
+                hint=f"say so: init={{{without_value[0]!r}: 'zeros'}} (or another scheme), or give the model itself as the target",
             )
         return check_copies(steps, self.target)
 
-    def _dtype(self, given: str, wanted: str) -> str:
-        """The dtype of a tensor that the source has as `given` and the target as `wanted`."""
+    def _dtype(self, source: str, target: str) -> str:
+        """The dtype of a result, from the tensor's dtypes in the source and in the target."""
         if self.choice in ("source", "target"):
-            return given if self.choice == "source" else wanted
-        return self.choice if BY_CODE[wanted].kind == "float" and BY_CODE[given].kind == "float" else wanted
+            return source if self.choice == "source" else target
+        return self.choice if BY_CODE[target].kind == "float" and BY_CODE[source].kind == "float" else target
 
     def _transfer(self, key: str, origin: Origin, init_rule: InitRule | None = None) -> Step:
         place = origin.places[0]
         dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
         if self.choice == "source" and origin.values:
-            dtype = "BF16"  # the source has codes, whose dtype is none for values
+            dtype = "BF16"  # the dtype of the source's codes is no dtype for values
         if self.choice not in ("source", "target") and self.scales.issuperset(origin.places):
-            dtype = origin.dtype  # one dtype for all values is none for what codes are read with
+            dtype = origin.dtype  # scales of codes keep their dtype
         ops = tuple(_filled_up(op, init_rule) for op in origin.ops)
         if any(op.get("fill") == "init" and copied(str(op.get("scheme"))) is not None for op in ops):
             raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
@@ -266,52 +279,52 @@ class _Planner:
             reason = ", ".join(word for word in words if word)
         return Step(key, dtype, origin.shape, action, origin.places, (*ops, *_cast(origin.dtype, dtype)), False, reason)
 
-    def _load(self, key: str, wanted: TensorMeta) -> Step:
-        """A key whose value the target's own loading code computes."""
-        dtype, by = self._dtype(wanted.dtype, wanted.dtype), self.computed.made[key].by
-        ops = ({"op": "load", "by": by}, *_cast(wanted.dtype, dtype))
-        return Step(key, dtype, wanted.shape, "load", self.computed.places[key], ops, False, f"computed ({code_of(by)})")
+    def _load(self, key: str, own: TensorMeta) -> Step:
+        """The step of a key whose value the target's own loading code computes."""
+        dtype, by = self._dtype(own.dtype, own.dtype), self.computed.made[key].by
+        ops = ({"op": "load", "by": by}, *_cast(own.dtype, dtype))
+        return Step(key, dtype, own.shape, "load", self.computed.places[key], ops, False, f"computed ({code_of(by)})")
 
     def _own(self, key: str, origin: Origin | None, init_rule: InitRule | None) -> Step:
-        """A key that no source gives: kept from a target checkpoint, or initialised by rule or by the model."""
+        """The step of a key that no source gives: kept from a target checkpoint, or initialised by a rule or by the model."""
         assert self.target is not None
-        wanted = self.target[key]
+        own = self.target[key]
         why = "not in the source"
         if origin is not None:
-            given = origin.places[0][1]
-            why = "the source has another shape" if given == key else f"the source's {given} has another shape"
+            source_key = origin.places[0][1]
+            why = "the source has another shape" if source_key == key else f"the source's {source_key} has another shape"
         elif key in self.names.names_of_dropped:
             why = "dropped from the source by a rule"
-        dtype = wanted.dtype if key in self.own_scales else self._dtype(wanted.dtype, wanted.dtype)
-        cast = _cast(wanted.dtype, dtype)
+        dtype = own.dtype if key in self.own_scales else self._dtype(own.dtype, own.dtype)
+        cast = _cast(own.dtype, dtype)
         if init_rule is not None and init_rule.kept:
             why = str(init_rule.rule)
         if self.target.kind != "model" and (init_rule is None or init_rule.kept):
-            return Step(key, dtype, wanted.shape, "keep", (), cast, False, f"{why}; the target's value stays")
+            return Step(key, dtype, own.shape, "keep", (), cast, False, f"{why}; the target's value stays")
         scheme = "model" if init_rule is None else init_rule.scheme
         reason = why + ("; the model's own value" if init_rule is None or init_rule.kept else f"; {init_rule.rule}")
-        return Step(key, dtype, wanted.shape, "init", (), ({"op": "init", "scheme": scheme}, *cast), True, reason)
+        return Step(key, dtype, own.shape, "init", (), ({"op": "init", "scheme": scheme}, *cast), True, reason)
 
     def entries(self) -> tuple[Entry, ...]:
-        """What becomes of the values that are no tensors: a target's own keys, or, converting, all of them."""
-        given = self.names.entries
+        """The values of the result that are not tensors: one for each such key of the target; in a conversion, all of them."""
+        sources = self.names.entries
         if self.target is None:
-            return tuple(Entry(name, place) for name, place in given.items())
-        rows = tuple(Entry(key, given.get(key)) for key in self.target.entries)
-        bare = [row.target for row in rows if row.source is None and self.target.kind == "skeleton"]
-        if bare:
+            return tuple(Entry(name, source_key) for name, source_key in sources.items())
+        rows = tuple(Entry(key, sources.get(key)) for key in self.target.entries)
+        unset = next((row.target for row in rows if row.source is None and self.target.kind == "skeleton"), None)
+        if unset is not None:
             raise PlanError(
-                "nothing says what this extra state is", path=self.target.path, key=bare[0], hint="give the model itself as the target"
+                "nothing says what this extra state is", path=self.target.path, key=unset, hint="give the model itself as the target"
             )
         return rows
 
 
 def _filled_up(op: Mapping[str, Any], init_rule: InitRule | None) -> Mapping[str, Any]:
-    """An op that fills up with initial values takes the scheme of an init rule for its key, unless it names its own."""
+    """The op; one that fills up with initial values and names no scheme gets the scheme of its key's init rule."""
     if op.get("fill") == "init" and op.get("scheme") == "model" and init_rule is not None and not init_rule.kept:
         return {**op, "scheme": init_rule.scheme}
     return op
 
 
-def _cast(given: str, wanted: str) -> tuple[Mapping[str, Any], ...]:
-    return () if given == wanted else ({"op": "cast", "dtype": wanted},)
+def _cast(source: str, target: str) -> tuple[Mapping[str, Any], ...]:
+    return () if source == target else ({"op": "cast", "dtype": target},)

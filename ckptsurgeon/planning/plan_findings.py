@@ -1,4 +1,4 @@
-"""What a plan reports beside its steps: values that can't be carried, ties that are lost, memory that is needed. Decides no step."""
+"""The findings of a plan: values that can't be carried, ties that are lost, parts that go nowhere. No step is decided here."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ckptsurgeon.rules.loading_code import Taken
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import Checkpoint, find_overlaps
 
-LITTLE = 0.1  # of a target's elements; less is worth a warning
+LITTLE = 0.1  # share of a target's elements below which there is a warning
 OTHER_TARGET = "give the model itself, or its skeleton, as the target"
 
 
 def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names) -> None:
-    """Raises UnsafeError for every value that would have to be carried and can't be."""
+    """Raises UnsafeError for all values that would have to be carried and can't be."""
     for number, source in enumerate(sources):
-        found = find_refused(source, number, names)
-        if found:
-            bare = [names.prefixes[number].bare(key) for key in found]
+        refused = find_refused(source, number, names)
+        if refused:
+            bare = [names.prefixes[number].bare(key) for key in refused]
             raise UnsafeError(
                 "has values inside its state_dict that can't be carried",
                 path=source.path,
-                problems=shortened(f"{key}: {reason}" for key, reason in found.items()),
+                problems=shortened(f"{key}: {reason}" for key, reason in refused.items()),
                 hint=f"leave them out: drop={bare[:SHOWN]!r}",
             )
     unkept = {} if target is None else find_unkept(target, names.entries)
@@ -45,7 +45,7 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
 
 
 def little(coverage: Coverage, sources: Sequence[Checkpoint], look: str) -> list[Finding]:
-    """A warning where next to nothing of a target comes from the sources: most often it is another model's checkpoint, or names differ.
+    """A warning where almost nothing of a target comes from the sources: often it is another model's checkpoint, or the names differ.
 
     Args:
         look: the command that shows why.
@@ -58,7 +58,7 @@ def little(coverage: Coverage, sources: Sequence[Checkpoint], look: str) -> list
 
 
 def replaced(sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Sequence[Step]) -> list[Finding]:
-    """A note where a file is the target and every tensor of it is another file's by name: perhaps the mean of both was meant."""
+    """A note where the target is a file and the source replaces all of its tensors: perhaps the mean of both was meant."""
     if target is None or target.kind != "file" or len(sources) != 1 or len(sources[0]) != len(target):
         return []
     if any(step.action != "copy" or step.changes for step in steps):
@@ -76,12 +76,13 @@ def untried(taken: Mapping[int, Taken]) -> list[Finding]:
             None,
             "warning",
         )
-        for one in taken.values()
-        for path, reason in one.failed.items()
+        for by_source in taken.values()
+        for path, reason in by_source.failed.items()
     ]
 
 
 def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> tuple[Finding, ...]:
+    """Notes on overlaps, prefixes, conversions and partly filled tensors, and warnings for lost parts, ties and low-rank factors."""
     findings = [
         Finding(
             "overlap", f"shares memory with {other} in {source.path} without being the same tensor; they are written apart", key, "note"
@@ -96,7 +97,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
         if prefix:
             findings.append(Finding("prefix", f"{source.path}: {prefix}", None, "note"))
     findings += names.applied.notes()
-    findings += _lost_parts(target, names, steps)
+    findings += [Finding("lost-part", words, key, "warning") for key, words in lost_parts(target, names, steps)]
     findings += [Finding("partial", _filled(step), step.target, "note") for step in steps if step.sources and step.filled]
     origin = {step.target: step for step in steps}
     leader = {(number, key): (number, group[0]) for number, source in enumerate(sources) for group in source.ties for key in group}
@@ -113,38 +114,33 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
 
 
 def _lost_factors(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) -> list[Finding]:
-    """A warning for each source of whose low-rank factors some go nowhere, though no rule says so."""
+    """A warning for each source with low-rank factors that no step uses and no rule drops."""
     taken = {place for step in steps for place in step.sources} | names.dropped.keys()
-    found = []
+    warnings = []
     for number, source in enumerate(sources):
         words = lost_factors(key for key in source if (number, key) not in taken)
-        found += [Finding("lost-factors", f"{source.path}: {words}", None, "warning")] if words else []
-    return found
+        warnings += [Finding("lost-factors", f"{source.path}: {words}", None, "warning")] if words else []
+    return warnings
 
 
 def _filled(step: Step) -> str:
     """How much of a tensor that was filled up comes from the source, in words."""
-    told = next((words for op in step.adapters if (words := adapter_of(op).told(op)) is not None), None)
-    if told is not None:
-        return told
+    by_adapter = next((words for op in step.adapters if (words := adapter_of(op).told(op)) is not None), None)
+    if by_adapter is not None:
+        return by_adapter
     total = prod(step.shape)
     return f"{total - step.filled} of {total} elements come from the source, the rest is filled"
 
 
-def _lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[Finding]:
-    """What rules give of a source key that is taken, and the target has no place for."""
-    return [Finding("lost-part", words, key, "warning") for key, words in lost_parts(target, names, steps)]
-
-
 def lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[tuple[str, str]]:
-    """Source keys that are taken, and of which a part goes to a name that the target has not; each with that in words."""
+    """Source keys that a step reads and that rules also lead to a name that is not in the target; each with that in words."""
     if target is None:
         return []
     used = {place for step in steps for place in step.sources} - scales_read(steps)
     return [
         (place[1], f"{name} is not in the target, and what {place[1]} has for it goes nowhere")
-        for place, given in names.names_of.items()
+        for place, targets in names.names_of.items()
         if place in used
-        for name in given
+        for name in targets
         if name not in target
     ]

@@ -1,4 +1,4 @@
-"""A plan as a value: what every target key gets, and what becomes of every source key. Nothing is decided here."""
+"""The types of a plan: the step of every target key, and what becomes of every source key. Nothing is decided here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FROM_MODEL = ("model", "per_layer_type", "reset")  # schemes that need the targe
 
 @dataclass(frozen=True)
 class PlanSource:
-    """A source: its path as given, fingerprint, format, root, and how its names were changed, in words.
+    """A source: its path as given, fingerprint, format, root, and how its names were changed.
 
-    `sample` is the digest of a sample of its data, `sha256` that of all its bytes; each is `""` where it was not taken.
+    `sample` is the digest of a sample of its data, `sha256` that of all its bytes; each is `""` where it was not computed.
     """
 
     path: str
@@ -38,13 +38,13 @@ class PlanSource:
 
     @property
     def live(self) -> bool:
-        """Whether it is a model or a state_dict in memory, and no file."""
+        """Whether it is a model or a state_dict in memory, not a file."""
         return self.format == "model"
 
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """What the sources must fit: a spec or path, its kind (`model`, `skeleton` or a file's format), and digests as a source has them."""
+    """What the sources must fit: a spec or path, its kind (`model`, `skeleton` or a file's format), and the same digests as a source."""
 
     spec: str
     fingerprint: str
@@ -58,10 +58,16 @@ class PlanTarget:
 class Step:
     """How one target key gets its value.
 
-    `sources` are (number of the source, key) pairs, in order; `ops` what is done to them, in order, each a dict with `op`. The op `load`
-    is what the target's own loading code (`by` names the class) makes of them in torch's load. `dtype` and `shape` are the result's.
-    `fresh`: no training has touched the value, whether this plan initialises it or a merge before it did;
-    `partial`: by the sources' records, training has touched a part of it.
+    Attributes:
+        target: the target key.
+        dtype, shape: the result's.
+        action: what kind of step it is.
+        sources: (number of the source, key) pairs, in order.
+        ops: what is done to the sources, in order, each a dict with `op`. The op `load` stands for what the target's own loading code
+            (`by` names the class) computes in torch's load.
+        fresh: whether the value was never trained: this plan initialises it, or an earlier merge did.
+        reason: why, in words.
+        partial: whether, by the sources' records, only a part of the value was trained.
     """
 
     target: str
@@ -76,7 +82,7 @@ class Step:
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """The schemes of the initial values that go into it: its own, or those that an adapter fills up with."""
+        """The schemes of its initial values: its own, or those that an adapter fills up with."""
         return tuple(str(op["scheme"]) for op in self.ops if op["op"] == "init" or op.get("fill") == "init")
 
     @property
@@ -101,12 +107,12 @@ class Step:
 
 
 def copied_key(step: Step) -> str | None:
-    """The key whose value a step initialised by `from(KEY)` takes."""
+    """The key that a step initialised by `from(KEY)` copies; None for any other step."""
     return copied(step.ops[0]["scheme"]) if step.action == "init" else None
 
 
 def resolved(step: Step, steps: Mapping[str, Step]) -> Step:
-    """The step whose value a step has: its own, or under `from(KEY)`, however often, that of the key it copies."""
+    """The step that gives a step its value: itself, or, where it copies another key by `from(KEY)`, the last step of that chain."""
     if copied_key(step) is None:
         return step
     keys = follow(step.target, lambda key: copied_key(steps[key]))
@@ -117,7 +123,7 @@ def resolved(step: Step, steps: Mapping[str, Step]) -> Step:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A source key (of a tensor or of another value) that goes nowhere, and why."""
+    """A source key (of a tensor or of another value) that is not used, and why."""
 
     file: int
     source: str
@@ -126,7 +132,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Entry:
-    """A value that is no tensor (`_extra_state`): carried from a source, or, with `source` None, the target's own."""
+    """A value that is not a tensor (`_extra_state`): carried from a source, or, with `source` None, the target's own."""
 
     target: str
     source: SourceKey | None
@@ -141,15 +147,15 @@ class Plan(Result):
         target: what they must fit; None for a conversion.
         seed: the seed of the model's constructor and of init schemes.
         steps: how each target key gets its value.
-        dropped: every source key that goes nowhere, with the reason.
+        dropped: every source key that is not used, with the reason.
         coverage: the share of the target that is transferred.
-        entries: values that are no tensors (`_extra_state`).
+        entries: values that are not tensors (`_extra_state`).
         module_metadata: what the output records as torch's `_metadata`.
-        versions: what the sources recorded for the target's modules that load in their own way.
-        loaded: such modules of which the output has what torch's load leaves.
-        handed: by name, what torch's load gets of the sources as it is, since the target's loading code computes values with it.
+        versions: the versions that the sources recorded for the target's modules with their own loading code.
+        loaded: those of these modules for which the output has the values that torch's load leaves in the model.
+        handed: by name, the source keys that torch's load gets unchanged, because the target's loading code computes values from them.
         ties: groups of target keys that share one tensor in the target.
-        left_behind: what else the sources hold, by dotted place.
+        left_behind: what else the sources hold, by dotted path.
         allow_cast: the patterns of keys whose casts may lose something.
         findings: warnings and notes.
         loose: what `strict` refuses: each missing, extra or mismatched key that no rule names.
@@ -176,7 +182,7 @@ class Plan(Result):
 
     @property
     def transferred(self) -> tuple[str, ...]:
-        """Target keys that take weights from a source, without those that are still fresh there."""
+        """Target keys that take trained weights from a source."""
         return tuple(step.target for step in self.steps if step.sources and not step.fresh)
 
     @property
@@ -186,12 +192,12 @@ class Plan(Result):
 
     @property
     def partial(self) -> tuple[str, ...]:
-        """Target keys a part of which is trained: adapters fill up the rest, or a record says so."""
+        """Target keys of which only a part is trained: adapters fill up the rest, or a source's record says so."""
         return tuple(step.target for step in self.steps if not step.fresh and (step.partial or (step.sources and step.filled)))
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Target keys that stay as a target checkpoint has them."""
+        """Target keys that keep a target checkpoint's values."""
         return tuple(step.target for step in self.steps if step.action == "keep")
 
     @property
@@ -201,11 +207,11 @@ class Plan(Result):
 
     @property
     def still_fresh(self) -> tuple[str, ...]:
-        """Target keys whose value comes from a file that has it on record as fresh: initialised by an earlier merge, not trained since."""
+        """Target keys whose value an earlier merge initialised and that were not trained since, as the file's record says."""
         return tuple(step.target for step in self.steps if step.fresh and step.action != "init")
 
     def leader(self, key: str) -> str:
-        """The first of the keys that are one tensor with `key`.
+        """The first of the keys that share a tensor with `key`.
 
         Args:
             key: a target key.
@@ -221,7 +227,7 @@ class Plan(Result):
 
     @property
     def own_adapters(self) -> tuple[str, ...]:
-        """A person's own adapters that steps name, as `module:function`."""
+        """The user's own adapters that steps use, as `module:function`."""
         return tuple(dict.fromkeys(str(op["op"]) for step in self.steps for op in step.ops if ":" in op["op"]))
 
     @property
@@ -234,7 +240,7 @@ class Plan(Result):
 
 
 def digest(plan: Plan) -> str:
-    """SHA-256 (hex) of what a plan does; the paths of its sources and target do not enter it."""
+    """SHA-256 (hex) of what a plan does, without the paths of its sources and target."""
     body = [
         [[source.fingerprint, source.root] for source in plan.sources],
         None if plan.target is None else [plan.target.fingerprint, plan.target.root],
@@ -253,20 +259,35 @@ def digest(plan: Plan) -> str:
 
 
 def way_to_look(source: str, root: str, live: bool, target: str | None) -> str:
-    """What shows how a source's names stand to a target's: a command, or where one of them is no file and no spec, a call.
+    """What shows the names of a source beside those of a target: a command, or a Python call where one of them is in memory.
+
+    Args:
+        source: the source's path.
+        root: the dict of the source that was chosen.
+        live: whether the source is a model or a state_dict in memory.
+        target: the target's path or spec, or the class of a live model; None without a target.
 
     >>> way_to_look("my net.pt", "ema", False, "model:Net")
     "ckptsurgeon diff 'my net.pt' model:Net --root ema"
+    >>> way_to_look("net.pt", "", False, None)
+    'ckptsurgeon inspect -v net.pt'
     >>> way_to_look("net.pt", "", False, "Net")
     "print(ckptsurgeon.diff('net.pt', model))"
     >>> way_to_look("<BytesIO 1>", "", False, "model:Net")
     "print(ckptsurgeon.diff(source, 'model:Net'))"
+    >>> way_to_look("Net", "", True, "Net")
+    'print(ckptsurgeon.diff(ckptsurgeon.skeleton(source), model))'
+    >>> way_to_look("<BytesIO 1>", "", False, None)
+    'print(ckptsurgeon.inspect(source).to_text())'
     """
-    if live:
-        return "hold its keys against model.state_dict()"
-    in_memory = source.startswith("<BytesIO ")
-    live_target = target is not None and target.isidentifier()  # the class of a live model
-    if in_memory or live_target:
-        given, goal = "source" if in_memory else repr(source), "model" if live_target or target is None else repr(target)
-        return f"print(ckptsurgeon.diff({given}, {goal}{f', root={root!r}' if root else ''}))"
-    return shlex.join(["ckptsurgeon", "diff", source, target or "TARGET", *(["--root", root] if root else [])])
+    in_memory = live or source.startswith("<BytesIO ")
+    live_target = target is not None and target.isidentifier()
+    if not in_memory and not live_target:
+        paths = ["inspect", "-v", source] if target is None else ["diff", source, target]
+        return shlex.join(["ckptsurgeon", *paths, *(["--root", root] if root else [])])
+    name = "source" if in_memory else repr(source)
+    chosen = f", root={root!r}" if root else ""
+    if target is None:
+        return f"print(ckptsurgeon.{'skeleton' if live else 'inspect'}({name}{chosen}).to_text())"
+    first = f"ckptsurgeon.skeleton({name})" if live else name
+    return f"print(ckptsurgeon.diff({first}, {'model' if live_target else repr(target)}{chosen}))"

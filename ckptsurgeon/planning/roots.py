@@ -1,8 +1,8 @@
-"""Chooses which nested dict of a file is the state_dict.
+"""Chooses which nested dict of a file is the state_dict: its root.
 
-With a target: the dict that covers it best. A second dict that covers 0.9 as much is an error (raw weights and their EMA), unless it has
-the same bytes, or is a parent read together with its dicts, or one of these. Without a target: the only dict, or the one asked for by name.
-An optimizer's own dicts are taken only by name. Several dicts under one parent may also be read together, their names joined.
+With a target it is the dict that covers the target best. A second dict that covers at least 0.9 times as much is an error (such as raw
+weights and their EMA), unless it gives the same bytes or one contains the other. Without a target it is the only dict, or the one that is
+named. An optimizer's own dicts are used only by name. Several dicts below one parent may also be read together, with joined names.
 """
 
 from __future__ import annotations
@@ -20,25 +20,30 @@ from ckptsurgeon.planning.training_places import all_moments, lightning_average,
 from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, find_ties
 from ckptsurgeon.wrappers import WRAPPERS
 
-ALL = "**"  # the name, below a parent that holds tensors of its own, of that parent and all below it read together
-_MANY = 64  # state_dicts in one file, beyond which none are read together unless asked for by name
-_WORK = 1_000_000  # keys that are looked at to find the best root
-_PARENTS = 16  # that are tried, the outermost first
-_SHOWN = 8  # roots that an error lists
+ALL = "**"  # `parent.**` names a parent with tensors of its own, read together with all dicts below it
+_MANY = 64  # with more state_dicts than this in a file, dicts are read together only by name
+_WORK = 1_000_000  # how many keys are compared at most to find the best root
+_PARENTS = 16  # how many parents are tried, the outermost first
+_SHOWN = 8  # how many roots an error lists
 
 
 def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | None = None, parts: bool = False) -> Checkpoint:
-    """The checkpoint of `archive` under the named or best root.
+    """The checkpoint of `archive` at the named or best root.
+
+    Args:
+        root: the name of the root, or None to choose it.
+        target: what the root must cover, or None.
+        parts: whether one rank's part of a checkpoint is accepted.
 
     Raises:
-        RootError: the name is not there, or several would do; with the candidates and how to choose.
-        PartError: it is one rank's part of a checkpoint, unless `parts` will do.
+        RootError: there is no such root, or several fit; with the candidates and how to choose.
+        PartError: it is one rank's part of a checkpoint.
     """
     if archive.part is not None and not parts:
         raise PartError(archive.part.reason, path=archive.path, hint=archive.part.hint)
     if root is not None:
         return checkpoint(archive, _named(archive, root))
-    candidates = _unasked(archive)
+    candidates = _candidates(archive)
     if len(candidates) == 1:
         return checkpoint(archive, candidates[0])
     if target is not None:
@@ -49,8 +54,8 @@ def choose(archive: Archive, *, root: str | None = None, target: Checkpoint | No
     return checkpoint(archive, serious[0])
 
 
-def _unasked(archive: Archive) -> Sequence[StateDict]:
-    """The state_dicts that may be taken without being named: not an optimizer's own, such as its moments by the parameters' names."""
+def _candidates(archive: Archive) -> Sequence[StateDict]:
+    """The state_dicts that may be used without being named: all but an optimizer's own, such as its moments by parameter name."""
     candidates = [
         state_dict for state_dict in archive.state_dicts if not (of_optimizer(state_dict.root) or all_moments(state_dict.tensors))
     ]
@@ -58,13 +63,13 @@ def _unasked(archive: Archive) -> Sequence[StateDict]:
         raise RootError(
             f"holds an optimizer's state and no model's: {_listing(archive.state_dicts)}",
             path=archive.path,
-            hint=f"give the file with the model's weights; what is meant all the same is named: root={archive.state_dicts[0].root!r}",
+            hint=f"give the file with the model's weights; or name what you mean: root={archive.state_dicts[0].root!r}",
         )
     return candidates
 
 
 def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> Checkpoint:
-    """`archive` seen as the checkpoint under one of its roots, or under several joined; `alone` leaves out what else it holds."""
+    """`archive` as the checkpoint at one of its roots, or at several joined ones; with `alone`, nothing else that it holds is listed."""
     others: Sequence[StateDict] = ()
     if alone:
         pass
@@ -107,7 +112,7 @@ def _named(archive: Archive, root: str) -> StateDict:
 
 
 def at_place(value: Any, place: str) -> StateDict | None:
-    """All tensors below a dotted place of what a file holds, an optimizer's too, their names joined; None where there are none."""
+    """All tensors below a dotted path in a file's value, an optimizer's too, with joined names; None where there are none."""
     tensors: dict[str, TensorMeta] = {}
     waiting = [("", training_places.at_place(value, place))]
     while waiting:
@@ -134,7 +139,7 @@ def _advice(state_dicts: Sequence[StateDict]) -> str:
 
 
 def _serious(state_dicts: Sequence[StateDict]) -> Sequence[StateDict]:
-    """Without dicts that hold no weights (losses, counters, states of random generators), unless there is nothing else."""
+    """The state_dicts that hold weights (not losses, counters or states of random generators); all of them where none does."""
     return [state_dict for state_dict in state_dicts if any(map(_is_weight, state_dict.tensors.values()))] or state_dicts
 
 
@@ -148,15 +153,15 @@ def _parent(root: str) -> str:
 
 
 def _below(root: str, parent: str) -> str | None:
-    """A root's place below `parent`; None when it is not there."""
+    """A root's path relative to `parent`; None where it is not below it."""
     if root == parent or not parent:
         return root[len(parent) :]
     return root[len(parent) + 1 :] if root.startswith(f"{parent}.") else None
 
 
 def _join(state_dicts: Sequence[StateDict], parent: str) -> StateDict | None:
-    """Every state_dict at and below `parent` as one whose keys begin with the places of the dicts below; None where there are not two, or
-    where two keys would be one."""
+    """Every state_dict at and below `parent` as one, whose keys begin with the relative paths of the dicts; None where there is only one,
+    or where two keys would get one name."""
     below = [(head, state_dict) for state_dict in state_dicts if (head := _below(state_dict.root, parent)) is not None]
     if not any(head for head, _ in below):
         return None
@@ -192,9 +197,17 @@ def _joined(state_dicts: Sequence[StateDict]) -> Iterator[StateDict]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How a state_dict covers a target: for each key of the target that it covers, which bytes that would get, and how many elements."""
+    """How a state_dict covers a target.
 
-    found: StateDict
+    Attributes:
+        state_dict: the state_dict.
+        origins: by target key that it covers, what identifies the bytes that the key would get.
+        spans: the paths of the tensors that it would use.
+        elements: how many of the target's elements it covers.
+        joined: whether it is several dicts read together.
+    """
+
+    state_dict: StateDict
     origins: Mapping[str, Hashable]
     spans: frozenset[Hashable]
     elements: int
@@ -205,69 +218,69 @@ class _Fit:
         return len(self.origins) >= NEAR * len(best.origins) or self.elements >= NEAR * best.elements > 0
 
     def same(self, best: _Fit) -> bool:
-        """Whether it would give nothing but what the best one gives: the same bytes, or a parent of the best one or a part of it."""
-        one, other = _parent(self.found.root), _parent(best.found.root)
+        """Whether it is no rival of the best one: it gives the same bytes, or one of the two contains the other."""
+        own, of_best = _parent(self.state_dict.root), _parent(best.state_dict.root)
         return (
             self.origins.items() <= best.origins.items()
-            or (self.joined and _below(other, one) is not None)
-            or (best.joined and _below(one, other) is not None and self.spans <= best.spans)
+            or (self.joined and _below(of_best, own) is not None)
+            or (best.joined and _below(own, of_best) is not None and self.spans <= best.spans)
         )
 
 
 def _best(archive: Archive, target: Checkpoint) -> StateDict:
-    unasked = _unasked(archive)
-    candidates = [*unasked, *_joined(unasked)]
+    single = _candidates(archive)
+    candidates = [*single, *_joined(single)]
     forms = {_form(key, tensor) for key, tensor in target.items()}
     fits: list[_Fit] = []
     least, work = 1.0, 0
     for index, state_dict in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
         if sum(_form(key, tensor) in forms for key, tensor in state_dict.tensors.items()) < least:
-            continue  # can't cover half of what the best one covers
+            continue  # it can't cover half of what the best one covers
         work += len(state_dict.tensors) + len(target)
-        if work > _WORK and index < len(unasked):
+        if work > _WORK and index < len(single):
             raise RootError(
-                f"holds {len(unasked)} state_dicts, too many to find the one that fits {target.path} best",
+                f"holds {len(single)} state_dicts, too many to find the one that fits {target.path} best",
                 path=archive.path,
-                hint=_advice(unasked),
+                hint=_advice(single),
             )
-        fit = _fit(state_dict, target, index >= len(unasked))
+        fit = _fit(state_dict, target, index >= len(single))
         fits.append(fit)
         least = max(least, len(fit.origins) / 2)
     order = {id(state_dict): index for index, state_dict in enumerate(candidates)}
-    fits.sort(key=lambda fit: (-len(fit.origins), order[id(fit.found)]))
+    fits.sort(key=lambda fit: (-len(fit.origins), order[id(fit.state_dict)]))
     if not fits or not fits[0].origins:
-        serious = _serious(unasked)
+        serious = _serious(single)
         if len(serious) == 1:
             return serious[0]
         raise RootError(
             f"holds several state_dicts, and none has a key of {target.path}: {_listing(serious)}", path=archive.path, hint=_advice(serious)
         )
     rivals = [fits[0], *(fit for fit in fits[1:] if fit.near(fits[0]) and not fit.same(fits[0]))]
-    # Of those that would give the same bytes, the first one stands for all.
-    apart = [fit for place, fit in enumerate(rivals) if not any(fit.same(other) for other in rivals[:place])]
-    if len(apart) > 1:
-        apart.sort(key=lambda fit: order[id(fit.found)])
-        equally = "equally" if len({len(fit.origins) for fit in apart}) == 1 else "about equally"
-        listing = ", ".join(f"{fit.found.root!r}" for fit in apart[:_SHOWN]) + (
-            f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
+    # Of several that would give the same bytes, only the first is kept.
+    distinct = [fit for index, fit in enumerate(rivals) if not any(fit.same(earlier) for earlier in rivals[:index])]
+    if len(distinct) > 1:
+        distinct.sort(key=lambda fit: order[id(fit.state_dict)])
+        equally = "equally" if len({len(fit.origins) for fit in distinct}) == 1 else "about equally"
+        listing = ", ".join(f"{fit.state_dict.root!r}" for fit in distinct[:_SHOWN]) + (
+            f" and {len(distinct) - _SHOWN} more" if len(distinct) > _SHOWN else ""
         )
         averaged = lightning_average([state_dict.root for state_dict in archive.state_dicts], archive.beside)
         counts = tuple(
-            f"{_words(fit.found)}: {len(fit.origins)} of the target's {len(target)}"
-            + (", the average of the weights" if fit.found.root == averaged else "")
-            for fit in apart[:_SHOWN]
+            f"{_words(fit.state_dict)}: {len(fit.origins)} of the target's {len(target)}"
+            + (", the average of the weights" if fit.state_dict.root == averaged else "")
+            for fit in distinct[:_SHOWN]
         )
         raise RootError(
-            f"holds {len(apart)} state_dicts that fit {equally} well: {listing}",
+            f"holds {len(distinct)} state_dicts that fit {equally} well: {listing}",
             path=archive.path,
-            hint=_advice([fit.found for fit in apart]),
+            hint=_advice([fit.state_dict for fit in distinct]),
             problems=counts,
         )
-    return fits[0].found
+    return fits[0].state_dict
 
 
 def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
-    """What no prefix changes of a tensor: its last segment that is no wrapper's, and its shape."""
+    """What no prefix changes: a tensor's last segment that is not a wrapper's, and its shape."""
     last = key.rpartition(".")[2]
     if last in WRAPPERS:
         last = next((segment for segment in reversed(key.split(".")) if segment not in WRAPPERS), last)
@@ -275,7 +288,7 @@ def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
 
 
 def _fit(state_dict: StateDict, target: Checkpoint, joined: bool) -> _Fit:
-    """What a state_dict covers under the change of names that explains most, whether that is applied or its rivals are asked for."""
+    """What a state_dict covers with the change of names that makes most keys equal, even where that change has rivals."""
     from ckptsurgeon.planning.own_loading import conversions
 
     mapping = conversions.choose(state_dict.tensors, target, find_change(state_dict.tensors, target)).best.mapping
@@ -287,6 +300,6 @@ def _fit(state_dict: StateDict, target: Checkpoint, joined: bool) -> _Fit:
         place = tensor.place or (f"{parent}.{key}" if parent else key)
         spans.add(place)
         crc = tensor.span.checksum() if tensor.span is not None else None
-        # Bytes of one length and checksum, laid out alike, are the same bytes.
+        # Tensors with the same layout, length and checksum are taken for the same bytes.
         origins[name] = (tensor.dtype, tensor.stride, crc, tensor.nbytes) if crc else place
     return _Fit(state_dict, origins, frozenset(spans), sum(target[name].numel for name in origins), joined)

@@ -1,7 +1,7 @@
-"""Finds, in what a training checkpoint holds beside its weights, the states of optimizer, scheduler and scaler, and the averaged copies.
+"""Finds the states of optimizer, scheduler and scaler in a training checkpoint, and averaged copies of the weights.
 
-By the names that training loops and frameworks use, at the top of the file or beside the model's root. Two candidates are
-refused; shapes decide nothing. Pure.
+They are found by the names that training loops and frameworks use, at the top of the file or beside the model's root. Where there are two
+candidates, an error lists them. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PLACES: Mapping[Kind, tuple[str, ...]] = {
     "scheduler": ("scheduler", "lr_scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict", "sched"),
     "scaler": ("scaler", "grad_scaler", "scaler_state_dict", "amp_scaler", "grad_scaler_state_dict"),
 }
-# The files of their own that the Trainer and accelerate write into a checkpoint's folder.
+# Files that the Trainer and accelerate write into a checkpoint's folder.
 FILES: Mapping[Kind, tuple[str, ...]] = {
     "optimizer": ("optimizer.pt", "optimizer.bin"),
     "scheduler": ("scheduler.pt", "scheduler.bin"),
@@ -35,22 +35,24 @@ AVERAGED = (
     "ema_model_state_dict",
     "ema_params",
 )
-AVERAGING_STATE = "averaging_state"  # where Lightning's WeightAveraging has what its average keeps beside the weights: `n_averaged`
+AVERAGING_STATE = "averaging_state"  # where Lightning's WeightAveraging stores what its average has besides weights: `n_averaged`
 _OPTIMIZERS = frozenset(PLACES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
 _NUMBERED = re.compile(r"optimizer_\d+")  # as Lightning names them in a folder of ranks' files
 _MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta")
 
 
 def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) -> tuple[str, Any]:
-    """The dotted place of the state of this kind, and the state.
+    """The dotted path of the state of this kind, and the state.
 
     Args:
-        value: all that the file holds: nested dicts and lists.
-        model_root: the model's root, beside which it may stand.
-        asked: its place, where the person says it.
+        kind: `optimizer`, `scheduler` or `scaler`.
+        value: everything that the file holds: nested dicts and lists.
+        model_root: the model's root; the state may be beside it.
+        asked: the path that the caller names, or None.
+        path: the file's path, for errors.
 
     Raises:
-        RootError: it is not there, or several would do.
+        RootError: it is not there, or there are several.
 
     >>> find("optimizer", {"model": {}, "optim": {"state": {}}}, "model", None, "a.pt")
     ('optim', {'state': {}})
@@ -60,7 +62,7 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
         if state is None:
             raise RootError(f"has nothing at {asked!r}", path=path, hint=_listing(value))
         return asked, state
-    candidates = [row for place, around in _around(value, model_root) for row in _named(kind, place, around)]
+    candidates = [row for place, container in _containers(value, model_root) for row in _named(kind, place, container)]
     if len(candidates) > 1:
         names = ", ".join(repr(place) for place, _ in candidates[:8])
         word = f"choose one: {kind}_root={candidates[0][0]!r}" if kind == "optimizer" else "leave one in the file"
@@ -75,8 +77,9 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
 
 
 def is_state(kind: Kind, value: Any) -> bool:
-    """Whether a value is a state of a kind by itself, as the Trainer's `optimizer.pt` and `scheduler.pt` are. A scheduler's state has
-    no mark of its own: any dict counts that has no key of that name.
+    """Whether a file's whole value is a state of this kind, like the Trainer's `optimizer.pt` and `scheduler.pt`.
+
+    A scheduler's state has no typical keys, so any dict counts that has no key by which a scheduler's state would be found.
 
     >>> is_state("optimizer", {"state": {}, "param_groups": []}), is_state("optimizer", {"optimizer": {}})
     (True, False)
@@ -88,20 +91,21 @@ def is_state(kind: Kind, value: Any) -> bool:
     return not any(name in value for name in PLACES[kind])
 
 
-def _around(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
-    """The top, then each container on the way to the model's root."""
+def _containers(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
+    """The top dict, then each dict on the path to the model's root, with their paths."""
     parts = model_root.split(".") if model_root else []
     for depth in range(len(parts) or 1):
         place = ".".join(parts[:depth])
-        around = at_place(value, place)
-        if isinstance(around, Mapping):
-            yield place, around
+        container = at_place(value, place)
+        if isinstance(container, Mapping):
+            yield place, container
 
 
-def _named(kind: Kind, place: str, around: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    numbered = [key for key in around if type(key) is str and _NUMBERED.fullmatch(key)] if kind == "optimizer" else []
+def _named(kind: Kind, place: str, container: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The states of this kind directly in a container, by known names."""
+    numbered = [key for key in container if type(key) is str and _NUMBERED.fullmatch(key)] if kind == "optimizer" else []
     for name in (*PLACES[kind], *numbered):
-        value = around.get(name)
+        value = container.get(name)
         where = f"{place}.{name}" if place else name
         if isinstance(value, (list, tuple)):  # Lightning has lists
             yield from ((f"{where}.{index}", item) for index, item in enumerate(value) if isinstance(item, Mapping))
@@ -110,7 +114,7 @@ def _named(kind: Kind, place: str, around: Mapping[Any, Any]) -> Iterator[tuple[
 
 
 def at_place(value: Any, place: str) -> Any:
-    """What stands at a dotted place in nested dicts and lists; None where nothing does.
+    """The value at a dotted path in nested dicts and lists; None where there is none.
 
     >>> at_place({"optimizer_states": [{"state": {}}]}, "optimizer_states.0")
     {'state': {}}
@@ -135,7 +139,7 @@ def at_place(value: Any, place: str) -> Any:
 
 
 def of_optimizer(place: str) -> bool:
-    """Whether a dotted place lies within an optimizer's state, or is where one kind of moment stands by the parameters' names.
+    """Whether a dotted path is within an optimizer's state, or is that of a dict with one kind of moment by parameter name.
 
     >>> of_optimizer("optimizer.state.0"), of_optimizer("exp_avg"), of_optimizer("model.optimizer_head")
     (True, True, False)
@@ -144,7 +148,7 @@ def of_optimizer(place: str) -> bool:
 
 
 def all_moments(keys: Iterable[str]) -> bool:
-    """Whether keys are those of moments and step counts, whatever they stand under.
+    """Whether all keys are those of moments and step counts.
 
     >>> all_moments(["fc.weight.exp_avg", "fc.weight.step"]), all_moments(["step"])
     (True, False)
@@ -155,10 +159,10 @@ def all_moments(keys: Iterable[str]) -> bool:
 
 
 def lightning_average(roots: Iterable[str], beside: Iterable[str] = ()) -> str | None:
-    """The root that Lightning's WeightAveraging made the average; None in another file.
+    """The root at which Lightning's WeightAveraging stored the average; None in any other file.
 
-    When it saves, the average's weights take the name `state_dict`, the trained ones move to `current_model_state`, and what else the
-    average keeps (`n_averaged`) stands in `averaging_state`.
+    It saves the average's weights as `state_dict`, the trained weights as `current_model_state`, and what else the average has
+    (`n_averaged`) as `averaging_state`.
 
     >>> lightning_average(["state_dict", "current_model_state", "averaging_state"])
     'state_dict'
@@ -179,7 +183,7 @@ def average_roots(roots: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_average_root(roots: Sequence[str], asked: str | None, path: str) -> str:
-    """The root of the averaged copy: the one asked for, or the only one. RootError otherwise."""
+    """The root of the averaged copy: the one that the caller names, or the only one. RootError otherwise."""
     if asked is not None:
         return asked
     copies = average_roots(roots)
@@ -189,19 +193,20 @@ def choose_average_root(roots: Sequence[str], asked: str | None, path: str) -> s
         raise RootError(
             f"holds {len(copies)} averaged copies: {', '.join(copies[:8])}", path=path, hint=f"choose one: ema_root={copies[0]!r}"
         )
-    known = f"its roots are {', '.join(repr(root) for root in roots[:8])}; choose one: ema_root=…"
+    known = f"its roots are {', '.join(repr(root) for root in roots[:8])}; choose one, as in ema_root={next(iter(roots), 'ema')!r}"
     raise RootError(f"holds no averaged copy under a known name ({', '.join(AVERAGED[:4])}, …)", path=path, hint=known)
 
 
 def _listing(value: Any) -> str:
+    """The names at the top of a file, as a hint."""
     names = [str(name)[:60] for name in value if type(name) is str] if isinstance(value, Mapping) else []
     shown = f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
-    return f"it holds {shown}; name the optimizer's place: optimizer_root=…" if names else "give a training checkpoint"
+    return f"it holds {shown}; name the optimizer's, as in optimizer_root={names[-1]!r}" if names else "give a training checkpoint"
 
 
 def _elsewhere(kind: Kind, value: Any, model_root: str) -> str:
-    """What to do where a state stands under no known name: of a file that holds weights alone, name the file that has it."""
-    others = {name: one for name, one in value.items() if name != model_root.partition(".")[0]} if isinstance(value, Mapping) else {}
-    if kind == "optimizer" and any(isinstance(one, (Mapping, Refused)) for one in others.values()):
+    """A hint for a state that is under no known name: name its place, or, where the file holds only weights, the file that has it."""
+    rest = [child for name, child in value.items() if name != model_root.partition(".")[0]] if isinstance(value, Mapping) else []
+    if kind == "optimizer" and any(isinstance(child, (Mapping, Refused)) for child in rest):
         return _listing(value)
     return f"if another file has it, name it: {kind}_from='{kind}.pt'" if kind in FILES else "give a training checkpoint"

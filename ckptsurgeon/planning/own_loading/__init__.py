@@ -1,1 +1,1 @@
-"""What a plan must know of modules' own loading code: versions, and values that such code computes."""
+"""What a plan has to know of the loading code of modules and libraries: versions, computed values, and conversions of names."""

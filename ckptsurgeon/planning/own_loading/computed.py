@@ -1,7 +1,8 @@
-"""Target keys whose values the target's own loading code computes from keys that the target has not, such as a fused or a rescaled tensor.
+"""Target keys whose values the target's own loading code computes from old keys, such as a fused or a rescaled tensor.
 
-These values are in no file: only torch's load makes them. So a plan gives torch's load the source's own keys, and takes the values that it
-leaves in the model. Where one value of a module is in doubt, all of them are refused: its code gets all of its old keys, or none. Pure.
+These values are in no file: only torch's load computes them. So a plan hands the source's old keys to torch's load unchanged, and takes the
+values that it leaves in the model. The code of a module gets all of its old keys or none: where one of its values is in doubt, all of them
+are refused. Pure.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Computed:
-    """The values that loading code computes, by key, and the source keys of each (`places`); what torch's load is `handed` for them, by the
-    names that it needs; and what is `refused`, each with why."""
+    """The values that loading code computes.
+
+    Attributes:
+        made: by target key, how the value is computed.
+        places: by target key, the source keys that it is computed from.
+        handed: by the name that torch's load needs, the source key that it gets.
+        refused: by target key, values that a plan can't have computed, each with the reason.
+    """
 
     made: Mapping[str, Made] = field(default_factory=dict)
     places: Mapping[str, tuple[SourceKey, ...]] = field(default_factory=dict)
@@ -39,7 +46,7 @@ class Computed:
 def find_computed(
     sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, *, average: bool = False, allowed: Iterable[str] = ()
 ) -> Computed:
-    """What the target's loading code computes; `allowed` are patterns of the keys whose casts a person allows."""
+    """What the target's loading code computes; `allowed` are patterns of keys whose casts may lose values."""
     made: dict[str, Made] = {}
     places: dict[str, tuple[SourceKey, ...]] = {}
     handed: dict[str, SourceKey] = {}
@@ -55,11 +62,11 @@ def find_computed(
                 continue
             items_of = {name: names.handed.get((number, name), ()) for name, place in taken.handed.items() if place == head}
             claims = {name: names.claims[name].places for value in values.values() for name in value.names if name in names.claims}
-            doubt = "sources are averaged, and each has its own" if average else _in_doubt(number, head, items_of, sources, names, values)
+            doubt = "sources are averaged, and each has its own" if average else _doubt(number, head, items_of, sources, names, values)
             reasons = {key: doubt or _unfit(value, target[key].dtype, key, patterns) or ruled.get(key, "") for key, value in values.items()}
             if any(reasons.values()):
                 first = next(key for key, why in reasons.items() if why)
-                refused.update({key: (value, reasons[key] or f"it goes with {first}") for key, value in values.items()})
+                refused.update({key: (value, reasons[key] or f"it is computed together with {first}") for key, value in values.items()})
                 continue
             keys = {name: items[0].places[0] for name, items in items_of.items()}
             made.update(values)
@@ -70,7 +77,7 @@ def find_computed(
 
 
 def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
-    """What is computed, by the path of the outermost module whose code it is."""
+    """The computed values, by the path of the outermost module whose code computes them."""
     by_head: dict[str, dict[str, Made]] = {}
     for key, value in taken.made.items():
         head = next(taken.handed[name] for name in (*value.names, key) if name in taken.handed)
@@ -78,37 +85,41 @@ def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
     return by_head
 
 
-def _in_doubt(
+def _doubt(
     number: int, head: str, handed: Mapping[str, Sequence[object]], sources: Sequence[Checkpoint], names: Names, values: Mapping[str, Made]
 ) -> str:
-    """Why a module's code can't get its old keys as they are in one source; `""` where it can."""
+    """Why a module's code can't get its old keys unchanged from one source; `""` where it can."""
     for name in handed:
         items = names.handed.get((number, name), ())
         if len(items) != 1 or len(items[0].places) != 1 or items[0].asked:
             return f"rules lead several tensors, or an adapted one, to {name}"
-    for other, taken in names.outside.taken.items():
-        if other != number and any(is_below(head, place) or is_below(place, head) or place == head for place in taken.handed.values()):
-            return f"{sources[other].path} has old keys for its module too"
+    for second, taken in names.outside.taken.items():
+        if second != number and any(is_below(head, path) or is_below(path, head) or path == head for path in taken.handed.values()):
+            return f"{sources[second].path} has old keys for its module too"
     for key in values:
-        claimed = names.claims[key].places[0][0] if key in names.claims else number
-        if claimed != number:
-            return f"{sources[claimed].path} has {key} itself"
+        owner = names.claims[key].places[0][0] if key in names.claims else number
+        if owner != number:
+            return f"{sources[owner].path} has {key} itself"
     return ""
 
 
-def _unfit(value: Made, wanted: str, key: str, allowed: Sequence[Pattern]) -> str:
+def _unfit(value: Made, dtype: str, key: str, allowed: Sequence[Pattern]) -> str:
+    """Why a computed value does not fit the target's key, whose dtype is `dtype`; `""` where it fits."""
     if not value.fits:
         return "it has another shape than the model's"
-    if widens(value.dtype, wanted) or any(pattern.match(key) is not None for pattern in allowed):
+    if widens(value.dtype, dtype) or any(pattern.match(key) is not None for pattern in allowed):
         return ""
-    return f"torch's load casts it from {value.dtype} to {wanted}, and what that loses is not counted; allow it: allow_cast={[key]!r}"
+    return f"torch's load casts it from {value.dtype} to {dtype}, and what that loses is not counted; allow it: allow_cast={[key]!r}"
 
 
-def refuse(computed: Computed, source: Checkpoint) -> None:
-    """Raises PlanError for what is computed and can't be had."""
+def refuse(computed: Computed, source: Checkpoint, names: Names) -> None:
+    """Raises PlanError where a plan can't have values computed that the target's loading code computes."""
     if not computed.refused:
         return
-    first = next(name for value, _ in computed.refused.values() for name in value.names)
+    from ckptsurgeon.rules.drafting.cover import dropping
+
+    old = {name for value, _ in computed.refused.values() for name in value.names}
+    drops = [rule.pattern for rule in dropping(old, {name for aliases in names.names_of.values() for name in aliases} - old)]
     read = loading(source.format).format(repr(source.path))
     raise PlanError(
         "the target's own loading code computes values from keys that it has not, in a way that a plan can't follow",
@@ -116,12 +127,12 @@ def refuse(computed: Computed, source: Checkpoint) -> None:
             f"{key}: a {value.by} makes it from {', '.join(value.names)}; {why}" for key, (value, why) in computed.refused.items()
         ),
         hint=f"load the file by torch once, and take what it leaves: model.load_state_dict({read}, strict=False); "
-        f"torch.save(model.state_dict(), 'loaded.pt'); or leave the keys out: drop=[{first!r}] and the others",
+        f"torch.save(model.state_dict(), 'loaded.pt'); or leave the keys out: drop={drops}",
     )
 
 
 def casts(computed: Computed, target: Checkpoint | None) -> list[Finding]:
-    """Notes on casts that torch's load does, whose losses are not counted."""
+    """Notes on casts by torch's load; what they lose is not counted."""
     return [
         Finding("cast", f"is cast from {value.dtype} to {target[key].dtype} by torch's load; what that loses is not counted", key, "note")
         for key, value in computed.made.items()
@@ -130,12 +141,12 @@ def casts(computed: Computed, target: Checkpoint | None) -> list[Finding]:
 
 
 def step_problems(step: Step, plan: Plan, sources: Sequence[Checkpoint], target: Checkpoint | None) -> Iterator[str]:
-    """What is wrong in a plan's step of a computed value."""
+    """Problems of a plan's step that has a value computed."""
     if target is None or step.target not in target:
         return
     if not any(path in target.loaders and step.target in target.loaders[path].keys for path in plan.loaded):
         yield f"{step.target}: no module of the target computes it"
-    known = {*plan.handed.values(), *(place for other in plan.steps if other.action != "load" for place in other.sources)}
+    known = {*plan.handed.values(), *(place for row in plan.steps if row.action != "load" for place in row.sources)}
     lost = [key for number, key in step.sources if (number, key) not in known or key not in sources[number]]
     if lost:
         yield f"{step.target}: its source {lost[0]} is not there, or not handed to torch's load"
@@ -144,7 +155,7 @@ def step_problems(step: Step, plan: Plan, sources: Sequence[Checkpoint], target:
 
 
 def plan_problems(plan: Plan, sources: Sequence[Checkpoint]) -> Iterator[str]:
-    """What is wrong in what a plan hands to torch's load."""
+    """Problems of the keys that a plan hands to torch's load."""
     own = {step.target for step in plan.steps if step.action != "load"}
     if plan.handed and not any(step.action == "load" for step in plan.steps):
         yield "keys are handed to torch's load, and nothing is computed of them"

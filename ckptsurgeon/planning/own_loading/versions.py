@@ -1,13 +1,14 @@
-"""The version of its module's code that each value was saved by, and what the output records in torch's `_metadata`.
+"""Decides what the output records in torch's `_metadata`: for each module, the version of the code that its values were saved with.
 
-A module that loads in its own way may change values by the version that was recorded with them. So an output keeps the source's version
-where all of a module's values are the source's. Where some are the target's, the output has what torch's load leaves, with the target's
-version. Values of several versions within one such module are refused. Pure: no code of a module is known here but by its name.
+A module with its own loading code may change values depending on the recorded version. So the output keeps the source's version where all
+of a module's values are the source's. Where some are the target's, the output has the values that torch's load leaves in the model, with
+the target's version. Values of several versions within one such module are refused. Pure: no module's code is run or read.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,8 +31,14 @@ NORM = ("running_mean", "running_var")  # torch's own norms have both, and load 
 
 @dataclass(frozen=True)
 class Versions:
-    """What the output records by module (`recorded`), what the sources recorded for the target's modules with loading code (`given`),
-    which of these get what torch's load leaves (`loaded`), and what there is to say."""
+    """What is decided, by the path of a module.
+
+    Attributes:
+        recorded: what the output records.
+        given: what the sources recorded for the target's modules with their own loading code.
+        loaded: those of these modules that get the values that torch's load leaves in the model.
+        notes: notes for the plan.
+    """
 
     recorded: Mapping[str, Local]
     given: Mapping[str, Local] = field(default_factory=dict)
@@ -46,9 +53,13 @@ def find_versions(
     steps: Sequence[Step],
     handed: Mapping[str, SourceKey] = {},
 ) -> Versions:
-    """Decide by module. `handed` is what torch's load gets as it is in the sources, by name.
+    """Decide what the output records for each module.
 
-    Raises PlanError, by name, where a module's values are of several versions.
+    Args:
+        handed: the source keys that torch's load gets unchanged, by name.
+
+    Raises:
+        PlanError: modules whose values are of several versions.
     """
     if target is None or not target.module_metadata:
         return Versions(_of_sources(sources, target, names, steps))
@@ -66,6 +77,7 @@ def _of_model(
     own: Mapping[str, Local],
     handed: Mapping[str, SourceKey],
 ) -> Versions:
+    """What to record where the target is a model, whose loading code is known."""
     changing = {path: loader for path, loader in target.loaders.items() if loader.changes}
     if not changing:
         return Versions(own)
@@ -90,34 +102,35 @@ def _of_model(
             differ[path] = bool(stated)
         if loader.keys & computed or (path in differ and loader.keys & mixed):
             loaded.add(path)
-    # What such code leaves is of the target's version, for every module that has a part of it.
+    # Values that loading code leaves are of the target's version, so every module that shares a key with one of these is loaded too.
     while more := {path for path in given if path not in loaded and any(changing[path].keys & changing[shared].keys for shared in loaded)}:
         loaded |= more
     recorded = dict(own)
-    told: dict[str, list[str]] = {}
-    for path, stated_there in differ.items():
-        if path not in loaded and stated_there:
+    by_note: dict[str, list[str]] = {}
+    for path, is_stated in differ.items():
+        if path not in loaded and is_stated:
             recorded[path] = given[path]
         elif path not in loaded:
             recorded.pop(path, None)
         kept = "a merged file has what that leaves" if path in loaded else "a merged file keeps both"
         now = _number(own.get(path, {}))
         words = f"{changing[path].name} loads in its own way, at {now}, and the values have {_number(given[path])}; {kept}"
-        told.setdefault(words, []).append(_module(path))
+        by_note.setdefault(words, []).append(_module(path))
     if problems:
-        raise _mixed(problems, f"merge each source with the model alone first: ckptsurgeon merge A {target.path} -o A.pt")
+        command = shlex.join(["ckptsurgeon", "merge", sources[0].path, target.path, "-o", "first.pt"])
+        raise _mixed(problems, f"merge each source with the model alone first: {command}")
     return Versions(
         recorded,
         given,
         tuple(path for path in given if path in loaded),
-        tuple(Finding("version", f"{several(paths)}: {words}", None, "note") for words, paths in told.items()),
+        tuple(Finding("version", f"{several(paths)}: {words}", None, "note") for words, paths in by_note.items()),
     )
 
 
 def _of_unknown(
     sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]
 ) -> dict[str, Local]:
-    """What to record where the target is a file or a skeleton, so that its modules' code is not known."""
+    """What to record where the target is a file or a skeleton, so that the code of its modules is not known."""
     if _alike(sources, steps, own):
         return dict(own)
     placed = _placed(sources, names, _links(steps))
@@ -144,11 +157,11 @@ def _of_unknown(
 
 
 def _alike(sources: Sequence[Checkpoint], steps: Iterable[Step], own: Mapping[str, Local]) -> bool:
-    """A quick test whether no version differs, the usual case: all are version 1, or the sources record what the target does."""
+    """Whether no version differs, by a quick test for the usual case: all are version 1, or the sources record what the target records."""
     recorded = [{path: plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
-    if all(local == {"version": 1} for locals in (own, *recorded) for local in locals.values()):
+    if all(local == {"version": 1} for by_path in (own, *recorded) for local in by_path.values()):
         return True
-    return all(locals_ == own for locals_ in recorded) and all(key == step.target for step in steps for _, key in step.sources)
+    return all(by_path == own for by_path in recorded) and all(key == step.target for step in steps for _, key in step.sources)
 
 
 def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> dict[str, Local]:
@@ -156,21 +169,21 @@ def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names:
     recorded: dict[str, Local] = {}
     for number, source in enumerate(sources):
         for path, local in written_out(source.module_metadata).items():
-            place = names.prefixes[number].place(path)
-            if place is not None:
-                recorded[place] = plain(local)
+            target_path = names.prefixes[number].place(path)
+            if target_path is not None:
+                recorded[target_path] = plain(local)
     if len(sources) == 1 and all(key == step.target for step in steps for _, key in step.sources):
         return recorded
     several = len([source for source in sources if source.module_metadata]) > 1
     placed = _placed(sources, names, _links(steps))
     norms = _norms({step.target: None for step in steps}) if several else frozenset()
     problems = []
-    for place, by_source in placed.items():
+    for path, by_source in placed.items():
         stated = [local for local in by_source.values() if local is not None]
-        if several and place and place not in norms and len({_version(local) for local in stated}) > 1:
-            problems.append(f"{_module(place)}: {_versions_of(by_source, sources)}")
-        if stated and place not in recorded:
-            recorded[place] = stated[0]
+        if several and path and path not in norms and len({_version(local) for local in stated}) > 1:
+            problems.append(f"{_module(path)}: {_versions_of(by_source, sources)}")
+        if stated and path not in recorded:
+            recorded[path] = stated[0]
     if problems:
         raise _mixed(problems, "give the model itself as the target, and merge one source at a time")
     return recorded
@@ -201,21 +214,18 @@ def plain(local: Any) -> dict[str, Any]:
     items = local.items() if isinstance(local, Mapping) else ()
     values = {name: plain(value) if isinstance(value, Mapping) else value for name, value in items if type(name) is str}
     known = (int, str, bool, float, dict, type(None))
-    return {name: value for name, value in values.items() if type(value) in known and not _endless(value)}
-
-
-def _endless(value: Any) -> bool:
-    return type(value) is float and not math.isfinite(value)
+    return {name: value for name, value in values.items() if type(value) in known and (type(value) is not float or math.isfinite(value))}
 
 
 def _norms(keys: Iterable[str]) -> frozenset[str]:
+    """The paths of torch's own norms, by their buffers."""
     have = set(keys)
     heads = {key.rpartition(".")[0] for key in have}
     return frozenset(head for head in heads if all((f"{head}." if head else "") + name in have for name in NORM))
 
 
 def stated(number: int, sources: Sequence[Checkpoint], names: Names, paths: Iterable[str]) -> dict[str, Local]:
-    """What a source recorded for the target's modules at these paths, by all names that its keys have, those of no target key included."""
+    """What a source recorded for the target's modules at these paths, found by all names that rules give its keys."""
     links = [(name, number, key) for (source, key), aliases in names.names_of.items() if source == number for name in aliases]
     placed = _placed(sources, names, links)
     recorded = {path: placed.get(unwrap(path, HIDDEN), {}).get(number) for path in paths}
@@ -227,9 +237,9 @@ def _links(steps: Iterable[Step]) -> list[tuple[str, int, str]]:
 
 
 def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[str, int, str]]) -> dict[str, dict[int, Local | None]]:
-    """For each module of the target, by the path that its keys have, what each source that gives it a value recorded (None: nothing).
+    """For each module of the target, what each source that gives it a value recorded for it; None where it recorded nothing.
 
-    `links` are keys of the target, each with a source's number and key.
+    `links` are target keys, each with a source's number and key.
     """
     by_path = [{unwrap(path, HIDDEN): plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
 
@@ -250,16 +260,16 @@ def _placed(sources: Sequence[Checkpoint], names: Names, links: Iterable[tuple[s
 
 
 def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
-    """Which module of the source each module around a target key is, told by the paths of the two modules that hold the tensor.
+    """Which source module each module around a target key corresponds to, from the paths of the two modules that hold the tensor.
 
     >>> _pairs("encoder.mlp.0", "net.mlp.linear_1", Prefix())
     {'': '', 'encoder.mlp.0': 'net.mlp.linear_1', 'encoder.mlp': 'net.mlp', 'encoder': 'net'}
     """
     source_of = {}
     for head in module_paths(f"{source}." if source else ""):
-        place = prefix.place(head)
-        if place is not None and (not place or f"{target}.".startswith(f"{place}.")):
-            source_of[place] = head
+        path = prefix.place(head)
+        if path is not None and (not path or f"{target}.".startswith(f"{path}.")):
+            source_of[path] = head
     ours, theirs = (path.split(".") if path else [] for path in (target, source))
     source_of[target] = source
     while ours and theirs and (ours[-1] == theirs[-1] or ours[-2:-1] == theirs[-2:-1] != []):
@@ -269,7 +279,7 @@ def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
 
 
 def module_paths(key: str) -> Iterator[str]:
-    """The paths of the modules that a key may belong to, the model's own first."""
+    """The paths of the modules that a key may belong to, from the model itself (`""`) inwards."""
     yield ""
     dot = key.find(".")
     while dot >= 0:

@@ -1,1 +1,1 @@
-"""The prefix between a source's names and a target's: found, doubted where a rival is near, offered where it would be exchanged."""
+"""Finds the prefix between a source's names and a target's, its rivals, and exchanges of one prefix for another."""

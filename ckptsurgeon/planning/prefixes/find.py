@@ -1,9 +1,13 @@
-"""Finds the prefix that stands between a source's names and a target's.
+"""Finds the prefix that has to be stripped from or added to a source's names to make them the target's.
 
-Rule: the segments of wrappers are stripped where that makes more keys equal in name and shape. Any other prefix is stripped or added only
-where it makes at least half of the smaller side's keys equal and no other change (none included) that maps them otherwise makes 0.9 as many
-equal: such rivals are told, and none of them is applied. One under which two keys would collide is never applied, nor is one of an
-optimizer's, and one prefix is never exchanged for another, only offered. Names and shapes only.
+- Wrapper segments are stripped where that makes more keys equal in name and shape.
+- Any other prefix is stripped or added only where it makes at least half of the smaller side's keys equal.
+- A change that maps keys differently and makes at least 0.9 times as many equal is a rival (no change at all can be one, too). Where there
+  are rivals, they are reported and none of them is applied.
+- A prefix that gives two keys one name is never applied, nor is an optimizer's.
+- Exchanging one prefix for another is only offered, never applied.
+
+Names and shapes only.
 """
 
 from __future__ import annotations
@@ -17,14 +21,19 @@ from ckptsurgeon.planning.training_places import of_optimizer
 from ckptsurgeon.tensors import TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
-NEAR = 0.9  # of what the best change explains: whatever explains as much is its rival
-_HALF = 0.5  # of the smaller side's keys, that a prefix must explain
+NEAR = 0.9  # a change that makes this share of the best one's keys equal is its rival
+_HALF = 0.5  # the share of the smaller side's keys that a prefix must make equal
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a source's names become the target's: wrapper segments are taken out anywhere (`unwrapped`), `stripped` is taken off the head
-    of the keys that have it, and `added` is put before every key. Prefixes end with a dot, or are empty."""
+    """How a source's names become the target's. Prefixes end with a dot, or are empty.
+
+    Attributes:
+        stripped: the prefix that is removed from the keys that have it.
+        added: the prefix that is put before every key.
+        unwrapped: the wrapper segments that are removed wherever they are.
+    """
 
     stripped: str = ""
     added: str = ""
@@ -35,16 +44,16 @@ class Prefix:
 
     @property
     def of_wrappers(self) -> bool:
-        """Whether nothing but wrappers' segments is taken off or put in."""
+        """Whether only wrapper segments are removed or added."""
         return {*self.stripped.split(".")[:-1], *self.added.split(".")[:-1]} <= WRAPPERS
 
     def bare(self, key: str) -> str:
-        """`key` without wrappers and without the stripped prefix: what patterns see."""
+        """`key` without wrappers and without the stripped prefix, as patterns see it."""
         name = unwrap(key, self.unwrapped)
         return name.removeprefix(self.stripped) or name
 
     def place(self, path: str) -> str | None:
-        """Where a module's path goes (`_metadata` is by path); None for one that lies above all that is taken.
+        """The path of a module in the target (`_metadata` is by path); None for a module above the stripped prefix.
 
         >>> Prefix("module.", "net.").place("module.bn"), Prefix("module.").place("module"), Prefix("module.").place("")
         ('net.bn', '', None)
@@ -68,7 +77,7 @@ class Prefix:
 
 
 def rename_all(keys: Iterable[str], target: Iterable[str], prefix: Prefix) -> dict[str, str]:
-    """Each source key's name among the target's names, by `prefix`. Where wrappers are taken out, the target's own are put back.
+    """Each source key with its name after `prefix` is applied. Where wrappers are removed, the target's own wrappers are put back.
 
     >>> rename_all(["_orig_mod.a.w"], ["a.module.w"], Prefix(unwrapped=("_orig_mod", "module")))
     {'_orig_mod.a.w': 'a.module.w'}
@@ -84,38 +93,41 @@ def rename_all(keys: Iterable[str], target: Iterable[str], prefix: Prefix) -> di
 
 
 def _unique(names: Mapping[str, str]) -> dict[str, str]:
-    """The keys by their names, without names that two keys have."""
+    """The keys by name, without names that two keys have."""
     counts = Counter(names.values())
     return {name: key for key, name in names.items() if counts[name] == 1}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of names: which source keys it makes equal to which target keys in name and shape, and whether two keys collide on one."""
+    """A change of names: which source key becomes which target key with the same shape, and whether two keys get one name."""
 
     prefix: Prefix
     mapping: Mapping[str, str]
     collides: bool = False
 
-    def within(self, other: Change, source: Tensors) -> bool:
-        """Whether the other gives all that this one gives: by the same keys, or by others that are the very same bytes (a module that
-        stands in the model at two places)."""
-        if self.mapping.items() <= other.mapping.items():
+    def within(self, rival: Change, source: Tensors) -> bool:
+        """Whether the rival gives every target key the same value as this change: from the same source key, or from another key with the
+        same bytes (a module that the model has under two names)."""
+        if self.mapping.items() <= rival.mapping.items():
             return True
-        given = {name: _bytes(source[key]) for key, name in other.mapping.items()}
-        return all(given.get(name) == _bytes(source[key]) for key, name in self.mapping.items())
+        by_rival = {name: _bytes(source[key]) for key, name in rival.mapping.items()}
+        return all(by_rival.get(name) == _bytes(source[key]) for key, name in self.mapping.items())
 
 
 def _bytes(tensor: TensorMeta) -> object:
-    """Where a tensor's bytes lie and how they are read; in a skeleton its name."""
+    """Where a tensor's bytes are in the file and how they are read; in a skeleton its name."""
     return tensor.name if tensor.place is None else (tensor.place, tensor.dtype, tensor.stride)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The change that is applied, and, where several explain about as much and map keys otherwise, those, the best first.
+    """The change that is applied, and its rivals.
 
-    `among` are the source's tensors that were looked at: those that no rule names.
+    Attributes:
+        applied: the change that is applied.
+        rivals: the changes between which the names don't decide, the best first; none of them is applied then.
+        among: the source's tensors that were compared: those that no rule names.
     """
 
     applied: Change
@@ -124,18 +136,18 @@ class Choice:
 
     @property
     def best(self) -> Change:
-        """The change that explains most, applied or not."""
+        """The change that makes most keys equal, applied or not."""
         return self.rivals[0] if self.rivals else self.applied
 
 
 def find_change(source: Tensors, target: Tensors) -> Choice:
-    """The change of names between two checkpoints that is applied unasked, and its rivals."""
+    """The change of names that is applied between two checkpoints, and its rivals."""
     most = min(len(source), len(target))
     base = Change(Prefix(), {key: key for key in equal_keys(source, target)})
     if len(base.mapping) == most:
         return Choice(base)
     rows = sorted(_candidates(source, target), key=lambda row: -row[0])
-    others = [row for row in rows if not row[1].of_wrappers]
+    prefixes = [row for row in rows if not row[1].of_wrappers]
     for score, prefix in rows:
         if not prefix.of_wrappers or score <= len(base.mapping):
             continue
@@ -143,17 +155,17 @@ def find_change(source: Tensors, target: Tensors) -> Choice:
         if not change.collides:
             base = change
             break
-        others.append((score, prefix))
+        prefixes.append((score, prefix))
     near: list[Change] = []
-    best = max(len(base.mapping) + 1, _HALF * most)  # what must be explained at least
-    for score, prefix in sorted(others, key=lambda row: -row[0]):
+    best = max(len(base.mapping) + 1, _HALF * most)  # how many keys must be equal at least
+    for score, prefix in sorted(prefixes, key=lambda row: -row[0]):
         if score < (NEAR * best if near else best):
             break
         change = _change(source, target, prefix)
-        if len(change.mapping) >= (NEAR * best if near else best) and not any(change.within(one, source) for one in near):
-            near = [*(one for one in near if not one.within(change, source)), change]
+        if len(change.mapping) >= (NEAR * best if near else best) and not any(change.within(rival, source) for rival in near):
+            near = [*(rival for rival in near if not rival.within(change, source)), change]
             best = max(best, len(change.mapping))
-    near = sorted((one for one in near if len(one.mapping) >= NEAR * best), key=lambda one: -len(one.mapping))
+    near = sorted((rival for rival in near if len(rival.mapping) >= NEAR * best), key=lambda rival: -len(rival.mapping))
     if not near:
         return Choice(base)
     first = near[0]
@@ -165,25 +177,25 @@ def find_change(source: Tensors, target: Tensors) -> Choice:
 
 
 def find_exchange(source: Tensors, target: Tensors) -> tuple[Change, ...]:
-    """Prefixes of which one could be exchanged for another of the target's, the best and its rivals: offered, and never applied unasked.
+    """Changes that replace a prefix of the source by another one of the target, the best and its rivals. They are offered, never applied.
 
-    The source's names are those without the segments of wrappers, as patterns see them.
+    The source's names are compared without wrapper segments, as patterns see them.
     """
-    given = {unwrap(key, WRAPPERS): tensor for key, tensor in source.items()}
-    rows = [(count, Prefix(strip, add)) for count, strip, add in two_heads(given, target) if strip != add]
+    bare = {unwrap(key, WRAPPERS): tensor for key, tensor in source.items()}
+    rows = [(count, Prefix(strip, add)) for count, strip, add in two_heads(bare, target) if strip != add]
     best = max((count for count, _ in rows), default=0)
-    if best < max(_HALF * min(len(given), len(target)), 1):
+    if best < max(_HALF * min(len(bare), len(target)), 1):
         return ()
-    found: list[Change] = []
+    exchanges: list[Change] = []
     for _, prefix in (row for row in rows if row[0] >= NEAR * best):
-        change = _change(given, target, prefix)
-        if not change.collides and not any(change.within(one, given) for one in found):
-            found.append(change)
-    return tuple(sorted(found, key=lambda one: -len(one.mapping)))
+        change = _change(bare, target, prefix)
+        if not change.collides and not any(change.within(better, bare) for better in exchanges):
+            exchanges.append(change)
+    return tuple(sorted(exchanges, key=lambda change: -len(change.mapping)))
 
 
 def _change(source: Tensors, target: Tensors, prefix: Prefix) -> Change:
-    """What a prefix makes equal. Where two keys collide on a name, the one that the prefix changes counts."""
+    """The change by a prefix. Where two keys get one name, the one that the prefix changes counts."""
     names = rename_all(source, target, prefix)
     mapped: dict[str, str] = {}
     for key, name in names.items():
@@ -193,15 +205,15 @@ def _change(source: Tensors, target: Tensors, prefix: Prefix) -> Change:
 
 
 def _candidates(source: Tensors, target: Tensors) -> Iterator[tuple[int, Prefix]]:
-    """Plausible prefixes, each with the number of keys that it makes equal; the simplest first."""
+    """Possible prefixes, each with the number of keys that it makes equal; the simplest first."""
     for count, strip, add in one_head(source, target):
         if not of_optimizer((strip or add).rstrip(".")):
             yield count, Prefix(strip, add)
-    held = tuple(sorted(wrapper for wrapper in WRAPPERS if any(f"{wrapper}." in key for keys in (source, target) for key in keys)))
-    bare = {unwrap(key, held): tensor for key, tensor in source.items()}
-    if held and len(bare) == len(source):
-        goal = {name: target[key] for name, key in _unique({key: unwrap(key, held) for key in target}).items()}
-        yield len(equal_keys(bare, goal)), Prefix(unwrapped=held)
-        for count, strip, add in one_head(bare, goal):
+    wrappers = tuple(sorted(wrapper for wrapper in WRAPPERS if any(f"{wrapper}." in key for keys in (source, target) for key in keys)))
+    bare = {unwrap(key, wrappers): tensor for key, tensor in source.items()}
+    if wrappers and len(bare) == len(source):
+        bare_target = {name: target[key] for name, key in _unique({key: unwrap(key, wrappers) for key in target}).items()}
+        yield len(equal_keys(bare, bare_target)), Prefix(unwrapped=wrappers)
+        for count, strip, add in one_head(bare, bare_target):
             if not of_optimizer((strip or add).rstrip(".")):
-                yield count, Prefix(strip, add, held)
+                yield count, Prefix(strip, add, wrappers)

@@ -1,6 +1,6 @@
-"""The heads that could be taken off or put before the names of one side to make them the other's, with how many keys each makes equal.
+"""Heads (leading segments with their dot) that could be stripped from or added to one side's names to make them the other side's.
 
-Names and shapes only; which of them is applied is not decided here.
+Each comes with the number of keys that it makes equal. Names and shapes only; `find` decides which head is applied.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from ckptsurgeon.tensors import TensorMeta
 
-MOST = 6  # heads to weigh; the most frequent first
-_DEPTH = 6  # segments that a head has at most
+MOST = 6  # how many heads are tried, the most frequent first
+_DEPTH = 6  # how many segments a head has at most
 
 Tensors = Mapping[str, TensorMeta]
 
@@ -22,7 +22,7 @@ def equal_keys(source: Tensors, target: Tensors) -> list[str]:
 
 
 def one_head(source: Tensors, target: Tensors) -> Iterator[tuple[int, str, str]]:
-    """A head that is stripped, or one that is added, each with the number of keys that are equal then."""
+    """Heads to strip or to add, as (number of keys that are equal then, stripped, added)."""
     equal = equal_keys(source, target)
     lost = Counter(head for key in equal for head in heads_of(key))
     for head, count in _counts(source, target).most_common(MOST):
@@ -32,9 +32,9 @@ def one_head(source: Tensors, target: Tensors) -> Iterator[tuple[int, str, str]]
 
 
 def two_heads(source: Tensors, target: Tensors) -> Iterator[tuple[int, str, str]]:
-    """A head of most of the source's keys that is stripped, with one that the target has and that is added.
+    """Heads of most of the source's keys to strip, each with a head of the target to add, in the form of `one_head`.
 
-    What remains must be a module's name and more, or one module would stand for any other, and one list of layers for any other.
+    What remains of a key must begin with a module's name and have a dot; else any module or list of layers would match any other.
     """
     half = min(len(source), len(target)) / 2
     frequent = [(head, count) for head, count in Counter(head for key in source for head in heads_of(key)).items() if count >= half]
@@ -59,9 +59,9 @@ def heads_of(key: str) -> Iterator[str]:
 
 
 def _counts(long: Tensors, short: Tensors) -> Counter[str]:
-    """How many of `long`'s keys are, without a head, a key of `short` with the same shape; by head."""
+    """By head, how many of `long`'s keys without it are a key of `short` with the same shape."""
     shapes = {key: tensor.shape for key, tensor in short.items()}
-    firsts = {key.partition(".")[0] for key in short}  # rules most heads out before a long key is looked up
+    firsts = {key.partition(".")[0] for key in short}  # excludes most heads before the rest of a key is looked up
     heads = []
     for key, tensor in long.items():
         dot = 0
