@@ -1,6 +1,6 @@
-"""plan.json: a plan as a value that other programs read, and back. What is read is held against the files it names before it is followed.
+"""Writes a plan as JSON (plan.json) and reads it back. Before a plan is applied, it is compared with the files that it names.
 
-A plan of another version, one that does not add up, or one whose source or target has changed is refused.
+A plan of another version, one that contradicts itself, or one whose source or target has changed is refused.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def from_json(raw: bytes, path: str) -> Plan:
         return _plan(value)
     except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
         missing = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise PlanError(f"is not a whole plan: {missing[:200]}", path=path, hint="make it again with: ckptsurgeon plan …") from error
+        raise PlanError(
+            f"is not a whole plan: {missing[:200]}", path=path, hint="make it again, as this shows: ckptsurgeon help plan"
+        ) from error
 
 
 def _version(value: Any) -> str:
@@ -194,7 +196,7 @@ def _text(value: Any) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    return [_text(one) for one in _list(value)]
+    return [_text(text) for text in _list(value)]
 
 
 def _whole(value: Any) -> int:
@@ -235,9 +237,9 @@ def _digest(row: Mapping[str, Any], name: str = "fingerprint") -> str:
 
 def _local(value: Any) -> dict[str, Any]:
     local = _row(value)
-    if any(type(one) is list for one in local.values()):
+    if any(type(item) is list for item in local.values()):
         raise TypeError("module_metadata with more than plain values")
-    return {name: _local(one) if type(one) is dict else one for name, one in local.items()}
+    return {name: _local(item) if type(item) is dict else item for name, item in local.items()}
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
@@ -306,25 +308,25 @@ def check_followable(plan: Plan, sources: Sequence[Checkpoint], target: Checkpoi
 
 
 def check_sources(plan: Plan, sources: Sequence[Checkpoint]) -> None:
-    """Raises StaleError when a source is not the one that was planned for; asked before the target's module is imported."""
-    for source, found in zip(plan.sources, sources, strict=True):
-        _check_same(source.fingerprint, found)
+    """Raises StaleError when a source is not the one that was planned for. It is called before the target's module is imported."""
+    for planned, source in zip(plan.sources, sources, strict=True):
+        _check_same(planned.fingerprint, source)
 
 
-def _check_same(fingerprint: str, found: Checkpoint) -> None:
-    if fingerprint != found.fingerprint:
-        raise StaleError("has changed since the plan was made", path=found.path, hint="plan again")
+def _check_same(fingerprint: str, checkpoint: Checkpoint) -> None:
+    if fingerprint != checkpoint.fingerprint:
+        raise StaleError("has changed since the plan was made", path=checkpoint.path, hint="plan again")
 
 
 def _step_problems(
     step: Step, plan: Plan, steps: Mapping[str, Step], sources: Sequence[Checkpoint], target: Checkpoint | None
 ) -> Iterable[str]:
-    wanted = None if target is None else target.get(step.target)
-    if target is not None and wanted is None:
+    target_tensor = None if target is None else target.get(step.target)
+    if target is not None and target_tensor is None:
         yield f"{step.target}: is not in the target"
         return
-    if wanted is not None and wanted.shape != step.shape:
-        yield f"{step.target}: has shape {wanted.shape} in the target, {step.shape} in the plan"
+    if target_tensor is not None and target_tensor.shape != step.shape:
+        yield f"{step.target}: has shape {target_tensor.shape} in the target, {step.shape} in the plan"
     if step.action == "load":
         yield from computed.step_problems(step, plan, sources, target)
         return
@@ -333,21 +335,23 @@ def _step_problems(
     if keys is None or any(key not in steps or steps[key].shape != step.shape for key in keys):
         yield f"{step.target}: copies {copied}, which is not there, has another shape, or copies it in turn"
         return
-    found = [sources[number].get(key) for number, key in step.sources]
-    given = [tensor for tensor in found if tensor is not None]
-    if len(given) < len(found):
-        yield f"{step.target}: its source {step.sources[found.index(None)][1]} is not there"
+    tensors = [sources[number].get(key) for number, key in step.sources]
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < len(tensors):
+        yield f"{step.target}: its source {step.sources[tensors.index(None)][1]} is not there"
         return
-    dtypes = {tensor.dtype for tensor in given} or {steps[copied].dtype if copied is not None else wanted.dtype if wanted else step.dtype}
+    dtypes = {tensor.dtype for tensor in present} or {
+        steps[copied].dtype if copied is not None else target_tensor.dtype if target_tensor else step.dtype
+    }
     if made_dtype(step.adapters[:1], ""):
         dtypes = {made_dtype(step.adapters, "")}
     try:
-        shapes = infer_chain(step.adapters, [tensor.shape for tensor in given])
+        shapes = infer_chain(step.adapters, [tensor.shape for tensor in present])
     except RuleError as error:
         yield f"{step.target}: {error.reason}"
         return
-    if given and shapes != (step.shape,):
-        words = f"its adapters give {shapes[0] if len(shapes) == 1 else shapes}" if step.adapters else f"has shape {given[0].shape}"
+    if present and shapes != (step.shape,):
+        words = f"its adapters give {shapes[0] if len(shapes) == 1 else shapes}" if step.adapters else f"has shape {present[0].shape}"
         yield f"{step.target}: {'' if step.adapters else f'its source {step.sources[0][1]} '}{words}, not {step.shape}"
     if len(dtypes) > 1 or (step.cast or next(iter(dtypes))) != step.dtype:
         yield f"{step.target}: its ops give {step.cast or ' and '.join(sorted(dtypes))}, and its dtype says {step.dtype}"

@@ -1,8 +1,8 @@
-"""Quantised weights: numbers that are codes, and mean something only together with the scales beside them.
+"""Finds quantised weights: tensors of codes, which have a meaning only together with their scales.
 
-One table says which pairs of keys these are, by dtype and by the scales' names together: an fp8 tensor without a scale is a value, and so
-is a float weight with a `weight_scale` of its own beside it. In one shard of several the scale may stand in another shard: the index says
-so by its name; without an index, every tensor of a dtype for codes may have one. Pure.
+A table lists the dtypes and the names of scales of each scheme. Both must fit: an fp8 tensor without a scale is a plain value, and so is a
+float weight that has a `weight_scale`. In one shard of several, the scales may be in another shard: the index names them; without an index,
+every tensor with a dtype for codes may have scales. Pure.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ INTS = frozenset({"U8", "I8", "I16", "I32"})
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A way to quantise: codes of `dtypes` under a key that ends in `ends`, and in its place each of `scales`.
+    """A quantisation scheme.
 
-    `beside` are what else belongs to them, where it is there. `divisor` is given where the value is code × scale ÷ divisor; `unless` names
-    what, if it is there, makes the formula another one.
+    Attributes:
+        name: its name in messages.
+        ends: the end of the codes' key.
+        dtypes: the dtypes that codes may have.
+        scales: what the scales' keys have in place of `ends`.
+        beside: what the keys of other, optional tensors have there.
+        divisor: set where the value is code × scale ÷ divisor.
+        unless: endings of tensors with which this formula does not hold.
+        alike: whether the scales may have the codes' dtype.
     """
 
     name: str
@@ -40,7 +47,7 @@ class Scheme:
     beside: tuple[str, ...] = ()
     divisor: int | None = None
     unless: tuple[str, ...] = ()
-    alike: bool = False  # the scales may be of the codes' dtype
+    alike: bool = False
 
 
 _NF4 = tuple(f".{name}" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"))
@@ -73,11 +80,17 @@ _UNSEEN = "codes whose scales may stand in another shard"
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """The codes under `key`, the `scales` that they can't be read without, and what else belongs to them.
+    """One quantised weight.
 
-    `op` makes values of codes and scale; None where no formula is known here, or the shapes do not tell the blocks. `divisor` is the
-    formula's, None where there is none. `tied` is set for another name of codes, whose scales stand beside the first. `whole` is set where
-    the scales stand in another shard, or may: the index, or the folder, that has all shards.
+    Attributes:
+        key: the key of its codes.
+        scheme: the name of its scheme.
+        scales: the keys of its scales.
+        beside: the keys of other tensors that belong to it.
+        op: the op that computes values from codes and scale; None where no formula is known, or the shapes don't show the blocks.
+        divisor: the formula's divisor, or None.
+        tied: whether this is a second name of codes whose scales belong to the first name.
+        whole: where the scales are, or may be, in another shard: the index or folder with all shards.
     """
 
     key: str
@@ -91,12 +104,12 @@ class Codes:
 
     @property
     def here(self) -> tuple[str, ...]:
-        """The scales that stand in the same file, or in the same checkpoint."""
+        """The scales that are in this file or checkpoint."""
         return () if self.whole else self.scales
 
     @property
     def words(self) -> str:
-        """What it is, as a sentence goes on after its key."""
+        """What it is, in words that follow its key in a sentence."""
         if self.whole:
             where = f"{self.scheme} ({', '.join(self.scales)}), which stand in another shard"
             return f"is {where}" if self.scales else f"may be {_UNSEEN}, as the file's name says that it is one of several"
@@ -104,7 +117,7 @@ class Codes:
 
     @property
     def of_target(self) -> str:
-        """The same of a target's."""
+        """The same for a weight of the target."""
         return f"is {self.scheme} in the target" + (f" ({', '.join(self.scales)})" if self.scales else "")
 
 
@@ -147,7 +160,7 @@ def _suspects(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> 
 
 
 def _in_shards(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta], shard: Shard) -> Iterator[tuple[str, Codes]]:
-    """What is codes by the index's names, or may be where there is no index."""
+    """The weights of a shard that are codes by the names in its index; without an index, those that may be codes."""
     for key in _suspects(found, tensors):
         if shard.others is None:
             yield key, Codes(key, _UNSEEN, (), whole=shard.whole)
@@ -171,13 +184,13 @@ def _place(tensor: TensorMeta) -> TensorMeta:
 
 
 def _that_may_be(tensors: Mapping[str, TensorMeta]) -> list[Scheme]:
-    """The schemes of whose scales there is one at all: most files have none, and may have a million keys."""
+    """The schemes for which any key ends as their scales do. Most files have none, which saves the test of every key."""
     scales = [key for key in tensors if key.endswith(_SCALES)]
     return [row for row in TABLE if any(f".{key}".endswith(row.scales[0]) for key in scales)]
 
 
 def _named(key: str, scheme: Scheme, names: Iterable[str]) -> tuple[str, ...]:
-    """The keys that stand in the place of a key's end. A layer's own file has no module before its names: `qweight`."""
+    """A key with each of `names` in place of the scheme's ending. The key may be the ending alone: a single layer's file has `qweight`."""
     stem = f".{key}".removesuffix(scheme.ends)
     return tuple((stem + name)[1:] for name in names)
 
@@ -215,10 +228,12 @@ def refuse_broken(
     asked: bool = False,
     averaged: bool = False,
 ) -> None:
-    """Raises CastError for codes that would be cast, adapted or parted from their scales, on either side, save keys that `allowed` names.
+    """Raises CastError for codes of a source or the target that would be cast, adapted or separated from their scales.
 
-    `asked`: dequantizing was asked for, so that the hint need not offer it. `averaged`: the sources
-    are, and what is no float is the first's.
+    Args:
+        allowed: patterns of keys for which this is allowed.
+        asked: whether dequantizing was asked for, so that the hint does not offer it.
+        averaged: whether the sources are averaged; tensors that are not floating are the first source's then.
     """
     from ckptsurgeon.rules.patterns import compile_pattern
 
@@ -251,7 +266,7 @@ _OF_TARGET = "take a target that is not quantised, and quantise what comes of it
 
 
 def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool, averaged: bool) -> Iterator[Problem]:
-    """Steps that compute with codes, or part them from their scales; where values are `asked` for, also those that leave them codes."""
+    """Steps that compute with codes or separate them from their scales; with `asked`, also steps that leave codes as they are."""
     if not any(by_source):
         return
     by_key = {step.target: step for step in steps}
@@ -283,7 +298,8 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
 
 
 def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
-    """Whether a step makes values of the codes at `place`, by their own scale and formula; a person may know the blocks better."""
+    """Whether a step dequantizes the codes at `place` with their own scale and divisor. The blocks may be other ones, chosen by the
+    user."""
     from ckptsurgeon.adapters.chain import decodes
 
     index = step.sources.index(place)
@@ -293,14 +309,14 @@ def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
 
 
 def scales_read(steps: Sequence[Step]) -> set[SourceKey]:
-    """The scales that go into values, and so nowhere by themselves."""
+    """The scales that steps use to dequantize, so that they are not written."""
     from ckptsurgeon.adapters.chain import decodes
 
     return {place for step in steps if decodes(step.adapters) for place in step.sources[1::2]}
 
 
 def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequence[Mapping[str, Codes]]) -> Iterator[Problem]:
-    """The target's own codes whose numbers and scales would not come from one place."""
+    """The target's quantised weights whose codes and scales would not come from the same file."""
     by_key = {step.target: step for step in steps}
     for key, codes in wanted.items():
         first, *scales = [by_key[name] for name in (key, *codes.here) if name in by_key]
@@ -308,9 +324,9 @@ def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequen
             if first.cast is not None:
                 yield key, f"{codes.of_target}, and would be cast to {first.cast}", _OF_TARGET
             continue
-        number, given = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
-        whole = by_source[number].get(given)
-        wanted_scales = [] if whole is None else [((number, name),) for name in whole.here]
-        same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == wanted_scales
+        number, source_key = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
+        whole = by_source[number].get(source_key)
+        source_scales = [] if whole is None else [((number, name),) for name in whole.here]
+        same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == source_scales
         if not same or any(row.changes for row in scales):
             yield key, f"{codes.of_target}, and would not get codes and scales from one place", _OF_TARGET

@@ -1,4 +1,4 @@
-"""Which source tensors stand for each target key, what is done to them, and whether the result fits. Shapes only."""
+"""Finds the source tensors of each target key, the ops that are applied to them, and whether the result fits. Shapes only."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from ckptsurgeon.planning.keys import Claim, SourceKey
 from ckptsurgeon.planning.legacy_names import BY
 from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.rules import AUTO
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import CompiledRule, Rule
 from ckptsurgeon.tensors import Checkpoint, Refused
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The source tensors of a target key, the ops, filled in, that make one tensor of `shape` and `dtype` of them, and whether it fits.
+    """Where a target key gets its value from.
 
-    `rules` said so; `tied_to` is the tied target key by whose name it was found.
+    Attributes:
+        places: the source tensors, in order.
+        shape, dtype: those of the result.
+        fits: whether the result fits the target key.
+        ops: the ops that make one tensor of the sources, with all arguments filled in.
+        rules: the rules that were applied.
+        tied_to: the tied target key whose origin this is; None for the key's own.
     """
 
     places: tuple[SourceKey, ...]
@@ -36,7 +43,7 @@ class Origin:
 
     @property
     def values(self) -> bool:
-        """Whether values are made of codes."""
+        """Whether the ops dequantize."""
         return decodes(self.ops)
 
 
@@ -47,75 +54,79 @@ def find_origins(
     auto: str | None = None,
     codes: Mapping[SourceKey, Codes] = {},
 ) -> dict[str, Origin]:
-    """For each key of the target that a source has (without a target: for each name): where, and how it is made to fit.
+    """The origin of each target key that a source has; without a target, of each name.
 
-    A key that none has, or has with another shape, follows a key of the target that it is tied to and that fits: they are one tensor.
-    `codes` are to be dequantized; their scales go into the values, and nowhere by themselves.
-    Raises RuleError, once for all, for adapters that can't be followed or don't give what the target needs.
+    A key that no source has with its shape gets the origin of a tied target key that fits: they are one tensor.
+
+    Args:
+        codes: the quantised weights that are dequantized; their scales are used for that and written nowhere.
+
+    Raises:
+        RuleError: all adapters that can't be applied or don't give what the target needs, together.
     """
     if auto not in (None, *AUTO):
         raise PlanError(f"{auto!r} is nothing that may be applied unasked", hint=f"one of {', '.join(AUTO)}")
     known: Mapping[str, Shape] = {} if target is None else {key: tensor.shape for key, tensor in target.items()}
     problems: list[str] = []
     refused: dict[tuple[str, str], list[str]] = {}
-    found: dict[str, Origin] = {}
+    origins: dict[str, Origin] = {}
     asked = _asked_of(names, names.claims if target is None else target, problems)
-    barred = frozenset() if target is None else kept_out(target, names)
+    kept = frozenset() if target is None else kept_out(target, names)
     parts = {(number, name) for (number, _), one in codes.items() for name in (*one.scales, *one.beside)}
     for name, claim in names.claims.items():
-        if (target is not None and (name not in target or name in barred)) or parts.issuperset(claim.places):
+        if (target is not None and (name not in target or name in kept)) or parts.issuperset(claim.places):
             continue
         extra, rule = asked.get(name, ((), None))
-        whole = Claim(claim.places, (*claim.asked, *extra), (*claim.rules, *([rule] if rule else [])))
+        adapted = Claim(claim.places, (*claim.asked, *extra), (*claim.rules, *([rule] if rule else [])))
         try:
-            found[name] = _origin(name, dequantized(whole, codes), sources, known, names, auto)
+            origins[name] = _origin(name, dequantized(adapted, codes), sources, known, names, auto)
         except RuleError as error:
             words = error.reason + (f"; {error.hint}" if error.hint else "")
-            refused.setdefault((", ".join(map(str, whole.rules)), words), []).append(name)
+            refused.setdefault((", ".join(map(str, adapted.rules)), words), []).append(name)
     problems += [f"{rules}: {several(named)}: {words}" for (rules, words), named in refused.items()]
     for group in target.ties if target is not None else ():
-        _follow(group, found, problems)
+        _follow(group, origins, problems)
     if problems:
         from ckptsurgeon.planning.plan_types import way_to_look
 
         first = sources[0]
         look = way_to_look(first.path, first.root, first.in_memory == "model", None if target is None else target.path)
         raise RuleError("adapters that can't be followed", problems=shortened(problems), hint=f"see the names: {look}")
-    return found if target is None else {key: found[key] for key in target if key in found}
+    return origins if target is None else {key: origins[key] for key in target if key in origins}
 
 
 def dequantized(claim: Claim, codes: Mapping[SourceKey, Codes]) -> Claim:
-    """A claim with the scales of its codes, and values made of both before anything else. RuleError for codes and values together."""
-    read = [codes[place] for place in claim.places if place in codes]
-    if not read:
+    """A claim that dequantizes its codes first, with their scales added to its sources. RuleError for codes and plain values together."""
+    weights = [codes[place] for place in claim.places if place in codes]
+    if not weights:
         return claim
-    ops = [one.op for one in read if one.op is not None]
+    ops = [weight.op for weight in weights if weight.op is not None]
     if len(ops) < len(claim.places) or any(op != ops[0] for op in ops):
-        raise RuleError(f"joins {read[0].key}, which is {read[0].scheme}, with what is not, or is in another way")
-    places = tuple(place for key, one in zip(claim.places, read, strict=True) for place in (key, (key[0], one.scales[0])))
+        raise RuleError(f"joins {weights[0].key}, which is {weights[0].scheme}, with what is not, or is in another way")
+    places = tuple(place for key, weight in zip(claim.places, weights, strict=True) for place in (key, (key[0], weight.scales[0])))
     return replace(claim, places=places, asked=(Asked(ops[0]), *claim.asked))
 
 
-def _follow(group: Sequence[str], found: dict[str, Origin], problems: list[str]) -> None:
-    """Let tied keys of the target, one tensor, have one value: that of the first that adapters make, or of the first that fits."""
-    fitting = [key for key in group if key in found and found[key].fits]
-    adapted = [key for key in fitting if found[key].ops]
+def _follow(group: Sequence[str], origins: dict[str, Origin], problems: list[str]) -> None:
+    """Give tied target keys one origin: that of the first key with adapters, else of the first key that fits."""
+    fitting = [key for key in group if key in origins and origins[key].fits]
+    adapted = [key for key in fitting if origins[key].ops]
     if not fitting:
         return
     first = (adapted or fitting)[0]
-    lead = found[first]
-    others = [key for key in adapted if found[key].ops != lead.ops]
-    if others:
-        problems.append(f"{first} and {others[0]} are one tensor in the target, and each is adapted in its own way")
-    # One that fits as it is, and is another tensor in the source, is told apart ("untied"); under an adapter it would be lost.
+    lead = origins[first]
+    differing = [key for key in adapted if origins[key].ops != lead.ops]
+    if differing:
+        problems.append(f"{first} and {differing[0]} are one tensor in the target, and each is adapted in its own way")
+    # A key that fits unchanged keeps its own origin: if the source has another tensor for it, the finding "untied" reports that.
     fits = set(fitting)
-    rest = [key for key in group if key not in fits or (adapted and not found[key].ops)]
-    found.update(dict.fromkeys(rest, Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
+    followers = [key for key in group if key not in fits or (adapted and not origins[key].ops)]
+    origins.update(dict.fromkeys(followers, Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
 
 
 def is_ruled(names: Names, target: Checkpoint | None) -> Callable[[str], bool]:
-    """Whether a rule says what becomes of a key of the target: an init, a keep, or a drop of what would land there. A rule that names a key
-    holds for all keys that are tied to it."""
+    """A function that says whether a rule names a target key: an init, a keep, or a drop of the source key that would get this name. A rule
+    that names a key also applies to all keys that are tied to it."""
     rules = (*names.inits, *names.keeps)
     tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
 
@@ -126,7 +137,7 @@ def is_ruled(names: Names, target: Checkpoint | None) -> Callable[[str], bool]:
 
 
 def without_a_rule(names: Names, target: Checkpoint, targets: Iterable[str], sources: Iterable[str]) -> tuple[str, ...]:
-    """Those of some keys of the target, and of the one source, that no rule names."""
+    """Those of the given keys of the target and of the single source that no rule names."""
     ruled = is_ruled(names, target)
     return (
         *(key for key in targets if not ruled(key)),
@@ -135,7 +146,7 @@ def without_a_rule(names: Names, target: Checkpoint, targets: Iterable[str], sou
 
 
 def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:
-    """The target's keys that a keep rule names, with all that are tied to them."""
+    """The target's keys that a keep rule names, and all keys that are tied to them, each with the rule."""
     kept = {key: rule.rule for rule in reversed(names.keeps) for key in target if rule.match(key) is not None}
     for group in target.ties:
         rule = next((kept[key] for key in group if key in kept), None)
@@ -145,13 +156,13 @@ def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:
 
 
 def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[str, tuple[tuple[Asked, ...], Rule]]:
-    """The ops that rules ask of one of the output's keys by its name; the first rule that matches."""
-    asked: dict[str, tuple[tuple[Asked, ...], Rule]] = {}
+    """For each output key, the ops of the first adapt rule without `->` that matches it, and the rule."""
+    asked_of_key: dict[str, tuple[tuple[Asked, ...], Rule]] = {}
     for rule in names.adapts:
         matched = [key for key in keys if rule.match(key) is not None]
         taken = [key for key in matched if key in names.claims]
-        new = [key for key in taken if key not in asked]
-        asked.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
+        new = [key for key in taken if key not in asked_of_key]
+        asked_of_key.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
         if not matched and any(rule.match(key) is not None for _, key in names.names_of):
             key = next(key for _, key in names.names_of if rule.match(key) is not None)
             problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: {_link(key, keys)}")
@@ -159,13 +170,15 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
             close = _meant(rule, keys) if len(problems) < SHOWN else ""
             problems.append(f"{rule.rule} matches nothing in the target{close}")
         elif not taken:
-            problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or link it: 'A -> {matched[0]}'")
+            close = close_names(matched[0], list(dict.fromkeys(key for _, key in names.names_of)), 1)
+            link = f"link it: '{literal(close[0])} -> {literal(matched[0])}'" if close else "link one to it"
+            problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or {link}")
         elif not new:
             problems.append(f"{rule.rule} never gets a turn: earlier rules adapt all of its keys")
     for rule in names.keeps:
         if not any(rule.match(key) is not None for key in keys):
             problems.append(f"{rule.rule} matches nothing in the target{_meant(rule, keys)}")
-    return asked
+    return asked_of_key
 
 
 def _link(key: str, keys: Collection[str]) -> str:
@@ -174,43 +187,43 @@ def _link(key: str, keys: Collection[str]) -> str:
 
 
 def _meant(rule: CompiledRule, keys: Collection[str]) -> str:
-    """What a rule that matches nothing may have meant, in words."""
+    """What the pattern of a rule that matches nothing was probably meant as, in words."""
     from ckptsurgeon.rules.meant import meant_words
 
     return meant_words(rule.patterns[0][1].text, keys)
 
 
 def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mapping[str, Shape], names: Names, auto: str | None) -> Origin:
-    given = [sources[number][key] for number, key in claim.places]
-    wanted = known.get(name)
-    dtype = given[0].dtype
-    mixed = {tensor.dtype for tensor in given}
-    if not claim.asked and len(given) == 1:
-        shape = given[0].shape
-        safe = offers(shape, wanted, safe=True) if auto == "safe" and wanted is not None and shape != wanted else ()
+    tensors = [sources[number][key] for number, key in claim.places]
+    target_shape = known.get(name)
+    dtype = tensors[0].dtype
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not claim.asked and len(tensors) == 1:
+        shape = tensors[0].shape
+        safe = offers(shape, target_shape, safe=True) if auto == "safe" and target_shape is not None and shape != target_shape else ()
         if len(safe) != 1:
-            return Origin(claim.places, shape, dtype, wanted in (None, shape), (), claim.rules)
+            return Origin(claim.places, shape, dtype, target_shape in (None, shape), (), claim.rules)
         claim = Claim(claim.places, (Asked(safe[0], siblings=(name,)),), (*claim.rules, Rule("adapt", name, f"{texts(safe)}", BY)))
-    ops, shapes = fill_chain(claim.asked, [tensor.shape for tensor in given], wanted, known, names.outside.shapes)
+    ops, shapes = fill_chain(claim.asked, [tensor.shape for tensor in tensors], target_shape, known, names.outside.shapes)
     if len(shapes) != 1:
-        raise RuleError(f"leaves {len(shapes)} tensors of {len(given)}", hint="end the chain with concat, stack or average")
+        raise RuleError(f"leaves {len(shapes)} tensors of {len(tensors)}", hint="end the chain with concat, stack or average")
     dtype = made_dtype(ops, dtype)
-    if len(mixed) > 1 and made_dtype(ops[:1], "") == "":
+    if len(dtypes) > 1 and made_dtype(ops[:1], "") == "":
         raise RuleError(
-            f"joins {' and '.join(sorted(mixed))}",
+            f"joins {' and '.join(sorted(dtypes))}",
             hint="convert one of their files to the dtype of the other first: ckptsurgeon help merge",
         )
     if not can_compute(ops, dtype):
         raise RuleError(f"computes values, and {claim.places[0][1]} is {dtype}")
-    if wanted is not None and shapes[0] != wanted:
+    if target_shape is not None and shapes[0] != target_shape:
         if not any(rule.kind == "adapt" for rule in claim.rules):  # an average, which no rule has promised to fit
             return Origin(claim.places, shapes[0], dtype, False, (), claim.rules)
-        raise RuleError(f"gives {shapes[0]}, and the target has {wanted}")
+        raise RuleError(f"gives {shapes[0]}, and the target has {target_shape}")
     return Origin(claim.places, shapes[0], dtype, True, ops, claim.rules)
 
 
 def reasons(rules: Iterable[Rule]) -> str:
-    """The rules that led somewhere, as a plan's reason says it."""
+    """Rules in words, for a plan's reason."""
     return ", ".join(dict.fromkeys(map(str, rules)))
 
 

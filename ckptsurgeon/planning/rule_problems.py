@@ -12,7 +12,7 @@ from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.rules.rules import CompiledRule, Rule, rule_options
 from ckptsurgeon.tensors import Checkpoint, Refused
 
-FEW = 3  # collisions of one kind that are told one by one
+FEW = 3  # how many collisions of one kind are listed one by one
 
 
 def rules_without_a_turn(
@@ -22,9 +22,9 @@ def rules_without_a_turn(
     sources: Sequence[Checkpoint],
     prefixes: Sequence[Prefix],
 ) -> Iterable[str]:
-    """A problem for each rule of a stage that took no key. `turns` are the keys by the number of the rule that took them, `items` the names
-    that the stage saw."""
-    told = 0
+    """A problem for each rule of a stage that was applied to no key. `turns` has, by rule index, what the rule produced; `items` are the
+    names at the start of the stage."""
+    unmatched = 0
     for index, rule in enumerate(rules):
         if index in turns:
             continue
@@ -41,18 +41,16 @@ def rules_without_a_turn(
         elif numbers:
             yield f"{rule.rule} matches nothing: there is no source {numbers[0]}, the first is 0"
         else:
-            told += 1  # close names are looked for where they are shown
+            unmatched += 1  # close names are only looked for where they are shown
             from ckptsurgeon.rules.meant import meant_words
 
-            close = meant_words(rule.patterns[0][1].text, (item.seen for item in items)) if told <= SHOWN else ""
+            close = meant_words(rule.patterns[0][1].text, (item.seen for item in items)) if unmatched <= SHOWN else ""
             yield f"{rule.rule} matches nothing{close}"
 
 
 def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], known: Collection[str]) -> Iterable[str]:
-    """A problem for each rename or link with a result that is not in the target: all of them, or some, so that a part would be lost.
-
-    What a later stage drops is no problem.
-    """
+    """A problem for each rename or link of which all results, or some of several, are not in the target. Results that a later stage drops
+    are no problem."""
     first_name: dict[tuple[Rule, int], str] = {}
     arrived: set[tuple[Rule, int]] = set()
     lost: dict[Rule, str] = {}
@@ -61,20 +59,20 @@ def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], k
             first_name.setdefault(step, item.name)
             if item.name in known:
                 arrived.add(step)
-            elif item.begins:  # the target counts from another number, and each part would go one place too far
+            elif item.begins:  # the target begins with another number, and each part would get the wrong one
                 lost.setdefault(step[0], item.name)
-    told: dict[Rule, list[tuple[int, str]]] = {}
+    names_of_rule: dict[Rule, list[tuple[int, str]]] = {}
     for (rule, which), name in first_name.items():
-        told.setdefault(rule, []).append((which, name))
-    for asked in rules:
-        named = told.get(asked.rule, [])
-        missing = [name for which, name in named if (asked.rule, which) not in arrived]
+        names_of_rule.setdefault(rule, []).append((which, name))
+    for compiled in rules:
+        named = names_of_rule.get(compiled.rule, [])
+        missing = [name for which, name in named if (compiled.rule, which) not in arrived]
         if missing and len(missing) == len(named):
-            yield f"{asked.rule} gives {missing[0]!r}, and none of its results is in the target{close_words(missing[0], sorted(known))}"
-        elif missing or asked.rule in lost:
-            name = missing[0] if missing else lost[asked.rule]
+            yield f"{compiled.rule} gives {missing[0]!r}, and none of its results is in the target{close_words(missing[0], sorted(known))}"
+        elif missing or compiled.rule in lost:
+            name = missing[0] if missing else lost[compiled.rule]
             close = close_words(name, sorted(known))
-            yield f"{asked.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
+            yield f"{compiled.rule} gives {name!r}, which is not in the target, and a part of the source would be lost{close}"
 
 
 def two_sources_on_one_name(
@@ -85,9 +83,10 @@ def two_sources_on_one_name(
     prefixes: Sequence[Prefix],
     files: bool = False,
 ) -> dict[str, str]:
-    """Two sources on one name of the target (without a target: on any) that no rule keeps, and what to do: a rule that drops the second.
+    """Each pair of source keys that get one name of the target (without a target: any name) that no rule keeps, with a hint: rules that
+    drop the second.
 
-    `files`: whether the target is a file too, so that the mean of all of them may have been meant.
+    `files`: whether the target is a file too, so that an average may have been meant.
     """
     first: dict[str, Item] = {}
     problems = {}
@@ -98,7 +97,7 @@ def two_sources_on_one_name(
         by = f" (by {', '.join(map(str, item.rules))})" if item.rules else ""
         return f"{key!r}{where}{by}"
 
-    # Those of the same rules are told once: two whole files would give a line for every key.
+    # Many collisions by the same rules become one problem: two whole files would give a line for every key.
     alike: dict[Hashable, list[tuple[Item, Item]]] = {}
     for item in items:
         number, key = item.places[0]
@@ -114,9 +113,9 @@ def two_sources_on_one_name(
     for pairs in alike.values():
         many = len(pairs) > FEW
         number = pairs[0][1].places[0][0]
-        told = bare(number, [item for _, item in pairs])
+        colliding = bare(number, [item for _, item in pairs])
         prefix, path = (f"{number}:", sources[number].path) if len(sources) > 1 else ("", None)
-        hint = _way_out(told, bare(number, items) - told, prefix, path, files)
+        hint = _way_out(colliding, bare(number, items) - colliding, prefix, path, files)
         for earlier, item in pairs[:1] if many else pairs:
             more = f", and on {len(pairs) - 1} more names" if many else ""
             problems[f"two sources land on {item.name!r}: {words(earlier)} and {words(item)}{more}"] = hint
@@ -124,7 +123,7 @@ def two_sources_on_one_name(
 
 
 def _way_out(names: set[str], others: set[str], number: str, path: str | None, files: bool) -> str:
-    """A hint how to leave out these names of a source: by rules, or, where a file has no other names, without that file."""
+    """A hint for leaving out these names of a source: by drop rules, or, where the file has no other names, without that file."""
     if not others and path is not None:
         mean = "for the mean of all of them: average=True; or " if files else ""
         return f"{mean}give one of the two files only: {path} has nothing else"

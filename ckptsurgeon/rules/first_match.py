@@ -1,7 +1,7 @@
-"""Which of many rules matches a name first, in time that hardly grows with their number: a rule is asked only about names that begin as it
-does. Pure text.
+"""Finds the first of many rules that matches a name. Pure text.
 
-Rule: the answer is that of asking each rule in turn.
+The result is the same as that of trying each rule in turn, but the time hardly grows with their number: a rule is only tried on names that
+begin as its pattern does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _Asked = tuple[int, int, int | None, Callable[[str], object], Pattern]  # the ru
 
 
 class FirstMatch:
-    """Rules, ready to be asked about many names."""
+    """Rules indexed by the beginnings of their patterns."""
 
     def __init__(self, rules: Sequence[CompiledRule]) -> None:
         self._by_head: dict[str, list[_Asked]] = {}
@@ -27,14 +27,14 @@ class FirstMatch:
         self._sizes = sorted({len(head) for head in self._by_head})
 
     def find(self, name: str, source: int | None = None) -> tuple[int, Match] | None:
-        """The place of the first rule that matches a name (of a source's key), and how; else None.
+        """The index of the first rule that matches a name (of a key of source number `source`), and the match; None if none does.
 
         >>> from ckptsurgeon.rules.rules import Rule, compile_rules
         >>> FirstMatch(compile_rules([Rule("drop", "a.**"), Rule("drop", "b.w")])).find("b.w")
         (1, Match(which=0, parts={}))
         """
         size = len(name)
-        buckets = [found for long in self._sizes if long <= size and (found := self._by_head.get(name[:long]))]
+        buckets = [bucket for length in self._sizes if length <= size and (bucket := self._by_head.get(name[:length]))]
         for index, which, number, fits, pattern in buckets[0] if len(buckets) == 1 else merge(*buckets, key=_place):
             if (number is None or number == source) and fits(name):
                 return index, Match(which, pattern.match(name) or {})

@@ -1,6 +1,7 @@
-"""What a pattern that matches nothing was meant as: `**` for `*`, a whole module for its name, a regular expression without its slashes.
+"""Guesses what a pattern that matches nothing was meant as: `**` for `*`, a module's keys for its name, a regular expression without
+slashes.
 
-Rule: only what then matches is offered, in the order of the table. Pure text.
+Only a pattern that matches something is offered, the first in the order of the table. Pure text.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _REGEX = re.compile(r"\\[.dw]|\.\+|^\.\*|^\^|\$$|[|()]|\[[^]]+\]")
 
 
 def _each(pattern: re.Pattern[str], by: str) -> Callable[[str], Iterable[str]]:
-    """What a text becomes where one of its marks stands changed, the last first."""
-    return lambda text: [text[: one.start()] + one.expand(by) + text[one.end() :] for one in reversed(list(pattern.finditer(text)))]
+    """A change of one match of `pattern` in a text, for each match, the last first."""
+    return lambda text: [text[: match.start()] + match.expand(by) + text[match.end() :] for match in reversed(list(pattern.finditer(text)))]
 
 
 def _regex(text: str) -> Iterable[str]:

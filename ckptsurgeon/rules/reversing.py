@@ -1,6 +1,6 @@
-"""Turns rules round, so that what led from one library's layout to another's leads back.
+"""Reverses rules, so that rules from one library's layout to another's lead back.
 
-Text to text; the rules that can't be turned are told, all at once.
+Text to text. Rules that can't be reversed are reported together, in one error.
 """
 
 from __future__ import annotations

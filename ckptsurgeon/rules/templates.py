@@ -1,6 +1,6 @@
 """Results of renames: a template with the parts of a pattern in braces, and arithmetic on those that matched digits. Pure text.
 
-Rule: what stands in braces is a part or counts with one; a brace, star or backslash of the name itself has a backslash before it, as in a
+In braces there is a part, or arithmetic with parts. A brace, star or backslash of the name itself has a backslash before it, as in a
 pattern.
 """
 
@@ -77,7 +77,7 @@ def _check_arithmetic(template: str, part: str, tree: ast.expr) -> None:
 def expand(template: str, parts: dict[str, str]) -> str:
     """The result of a rename: a checked `template` with its parts filled in from a match.
 
-    Raises RuleError where it counts with what are no digits, divides by zero, or comes below zero.
+    Raises RuleError where arithmetic is done with text, divides by zero, or gives a negative number.
 
     >>> expand("h.{i+1}.{p}", {"i": "3", "p": "weight"})
     'h.4.weight'
@@ -105,10 +105,10 @@ def _number(template: str, expression: str, node: ast.expr, parts: dict[str, str
         number = int(digits)
     else:
         assert isinstance(node, ast.BinOp)
-        one, other = (_number(template, expression, side, parts) for side in (node.left, node.right))
-        if isinstance(node.op, ast.FloorDiv | ast.Mod) and other == 0:
+        left, right = (_number(template, expression, side, parts) for side in (node.left, node.right))
+        if isinstance(node.op, ast.FloorDiv | ast.Mod) and right == 0:
             raise RuleError(f"the result {template!r} divides by zero in {{{expression}}}")
-        number = _OPERATORS[type(node.op)](one, other)
+        number = _OPERATORS[type(node.op)](left, right)
     assert isinstance(number, int)
     if abs(number) >= 10**_DIGITS:
         raise RuleError(f"the result {template!r} has a number of more than {_DIGITS} digits in {{{expression}}}")

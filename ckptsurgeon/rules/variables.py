@@ -1,7 +1,7 @@
 """Variables in adapters' arguments: `permute_rope(heads=heads)` with `heads = 32` in a rules file's `[set]`, or `--set heads=32`.
 
-Rule: a variable is a bare word where a literal may stand. It is filled in as text before a rule is read, so that all that follows knows
-numbers alone. One that nothing sets, and one that nothing uses, is refused by name.
+A variable is a bare word in place of a literal. Its number is filled in as text before a rule is parsed, so all other code sees only
+numbers. A variable that is not set, and one that no rule uses, is an error that names it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def filled(text: str, numbers: Mapping[str, int], used: set[str] | None = None) 
 
 
 def blank(text: str) -> str:
-    """The same with 1 for each variable: for those who look at nothing but the form.
+    """The same with 1 for each variable, to check only the form.
 
     >>> blank("permute_rope(heads=heads)")
     'permute_rope(heads=1)'
@@ -46,7 +46,7 @@ def blank(text: str) -> str:
 
 
 def unset(text: str, numbers: Mapping[str, int]) -> str | None:
-    """What is said of a chain with a variable that nothing sets; None where there is none."""
+    """The problem of a chain with a variable that is not set; None where all are set."""
     name = next((name for name in names_in(text) if name not in numbers), None)
     if name is None:
         return None

@@ -1,6 +1,6 @@
-"""Rules on their way: patterns, results and the lines that they are meant for; which names they would match; and merging those alike.
+"""Drafts of rules: patterns, results and the lines that they are for; the names that they match; and merging of similar drafts.
 
-Rule: a merged draft matches no name but those that its parts were meant for.
+A merged draft matches only names that its parts match.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WORD = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Known:
-    """The names that patterns are held against, each as the pattern that it is; a pattern looks only at those that begin as it does."""
+    """Names, as literal patterns, with an index: a rule is only tried on names that begin as its pattern does."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._keys = sorted(names)
@@ -50,7 +50,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Draft:
-    """A rule to be: a rename, or with an op a link; without results a drop of what it matches."""
+    """A draft of a rule: a rename; with an op, a link; without results, a drop."""
 
     patterns: tuple[str, ...]
     results: tuple[str, ...]
@@ -86,7 +86,7 @@ class Draft:
 
 
 def merge(drafts: Sequence[Draft], known: Known) -> list[Draft]:
-    """Drafts that differ in one word alone, which their results keep, become one: encoder and decoder, weight and bias."""
+    """Merge drafts that differ only in one word that their results keep, such as encoder and decoder, or weight and bias."""
     found = list(drafts)
     for forms in (_ends, _words, _words):
         found = _merged(found, known, forms)

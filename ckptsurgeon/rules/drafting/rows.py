@@ -1,7 +1,7 @@
-"""From many links to few patterns: links whose keys differ in numbers alone become one row. Knows no target but the links'.
+"""Turns many links into few patterns: links whose keys differ only in numbers become one row. Only the links are known here, no target.
 
-Rule: a row stands for exactly its links. A number from which nothing on the other side follows for all of them is one of those for which
-it does (`{i=0..90..3}`), or stands as it is, in a row of its own.
+A row stands for exactly its links. Where the numbers of the targets don't follow from a number for all links, the number becomes a choice
+of values for which they do (`{i=0..90..3}`), or it stays as it is, in a row of its own.
 """
 
 from __future__ import annotations
@@ -36,8 +36,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """Patterns for the sources, results for the targets, and the lines that they stand for; `chosen` are the numbers of the first source
-    that are one of several, of which a pattern that is `open` knows nothing."""
+    """One rule to be, and the lines that it stands for.
+
+    Attributes:
+        sources: the patterns of the sources.
+        targets: the results for the targets.
+        op: the adapters.
+        lines: the lines.
+        open: the pattern of the first source without choices of numbers.
+        chosen: the slots of the first source's numbers that are choices.
+    """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -51,7 +59,7 @@ Shared = Mapping[tuple[tuple[str, ...], tuple[str, ...]], Form]
 
 
 def rows(lines: Iterable[Line], stays: Callable[[Row], bool] = lambda row: False) -> list[Row]:
-    """Few rows for many lines; a row that `stays` needs no rule, so others with its pattern leave its lines out."""
+    """Few rows for many lines. A row for which `stays` is true needs no rule, so other rows with its pattern must not match its lines."""
     groups: dict[object, list[Line]] = {}
     for line in lines:
         sources, targets = line.cuts
@@ -61,12 +69,13 @@ def rows(lines: Iterable[Line], stays: Callable[[Row], bool] = lambda row: False
 
 
 def literal(line: Line) -> Row:
-    """A line as it stands."""
+    """A line as a row of its own, with all numbers as they are."""
     return Row(line.sources, line.targets, line.op, (line,), line.sources[0])
 
 
 def _shared(lines: Iterable[Line]) -> Shared:
-    """How a number follows from one of the source's wherever the same texts lead to both: layers that lack a part count like the others."""
+    """By the texts that lead to a source number and to a target number, how the second follows from the first in all lines. So a layer that
+    lacks some parts is numbered as in the lines of other parts."""
     lines = list(lines)
     given: dict[tuple[str, ...], set[int]] = {}
     for line in lines:
@@ -87,7 +96,7 @@ def _shared(lines: Iterable[Line]) -> Shared:
 
 
 def _fold(lines: Sequence[Line], shared: Shared, fixed: frozenset[int], depth: int) -> list[Row]:
-    """Lines with the same texts as rows; the numbers in `fixed` stand as they are."""
+    """Lines with the same texts as rows; the numbers in the slots `fixed` stay as they are."""
     first = lines[0].cuts[0][0]
     varying = [slot for slot in range(len(first.numbers)) if len({line.cuts[0][0].numbers[slot] for line in lines}) > 1]
     row = _row(lines, shared, fixed)
@@ -111,7 +120,7 @@ def _fold(lines: Sequence[Line], shared: Shared, fixed: frozenset[int], depth: i
 
 
 def _alike(apart: Mapping[int, Sequence[Line]]) -> list[list[int]]:
-    """The values of a number by how the numbers of its lines' targets follow from it: each by the same difference, or one and the same."""
+    """The values of a number, grouped by how the targets' numbers follow from it: by a constant difference, or as a constant."""
     told = {}
     for value, lines in apart.items():
         columns = zip(*([number for one in line.cuts[1] for number in one.numbers] for line in lines), strict=True)
@@ -129,7 +138,7 @@ def _alike(apart: Mapping[int, Sequence[Line]]) -> list[list[int]]:
 
 
 def _row(lines: Sequence[Line], shared: Shared, fixed: frozenset[int], chosen: Box | None = None) -> Row | None:
-    """The one row of lines with the same texts, or None; numbers that are `chosen` are one of these."""
+    """One row for lines with the same texts, or None; `chosen` has the choices of a slot's numbers."""
     sources, targets = lines[0].cuts
     first = sources[0]
     numbers = [line.cuts[0][0].numbers for line in lines]
@@ -148,7 +157,7 @@ def _row(lines: Sequence[Line], shared: Shared, fixed: frozenset[int], chosen: B
     told_of = set().union(*used)
     idle = {slot for slot in range(len(first.numbers)) if slot not in constant} - told_of
     if any(all(len({row[one] - row[slot] for row in numbers}) > 1 for one in told_of) for slot in idle):
-        return None  # a number that goes its own way: some other row may be for its other values
+        return None  # an unused number that varies by itself: another row may be for its other values
     open_ = told_of | idle
     if open_ & fixed or ((len(sources) > 1 or lines[0].op) and any(slots != open_ for slots in used)):
         return None
@@ -176,7 +185,7 @@ def _pattern(one: Cut, slots: Sequence[int | None], names: Sequence[str], listin
 
 
 def _form(numbers: Sequence[tuple[int, ...]], wanted: Sequence[int], shared: Sequence[Form | None], free: Sequence[int]) -> Form | None:
-    """The simplest form that holds for all lines: one that holds elsewhere too before one of these lines alone."""
+    """The simplest form that holds for all lines; forms that also hold for other lines come first."""
     known = [form for form in shared if form is not None and all(form(row) == one for row, one in zip(numbers, wanted, strict=True))]
     if known:
         return min(known, key=lambda form: (form.effort, -form.slot))
@@ -218,7 +227,8 @@ Owners = Mapping[tuple[int, int], Row | None]  # by slot and number, the row tha
 
 
 def _told_apart(found: Sequence[Row], stays: Callable[[Row], bool]) -> list[Row]:
-    """Rows of which none has a pattern that matches another's lines, but for one that stays, or has the most lines; it comes last."""
+    """Rows in which no pattern matches another row's lines, except the widest one of each pattern: the one that stays, or has most
+    lines."""
     by_pattern: dict[str, list[Row]] = {}
     for row in found:
         by_pattern.setdefault(row.open, []).append(row)
