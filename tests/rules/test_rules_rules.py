@@ -192,7 +192,7 @@ def test_rules_against_the_target_that_match_nothing():
     for rules, words in (
         ([rule("keep", "haed.*")], "--keep 'haed.*' matches nothing in the target (close: head.w"),
         ([rule("adapt", "haed.w", "transpose")], "--adapt 'haed.w' 'transpose' matches nothing in the target (close: head.w"),
-        ([rule("adapt", "head.w", "transpose")], "no source gives 'head.w': rename one to it, or link it: 'A -> head.w'"),
+        ([rule("adapt", "head.w", "transpose")], "no source gives 'head.w': rename one to it, or link it: 'a.w -> head.w'"),
         ([rule("adapt", "a.*", "slice"), rule("adapt", "a.w", "slice")], "--adapt 'a.w' 'slice' never gets a turn"),
         ([rule("init", "haed.*", "zeros")], "--init 'haed.*' 'zeros' matches nothing in the target (close: head.w"),
         ([rule("init", "a.*", "zeros")], "matches only keys that take weights from the source"),
