@@ -203,7 +203,7 @@ def test_a_part_in_an_optimizer_over_all_is_refused_with_a_hint_that_works(tmp_p
     resumed = torch.optim.RMSprop(new.parameters(), lr=0.1, momentum=0.5)
     with pytest.raises(ModelError, match="in several") as error:
         cs.transfer(tmp_path / "a.pt", new, optimizer=resumed)
-    assert "if one.requires_grad]" in str(error.value.hint) and "'model'" not in str(error.value.hint)
+    assert "if parameter.requires_grad]" in str(error.value.hint) and "'model'" not in str(error.value.hint)
     net.requires_grad_(False)
     for one in trainable(net):
         one.requires_grad_(True)
