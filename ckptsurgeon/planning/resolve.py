@@ -170,8 +170,8 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
             close = _meant(rule, keys) if len(problems) < SHOWN else ""
             problems.append(f"{rule.rule} matches nothing in the target{close}")
         elif not taken:
-            close = close_names(matched[0], list(dict.fromkeys(key for _, key in names.names_of)), 1)
-            link = f"link it: '{literal(close[0])} -> {literal(matched[0])}'" if close else "link one to it"
+            like = close_names(matched[0], list(dict.fromkeys(key for _, key in names.names_of)), 1)
+            link = f"link it: '{literal(like[0])} -> {literal(matched[0])}'" if like else "link one to it"
             problems.append(f"{rule.rule}: no source gives {matched[0]!r}: rename one to it, or {link}")
         elif not new:
             problems.append(f"{rule.rule} never gets a turn: earlier rules adapt all of its keys")
