@@ -115,7 +115,7 @@ def test_merge_dry_run_prints_exactly_the_plan_and_writes_nothing(files, run):
 def test_plan_then_apply_gives_what_merge_gives(place, run):
     words = ("net_params.pkl", VARIANT, *RENAME, "--seed", "3")
     planned = run("plan", *words, "-o", "plan.json")
-    assert planned.code == 0 and "wrote plan.json; follow it with: ckptsurgeon apply plan.json -o OUT" in planned.err
+    assert planned.code == 0 and "wrote plan.json; follow it with: ckptsurgeon apply plan.json -o merged.pt" in planned.err
     assert planned.out.splitlines()[-1].startswith("Plan: 6 to copy, 2 to rename, 7 to initialise, 2 to drop. Coverage 53.3 % of tensors")
     assert json.loads(Path("plan.json").read_text()) == run("plan", *words, "--json").json
     applied = run("apply", "plan.json", "-o", "applied.safetensors")

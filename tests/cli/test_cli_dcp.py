@@ -163,7 +163,7 @@ def test_a_missing_file_and_a_short_one_are_named_with_their_rows(run: Callable[
     path = folder("fsdp4")
     os.truncate("fsdp4/__1_0.distcp", 9000)
     ended = run("inspect", path)
-    assert ended.code == 2 and "__1_0.distcp" in ended.err and "which has 9000 bytes" in ended.err and "rows " in ended.err
+    assert ended.code == 2 and "__1_0.distcp" in ended.err and "which has 9,000 bytes" in ended.err and "rows " in ended.err
     os.remove("fsdp4/__1_0.distcp")
     ended = run("inspect", path)
     assert ended.code == 2 and "rows 1 to 1 lie in fsdp4/__1_0.distcp, which is not there" in ended.err

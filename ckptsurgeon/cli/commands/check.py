@@ -75,7 +75,7 @@ def command(ctx: click.Context, /, paths: tuple[str, ...], show: options.Show, *
 
         show.answer(lambda: annotations.check(report, os.environ.get("GITHUB_WORKSPACE")), dict)
     else:
-        show.result(report, asked=not report.ok)
+        show.result(report, asked=not report.ok or report.settings is not None)  # -q does not hide what a settings file silences
     return int(not report.ok)
 
 
