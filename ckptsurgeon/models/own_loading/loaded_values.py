@@ -96,7 +96,7 @@ def _refusal(key: str, target: Checkpoint, loaders: Mapping[str, Loader], versio
     path = max((path for path in loaders if not path or key.startswith(f"{path}.")), key=len, default="")
     described = f"{path or 'the model itself'}, a {loaders[path].name}," if path in loaders else target.path
     if versionless:
-        reason = f"{described} loads by the version of its values, which safetensors doesn't keep: the file would load to another model"
+        reason = f"{described} loads by the version of its values, which safetensors does not keep: it would load to another model"
         return PlanError(reason, path=target.path, key=key, hint="write a .pt file instead: -o OUT.pt")
     cause = "is computed from keys that it has not" if computed else "would be fresh"
     return PlanError(
