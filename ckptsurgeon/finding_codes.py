@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A kind of finding. `option` is what asks for it, empty where it is always looked for."""
+    """A kind of finding. `option` turns its check on; it is empty where the check is always done."""
 
     code: str
     name: str
@@ -26,8 +26,8 @@ TABLE: tuple[Code, ...] = (
     Code(
         "CK100",
         "unchecked",
-        "The check could not be done to its end, for a reason that is none of the file's own.",
-        "What was not looked at can't be vouched for.",
+        "The check could not be finished, for a reason that does not lie in the file.",
+        "What was not checked may hold anything.",
         "Run it again when nothing writes to the file; the message says what stopped it.",
     ),
     Code(
@@ -92,7 +92,7 @@ TABLE: tuple[Code, ...] = (
         "unsafe",
         "The file asks for code beyond tensors and plain values: a class or function by its name. A whole pickled model does.",
         "torch.load without weights_only, and pickle.load, import and call whatever is named, which can do anything that you can.",
-        "Save the state_dict alone, or take the weights out: ckptsurgeon merge FILE -o clean.safetensors. Never load a stranger's.",
+        "Save the state_dict alone, or take the weights out: ckptsurgeon merge net.pt -o clean.safetensors. Never load a stranger's.",
     ),
     Code(
         "CK202",
@@ -106,14 +106,14 @@ TABLE: tuple[Code, ...] = (
         "quantised",
         "A weight is held as codes, and means something only together with the scales beside it. Only a note.",
         "Whoever casts, averages or compares the codes as if they were values gets a model that answers nonsense, and no error.",
-        "Load it by the library that quantised it; of fp8 and int8, values are made by ckptsurgeon merge FILE -o OUT --dequantize.",
+        "Load it by the library that quantised it; fp8 and int8 become values by ckptsurgeon merge net.pt -o out.pt --dequantize.",
     ),
     Code(
         "CK301",
         "missing",
         "A key of the target is not in the file, and no loading code of the target's makes it of what is there.",
         "A strict load_state_dict fails; one that is not strict leaves random weights there.",
-        "ckptsurgeon diff FILE TARGET shows whether it was renamed; merge fills it in.",
+        "ckptsurgeon diff net.pt module:Net shows whether it was renamed; merge fills it in.",
         "--against",
     ),
     Code(
@@ -121,7 +121,7 @@ TABLE: tuple[Code, ...] = (
         "unexpected",
         "A key of the file is not in the target, and no loading code of the target's takes it.",
         "A strict load_state_dict fails; one that is not strict drops trained weights.",
-        "ckptsurgeon diff FILE TARGET shows whether it was renamed; merge --drop leaves it out.",
+        "ckptsurgeon diff net.pt module:Net shows whether it was renamed; merge --drop leaves it out.",
         "--against",
     ),
     Code(
@@ -129,7 +129,7 @@ TABLE: tuple[Code, ...] = (
         "wrong-shape",
         "A tensor has another shape than the target's.",
         "load_state_dict fails, strict or not.",
-        "Build the model with the file's sizes, or let merge adapt it: ckptsurgeon diff FILE TARGET offers how.",
+        "Build the model with the file's sizes, or let merge adapt it: ckptsurgeon diff net.pt module:Net shows how.",
         "--against",
     ),
     Code(
@@ -137,7 +137,7 @@ TABLE: tuple[Code, ...] = (
         "other-dtype",
         "A tensor has another dtype than the target's. A warning: it loads.",
         "load_state_dict casts it without a word, which can lose precision or overflow.",
-        "Save it in the target's dtype (ckptsurgeon merge FILE TARGET -o OUT --dtype target), or name what is expected with --dtype.",
+        "Save it in the target's dtype (ckptsurgeon merge net.pt module:Net -o out.pt --dtype target), or name the expected ones: --dtype.",
         "--against",
     ),
     Code(
@@ -161,7 +161,7 @@ TABLE: tuple[Code, ...] = (
         "format",
         "The checkpoint is of a format that is not allowed here, told by its content and not by its suffix.",
         "A team that agreed on safetensors never has to ask whether a pickle is safe.",
-        "Convert it: ckptsurgeon merge FILE -o OUT.safetensors.",
+        "Convert it: ckptsurgeon merge net.pt -o net.safetensors.",
         "--allow",
     ),
     Code(
@@ -169,7 +169,7 @@ TABLE: tuple[Code, ...] = (
         "dtype",
         "A tensor has a dtype that is not among the expected ones.",
         "One float64 among halves doubles the memory, or breaks the kernel that expects another.",
-        "Cast it: ckptsurgeon merge FILE -o OUT --dtype F16.",
+        "Cast it: ckptsurgeon merge net.pt -o out.pt --dtype F16.",
         "--dtype",
     ),
 )
@@ -178,7 +178,7 @@ UNREAD = "CK1"  # what keeps a file from being looked into
 
 
 def named(words: str) -> tuple[Code, ...]:
-    """The codes that a person means by a code, the beginning of one, or a name; none where there is no such.
+    """The codes that match a code, the beginning of one, or a name; none where there is no such code.
 
     >>> [row.code for row in named("CK2")], [row.code for row in named("missing")], named("CK9")
     (['CK201', 'CK202', 'CK203'], ['CK301'], ())
@@ -190,10 +190,9 @@ def named(words: str) -> tuple[Code, ...]:
 
 
 def wanted(code: str, select: Iterable[str], ignore: Iterable[str]) -> bool:
-    """Whether findings of a code are told, `select` and `ignore` being codes in full; an empty `select` is all of them.
+    """Whether findings of a code are reported. `select` and `ignore` are whole codes; an empty `select` means all.
 
-    What is ignored is ignored. What is not selected is not looked for, save that a file which can't be read is always told: nothing that
-    was selected could be looked for in it.
+    `ignore` has the last word. A file that can't be read is reported whatever is selected, since nothing else could be checked in it.
 
     >>> wanted("CK201", ["CK501"], []), wanted("CK102", ["CK501"], []), wanted("CK102", [], ["CK102"])
     (False, True, False)

@@ -1,4 +1,4 @@
-"""One module per container, each a line of `registry`: header to `Archive`, layout of a new file. Knows no rule and no model.
+"""File formats, one module each, listed in `registry`: reading a header to an `Archive`, and laying out a new file.
 
 Readers are imported when a file is read.
 """

@@ -1,7 +1,7 @@
-"""A torch file's whole value as plain values, with a `TensorMeta` for each tensor: optimizer states and what else stands beside weights.
+"""A torch file's whole value as plain values, with a `TensorMeta` for each tensor: weights, optimizer state and all else in the file.
 
-Rule: only dicts, lists, tuples, scalars and tensors come through; everything else becomes `Refused`, with the reason. Nothing is imported,
-called or looked for here, and no tensor's bytes are read.
+Rule: dicts, lists, tuples, scalars and tensors are kept; everything else becomes `Refused`, with the reason. Nothing that a file names is
+imported or called, and no tensor's bytes are read.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, Refused, TensorM
 
 @dataclass(frozen=True)
 class ValueTree:
-    """All that a file holds: `value` has dicts, lists, tuples, scalars, `TensorMeta` (named by dotted place) and `Refused`.
+    """All that a file holds: `value` has dicts, lists, tuples, scalars, `TensorMeta` (named by dotted path) and `Refused`.
 
-    What the pickle shares is shared here too; what contains itself is `Refused` where it comes round. `files` guards one run.
+    A value that the pickle shares is shared here too; a container within itself is `Refused` there. `files` are the files as read.
     """
 
     path: str
@@ -52,52 +52,52 @@ def read_tree(source: Source) -> ValueTree:
     """
     if isinstance(source, str) and os.path.isdir(source) and (form := of_folder(names := names_in(source))) is not None:
         with no_collections():
-            whole: ValueTree = module(form.module).read_tree(source, names)
-            return whole
+            tree: ValueTree = module(form.module).read_tree(source, names)
+            return tree
     with no_collections(), open_regular(source) as file:
         try:
             form = format_of(file)
             if not form.pickled:
                 raise FormatError("holds tensors under names and nothing beside them", hint="give the torch file that training wrote")
-            found: Unpacked = module(form.module).unpack(file)
-            return ValueTree(file.path, plain_tree(file.path, found), (file.stamp,))
+            unpacked: Unpacked = module(form.module).unpack(file)
+            return ValueTree(file.path, plain_tree(file.path, unpacked), (file.stamp,))
         except CheckpointError as error:
             error.path = error.path or file.path
             raise
 
 
 def tree_of(seen: Archive | Checkpoint) -> ValueTree:
-    """Everything in a file or folder whose headers were read, as `read_tree`; StaleError where it is another one by now."""
+    """Everything in a file or folder whose headers were read, as `read_tree`; StaleError where it has changed since."""
     form = named(seen.format)
     if not form.holds_folder:
         return read_tree(seen.files[0])
     with no_collections():
-        found: ValueTree = module(form.module).read_tree(seen.path, names_in(seen.path))
-    if found.files != seen.files:
+        tree: ValueTree = module(form.module).read_tree(seen.path, names_in(seen.path))
+    if tree.files != seen.files:
         raise changed(seen.path)
-    return found
+    return tree
 
 
 def tensors_of(value: Any, place: str = "") -> Iterator[tuple[str, TensorMeta]]:
-    """Every tensor of a tree, by its dotted place."""
+    """Every tensor of a tree, by its dotted path."""
     if isinstance(value, TensorMeta):
         yield place, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for name, one in items:
-        yield from tensors_of(one, f"{place}.{name}" if place else str(name))
+    for name, child in items:
+        yield from tensors_of(child, f"{place}.{name}" if place else str(name))
 
 
-def plain_tree(path: str, found: Unpacked, place: str = "") -> Any:
-    """What the opcode machine made of a pickle as a tree of plain values; its tensors are named below a dotted `place`."""
-    walk = _Walk(path, found.locate, Budget(path, found.nbytes), {}, allowed("nesting"), Claims())
-    value = walk.told(place, found.value, 0)
+def plain_tree(path: str, unpacked: Unpacked, place: str = "") -> Any:
+    """The value of an unpacked pickle as a tree of plain values; its tensors are named below the dotted path `place`."""
+    walk = _Walk(path, unpacked.locate, Budget(path, unpacked.nbytes), {}, allowed("nesting"), Claims())
+    value = walk.plain(place, unpacked.value, 0)
     walk.claims.check(path)
     return value
 
 
 @dataclass
 class _Walk:
-    """One walk. `known` has what was told by the id of its value, so that the shared is told once, and the endless ends."""
+    """One walk over a value. `known` has the results by the id of the value: a shared value is walked once, and a cycle ends."""
 
     path: str
     locate: Locate
@@ -106,7 +106,7 @@ class _Walk:
     deepest: int
     claims: Claims
 
-    def told(self, place: str, node: Any, depth: int) -> Any:
+    def plain(self, place: str, node: Any, depth: int) -> Any:
         kind = type(node)
         if kind in SCALARS or kind is complex:
             return node
@@ -114,10 +114,10 @@ class _Walk:
             raise exceeded("nesting", f"nests its containers more than {self.deepest} deep", path=self.path)
         if id(node) not in self.known:
             self.known[id(node)] = Refused("a value that contains itself")
-            self.known[id(node)] = self._told(place, node, depth)
+            self.known[id(node)] = self._plain(place, node, depth)
         return self.known[id(node)]
 
-    def _told(self, place: str, node: Any, depth: int) -> Any:
+    def _plain(self, place: str, node: Any, depth: int) -> Any:
         kind = type(node)
         if kind is TensorRef:
             return tensor_meta(self.path, place, node, self.locate, self.claims)
@@ -135,4 +135,4 @@ class _Walk:
         if type(child) in SCALARS:
             return child
         self.budget.spend("name-characters", len(place) + len(name) + 1, NAMES)
-        return self.told(f"{place}.{name}" if place else name, child, depth + 1)
+        return self.plain(f"{place}.{name}" if place else name, child, depth + 1)

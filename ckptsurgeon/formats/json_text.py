@@ -1,4 +1,4 @@
-"""JSON from a file, read one way only: no duplicate names, no NaN, no depth or number that breaks the parser."""
+"""Strict JSON from a file: duplicate names, NaN, `-0`, lone surrogates and excessive nesting are errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ckptsurgeon.storage.files import OpenFile
 def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value of `raw`; FormatError, naming `what`, for anything that two parsers could read differently.
 
-    `short` may put something shorter in an object's place, from its pairs; None where it stays what it is.
+    `short` gets the pairs of each object and returns a smaller value to keep instead of the dict, or None to keep the dict.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> Any:
-        if short is not None and (made := short(items)) is not None:
-            return made
+        if short is not None and (row := short(items)) is not None:
+            return row
         result = dict(items)
         if len(result) != len(items):
             left = iter(result)  # the distinct names, in the order in which each came first
@@ -49,7 +49,7 @@ def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any
 
 
 def bounded(file: OpenFile, nbytes: int, what: str) -> int:
-    """`nbytes`, where so much JSON may be read."""
+    """`nbytes`; LimitError where so much JSON may not be read."""
     most = allowed("json-bytes")
     if nbytes > most:
         raise exceeded("json-bytes", f"has {what} of {nbytes:,} bytes, above the limit of {most:,}", nbytes, path=file.path)

@@ -1,7 +1,7 @@
-"""Lists of tokens or labels: which text stands for which row of an embedding or a head.
+"""Lists of tokens or labels: the text of each row of an embedding or a head.
 
-A file is told by its content: JSON (a list, a dict from texts to numbers or back, a config.json, a tokenizer.json), else one token a line.
-A text or a number that stands twice is an error, since it would have two readings.
+The content decides how a file is read: JSON (a list, a dict from texts to numbers or back, a config.json, a tokenizer.json), else one token
+a line. A text or a number that comes twice is an error, since it would have two meanings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.opening import open_regular
 
 MOST_ROWS = 10_000_000
-SPARSE = (4, 1000)  # rows may be this many times the tokens, and so many more
+SPARSE = (4, 1000)  # factor and addend: there may be at most 4 rows for each token, and 1000 more
 _FORMS = "one token a line, a JSON list, vocab.json, tokenizer.json, or a config.json with id2label"
 _JSON = re.compile(r'\s*[\[{]\s*"')  # what no list of lines begins with; BERT's begins with "[PAD]"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
@@ -31,7 +31,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
     Raises:
         UnreadableError: there is no such file, it is no regular file, or it may not be read.
         LimitError: it has more than 64 MB.
-        FormatError: it is neither form, has a token or a number twice, or numbers far beyond the count of its tokens.
+        FormatError: it has none of these forms, has a token or a number twice, or numbers far beyond the count of its tokens.
     """
     name = os.fspath(path)
     with open_regular(name) as file:
@@ -61,7 +61,7 @@ def _value(raw: bytes, text: str, path: str) -> dict[str, Any] | list[Any] | Non
 
 
 def _lines(text: str) -> list[str]:
-    """The lines, of which only the line end is taken: \\r\\n where every line has it, else \\n alone.
+    """The lines without their line ends, and otherwise unchanged. A line ends in \\r\\n where all lines do, else in \\n.
 
     >>> _lines("a\\r\\n b\\r\\n"), _lines("a\\n\\r\\nb")
     (['a', ' b'], ['a', '\\r', 'b'])
@@ -74,7 +74,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _in_order(tokens: Iterable[Any]) -> list[Item]:
-    """Tokens that stand in the order of their rows; None is a row without one."""
+    """Tokens in the order of their rows, with the row's number; None is a row without a token."""
     return [(token, row) for row, token in enumerate(tokens) if token is not None]
 
 
@@ -86,8 +86,8 @@ def _items(value: dict[str, Any] | list[Any], path: str) -> list[Item]:
         return _tokenizer(value, path)
     labels = [found for name in ("id2label", "label2id") if isinstance(found := value.get(name), dict) and found]
     if labels:
-        first, *others = (_dict(one) for one in labels)
-        if any(sorted(first, key=str) != sorted(other, key=str) for other in others):
+        first, *rest = map(_dict, labels)
+        if any(sorted(first, key=str) != sorted(items, key=str) for items in rest):
             raise FormatError("has an id2label and a label2id that contradict each other", path=path, hint="correct one, or take one out")
         return first
     return _dict(value)
@@ -95,9 +95,9 @@ def _items(value: dict[str, Any] | list[Any], path: str) -> list[Item]:
 
 def _dict(value: dict[str, Any]) -> list[Item]:
     """From texts to numbers (also as text, if every name is not a number), or from numbers as text to texts."""
-    if value and all(_NUMBER.fullmatch(name) for name in value) and all(type(one) is str for one in value.values()):
+    if value and all(_NUMBER.fullmatch(name) for name in value) and all(type(label) is str for label in value.values()):
         return [(label, int(name)) for name, label in value.items()]
-    return [(name, int(one) if type(one) is str and _NUMBER.fullmatch(one) else one) for name, one in value.items()]
+    return [(name, int(row) if type(row) is str and _NUMBER.fullmatch(row) else row) for name, row in value.items()]
 
 
 def _tokenizer(value: dict[str, Any], path: str) -> list[Item]:
@@ -117,7 +117,8 @@ def _tokenizer(value: dict[str, Any], path: str) -> list[Item]:
 
 
 def _placed(items: list[Item], path: str) -> tuple[str | None, ...]:
-    """The tokens at their rows. FormatError for what is no token or row, for either one twice, and for rows that are nearly all holes."""
+    """The tokens by row. FormatError for an item that is no token and row, for a token or a row that comes twice, and for rows that are
+    nearly all empty."""
     for token, row in items:
         if type(token) is not str or not integer(row):
             what = f"the token {short(token)}" if type(token) is not str else f"the row {short(row)} for {token[:40]!r}"
@@ -127,13 +128,13 @@ def _placed(items: list[Item], path: str) -> tuple[str | None, ...]:
     count = max(row for _, row in items) + 1
     if count > MOST_ROWS or count > SPARSE[0] * len(items) + SPARSE[1]:
         raise FormatError(f"has {len(items)} tokens and rows up to {count - 1}", path=path, hint="number the rows from 0 up")
-    found: list[str | None] = [None] * count
+    tokens: list[str | None] = [None] * count
     rows: dict[str, int] = {}
     for token, row in items:
-        other = found[row]
-        if other is not None:
-            raise FormatError(f"has two tokens at row {row}: {other[:40]!r} and {token[:40]!r}", path=path, hint="leave one")
+        earlier = tokens[row]
+        if earlier is not None:
+            raise FormatError(f"has two tokens at row {row}: {earlier[:40]!r} and {token[:40]!r}", path=path, hint="leave one")
         if token in rows:
             raise FormatError(f"has {token[:40]!r} twice, at rows {rows[token]} and {row}", path=path, hint="make every text another one")
-        found[row], rows[token] = token, row
-    return tuple(found)
+        tokens[row], rows[token] = token, row
+    return tuple(tokens)

@@ -1,4 +1,4 @@
-"""How a new file will look before a byte of it is written: pure values that the formats make and `streaming` carries out."""
+"""The layout of a new file, as plain values: the formats make it, and `streaming` writes the file by it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OutTensor:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Stands in a value, such as a training checkpoint, for the tensor of that name; for the state_dict itself where the name is None."""
+    """A placeholder in a value such as a training checkpoint: for the tensor of that name, or the state_dict where the name is None."""
 
     name: str | None = None
 
@@ -39,16 +39,16 @@ WEIGHTS = Stored()
 
 @dataclass(frozen=True)
 class Contents:
-    """What a new file is to hold, whatever its format.
+    """The contents of a new file, independent of its format.
 
     Attributes:
         tensors: in the order of the state_dict.
-        aliases: tied keys that are left out, each with the key that stands for it.
+        aliases: tied keys that are left out, each with the tied key that is written.
         entries: the values that are no tensors, by key.
         module_metadata: torch's `_metadata`.
         order: all keys, those of entries among them.
-        record: what a merge tells of itself, as JSON, or None.
-        around: the value in which the state_dict stands, as for `state_dict_pickle`.
+        record: the merge's record of itself, as JSON, or None.
+        around: the value that contains the state_dict, as for `state_dict_pickle`.
     """
 
     tensors: Sequence[OutTensor]
@@ -76,9 +76,9 @@ def no_tail(_checksums: Sequence[int]) -> tuple[Chunk, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A file to be: the `slots` for data, the `chunks` known before, `size` in all.
+    """A new file of `size` bytes: `slots` for the tensors' data, and `chunks` of bytes that are known before the data.
 
-    Where `checksums` is set, the CRC-32 of each slot's bytes, in the slots' order, makes the last chunks through `tail`.
+    Where `checksums` is set, `tail` makes the last chunks from the CRC-32 of each slot's bytes, in the slots' order.
     """
 
     slots: tuple[Slot, ...]
@@ -93,10 +93,10 @@ class OutFile:
     """One file of an output.
 
     Attributes:
-        name: what it is called in its folder; `""` where the output is this one file.
+        name: its name in the output folder; `""` where the output is this one file.
         tensors: its tensors.
         entries: its values that are no tensors.
-        layout: how it lies on disk; the slots' indexes are those of `tensors`.
+        layout: its layout; the slots' indexes are those of `tensors`.
     """
 
     name: str

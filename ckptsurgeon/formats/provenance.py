@@ -1,4 +1,4 @@
-"""Where a merge's record about itself stands in each format that is written, and how it is read back."""
+"""The record that a merge writes about itself: its name in each format, and how it is read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ METADATA = "ckptsurgeon"  # the key of a safetensors file's metadata
 
 
 def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
-    """A merge's record about itself, or None where it can't be read: it is a note, never a reason to refuse weights."""
+    """A merge's record about itself; None where it can't be read, since a bad record is no reason to refuse weights."""
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Every format of files that is read, in one table: how a file of it begins, which module reads it, and what sets it apart from others.
+"""The table of file formats: how a file of each begins, which module reads it, and how it differs from the others.
 
-Rule: whatever depends on a format asks its `Format` here; no other module compares names of formats. A format's module is named as text
-and imported only for a file that is its own. A new format is one module with `read(file)`, and one line of the table.
+Rule: code that depends on the format uses the attributes of its `Format`; no other module compares names of formats. A format's module is
+named as text and imported only to read such a file. A new format is one module with `read(file)`, and one row of the table.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ class Format:
     """A format of files.
 
     Attributes:
-        name: as an `Archive` and a `Checkpoint` say it.
+        name: the `format` of an `Archive` and a `Checkpoint`.
         module: its module below `ckptsurgeon.formats`. `read(file)` there gives the Archive.
-        begins: whether a file begins as this format does, by its first 4096 bytes. The formats are tried in the table's order.
-        magic: the bytes that every file of it begins with, where there are such; these formats are tried before all others.
-        family: what `--allow` and `--format` call it, together with its other versions and its shards; by itself its name.
-        suffixes: how files of it are called. Files so called are checked in a folder, and an output's suffix says its format.
+        begins: whether a file is of this format, by its first 4096 bytes. The formats are tried in the table's order.
+        magic: the bytes that every file of it begins with, if any; formats with `magic` are tried first.
+        family: the name of `--allow` and `--format` for it, its other versions and its shards; empty where that is `name`.
+        suffixes: its file suffixes. `check FOLDER` checks files with them, and an output's suffix decides its format.
         writer: the module whose `layout_of(contents)` lays a new file out; `""` for a format that is only read.
         saved: the files of a folder of it, where its own library writes them.
-        in_folder: how a folder calls a file of it that is written there, with `{}` for which of several shards it is.
-        shards: the format of several such files with an index; `""` where they can't be shards.
-        member: whether a file of this name makes its folder one of it. `read(folder, names)` in its module reads such a folder, and
-            `read_tree(folder, names)` gives all that is in it.
-        joined: its files are zip archives one after another, whose checksums are held one by one.
-        index: it is such an index. `read(file, read_shard)` in its module reads it, `is_own(file)` tells it from other JSON.
-        pickled: it holds a pickle: `unpack(file)` in its module gives all that it has beside the weights, and tensors may share bytes.
-        keeps_versions: it keeps the versions of modules (torch's `_metadata`).
-        leaves_out_tied: its library writes one name of a tied tensor, and takes the other names for it when it loads.
+        in_folder: the name of a file of it in an output folder, with `{}` for the shard's number.
+        shards: the format of several such files with an index; `""` where files of it can't be shards.
+        member: whether a file of this name shows that its folder is of this format. `read(folder, names)` in its module reads such a
+            folder, and `read_tree(folder, names)` reads all that is in it.
+        joined: its files are zip archives one after another; their checksums are checked archive by archive.
+        index: it is an index of shards. `read(file, read_shard)` in its module reads it, `is_own(file)` tells it from other JSON.
+        pickled: it holds a pickle: `unpack(file)` in its module reads all of it, and tensors may share bytes.
+        keeps_versions: it stores the versions of modules (torch's `_metadata`).
+        leaves_out_tied: its library writes a tied tensor under one name, and gives it to the other names when it loads.
         official: the library that reads it too, a name in `models.verify.official`; `""` where there is none.
     """
 
@@ -104,7 +104,7 @@ class Format:
 
     @property
     def word(self) -> str:
-        """What a person calls it."""
+        """Its name for `--allow` and `--format`."""
         return self.family or self.name
 
 
@@ -150,27 +150,27 @@ TABLE: tuple[Format, ...] = (
     Format("dcp-safetensors", "folders.dcp_safetensors", family="safetensors", member=_is_dcp_safetensors, official="dcp-safetensors"),
     Format("npz", "plain.npz", _is_zip_of_arrays, official="numpy"),  # no suffix: most .npz files in a folder are no checkpoints
 )
-BY_NAME: Mapping[str, Format] = MappingProxyType({one.name: one for one in TABLE})
-WRITTEN: Mapping[str, Format] = MappingProxyType({one.word: one for one in TABLE if one.writer or one.saved})  # by the names of --format
-SUFFIXES: Mapping[str, Format] = MappingProxyType({suffix: one for one in TABLE for suffix in one.suffixes})
+BY_NAME: Mapping[str, Format] = MappingProxyType({row.name: row for row in TABLE})
+WRITTEN: Mapping[str, Format] = MappingProxyType({row.word: row for row in TABLE if row.writer or row.saved})  # by the names of --format
+SUFFIXES: Mapping[str, Format] = MappingProxyType({suffix: row for row in TABLE for suffix in row.suffixes})
 
-OUTPUTS: Mapping[str, str] = MappingProxyType({suffix: one.word for suffix, one in SUFFIXES.items() if one.writer})  # what a suffix writes
+OUTPUTS: Mapping[str, str] = MappingProxyType({suffix: row.word for suffix, row in SUFFIXES.items() if row.writer})  # by suffix
 LOADING: Mapping[str, str] = MappingProxyType(
     {
         "torch": "torch.load({}, weights_only=True)",
         "safetensors": "safetensors.torch.load_file({})",
         "numpy": "{{key: torch.from_numpy(array) for key, array in numpy.load({}).items()}}",
     }
-)  # by the library that reads it: the call that gives a file's state_dict
+)  # by library: the call that loads a file's state_dict
 
 
 def loading(name: str) -> str:
-    """The call by which a person loads a file of the format of this name, with `{}` for its path."""
+    """The Python call that loads a file of the format of this name, with `{}` for its path."""
     return LOADING.get(named(name).official, LOADING["torch"])
 
 
 def named(name: str) -> Format:
-    """The format of this name. What is no file (`model`), and what a person made by hand, has none of a format's peculiarities."""
+    """The format of this name; one with default attributes for a name that the table doesn't have, such as `model`."""
     return BY_NAME.get(name) or Format(name)
 
 
@@ -180,19 +180,19 @@ def module(name: str) -> Any:
 
 
 def of_folder(names: Collection[str]) -> Format | None:
-    """The format of a folder that has files of these names; None where it is none by itself."""
-    return next((one for one in TABLE if any(map(one.member, names))), None)
+    """The format of a folder that has files of these names; None where no format is one of a whole folder."""
+    return next((row for row in TABLE if any(map(row.member, names))), None)
 
 
 def allowed_by() -> dict[str, tuple[str, ...]]:
-    """What `--allow` may name, each with the formats that it lets through.
+    """The names that `--allow` takes, each with the formats that it allows.
 
     >>> allowed_by()["torch"]
     ('torch-zip', 'torch-legacy', 'torch-shards')
     """
-    found: dict[str, tuple[str, ...]] = {}
-    for one in TABLE:
-        found.setdefault(one.word, tuple(other.name for other in TABLE if other.word == one.word))
-        if not one.index:
-            found.setdefault(one.name, (one.name,))
-    return found
+    formats: dict[str, tuple[str, ...]] = {}
+    for row in TABLE:
+        formats.setdefault(row.word, tuple(member.name for member in TABLE if member.word == row.word))
+        if not row.index:
+            formats.setdefault(row.name, (row.name,))
+    return formats

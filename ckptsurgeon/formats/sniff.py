@@ -1,6 +1,6 @@
-"""Tells a file's format by its content, never by its suffix, and hands it to the module that the registry names for it.
+"""Finds a file's format by its content, never by its suffix, and reads it with the module that the registry names.
 
-What is often found in a checkpoint's place (an LFS pointer, an HTML page, …) is named, with the way to mend it.
+Files that often stand in a checkpoint's place (an LFS pointer, an HTML page, …) are refused by name, with a hint.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _RULES = re.compile(
     rb"(?:[^\S\n]*(?:#[^\n]*)?\n)*+[^\S\n]*\[\[\s*(?:rename|drop|keep|adapt|init|stage)\s*\]\]|(?:[^\S\n]*(?:#[^\n]*)?\n)*+[^\S\n]*\[set\]"
 )
 _POINTER = b"version https://git-lfs"
-# What a file begins with, and what it then is; never a checkpoint that we read.
-_STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
+# Offset, bytes there, what the file is, and a hint: formats that are not read.
+_NOT_READ: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, h5py)", "convert it with the library that wrote it"),
     (0, b"GGUF", "is a GGUF file (llama.cpp)", "use the original PyTorch or safetensors checkpoint"),
     (0, b"\x93NUMPY", "is a NumPy array file", "torch.save({'weight': torch.from_numpy(numpy.load(path))}, 'out.pt')"),
@@ -48,7 +48,7 @@ _STRANGERS: tuple[tuple[int, bytes, str, str], ...] = (
 def read(source: Source) -> Archive:
     """Read the header of a checkpoint: a file, a Hugging Face folder, or its index, at a path; or a file in memory.
 
-    Raises a CheckpointError, and nothing else, for anything that is not one.
+    Raises only CheckpointError, for anything that is no checkpoint.
     """
     with no_collections():
         if isinstance(source, str) and os.path.isdir(source):
@@ -68,8 +68,8 @@ def _read_folder(folder: str, form: Format, names: Collection[str], others: Sequ
         hint = f"give {parts.word(os.path.join(folder, others[0]))}, or move it to a folder of its own"
         raise FormatError(words, path=folder, hint=hint)
     try:
-        found: Archive = module(form.module).read(folder, names)
-        return found
+        archive: Archive = module(form.module).read(folder, names)
+        return archive
     except CheckpointError as error:
         error.path = error.path or folder
         raise
@@ -92,8 +92,8 @@ def _read_file(source: Source, choose: Callable[[OpenFile], Format]) -> Archive:
         try:
             form = choose(file)
             reader = module(form.module)
-            found: Archive = reader.read(file, _read_shard) if form.index else reader.read(file)
-            return found
+            archive: Archive = reader.read(file, _read_shard) if form.index else reader.read(file)
+            return archive
         except CheckpointError as error:
             error.path = error.path or file.path
             part = parts.of_broken(file) if isinstance(error, FormatError) else None
@@ -114,14 +114,14 @@ def _format_of_shard(file: OpenFile) -> Format:
 
 
 def format_of(file: OpenFile) -> Format:
-    """An open file's format, told by its content. FormatError, in words that help, for what has none."""
+    """An open file's format, by its content. FormatError, with what the file is and a hint, where it has none that is read."""
     if not file.size:
         raise FormatError("is empty", path=file.path, hint="copy or download it again")
     head = file.read(0, min(_HEAD, file.size))
     if head.startswith(_POINTER):
         raise PointerError("is a Git LFS pointer, not the file itself", path=file.path, hint="git lfs pull")
     known = [form for form in TABLE if form.magic and head.startswith(form.magic)]
-    for offset, magic, what, hint in () if known else _STRANGERS:
+    for offset, magic, what, hint in () if known else _NOT_READ:
         if head[offset : offset + len(magic)] == magic:
             raise FormatError(what, path=file.path, hint=hint)
     text = head.lstrip()[:64].lower()
@@ -151,7 +151,7 @@ def format_of(file: OpenFile) -> Format:
 
 
 def is_rules(head: bytes) -> bool:
-    """Whether a file's beginning is that of a rules file: after comments, a table of a rule.
+    """Whether a file begins as a rules file does: with a table of a rule, after any comments.
 
     >>> is_rules(b'# mine\\n[[drop]]\\nkey = "a"'), is_rules(b"[[tool]]")
     (True, False)
@@ -160,7 +160,7 @@ def is_rules(head: bytes) -> bool:
 
 
 def _begins_as_tar(head: bytes) -> bool:
-    """Whether tar takes these 512 bytes for a header, as Python's tarfile does: whatever they are, their sum stands among them."""
+    """Whether these 512 bytes are a tar header, as Python's tarfile decides it: they hold the sum of all the others."""
     if len(head) < _TAR:
         return False
     field, rest = head[148:156], head[:148] + head[156:]

@@ -1,4 +1,4 @@
-"""The directory of a zip archive, read once and believed only when every header agrees.
+"""The directory of a zip archive, read once, and accepted only if every header agrees with it.
 
 Rule: each byte of the file belongs to exactly one entry, the directory or the end records, so that no two readers can see two
 archives in one file. It reads headers, never contents. Specification: PKWARE APPNOTE 6.3; torch writes such archives with miniz.
@@ -51,7 +51,7 @@ class Directory:
 def read_directory(file: OpenFile, *, cased: bool = False) -> Directory:
     """Read and validate the directory of `file`. Raises FormatError for any contradiction, LimitError for too many entries.
 
-    `cased`: names may be equal but for case, as to all readers but torch they are two.
+    `cased`: names may differ in case alone; torch takes such names for one, other readers for two.
     """
     start, size, count, end = _end_records(file)
     for name, value, what in (("zip-entries", count, "entries"), ("zip-directory-bytes", size, "bytes of directory")):
@@ -103,24 +103,24 @@ def _check(file: OpenFile, raw_name: bytes, flags: int, method: int, packed: int
 
 
 def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row], cased: bool) -> list[str]:
-    """The names of the rows, each usable and no two the same. They are looked at together; one by one only to tell which is wrong."""
+    """The names of the rows, all usable and different. They are checked together, and one by one only to find which is wrong."""
     spelled = [raw[row[1] : row[1] + row[2]] for row in rows]
     try:
         names = b"\0".join(spelled).decode().split("\0") if rows else []
     except UnicodeDecodeError as error:
         raise _bad(file, "has an entry whose name is not UTF-8") from error
     together = f"/{'/'.join(names)}/"
-    if len(names) != len(rows) or any(one in together for one in _SUSPECT):
+    if len(names) != len(rows) or any(part in together for part in _SUSPECT):
         for name in map(bytes.decode, spelled):
             if "\0" in name or "\\" in name or not _NO_PATH.isdisjoint(name.removesuffix("/").split("/")):
                 raise _bad(file, f"has an entry with the unusable name {name!r}")
     if len(set(names)) != len(names):
-        twice = next(one for one, other in pairwise(sorted(names)) if one == other)
+        twice = next(name for name, following in pairwise(sorted(names)) if name == following)
         raise _bad(file, f"has the entry {twice!r} twice")
     if not cased and together.casefold() != together and len(set(map(str.casefold, names))) != len(names):
         pairs = pairwise(sorted(names, key=str.casefold))
-        one, other = next(pair for pair in pairs if pair[0].casefold() == pair[1].casefold())
-        raise _bad(file, f"has the entries {one!r} and {other!r}, which torch takes for one name")  # it looks without regard to case
+        first, second = next(pair for pair in pairs if pair[0].casefold() == pair[1].casefold())
+        raise _bad(file, f"has the entries {first!r} and {second!r}, which torch takes for one name")  # it ignores case
     return names
 
 
@@ -137,13 +137,13 @@ def _windows(file: OpenFile, rows: Sequence[_Row]) -> Iterator[tuple[bytes, int,
 
 
 def _entries(file: OpenFile, raw: bytes, start: int, rows: Sequence[_Row], names: Sequence[str]) -> dict[str, Entry]:
-    """Hold what stands in front of and behind each entry's data against the directory, which begins at `start`."""
+    """Compare the header before and the descriptor after each entry's data with the directory, which begins at `start`."""
     entries: dict[str, Entry] = {}
     windows = _windows(file, rows)
     window, base, last = b"", 0, -1
     position = 0
     before: tuple[str, _Row] | None = None  # the entry whose descriptor may stand at `position`
-    usual: bytes | None = b""  # and what does, where torch wrote it
+    usual: bytes | None = b""  # the bytes that torch writes there
     for name, row in zip(names, rows, strict=True):
         header, begin, length, flags, method, crc, packed, size = row
         gap = header - position
@@ -154,7 +154,7 @@ def _entries(file: OpenFile, raw: bytes, start: int, rows: Sequence[_Row], names
         at = header - base
         if window[at - gap : at] != usual:
             _descriptor(file, window[at - gap : at], before)
-        # torch's local header repeats the directory's, and leaves CRC and sizes to the descriptor: then there is nothing to tell apart.
+        # torch's local header repeats the directory's row, and leaves CRC and sizes to the descriptor: then no more needs to be compared.
         same = b"PK\x03\x04" + raw[begin - 40 : begin - 30] + _NO_SIZES + raw[begin - 18 : begin - 16]
         if flags & _DESCRIPTOR and window.startswith(same, at) and window.startswith(raw[begin : begin + length], at + 30):
             offset = header + 30 + length + (window[at + 28] | window[at + 29] << 8)
@@ -176,7 +176,7 @@ def _entries(file: OpenFile, raw: bytes, start: int, rows: Sequence[_Row], names
 
 
 def _descriptor(file: OpenFile, raw: bytes, entry: tuple[str, _Row] | None) -> None:
-    """Hold what stands after an entry's data against the directory: its descriptor, or nothing (miniz writes none for an empty one)."""
+    """Compare the bytes after an entry's data with the directory: its descriptor, or no bytes (miniz writes none for an empty entry)."""
     if not raw and (entry is None or not entry[1][-1]):
         return
     form = _DESCRIPTORS.get(len(raw))
@@ -196,7 +196,7 @@ def _end_records(file: OpenFile) -> tuple[int, int, int, int]:
     """Start, size and count of the directory, and where the end records begin."""
     if file.size < _END.size:
         raise file.truncated(_END.size)
-    # A comment can follow the end record; what it says of itself must reach exactly to the file's end.
+    # A comment can follow the end record; by its own length it must end where the file ends.
     tail = file.read(max(file.size - _END.size - _MAX16, 0), min(_END.size + _MAX16, file.size))
     where = tail.rfind(b"PK\x05\x06")
     if where < 0:
@@ -227,7 +227,7 @@ def _end_records(file: OpenFile) -> tuple[int, int, int, int]:
 
 
 def ends_as_zip(file: OpenFile) -> bool:
-    """Whether a file that is no zip by its beginning is one by its end, where Python's zipfile looks. Chance makes 1 in 4 billion so."""
+    """Whether a file that does not begin as a zip archive ends as one, where Python's zipfile looks. By chance 1 file in 4 billion does."""
     tail = file.read(max(file.size - _END.size - _MAX16, 0), min(_END.size + _MAX16, file.size))
     where = tail.find(b"PK\x05\x06")
     while 0 <= where <= len(tail) - _END.size:
@@ -264,7 +264,7 @@ def _zip64(file: OpenFile, extra: bytes, size: int, packed: int, header: int, di
 
 
 def _local(file: OpenFile, raw: bytes, name: str, row: _Row) -> int:
-    """Hold the local header (`raw`) against the directory; return where the data begins."""
+    """Compare the local header (`raw`) with the directory; return the offset where the data begins."""
     header, _, length, central_flags, central_method, *central = row
     if len(raw) < _LOCAL.size + length:
         raise file.truncated(header + _LOCAL.size + length)
@@ -277,7 +277,7 @@ def _local(file: OpenFile, raw: bytes, name: str, row: _Row) -> int:
     if _MAX32 in (packed, size):
         size, packed, _, _ = _zip64(file, file.read(begin, extra_len), size, packed, 0, 0)
     later = flags & _DESCRIPTOR
-    for local, told in zip((crc, packed, size), central, strict=True):
-        if local != told and not (later and local == 0):
+    for local, listed in zip((crc, packed, size), central, strict=True):
+        if local != listed and not (later and local == 0):
             raise _bad(file, f"gives the entry {name!r} two sizes or checksums")
     return begin + int(extra_len)

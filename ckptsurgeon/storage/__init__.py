@@ -1,4 +1,4 @@
-"""Where bytes lie: a file on disk, or one in memory; and which ranges of it a tensor is.
+"""Reading bytes from files, on disk or in memory, and the ranges of bytes that a tensor consists of.
 
-Rule: ranges in, bytes out. Nothing here knows a format, and no other module names what only POSIX has.
+Rule: this folder knows nothing of formats, and no other folder uses functions that only POSIX has.
 """

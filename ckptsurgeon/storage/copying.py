@@ -1,6 +1,6 @@
-"""Bytes from file to file without bringing them into Python's memory; and over files: checksums and comparison, by small buffers.
+"""Copies ranges of bytes between files by the kernel; computes checksums of ranges and compares them, through small buffers.
 
-Rule: offsets and lengths in, nothing is known of tensors. Memory is a fixed few megabytes whatever the length.
+Rule: it takes offsets and lengths, and knows nothing of tensors. It uses a few megabytes of memory, whatever the length.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ BUFFER = 4 << 20
 AT_ONCE = 64 << 20  # bytes that the kernel copies between two calls of `advance`
 
 
-def _unheard(_nbytes: int) -> None:
-    """Nobody asks how far it is."""
+def _no_progress(_nbytes: int) -> None:
+    """The default for `advance`: does nothing."""
 
 
-def copy_range(source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int, advance: Advance = _unheard) -> None:
+def copy_range(source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int, advance: Advance = _no_progress) -> None:
     """Copy `nbytes` bytes of a file into the one behind the descriptor `output`.
 
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
@@ -54,7 +54,7 @@ def chunks(source: OpenFile, offset: int, nbytes: int) -> Iterator[memoryview]:
 
 
 def gathered(ranges: Iterable[tuple[OpenFile, int, int]], nbytes: int) -> Iterator[memoryview]:
-    """The bytes of ranges (file, offset, length), one after the other and `nbytes` together, as `chunks` gives them."""
+    """The bytes of ranges (file, offset, length), one after another, `nbytes` in all, in buffers like those of `chunks`."""
     buffer = memoryview(bytearray(min(nbytes, BUFFER)))
     filled = 0
     for source, offset, length in ranges:
@@ -75,7 +75,7 @@ def read_at(source: OpenFile, buffer: bytearray | memoryview, offset: int) -> No
         raise StaleError("became shorter while it was read", path=source.path, hint="run it again when nothing writes to it")
 
 
-def checksum(source: OpenFile, offset: int, nbytes: int, advance: Advance = _unheard) -> int:
+def checksum(source: OpenFile, offset: int, nbytes: int, advance: Advance = _no_progress) -> int:
     """The CRC-32 of `nbytes` bytes from `offset`."""
     crc = 0
     for chunk in chunks(source, offset, nbytes):
@@ -84,16 +84,18 @@ def checksum(source: OpenFile, offset: int, nbytes: int, advance: Advance = _unh
     return crc
 
 
-def equal_ranges(one: OpenFile, one_offset: int, other: OpenFile, other_offset: int, nbytes: int, advance: Advance = _unheard) -> bool:
-    """Whether two files have the same `nbytes` bytes there."""
+def equal_ranges(
+    left: OpenFile, left_offset: int, right: OpenFile, right_offset: int, nbytes: int, advance: Advance = _no_progress
+) -> bool:
+    """Whether two files have the same `nbytes` bytes at these offsets."""
     size = min(nbytes, BUFFER)
     first, second = bytearray(size), bytearray(size)
     while nbytes:
         if nbytes < size:
             size = nbytes
             first, second = bytearray(size), bytearray(size)
-        if not one.fill(first, one_offset) or not other.fill(second, other_offset) or first != second:
+        if not left.fill(first, left_offset) or not right.fill(second, right_offset) or first != second:
             return False
         advance(size)
-        one_offset, other_offset, nbytes = one_offset + size, other_offset + size, nbytes - size
+        left_offset, right_offset, nbytes = left_offset + size, right_offset + size, nbytes - size
     return True

@@ -1,6 +1,6 @@
-"""A file that is open for reading: the one interface by which bytes are read, wherever they lie.
+"""The interface of a file that is open for reading, on disk or in memory.
 
-Rule: reads never move a file position, and never return less than was asked for. A new place for bytes is a subclass with three methods.
+Rule: reads never move a file position, and never return fewer bytes than requested. Another kind of file is a subclass with three methods.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from ckptsurgeon.tensors import FileStamp
 
 
 class OpenFile(ABC):
-    """A file, open for reading, as it was at that moment.
+    """A file that is open for reading.
 
-    `path` names it in spans and in messages. `fd` is its descriptor, where the system's kernel can copy from it.
+    `path` names it in spans and in messages. `stamp` is the file as it was when it was opened. `fd` is its descriptor, from which the
+    kernel can copy; None for a file that has none.
     """
 
     fd: int | None = None
@@ -80,5 +81,5 @@ class OpenFile(ABC):
 
 
 def changed(path: str) -> StaleError:
-    """The error for a file that is another one than it was."""
+    """The error for a file that is no longer as it was read."""
     return StaleError("changed while it was read", path=path, hint="run it again when nothing writes to it")

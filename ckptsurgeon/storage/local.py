@@ -1,4 +1,4 @@
-"""Files on disk. Only regular ones: a pipe or a device would hang a reader or never end."""
+"""Files on disk. Only regular files are opened: a pipe or a device could block, or never end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ckptsurgeon.storage import platform
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import FileStamp
 
-_BESIDE = 2_000  # names of a folder that are looked at for a close one
+_MOST_NAMES = 2_000  # names of a folder that are compared to find a similar one
 
 
 class LocalFile(OpenFile):
-    """A file on disk behind an open descriptor, which stays its owner's to close."""
+    """A file on disk, by an open descriptor. Whoever opened the descriptor closes it."""
 
     fd: int
 
@@ -43,7 +43,7 @@ class LocalFile(OpenFile):
             raise UnreadableError(f"could not be read ({error.strerror})", path=self.path, hint="check the disk") from error
 
     def now(self) -> FileStamp:
-        """As `OpenFile.now`. A file that was replaced or taken away since it was opened is still whole for us."""
+        """As `OpenFile.now`. A file that was replaced or deleted since it was opened can still be read whole."""
         return _stamp(self.path, os.fstat(self.fd))
 
 
@@ -85,31 +85,31 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
 
 
 def _other_path(path: str) -> str:
-    """A hint for a path where nothing is: the name beside it that is nearly the same, where there is one."""
+    """A hint for a path that doesn't exist: a similar name in its folder, or a file of its name elsewhere."""
     folder, name = os.path.split(path)
     close = without_slip(name, _names(folder or "."))
     if close:
-        found: str | None = os.path.join(folder, close)
+        similar: str | None = os.path.join(folder, close)
     else:
         straight = path.replace("\\", "/")
-        found = straight if straight != path and os.path.exists(straight) else _elsewhere(path)
-    return f"is it {shlex.quote(found)}?" if found else "check the path; `ls` its folder"
+        similar = straight if straight != path and os.path.exists(straight) else _elsewhere(path)
+    return f"is it {shlex.quote(similar)}?" if similar else "check the path; `ls` its folder"
 
 
 def _elsewhere(path: str) -> str | None:
-    """The one file of this name in the folders below, or above in the path: a person stands in another folder than they think."""
+    """The only file of this name in the current folder or a folder within it; None where there is none, or several."""
     name = os.path.basename(path)
     if not name or os.path.isabs(path):
         return None
     below = [os.path.join(folder, name) for folder in _names(".") if not folder.startswith(".") and os.path.isdir(folder)]
-    found = [one for one in [name, *below] if os.path.isfile(one)]
-    return found[0] if len(found) == 1 else None
+    files = [file for file in [name, *below] if os.path.isfile(file)]
+    return files[0] if len(files) == 1 else None
 
 
 def _names(folder: str) -> list[str]:
     """The names in a folder; none where it can't be read."""
     try:
         with os.scandir(folder) as rows:
-            return [row.name for row in islice(rows, _BESIDE)]
+            return [row.name for row in islice(rows, _MOST_NAMES)]
     except (OSError, ValueError):
         return []

@@ -1,7 +1,7 @@
-"""Files in memory: what an `io.BytesIO` held when it was given.
+"""Files in memory: the content of an `io.BytesIO`.
 
-Rule: its bytes never change, whatever becomes of the buffer, since `getvalue` shares them until the buffer is written to. Its name is
-`<BytesIO 1>`, the next one's `<BytesIO 2>`: a name for spans and messages, and no path. The bytes stand in its `FileStamp`.
+Rule: the bytes never change, even if the buffer does: `getvalue` shares them until the buffer is written to. They are in the `FileStamp`.
+Such a file is named `<BytesIO 1>`, `<BytesIO 2>` … in spans and messages, which is no path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NUMBERS = count(1)
 
 
 def file_in_memory(buffer: io.BytesIO) -> FileStamp:
-    """The whole content of a buffer as a file, wherever the buffer's position is; it is neither copied nor moved.
+    """The whole content of a buffer as a file, whatever the buffer's position, which doesn't change. Nothing is copied.
 
     Raises:
         UnreadableError: the buffer is closed.

@@ -1,4 +1,4 @@
-"""Opens a file wherever it lies: the one place that knows which kinds there are."""
+"""Opens files for reading, on disk or in memory. No other module distinguishes these kinds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MOST_OPEN = 64  # files that are open together; macOS lets a process have 256 by
 
 @contextmanager
 def open_regular(source: Source) -> Iterator[OpenFile]:
-    """Open a path, or a file as it was seen, for reading, once.
+    """Open a path, or a file that was read before, for reading, once.
 
     Raises:
         UnreadableError: it is missing, is no regular file, or may not be read.
-        StaleError: it is no longer what was seen.
+        StaleError: it has changed since it was read.
     """
     if not isinstance(source, FileStamp):
         with open_path(source) as file:
@@ -35,7 +35,7 @@ def open_regular(source: Source) -> Iterator[OpenFile]:
 
 
 class ReopenedFile(OpenFile):
-    """A file on disk that is opened anew for every read, as it was seen."""
+    """A file on disk that is opened again for every read. StaleError where it has changed since it was first opened."""
 
     def some(self, nbytes: int, offset: int) -> bytes:
         """As `OpenFile.some`."""
@@ -54,7 +54,7 @@ class ReopenedFile(OpenFile):
 
     @contextmanager
     def held_open(self) -> Iterator[OpenFile]:
-        """As `OpenFile.held_open`. StaleError where the file is no longer what was seen."""
+        """As `OpenFile.held_open`."""
         with open_regular(self.stamp) as file:
             yield file
 
@@ -65,7 +65,7 @@ class OpenFiles(ExitStack):
     count = 0
 
     def add(self, opening: AbstractContextManager[OpenFile]) -> OpenFile:
-        """The file that `opening` gives, readable until this is left."""
+        """The file that the context manager `opening` gives, readable until this one is left."""
         self.count += 1
         if self.count <= MOST_OPEN:
             return self.enter_context(opening)

@@ -1,6 +1,7 @@
-"""Where any block of a tensor lies, as ranges of bytes in files; and what a tensor in pieces must hold to be one.
+"""The ranges of bytes in files where a block of a tensor lies; and the checks that a tensor's pieces make up the whole tensor.
 
-Rule: this alone knows how a tensor is tiled. Whoever reads, copies, compares or sums up bytes asks `runs`. Pure: no file is opened here.
+Rule: no other module knows how a tensor is divided into pieces. All that reads, copies, compares or hashes bytes calls `runs`. No file is
+opened here.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _SHOWN = 5
 
 
 def runs(tensor: TensorMeta, block: Block | None = None) -> Iterable[Span]:
-    """The ranges of bytes whose elements are those of a block of a tensor (of all of it by itself), in row-major order.
+    """The ranges of bytes of a block of a tensor (by default the whole tensor), in row-major order of the elements.
 
-    Neighbours in a file are one range; nothing is a range of no bytes. What is lazily conjugated or negated is given as it is stored.
+    Adjacent ranges of a file are merged, and none is empty. Lazily conjugated or negated elements are returned as they are stored.
 
     >>> rows = TensorMeta("w", "F32", (4, 2), (2, 1), Span("a", 100, 32, "0"))
     >>> [(run.offset, run.nbytes) for run in runs(rows, ((1, 3), (0, 2)))]
@@ -37,13 +38,13 @@ def runs(tensor: TensorMeta, block: Block | None = None) -> Iterable[Span]:
 
 
 def meeting(tensor: TensorMeta, block: Block) -> tuple[Piece, ...]:
-    """The pieces of a tensor that have elements of a block; all of those that are runs of elements."""
+    """The pieces of a tensor that have elements of a block; all pieces where they are runs of elements."""
     flat = any(len(piece.offsets) != len(tensor.shape) for piece in tensor.pieces)
     return tensor.pieces if flat else tuple(_meeting(tensor.pieces, block))
 
 
 def merged(ranges: Iterable[Span]) -> Iterator[Span]:
-    """The same ranges, where neighbours in one file are one."""
+    """The same ranges, with adjacent ranges of one file merged."""
     last: Span | None = None
     for each in ranges:
         if last is not None and (last.file, last.packed, last.offset + last.nbytes) == (each.file, each.packed, each.offset):
@@ -57,7 +58,7 @@ def merged(ranges: Iterable[Span]) -> Iterator[Span]:
 
 
 def stretches(stride: Sequence[int], block: Block) -> Iterator[tuple[int, int]]:
-    """Where the elements of a block lie together: the first one's place in the storage, and how many, in row-major order.
+    """The runs of adjacent elements of a block, in row-major order: the index of the first in the storage, and how many.
 
     >>> list(stretches((4, 1), ((0, 2), (1, 3))))
     [(1, 2), (5, 2)]
@@ -77,7 +78,7 @@ def stretches(stride: Sequence[int], block: Block) -> Iterator[tuple[int, int]]:
 
 
 def scatter(part: bytearray, whole: bytearray, tensor: TensorMeta, piece: Piece) -> None:
-    """Put the dense bytes of a piece in their places among those of the whole tensor."""
+    """Copy the dense bytes of a piece to their positions in the bytes of the whole tensor."""
     size = BY_CODE[tensor.dtype].size
     shape = tensor.shape if len(piece.offsets) == len(tensor.shape) else (tensor.numel,)
     done = 0
@@ -87,28 +88,28 @@ def scatter(part: bytearray, whole: bytearray, tensor: TensorMeta, piece: Piece)
 
 
 def tiled(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], sizes: Mapping[str, int]) -> TensorMeta:
-    """A tensor in pieces. `sizes` has the size, in bytes, of each file that is there.
+    """A tensor made of pieces. `sizes` has the size in bytes of each file that exists.
 
     Raises:
-        FormatError: a piece reaches out of the tensor or of its file, the pieces leave elements out or have some twice, or the file of
-            one is not there; it names the files and the rows.
+        FormatError: a piece exceeds the tensor or its file, the pieces lack elements or have some twice, or a file is missing; it names
+            the files and the rows.
     """
-    kept = tuple(piece for piece in pieces if all(piece.sizes))
-    whole = shape if all(len(piece.offsets) == len(shape) for piece in kept) else (prod(shape),)
-    faults = [fault for piece in kept if (fault := _fault(piece, BY_CODE[dtype].size, whole, shape, sizes))]
+    filled = tuple(piece for piece in pieces if all(piece.sizes))
+    whole = shape if all(len(piece.offsets) == len(shape) for piece in filled) else (prod(shape),)
+    faults = [fault for piece in filled if (fault := _fault(piece, BY_CODE[dtype].size, whole, shape, sizes))]
     if not faults:
-        parts = _tiles(kept, tuple((0, size) for size in whole), in_order=False)
+        parts = _tiles(filled, tuple((0, size) for size in whole), in_order=False)
         wrong = ((block, within) for block, within in parts if len(within) != 1)
         faults = [f"{_words(block, whole, shape)} lie in {_several(within)}" for block, within in islice(wrong, _SHOWN)]
     if faults:
-        absent = next((piece.span.file for piece in kept if piece.span.file not in sizes), None)
+        absent = next((piece.span.file for piece in filled if piece.span.file not in sizes), None)
         hint = "copy or download all of its files again" if absent is None else f"copy {absent} there too"
         raise FormatError("has pieces that are not the whole tensor", path=absent, key=name, problems=shortened(faults), hint=hint)
-    return TensorMeta(name, dtype, shape, contiguous_stride(shape), None, kept or tuple(pieces))
+    return TensorMeta(name, dtype, shape, contiguous_stride(shape), None, filled or tuple(pieces))
 
 
 def _fault(piece: Piece, size: int, whole: tuple[int, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a piece by itself."""
+    """What is wrong with a single piece; None where nothing is."""
     span = piece.span
     if not len(piece.offsets) == len(piece.sizes) == len(piece.stride) == len(whole):
         return f"a piece in {span.file} has {len(piece.offsets)} dimensions, where the others have {len(whole)}"
@@ -125,14 +126,14 @@ def _fault(piece: Piece, size: int, whole: tuple[int, ...], shape: tuple[int, ..
 
 
 def _each(tensor: TensorMeta, block: Block) -> Iterator[Span]:
-    """The ranges of a block, one for each stretch of a piece."""
+    """The ranges of a block, one for each run of adjacent elements of a piece."""
     size = BY_CODE[tensor.dtype].size
     pieces = tensor.pieces
     if tensor.span is not None:
         pieces = (Piece(tensor.span, (0,) * len(tensor.shape), tensor.shape, tensor.stride),)
     flat = any(len(piece.offsets) != len(tensor.shape) for piece in pieces)  # runs of elements of the whole
-    for wanted in _flat(tensor.shape, block) if flat else (block,):
-        for part, within in _tiles(_meeting(pieces, wanted), wanted):
+    for run in _flat(tensor.shape, block) if flat else (block,):
+        for part, within in _tiles(_meeting(pieces, run), run):
             (piece,) = within
             span, inside = piece.span, tuple((start - at, stop - at) for (start, stop), at in zip(part, piece.offsets, strict=True))
             for start, count in stretches(piece.stride, inside):
@@ -153,9 +154,9 @@ def _meeting(pieces: Iterable[Piece], block: Block) -> list[Piece]:
 
 
 def _tiles(pieces: Sequence[Piece], block: Block, dim: int = 0, *, in_order: bool = True) -> Iterator[tuple[Block, Sequence[Piece]]]:
-    """A block cut into parts, each of them wholly within or without each piece, with the pieces that it is within.
+    """A block cut into parts, each wholly inside or outside every piece, with the pieces that contain it.
 
-    `in_order`: one after the other, the parts' elements are the block's in row-major order, where each lies in one piece.
+    `in_order`: the parts come in row-major order of the block's elements, where each part lies in one piece.
     """
     if any(start >= stop for start, stop in block):
         return
@@ -175,19 +176,19 @@ def _covers(piece: Piece, block: Block) -> bool:
 
 
 def _slabs(pieces: Sequence[Piece], start: int, stop: int, dim: int) -> Iterator[tuple[int, int, list[Piece]]]:
-    """The range of a dimension cut where pieces begin and end, each part with the pieces that reach over it."""
+    """A range of a dimension, cut where pieces begin and end; each part with the pieces that contain it."""
     edges = {edge for piece in pieces for edge in piece.block[dim] if start < edge < stop}
     waiting = sorted(pieces, key=lambda piece: piece.offsets[dim], reverse=True)
-    open_ones: list[Piece] = []
+    current: list[Piece] = []
     for first, last in pairwise(sorted({start, stop} | edges)):
         while waiting and waiting[-1].offsets[dim] <= first:
-            open_ones.append(waiting.pop())
-        open_ones = [piece for piece in open_ones if piece.block[dim][1] >= last]
-        yield first, last, open_ones
+            current.append(waiting.pop())
+        current = [piece for piece in current if piece.block[dim][1] >= last]
+        yield first, last, current
 
 
 def _words(block: Block, whole: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """A block in words: its rows where it has whole ones, else its elements."""
+    """A block in words: its rows where it consists of whole rows, else its elements."""
     if len(whole) != len(shape):
         return f"elements {block[0][0]} to {block[0][1] - 1}"
     if all(part == (0, size) for part, size in zip(block[1:], whole[1:], strict=True)) and block:

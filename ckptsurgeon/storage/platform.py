@@ -1,6 +1,6 @@
-"""What only POSIX systems have, each with a plain way beside it for where it is missing (Windows, and some of it macOS).
+"""Functions that only POSIX systems have, each with a fallback for systems without it (Windows, and for some of them macOS).
 
-Rule: no other module names these. A plain way gives the same bytes; where it guards less, its docstring says so.
+Rule: no other module uses these. A fallback gives the same bytes; where it protects less, its docstring says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ImportError:  # Windows
 
 _POSITION = threading.Lock()  # a file has one position, and several threads may read it
 _AT_ONCE = 1 << 30
-# The kernel can't copy between these two files (another file system, an old kernel). EIO too: reading then tells which file it is.
+# The kernel can't copy between these two files (another file system, an old kernel). EIO too: a read then shows which file failed.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EIO}
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
@@ -33,10 +33,10 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 def _flags(*names: str) -> int:
     """The flags of `os.open` of these names; 0 for those that the system does not have."""
-    found = 0
+    flags = 0
     for name in names:
-        found |= getattr(os, name, 0)
-    return found
+        flags |= getattr(os, name, 0)
+    return flags
 
 
 def open_to_read(path: str) -> int:
@@ -60,7 +60,7 @@ def create(path: str, mode: int) -> int:
 
 
 def open_itself(path: str) -> int:
-    """A descriptor of the very file at `path`: no link is followed, and no pipe waited for. Without the flags both are."""
+    """A descriptor of the file at `path`, without following a link or waiting for a pipe. On a system without these flags it does both."""
     return os.open(path, os.O_RDWR | _flags("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
 
@@ -92,7 +92,7 @@ def write(fd: int, view: memoryview, offset: int) -> int:
 
 
 def copy_in_kernel(source: int, output: int, nbytes: int, source_offset: int, output_offset: int) -> int:
-    """Copy up to `nbytes` bytes without bringing them into memory; the number of bytes, 0 where that can't be done between these files."""
+    """Copy up to `nbytes` bytes within the kernel; the number of bytes, 0 where the kernel can't copy between these files."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
@@ -104,7 +104,7 @@ def copy_in_kernel(source: int, output: int, nbytes: int, source_offset: int, ou
 
 
 def locks() -> bool:
-    """Whether a file can be locked, so that the file of a run that still writes can be told from one that a killed run left."""
+    """Whether files can be locked: then the file of a running process can be told from one that a killed process left."""
     return fcntl is not None
 
 
@@ -119,19 +119,19 @@ def lock(fd: int) -> None:
 
 
 def lock_at_once(fd: int) -> None:
-    """Lock a file; OSError where another holds its lock, or there are no locks."""
+    """Lock a file without waiting; OSError where another process has locked it, or there are no locks."""
     if fcntl is None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_mine(found: os.stat_result) -> bool:
-    """Whether a file is this user's; yes where files have no owners."""
-    return not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+def is_mine(status: os.stat_result) -> bool:
+    """Whether a file belongs to this user; True where files have no owners."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def sync_folder(folder: str) -> None:
-    """Make a new name in `folder` last through a power cut, where the system and the file system can."""
+    """Sync a folder, so that a new name in it survives a power cut, where the system and the file system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _flags("O_CLOEXEC"))
@@ -149,36 +149,36 @@ def open_folder(folder: str) -> int | None:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _flags("O_CLOEXEC", "O_NOFOLLOW")) if hasattr(os, "O_DIRECTORY") else None
 
 
-def rename_folder(folder: str, place: str) -> None:
-    """Give a folder another name, which an empty folder may have; OSError where one that is not empty has it, or a file."""
-    if os.name == "nt" and os.path.isdir(place):
-        os.rmdir(place)  # Windows renames over nothing
-    os.rename(folder, place)
+def rename_folder(folder: str, path: str) -> None:
+    """Rename a folder to `path`, where an empty folder may be; OSError where there is a file, or a folder that is not empty."""
+    if os.name == "nt" and os.path.isdir(path):
+        os.rmdir(path)  # Windows never renames onto an existing folder
+    os.rename(folder, path)
 
 
-def exchange(one: str, other: str) -> bool:
-    """Let two paths change places in one step, so that neither is missing for a moment; False where the system or file system can't.
+def exchange(first: str, second: str) -> bool:
+    """Exchange two paths in one step, so that neither is ever missing; False where the system or the file system can't.
 
-    Linux has `renameat2` for it, macOS `renamex_np`, which Python does not name.
+    Linux has `renameat2` for it, macOS `renamex_np`; Python has neither.
     """
     import ctypes
 
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        paths = os.fsencode(one), os.fsencode(other)
+        paths = os.fsencode(first), os.fsencode(second)
         if sys.platform == "darwin":
             failed = libc.renamex_np(*paths, _RENAME_SWAP)
         else:
             failed = libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
-    except (OSError, TypeError, AttributeError):  # no C library by that way (Windows), or an old one
+    except (OSError, TypeError, AttributeError):  # no such C library (Windows), or one without the function
         return False
     if failed and (code := ctypes.get_errno()) not in _NO_EXCHANGE:
-        raise OSError(code, os.strerror(code), other)
+        raise OSError(code, os.strerror(code), second)
     return not failed
 
 
 def set_mode(fd: int, path: str, mode: int) -> None:
-    """Set the permissions of an open file; by its path where they can't be set otherwise."""
+    """Set the permissions of an open file; by its path where the system can't by its descriptor."""
     if hasattr(os, "fchmod"):
         os.fchmod(fd, mode)
     else:
@@ -186,14 +186,14 @@ def set_mode(fd: int, path: str, mode: int) -> None:
 
 
 def set_owner(fd: int, user: int, group: int) -> None:
-    """Give an open file to a user and a group; -1 leaves one as it is. OSError where the system can't, or does not let us."""
+    """Change the user and group that own an open file; -1 keeps one as it is. OSError where the system can't, or doesn't permit it."""
     if not hasattr(os, "fchown"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     os.fchown(fd, user, group)
 
 
 def may_fork() -> bool:
-    """Whether this process can be forked soundly: it has one thread, torch's and BLAS's own counted, and signals can be held meanwhile."""
+    """Whether this process can be forked safely: it has only one thread (torch and BLAS start others), and signals can be blocked."""
     if not (hasattr(os, "fork") and hasattr(signal, "pthread_sigmask")):
         return False
     try:
@@ -203,7 +203,7 @@ def may_fork() -> bool:
 
 
 def forking() -> ForkContext:
-    """multiprocessing's way to start workers by a fork; only where `may_fork`."""
+    """The context of multiprocessing that forks workers; use it only where `may_fork` is true."""
     from multiprocessing import get_context
 
     return get_context("fork")
@@ -211,7 +211,7 @@ def forking() -> ForkContext:
 
 @contextmanager
 def signals_blocked(numbers: Iterable[int]) -> Iterator[None]:
-    """Let signals wait while the block runs; they do not where a thread's signals can't be blocked."""
+    """Block signals while the block runs, where the system can block a thread's signals."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -223,6 +223,6 @@ def signals_blocked(numbers: Iterable[int]) -> Iterator[None]:
 
 
 def unblock_signals(numbers: Iterable[int]) -> None:
-    """Let signals come in this thread."""
+    """Unblock signals in this thread."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)

@@ -1,4 +1,4 @@
-"""A stretch of an open file that is read as if it were a file by itself."""
+"""A range of an open file that is read like a file of its own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from ckptsurgeon.tensors import FileStamp
 
 
 class Window(OpenFile):
-    """The `size` bytes from `start` on of an open file, which stays its owner's to close. Offsets count from `start`.
+    """The `size` bytes of an open file from `start` on. Offsets count from `start`.
 
-    The caller makes sure that the file has them.
+    The caller makes sure that the file has these bytes, and closes the file.
     """
 
     def __init__(self, file: OpenFile, start: int, size: int) -> None:

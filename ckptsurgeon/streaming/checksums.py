@@ -34,8 +34,8 @@ Within = Mapping[str, Mapping[str, Entry]]  # by a file's path, its entries by n
 
 @dataclass(frozen=True)
 class Checksums:
-    """What became of the file at `path`: the entries whose data is not what its checksum says, by where they begin, with their names, and
-    how many entries have no checksum (a CRC of zero). `keeps` is False for a format that has none."""
+    """The result for the file at `path`: `wrong` has the names of the entries whose data differs from its checksum, by the offset where
+    they begin; `without` counts the entries that have no checksum (a CRC of zero). `keeps` is False for a format without checksums."""
 
     path: str
     keeps: bool
@@ -44,7 +44,7 @@ class Checksums:
 
 
 def check_file(seen: FileStamp, alive: Callable[[], None], within: Within | None = None) -> Checksums:
-    """Read a file as it was `seen`, and hold each entry against its checksum; `alive` is called between buffers and may raise.
+    """Read a file as it was `seen`, and compare each entry with its checksum; `alive` is called between buffers and may raise.
 
     `within` has the entries, where the file is no zip archive by itself. StaleError when the file is no longer what it was.
     """
@@ -70,7 +70,7 @@ def _check(file: OpenFile, alive: Callable[[], None], within: Within | None = No
 
 def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], None]) -> bool:
     if not entry.crc and isinstance(entry, Record):
-        return True  # nothing is said of it
+        return True  # it has no checksum
     parts: Iterable[bytes | memoryview] = copying.chunks(file, entry.offset, entry.nbytes)
     crc = 0
     try:
@@ -83,7 +83,7 @@ def _as_it_says(file: OpenFile, name: str, entry: Entry, alive: Callable[[], Non
 
 
 def check_file_now(path: str) -> Checksums:
-    """`hold` for the file at `path` as it is now."""
+    """`check_file` for the file at `path` as it is now."""
     with open_regular(path) as file:
         return _check(file, lambda: None)
 
@@ -92,37 +92,37 @@ def entries_in(seen: Archive | Checkpoint) -> Within | None:
     """The entries of all tensors, file by file, of a format whose files are zip archives one after another; None of any other."""
     if not named(seen.format).joined:
         return None
-    found: dict[str, dict[str, Entry]] = {}
+    entries: dict[str, dict[str, Entry]] = {}
     for span in (span for _, tensor in tensors_of(formats.tree_of(seen).value) for span in tensor.spans):
         entry = span.packed or span.record
         if entry is not None:
-            found.setdefault(span.file, {})[span.storage] = entry
-    return found
+            entries.setdefault(span.file, {})[span.storage] = entry
+    return entries
 
 
 @contextmanager
 def checking_files(files: Sequence[FileStamp], within: Within | None = None) -> Iterator[list[Checksums]]:
-    """While the block runs, `hold` files in a second thread. What became of each stands in the list after the block.
+    """While the block runs, check files as `check_file` in a second thread. The list has each file's result after the block.
 
     StaleError, before the block or after it, when a file is no longer what it was.
     """
-    found: list[Checksums] = []
+    results: list[Checksums] = []
     with OpenFiles() as opened:
-        held = [opened.add(open_regular(seen)) for seen in files]  # here, where no one's code has changed the folder
+        files_open = [opened.add(open_regular(seen)) for seen in files]  # here, before anybody's code can change the current folder
 
         def work(alive: Callable[[], None]) -> None:
-            found.extend(_check(file, alive, within) for file in held)
+            results.extend(_check(file, alive, within) for file in files_open)
 
         with _in_a_thread(work):
-            yield found
+            yield results
 
 
 @contextmanager
 def checking(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """While the block runs, hold the entries around spans against their checksums in a second thread, whole, each once.
+    """While the block runs, compare the entries around spans with their checksums in a second thread, whole, each once.
 
-    Those that are wrong stand in the list after the block. Deflated entries are not among them: who inflates one holds it. What keeps an
-    entry from being read is raised after the block.
+    The list has the wrong ones after the block. Deflated entries are left out: they are checked where they are inflated. An error that
+    keeps an entry from being read is raised after the block.
     """
     wrong: list[Span] = []
     # Files are opened here: the thread shares nothing with the block but their descriptors.
@@ -136,14 +136,14 @@ def checking(reader: Reader, spans: Sequence[Span]) -> Iterator[list[Span]]:
 
 
 class _Stopped(Exception):
-    """The block beside has failed, so that nobody waits for the answer."""
+    """The block has failed, and the thread's result is of no use."""
 
 
 @contextmanager
 def _in_a_thread(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
-    """Run `work` in a second thread while the block runs, and wait for its end; its error is raised where the block has none.
+    """Run `work` in a second thread while the block runs, and wait for its end. Its error is raised where the block raises none.
 
-    What it is given raises `_Stopped` once the block has failed: to be called between buffers.
+    `work` gets a function to call between buffers, which raises `_Stopped` once the block has failed.
     """
     stop, done = threading.Event(), threading.Event()
     failed: list[CheckpointError] = []
@@ -173,11 +173,11 @@ def _in_a_thread(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
         thread.join()
     if failed:
         raise failed[0]
-    assert done.is_set(), "the thread that holds checksums came to no end"
+    assert done.is_set(), "the thread that computes checksums has not finished"
 
 
 def _as_its_record_says(span: Span, file: OpenFile, offset: int, alive: Callable[[], None]) -> bool:
-    """Whether the record around a span, which begins at `offset` in an open file, is what its checksum says."""
+    """Whether the record around a span, which begins at `offset` in an open file, has the checksum that the file gives for it."""
     record, crc = span.record, 0
     assert record is not None
     for part in copying.chunks(file, offset - span.offset + record.offset, record.nbytes):
@@ -218,34 +218,34 @@ def _in_memory(path: str, checkpoints: Iterable[Checkpoint]) -> bool:
 
 
 def wrong_spans(reader: Reader, spans: Sequence[Span]) -> list[Span]:
-    """Those spans the entries around which are not what their checksums say."""
+    """The spans whose entries differ from their checksums."""
     with checking(reader, spans) as wrong:
         pass
     return wrong
 
 
 def check_all(reader: Reader, checkpoints: Iterable[Checkpoint]) -> None:
-    """Hold all that a reader has read until now against its checksums; FormatError, naming every key, where it is damaged."""
+    """Compare all that a reader has read so far with its checksums; FormatError, naming every key, where it is damaged."""
     refuse(wrong_spans(reader, tuple(reader.entries().values())), checkpoints)
 
 
 Place = tuple[str, int]  # a file's path, and where in it an entry begins
 
 
-def findings_of(held: Checksums, places: Iterable[tuple[str, Place]], where: str = "") -> Iterator[Finding]:
-    """An error for each thing in a file whose data is not what its checksum says, and a note where there are no checksums.
+def findings_of(checked: Checksums, places: Iterable[tuple[str, Place]], where: str = "") -> Iterator[Finding]:
+    """An error for each key or entry of a file whose data differs from its checksum, and a note where there are no checksums.
 
     Args:
-        places: keys, each with where its data lies; a damaged entry in which none lies is told by its entry's name.
-        where: what the sentences begin with, such as the file's name.
+        places: keys, each with where its data lies; a damaged entry without a key is reported by the entry's name.
+        where: the beginning of each sentence, such as the file's name.
     """
     words = f"{where}is not what the file's own checksum says (try: copy or download it again)"
-    found = [(key, offset) for key, (path, offset) in places if path == held.path and offset in held.wrong] if held.wrong else []
-    told = {offset for _, offset in found}
-    entries = [name for offset, name in held.wrong.items() if offset not in told]
-    yield from (Finding("checksum", words, key) for key in [*(key for key, _ in found), *entries])
-    if held.without:
-        yield Finding("no-checksum", f"{where}{held.without} of its entries have no checksum to be held against", level="note")
+    damaged = [(key, offset) for key, (path, offset) in places if path == checked.path and offset in checked.wrong] if checked.wrong else []
+    with_key = {offset for _, offset in damaged}
+    entries = [name for offset, name in checked.wrong.items() if offset not in with_key]
+    yield from (Finding("checksum", words, key) for key in [*(key for key, _ in damaged), *entries])
+    if checked.without:
+        yield Finding("no-checksum", f"{where}{checked.without} of its entries have no checksum to be held against", level="note")
 
 
 def places_in(tensors: Mapping[str, TensorMeta]) -> Iterator[tuple[str, Place]]:
@@ -258,7 +258,7 @@ def places_in(tensors: Mapping[str, TensorMeta]) -> Iterator[tuple[str, Place]]:
 
 
 def without(spans: Iterable[Span]) -> list[Finding]:
-    """A note for each file some of whose entries have no checksum that they could be held against."""
+    """A note for each file in which some of the entries that were read have no checksum."""
     counts: dict[str, int] = {}
     for span in spans:
         entry = span.packed or span.record

@@ -1,7 +1,7 @@
-"""Files that are one rank's part of a checkpoint, and folders in which a checkpoint lies in pieces: one table of their kinds.
+"""The kinds of files that are one rank's part of a checkpoint, and of folders of such files, in one table.
 
-Told by what is in a file, and by its name where that says nothing. Nothing here reads them: their tensors are pieces, never whole ones.
-What reads the whole is named by a command that runs as it is printed; where it is not known which folder that is, the word FOLDER stands.
+A file's kind is found from its content, and from its name where the content doesn't decide. These files are never read as a checkpoint,
+since their tensors are pieces. The hint is a command that reads the whole checkpoint, where the folder is known; else a sentence.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ _GATHER = (
 )
 _MEGATRON = "the folder with all ranks' files holds the whole; Megatron's own tools/checkpoint/convert.py reads it"
 _DEEPSPEED = "the folder with all ranks' files holds the whole; DeepSpeed's own tools read it"
-# What makes a whole of the folder that holds it, what is in that folder, and how its files are called.
+# The command that reads a whole folder, the names that show that a folder is one, the names of its files, and the hint without a folder.
 _SAFETENSORS, _DISTCP = re.compile(r".+\.safetensors"), re.compile(r"\.metadata|.+\.distcp")
-_DCP = ("ckptsurgeon inspect FOLDER", re.compile(r"\.metadata"), _DISTCP)
-_HF = ("ckptsurgeon inspect FOLDER", _SAFETENSORS, _SAFETENSORS)
-_ZERO = ("python -m deepspeed.utils.zero_to_fp32 FOLDER OUT", re.compile(r"latest|.+_optim_states\.pt"), re.compile(r".+_states\.pt"))
-_COMMANDS: Mapping[str, tuple[str, re.Pattern[str], re.Pattern[str]]] = {
+_INSPECT = "ckptsurgeon inspect {}"
+_DCP = (_INSPECT, re.compile(r"\.metadata"), _DISTCP, "give the folder with all ranks' files and .metadata in it")
+_HF = (_INSPECT, _SAFETENSORS, _SAFETENSORS, "give the folder with all ranks' files in it")
+_ZERO = (
+    "python -m deepspeed.utils.zero_to_fp32 {} merged",
+    re.compile(r"latest|.+_optim_states\.pt"),
+    re.compile(r".+_states\.pt"),
+    "merge the folder with all ranks' files by DeepSpeed's own zero_to_fp32.py, which lies beside it",
+)
+_COMMANDS: Mapping[str, tuple[str, re.Pattern[str], re.Pattern[str], str]] = {
     **dict.fromkeys(("distcp", "dcp-metadata"), _DCP),
     "dcp-safetensors": _HF,
     **dict.fromkeys(("zero-model", "zero-optimizer", "zero-folder"), _ZERO),
 }
-
-
-def _unplaced(kind: str) -> str:
-    """What holds the whole, where it is not known which folder that is."""
-    command, held, _ = _COMMANDS[kind]
-    beside = " and .metadata" if held is _DCP[1] else ""
-    return f"the folder with all ranks' files{beside} holds the whole: {command}"
 
 
 TABLE: Mapping[str, Part] = {
@@ -53,29 +52,29 @@ TABLE: Mapping[str, Part] = {
         Part(
             "dcp-safetensors",
             "is one rank's file of torch.distributed.checkpoint (HuggingFaceStorageWriter): its tensors are pieces",
-            _unplaced("dcp-safetensors"),
+            _HF[-1],
         ),
         Part(
             "distcp",
             "is one rank's data file (.distcp) of torch.distributed.checkpoint: torch files of pieces, one after another",
-            _unplaced("distcp"),
+            _DCP[-1],
         ),
         Part(
             "dcp-metadata",
             "is the .metadata of torch.distributed.checkpoint: where the pieces lie in the ranks' files, without their data",
-            _unplaced("dcp-metadata"),
+            _DCP[-1],
         ),
         Part(
             "zero-model",
             "is one rank's model states of DeepSpeed ZeRO stage 3: its tensors are partitioned over all ranks",
-            _unplaced("zero-model"),
+            _ZERO[-1],
         ),
         Part(
             "zero-optimizer",
             "is one rank's optimizer states of DeepSpeed ZeRO: a partition of the weights and moments",
-            _unplaced("zero-optimizer"),
+            _ZERO[-1],
         ),
-        Part("zero-folder", "is a folder of DeepSpeed ZeRO: its tensors lie in pieces in the ranks' files", _unplaced("zero-folder")),
+        Part("zero-folder", "is a folder of DeepSpeed ZeRO: its tensors lie in pieces in the ranks' files", _ZERO[-1]),
         Part("deepspeed-parallel", "is one rank's model states of DeepSpeed with model parallelism: its tensors are pieces", _DEEPSPEED),
         Part("deepspeed-layer", "is one layer of a pipeline of DeepSpeed, not the model", _DEEPSPEED),
         Part("megatron", "is one rank's file of Megatron with model parallelism: its tensors are pieces, or some layers only", _MEGATRON),
@@ -85,7 +84,7 @@ TABLE: Mapping[str, Part] = {
 _PIECES = {"DTensor": "dtensor", "ShardedTensor": "sharded-tensor"}
 METADATA_CLASS = "torch.distributed.checkpoint.metadata.Metadata"
 _PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "model_parallel_size")
-# Names that say what a content may leave open. A rank's own number that is not 0 is that of one of several.
+# File names that decide where the content may not. A rank's number other than 0 shows that there are several ranks.
 _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"), "zero-optimizer"),
     (re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"), "zero-model"),
@@ -98,7 +97,8 @@ _MEGATRON_FOLDER = re.compile(r"mp_rank_\d\d+(?:_\d{3})*")
 
 
 def of_safetensors(path: str, metadata: Mapping[str, Any]) -> Part | None:
-    """A rank's safetensors. Where all pieces begin at 0, as rank 0's do, and those of a whole saved by one rank, the name decides."""
+    """The part that a safetensors file is, or None. All pieces begin at 0 in rank 0's file and in a whole saved by one rank: there the
+    file's name decides."""
     if "DCP_SHARDING_INFO" not in metadata:
         return None
     try:
@@ -110,7 +110,7 @@ def of_safetensors(path: str, metadata: Mapping[str, Any]) -> Part | None:
 
 
 def sharded(values: Iterable[Any]) -> Part | None:
-    """What the first tensor among `values` that is one rank's piece of another says of its file."""
+    """The part that a file is, by the first of its values that is a DTensor or a ShardedTensor; None without one."""
     for value in values:
         if type(value) is Inert and value.name.startswith("torch.distributed."):
             kind = _PIECES.get(value.name.rpartition(".")[2])
@@ -120,7 +120,7 @@ def sharded(values: Iterable[Any]) -> Part | None:
 
 
 def of_pickle(path: str, value: Any) -> Part | None:
-    """A training framework's file of one rank, by its top dict, then by its name."""
+    """The part that a training framework's file is, by its top dict, then by its name; None for any other file."""
     found = _deepspeed(value) or _megatron(path, value) if type(value) is PickledDict else None
     if found is None:
         name = os.path.basename(path)
@@ -164,7 +164,7 @@ def _megatron(path: str, value: PickledDict) -> str | None:
 
 
 def joined(file: OpenFile) -> bool:
-    """Whether a file that begins as a zip archive is several, one after another: the last one begins where another ended."""
+    """Whether a file that begins as a zip archive is several archives, one after another: the last begins where another ends."""
     end = file.size - 22
     if end < 22:
         return False
@@ -181,42 +181,42 @@ def joined(file: OpenFile) -> bool:
 
 
 def of_broken(file: OpenFile) -> Part | None:
-    """A zip archive that could not be read as a checkpoint, where it is a `.distcp`."""
+    """The part that a file is which could not be read as a zip archive: a `.distcp`, or None."""
     if file.size < 4 or file.read(0, 4) != b"PK\3\4":
         return None
     return TABLE["distcp"] if file.path.endswith(".distcp") or joined(file) else None
 
 
 def of_folder(names: Iterable[str]) -> Part | None:
-    """A folder in which a checkpoint lies in pieces, by the names in it."""
-    every = list(names)
-    if "zero_to_fp32.py" in every or any(pattern.fullmatch(name) for name in every for pattern, _ in _NAMES[:3]):
+    """The part that a folder of ranks' files is, by the names in it; None for any other folder."""
+    files = list(names)
+    if "zero_to_fp32.py" in files or any(pattern.fullmatch(name) for name in files for pattern, _ in _NAMES[:3]):
         return TABLE["zero-folder"]
-    return TABLE["megatron-folder"] if any(map(_MEGATRON_FOLDER.fullmatch, every)) else None
+    return TABLE["megatron-folder"] if any(map(_MEGATRON_FOLDER.fullmatch, files)) else None
 
 
 def refused(part: Part, path: str) -> PartError:
-    """The error where a whole checkpoint is needed."""
+    """The error for a part at `path` where a whole checkpoint is needed."""
     return PartError(part.reason, path=path, hint=located(part, path).hint)
 
 
 def located(part: Part, path: str) -> Part:
-    """A part as its file or folder at `path` has it: the command names the real folder where that has what the command reads."""
+    """The part with a hint for `path`: a command on its folder, where that holds what the command reads."""
     if part.kind not in _COMMANDS:
         return part
-    command, held, called = _COMMANDS[part.kind]
+    command, needed, members, _ = _COMMANDS[part.kind]
     folder = path if os.path.isdir(path) else os.path.dirname(path) or os.curdir
     try:
-        names = [name for name in os.listdir(folder) if held.fullmatch(name)]
+        names = [name for name in os.listdir(folder) if needed.fullmatch(name)]
     except OSError:
         names = []
-    if not names or not (folder == path or called.fullmatch(os.path.basename(path))):
+    if not names or not (folder == path or members.fullmatch(os.path.basename(path))):
         return part
-    before, _, after = command.partition("FOLDER")
-    if held is _ZERO[1]:
-        scripts = (os.path.join(place, "zero_to_fp32.py") for place in (folder, os.path.join(folder, os.pardir)))
+    before, _, after = command.partition("{}")
+    if needed is _ZERO[1]:
+        scripts = (os.path.join(home, "zero_to_fp32.py") for home in (folder, os.path.join(folder, os.pardir)))
         before = next((f"python {word(script)} " for script in scripts if os.path.isfile(script)), before)
-        after += "" if "latest" in names else " -t ."  # the folder is a tag's own
+        after += "" if "latest" in names else " -t ."  # the folder of one tag
     return replace(part, hint=before + word(folder) + after)
 
 

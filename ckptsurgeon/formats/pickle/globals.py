@@ -1,7 +1,7 @@
-"""The allow-list: every global that the opcode machine knows, what it makes of it, and why it is harmless.
+"""The allow-list: every global that the opcode machine knows, the value that it builds for it, and why that is harmless.
 
-This is the only table of names; whatever stands outside it becomes an `Inert` stand-in. No entry imports or calls what it
-names: each builds one of our own values from the arguments, or refuses them.
+This is the only table of names; every other global becomes an `Inert` stand-in. No entry imports or calls the global that it
+names: each builds a value of `values.py` from the arguments, or refuses them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _tensor(storage: StorageRef, dtype: DType, offset: Any, shape: Any, stride: 
 
 
 def extent(shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
-    """How many elements of its storage a tensor reaches over, 0 for an empty one. FormatError for a shape and stride that none has."""
+    """How many elements of its storage a tensor spans, 0 for an empty one. FormatError for an impossible shape and stride."""
     reach, empty, numel = 1, False, 1
     for size, step in zip(shape, stride, strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
@@ -75,7 +75,7 @@ def extent(shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
 def view(
     storage: StorageRef, dtype: DType, offset: Any, shape: tuple[int, ...], stride: tuple[int, ...], reach: int, lazy: tuple[str, ...] = ()
 ) -> TensorRef:
-    """A tensor that reaches over `reach` elements, as `extent` has them. FormatError where the storage ends before."""
+    """A tensor that spans `reach` elements of its storage (see `extent`). FormatError where the storage is shorter."""
     if type(offset) is not int or not 0 <= offset <= MAX_INT:
         raise FormatError("a tensor's offset is not a non-negative integer")
     held = storage.numel if storage.dtype is None else storage.numel * storage.dtype.size
@@ -88,18 +88,19 @@ LAZY = ("conj", "neg")
 
 
 def _lazy(metadata: Any) -> tuple[str, ...]:
-    """What torch does to a tensor only when it is used. Other names in the metadata are for other devices, and torch passes them over."""
+    """The lazy bits of a tensor: what torch does to its values when they are used. Other names in the metadata are for other devices, and
+    torch ignores them too."""
     if not metadata:
         return ()
     if type(metadata) is not PickledDict:
         raise FormatError("a tensor's metadata is no dict")
     found = tuple(name for name in LAZY if name in metadata)
-    if any(metadata[name] is not True for name in found):  # torch goes by the name alone, and writes nothing but True
+    if any(metadata[name] is not True for name in found):  # torch looks at the name alone, and only writes True
         raise FormatError("a tensor's metadata says of a lazy bit something other than True")
     return found
 
 
-# Attributes that are no attributes: setting one changes a tensor's values, those of tensors that share its memory, or what it is.
+# Setting one of these attributes changes a tensor's values, its class, or the values of tensors that share its memory.
 _REPLACING = frozenset({"data", "real", "imag", "__class__"})
 
 
@@ -131,7 +132,7 @@ def _subclass(args: tuple[Any, ...]) -> Any:
 
 
 def _with_state(tensor: Any, state: Any) -> Any:
-    """The tensor, whose attributes are no weights; FormatError where setting them gives it other values."""
+    """The tensor without the attributes in `state`, which are no weights; FormatError where setting them would change its values."""
     for attributes in state if type(state) is tuple and len(state) == 2 else (state,):  # those of its dict, and those of its slots
         if attributes and (type(attributes) is not PickledDict or not _REPLACING.isdisjoint(attributes)):
             raise FormatError("a tensor's state replaces its values")
@@ -155,7 +156,7 @@ def _dict(args: tuple[Any, ...]) -> PickledDict | Inert:
 
 
 def _counter(args: tuple[Any, ...]) -> PickledDict | Inert:
-    # Of anything but a dict a Counter counts the members: of pairs too.
+    # Counter(iterable) counts the members, also where these are pairs; Counter(dict) copies the dict.
     return _dict(args) if not args or type(args[-1]) is PickledDict else Inert("collections.Counter", args)
 
 
@@ -179,13 +180,13 @@ def _complex(args: tuple[Any, ...]) -> complex:
 
 
 def _encode(args: tuple[Any, ...]) -> Encoded:
-    # Every other codec is looked for, and imported, by its name; a codec can turn text into other text, too.
+    # Python imports any other codec by its name, and a codec need not return bytes.
     text, codec = args
     if type(text) is not str or type(codec) is not str or codec not in CODECS:
         found = f"the codec {codec[:40]!r}" if type(codec) is str else "something other than text"
         raise UnsafeError(f"the pickle encodes by {found}, where Python's pickle writes bytes by {' or '.join(CODECS)}")
     if not text.isascii():
-        text.encode(codec)  # what it can't spell is an error, as in Python
+        text.encode(codec)  # raises for text that the codec can't encode, as Python does
     return Encoded(text, codec)
 
 
@@ -216,7 +217,7 @@ def _numpy_buffer(args: tuple[Any, ...]) -> NumpyArray:
     return NumpyArray(args[2] if len(args) > 2 else ())
 
 
-# name -> (what we build, why that is harmless)
+# By name: the function that builds the value, and why that is harmless.
 ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "collections.OrderedDict": (_dict, "the state_dict itself"),
     "collections.defaultdict": (_defaultdict, "a plain dict; its factory is never called"),
@@ -244,13 +245,13 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "numpy._core.numeric._frombuffer": (_numpy_buffer, "an array; its bytes are left alone"),
     "numpy.core.numeric._frombuffer": (_numpy_buffer, "an array; its bytes are left alone"),
 }
-# Those that are classes, which NEWOBJ may create; of some, `__init__` takes what they hold, and NEWOBJ does not call it.
+# NEWOBJ may create those that are classes. It does not call `__init__`, so some of them are empty at first.
 FILLED_LATER = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict", "builtins.set"})
 CLASSES = FILLED_LATER | {
     "builtins.frozenset", "builtins.complex", "torch.nn.parameter.Parameter", "torch.Size", "torch.device", "numpy.dtype",
 }  # fmt: skip
 CODECS = ("latin1", "utf-8")
-# Named as an argument of one of the above, never built.
+# Names that are arguments of the above, and are never called.
 PLAIN_TENSORS = frozenset({"torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Buffer"})
 NAMED_ONLY = PLAIN_TENSORS | {"numpy.ndarray"}
 # Old spellings: Python 2's module names, and torch modules that moved (as torch.load itself maps them).
@@ -260,7 +261,7 @@ UNTYPED = ("UntypedStorage", "_UntypedStorage")
 
 
 def resolve(module: str, name: str) -> tuple[Any, bool]:
-    """What stands for the global `module.name`, and whether it is on the allow-list."""
+    """The value for the global `module.name`, and whether it is on the allow-list."""
     if len(module) + len(name) > (most := allowed("global-characters")):
         raise exceeded("global-characters", f"a pickle names a global of more than {most} characters", len(module) + len(name))
     module = RENAMED_MODULES.get(module, module)
@@ -276,7 +277,7 @@ def resolve(module: str, name: str) -> tuple[Any, bool]:
 
 
 def construct(function: Any, args: Any) -> Any:
-    """What a call of `function` on `args` stands for: one of our own values, or an `Inert` stand-in."""
+    """The value of a call of `function` with `args`: one of the allow-list's values, or an `Inert` stand-in."""
     if type(args) is not tuple:
         raise FormatError("a pickle calls something with arguments that are no tuple")
     if type(function) is not Global:
@@ -291,7 +292,7 @@ def construct(function: Any, args: Any) -> Any:
 
 
 def create(kind: Any, args: Any) -> Any:
-    """What NEWOBJ of the class `kind` stands for: an object made by `__new__`, without `__init__`."""
+    """The value that NEWOBJ makes of the class `kind`: an object from `__new__`, without `__init__`."""
     if type(kind) is Global and kind.name in ALLOWED and type(args) is tuple:
         if kind.name not in CLASSES:
             return Inert(kind.name, args)

@@ -1,7 +1,7 @@
 """A small, bounded machine for pickle opcodes. It imports nothing, calls nothing and knows no class.
 
-Rule: one pass over the bytes, a stack, a memo, and values of `values.py`; whatever the allow-list does not know becomes inert.
-It must never use `pickle`, and never raise anything but a CheckpointError.
+Rule: one pass over the bytes, a stack, a memo, and values of `values.py`; whatever is not on the allow-list becomes inert.
+It must never use `pickle`, and must raise only CheckpointError.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
 
 @dataclass(frozen=True)
 class Pickled:
-    """A pickle's value, where it ended, and every global that it asked for beyond the allow-list."""
+    """A pickle's value, the offset of its end, and every global that it names and that is not on the allow-list."""
 
     value: Any
     end: int
@@ -41,7 +41,7 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
     """Run the pickle that begins at `start`.
 
     `persistent` turns a persistent id into a value. Raises FormatError for what is no pickle, TruncatedPickle where the bytes end
-    too early, LimitError where it would cost too much; each lists in its `problems` what the pickle had asked for until then.
+    too early, LimitError where it would cost too much; each lists in its `problems` the globals that the pickle named before.
 
     >>> run(b"\\x80\\x02}X\\x01\\x00\\x00\\x00aK\\x01s.").value
     {'a': 1}
@@ -59,17 +59,17 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
 
 
 def _loop(m: Machine) -> Pickled:
-    """The opcodes, the most frequent first."""
+    """Run the opcodes; the most frequent are tested first."""
     data, memo, outer, stack, rare = m.data, m.memo, m.outer, m.stack, RARE
     position, frame = m.position, m.frame
     from_bytes = int.from_bytes
     steps, most = allowed("pickle-steps"), allowed("pickle-memo")
-    # Of values kept to use again only those are kept that may be asked for; of these there are few where there are very many.
+    # Of the values that a pickle puts into the memo, only those are kept that a later opcode may get: usually very few.
     asked: set[bytes] | None = None
     extents: Extents = {}
     records: Records | None = None
-    few = len(data) <= steps  # so many opcodes can't be in it, however they are read
-    # An operand is passed before it is used: where it fails, `position` then tells whether the bytes had ended.
+    few = len(data) <= steps  # it can't have more opcodes than bytes
+    # `position` is moved past an operand before the operand is used: on an error it shows whether the bytes had ended.
     try:
         for _ in range(steps):
             if position >= frame:
@@ -161,7 +161,9 @@ def _loop(m: Machine) -> Pickled:
                 m.position, m.stack = position, stack
                 handler(m)
                 position, stack, frame = m.position, m.stack, m.frame
-                if op == 0x62 and few and not m.dropped and data[position : position + 1] in (b"h", b"j"):  # BUILD, and another like it
+                if (
+                    op == 0x62 and few and not m.dropped and data[position : position + 1] in (b"h", b"j")
+                ):  # BUILD, and more records may follow
                     if records is None:
                         from ckptsurgeon.formats.pickle.records import Records
 

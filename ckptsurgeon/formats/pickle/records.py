@@ -1,8 +1,8 @@
 """Rows of plain records as Python pickles them in protocol 4, read in one step instead of some thirty opcodes each: the chunks of a
 distributed checkpoint's tensors, and where they lie.
 
-Rule: as for `tensors`. Nothing is read here that the opcodes would not read to the same value; what is spelled otherwise in the least, or
-keeps a value on its way that the pickle may ask for again, is left to the opcodes.
+Rule: as for `tensors`. The result is the value that the opcodes would give. A record that is written in any other way, or that puts a value
+into the memo which the pickle may get again, is left to the opcodes.
 """
 
 from __future__ import annotations
@@ -32,56 +32,56 @@ _SIZE = "torch.Size"
 
 
 class Records:
-    """What is known while one pickle is read: the memo's places that it may ask for again, and what was read of its spellings."""
+    """The state of reading one pickle's records: the places of the memo that it may get again, and caches of values by their bytes."""
 
     def __init__(self, m: Machine, position: int) -> None:
         self.asked = {int.from_bytes(place, "little") for place in asked_for(m.data, position)}
-        self.usable = max(m.memo, default=-1) < len(m.memo)  # each value was kept at the next place
+        self.usable = max(m.memo, default=-1) < len(m.memo)  # the memo's places were used in order
         self.gets: dict[bytes, Any] = {}
         self.sizes: dict[bytes, tuple[int, ...]] = {}
         self.names: dict[tuple[bytes, ...], list[str]] = {}
         self.kinds: dict[tuple[bytes, ...], list[str]] = {}
 
     def read(self, m: Machine, position: int, end: int, stack: list[Any]) -> int:
-        """Put the records that begin at `position` on the stack; return where they end, `position` where the opcodes must read the first.
+        """Push the records that begin at `position`; return the offset where they end: `position` where the opcodes must read the first.
 
-        `end` is that of the frame, beyond which no opcode may reach.
+        `end` is the end of the frame, which no opcode may cross.
         """
         if not self.usable:
             return position
         data = m.data
         while True:
             place = len(m.memo) + m.skipped
-            found = _CHUNK.match(data, position, end)
-            if found is not None:
-                read = self._chunk(m, found.groups(), place)
+            match = _CHUNK.match(data, position, end)
+            if match is not None:
+                read = self._chunk(m, match.groups(), place)
             else:
-                found = _PLACE.match(data, position, end)
-                read = None if found is None else self._place(m, found.groups(), place)
-            if found is None or read is None:
+                match = _PLACE.match(data, position, end)
+                read = None if match is None else self._place(m, match.groups(), place)
+            if match is None or read is None:
                 return position
             values, kept, texts, work = read
             if not self.asked.isdisjoint(range(place, place + kept)):
-                wanted = self.asked.intersection(range(place, place + kept))
-                if not wanted <= texts.keys():
+                needed = self.asked.intersection(range(place, place + kept))
+                if not needed <= texts.keys():
                     return position
-                m.memo.update((one, texts[one]) for one in sorted(wanted))
-                m.skipped -= len(wanted)
+                m.memo.update((number, texts[number]) for number in sorted(needed))
+                m.skipped -= len(needed)
             m.spend(work)
             m.skipped += kept
             stack += values
-            position = found.end()
+            position = match.end()
 
     def _chunk(self, m: Machine, groups: tuple[bytes, ...], _place: int) -> tuple[tuple[Any, ...], int, dict[int, str], int] | None:
-        kind, first, *one, second = groups[:5]
-        other = groups[5:]
+        kind, first, *first_sizes, second = groups[:5]
+        second_sizes = groups[5:]
         names = self._names(m, (first, second))
         kinds = self._kinds(m, (kind,))
-        sizes = self._sizes(m, *one), self._sizes(m, *other)
+        sizes = self._sizes(m, *first_sizes), self._sizes(m, *second_sizes)
         if names is None or kinds is None or None in sizes:
             return None
-        made = Inert(kinds[0], (), PickledDict(zip(names, sizes, strict=True)))
-        return (made,), 2 + sum(3 if size else 2 for size in sizes), {}, sum(len(size or ()) + 1 for size in sizes)
+        record = Inert(kinds[0], (), PickledDict(zip(names, sizes, strict=True)))
+        return (record,), 2 + sum(3 if size else 2 for size in sizes), {}, sum(len(size or ()) + 1 for size in sizes)
 
     def _place(self, m: Machine, groups: tuple[bytes, ...], place: int) -> tuple[tuple[Any, ...], int, dict[int, str], int] | None:
         kind, a, key, b, index, c, function, spelled, other, d, file, e, offset, f, length = groups
@@ -107,17 +107,17 @@ class Records:
     def _names(self, m: Machine, spelled: tuple[bytes, ...]) -> list[str] | None:
         known = self.names.get(spelled)
         if known is None:
-            names = [self._value(m, one) for one in spelled]
+            names = [self._value(m, get) for get in spelled]
             if set(map(type, names)) != {str} or len(set(names)) < len(names):
                 return None
             known = self.names[spelled] = names
         return known
 
     def _kinds(self, m: Machine, spelled: tuple[bytes, ...]) -> list[str] | None:
-        """The names of classes that are stood in for."""
+        """The names of classes that are not on the allow-list; None where one is, or is no class."""
         known = self.kinds.get(spelled)
         if known is None:
-            kinds = [self._value(m, one) for one in spelled]
+            kinds = [self._value(m, get) for get in spelled]
             if not all(type(kind) is Global and kind.name not in ALLOWED for kind in kinds):
                 return None
             known = self.kinds[spelled] = [kind.name for kind in kinds]
@@ -133,8 +133,8 @@ class Records:
         return text
 
     def _sizes(self, m: Machine, function: bytes, spelled: bytes) -> tuple[int, ...] | None:
-        made = self._value(m, function)
-        if type(made) is not Global or made.name != _SIZE:
+        called = self._value(m, function)
+        if type(called) is not Global or called.name != _SIZE:
             return None
         known = self.sizes.get(spelled)
         if known is None:

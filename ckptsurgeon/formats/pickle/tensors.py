@@ -1,7 +1,7 @@
 """Tensors as torch has always written them (protocol 2, `_rebuild_tensor_v2`), read in one step instead of some thirty opcodes each.
 
-Rule: nothing is read here that the opcodes would not read to the same value. What is spelled otherwise in the least, or keeps a value on
-its way that the pickle may ask for again, is left to the opcodes.
+Rule: the result is the value that the opcodes would give. A tensor that is written in any other way, or that puts a value into the memo
+which the pickle may get again, is left to the opcodes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _NEXT = re.compile(rb"r(....)h(.)(?=\(\()", re.DOTALL)  # after a tensor's key: 
 _EACH = re.compile(_NUMBER, re.DOTALL)
 _ASKED = re.compile(rb"j(?=(....))", re.DOTALL)
 _ASKED_LINE = re.compile(rb"g(?=([0-9]{1,19})\n)")
-_SMALL = frozenset(place.to_bytes(4, "little") for place in range(256))  # what BINGET can ask for
+_SMALL = frozenset(place.to_bytes(4, "little") for place in range(256))  # the places that BINGET can name
 
 
 def asked_for(data: bytes, start: int) -> set[bytes]:
-    """The memo's places that the pickle may ask for from `start` on, as LONG_BINPUT writes them: those of every GET, and a few by chance.
+    """The places of the memo that the pickle may get from `start` on, as LONG_BINPUT writes them: those of every GET, and a few by chance.
 
     >>> sorted(asked_for(b"j" + bytes([1, 2, 0, 0]) + b"g300" + bytes([10]), 0) - _SMALL)
     [b'\\x01\\x02\\x00\\x00', b',\\x01\\x00\\x00']
@@ -40,28 +40,30 @@ def asked_for(data: bytes, start: int) -> set[bytes]:
     return {*_SMALL, *_ASKED.findall(data, start), *(place.to_bytes(4, "little") for place in lines if place < 1 << 32)}
 
 
-Extents = dict[tuple[bytes, bytes], tuple[tuple[int, ...], tuple[int, ...], int]]  # shape, stride and `extent` by how they are spelled
+Extents = dict[
+    tuple[bytes, bytes], tuple[tuple[int, ...], tuple[int, ...], int]
+]  # shape, stride and `extent`, by their bytes in the pickle
 
 
 def tensors(m: Machine, position: int, stack: list[Any], asked: set[bytes], extents: Extents) -> int | None:
-    """Put the tensor whose arguments begin at `position` in the place of its function, on top of `stack`, and after it each key and tensor
-    that follow; return where they end. None where the opcodes must read even the first.
+    """Replace the function on top of `stack` by the tensor whose arguments begin at `position`, and push each key and tensor that follow;
+    return the offset where they end. None where the opcodes must read even the first.
 
-    `extents` keeps what was read of shapes and strides.
+    `extents` caches shapes and strides that were read.
     """
     function = stack[-1]
     if type(function) is not Global or function.name != "torch._utils._rebuild_tensor_v2":
         return None
     data, memo, persistent, match, following = m.data, m.memo, m.persistent, _TENSOR.match, _NEXT.match
-    storages: dict[bytes, Any] = {}  # by how they are spelled, where that keeps nothing; a memo's place is not written to here
+    storages: dict[bytes, Any] = {}  # by their bytes in the pickle, where these write nothing to the memo
     end, key = None, None
     while (found := match(data, position)) is not None:
         (spelled, word, kind, short, long, length, digits, digits_put, place, numel, put, offset, shape, shape_put, stride, stride_put,
          hooks, hooks_put, args_put) = found.groups()  # fmt: skip
         if not asked.isdisjoint((put, shape_put, stride_put, hooks_put, args_put, digits_put)):
             break
-        made = memo.get(hooks[0])
-        if type(made) is not Global or made.name != "collections.OrderedDict":
+        ordered_dict = memo.get(hooks[0])
+        if type(ordered_dict) is not Global or ordered_dict.name != "collections.OrderedDict":
             break
         dims, steps, reach = extents.get((shape, stride)) or (_sizes(shape), _sizes(stride), None)
         if not dims or not steps:
@@ -112,7 +114,7 @@ def _number(raw: bytes) -> int:
 
 
 def _sizes(raw: bytes) -> tuple[int, ...]:
-    """The numbers of a tuple; none where it is no whole tuple of them."""
-    numbers = tuple([_number(one) for one in _EACH.findall(raw[raw[:1] == b"(" : -1])])
+    """The numbers of a tuple; an empty tuple where the bytes are not a whole tuple of numbers."""
+    numbers = tuple([_number(number) for number in _EACH.findall(raw[raw[:1] == b"(" : -1])])
     end = b"t" if raw[:1] == b"(" else bytes([0x84 + len(numbers)])
     return numbers if raw[-1:] == end else ()

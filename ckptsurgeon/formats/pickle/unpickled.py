@@ -1,7 +1,7 @@
-"""From a pickle's value to the state_dicts in it: every dict that holds tensors is a root, everything else stands beside.
+"""Finds the state_dicts in a pickle's value: every dict that holds tensors is a root, and all other values are listed as `beside`.
 
-Rule: walk containers only (dicts, lists, tuples of the allow-list), each once, never a stand-in; every value ends in exactly one
-of: a root's tensors, a root's entries, beside.
+Rule: only containers (dicts, lists, tuples of the allow-list) are walked, each once. Every value ends in exactly one of: a root's tensors,
+a root's entries, `beside`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its si
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A file's pickle of `nbytes` bytes as the opcode machine has it, before anything is looked for in it; every storage was held
-    against the file."""
+    """The value of a file's pickle of `nbytes` bytes, as the opcode machine made it; every storage was checked against the file."""
 
     value: Any
     globals: tuple[str, ...]
@@ -38,15 +37,15 @@ class Unpacked:
 
 @dataclass
 class Claims:
-    """What the tensors of a file come to, `nbytes`, and the bytes of the storages that they are in; by shape and stride, how many elements
-    a tensor has and how many it reaches over."""
+    """The sum of the bytes of a file's tensors, `nbytes`, and the bytes of each storage that they use. `extents` caches by shape and
+    stride how many elements a tensor has and how many it spans."""
 
     nbytes: int = 0
     stored: dict[str, int] = field(default_factory=dict)
     extents: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = field(default_factory=dict)
 
     def check(self, path: str) -> None:
-        """LimitError where the tensors come to far more than is stored: each alone may be within its bound, and all together not."""
+        """LimitError where the tensors together have far more bytes than are stored, even if each alone is within its limit."""
         stored = sum(self.stored.values())
         beyond, most = self.nbytes - stored, allowed("claimed-bytes", stored)
         if beyond > most:
@@ -56,17 +55,17 @@ class Claims:
 
 @dataclass(frozen=True)
 class Tree:
-    """The state_dicts found in a pickle, by dotted place what stands beside them, and why they are not whole, where they are not."""
+    """The state_dicts of a pickle, the dotted paths of its other values, and, where the file is one rank's part, which."""
 
     state_dicts: tuple[StateDict, ...]
     beside: tuple[str, ...]
     part: Part | None = None
 
 
-def collect(path: str, found: Unpacked) -> Tree:
-    """Find every state_dict in a pickle. FormatError or UnsafeError, with what the pickle asked for, when there is none."""
-    value, locate = found.value, found.locate
-    deepest, budget = allowed("nesting"), Budget(path, found.nbytes)
+def collect(path: str, unpacked: Unpacked) -> Tree:
+    """Find every state_dict in a pickle. FormatError or UnsafeError, with the globals that the pickle names, when there is none."""
+    top, locate = unpacked.value, unpacked.locate
+    deepest, budget = allowed("nesting"), Budget(path, unpacked.nbytes)
     roots: list[StateDict] = []
     beside: list[str] = []
     arrays = 0
@@ -74,7 +73,7 @@ def collect(path: str, found: Unpacked) -> Tree:
     known: Known = {}
     claims = Claims()
     part: Part | None = None
-    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    waiting: list[tuple[str, Any, int]] = [("", top, 0)]
     while waiting:
         place, node, depth = waiting.pop()
         if depth > deepest:
@@ -86,11 +85,11 @@ def collect(path: str, found: Unpacked) -> Tree:
         children = list(node.values()) if type(node) is PickledDict else node if _is_container(node) else ()
         types = list(map(type, children))
         kinds = set(types)
-        holds = not kinds.isdisjoint(_CONTAINERS)
-        if holds:
+        has_containers = not kinds.isdisjoint(_CONTAINERS)
+        if has_containers:
             budget.spend("containers", sum(map(types.count, _CONTAINERS)), "has more than {} dicts, lists and tuples")
         if not kinds or (type(node) is not PickledDict and kinds <= _PLAIN):
-            beside.append(place)  # empty, or a list of plain values: one thing
+            beside.append(place)  # empty, or a list of plain values: listed as one value
             continue
         budget.spend("name-characters", (len(children) + 1) * (len(place) + 1), NAMES)
         names = _names(path, place, node)
@@ -112,15 +111,15 @@ def collect(path: str, found: Unpacked) -> Tree:
             for name, child in zip(names, children, strict=True)
             if not (is_root and type(child) is TensorRef) and name not in taken
         ]
-        beside += [_join(place, name) for name, child in items if not (holds and _is_container(child))]
-        if holds:
+        beside += [_join(place, name) for name, child in items if not (has_containers and _is_container(child))]
+        if has_containers:
             waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
     if len({root.root for root in roots}) != len(roots):
         raise FormatError("has two nested dicts of one name", path=path)
-    part = part or parts.of_pickle(path, value)
+    part = part or parts.of_pickle(path, top)
     if not roots:
-        error = parts.refused(part, path) if part is not None else _nothing(path, value, arrays)
-        name_globals(error, found.globals)
+        error = parts.refused(part, path) if part is not None else _nothing(path, top, arrays)
+        name_globals(error, unpacked.globals)
         raise error
     claims.check(path)
     return Tree(tuple(roots), tuple(beside), part)
@@ -139,25 +138,25 @@ def _state_dict(
             entries[name] = plain(child, known)
         elif type(child) in (Inert, NumpyArray):
             entries[name] = refused.setdefault(id(child), Refused(refusal(child)))
-    metadata = getattr(node, "state", None)
-    found = metadata.get("_metadata") if isinstance(metadata, dict) else None
-    return StateDict(place, tensors, entries, _module_metadata(found))
+    state = getattr(node, "state", None)
+    versions = state.get("_metadata") if isinstance(state, dict) else None
+    return StateDict(place, tensors, entries, _module_metadata(versions))
 
 
-def _module_metadata(found: Any) -> Mapping[str, Any]:
-    """torch's `_metadata`, as plain values; what is not plain in it is left out, as it can't matter to a load."""
-    if not isinstance(found, dict):
+def _module_metadata(metadata: Any) -> Mapping[str, Any]:
+    """torch's `_metadata` as plain values; other values in it are left out, since loading does not use them."""
+    if not isinstance(metadata, dict):
         return NOTHING
-    locals_ = {id(local): local for local in found.values() if isinstance(local, dict)}  # a shared one is told once
+    locals_ = {id(local): local for local in metadata.values() if isinstance(local, dict)}  # a shared dict is copied once
     plain_locals = {
         key: {name: value for name, value in local.items() if type(name) is str and type(value) in (int, str, bool, float, type(None))}
         for key, local in locals_.items()
     }
-    return {path: plain_locals[id(local)] for path, local in found.items() if type(path) is str and isinstance(local, dict)}
+    return {path: plain_locals[id(local)] for path, local in metadata.items() if type(path) is str and isinstance(local, dict)}
 
 
 def written_out(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """torch's `_metadata`, where it may be written out: what is one shared dict in a pickle then stands there once for each path."""
+    """torch's `_metadata`; LimitError where it is too large to write: a dict that paths share in a pickle is written once for each path."""
     entries, most = sum(len(local) for local in metadata.values()), allowed("metadata-entries")
     if entries > most:
         raise exceeded("metadata-entries", f"has a _metadata of {entries:,} entries, above the limit of {most:,}", entries)
@@ -190,7 +189,7 @@ def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _refuse_unresolvable(path: str, name: str, ref: TensorRef) -> None:
-    """Raises FormatError for lazy bits that torch can't carry out, or never sets, on a dtype."""
+    """Raises FormatError for lazy bits that torch can't compute, or never sets, for a dtype."""
     kinds = ("complex",) if "conj" in ref.lazy else ("complex", "float")
     if ref.dtype.kind not in kinds or ref.dtype.size == 1 or (ref.dtype.code == "C32" and len(ref.lazy) == 2):
         words = " and ".join({"conj": "conjugated", "neg": "negated"}[bit] for bit in ref.lazy)
@@ -200,7 +199,7 @@ def _refuse_unresolvable(path: str, name: str, ref: TensorRef) -> None:
 def plain(value: Any, known: Known | None = None) -> Any:
     """An `_extra_state` as plain Python values, or `Refused` with the reason why it can't be carried.
 
-    `known` is shared by all values of one pickle: what they share is told once, though its size counts each time.
+    `known` is shared by all values of one pickle: a value that they share is converted once, though its size counts each time.
     """
     return _plain(value, {} if known is None else known, 0)[0]
 
@@ -210,12 +209,12 @@ def _plain(value: Any, known: Known, depth: int) -> tuple[Any, int]:
         return value, len(value) if type(value) in (str, bytes) else 8
     if id(value) not in known:
         known[id(value)] = Refused("an _extra_state that contains itself"), 0
-        known[id(value)] = _told(value, known, depth)
+        known[id(value)] = _converted(value, known, depth)
     return known[id(value)]
 
 
-def _told(value: Any, known: Known, depth: int) -> tuple[Any, int]:
-    """`value` as plain values and the bytes that it takes when written."""
+def _converted(value: Any, known: Known, depth: int) -> tuple[Any, int]:
+    """`value` as plain values, and how many bytes it takes when written."""
     if depth > 32:
         return Refused("an _extra_state nested more than 32 deep"), 0
     kind = type(value)
@@ -251,7 +250,7 @@ _WORDS = {
 
 
 def refusal(value: Any) -> str:
-    """What a value is that can't be carried, in words."""
+    """What a value is that can't be carried, in a few words."""
     if type(value) is NumpyArray:
         return "a NumPy array, not a tensor"
     if type(value) in (Inert, Global):
@@ -288,9 +287,9 @@ def _names(path: str, place: str, node: Any) -> list[str]:
     if type(node) is not PickledDict:
         return list(map(str, range(len(node))))
     names = [key if type(key) is str else key_text(key) for key in node]
-    if set(map(type, node)) != {str}:  # texts are all different
+    if set(map(type, node)) != {str}:  # text keys of a dict all differ
         if len(set(names)) != len(names):
-            # A number to the name of each key that is neither text nor a number: such names only tell a kind.
+            # The names of keys that are neither text nor numbers only tell their type: the index makes them different.
             names = [name if type(key) in SCALARS else f"{name}#{index}" for index, (key, name) in enumerate(zip(node, names, strict=True))]
         if len(set(names)) != len(names):
             raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
@@ -304,7 +303,7 @@ def _names(path: str, place: str, node: Any) -> list[str]:
 
 
 def _nothing(path: str, value: Any, arrays: int) -> CheckpointError:
-    """Why there is no state_dict in this file, and what to do."""
+    """The error that says why a file has no state_dict, with a hint."""
     children = list(value.values()) if isinstance(value, dict) else []
     whole = value if type(value) is Inert else next(filter(_is_module, children), None)
     if whole is not None:

@@ -1,6 +1,6 @@
-"""What the opcode machine makes of a pickle: plain Python values, and inert stand-ins for everything else.
+"""The values that the opcode machine makes from a pickle: plain Python values, and inert stand-ins for everything else.
 
-None of these does anything: a stand-in only has a name, and whatever the pickle put into it.
+A stand-in has no behaviour: it only has a name, and the values that the pickle gave it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ckptsurgeon.dtypes import DType
 
 
 class PickledDict(dict[Any, Any]):
-    """A dict, or a dict subclass of the allow-list; `state` is what a BUILD gave it (torch puts `_metadata` there)."""
+    """A dict, or a dict subclass of the allow-list; `state` is the state that a BUILD opcode set (torch keeps `_metadata` there)."""
 
     __slots__ = ("state",)
     state: Any
@@ -20,7 +20,7 @@ class PickledDict(dict[Any, Any]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """A name that the pickle asked for; never imported."""
+    """A global that the pickle names; it is never imported."""
 
     name: str
 
@@ -34,7 +34,7 @@ class StorageClass:
 
 @dataclass(slots=True, eq=False)
 class Inert:
-    """Stands for an object of a class, or the result of a call, beyond the allow-list."""
+    """A stand-in for an object, or the result of a call, of a global that is not on the allow-list."""
 
     name: str
     args: Any = ()
@@ -59,7 +59,7 @@ class StorageRef:
 class TensorRef:
     """A tensor: a storage, an offset into it (in elements of `dtype`), shape and stride (in elements).
 
-    `lazy` is as in `Span`. A `parameter` is a tensor that takes other attributes than a plain one does.
+    `lazy` is as in `Span`. `parameter` marks a Parameter, whose state may set other attributes than a plain tensor's.
     """
 
     storage: StorageRef
@@ -73,7 +73,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """A plain value that no state_dict needs and that has no spelling among ours: a device, a memory layout, a set."""
+    """A plain value that no state_dict needs and that is not read further: a device, a memory layout, a set."""
 
     what: str
 
@@ -88,21 +88,21 @@ class NumpyDType:
 
 @dataclass(slots=True, eq=False)
 class NumpyArray:
-    """A NumPy array; its bytes are left where they are."""
+    """A NumPy array; its bytes are not read."""
 
     shape: Any = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TupleKey:
-    """A dict's key that is a tuple, kept as text: hashed by identity, as tuples of chosen integers can make a dict very slow."""
+    """A dict key that is a tuple, kept as text. It is hashed by identity, since tuples of chosen integers can make a dict very slow."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Bytes that a protocol-2 pickle spells as text and a codec, which can spell it."""
+    """Bytes that a protocol-2 pickle writes as text and a codec; the codec can encode the text."""
 
     text: str
     codec: str

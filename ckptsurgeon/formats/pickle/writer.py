@@ -28,9 +28,9 @@ def state_dict_pickle(
     order: Sequence[str],
     around: Any = WEIGHTS,
 ) -> bytes:
-    """An OrderedDict of tensors (and other plain `entries`) in the given order of keys, with torch's `_metadata`.
+    """The pickle of an OrderedDict of tensors (and other plain `entries`), its keys in `order`, with torch's `_metadata`.
 
-    `around` is the value that is written: the OrderedDict alone, or a training checkpoint in which `Stored` stand for it and for tensors.
+    `around` is the value that is written: the OrderedDict alone, or a training checkpoint in which `Stored` mark it and tensors.
     Raises OutputError, by key, for an entry that is not a plain value.
     """
     by_name = {tensor.name: tensor for tensor in tensors}

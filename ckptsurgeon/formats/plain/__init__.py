@@ -1,1 +1,1 @@
-"""Containers that hold tensors and text alone: no pickle, nothing that could be run."""
+"""Formats that hold only tensors and text: no pickle, no code."""

@@ -27,7 +27,7 @@ _LONGEST = 10_000  # bytes of a header that NumPy reads
 _LENGTH = {1: 2, 2: 4, 3: 4}  # by the format's version: the bytes that give the header's length
 _MOST_DIMS = 64  # as NumPy has it
 
-# By NumPy's letter and size, of which the byte order is left out.
+# By NumPy's dtype text without its byte order.
 _DTYPES = {
     "b1": "BOOL",
     "i1": "I8",
@@ -52,7 +52,7 @@ _OTHERS = {
     "M": "an array of times",
     "m": "an array of times",
 }
-# The header is a dict as Python writes it. Of a list (the fields of records) only that it is one is read.
+# The header is a dict as Python writes it. A list (the fields of records) is matched and not read.
 _HEADER = re.compile(r"\s*\{(?P<pairs>.*)\}\s*", re.DOTALL)
 _NUMBER = r"\s*+(?:0|[1-9][0-9]{0,18})L?\s*+"  # with the L of Python 2
 _PAIR = re.compile(
@@ -87,14 +87,14 @@ def read(file: OpenFile) -> Archive:
         raw = _raw_header(file, name, entry)
         digest.update(raw)
         header = _parsed(file, key, raw)
-        found = _tensor(file, name, entry, header)
-        if isinstance(found, Refused):
-            refused[key] = found
+        array = _tensor(file, name, entry, header)
+        if isinstance(array, Refused):
+            refused[key] = array
         else:
-            tensors[key] = found
+            tensors[key] = array
     if not tensors:
-        key, found = next(iter(refused.items()))
-        raise FormatError(f"holds no tensors: {key} is {found.reason}", path=file.path, hint="give the file that has the weights")
+        key, array = next(iter(refused.items()))
+        raise FormatError(f"holds no tensors: {key} is {array.reason}", path=file.path, hint="give the file that has the weights")
     return Archive(
         path=file.path,
         format="npz",
@@ -105,7 +105,7 @@ def read(file: OpenFile) -> Archive:
 
 
 def _check(file: OpenFile, entries: dict[str, Entry]) -> None:
-    """Raises FormatError for a zip archive of something else, LimitError for one of too much."""
+    """Raises FormatError for a zip archive that holds anything but arrays, LimitError for one that is too large."""
     for name in entries:
         if not name.endswith(_END):
             raise FormatError(f"is a zip archive of arrays with the entry {name!r}, which is none", path=file.path, hint="do not trust it")
@@ -151,7 +151,7 @@ def _first(file: OpenFile, name: str, entry: Entry, count: int) -> bytes:
 
 
 def _parsed(file: OpenFile, key: str, raw: bytes) -> _Header:
-    """A header's three values, whatever their order. FormatError for one that NumPy could read in another way, or not at all."""
+    """The three values of a header, in any order. FormatError for a header that NumPy could read differently, or not at all."""
     text = raw[8 + _LENGTH[raw[6]] :].decode("utf-8" if raw[6] == 3 else "latin-1", errors="replace")
     whole = _HEADER.fullmatch(text)
     pairs = whole["pairs"] if whole is not None else ""

@@ -58,13 +58,13 @@ _TEXT = {code: code for code in SAFETENSORS_RANK if BY_CODE[code].safetensors}  
 
 
 class _Row(tuple[str, tuple[int, ...], int, int]):
-    """What a header says of a tensor, where that is well formed: dtype, shape, first byte and the one after the last."""
+    """A well-formed entry of the header: dtype, shape, offset of the first byte and of the byte after the last."""
 
     __slots__ = ()
 
 
 def _row(pairs: list[tuple[str, Any]]) -> _Row | None:
-    """A header's object as a row, a tenth of the size; None for any other, of which `_tensors` says what is wrong."""
+    """An object of the header as a row, which takes a tenth of the memory; None for a malformed one, which `_tensors` refuses."""
     if len(pairs) != 3:
         return None
     info = dict(pairs)
@@ -82,7 +82,9 @@ def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, Ten
     path, size = file.path, file.size - data
     if len(header) > (most := allowed("tensors")):
         raise exceeded("tensors", f"has {len(header):,} tensors, above the limit of {most:,}", len(header), path=path)
-    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}  # with strides and elements: many are alike
+    shapes: dict[
+        tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], int]
+    ] = {}  # with strides and numbers of elements: many tensors have the same shape
     ordered, position = True, 0
     for name, info in header.items():
         if type(info) is not _Row:
@@ -108,7 +110,7 @@ def _tensors(file: OpenFile, header: dict[str, Any], data: int) -> dict[str, Ten
 
 
 def _position(path: str, tensors: Mapping[str, TensorMeta], data: int) -> int:
-    """Where the last tensor ends, of tensors that stand in another order than their data. FormatError for a gap or an overlap."""
+    """The end of the last tensor's data, where the header lists tensors in another order. FormatError for a gap or an overlap."""
     position = data
     for start, nbytes, name in sorted((meta.span.offset, meta.span.nbytes, name) for name, meta in tensors.items() if meta.span):
         if start != position:
@@ -118,7 +120,7 @@ def _position(path: str, tensors: Mapping[str, TensorMeta], data: int) -> int:
 
 
 def _malformed(path: str, name: str, info: Any) -> FormatError:
-    """What is wrong with an entry of the header."""
+    """The error for a malformed entry of the header."""
     reason = "has data_offsets that are not two non-negative integers"
     if type(info) is not dict or info.keys() != _FIELDS:
         reason = "has an entry with other fields than dtype, shape and data_offsets"
@@ -141,7 +143,7 @@ def layout_of(contents: Contents) -> Layout:
 
 
 def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout:
-    """Where everything goes in a new file; every tensor, tied or not, has bytes of its own.
+    """The layout of a new file; every tensor, tied or not, has bytes of its own.
 
     Raises OutputError, by key, for a dtype that the format does not have.
     """

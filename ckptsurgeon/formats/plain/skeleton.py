@@ -1,6 +1,6 @@
-"""A skeleton as JSON: a model's names, dtypes, shapes, ties and `_metadata`, without data; so that a gate needs no torch.
+"""A skeleton as JSON: a model's names, dtypes, shapes, ties and `_metadata`, without data, so that `check --against` needs no torch.
 
-It is data for other programs too: `{"version": 1, "kind": "skeleton", "tensors": [{"name", "dtype", "shape"}…], …}`.
+Other programs may read it too: `{"version": 1, "kind": "skeleton", "tensors": [{"name", "dtype", "shape"}…], …}`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, cont
 VERSION = 1
 KIND = "skeleton"
 _OTHER = ("is JSON, not a skeleton", "make one of your model with `ckptsurgeon skeleton model:Net -o net.json`")
-# What other JSON lies beside checkpoints: the names that tell it, what it is, and what to do.
+# Other JSON files that lie next to checkpoints: the names that they have, what they are, and a hint.
 _OTHERS: tuple[tuple[frozenset[str], str, str], ...] = (
     (frozenset({"sources", "target", "steps"}), "is a plan, not a checkpoint", "follow it: ckptsurgeon apply {path} -o out.pt"),
     (frozenset({"weight_map"}), "is an index of shards, not a skeleton", _OTHER[1]),

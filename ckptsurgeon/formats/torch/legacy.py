@@ -1,7 +1,7 @@
-"""The format that torch wrote before 1.6, and still writes on request: five pickles, then the storages one after another.
+"""The format that torch wrote before 1.6, and still writes if told to: five pickles, then the storages one after another.
 
 Reads the pickles and each storage's length, never its data. Format as in torch `serialization.py` (`_legacy_save`, `_legacy_load`).
-A plain `pickle.dump` file begins the same way and is named here.
+A plain `pickle.dump` file begins the same way; the error says so.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _TENSOR_BYTES = "torch.storage._load_from_bytes"  # what pickle.dump makes of a 
 
 
 def read(file: OpenFile) -> Archive:
-    """Read the header of a legacy torch file; FormatError that says what it is when it is another pickle."""
+    """Read the header of a legacy torch file; for another pickle the FormatError says what it is."""
     return _widening(file, _archive)
 
 
 def unpack(file: OpenFile) -> Unpacked:
-    """The whole pickle of a legacy torch file, with what else it holds than state_dicts."""
+    """The whole pickle of a legacy torch file, with all that it holds."""
     return _widening(file, lambda file, data: _read(file, data)[0])
 
 
 def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
-    """What `reading` makes of the file's beginning, of which it gets more for as long as it is too little."""
+    """The result of `reading` on the file's beginning. While that is too short, it is called again with more."""
     window = min(_FIRST_WINDOW, file.size, allowed("pickle-bytes"))
     while True:
         try:
@@ -48,7 +48,7 @@ def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
         except TruncatedPickle as error:
             if window == file.size:
                 truncated = file.truncated(file.size + 1)
-                name_globals(truncated, error.globals)  # what it had asked for until then
+                name_globals(truncated, error.globals)  # those that it named before
                 raise truncated from error
             most = allowed("pickle-bytes")
             if window >= most:
@@ -94,18 +94,18 @@ def _read(file: OpenFile, data: bytes) -> tuple[Unpacked, bytes]:
         offset = offsets.get(storage.key)
         if offset is None:
             raise FormatError(f"never fills its storage {storage.key!r}")
-        held = storages[storage.key]
-        return Span(file.path, offset, held.numel * _item(held), storage.key)
+        whole = storages[storage.key]
+        return Span(file.path, offset, whole.numel * _item(whole), storage.key)
 
-    # Any of the five could ask for something: torch.load without `weights_only` runs them all.
+    # Each of the five pickles may name globals: torch.load without `weights_only` runs them all.
     asked = tuple(dict.fromkeys(name for part in (first, protocol, system, body, keys) for name in part.globals))
-    # The lengths stand between the data; they and the pickles are the header.
+    # The pickles, and the lengths that stand between the data, are the header.
     header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
     return Unpacked(body.value, asked, locate, body.end - system.end), header
 
 
 def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
-    views: dict[str, tuple[str, int, int]] = {}  # by a view's own key: the storage, where it begins in it, and its length
+    views: dict[str, tuple[str, int, int]] = {}  # by a view's own key: the storage's key, the view's offset in it, and its length
 
     def load(identity: Any) -> Any:
         if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":

@@ -24,37 +24,37 @@ from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
-# What torch looks for by name, beside the storages.
+# The records that torch reads by name, besides the storages.
 _RECORDS = frozenset({"data.pkl", "byteorder", "version", "constants.pkl"})
 _RECORDS |= {".data/version", ".data/serialization_id", ".format_version", ".storage_alignment"}
 
 
 def read(file: OpenFile) -> Archive:
     """Read the header of a torch zip file."""
-    found = _read(file)
-    tree = collect(file.path, found.unpacked)
+    header = _read(file)
+    tree = collect(file.path, header.unpacked)
     return Archive(
         path=file.path,
         format="torch-zip",
-        fingerprint=found.fingerprint,
+        fingerprint=header.fingerprint,
         files=(file.stamp,),
         state_dicts=tree.state_dicts,
-        globals=found.unpacked.globals,
-        provenance=found.provenance,
+        globals=header.unpacked.globals,
+        provenance=header.provenance,
         beside=tree.beside,
         part=tree.part,
-        notes=found.notes,
+        notes=header.notes,
     )
 
 
 def unpack(file: OpenFile) -> Unpacked:
-    """The whole pickle of a torch zip file, with what else it holds than state_dicts."""
+    """The whole pickle of a torch zip file, with all that it holds."""
     return _read(file).unpacked
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What is read of a file; its entries and the storages' own values, of which there may be a million, are let go."""
+    """The result of reading a file, without its entries and storages, of which there may be a million."""
 
     unpacked: Unpacked
     fingerprint: str
@@ -94,7 +94,7 @@ def _read(file: OpenFile) -> _Read:
         if pickled.end != len(pickle):
             raise FormatError("has bytes after its pickle")
         nbytes, notes = len(pickle), _notes(data, entries, len(others), storages)
-        del pickle  # as with the names of entries below, there is no room for it where there are a million
+        del pickle  # freed, as the entries below are, since a million of them take much memory
         spans = {key: _whole(file.path, storage, entries.pop(f"{data}{key}", None)) for key, storage in storages.items()}
     except TruncatedPickle as error:
         hint = "copy or download it again"
@@ -133,17 +133,17 @@ def _no_checkpoint(file: OpenFile) -> FormatError:
 
 
 def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> tuple[str, dict[str, Entry]]:
-    """What the names of the storages' records begin with, and all other entries by their names in the archive's one folder."""
+    """The prefix of the names of the storages' records, and all other entries by their names within the archive's one folder."""
     folder = next(iter(entries), "").partition("/")[0] + "/"
     data = f"{folder}data/"
     others = [name for name in entries if not name.startswith(data)]
     if not entries or not all(name.startswith(folder) for name in others):
         raise _no_checkpoint(file)
-    found = {name[len(folder) :]: entries[name] for name in others}
-    for name in found:
-        if name not in _RECORDS and name.lower() in _RECORDS:  # torch finds it, where others see none
+    by_name = {name[len(folder) :]: entries[name] for name in others}
+    for name in by_name:
+        if name not in _RECORDS and name.lower() in _RECORDS:  # torch ignores case in names, and other readers don't
             raise FormatError(f"has the entry {name!r}, where torch writes {name.lower()!r}", path=file.path, hint="do not trust it")
-    return data, found
+    return data, by_name
 
 
 def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
@@ -161,7 +161,7 @@ def _storage(identity: Any, storages: dict[str, StorageRef]) -> StorageRef:
 
 
 def _whole(path: str, storage: StorageRef, entry: Entry | None) -> Span:
-    """The span of a storage, whose record is as long as the pickle says."""
+    """The span of a storage; FormatError where its record is missing or has another length than the pickle says."""
     nbytes = storage.numel * (1 if storage.dtype is None else storage.dtype.size)
     if entry is None:
         raise FormatError(f"lacks the record of its storage {storage.key!r}")

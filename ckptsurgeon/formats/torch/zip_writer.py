@@ -1,6 +1,6 @@
 """Lays out a torch zip file as torch itself does: stored records, 64-byte alignment, CRCs in descriptors after the data.
 
-It decides places only; the bytes of tensors are copied by `streaming`. The archive's folder and dates are fixed, so that the same
+It only computes offsets; `streaming` copies the tensors' bytes. The archive's folder and dates are fixed, so that the same
 state_dict gives the same bytes. `.format_version` is left out on purpose: it would let readers compute offsets instead of reading them.
 """
 
@@ -28,7 +28,7 @@ class _Record:
     header: int
     data: int
     size: int
-    crc: int | None  # None: a slot's, known when its data is
+    crc: int | None  # None for a slot's, which is known once its data is written
 
     @property
     def wide(self) -> bool:
@@ -49,9 +49,9 @@ def lay_out(
     provenance: bytes | None,
     around: Any = WEIGHTS,
 ) -> Layout:
-    """Where everything goes in a new torch zip file; tied tensors (one `storage` number) share a record.
+    """The layout of a new torch zip file; tied tensors (one `storage` number) share a record.
 
-    `around` is the value in which the state_dict stands, as for `state_dict_pickle`.
+    `around` is the value that contains the state_dict, as for `state_dict_pickle`.
     """
     storage_keys: dict[int, str] = {}
     first: list[int] = []
@@ -84,8 +84,8 @@ def lay_out(
         position = data + size + len(_descriptor(record, 0))
 
     def tail(checksums: Sequence[int]) -> tuple[Chunk, ...]:
-        found = iter(checksums)
-        crcs = [next(found) if record.crc is None else record.crc for record in records]
+        computed = iter(checksums)
+        crcs = [next(computed) if record.crc is None else record.crc for record in records]
         descriptors = [(record.data + record.size, _descriptor(record, crc)) for record, crc in zip(records, crcs, strict=True)]
         return (*descriptors, (position, _directory(records, crcs, position)))
 
