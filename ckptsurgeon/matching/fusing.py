@@ -207,6 +207,8 @@ def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ..
     """Choices of a family's members in an order, where words do not tell it."""
     if {"gate", "up"} <= set(concepts(whole.name)) and len({unit.folded for unit in group}) == 1 < len(group) < 4:
         yield tuple(sorted(group, key=lambda unit: unit.numbers)[:2]), inf  # the gate is the first, by custom
+    if "qkv" in concepts(whole.name) and len({unit.folded for unit in group}) == 1 and len(group) in (3, 4):
+        yield tuple(sorted(group, key=lambda unit: unit.numbers)[:3]), inf  # query, key, value, and the output after them, by custom
     if len(group) <= 6:
         for count in range(len(group), 1, -1):
             for some in combinations(group, count):

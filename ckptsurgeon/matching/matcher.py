@@ -15,6 +15,7 @@ from typing import TypeVar
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Found, doubted
+from ckptsurgeon.matching.evidence.company import behind, parts_within
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.factors import sides, written
 from ckptsurgeon.matching.key_links import links
@@ -165,14 +166,15 @@ def _match(given: Tensors, wanted: Tensors, about: Turned, rest: bool) -> tuple[
     one, other = both(map(about.seen, given.values()), wanted.values())
     ordered = has_order(given) and has_order(wanted)
     rows = list_lengths(one) | list_lengths(other)
-    clues = Clues(rows=rows)
+    known = Clues(rows=rows, behind=behind(one) | behind(other))
+    clues = known
     for _ in range(PASSES):
         record = lay(one, other, clues)
-        clues = _learned(record, rows)
+        clues = _learned(record, known)
     trust = _trust(_certain(record)) if ordered else 0.0
     for _ in range(PASSES if trust else 0):
         record = lay(one, other, replace(clues, trust=trust))
-        clues = _learned(record, rows)
+        clues = _learned(record, known)
     found = [link for laid in between(record.units, one, other, trust) for link in links(laid, about)]
     found = squares_turned(found, given, wanted)
     found += orphans(found, record, given, wanted)
@@ -211,11 +213,12 @@ def _certain(record: Record) -> list[Laid]:
     return [laid for laid in (*record.units, *record.modules) if laid.margin >= ENOUGH and len(laid.sources) == len(laid.targets) == 1]
 
 
-def _learned(record: Record, rows: Mapping[int, int]) -> Clues:
-    """What a pass is certain of, as clues for the next."""
-    certain = _certain(record)
-    pairs, sources, targets = count_pairs([(laid.sources[0], laid.targets[0]) for laid in certain], rows)
-    return Clues(0.0, pairs, sources, targets, {id(laid.sources[0]): laid.targets[0] for laid in certain}, rows)
+def _learned(record: Record, known: Clues) -> Clues:
+    """What a pass is certain of, as clues for the next, beside what the trees themselves tell."""
+    certain = [(laid.sources[0], laid.targets[0]) for laid in _certain(record)]
+    pairs, sources, targets = count_pairs(certain, known.rows)
+    partners = {id(one): other for one, other in certain}
+    return replace(known, pairs=pairs, sources=sources, targets=targets, partners=partners, within=parts_within(certain))
 
 
 def _trust(certain: list[Laid]) -> float:

@@ -13,6 +13,8 @@ _ORDINALS = {
     "cross": 30, "premlp": 40, "mlp": 50,
     "second": 60, "postmlp": 90, "final": 100,
 }  # fmt: skip
+_CROSS = [_ORDINALS["cross"]]
+_ATTENTION = ("q", "k", "v", "out")  # in the order in which an attention uses them, and in which a list of them is numbered
 
 
 def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
@@ -36,6 +38,11 @@ def either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
     """Whether one side says gate and up, and the other `w1` and `w2`: which of these is the gate is not agreed on."""
     words = frozenset().union(*(concepts(node.name) for node in named))
     return {"gate", "up"} <= words and {_last_word(node) for node in numbered} == {"w1", "w2"}
+
+
+def unsaid_attention(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
+    """Whether one side says query, key and value, and the other has numbers in a module that is not said to be an attention."""
+    return bool(_in_attention(named, telling(named))) and not all({"attn", "q", "k", "v"} & set(concepts(node.path)) for node in numbered)
 
 
 def _last_word(node: Node) -> str:
@@ -86,7 +93,7 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like."""
     if len({node.folded for node in nodes}) == 1:
         return ranks([node.numbers for node in nodes])
-    differ = _first_difference(nodes)
+    differ = _first_difference(nodes) or _in_attention(nodes, words)
     if differ:
         return ranks(differ)
     said = [_place([place for word, place in _ORDINALS.items() if word in found]) for found in words]
@@ -95,6 +102,8 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
         for node, found in zip(nodes, words, strict=True)
     ]
     silent = [index for index in range(len(nodes)) if not said[index] and not numbers[index]]
+    if len(nodes) == 2 and len(silent) == 1 and said[1 - silent[0]] == _CROSS and all("attn" in concepts(node.path) for node in nodes):
+        return [int(index != silent[0]) for index in range(2)]  # `attn` beside `cross_attn` is the self-attention
     if any(said):
         mixed = [place[0] for place, number in zip(said, numbers, strict=True) if place and not number] if any(numbers) else []
         if any(number and not place for place, number in zip(said, numbers, strict=True)) and not set(mixed) <= {-100, 100}:
@@ -117,6 +126,17 @@ def _first_difference(nodes: Sequence[Node]) -> list[int]:
             same = len({part.rstrip("0123456789") for part in parts}) == 1 and all(numbers)
             return [int(number) for number in numbers] if same and len(set(numbers)) == len(nodes) else []
     return []
+
+
+def _in_attention(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int]:
+    """The places of queries, keys and values, and of the output after them, where nodes are these and nothing else; else nothing."""
+    if len(nodes) not in (3, 4) or len({node.parent for node in nodes}) > 2:
+        return []
+    places = [[_ATTENTION.index(word) for word in found if word in _ATTENTION] for found in words]
+    if any(len(place) > 1 for place in places):
+        return []
+    found = [place[0] if place else len(_ATTENTION) - 1 for place in places]
+    return found if sorted(found) == list(range(len(nodes))) else []
 
 
 def _place(places: list[int]) -> list[int]:

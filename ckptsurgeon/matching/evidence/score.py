@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ckptsurgeon.matching.evidence.company import PARTS, Inside, nearest
 from ckptsurgeon.matching.evidence.distinguish import (
     abbreviated,
     begun,
@@ -22,6 +23,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     ranks,
     telling,
     telling_segments,
+    unsaid_attention,
 )
 from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
 from ckptsurgeon.matching.module_tree import Node
@@ -39,13 +41,17 @@ ORDER = 1.5  # keys are in the same order, as far as that can be trusted
 ELSEWHERE = 2.5  # the same two names were paired elsewhere, always
 LENGTH = 1.0  # numbered lists are as long
 COMPANY = 2.0  # as near as the other to what is paired already
+BEHIND = 3.0  # norms of convolutions that are paired already
+NAMED_AFTER = 3.0  # one is named after the part of a layer that the other stands in
 Anchors = Sequence[tuple[Node, Node]]  # pairs in the same surroundings that are certain
 
 
 @dataclass(frozen=True)
 class Clues:
     """What is known before a choice: how far the order of keys can be trusted (0 to 1), how often which names were paired elsewhere,
-    which node of the target each node of the source (by its id) was paired with, and how many differ from a node by its last number."""
+    which node of the target each node of the source (by its id) was paired with, and how many differ from a node by its last number.
+
+    `behind` has the convolutions that norms stand behind, `within` the parts of layers that modules of either side hold (see `company`)."""
 
     trust: float = 0.0
     pairs: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -53,6 +59,8 @@ class Clues:
     targets: Mapping[str, int] = field(default_factory=dict)
     partners: Mapping[int, Node] = field(default_factory=dict)
     rows: Mapping[int, int] = field(default_factory=dict)
+    behind: Mapping[int, Node] = field(default_factory=dict)
+    within: tuple[Mapping[str, Inside], Mapping[str, Inside]] = ({}, {})
 
 
 class Table:
@@ -63,7 +71,7 @@ class Table:
         self.words = tuple(telling(nodes) for nodes in (sources, targets))
         self.segments = tuple(telling_segments(nodes) for nodes in (sources, targets))
         self.ordinals = tuple(ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
-        if either_gate(sources, targets) or either_gate(targets, sources):
+        if any(either_gate(*sides) or unsaid_attention(*sides) for sides in ((sources, targets), (targets, sources))):
             self.ordinals = (None, None)
         self.places = tuple(ranks([node.at for node in nodes]) for nodes in (sources, targets))
         self.even = len(sources) == len(targets)
@@ -99,6 +107,10 @@ class Table:
         if self.nearness:
             apart = sum(abs(near[row] - other[column]) for near, other in self.nearness) / len(self.nearness)
             found["in the same company"] = COMPANY * max(self.clues.trust, 0.6) * (1.0 - min(apart, 1.0))
+        if self._behind_the_same(source, target):
+            found["behind the same convolution"] = BEHIND
+        if self._named_after(row, column):
+            found["named after the part that it is of"] = NAMED_AFTER
         elsewhere = self._elsewhere(source, target)
         if elsewhere:
             found["paired so elsewhere"] = ELSEWHERE * elsewhere
@@ -111,6 +123,21 @@ class Table:
     def evidence(self, row: int, column: int) -> tuple[str, ...]:
         """What spoke for a pair, and what against it."""
         return tuple(words for words, points in self.parts(row, column).items() if points) or ("the others fit less",)
+
+    def _behind_the_same(self, source: Node, target: Node) -> bool:
+        before, there = self.clues.behind.get(id(source)), self.clues.behind.get(id(target))
+        return before is not None and there is not None and self.clues.partners.get(id(before)) is there
+
+    def _named_after(self, row: int, column: int) -> bool:
+        """Whether one of two norms is named after an attention or an MLP, and the other stands in the module of that part."""
+        if not self.sources[row].leaf or len(self.sources[row].main) != 1:
+            return False
+        told, wanted = self.words[0][row] & PARTS, self.words[1][column] & PARTS
+        if bool(told) == bool(wanted):
+            return False
+        named, other, side = (self.sources[row], self.targets[column], 1) if told else (self.targets[column], self.sources[row], 0)
+        inside = nearest(other.path, self.clues.within[side])
+        return inside is not None and inside.is_part_of(named)
 
     def _confused(self, index: int, side: int = 0) -> bool:
         return any(self.words[side][index] & names for names in CONFUSED)

@@ -185,12 +185,20 @@ class Support:
         """Whether it is the one tensor of its role on both sides."""
         if len(link.sources) != 1 or len(link.targets) != 1:
             return False
-        role = role_of(link.sources[0], self.source)
-        return (
-            role is not None
-            and role == role_of(link.targets[0], self.target)
-            and self._of_role[0].get(role) == 1 == self._of_role[1].get(role)
-        )
+        roles = role_of(link.sources[0], self.source), role_of(link.targets[0], self.target)
+        if roles[0] != roles[1] and set(roles) == {_TOKENS, None}:
+            side = roles.index(None)
+            return self._of_role[1 - side].get(_TOKENS) == 1 and self._only_tables[side] == [(link.sources, link.targets)[side][0]]
+        return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
+
+    @cached_property
+    def _only_tables(self) -> tuple[list[str], list[str]]:
+        """The matrices of each side that are all that their module holds: where there is one, it is looked up and multiplies nothing."""
+        found = []
+        for side in (self.source, self.target):
+            own = Counter(key.rpartition(".")[0] for key in side)
+            found.append([key for key, tensor in side.items() if len(tensor.shape) == 2 and own[key.rpartition(".")[0]] == 1])
+        return found[0], found[1]
 
     @cached_property
     def _of_role(self) -> tuple[Counter[str], Counter[str]]:
@@ -269,6 +277,9 @@ def role_of(key: str, side: Tensors) -> str | None:
         return None
     if "pos" in words:
         return _PLACES
+    last = set(concepts(module.rpartition(".")[2]))
+    if last & {"tok", "embed"} and not last & {"head", "lm", "out"}:
+        return _TOKENS
     if words & {"head", "lm"} or {"embed", "out"} <= words or module in _HEADS or module.rpartition(".")[2] == "output_layer":
         return _HEAD
     return _TOKENS if words & {"tok", "embed"} else None

@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.layouts import fused, gated, merging, modulation, rotary
+from ckptsurgeon.matching.layouts import fused, gated, merging, modulation, patches, rotary
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.same_names import SAME
 from ckptsurgeon.planning.links import LAYOUT, Layout, Link
 from ckptsurgeon.tensors import TensorMeta
 
-KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (rotary.find, fused.find, gated.find, modulation.find, merging.find)
+KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
+    rotary.find,
+    fused.find,
+    gated.find,
+    modulation.find,
+    merging.find,
+    patches.find,
+)
 Tensors = Mapping[str, TensorMeta]
 
 

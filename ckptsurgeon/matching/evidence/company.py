@@ -1,0 +1,117 @@
+"""What a norm belongs to: the convolution that it stands behind, and the attention or the MLP that it is named after.
+
+Rule: names and shapes decide, never the order of keys, so that sorted files are read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, permutations, takewhile
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.module_tree import Node
+
+_MOST = 4  # convolutions of a module whose orders are tried
+PARTS = frozenset({"attn", "self", "cross", "mlp"})  # of a layer
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """One convolution, or several side by side that share the channels among them, within a module."""
+
+    units: tuple[Node, ...]
+    name: str
+
+    @property
+    def gives(self) -> int:
+        """The channels that come out."""
+        return sum(unit.largest.shape[0] for unit in self.units)
+
+    @property
+    def takes(self) -> int:
+        """The channels that go in; one channel to each kernel is a depthwise convolution."""
+        return sum(unit.largest.shape[0] if unit.largest.shape[1] == 1 else unit.largest.shape[1] for unit in self.units)
+
+
+def behind(root: Node) -> dict[int, Node]:
+    """By norm (its id) the convolution that it stands behind, the first of several, where the module that holds both tells."""
+    found: dict[int, Node] = {}
+    for module in root.nodes:
+        norms = [child for child in module.children if child.leaf and "running_var" in child.tensors]
+        kernels = [_Kernels(tuple(child.units()), child.name) for child in module.children if norms and _is_kernels(child)]
+        if kernels:
+            found.update((id(norm), kernel.units[0]) for norm, kernel in _pairs(norms, kernels) if norm.main == (kernel.gives,))
+    return found
+
+
+def _is_kernels(node: Node) -> bool:
+    """Whether a node is a convolution, or a plain list of them."""
+    units = node.children or (node,)
+    return all(unit.leaf and len(unit.largest.shape) > 2 and (unit is node or unit.name.isdigit()) for unit in units)
+
+
+def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple[Node, _Kernels]]:
+    if len(norms) == len(kernels) == 1:
+        return [(norms[0], kernels[0])]
+    layers: list[Node | _Kernels] = [*norms, *kernels]
+    if all(part.name.isdigit() for part in layers):  # a row of layers: a norm is of what stands right before it
+        row = sorted(layers, key=lambda part: int(part.name))
+        return [(after, before) for before, after in pairwise(row) if isinstance(after, Node) and isinstance(before, _Kernels)]
+    if len(norms) == len(kernels) <= _MOST and len({norm.folded for norm in norms}) == 1:
+        counted = sorted(norms, key=lambda norm: norm.numbers)
+        chains = [chain for chain in permutations(kernels) if _is_chain(chain, counted)]
+        return zip(counted, chains[0], strict=True) if len(chains) == 1 else ()
+    return ()
+
+
+def _is_chain(kernels: Sequence[_Kernels], norms: Sequence[Node]) -> bool:
+    """Whether each convolution takes what the one before it gives, and gives what its norm takes."""
+    return all((kernel.gives,) == norm.main for kernel, norm in zip(kernels, norms, strict=True)) and all(
+        before.gives == after.takes for before, after in pairwise(kernels)
+    )
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the matrices in a module are on the other side: the parts of a layer that their names say, and the path that these share."""
+
+    parts: frozenset[str]
+    path: str
+
+    def is_part_of(self, unit: Node) -> bool:
+        """Whether a unit is called as the one part that is in the module, and stands in or beside that part."""
+        said = PARTS & set(concepts(unit.path))
+        kinds = {"mlp" if part == "mlp" else "attn" for part in self.parts}
+        above, _, last = self.path.rpartition(".")
+        around = above if self.parts & set(concepts(last)) else self.path
+        return len(kinds) == 1 and bool(said) and said <= self.parts and (not around or unit.path.startswith(f"{around}."))
+
+
+def parts_within(pairs: Iterable[tuple[Node, Node]]) -> tuple[Mapping[str, Inside], Mapping[str, Inside]]:
+    """By module of either side, what the matrices that are in it are on the other side, where names there say parts of a layer."""
+    found: tuple[dict[str, Inside], dict[str, Inside]] = ({}, {})
+    for pair in pairs:
+        if pair[0].leaf and pair[1].leaf and len(pair[0].main) > 1:
+            for side in (0, 1):
+                path = pair[1 - side].path
+                said = PARTS & set(concepts(path))
+                for module in _above(pair[side].path) if said else ():
+                    before = found[side].get(module)
+                    found[side][module] = Inside(before.parts | said, _common(before.path, path)) if before else Inside(said, path)
+    return found
+
+
+def nearest(path: str, within: Mapping[str, Inside]) -> Inside | None:
+    """What is in the nearest module around a unit that holds any part."""
+    return next((within[module] for module in _above(path) if module in within), None)
+
+
+def _common(one: str, other: str) -> str:
+    """The parts at the head of two paths that are equal."""
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one.split("."), other.split("."), strict=False)))
+
+
+def _above(path: str) -> Iterator[str]:
+    while path := path.rpartition(".")[0]:
+        yield path

@@ -1,0 +1,142 @@
+"""What stands around a tensor tells of it in any order of keys: the convolution before a norm, the part of a layer it is named after."""
+
+from __future__ import annotations
+
+import pytest
+from pairs_support import meta
+
+from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.tensors import TensorMeta
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def links(source: Shapes, target: Shapes) -> dict[str, str]:
+    """By target key the source key of each certain link, of sides with their keys sorted."""
+    sides: list[dict[str, TensorMeta]] = [{key: meta(key, some[key]) for key in sorted(some)} for some in (source, target)]
+    return {link.targets[0]: link.sources[0] for link in match(*sides).links if link.certain and len(link.targets) == 1}
+
+
+def norm(name: str, width: int) -> Shapes:
+    return {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+
+
+def linear(name: str, out: int, width: int) -> Shapes:
+    return {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
+
+
+def counted(block: str, mixed: bool) -> Shapes:
+    """An inverted residual whose norms are counted: they are of one width, and only the chain of convolutions tells them apart."""
+    depthwise = (48,) if not mixed else (24, 24)
+    rows: Shapes = {f"{block}.conv_pw.weight": (48, 16, 1, 1), f"{block}.conv_pwl.weight": (16, 48, 1, 1)}
+    for at, width in enumerate(depthwise):
+        rows[f"{block}.conv_dw.{at}.weight" if mixed else f"{block}.conv_dw.weight"] = (width, 1, 3 + 2 * at, 3 + 2 * at)
+    return rows | norm(f"{block}.bn1", 48) | norm(f"{block}.bn2", 48) | norm(f"{block}.bn3", 16)
+
+
+def nested(block: str, mixed: bool) -> Shapes:
+    """The same, each norm in one module with its convolution."""
+    depthwise = (48,) if not mixed else (24, 24)
+    rows: Shapes = {f"{block}.exp_conv.conv.weight": (48, 16, 1, 1), f"{block}.conv2.conv.weight": (16, 48, 1, 1)}
+    for at, width in enumerate(depthwise):
+        rows[f"{block}.conv1.convs.{at}.weight" if mixed else f"{block}.conv1.conv.weight"] = (width, 1, 3 + 2 * at, 3 + 2 * at)
+    return rows | norm(f"{block}.exp_conv.bn", 48) | norm(f"{block}.conv1.bn", 48) | norm(f"{block}.conv2.bn", 16)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_counted_norm_is_of_the_convolution_at_its_place_in_the_chain(mixed: bool) -> None:
+    found = links(
+        counted("blocks.0", mixed) | counted("blocks.1", mixed), nested("stages.0.unit1", mixed) | nested("stages.0.unit2", mixed)
+    )
+    for at in range(2):
+        unit = f"stages.0.unit{at + 1}"
+        assert [found.get(f"{unit}.{name}.bn.weight") for name in ("exp_conv", "conv1", "conv2")] == [
+            f"blocks.{at}.bn{number}.weight" for number in (1, 2, 3)
+        ]
+
+
+def test_a_norm_named_after_a_part_is_of_the_module_that_holds_it() -> None:
+    source: Shapes = {}
+    target: Shapes = {}
+    for at in range(3):
+        here, there = (f"attn_layers.layers.{2 * at}", f"attn_layers.layers.{2 * at + 1}"), f"layers.{at}"
+        for side, names in ((source, [f"{here[0]}.1.to_{x}" for x in "qkv"]), (target, [f"{there}.attn.{x}_proj" for x in "qkv"])):
+            for name in names:
+                side.update(linear(name, 32, 32))
+        source |= linear(f"{here[1]}.1.ff.0", 128, 32) | linear(f"{here[1]}.1.ff.2", 32, 128)
+        target |= linear(f"{there}.ffn.fc1", 128, 32) | linear(f"{there}.ffn.fc2", 32, 128)
+        source |= {f"{one}.0.0.gamma": (32,) for one in here}
+        target |= {f"{there}.ln_attn.weight": (32,), f"{there}.ln_ffn.weight": (32,)}
+    found = links(source, target)
+    for at in range(3):
+        assert found.get(f"layers.{at}.ln_attn.weight") == f"attn_layers.layers.{2 * at}.0.0.gamma"
+        assert found.get(f"layers.{at}.ln_ffn.weight") == f"attn_layers.layers.{2 * at + 1}.0.0.gamma"
+
+
+@pytest.mark.parametrize("out", ["output_linear", "linears.3"])
+def test_matrices_that_an_attention_counts_are_query_key_value_and_output(out: str) -> None:
+    source: Shapes = {}
+    target: Shapes = {}
+    listed = out.partition(".")[0] if "." in out else "linear_layers"
+    for at in range(2):
+        for number, name in enumerate(("query", "key", "value")):
+            source |= linear(f"blocks.{at}.attention.{listed}.{number}", 8, 8)
+            target |= linear(f"layer.{at}.attention.{name}", 8, 8)
+        source |= linear(f"blocks.{at}.attention.{out}", 8, 8) | linear(f"blocks.{at}.ff.w_1", 32, 8)
+        target |= linear(f"layer.{at}.attention.output.dense", 8, 8) | linear(f"layer.{at}.intermediate.dense", 32, 8)
+    found = links(source, target)
+    for at in range(2):
+        for number, name in enumerate(("query", "key", "value")):
+            assert found.get(f"layer.{at}.attention.{name}.weight") == f"blocks.{at}.attention.{listed}.{number}.weight"
+
+
+def test_an_attention_beside_a_cross_attention_is_the_first_of_two() -> None:
+    source: Shapes = {}
+    target: Shapes = {}
+    for at in range(2):
+        for here, there in (("attn", "attn1"), ("cross_attn", "attn2")):
+            for one, other in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj", "to_out.0")):
+                source |= linear(f"blocks.{at}.{here}.{one}", 8, 8)
+                target |= linear(f"layers.{at}.{there}.{other}", 8, 8)
+    found = links(source, target)
+    assert found["layers.1.attn2.to_q.weight"] == "blocks.1.cross_attn.q.weight" and len(found) == len(target)
+
+
+def test_the_one_table_of_a_recurrent_model_is_its_tokens() -> None:
+    rnn = {"weight_ih_l0": (96, 16), "weight_hh_l0": (96, 24), "bias_ih_l0": (96,), "bias_hh_l0": (96,)}
+    source: Shapes = {"encoder.weight": (50, 16), **{f"rnn.{key}": shape for key, shape in rnn.items()}, **linear("decoder", 50, 24)}
+    target: Shapes = {
+        "lm.token_embedding.weight": (50, 16), **{f"lm.layers.0.{key}": shape for key, shape in rnn.items()}, **linear("lm.head", 50, 24)
+    }  # fmt: skip
+    assert links(source, target).get("lm.token_embedding.weight") == "encoder.weight"
+
+
+@pytest.mark.parametrize("flat_source", [True, False])
+def test_how_the_pixels_of_a_patch_were_flattened_is_a_doubt(flat_source: bool) -> None:
+    flat: Shapes = {"1.weight": (48, 192), "1.bias": (48,), "2.norm.weight": (48,), "2.norm.bias": (48,), **linear("2.fn", 96, 48)}
+    kernel: Shapes = {
+        "stem.proj.weight": (48, 3, 8, 8), "stem.proj.bias": (48,), "blocks.0.norm.weight": (48,), "blocks.0.norm.bias": (48,),
+        **linear("blocks.0.mlp", 96, 48),
+    }  # fmt: skip
+    source, target = (flat, kernel) if flat_source else (kernel, flat)
+    sides = [{key: meta(key, shape) for key, shape in some.items()} for some in (source, target)]
+    link = match(*sides).by_target["stem.proj.weight" if flat_source else "1.weight"]
+    assert link.doubt == "layout" and link.choices[0].op == "reshape"
+    wanted = "reshape(shape=[48, 8, 8, 3]) | permute(dims=[0, 3, 1, 2])" if flat_source else "permute(dims=[0, 2, 3, 1]) | reshape"
+    assert link.choices[1].op == wanted
+
+
+def test_the_first_three_of_four_counted_matrices_are_a_fused_one() -> None:
+    source: Shapes = {}
+    target: Shapes = {}
+    for at in range(2):
+        for number in range(4):
+            source |= linear(f"layers.{at}.self_attn.linears.{number}", 8, 8)
+        target |= {f"layers.{at}.self_attn.in_proj_weight": (24, 8), f"layers.{at}.self_attn.in_proj_bias": (24,)}
+        target |= linear(f"layers.{at}.self_attn.out_proj", 8, 8)
+    sides = [{key: meta(key, shape) for key, shape in some.items()} for some in (source, target)]
+    found = match(*sides).by_target
+    for at in range(2):
+        head = f"layers.{at}.self_attn"
+        assert found[f"{head}.in_proj_weight"].sources == tuple(f"{head}.linears.{number}.weight" for number in range(3))
+        assert found[f"{head}.in_proj_weight"].margin > 1 and found[f"{head}.out_proj.weight"].sources == (f"{head}.linears.3.weight",)
