@@ -1,4 +1,4 @@
-"""Adapters: named operations on tensors, each a module with its fields, shapes, traits and kernel, in a room by family.
+"""Adapters: named operations on tensors, each a module with its fields, shapes, traits and kernel, in a folder for its family.
 
-Only kernels import torch, inside of them, so that a merge that moves bytes alone never loads it. `table` names them all.
+Only kernels import torch, inside the function, so that a merge that only moves bytes never loads it. `table` lists all adapters.
 """

@@ -1,4 +1,4 @@
-"""Chains of ops over shapes: filled in when a plan is made, and inferred again when one is read. No op is known here by name."""
+"""Chains of ops over shapes: filled when a plan is made, and inferred again when one is read. Nothing here depends on an op's name."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ckptsurgeon.adapters.op import Op, Place, Shape
-from ckptsurgeon.adapters.table import adapter_of, is_own, listed, op_text
+from ckptsurgeon.adapters.op import FillContext, Op, Shape
+from ckptsurgeon.adapters.table import adapter_of, is_user_adapter, listed, op_text
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import RuleError
 
-ON_THE_WAY = 64  # times as many elements as go in or come out, that a chain may make between
-OwnShape = Callable[..., Shape]  # (shapes, **arguments) -> shape
+MOST_GROWTH = 64  # how many times the elements that go in or come out an intermediate result may have
+UserShape = Callable[..., Shape]  # (shapes, **arguments) -> shape
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An op as a rule asks for it, and which of the rule's results it is for.
+class RuleOp:
+    """An op as a rule has it, and which of the rule's results it is for.
 
-    `siblings` are the names of all of the rule's results, `number` what a part stands for that only the result names. `filled` is set for
-    an op that is as a plan has it already.
+    `siblings` are the names of all of the rule's results, `number` is the number that only the result's name has. `filled` is set for an
+    op that already has all fields of a plan's.
     """
 
     op: Op
@@ -32,47 +32,47 @@ class Asked:
 
 
 def fill_chain(
-    asked: Sequence[Asked],
+    rule_ops: Sequence[RuleOp],
     shapes: Sequence[Shape],
-    wanted: Shape | None,
-    known: Mapping[str, Shape],
-    own: Mapping[str, OwnShape] = {},
+    target: Shape | None,
+    target_shapes: Mapping[str, Shape],
+    shape_functions: Mapping[str, UserShape] = {},
 ) -> tuple[tuple[Op, ...], tuple[Shape, ...]]:
     """The ops as a plan has them, and the shapes that come out.
 
-    `wanted` is what the last op must give, `known` the target's shapes by name, `own` the shape functions of a person's own adapters.
-    Raises RuleError where an op can't be told or does not go with the shapes.
+    `target` is the shape that the last op must give, `target_shapes` has the target's shapes by name, `shape_functions` those of the user's
+    own adapters. Raises RuleError where an op can't be filled or does not fit the shapes.
     """
     ops: list[Op] = []
-    given = tuple(shapes)
-    # What a part of the result's name counts is for the first op that counts parts.
-    counted = counted_at([one.op for one in asked])
-    for place, one in enumerate(asked):
-        op: Op = one.op
-        if not one.filled:
-            last = place == len(asked) - 1
-            siblings = tuple(known.get(name) if last else None for name in one.siblings)
-            number = one.number if place == counted else None
-            look = Place(given, wanted if last else None, one.index, max(len(one.siblings), 1), siblings, number)
-            if is_own(op):
-                op = {**op, "shape": list(own[str(op["op"])](given, **op["arguments"]))}
-            op = {name: listed(value) for name, value in adapter_of(op).fill(op, look).items()}
-        given = _infer(op, given)
+    current = tuple(shapes)
+    # The number in the result's name is for the first op that counts parts.
+    counting_position = counted_at([rule_op.op for rule_op in rule_ops])
+    for position, rule_op in enumerate(rule_ops):
+        op: Op = rule_op.op
+        if not rule_op.filled:
+            last = position == len(rule_ops) - 1
+            siblings = tuple(target_shapes.get(name) if last else None for name in rule_op.siblings)
+            part_number = rule_op.number if position == counting_position else None
+            context = FillContext(current, target if last else None, rule_op.index, max(len(rule_op.siblings), 1), siblings, part_number)
+            if is_user_adapter(op):
+                op = {**op, "shape": list(shape_functions[str(op["op"])](current, **op["arguments"]))}
+            op = {name: listed(value) for name, value in adapter_of(op).fill(op, context).items()}
+        current = _infer(op, current)
         ops.append(op)
     infer_chain(ops, shapes)
-    return tuple(ops), given
+    return tuple(ops), current
 
 
 def infer_chain(ops: Sequence[Op], shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """The shapes that come out of filled ops. RuleError where an op lacks a field, or does not go with the shapes."""
-    given = tuple(shapes)
-    most = 0
+    """The shapes that come out of filled ops. RuleError where an op lacks a field, or does not fit the shapes."""
+    current = tuple(shapes)
+    largest = 0
     for op in ops:
-        given = _infer(op, given)
-        most = max(most, _elements(given))
-    if most > ON_THE_WAY * max(_elements(shapes), _elements(given), 1 << 16):
-        raise RuleError(f"makes {most} elements on the way from {_elements(shapes)} to {_elements(given)}")
-    return given
+        current = _infer(op, current)
+        largest = max(largest, _elements(current))
+    if largest > MOST_GROWTH * max(_elements(shapes), _elements(current), 1 << 16):
+        raise RuleError(f"makes {largest} elements on the way from {_elements(shapes)} to {_elements(current)}")
+    return current
 
 
 def _elements(shapes: Sequence[Shape]) -> int:
@@ -88,8 +88,8 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
 
 def invert_chain(ops: Sequence[Op]) -> tuple[Op, ...] | None:
     """The ops that undo a rule's ops, or None where one can't be undone."""
-    found = [adapter_of(op).invert(op) for op in reversed(ops)]
-    return tuple(op for op in found if op is not None) if None not in found else None
+    inverses = [adapter_of(op).invert(op) for op in reversed(ops)]
+    return tuple(op for op in inverses if op is not None) if None not in inverses else None
 
 
 def needs_floats(ops: Sequence[Op]) -> bool:
@@ -98,7 +98,7 @@ def needs_floats(ops: Sequence[Op]) -> bool:
 
 
 def decodes(ops: Sequence[Op]) -> bool:
-    """Whether a chain begins by making values of codes, so that codes and scales come in by turns."""
+    """Whether a chain begins with an op that decodes, so that each tensor of codes is followed by its scale."""
     return bool(ops) and adapter_of(ops[0]).decodes
 
 
@@ -109,8 +109,8 @@ def can_compute(ops: Sequence[Op], dtype: str) -> bool:
     (True, False, True)
     """
     kind = BY_CODE[dtype].kind
-    taken = [op for op in ops if kind == "complex" and adapter_of(op).complexes]
-    return kind == "float" or not needs_floats([op for op in ops if op not in taken])
+    complex_ops = [op for op in ops if kind == "complex" and adapter_of(op).complexes]
+    return kind == "float" or not needs_floats([op for op in ops if op not in complex_ops])
 
 
 def made_dtype(ops: Sequence[Op], dtype: str) -> str:
@@ -119,26 +119,26 @@ def made_dtype(ops: Sequence[Op], dtype: str) -> str:
     >>> made_dtype([{"op": "dequantize"}, {"op": "transpose"}], "I8"), made_dtype([{"op": "transpose"}], "I8")
     ('F32', 'I8')
     """
-    given = [adapter_of(op).gives for op in ops]
-    return next((code for code in reversed(given) if code is not None), dtype)
+    dtypes = [adapter_of(op).output_dtype for op in ops]
+    return next((code for code in reversed(dtypes) if code is not None), dtype)
 
 
 def counted_at(ops: Sequence[Op]) -> int | None:
-    """The place of the first op that counts parts.
+    """The position of the first op that counts parts.
 
     >>> counted_at([{"op": "transpose"}, {"op": "unstack"}]), counted_at([{"op": "chunk"}])
     (1, None)
     """
-    return next((place for place, op in enumerate(ops) if adapter_of(op).counts_parts), None)
+    return next((position for position, op in enumerate(ops) if adapter_of(op).counts_parts), None)
 
 
 def filled_elements(ops: Sequence[Op], shape: Shape) -> int:
-    """How many elements of what filled ops give, of `shape`, come from no source: rows and margins that were filled up."""
+    """How many elements of what filled ops give, of `shape`, come from no source but were filled."""
     return round(prod(shape) * (1 - prod(adapter_of(op).share(op) for op in ops)))
 
 
 def check_fields(op: Mapping[str, Any]) -> None:
-    """Raises RuleError for a field that the op's adapter has not, or whose value it can't have."""
+    """Raises RuleError for a field that the op's adapter does not have, or a value that the field can't have."""
     adapter = adapter_of(op)
     wrong = [name for name, value in op.items() if name != "op" and not (name in adapter.fields and adapter.fields[name](value))]
     if wrong:

@@ -1,7 +1,7 @@
 """What an adapter is, as a value: fields with their checks, functions from shapes to shapes, a kernel on tensors, and traits.
 
 An op stands in a rule with some of its fields (`chunk(dim=0)`), and in a plan with all of them (`{"op": "chunk", "dim": 0, "index": 1,
-"of": 3}`): `fill` completes it from the shapes at hand, so that whoever follows the plan decides nothing.
+"of": 3}`): `fill` completes it from the shapes at hand, so that applying the plan decides nothing.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Range = tuple[int, int, int]  # which tensor, and its elements from start to sto
 
 
 @dataclass(frozen=True)
-class Place:
-    """What `fill` may look at.
+class FillContext:
+    """What `fill` knows about the tensors and the rule.
 
     Attributes:
         shapes: the tensors that come in, in order.
-        wanted: the shape that must come out; None where it is not known (no target, or not the last op of a chain).
+        target: the shape that must come out; None where it is not known (no target, or not the last op of a chain).
         index, of: which of its rule's results this is, and how many there are (`to = [q, k, v]`: 0 to 2, of 3).
         siblings: the target's shapes of all of the rule's results, in order; None for one that is not known.
-        number: what a part stands for that is in the result's name alone (`experts.{e}`), for `unstack`; None without one.
+        number: the number in the result's name that no source's name has (the e of `experts.{e}`), for `unstack`; None without one.
     """
 
     shapes: tuple[Shape, ...]
-    wanted: Shape | None = None
+    target: Shape | None = None
     index: int = 0
     of: int = 1
     siblings: tuple[Shape | None, ...] = ()
@@ -49,52 +49,52 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """One adapter: what it is, and the traits that others ask for instead of its name.
+    """One adapter: its functions, and the traits by which callers decide; none compares its name.
 
     Attributes:
         words: what it does, as a formula in words; one line.
         fields: each field with the check of its value, in the order in which a rule may give them without names.
         infer: the shapes that come out of a filled op for the shapes that go in. RuleError where they do not go together.
         fill: the op as a plan has it, with all that `infer` and the kernel need, from what the rule gave (it may be another, simpler
-            op: an uneven `chunk` is a `slice`). RuleError, with a hint, where it can't be told.
+            op: an uneven `chunk` is a `slice`). RuleError, with a hint, where the shapes do not determine it.
         kernel: the tensors that a filled op makes of tensors; views where torch has one. It decides nothing and writes to no input.
         moments: the op by which an optimizer's moments follow a weight that goes through a filled op: `same_op`, `zeros_where_filled`
             or `cannot_follow`.
         invert: the op, as a rule writes it, that undoes a rule's op; None where nothing can.
         offer: the op, as a rule would write it, that makes a source's shape a target's; None where it can't, or where it would be a guess.
-        ranges: where it moves bytes only, the elements of the inputs that each result consists of, one range after the other; None in
-            its place where they do not lie together. Without the function, it never moves bytes only.
-        share: the share of what comes out of a filled op that comes from the source; the rest is filled up.
-        told: what a plan's report says of a filled op that fills up, if not the number of elements.
-        planned: the fields that only a plan has, which a rule can't give.
+        ranges: for each result of an op that only moves bytes, the ranges of input elements that it consists of, in order; None for a
+            result whose elements are not contiguous. An adapter without this function always computes.
+        share: the share of what comes out of a filled op that comes from the source; the rest is filled.
+        fill_note: the sentence in a plan's report about what a filled op fills, if it isn't the number of elements.
+        plan_only: the fields that only a plan has, which a rule can't give.
         safe: whether it can't change what a tensor means, so that `--auto safe` may apply what it offers.
         floats: whether it computes values, so that only floating tensors can take it; with `complexes`, complex ones too.
-        gives: the dtype (safetensors' code) of what comes out; None where it is that of what goes in.
-        decodes: whether it makes values of codes: codes and their scale come in by turns.
+        output_dtype: the dtype (safetensors' code) of what comes out; None where it is that of what goes in.
+        decodes: whether it makes values of quantised codes: each tensor of codes is followed by its scale.
         joins: whether it makes one tensor of several.
-        counts_parts: whether it takes one of many parts, whose number only the result's name says (`experts.{e}`).
+        counts_parts: whether it takes one of many parts, and only the result's name says which (`experts.{e}`).
         elementwise: whether each element of the result needs the same element of each input alone, so that it can be computed in parts.
-        by_rows: where some rows of the result need only the same rows of the first tensor, and the others whole: these rows, for those
-            tensors, the first one's whole shape, and the number of the first row.
+        by_rows: a kernel for some rows of the result, where these need only the same rows of the first tensor, and the other tensors
+            whole. It takes these tensors, the whole shape of the first one, and the number of its first row.
         source: the paper or specification that the formula comes from.
     """
 
     words: str
     fields: Mapping[str, Check]
     infer: Callable[[Op, tuple[Shape, ...]], tuple[Shape, ...]]
-    fill: Callable[[Op, Place], Op]
+    fill: Callable[[Op, FillContext], Op]
     kernel: Kernel
     moments: Callable[[Op], Op | None]
     invert: Callable[[Op], Op | None] = lambda _op: None
     offer: Callable[[Shape, Shape], Op | None] = lambda _source, _target: None
     ranges: Callable[[Op, Sequence[Shape]], Sequence[Sequence[Range] | None]] | None = None
     share: Callable[[Op], float] = lambda _op: 1.0
-    told: Callable[[Op], str | None] = lambda _op: None
-    planned: tuple[str, ...] = ()
+    fill_note: Callable[[Op], str | None] = lambda _op: None
+    plan_only: tuple[str, ...] = ()
     safe: bool = False
     floats: bool = False
     complexes: bool = False
-    gives: str | None = None
+    output_dtype: str | None = None
     decodes: bool = False
     joins: bool = False
     counts_parts: bool = False
@@ -103,24 +103,24 @@ class Adapter:
     source: str = ""
 
 
-def each(one: Callable[[Op, T], T]) -> Callable[..., tuple[T, ...]]:
-    """The `infer` or the kernel of an op that takes every tensor by itself, from that of one."""
-    return lambda op, given, *_: tuple(one(op, item) for item in given)
+def each(function: Callable[[Op, T], T]) -> Callable[..., tuple[T, ...]]:
+    """The `infer` or the kernel of an op that treats each tensor separately, from a function of one tensor."""
+    return lambda op, tensors, *_: tuple(function(op, item) for item in tensors)
 
 
 def same_op(op: Op) -> Op:
-    """Moments go where their weight goes."""
+    """Moments go through the same op as their weight."""
     return op
 
 
 def zeros_where_filled(op: Op) -> Op:
-    """Moments go where their weight goes, and are zero where it is filled up: no gradient has come there yet."""
+    """Moments go through the same op as their weight, and are zero where it is filled: these elements have had no gradient yet."""
     kept = {name: value for name, value in op.items() if name not in ("fill", "value", "scheme")}
     return {**kept, "fill": "none" if op.get("fill") == "none" else "zeros"}
 
 
 def cannot_follow(_op: Op) -> None:
-    """The weight is computed anew, and no moment tells its gradients."""
+    """The weight is computed from others, so that no saved moment belongs to it."""
 
 
 def whole(value: Any) -> bool:
@@ -155,7 +155,7 @@ def or_none(check: Check) -> Check:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some words; `meant` says which one a slip is."""
+    """A check that a value is one of some words; `meant` names the closest word to a wrong value."""
 
     names: tuple[str, ...]
 
@@ -163,7 +163,7 @@ class OneOf:
         return type(value) is str and value in self.names
 
     def meant(self, value: Any) -> str:
-        """What to write, as words to end a sentence with.
+        """The end of a message that says what to write instead.
 
         >>> one_of("zeros", "init").meant("initial"), one_of("zeros", "init").meant(3)
         ("; is it 'init'?", "; it is one of 'zeros', 'init'")
@@ -173,5 +173,5 @@ class OneOf:
 
 
 def one_of(*names: str) -> OneOf:
-    """One of some words."""
+    """The check that a value is one of some words."""
     return OneOf(names)

@@ -1,4 +1,4 @@
-"""What adapters share about shapes: a dim counted from the front, a size looked up, parts that are equal, and refusals that name the op."""
+"""What adapters share about shapes: dims counted from the front, sizes, equal parts, contiguous ranges, and errors that name the op."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from ckptsurgeon.adapters.op import Check, Op, Place, Range, Shape
+from ckptsurgeon.adapters.op import Check, FillContext, Op, Range, Shape
 from ckptsurgeon.errors import RuleError
 
-MOST_DIMS = 64  # more than torch's iterators take
+MOST_DIMS = 64  # torch's iterators take no more
 MOST_ELEMENTS = 1 << 58  # so that strides and bytes stay within 64 bits
 
 
 def refused(op: Op, words: str, hint: str | None = None) -> RuleError:
-    """The error that an op ends in; `words` go on after its name.
+    """An error that begins with the op's name and goes on with `words`.
 
     >>> refused({"op": "slice"}, "lacks 'stop'").reason
     "slice lacks 'stop'"
@@ -30,7 +30,7 @@ def need(op: Op, field: str) -> Any:
 
 
 def checked(op: Op, checks: Mapping[str, Check]) -> tuple[Any, ...]:
-    """The fields of a filled op in the order of its checks; RuleError if it has others, or one that it can't have."""
+    """The fields of a filled op in the order of its checks; RuleError for a field unknown or missing, or a value that it can't have."""
     lacks = [name for name in checks if name not in op]
     wrong = [name for name, value in op.items() if name != "op" and not (name in checks and checks[name](value))]
     if lacks or wrong:
@@ -54,7 +54,7 @@ def part_of(op: Op, dim: int, parts: int, shape: Shape) -> int:
 
 
 def from_front(op: Op, dim: int, shapes: Sequence[Shape], more: int = 0) -> int:
-    """A dim of a rule, from the front. `more` is 1 where the op makes one dim more of them. RuleError where it can't be told.
+    """A rule's dim, counted from the front. `more` is 1 where the op adds a dim. RuleError for a negative one where ranks differ.
 
     >>> from_front({"op": "chunk"}, -1, [(4, 5, 6)])
     2
@@ -82,11 +82,11 @@ def bounded(op: Op, shape: Shape) -> Shape:
     return shape
 
 
-def wanted_size(op: Op, place: Place, dim: int, field: str) -> int:
-    """The target's size of a dim. RuleError, with how to write it, where it is not known."""
-    if place.wanted is None or not 0 <= dim < len(place.wanted):
+def target_size(op: Op, context: FillContext, dim: int, field: str) -> int:
+    """The target's size of a dim. RuleError where it is not known, with how to give it."""
+    if context.target is None or not 0 <= dim < len(context.target):
         raise refused(op, f"does not know {field!r}: no shape of a target to tell it by", f"write {op['op']}(dim={dim}, {field}=...)")
-    return place.wanted[dim]
+    return context.target[dim]
 
 
 def in_words(shape: Sequence[int]) -> str:
@@ -99,7 +99,7 @@ def in_words(shape: Sequence[int]) -> str:
 
 
 def cut(tensor: int, shape: Shape, dim: int, start: int, stop: int) -> list[Range] | None:
-    """The elements from `start` to `stop` along `dim`; None where they do not lie together.
+    """The elements from `start` to `stop` along `dim` as a range; None where they are not contiguous.
 
     >>> cut(0, (4, 3), 0, 1, 3), cut(0, (4, 3), 1, 0, 2)
     ([(0, 3, 9)], None)
@@ -109,10 +109,10 @@ def cut(tensor: int, shape: Shape, dim: int, start: int, stop: int) -> list[Rang
 
 
 def part_ranges(bounds: Callable[[Op, Shape], tuple[int, int]]) -> Callable[[Op, Sequence[Shape]], list[list[Range] | None]]:
-    """The `ranges` of an op that takes of every tensor one part of a dim, from where it starts and stops."""
+    """The `ranges` of an op that takes one part of a dim of each tensor; `bounds` gives its start and stop."""
     return lambda op, shapes: [cut(tensor, shape, op["dim"], *bounds(op, shape)) for tensor, shape in enumerate(shapes)]
 
 
 def whole_ranges(_op: Op, shapes: Sequence[Shape]) -> list[list[Range]]:
-    """The `ranges` of an op that gives every tensor another shape: all its elements, as they lie."""
+    """The `ranges` of an op that only changes shapes: all elements of each tensor, in order."""
     return [[(tensor, 0, prod(shape))] for tensor, shape in enumerate(shapes)]

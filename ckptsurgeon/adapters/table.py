@@ -1,7 +1,7 @@
-"""The one table of adapters: a new one is a module in its room, and its line here; it is imported when an op names it. A name with a
-colon is a person's own adapter.
+"""The table of adapters. A new adapter is a module in its family's folder and a line here; it is imported when an op names it. A name with
+a colon is a user's own adapter.
 
-Others ask for an adapter's traits, never for its name.
+Callers decide by an adapter's traits, never by its name.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import PlanError, RuleError
 from ckptsurgeon.hints import close_names
 
-OwnKernel = Callable[..., Tensor]  # (tensors, **arguments) -> tensor
+UserKernel = Callable[..., Tensor]  # (tensors, **arguments) -> tensor
 
-ADAPTERS = {  # each with its room, in the order in which they are shown and offered
+ADAPTERS = {  # each with its folder, in the order in which they are shown and offered
     "transpose": "layout",
     "permute": "layout",
     "reshape": "layout",
@@ -54,11 +54,11 @@ def _not_imported(op: Op, _tensors: Sequence[Tensor], _initial: Initial) -> NoRe
     raise PlanError(f"{op['op']!r} was not imported")
 
 
-OWN = Adapter(
-    words="a person's own function, `module:function`",
+USER_ADAPTER = Adapter(
+    words="a user's own function, `module:function`",
     fields={"shape": list_of(whole), "arguments": lambda value: type(value) is dict and all(type(name) is str for name in value)},
     infer=lambda op, _shapes: (bounded(op, tuple(op["shape"])),),
-    fill=lambda op, _place: op,  # `chain` has called the person's shape function
+    fill=lambda op, _context: op,  # `chain` has called the user's shape function
     kernel=_not_imported,
     moments=cannot_follow,
     joins=True,
@@ -67,16 +67,16 @@ OWN = Adapter(
 
 @cache
 def load(name: str) -> Adapter:
-    """The adapter of a name of the table. Its module is imported when it is first asked for."""
-    found: Adapter = import_module(f"ckptsurgeon.adapters.{ADAPTERS[name]}.{name}").ADAPTER
-    return found
+    """The adapter of a name in the table; its module is imported at the first call."""
+    adapter: Adapter = import_module(f"ckptsurgeon.adapters.{ADAPTERS[name]}.{name}").ADAPTER
+    return adapter
 
 
 def adapter_of(op: Op) -> Adapter:
-    """The adapter of an op. RuleError, with close names, for one that is not there."""
+    """The adapter of an op. RuleError, with close names, for an unknown name."""
     name = str(op["op"])
     if ":" in name:
-        return OWN
+        return USER_ADAPTER
     if name not in ADAPTERS:
         close = close_names(name, ADAPTERS)
         words = f"is it {' or '.join(close)}? " if close else ""
@@ -84,20 +84,20 @@ def adapter_of(op: Op) -> Adapter:
     return load(name)
 
 
-def is_own(op: Op) -> bool:
-    """Whether an op is a person's own."""
+def is_user_adapter(op: Op) -> bool:
+    """Whether an op is a user's own adapter."""
     return ":" in op["op"]
 
 
-def run(op: Op, tensors: Sequence[Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> Sequence[Tensor]:
-    """What one filled op makes of tensors. PlanError for a person's own that was not handed in."""
-    if op["op"] in own:
-        return [own[op["op"]](list(tensors), **op["arguments"])]
+def run(op: Op, tensors: Sequence[Tensor], initial: Initial, kernels: Mapping[str, UserKernel]) -> Sequence[Tensor]:
+    """The results of one filled op. PlanError for a user's own adapter that is not in `kernels`."""
+    if op["op"] in kernels:
+        return [kernels[op["op"]](list(tensors), **op["arguments"])]
     return adapter_of(op).kernel(op, tensors, initial)
 
 
 def parse_ops(text: str) -> tuple[Op, ...]:
-    """The ops of a chain as a person writes it, one or more with `|` between them.
+    """The ops of a chain as a rule writes it, one or more with `|` between them.
 
     Raises RuleError for a text that is no call with literal arguments, an unknown adapter (with close names), an unknown or unfit argument.
 
@@ -108,7 +108,7 @@ def parse_ops(text: str) -> tuple[Op, ...]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """The parts between bars that stand outside of quotes."""
+    """The parts between the bars that are outside quotes."""
     part, quote = "", ""
     for letter in text:
         if letter == "|" and not quote:
@@ -122,12 +122,12 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _parse(text: str) -> Op:
-    found = literal_call(text)
-    if found is None:
+    call = literal_call(text)
+    if call is None:
         raise RuleError(f"{text.strip()!r} is no adapter", hint="write a name, or a name with literal arguments: chunk(dim=0)")
-    name, args, kwargs = found
+    name, args, kwargs = call
     adapter = adapter_of({"op": name})
-    if adapter is OWN:
+    if adapter is USER_ADAPTER:
         if args:
             raise RuleError(f"{text.strip()!r} has arguments without names", hint="name them: mylib:flip(dim=1)")
         wrong = next((word for word, value in kwargs.items() if not _plain(value)), None)
@@ -135,36 +135,36 @@ def _parse(text: str) -> Op:
             reason = f"{text.strip()!r}: {wrong} is nothing that a plan can hold"
             raise RuleError(reason, hint="numbers, text, True, None, lists, and dicts by text")
         return {"op": name, "arguments": {word: listed(value) for word, value in kwargs.items()}}
-    fields = [name for name in adapter.fields if name not in adapter.planned]
+    fields = [name for name in adapter.fields if name not in adapter.plan_only]
     problems = [f"{word} is given twice" for word in fields[: len(args)] if word in kwargs]
     problems += [f"takes no argument {word!r}{_close(word, fields)}" for word in kwargs if word not in fields]
     problems += [f"takes {len(fields)} arguments, not {len(args)}"] if len(args) > len(fields) else []
-    given = {**dict(zip(fields, args, strict=False)), **kwargs}
+    values = {**dict(zip(fields, args, strict=False)), **kwargs}
     problems += [
-        _wrong(word, value, adapter.fields[word]) for word, value in given.items() if word in fields and not adapter.fields[word](value)
+        _wrong(word, value, adapter.fields[word]) for word, value in values.items() if word in fields and not adapter.fields[word](value)
     ]
     if problems:
         hint = f"write {name}({', '.join(f'{word}=...' for word in fields)}): {adapter.words}"
         raise RuleError(f"the adapter {text.strip()!r} {'; '.join(problems)}", hint=hint)
-    return {"op": name, **given}
+    return {"op": name, **values}
 
 
-def _wrong(word: str, value: Any, check: Check) -> str:
-    """What is said of an argument that an adapter does not take."""
-    return f"{word} can't be {value!r:.60}" + (check.meant(value) if isinstance(check, OneOf) else "")
+def _wrong(field: str, value: Any, check: Check) -> str:
+    """The message for a value that an argument can't have."""
+    return f"{field} can't be {value!r:.60}" + (check.meant(value) if isinstance(check, OneOf) else "")
 
 
-def _close(word: str, fields: Sequence[str]) -> str:
-    close = close_names(word, fields, 1)
-    return f"; is it {close[0]!r}?" if close else ""
+def _close(field: str, fields: Sequence[str]) -> str:
+    names = close_names(field, fields, 1)
+    return f"; is it {names[0]!r}?" if names else ""
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value is one of JSON's, so that a plan gives it back as it was."""
+    """Whether JSON can hold a value, so that reading a plan gives the same value."""
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     if isinstance(value, dict):
-        return all(type(name) is str and _plain(name) and _plain(one) for name, one in value.items())
+        return all(type(name) is str and _plain(name) and _plain(item) for name, item in value.items())
     if type(value) is float:
         return math.isfinite(value)
     if type(value) is str:
@@ -173,30 +173,32 @@ def _plain(value: Any) -> bool:
 
 
 def listed(value: Any) -> Any:
-    """A value as JSON has it, so that a plan is equal to what is read of it."""
+    """A value with lists for tuples, so that a plan equals the one read from its file."""
     if isinstance(value, dict):
-        return {name: listed(one) for name, one in value.items()}
-    return [listed(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: listed(item) for name, item in value.items()}
+    return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def op_text(op: Op) -> str:
-    """An op as a person would write it.
+    """An op as a rule writes it.
 
     >>> op_text({"op": "chunk", "dim": 0}), op_text({"op": "transpose"})
     ('chunk(dim=0)', 'transpose')
     """
     words = ", ".join(
-        f"{name}={value!r}" for name, value in (op.get("arguments", op)).items() if name not in ("op", "shape" if is_own(op) else "")
+        f"{name}={value!r}"
+        for name, value in (op.get("arguments", op)).items()
+        if name not in ("op", "shape" if is_user_adapter(op) else "")
     )
     return f"{op['op']}({words})" if words else str(op["op"])
 
 
 def offers(source: Shape, target: Shape, *, safe: bool = False) -> tuple[Op, ...]:
-    """The ops, as rules would write them, that make one shape the other; with `safe` only those that can't change what a tensor means."""
-    found = (adapter.offer(source, target) for adapter in map(load, ADAPTERS) if adapter.safe or not safe)
-    return tuple(op for op in found if op is not None)
+    """The ops, as rules write them, that turn a source's shape into a target's; with `safe` only those that can't change a meaning."""
+    ops = (adapter.offer(source, target) for adapter in map(load, ADAPTERS) if adapter.safe or not safe)
+    return tuple(op for op in ops if op is not None)
 
 
 def texts(ops: Iterable[Op]) -> str:
-    """A chain of ops as a person would write it."""
+    """A chain of ops as a rule writes it."""
     return " | ".join(map(op_text, ops))

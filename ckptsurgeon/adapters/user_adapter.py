@@ -1,6 +1,6 @@
-"""The mark of a person's own adapter: a function from tensors to a tensor, with a function that tells its shape beside it.
+"""The decorator for a user's own adapter: a function from tensors to a tensor, with a second function that gives the result's shape.
 
-Without torch, so that a module that only marks functions costs nothing. Nothing is called or checked here.
+It does not import torch, so that a module that only marks functions loads fast. Nothing is called or checked here.
 """
 
 from __future__ import annotations

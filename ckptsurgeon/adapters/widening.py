@@ -1,4 +1,4 @@
-"""Computing in a wider dtype than the values have, some elements at a time, so that what is wider needs little memory."""
+"""Computing in a wider dtype than that of the values, one block of elements at a time, to use little memory."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ckptsurgeon.adapters.op import Tensor
 if TYPE_CHECKING:
     import torch
 
-PIECE = 1 << 20  # elements at a time
+BLOCK_ELEMENTS = 1 << 20  # elements at a time
 
 
-def pieces(shape: Sequence[int], whole: int | None = None) -> Iterator[tuple[slice, ...]]:
-    """The parts of a tensor along its longest dim, but for `whole`, each of about PIECE elements."""
+def blocks(shape: Sequence[int], whole: int | None = None) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut a tensor along its longest dim (never `whole`) into blocks of about BLOCK_ELEMENTS elements."""
     dims = [dim for dim in range(len(shape)) if dim != whole]
     if not dims:
         yield ()
         return
     longest = max(dims, key=shape.__getitem__)
-    step = max(1, PIECE * shape[longest] // max(prod(shape), 1))
+    step = max(1, BLOCK_ELEMENTS * shape[longest] // max(prod(shape), 1))
     for start in range(0, shape[longest], step):
         yield (*(slice(None),) * longest, slice(start, start + step))
 
 
 def rows_at_a_time(shape: Sequence[int]) -> int:
-    """How many rows of a tensor are about a piece."""
-    return max(1, PIECE * shape[0] // max(1, prod(shape)))
+    """How many rows of a tensor have about BLOCK_ELEMENTS elements."""
+    return max(1, BLOCK_ELEMENTS * shape[0] // max(1, prod(shape)))
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float32, float64 where values are, complex where one is."""
+    """The dtype to compute in: float32, or float64 where one tensor has 64-bit parts; complex where one is."""
     import torch
 
     double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.adapters.chain import OwnShape
-from ckptsurgeon.adapters.table import is_own, parse_ops
+from ckptsurgeon.adapters.chain import UserShape
+from ckptsurgeon.adapters.table import is_user_adapter, parse_ops
 from ckptsurgeon.api._opening import silent, unmissable
 from ckptsurgeon.api._options import RuleOptions
 from ckptsurgeon.command import Option
@@ -21,7 +21,7 @@ from ckptsurgeon.parameter_types import Note, Path
 from ckptsurgeon.rules.rules import Outside, Rule, from_arguments, path_of_file, rule_options
 
 if TYPE_CHECKING:
-    from ckptsurgeon.adapters.table import OwnKernel
+    from ckptsurgeon.adapters.table import UserKernel
     from ckptsurgeon.matching.layouts.choices import Open
     from ckptsurgeon.models.init.user_functions import Fill
     from ckptsurgeon.storage.files import OpenFile
@@ -33,7 +33,7 @@ Rules = Path | Rule | Sequence[Path | Rule]
 class Own:
     """User code by name: the kernels of adapters, and the functions of schemes."""
 
-    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    kernels: Mapping[str, UserKernel] = field(default_factory=dict)
     schemes: Mapping[str, Fill] = field(default_factory=dict)
 
 
@@ -213,7 +213,7 @@ def bring(rules: tuple[Rule, ...], note: Note = silent, *, schemes: bool = True)
         own_adapters: list[str] = []
         schemes_here = [rule.result] if rule.kind == "init" else []
         for op in _ops(rule):
-            own_adapters += [str(op["op"])] if is_own(op) else []
+            own_adapters += [str(op["op"])] if is_user_adapter(op) else []
             schemes_here += [str(op["scheme"])] if type(op.get("scheme")) is str else []
             for name in ("source", "target"):
                 if type(op.get(name)) is str:
@@ -257,7 +257,7 @@ def say_code(file: str, code: Sequence[str], note: Note) -> None:
         note(f"{file} names code, which is imported now: {', '.join(dict.fromkeys(code))}")
 
 
-def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, OwnShape], Own]:
+def load_own(adapters: Iterable[str], schemes: Iterable[str], note: Note) -> tuple[dict[str, UserShape], Own]:
     """Import user-defined adapters and schemes: the shape functions, and the kernels and schemes. Imports nothing where none is named."""
     names, fills = list(dict.fromkeys(adapters)), _own(schemes)
     if not names and not fills:

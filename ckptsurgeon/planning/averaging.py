@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ckptsurgeon.adapters.chain import Asked
+from ckptsurgeon.adapters.chain import RuleOp
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
@@ -60,5 +60,5 @@ def average_items(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, 
             places = tuple(place for number in range(len(sources)) for place in row[number].places)
             if len(first.places) > 1:
                 problems.append(f"{name!r} joins keys, and can't be averaged in the same run")
-            result.append(Item(first.seen, name, places, (*first.asked, Asked(op, siblings=(name,))), (*first.steps, (BY, 0))))
+            result.append(Item(first.seen, name, places, (*first.asked, RuleOp(op, siblings=(name,))), (*first.steps, (BY, 0))))
     return result

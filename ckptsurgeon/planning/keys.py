@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckptsurgeon.adapters.chain import Asked
+from ckptsurgeon.adapters.chain import RuleOp
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
@@ -16,7 +16,7 @@ class Claim:
     """The source tensors, in order, that rules assign to one target key; the ops that make one tensor of them; and the rules."""
 
     places: tuple[SourceKey, ...]
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[RuleOp, ...] = ()
     rules: tuple[Rule, ...] = ()
 
 
@@ -38,7 +38,7 @@ class Item:
     seen: str
     name: str
     places: tuple[SourceKey, ...]
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[RuleOp, ...] = ()
     steps: tuple[tuple[Rule, int], ...] = ()
     entry: bool = False
     begins: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from ckptsurgeon.adapters.chain import Asked, counted_at, fill_chain
+from ckptsurgeon.adapters.chain import RuleOp, counted_at, fill_chain
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning.keys import Item
@@ -67,7 +67,7 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
         parts = dict(members[0].match.parts) | ({compiled.counted: str(number)} if compiled.counted else {})
         names = tuple(expand(result, parts) for result in compiled.results)
         for index, name in enumerate(names):
-            asked = (*first.asked, *(Asked(op, index, names, number) for op in compiled.ops))
+            asked = (*first.asked, *(RuleOp(op, index, names, number) for op in compiled.ops))
             steps = (*before, (compiled.rule, index))
             results.append(Item(name, name, places, asked, steps, begins=number == 0))
     return results
@@ -125,7 +125,7 @@ def _numbers(group: Group, members: Sequence[Member], sources: Sequence[Checkpoi
     index = counted_at(ops)
     if group.compiled.counted is None or index is None:
         return (None,)
-    before = (*members[0].item.asked, *(Asked(op) for op in ops[:index]))
+    before = (*members[0].item.asked, *(RuleOp(op) for op in ops[:index]))
     shapes = [sources[number][key].shape for member in members for number, key in member.item.places]
     _, (shape, *_) = fill_chain(before, shapes, None, {}, outside.shapes)
     dim = ops[index].get("dim", 0)

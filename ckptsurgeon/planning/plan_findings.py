@@ -125,7 +125,7 @@ def _lost_factors(sources: Sequence[Checkpoint], names: Names, steps: Sequence[S
 
 def _filled(step: Step) -> str:
     """How much of a tensor that was filled up comes from the source, in words."""
-    by_adapter = next((words for op in step.adapters if (words := adapter_of(op).told(op)) is not None), None)
+    by_adapter = next((words for op in step.adapters if (words := adapter_of(op).fill_note(op)) is not None), None)
     if by_adapter is not None:
         return by_adapter
     total = prod(step.shape)

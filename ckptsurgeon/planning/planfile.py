@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptsurgeon.adapters.chain import can_compute, check_fields, infer_chain, made_dtype
-from ckptsurgeon.adapters.table import is_own
+from ckptsurgeon.adapters.table import is_user_adapter
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, StaleError
 from ckptsurgeon.formats.json_text import integer, parse, short
@@ -278,7 +278,7 @@ def _op(name: str, op: dict[str, Any]) -> dict[str, Any]:
     kind = _text(op["op"])
     if kind not in OPS:
         check_fields(op)
-        lacks = [field for field in ("arguments", "shape") if is_own(op) and field not in op]
+        lacks = [field for field in ("arguments", "shape") if is_user_adapter(op) and field not in op]
         if lacks:
             raise ValueError(f"{name}: {kind} lacks {lacks[0]!r}")
     elif not _text(op[OPS[kind]]) or (kind == "cast" and op["dtype"] not in BY_CODE):

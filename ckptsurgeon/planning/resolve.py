@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptsurgeon.adapters.chain import Asked, can_compute, decodes, fill_chain, made_dtype
+from ckptsurgeon.adapters.chain import RuleOp, can_compute, decodes, fill_chain, made_dtype
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.errors import PlanError, RuleError
@@ -104,7 +104,7 @@ def dequantized(claim: Claim, codes: Mapping[SourceKey, Codes]) -> Claim:
     if len(ops) < len(claim.places) or any(op != ops[0] for op in ops):
         raise RuleError(f"joins {weights[0].key}, which is {weights[0].scheme}, with what is not, or is in another way")
     places = tuple(place for key, weight in zip(claim.places, weights, strict=True) for place in (key, (key[0], weight.scales[0])))
-    return replace(claim, places=places, asked=(Asked(ops[0]), *claim.asked))
+    return replace(claim, places=places, asked=(RuleOp(ops[0]), *claim.asked))
 
 
 def _follow(group: Sequence[str], origins: dict[str, Origin], problems: list[str]) -> None:
@@ -155,14 +155,14 @@ def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:
     return kept
 
 
-def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[str, tuple[tuple[Asked, ...], Rule]]:
+def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[str, tuple[tuple[RuleOp, ...], Rule]]:
     """For each output key, the ops of the first adapt rule without `->` that matches it, and the rule."""
-    asked_of_key: dict[str, tuple[tuple[Asked, ...], Rule]] = {}
+    asked_of_key: dict[str, tuple[tuple[RuleOp, ...], Rule]] = {}
     for rule in names.adapts:
         matched = [key for key in keys if rule.match(key) is not None]
         taken = [key for key in matched if key in names.claims]
         new = [key for key in taken if key not in asked_of_key]
-        asked_of_key.update({key: (tuple(Asked(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
+        asked_of_key.update({key: (tuple(RuleOp(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
         if not matched and any(rule.match(key) is not None for _, key in names.names_of):
             key = next(key for _, key in names.names_of if rule.match(key) is not None)
             problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: {_link(key, keys)}")
@@ -203,7 +203,7 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
         safe = offers(shape, target_shape, safe=True) if auto == "safe" and target_shape is not None and shape != target_shape else ()
         if len(safe) != 1:
             return Origin(claim.places, shape, dtype, target_shape in (None, shape), (), claim.rules)
-        claim = Claim(claim.places, (Asked(safe[0], siblings=(name,)),), (*claim.rules, Rule("adapt", name, f"{texts(safe)}", BY)))
+        claim = Claim(claim.places, (RuleOp(safe[0], siblings=(name,)),), (*claim.rules, Rule("adapt", name, f"{texts(safe)}", BY)))
     ops, shapes = fill_chain(claim.asked, [tensor.shape for tensor in tensors], target_shape, known, names.outside.shapes)
     if len(shapes) != 1:
         raise RuleError(f"leaves {len(shapes)} tensors of {len(tensors)}", hint="end the chain with concat, stack or average")

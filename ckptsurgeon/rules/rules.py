@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ckptsurgeon.adapters.chain import OwnShape, counted_at
+from ckptsurgeon.adapters.chain import UserShape, counted_at
 from ckptsurgeon.adapters.op import Op
-from ckptsurgeon.adapters.table import is_own, parse_ops
+from ckptsurgeon.adapters.table import is_user_adapter, parse_ops
 from ckptsurgeon.arguments import hold
 from ckptsurgeon.command import Option, as_words
 from ckptsurgeon.errors import RuleError
@@ -96,7 +96,7 @@ class Outside:
     person's own adapters by name, and, by the source's number, what the target's own loading code does with names that it has not."""
 
     labels: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
-    shapes: Mapping[str, OwnShape] = field(default_factory=dict)
+    shapes: Mapping[str, UserShape] = field(default_factory=dict)
     taken: Mapping[int, Taken] = field(default_factory=dict)
 
 
@@ -273,7 +273,7 @@ def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
     """The op with the token lists that it names, and its shape function at hand."""
     if outside is None:
         return op
-    if is_own(op):
+    if is_user_adapter(op):
         if op["op"] not in outside.shapes:
             raise RuleError(f"{op['op']!r} was not imported")
         return op

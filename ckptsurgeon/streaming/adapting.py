@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.adapters.chain import made_dtype, needs_floats
 from ckptsurgeon.adapters.op import Initial, Op
-from ckptsurgeon.adapters.table import OwnKernel, adapter_of, run
+from ckptsurgeon.adapters.table import UserKernel, adapter_of, run
 from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError, PlanError, RuleError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROWS = 1 << 20  # bytes of rows that are made dense at a time
 
 
-def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: Mapping[str, OwnKernel]) -> torch.Tensor:
+def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: Mapping[str, UserKernel]) -> torch.Tensor:
     """What a step's adapters make of its sources' tensors, which are not written to, in their dtype.
 
     Raises PlanError where a kernel gives another shape or dtype than planned: a person's own may.
@@ -55,7 +55,7 @@ def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: 
 
 
 def adapted_and_cast(
-    step: Step, tensors: list[torch.Tensor], dtype: str, initial: Initial, own: Mapping[str, OwnKernel], casts: list[Cast]
+    step: Step, tensors: list[torch.Tensor], dtype: str, initial: Initial, own: Mapping[str, UserKernel], casts: list[Cast]
 ) -> torch.Tensor:
     """What a step's adapters and its cast make of tensors of dtype `dtype` (safetensors' code); what the cast loses is added to `casts`.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters.chain import made_dtype
-from ckptsurgeon.adapters.table import OwnKernel, adapter_of
+from ckptsurgeon.adapters.table import UserKernel, adapter_of
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
@@ -36,7 +36,7 @@ class Values:
 
     initial: Callable[[str], Buffer]
     extra_state: Callable[[str], Any]
-    kernels: Mapping[str, OwnKernel] = field(default_factory=dict)
+    kernels: Mapping[str, UserKernel] = field(default_factory=dict)
     loaded: Callable[[Callable[[str], torch.Tensor], Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
 
 

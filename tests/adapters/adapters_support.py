@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape
 from ckptsurgeon.adapters.table import ADAPTERS, adapter_of, load, parse_ops
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,7 +44,7 @@ def run(op: Op, *tensors: torch.Tensor, initial: Callable[[], torch.Tensor] = no
     shapes = adapter.infer(op, tuple(map(shape_of, tensors)))
     found = list(adapter.kernel(op, list(tensors), initial))
     assert tuple(map(shape_of, found)) == shapes
-    assert all(tensor.dtype == (torch.float32 if adapter.gives == "F32" else tensors[0].dtype) for tensor in found)
+    assert all(tensor.dtype == (torch.float32 if adapter.output_dtype == "F32" else tensors[0].dtype) for tensor in found)
     assert all(same(one, other) for one, other in zip(tensors, before, strict=True))
     return found
 
@@ -52,7 +52,7 @@ def run(op: Op, *tensors: torch.Tensor, initial: Callable[[], torch.Tensor] = no
 def apply(text: str, *tensors: torch.Tensor, initial: Callable[[], torch.Tensor] = no_initial, **place: Any) -> list[torch.Tensor]:
     """What a rule's op, filled in, makes of tensors."""
     (op,) = parse_ops(text)
-    return run(adapter_of(op).fill(op, Place(tuple(map(shape_of, tensors)), **place)), *tensors, initial=initial)
+    return run(adapter_of(op).fill(op, FillContext(tuple(map(shape_of, tensors)), **place)), *tensors, initial=initial)
 
 
 def filled(shape: Shape, dtype: torch.dtype = torch.float32, start: int = 0) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Case:
 
 def filled_for(rule: Op, shapes: tuple[Shape, ...], results: tuple[Shape | None, ...], index: int) -> Op:
     number = index if adapter_of(rule).counts_parts else None
-    return adapter_of(rule).fill(rule, Place(shapes, results[index], index, len(results), results, number))
+    return adapter_of(rule).fill(rule, FillContext(shapes, results[index], index, len(results), results, number))
 
 
 small = st.integers(1, 4)

@@ -50,12 +50,12 @@ def test_padding_adds_what_it_says_where_it_says():
     assert apply("pad(size=4, fill='mean')", tensor)[0].tolist() == [[0, 1, 2], [3, 4, 5], [1.5, 2.5, 3.5], [1.5, 2.5, 3.5]]
     assert apply("pad(1, size=4, fill='mean')", tensor)[0].tolist() == [[0, 1, 2, 1], [3, 4, 5, 4]]
     initial = -filled((4, 3)) - 1
-    end = apply("pad(fill='init')", tensor, wanted=(4, 3), initial=lambda: initial)[0]
+    end = apply("pad(fill='init')", tensor, target=(4, 3), initial=lambda: initial)[0]
     assert same(end, torch.cat([tensor, initial[2:]]))
-    start = apply("pad(fill='init', at='start')", tensor, wanted=(4, 3), initial=lambda: initial)[0]
+    start = apply("pad(fill='init', at='start')", tensor, target=(4, 3), initial=lambda: initial)[0]
     assert same(start, torch.cat([initial[:2], tensor]))
     for fill in ("zeros", "mean", "init"):  # nothing to fill: nothing asked for, no mean of nothing
-        assert same(apply(f"pad(size=2, fill={fill!r})", tensor, wanted=(2, 3))[0], tensor)
+        assert same(apply(f"pad(size=2, fill={fill!r})", tensor, target=(2, 3))[0], tensor)
     assert apply("pad(size=0, fill='mean')", filled((0, 3)))[0].shape == (0, 3)
     assert apply("pad(size=3)", torch.ones(2, dtype=torch.bool))[0].tolist() == [True, True, False]
 
@@ -88,7 +88,7 @@ def test_means_of_narrow_floats_are_taken_in_wide_ones(dtype):
 )
 def test_values_that_a_dtype_has_not_are_refused(text, tensor, initial, words):
     with pytest.raises(RuleError) as error:
-        apply(text, tensor, wanted=(3,), initial=lambda: initial)
+        apply(text, tensor, target=(3,), initial=lambda: initial)
     assert words in error.value.reason
 
 
@@ -121,7 +121,7 @@ def test_heads_of_a_group_are_averaged_as_the_paper_converts_them(dtype, heads, 
     torch.manual_seed(2)
     weight, bias = torch.randn(heads * size, 5).to(dtype), torch.randn(heads * size).to(dtype)
     pooled = [weight.double().view(groups, heads // groups, size, 5)[group].sum(0) * groups / heads for group in range(groups)]
-    found = apply(f"group_mean(heads={heads})", weight, wanted=(groups * size, 5))[0]
+    found = apply(f"group_mean(heads={heads})", weight, target=(groups * size, 5))[0]
     torch.testing.assert_close(found.double(), torch.cat(pooled), rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert same(apply(f"group_mean({heads}, {groups}, 1)", weight.mT.contiguous())[0], found.mT)
     assert same(apply(f"group_mean({heads}, {groups})", bias)[0], apply(f"group_mean({heads}, {groups})", bias.unsqueeze(1))[0].squeeze(1))
@@ -134,7 +134,7 @@ def test_grouped_attention_with_averaged_heads_is_the_attention_of_heads_that_we
     x, q = torch.randn(1, 7, width), torch.randn(heads * size, width)
     few = [torch.randn(groups * size, width) for _ in range(2)]
     many = [one.view(groups, 1, size, width).expand(-1, heads // groups, -1, -1).reshape(heads * size, width) for one in few]
-    k, v = (apply(f"group_mean(heads={heads})", one, wanted=(groups * size, width))[0] for one in many)
+    k, v = (apply(f"group_mean(heads={heads})", one, target=(groups * size, width))[0] for one in many)
 
     def by_head(weight: torch.Tensor) -> torch.Tensor:
         return (x @ weight.T).unflatten(-1, (-1, size)).transpose(1, 2)
@@ -149,7 +149,7 @@ def test_means_in_pieces_are_the_means(monkeypatch):
     whole = apply("average([1, 3])", *tensors)[0]
     means = [tensors[0].mean(dim, keepdim=True) for dim in range(3)]
     for piece in (1, 7, 40, 500):
-        monkeypatch.setattr(widening, "PIECE", piece)
+        monkeypatch.setattr(widening, "BLOCK_ELEMENTS", piece)
         assert same(apply("average([1, 3])", *tensors)[0], whole)
         for dim, mean in enumerate(means):
             size = tensors[0].shape[dim]

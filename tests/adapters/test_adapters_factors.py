@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import ckptsurgeon as cs
-from ckptsurgeon.adapters.op import Place
+from ckptsurgeon.adapters.op import FillContext
 from ckptsurgeon.adapters.table import adapter_of, parse_ops
 from ckptsurgeon.errors import CheckpointError, RuleError
 from ckptsurgeon.planning.planfile import to_json
@@ -60,7 +60,7 @@ def test_weight_norm_is_the_modules_own_weight_bit_for_bit(how, make, dim, dtype
     layer, wanted = normed(make, how, dim, dtype)
     g, v = [value for key, value in layer.state_dict().items() if "bias" not in key]
     assert same(apply("weight_norm", g, v)[0], wanted)
-    filled = adapter_of({"op": "weight_norm"}).fill({"op": "weight_norm"}, Place((tuple(g.shape), tuple(v.shape))))
+    filled = adapter_of({"op": "weight_norm"}).fill({"op": "weight_norm"}, FillContext((tuple(g.shape), tuple(v.shape))))
     assert same(apply(f"weight_norm(dim={filled['dim']})", g, v)[0], wanted)
 
 
@@ -75,7 +75,7 @@ def test_factors_of_a_weight_are_those_that_torch_makes(make, dim, dtype, seed):
     g, v = parametrizations.weight_norm(plain, dim=dim).parametrizations.weight.state_dict().values()
     shapes = tuple(g.shape), tuple(v.shape)
     for index, factor in enumerate((g, v)):
-        told = apply("weight_norm", weight, index=index, of=2, siblings=shapes, wanted=shapes[index])[0]
+        told = apply("weight_norm", weight, index=index, of=2, siblings=shapes, target=shapes[index])[0]
         named = apply(f"weight_norm(dim={dim}, part={'gv'[index]!r})", weight)[0]
         assert same(told, factor) and same(named, factor)
 

@@ -33,7 +33,7 @@ def test_one_tensor_laid_out_anew_against_numpy():
     assert same(run({"op": "squeeze"}, one)[0], tensor)
     assert same(run({"op": "squeeze", "dim": 3}, one)[0], tensor[:, None])
     assert same(run({"op": "unsqueeze", "dim": 3}, tensor)[0], tensor[..., None])
-    assert same(apply("reshape", one, wanted=(24,))[0], torch.arange(24.0))
+    assert same(apply("reshape", one, target=(24,))[0], torch.arange(24.0))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from profiles import examples
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Place
+from ckptsurgeon.adapters.op import FillContext
 from ckptsurgeon.adapters.table import load
 from ckptsurgeon.errors import RuleError
 
@@ -23,7 +23,7 @@ Lines = list[str | None]
 
 
 def filled(rows: int, wanted: int | None = None, **fields: Any) -> dict[str, Any]:
-    return dict(ADAPTER.fill({"op": "rows", **fields}, Place(((rows, 4),), None if wanted is None else (wanted, 4))))
+    return dict(ADAPTER.fill({"op": "rows", **fields}, FillContext(((rows, 4),), None if wanted is None else (wanted, 4))))
 
 
 def taken(op: dict[str, Any]) -> list[int | None]:
@@ -143,7 +143,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch
 def test_rows_are_copied_bit_for_bit(dtype: torch.dtype, dim: int) -> None:
     given = (torch.arange(30).reshape(5, 6) % 7).to(dtype)
     index = [4, 0, 0, 2, 3, 1]
-    op = ADAPTER.fill({"op": "rows", "index": index, "dim": dim}, Place(((5, 6),)))
+    op = ADAPTER.fill({"op": "rows", "index": index, "dim": dim}, FillContext(((5, 6),)))
     before = bits(given)
     (found,) = run(op, given)
     assert bits(found) == bits(given.view(torch.uint8).unflatten(1, (6, -1)).index_select(dim, torch.tensor(index)))
@@ -156,7 +156,7 @@ def test_rows_are_copied_bit_for_bit(dtype: torch.dtype, dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("piece", [1, 7, 1 << 20])
 def test_the_mean_is_that_of_all_source_rows(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widening, "PIECE", piece)
+    monkeypatch.setattr(widening, "BLOCK_ELEMENTS", piece)
     torch.manual_seed(0)
     given = torch.randn(3, 50, 2).to(dtype) + 100
     op = {"op": "rows", "dim": 1, "rows": 4, "runs": [[1, 7, 2]], "fill": "mean"}

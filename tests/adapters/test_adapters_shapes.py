@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptsurgeon.adapters.chain import check_fields
-from ckptsurgeon.adapters.op import Place
+from ckptsurgeon.adapters.op import FillContext
 from ckptsurgeon.adapters.table import offers, op_text, parse_ops
 from ckptsurgeon.errors import RuleError
 
@@ -23,7 +23,7 @@ def rule(text):
 
 def fill(text, *shapes, **place):
     op = rule(text)
-    return ALL[op["op"]].fill(op, Place(shapes, **place))
+    return ALL[op["op"]].fill(op, FillContext(shapes, **place))
 
 
 def infer(op, *shapes):
@@ -41,29 +41,29 @@ SPLIT = {"siblings": ((8, 3), (2, 3), (2, 3)), "of": 3}
 # A rule's text, the shapes that come in, what else is known -> the op as the plan has it, without its name where it is the same.
 FILLED = [
     ("slice(stop=4)", [(9, 2)], {}, {"dim": 0, "start": 0, "stop": 4}),
-    ("slice(start=3)", [(9, 2)], {"wanted": (5, 2)}, {"dim": 0, "start": 3, "stop": 8}),
+    ("slice(start=3)", [(9, 2)], {"target": (5, 2)}, {"dim": 0, "start": 3, "stop": 8}),
     ("slice(-1, 1, 2)", [(9, 2)], {}, {"dim": 1, "start": 1, "stop": 2}),
-    ("pad", [(9, 2)], {"wanted": (12, 2)}, {"dim": 0, "size": 12, "given": [9], "fill": "zeros", "at": "end"}),
-    ("pad(-1, at='start', fill='mean')", [(9, 2)], {"wanted": (9, 4)}, {"dim": 1, "size": 4, "given": [2], "fill": "mean", "at": "start"}),
+    ("pad", [(9, 2)], {"target": (12, 2)}, {"dim": 0, "size": 12, "given": [9], "fill": "zeros", "at": "end"}),
+    ("pad(-1, at='start', fill='mean')", [(9, 2)], {"target": (9, 4)}, {"dim": 1, "size": 4, "given": [2], "fill": "mean", "at": "start"}),
     ("pad(size=10, value=0.5)", [(9, 2)], {}, {"dim": 0, "size": 10, "given": [9], "fill": "constant", "at": "end", "value": 0.5}),
-    ("pad(fill='init')", [(9,)], {"wanted": (12,)}, {"dim": 0, "size": 12, "given": [9], "fill": "init", "at": "end", "scheme": "model"}),
-    ("pad(fill='init', scheme='normal(std=0.02)')", [(9,)], {"wanted": (12,)},
+    ("pad(fill='init')", [(9,)], {"target": (12,)}, {"dim": 0, "size": 12, "given": [9], "fill": "init", "at": "end", "scheme": "model"}),
+    ("pad(fill='init', scheme='normal(std=0.02)')", [(9,)], {"target": (12,)},
      {"dim": 0, "size": 12, "given": [9], "fill": "init", "at": "end", "scheme": "normal(std=0.02)"}),
     ("concat", [(2, 3), (4, 3)], {}, {"dim": 0, "of": 2}),
     ("concat(-1, of=2)", [(2, 3)] * 4, {}, {"dim": 1, "of": 2}),
     ("concat(sizes=[2, 4])", [(2, 3), (4, 3)], {}, {"dim": 0, "of": 2}),
     ("concat(sizes=[2, 4])", [(2, 3), (4, 3)] * 3, {}, {"dim": 0, "of": 2}),
     ("chunk", [(12, 3)], {"of": 3, "index": 1}, {"dim": 0, "index": 1, "of": 3}),
-    ("chunk(1)", [(4, 12)], {"of": 3, "index": 2, "wanted": (4, 4), "siblings": ((4, 4),) * 3}, {"dim": 1, "index": 2, "of": 3}),
-    ("chunk", [(12, 3)], {**SPLIT, "wanted": (8, 3), "index": 0}, {"op": "slice", "dim": 0, "start": 0, "stop": 8}),
-    ("chunk", [(12, 3)], {**SPLIT, "wanted": (2, 3), "index": 2}, {"op": "slice", "dim": 0, "start": 10, "stop": 12}),
+    ("chunk(1)", [(4, 12)], {"of": 3, "index": 2, "target": (4, 4), "siblings": ((4, 4),) * 3}, {"dim": 1, "index": 2, "of": 3}),
+    ("chunk", [(12, 3)], {**SPLIT, "target": (8, 3), "index": 0}, {"op": "slice", "dim": 0, "start": 0, "stop": 8}),
+    ("chunk", [(12, 3)], {**SPLIT, "target": (2, 3), "index": 2}, {"op": "slice", "dim": 0, "start": 10, "stop": 12}),
     ("chunk", [(12, 3)], {**SPLIT, "index": 2}, {"dim": 0, "index": 2, "of": 3}),  # not the last op: siblings are other tensors' shapes
-    ("chunk", [(24, 3)], {**SPLIT, "wanted": (2, 3), "index": 2}, {"dim": 0, "index": 2, "of": 3}),  # they don't add up
-    ("chunk(of=3)", [(12, 3)], {**SPLIT, "wanted": (2, 3), "index": 1}, {"op": "slice", "dim": 0, "start": 8, "stop": 10}),
+    ("chunk", [(24, 3)], {**SPLIT, "target": (2, 3), "index": 2}, {"dim": 0, "index": 2, "of": 3}),  # they don't add up
+    ("chunk(of=3)", [(12, 3)], {**SPLIT, "target": (2, 3), "index": 1}, {"op": "slice", "dim": 0, "start": 8, "stop": 10}),
     ("chunk(sizes=[6, 3, 3])", [(12,)], {"of": 3, "index": 1}, {"op": "slice", "dim": 0, "start": 6, "stop": 9}),
     ("chunk(sizes=[4, 4, 4])", [(12,)], {"of": 3, "index": 1}, {"dim": 0, "index": 1, "of": 3}),
     ("chunk(index=1, of=4)", [(12,)], {}, {"dim": 0, "index": 1, "of": 4}),
-    ("chunk(index=1, of=2)", [(12, 3)], {**SPLIT, "wanted": (8, 3), "index": 0}, {"dim": 0, "index": 1, "of": 2}),
+    ("chunk(index=1, of=2)", [(12, 3)], {**SPLIT, "target": (8, 3), "index": 0}, {"dim": 0, "index": 1, "of": 2}),
     ("chunk(sizes=[5, 7], index=1)", [(12,)], {}, {"op": "slice", "dim": 0, "start": 5, "stop": 12}),
     ("chunk(sizes=[0, 0])", [(0, 2)], {"of": 2, "index": 1}, {"op": "slice", "dim": 0, "start": 0, "stop": 0}),
     ("chunk(of=3)", [(12,)], {"of": 3, "index": 2}, {"dim": 0, "index": 2, "of": 3}),
@@ -76,8 +76,8 @@ FILLED = [
     ("transpose", [(2, 3, 4)], {}, {"dims": [1, 2]}),
     ("transpose((0, -1))", [(2, 3, 4)], {}, {"dims": [0, 2]}),
     ("permute((2, 0, -2))", [(2, 3, 4)], {}, {"dims": [2, 0, 1]}),
-    ("reshape", [(2, 6)], {"wanted": (3, 4)}, {"shape": [3, 4]}),
-    ("reshape([3, -1])", [(2, 6)], {"wanted": (3, 4)}, {"shape": [3, 4]}),
+    ("reshape", [(2, 6)], {"target": (3, 4)}, {"shape": [3, 4]}),
+    ("reshape([3, -1])", [(2, 6)], {"target": (3, 4)}, {"shape": [3, 4]}),
     ("reshape([])", [(1, 1)], {}, {"shape": []}),
     ("squeeze", [(1, 3, 1)], {}, {"op": "reshape", "shape": [3]}),
     ("squeeze(-1)", [(1, 3, 1)], {}, {"op": "reshape", "shape": [1, 3]}),
@@ -91,7 +91,7 @@ FILLED = [
     ("average", [(2,)] * 4, {}, {"weights": [0.25] * 4}),
     ("average([3, 1])", [(2,)] * 2, {}, {"weights": [0.75, 0.25]}),
     ("average([1e308, 1e308])", [(2,)] * 2, {}, {"weights": [0.5, 0.5]}),
-    ("group_mean(8)", [(16, 3)], {"wanted": (4, 3)}, {"heads": 8, "to": 2, "dim": 0}),
+    ("group_mean(8)", [(16, 3)], {"target": (4, 3)}, {"heads": 8, "to": 2, "dim": 0}),
     ("group_mean(8, 4, -1)", [(3, 16)], {}, {"heads": 8, "to": 4, "dim": 1}),
     ("average([0, 2])", [(2,)] * 2, {}, {"weights": [0.0, 1.0]}),
 ]  # fmt: skip
@@ -111,7 +111,7 @@ REFUSED = [
     ("slice(stop=4)", [(3, 2)], {}, "takes 0 to 4 of dim 0, and (3, 2) has 3 there"),
     ("slice(start=2, stop=1)", [(3, 2)], {}, "takes 2 to 1"),
     ("slice(start=2)", [(3, 2)], {}, "does not know 'stop'"),
-    ("slice(start=2)", [(3, 2)], {"wanted": ()}, "does not know 'stop'"),
+    ("slice(start=2)", [(3, 2)], {"target": ()}, "does not know 'stop'"),
     ("slice(2, stop=1)", [(3, 2)], {}, "is for dim 2, and (3, 2) has 2 dims"),
     ("slice(-3, stop=1)", [(3, 2)], {}, "is for dim -3, and (3, 2) has 2 dims"),
     ("slice(-1, stop=1)", [(3, 2), (3,)], {}, "counts dim -1 from the end of 2 tensors"),
@@ -123,7 +123,7 @@ REFUSED = [
     ("pad(size=4, scheme='zeros')", [(3, 2)], {}, "has scheme='zeros' beside fill='zeros'"),
     ("pad(size=4, fill='constant')", [(3, 2)], {}, "lacks 'value'"),
     ("pad(size=4, fill='init')", [(3, 2)], {}, "a target's initial value, and here is none"),
-    ("pad(fill='init')", [(3, 2), (3, 2)], {"wanted": (4, 2)}, "fills 2 tensors up with one"),
+    ("pad(fill='init')", [(3, 2), (3, 2)], {"target": (4, 2)}, "fills 2 tensors up with one"),
     ("pad(size=1000000000000000000)", [(3, 2)], {}, "too large"),
     ("concat", [], {}, "joins 0 tensors at a time, and 0 come in"),
     ("concat(of=2)", [(2,)] * 3, {}, "joins 2 tensors at a time, and 3 come in"),
@@ -175,11 +175,11 @@ REFUSED = [
     ("permute_rope(3, 'pairs')", [(8, 2)], {}, "in 3 equal parts"),
     ("permute_rope(0, 'pairs')", [(8, 2)], {}, "in 0 equal parts"),
     ("permute_rope(2, 'pairs')", [(6, 2)], {}, "needs heads of an even size, and 2 heads of (6, 2) have 3"),
-    ("group_mean", [(8, 2)], {"wanted": (4, 2)}, "needs the number of heads"),
+    ("group_mean", [(8, 2)], {"target": (4, 2)}, "needs the number of heads"),
     ("group_mean(heads=4)", [(8, 2)], {}, "does not know 'to'"),
-    ("group_mean(heads=4)", [(8, 2)], {"wanted": (3, 2)}, "can't tell how many heads of 2 rows 3 rows are"),
-    ("group_mean(heads=3)", [(8, 2)], {"wanted": (4, 2)}, "needs dim 0 in 3 equal parts"),
-    ("group_mean(heads=4, to=3)", [(8, 2)], {"wanted": (6, 2)}, "can't take the mean of 4 heads in 3 groups"),
+    ("group_mean(heads=4)", [(8, 2)], {"target": (3, 2)}, "can't tell how many heads of 2 rows 3 rows are"),
+    ("group_mean(heads=3)", [(8, 2)], {"target": (4, 2)}, "needs dim 0 in 3 equal parts"),
+    ("group_mean(heads=4, to=3)", [(8, 2)], {"target": (6, 2)}, "can't take the mean of 4 heads in 3 groups"),
     ("average", [(2,), (3,)], {}, "goes over (2,) and (3,), which differ"),
     ("average([1, 2, 3])", [(2,), (2,)], {}, "has 3 weights for 2 tensors"),
     ("average([0, 0])", [(2,), (2,)], {}, "has weights [0, 0]"),
@@ -284,7 +284,7 @@ def test_only_what_no_size_could_be_mistaken_in_is_offered(source, target, texts
     found = [op for adapter in ALL.values() if (op := adapter.offer(source, target)) is not None]
     assert [op_text(op) for op in found] == texts
     for op in found:
-        assert infer(ALL[op["op"]].fill(op, Place((source,), target)), source) == (target,)
+        assert infer(ALL[op["op"]].fill(op, FillContext((source,), target)), source) == (target,)
 
 
 def test_a_transpose_is_never_applied_unasked():
@@ -294,7 +294,7 @@ def test_a_transpose_is_never_applied_unasked():
 
 @given(weights=st.lists(st.floats(0, 1e308) | st.integers(0, 1 << 61), min_size=1, max_size=8).filter(any))
 def test_weights_sum_to_one_whatever_their_size(weights):
-    op = ALL["average"].fill({"op": "average", "weights": weights}, Place(((2,),) * len(weights)))
+    op = ALL["average"].fill({"op": "average", "weights": weights}, FillContext(((2,),) * len(weights)))
     assert math.fsum(op["weights"]) == pytest.approx(1, abs=1e-9)
     assert infer(op, *((2,),) * len(weights)) == ((2,),)
 
@@ -309,7 +309,7 @@ def chain_sizes(*sizes):
     """Every part's stretch of dim 0 by `chunk`, as a fused tensor of these sizes is taken apart."""
     total = sum(sizes)
     siblings = tuple((size, 2) for size in sizes)
-    return [fill("chunk", (total, 2), wanted=siblings[index], index=index, of=len(sizes), siblings=siblings) for index in range(len(sizes))]
+    return [fill("chunk", (total, 2), target=siblings[index], index=index, of=len(sizes), siblings=siblings) for index in range(len(sizes))]
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=5))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptsurgeon as cs
 from ckptsurgeon.adapters.chain import check_fields, filled_elements
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, cannot_follow, each, same_op, signed, zeros_where_filled
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, cannot_follow, each, same_op, signed, zeros_where_filled
 from ckptsurgeon.adapters.table import ADAPTERS, adapter_of, load, offers, parse_ops
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.optimizer.plan import moment_ops
@@ -45,7 +45,7 @@ some = settings(max_examples=examples(40), deadline=None, suppress_health_check=
 def test_an_adapter_says_what_it_is_and_shows_it(name: str) -> None:
     adapter = load(name)
     assert adapter.words and "\n" not in adapter.words
-    assert set(adapter.planned) <= set(adapter.fields) and all(map(callable, adapter.fields.values()))
+    assert set(adapter.plan_only) <= set(adapter.fields) and all(map(callable, adapter.fields.values()))
     assert adapter.moments in (same_op, zeros_where_filled, cannot_follow)
     assert (adapter.moments is cannot_follow) == (adapter.floats or adapter.decodes)
     assert not (adapter.ranges and adapter.moments is cannot_follow)  # what moves bytes only takes the moments along
@@ -128,13 +128,13 @@ def test_no_op_does_worse_than_a_rule_error(name: str, data: st.DataObject) -> N
     with suppress(RuleError):
         check_fields(op)
         assert all(type(size) is int and size >= 0 for shape in adapter.infer(op, shapes) for size in shape)
-    rule = {field: op[field] for field in op if field == "op" or (field not in adapter.planned and adapter.fields[field](op[field]))}
+    rule = {field: op[field] for field in op if field == "op" or (field not in adapter.plan_only and adapter.fields[field](op[field]))}
     undone = adapter.invert(rule)
     assert undone is None or check_fields(undone) is None
     results = data.draw(st.just(case.results) | st.lists(st.none() | any_shape, min_size=1, max_size=4).map(tuple))
     number, index = data.draw(st.none() | st.integers(0, 9)), data.draw(st.integers(0, len(results) - 1))
     with suppress(RuleError):
-        filled = adapter.fill(rule, Place(shapes, results[index], index, len(results), results, number))
+        filled = adapter.fill(rule, FillContext(shapes, results[index], index, len(results), results, number))
         found = adapter_of(filled).infer(filled, shapes)
         check_fields(filled)
         assert adapter_of(filled).infer(json.loads(json.dumps(filled)), shapes) == found
@@ -148,7 +148,7 @@ def test_what_is_offered_makes_the_target(source: Shape, data: st.DataObject) ->
     if data.draw(st.booleans()):
         target.insert(data.draw(st.integers(0, len(target))), data.draw(st.integers(0, 4)))
     for op in offers(source, tuple(target)):
-        filled = adapter_of(op).fill(op, Place((source,), tuple(target)))
+        filled = adapter_of(op).fill(op, FillContext((source,), tuple(target)))
         assert adapter_of(filled).infer(filled, (source,)) == (tuple(target),)
 
 

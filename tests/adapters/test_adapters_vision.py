@@ -20,7 +20,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from ckptsurgeon.adapters.op import Place, Shape
+from ckptsurgeon.adapters.op import FillContext, Shape
 from ckptsurgeon.errors import RuleError
 
 VISION = OF_FAMILY["vision"]
@@ -28,14 +28,14 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "timm_vision.json").read
 
 
 def filled(name: str, source: Shape, wanted: Shape | None = None, **fields: Any) -> dict[str, Any]:
-    return dict(VISION[name].fill({"op": name, **fields}, Place((source,), wanted)))
+    return dict(VISION[name].fill({"op": name, **fields}, FillContext((source,), wanted)))
 
 
 def shape_after(name: str, source: Shape, wanted: Shape | None = None, **fields: Any) -> Shape:
     op = filled(name, source, wanted, **fields)
     assert json.loads(json.dumps(op)) == op  # a plan has it back as it was
     assert all(VISION[name].fields[field](value) for field, value in op.items() if field != "op")
-    assert VISION[name].fill(op, Place((source,), wanted)) == op
+    assert VISION[name].fill(op, FillContext((source,), wanted)) == op
     (found,) = VISION[name].infer(op, (source,))
     return found
 
@@ -164,7 +164,7 @@ def bits(tensor: torch.Tensor) -> list[int]:
 
 
 def adapt(name: str, tensor: torch.Tensor, wanted: tuple[int, ...] | None = None, **fields: Any) -> torch.Tensor:
-    return run(VISION[name].fill({"op": name, **fields}, Place((tuple(tensor.shape),), wanted)), tensor)[0]
+    return run(VISION[name].fill({"op": name, **fields}, FillContext((tuple(tensor.shape),), wanted)), tensor)[0]
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=[f"{case['op']['op']}-{index}" for index, case in enumerate(GOLDEN)])

@@ -312,7 +312,7 @@ def test_a_large_matrix_is_made_row_by_row(tmp_path: Path, monkeypatch: pytest.M
     made, scale = by_block(random(700, 300), 128, 128)
     path = save(tmp_path, "a.safetensors", {"w.weight": made, "w.weight_scale_inv": scale})
     cs.merge(path, None, tmp_path / "one.safetensors", dequantize=True, dtype="F32")
-    monkeypatch.setattr(widening, "PIECE", 1000)  # three rows, which end within a block
+    monkeypatch.setattr(widening, "BLOCK_ELEMENTS", 1000)  # three rows, which end within a block
     cs.merge(path, None, tmp_path / "two.safetensors", dequantize=True, dtype="F32")
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs_support import PAIRS, Pair, meta, read_pair
 
-from ckptsurgeon.adapters.chain import Asked, fill_chain
+from ckptsurgeon.adapters.chain import RuleOp, fill_chain
 from ckptsurgeon.adapters.table import parse_ops, run
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.planning.links import Link
@@ -33,7 +33,7 @@ def made(link: Link, at: int, tensors: dict[str, torch.Tensor], goal: Shapes, **
     given = [tensors[key] for key in layout.sources]
     found = {}
     for index, key in enumerate(layout.targets):
-        asked = [Asked(op, index, layout.targets) for op in ops]
+        asked = [RuleOp(op, index, layout.targets) for op in ops]
         chain, _ = fill_chain(asked, [tuple(one.shape) for one in given], goal[key], goal)
         parts = list(given)
         for op in chain:

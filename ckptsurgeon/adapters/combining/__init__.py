@@ -1,1 +1,1 @@
-"""Adapters between parts and wholes: a part of a tensor, a tensor with a part more, several tensors as one. No row or column is broken."""
+"""Adapters that cut, extend or join tensors along a dim."""

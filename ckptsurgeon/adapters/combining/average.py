@@ -11,18 +11,18 @@ import math
 from collections.abc import Sequence
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, list_of, number
+from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, cannot_follow, list_of, number
 from ckptsurgeon.adapters.shapes import need, refused
 from ckptsurgeon.errors import RuleError
 
-_SLACK = 1e-6  # by which a plan's weights may miss a sum of 1
+_SLACK = 1e-6  # how far from 1 the sum of a plan's weights may be
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     weights = need(op, "weights")
-    other = next((shape for shape in shapes if shape != shapes[0]), None)
-    if other is not None:
-        raise refused(op, f"goes over {shapes[0]} and {other}, which differ")
+    different = next((shape for shape in shapes if shape != shapes[0]), None)
+    if different is not None:
+        raise refused(op, f"goes over {shapes[0]} and {different}, which differ")
     if not shapes or len(weights) != len(shapes):
         raise refused(op, f"has {len(weights)} weights for {len(shapes)} tensors")
     if not all(0 <= weight <= 1 + _SLACK for weight in weights) or abs(math.fsum(weights) - 1) > _SLACK:
@@ -30,26 +30,26 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return (shapes[0],)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    weights = op.get("weights", [1] * len(place.shapes))
+def _fill(op: Op, context: FillContext) -> Op:
+    weights = op.get("weights", [1] * len(context.shapes))
     largest = max(weights, default=0)
     if largest <= 0 or min(weights) < 0:
         raise refused(op, f"has weights {list(weights)[:8]}", "weights are not negative, and one at least is more than 0")
-    scaled = [weight / largest for weight in weights]  # first, so that no sum overflows
+    scaled = [weight / largest for weight in weights]  # scaled before they are summed, so that no sum overflows
     return {"op": "average", "weights": [weight / math.fsum(scaled) for weight in scaled]}
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
-    wrong = next((tensor.dtype for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())), None)
-    if wrong is not None:
-        raise RuleError(f"average goes over floats, and a tensor is {widening.in_words(wrong)}")
+    unfit = next((tensor.dtype for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())), None)
+    if unfit is not None:
+        raise RuleError(f"average goes over floats, and a tensor is {widening.in_words(unfit)}")
     wide, weights = widening.wide(*tensors), op["weights"]
     out = tensors[0].new_empty(tensors[0].shape)
-    for piece in widening.pieces(out.shape):
-        total = tensors[0][piece].to(wide) * weights[0]
+    for block in widening.blocks(out.shape):
+        total = tensors[0][block].to(wide) * weights[0]
         for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-            total.add_(tensor[piece].to(wide), alpha=weight)
-        out[piece] = total.to(out.dtype)
+            total.add_(tensor[block].to(wide), alpha=weight)
+        out[block] = total.to(out.dtype)
     return [out]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, Tensor, each, list_of, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, Tensor, each, list_of, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import from_front, need, part_of, part_ranges, refused, resized, size_of
 
 
@@ -21,24 +21,24 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return resized(shape, dim, part)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dim = from_front(op, op.get("dim", 0), place.shapes)
-    own = "index" not in op and op.get("of", place.of) == place.of  # each result is one part
-    sizes = op.get("sizes", _sibling_sizes(place, dim) if own else None)
-    of = op.get("of", place.of if sizes is None else len(sizes))
+def _fill(op: Op, context: FillContext) -> Op:
+    dim = from_front(op, op.get("dim", 0), context.shapes)
+    one_part_each = "index" not in op and op.get("of", context.of) == context.of  # each result is one part
+    sizes = op.get("sizes", _sibling_sizes(context, dim) if one_part_each else None)
+    of = op.get("of", context.of if sizes is None else len(sizes))
     if sizes is not None and len(sizes) != of:
         raise refused(op, f"has {len(sizes)} sizes for {of} parts")
-    if "index" not in op and (of != place.of or (of == 1 and sizes is None)):
-        results = "one result" if place.of == 1 else f"{place.of} results"
+    if "index" not in op and (of != context.of or (of == 1 and sizes is None)):
+        results = "one result" if context.of == 1 else f"{context.of} results"
         raise refused(
             op, f"has {results} for {of} parts" if of > 1 else "has one result", "name each part (a -> b + c), or say index= and of="
         )
-    index = op.get("index", place.index)
+    index = op.get("index", context.index)
     if index >= of:
         raise refused(op, f"takes part {index} of {of}: parts count from 0")
     if sizes is None:
         return {"op": "chunk", "dim": dim, "index": index, "of": of}
-    for shape in place.shapes:
+    for shape in context.shapes:
         if size_of(op, dim, shape) != sum(sizes):
             raise refused(op, f"cuts dim {dim} into {list(sizes)[:8]}, {sum(sizes)} in all, and {shape} has {shape[dim]} there")
     if len(set(sizes)) == 1 and sizes[0]:
@@ -46,16 +46,16 @@ def _fill(op: Op, place: Place) -> Op:
     return {"op": "slice", "dim": dim, "start": sum(sizes[:index]), "stop": sum(sizes[: index + 1])}
 
 
-def _sibling_sizes(place: Place, dim: int) -> list[int] | None:
-    """The sizes of all results along `dim` as the target has them, if they are what comes in."""
-    known = [shape[dim] for shape in place.siblings if shape is not None and dim < len(shape)]
-    whole = all(dim < len(shape) and shape[dim] == sum(known) for shape in place.shapes)
-    return known if whole and place.wanted is not None and len(known) == place.of > 1 else None
+def _sibling_sizes(context: FillContext, dim: int) -> list[int] | None:
+    """The target's sizes of all results along `dim`, if they add up to the size that comes in; else None."""
+    sizes = [shape[dim] for shape in context.siblings if shape is not None and dim < len(shape)]
+    fit = all(dim < len(shape) and shape[dim] == sum(sizes) for shape in context.shapes)
+    return sizes if fit and context.target is not None and len(sizes) == context.of > 1 else None
 
 
 def _bounds(op: Op, shape: Sequence[int]) -> tuple[int, int]:
-    part = shape[op["dim"]] // op["of"]
-    return op["index"] * part, (op["index"] + 1) * part
+    size = shape[op["dim"]] // op["of"]
+    return op["index"] * size, (op["index"] + 1) * size
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`concat` joins tensors along a dim that they have.
+"""`concat` joins tensors along an existing dim.
 
 >>> import torch
 >>> ADAPTER.kernel({"op": "concat", "dim": 0, "of": 2}, [torch.tensor([1, 2]), torch.tensor([3])], None)[0].tolist()
@@ -10,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, list_of, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, list_of, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, resized, size_of
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    dim, found = need(op, "dim"), []
+    dim, results = need(op, "dim"), []
     for group in groups(op, shapes):
         first, total = group[0], sum(size_of(op, dim, shape) for shape in group)
-        other = next((shape for shape in group if resized(shape, dim, 0) != resized(first, dim, 0)), None)
-        if other is not None:
-            raise refused(op, f"joins dim {dim} of {first} and {other}, which differ in another dim too")
-        found.append(bounded(op, resized(first, dim, total)))
-    return tuple(found)
+        different = next((shape for shape in group if resized(shape, dim, 0) != resized(first, dim, 0)), None)
+        if different is not None:
+            raise refused(op, f"joins dim {dim} of {first} and {different}, which differ in another dim too")
+        results.append(bounded(op, resized(first, dim, total)))
+    return tuple(results)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dim, sizes = from_front(op, op.get("dim", 0), place.shapes), list(op.get("sizes", ()))
-    filled = {"op": "concat", "dim": dim, "of": op.get("of", len(sizes) if "sizes" in op else len(place.shapes))}
-    for group in groups(filled, place.shapes) if "sizes" in op else ():
-        have = [size_of(op, dim, shape) for shape in group]
-        if have != sizes:
-            raise refused(op, f"is to join sizes {sizes[:8]} of dim {dim}, and {have[:8]} come in")
+def _fill(op: Op, context: FillContext) -> Op:
+    dim, sizes = from_front(op, op.get("dim", 0), context.shapes), list(op.get("sizes", ()))
+    filled = {"op": "concat", "dim": dim, "of": op.get("of", len(sizes) if "sizes" in op else len(context.shapes))}
+    for group in groups(filled, context.shapes) if "sizes" in op else ():
+        incoming = [size_of(op, dim, shape) for shape in group]
+        if incoming != sizes:
+            raise refused(op, f"is to join sizes {sizes[:8]} of dim {dim}, and {incoming[:8]} come in")
     return filled
 
 

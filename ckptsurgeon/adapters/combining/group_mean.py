@@ -1,4 +1,4 @@
-"""`group_mean` makes few heads of many: each is the mean of a group of heads that stand side by side, for grouped-query attention.
+"""`group_mean` reduces the number of heads for grouped-query attention: each new head is the mean of a group of adjacent heads.
 
 >>> import torch
 >>> ADAPTER.kernel({"heads": 4, "to": 2, "dim": 0}, [torch.tensor([1.0, 10.0, 3.0, 30.0, 5.0, 50.0, 7.0, 70.0])], None)[0].tolist()
@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, Tensor, cannot_follow, each, signed, whole
-from ckptsurgeon.adapters.shapes import from_front, need, part_of, refused, resized, wanted_size
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, Tensor, cannot_follow, each, signed, whole
+from ckptsurgeon.adapters.shapes import from_front, need, part_of, refused, resized, target_size
 from ckptsurgeon.errors import RuleError
 
 
@@ -21,19 +21,19 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return resized(shape, dim, to * size)
 
 
-def _fill(op: Op, place: Place) -> Op:
+def _fill(op: Op, context: FillContext) -> Op:
     if "heads" not in op:
         raise refused(op, "needs the number of heads that come in", "its config says it: group_mean(heads=32)")
-    dim, heads = from_front(op, op.get("dim", 0), place.shapes), op["heads"]
+    dim, heads = from_front(op, op.get("dim", 0), context.shapes), op["heads"]
     filled = {"op": "group_mean", "heads": heads, "to": op.get("to", heads), "dim": dim}
     if "to" not in op:
-        if not place.shapes:
+        if not context.shapes:
             raise refused(op, "is for one tensor, and gets none")
-        size = part_of(op, dim, heads, place.shapes[0])
-        wanted = wanted_size(op, place, dim, "to")
-        if not size or wanted % size:
-            raise refused(op, f"can't tell how many heads of {size} rows {wanted} rows are", "give the number: group_mean(heads=32, to=8)")
-        filled["to"] = wanted // size
+        size = part_of(op, dim, heads, context.shapes[0])
+        rows = target_size(op, context, dim, "to")
+        if not size or rows % size:
+            raise refused(op, f"can't tell how many heads of {size} rows {rows} rows are", "give the number: group_mean(heads=32, to=8)")
+        filled["to"] = rows // size
     return filled
 
 
@@ -43,10 +43,10 @@ def _kernel(op: Op, tensor: Tensor) -> Tensor:
     dim, heads, to = op["dim"], op["heads"], op["to"]
     size, group = tensor.shape[dim] // heads, tensor.shape[dim] // to
     out = tensor.new_empty(resized(tuple(tensor.shape), dim, to * size))
-    for head in range(to):  # one at a time: what is wider needs little memory
-        several = tensor.narrow(dim, head * group, group).to(widening.wide(tensor))
-        several = several.reshape(*tensor.shape[:dim], heads // to, size, *tensor.shape[dim + 1 :])
-        out.narrow(dim, head * size, size).copy_(several.mean(dim))
+    for head in range(to):  # one at a time, so that the wider dtype needs little memory
+        heads_of_group = tensor.narrow(dim, head * group, group).to(widening.wide(tensor))
+        heads_of_group = heads_of_group.reshape(*tensor.shape[:dim], heads // to, size, *tensor.shape[dim + 1 :])
+        out.narrow(dim, head * size, size).copy_(heads_of_group.mean(dim))
     return out
 
 

@@ -1,4 +1,4 @@
-"""`pad` makes a dim longer, and fills up what is new.
+"""`pad` makes a dim longer and fills the new part.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 0, "size": 4, "at": "end", "fill": "zeros"}, [torch.tensor([1, 2])], None)[0].tolist()
@@ -11,14 +11,27 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters import widening
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, list_of, number, one_of, signed, whole, zeros_where_filled
-from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, resized, size_of, wanted_size
+from ckptsurgeon.adapters.op import (
+    Adapter,
+    FillContext,
+    Initial,
+    Op,
+    Shape,
+    Tensor,
+    list_of,
+    number,
+    one_of,
+    signed,
+    whole,
+    zeros_where_filled,
+)
+from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused, resized, size_of, target_size
 from ckptsurgeon.errors import RuleError
 
 if TYPE_CHECKING:
     import torch
 
-_EXTRA = {"constant": "value", "init": "scheme"}  # what a fill needs beside its name
+_EXTRA = {"constant": "value", "init": "scheme"}  # the field that such a fill needs
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
@@ -29,41 +42,41 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         need(op, _EXTRA[fill])
     if fill == "init" and len(shapes) != 1:
         raise refused(op, f"fills {len(shapes)} tensors up with one target's initial value", "pad after they are joined")
-    have = [size_of(op, dim, shape) for shape in shapes]
-    if list(need(op, "given")) != have:
-        raise refused(op, f"is for {op['given']} at dim {dim}, and {have} come in")
+    sizes = [size_of(op, dim, shape) for shape in shapes]
+    if list(need(op, "given")) != sizes:
+        raise refused(op, f"is for {op['given']} at dim {dim}, and {sizes} come in")
     return tuple(_shape(op, shape, dim, size) for shape in shapes)
 
 
 def _shape(op: Op, shape: Shape, dim: int, size: int) -> Shape:
-    have = shape[dim]
-    if size < have:
-        raise refused(op, f"makes dim {dim} {size} long, and {shape} has {have} there already", "slice takes a part")
-    if op["fill"] == "mean" and size > have == 0:
+    old_size = shape[dim]
+    if size < old_size:
+        raise refused(op, f"makes dim {dim} {size} long, and {shape} has {old_size} there already", "slice takes a part")
+    if op["fill"] == "mean" and size > old_size == 0:
         raise refused(op, f"has no mean: dim {dim} of {shape} is empty")
     return bounded(op, resized(shape, dim, size))
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dim = from_front(op, op.get("dim", 0), place.shapes)
+def _fill(op: Op, context: FillContext) -> Op:
+    dim = from_front(op, op.get("dim", 0), context.shapes)
     fill = op.get("fill", "constant" if "value" in op else "zeros")
-    for kind, field in _EXTRA.items():
-        if field in op and fill != kind:
-            raise refused(op, f"has {field}={op[field]!r} beside fill={fill!r}", f"write fill={kind!r} with it, or leave it out")
-    size = op["size"] if "size" in op else wanted_size(op, place, dim, "size")
-    # Written down, so that a plan says how much of the result no source gives.
-    given = [size_of(op, dim, shape) for shape in place.shapes]
-    filled = {"op": "pad", "dim": dim, "size": size, "given": given, "fill": fill, "at": op.get("at", "end")}
+    for needing, field in _EXTRA.items():
+        if field in op and fill != needing:
+            raise refused(op, f"has {field}={op[field]!r} beside fill={fill!r}", f"write fill={needing!r} with it, or leave it out")
+    size = op["size"] if "size" in op else target_size(op, context, dim, "size")
+    # The plan has the old sizes, so that it says how much of the result comes from no source.
+    sizes = [size_of(op, dim, shape) for shape in context.shapes]
+    filled = {"op": "pad", "dim": dim, "size": size, "given": sizes, "fill": fill, "at": op.get("at", "end")}
     if fill == "constant":
         return {**filled, "value": op["value"]} if "value" in op else filled
-    if fill == "init" and place.wanted is None:
+    if fill == "init" and context.target is None:
         raise refused(op, "fills up with a target's initial value, and here is none", "put it last in a chain for a target")
     return {**filled, "scheme": op.get("scheme", "model")} if fill == "init" else filled
 
 
 def _share(op: Op) -> float:
-    whole = op["size"] * len(op["given"])
-    return sum(op["given"]) / whole if whole else 1.0
+    total = op["size"] * len(op["given"])
+    return sum(op["given"]) / total if total else 1.0
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], initial: Initial) -> list[Tensor]:
@@ -71,28 +84,28 @@ def _kernel(op: Op, tensors: Sequence[Tensor], initial: Initial) -> list[Tensor]
 
 
 def _padded(op: Op, tensor: Tensor, initial: Initial) -> Tensor:
-    dim, size, have = op["dim"], op["size"], tensor.shape[op["dim"]]
+    dim, size, old_size = op["dim"], op["size"], tensor.shape[op["dim"]]
     out = tensor.new_empty(resized(tuple(tensor.shape), dim, size))
-    given, rest = (0, have) if op["at"] == "end" else (size - have, 0)
-    out.narrow(dim, given, have).copy_(tensor)
-    if size > have:
-        room = out.narrow(dim, rest, size - have)
+    start, new_start = (0, old_size) if op["at"] == "end" else (size - old_size, 0)
+    out.narrow(dim, start, old_size).copy_(tensor)
+    if size > old_size:
+        new_part = out.narrow(dim, new_start, size - old_size)
         if op["fill"] == "mean":
-            _fill_by_mean(room, tensor, dim)
+            _fill_by_mean(new_part, tensor, dim)
         elif op["fill"] == "init":
-            room.copy_(_checked(initial(), out).narrow(dim, rest, size - have))
+            new_part.copy_(_checked(initial(), out).narrow(dim, new_start, size - old_size))
         else:
-            room.fill_(_constant(op.get("value", 0) if op["fill"] == "constant" else 0, tensor.dtype))
+            new_part.fill_(_constant(op.get("value", 0) if op["fill"] == "constant" else 0, tensor.dtype))
     return out
 
 
-def _fill_by_mean(room: Tensor, tensor: Tensor, dim: int) -> None:
+def _fill_by_mean(new_part: Tensor, tensor: Tensor, dim: int) -> None:
     if not tensor.is_floating_point():
         words = widening.in_words(tensor.dtype)
         raise RuleError(f"pad fills up with a mean, and the tensor is {words}", hint="fill it with zeros or a value")
     wide = widening.wide(tensor)
-    for piece in widening.pieces(tensor.shape, whole=dim):
-        room[piece] = tensor[piece].to(wide).mean(dim, keepdim=True).to(room.dtype)
+    for block in widening.blocks(tensor.shape, whole=dim):
+        new_part[block] = tensor[block].to(wide).mean(dim, keepdim=True).to(new_part.dtype)
 
 
 def _checked(value: Tensor, out: Tensor) -> Tensor:
@@ -110,8 +123,8 @@ def _constant(value: float, dtype: torch.dtype) -> Any:
     import torch
 
     if dtype.is_floating_point:
-        held = float(torch.tensor(value, dtype=torch.float64).to(dtype).double())
-        fits = abs(held) != float("inf") and held == held and (value != 0 or held == 0)
+        stored = float(torch.tensor(value, dtype=torch.float64).to(dtype).double())
+        fits = abs(stored) != float("inf") and stored == stored and (value != 0 or stored == 0)
     elif dtype == torch.bool:
         fits = value in (0, 1)
     elif dtype.is_complex:
@@ -144,5 +157,5 @@ ADAPTER = Adapter(
     kernel=_kernel,
     moments=zeros_where_filled,
     share=_share,
-    planned=("given",),
+    plan_only=("given",),
 )

@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, same_op, signed, whole
-from ckptsurgeon.adapters.shapes import from_front, need, part_ranges, refused, resized, size_of, wanted_size
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, each, same_op, signed, whole
+from ckptsurgeon.adapters.shapes import from_front, need, part_ranges, refused, resized, size_of, target_size
 
 
 def _shape(op: Op, shape: Shape) -> Shape:
@@ -19,9 +19,14 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return resized(shape, dim, stop - start)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dim, start = from_front(op, op.get("dim", 0), place.shapes), op.get("start", 0)
-    return {"op": "slice", "dim": dim, "start": start, "stop": op["stop"] if "stop" in op else start + wanted_size(op, place, dim, "stop")}
+def _fill(op: Op, context: FillContext) -> Op:
+    dim, start = from_front(op, op.get("dim", 0), context.shapes), op.get("start", 0)
+    return {
+        "op": "slice",
+        "dim": dim,
+        "start": start,
+        "stop": op["stop"] if "stop" in op else start + target_size(op, context, dim, "stop"),
+    }
 
 
 ADAPTER = Adapter(

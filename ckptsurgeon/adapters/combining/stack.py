@@ -1,4 +1,4 @@
-"""`stack` makes tensors of one shape one tensor, with a dim more.
+"""`stack` joins tensors of one shape along a new dim.
 
 >>> import torch
 >>> ADAPTER.kernel({"op": "stack", "dim": 0, "of": 2}, [torch.tensor([1, 2]), torch.tensor([3, 4])], None)[0].tolist()
@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    dim, found = need(op, "dim"), []
+    dim, results = need(op, "dim"), []
     for group in groups(op, shapes):
         first = group[0]
-        other = next((shape for shape in group if shape != first), None)
-        if other is not None:
-            raise refused(op, f"stacks {first} and {other}, which differ")
+        different = next((shape for shape in group if shape != first), None)
+        if different is not None:
+            raise refused(op, f"stacks {first} and {different}, which differ")
         if not 0 <= dim <= len(first):
             raise refused(op, f"adds dim {dim}, and {first} has {len(first)} dims")
-        found.append(bounded(op, (*first[:dim], len(group), *first[dim:])))
-    return tuple(found)
+        results.append(bounded(op, (*first[:dim], len(group), *first[dim:])))
+    return tuple(results)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    return {"op": "stack", "dim": from_front(op, op.get("dim", 0), place.shapes, 1), "of": op.get("of", len(place.shapes))}
+def _fill(op: Op, context: FillContext) -> Op:
+    return {"op": "stack", "dim": from_front(op, op.get("dim", 0), context.shapes, 1), "of": op.get("of", len(context.shapes))}
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""`unstack` takes one of the tensors that a dim holds, by its number.
+"""`unstack` takes one index of a dim, and removes the dim.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 0, "index": 1}, [torch.tensor([[1, 2], [3, 4]])], None)[0].tolist()
@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, each, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import from_front, need, part_ranges, refused, size_of
 
 
@@ -19,16 +19,16 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return shape[:dim] + shape[dim + 1 :]
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dim = from_front(op, op.get("dim", 0), place.shapes)
-    index = op.get("index", place.number)
-    if index is None and place.of == 1:
+def _fill(op: Op, context: FillContext) -> Op:
+    dim = from_front(op, op.get("dim", 0), context.shapes)
+    index = op.get("index", context.number)
+    if index is None and context.of == 1:
         raise refused(op, "does not know which one to take", "number the results ('w -> w.{i}'), name every one, or say index=")
     if index is None:
-        for shape in place.shapes:
-            if size_of(op, dim, shape) != place.of:
-                raise refused(op, f"has {place.of} results, and {shape} has {shape[dim]} in dim {dim}")
-    return {"op": "unstack", "dim": dim, "index": place.index if index is None else index}
+        for shape in context.shapes:
+            if size_of(op, dim, shape) != context.of:
+                raise refused(op, f"has {context.of} results, and {shape} has {shape[dim]} in dim {dim}")
+    return {"op": "unstack", "dim": dim, "index": context.index if index is None else index}
 
 
 ADAPTER = Adapter(

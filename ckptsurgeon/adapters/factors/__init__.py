@@ -1,1 +1,1 @@
-"""Adapters between a weight and the factors that a layer holds in its place."""
+"""Adapters between a weight and the factors that a layer stores instead of it."""

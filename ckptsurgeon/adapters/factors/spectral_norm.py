@@ -11,17 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, or_none, signed
+from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, cannot_follow, or_none, signed
 from ckptsurgeon.adapters.shapes import from_front, need, refused
 from ckptsurgeon.errors import RuleError
 
-_IMAGES, _OTHERS = 0.9, 0.5  # cosines from which on u and v are each other's images, and up to which they are not
-_NEARLY, _EXACT, _INEXACT = 0.7, 0.999, 0.99  # the same where one is just the other's image, as an iteration leaves it
+_IMAGES, _OTHERS = 0.9, 0.5  # above the first cosine u and v fit a dim; below the second they don't
+_NEARLY, _EXACT, _INEXACT = (
+    0.7,
+    0.999,
+    0.99,
+)  # the same where one of u and v is exactly the image of the other, as a power iteration leaves it
 _WAYS = "write spectral_norm(dim=0), or spectral_norm(dim=1) for a transposed convolution"
 
 
 def dims_of(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
-    """The dims of a weight that can be its rows, as the lengths of u and v say; none where it can't.
+    """The dims of a weight that can be its rows, by the lengths of u and v; none where there is none.
 
     Of several it is the first of a matrix, and one of the first two of a kernel: torch takes the second for transposed convolutions alone.
 
@@ -29,8 +33,8 @@ def dims_of(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
     ((0,), (1,), (0, 1), (0,))
     """
     fits = _fitting(original, u, v)
-    one = len(original) == 2 or u == (1,)  # a single row is the whole, by whichever dim
-    return fits[:1] if one else tuple(dim for dim in fits if dim < 2) or fits
+    single = len(original) == 2 or u == (1,)  # with a single row every dim gives the same
+    return fits[:1] if single else tuple(dim for dim in fits if dim < 2) or fits
 
 
 def _fitting(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
@@ -39,7 +43,7 @@ def _fitting(original: Shape, u: Shape, v: Shape) -> tuple[int, ...]:
     return tuple(dim for dim, size in enumerate(original) if (size,) == u and (prod(original) // size,) == v)
 
 
-def _threes(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Shape]]:
+def _triples(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Shape]]:
     if not shapes or len(shapes) % 3:
         raise refused(op, f"takes a weight, u and v by turns, and {len(shapes)} tensors come in")
     return zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True)
@@ -47,7 +51,7 @@ def _threes(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Sha
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     dim = need(op, "dim")
-    for original, u, v in _threes(op, shapes):
+    for original, u, v in _triples(op, shapes):
         fits = _fitting(original, u, v)
         if not fits or dim not in (None, *fits):
             rows = "" if dim is None else f" with dim {dim} as its rows"
@@ -56,19 +60,19 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return shapes[::3]
 
 
-def _fill(op: Op, place: Place) -> Op:
-    told = [dims_of(*three) for three in _threes(op, place.shapes)]
+def _fill(op: Op, context: FillContext) -> Op:
+    candidates = [dims_of(*triple) for triple in _triples(op, context.shapes)]
     if "dim" in op:
-        return {"op": "spectral_norm", "dim": None if op["dim"] is None else from_front(op, op["dim"], place.shapes[::3])}
-    dims = [dim for dim in told[0] if all(dim in row for row in told)]
+        return {"op": "spectral_norm", "dim": None if op["dim"] is None else from_front(op, op["dim"], context.shapes[::3])}
+    dims = [dim for dim in candidates[0] if all(dim in row for row in candidates)]
     if not dims:
-        words = f"can't tell its dim: {', '.join(map(str, place.shapes[:3]))} are no weight, u and v"
+        words = f"can't tell its dim: {', '.join(map(str, context.shapes[:3]))} are no weight, u and v"
         raise refused(op, words, "name them in order: a.weight_orig + a.weight_u + a.weight_v")
     return {"op": "spectral_norm", "dim": dims[0] if len(dims) == 1 else None}
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
-    return [_weight(op["dim"], *three) for three in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)]
+    return [_weight(op["dim"], *triple) for triple in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)]
 
 
 def _weight(dim: int | None, original: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -82,18 +86,18 @@ def _weight(dim: int | None, original: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _rows(dim: int | None, original: Tensor, u: Tensor, v: Tensor) -> int:
-    """The dim of the rows: the one that is given, unless the values clearly mean another; without one, the one that they mean.
+    """The dim of the rows: `dim` if given, else the one that the values of u and v fit.
 
-    RuleError where the values say otherwise, or nothing: before training, old spectral norm has u and v at random.
+    RuleError where the values fit another dim, or none: before training, u and v of the old spectral norm are random.
     """
     fits = dims_of(tuple(original.shape), tuple(u.shape), tuple(v.shape))
     if len(fits) == 1:
         return fits[0] if dim is None else dim
-    cosines = {one: _cosines(_matrix(original, one), u, v) for one in (*fits, *([] if dim is None else [dim]))}
-    best = max(cosines, key=lambda one: min(cosines[one]))
-    others = [found for one, found in cosines.items() if one != best]
-    near = min(cosines[best]) > _IMAGES and all(min(other) < _OTHERS for other in others)
-    exact = min(cosines[best]) > _NEARLY and max(cosines[best]) > _EXACT and all(max(other) < _INEXACT for other in others)
+    cosines = {row_dim: _cosines(_matrix(original, row_dim), u, v) for row_dim in (*fits, *([] if dim is None else [dim]))}
+    best = max(cosines, key=lambda row_dim: min(cosines[row_dim]))
+    others = [pair for row_dim, pair in cosines.items() if row_dim != best]
+    near = min(cosines[best]) > _IMAGES and all(min(pair) < _OTHERS for pair in others)
+    exact = min(cosines[best]) > _NEARLY and max(cosines[best]) > _EXACT and all(max(pair) < _INEXACT for pair in others)
     clear = near or (dim is None and exact)
     if dim is None and not clear:
         raise RuleError("spectral_norm can't tell by its values which dim of a weight are the rows", hint=_WAYS)
@@ -109,12 +113,12 @@ def _matrix(original: Tensor, dim: int) -> Tensor:
 
 
 def _cosines(matrix: Tensor, u: Tensor, v: Tensor) -> list[float]:
-    """How far u is what the matrix makes of v, and v what its transpose makes of u: both near 1 after some steps of the power iteration."""
+    """The cosines between u and W v, and between v and Wᵀ u: both near 1 after some steps of the power iteration."""
     import torch
 
     matrix, u, v = matrix.double(), u.double(), v.double()
     images = (u, torch.mv(matrix, v)), (v, torch.mv(matrix.T, u))
-    return [float(torch.dot(one, image) / (one.norm() * image.norm()).clamp_min(1e-300)) for one, image in images]
+    return [float(torch.dot(vector, image) / (vector.norm() * image.norm()).clamp_min(1e-300)) for vector, image in images]
 
 
 ADAPTER = Adapter(

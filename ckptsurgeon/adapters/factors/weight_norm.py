@@ -1,5 +1,5 @@
-"""`weight_norm` makes a weight of its length g and its direction v, as torch does, or both of a weight: w = g · v / ‖v‖, a norm for each
-index of one dim.
+"""`weight_norm` computes a weight from its length g and its direction v, as torch does, or g and v from a weight: w = g · v / ‖v‖, with a
+norm for each index of one dim.
 
 >>> import torch
 >>> g, v = torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]])
@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, one_of, or_none, signed
+from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, cannot_follow, one_of, or_none, signed
 from ckptsurgeon.adapters.shapes import from_front, need, refused, size_of
 from ckptsurgeon.errors import RuleError
 
-PARTS = ("g", "v")  # what a weight is taken apart into, in this order
+PARTS = ("g", "v")  # the factors of a weight, in this order
 
 
 def lengths_of(shape: Shape, dim: int | None) -> Shape:
@@ -27,11 +27,11 @@ def lengths_of(shape: Shape, dim: int | None) -> Shape:
     >>> lengths_of((8, 4, 3), 0), lengths_of((8, 4, 3), 2), lengths_of((8, 4, 3), None)
     ((8, 1, 1), (1, 1, 3), ())
     """
-    return () if dim is None else tuple(size if at == dim else 1 for at, size in enumerate(shape))
+    return () if dim is None else tuple(size if index == dim else 1 for index, size in enumerate(shape))
 
 
 def dims_of(g: Shape, v: Shape) -> tuple[int | None, ...]:
-    """The dims over which g can be the lengths of v, as its shape says; none where it can't. All of several give the same.
+    """The dims over which g can be the lengths of v, by its shape; may be empty. Where there are several, all give the same weight.
 
     >>> dims_of((8, 1, 1), (8, 4, 3)), dims_of((), (8, 4)), dims_of((1, 1), (1, 4)), dims_of((8, 4), (8, 4))
     ((0,), (None,), (0,), ())
@@ -41,7 +41,7 @@ def dims_of(g: Shape, v: Shape) -> tuple[int | None, ...]:
     return tuple(dim for dim in (None, *range(len(v))) if lengths_of(v, dim) == g)
 
 
-def _norm(op: Op) -> int | None:
+def _dim(op: Op) -> int | None:
     dim: int | None = need(op, "dim")
     return dim
 
@@ -53,7 +53,7 @@ def _pairs(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape]]:
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    dim = _norm(op)
+    dim = _dim(op)
     if "part" in op:
         return tuple(_part(op, shape, dim) for shape in shapes)
     for g, v in _pairs(op, shapes):
@@ -70,18 +70,18 @@ def _part(op: Op, shape: Shape, dim: int | None) -> Shape:
     return lengths_of(shape, dim) if op["part"] == "g" else shape
 
 
-def _fill(op: Op, place: Place) -> Op:
-    part = op.get("part", PARTS[place.index] if len(place.shapes) == 1 and place.of == len(PARTS) else None)
-    told = [] if part is None else _told_by_target(part, place)
+def _fill(op: Op, context: FillContext) -> Op:
+    part = op.get("part", PARTS[context.index] if len(context.shapes) == 1 and context.of == len(PARTS) else None)
+    candidates = [] if part is None else _dims_by_target(part, context)
     if part is None:
-        told = [dims_of(g, v) for g, v in _pairs(op, place.shapes)]
+        candidates = [dims_of(g, v) for g, v in _pairs(op, context.shapes)]
     if "dim" in op:
-        dim = None if op["dim"] is None else from_front(op, op["dim"], place.shapes[1::2] if part is None else place.shapes)
-    elif told:
-        dims = [dim for dim in told[0] if all(dim in row for row in told)]
+        dim = None if op["dim"] is None else from_front(op, op["dim"], context.shapes[1::2] if part is None else context.shapes)
+    elif candidates:
+        dims = [dim for dim in candidates[0] if all(dim in row for row in candidates)]
         if not dims:
-            pairs = " and ".join(f"{g}, {v}" for g, v in zip(place.shapes[::2], place.shapes[1::2], strict=False))
-            words = f"can't tell its dim: {pairs or place.siblings} are no g and v of one"
+            pairs = " and ".join(f"{g}, {v}" for g, v in zip(context.shapes[::2], context.shapes[1::2], strict=False))
+            words = f"can't tell its dim: {pairs or context.siblings} are no g and v of one"
             raise refused(op, words, "name g first: a.weight_g + a.weight_v")
         dim = dims[0]
     else:
@@ -89,11 +89,11 @@ def _fill(op: Op, place: Place) -> Op:
     return {"op": "weight_norm", "dim": dim, **({} if part is None else {"part": part})}
 
 
-def _told_by_target(part: str, place: Place) -> list[tuple[int | None, ...]]:
-    """The dims that the target's g says, where its shape is known."""
-    alone = place.wanted if part == "g" else None
-    g = place.siblings[0] if len(place.siblings) == len(PARTS) else alone
-    return [] if g is None else [dims_of(g, shape) for shape in place.shapes]
+def _dims_by_target(part: str, context: FillContext) -> list[tuple[int | None, ...]]:
+    """The dims that fit the shape of the target's g, where it is known."""
+    target_g = context.target if part == "g" else None
+    g = context.siblings[0] if len(context.siblings) == len(PARTS) else target_g
+    return [] if g is None else [dims_of(g, shape) for shape in context.shapes]
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
@@ -114,14 +114,14 @@ def _weight(g: Tensor, v: Tensor, dim: int | None) -> Tensor:
 
 
 def _lengths(v: Tensor, dim: int | None) -> Tensor:
-    """The norms of a direction. RuleError where one is zero: it points nowhere, and torch would divide by it."""
+    """The norms of a direction. RuleError where one is zero, since torch would divide by it."""
     import torch
 
-    found = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
-    if bool((found == 0).any()):
+    lengths = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
+    if bool((lengths == 0).any()):
         where = "the whole" if dim is None else f"a slice of dim {dim}"
         raise RuleError(f"weight_norm divides by the norm of v, and {where} is all zeros")
-    return found
+    return lengths
 
 
 ADAPTER = Adapter(

@@ -1,1 +1,1 @@
-"""Adapters that lay one tensor out anew: each element stays, in another place or under another shape. None joins, cuts or fills up."""
+"""Adapters that change the shape of one tensor or the order of its elements; no element is added, lost or changed."""

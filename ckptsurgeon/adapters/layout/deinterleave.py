@@ -1,4 +1,4 @@
-"""`deinterleave` puts every second element of a dim together, or every third and so on.
+"""`deinterleave` groups every second element of a dim, or every third and so on.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 0, "parts": 2}, [torch.tensor([1, 10, 2, 20, 3, 30])], None)[0].tolist()

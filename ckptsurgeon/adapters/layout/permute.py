@@ -7,7 +7,7 @@ torch.Size([4, 2, 3])
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, list_of, same_op, signed
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, each, list_of, same_op, signed
 from ckptsurgeon.adapters.shapes import from_front, need, refused
 
 
@@ -18,15 +18,15 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return tuple(shape[dim] for dim in dims)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    return {"op": op["op"], "dims": [from_front(op, dim, place.shapes) for dim in need(op, "dims")]}
+def _fill(op: Op, context: FillContext) -> Op:
+    return {"op": op["op"], "dims": [from_front(op, dim, context.shapes) for dim in need(op, "dims")]}
 
 
 def _invert(op: Op) -> Op | None:
     dims = op.get("dims", ())
     order = [dim + len(dims) * (dim < 0) for dim in dims]
-    whole = bool(order) and sorted(order) == list(range(len(order)))
-    return {"op": "permute", "dims": [order.index(dim) for dim in range(len(order))]} if whole else None
+    complete = bool(order) and sorted(order) == list(range(len(order)))
+    return {"op": "permute", "dims": [order.index(dim) for dim in range(len(order))]} if complete else None
 
 
 ADAPTER = Adapter(

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from ckptsurgeon.adapters.layout.regroup import regrouped
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, Tensor, each, one_of, same_op, signed, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, Tensor, each, one_of, same_op, signed, whole
 from ckptsurgeon.adapters.shapes import from_front, need, part_of, refused
 
 
@@ -21,12 +21,12 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return shape
 
 
-def _fill(op: Op, place: Place) -> Op:
+def _fill(op: Op, context: FillContext) -> Op:
     if "heads" not in op:
         raise refused(op, "needs the number of heads", "query heads for q, key-value heads for k: permute_rope(heads=32, to='halves')")
     if "to" not in op:
         raise refused(op, "needs its direction", "to='halves' is Hugging Face's layout, to='pairs' is Meta's")
-    return {"op": op["op"], "heads": op["heads"], "to": op["to"], "dim": from_front(op, op.get("dim", 0), place.shapes)}
+    return {"op": op["op"], "heads": op["heads"], "to": op["to"], "dim": from_front(op, op.get("dim", 0), context.shapes)}
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`roll` moves the elements of a dim round: what falls off its end comes in at its start.
+"""`roll` shifts the elements of a dim cyclically.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 0, "by": 2}, [torch.tensor([1, 2, 10, 20])], None)[0].tolist()
@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, Tensor, each, same_op, signed
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, Tensor, each, same_op, signed
 from ckptsurgeon.adapters.shapes import from_front, need, size_of
 
 
@@ -17,8 +17,8 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return shape
 
 
-def _fill(op: Op, place: Place) -> Op:
-    return {"op": op["op"], "dim": from_front(op, op.get("dim", 0), place.shapes), "by": need(op, "by")}
+def _fill(op: Op, context: FillContext) -> Op:
+    return {"op": op["op"], "dim": from_front(op, op.get("dim", 0), context.shapes), "by": need(op, "by")}
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:

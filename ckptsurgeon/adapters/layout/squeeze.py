@@ -1,4 +1,4 @@
-"""`squeeze` takes out a dim of size 1, or all of them.
+"""`squeeze` removes a dim of size 1, or all of them.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 0}, [torch.zeros(1, 3, 1)], None)[0].shape

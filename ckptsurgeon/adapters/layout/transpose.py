@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Op, Place, Shape, each, list_of, same_op, signed
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, each, list_of, same_op, signed
 from ckptsurgeon.adapters.shapes import from_front, need, refused, size_of
 
 
@@ -15,16 +15,16 @@ def _shape(op: Op, shape: Shape) -> Shape:
     dims = need(op, "dims")
     if len(dims) != 2 or dims[0] == dims[1]:
         raise refused(op, f"swaps two dims, not {list(dims)[:4]}")
-    found = list(shape)
-    found[dims[0]], found[dims[1]] = size_of(op, dims[1], shape), size_of(op, dims[0], shape)
-    return tuple(found)
+    swapped = list(shape)
+    swapped[dims[0]], swapped[dims[1]] = size_of(op, dims[1], shape), size_of(op, dims[0], shape)
+    return tuple(swapped)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    flat = next((shape for shape in place.shapes if len(shape) < 2), None)
-    if flat is not None:
-        raise refused(op, f"needs two dims, and {flat} has {len(flat)}", "name only the weights: '**.weight'")
-    return {"op": op["op"], "dims": [from_front(op, dim, place.shapes) for dim in op.get("dims", (-2, -1))]}
+def _fill(op: Op, context: FillContext) -> Op:
+    short = next((shape for shape in context.shapes if len(shape) < 2), None)
+    if short is not None:
+        raise refused(op, f"needs two dims, and {short} has {len(short)}", "name only the weights: '**.weight'")
+    return {"op": op["op"], "dims": [from_front(op, dim, context.shapes) for dim in op.get("dims", (-2, -1))]}
 
 
 def _offer(source: Shape, target: Shape) -> Op | None:

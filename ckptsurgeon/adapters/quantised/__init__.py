@@ -1,1 +1,1 @@
-"""Adapters that make values of quantised codes and what stands beside them."""
+"""Adapters that compute values from quantised codes and their scales."""

@@ -1,4 +1,4 @@
-"""`dequantize` makes values of quantised codes: value = code × scale ÷ divisor, a scale for each block of the codes.
+"""`dequantize` computes values from quantised codes: value = code × scale ÷ divisor, a scale for each block of the codes.
 
 >>> import torch
 >>> op = {"block": [1, 0], "divisor": 1}
@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, Initial, Op, Place, Shape, Tensor, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, cannot_follow, list_of, whole
 from ckptsurgeon.adapters.shapes import need, refused
 from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.errors import RuleError
 
-BLOCK = 128  # what fp8 checkpoints that scale by blocks use; a file does not say
+BLOCK = 128  # the size that fp8 checkpoints with block scales use; the file does not state it
 
 
 def block_of(codes: Shape, scale: Shape) -> tuple[int, ...] | None:
-    """The block of codes that has one scale, a size for each dim (0 for the whole dim); None where the shapes do not tell.
+    """The block of codes that has one scale, a size for each dim (0 for the whole dim); None where the shapes do not determine it.
 
     >>> block_of((256, 200), (2, 2)), block_of((4, 6), (4,)), block_of((4, 6), (4, 1)), block_of((4, 6), ()), block_of((4, 6), (3,))
     ((128, 128), (1, 0), (1, 0), (0, 0), None)
@@ -66,8 +66,8 @@ def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return shapes[::2]
 
 
-def _fill(op: Op, place: Place) -> Op:
-    blocks = {block_of(codes, scale) for codes, scale in _pairs(op, place.shapes)}
+def _fill(op: Op, context: FillContext) -> Op:
+    blocks = {block_of(codes, scale) for codes, scale in _pairs(op, context.shapes)}
     block = op.get("block", next(iter(blocks)) if len(blocks) == 1 else None)
     if block is None:
         raise RuleError("dequantize can't tell the blocks by the shapes", hint="write dequantize(block=[128, 128])")
@@ -81,11 +81,11 @@ def _rows(op: Op, tensors: Sequence[Tensor], shape: Shape, start: int) -> Tensor
     (codes, scale), block = tensors, op["block"]
     factor = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float().reshape(grid(shape, block))
     for dim, part in enumerate(block):
-        first = start if dim == 0 else 0
+        first_index = start if dim == 0 else 0
         if part:
-            factor = factor.index_select(dim, torch.arange(first, first + codes.shape[dim]) // part)
-    found = codes.float() * factor
-    return found * (1 / op["divisor"]) if op["divisor"] != 1 else found  # rounded as bitsandbytes does it
+            factor = factor.index_select(dim, torch.arange(first_index, first_index + codes.shape[dim]) // part)
+    values = codes.float() * factor
+    return values * (1 / op["divisor"]) if op["divisor"] != 1 else values  # rounded as bitsandbytes does it
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
@@ -112,7 +112,7 @@ ADAPTER = Adapter(
     fill=_fill,
     kernel=_kernel,
     moments=cannot_follow,
-    gives="F32",
+    output_dtype="F32",
     decodes=True,
     by_rows=_rows,
 )

@@ -1,1 +1,1 @@
-"""Adapters that choose rows: by number, or by what stands for a row in two lists."""
+"""Adapters that choose rows: by number, or by the tokens or labels that two lists have in common."""

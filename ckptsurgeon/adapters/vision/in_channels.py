@@ -1,4 +1,4 @@
-"""`in_channels` gives a kernel another number of input channels, so that a grey image answers as before.
+"""`in_channels` gives a kernel another number of input channels, so that a grey image gives the same output.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 1, "channels": 1}, [torch.tensor([[1.0, 2.0, 3.0]])], None)[0].tolist()
@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, signed
+from ckptsurgeon.adapters.op import Adapter, Check, FillContext, Op, Shape, Tensor, cannot_follow, each, signed
 from ckptsurgeon.adapters.shapes import checked, in_words
-from ckptsurgeon.adapters.vision.sizes import axis, between, each_with_elements, first_shape, positive, wanted_shape
+from ckptsurgeon.adapters.vision.sizes import axis, between, each_with_elements, first_shape, positive, target_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
@@ -28,15 +28,15 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return (*shape[:dim], channels, *shape[dim + 1 :])
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dims = len(first_shape(place))
+def _fill(op: Op, context: FillContext) -> Op:
+    dims = len(first_shape(context))
     dim = axis(op.get("dim", 1), dims)
     if "channels" in op:
         return {"op": "in_channels", "dim": dim, "channels": op["channels"]}
-    wanted = wanted_shape(place, dims, "channels", "in_channels")
+    target = target_shape(context, dims, "channels", "in_channels")
     if dim not in range(dims):
-        raise RuleError(f"in_channels: {in_words(wanted)} has no dimension {dim}")
-    return {"op": "in_channels", "dim": dim, "channels": wanted[dim]}
+        raise RuleError(f"in_channels: {in_words(target)} has no dimension {dim}")
+    return {"op": "in_channels", "dim": dim, "channels": target[dim]}
 
 
 def _offer(source: Shape, target: Shape) -> Op | None:
@@ -48,16 +48,16 @@ def _offer(source: Shape, target: Shape) -> Op | None:
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:
-    dim, wanted = op["dim"], op["channels"]
-    given = tensor.shape[dim]
-    if wanted == 1:
+    dim, new_count = op["dim"], op["channels"]
+    old_count = tensor.shape[dim]
+    if new_count == 1:
         return widened(tensor).sum(dim, keepdim=True).to(tensor.dtype)
-    scaled = (widened(tensor) * (given / wanted)).to(tensor.dtype)
-    found = tensor.new_empty(*tensor.shape[:dim], wanted, *tensor.shape[dim + 1 :])
-    for start in range(0, wanted, given):
-        count = min(given, wanted - start)
-        found.narrow(dim, start, count).copy_(scaled.narrow(dim, 0, count))
-    return found
+    scaled = (widened(tensor) * (old_count / new_count)).to(tensor.dtype)
+    result = tensor.new_empty(*tensor.shape[:dim], new_count, *tensor.shape[dim + 1 :])
+    for start in range(0, new_count, old_count):
+        count = min(old_count, new_count - start)
+        result.narrow(dim, start, count).copy_(scaled.narrow(dim, 0, count))
+    return result
 
 
 ADAPTER = Adapter(

@@ -1,4 +1,4 @@
-"""`inflate` makes a kernel of images one of videos, so that a still video answers as its frame did.
+"""`inflate` turns a kernel for images into one for videos, so that a still video gives the same output as its frame.
 
 >>> import torch
 >>> ADAPTER.kernel({"dim": 2, "size": 2, "mode": "mean"}, [torch.full((1, 1, 1, 1), 4.0)], None)[0].flatten().tolist()
@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, one_of, signed
+from ckptsurgeon.adapters.op import Adapter, Check, FillContext, Op, Shape, Tensor, cannot_follow, each, one_of, signed
 from ckptsurgeon.adapters.shapes import checked, in_words
-from ckptsurgeon.adapters.vision.sizes import axis, between, each_with_elements, first_shape, positive, wanted_shape
+from ckptsurgeon.adapters.vision.sizes import axis, between, each_with_elements, first_shape, positive, target_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
@@ -23,14 +23,14 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return (*shape[:dim], size, *shape[dim:])
 
 
-def _fill(op: Op, place: Place) -> Op:
-    dims = len(first_shape(place)) + 1
+def _fill(op: Op, context: FillContext) -> Op:
+    dims = len(first_shape(context)) + 1
     dim, size = axis(op.get("dim", 2), dims), op.get("size")
     if size is None:
-        wanted = wanted_shape(place, dims, "size", "inflate")
+        target = target_shape(context, dims, "size", "inflate")
         if dim not in range(dims):
-            raise RuleError(f"inflate: {in_words(wanted)} has no dimension {dim}")
-        size = wanted[dim]
+            raise RuleError(f"inflate: {in_words(target)} has no dimension {dim}")
+        size = target[dim]
     return {"op": "inflate", "dim": dim, "size": size, "mode": op.get("mode", "mean")}
 
 
@@ -41,12 +41,12 @@ def _offer(source: Shape, target: Shape) -> Op | None:
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:
     dim, size = op["dim"], op["size"]
-    found = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim:])
+    result = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim:])
     if op["mode"] == "center":
-        found.select(dim, size // 2).copy_(tensor)
+        result.select(dim, size // 2).copy_(tensor)
     else:
-        found.copy_((widened(tensor) / size).to(tensor.dtype).unsqueeze(dim))
-    return found
+        result.copy_((widened(tensor) / size).to(tensor.dtype).unsqueeze(dim))
+    return result
 
 
 ADAPTER = Adapter(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, flag, one_of, whole
+from ckptsurgeon.adapters.op import Adapter, Check, FillContext, Op, Shape, Tensor, cannot_follow, each, flag, one_of, whole
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.resize import resize, resize_tokens
-from ckptsurgeon.adapters.vision.sizes import between, each_with_elements, first_shape, pair, square_root, wanted_shape
+from ckptsurgeon.adapters.vision.sizes import between, each_with_elements, first_shape, pair, square_root, target_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
-MOST_PREFIX = 8  # class and register tokens that are looked for; more have to be given
+MOST_PREFIX = 8  # class and register tokens that are inferred; more have to be given
 _FIELDS: dict[str, Check] = {
     "prefix": whole,
     "grid": pair,
@@ -29,67 +29,71 @@ _FIELDS: dict[str, Check] = {
 
 
 def _plane(op: Op, shape: Shape) -> int | None:
-    """The dimension where the grid's height stands; None where the tensor has tokens instead."""
-    first = op.get("layout", "channels_last") == "channels_first"
-    if len(shape) not in ((3, 4) if first else (2, 3, 4)):
-        form = "(1, D, H, W) or (D, H, W)" if first else "(1, N, D), (N, D) or (1, H, W, D)"
-        raise RuleError(f"interpolate takes {form}, not {in_words(shape)}", hint="layout='channels_first' is for (1, D, H, W)")
-    return len(shape) - 2 if first else 1 if len(shape) == 4 else None
+    """The dimension of the grid's height; None where the tensor has tokens instead."""
+    channels_first = op.get("layout", "channels_last") == "channels_first"
+    if len(shape) not in ((3, 4) if channels_first else (2, 3, 4)):
+        accepted = "(1, D, H, W) or (D, H, W)" if channels_first else "(1, N, D), (N, D) or (1, H, W, D)"
+        raise RuleError(f"interpolate takes {accepted}, not {in_words(shape)}", hint="layout='channels_first' is for (1, D, H, W)")
+    return len(shape) - 2 if channels_first else 1 if len(shape) == 4 else None
 
 
 def _shape(op: Op, shape: Shape) -> Shape:
     prefix, grid, to, mode, antialias, _ = checked(op, _FIELDS)
     if mode == "nearest" and antialias:
         raise RuleError("interpolate with mode 'nearest' has no antialias", hint="give antialias=False")
-    at = _plane(op, shape)
-    if at is None:
+    height_dim = _plane(op, shape)
+    if height_dim is None:
         if shape[-2] != prefix + prod(grid):
             raise RuleError(f"interpolate: {shape[-2]} tokens are not {prefix} and a grid of {grid[0]} x {grid[1]}")
         return (*shape[:-2], prefix + prod(to), shape[-1])
-    if prefix or shape[at : at + 2] != tuple(grid):
+    if prefix or shape[height_dim : height_dim + 2] != tuple(grid):
         raise RuleError(f"interpolate: {in_words(shape)} has not a grid of {grid[0]} x {grid[1]} alone")
-    return (*shape[:at], *to, *shape[at + 2 :])
+    return (*shape[:height_dim], *to, *shape[height_dim + 2 :])
 
 
-def _prefixes(count: int, wanted: int | None, op: Op) -> list[int]:
+def _prefixes(count: int, target_count: int | None, op: Op) -> list[int]:
     """Every number of prefix tokens with which the rest, on both sides, is the grid that the op gives, or else a square."""
     grid, to = op.get("grid"), op.get("to")
 
     def fits(prefix: int) -> bool:
-        source = prod(grid) == count - prefix if grid else square_root(count - prefix) is not None
-        if wanted is None:
-            return source
-        return source and (prod(to) == wanted - prefix if to else square_root(wanted - prefix) is not None)
+        source_fits = prod(grid) == count - prefix if grid else square_root(count - prefix) is not None
+        if target_count is None:
+            return source_fits
+        return source_fits and (prod(to) == target_count - prefix if to else square_root(target_count - prefix) is not None)
 
-    known = [count - prod(grid)] if grid else [wanted - prod(to)] if to and wanted is not None else list(range(MOST_PREFIX + 1))
-    return [prefix for prefix in ([op["prefix"]] if "prefix" in op else known) if prefix >= 0 and fits(prefix)]
-
-
-def _fill(op: Op, place: Place) -> Op:
-    shape = first_shape(place)
-    at = _plane(op, shape)
-    to = op.get("to")
-    wanted = (
-        place.wanted
-        if to and (place.wanted is None or len(place.wanted) != len(shape))
-        else wanted_shape(place, len(shape), "to", "interpolate")
+    candidates = (
+        [count - prod(grid)] if grid else [target_count - prod(to)] if to and target_count is not None else list(range(MOST_PREFIX + 1))
     )
-    if at is None:
-        count, goal = shape[-2], wanted[-2] if wanted is not None and len(wanted) == len(shape) else None
-        found = _prefixes(count, goal, op)
-        if len(found) != 1:
-            several = f"with {' or '.join(map(str, found))} prefix tokens" if found else "with no number of prefix tokens that fits"
-            into = f" into {goal}" if goal is not None else ""
+    return [prefix for prefix in ([op["prefix"]] if "prefix" in op else candidates) if prefix >= 0 and fits(prefix)]
+
+
+def _fill(op: Op, context: FillContext) -> Op:
+    shape = first_shape(context)
+    height_dim = _plane(op, shape)
+    to = op.get("to")
+    target = (
+        context.target
+        if to and (context.target is None or len(context.target) != len(shape))
+        else target_shape(context, len(shape), "to", "interpolate")
+    )
+    if height_dim is None:
+        count, target_count = shape[-2], target[-2] if target is not None and len(target) == len(shape) else None
+        prefixes = _prefixes(count, target_count, op)
+        if len(prefixes) != 1:
+            with_prefixes = (
+                f"with {' or '.join(map(str, prefixes))} prefix tokens" if prefixes else "with no number of prefix tokens that fits"
+            )
+            into_target = f" into {target_count}" if target_count is not None else ""
             raise RuleError(
-                f"interpolate can't tell the grid: {count} tokens{into} go {several}",
+                f"interpolate can't tell the grid: {count} tokens{into_target} go {with_prefixes}",
                 hint="give them: interpolate(prefix=1, grid=[14, 14], to=[24, 24])",
             )
-        prefix = found[0]
+        prefix = prefixes[0]
         grid = op.get("grid") or [square_root(count - prefix)] * 2
-        to = to or [square_root((goal or 0) - prefix)] * 2
+        to = to or [square_root((target_count or 0) - prefix)] * 2
     else:
-        prefix, grid = op.get("prefix", 0), op.get("grid") or shape[at : at + 2]
-        to = to or (wanted or ())[at : at + 2]
+        prefix, grid = op.get("prefix", 0), op.get("grid") or shape[height_dim : height_dim + 2]
+        to = to or (target or ())[height_dim : height_dim + 2]
     mode = op.get("mode", "bicubic")
     return {
         "op": "interpolate",
@@ -109,8 +113,8 @@ def _offer(source: Shape, target: Shape) -> Op | None:
         return None
     if len(source) == 4:
         return {"op": "interpolate"} if source[1] == source[2] > 1 and target[1] == target[2] > 1 else None
-    found = _prefixes(source[-2], target[-2], {}) if source[-2] != target[-2] else []
-    return {"op": "interpolate", "prefix": found[0]} if len(found) == 1 else None
+    prefixes = _prefixes(source[-2], target[-2], {}) if source[-2] != target[-2] else []
+    return {"op": "interpolate", "prefix": prefixes[0]} if len(prefixes) == 1 else None
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:
@@ -122,10 +126,10 @@ def _kernel(op: Op, tensor: Tensor) -> Tensor:
         return resize(widened(tensor.permute(0, 3, 1, 2)), op, to, op["antialias"]).permute(0, 2, 3, 1).to(tensor.dtype).contiguous()
     prefix = op["prefix"]
     tokens = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-    found = tokens.new_empty(tokens.shape[0], prefix + to[0] * to[1], tokens.shape[2])
-    found[:, :prefix].copy_(tokens[:, :prefix])
-    found[:, prefix:].copy_(resize_tokens(tokens[:, prefix:], op, (op["grid"][0], op["grid"][1]), to, op["antialias"]))
-    return found if tensor.dim() == 3 else found.squeeze(0)
+    result = tokens.new_empty(tokens.shape[0], prefix + to[0] * to[1], tokens.shape[2])
+    result[:, :prefix].copy_(tokens[:, :prefix])
+    result[:, prefix:].copy_(resize_tokens(tokens[:, prefix:], op, (op["grid"][0], op["grid"][1]), to, op["antialias"]))
+    return result if tensor.dim() == 3 else result.squeeze(0)
 
 
 ADAPTER = Adapter(

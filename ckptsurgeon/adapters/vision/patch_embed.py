@@ -1,4 +1,4 @@
-"""`patch_embed` gives a patch embedding another patch size, so that a resized patch answers as before.
+"""`patch_embed` gives a patch embedding another patch size, so that a resized patch gives the same output.
 
 >>> import torch
 >>> op = {"to": [2, 2], "mode": "bilinear", "antialias": False}
@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, flag
+from ckptsurgeon.adapters.op import Adapter, Check, FillContext, Op, Shape, Tensor, cannot_follow, each, flag
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.resize import resize
-from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, pair, wanted_shape
+from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, pair, target_shape
 from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
@@ -26,8 +26,8 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return (*shape[:2], *to)
 
 
-def _fill(op: Op, place: Place) -> Op:
-    to = op["to"] if "to" in op else wanted_shape(place, 4, "to", "patch_embed")[2:]
+def _fill(op: Op, context: FillContext) -> Op:
+    to = op["to"] if "to" in op else target_shape(context, 4, "to", "patch_embed")[2:]
     return {"op": "patch_embed", "to": list(to), "mode": op.get("mode", "bicubic"), "antialias": op.get("antialias", True)}
 
 
@@ -50,8 +50,8 @@ def _kernel(op: Op, tensor: Tensor) -> Tensor:
 
     kernel = widened(tensor)
     rows, columns = (inverse(size, to).to(kernel.dtype) for size, to in zip(tensor.shape[2:], op["to"], strict=True))
-    found: Tensor = rows @ kernel @ columns.T
-    return found.to(tensor.dtype)
+    result: Tensor = rows @ kernel @ columns.T
+    return result.to(tensor.dtype)
 
 
 ADAPTER = Adapter(

@@ -1,4 +1,4 @@
-"""`relative_position_bias` gives a table of relative positions another window.
+"""`relative_position_bias` resizes a table of relative positions for another window.
 
 >>> import torch
 >>> op = {"grid": [1, 1], "to": [1, 2], "extra": 0, "mode": "bilinear"}
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.adapters.op import Adapter, Check, Op, Place, Shape, Tensor, cannot_follow, each, whole
+from ckptsurgeon.adapters.op import Adapter, Check, FillContext, Op, Shape, Tensor, cannot_follow, each, whole
 from ckptsurgeon.adapters.shapes import checked, in_words
 from ckptsurgeon.adapters.vision.resize import resize_tokens
-from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, first_shape, pair, square_root, wanted_shape
+from ckptsurgeon.adapters.vision.sizes import SMOOTH, between, each_with_elements, first_shape, pair, square_root, target_shape
 from ckptsurgeon.errors import RuleError
 
 BEIT = 3  # rows below the window's: class to patch, patch to class, class to class
@@ -38,15 +38,15 @@ def _shape(op: Op, shape: Shape) -> Shape:
     return (_entries(to) + extra, shape[1])
 
 
-def _fill(op: Op, place: Place) -> Op:
-    shape, extra = first_shape(place), op.get("extra", 0)
-    goal = () if "to" in op else wanted_shape(place, 2, "to", "relative_position_bias")
+def _fill(op: Op, context: FillContext) -> Op:
+    shape, extra = first_shape(context), op.get("extra", 0)
+    target = () if "to" in op else target_shape(context, 2, "to", "relative_position_bias")
     windows: list[list[int]] = []
-    for field, rows in (("grid", shape), ("to", goal)):
-        side = _window(rows[0] - extra) if rows and field not in op else None
+    for field, table in (("grid", shape), ("to", target)):
+        side = _window(table[0] - extra) if table and field not in op else None
         if field not in op and side is None:
             raise RuleError(
-                f"relative_position_bias can't tell a window from {in_words(rows)} with {extra} extra rows",
+                f"relative_position_bias can't tell a window from {in_words(table)} with {extra} extra rows",
                 hint="BEiT's tables have extra=3; give other windows than squares: relative_position_bias(grid=[7, 7], to=[8, 12])",
             )
         windows.append(list(op.get(field, (side, side))))
@@ -63,11 +63,11 @@ def _offer(source: Shape, target: Shape) -> Op | None:
 
 
 def _kernel(op: Op, tensor: Tensor) -> Tensor:
-    (h, w), (to_h, to_w) = ((2 * one[0] - 1, 2 * one[1] - 1) for one in (op["grid"], op["to"]))
-    found = tensor.new_empty(to_h * to_w + op["extra"], tensor.shape[1])
-    found[: to_h * to_w].copy_(resize_tokens(tensor[: h * w].unsqueeze(0), op, (h, w), (to_h, to_w), False).squeeze(0))
-    found[to_h * to_w :].copy_(tensor[h * w :])
-    return found
+    (h, w), (to_h, to_w) = ((2 * window[0] - 1, 2 * window[1] - 1) for window in (op["grid"], op["to"]))
+    result = tensor.new_empty(to_h * to_w + op["extra"], tensor.shape[1])
+    result[: to_h * to_w].copy_(resize_tokens(tensor[: h * w].unsqueeze(0), op, (h, w), (to_h, to_w), False).squeeze(0))
+    result[to_h * to_w :].copy_(tensor[h * w :])
+    return result
 
 
 ADAPTER = Adapter(

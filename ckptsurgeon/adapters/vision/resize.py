@@ -13,8 +13,8 @@ def resize(planes: Tensor, op: Op, size: tuple[int, int], antialias: bool) -> Te
     if antialias and size[1] == 1 < size[0]:  # torch's antialiasing is wrong there (2.13, CPU): every row comes out the same
         return resize(planes.transpose(2, 3), op, (1, size[0]), antialias).transpose(2, 3)
     corners = None if op["mode"] == "nearest" else False
-    found: Tensor = interpolate(planes, size=size, mode=op["mode"], align_corners=corners, antialias=antialias)
-    return found
+    resized: Tensor = interpolate(planes, size=size, mode=op["mode"], align_corners=corners, antialias=antialias)
+    return resized
 
 
 def resize_tokens(tokens: Tensor, op: Op, grid: tuple[int, int], to: tuple[int, int], antialias: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What vision adapters share about shapes: checks of their fields, sides of squares, and what is refused without elements."""
+"""What vision adapters share about shapes: checks of fields, sides of squares, and errors for empty tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import isqrt, prod
 from typing import Any
 
-from ckptsurgeon.adapters.op import Op, Place, Shape, one_of, whole
+from ckptsurgeon.adapters.op import FillContext, Op, Shape, one_of, whole
 from ckptsurgeon.adapters.shapes import MOST_ELEMENTS, in_words
 from ckptsurgeon.errors import RuleError
 
@@ -23,29 +23,29 @@ def pair(value: Any) -> bool:
     return type(value) in (list, tuple) and len(value) == 2 and all(map(positive, value))
 
 
-def each_with_elements(one: Callable[[Op, Shape], Shape]) -> Callable[[Op, tuple[Shape, ...]], tuple[Shape, ...]]:
-    """`infer` of an op that takes every tensor by itself; one without elements, or with too many, is refused."""
+def each_with_elements(shape_of: Callable[[Op, Shape], Shape]) -> Callable[[Op, tuple[Shape, ...]], tuple[Shape, ...]]:
+    """`infer` of an op that treats each tensor separately. RuleError for a tensor without elements, or with too many."""
 
     def infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-        found = tuple(one(op, shape) for shape in shapes)
-        for shape in (*shapes, *found):
+        results = tuple(shape_of(op, shape) for shape in shapes)
+        for shape in (*shapes, *results):
             if not 0 < prod(shape) < MOST_ELEMENTS:
                 raise RuleError(f"{op['op']} can't compute with {in_words(shape)}")
-        return found
+        return results
 
     return infer
 
 
-def between(one: Callable[[Shape, Shape], Op | None]) -> Callable[[Shape, Shape], Op | None]:
-    """`offer` of an op that makes a shape another one, both with elements."""
-    return lambda source, target: one(source, target) if source != target and 0 not in (*source, *target) else None
+def between(offer: Callable[[Shape, Shape], Op | None]) -> Callable[[Shape, Shape], Op | None]:
+    """`offer` of an op, called only for two different shapes without a dim of size 0."""
+    return lambda source, target: offer(source, target) if source != target and 0 not in (*source, *target) else None
 
 
-def first_shape(place: Place) -> Shape:
+def first_shape(context: FillContext) -> Shape:
     """The shape of the first tensor that comes in."""
-    if not place.shapes:
+    if not context.shapes:
         raise RuleError("has no tensor to work on")
-    return place.shapes[0]
+    return context.shapes[0]
 
 
 def square_root(number: int) -> int | None:
@@ -55,13 +55,13 @@ def square_root(number: int) -> int | None:
 
 
 def axis(dim: int, dims: int) -> int:
-    """A dim of a rule, from the front."""
+    """A rule's dim, which may be negative, counted from the front."""
     return dim + dims if dim < 0 else dim
 
 
-def wanted_shape(place: Place, dims: int, field: str, name: str) -> Shape:
-    """The wanted shape, where a field has to be told from it."""
-    if place.wanted is None or len(place.wanted) != dims:
-        found = "the target's shape is not known" if place.wanted is None else f"{in_words(place.wanted)} has not {dims} dimensions"
-        raise RuleError(f"{name} can't tell {field}: {found}", hint=f"give {field}=, as in {name}({field}=...)")
-    return place.wanted
+def target_shape(context: FillContext, dims: int, field: str, name: str) -> Shape:
+    """The target's shape, from which a field is inferred. RuleError where it is not known or has another number of dims."""
+    if context.target is None or len(context.target) != dims:
+        reason = "the target's shape is not known" if context.target is None else f"{in_words(context.target)} has not {dims} dimensions"
+        raise RuleError(f"{name} can't tell {field}: {reason}", hint=f"give {field}=, as in {name}({field}=...)")
+    return context.target

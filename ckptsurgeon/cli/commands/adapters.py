@@ -21,7 +21,7 @@ def command(show: options.Show) -> int:
 
     loaded = [(name, load(name)) for name in ADAPTERS]
     rows = [
-        *(("adapter", name, tuple(field for field in entry.fields if field not in entry.planned), entry.words) for name, entry in loaded),
+        *(("adapter", name, tuple(field for field in entry.fields if field not in entry.plan_only), entry.words) for name, entry in loaded),
         *(("scheme", name, tuple(entry.parameters), entry.words) for name, entry in SCHEMES.items()),
     ]
     show.answer(lambda: text.known(rows, show.width), lambda: json.known(rows), table=lambda form: tables.known(rows, form))

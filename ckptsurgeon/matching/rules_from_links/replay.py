@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from ckptsurgeon.adapters.chain import Asked, counted_at, fill_chain
+from ckptsurgeon.adapters.chain import RuleOp, counted_at, fill_chain
 from ckptsurgeon.adapters.op import Op, Shape
 from ckptsurgeon.adapters.table import parse_ops
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, name_sources
@@ -49,14 +49,14 @@ def wanted(links: Iterable[Link], source: Checkpoint, target: Checkpoint) -> Giv
 _parsed = lru_cache(maxsize=256)(parse_ops)
 
 
-def _asked(link: Link, place: int, shapes: Sequence[Shape]) -> list[Asked]:
+def _asked(link: Link, place: int, shapes: Sequence[Shape]) -> list[RuleOp]:
     """The ops of one of a link's targets; where a tensor is unstacked into several groups, the group's number is the unstack's."""
     ops = _parsed(link.op) if link.op else ()
     names, index, number = link.targets, place, None
     at = counted_at(ops)
     if at is not None and len(names) > 1:
-        _, given = fill_chain([Asked(op) for op in ops[:at]], shapes, None, {})
+        _, given = fill_chain([RuleOp(op) for op in ops[:at]], shapes, None, {})
         count = max(len(names) // given[0][ops[at].get("dim", 0)], 1)
         number, index = divmod(place, count)
         names = names[number * count : (number + 1) * count]
-    return [Asked(op, index, names, number) for op in ops]
+    return [RuleOp(op, index, names, number) for op in ops]

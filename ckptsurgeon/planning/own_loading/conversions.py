@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptsurgeon.adapters.chain import Asked
+from ckptsurgeon.adapters.chain import RuleOp
 from ckptsurgeon.loading import Converted, Naming
 from ckptsurgeon.planning.keys import Item, SourceKey
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
@@ -197,7 +197,7 @@ def _of_source(
         steps = tuple(dict.fromkeys(step for member in members for step in member.steps))
         places = tuple(place for member in members for place in member.places)
         rule = Rule("convert", file=f"{made.by}, {by}")
-        results.append(Item(key, key, places, tuple(Asked(op, filled=True) for op in made.ops), (*steps, (rule, 0))))
+        results.append(Item(key, key, places, tuple(RuleOp(op, filled=True) for op in made.ops), (*steps, (rule, 0))))
     refused = {by_name[name].places[0]: words for name, words in conversion.refused.items()}
     return results, Applied(naming.library, len(conversion.renamed), len(conversion.made), len(conversion.ignored), refused)
 
