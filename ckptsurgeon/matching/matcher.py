@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from math import sqrt
 from typing import TypeVar
 
@@ -218,7 +219,7 @@ def _learned(record: Record, known: Clues) -> Clues:
     certain = [(laid.sources[0], laid.targets[0]) for laid in _certain(record)]
     pairs, sources, targets = count_pairs(certain, known.rows)
     partners = {id(one): other for one, other in certain}
-    return replace(known, pairs=pairs, sources=sources, targets=targets, partners=partners, within=parts_within(certain))
+    return replace(known, pairs=pairs, sources=sources, targets=targets, partners=partners, within=cache(partial(parts_within, certain)))
 
 
 def _trust(certain: list[Laid]) -> float:

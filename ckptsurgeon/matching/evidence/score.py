@@ -6,7 +6,7 @@ Rule: each kind of evidence has one weight, in one line of this module; kinds ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -60,7 +60,7 @@ class Clues:
     partners: Mapping[int, Node] = field(default_factory=dict)
     rows: Mapping[int, int] = field(default_factory=dict)
     behind: Mapping[int, Node] = field(default_factory=dict)
-    within: tuple[Mapping[str, Inside], Mapping[str, Inside]] = ({}, {})
+    within: Callable[[], tuple[Mapping[str, Inside], Mapping[str, Inside]]] = lambda: ({}, {})
 
 
 class Table:
@@ -136,7 +136,7 @@ class Table:
         if bool(told) == bool(wanted):
             return False
         named, other, side = (self.sources[row], self.targets[column], 1) if told else (self.targets[column], self.sources[row], 0)
-        inside = nearest(other.path, self.clues.within[side])
+        inside = nearest(other.path, self.clues.within()[side])
         return inside is not None and inside.is_part_of(named)
 
     def _confused(self, index: int, side: int = 0) -> bool:
