@@ -111,7 +111,7 @@ def read_saved(value: Any) -> Saved:
     """
     if isinstance(value, Refused):
         raise FormatError(f"holds {value.reason} in place of an optimizer's state_dict", hint="save optimizer.state_dict() instead")
-    value = _unflattened(value) if isinstance(value, Mapping) and "state" not in value else value
+    value = _unflattened(value) if isinstance(value, Mapping) and value and "state" not in value else value
     state: Any = value.get("state") if isinstance(value, Mapping) else None
     groups: Any = value.get("param_groups") if isinstance(value, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):

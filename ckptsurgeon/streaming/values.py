@@ -102,7 +102,7 @@ def refuse_losses(casts: Iterable[Cast], allowed: Iterable[str]) -> None:
         raise CastError(
             "casts that would not keep the values",
             problems=tuple(f"{found.key}: {found.source_dtype} to {found.target_dtype}: {_lost(found)}" for found in refused),
-            hint=f"keep the source's dtype , by dtype='source', or allow it by name: allow_cast=[{refused[0].key!r}]",
+            hint=f"keep the source's dtype: dtype='source', or allow it by name: allow_cast=[{refused[0].key!r}]",
         )
 
 

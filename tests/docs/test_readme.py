@@ -6,6 +6,7 @@ After a change of output, `python tests/docs/pages.py` writes README and guide a
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_the_speeds_are_measured_ones() -> None:
     assert {(seconds, size, other) for _, seconds, size, _, other in rows} <= measured
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash, which runs the commands")
 def test_the_command_that_installs_also_runs_the_main_job(tmp_path: Path) -> None:
     """Its last part, by the program that is installed already; a fresh environment is .ci/run's to build."""
     install = re.search(r"```bash\n(python3 -m venv.*?merge.*?)\n```", README.read_text(), re.DOTALL)
