@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import profiles
@@ -14,6 +15,12 @@ profiles.load()
 # In a background job of a shell SIGINT is ignored, and every program that is started from there would ignore it too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# transformers shows bars of tqdm, whose monitor is a thread that stays; beside a thread `check` forks no workers.
+with contextlib.suppress(ImportError):
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -187,9 +187,9 @@ def param_groups(
         overrides: learning rates by pattern of parameter names; they come first.
         layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), in a group for each depth, named
             `transferred/layer 3` and so on; fresh ones and overrides keep theirs (Clark et al. 2020, arXiv:2003.10555).
-        layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
-            another; None asks a timm model's `group_matcher`, or finds the repeated blocks. What stands before is the stem (depth 0),
-            after it the head.
+        layers: a pattern for the layers, whose numbers tell them apart: `"encoder.layer.{i}.**"`; or several, from the bottom up. None
+            uses a timm model's `group_matcher`, or finds the repeated blocks. Parameters before the layers are the stem (depth 0),
+            those after them the head.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
         partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (the default) or as `"fresh"`.
 
@@ -288,9 +288,9 @@ def groups(
         overrides: learning rates by pattern of parameter names; they come first.
         layer_decay: a transferred parameter's rate is `lr` × layer_decay ** (depth below the head), in a group for each depth, named
             `transferred/layer 3` and so on; fresh ones and overrides keep theirs (Clark et al. 2020, arXiv:2003.10555).
-        layers: what a layer is, as a pattern whose numbers tell layers apart: `"encoder.layer.{i}.**"`, or several, which stand on one
-            another; None asks a timm model's `group_matcher`, or finds the repeated blocks. What stands before is the stem (depth 0),
-            after it the head.
+        layers: a pattern for the layers, whose numbers tell them apart: `"encoder.layer.{i}.**"`; or several, from the bottom up. None
+            uses a timm model's `group_matcher`, or finds the repeated blocks. Parameters before the layers are the stem (depth 0),
+            those after them the head.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
         partial: whether partly transferred tensors (a grown vocabulary) count as `"transferred"` (the default) or as `"fresh"`.
         note: called with each note, a line of text; notes are dropped by default.

@@ -339,7 +339,7 @@ def test_rows_say_how_many_come_from_the_source(tmp_path: Path) -> None:
 def test_a_source_key_is_told_from_a_targets(tmp_path: Path) -> None:
     save(tmp_path, "a.pt", pos_embed=torch.ones(2))
     torch.save({"position": torch.ones(2)}, tmp_path / "b.pt")
-    with pytest.raises(RuleError, match=r"link it: 'pos\.embed -> KEY'"):
+    with pytest.raises(RuleError, match=r"link it: 'pos\.embed -> position'"):
         cs.plan(tmp_path / "a.pt", tmp_path / "b.pt", adapt={"pos.embed": "slice(start=0, stop=2)"})
 
 

@@ -101,6 +101,29 @@ ROWS: list[tuple[str, Call, Call]] = [
         lambda p: cs.apply(cs.plan(p.a, p.b), p.out(), tied="alias"),
         lambda p: cs.apply(cs.plan(p.a, p.b), p.out(".safetensors"), tied="alias"),
     ),
+    ("depth", lambda p: cs.inspect(p.a, depth=1), lambda p: cs.inspect(p.a, tree=True, depth=1)),
+    (
+        "resume",
+        lambda p: cs.merge(p.a, None, p.out(), resume=True),
+        lambda p: cs.merge(p.a, None, p.out(""), max_shard_size="1MB", resume=True),
+    ),
+    (
+        "resume",
+        lambda p: cs.merge(p.a, None, p.out(""), max_shard_size="1MB", resume=True, verify=False),
+        lambda p: cs.merge(p.a, None, p.out(""), max_shard_size="1MB", verify=False),
+    ),
+    (
+        "max_shard_size",
+        lambda p: cs.merge(p.a, None, p.out(""), max_shard_size="1MB", format="dcp"),
+        lambda p: cs.merge(p.a, None, p.out(""), format="dcp"),
+    ),
+    (
+        "with_optimizer",
+        lambda p: cs.merge(p.run, p.spec, p.out(""), root="model", with_optimizer=True, max_shard_size="1MB"),
+        lambda p: cs.merge(
+            p.run, p.spec, p.out(), root="model", with_optimizer=True, optimizer_names=p.names, optimizer_root="run.optimizer"
+        ),
+    ),
     ("auto", lambda p: cs.merge(p.a, None, p.out(), auto="safe"), lambda p: cs.merge(p.a, p.b, p.out(), auto="safe")),
     ("min_coverage", lambda p: cs.plan(p.a, min_coverage=0.5), lambda p: cs.plan(p.a, p.b, min_coverage=0.5)),
     (
@@ -166,7 +189,7 @@ ROWS: list[tuple[str, Call, Call]] = [
         lambda p: cs.param_groups(p.model(), p.record, lr=0.1, fresh_scale=2),
     ),
 ]
-ON_THE_COMMAND_LINE = {"finite", "overwrite", "weights"}  # rows that Python's verbs can't meet; tests/cli has them
+ON_THE_COMMAND_LINE = {"finite", "weights"}  # rows that Python's verbs can't meet; tests/cli has them
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_tied_keys_are_copies_in_safetensors_with_what_they_cost(tmp_path: Path)
     (finding,) = [finding for finding in report.findings if finding.code == "tied-copy"]
     assert finding.level == "note"
     assert {"embed.weight", "out.weight"} == {finding.key, "embed.weight"}
-    assert f"{7 * 4 * 4} bytes" in finding.message
+    assert f"costs {7 * 4 * 4} B" in finding.message
     support.network(seed=3).load_state_dict(safetensors.torch.load_file(tmp_path / "out.safetensors"), strict=True)
 
 

@@ -172,6 +172,14 @@ def test_a_missing_file_and_a_short_one_are_named_with_their_rows(run: Callable[
     assert "ends too early" in run("inspect", path).err
 
 
+def test_a_large_metadata_is_refused_with_the_limit_that_lets_it_in(run: Callable[..., Any], folder: Callable[[str], str]) -> None:
+    path = folder("fsdp2")
+    with cs.limits(dcp_metadata_bytes=100), pytest.raises(CheckpointError, match=r"\.metadata") as refused:
+        cs.inspect(path)
+    assert "dcp-metadata-bytes=" in (refused.value.hint or "")
+    assert run("inspect", path, "--limit", "dcp-metadata-bytes=100").code == 2 and run("inspect", path).code == 0
+
+
 def test_what_metadata_does_not_name_is_told(folder: Callable[[str], str]) -> None:
     path = folder("fsdp2")
     shutil.copy("fsdp2/__1_0.distcp", "fsdp2/__2_0.distcp")

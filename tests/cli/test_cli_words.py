@@ -57,7 +57,7 @@ def test_an_optimizers_place_is_an_option(run, training) -> None:
     assert ended.code == 2 and "try: choose one: --optimizer-root optimizer\n" in ended.err
     assert run("merge", "several.pt", *merge[1:], "--optimizer-root", "optimizer").code == 0
     ended = run("merge", "none.pt", *merge[1:], "--json", "--overwrite")
-    assert ended.code == 2 and ended.json["error"]["hint"].endswith("name the optimizer's place: --optimizer-root NAME")
+    assert ended.code == 2 and ended.json["error"]["hint"].endswith("name the optimizer's, as in --optimizer-root mine")
     assert run("merge", "none.pt", *merge[1:], "--optimizer-root", "mine", "--overwrite").code == 0
     assert run("merge", "none.pt", "-o", "a.safetensors", "--root", "model").code == 0
     ended = run("merge", "a.safetensors", "two:Two", "-o", "out.pt", "--with-optimizer", "--overwrite")

@@ -127,7 +127,7 @@ def test_every_verb_says_what_it_raises_and_has_an_example(name: str) -> None:
 # A parameter that several verbs take has the same words in each, but for these, which mean another thing in another verb.
 OTHER_WORDS = {
     *("path", "source", "target", "checkpoint", "model", "what", "optimizer", "scheduler"),
-    *("full", "partial", "root", "lr", "layer_decay", "weight_decay"),
+    *("full", "partial", "root", "lr", "layer_decay", "weight_decay", "progress"),
 }
 
 

@@ -166,7 +166,7 @@ def test_refused_beyond_it_and_read_with_the_flag_that_the_error_names(case: str
 
 def test_every_limit_is_tested_here() -> None:
     apart = {"shards", "extra-state-bytes", "metadata-entries", "label-bytes", "regex-seconds", "all-regex-seconds"}
-    apart |= {"toml-bytes", "toml-nesting", "toml-keys", "choices", "match-segments", "match-characters"}
+    apart |= {"dcp-metadata-bytes", "toml-bytes", "toml-nesting", "toml-keys", "choices", "match-segments", "match-characters"}
     assert {name for name, _, _ in BEYOND.values()} | apart == BY_NAME.keys() == {limit.name for limit in TABLE}
     assert all(limit.bounds and limit.default > 0 for limit in TABLE)
 
@@ -283,7 +283,7 @@ def raise_hint(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("tensor", 3, "pickle-bytes, pickle-steps"),
+        ("tensor", 3, "is it tensors?"),
         ("", 3, "pickle-bytes"),
         ("tensors", 0, "above zero"),
         ("tensors", -1, "above zero"),
