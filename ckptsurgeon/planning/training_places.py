@@ -198,10 +198,20 @@ def choose_average_root(roots: Sequence[str], asked: str | None, path: str) -> s
 
 
 def _listing(value: Any) -> str:
-    """The names at the top of a file, as a hint."""
-    names = [str(name)[:60] for name in value if type(name) is str] if isinstance(value, Mapping) else []
-    shown = f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
-    return f"it holds {shown}; name the optimizer's, as in optimizer_root={names[-1]!r}" if names else "give a training checkpoint"
+    """The names at the top of a file, as a hint, and the path of an optimizer's state where one stands at the top or one level below.
+
+    >>> _listing({"model": {}, "run": {"mine": {"state": {}, "param_groups": []}}})
+    "it holds model, run; name the optimizer's, as in optimizer_root='run.mine'"
+    """
+    top = {name: child for name, child in value.items() if type(name) is str} if isinstance(value, Mapping) else {}
+    if not top:
+        return "give a training checkpoint"
+    below = {f"{name}.{inner}": state for name, child in top.items() if isinstance(child, Mapping) for inner, state in child.items()}
+    paths = [path for path, state in {**top, **below}.items() if is_state("optimizer", state)]
+    shown = f"{', '.join(name[:60] for name in [*top][:12])}{', …' if len(top) > 12 else ''}"
+    if not paths:
+        return f"it holds {shown}; if another file has the optimizer's state, name it: optimizer_from='optimizer.pt'"
+    return f"it holds {shown}; name the optimizer's, as in optimizer_root={paths[0]!r}"
 
 
 def _elsewhere(kind: Kind, value: Any, model_root: str) -> str:
