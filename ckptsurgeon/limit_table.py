@@ -15,7 +15,7 @@ from types import MappingProxyType
 from ckptsurgeon import sizes
 from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import CheckpointError, LimitError
-from ckptsurgeon.sizes import GB, KB, MB
+from ckptsurgeon.sizes import GB, MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ TABLE: tuple[Limit, ...] = (
     Limit("pickle-steps", 200_000_000, "the opcodes of one pickle"),
     Limit("pickle-memo", 50_000_000, "the values that one pickle keeps to use again"),
     Limit("pickle-copies", MB, "what a pickle hands to constructors again and again", per_byte=1),
-    Limit("integer-bytes", 4 * KB, "one integer of a pickle"),
+    Limit("integer-bytes", 4_096, "one integer of a pickle"),
     Limit("global-characters", 1000, "the name of a global that a pickle asks for"),
     Limit("nesting", 64, "containers within containers", most=150),  # some of what goes down there goes down by recursion
     Limit("tensors", 4_000_000, "the tensors of one file, or of all shards"),

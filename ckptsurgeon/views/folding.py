@@ -19,6 +19,7 @@ _NUMBER = re.compile(r"(?<![0-9{,])(?<!\.\.|: )(0|[1-9][0-9]{0,17})(?![0-9])")
 _MOST_LISTED = 8  # numbers and runs of them
 _MOST_WORDS = 8  # of one brace; more are several lines
 _MOST_ROWS = 5000  # left after the numbers, beyond which words are not folded: nobody reads them
+_MOST_SEGMENTS = 24  # words of longer keys are not folded: a step for each segment of half a million would not end
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _MOST_NUMBERS = 16  # of one key; a model has a few, and each is looked at in turn
 _Table = dict[tuple[tuple[str, ...], Hashable], int]  # a key in pieces (text, number, text, …) and its common value: how many rows
@@ -140,7 +141,7 @@ def _fold_words(table: _Table, alike: Callable[[Any], Hashable] | None) -> list[
     rows = [_Row(_segments(parts), common, count) for (parts, common), count in table.items()]
     if len(rows) > _MOST_ROWS:
         return [Folded(_text(row.segments), row.common, row.count) for row in rows]
-    deepest = max((len(row.segments) for row in rows), default=0)
+    deepest = min(max((len(row.segments) for row in rows), default=0), _MOST_SEGMENTS)
     if alike is not None:
         rows = _fold_segment(rows, 1, alike)
     for from_the_end in range(1, deepest):
@@ -153,7 +154,7 @@ def _fold_segment(rows: list[_Row], from_the_end: int, alike: Callable[[Any], Ha
     groups: dict[Hashable, list[_Row]] = {}
     for position, row in enumerate(rows):
         index = len(row.segments) - from_the_end
-        if index < 1 or _word(row.segments[index]) is None:
+        if not 0 < index < _MOST_SEGMENTS or _word(row.segments[index]) is None:
             groups[position] = [row]
         else:
             rest = (row.segments[:index], row.segments[index + 1 :], row.count, alike(row.common))
@@ -208,13 +209,15 @@ def _segments(parts: Sequence[str]) -> _Segments:
 
 def _text(segments: _Segments) -> str:
     """The key as a pattern if anything of it is folded, else as it is."""
-    texts, braces = [""], []
-    for place, segment in enumerate(segments):
-        texts[-1] += "." if place else ""
+    texts: list[list[str]] = [[]]
+    braces: list[str] = []
+    for position, segment in enumerate(segments):
+        texts[-1].append("." if position else "")
         for text, folded in segment:
             if folded:
                 braces.append(text)
-                texts.append("")
+                texts.append([])
             else:
-                texts[-1] += text
-    return written(texts, braces) if braces else texts[0]
+                texts[-1].append(text)
+    plain = ["".join(parts) for parts in texts]
+    return written(plain, braces) if braces else plain[0]

@@ -151,7 +151,7 @@ def test_a_name_that_is_not_there_gets_the_close_ones():
     found = archive({"model": NET, "model_ema": NET, "head": ENCODER})
     with pytest.raises(RootError) as caught:
         choose(found, root="modl")
-    assert "close: model" in caught.value.reason and "head (2 tensors)" in (caught.value.hint or "")
+    assert "is it model?" in (caught.value.hint or "")
     many = archive({f"client{number}": NET for number in range(20)})
     with pytest.raises(RootError) as caught:
         choose(many, root="x")

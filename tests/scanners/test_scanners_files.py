@@ -130,11 +130,13 @@ BAD: dict[str, Bad] = {
     "the flag of patch data over an honest state_dict": Bad(lambda p: flagged(honest(), 0x20), "which torch does not write"),
     "the encrypted flag over an honest state_dict": Bad(lambda p: flagged(honest(), 0x1), "encrypted"),
     "a deflated pickle": Bad(lambda p: zipped({"archive/data.pkl": payload(p)}, zipfile.ZIP_DEFLATED), "builtins.eval", EITHER),
-    "a zip with bytes before it": Bad(lambda p: b"twenty random letters" + zipped({"a.tmp": b"x" * 1024}), "no checkpoint"),
-    "a state_dict with bytes before it": Bad(lambda p: b"MZ" + in_zip(call(stacked("os", "system"), text(f"touch {p}"))), "no checkpoint"),
+    "a zip with bytes before it": Bad(lambda p: b"twenty random letters" + zipped({"a.tmp": b"x" * 1024}), "not a checkpoint"),
+    "a state_dict with bytes before it": Bad(
+        lambda p: b"MZ" + in_zip(call(stacked("os", "system"), text(f"touch {p}"))), "not a checkpoint"
+    ),
     "a 7z archive": Bad(lambda p: SEVENZ, "7z archive"),
     "a picture, named as a checkpoint": Bad(lambda p: b"\x89PNG\r\n\x1a\n", "too short"),
-    "a picture of some size": Bad(lambda p: b"\x89PNG\r\n\x1a\n" + bytes(100), "no checkpoint"),
+    "a picture of some size": Bad(lambda p: b"\x89PNG\r\n\x1a\n" + bytes(100), "not a checkpoint"),
     "text that begins as a pickle would": Bad(lambda p: b"cmod\n\xf8\n", "too short"),
     "a NumPy array of numbers": Bad(lambda p: array(numpy.array([[1, 2], [3, 4]])), "NumPy array"),
     "a NumPy array of objects": Bad(lambda p: array(objects((1, 2), (3, 4))), "NumPy array"),

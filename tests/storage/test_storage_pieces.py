@@ -303,9 +303,14 @@ def test_only_bytes_move_where_only_bytes_move(values: dict[str, Any], tmp_path:
     """Pieces in row-major order are copied by the kernel; nothing else reads them."""
     monkeypatch.chdir(tmp_path)
     found = stored(tmp_path, values, by_columns)
-    assert ranges_of([found["weight"]], []) == tuple(runs(found["weight"]))
-    cut = ranges_of([found["weight"]], [{"op": "slice", "dim": 0, "start": 2, "stop": 5}])
-    assert cut == tuple(runs(found["weight"], ((2, 5), (0, 50))))
+    assert ranges_of([found["weight"]], []) is None  # side by side: put together in bands, as tests/streaming/test_streaming_bands.py tells
+    files = Files()
+    rows = tiled(
+        "w", "F32", (6, 2), [Piece(files.put(name, bytes(24)), (at, 0), (3, 2), (2, 1)) for name, at in (("a", 0), ("b", 3))], files.sizes
+    )
+    assert ranges_of([rows], []) == tuple(runs(rows))
+    cut = ranges_of([rows], [{"op": "slice", "dim": 0, "start": 2, "stop": 5}])
+    assert cut == tuple(runs(rows, ((2, 5), (0, 2))))
     turned_round = stored(tmp_path, values, turned)
     assert ranges_of([turned_round["weight"]], []) is None
 
@@ -330,9 +335,9 @@ def test_a_cut_along_the_first_dimension_is_the_rows_of_a_block(made: Any, data:
 
 
 def test_many_rows_of_many_ranges_are_found_at_once() -> None:
-    """Each row lies in two files, as a table that is cut by columns does; a step for each pair of a row and a range would not end."""
+    """A table lies in a thousand files, and its rows are turned round; a step for each pair of a row and a range would not end."""
     files = Files()
-    parts = [Piece(files.put(name, bytes(4 * 20_000)), (0, at), (20_000, 1), (1, 1)) for at, name in enumerate("ab")]
+    parts = [Piece(files.put(str(at), bytes(8 * 20)), (20 * at, 0), (20, 2), (2, 1)) for at in range(1000)]
     tensor = tiled("w", "F32", (20_000, 2), parts, files.sizes)
     op = {"op": "rows", "dim": 0, "rows": 20_000, "runs": [[19_999 - row, row, 1] for row in reversed(range(20_000))], "fill": "none"}
-    assert len(ranges_of([tensor], [op]) or ()) == 40_000
+    assert len(ranges_of([tensor], [op]) or ()) == 20_000
