@@ -309,7 +309,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_plan_dry_run_apply_and_verify_on_the_command_line(tmp_path: Path) -> None:
-    lines = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_models_computed import *\n"
+    lines = f"import sys; sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}\nfrom test_models_computed import *\n"
     (tmp_path / "nets.py").write_text(lines + "def Net(): return of(Scaled, Fused, Plain)\n")
     state = old(of(Scaled, Fused, Plain))
     write(state, tmp_path / "a.pt")
