@@ -229,14 +229,13 @@ def test_where_the_group_can_not_be_kept_ours_does_not_read_for_it(tmp_path: Pat
     assert stat.S_IMODE((folder / "out.pt").stat().st_mode) == 0o604
 
 
-def test_an_existing_output_is_told_after_the_inputs_and_before_any_data_is_read(tmp_path: Path) -> None:
+def test_an_existing_output_is_told_before_any_input_is_read(tmp_path: Path) -> None:
     (tmp_path / "out.pt").write_bytes(b"old")
-    with pytest.raises(UnreadableError, match="does not exist"):
-        cs.merge(tmp_path / "missing.pt", None, tmp_path / "out.pt")
-    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(OutputError, match="exists already"):
-        cs.merge(tmp_path / "a.pt", None, tmp_path / "out.pt")
+        cs.merge(tmp_path / "missing.pt", None, tmp_path / "out.pt")
     assert (tmp_path / "out.pt").read_bytes() == b"old"
+    with pytest.raises(UnreadableError, match="does not exist"):
+        cs.merge(tmp_path / "missing.pt", None, tmp_path / "new.pt")
 
 
 def only(found: list[Call], pattern: str) -> int:
