@@ -35,7 +35,7 @@ forks = []
 sys.addaudithook(lambda event, _: forks.append(event) if event == "os.fork" else None)
 import ckptsurgeon as cs
 from ckptsurgeon.api.checking import workers
-workers._HELP_AFTER = 0.0 if {help} else 1e9
+workers._PARALLEL_AFTER = 0.0 if {help} else 1e9
 with cs.limits({limits}):
     report = cs.check(sys.argv[1:], jobs={jobs}, max_size="1kB"{more})
 rows = [[file.path, [[one.code, one.key, one.message] for one in file.findings]] for file in report.files]
@@ -84,7 +84,7 @@ def work(number, alive):
     if number in {dead}:
         os.kill(os.getpid(), signal.SIGKILL)
     return (Finding("CK102", str(number)),)
-workers._HELP_AFTER = 0
+workers._PARALLEL_AFTER = 0
 found = workers.in_order(work, 8, {jobs}, values=False, large=True)
 print(*(one.code if one.code == "CK100" else one.message for each in found for one in each))
 """
