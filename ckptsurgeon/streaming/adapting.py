@@ -1,6 +1,6 @@
-"""Carries out a step's adapters on values: one result at a time, by the kernels, or a part of it where that is enough.
+"""Runs a step's adapters on values: a whole result by the kernels, or part by part where the adapter allows it.
 
-It decides nothing: the ops come filled in from the plan. What comes out is held against the plan's shape and the sources' dtype.
+The ops come complete from the plan. The result must have the plan's shape and the sources' dtype.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ROWS = 1 << 20  # bytes of rows that are made dense at a time
 
 
 def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: Mapping[str, UserKernel]) -> torch.Tensor:
-    """What a step's adapters make of its sources' tensors, which are not written to, in their dtype.
+    """The result of a step's adapters on its sources' tensors, in their dtype. The tensors are not changed.
 
-    Raises PlanError where a kernel gives another shape or dtype than planned: a person's own may.
+    Raises PlanError where a kernel returns another shape or dtype than planned, as a user's own kernel may.
     """
     import torch
 
-    given, code = tensors, made_dtype(step.adapters, "")
-    wanted = getattr(torch, BY_CODE[code].torch) if code else tensors[0].dtype
+    sources, code = tensors, made_dtype(step.adapters, "")
+    dtype = getattr(torch, BY_CODE[code].torch) if code else tensors[0].dtype
     try:
         with torch.no_grad():
             for op in step.adapters:
@@ -45,21 +45,21 @@ def adapted(step: Step, tensors: Sequence[torch.Tensor], initial: Initial, own: 
         raise RuleError(error.reason, key=step.target, hint=hint) from error
     except (RuntimeError, MemoryError) as error:  # torch's own words for what it can't do, or has no memory for
         raise PlanError(f"can't be adapted: {str(error).splitlines()[0][:200] if str(error) else 'no memory'}", key=step.target) from error
-    if len(tensors) != 1 or tuple(tensors[0].shape) != step.shape or tensors[0].dtype != wanted:
+    if len(tensors) != 1 or tuple(tensors[0].shape) != step.shape or tensors[0].dtype != dtype:
         found = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors) or "nothing"
-        reason = f"its adapters gave {found}, where the plan says {str(wanted).removeprefix('torch.')} {step.shape}"
+        reason = f"its adapters gave {found}, where the plan says {str(dtype).removeprefix('torch.')} {step.shape}"
         raise PlanError(reason, key=step.target)
     if needs_floats(step.adapters) or step.schemes or code:
-        _refuse_overflow(step, given, tensors[0])
+        _refuse_overflow(step, sources, tensors[0])
     return tensors[0]
 
 
 def adapted_and_cast(
     step: Step, tensors: list[torch.Tensor], dtype: str, initial: Initial, own: Mapping[str, UserKernel], casts: list[Cast]
 ) -> torch.Tensor:
-    """What a step's adapters and its cast make of tensors of dtype `dtype` (safetensors' code); what the cast loses is added to `casts`.
+    """The result of a step's adapters and its cast on tensors of `dtype` (safetensors' code); the cast's losses are added to `casts`.
 
-    A cast to a wider dtype comes first: what the adapters compute or fill in then need not fit the narrow one.
+    A cast to a wider dtype is done first, so that the values which the adapters compute need not fit the narrower one.
     """
     if step.cast is None:
         return adapted(step, tensors, initial, own)

@@ -1,7 +1,7 @@
-"""Carries out a plan: lays the new file out, moves every tensor's bytes, and proves the result before it takes its name.
+"""Carries out a plan: lays out the new file, writes every tensor's bytes, and proves the result before the file gets its name.
 
-It decides nothing. Tensors that only move are copied by the kernel; a cast or a strided tensor goes through torch in chunks; initial values
-are handed in.
+All decisions are in the plan. Tensors that are copied unchanged are copied by the kernel; a cast or a strided tensor goes through torch in
+chunks; the caller passes initial values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """How to write: the path, the format, and a person's choices. `max_shard_size`, in bytes, is set where shards are written."""
+    """How to write: the path, the format, and the user's options. `max_shard_size`, in bytes, is set where shards are written."""
 
     path: str
     format: str
@@ -51,23 +51,23 @@ class Output:
 
     @property
     def form(self) -> registry.Format:
-        """The format as the registry has it."""
+        """The format's row in the registry."""
         return registry.WRITTEN[self.format]
 
     @property
     def is_folder(self) -> bool:
-        """Whether the path is a folder's."""
+        """Whether the output is a folder."""
         return self.max_shard_size is not None or bool(self.form.saved)
 
 
-# Writes tensors, each in one span of a file, and values that are none into a folder.
+# Writes tensors, each in one span of a file, and other values into a folder.
 Save = Callable[[str, Sequence[TensorMeta], Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is written around the weights: `steps` for its tensors, which stand as `Stored` in the value `around`, and read the checkpoint
-    `source`, whose number follows those of the plan's sources."""
+    """The training state that is written around the weights: the value `around`, in which `Stored` marks each tensor, and the `steps` for
+    these tensors. They read the checkpoint `source`, whose number follows those of the plan's sources."""
 
     around: Any
     steps: tuple[Step, ...]
@@ -76,7 +76,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: each file's name in its folder and its size in bytes, what the casts lost, and what there is to say."""
+    """The result of `apply`: each file's name in its folder and its size in bytes, the casts' losses, findings, and how many tensors."""
 
     files: tuple[tuple[str, int], ...]
     casts: tuple[Cast, ...]
@@ -100,7 +100,7 @@ def apply(
     `verify` gets the path of the proven temporary file and raises to stop it from taking its name. Raises CastError for casts that overflow
     or truncate and are not allowed by name, VerificationError when the file differs from the plan, OutputError when it can't be written.
     """
-    own = [step.target for step in plan.steps]
+    weights = [step.target for step in plan.steps]
     if training is not None:
         plan, sources = replace(plan, steps=(*plan.steps, *training.steps)), [*sources, training.source]
     around = WEIGHTS if training is None else training.around
@@ -110,11 +110,11 @@ def apply(
         entries = _entries(run)
         run.find_loaded(entries)
         storages = storages_of(plan, run.steps, run.origins)
-        if training is not None:  # each moment is its own: two that shared memory would be counted on twice
+        if training is not None:  # moments are never tied: an optimizer would update shared memory twice
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
         tensors, aliases = tensors_of(plan, storages, alias=output.form.leaves_out_tied and output.tied == "alias")
         if save is None:
-            files, index = _files(plan, tensors, aliases, entries, output, [*own, *entries], around)
+            files, index = _files(plan, tensors, aliases, entries, output, [*weights, *entries], around)
         else:
             files, index = [scratch(run, tensors)], {}
         names = output.form.saved or [*(file.name for file in files), *index]
@@ -130,20 +130,20 @@ def apply(
                     else:
                         rest = begin(run, file, temporary, output.proof, share)
                         if refused_losses(run.casts, plan.allow_cast):
-                            continue  # nothing is copied any more; what else can't be cast is told with it
+                            continue  # nothing more is copied; all casts that are refused are reported together
                         finish(run, file, temporary, share, rest)
-                    written, where = file, temporary.path
+                    written, read_from = file, temporary.path
                     if save is not None:
-                        written, where = replace(file, tensors=tensors, entries=entries), place.path
+                        written, read_from = replace(file, tensors=tensors, entries=entries), place.path
                         with phase(WRITING, sum(tensor.nbytes for tensor in tensors)):
-                            save(where, located(run, tensors, file, temporary.path), entries)
+                            save(read_from, located(run, tensors, file, temporary.path), entries)
                     reader.check_unchanged()
                     with syncing(temporary):
                         if output.proof:
                             left = [span for entry, span in reader.entries().items() if entry not in run.held]
                             with checking(reader, left) as wrong:
                                 if file.name not in resumed:
-                                    prove_file(run, written, where, around, share if save is None else None)
+                                    prove_file(run, written, read_from, around, share if save is None else None)
                             if wrong:
                                 reader.check_unchanged()
                             refuse(wrong, checkpoints)
@@ -160,16 +160,16 @@ def apply(
             sizes = [(os.path.basename(output.path), files[0].layout.size)]
             if output.is_folder:
                 sizes = [(name, os.path.getsize(os.path.join(place.path, name))) for name in names]
-    found = [*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ())]
+    findings = [*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ())]
     if resumed:
         words = f"{len(resumed)} of {len(files)} shards were there from an interrupted run, and were held against the plan again"
-        found.append(Finding("resumed", words, level="note"))
-    return Written(tuple(sizes), reported(run.casts), (*found, *lost(place.lost, output.is_folder)), len(own))
+        findings.append(Finding("resumed", words, level="note"))
+    return Written(tuple(sizes), reported(run.casts), (*findings, *lost(place.lost, output.is_folder)), len(weights))
 
 
 @contextmanager
 def _new_place(output: Output, names: Sequence[str], task: str) -> Iterator[NewFile | NewFolder]:
-    """Where the files of these names are written until the block ends well."""
+    """The new file or folder, which gets its name when the block ends without an error."""
     if not output.is_folder:
         with new_file(output.path, output.overwrite) as temporary:
             yield NewFile(temporary)
@@ -181,7 +181,7 @@ def _new_place(output: Output, names: Sequence[str], task: str) -> Iterator[NewF
 
 
 def _task(plan: Plan, checkpoints: Sequence[Checkpoint], output: Output) -> str:
-    """The digest of all that decides what is written: the plan, its files as they are now, the options, and this program."""
+    """The digest of everything that determines the output: the plan, its files as they are now, the options, and this program."""
     stamps = [(file.size, file.mtime_ns, file.inode, file.device) for checkpoint in checkpoints for file in checkpoint.files]
     how = (output.format, output.max_shard_size, output.tied, output.provenance, __version__)
     return sha256(repr((digest(plan), stamps, how)).encode()).hexdigest()
@@ -207,7 +207,7 @@ def _check_whole(place: NewFile | NewFolder, tensors: Sequence[OutTensor], outpu
 
 
 def _refuse_part_of_source(path: str, checkpoints: Sequence[Checkpoint]) -> None:
-    """A source may be replaced whole, never a shard of it: the others would be worth nothing."""
+    """OutputError where the output would replace one file of several of a source: the other files would be useless without it."""
     real = os.path.realpath(path)
     for checkpoint in checkpoints:
         if len(checkpoint.files) > 1 and any(os.path.realpath(file.path) == real for file in checkpoint.files):
@@ -216,19 +216,19 @@ def _refuse_part_of_source(path: str, checkpoints: Sequence[Checkpoint]) -> None
 
 
 def _entries(run: Run) -> dict[str, Any]:
-    found = {}
+    entries = {}
     for entry in run.plan.entries:
-        own = run.target.entries if run.target is not None and run.target.files else {}
+        target_entries = run.target.entries if run.target is not None and run.target.files else {}
         number, key = entry.source or (0, "")
         if entry.source is not None and key in run.sources[number].entries:
-            found[entry.target] = run.sources[number].entries[key]
-        elif entry.source is None and entry.target in own:
-            found[entry.target] = own[entry.target]
+            entries[entry.target] = run.sources[number].entries[key]
+        elif entry.source is None and entry.target in target_entries:
+            entries[entry.target] = target_entries[entry.target]
         elif entry.source is None and run.values is not None:
-            found[entry.target] = run.values.extra_state(entry.target)
+            entries[entry.target] = run.values.extra_state(entry.target)
         else:
             raise PlanError("is an extra state that is neither in the source nor in the target", key=entry.target)
-    return found
+    return entries
 
 
 def _files(
@@ -242,7 +242,7 @@ def _files(
 ) -> tuple[list[OutFile], dict[str, str]]:
     """The files of an output, laid out, and the texts beside them by name: the index, where there are several shards.
 
-    Values that are no tensors stand in the first.
+    Values that are no tensors are in the first file.
     """
     record = None if output.provenance is None else json.dumps(output.provenance, separators=(",", ":"), ensure_ascii=False)
     layout_of = registry.module(output.form.writer).layout_of

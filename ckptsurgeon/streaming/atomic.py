@@ -1,7 +1,6 @@
-"""An output file that is whole or not there: written beside its place under a recognisable name, synced, and only then named.
+"""An output file that exists only when it is whole: written to a temporary file in the same folder, synced, and then renamed.
 
-Nothing here knows what is written. Temporary files that a killed run left are taken away by the next run over the same output. Errors
-speak of the output, never of the temporary file.
+The next run with the same output deletes temporary files of a killed run. Errors name the output, never the temporary file.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Temporary:
-    """The open temporary file; `path` is good for readers until it takes its name. After that `lost` says what could not be kept of what
-    the file that was replaced had beside its bytes."""
+    """The open temporary file; readers can open `path` until it is renamed. After that `lost` lists the attributes of the replaced file
+    that could not be kept."""
 
     path: str
     fd: int
@@ -52,13 +51,13 @@ class Temporary:
 
 @dataclass(frozen=True)
 class NewFile:
-    """An output that is one file, with what one that is a folder has too; no run goes on with it."""
+    """An output that is one file, with the interface of `NewFolder`. It can't be resumed."""
 
     temporary: Temporary
 
     @property
     def path(self) -> str:
-        """Where readers find it until it has its name."""
+        """The temporary file's path, until it is renamed."""
         return self.temporary.path
 
     @property
@@ -71,10 +70,10 @@ class NewFile:
         return nullcontext(self.temporary)
 
     def proven(self, _name: str) -> None:
-        """Nothing is known of it from before."""
+        """None: there is no earlier run to resume."""
 
     def keep(self, _name: str, _made: Mapping[str, str], _casts: Sequence[Cast]) -> None:
-        """Nothing is noted."""
+        """Do nothing: one file can't be resumed."""
 
 
 def output_error(path: str, error: OSError) -> OutputError:
@@ -92,7 +91,7 @@ def refuse_no_file(path: str) -> None:
 
 
 def real_path(path: str) -> str:
-    """Where a path really leads. OutputError for one that no file can have."""
+    """The path with its links resolved. OutputError for a path that no file can have."""
     try:
         return os.path.realpath(path)
     except ValueError as error:  # a null character, or one that no file system encodes
@@ -105,9 +104,9 @@ def no_folder(path: str, folder: str) -> OutputError:
 
 
 def check_free(path: str, overwrite: bool) -> str:
-    """The path that will really be written (a link is followed); what a killed run left beside it is taken away.
+    """The path that will be written, its links resolved; temporary files that a killed run left there are deleted.
 
-    OutputError when it is taken and may not be replaced.
+    OutputError where a file exists and may not be replaced.
     """
     real = real_path(path)
     refuse_no_file(path)
@@ -137,7 +136,7 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
     real = check_free(path, overwrite)
     folder, name = os.path.split(real)
     opened = ExitStack()
-    tried: list[str] = []  # noted before they are made: an interrupt can come in between
+    tried: list[str] = []  # added before they are created: an interrupt can come in between
     try:
         temporary = create_locked(os.path.join(folder, head_of(name)), _mode(real), tried)
         opened.callback(os.close, temporary.fd)
@@ -155,24 +154,24 @@ def new_file(path: str, overwrite: bool) -> Iterator[Temporary]:
         with undisturbed():
             with suppress(OSError):  # all is synced, or nothing is kept
                 opened.close()
-            for one in tried:
+            for path_tried in tried:
                 with suppress(OSError):
-                    os.unlink(one)
+                    os.unlink(path_tried)
 
 
 def lost(what: Sequence[str], folder: bool = False) -> list[Finding]:
-    """A warning, where what was replaced had something beside its bytes that the new one could not get."""
+    """A warning where the replaced file had attributes that the new one could not get; `what` lists them."""
     words = f"the {'folder' if folder else 'file'} that was replaced had what could not be kept: {', '.join(what)}"
     return [Finding("attributes", words, level="warning")] if what else []
 
 
 def named(text: str, temporary: str, path: str) -> str:
-    """A text that speaks of the output, where it spoke of the temporary file."""
+    """The text with the output's path instead of the temporary file's."""
     return text.replace(temporary, path).replace(os.path.basename(temporary), os.path.basename(path))
 
 
 def reword(error: CheckpointError, temporary: str, path: str) -> None:
-    """Let an error speak of the output, where it spoke of the temporary file."""
+    """Replace the temporary file's path by the output's in all texts of an error."""
     for name in ("reason", "path", "key", "hint"):
         value = getattr(error, name)
         setattr(error, name, value and named(value, temporary, path))
@@ -181,17 +180,17 @@ def reword(error: CheckpointError, temporary: str, path: str) -> None:
 
 
 def head_of(name: str) -> str:
-    """How the hidden names beside an output of this name begin."""
+    """The beginning of the names of hidden files for an output of this name."""
     return f".{name[:_HEAD]}{_MARK}"
 
 
 def _mode(real: str) -> int:
-    """Permissions to write with: nobody but us sees, meanwhile, a file that replaces another, which may be less open than its mode says."""
+    """The permissions of the temporary file: only for us where it replaces a file, which an access control list may protect further."""
     return 0o600 if os.path.exists(real) else 0o666
 
 
 def create_locked(start: str, mode: int, tried: list[str], end: str = ".tmp") -> Temporary:
-    """A new file under a name of its own, locked for as long as somebody writes to it."""
+    """A new file under an unused name, locked until it is closed."""
     while True:
         path = hidden_name(start, os.urandom(4).hex(), end)
         tried.append(path)
@@ -207,19 +206,19 @@ def create_locked(start: str, mode: int, tried: list[str], end: str = ".tmp") ->
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # another run swept it away in the moment before it was locked
+        os.close(fd)  # another run deleted it before it was locked
 
 
 def hidden_name(start: str, chance: str, end: str = ".tmp") -> str:
-    """A temporary file's path: its last digits are made of the others, so that a name of ours can be told from one that looks like it."""
+    """A temporary file's path. Its last digits are a checksum of the rest, so that other files are not taken for temporary ones."""
     check = sha256(os.fsencode(os.path.basename(start)) + chance.encode()).hexdigest()[:4]
     return f"{start}{chance}{check}{end}"
 
 
 def hidden_ones(start: str, end: str = ".tmp") -> Iterator[str]:
-    """The paths of ours that begin and end so."""
-    found = glob.glob(f"{glob.escape(start)}*{end}")
-    yield from (path for path in found if path == hidden_name(start, path[len(start) : len(start) + 8], end))
+    """The paths of temporary files that begin with `start` and end with `end`."""
+    paths = glob.glob(f"{glob.escape(start)}*{end}")
+    yield from (path for path in paths if path == hidden_name(start, path[len(start) : len(start) + 8], end))
 
 
 def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, close: Callable[[], None]) -> None:
@@ -246,7 +245,7 @@ def _take_name(temporary: Temporary, real: str, path: str, overwrite: bool, clos
 
 
 def sync_home(real: str, path: str) -> None:
-    """Make an output's new name last; OutputError, which says that it is whole, where that fails."""
+    """Sync an output's folder, so that its new name survives a power cut; OutputError, which says that it is whole, where that fails."""
     try:
         platform.sync_folder(os.path.dirname(real))
     except OSError as error:
@@ -255,12 +254,12 @@ def sync_home(real: str, path: str) -> None:
 
 
 def taken(path: str) -> OutputError:
-    """The error for a path that is not to be replaced."""
+    """The error for a path that exists and may not be replaced."""
     return OutputError("exists already", path=path, hint="give overwrite=True to replace it, or choose another path")
 
 
 def _sweep(folder: str, head: str, output: str = "") -> None:
-    """Take away what a killed run over the same output left: its lock is gone with it. Where there are no locks it stays."""
+    """Delete temporary files that a killed run with the same output left: those that nobody locks. Without locks none is deleted."""
     for stale in hidden_ones(os.path.join(folder, head)):
         with suppress(OSError):
             fd = platform.open_itself(stale)
@@ -272,12 +271,12 @@ def _sweep(folder: str, head: str, output: str = "") -> None:
                 os.close(fd)
 
 
-def is_ours(found: os.stat_result, output: str) -> bool:
-    """Whether a file under a name of ours is one that we left: regular, this user's, and of no other name but that of the output."""
-    if not stat.S_ISREG(found.st_mode) or not platform.is_mine(found):
+def is_ours(status: os.stat_result, output: str) -> bool:
+    """Whether a file with a temporary name is a regular file of this user, with no other link than the output's."""
+    if not stat.S_ISREG(status.st_mode) or not platform.is_mine(status):
         return False
     try:
-        return found.st_nlink == 1 or (found.st_nlink == 2 and os.path.samestat(found, os.stat(output)))
+        return status.st_nlink == 1 or (status.st_nlink == 2 and os.path.samestat(status, os.stat(output)))
     except OSError:
         return False
 

@@ -1,7 +1,7 @@
-"""A tensor that lies in pieces side by side, a few megabytes of its rows at a time.
+"""Reads a tensor whose pieces lie side by side, in bands: a few megabytes of its rows at a time.
 
-Of a weight that is tiled along another dimension than the first, each row lies in as many places as there are tiles. Where these are
-short, a range at a time would cost more than the bytes: of each piece the rows of a band are read at once, and put side by side.
+In a weight that is tiled along another dimension than the first, each row is in as many places as there are tiles. Where these ranges are
+short, reading each by itself is slow; so the rows of a band are read from each piece at once, and put side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.storage.pieces import stretches
 from ckptsurgeon.tensors import Piece, Span, TensorMeta, contiguous_stride
 
-SHORT = 1 << 16  # bytes of a range, below which reading it by itself is dear
+SHORT = 1 << 16  # bytes of a range, below which reading it by itself is slow
 _STRIDED = 64  # bytes of a range, below which elements are put in their places column by column
 _FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of memory, by the size of an element
 
@@ -37,7 +37,7 @@ def side_by_side(tensor: TensorMeta) -> bool:
 
 
 def piece_ranges(shape: tuple[int, ...], piece: Piece) -> int:
-    """In how many stretches the elements of a piece lie in the whole tensor."""
+    """The number of stretches of adjacent elements of the whole tensor that a piece has."""
     together, dim = 1, len(shape)
     while dim:
         dim -= 1
@@ -48,7 +48,7 @@ def piece_ranges(shape: tuple[int, ...], piece: Piece) -> int:
 
 
 def bands(tensor: TensorMeta, read: Read) -> Iterator[memoryview]:
-    """The elements of a tensor that lies `side_by_side`, densely in row-major order, in bands of whole rows, each good until the next."""
+    """The elements of a tensor that lies `side_by_side`, dense in row-major order, in bands of whole rows, each valid until the next."""
     shape, size = tensor.shape, BY_CODE[tensor.dtype].size
     inner = next(dim for dim in range(1, len(shape)) if any(piece.sizes[dim] != shape[dim] for piece in tensor.pieces))
     outer = prod(shape[1:inner])  # rows of a band to each index of the first dimension
@@ -94,9 +94,9 @@ class _Part:
                 done += nbytes
 
     def _columns(self, band: memoryview, part: memoryview, width: int) -> None:
-        """The same, where the rows are short: an element of every row at a time."""
+        """The same for short rows: one element of every row at a time."""
         form = _FORMATS[self.size]
-        to, given = band.cast(form), part.cast(form)
+        to, source = band.cast(form), part.cast(form)
         place, nbytes = self.places[0]
         for column in range(nbytes // self.size):
-            to[place // self.size + column :: width // self.size] = given[column :: nbytes // self.size]
+            to[place // self.size + column :: width // self.size] = source[column :: nbytes // self.size]

@@ -1,6 +1,7 @@
-"""What a file has beside its bytes: permissions, owner, an access control list, extended attributes of the user's.
+"""A file's attributes: permissions, owner, access control list, and the user's extended attributes.
 
-A file that replaces another gets them. Nobody sees more of the new one than of the old; what can't be kept is told.
+A file that replaces another gets them. Nobody can read the new file who could not read the old one; attributes that can't be kept are
+reported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _NONE_HERE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
 
 
 def hand_over(fd: int, path: str, old: str) -> tuple[str, ...]:
-    """Give the open file at `path` what the one at `old`, which it is to replace, has beside its bytes. Returns what could not be kept.
+    """Give the open file at `path` the attributes of the file at `old`, which it will replace. Returns those that could not be kept.
 
     Raises:
         OSError: its permissions can't be set; FileNotFoundError where there is no old file.
@@ -41,7 +42,7 @@ def hand_over(fd: int, path: str, old: str) -> tuple[str, ...]:
 
 
 def _owner(fd: int, before: os.stat_result) -> tuple[int, list[str]]:
-    """Give it the owner and group where we may; the mode that it can have then, and what could not be kept."""
+    """Set the owner and group where permitted; returns the mode that the file may have then, and what could not be kept."""
     mode, new = stat.S_IMODE(before.st_mode), os.fstat(fd)
     lost = []
     if before.st_uid != new.st_uid:
@@ -62,17 +63,17 @@ def _attributes(path: str) -> tuple[dict[str, bytes], list[str]]:
     """A file's access control lists and the user's attributes; and what can't be read of them."""
     if not hasattr(os, "listxattr"):
         return {}, []  # macOS and Windows: Python has no way to them
-    found, lost = {}, []
+    values, lost = {}, []
     try:
         names = [name for name in os.listxattr(path) if name.startswith("user.") or name in (_ACL, *_OTHER_ACLS)]
     except OSError as error:
         return {}, [] if error.errno in _NONE_HERE else ["its extended attributes"]
     for name in names:
         try:
-            found[name] = os.getxattr(path, name)
+            values[name] = os.getxattr(path, name)
         except OSError:
             lost.append(f"its extended attribute {name}")
-    return found, lost
+    return values, lost
 
 
 def _set(fd: int, name: str, value: bytes) -> bool:

@@ -1,7 +1,7 @@
 """The journal of a folder that is being written: which of its files are proven, so that `--resume` can go on with them.
 
 A line of JSON for the work that is done, then one for each proven file, each synced. It lies beside the hidden folder, and is locked for as
-long as somebody writes there. What is read back is only a claim: whoever goes on holds each file against its plan again.
+long as somebody writes there. A run that resumes checks each file against the plan again.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def read(path: str, fd: int) -> Journal | None:
     with open(path, "rb") as file:
         lines = file.read(size).splitlines(keepends=True)
     rows: dict[str, Proven] = {}
-    found: Journal | None = None
+    journal: Journal | None = None
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         first = json.loads(lines[0])
         if first["version"] == _VERSION and isinstance(first["task"], str) and type(first["folder"]) is int:
-            found = Journal(path, fd, first["task"], first["folder"], rows)
+            journal = Journal(path, fd, first["task"], first["folder"], rows)
         for line in lines[1:]:
             if line.endswith(b"\n"):
                 row = json.loads(line)
                 rows[row["file"]] = Proven(dict(row["made"]), tuple(_cast(one) for one in row["casts"]))
-    return found
+    return journal
 
 
 def _cast(row: Mapping[str, Any]) -> Cast:

@@ -1,4 +1,4 @@
-"""What a cast loses, exactly: every value is held as the sum of two float64, so that integers beyond 2**53 are compared as what they are.
+"""The exact losses of a cast: every value is the sum of two float64, so that integers beyond 2**53 are compared exactly.
 
 A 64-bit integer is a multiple of 2**32 and a rest; any other real value is one float64. The difference of two such sums rounds at most
 once, and is zero only where the values are equal.
@@ -7,6 +7,7 @@ once, and is zero only where the values are equal.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
@@ -23,44 +24,42 @@ _HALF = 1 << 32
 _MOST = (1 << 63) - 1
 
 
-def added(one: Cast, other: Cast) -> Cast:
-    """The losses of two parts of one tensor together."""
-    return Cast(
-        one.key,
-        one.source_dtype,
-        one.target_dtype,
-        max(one.largest_error, other.largest_error),
-        one.changed + other.changed,
-        one.overflowed + other.overflowed,
-        one.truncated + other.truncated,
+def added(total: Cast, part: Cast) -> Cast:
+    """The losses of a tensor so far, and of one more part of it."""
+    return replace(
+        total,
+        largest_error=max(total.largest_error, part.largest_error),
+        changed=total.changed + part.changed,
+        overflowed=total.overflowed + part.overflowed,
+        truncated=total.truncated + part.truncated,
     )
 
 
-def losses(given: torch.Tensor, wanted: torch.Tensor, of: Cast) -> Cast:
-    """What the cast `of` lost from `given` to `wanted`, both flat. Elements are counted; the error is that of a real or imaginary part."""
+def losses(before: torch.Tensor, after: torch.Tensor, of: Cast) -> Cast:
+    """The losses of the cast `of` from `before` to `after`, both flat. The error is that of a real or imaginary part."""
     import torch
 
-    if given.is_floating_point() and BY_CODE[of.target_dtype].kind == "float" and of.target_dtype not in _ODD and given.numel():
-        largest = float((error := (given.double() - wanted.double()).abs_()).max())
+    if before.is_floating_point() and BY_CODE[of.target_dtype].kind == "float" and of.target_dtype not in _ODD and before.numel():
+        largest = float((error := (before.double() - after.double()).abs_()).max())
         if math.isfinite(largest):  # no NaN and no infinity on either side: nothing else can have been lost
             return Cast(of.key, of.source_dtype, of.target_dtype, largest, int(torch.count_nonzero(error)))
-    changed, overflowed, truncated = (torch.zeros(given.shape, dtype=torch.bool) for _ in range(3))
+    changed, overflowed, truncated = (torch.zeros(before.shape, dtype=torch.bool) for _ in range(3))
     largest = 0.0
-    for before, after in _real_parts(given, wanted):
-        over = torch.zeros_like(changed) if after is None else _overflowed(before, after, of)
-        cut = before != 0 if after is None else _truncated(before, of) & ~over
-        error, same = _difference(before, after)
-        counted = error[_finite(before) & ~over]
+    for old, new in _real_parts(before, after):
+        over = torch.zeros_like(changed) if new is None else _overflowed(old, new, of)
+        cut = old != 0 if new is None else _truncated(old, of) & ~over
+        error, same = _difference(old, new)
+        counted = error[_finite(old) & ~over]
         largest = max(largest, float(counted.max()) if counted.numel() else 0.0)
         changed, overflowed, truncated = changed | ~same, overflowed | over, truncated | cut
     return Cast(of.key, of.source_dtype, of.target_dtype, largest, int(changed.sum()), int(overflowed.sum()), int(truncated.sum()))
 
 
-def _real_parts(given: torch.Tensor, wanted: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def _real_parts(before: torch.Tensor, after: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """What is to be held against what; None stands for an imaginary part that the other dtype has no place for."""
-    if not given.is_complex():
-        return [(given, wanted.real if wanted.is_complex() else wanted)]
-    return [(given.real, wanted.real), (given.imag, wanted.imag)] if wanted.is_complex() else [(given.real, wanted), (given.imag, None)]
+    if not before.is_complex():
+        return [(before, after.real if after.is_complex() else after)]
+    return [(before.real, after.real), (before.imag, after.imag)] if after.is_complex() else [(before.real, after), (before.imag, None)]
 
 
 def _overflowed(before: torch.Tensor, after: torch.Tensor, of: Cast) -> torch.Tensor:

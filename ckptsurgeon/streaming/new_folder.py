@@ -1,8 +1,8 @@
-"""An output folder that is whole or not there: written beside its place under a recognisable name, synced, and only then named.
+"""An output folder that exists only when it is whole: written under a hidden name in the same folder, synced, and then renamed.
 
-It does for a folder what `atomic` does for a file. A folder that is replaced changes places with the new one in one step where the system
-can do that, else by two renames, the first of which the next run takes back if the second never came. Only folders that hold nothing but
-a checkpoint's files are replaced. What an interrupted run has proven can be gone on with.
+It does for a folder what `atomic` does for a file. A folder that is replaced is exchanged with the new one in one step where the system
+can do that, else by two renames; if the second is missing, the next run undoes the first. Only folders that hold nothing but a checkpoint's
+files are replaced. A later run can resume with the files that an interrupted run has proven.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _JOURNAL, _NEW, _OLD = ".log", ".tmp", ".old"
 
 @dataclass(frozen=True)
 class NewFolder:
-    """A folder that is being written. `path` is good for readers until it takes its name, `mode` what files are made with; `lost` is
-    told as for a file."""
+    """A folder that is being written. Readers can open `path` until it is renamed; `mode` has the permissions of its files; `lost` is as in
+    `Temporary`."""
 
     path: str
     journal: Journal
@@ -52,7 +52,7 @@ class NewFolder:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Temporary]:
-        """The file of that name in it, made where it is not there."""
+        """The open file of this name in the folder; it is created where it does not exist."""
         path = os.path.join(self.path, name)
         fd = platform.open_itself(path) if os.path.lexists(path) else platform.create(path, self.mode)
         try:
@@ -61,18 +61,18 @@ class NewFolder:
             os.close(fd)
 
     def proven(self, name: str) -> Proven | None:
-        """What an interrupted run noted of a file that it had proven."""
+        """The journal's row for a file that an interrupted run has proven; None for any other."""
         return self.journal.rows.get(name)
 
     def keep(self, name: str, made: Mapping[str, str], casts: Sequence[Cast]) -> None:
-        """Note a file as proven and synced, with the digests of what was made in it and what its casts lost."""
+        """Add a file that is proven and synced to the journal, with the digests of its computed tensors and the losses of its casts."""
         self.journal.add(name, Proven(made, tuple(casts)))
 
 
 def check_folder(path: str, overwrite: bool, resume: bool = False) -> str:
-    """The folder that will really be written. What a killed run left beside it is taken away, unless it is to be gone on with.
+    """The folder that will really be written (a link is followed). What a killed run left beside it is deleted, unless `resume`.
 
-    OutputError where a file stands there, or a folder with anything in it that may not be replaced.
+    OutputError where a file has this path, or a folder that may not be replaced.
     """
     real = real_path(path)
     if not path:
@@ -109,16 +109,16 @@ def _refuse_others(path: str, real: str, names: Sequence[str]) -> None:
 
 @contextmanager
 def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resume: bool = False) -> Iterator[NewFolder]:
-    """A folder that takes the name `path` when the block ends well. Otherwise nothing is left behind, or, after an interrupt or an error
-    of the machine's, what is proven until then, hidden, for `resume`.
+    """A folder that is renamed to `path` when the block ends without an error. Otherwise nothing is left, except that an interrupt or an
+    error of the system leaves the proven files, hidden, for `resume`.
 
     Args:
-        task: the digest of all that decides what is written.
-        names: the files that it is to hold.
+        task: the digest of everything that determines the output.
+        names: the files that the folder will hold.
 
     Raises:
         OutputError: as `check_folder`, or the system refuses a write.
-        StaleError: what an interrupted run left is of another task.
+        StaleError: an interrupted run left files of another task.
     """
     real = check_folder(path, overwrite, resume)
     opened = ExitStack()
@@ -162,7 +162,7 @@ def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resu
 
 
 def _goes_on(error: BaseException) -> bool:
-    """Whether a run can go on after an error: an interrupt, or what the system refuses; nothing is kept after others of ours."""
+    """Whether a later run may resume after this error: after an interrupt or an error of the system, and not after other errors of ours."""
     return not isinstance(error, CheckpointError) or isinstance(error, (UnreadableError, OutOfMemoryError))
 
 
@@ -179,14 +179,14 @@ def _start(real: str) -> str:
 
 
 def _beside(journal: str) -> tuple[str, str]:
-    """The hidden folder of a journal, and where the one that is replaced stands between two renames."""
+    """The paths of a journal's hidden folder, and of the replaced folder between the two renames."""
     base = journal.removesuffix(_JOURNAL)
     return base + _NEW, base + _OLD
 
 
 @contextmanager
 def _locked(journal: str) -> Iterator[int | None]:
-    """The descriptor of a journal that a run left which is no more; None where it still runs, or the file is none of ours."""
+    """The locked descriptor of a journal whose run has ended; None where the run goes on, or the file is not a journal of ours."""
     try:
         fd = platform.open_itself(journal)
     except OSError:
@@ -205,7 +205,7 @@ def _locked(journal: str) -> Iterator[int | None]:
 
 
 def _take_back(journal: str, real: str) -> None:
-    """Undo the first of two renames, where the second never came."""
+    """Undo the first of the two renames where the second is missing."""
     new, old = _beside(journal)
     if os.path.lexists(old) and os.path.lexists(new) and not os.path.lexists(real):
         with suppress(OSError):
@@ -213,11 +213,11 @@ def _take_back(journal: str, real: str) -> None:
 
 
 def _clear(journal: str, real: str) -> None:
-    """Take a journal and its folder away; a folder that was replaced only where the new one has its name."""
+    """Delete a journal and its folders. The replaced folder is deleted only where the new one has its name."""
     _take_back(journal, real)
     new, old = _beside(journal)
     if os.path.lexists(old) and os.path.lexists(new):
-        return  # somebody has put another folder there meanwhile: it is not ours to say which is wanted
+        return  # another program has put a folder there meanwhile: the replaced one is kept
     for hidden in (new, old):
         _remove_all_but(hidden, ())
         with suppress(OSError):
@@ -228,10 +228,10 @@ def _clear(journal: str, real: str) -> None:
 
 
 def _remove_all_but(folder: str, names: Container[str]) -> None:
-    """Take away what a hidden folder holds beside these files; it has no folders of its own."""
+    """Delete all files of a hidden folder but these; it has no folders in it."""
     with suppress(OSError):
-        found = os.lstat(folder)
-        if not stat.S_ISDIR(found.st_mode) or not platform.is_mine(found):
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or not platform.is_mine(status):
             return
         for name in os.listdir(folder):
             if name not in names:
@@ -240,42 +240,42 @@ def _remove_all_but(folder: str, names: Container[str]) -> None:
 
 
 def _left(path: str, real: str, task: str, opened: ExitStack) -> NewFolder | None:
-    """The hidden folder that an interrupted run of the same task left, with its journal; others that can't be gone on with are removed."""
-    for journal in hidden_ones(_start(real), _JOURNAL):
+    """The hidden folder that an interrupted run of the same task left, with its journal. Those without a usable journal are deleted."""
+    for journal_path in hidden_ones(_start(real), _JOURNAL):
         with ExitStack() as stack:
-            fd = stack.enter_context(_locked(journal))
+            fd = stack.enter_context(_locked(journal_path))
             if fd is None:
                 continue
-            found, (hidden, _) = journals.read(journal, fd), _beside(journal)
-            if found is None or not os.path.isdir(hidden) or os.lstat(hidden).st_ino != found.inode:
-                _clear(journal, real)
+            journal, (hidden, _) = journals.read(journal_path, fd), _beside(journal_path)
+            if journal is None or not os.path.isdir(hidden) or os.lstat(hidden).st_ino != journal.inode:
+                _clear(journal_path, real)
                 continue
-            if found.task != task:
+            if journal.task != task:
                 words = "has beside it what an interrupted run left that wrote something else, by other inputs or options"
                 raise StaleError(words, path=path, hint="leave out resume=True to begin anew")
             opened.push(stack.pop_all())
-            return NewFolder(hidden, found, _mode(real))
+            return NewFolder(hidden, journal, _mode(real))
     return None
 
 
 def _create(real: str, task: str, opened: ExitStack, tried: list[str]) -> NewFolder:
-    made = create_locked(_start(real), 0o600, tried, _JOURNAL)
-    opened.callback(os.close, made.fd)
-    hidden, _ = _beside(made.path)
+    temporary = create_locked(_start(real), 0o600, tried, _JOURNAL)
+    opened.callback(os.close, temporary.fd)
+    hidden, _ = _beside(temporary.path)
     mode = _mode(real)
     os.mkdir(hidden, 0o777 if mode == 0o666 else 0o700)
-    journal = Journal(made.path, made.fd, task, os.lstat(hidden).st_ino)
+    journal = Journal(temporary.path, temporary.fd, task, os.lstat(hidden).st_ino)
     journal.begin()
     return NewFolder(hidden, journal, mode)
 
 
 def _mode(real: str) -> int:
-    """Permissions to write with: nobody but us sees, meanwhile, files that replace others, which may be less open than their modes say."""
+    """The permissions of new files: only for us where they replace files, which an access control list may protect further."""
     return 0o600 if os.path.isdir(real) and os.listdir(real) else 0o666
 
 
 def _hand_over(folder: NewFolder, real: str) -> None:
-    """Give the new folder what the old one has beside its files, and the new files what the least open of the old ones has."""
+    """Give the new folder the attributes of the old one, and each new file those of the old file with the fewest permissions."""
     if not os.path.isdir(real):
         return
     old = [os.path.join(real, name) for name in sorted(os.listdir(real))]

@@ -1,6 +1,6 @@
-"""Holds a written file against what was to be written, bitwise and without torch. It believes nothing: it opens the file afresh.
+"""Compares a written file with the plan, bitwise and without torch, after opening it again.
 
-Copied tensors are compared byte for byte with their source, made ones by the SHA-256 of what was made.
+Copied tensors are compared byte for byte with their source, computed ones by the SHA-256 of the bytes that were written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ckptsurgeon.tensors import TensorMeta
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor as it should stand in the file: copied from `ranges` of files, or a `copy` that was put together of pieces, or made with
-    `digest`."""
+    """A tensor that the file must hold: copied from `ranges` of files, or a `copy` of a source tensor in pieces, or computed, with the
+    SHA-256 `digest`."""
 
     name: str
     dtype: str
@@ -44,21 +44,21 @@ def prove(
     around: Any = WEIGHTS,
     advance: Advance = nobody,
 ) -> None:
-    """Raises VerificationError, naming every key, when the file or folder at `path` is not exactly what was to be written.
+    """Raises VerificationError, naming every key, where the file or folder at `path` is not exactly what the plan says.
 
-    `around` is the value in which the state_dict stands; `advance` gets how many bytes more were compared.
+    `around` is the value that contains the state_dict; `advance` gets the number of bytes that were just compared.
     """
     archive = formats.read(path)
-    found = archive.state_dicts[0]
+    state_dict = archive.state_dicts[0]
     problems: list[str] = []
-    beside: dict[str, TensorMeta] = {}
+    others: dict[str, TensorMeta] = {}
     if around != WEIGHTS:
-        problems += [f"{place}: is not what was to be there" for place in _differences("", around, formats.read_tree(path).value, beside)]
-    tensors = {**found.tensors, **beside}
+        problems += [f"{place}: is not what was to be there" for place in _differences("", around, formats.read_tree(path).value, others)]
+    tensors = {**state_dict.tensors, **others}
     names = {item.name: None for item in expected}
     problems += [f"{name}: is not in the file" for name in names if name not in tensors]
     problems += [f"{name}: is in the file, and not in the plan" for name in tensors if name not in names]
-    if repr(_plain(found.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
+    if repr(_plain(state_dict.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
         problems.append("the values that are no tensors differ")
     with OpenFiles() as opened:
         files = {stamp.path: opened.add(open_regular(stamp.path)) for stamp in archive.files}
@@ -79,23 +79,23 @@ def prove(
         )
 
 
-def _differences(place: str, expected: Any, found: Any, tensors: dict[str, TensorMeta]) -> Iterator[str]:
-    """The places where a written value is not what it was to be; the tensors that `Stored` stand for are collected, to be compared."""
+def _differences(place: str, expected: Any, written: Any, tensors: dict[str, TensorMeta]) -> Iterator[str]:
+    """The places where a written value differs from the expected one. The tensors that `Stored` stands for are added to `tensors`."""
     if type(expected) is Stored:
-        if expected.name is not None and type(found) is TensorMeta:
-            tensors[expected.name] = found
-    elif isinstance(expected, Mapping) and type(found) is dict and list(expected) == list(found):
+        if expected.name is not None and type(written) is TensorMeta:
+            tensors[expected.name] = written
+    elif isinstance(expected, Mapping) and type(written) is dict and list(expected) == list(written):
         for name, value in expected.items():
-            yield from _differences(f"{place}.{name}" if place else str(name), value, found[name], tensors)
-    elif type(expected) in (list, tuple) and type(found) is type(expected) and len(found) == len(expected):
-        for index, (value, one) in enumerate(zip(expected, found, strict=True)):
-            yield from _differences(f"{place}.{index}", value, one, tensors)
-    elif isinstance(expected, Mapping) or type(expected) is not type(found) or repr(expected) != repr(found):
+            yield from _differences(f"{place}.{name}" if place else str(name), value, written[name], tensors)
+    elif type(expected) in (list, tuple) and type(written) is type(expected) and len(written) == len(expected):
+        for index, (value, item) in enumerate(zip(expected, written, strict=True)):
+            yield from _differences(f"{place}.{index}", value, item, tensors)
+    elif isinstance(expected, Mapping) or type(expected) is not type(written) or repr(expected) != repr(written):
         yield place
 
 
 def _plain(value: Any) -> Any:
-    """Every kind of mapping as a dict, since that is what a file holds."""
+    """The value with all mappings as dicts, which is what a file holds."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value

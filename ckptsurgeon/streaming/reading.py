@@ -29,13 +29,13 @@ from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta,
 
 
 class Reader:
-    """The open files of some checkpoints; a context manager."""
+    """Opens the files of some checkpoints and reads tensors from them; a context manager."""
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
         self._stamps: dict[str, FileStamp] = {}
-        for seen in (seen for found in checkpoints for seen in found.files):
-            if self._stamps.setdefault(seen.path, seen) != seen:
-                raise changed(seen.path)  # between the reading of two headers
+        for stamp in (stamp for checkpoint in checkpoints for stamp in checkpoint.files):
+            if self._stamps.setdefault(stamp.path, stamp) != stamp:
+                raise changed(stamp.path)  # between the reading of two headers
         self._files: dict[str, OpenFile] = {}
         self._inflated: dict[tuple[str, int], tuple[LocalFile, int]] = {}
         self._entries: dict[tuple[str, int], Span] = {}
@@ -49,7 +49,7 @@ class Reader:
         self._open.close()
 
     def open(self, path: str) -> OpenFile:
-        """The open file at a path, which is as it was when its header was read."""
+        """The open file at a path. StaleError where it has changed since its header was read."""
         file = self._files.get(path)
         if file is None:
             file = self._files[path] = self._open.add(open_regular(self._stamps.get(path, path)))
@@ -77,7 +77,7 @@ class Reader:
         return unpacked, start + span.offset
 
     def chunks(self, ranges: Iterable[Span], nbytes: int) -> Iterator[memoryview]:
-        """The bytes of ranges, `nbytes` together, a buffer at a time; each view is good until the next one."""
+        """The bytes of ranges, `nbytes` in all, a buffer at a time; each view is valid until the next one."""
         return copying.gathered(((*self.locate(each), each.nbytes) for each in ranges), nbytes)
 
     def read(self, tensor: TensorMeta) -> bytearray:

@@ -1,4 +1,4 @@
-"""A sample of the data behind a header, by which a file that was saved anew with other values is noticed at the cost of a few reads.
+"""A sample of a checkpoint's data: a few reads that show whether a file was saved again with other values.
 
 64 bytes from the middle of every tensor, up to 4,096 of them. A change elsewhere is missed: `digest` reads all. Data whose checksum stands
 in the header needs no sample, since the fingerprint has it. No torch; nothing is inflated.

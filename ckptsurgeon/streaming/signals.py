@@ -1,6 +1,6 @@
-"""Holds Ctrl-C and SIGTERM back over the few lines that must not be cut in two; what came meanwhile is raised right after them.
+"""Delays Ctrl-C and SIGTERM while a few lines run that must not be interrupted; they are handled right after these lines.
 
-Only for what surely ends, and soon: nobody can stop it.
+Use it only for code that ends soon, since nothing can stop it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Statistics of tensors, read a part at a time: mean, spread, and for a matrix how much of a bounded sample lies in one direction.
 
-Rule: memory is flat in a tensor's size, and nothing is said of values that are not finite. It decides nothing.
+Rule: memory does not grow with a tensor's size, and a tensor with values that are not finite has no statistics.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def _streamed(tensor: TensorMeta, parts: Iterable[Buffer], advance: Advance) -> 
 
     total = squares = 0.0
     columns = tensor.numel // tensor.shape[0] if tensor.shape else 1
-    wanted = SIDE * columns if len(tensor.shape) > 1 else 0
+    remaining = SIDE * columns if len(tensor.shape) > 1 else 0
     sample: list[torch.Tensor] = []
     for part in parts:
         values = tensor_from(part, tensor.dtype).double()
         total += float(values.sum())
         squares += float(values.square().sum())
-        if wanted > 0:
-            sample.append(values[:wanted].clone())
-            wanted -= len(sample[-1])
+        if remaining > 0:
+            sample.append(values[:remaining].clone())
+            remaining -= len(sample[-1])
         advance(memoryview(part).nbytes)
     top = 0.0
     if sample:

@@ -1,6 +1,6 @@
 """The values of a plan's steps: ranges of files that are copied as they are, or bytes that are made, part by part.
 
-It decides nothing, and writes nothing. A cast or a strided tensor goes through torch in chunks; initial values are handed in.
+Nothing is decided or written here. A cast or a strided tensor goes through torch in chunks; the caller passes initial values.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Values:
-    """Where values that no file holds come from (a model, schemes, a person's own code), handed in by who knows models.
+    """Functions that give values which no file holds: a model's, those of schemes and of user code.
 
     `initial` gives the dense bytes of a target key's initial value in the target's own dtype, `extra_state` the target's own value of a
-    key that is no tensor, `kernels` a person's own adapters by name. `loaded`, given the plan's values and the values that are no tensors,
+    key that is no tensor, `kernels` the user's own adapters by name. `loaded`, given the plan's values and the values that are no tensors,
     gives those that loading decides, to be written instead; what torch's load gets of the sources as it is counts as the plan's.
     """
 
@@ -42,7 +42,7 @@ class Values:
 
 @dataclass
 class Run:
-    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were made rather than copied, `loaded` the bytes
+    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were computed rather than copied, `loaded` the bytes
     that are written instead of a step's own, `held` the file and offset of each record that is known to have the checksum that the file
     gives for it: its copy has it, and the proof compares the two, or it was read for that."""
 
@@ -58,7 +58,7 @@ class Run:
     held: set[tuple[str, int]] = field(default_factory=set)
 
     def find_loaded(self, entries: Mapping[str, Any]) -> None:
-        """Find what loading decides."""
+        """Compute the values that loading decides."""
         if self.values is None or self.values.loaded is None:
             return
         lost: dict[str, list[Cast]] = {}
@@ -69,9 +69,9 @@ class Run:
                 origin = with_data(self.sources[number], name)
                 return tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape)
             step = self.steps[key]
-            apart = replace(self, casts=lost.setdefault(key, []))
-            apart.casts.clear()
-            return tensor_from(bytearray().join(apart.parts(step)), step.dtype).view(step.shape)
+            single = replace(self, casts=lost.setdefault(key, []))
+            single.casts.clear()
+            return tensor_from(bytearray().join(single.parts(step)), step.dtype).view(step.shape)
 
         for key, value in self.values.loaded(fetch, entries).items():
             dtype, casts = BY_TORCH[str(value.dtype).removeprefix("torch.")].code, lost.get(key, [])
@@ -82,7 +82,7 @@ class Run:
             self.casts += casts
 
     def origins(self, step: Step) -> tuple[TensorMeta, ...]:
-        """The tensors of files that a step reads; none where its value is made."""
+        """The tensors of files that a step reads; none where its value comes from no file."""
         if step.target in self.loaded:
             return ()
         if step.action == "load":
@@ -106,31 +106,31 @@ class Run:
         return origins[0] if len(origins) == 1 and not made.adapters and made.cast is None else None
 
     def by_others(self, step: Step) -> bool:
-        """Whether a model, or a person's own code, has a part in a step's value."""
+        """Whether a step's value depends on a model or on user code."""
         made = resolved(step, self.steps)
         return made.target in self.loaded or not self.origins(made) or bool(made.schemes) or any(":" in op["op"] for op in made.ops)
 
     def parts(self, step: Step) -> Iterator[Buffer]:
-        """The bytes of a step whose value is made: adapted, dense, cast where the plan says so."""
+        """The bytes of a step whose value is computed: adapted, dense, cast where the plan says so."""
         if step.target in self.loaded:
             return iter([self.loaded[step.target]])
         made = resolved(step, self.steps)
-        casts = self.casts if made is step else []  # what a copy's original loses is told once
+        casts = self.casts if made is step else []  # the losses of a tensor that several keys copy are reported once
         origins = self.origins(made)
         parts, dtype = self._plain_parts(made, origins), origins[0].dtype if origins else self._wanted(made).dtype
         if parts is not None:
-            given = made_dtype(made.adapters, dtype)
-            return iter(parts) if made.cast is None else cast(made.target, parts, given, made.cast, casts)
+            before = made_dtype(made.adapters, dtype)
+            return iter(parts) if made.cast is None else cast(made.target, parts, before, made.cast, casts)
 
         def initial() -> torch.Tensor:
-            wanted = self._wanted(made)
-            return tensor_from(self._initial(made), wanted.dtype).view(wanted.shape)
+            meta = self._wanted(made)
+            return tensor_from(self._initial(made), meta.dtype).view(meta.shape)
 
         tensors = [tensor_from(self.reader.read(origin), origin.dtype).view(origin.shape) for origin in origins]
         return dense_parts(adapted_and_cast(made, tensors, dtype, initial, self.values.kernels if self.values is not None else {}, casts))
 
     def _plain_parts(self, step: Step, origins: tuple[TensorMeta, ...]) -> Iterable[Buffer] | None:
-        """The bytes of a step, before its cast, where they can be had part by part; None where its adapters need whole tensors."""
+        """The bytes of a step, before its cast, where they can be computed in parts; None where its adapters need whole tensors."""
         if not origins:
             return [self._initial(step)]
         if not step.adapters:

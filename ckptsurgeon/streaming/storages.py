@@ -1,4 +1,4 @@
-"""Which output keys share one storage: those tied in the target, or given by one tensor of a source. Decides no value."""
+"""Which output keys share one storage: keys that are tied in the target, or that come from one tensor of a source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of value or layout, through torch, one chunk at a time: a cast that counts what it loses, and making a strided tensor dense.
+"""Changes of value or layout by torch, a chunk at a time: casts, which count their losses, and making a strided tensor dense.
 
 torch is imported inside the functions: a merge that only moves bytes never loads it. Chunks are whole elements.
 """
@@ -79,12 +79,12 @@ def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: lis
     for part in parts:
         whole = tensor_from(part, source)
         for start in range(0, whole.numel(), PIECE):
-            given = whole[start : start + PIECE]
+            before = whole[start : start + PIECE]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that an imaginary part is left out, which is counted here
-                wanted = given.to(kind)
-            total = added(total, losses(given, wanted, total))
-            yield memory_of(wanted)
+                after = before.to(kind)
+            total = added(total, losses(before, after, total))
+            yield memory_of(after)
     casts.append(total)
 
 

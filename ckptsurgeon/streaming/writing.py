@@ -1,4 +1,4 @@
-"""Writes one file of an output and proves it: values that are made first, then the copies, then ties and checksums."""
+"""Writes one file of an output and proves it: first the computed values, then the copies, then ties and checksums."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _ALIGNED = 64
 
 
 def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Share) -> Share:
-    """Write what is known of a file before its data, and the values that are made; with `proof` their digests are kept for it.
+    """Write a file's header and its computed values; with `proof` their digests are kept.
 
-    `share` is the file's part of all that is written; what follows of it is returned.
+    `share` is the file's part of the whole output; the rest of it is returned.
     """
     for offset, data in file.layout.chunks:
         copying.write_at(temporary.fd, data, offset)
@@ -39,13 +39,13 @@ def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Sha
     with phase(WRITING, nbytes, share=share) if made else nullcontext(nobody) as advance:
         for slot in made:
             _make(run, slot, file.tensors[slot.index], temporary, proof, advance)
-    order = {key: place for place, key in enumerate(run.steps)}
-    run.casts.sort(key=lambda found: order[found.key])
+    order = {key: position for position, key in enumerate(run.steps)}
+    run.casts.sort(key=lambda cast: order[cast.key])
     return share.after(nbytes)
 
 
 def finish(run: Run, file: OutFile, temporary: Temporary, share: Share, rest: Share) -> None:
-    """Copy what only moves, the `rest` of the file's `share`, and write what follows from the data."""
+    """Copy the tensors that don't change, and write what depends on the data, such as checksums. `rest` is as `begin` returns it."""
     layout, moved = file.layout, _moved(run, file)
     nbytes = sum(each.nbytes for ranges in moved for each in ranges)
     with phase(WRITING, nbytes, share=rest) if nbytes else nullcontext(nobody) as advance:
@@ -60,12 +60,12 @@ def finish(run: Run, file: OutFile, temporary: Temporary, share: Share, rest: Sh
 
 
 def _moved(run: Run, file: OutFile) -> list[Ranges]:
-    """For each slot of a file the ranges that are copied there; none where its value is made."""
+    """For each slot of a file the ranges that are copied there; none where its value is computed."""
     return [run.ranges(run.steps[file.tensors[slot.index].name]) or () for slot in file.layout.slots]
 
 
 def _checksums(run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], share: Share) -> list[int]:
-    """The checksums of a written file's slots, where its format has some; what they show of the sources is noted."""
+    """The checksums of a written file's slots, where its format has some. Source records with the same checksum are added to `run.held`."""
     if not file.layout.checksums:
         return []
     written = LocalFile(temporary.path, temporary.fd)
@@ -78,10 +78,10 @@ def _checksums(run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ra
 
 
 def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, share: Share) -> bool:
-    """Whether a file that an interrupted run had proven is what is to be written: all its bytes are looked at again.
+    """Whether a file that an interrupted run has proven is still what the plan says; all its bytes are compared again.
 
-    Of values that were made the digest that the run noted is believed, since the plan, the sources and this program are the same; not where
-    a model or a person's own code makes them, which may be another by now.
+    The journal's digests of computed values are trusted, since the plan, the sources and this program are the same; except where a model or
+    user code computes them, which may have changed.
     """
     made = [tensor for tensor in file.tensors if run.ranges(run.steps[tensor.name]) is None]
     if any(tensor.name not in known.made or run.by_others(run.steps[tensor.name]) for tensor in made):
@@ -102,13 +102,13 @@ def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, s
 
 
 def scratch(run: Run, tensors: Sequence[OutTensor]) -> OutFile:
-    """A file of those tensors that do not lie in one span of a file of their own: made ones, and those put together of several ranges.
+    """A file for the tensors that are not one span of a source file: computed ones, and those of several ranges.
 
-    Keys that are one tensor in the target and come by different values are among them, so that they are found.
+    Keys that are one tensor in the target and come from different storages are among them, so that their values are compared.
     """
     storage = {tensor.name: tensor.storage for tensor in tensors}
-    torn_ones = {key for group in run.plan.ties for key in group if len({storage[key] for key in group if key in storage}) > 1}
-    left = [tensor for tensor in tensors if tensor.name in torn_ones or _one_span(run, tensor) is None]
+    torn_keys = {key for group in run.plan.ties for key in group if len({storage[key] for key in group if key in storage}) > 1}
+    left = [tensor for tensor in tensors if tensor.name in torn_keys or _one_span(run, tensor) is None]
     slots, position = [], 0
     for index, tensor in enumerate(left):
         slots.append(Slot(position, tensor.nbytes, index))
@@ -123,27 +123,27 @@ def _one_span(run: Run, tensor: OutTensor) -> Span | None:
 
 
 def located(run: Run, tensors: Sequence[OutTensor], file: OutFile, path: str) -> list[TensorMeta]:
-    """Where each tensor's bytes lie: in its source, or in the scratch file at `path`."""
+    """Each tensor with the span of its bytes: in its source, or in the scratch file at `path`."""
     slots = {file.tensors[slot.index].name: slot for slot in file.layout.slots}
-    found = []
+    metas = []
     for tensor in tensors:
         slot, span = slots.get(tensor.name), None
         if slot is not None:
             span = Span(path, slot.offset, slot.nbytes, tensor.name)
         elif (span := _one_span(run, tensor)) is not None:
             run.reader.locate(span)  # opened as it was when its header was read
-        found.append(TensorMeta(tensor.name, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape), span))
-    return found
+        metas.append(TensorMeta(tensor.name, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape), span))
+    return metas
 
 
 def made_in(run: Run, file: OutFile) -> tuple[dict[str, str], list[Cast]]:
-    """The digests of the tensors of a file that were made, and what their casts lost."""
+    """The digests of a file's computed tensors, and the losses of their casts."""
     made = {tensor.name: run.digests[tensor.storage] for tensor in file.tensors if tensor.storage in run.digests}
     return made, [cast for cast in run.casts if cast.key in made]
 
 
 def _refuse_torn_ties(run: Run, file: OutFile, temporary: Temporary) -> None:
-    """Raises PlanError where keys that are one tensor in the target model came by different values: it could hold only one of them."""
+    """Raises PlanError where keys that are one tensor in the target model have different values, of which it could hold only one."""
     if run.plan.target is None or run.plan.target.kind not in ("model", "skeleton"):
         return
     slots = {file.tensors[slot.index].name: slot for slot in file.layout.slots}
@@ -152,15 +152,15 @@ def _refuse_torn_ties(run: Run, file: OutFile, temporary: Temporary) -> None:
     for group in run.plan.ties:
         first, *rest = [key for key in group if key in number] or [""]  # all of a group are in one file
         for key in rest:
-            one, other = slots.get(first), slots.get(key)
-            if number[key] == number[first] or one is None or other is None:
+            first_slot, second_slot = slots.get(first), slots.get(key)
+            if number[key] == number[first] or first_slot is None or second_slot is None:
                 continue
-            if not copying.equal_ranges(written, one.offset, written, other.offset, one.nbytes):
+            if not copying.equal_ranges(written, first_slot.offset, written, second_slot.offset, first_slot.nbytes):
                 raise torn(first, key)
 
 
 def torn(first: str, key: str) -> PlanError:
-    """The refusal of two values for one tensor."""
+    """The error for two values of one tensor."""
     return PlanError(
         f"is one tensor with {first} in the target, and they would get different values", key=key, hint=f"choose one: drop=[{key!r}]"
     )
@@ -180,7 +180,7 @@ def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: 
 
 
 def expected_of(run: Run, tensor: OutTensor) -> Expected:
-    """What is to stand in the written file for a tensor."""
+    """What the written file must hold for a tensor."""
     step = run.steps[tensor.name]
     ranges = run.ranges(step)
     copy = run.copied(step) if ranges is None else None
