@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,9 @@ def finish(run: Run, file: OutFile, temporary: Temporary, share: Share, rest: Sh
                 copying.copy_range(*run.reader.locate(each), temporary.fd, position, each.nbytes, advance)
                 position += each.nbytes
     _refuse_torn_ties(run, file, temporary)
-    for offset, data in layout.tail(_checksums(run, file, temporary, moved, share)):
+    checksums = _checksums(file, temporary, share)
+    run.held.update(_held(moved, checksums))
+    for offset, data in layout.tail(checksums):
         copying.write_at(temporary.fd, data, offset)
 
 
@@ -64,17 +66,20 @@ def _moved(run: Run, file: OutFile) -> list[Ranges]:
     return [run.ranges(run.steps[file.tensors[slot.index].name]) or () for slot in file.layout.slots]
 
 
-def _checksums(run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], share: Share) -> list[int]:
-    """The checksums of a written file's slots, where its format has some. Source records with the same checksum are added to `run.held`."""
+def _checksums(file: OutFile, temporary: Temporary, share: Share) -> list[int]:
+    """The checksums of a written file's slots, where its format has some."""
     if not file.layout.checksums:
         return []
     written = LocalFile(temporary.path, temporary.fd)
     with phase("computing checksums", file.nbytes, share=share) as advance:
-        checksums = [copying.checksum(written, slot.offset, slot.nbytes, advance) for slot in file.layout.slots]
-    for ranges, crc in zip(moved, checksums, strict=True):
+        return [copying.checksum(written, slot.offset, slot.nbytes, advance) for slot in file.layout.slots]
+
+
+def _held(moved: Sequence[Ranges], checksums: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """The file and offset of each source record whose own checksum is also that of its copy."""
+    for ranges, crc in zip(moved, checksums, strict=False):
         if len(ranges) == 1 and ranges[0].checksum() == crc:
-            run.held.add((ranges[0].file, ranges[0].offset))
-    return checksums
+            yield ranges[0].file, ranges[0].offset
 
 
 def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, share: Share) -> bool:
@@ -89,7 +94,8 @@ def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, s
     written = LocalFile(temporary.path, temporary.fd)
     if written.size != file.layout.size:
         return False
-    chunks = [*file.layout.chunks, *file.layout.tail(_checksums(run, file, temporary, _moved(run, file), share))]
+    checksums = _checksums(file, temporary, share)
+    chunks = [*file.layout.chunks, *file.layout.tail(checksums)]
     if any(written.read(offset, len(data)) != data for offset, data in chunks):
         return False
     run.digests.update({tensor.storage: known.made[tensor.name] for tensor in made})
@@ -97,6 +103,7 @@ def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, s
         prove_file(run, file, temporary.path, WEIGHTS, share)
     except VerificationError:
         return False
+    run.held.update(_held(_moved(run, file), checksums))  # only now that the copies are known to be equal to their sources
     run.casts.extend(known.casts)
     return True
 

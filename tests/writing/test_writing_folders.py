@@ -19,7 +19,7 @@ from test_writing_refused import mounted
 from writing_support import Call, calls, content, inside, one_error, run, setting, state, under_strace
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import OutputError, StaleError
+from ckptsurgeon.errors import FormatError, OutputError, StaleError
 from ckptsurgeon.storage import platform
 from ckptsurgeon.streaming import new_folder
 
@@ -264,6 +264,21 @@ def test_what_is_not_as_it_was_proven_is_written_again(
     cs.merge(place / "a.pt", place / "b.pt", place / "out", max_shard_size=256, resume=True, dtype=dtype)
     cs.merge(other / "a.pt", other / "b.pt", other / "out", max_shard_size=256, dtype=dtype)
     assert content(place / "out") == content(other / "out") and left(place) == ["other"]
+
+
+def test_a_source_that_is_damaged_between_two_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size and times are the same, as after a disk error; the shard of the first run still has the right checksum."""
+    place = setting(tmp_path, 8)
+    stopped(place, monkeypatch, format="torch")
+    source, first = place / "a.pt", torch.load(place / "a.pt", weights_only=True)["first"].numpy().tobytes()
+    raw, times = bytearray(source.read_bytes()), source.stat()
+    raw[raw.index(first)] ^= 1
+    with source.open("r+b") as file:
+        file.write(raw)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(FormatError, match="not what its own checksum says"):
+        cs.merge(place / "a.pt", place / "b.pt", place / "out", max_shard_size=256, format="torch", resume=True)
+    assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize("change", ["source", "dtype", "size", "record"])
