@@ -88,7 +88,7 @@ def scatter(part: bytearray, whole: bytearray, tensor: TensorMeta, piece: Piece)
 
 
 def tiled(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], sizes: Mapping[str, int]) -> TensorMeta:
-    """A tensor made of pieces. `sizes` has the size in bytes of each file that exists.
+    """A tensor made of pieces; of one span where a single piece is the whole. `sizes` has the size in bytes of each file that exists.
 
     Raises:
         FormatError: a piece exceeds the tensor or its file, the pieces lack elements or have some twice, or a file is missing; it names
@@ -105,7 +105,10 @@ def tiled(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]
         absent = next((piece.span.file for piece in filled if piece.span.file not in sizes), None)
         hint = "copy or download all of its files again" if absent is None else f"copy {absent} there too"
         raise FormatError("has pieces that are not the whole tensor", path=absent, key=name, problems=shortened(faults), hint=hint)
-    return TensorMeta(name, dtype, shape, contiguous_stride(shape), None, filled or tuple(pieces))
+    kept = filled or tuple(pieces)
+    if kept and kept[0].sizes == shape:
+        return TensorMeta(name, dtype, shape, kept[0].stride, kept[0].span)
+    return TensorMeta(name, dtype, shape, contiguous_stride(shape), None, kept)
 
 
 def _fault(piece: Piece, size: int, whole: tuple[int, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> str | None:

@@ -291,9 +291,7 @@ class _Folder:
                 raise FormatError(words, path=file.path, key=key, hint="copy or download the folder again; do not trust it")
             assert found.span is not None
             pieces.append(Piece(found.span, chunk.offsets, chunk.sizes, found.stride))
-        made = tiled(key, row.dtype.code, row.shape, pieces, self.sizes)
-        only = made.pieces[0] if made.pieces and made.pieces[0].sizes == row.shape else None
-        return made if only is None else TensorMeta(key, made.dtype, made.shape, only.stride, only.span)
+        return tiled(key, row.dtype.code, row.shape, pieces, self.sizes)
 
 
 def _transformed(blob: Blob) -> str:

@@ -89,6 +89,4 @@ def _whole(key: str, dtype: str, pieces: list[Piece], sizes: dict[str, int]) -> 
     if len({len(piece.sizes) for piece in pieces}) > 1:
         raise FormatError("has as many dimensions in one file as it has not in another", path=pieces[0].span.file, key=key, hint=_ANEW)
     shape = tuple(max(ends) for ends in zip(*([stop for _, stop in piece.block] for piece in pieces), strict=True))
-    made = tiled(key, dtype, shape, pieces, sizes)
-    only = made.pieces[0] if made.pieces and made.pieces[0].sizes == shape else None
-    return made if only is None else TensorMeta(key, dtype, shape, only.stride, only.span)
+    return tiled(key, dtype, shape, pieces, sizes)
