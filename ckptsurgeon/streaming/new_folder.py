@@ -154,6 +154,8 @@ def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resu
         raise refused from error
     finally:
         with undisturbed():
+            if not platform.locks():
+                opened.close()  # Windows deletes no open file; elsewhere the lock is held until the journal is deleted
             for journal in journals_of_ours:
                 with suppress(OSError):
                     _clear(journal, real)
@@ -162,8 +164,9 @@ def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resu
 
 
 def _goes_on(error: BaseException) -> bool:
-    """Whether a later run may resume after this error: after an interrupt or an error of the system, and not after other errors of ours."""
-    return not isinstance(error, CheckpointError) or isinstance(error, (UnreadableError, OutOfMemoryError))
+    """Whether a later run may resume after this error: an interrupt or an error of the system. Without locks no run can: it could not tell
+    whether this one has ended."""
+    return platform.locks() and (not isinstance(error, CheckpointError) or isinstance(error, (UnreadableError, OutOfMemoryError)))
 
 
 def _say(error: BaseException, words: str) -> None:

@@ -296,6 +296,23 @@ def test_other_inputs_or_options_do_not_go_on(change: str, tmp_path: Path, monke
     assert left(place) == []
 
 
+def test_without_locks_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where an open file can't be deleted either: no later run could tell whether this one has ended."""
+    place, real = setting(tmp_path, 8), os.unlink
+
+    def refused(path: str) -> None:
+        if os.path.realpath(path) in {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}:
+            raise PermissionError(errno.EACCES, "is open", path)
+        real(path)
+
+    monkeypatch.setattr(platform, "fcntl", None)
+    monkeypatch.setattr(os, "unlink", refused)
+    stopped(place, monkeypatch)
+    assert left(place) == [] and not (place / "out").exists()
+    cs.merge(place / "a.pt", place / "b.pt", place / "out", max_shard_size=256)
+    assert left(place) == [] and sorted(content(place / "out")) == NAMES
+
+
 def test_values_of_a_model_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code may have changed since; only what files alone decide is gone on with."""
     place = setting(tmp_path, 8)
