@@ -116,12 +116,12 @@ def phase(name: str, total: int | None = None, unit: str = "bytes", *, share: Sh
         if listener is None:
             yield nobody
         else:
-            told = _Phase(listener, Progress(name, first, whole, unit), last, held)
-            token = _phase.set(told)
+            running = _Phase(listener, Progress(name, first, whole, unit), last, held)
+            token = _phase.set(running)
             try:
-                told.tell()
-                yield told.advance
-                told.end()
+                running.tell()
+                yield running.advance
+                running.end()
             finally:
                 _phase.reset(token)
         ended = "done"
@@ -197,7 +197,7 @@ def _logger() -> Any:
     logging = sys.modules.get("logging")
     if logging is None:
         return None
-    found = logging.getLogger("ckptsurgeon")
-    if not found.handlers:
-        found.addHandler(logging.NullHandler())
-    return found if found.isEnabledFor(logging.INFO) else None
+    logger = logging.getLogger("ckptsurgeon")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    return logger if logger.isEnabledFor(logging.INFO) else None

@@ -145,10 +145,10 @@ class Result(Shown):
         return values
 
 
-def styled_text(found: Result, verbose: bool, width: int | None, **how: Any) -> str:
+def styled_text(result: Result, verbose: bool, width: int | None, **how: Any) -> str:
     """The text of `Result.to_text`, in which parts have a style."""
-    path, _ = VIEWS[type(found).__name__]
-    text: str = repr(found) if path is None else _view(path)(found, verbose, width, **how)
+    path, _ = VIEWS[type(result).__name__]
+    text: str = repr(result) if path is None else _view(path)(result, verbose, width, **how)
     return text
 
 
@@ -157,9 +157,9 @@ def json_parts(value: dict[str, Any]) -> Iterator[str]:
     from json import JSONEncoder, dumps
 
     encoder, comma = JSONEncoder(indent=2), "{"
-    for name, one in value.items():
+    for name, entry in value.items():
         yield f"{comma}\n  {dumps(name)}: "
-        words = one.texts() if hasattr(one, "texts") else encoder.iterencode(one)
+        words = entry.texts() if hasattr(entry, "texts") else encoder.iterencode(entry)
         while part := "".join(islice(words, 1 << 14)):
             yield part.replace("\n", "\n  ")
         comma = ","
@@ -180,7 +180,7 @@ def _size(value: Any) -> int | None:
 def short(value: Any) -> str:
     """A value within a `repr`: a count for what holds others, and long text cut."""
     size = _size(value)
-    if isinstance(value, tuple) and len(value) <= 8 and all(type(one) is int for one in value):
+    if isinstance(value, tuple) and len(value) <= 8 and all(type(number) is int for number in value):
         return repr(value)
     if isinstance(value, tuple | list) and size == 1 and isinstance(value[0], str):
         return f"({short(value[0])},)"
@@ -214,9 +214,9 @@ class Styled(str):
 
     def __new__(cls, text: str, spans: Iterable[Span] = ()) -> Styled:
         """Return `text` with these spans."""
-        made = super().__new__(cls, text)
-        made.spans = tuple(spans)
-        return made
+        instance = super().__new__(cls, text)
+        instance.spans = tuple(spans)
+        return instance
 
     def __add__(self, after: str) -> Styled:
         return joined((self, after))

@@ -20,11 +20,11 @@ def parsed(text: str) -> int | None:
     >>> parsed("500MB"), parsed("1.5 KiB"), parsed("1_000"), parsed("2g"), parsed("many")
     (500000000, 1536, 1000, 2000000000, None)
     """
-    found = _SIZE.fullmatch(text.strip())
-    unit = None if found is None else _BY_NAME.get(found["unit"].upper())
-    if found is None or unit is None:
+    match = _SIZE.fullmatch(text.strip())
+    unit = None if match is None else _BY_NAME.get(match["unit"].upper())
+    if match is None or unit is None:
         return None
-    whole, part = found["whole"].replace("_", "").replace(",", ""), found["part"] or ""
+    whole, part = match["whole"].replace("_", "").replace(",", ""), match["part"] or ""
     return int(int(whole + part) * unit // 10 ** len(part))
 
 

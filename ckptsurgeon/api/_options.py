@@ -154,7 +154,7 @@ class TrainingOptions:
         return self.with_optimizer or self.optimizer_from is not None
 
     def __bool__(self) -> bool:
-        return any(one is not None for one in (self.optimizer, self.scheduler, self.scaler, self.ema))
+        return any(part is not None for part in (self.optimizer, self.scheduler, self.scaler, self.ema))
 
 
 @dataclass(frozen=True, kw_only=True)

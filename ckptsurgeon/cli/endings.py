@@ -112,6 +112,6 @@ def _names(commands: Iterable[click.Command | None]) -> dict[str, str]:
 
 def _unforeseen(error: BaseException) -> CheckpointError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_PACKAGE + os.sep)]
-    place = f", at {os.path.relpath(frames[-1].filename, os.path.dirname(_PACKAGE))}:{frames[-1].lineno}" if frames else ""
+    where = f", at {os.path.relpath(frames[-1].filename, os.path.dirname(_PACKAGE))}:{frames[-1].lineno}" if frames else ""
     words = f"{type(error).__name__}{f': {line}' if (line := one_line(error)) else ''}"
-    return InternalError(f"this is an error in ckptsurgeon itself, please report it to its authors ({words}{place})")
+    return InternalError(f"this is an error in ckptsurgeon itself, please report it to its authors ({words}{where})")

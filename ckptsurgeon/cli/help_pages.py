@@ -120,15 +120,15 @@ def write_examples(name: str, formatter: click.HelpFormatter) -> None:
 
 def groups_of(command: click.Command, ctx: click.Context) -> Iterator[tuple[str, list[click.Parameter]]]:
     """The headings of a command's help, each with its options in the table's order; options without a group are in the last."""
-    options = {long_name(one): one for one in command.get_params(ctx) if isinstance(one, click.Option)}
-    places: dict[str, list[click.Parameter]] = {heading: [] for heading in GROUPS}
+    options = {long_name(option): option for option in command.get_params(ctx) if isinstance(option, click.Option)}
+    by_heading: dict[str, list[click.Parameter]] = {heading: [] for heading in GROUPS}
     for heading, words in GROUPS.items():
         for word in words.split():
             owner, _, name = word.rpartition(".")
             if name in options and (owner == command.name or (not owner and not _is_elsewhere(command, name))):
-                places[heading].append(options.pop(name))
-    places[_LAST] += options.values()
-    return ((heading, params) for heading, params in places.items() if params)
+                by_heading[heading].append(options.pop(name))
+    by_heading[_LAST] += options.values()
+    return ((heading, params) for heading, params in by_heading.items() if params)
 
 
 def _is_elsewhere(command: click.Command, name: str) -> bool:

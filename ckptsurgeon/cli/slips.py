@@ -62,8 +62,8 @@ def meant(error: click.ClickException, words: Sequence[str]) -> Meant:
     ('Missing argument', None)
     """
     for kind, say in _TABLE:
-        if isinstance(error, kind) and (found := say(error, words)) is not None:
-            return found
+        if isinstance(error, kind) and (meaning := say(error, words)) is not None:
+            return meaning
     return " ".join(error.format_message().split()), None
 
 
@@ -81,7 +81,7 @@ def _no_option(error: click.ClickException, words: Sequence[str]) -> Meant | Non
     meant = [option for option in known if _bare(option) == _bare(name)] or [option for option in known if option.startswith(name)][:1]
     meant = meant or [option for option in [without_slip(name, known)] if option is not None]
     if meant:
-        position = next((place for place, word in enumerate(words) if word.partition("=")[0] == name), None)
+        position = next((index for index, word in enumerate(words) if word.partition("=")[0] == name), None)
         mended = [] if position is None else [*words[:position], words[position].replace(name, meant[0], 1), *words[position + 1 :]]
         return f"No such option {name!r}; is it {meant[0]}?", _followed(context.parent, mended)
     group = context.parent.command

@@ -29,7 +29,7 @@ def categories(words: Sequence[str]) -> tuple[str, ...]:
 def counted(result: Diff) -> list[Module]:
     """The modules with the numbers of their keys in each category of `COUNTED`; a module whose keys are all in one is not split."""
     lists = (result.matched, [row.key for row in result.mismatched], result.missing, [_bare(result, key) for key in result.extra])
-    rows = [(key, tuple(int(place == at) for place in range(4))) for at, keys in enumerate(lists) for key in keys]
+    rows = [(key, tuple(int(position == at) for position in range(4))) for at, keys in enumerate(lists) for key in keys]
     return [row for row in modules(rows, DEPTH, whole=lambda numbers: sum(map(bool, numbers)) == 1) if row.ends]
 
 

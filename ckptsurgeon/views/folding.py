@@ -190,12 +190,12 @@ def _segments(parts: Sequence[str]) -> _Segments:
         return tuple(((segment, False),) for segment in parts[0].split("."))
     segments: list[list[_Piece]] = [[]]
     plain = ""
-    for place, part in enumerate(parts):
-        if place % 2 and part[:1] == "{":
+    for position, part in enumerate(parts):
+        if position % 2 and part[:1] == "{":
             segments[-1] += [(plain, False)] * bool(plain) + [(part, True)]
             plain = ""
             continue
-        first, *more = part.split(".") if place % 2 == 0 else [part]
+        first, *more = part.split(".") if position % 2 == 0 else [part]
         plain += first
         for text in more:
             if plain or not segments[-1]:

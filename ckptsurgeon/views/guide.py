@@ -140,8 +140,8 @@ def page(name: str, width: int | None = None) -> str:
     if width is None:
         return text
     parts = []
-    for block, table, other in _PART.findall(text + "\n"):
-        parts += [block, _laid_out(table, width) if table else "", styled(other, "strong" if other.startswith("#") else None)]
+    for block, table, line in _PART.findall(text + "\n"):
+        parts += [block, _laid_out(table, width) if table else "", styled(line, "strong" if line.startswith("#") else None)]
     return excerpt(laid_out := joined(parts), 0, len(laid_out) - 1)
 
 

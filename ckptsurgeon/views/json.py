@@ -66,49 +66,49 @@ def _after_name(dtype: str, shape: tuple[int, ...]) -> str:
     return dumps(_row("", dtype, shape), indent=2).partition('"name": "",')[2].replace("\n", "\n  ")
 
 
-def _coverage(found: Coverage) -> dict[str, float]:
-    return {"tensors": found.tensors, "elements": found.elements}
+def _coverage(coverage: Coverage) -> dict[str, float]:
+    return {"tensors": coverage.tensors, "elements": coverage.elements}
 
 
-def _finding(found: Finding) -> dict[str, Any]:
-    return {"code": found.code, "key": found.key, "message": found.message, "level": found.level}
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {"code": finding.code, "key": finding.key, "message": finding.message, "level": finding.level}
 
 
-def error(found: CheckpointError) -> dict[str, Any]:
+def error(error: CheckpointError) -> dict[str, Any]:
     """Any `CheckpointError`."""
-    body = {"type": type(found).__name__, "message": found.message, "path": found.path, "key": found.key, "hint": found.hint}
-    return {"version": VERSION, "error": {**body, "problems": list(found.problems)}}
+    body = {"type": type(error).__name__, "message": error.message, "path": error.path, "key": error.key, "hint": error.hint}
+    return {"version": VERSION, "error": {**body, "problems": list(error.problems)}}
 
 
-def archive(found: Archive) -> dict[str, Any]:
+def archive(archive: Archive) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
     from ckptsurgeon.planning.quantised import find
     from ckptsurgeon.planning.training_places import lightning_average
     from ckptsurgeon.views.selected import roots_shown, selected, tree
 
-    shown = roots_shown(found)[0]
-    chosen = selected(shown.tensors, found.look)
-    averaged = lightning_average([one.root for one in found.state_dicts], found.beside)
+    shown = roots_shown(archive)[0]
+    chosen = selected(shown.tensors, archive.look)
+    averaged = lightning_average([one.root for one in archive.state_dicts], archive.beside)
     return {
         "version": VERSION,
-        "path": found.path,
-        "format": found.format,
-        "fingerprint": found.fingerprint,
+        "path": archive.path,
+        "format": archive.format,
+        "fingerprint": archive.fingerprint,
         "root": shown.root,
         "roots": [
             {"root": one.root, "tensors": len(one.tensors), "bytes": one.nbytes, "average": one.root == averaged}
-            for one in found.state_dicts
+            for one in archive.state_dicts
         ],
         "tensors": Rows(chosen),
-        "modules": [_module(row) for row in tree(chosen, found.look)] if found.look.depth else None,
+        "modules": [_module(row) for row in tree(chosen, archive.look)] if archive.look.depth else None,
         "quantised": [_codes(one) for one in find(shown.tensors).values()],
         "refused": {key: entry.reason for key, entry in shown.entries.items() if isinstance(entry, Refused)},
-        "globals": list(found.globals),
-        "metadata": dict(found.metadata),
-        "provenance": None if found.provenance is None else dict(found.provenance),
-        "beside": list(found.beside),
-        "notes": list(found.notes),
-        "part": None if found.part is None else {"kind": found.part.kind, "reason": found.part.reason, "hint": found.part.hint},
+        "globals": list(archive.globals),
+        "metadata": dict(archive.metadata),
+        "provenance": None if archive.provenance is None else dict(archive.provenance),
+        "beside": list(archive.beside),
+        "notes": list(archive.notes),
+        "part": None if archive.part is None else {"kind": archive.part.kind, "reason": archive.part.reason, "hint": archive.part.hint},
     }
 
 
@@ -116,16 +116,16 @@ def _module(row: Module) -> dict[str, Any]:
     return {"path": row.path, "level": row.level, **dict(zip(("tensors", "elements", "bytes"), row.numbers, strict=True))}
 
 
-def diff(found: Diff, stat: bool = False) -> dict[str, Any]:
+def diff(diff: Diff, stat: bool = False) -> dict[str, Any]:
     """`diff`; with `stat` also how many keys of each module match."""
-    prefix, command = found.prefix, found.next_command
+    prefix, command = diff.prefix, diff.next_command
     return {
         "version": VERSION,
-        "matched": list(found.matched),
-        "missing": list(found.missing),
-        "extra": list(found.extra),
-        "missing_shapes": {key: list(shape) for key, shape in found.missing_shapes.items()},
-        "extra_shapes": {key: list(shape) for key, shape in found.extra_shapes.items()},
+        "matched": list(diff.matched),
+        "missing": list(diff.missing),
+        "extra": list(diff.extra),
+        "missing_shapes": {key: list(shape) for key, shape in diff.missing_shapes.items()},
+        "extra_shapes": {key: list(shape) for key, shape in diff.extra_shapes.items()},
         "heads": [
             {
                 "source": row.source,
@@ -134,22 +134,22 @@ def diff(found: Diff, stat: bool = False) -> dict[str, Any]:
                 "target_shape": list(row.target_shape),
                 "message": row.words,
             }
-            for row in found.heads
+            for row in diff.heads
         ],
         "mismatched": [
-            {"key": row.key, "source_shape": list(row.source_shape), "target_shape": list(row.target_shape)} for row in found.mismatched
+            {"key": row.key, "source_shape": list(row.source_shape), "target_shape": list(row.target_shape)} for row in diff.mismatched
         ],
         "dtype_changed": [
-            {"key": row.key, "source_dtype": row.source_dtype, "target_dtype": row.target_dtype} for row in found.dtype_changed
+            {"key": row.key, "source_dtype": row.source_dtype, "target_dtype": row.target_dtype} for row in diff.dtype_changed
         ],
         "prefix": {"stripped": prefix.stripped, "added": prefix.added, "unwrapped": list(prefix.unwrapped)},
-        "root": found.root,
-        "coverage": _coverage(found.coverage),
-        "dropped": list(found.dropped),
-        "loaded": [{"key": row.key, "message": row.words} for row in found.loaded],
-        "conversions": _conversions(found.conversions),
-        "refused": dict(found.refused or {}),
-        "adapted": [{"key": row.key, "sources": list(row.sources), "ops": [dict(op) for op in row.ops]} for row in found.adapted],
+        "root": diff.root,
+        "coverage": _coverage(diff.coverage),
+        "dropped": list(diff.dropped),
+        "loaded": [{"key": row.key, "message": row.words} for row in diff.loaded],
+        "conversions": _conversions(diff.conversions),
+        "refused": dict(diff.refused or {}),
+        "adapted": [{"key": row.key, "sources": list(row.sources), "ops": [dict(op) for op in row.ops]} for row in diff.adapted],
         "offers": [
             {
                 "key": row.key,
@@ -158,57 +158,57 @@ def diff(found: Diff, stat: bool = False) -> dict[str, Any]:
                 "adapter": row.adapter,
                 "safe": row.safe,
             }
-            for row in found.advice.offers
+            for row in diff.advice.offers
         ],
-        "sizes": [_size(one) for one in found.advice.sizes],
-        "quantised": [_codes(one) for one in found.quantised],
-        "target_quantised": [_codes(one) for one in found.target_quantised],
-        "rivals": [_way(way) for way in found.rivals],
-        "exchanges": [_way(way) for way in found.exchanges],
-        "hints": [{"missing": target, "extra": found.prefix.bare(source)} for target, source in found.advice.renames],
-        "likely": [_link(link) for link in found.advice.links if not link.is_rename],
-        "warnings": list(found.warnings),
-        "next": None if command is None else _next(command, found),
-        **({"stat": _stat(found)} if stat else {}),
+        "sizes": [_size(one) for one in diff.advice.sizes],
+        "quantised": [_codes(one) for one in diff.quantised],
+        "target_quantised": [_codes(one) for one in diff.target_quantised],
+        "rivals": [_way(way) for way in diff.rivals],
+        "exchanges": [_way(way) for way in diff.exchanges],
+        "hints": [{"missing": target, "extra": diff.prefix.bare(source)} for target, source in diff.advice.renames],
+        "likely": [_link(link) for link in diff.advice.links if not link.is_rename],
+        "warnings": list(diff.warnings),
+        "next": None if command is None else _next(command, diff),
+        **({"stat": _stat(diff)} if stat else {}),
     }
 
 
-def _stat(found: Diff) -> list[dict[str, Any]]:
+def _stat(diff: Diff) -> list[dict[str, Any]]:
     from ckptsurgeon.views.counted import COUNTED, counted
 
-    return [{"module": row.path, **dict(zip(COUNTED, row.numbers, strict=True))} for row in counted(found)]
+    return [{"module": row.path, **dict(zip(COUNTED, row.numbers, strict=True))} for row in counted(diff)]
 
 
-def _next(command: Command, found: Diff) -> dict[str, Any]:
-    advice = found.advice
-    there = (*(row.key for row in found.mismatched), *found.missing)
+def _next(command: Command, diff: Diff) -> dict[str, Any]:
+    advice = diff.advice
+    there = (*(row.key for row in diff.mismatched), *diff.missing)
     return {
         "verb": command.verb,
         "rules": _rules(rule for rule in advice.rules if rule.kind != "init"),
         "match": advice.match,
         "auto": advice.auto,
-        "coverage": _coverage(advice.reaches or found.coverage),
+        "coverage": _coverage(advice.reaches or diff.coverage),
         "open": list(advice.open if advice.reaches else there),
     }
 
 
-def _conversions(found: Applied) -> dict[str, Any] | None:
-    if not found.library:
+def _conversions(conversions: Applied) -> dict[str, Any] | None:
+    if not conversions.library:
         return None
-    counts = {"renamed": found.renamed, "made": found.made, "left_out": found.ignored}
-    return {"library": found.library, **counts, "refused": {key: words for (_, key), words in found.refused.items()}}
+    counts = {"renamed": conversions.renamed, "made": conversions.made, "left_out": conversions.ignored}
+    return {"library": conversions.library, **counts, "refused": {key: words for (_, key), words in conversions.refused.items()}}
 
 
-def _codes(found: Codes) -> dict[str, Any]:
-    return {"key": found.key, "scheme": found.scheme, "scales": list(found.scales), "dequantize": found.op is not None}
+def _codes(codes: Codes) -> dict[str, Any]:
+    return {"key": codes.key, "scheme": codes.scheme, "scales": list(codes.scales), "dequantize": codes.op is not None}
 
 
 def _way(way: Way) -> dict[str, Any]:
     return {"change": way.words, "tensors": len(way.mapping), "rules": _rules(way.rules)}
 
 
-def _size(one: Resize) -> dict[str, Any]:
-    return {"keys": [offer.key for offer in one.offers], "role": one.role, "sure": one.sure, "rules": _rules(one.rules)}
+def _size(resize: Resize) -> dict[str, Any]:
+    return {"keys": [offer.key for offer in resize.offers], "role": resize.role, "sure": resize.sure, "rules": _rules(resize.rules)}
 
 
 def _rules(rules: Iterable[Rule]) -> list[dict[str, str]]:
@@ -229,31 +229,31 @@ def _link(link: Link) -> dict[str, Any]:
     }
 
 
-def _twins(found: Twins) -> dict[str, Any]:
-    rows = [{"name": name, "difference": difference, "scale": scale} for name, difference, scale in found.outputs]
-    return {"same": found.same, "tolerance": found.tolerance, "outputs": rows}
+def _twins(comparison: Twins) -> dict[str, Any]:
+    rows = [{"name": name, "difference": difference, "scale": scale} for name, difference, scale in comparison.outputs]
+    return {"same": comparison.same, "tolerance": comparison.tolerance, "outputs": rows}
 
 
-def matching(found: Proposal) -> dict[str, Any]:
+def matching(proposal: Proposal) -> dict[str, Any]:
     """`match`."""
-    applied = {id(link) for link in found.applied}
+    applied = {id(link) for link in proposal.applied}
     return {
         "version": VERSION,
-        "source": found.source,
-        "target": found.target,
-        "root": found.root,
-        "links": [{**_link(link), "applied": id(link) in applied} for link in found.links],
-        "unmatched": list(found.unmatched),
-        "unused": list(found.unused),
-        "order": found.order,
-        "coverage": _coverage(found.coverage),
-        "used": _coverage(found.used),
-        "rules": _rules(found.rules),
-        "warnings": list(found.warnings),
-        "conversions": found.conversions,
-        "rivals": [_way(way) for way in found.rivals],
-        "forward": None if found.forward is None else _twins(found.forward),
-        "refused": found.refused,
+        "source": proposal.source,
+        "target": proposal.target,
+        "root": proposal.root,
+        "links": [{**_link(link), "applied": id(link) in applied} for link in proposal.links],
+        "unmatched": list(proposal.unmatched),
+        "unused": list(proposal.unused),
+        "order": proposal.order,
+        "coverage": _coverage(proposal.coverage),
+        "used": _coverage(proposal.used),
+        "rules": _rules(proposal.rules),
+        "warnings": list(proposal.warnings),
+        "conversions": proposal.conversions,
+        "rivals": [_way(way) for way in proposal.rivals],
+        "forward": None if proposal.forward is None else _twins(proposal.forward),
+        "refused": proposal.refused,
     }
 
 
@@ -269,77 +269,77 @@ def _cast(cast: Cast) -> dict[str, Any]:
     }
 
 
-def carried(found: CarriedState) -> dict[str, Any]:
+def carried(state: CarriedState) -> dict[str, Any]:
     """The carried training state of a report."""
     return {
-        "place": found.place,
-        "by": found.by,
-        "carried": list(found.carried),
-        "adapted": list(found.adapted),
-        "zeroed": list(found.zeroed),
-        "not_carried": [{"name": name, "reason": reason} for name, reason in found.not_carried],
-        "casts": [_cast(cast) for cast in found.casts],
-        "others": list(found.others),
-        "ema": None if found.ema is None else report(found.ema),
+        "place": state.place,
+        "by": state.by,
+        "carried": list(state.carried),
+        "adapted": list(state.adapted),
+        "zeroed": list(state.zeroed),
+        "not_carried": [{"name": name, "reason": reason} for name, reason in state.not_carried],
+        "casts": [_cast(cast) for cast in state.casts],
+        "others": list(state.others),
+        "ema": None if state.ema is None else report(state.ema),
     }
 
 
-def report(found: Report) -> dict[str, Any]:
+def report(report: Report) -> dict[str, Any]:
     """`merge` and `apply`."""
     return {
         "version": VERSION,
-        "sources": list(found.sources),
-        "target": found.target,
-        "output": found.output,
-        "bytes": found.nbytes,
-        "files": [{"name": name, "bytes": nbytes} for name, nbytes in found.files],
-        "transferred": list(found.transferred),
-        "adapted": list(found.adapted),
-        "partial": list(found.partial),
-        "kept": list(found.kept),
-        "fresh": list(found.fresh),
-        "still_fresh": list(found.still_fresh),
-        "roots": list(found.roots),
-        "prefixes": [{**_NO_PREFIX, **prefix} for prefix in found.prefixes],
-        "dropped": [{"source": key, "reason": reason} for key, reason in found.dropped],
-        "coverage": _coverage(found.coverage),
-        "casts": [_cast(cast) for cast in found.casts],
-        "findings": [_finding(finding) for finding in found.findings],
-        "proven": found.proven,
-        "verified": None if found.verification is None else found.verification.ok,
-        "optimizer": None if found.optimizer is None else carried(found.optimizer),
+        "sources": list(report.sources),
+        "target": report.target,
+        "output": report.output,
+        "bytes": report.nbytes,
+        "files": [{"name": name, "bytes": nbytes} for name, nbytes in report.files],
+        "transferred": list(report.transferred),
+        "adapted": list(report.adapted),
+        "partial": list(report.partial),
+        "kept": list(report.kept),
+        "fresh": list(report.fresh),
+        "still_fresh": list(report.still_fresh),
+        "roots": list(report.roots),
+        "prefixes": [{**_NO_PREFIX, **prefix} for prefix in report.prefixes],
+        "dropped": [{"source": key, "reason": reason} for key, reason in report.dropped],
+        "coverage": _coverage(report.coverage),
+        "casts": [_cast(cast) for cast in report.casts],
+        "findings": [_finding(finding) for finding in report.findings],
+        "proven": report.proven,
+        "verified": None if report.verification is None else report.verification.ok,
+        "optimizer": None if report.optimizer is None else carried(report.optimizer),
     }
 
 
-def verification(found: Verification) -> dict[str, Any]:
+def verification(verification: Verification) -> dict[str, Any]:
     """`verify`."""
     return {
         "version": VERSION,
-        "ok": found.ok,
-        "device": found.device,
-        "tensors": found.tensors,
-        "bitwise": found.bitwise,
-        "findings": [_finding(finding) for finding in found.findings],
-        "outputs": [{"name": name, "shape": list(dims)} for name, dims in found.outputs.items()],
-        "fresh": None if found.fresh is None else list(found.fresh),
-        "root": found.root,
-        "in_place": found.in_place,
+        "ok": verification.ok,
+        "device": verification.device,
+        "tensors": verification.tensors,
+        "bitwise": verification.bitwise,
+        "findings": [_finding(finding) for finding in verification.findings],
+        "outputs": [{"name": name, "shape": list(dims)} for name, dims in verification.outputs.items()],
+        "fresh": None if verification.fresh is None else list(verification.fresh),
+        "root": verification.root,
+        "in_place": verification.in_place,
     }
 
 
-def check(found: CheckReport) -> dict[str, Any]:
+def check(report: CheckReport) -> dict[str, Any]:
     """`check`."""
-    files = [{"path": file.path, "ok": file.ok, "findings": [_finding(one) for one in file.findings]} for file in found.files]
-    settings = found.settings
+    files = [{"path": file.path, "ok": file.ok, "findings": [_finding(one) for one in file.findings]} for file in report.files]
+    settings = report.settings
     followed = settings and {"path": settings.path, "used": dict(settings.used), "not_used": dict(settings.not_used)}
-    return {"version": VERSION, "ok": found.ok, "files": files, "settings": followed}
+    return {"version": VERSION, "ok": report.ok, "files": files, "settings": followed}
 
 
-def explain(found: Sequence[Code]) -> dict[str, Any]:
+def explain(codes: Sequence[Code]) -> dict[str, Any]:
     """`check --explain`."""
     rows = [
         {"code": row.code, "name": row.name, "meaning": row.meaning, "why": row.why, "todo": row.todo, "option": row.option or None}
-        for row in found
+        for row in codes
     ]
     return {"version": VERSION, "codes": rows}
 
@@ -351,5 +351,5 @@ def groups(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]]) -> dict[str, Any]:
     """`adapters`."""
-    found = [{"kind": kind, "name": name, "arguments": list(arguments), "words": words} for kind, name, arguments, words in rows]
-    return {"version": VERSION, "known": found}
+    entries = [{"kind": kind, "name": name, "arguments": list(arguments), "words": words} for kind, name, arguments, words in rows]
+    return {"version": VERSION, "known": entries}

@@ -80,8 +80,8 @@ def _tree(rows: Iterable[tuple[str, Numbers]]) -> _Node:
     return root
 
 
-def _sum(one: Numbers, other: Numbers) -> Numbers:
-    return tuple(a + b for a, b in zip(one, other, strict=True)) if one else other
+def _sum(some: Numbers, other: Numbers) -> Numbers:
+    return tuple(a + b for a, b in zip(some, other, strict=True)) if some else other
 
 
 def _name_alike(node: _Node, known: dict[object, int]) -> int:
@@ -110,9 +110,9 @@ def _rows(
         while not child.is_key and len(child.children) == 1 and next(iter(child.children.values())).children:
             ((below, child),) = child.children.items()
             name = f"{name}.{literal(below)}"
-        if not child.is_key and len(child.children) > 1 and (one := _folded(child)) and len(one) == 1 and _first_child(child).children:
+        if not child.is_key and len(child.children) > 1 and len(rows := _folded(child)) == 1 and _first_child(child).children:
             # `layer` holds nothing but equal numbered modules
-            name, count, child = f"{name}.{one[0].key}", count * one[0].count, _first_child(child)
+            name, count, child = f"{name}.{rows[0].key}", count * rows[0].count, _first_child(child)
         numbers = tuple(number * times * count for number in child.numbers)
         ends = level + 1 >= depth or not any(each.children for each in child.children.values()) or (whole is not None and whole(numbers))
         at = f"{path}.{name}" if path else name

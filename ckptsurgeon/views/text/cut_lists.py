@@ -11,7 +11,7 @@ def cut_lists(result: Diff) -> Iterator[str]:
     """A sentence for each list of which one side has only the first layers.
 
     Args:
-        found: a diff.
+        result: a diff.
 
     Yields:
         The sentences: `the first 6 of 12 layers are kept`, with the list's name.

@@ -39,12 +39,12 @@ OPEN = 3  # keys that stay open and are named
 
 
 def diff(
-    found: Diff, verbose: bool = False, width: int | None = None, only: Sequence[str] = (), stat: bool = False, name_status: bool = False
+    diff: Diff, verbose: bool = False, width: int | None = None, only: Sequence[str] = (), stat: bool = False, name_status: bool = False
 ) -> str:
     """What matches, what does not and why, coverage, and the command to run next.
 
     Args:
-        found: a diff.
+        diff: a diff.
         verbose: a row for every key.
         width: the terminal's, in columns.
         only: the categories to show; if empty, all of them and the command to run next.
@@ -54,35 +54,35 @@ def diff(
     if name_status:
         from ckptsurgeon.views.counted import lettered
 
-        return "\n".join(f"{letter}\t{name(key)}" for letter, key in lettered(found, only, verbose))
-    root = f" (root {name(found.root)})" if found.root else ""
-    lines = [f"{name(found.source)}{root} → {name(found.target)}"]
-    if found.prefix:
-        lines.append(f"  {name(found.prefix)}")
-    if found.conversions.library:
-        lines.append(f"  {found.conversions.words}")
-    done, total = found.coverage.counts
-    last = f"Coverage {coverage_words(found.coverage)} ({done:,} of {count(total, 'tensor')})."
+        return "\n".join(f"{letter}\t{name(key)}" for letter, key in lettered(diff, only, verbose))
+    root = f" (root {name(diff.root)})" if diff.root else ""
+    lines = [f"{name(diff.source)}{root} → {name(diff.target)}"]
+    if diff.prefix:
+        lines.append(f"  {name(diff.prefix)}")
+    if diff.conversions.library:
+        lines.append(f"  {diff.conversions.words}")
+    done, total = diff.coverage.counts
+    last = f"Coverage {coverage_words(diff.coverage)} ({done:,} of {count(total, 'tensor')})."
     if stat:
-        return fitted([*lines, *_stat(found, width, most_rows(verbose)), last], width)
-    wanted: tuple[str, ...] = ()
+        return fitted([*lines, *_stat(diff, width, most_rows(verbose)), last], width)
+    shown: tuple[str, ...] = ()
     if only:
         from ckptsurgeon.views.counted import categories
 
-        wanted = categories(only)
-    for word, rows in _sections(found, verbose, width, bool(only)):
-        lines += rows if not only or word in wanted else []
+        shown = categories(only)
+    for word, rows in _sections(diff, verbose, width, bool(only)):
+        lines += rows if not only or word in shown else []
     if only:
         return fitted([*lines, last], width)
-    lines += [level_line("warning", name(words)) for words in found.warnings]
-    return fitted([*lines, last, *_next(found, width)], width)
+    lines += [level_line("warning", name(words)) for words in diff.warnings]
+    return fitted([*lines, last, *_next(diff, width)], width)
 
 
-def _stat(found: Diff, width: int | None, most: int | None) -> list[str]:
+def _stat(diff: Diff, width: int | None, most: int | None) -> list[str]:
     """A row for each module, a column for each category that has a key."""
     from ckptsurgeon.views.counted import COUNTED, counted
 
-    modules = counted(found)
+    modules = counted(diff)
     totals = [sum(row.numbers[at] for row in modules) for at in range(len(COUNTED))]
     columns = [at for at, total in enumerate(totals) if total]
     rows = [["module", *(COUNTED[at] for at in columns)]]
@@ -92,111 +92,110 @@ def _stat(found: Diff, width: int | None, most: int | None) -> list[str]:
         rows[0] = ["module", *({"mismatched": "other", "matched": "same"}.get(COUNTED[at], COUNTED[at]) for at in columns)]
     lines = right_aligned(rows)
     if width is not None and max(map(len, lines)) > width:  # a line of words for each module
-        told = (
+        sentences = (
             f"    {row[0]}: {', '.join(f'{number} {COUNTED[at]}' for number, at in zip(row[1:], columns, strict=True) if number)}"
             for row in rows[1:]
         )
-        return cut([*told], None if most is None else ROWS)
+        return cut([*sentences], None if most is None else ROWS)
     return [styled(lines[0], "faint", 4), *cut(lines[1:-1], None if most is None else ROWS), lines[-1]]
 
 
-def _sections(found: Diff, verbose: bool, width: int | None, listed: bool) -> Iterator[tuple[str, list[str]]]:
+def _sections(diff: Diff, verbose: bool, width: int | None, listed: bool) -> Iterator[tuple[str, list[str]]]:
     """The lines of each category; `listed` also lists the matched keys."""
     most = most_rows(verbose)
-    matched = keys(found.matched, width, most, "matched") if verbose or listed else []
-    yield "matched", [heading("matched", len(found.matched)), *matched]
-    if found.adapted:
+    matched = keys(diff.matched, width, most, "matched") if verbose or listed else []
+    yield "matched", [heading("matched", len(diff.matched)), *matched]
+    if diff.adapted:
         yield (
             "matched",
             [
-                heading("adapted", len(found.adapted), "of those that match, by rules"),
-                *folded([(row.key, (chain(row.ops),)) for row in found.adapted], width, most),
+                heading("adapted", len(diff.adapted), "of those that match, by rules"),
+                *folded([(row.key, (chain(row.ops),)) for row in diff.adapted], width, most),
             ],
         )
-    reshaped = [(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in found.mismatched]
+    reshaped = [(row.key, (shape(row.source_shape), "→", shape(row.target_shape))) for row in diff.mismatched]
     words = "in both, with another shape: source → target"
-    yield "mismatched", [heading("mismatched", len(found.mismatched), words), *folded(reshaped, width, most, "mismatched")]
-    rows = _with_shapes("missing", found.missing, found.missing_shapes, width, most)
-    yield "missing", [heading("missing", len(found.missing), "only in the target"), *rows]
-    rows = _with_shapes("extra", found.extra, found.extra_shapes, width, most)
+    yield "mismatched", [heading("mismatched", len(diff.mismatched), words), *folded(reshaped, width, most, "mismatched")]
+    rows = _with_shapes("missing", diff.missing, diff.missing_shapes, width, most)
+    yield "missing", [heading("missing", len(diff.missing), "only in the target"), *rows]
+    rows = _with_shapes("extra", diff.extra, diff.extra_shapes, width, most)
     heads = [
-        (f"{head.source} {shape(head.source_shape)}", "→", f"{head.target} {shape(head.target_shape)}: {head.words}")
-        for head in found.heads
+        (f"{head.source} {shape(head.source_shape)}", "→", f"{head.target} {shape(head.target_shape)}: {head.words}") for head in diff.heads
     ]
-    yield "extra", [heading("extra", len(found.extra), "only in the source"), *rows, *table(heads, width, most)]
-    if found.dropped:
-        yield "dropped", [heading("dropped", len(found.dropped), "by a rule"), *keys(found.dropped, width, most, "dropped")]
-    if found.loaded:
-        rows = folded([(row.key, (row.words,)) for row in found.loaded], width, most)
-        yield "loaded", [heading("loaded", len(found.loaded), "by the model's own loading code, under names that it takes"), *rows]
-    if found.conversions.refused:
-        rows = folded([(key, (words,)) for (_, key), words in found.conversions.refused.items()], width, most, "not converted")
-        yield "not converted", [heading("not converted", len(found.conversions.refused), "by operations that are not done here"), *rows]
-    if found.dtype_changed:
-        changed = [(row.key, (row.source_dtype, "→", row.target_dtype)) for row in found.dtype_changed]
+    yield "extra", [heading("extra", len(diff.extra), "only in the source"), *rows, *table(heads, width, most)]
+    if diff.dropped:
+        yield "dropped", [heading("dropped", len(diff.dropped), "by a rule"), *keys(diff.dropped, width, most, "dropped")]
+    if diff.loaded:
+        rows = folded([(row.key, (row.words,)) for row in diff.loaded], width, most)
+        yield "loaded", [heading("loaded", len(diff.loaded), "by the model's own loading code, under names that it takes"), *rows]
+    if diff.conversions.refused:
+        rows = folded([(key, (words,)) for (_, key), words in diff.conversions.refused.items()], width, most, "not converted")
+        yield "not converted", [heading("not converted", len(diff.conversions.refused), "by operations that are not done here"), *rows]
+    if diff.dtype_changed:
+        changed = [(row.key, (row.source_dtype, "→", row.target_dtype)) for row in diff.dtype_changed]
         rows = folded(changed, width, most, "other dtype")
-        yield "dtype", [heading("other dtype", len(found.dtype_changed), "matched; cast when merged"), *rows]
-    yield "quantised", [*quantised(found.quantised), *quantised(found.target_quantised, " in the target")]
-    if found.refused:
-        rows = table(list(found.refused.items()), width, most, "refused")
-        yield "refused", [heading("refused", len(found.refused), "not told without running the file; leave out with --drop"), *rows]
+        yield "dtype", [heading("other dtype", len(diff.dtype_changed), "matched; cast when merged"), *rows]
+    yield "quantised", [*quantised(diff.quantised), *quantised(diff.target_quantised, " in the target")]
+    if diff.refused:
+        rows = table(list(diff.refused.items()), width, most, "refused")
+        yield "refused", [heading("refused", len(diff.refused), "not told without running the file; leave out with --drop"), *rows]
 
 
-def _with_shapes(under: str, found: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:
+def _with_shapes(under: str, names: Sequence[str], shapes: Mapping[str, Sequence[int]], width: int | None, most: int | None) -> list[str]:
     """Keys with their shapes, one a line with `most` None; else folded where the shapes are equal, and by their names alone where that is
     needed to show them all."""
-    rows = [(key, (shape(shapes[key]) if key in shapes else "",)) for key in found]
+    rows = [(key, (shape(shapes[key]) if key in shapes else "",)) for key in names]
     if most is None:
         return table([(key, *cells) for key, cells in rows], width, None, under)
     lines = fold(rows, lambda _shape: ())
-    return table(cells_of(lines), width, most, under) if len(lines) <= most else keys(found, width, most, under)
+    return table(cells_of(lines), width, most, under) if len(lines) <= most else keys(names, width, most, under)
 
 
-def _next(found: Diff, width: int | None) -> list[str]:
-    if not all(row.planned for row in found.loaded):
+def _next(diff: Diff, width: int | None) -> list[str]:
+    if not all(row.planned for row in diff.loaded):
         return [
             "What the model's own loading code computes is in no file: load it by torch once, save model.state_dict(), and take that file."
         ]
-    advice, root = found.advice, at_root(found.root)
-    if found.rivals or len(found.exchanges) > 1:
-        command = Command("diff", found.source, found.target, options=(*root, *found.options))
-        return choices(found.rivals or found.exchanges, command, found.in_memory, width)
-    lines = [*_links(found, width), *resized(advice.sizes, width), *_cut(found)]
-    apart = [one for one in found.quantised if one.whole and one.key in found.parted_codes]
+    advice, root = diff.advice, at_root(diff.root)
+    if diff.rivals or len(diff.exchanges) > 1:
+        command = Command("diff", diff.source, diff.target, options=(*root, *diff.options))
+        return choices(diff.rivals or diff.exchanges, command, diff.in_memory, width)
+    lines = [*_links(diff, width), *resized(advice.sizes, width), *_cut(diff)]
+    apart = [weight for weight in diff.quantised if weight.whole and weight.key in diff.parted_codes]
     if apart:
         words = f"{count(len(apart), 'weight')} as {apart[0].scheme} would be cast without them"
         return [*lines, f"{words}: give the whole checkpoint, {name(apart[0].whole)}, then diff again."]
-    unread = [one for one in found.quantised if one.op is None and one.key in found.parted_codes]
+    unread = [weight for weight in diff.quantised if weight.op is None and weight.key in diff.parted_codes]
     if unread:
         words = (
             f"{count(len(unread), 'weight')} as {unread[0].scheme} would be cast or lose their scales, and no values are made of them here"
         )
-        return [*lines, f"{words}: dequantize by the library that wrote {name(found.source)}, then diff again."]
-    if found.unkept:
-        return [*lines, no_merge(found.target, found.unkept)]
-    following = found.next_command
+        return [*lines, f"{words}: dequantize by the library that wrote {name(diff.source)}, then diff again."]
+    if diff.unkept:
+        return [*lines, no_merge(diff.target, diff.unkept)]
+    following = diff.next_command
     if following is not None:
-        return [*lines, *_reaches(found), *next_step("Next:", following, found.in_memory, width)]
-    look = Command("inspect", found.source, options=root)
-    return [*lines, *(next_step("Nothing fits. See its keys:", look, (found.in_memory[0], ""), width) or ["Nothing fits."])]
+        return [*lines, *_reaches(diff), *next_step("Next:", following, diff.in_memory, width)]
+    look = Command("inspect", diff.source, options=root)
+    return [*lines, *(next_step("Nothing fits. See its keys:", look, (diff.in_memory[0], ""), width) or ["Nothing fits."])]
 
 
-def _cut(found: Diff) -> list[str]:
+def _cut(diff: Diff) -> list[str]:
     """The sentences about lists of layers of which one side has fewer."""
-    if not any(segment.isdigit() for key in (*found.extra, *found.missing) for segment in key.split(".")):
+    if not any(segment.isdigit() for key in (*diff.extra, *diff.missing) for segment in key.split(".")):
         return []
     from ckptsurgeon.views.text.cut_lists import cut_lists
 
-    return [f"{name(words)}." for words in cut_lists(found)]
+    return [f"{name(words)}." for words in cut_lists(diff)]
 
 
-def _links(found: Diff, width: int | None) -> list[str]:
+def _links(diff: Diff, width: int | None) -> list[str]:
     """The keys that probably have other names: the rules in the next command, and how many keys are left open."""
-    advice = found.advice
+    advice = diff.advice
     if advice.skipped:
-        look = Command("match", found.source, found.target, "rules.toml", (*at_root(found.root), *found.options))
+        look = Command("match", diff.source, diff.target, "rules.toml", (*at_root(diff.root), *diff.options))
         words = "Too many names are left over to match them here."
-        return [words, *next_step("Try:", look, found.in_memory, width)]
+        return [words, *next_step("Try:", look, diff.in_memory, width)]
     if not advice.links and not advice.carried:
         return []
     from ckptsurgeon.matching.rules_from_links import to_toml
@@ -205,7 +204,7 @@ def _links(found: Diff, width: int | None) -> list[str]:
     shown = [(to_toml.arrow(rule),) for rule in advice.carried if rule.kind in ("rename", "adapt")]
     if shown:
         lines += ["Probably the same under other names:", *table(shown, width, OFFERS)]
-    missing = set(found.missing)
+    missing = set(diff.missing)
     left = [link for link in advice.uncertain if not missing.isdisjoint(link.targets)]
     if left:
         doubts = sum(len(link.targets) for link in left if link.doubt)
@@ -214,25 +213,25 @@ def _links(found: Diff, width: int | None) -> list[str]:
         parts += [f"{count(doubts, 'tensor')} whose keys are clear and whose layout is not"] if doubts else []
         lines.append(f"Left open: {', '.join(parts)}.")
     if left or advice.match:  # match shows the evidence
-        look = Command("match", found.source, found.target, options=(*at_root(found.root), *found.options))
-        lines += next_step("Try:", look, found.in_memory, width)
+        look = Command("match", diff.source, diff.target, options=(*at_root(diff.root), *diff.options))
+        lines += next_step("Try:", look, diff.in_memory, width)
     return lines
 
 
-def _reaches(found: Diff) -> list[str]:
+def _reaches(diff: Diff) -> list[str]:
     """The coverage of the next command, and the keys that stay open."""
-    reaches, shapes = found.advice.reaches, {row.key: row for row in found.mismatched}
+    reaches, shapes = diff.advice.reaches, {row.key: row for row in diff.mismatched}
     if reaches is None:
         return []
     done, total = reaches.counts
-    sizes = {offer.key: offer for one in found.advice.sizes for offer in one.offers}
+    sizes = {offer.key: offer for resize in diff.advice.sizes for offer in resize.offers}
 
-    def told(keys: Sequence[str]) -> list[str]:
+    def sized_keys(keys: Sequence[str]) -> list[str]:
         rows = [(key, sizes.get(key) or shapes.get(key)) for key in keys]
         sized = fold((key, f"{shape(row.source_shape)} → {shape(row.target_shape)}") for key, row in rows if row is not None)
         return [*(f"{row.key} {row.common}" for row in sized), *fold_keys(key for key, row in rows if row is None)]
 
-    lists = (("partly open", told(found.advice.partly)), ("open", told(found.advice.open)))
+    lists = (("partly open", sized_keys(diff.advice.partly)), ("open", sized_keys(diff.advice.open)))
     rest = "".join(f"; {words}: {listing(left, OPEN)}" for words, left in lists if left)
     return [f"→ {done:,} of {count(total, 'tensor')}, {percent(reaches.elements)} of elements{rest}"]
 
@@ -242,9 +241,9 @@ def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
     if not sizes:
         return []
     lines = ["Another size:"]
-    for one in sizes:
-        keys_ = listing(fold_keys(offer.key for offer in one.offers), 2)
-        line, how = f"    {keys_}: {name(one.role)}", shlex.join(as_words(rule_options(one.rules)))
+    for resize in sizes:
+        keys_ = listing(fold_keys(offer.key for offer in resize.offers), 2)
+        line, how = f"    {keys_}: {name(resize.role)}", shlex.join(as_words(rule_options(resize.rules)))
         if how and width is not None and len(line) + len(how) + 10 > width:
             lines += [f"{line};", f"        fits by {name(how)}"]
         else:

@@ -34,40 +34,40 @@ from ckptsurgeon.views.text.words import (
 ROWS = 40
 
 
-def archive(found: Archive, verbose: bool = False, width: int | None = None) -> str:
+def archive(archive: Archive, verbose: bool = False, width: int | None = None) -> str:
     """The format, the roots, every tensor folded (of several roots, only the chosen one's), and what else the file holds."""
-    lines = [styled(name(found.path), "strong") + f": {found.format}, {rounded(sum(stamp.size for stamp in found.files))}"]
-    if found.part is not None:
-        lines.append(f"  {found.part.reason}")
-        lines.append(f"  {found.part.hint}")
-    if found.chosen is not None or found.look.patterns:
-        for one in roots_shown(found):
-            lines += _state_dict(one, found.look, True, verbose, width)
+    lines = [styled(name(archive.path), "strong") + f": {archive.format}, {rounded(sum(stamp.size for stamp in archive.files))}"]
+    if archive.part is not None:
+        lines.append(f"  {archive.part.reason}")
+        lines.append(f"  {archive.part.hint}")
+    if archive.chosen is not None or archive.look.patterns:
+        for one in roots_shown(archive):
+            lines += _state_dict(one, archive.look, True, verbose, width)
     else:
-        several = len(found.state_dicts) > 1
-        averaged = lightning_average([one.root for one in found.state_dicts], found.beside)
-        for state_dict in found.state_dicts:
-            lines += _state_dict(state_dict, found.look, verbose or not several, verbose, width)
+        several = len(archive.state_dicts) > 1
+        averaged = lightning_average([one.root for one in archive.state_dicts], archive.beside)
+        for state_dict in archive.state_dicts:
+            lines += _state_dict(state_dict, archive.look, verbose or not several, verbose, width)
             if state_dict.root == averaged:
                 lines.append(
                     "    the average of the weights (Lightning's averaging_state says so); current_model_state has the last step's"
                 )
         if several and not verbose:
-            lines.append(f"  {len(found.state_dicts)} state_dicts; see the tensors of one with --root, of all with -v")
-    if found.look.patterns:  # only tensors are shown
+            lines.append(f"  {len(archive.state_dicts)} state_dicts; see the tensors of one with --root, of all with -v")
+    if archive.look.patterns:  # only tensors are shown
         return fitted(lines, width)
-    if found.globals:
-        lines.append(f"  asks for {count(len(found.globals), 'name')} beyond the allow-list; none is imported:")
-        lines += table([(one,) for one in found.globals], width, most_rows(verbose))
-    if found.provenance is not None:
-        lines += _provenance(found.provenance, verbose, width)
-    if found.beside:
-        lines.append(f"  beside the tensors: {listing(found.beside, None if verbose else 8)}")
-    return fitted([*lines, *(level_line("note", name(note)) for note in found.notes)], width)
+    if archive.globals:
+        lines.append(f"  asks for {count(len(archive.globals), 'name')} beyond the allow-list; none is imported:")
+        lines += table([(one,) for one in archive.globals], width, most_rows(verbose))
+    if archive.provenance is not None:
+        lines += _provenance(archive.provenance, verbose, width)
+    if archive.beside:
+        lines.append(f"  beside the tensors: {listing(archive.beside, None if verbose else 8)}")
+    return fitted([*lines, *(level_line("note", name(note)) for note in archive.notes)], width)
 
 
-def _state_dict(found: StateDict | Checkpoint, look: Look, tensors: bool, verbose: bool, width: int | None) -> list[str]:
-    chosen = selected(found.tensors, look)
+def _state_dict(state_dict: StateDict | Checkpoint, look: Look, tensors: bool, verbose: bool, width: int | None) -> list[str]:
+    chosen = selected(state_dict.tensors, look)
     alike = Counter((tensor.dtype, tensor.shape) for tensor in chosen.values())  # most of a million tensors are alike
     dtypes: Counter[str] = Counter()
     numel = nbytes = 0
@@ -75,20 +75,20 @@ def _state_dict(found: StateDict | Checkpoint, look: Look, tensors: bool, verbos
         dtypes[code] += number
         numel += number * prod(dims)
         nbytes += number * prod(dims) * BY_CODE[code].size
-    root = f"root {name(found.root)}: " if found.root else ""
+    root = f"root {name(state_dict.root)}: " if state_dict.root else ""
     kinds = ", ".join(f"{number:,} {code}" for code, number in dtypes.most_common())
     of = f"{len(chosen):,} of " if look.patterns else ""
-    lines = [f"  {root}{of}{count(len(found.tensors), 'tensor')}, {count(numel, 'element')}, {rounded(nbytes)} ({kinds})"]
+    lines = [f"  {root}{of}{count(len(state_dict.tensors), 'tensor')}, {count(numel, 'element')}, {rounded(nbytes)} ({kinds})"]
     if tensors and look.depth:
         lines += _tree(chosen, look, nbytes, width, None if verbose else ROWS)
     elif tensors:
         lines += table(tensor_rows(chosen, look, verbose), width, None if verbose else ROWS)
-        ties = [group for group in found.ties or find_ties(found.tensors) if any(key in chosen for key in group)]
+        ties = [group for group in state_dict.ties or find_ties(state_dict.tensors) if any(key in chosen for key in group)]
         lines += [f"    tied, one tensor: {listing(group)}" for group in ties[: most_rows(verbose)]]
     if look.patterns:
         return lines
-    lines += quantised(find(found.tensors).values())
-    refused = [(key, f"refused: {entry.reason}") for key, entry in found.entries.items() if isinstance(entry, Refused)]
+    lines += quantised(find(state_dict.tensors).values())
+    refused = [(key, f"refused: {entry.reason}") for key, entry in state_dict.entries.items() if isinstance(entry, Refused)]
     return lines + (table(refused, width, most_rows(verbose), "refused") if refused else [])
 
 
@@ -135,6 +135,6 @@ def known(rows: Sequence[tuple[str, str, tuple[str, ...], str]], width: int | No
     lines = []
     for kind in dict.fromkeys(row[0] for row in rows):
         lines.append(styled(f"{kind}s", "strong"))
-        for _, one, arguments, words in (row for row in rows if row[0] == kind):
-            lines += [f"  {one}({', '.join(arguments)})" if arguments else f"  {one}", f"      {words}"]
+        for _, entry, arguments, words in (row for row in rows if row[0] == kind):
+            lines += [f"  {entry}({', '.join(arguments)})" if arguments else f"  {entry}", f"      {words}"]
     return fitted(lines, width)

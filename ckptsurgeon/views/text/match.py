@@ -17,70 +17,72 @@ from ckptsurgeon.views.text.words import coverage as coverage_words
 ROWS = 20  # rules that are shown
 
 
-def matching(found: Proposal, verbose: bool = False, width: int | None = None) -> str:
+def matching(proposal: Proposal, verbose: bool = False, width: int | None = None) -> str:
     """The applied links with their evidence, the uncertain ones with their runners-up, keys without a link, and the command to run next."""
     most = most_rows(verbose)
-    root = f" (root {name(found.root)})" if found.root else ""
-    lines = [f"{name(found.source)}{root} → {name(found.target)}"]
-    applied = {id(link) for link in found.applied}
-    certain = [link for link in found.links if id(link) in applied]
-    left = [link for link in found.links if id(link) not in applied]
-    if found.before:
-        lines.append(f"  by {count(len(found.before), 'rule')} of yours, which come first")
-    if found.conversions:
-        lines.append(f"  {found.conversions}")
+    root = f" (root {name(proposal.root)})" if proposal.root else ""
+    lines = [f"{name(proposal.source)}{root} → {name(proposal.target)}"]
+    applied = {id(link) for link in proposal.applied}
+    certain = [link for link in proposal.links if id(link) in applied]
+    left = [link for link in proposal.links if id(link) not in applied]
+    if proposal.before:
+        lines.append(f"  by {count(len(proposal.before), 'rule')} of yours, which come first")
+    if proposal.conversions:
+        lines.append(f"  {proposal.conversions}")
     accepted = ", uncertain ones among them, as you accept them" if any(not link.certain for link in certain) else ""
-    lines.append(heading("matched", _tensors(certain), f"by {count(len(found.ruled), 'rule')}{accepted}" if found.ruled else "same names"))
+    lines.append(
+        heading("matched", _tensors(certain), f"by {count(len(proposal.ruled), 'rule')}{accepted}" if proposal.ruled else "same names")
+    )
     if verbose:
         lines += table([_row(link) for link in certain], width, None)
     else:
-        rows = [(to_toml.arrow(one.rule), to_toml.comment(one)) for one in found.ruled if one.rule.kind != "stage"]
+        rows = [(to_toml.arrow(one.rule), to_toml.comment(one)) for one in proposal.ruled if one.rule.kind != "stage"]
         stays = sum(link.sources == link.targets and not link.op for link in certain)
         lines += _pairs([*rows, *([(f"{stays} keep their names", "")] if stays and rows else [])], width, ROWS)
-    lines += _open(found, width)
-    opened = {id(link) for one in found.open for link in one.links}
+    lines += _open(proposal, width)
+    opened = {id(link) for one in proposal.open for link in one.links}
     left = [link for link in left if id(link) not in opened]
     lines.append(heading("uncertain", _tensors(left), "not applied, unless you accept it"))
     if verbose:
         lines += table([_row(link) for link in left], width, None)
     else:
         lines += _pairs([(to_toml.arrow(one.rule), to_toml.comment(one)) for one in to_toml.sketched(left)], width, ROWS)
-    lines.append(heading("unmatched", len(found.unmatched), "only in the target"))
-    lines += keys(found.unmatched, width, most, "unmatched")
-    lines.append(heading("unused", len(found.unused), "only in the source"))
-    lines += keys(found.unused, width, most, "unused")
-    lines += resized(found.sizes, width)
-    lines += [level_line("warning", name(words)) for words in found.warnings]
-    lines += _twins(found)
-    done, total = found.coverage.counts
-    lines.append(f"Matched {coverage_words(found.coverage)} of the target ({done} of {count(total, 'tensor')}).")
-    if found.rivals:
+    lines.append(heading("unmatched", len(proposal.unmatched), "only in the target"))
+    lines += keys(proposal.unmatched, width, most, "unmatched")
+    lines.append(heading("unused", len(proposal.unused), "only in the source"))
+    lines += keys(proposal.unused, width, most, "unused")
+    lines += resized(proposal.sizes, width)
+    lines += [level_line("warning", name(words)) for words in proposal.warnings]
+    lines += _twins(proposal)
+    done, total = proposal.coverage.counts
+    lines.append(f"Matched {coverage_words(proposal.coverage)} of the target ({done} of {count(total, 'tensor')}).")
+    if proposal.rivals:
         lines += choices(
-            found.rivals,
-            Command("match", found.source, found.target, options=(*at_root(found.root), *rule_options(found.before))),
-            found.in_memory,
+            proposal.rivals,
+            Command("match", proposal.source, proposal.target, options=(*at_root(proposal.root), *rule_options(proposal.before))),
+            proposal.in_memory,
             width,
         )
         return fitted(lines, width)
-    return fitted([*lines, *_next(found, bool(left or found.open), width)], width)
+    return fitted([*lines, *_next(proposal, bool(left or proposal.open), width)], width)
 
 
-def _open(found: Proposal, width: int | None) -> list[str]:
+def _open(proposal: Proposal, width: int | None) -> list[str]:
     """The layouts in doubt, each with its choices as options to add."""
     lines = []
-    for one in found.open:
+    for layout in proposal.open:
         lines.append(
-            heading("layout open", len(one.targets), f"{one.kind}: the keys are sure, the order of elements can't be told by shapes")
+            heading("layout open", len(layout.targets), f"{layout.kind}: the keys are sure, the order of elements can't be told by shapes")
         )
-        for way in one.ways:
-            as_is = way is one.ways[0]
+        for way in layout.ways:
+            as_is = way is layout.ways[0]
             lines.append(f"    {name(way.words)}:")
-            rules = [as_is_options(one, found.open)] if as_is else [option_text(rule) for rule in way.rules]
+            rules = [as_is_options(layout, proposal.open)] if as_is else [option_text(rule) for rule in way.rules]
             lines += [f"      {name(rule)}" for rule in rules[:ROWS]]
             lines += [f"      … and {len(rules) - ROWS} more rules (-o writes all)"] if len(rules) > ROWS else []
-        needs = " ".join(f"--set {number}=N" for number in one.variables)
+        needs = " ".join(f"--set {number}=N" for number in layout.variables)
         lines += [f"    with the number that it needs: {needs}"] if needs else []
-    if lines and found.forward is None:
+    if lines and proposal.forward is None:
         lines.append("    or let your models decide: --source-model module:Net --forward module:make_inputs tries each on one input")
     return lines
 
@@ -102,36 +104,36 @@ def _row(link: Link) -> tuple[str, ...]:
     return " + ".join(link.targets), "←", " + ".join(link.sources), link.op or "-", to_toml.evidence([link])
 
 
-def _twins(found: Proposal) -> list[str]:
+def _twins(proposal: Proposal) -> list[str]:
     """How both models' outputs compare."""
-    if found.forward is None:
+    if proposal.forward is None:
         return []
-    same = "the same from both models" if found.forward.same else "NOT the same from both models"
-    lines = [heading("outputs", len(found.forward.outputs), answer(same, found.forward.same) + ", run on one input")]
+    same = "the same from both models" if proposal.forward.same else "NOT the same from both models"
+    lines = [heading("outputs", len(proposal.forward.outputs), answer(same, proposal.forward.same) + ", run on one input")]
     rows = [
-        (place, "no counterpart" if difference is None else f"differs by at most {difference:.3g}, of {scale:.3g}")
-        for place, difference, scale in found.forward.outputs
+        (output, "no counterpart" if difference is None else f"differs by at most {difference:.3g}, of {scale:.3g}")
+        for output, difference, scale in proposal.forward.outputs
     ]
     return lines + table(rows, None)
 
 
-def _next(found: Proposal, doubtful: bool, width: int | None) -> list[str]:
-    if not found.links and not found.before:
-        command = Command("inspect", found.source, options=at_root(found.root))
-        look = next_step("Nothing is matched. See what is there:", command, (found.in_memory[0], ""), width)
+def _next(proposal: Proposal, doubtful: bool, width: int | None) -> list[str]:
+    if not proposal.links and not proposal.before:
+        command = Command("inspect", proposal.source, options=at_root(proposal.root))
+        look = next_step("Nothing is matched. See what is there:", command, (proposal.in_memory[0], ""), width)
         return look or ["Nothing is matched."]
-    root, own = at_root(found.root), rule_options(found.before)
-    if found.unkept:
-        return [no_merge(found.target, found.unkept)]
-    if found.refused is not None:  # the error says what to do
+    root, own = at_root(proposal.root), rule_options(proposal.before)
+    if proposal.unkept:
+        return [no_merge(proposal.target, proposal.unkept)]
+    if proposal.refused is not None:  # the error says what to do
         return []
-    merge = Command("merge", found.source, found.target, found.output, (*root, *found.options, *rule_options(found.beside)))
-    if found.written is not None:
-        first = "Next: choose a layout in it, then" if found.open else "Next: read it, then"
-        return next_step(first, merge.having(("rules", found.written)), found.in_memory, width)
-    if doubtful or found.refusal() is not None:
-        closer = Command("match", found.source, found.target, "rules.toml", (*root, *own))
-        label = "Next: look closer," if any(found.in_memory) else "Next: look closer, in a file,"
-        return next_step(label, closer, found.in_memory, width)
-    how = rule_options(one.rule for one in found.ruled) if found.spelled and found.beside else (("match",),)
-    return next_step("Next:", merge.having(*own, *how), found.in_memory, width)
+    merge = Command("merge", proposal.source, proposal.target, proposal.output, (*root, *proposal.options, *rule_options(proposal.beside)))
+    if proposal.written is not None:
+        first = "Next: choose a layout in it, then" if proposal.open else "Next: read it, then"
+        return next_step(first, merge.having(("rules", proposal.written)), proposal.in_memory, width)
+    if doubtful or proposal.refusal() is not None:
+        closer = Command("match", proposal.source, proposal.target, "rules.toml", (*root, *own))
+        label = "Next: look closer," if any(proposal.in_memory) else "Next: look closer, in a file,"
+        return next_step(label, closer, proposal.in_memory, width)
+    how = rule_options(ruled.rule for ruled in proposal.ruled) if proposal.spelled and proposal.beside else (("match",),)
+    return next_step("Next:", merge.having(*own, *how), proposal.in_memory, width)

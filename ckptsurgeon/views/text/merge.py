@@ -30,65 +30,65 @@ from ckptsurgeon.views.text.words import (
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 
-def report(found: Report, verbose: bool = False, width: int | None = None) -> str:
+def report(report: Report, verbose: bool = False, width: int | None = None) -> str:
     """What a merge, an apply or a transfer did."""
     most = most_rows(verbose)
-    many = f" in {len(found.files)} files" if len(found.files) > 1 else ""
-    where = f"Wrote {name(found.output)} ({rounded(found.nbytes)}{many})" if found.output else f"Transferred into {name(found.target)}"
-    lines = [f"{where}: coverage {coverage_words(found.coverage)}"]
-    if any(found.roots) or (found.output and (found.target or len(found.sources) > 1)):
-        lines.append(f"  {_sources(found)}{f' → {name(found.target)}' if found.target else ''}")
-    lines += [heading("transferred", len(found.transferred), _adapted(found))]
+    many = f" in {len(report.files)} files" if len(report.files) > 1 else ""
+    where = f"Wrote {name(report.output)} ({rounded(report.nbytes)}{many})" if report.output else f"Transferred into {name(report.target)}"
+    lines = [f"{where}: coverage {coverage_words(report.coverage)}"]
+    if any(report.roots) or (report.output and (report.target or len(report.sources) > 1)):
+        lines.append(f"  {_sources(report)}{f' → {name(report.target)}' if report.target else ''}")
+    lines += [heading("transferred", len(report.transferred), _adapted(report))]
     if verbose:
-        lines += keys(found.transferred, width, None, "transferred")
-    if found.partial:
+        lines += keys(report.transferred, width, None, "transferred")
+    if report.partial:
         lines += [
-            heading("partly", len(found.partial), "trained in part: the rest was filled up, or is fresh in a source"),
-            *keys(found.partial, width, most, "partly"),
+            heading("partly", len(report.partial), "trained in part: the rest was filled up, or is fresh in a source"),
+            *keys(report.partial, width, most, "partly"),
         ]
-    if found.kept:
-        lines += [heading("kept", len(found.kept), "the target's own values"), *keys(found.kept, width, most)]
-    lines += [heading("fresh", len(found.fresh), _fresh(found)), *keys(found.fresh, width, most, "fresh")]
-    lines.append(heading("dropped", len(found.dropped), "of the source"))
-    lines += folded([(key, (reason,)) for key, reason in found.dropped], width, most, "dropped")
-    if found.casts:
-        lines += [heading("lossy casts", len(found.casts)), *_casts(found.casts, width, most)]
-    if found.optimizer is not None:
-        lines += _carried(found.optimizer, width, most)
-    lines += findings(found.findings, verbose, width)
-    if found.verification is not None:
-        lines.append("  " + proved(found.verification))
-    elif found.proven:
+    if report.kept:
+        lines += [heading("kept", len(report.kept), "the target's own values"), *keys(report.kept, width, most)]
+    lines += [heading("fresh", len(report.fresh), _fresh(report)), *keys(report.fresh, width, most, "fresh")]
+    lines.append(heading("dropped", len(report.dropped), "of the source"))
+    lines += folded([(key, (reason,)) for key, reason in report.dropped], width, most, "dropped")
+    if report.casts:
+        lines += [heading("lossy casts", len(report.casts)), *_casts(report.casts, width, most)]
+    if report.optimizer is not None:
+        lines += _carried(report.optimizer, width, most)
+    lines += findings(report.findings, verbose, width)
+    if report.verification is not None:
+        lines.append("  " + proved(report.verification))
+    elif report.proven:
         lines.append("  " + answer("proven", True) + ": read back and held against the plan, byte by byte")
     return fitted(lines, width)
 
 
-def carried(found: CarriedState, verbose: bool = False, width: int | None = None) -> str:
+def carried(state: CarriedState, verbose: bool = False, width: int | None = None) -> str:
     """What became of the training state beside the weights."""
-    return fitted(_carried(found, width, most_rows(verbose)), width)
+    return fitted(_carried(state, width, most_rows(verbose)), width)
 
 
-def _carried(found: CarriedState, width: int | None, most: int | None) -> list[str]:
+def _carried(state: CarriedState, width: int | None, most: int | None) -> list[str]:
     lines = []
-    if found.place:
-        told = {
+    if state.place:
+        ways = {
             "names": "by the parameters' names",
             "order": "by the parameters' order, every shape held against it",
             "model": "by the model's own order of parameters, every shape held against it",
         }
-        lines.append(f"  optimizer state from {name(found.place)}, {told.get(found.by, found.by)}")
-        adapted = f"{len(found.adapted)} of them adapted with their weights" if found.adapted else ""
-        lines.append(heading("carried", len(found.carried) + len(found.adapted), adapted))
-        lines.append(heading("at zero", len(found.zeroed), "start without"))
-    rows = [(key, (reason,)) for key, reason in found.not_carried if reason != FRESH]  # the report lists the fresh ones with the weights
+        lines.append(f"  optimizer state from {name(state.place)}, {ways.get(state.by, state.by)}")
+        adapted = f"{len(state.adapted)} of them adapted with their weights" if state.adapted else ""
+        lines.append(heading("carried", len(state.carried) + len(state.adapted), adapted))
+        lines.append(heading("at zero", len(state.zeroed), "start without"))
+    rows = [(key, (reason,)) for key, reason in state.not_carried if reason != FRESH]  # the report lists the fresh ones with the weights
     lines += [heading("not carried", len(rows)), *folded(rows, width, most, "not carried")] if rows else []
-    if found.casts:
-        lines += [heading("lossy casts", len(found.casts), "of moments"), *_casts(found.casts, width, most)]
-    lines += [f"  also carried: {listing(found.others)}"] if found.others else []
-    if found.ema is not None:
-        lines.append(f"  averaged copy: coverage {coverage_words(found.ema.coverage)}")
-        if found.ema.casts:
-            lines += [heading("lossy casts", len(found.ema.casts), "of the averaged copy"), *_casts(found.ema.casts, width, most)]
+    if state.casts:
+        lines += [heading("lossy casts", len(state.casts), "of moments"), *_casts(state.casts, width, most)]
+    lines += [f"  also carried: {listing(state.others)}"] if state.others else []
+    if state.ema is not None:
+        lines.append(f"  averaged copy: coverage {coverage_words(state.ema.coverage)}")
+        if state.ema.casts:
+            lines += [heading("lossy casts", len(state.ema.casts), "of the averaged copy"), *_casts(state.ema.casts, width, most)]
     return lines
 
 
@@ -113,9 +113,9 @@ def _loss(casts: Sequence[Cast]) -> str:
     return "; ".join(words)
 
 
-def skeleton(found: Checkpoint, output: str) -> str:
+def skeleton(checkpoint: Checkpoint, output: str) -> str:
     """What was saved of a target."""
-    return f"Wrote {name(output)}: {count(len(found), 'tensor')} of {name(found.path)}, {count(found.numel, 'element')}"
+    return f"Wrote {name(output)}: {count(len(checkpoint), 'tensor')} of {name(checkpoint.path)}, {count(checkpoint.numel, 'element')}"
 
 
 def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int | None = None) -> str:
@@ -128,7 +128,7 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
         params = list(row["params"]) if verbose else fold_keys(row["params"])
         cells.append([name(row["name"]), f"{row['lr']:g}", *decays, str(len(row["params"])), listing(params, None if verbose else 6)])
     head = [f"{header}  " for header in headers]
-    before = sum(max(len(row[place]) for row in [head, *cells]) + 2 for place in range(len(head) - 1))
+    before = sum(max(len(row[column_index]) for row in [head, *cells]) + 2 for column_index in range(len(head) - 1))
     body: list[list[str]] = []
     for *cell, params_cell in cells:
         first, *more = [params_cell] if width is None else broken(params_cell, max(width - before, 24))
@@ -138,17 +138,17 @@ def groups(rows: Sequence[Mapping[str, Any]], verbose: bool = False, width: int 
     return joined([styled(top, "strong"), *rest], "\n")
 
 
-def _sources(found: Report) -> str:
+def _sources(report: Report) -> str:
     """The sources, each with the root that was read."""
-    roots = found.roots or ("",) * len(found.sources)
-    return name(" + ".join(f"{path} (root {root})" if root else path for path, root in zip(found.sources, roots, strict=True)))
+    roots = report.roots or ("",) * len(report.sources)
+    return name(" + ".join(f"{path} (root {root})" if root else path for path, root in zip(report.sources, roots, strict=True)))
 
 
-def _fresh(found: Report) -> str:
-    if found.still_fresh:
-        return f"initialised, {len(found.still_fresh)} of them by an earlier merge and not trained since"
+def _fresh(report: Report) -> str:
+    if report.still_fresh:
+        return f"initialised, {len(report.still_fresh)} of them by an earlier merge and not trained since"
     return "initialised, not from the source"
 
 
-def _adapted(found: Report) -> str:
-    return f"{len(found.adapted)} of them by adapters" if found.adapted else ""
+def _adapted(report: Report) -> str:
+    return f"{len(report.adapted)} of them by adapters" if report.adapted else ""

@@ -13,26 +13,26 @@ from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys
 WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "load": "load", "init": "initialise", "keep": "keep"}
 
 
-def plan(found: Plan, verbose: bool = False, width: int | None = None) -> str:
+def plan(plan: Plan, verbose: bool = False, width: int | None = None) -> str:
     """What each key gets, by action and reason, the dropped keys, and a summary line; with `verbose` a row for every key."""
     most = most_rows(verbose)
-    target = f" → {name(found.target.spec)}" if found.target is not None else ""
-    lines = [f"{name(' + '.join(source.path for source in found.sources))}{target}"]
-    for number, source in enumerate(found.sources):
+    target = f" → {name(plan.target.spec)}" if plan.target is not None else ""
+    lines = [f"{name(' + '.join(source.path for source in plan.sources))}{target}"]
+    for number, source in enumerate(plan.sources):
         words = [f"root {source.root}"] if source.root else []
         words += [f"{word} {listing(value) if isinstance(value, list) else value}" for word, value in source.prefix.items() if value]
         if words:
-            lines.append(f"  {f'source {number}: ' if len(found.sources) > 1 else ''}{name(', '.join(words))}")
+            lines.append(f"  {f'source {number}: ' if len(plan.sources) > 1 else ''}{name(', '.join(words))}")
     if verbose:
-        lines += table([_row(step) for step in found.steps], width, None)
+        lines += table([_row(step) for step in plan.steps], width, None)
     else:
         for action, word in WORDS.items():
-            lines += _action(word, [step for step in found.steps if step.action == action], width)
-    lines += _dropped(found, width, most)
-    if found.left_behind:
-        lines.append(f"  left behind: {listing(found.left_behind, None if verbose else 8)}")
-    told = [finding for finding in found.findings if finding.code != "prefix"]  # the prefix is shown above
-    return fitted([*lines, *findings(told, verbose, width), summary(found)], width)
+            lines += _action(word, [step for step in plan.steps if step.action == action], width)
+    lines += _dropped(plan, width, most)
+    if plan.left_behind:
+        lines.append(f"  left behind: {listing(plan.left_behind, None if verbose else 8)}")
+    shown = [finding for finding in plan.findings if finding.code != "prefix"]  # the prefix is shown above
+    return fitted([*lines, *findings(shown, verbose, width), summary(plan)], width)
 
 
 def _reason(step: Step) -> str:
@@ -57,19 +57,19 @@ def _action(word: str, steps: Sequence[Step], width: int | None) -> list[str]:
     return [*lines, heading(word, len(apart), "each for its own reason"), *table(apart, width, under=word)] if apart else lines
 
 
-def _dropped(found: Plan, width: int | None, most: int | None) -> list[str]:
-    if not found.dropped:
+def _dropped(plan: Plan, width: int | None, most: int | None) -> list[str]:
+    if not plan.dropped:
         return []
     return [
-        heading("drop", len(found.dropped), "of the source"),
-        *folded([(row.source, (row.reason,)) for row in found.dropped], width, most, "drop"),
+        heading("drop", len(plan.dropped), "of the source"),
+        *folded([(row.source, (row.reason,)) for row in plan.dropped], width, most, "drop"),
     ]
 
 
-def summary(found: Plan) -> str:
+def summary(plan: Plan) -> str:
     """The plan in one line."""
-    counts = Counter(step.action for step in found.steps)
+    counts = Counter(step.action for step in plan.steps)
     words = [f"{counts[action]} to {word}" for action, word in WORDS.items() if counts[action]]  # type: ignore[index]
-    words += [f"{len(found.dropped)} to drop"] if found.dropped else []
-    shards = f" Shards of at most {exact(found.max_shard_size)}." if found.max_shard_size else ""
-    return f"Plan: {', '.join(words) or 'nothing to do'}. Coverage {coverage_words(found.coverage)}.{shards}"
+    words += [f"{len(plan.dropped)} to drop"] if plan.dropped else []
+    shards = f" Shards of at most {exact(plan.max_shard_size)}." if plan.max_shard_size else ""
+    return f"Plan: {', '.join(words) or 'nothing to do'}. Coverage {coverage_words(plan.coverage)}.{shards}"

@@ -138,7 +138,7 @@ def level_line(level: str, words: str) -> str:
 def listing(names: Sequence[object], most: int | None = 8) -> str:
     """Names on one line, the rest counted."""
     shown = names[:most]
-    return ", ".join(name(one) for one in shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+    return ", ".join(name(entry) for entry in shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def most_rows(verbose: bool) -> int | None:
@@ -156,13 +156,13 @@ def table(rows: Iterable[Row], width: int | None, most: int | None = MOST, under
     head, hidden = _gap(len(every), most)
     shown = [[name(cell) for cell in row] for row in (*every[:head], *every[head + hidden :])]
     lines: list[str] = []
-    for place, (line, row) in enumerate(zip(_indented(shown, width), shown, strict=True)):
+    for index, (line, row) in enumerate(zip(_indented(shown, width), shown, strict=True)):
         close = f"    {'  '.join(row)}".rstrip()  # not aligned with the others
         ways = [[line], [close], [f"    {'  '.join(row[:-1])}".rstrip(), f"        {row[-1]}"]]
-        told = next((way for way in ways if width is None or len(row) == 1 or len(way[0]) <= width), ways[-1])
-        if hidden and place == head:
+        shown_row = next((way for way in ways if width is None or len(row) == 1 or len(way[0]) <= width), ways[-1])
+        if hidden and index == head:
             lines.append(_more(hidden))
-        lines += [styled(told[0], style, 4, 4 + len(row[0])), *told[1:]]
+        lines += [styled(shown_row[0], style, 4, 4 + len(row[0])), *shown_row[1:]]
     return lines
 
 
@@ -268,22 +268,22 @@ def cells_of(rows: Iterable[Folded]) -> list[Row]:
     >>> cells_of(fold([("fc.weight", ("F32", "(2, 3)")), ("fc.bias", ("F32", "(2,)"))], lambda cells: cells[0]))
     [('fc.{weight,bias}', 'F32', '(2, 3), (2,)')]
     """
-    found: list[Row] = []
+    lines: list[Row] = []
     for row in rows:
         every: Any = row.common if isinstance(row.common, Several) else [row.common]
-        found.append((row.key, *(", ".join(cells if len(set(cells)) > 1 else cells[:1]) for cells in zip(*every, strict=True))))
-    return found
+        lines.append((row.key, *(", ".join(cells if len(set(cells)) > 1 else cells[:1]) for cells in zip(*every, strict=True))))
+    return lines
 
 
-def keys(found: Iterable[str], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
+def keys(names: Iterable[str], width: int | None, most: int | None = MOST, under: str = "") -> list[str]:
     """Keys without values: folded, or, with `most` None, one on each line; in the style of their heading."""
-    return table([(key,) for key in (found if most is None else fold_keys(found))], width, most, under)
+    return table([(key,) for key in (names if most is None else fold_keys(names))], width, most, under)
 
 
-def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list[str]:
+def findings(findings: Sequence[Finding], verbose: bool, width: int | None) -> list[str]:
     """Findings, equal ones together (a note without its keys); of more than `MOST` the rest is counted."""
     together: dict[tuple[str, str], list[str]] = {}
-    for finding in found:
+    for finding in findings:
         together.setdefault((finding.level, finding.message), []).extend([finding.key] if finding.key is not None else [])
     lines: list[str] = []
     most = most_rows(verbose)
@@ -292,8 +292,8 @@ def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list
         words = message if verbose or len(message) <= LONGEST else f"{message[:LONGEST].rstrip()} … (-v shows all)"
         if len(named) > 1:
             plural = of_several(words)
-            said = f": {name(words)}" if plural is None else f" {name(plural)}"
-            lines.append(level_line(level, f"{count(len(named), 'tensor')}{said}"))
+            ending = f": {name(words)}" if plural is None else f" {name(plural)}"
+            lines.append(level_line(level, f"{count(len(named), 'tensor')}{ending}"))
             lines += keys(named, width, most) if level != "note" or verbose else []
         else:
             lines.append(level_line(level, f"{''.join(f'{name(key)}: ' for key in named)}{name(words)}"))
@@ -301,11 +301,11 @@ def findings(found: Sequence[Finding], verbose: bool, width: int | None) -> list
     return lines + ([styled(f"  … and {count(rest, 'finding')} more (-v shows all)", "faint", 2)] if rest else [])
 
 
-def quantised(found: Iterable[Codes], whose: str = "") -> list[str]:
+def quantised(weights: Iterable[Codes], whose: str = "") -> list[str]:
     """A line for each scheme of quantisation: how many weights it has, and an example."""
     by_scheme: dict[str, list[Codes]] = {}
-    for one in found:
-        by_scheme.setdefault(one.scheme, []).append(one)
+    for weight in weights:
+        by_scheme.setdefault(weight.scheme, []).append(weight)
     return [
         f"  quantised{whose}: {count(len(same), 'weight')} as {scheme}, such as {name(same[0].key)}"
         + (f" ({listing(same[0].scales)})" if same[0].scales else "")
@@ -341,11 +341,11 @@ def next_step(label: str, command: Command, live: InMemory, width: int | None) -
     return [] if call is None else [styled(label, "strong") + f" {name(call)}"]
 
 
-def coverage(found: Coverage) -> str:
+def coverage(coverage: Coverage) -> str:
     """Coverage as text; never rounded up to 100 %.
 
     >>> from ckptsurgeon.report import Coverage
     >>> coverage(Coverage(0.5, 0.99999))
     '50.0 % of tensors, 99.9 % of elements'
     """
-    return f"{percent(found.tensors)} of tensors, {percent(found.elements)} of elements"
+    return f"{percent(coverage.tensors)} of tensors, {percent(coverage.elements)} of elements"
