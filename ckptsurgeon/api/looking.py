@@ -87,12 +87,13 @@ def inspect(
         archive = replace(archive, chosen=_opening.open_source(archive, root=root, parts=True))
     look = Look(tuple(patterns), sort, (depth or DEPTH) if tree else 0)
     if look.patterns:
-        _refuse_no_match(archive, look)
+        _refuse_no_match(archive, root or "", look)
     return replace(archive, look=look)
 
 
-def _refuse_no_match(archive: Archive, look: Look) -> None:
+def _refuse_no_match(archive: Archive, root: str, look: Look) -> None:
     """Raises RuleError for patterns that match none of the keys that would be shown."""
+    from ckptsurgeon.planning.plan_types import way_to_look
     from ckptsurgeon.rules.meant import meant_words
     from ckptsurgeon.rules.patterns import compile_pattern
 
@@ -108,7 +109,7 @@ def _refuse_no_match(archive: Archive, look: Look) -> None:
             problems[0] if len(problems) == 1 else f"{len(problems)} patterns match no key",
             path=archive.path,
             problems=tuple(problems) if len(problems) > 1 else (),
-            hint="quote a pattern, so that the shell leaves it as it is: 'fc.*'; ** crosses dots",
+            hint=f"see the names: {way_to_look(archive.path, root, False, None)}",
         )
 
 

@@ -32,6 +32,16 @@ TYPED: tuple[tuple[str, str, str], ...] = (
         "model:Net: is a model, where a checkpoint file is needed",
         "save its names and shapes: ckptsurgeon skeleton model:Net -o net.json",
     ),
+    (
+        "inspect net_params.pkl 'fc4.*'",
+        "net_params.pkl: 'fc4.*' matches no key (close: fc3.bias, fc2.bias, fc1.bias)",
+        "see the names: ckptsurgeon inspect -v net_params.pkl",
+    ),
+    (
+        "inspect train.pt 'fc4.*' fc5 --root model",
+        "train.pt: 2 patterns match no key\n  'fc4.*' matches no key (close: fc3.bias, fc2.bias, fc1.bias)\n  'fc5' matches no key (close: fc1.weight, fc1.bias, fc2.weight)",
+        "see the names: ckptsurgeon inspect -v train.pt --root model",
+    ),
     ("diff net_params.pkl model:Nett", "model:Nett: model has no 'Nett'", "is it model:Net?"),
     (
         "diff net_params.pkl modle:Net",
