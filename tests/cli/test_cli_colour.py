@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import PROGRAM
+from cli_support import PROGRAM, read_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -143,38 +143,26 @@ def test_what_beats_what(words: str, variables: dict[str, str], terminal: bool, 
     assert wanted(Stream(False), words.split(), variables) == pipe
 
 
-def both(words: list[str], out: bool, err: bool, **env: str) -> tuple[bytes, bytes]:
+def both(words: list[str], out: bool, err: bool, **env: str) -> tuple[str, str]:
     """What a run gives on stdout and on stderr, each a terminal or a pipe."""
     ends = [pty.openpty() if terminal else os.pipe() for terminal in (out, err)]
     variables = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")} | {"TERM": "xterm", **env}
     process = subprocess.Popen([*PROGRAM, *words], stdin=subprocess.DEVNULL, stdout=ends[0][1], stderr=ends[1][1], env=variables)
-    seen = []
     for _, theirs in ends:
         os.close(theirs)
-    for ours, _ in ends:
-        text = b""
-        while True:
-            try:
-                piece = os.read(ours, 65536)
-            except OSError:  # Linux: the other side of a terminal is closed
-                break
-            if not piece:
-                break
-            text += piece
-        os.close(ours)
-        seen.append(text)
+    stdout, stderr = (read_to_end(ours) for ours, _ in ends)
     process.wait(60)
-    return seen[0], seen[1]
+    return stdout, stderr
 
 
 @pytest.mark.parametrize(("out", "err"), [(True, True), (True, False), (False, True), (False, False)])
 def test_each_stream_gets_colour_where_it_is_a_terminal(place: Path, out: bool, err: bool) -> None:
     texts = both(["diff", "net_params.pkl", "model:Net"], out, err)
-    assert [b"\x1b[" in text for text in texts] == [out, err]
+    assert ["\x1b[" in text for text in texts] == [out, err]
 
 
 def test_a_dumb_terminal_gets_no_colour(place: Path) -> None:
-    assert b"\x1b" not in b"".join(both(["diff", "net_params.pkl", "model:Net"], True, True, TERM="dumb"))
+    assert "\x1b" not in "".join(both(["diff", "net_params.pkl", "model:Net"], True, True, TERM="dumb"))
 
 
 @pytest.mark.parametrize(

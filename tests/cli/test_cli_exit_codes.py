@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import PROGRAM
+from cli_support import PROGRAM, on_a_terminal
 
 NET, VARIANT = "model:Net", "variants:NetVariant"
 
@@ -110,29 +109,10 @@ def test_verbose_shows_every_key(run):
         assert re.search(rf"^    {re.escape(key)}( |$)", long, re.M)
 
 
-def on_a_terminal(words: list[str], **env: str) -> str:
-    """What a terminal gets of a run's two streams."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([*PROGRAM, *words], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env={**os.environ, **env})
-    os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # Linux: the other side is closed
-            break
-        if not piece:
-            break
-        seen += piece
-    process.wait(60)
-    os.close(ours)
-    return seen.decode().replace("\r\n", "\n")
-
-
 def test_a_narrow_terminal_gets_no_long_lines_and_a_pipe_one_row_a_line(place):
     words = ["diff", "net_params.pkl", "base.pt"]
     subprocess.run([*PROGRAM, "merge", "net_params.pkl", VARIANT, "-o", "base.pt"], check=True, capture_output=True)
-    narrow = on_a_terminal(words, COLUMNS="60", NO_COLOR="1")
+    narrow = on_a_terminal(*words, COLUMNS="60", NO_COLOR="1")
     assert max(map(len, narrow.splitlines())) <= 66  # a folded key stays whole
     assert "Next:\n  ckptsurgeon merge net_params.pkl base.pt -o merged.pt \\\n      --rename" in narrow
     piped = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, env={**os.environ, "COLUMNS": "60"}).stdout

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cli_support import PROGRAM
+from cli_support import on_a_terminal
 from test_cli_schemas import fits
 
 from ckptsurgeon.cli.main import COMMANDS
@@ -59,23 +56,6 @@ def test_the_help_of_a_command_leads_to_its_page(run) -> None:
         assert last == f"Read more: ckptsurgeon guide {name}"
         assert f"ckptsurgeon {name}" in run("guide", name).out
     assert run("--help").out.splitlines()[-1].strip() == "Read more: ckptsurgeon guide"
-
-
-def on_a_terminal(*words: str, **more: str) -> str:
-    ours, its = pty.openpty()
-    try:
-        command = subprocess.Popen([*PROGRAM, *words], stdin=its, stdout=its, stderr=its, env={**os.environ, **more})
-        os.close(its)
-        out = b""
-        try:
-            while part := os.read(ours, 65536):
-                out += part
-        except OSError:  # its end: the other side is closed
-            pass
-        assert command.wait(60) == 0
-    finally:
-        os.close(ours)
-    return out.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudoterminal")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from cli_support import ROOT
+from cli_support import ROOT, read_to_end
 
 from ckptsurgeon.cli import progress_line
 from ckptsurgeon.cli.progress_line import ProgressLine
@@ -52,20 +52,6 @@ def program(*words: str, out: int, err: int, delay: float = 0.0, slow: float = 0
     return subprocess.Popen([sys.executable, "-c", SETTING, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
 
 
-def read(number: int) -> str:
-    text = b""
-    while True:
-        try:
-            piece = os.read(number, 65536)
-        except OSError:  # Linux: the other side of a terminal is closed
-            break
-        if not piece:
-            break
-        text += piece
-    os.close(number)
-    return text.decode()
-
-
 def run(*words: str, out: bool = True, err: bool = True, columns: int = 80, **how: float) -> tuple[int, str, str]:
     """The exit code, and what a run gives on stdout and stderr, which may be one terminal, or a terminal and a pipe."""
     ours, theirs = pty.openpty()
@@ -74,7 +60,7 @@ def run(*words: str, out: bool = True, err: bool = True, columns: int = 80, **ho
     process = program(*words, out=theirs if out else end, err=theirs if err else end, **how)
     os.close(theirs)
     os.close(end)
-    seen, piped = read(ours), read(pipe)
+    seen, piped = read_to_end(ours), read_to_end(pipe)
     return process.wait(60), seen, piped
 
 
@@ -153,7 +139,7 @@ def test_an_interrupt_leaves_a_clean_line_and_no_file(files: Path, sent: int, co
     while b"writing" not in seen and time.monotonic() < deadline:
         seen += os.read(ours, 65536)
     process.send_signal(sent)
-    text = seen.decode() + read(ours)
+    text = seen.decode() + read_to_end(ours)
     assert process.wait(60) == code and screen(text) in (shown, [*shown, ""]), text
     assert sorted(os.listdir()) == before
 
