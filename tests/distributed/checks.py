@@ -156,3 +156,8 @@ def on_all(value: Any) -> list[Any]:
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, value)
     return rows
+
+
+def kinds(call: Callable[[], Any]) -> list[str]:
+    """The kind of error of ours that a call raises on each rank; `""` for none."""
+    return [wrong.partition(":")[0] for wrong in on_all(refusal(call))]

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from checks import check, mesh, on_all, refusal, same, saved, seeded, sharded
+from checks import check, kinds, mesh, on_all, refusal, same, saved, seeded, sharded
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -19,10 +19,6 @@ from ckptsurgeon.errors import UnreadableError
 from ckptsurgeon.models.sharded.blocks import Part
 from ckptsurgeon.models.sharded.values import Stored
 from ckptsurgeon.storage.local import LocalFile
-
-
-def kinds(call: Any) -> list[str]:
-    return [wrong.partition(":")[0] for wrong in on_all(refusal(call))]
 
 
 @check(2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from checks import check, on_all, refusal, saved, seeded, sharded
+from checks import Net, check, kinds, on_all, saved, seeded, sharded
 from torch.nn.parallel import DistributedDataParallel
 
 import ckptsurgeon as cs
@@ -66,4 +66,12 @@ def a_missing_file_on_one_rank(folder: Path) -> None:
     path = saved(seeded(1).state_dict(), folder / "net.safetensors")
     model = sharded(seeded(1))
     own = path if dist.get_rank() == 0 else folder / "no.safetensors"
-    assert [wrong.partition(":")[0] for wrong in on_all(refusal(lambda: cs.verify(own, model)))] == ["UnreadableError"] * 2
+    assert kinds(lambda: cs.verify(own, model)) == ["UnreadableError"] * 2
+
+
+@check(1, 2)
+def a_model_on_meta_is_refused(folder: Path) -> None:
+    path = saved(seeded(1).state_dict(), folder / "net.safetensors")
+    with torch.device("meta"):
+        model = sharded(Net())
+    assert kinds(lambda: cs.verify(path, model)) == ["ModelError"] * dist.get_world_size()

@@ -65,6 +65,13 @@ def test_non_finite_values(tmp_path: Path) -> None:
     assert not cs.verify(tmp_path / "a.safetensors", model, in_place=True, finite=True).ok
 
 
+def test_a_model_on_meta_has_nothing_to_compare(tmp_path: Path) -> None:
+    save_file(nn.Linear(2, 2).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(cs.ModelError, match="weight: has no values") as caught:
+        cs.verify(tmp_path / "a.safetensors", nn.Linear(2, 2, device="meta"), in_place=True)
+    assert caught.value.problems == ("bias",)
+
+
 @pytest.mark.parametrize("asked", [{"device": "cpu"}, {"inputs": ["1x2"]}, {"seed": 1}])
 def test_what_is_for_a_copy_is_refused(tmp_path: Path, asked: dict[str, object]) -> None:
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "a.safetensors")

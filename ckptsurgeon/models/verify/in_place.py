@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.errors import FormatError
+from ckptsurgeon.errors import FormatError, ModelError
+from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.sharded.blocks import Part, bands, narrowed
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.target.conversions import find_naming
@@ -51,11 +52,12 @@ def verify_in_place(
         (a warning, or an error with `finite`), `tied`, `hook`, `dtype`, `conversions` (notes).
 
     Raises:
-        ModelError: the model is in FullyShardedDataParallel.
+        ModelError: the model is in FullyShardedDataParallel, or has no values: it is on the meta device.
     """
     with ranks.step() as step:
         refuse_flat(model.modules())
         own = state_dict_of(model, checkpoint.path)
+        _refuse_meta(own)
         state, checkpoint = _bare(own), replace(checkpoint, tensors=_bare(checkpoint), entries=_bare(checkpoint.entries))
         skeleton = checkpoint_of_state_dict(state, checkpoint.path)
         as_read = read_by_library(checkpoint, replace(skeleton, naming=find_naming(model, own) if conversions else None))
@@ -97,6 +99,17 @@ def verify_in_place(
         fresh=tuple(map(str, fresh)) if isinstance(fresh, (list, tuple)) else None,
         in_place=True,
     )
+
+
+def _refuse_meta(state: Mapping[str, Any]) -> None:
+    on_meta = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    if on_meta:
+        raise ModelError(
+            "has no values: it is on the meta device",
+            key=on_meta[0],
+            problems=shortened(on_meta[1:]),
+            hint="model.to_empty(device=…), transfer the checkpoint, then verify",
+        )
 
 
 def _bare(named: Mapping[str, Any]) -> dict[str, Any]:
