@@ -157,12 +157,13 @@ def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack, held: list[BaseExcept
 
     plan, model = run.plan, run.model
     with ranks.step():
-        sharded.refuse(plan, model, state_dict_of(model, type(model).__name__))
-        if meta.on_meta(model):
-            plan = meta.with_initial_values(plan)
-            meta.refuse_unreachable(model, plan)
-            undo.enter_context(meta.memory_for(model, run.optimizer))
         state = state_dict_of(model, type(model).__name__)
+        sharded.refuse(plan, model, state)
+        if meta.on_meta(model):
+            plan = meta.with_initial_values(plan, state)
+            meta.refuse_unreachable(model, plan, state)
+            undo.enter_context(meta.memory_for(model, run.optimizer))
+            state = state_dict_of(model, type(model).__name__)
         origins = prepare.Origins(plan, run.given, run.live, run.reader, model, state, run.own.kernels, run.own.schemes)
         wanted = origins.all()
         sharded.refuse_unwritable(state, wanted)

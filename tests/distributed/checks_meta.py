@@ -79,8 +79,32 @@ def what_the_state_dict_does_not_show_is_refused(folder: Path) -> None:
     wrong = refusal(lambda: cs.transfer(path, model))
     assert wrong.startswith("ModelError: frequencies") and len(set(on_all(wrong))) == 1
     model.frequencies = torch.arange(3.0)
+    torn = saved({"w": torch.full((4,), 1e300, dtype=torch.float64)}, folder / "torn.safetensors")
+    assert refusal(lambda: cs.transfer(torn, model)).startswith("CastError")
+    assert model.w.is_meta and model.frequencies.tolist() == [0.0, 1.0, 2.0]
     cs.transfer(path, model)
     assert model.frequencies.tolist() == [0.0, 1.0, 2.0] and model.w.to_local().tolist() == [0.0, 0.0]
+
+
+@check(2)
+def what_has_values_does_not_lose_them(folder: Path) -> None:
+    """A buffer keeps its own, though the source has none for it; parameters that have some are refused."""
+    path = saved({"w": torch.ones(4)}, folder / "w.safetensors")
+    with torch.device("meta"):
+        model = nn.Module()
+        model.w = nn.Parameter(torch.zeros(4))
+    model.register_buffer("scale", torch.tensor(3.0))
+    fully_shard(model, mesh=mesh(dist.get_world_size()))
+    assert cs.transfer(path, model).fresh == ("scale",)
+    assert model.scale.item() == 3.0
+    with torch.device("meta"):
+        half = nn.Sequential(nn.Linear(2, 2))
+    half.append(nn.Linear(2, 2))
+    fully_shard(half, mesh=mesh(dist.get_world_size()))
+    before = half[1].weight.to_local().clone()
+    body = saved({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, folder / "body.safetensors")
+    assert refusal(lambda: cs.transfer(body, half)).startswith("ModelError: 1.weight: has values")
+    assert half[0].weight.is_meta and torch.equal(half[1].weight.to_local(), before)
 
 
 @check(1, 2)

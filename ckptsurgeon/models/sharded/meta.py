@@ -1,12 +1,12 @@
 """Memory for a sharded model on the meta device, and the plan for it: what no source gives is drawn by its layer's own `reset_parameters`.
 
 A meta model has no constructor's values. What its state_dict does not show (buffers that are not persistent) could never get any, and is
-refused by name.
+refused by name. Buffers that have values keep them; a parameter that has values, among others that have none, is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,20 +29,34 @@ def on_meta(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def with_initial_values(plan: Plan) -> Plan:
-    """The plan where every value that would be the constructor's is the layer's own `reset_parameters`', by the plan's seed."""
+def with_initial_values(plan: Plan, state: Mapping[str, Any]) -> Plan:
+    """The plan where every value that would be the constructor's is the layer's own `reset_parameters`', by the plan's seed.
+
+    Steps for tensors of `state`, the model's state_dict, that have values stay as they are.
+    """
 
     def op(row: Any) -> Any:
         return {**row, "scheme": _DRAWN} if row.get("scheme") == KEEP and (row["op"] == "init" or row.get("fill") == "init") else row
 
-    return replace(plan, steps=tuple(replace(step, ops=tuple(map(op, step.ops))) for step in plan.steps))
+    return replace(
+        plan, steps=tuple(replace(step, ops=tuple(map(op, step.ops))) if state[step.target].is_meta else step for step in plan.steps)
+    )
 
 
-def refuse_unreachable(model: nn.Module, plan: Plan) -> None:
-    """Raises ModelError for tensors on meta that no transfer reaches, or that keep a value which they do not have."""
+def refuse_unreachable(model: nn.Module, plan: Plan, state: Mapping[str, Any]) -> None:
+    """Raises ModelError for tensors on meta that no transfer reaches, or that keep a value which they do not have; and for parameters
+    that have values, which memory for the others would take from them."""
     parameters, buffers = named_tensors(model)
-    lost = [name for name, one in (*parameters.items(), *buffers.items()) if one.tensor.is_meta and not one.keys]
-    lost += [step.target for step in plan.steps if step.action in ("keep", "load")]
+    with_values = [name for name, parameter in parameters.items() if not parameter.tensor.is_meta]
+    if with_values:
+        raise ModelError(
+            "has values, and other parameters are on the meta device: it would lose them",
+            key=with_values[0],
+            problems=shortened(with_values[1:]),
+            hint="build the whole model on meta, or model.to_empty(device=…), give these their values, then transfer",
+        )
+    lost = [name for name, tensor in (*parameters.items(), *buffers.items()) if tensor.tensor.is_meta and not tensor.keys]
+    lost += [step.target for step in plan.steps if step.action in ("keep", "load") and state[step.target].is_meta]
     if lost:
         raise ModelError(
             "is on the meta device, and would have no value: it is not in the state_dict",
@@ -54,22 +68,26 @@ def refuse_unreachable(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
-    """Give a meta model memory on its mesh's device; when what is done within fails, it is on meta again.
+    """Give a meta model memory on its mesh's device; if the block fails, what was on meta is there again.
 
     Raises:
         ModelError: its plain parameters are other objects afterwards, so that a tie, or the optimizer that was made of them, would be lost.
     """
     before = named_tensors(model)[0]
-    real = [
+    with_values = [
         (module, name, buffer)
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
-    try:
-        model.to_empty(device=_device(model))
-        for module, name, buffer in real:
+
+    def to(device: torch.device | str) -> None:
+        model.to_empty(device=device)
+        for module, name, buffer in with_values:
             module._buffers[name] = buffer
+
+    try:
+        to(_device(model))
         after = named_tensors(model)[0]
         own = {id(one.tensor) for one in after.values()}
         held = set() if optimizer is None else {id(one) for group in optimizer.param_groups for one in group["params"]}
@@ -84,7 +102,7 @@ def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
             )
         yield
     except BaseException:
-        model.to(device="meta")
+        to("meta")
         raise
 
 
