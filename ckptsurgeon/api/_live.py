@@ -100,8 +100,8 @@ def transfer(
                 check_all(reader, [given])
             told.same = {"training state": sha256(repr(carried).encode()).hexdigest()}
         if carried is not None and averaged is not None:
-            report = again(averaged.source, averaged.model, averaged.root, averaged.left_out)
-            with ranks.step():
+            with ranks.step():  # the copy may be of this rank alone
+                report = again(averaged.source, averaged.model, averaged.root, averaged.left_out)
                 carried = averaged.told(carried, report)
         way.put(extra)
         with ranks.step():

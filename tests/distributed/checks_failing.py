@@ -9,12 +9,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from checks import check, kinds, mesh, on_all, refusal, same, saved, seeded, sharded
+from checks import check, device, kinds, mesh, on_all, refusal, same, saved, seeded, sharded
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import ckptsurgeon as cs
+from ckptsurgeon.api import _gates
 from ckptsurgeon.errors import UnreadableError
 from ckptsurgeon.models.sharded.blocks import Part
 from ckptsurgeon.models.sharded.values import Stored
@@ -85,12 +87,30 @@ def an_interrupt_on_one_rank_is_raised_on_all(folder: Path) -> None:
             raise KeyboardInterrupt
 
     came = ""
-    with mock.patch("ckptsurgeon.api._gates.check", failing):
+    with mock.patch.object(_gates, "check", failing):
         try:
             cs.transfer(path, model)
         except (KeyboardInterrupt, cs.CheckpointError) as error:
             came = type(error).__name__
     assert on_all(came) == ["CheckpointError", "KeyboardInterrupt"]
+
+
+@check(2)
+def a_failure_for_one_ranks_averaged_copy_is_raised_on_all(folder: Path) -> None:
+    """The copies are plain models, of which each rank has its own, while the model is spread over both."""
+    path = saved({"model": seeded(1).state_dict(), "ema": seeded(3).state_dict()}, folder / "train.pt")
+    model, copy = DistributedDataParallel(seeded(2).to(device())), seeded(4)
+    gate = _gates.check
+
+    def failing(plan: Any, *rest: Any) -> None:
+        if dist.get_rank() == 1 and plan.sources[0].root == "ema":
+            raise UnreadableError("can't be read: Input/output error", path=path)
+        gate(plan, *rest)
+
+    with mock.patch.object(_gates, "check", failing):
+        assert kinds(lambda: cs.transfer(path, model, ema=copy)) == ["UnreadableError"] * 2
+    same(model.module, seeded(2).state_dict())
+    same(copy, seeded(4).state_dict())
 
 
 @check(2)

@@ -65,7 +65,7 @@ class Ranks:
     def step(self) -> Iterator[Step]:
         """A step that all ranks take or none: it ends when all have come to its end, and raises on all if one has failed.
 
-        Within the block nothing may be asked of other ranks.
+        Within the block nothing may be asked of other ranks, but by steps which all ranks take before anything else in it can fail.
 
         Raises:
             CheckpointError: of the kind that the other rank raised, which it names; PlanError where the ranks are about to do different
