@@ -85,7 +85,7 @@ def _matched(
             dequantize=options.dequantize,
             layout=tuple(options.layout or ()),
             numbers=options.numbers or {},
-            told=model and partial(numbers_of, model),
+            target_numbers=model and partial(numbers_of, model),
         )
     refusal = proposed.refusal(LEAST)
     if refusal is not None:

@@ -18,7 +18,7 @@ from ckptsurgeon.matching.choose import Choice, choose
 from ckptsurgeon.matching.evidence.likeness import ALIKE, alike, in_order, only_way
 from ckptsurgeon.matching.evidence.score import Anchors, Clues
 from ckptsurgeon.matching.frontier import Frontier
-from ckptsurgeon.matching.leftover import Place, pair_leftovers
+from ckptsurgeon.matching.leftover import Surroundings, pair_leftovers
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.matching.pairing import Laid, Left, Record, laid, under
 from ckptsurgeon.progress import beat
@@ -76,35 +76,35 @@ class _Pass:
         self.likenesses: dict[tuple[int, int], float] = {}
         self.done: dict[tuple[int, int, float], _Done] = {}
 
-    def alike(self, one: Node, other: Node) -> float:
-        key = (one.form, other.form)
-        found = self.likenesses.get(key) if not (one.leaf or other.leaf) else None
-        if found is None:
-            found = self.likenesses[key] = alike(one, other)
-        return found
+    def alike(self, first: Node, second: Node) -> float:
+        key = (first.form, second.form)
+        likeness = self.likenesses.get(key) if not (first.leaf or second.leaf) else None
+        if likeness is None:
+            likeness = self.likenesses[key] = alike(first, second)
+        return likeness
 
     def pair(self, choice: Choice, depth: int) -> Left:
         """Two nodes go together: write it down, and place what is in them."""
         beat()
-        one, other = choice.source, choice.target
-        if one.leaf and other.leaf:
+        source, target = choice.source, choice.target
+        if source.leaf and target.leaf:
             self.record.units.append(laid(choice))
             return Left()
         self.record.modules.append(laid(choice))
-        key = (one.inner, other.inner, choice.margin)
+        key = (source.inner, target.inner, choice.margin)
         if key in self.done:
             return self.done[key].repeat(choice, self.record)
         starts = len(self.record.units), len(self.record.modules), len(self.record.lost)
         left = self.place(choice, depth + 1)
         units, modules, lost = self.record.units[starts[0] :], self.record.modules[starts[1] :], self.record.lost[starts[2] :]
-        self.done[key] = _Done(one, other, units, modules, lost, left)
+        self.done[key] = _Done(source, target, units, modules, lost, left)
         return left
 
     def place(self, above: Choice, depth: int) -> Left:
-        """Place what is in one module on what is in another; what is left over is tried together once more at the end."""
-        one, other = above.source, above.target
-        sources, targets = one.children or (one,), other.children or (other,)
-        exact = one.form == other.form
+        """Pair what is in one module with what is in the other; what is left over is tried together once more at the end."""
+        source, target = above.source, above.target
+        sources, targets = source.children or (source,), target.children or (target,)
+        exact = source.form == target.form
         here, there = Frontier(sources), Frontier(targets)
         left: tuple[list[Node], list[Node]] = ([], [])
         anchors = self.anchors(sources, targets)
@@ -131,7 +131,7 @@ class _Pass:
                     frontier.open(node)
                     units += [node] if node.leaf else []
         rest = Left((*left[0], *here.nodes.values()), (*left[1], *there.nodes.values()))
-        placed, unplaced = pair_leftovers(rest, Place(above, exact, depth == 1, self.balanced), self.clues)
+        placed, unplaced = pair_leftovers(rest, Surroundings(above, exact, depth == 1, self.balanced), self.clues)
         self.record.units += placed
         return unplaced
 
@@ -144,81 +144,89 @@ class _Pass:
             for node in (source, *source.children)
             if id(node) in self.clues.partners
         )
-        return list(islice(((one, other) for one, other in pairs if id(other) in there), _ANCHORS))
+        return list(islice(((near, partner) for near, partner in pairs if id(partner) in there), _ANCHORS))
 
     def _same(self, here: Frontier, there: Frontier, size: int, anchors: Anchors) -> _Group | None:
         """Nodes of the greatest size with equal contents on both sides; modules may be equal in size alone (parts fused or turned)."""
-        ones, others = here.of_size(size), there.of_size(size)
-        forms = {node.form for node in others}
-        form = next((node.form for node in ones if node.form in forms), None)
+        largest_sources, largest_targets = here.of_size(size), there.of_size(size)
+        forms = {node.form for node in largest_targets}
+        form = next((node.form for node in largest_sources if node.form in forms), None)
         if form is not None:
-            ones, others = [node for node in ones if node.form == form], [node for node in others if node.form == form]
-            return self._group(ones, others, here, there, anchors)
-        modules, other_modules = [node for node in ones if not node.leaf], [node for node in others if not node.leaf]
-        spreads = [dict(node.spread) for node in others]
-        if not any(dict(node.spread) in spreads for node in ones):
+            largest_sources, largest_targets = (
+                [node for node in largest_sources if node.form == form],
+                [node for node in largest_targets if node.form == form],
+            )
+            return self._group(largest_sources, largest_targets, here, there, anchors)
+        source_modules, target_modules = (
+            [node for node in largest_sources if not node.leaf],
+            [node for node in largest_targets if not node.leaf],
+        )
+        spreads = [dict(node.spread) for node in largest_targets]
+        if not any(dict(node.spread) in spreads for node in largest_sources):
             return None
-        if modules and others and (other_modules or len(modules) == len(others)):
-            return self._group(modules, other_modules or others, here, there, anchors)
-        if other_modules and len(other_modules) == len(ones):
-            return self._group(ones, other_modules, here, there, anchors)
+        if source_modules and largest_targets and (target_modules or len(source_modules) == len(largest_targets)):
+            return self._group(source_modules, target_modules or largest_targets, here, there, anchors)
+        if target_modules and len(target_modules) == len(largest_sources):
+            return self._group(largest_sources, target_modules, here, there, anchors)
         return None
 
-    def _group(self, ones: Sequence[Node], others: Sequence[Node], here: Frontier, there: Frontier, anchors: Anchors) -> _Group:
-        if len(ones) != len(others):
-            if ones[0].leaf and others[0].leaf:
-                return _Group([], ones, others)
-            if len({node.folded for node in ones}) == len({node.folded for node in others}) == 1:
-                rows = here.in_row(ones[0]), there.in_row(others[0])
+    def _group(self, sources: Sequence[Node], targets: Sequence[Node], here: Frontier, there: Frontier, anchors: Anchors) -> _Group:
+        if len(sources) != len(targets):
+            if sources[0].leaf and targets[0].leaf:
+                return _Group([], sources, targets)
+            if len({node.folded for node in sources}) == len({node.folded for node in targets}) == 1:
+                rows = here.in_row(sources[0]), there.in_row(targets[0])
                 if len(rows[0]) > 1 or len(rows[1]) > 1:
                     return self._sequence(*rows)
-        group = {id(node) for node in (*ones, *others)}
-        apart = [(one, other) for one, other in anchors if id(one) not in group and id(other) not in group]
-        return _Group(choose(ones, others, self.clues, apart), ones, others)
+        group = {id(node) for node in (*sources, *targets)}
+        apart = [(source, target) for source, target in anchors if id(source) not in group and id(target) not in group]
+        return _Group(choose(sources, targets, self.clues, apart), sources, targets)
 
     def _much_alike(self, here: Frontier, there: Frontier, size: int) -> _Group | None:
         """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone."""
         for mine, theirs in ((here, there), (there, here)):
-            for one in mine.of_size(size):
-                candidates = [] if one.leaf else theirs.like(one)
-                best = max(candidates, key=lambda node: self.alike(one, node), default=None)
-                if best is None or not self._nearest(one, best, mine):
+            for module in mine.of_size(size):
+                candidates = [] if module.leaf else theirs.like(module)
+                best = max(candidates, key=lambda node: self.alike(module, node), default=None)
+                if best is None or not self._nearest(module, best, mine):
                     continue
-                ones = [node for node in mine.in_row(one) if not node.leaf]
-                others = [node for node in theirs.in_row(best) if node.leaf == best.leaf]
-                return self._sequence(others, ones) if mine is there else self._sequence(ones, others)
+                own_row = [node for node in mine.in_row(module) if not node.leaf]
+                their_row = [node for node in theirs.in_row(best) if node.leaf == best.leaf]
+                return self._sequence(their_row, own_row) if mine is there else self._sequence(own_row, their_row)
         return None
 
-    def _nearest(self, one: Node, best: Node, mine: Frontier) -> bool:
+    def _nearest(self, module: Node, best: Node, mine: Frontier) -> bool:
         """Whether a module is much like another, and nothing beside or inside of them is more so."""
-        value = self.alike(one, best)
+        value = self.alike(module, best)
         if value < (0.9 if best.leaf else ALIKE) or any(
-            self.alike(node, best) > value + 1e-9 for node in mine.like(best) if node.folded != one.folded
+            self.alike(node, best) > value + 1e-9 for node in mine.like(best) if node.folded != module.folded
         ):
             return False
-        return not any(self.alike(node, best) > value for node in one.children) and not any(
-            self.alike(one, node) > value for node in best.children
+        return not any(self.alike(node, best) > value for node in module.children) and not any(
+            self.alike(module, node) > value for node in best.children
         )
 
-    def _sequence(self, ones: Sequence[Node], others: Sequence[Node]) -> _Group:
+    def _sequence(self, sources: Sequence[Node], targets: Sequence[Node]) -> _Group:
         """Pair two rows of modules that are alike but not equal, in the order of their numbers."""
-        pairs, unique = self._in_step(ones, others)
-        same_names = all(ones[row].numbers == others[column].numbers for row, column in pairs)
+        pairs, unique = self._in_step(sources, targets)
+        same_names = all(sources[row].numbers == targets[column].numbers for row, column in pairs)
         margin = inf if unique else 1.0 if same_names else 0.5
-        told = ("much alike",) if len(pairs) == 1 else ("much alike, in the order of their numbers",)
-        choices = [Choice(ones[row], others[column], margin, told) for row, column in pairs]
+        evidence = ("much alike",) if len(pairs) == 1 else ("much alike, in the order of their numbers",)
+        choices = [Choice(sources[row], targets[column], margin, evidence) for row, column in pairs]
         return _Group(choices, [choice.source for choice in choices], [choice.target for choice in choices])
 
-    def _in_step(self, ones: Sequence[Node], others: Sequence[Node]) -> tuple[list[tuple[int, int]], bool]:
+    def _in_step(self, sources: Sequence[Node], targets: Sequence[Node]) -> tuple[list[tuple[int, int]], bool]:
         """Which of two rows go together, and whether in this way only."""
-        if len(ones) == len(others) and all(self.alike(one, other) >= ALIKE for one, other in zip(ones, others, strict=True)):
-            return [(place, place) for place in range(len(ones))], True
-        if len(ones) * len(others) > _TABLE:
-            there = {other.numbers: place for place, other in enumerate(others)}
-            return [(place, there[one.numbers]) for place, one in enumerate(ones) if one.numbers in there], False
-        table = [[self.alike(one, other) for other in others] for one in ones]
+        if len(sources) == len(targets) and all(
+            self.alike(source, target) >= ALIKE for source, target in zip(sources, targets, strict=True)
+        ):
+            return [(position, position) for position in range(len(sources))], True
+        if len(sources) * len(targets) > _TABLE:
+            there = {target.numbers: position for position, target in enumerate(targets)}
+            return [(position, there[source.numbers]) for position, source in enumerate(sources) if source.numbers in there], False
+        table = [[self.alike(source, target) for target in targets] for source in sources]
         pairs = in_order(table)
-        return pairs, len(ones) == len(others) or only_way(table, pairs)
+        return pairs, len(sources) == len(targets) or only_way(table, pairs)
 
 
 @dataclass(frozen=True)
@@ -245,10 +253,10 @@ class _Group:
         return [node for node in (self.sources, self.targets)[side] if id(node) not in taken]
 
 
-def _move(frontier: Frontier, some: Iterable[Node], to: list[Node]) -> None:
-    for node in some:
+def _move(frontier: Frontier, nodes: Iterable[Node], destination: list[Node]) -> None:
+    for node in nodes:
         frontier.remove(node)
-        to.append(node)
+        destination.append(node)
 
 
 def _open(frontier: Frontier, left: list[Node], size: int) -> None:

@@ -29,19 +29,19 @@ def assign(scores: Scores) -> list[tuple[int, int]]:
         while True:
             done[column] = True
             here, step, following = owner[column], inf, 0
-            for other in range(1, columns + 1):
-                if not done[other]:
-                    cost = -scores[here - 1][other - 1] - potential_row[here] - potential[other]
-                    if cost < least[other]:
-                        least[other], before[other] = cost, column
-                    if least[other] < step:
-                        step, following = least[other], other
-            for other in range(columns + 1):
-                if done[other]:
-                    potential_row[owner[other]] += step
-                    potential[other] -= step
+            for other_column in range(1, columns + 1):
+                if not done[other_column]:
+                    cost = -scores[here - 1][other_column - 1] - potential_row[here] - potential[other_column]
+                    if cost < least[other_column]:
+                        least[other_column], before[other_column] = cost, column
+                    if least[other_column] < step:
+                        step, following = least[other_column], other_column
+            for other_column in range(columns + 1):
+                if done[other_column]:
+                    potential_row[owner[other_column]] += step
+                    potential[other_column] -= step
                 else:
-                    least[other] -= step
+                    least[other_column] -= step
             column = following
             if not owner[column]:
                 break
@@ -58,16 +58,16 @@ def margins(scores: Scores, pairs: Sequence[tuple[int, int]]) -> list[tuple[floa
     """
     rows, columns = len(scores), len(scores[0]) if scores else 0
     free_rows, free_columns = set(range(rows)) - {row for row, _ in pairs}, set(range(columns)) - {column for _, column in pairs}
-    found: list[tuple[float, tuple[int, int] | None]] = []
+    losses: list[tuple[float, tuple[int, int] | None]] = []
     for row, column in pairs:
         best: tuple[float, tuple[int, int] | None] = (inf, None)
         for other_row, other_column in pairs:
             if other_row != row:
                 lost = scores[row][column] + scores[other_row][other_column] - scores[row][other_column] - scores[other_row][column]
                 best = min(best, (lost, (row, other_column)), key=lambda item: item[0])
-        for other in free_columns:
-            best = min(best, (scores[row][column] - scores[row][other], (row, other)), key=lambda item: item[0])
-        for other in free_rows:
-            best = min(best, (scores[row][column] - scores[other][column], (other, column)), key=lambda item: item[0])
-        found.append(best)
-    return found
+        for free in free_columns:
+            best = min(best, (scores[row][column] - scores[row][free], (row, free)), key=lambda item: item[0])
+        for free in free_rows:
+            best = min(best, (scores[row][column] - scores[free][column], (free, column)), key=lambda item: item[0])
+        losses.append(best)
+    return losses

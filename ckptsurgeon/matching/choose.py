@@ -41,8 +41,8 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
         return [Choice(sources[0], targets[0], 0.5 if against and sources[0].leaf else inf, (ALONE,))]
     if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
         return [
-            Choice(one, other, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
-            for one, other in zip(*(sorted(nodes, key=lambda node: node.numbers) for nodes in (sources, targets)), strict=True)
+            Choice(source, target, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
+            for source, target in zip(*(sorted(nodes, key=lambda node: node.numbers) for nodes in (sources, targets)), strict=True)
         ]
     in_rows = _in_rows(sources, targets, clues, anchors)
     if in_rows:
@@ -52,13 +52,13 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
     table = Table(sources, targets, clues, anchors)
     scores = [[table.score(row, column) for column in range(len(targets))] for row in range(len(sources))]
     pairs = assign(scores)
-    found = []
-    for (row, column), (margin, other) in zip(pairs, margins(scores, pairs), strict=True):
-        runner_up = (sources[other[0]], targets[other[1]]) if other else None
+    choices = []
+    for (row, column), (margin, rival) in zip(pairs, margins(scores, pairs), strict=True):
+        runner_up = (sources[rival[0]], targets[rival[1]]) if rival else None
         if any(words.endswith(AGAINST_IT) for words in table.parts(row, column)):
             margin = min(margin, 0.5)  # the best of bad ones
-        found.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
-    return _without_the_clear(found, sources, targets, clues, anchors)
+        choices.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
+    return _without_the_clear(choices, sources, targets, clues, anchors)
 
 
 def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> bool:
@@ -74,7 +74,7 @@ def _in_rows(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anc
     """Where both sides are rows of numbered ones (two norms of each layer, or a list of each): which row is which, once for all."""
     if len(sources) != len(targets):
         return []
-    found: list[list[Choice]] = []
+    ways: list[list[Choice]] = []
     for rows in _rows(sources):
         for other_rows in _rows(targets):
             if len(rows) == len(other_rows) > 1 and len({len(row) for row in (*rows, *other_rows)}) == 1 < len(rows[0]):
@@ -82,16 +82,16 @@ def _in_rows(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anc
                     continue  # numbers alone: their order tells
                 chosen = choose([row[0] for row in rows], [row[0] for row in other_rows], clues, anchors)
                 of = {id(row[0]): row for row in (*rows, *other_rows)}
-                found.append(
+                ways.append(
                     [
-                        replace(choice, source=one, target=other)
+                        replace(choice, source=source, target=target)
                         for choice in chosen
-                        for one, other in zip(of[id(choice.source)], of[id(choice.target)], strict=True)
+                        for source, target in zip(of[id(choice.source)], of[id(choice.target)], strict=True)
                     ]
                 )
-    if len(found) > 1:  # as many rows as each has: which number counts the rows is not told
-        return [replace(choice, margin=min(choice.margin, 0.5)) for choice in found[0]]
-    return found[0] if found else []
+    if len(ways) > 1:  # as many rows as each has: which number counts the rows is not told
+        return [replace(choice, margin=min(choice.margin, 0.5)) for choice in ways[0]]
+    return ways[0] if ways else []
 
 
 def _rows(nodes: Sequence[Node]) -> list[list[list[Node]]]:
@@ -101,13 +101,13 @@ def _rows(nodes: Sequence[Node]) -> list[list[list[Node]]]:
         differ = [at for at, values in enumerate(zip(*(node.numbers for node in nodes), strict=True)) if len(set(values)) > 1]
         named = [at for at in differ if not nodes[0].whole_parts[at]]  # `norms_1.0`: the list counts by the number that is a part
         keys = [partial(_number_at, at) for at in (named if len(named) == 1 < len(differ) else differ)]
-    found = []
+    ways = []
     for key in keys:
         rows: dict[object, list[Node]] = {}
         for node in sorted(nodes, key=lambda node: node.numbers):
             rows.setdefault(key(node), []).append(node)
-        found.append(list(rows.values()))
-    return found
+        ways.append(list(rows.values()))
+    return ways
 
 
 def _number_at(at: int, node: Node) -> int:
@@ -122,24 +122,24 @@ def _many(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchor
     for side, nodes in enumerate((sources, targets)):
         for node in nodes:
             rows.setdefault(frozenset(word for word in words[side][id(node)] & both if word[0] != "#"), ([], []))[side].append(node)
-    found: list[Choice] = []
+    choices: list[Choice] = []
     rest: tuple[list[Node], list[Node]] = ([], [])
-    for told, (ones, others) in rows.items():
-        if told and ones and others and max(len(ones), len(others)) < max(len(sources), len(targets)):
-            found += choose(ones, others, clues, anchors)
+    for shared_words, (row_sources, row_targets) in rows.items():
+        if shared_words and row_sources and row_targets and max(len(row_sources), len(row_targets)) < max(len(sources), len(targets)):
+            choices += choose(row_sources, row_targets, clues, anchors)
         else:
-            rest[0].extend(ones)
-            rest[1].extend(others)
-    return [*found, *(Choice(one, other, 0.0, ("in the order of keys",)) for one, other in zip(*rest, strict=False))]
+            rest[0].extend(row_sources)
+            rest[1].extend(row_targets)
+    return [*choices, *(Choice(source, target, 0.0, ("in the order of keys",)) for source, target in zip(*rest, strict=False))]
 
 
 def _without_the_clear(
-    found: list[Choice], sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors
+    choices: list[Choice], sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors
 ) -> list[Choice]:
     """Look again at those that are not clear, among themselves: other words may tell them apart."""
-    clear = [choice for choice in found if choice.margin >= ENOUGH]
-    if not clear or len(clear) == len(found):
-        return found
+    clear = [choice for choice in choices if choice.margin >= ENOUGH]
+    if not clear or len(clear) == len(choices):
+        return choices
     done = {id(node) for choice in clear for node in (choice.source, choice.target)}
     rest = [[node for node in nodes if id(node) not in done] for nodes in (sources, targets)]
     above = min(choice.margin for choice in clear)

@@ -32,7 +32,7 @@ _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid",
 
 
 @dataclass(frozen=True)
-class Found:
+class Facts:
     """Everything that doubts look at.
 
     Attributes:
@@ -65,10 +65,10 @@ class Found:
         module = key.rpartition(".")[0]
         above = module.rpartition(".")[0]
         last = ""
-        for other in self._beside[side].get(above, ()):
-            if other.startswith(f"{module}."):
+        for sibling in self._beside[side].get(above, ()):
+            if sibling.startswith(f"{module}."):
                 break
-            last = other
+            last = sibling
         words = set(concepts(last[len(above) + 1 :].partition(".")[0])) & {"self", "cross"}
         return words.pop() if len(words) == 1 else ""
 
@@ -76,23 +76,23 @@ class Found:
         """Whether the self- and the cross-attention beside a norm have weights of the same shapes."""
         above = key.rpartition(".")[0].rpartition(".")[0]
         shapes: dict[str, Counter[tuple[int, ...]]] = {"self": Counter(), "cross": Counter()}
-        for other in self._beside[side].get(above, ()):
-            words = set(concepts(other[len(above) + 1 :].partition(".")[0]))
+        for sibling in self._beside[side].get(above, ()):
+            words = set(concepts(sibling[len(above) + 1 :].partition(".")[0]))
             for kind in words & shapes.keys() if "norm" not in words else ():
-                shapes[kind][(self.source, self.target)[side][other].shape] += 1
+                shapes[kind][(self.source, self.target)[side][sibling].shape] += 1
         return shapes["self"] == shapes["cross"]
 
     @cached_property
     def _beside(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """The keys within each module that holds a counted norm, at any depth, in their order."""
-        found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+        by_module: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
         for side, tensors in enumerate((self.source, self.target)):
             for key in tensors:
                 head = key.rpartition(".")[0]
                 while head:
-                    found[side].setdefault(head, []).append(key)
+                    by_module[side].setdefault(head, []).append(key)
                     head = head.rpartition(".")[0]
-        return found
+        return by_module
 
     @cached_property
     def namesakes(self) -> dict[str, str]:
@@ -116,90 +116,90 @@ class Doubt(NamedTuple):
         return replace(link, sources=sources, margin=min(link.margin, 0.0), evidence=(*link.evidence, self.words), runner_up=rival)
 
 
-def doubted(found: Found) -> list[Link]:
+def doubted(facts: Facts) -> list[Link]:
     """The links; those that a doubt is about have lost their margin, and say why."""
     for kind in _DOUBTS:
         beat()
-        doubts = {id(doubt.link): doubt for doubt in kind(found)}
+        doubts = {id(doubt.link): doubt for doubt in kind(facts)}
         if doubts:
-            found = replace(found, links=[doubts[id(link)].cast() if id(link) in doubts else link for link in found.links])
-    return list(found.links)
+            facts = replace(facts, links=[doubts[id(link)].cast() if id(link) in doubts else link for link in facts.links])
+    return list(facts.links)
 
 
 _Doubts = Iterator[Doubt]
 
 
-def _another_size(found: Found) -> _Doubts:
+def _another_size(facts: Facts) -> _Doubts:
     """A stranger for a tensor that the source has under that very name, in another shape, idle or in exchange for the stranger."""
-    goes = {key: link.targets[0] for link in found.links if len(link.sources) == len(link.targets) == 1 for key in link.sources}
-    for link in _open(found):
+    target_of = {key: link.targets[0] for link in facts.links if len(link.sources) == len(link.targets) == 1 for key in link.sources}
+    for link in _open(facts):
         for name in link.targets:
-            key = found.namesakes.get(name)
-            if key is None or key in link.sources or found.source[key].shape == found.target[name].shape:
+            key = facts.namesakes.get(name)
+            if key is None or key in link.sources or facts.source[key].shape == facts.target[name].shape:
                 continue
-            if key not in found.used or (key in goes and found.namesakes.get(goes[key]) in link.sources):
+            if key not in facts.used or (key in target_of and facts.namesakes.get(target_of[key]) in link.sources):
                 yield Doubt(link, f"{key} has that name, in another size", f"{key} -> {name}")
                 break
 
 
-def _shape_alone(found: Found) -> _Doubts:
+def _shape_alone(facts: Facts) -> _Doubts:
     """What nothing but a shape speaks for."""
-    support = Support(found.links, found.source, found.target, found.same, found.bare, found.ordered)
-    often = Counter(key for link in found.links if link.certain for key in link.sources)
-    for link in _open(found):
+    support = Support(facts.links, facts.source, facts.target, facts.same, facts.bare, facts.ordered)
+    often = Counter(key for link in facts.links if link.certain for key in link.sources)
+    for link in _open(facts):
         if all(often[key] == 1 for key in link.sources) and not support.speaks_for(link):
             yield Doubt(link, "nothing but its shape speaks for it" if support.strangers else "all else goes by its name: it may be fresh")
 
 
-def _idle_equals(found: Found) -> _Doubts:
+def _idle_equals(facts: Facts) -> _Doubts:
     """A module that is one of several which differ by number alone, where others are idle, and the target has not that number."""
     idle: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for key, tensor in found.source.items():
-        if key not in found.used:
+    for key, tensor in facts.source.items():
+        if key not in facts.used:
             idle.setdefault((fold(key), squeezed(tensor.shape)), []).append(key)
-    places = {key: at for at, key in enumerate(found.source)}
+    positions = {key: at for at, key in enumerate(facts.source)}
     modules: dict[tuple[str, str], list[Doubt | None]] = {}
-    for link in found.links:
-        if len(link.sources) == 1 and not found.named(link):
+    for link in facts.links:
+        if len(link.sources) == 1 and not facts.named(link):
             pair = link.sources[0].rpartition(".")[0], link.targets[0].rpartition(".")[0]
-            modules.setdefault(pair, []).append(_idle(link, found, idle, places))
+            modules.setdefault(pair, []).append(_idle(link, facts, idle, positions))
     for doubts in modules.values():
         if None not in doubts:
             yield from (doubt for doubt in doubts if doubt)
 
 
-def _idle(link: Link, found: Found, idle: Mapping[tuple[str, tuple[int, ...]], list[str]], places: Mapping[str, int]) -> Doubt | None:
+def _idle(link: Link, facts: Facts, idle: Mapping[tuple[str, tuple[int, ...]], list[str]], positions: Mapping[str, int]) -> Doubt | None:
     """The doubt of one link, if an idle key is as good as its own; the first of them is shown."""
     (key,) = link.sources
-    others = idle.get((fold(key), squeezed(found.source[key].shape)), ())
-    if not others or _numbers(found.bare.get(key, key)) == _numbers(link.targets[0]) or _counted_alike(key, link.targets[0], others):
+    others = idle.get((fold(key), squeezed(facts.source[key].shape)), ())
+    if not others or _numbers(facts.bare.get(key, key)) == _numbers(link.targets[0]) or _counted_alike(key, link.targets[0], others):
         return None
-    first, rival = sorted((key, others[0]), key=lambda one: places[one])
+    first, rival = sorted((key, others[0]), key=lambda candidate: positions[candidate])
     return Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))
 
 
 def _counted_alike(key: str, name: str, others: Iterable[str]) -> bool:
     """Whether both names count their lists alike, and idle keys differ from the link's own by such a number alone."""
     return _MEMBER.findall(key) == _MEMBER.findall(name) and all(
-        _MEMBER.sub("{}", other) == _MEMBER.sub("{}", key) and _MEMBER.findall(other) != _MEMBER.findall(name) for other in others
+        _MEMBER.sub("{}", idle_key) == _MEMBER.sub("{}", key) and _MEMBER.findall(idle_key) != _MEMBER.findall(name) for idle_key in others
     )
 
 
-def _out_of_order(found: Found) -> _Doubts:
+def _out_of_order(facts: Facts) -> _Doubts:
     """Members of a numbered list that stand across the order of the others, where their shapes would let them stand elsewhere."""
-    for (here, there), links in _by_lists(link for link in found.links if link.clear).items():
-        places = {(int(_number_at(link.sources[0], here)), int(_number_at(link.targets[0], there))) for link in links}
-        numbers = [one for one, _ in places]
-        if len(places) < 3 or len(numbers) != len(set(numbers)):
+    for (here, there), links in _by_lists(link for link in facts.links if link.clear).items():
+        moves = {(int(_number_at(link.sources[0], here)), int(_number_at(link.targets[0], there))) for link in links}
+        numbers = [source_number for source_number, _ in moves]
+        if len(moves) < 3 or len(numbers) != len(set(numbers)):
             continue
-        order = [other for _, other in sorted(places)]
+        order = [target_number for _, target_number in sorted(moves)]
         if order == sorted(order) or order == sorted(order, reverse=True):
             continue
         kept = set(_longest_rise(order))
-        alike = Counter((fold(link.sources[0][len(here) :]), found.source[link.sources[0]].shape) for link in links)
+        alike = Counter((fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape) for link in links)
         for link in links:
-            other = alike[fold(link.sources[0][len(here) :]), found.source[link.sources[0]].shape] > 1
-            if other and int(_number_at(link.targets[0], there)) not in kept and not found.named(link):
+            has_peers = alike[fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape] > 1
+            if has_peers and int(_number_at(link.targets[0], there)) not in kept and not facts.named(link):
                 yield Doubt(link, "it stands across the order of its list")
 
 
@@ -222,36 +222,38 @@ def _number_at(key: str, head: str) -> str:
 
 def _by_lists(links: Iterable[Link]) -> dict[tuple[str, str], list[Link]]:
     """Links of one tensor each by the lists that they may be of: heads of both names that end where a number begins."""
-    found: dict[tuple[str, str], list[Link]] = {}
+    by_lists: dict[tuple[str, str], list[Link]] = {}
     for link in links:
         if (
             len(link.sources) == len(link.targets) == 1
             and max(map(len, _numbers(link.sources[0]) + _numbers(link.targets[0])), default=0) < 10
         ):
             for pair in _lists(link.sources[0], link.targets[0]):
-                found.setdefault(pair, []).append(link)
-    return found
+                by_lists.setdefault(pair, []).append(link)
+    return by_lists
 
 
-def _either_direction(found: Found) -> _Doubts:
+def _either_direction(facts: Facts) -> _Doubts:
     """Lists of equal members that one library may count up and another down, where nothing but numbers tells which."""
     lists = {
         pair: links
-        for pair, links in _by_lists(_open(found)).items()
+        for pair, links in _by_lists(_open(facts)).items()
         if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY and _concepts_differ(*map(_last_name, pair))
     }
-    alike = {pair for pair in lists if _all_alike(found.source, pair[0]) and _all_alike(found.target, pair[1])}
-    told = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
+    alike = {pair for pair in lists if _all_alike(facts.source, pair[0]) and _all_alike(facts.target, pair[1])}
+    decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
     for pair in alike:
         counts = _counted(lists[pair], pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
-        if counted_both and not {(tuple(map(_above, pair)), count) for count in counts} <= told:  # a list beside it, of other shapes, tells
+        if (
+            counted_both and not {(tuple(map(_above, pair)), count) for count in counts} <= decided
+        ):  # a list beside it, of other shapes, tells
             for link in lists[pair]:
                 yield Doubt(link, "such lists are counted up or down, and these are all alike")
 
 
-def _concepts_differ(one: str, other: str) -> bool:
-    return set(concepts(one)) != set(concepts(other))
+def _concepts_differ(first: str, second: str) -> bool:
+    return set(concepts(first)) != set(concepts(second))
 
 
 def _above(head: str) -> str:
@@ -271,63 +273,65 @@ def _all_alike(side: Tensors, head: str) -> bool:
         number = _NUMBER.match(key, len(head)) if key.startswith(head) else None
         if number:
             members.setdefault(number[0], set()).add((key[number.end() :], tensor.shape))
-    return len(members) > 1 and len({frozenset(one) for one in members.values()}) == 1
+    return len(members) > 1 and len({frozenset(contents) for contents in members.values()}) == 1
 
 
 def _last_name(head: str) -> str:
     return head.rstrip("._0123456789").rpartition(".")[2]
 
 
-def _lists(one: str, other: str) -> Iterator[tuple[str, str]]:
+def _lists(source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
     """Heads of two names that end where a number begins."""
-    for a in _INDEX.finditer(one):
-        for b in _INDEX.finditer(other):
-            yield one[: a.start()], other[: b.start()]
+    for a in _INDEX.finditer(source_key):
+        for b in _INDEX.finditer(target_key):
+            yield source_key[: a.start()], target_key[: b.start()]
 
 
-def _across(found: Found) -> _Doubts:
+def _across(facts: Facts) -> _Doubts:
     """A target that its name says to be the first (or the last) of a list, for one in the middle of it."""
     by_list: dict[str, dict[int, Link]] = {}
-    for link in found.links:
+    for link in facts.links:
         if link.certain and len(link.sources) == len(link.targets) == 1:
             for head, number in _placed(link.sources[0]):
                 by_list.setdefault(head, {}).setdefault(number, link)
-    for link in _open(found):
+    for link in _open(facts):
         if len(link.sources) != 1 or len(link.targets) != 1:
             continue
         words = set(concepts(link.targets[0].split(".")[-2])) & {"first", "final"} if link.targets[0].count(".") else set()
         for head, number in _placed(link.sources[0]) if words else ():
             parent = link.targets[0].rpartition(".")[0].rpartition(".")[0]
             beside = [
-                other for other, one in by_list[head].items() if one is not link and parent and one.targets[0].startswith(f"{parent}.")
+                index
+                for index, rival in by_list[head].items()
+                if rival is not link and parent and rival.targets[0].startswith(f"{parent}.")
             ]
-            if ("first" in words and any(other < number for other in beside)) or (
-                "final" in words and any(other > number for other in beside)
+            if ("first" in words and any(index < number for index in beside)) or (
+                "final" in words and any(index > number for index in beside)
             ):
                 yield Doubt(link, "by its name it stands elsewhere in its list")
                 break
 
 
-def _counted_and_named(found: Found) -> _Doubts:
+def _counted_and_named(facts: Facts) -> _Doubts:
     """Norms that one side counts and the other names after self- and cross-attention: which attention comes first is not agreed on.
 
     Where keys stand in an order of their own, a norm that stands right behind an attention is that one's. Where they do not, the order of
     the first transformer (Vaswani and others 2017) is taken for one whose attentions are alike, and for no other.
     """
     units: dict[tuple[int, str], list[tuple[Link, str]]] = {}
-    for link in _open(found):
+    for link in _open(facts):
         if len(link.sources) == len(link.targets) == 1:
-            for side, key, other in ((0, link.sources[0], link.targets[0]), (1, link.targets[0], link.sources[0])):
+            for side, key, counterpart in ((0, link.sources[0], link.targets[0]), (1, link.targets[0], link.sources[0])):
                 kind = _attention_of(key)
-                name = other.rpartition(".")[0]
-                if kind and not _attention_of(other) and name[-1:].isdigit():
+                name = counterpart.rpartition(".")[0]
+                if kind and not _attention_of(counterpart) and name[-1:].isdigit():
                     units.setdefault((side, name.rpartition(".")[0]), []).append((link, kind))
     for (side, _), links in units.items():
         if len({kind for _, kind in links}) < 2:
             continue
-        classic = found.ordered or found.attentions_alike((links[0][0].sources, links[0][0].targets)[side][0], side)
+        classic = facts.ordered or facts.attentions_alike((links[0][0].sources, links[0][0].targets)[side][0], side)
         for link, kind in links:
-            before = found.before((link.targets, link.sources)[side][0], 1 - side) if found.ordered else ""
+            before = facts.before((link.targets, link.sources)[side][0], 1 - side) if facts.ordered else ""
             if not classic or (before and before != kind):
                 yield Doubt(link, "norms are counted on one side, and named after attentions on the other")
 
@@ -346,15 +350,15 @@ def _placed(key: str) -> Iterator[tuple[str, int]]:
         yield f"{key[: numbers[-1].start()]}#{key[numbers[-1].end() :]}", int(numbers[-1][0])
 
 
-def _open(found: Found) -> Iterator[Link]:
-    return (link for link in found.links if link.clear and not found.named(link))
+def _open(facts: Facts) -> Iterator[Link]:
+    return (link for link in facts.links if link.clear and not facts.named(link))
 
 
 def _numbers(key: str) -> list[str]:
     return _NUMBER.findall(key)
 
 
-_DOUBTS: tuple[Callable[[Found], _Doubts], ...] = (
+_DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _another_size,
     _across,
     _counted_and_named,

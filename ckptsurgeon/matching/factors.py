@@ -31,8 +31,8 @@ class Form:
         names: their names; the first has the weight's shape where `whole` is 0, else the one of that number.
         dims: the dims that can be meant, by their shapes; none where they are no such factors.
         unfolds: whether the same op makes them of a weight.
-        told: whether the values tell the dim where the shapes do not. In torch's new form they always do, in the old one after some steps
-            of training.
+        values_tell: whether the values tell the dim where the shapes do not. In torch's new form they always do, in the old one after
+            some steps of training.
     """
 
     op: str
@@ -40,11 +40,11 @@ class Form:
     whole: int
     dims: Callable[..., tuple[int | None, ...]]
     unfolds: bool = False
-    told: bool = True
+    values_tell: bool = True
 
 
 FORMS = (
-    Form("spectral_norm", ("{}_orig", "{}_u", "{}_v"), 0, spectral_norm.dims_of, told=False),
+    Form("spectral_norm", ("{}_orig", "{}_u", "{}_v"), 0, spectral_norm.dims_of, values_tell=False),
     Form("weight_norm", ("{}_g", "{}_v"), 1, weight_norm.dims_of, True),
     Form("weight_norm", ("parametrizations.{}.original0", "parametrizations.{}.original1"), 1, weight_norm.dims_of, True),
     Form(
@@ -94,7 +94,7 @@ class Side:
 
     def ties(self, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
         """Groups of keys that are one tensor, by the names that are seen here; of factors where all are one."""
-        firsts = {one.keys[0]: name for name, one in self.factored.items()}
+        firsts = {weight.keys[0]: name for name, weight in self.factored.items()}
         groups = list(groups)
         tied = {key for group in groups for key in group}
         for group in groups:
@@ -107,76 +107,76 @@ class Side:
 def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
     """Both sides as plain models would have them. What both hold alike under PEFT stays as it is."""
     renamed = [unwrapped(side) for side in (source, target)]
-    both = all(renamed) or any(key in other for one, other in zip(renamed, (target, source), strict=True) for key in one)
+    both = all(renamed) or any(key in other_side for names, other_side in zip(renamed, (target, source), strict=True) for key in names)
     codes = quantised.find(source), quantised.find(target)
     hidden = {} if codes[1] else codes[0]
-    one, other = (
-        _side(side, {} if both else renamed[at], hidden if at == 0 else {}, codes[at]) for at, side in enumerate((source, target))
-    )
-    return one, other
+    names = ({}, {}) if both else renamed
+    return _side(source, names[0], hidden, codes[0]), _side(target, names[1], {}, codes[1])
 
 
 def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[str, Codes], codes: Mapping[str, Codes]) -> Side:
-    beside = {name for one in hidden.values() if one.op is not None for name in (*one.scales, *one.beside)}
+    beside = {
+        name for hidden_codes in hidden.values() if hidden_codes.op is not None for name in (*hidden_codes.scales, *hidden_codes.beside)
+    }
     names = {renamed.get(key, key): tensor for key, tensor in tensors.items() if key not in beside}
     seen = {name: tensor for name, tensor in names.items() if name is not None}
     groups = dict(_groups(seen))
     factored = {name: Factored((tensor,)) for name, tensor in seen.items() if name != tensor.name}
-    found: dict[str, TensorMeta] = {}
-    place = {name: weight for weight, (form, keys) in groups.items() for name in keys}
+    plain: dict[str, TensorMeta] = {}
+    weight_of = {name: weight for weight, (form, keys) in groups.items() for name in keys}
     for name, tensor in seen.items():
-        weight = place.get(name)
+        weight = weight_of.get(name)
         if weight is None:
             dtype = "F32" if tensor.name in hidden and hidden[tensor.name].op is not None else tensor.dtype
-            found[name] = tensor if name == tensor.name and dtype == tensor.dtype else replace(tensor, name=name, dtype=dtype)
-        elif weight not in found:
+            plain[name] = tensor if name == tensor.name and dtype == tensor.dtype else replace(tensor, name=name, dtype=dtype)
+        elif weight not in plain:
             form, keys = groups[weight]
             parts = [seen[key] for key in keys]
-            found[weight] = replace(parts[form.whole], name=weight)
+            plain[weight] = replace(parts[form.whole], name=weight)
             factored[weight] = _factored(form, parts)
-    return Side(found, factored, codes)
+    return Side(plain, factored, codes)
 
 
 def _factored(form: Form, parts: Sequence[TensorMeta]) -> Factored:
     dims = form.dims(*(tensor.shape for tensor in parts))
-    told = len(dims) == 1 or form.told
+    decided = len(dims) == 1 or form.values_tell
     ways = (
         (form.op, "as the values tell, refused where they do not"),
         *((f"{form.op}(dim={dim})", f"rows along dim {dim}") for dim in dims),
     )
-    choices = () if told else ways
+    choices = () if decided else ways
     return Factored(tuple(parts), form.op, form.op if form.unfolds else None, choices)
 
 
 def _groups(tensors: Tensors) -> Iterator[tuple[str, tuple[Form, tuple[str, ...]]]]:
     """Each weight that a side holds in factors: its name, and theirs."""
     taken: set[str] = set()
-    some = [key for key in tensors if key.endswith(_TAILS)]
-    inner = _inner(tensors) if some else {}
+    candidates = [key for key in tensors if key.endswith(_TAILS)]
+    inner = _inner(tensors) if candidates else {}
     for form in FORMS:
-        for key in some:
+        for key in candidates:
             stem = _stem(key, form.names[0])
             if stem is None or key in taken:
                 continue
             head, name = stem
             weight = f"{head}{name}"
-            keys = tuple(head + one.format(name) for one in form.names)
-            whole = all(one in tensors and one not in taken for one in keys) and weight not in tensors
+            keys = tuple(head + part.format(name) for part in form.names)
+            whole = all(part in tensors and part not in taken for part in keys) and weight not in tensors
             alone = inner.get(f"{head}parametrizations.{name}", len(keys)) == len(keys)
-            if whole and alone and form.dims(*(tensors[one].shape for one in keys)):
+            if whole and alone and form.dims(*(tensors[part].shape for part in keys)):
                 taken.update(keys)
                 yield weight, (form, keys)
 
 
 def _inner(tensors: Tensors) -> dict[str, int]:
     """How many tensors stand under each parametrized name: with more than a form has, it is another one, or one of several."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for key in tensors:
         head, inside, rest = key.rpartition("parametrizations.")
         if inside and "." in rest:
             name = f"{head}{inside}{rest.partition('.')[0]}"
-            found[name] = found.get(name, 0) + 1
-    return found
+            counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 def _stem(key: str, name: str) -> tuple[str, str] | None:
@@ -186,20 +186,20 @@ def _stem(key: str, name: str) -> tuple[str, str] | None:
         return None
     stem = key[: len(key) - len(after)]
     if before:
-        head, found, weight = stem.rpartition(before)
-        return (head, weight) if found and weight and "." not in weight and (not head or head.endswith(".")) else None
+        head, separator, weight = stem.rpartition(before)
+        return (head, weight) if separator and weight and "." not in weight and (not head or head.endswith(".")) else None
     head, dot, weight = stem.rpartition(".")
     return (head + dot, weight) if "weight" in weight.split("_") else None
 
 
-def written(links: Iterable[Link], source: Side, target: Side, *, dequantize: bool = False) -> list[Link]:
+def as_stored(links: Iterable[Link], source: Side, target: Side, *, dequantize: bool = False) -> list[Link]:
     """Links between what a plain model would have, as links between what is there; `dequantize` says that values are made of codes."""
-    told = [_told(link, source, target) for link in links]
-    found = [one for link in told for one in _written(link, source.factored, target.factored)]
-    return [_as_codes(link, source.codes, target.codes, dequantize) for link in found]
+    checked = [_doubt_lone_factors(link, source, target) for link in links]
+    stored = [stored_link for link in checked for stored_link in _stored_links(link, source.factored, target.factored)]
+    return [_as_codes(link, source.codes, target.codes, dequantize) for link in stored]
 
 
-def _told(link: Link, source: Side, target: Side) -> Link:
+def _doubt_lone_factors(link: Link, source: Side, target: Side) -> Link:
     """A link, doubted where it takes a factor that is alone for a weight."""
     lone = [tuple(_part(key, side) for key in keys) for keys, side in ((link.sources, source), (link.targets, target))]
     if any(map(any, lone)) and not (lone[0] == lone[1] and len(link.sources) == len(link.targets) == 1):
@@ -207,36 +207,44 @@ def _told(link: Link, source: Side, target: Side) -> Link:
     return link
 
 
-def _written(link: Link, source: Mapping[str, Factored], target: Mapping[str, Factored]) -> Iterator[Link]:
-    ones, others = [source.get(key) for key in link.sources], [target.get(key) for key in link.targets]
-    if not any(ones) and not any(others):
+def _stored_links(link: Link, source: Mapping[str, Factored], target: Mapping[str, Factored]) -> Iterator[Link]:
+    source_weights, target_weights = [source.get(key) for key in link.sources], [target.get(key) for key in link.targets]
+    if not any(source_weights) and not any(target_weights):
         yield link
         return
-    if len(ones) == len(others) == 1 and ones[0] and others[0] and ones[0].kind == others[0].kind and not link.op:
-        for one, other in zip(ones[0].keys, others[0].keys, strict=True):
-            layouts = tuple(replace(layout, sources=(one,), targets=(other,)) for layout in link.choices)
-            yield replace(link, sources=(one,), targets=(other,), choices=layouts)
+    if (
+        len(source_weights) == len(target_weights) == 1
+        and source_weights[0]
+        and target_weights[0]
+        and source_weights[0].kind == target_weights[0].kind
+        and not link.op
+    ):
+        for source_key, target_key in zip(source_weights[0].keys, target_weights[0].keys, strict=True):
+            layouts = tuple(replace(layout, sources=(source_key,), targets=(target_key,)) for layout in link.choices)
+            yield replace(link, sources=(source_key,), targets=(target_key,), choices=layouts)
         return
-    folds = {one.op if one is not None else "" for one in ones}
-    unfolds = {other.unfold if other is not None else "" for other in others}
+    folds = {weight.op if weight is not None else "" for weight in source_weights}
+    unfolds = {weight.unfold if weight is not None else "" for weight in target_weights}
     if len(folds) > 1 or len(unfolds) > 1 or None in unfolds:
         return
     (fold,), (unfold,) = folds, unfolds
-    if unfold and len(others) > 1:
+    if unfold and len(target_weights) > 1:
         return
     sources, targets = _keys(link.sources, source), _keys(link.targets, target)
     if (fold or unfold) and len(sources) > 1 and len(targets) > 1:
         return  # no one rule has several keys on both sides
     layouts = tuple(
-        Layout(one.kind, one.words, _keys(one.sources, source), _keys(one.targets, target), _chain(fold, one.op, unfold or ""))
-        for one in link.choices
+        Layout(
+            choice.kind, choice.words, _keys(choice.sources, source), _keys(choice.targets, target), _chain(fold, choice.op, unfold or "")
+        )
+        for choice in link.choices
     )
-    made = replace(link, sources=sources, targets=targets, op=_chain(fold, link.op, unfold or ""), choices=layouts)
-    choices = next((one.choices for one in ones if one is not None and one.choices), ())
+    folded = replace(link, sources=sources, targets=targets, op=_chain(fold, link.op, unfold or ""), choices=layouts)
+    choices = next((weight.choices for weight in source_weights if weight is not None and weight.choices), ())
     if choices:
-        dims = tuple(Layout("dim of the norm", words, sources, targets, _chain(choice, link.op)) for choice, words in choices)
-        made = replace(made, doubt=LAYOUT, choices=dims)
-    yield made
+        dims = tuple(Layout("dim of the norm", words, sources, targets, _chain(op, link.op)) for op, words in choices)
+        folded = replace(folded, doubt=LAYOUT, choices=dims)
+    yield folded
 
 
 def _keys(names: Iterable[str], factored: Mapping[str, Factored]) -> tuple[str, ...]:
@@ -250,11 +258,11 @@ def _chain(*ops: str) -> str:
 
 def _as_codes(link: Link, source: Mapping[str, Codes], target: Mapping[str, Codes], dequantize: bool) -> Link:
     """A link, doubted where one side has codes and the other values, unless values are made of them."""
-    codes, wanted = [source[key] for key in link.sources if key in source], [key for key in link.targets if key in target]
-    made = dequantize and all(one.op is not None for one in codes)
-    if bool(codes and not made) == bool(wanted):
+    source_codes, target_codes = [source[key] for key in link.sources if key in source], [key for key in link.targets if key in target]
+    dequantized = dequantize and all(code.op is not None for code in source_codes)
+    if bool(source_codes and not dequantized) == bool(target_codes):
         return link
-    words = DEQUANTIZE if codes and codes[0].op is not None else "codes on one side alone"
+    words = DEQUANTIZE if source_codes and source_codes[0].op is not None else "codes on one side alone"
     return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, words))
 
 

@@ -53,13 +53,13 @@ class Frontier:
 
     def in_row(self, node: Node) -> list[Node]:
         """Those that differ from a node by numbers alone, itself among them, in their order."""
-        return sorted(self.rows.get(node.folded, {}).values(), key=lambda other: other.numbers)
+        return sorted(self.rows.get(node.folded, {}).values(), key=lambda member: member.numbers)
 
     def like(self, node: Node) -> list[Node]:
         """Those that may be much like a module: modules, and units about as large."""
         modules = self.modules.values()
         if len(modules) > _MANY:
-            modules_near = [other for other in modules if node.size <= 2 * other.size and other.size <= 2 * node.size]
+            modules_near = [candidate for candidate in modules if node.size <= 2 * candidate.size and candidate.size <= 2 * node.size]
         else:
             modules_near = list(modules)
         units = [
@@ -68,7 +68,7 @@ class Frontier:
             for unit in self.sizes[size].values()
             if unit.leaf
         ]
-        return sorted([*modules_near, *units], key=lambda other: other.at)
+        return sorted([*modules_near, *units], key=lambda candidate: candidate.at)
 
     def open(self, node: Node) -> None:
         """Put a module's children in its place."""

@@ -34,19 +34,19 @@ class Fused:
 
 def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, top: bool = True) -> list[Fused]:
     """Find them among what is left over of two modules that go together; `top` says that nothing more can come from outside of these."""
-    found: list[Fused] = []
+    results: list[Fused] = []
     free_sources, free_targets = ([node for node in nodes if is_float(node.largest)] for nodes in (sources, targets))
     for wholes, units, turned in ((free_targets, free_sources, False), (free_sources, free_targets, True)):
         named, waiting = _named(wholes, units, clues, turned, top)
-        found += named
+        results += named
         done = {id(node) for fused in named for node in (*fused.sources, *fused.targets)}
         wholes[:], units[:] = ([node for node in nodes if id(node) not in done] for nodes in (wholes, units))
         pieces = _Pieces(units)
         for whole in [whole for whole in wholes if len(whole.main) > 1 and id(whole) not in waiting]:
-            told = pieces.of(whole)
-            if told:
-                parts, margin, evidence = told
-                found.append(Fused((whole,), parts, margin, (evidence,)) if turned else Fused(parts, (whole,), margin, (evidence,)))
+            match = pieces.of(whole)
+            if match:
+                parts, margin, evidence = match
+                results.append(Fused((whole,), parts, margin, (evidence,)) if turned else Fused(parts, (whole,), margin, (evidence,)))
                 pieces.taken |= {id(part) for part in parts}
                 wholes.remove(whole)
         units[:] = [unit for unit in units if id(unit) not in pieces.taken]
@@ -55,11 +55,15 @@ def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, top: bo
         for node in nodes:
             if len(node.main) > 1:
                 by_shape.setdefault(_either_way(node.main), ([], []))[side].append(node)
-    for ones, others in by_shape.values():
-        if ones and others and all(turns(one.main, other.main) for one in ones for other in others):
-            chosen = choose(ones, others, clues)
-            found += [Fused((choice.source,), (choice.target,), choice.margin, (*choice.evidence, "turned")) for choice in chosen]
-    return found
+    for source_units, target_units in by_shape.values():
+        if (
+            source_units
+            and target_units
+            and all(turns(unit.main, counterpart.main) for unit in source_units for counterpart in target_units)
+        ):
+            chosen = choose(source_units, target_units, clues)
+            results += [Fused((choice.source,), (choice.target,), choice.margin, (*choice.evidence, "turned")) for choice in chosen]
+    return results
 
 
 def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: bool, top: bool) -> tuple[list[Fused], set[int]]:
@@ -73,28 +77,28 @@ def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: 
     for whole in wholes if rows else ():
         if len(whole.main) > 1:
             by_shape.setdefault(whole.main, []).append(whole)
-    found: list[Fused] = []
+    results: list[Fused] = []
     waiting: set[int] = set()
-    for shape, some in by_shape.items():
+    for shape, same_shape in by_shape.items():
         fits = {id(row[0]): row for row in rows if _adds_up(shape, row)}
         if not fits:
             continue
         firsts = [row[0] for row in fits.values()]
-        chosen = choose(some, firsts, clues) if turned else choose(firsts, some, clues)
-        if not top and len(some) != len(firsts) and any(choice.margin < ENOUGH for choice in chosen):
-            waiting |= {id(whole) for whole in some}
+        chosen = choose(same_shape, firsts, clues) if turned else choose(firsts, same_shape, clues)
+        if not top and len(same_shape) != len(firsts) and any(choice.margin < ENOUGH for choice in chosen):
+            waiting |= {id(whole) for whole in same_shape}
             continue
         for choice in chosen:
             parts, whole = fits[id(choice.target if turned else choice.source)], choice.source if turned else choice.target
-            evidence = ("its parts side by side", *(choice.evidence if len(some) + len(firsts) > 2 else ()))
+            evidence = ("its parts side by side", *(choice.evidence if len(same_shape) + len(firsts) > 2 else ()))
             sides = ((whole,), parts) if turned else (parts, (whole,))
-            said = _said_of(whole) & set().union(*map(_said_of, parts))
-            margin, words = (choice.margin, ()) if said else (min(choice.margin, 0.5), ("no word in common",))
-            found.append(Fused(sides[0], sides[1], margin, (*evidence, *words)))
-    return found, waiting
+            common_words = _distinctive_words(whole) & set().union(*map(_distinctive_words, parts))
+            margin, words = (choice.margin, ()) if common_words else (min(choice.margin, 0.5), ("no word in common",))
+            results.append(Fused(sides[0], sides[1], margin, (*evidence, *words)))
+    return results, waiting
 
 
-def _said_of(node: Node) -> set[str]:
+def _distinctive_words(node: Node) -> set[str]:
     """What a path says beyond numbers and words for anything."""
     return {word for word in implied(concepts(node.path)) if not word.startswith("#")} - SAYS_NOTHING
 
@@ -148,14 +152,16 @@ def _either_way(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted((shape[0], prod(shape[1:]))))
 
 
-def turns(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def turns(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     """Whether a matrix is the other transposed, or a linear layer over a flattened window (same rows, same elements)."""
-    if len(one) < 2 or len(other) < 2 or one == other:
+    if len(first) < 2 or len(second) < 2 or first == second:
         return False
-    return (len(one) == 2 and one == other[::-1]) or (len(one) != len(other) and one[0] == other[0] and prod(one) == prod(other))
+    return (len(first) == 2 and first == second[::-1]) or (
+        len(first) != len(second) and first[0] == second[0] and prod(first) == prod(second)
+    )
 
 
-_Told = tuple[tuple[Node, ...], float, str]
+_Match = tuple[tuple[Node, ...], float, str]
 
 
 class _Pieces:
@@ -165,19 +171,19 @@ class _Pieces:
         self.taken: set[int] = set()
         matrices = [unit for unit in units if len(unit.main) > 1]
         self.by_edge: dict[tuple[int, ...], dict[int, list[Node]]] = {}
-        for place, family in enumerate(_families(matrices, lambda unit: unit.parent)):
+        for index, family in enumerate(_families(matrices, lambda unit: unit.parent)):
             if len(family) > 1:
                 for unit in family:
                     for edge in (*_edges(unit.main), *_edges(unit.main[::-1])):
-                        self.by_edge.setdefault(edge, {})[place] = family
+                        self.by_edge.setdefault(edge, {})[index] = family
         self.rows: dict[int, list[list[Node]]] = {}
         for row in _families(matrices, _without_numbers):
             self.rows.setdefault(len(row), []).append(sorted(row, key=lambda unit: unit.numbers))
         self.single = [sorted(row, key=lambda unit: unit.numbers) for row in _families(matrices, _row_of)]
 
-    def of(self, whole: Node) -> _Told | None:
+    def of(self, whole: Node) -> _Match | None:
         """The units that add up to a whole, in order, with a margin and words."""
-        families = {place: family for edge in _edges(whole.main) for place, family in self.by_edge.get(edge, {}).items()}
+        families = {index: family for edge in _edges(whole.main) for index, family in self.by_edge.get(edge, {}).items()}
         for _, family in sorted(families.items()):
             group = [unit for unit in family if unit.size < whole.size and id(unit) not in self.taken]
             for parts, margin in _orders(group, whole) if len(group) > 1 else ():
@@ -211,8 +217,8 @@ def _orders(group: Sequence[Node], whole: Node) -> Iterator[tuple[tuple[Node, ..
         yield tuple(sorted(group, key=lambda unit: unit.numbers)[:3]), inf  # query, key, value, and the output after them, by custom
     if len(group) <= 6:
         for count in range(len(group), 1, -1):
-            for some in combinations(group, count):
-                yield some, 0.5
+            for parts in combinations(group, count):
+                yield parts, 0.5
 
 
 def _is_part(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
@@ -220,13 +226,17 @@ def _is_part(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
     return len(whole) == len(part) and any(sum(a != b for a, b in zip(whole, turned, strict=True)) == 1 for turned in (part, part[::-1]))
 
 
-def _in_a_row(whole: Node, rows: Sequence[Sequence[Node]]) -> _Told | None:
+def _in_a_row(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
     """Numbered units that are one matrix side by side, in their order; the row whose names say most of what the whole's do."""
     fits = [row for row in rows if len(row) > 1 and len({unit.main for unit in row}) == 1 and _adds_up(whole.main, row)]
     if not fits:
         return None
-    told = set(concepts(whole.path))
-    alike = [len(told & said) / len(told | said) for row in fits for said in (set(concepts(_row_of(row[0]).replace("{}", ""))),)]
+    whole_words = set(concepts(whole.path))
+    alike = [
+        len(whole_words & row_words) / len(whole_words | row_words)
+        for row in fits
+        for row_words in (set(concepts(_row_of(row[0]).replace("{}", ""))),)
+    ]
     best = max(alike)
     return tuple(fits[alike.index(best)]), inf if alike.count(best) == 1 else 0.5, "one for each number, side by side"
 
@@ -240,22 +250,22 @@ def _row_of(unit: Node) -> str:
     return ".".join([*parts[:last], "{}", *parts[last + 1 :]])
 
 
-def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Told | None:
+def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
     """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
     rest = list(whole.main[1:])
     gates = gated([row[0].name for row in rows])
-    said = {id(row[0]): {*concepts(row[0].name), gates.get(row[0].name, "")} for row in rows}
+    words = {id(row[0]): {*concepts(row[0].name), gates.get(row[0].name, "")} for row in rows}
     fits = [row for row in rows if list(row[0].main) == rest] or [row for row in rows if sorted(row[0].main) == sorted(rest)]
     if fits:
-        told = set(concepts(whole.name))
-        shared = [len(told & said[id(row[0])]) for row in fits]
+        whole_words = set(concepts(whole.name))
+        shared = [len(whole_words & words[id(row[0])]) for row in fits]
         row = fits[shared.index(max(shared))]
         return tuple(row), inf if len(fits) == 1 or shared.count(max(shared)) == 1 else 0.5, "one for each number, stacked"
-    for one, other in ((one, other) for one in rows for other in rows if one is not other):
-        if 2 * prod(one[0].main) == prod(rest) and one[0].main == other[0].main:
-            named = "gate" in said[id(one[0])] and "up" in said[id(other[0])]
+    for first, second in ((first, second) for first in rows for second in rows if first is not second):
+        if 2 * prod(first[0].main) == prod(rest) and first[0].main == second[0].main:
+            named = "gate" in words[id(first[0])] and "up" in words[id(second[0])]
             if named or len(rows) == 2:
-                return tuple(unit for pair in zip(one, other, strict=True) for unit in pair), inf if named else 0.5, "stacked pairs"
+                return tuple(unit for pair in zip(first, second, strict=True) for unit in pair), inf if named else 0.5, "stacked pairs"
     return None
 
 

@@ -23,10 +23,10 @@ def links(laid: Laid, turned: Turned) -> Iterator[Link]:
         return Link(tuple(sources), tuple(targets), op, min(laid.margin, margin), laid.evidence, rival)
 
     if len(laid.sources) == len(laid.targets) == 1:
-        for one, other in _roles(laid.sources[0], laid.targets[0]):
-            op, margin = _one_to_one(one, other, turned)
+        for source, target in _roles(laid.sources[0], laid.targets[0]):
+            op, margin = _one_to_one(source, target, turned)
             if op is not None:
-                yield link([one.name], [other.name], op, margin)
+                yield link([source.name], [target.name], op, margin)
         return
     whole, parts, joins = (laid.targets[0], laid.sources, True) if len(laid.targets) == 1 else (laid.sources[0], laid.targets, False)
     for tensor, pieces in _fused_roles(whole, parts):
@@ -38,33 +38,33 @@ def links(laid: Laid, turned: Turned) -> Iterator[Link]:
         yield link(sources, targets, turned.chain(sources[0], op))
 
 
-def _roles(one: Node, other: Node) -> Iterator[tuple[TensorMeta, TensorMeta]]:
+def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, TensorMeta]]:
     """The tensors of two units that have the same role; those left over, where only one of each has its shape."""
-    for role, tensor in one.tensors.items():
-        same = other.tensors.get(role)
+    for role, tensor in source_unit.tensors.items():
+        same = target_unit.tensors.get(role)
         if same and (is_float(tensor) == is_float(same) or role == "num_batches_tracked"):
             yield tensor, same
-    rest = [tensor for role, tensor in one.tensors.items() if role not in other.tensors and is_float(tensor)]
-    wanted = [tensor for role, tensor in other.tensors.items() if role not in one.tensors and is_float(tensor)]
-    for tensor in rest:
-        fits = [target for target in wanted if target.numel == tensor.numel]
-        if len(fits) == 1 and sum(other.numel == tensor.numel for other in rest) == 1:
+    source_rest = [tensor for role, tensor in source_unit.tensors.items() if role not in target_unit.tensors and is_float(tensor)]
+    target_rest = [tensor for role, tensor in target_unit.tensors.items() if role not in source_unit.tensors and is_float(tensor)]
+    for tensor in source_rest:
+        fits = [target for target in target_rest if target.numel == tensor.numel]
+        if len(fits) == 1 and sum(rival.numel == tensor.numel for rival in source_rest) == 1:
             yield tensor, fits[0]
 
 
-def _one_to_one(one: TensorMeta, other: TensorMeta, turned: Turned) -> tuple[str | None, float]:
+def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> tuple[str | None, float]:
     """What makes a tensor the other, and how sure that is; None where nothing does."""
-    shape = turned.source[one.name].shape
-    if one.name in turned.ops:
-        return turned.ops[one.name], inf
-    if shape == other.shape:
-        bare = len(shape) == 2 and shape[0] == shape[1] and one.name.endswith("weight") != other.name.endswith("weight")
+    shape = turned.source[source.name].shape
+    if source.name in turned.ops:
+        return turned.ops[source.name], inf
+    if shape == target.shape:
+        bare = len(shape) == 2 and shape[0] == shape[1] and source.name.endswith("weight") != target.name.endswith("weight")
         return "", 0.5 if bare else inf  # `x @ w` of a bare square parameter is `linear` of its transpose, or is not
-    if squeezed(shape) == squeezed(other.shape):
+    if squeezed(shape) == squeezed(target.shape):
         return "reshape", inf
-    if len(shape) == 2 and shape == other.shape[::-1]:
+    if len(shape) == 2 and shape == target.shape[::-1]:
         return "transpose", inf
-    return ("reshape", inf) if one.numel == other.numel and shape[:1] == other.shape[:1] else (None, inf)
+    return ("reshape", inf) if source.numel == target.numel and shape[:1] == target.shape[:1] else (None, inf)
 
 
 def _fused_roles(whole: Node, parts: Sequence[Node]) -> Iterator[tuple[TensorMeta, list[TensorMeta]]]:

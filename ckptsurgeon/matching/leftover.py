@@ -21,7 +21,7 @@ UNSAID = "names do not say so"
 
 
 @dataclass(frozen=True)
-class Place:
+class Surroundings:
     """Where units are left over.
 
     Attributes:
@@ -37,51 +37,55 @@ class Place:
     balanced: frozenset[int]
 
 
-def pair_leftovers(left: Left, place: Place, clues: Clues) -> tuple[list[Laid], Left]:
+def pair_leftovers(left: Left, surroundings: Surroundings, clues: Clues) -> tuple[list[Laid], Left]:
     """Pair what can be paired of what is left over; the rest may be tried again one level higher."""
     sources = [unit for node in left.sources for unit in node.units()]
     targets = [unit for node in left.targets for unit in node.units()]
-    placed = _look_alikes(sources, targets, replace(place, top=False), clues)
+    placed = _look_alikes(sources, targets, replace(surroundings, top=False), clues)
     sources, targets = _without(sources, targets, placed)
-    for fused in fuse(sources, targets, clues, place.top):
-        rival = place.above.runner_up if place.above.margin < fused.margin else None
-        placed.append(Laid(fused.sources, fused.targets, min(place.above.margin, fused.margin), fused.evidence, rival))
+    for fused in fuse(sources, targets, clues, surroundings.top):
+        rival = surroundings.above.runner_up if surroundings.above.margin < fused.margin else None
+        placed.append(Laid(fused.sources, fused.targets, min(surroundings.above.margin, fused.margin), fused.evidence, rival))
     sources, targets = _without(sources, targets, placed)
-    placed += _look_alikes(sources, targets, place, clues)  # of whose shape others were parts
+    placed += _look_alikes(sources, targets, surroundings, clues)  # of whose shape others were parts
     sources, targets = _without(sources, targets, placed)
     doubted = [at for at, pair in enumerate(placed) if UNSAID in pair.evidence]
     if len(doubted) == 1 and not any(node.size for node in (*sources, *targets)):
-        margin = min(place.above.margin, ENOUGH)
+        margin = min(surroundings.above.margin, ENOUGH)
         placed[doubted[0]] = replace(placed[doubted[0]], margin=margin, evidence=("all that is left on both sides",))
     return placed, Left(tuple(sources), tuple(targets))
 
 
-def _look_alikes(sources: Sequence[Node], targets: Sequence[Node], place: Place, clues: Clues) -> list[Laid]:
+def _look_alikes(sources: Sequence[Node], targets: Sequence[Node], surroundings: Surroundings, clues: Clues) -> list[Laid]:
     """Pairs of units of equal form."""
     by_form: dict[int, tuple[list[Node], list[Node]]] = {}
     for side, nodes in enumerate((sources, targets)):
         for node in nodes:
             by_form.setdefault(node.form, ([], []))[side].append(node)
-    choices = [choice for form, (ones, others) in by_form.items() for choice in _among(form, ones, others, place, clues)]
-    return [laid(under(choice, place.above)) for choice in choices]
+    choices = [choice for form, (ones, others) in by_form.items() for choice in _among(form, ones, others, surroundings, clues)]
+    return [laid(under(choice, surroundings.above)) for choice in choices]
 
 
-def _among(form: int, ones: Sequence[Node], others: Sequence[Node], place: Place, clues: Clues) -> list[Choice]:
+def _among(form: int, sources: Sequence[Node], targets: Sequence[Node], surroundings: Surroundings, clues: Clues) -> list[Choice]:
     """The pairs of units of one form, or none where they can't be told yet."""
-    if not ones or not others or not ones[0].size:
+    if not sources or not targets or not sources[0].size:
         return []
-    choices = choose(ones, others, clues)
-    if len(ones) == len(others) == 1:
-        return choices if place.exact else [_doubted(choices[0])]
-    if len(ones) != len(others) and not place.top and (form in place.balanced or any(choice.margin < ENOUGH for choice in choices)):
+    choices = choose(sources, targets, clues)
+    if len(sources) == len(targets) == 1:
+        return choices if surroundings.exact else [_doubted(choices[0])]
+    if (
+        len(sources) != len(targets)
+        and not surroundings.top
+        and (form in surroundings.balanced or any(choice.margin < ENOUGH for choice in choices))
+    ):
         return []  # higher up there are, or may be, more of them
     return choices
 
 
 def _doubted(choice: Choice) -> Choice:
     """The only one left of its shape, from modules that are not equal: names must speak for it."""
-    told, wanted = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
-    if conflict(told, wanted):
+    source_words, target_words = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
+    if conflict(source_words, target_words):
         return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
     running = "running_var" in choice.source.tensors and set(choice.source.tensors) == set(choice.target.tensors)
     if running or len(choice.source.main) > 1 or _last_word(choice.source) & _last_word(choice.target):

@@ -15,16 +15,16 @@ from typing import TypeVar
 
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
-from ckptsurgeon.matching.doubts import Found, doubted
+from ckptsurgeon.matching.doubts import Facts, doubted
 from ckptsurgeon.matching.evidence.company import behind, parts_within
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
-from ckptsurgeon.matching.factors import sides, written
+from ckptsurgeon.matching.factors import as_stored, sides
 from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
 from ckptsurgeon.matching.module_tree import both, fold, list_lengths
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
-from ckptsurgeon.matching.same_names import settled
+from ckptsurgeon.matching.same_names import prefer_equal_names
 from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
 from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.towers import towered
@@ -57,12 +57,12 @@ def match(
     says that values are made of codes. `around` are both sides with what is not to be matched: they tell which layouts are in doubt.
     """
     names = spelled(source), spelled(target)
-    one, other = sides(renamed(source, names[0]), renamed(target, names[1]))
-    found = _match_plain(one.tensors, other.tensors, other.ties([[names[1][key] for key in tied] for tied in ties]))
-    whole = (one, other) if around is None else sides(*(renamed(side, spelled(side)) for side in around))
-    links = with_doubts(found.links, *(side.tensors for side in whole))
-    links = written(links, one, other, dequantize=dequantize)
-    return result(_named_back(links, *names), source, target, found.order)
+    source_side, target_side = sides(renamed(source, names[0]), renamed(target, names[1]))
+    plain = _match_plain(source_side.tensors, target_side.tensors, target_side.ties([[names[1][key] for key in tied] for tied in ties]))
+    whole = (source_side, target_side) if around is None else sides(*(renamed(side, spelled(side)) for side in around))
+    links = with_doubts(plain.links, *(side.tensors for side in whole))
+    links = as_stored(links, source_side, target_side, dequantize=dequantize)
+    return result(_named_back(links, *names), source, target, plain.order)
 
 
 def _named_back(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, str]) -> list[Link]:
@@ -75,26 +75,28 @@ def _named(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, s
     if all(key == name for names in (here, there) for key, name in names.items()):
         return list(links)
 
-    def named(one: Named) -> Named:
-        return replace(one, sources=tuple(here[key] for key in one.sources), targets=tuple(there[key] for key in one.targets))
+    def named(item: Named) -> Named:
+        return replace(item, sources=tuple(here[key] for key in item.sources), targets=tuple(there[key] for key in item.targets))
 
     return [replace(named(link), choices=tuple(map(named, link.choices))) for link in links]
 
 
-def _match_plain(source: Tensors, target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
+def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
     """The mapping of what plain models have: a weight as one tensor, whatever holds it."""
-    given, wanted = looked_at(source), looked_at(target)
-    same, bare = _names(given, wanted)
-    facts = Found((), given, wanted, same, bare, has_order(given) and has_order(wanted))
-    whole = len(same) == min(len(given), len(wanted))
-    links, trust = ([], 0.0) if whole else _look(given, wanted)
+    source, target = looked_at(all_source), looked_at(all_target)
+    same, bare = _names(source, target)
+    facts = Facts((), source, target, same, bare, has_order(source) and has_order(target))
+    whole = len(same) == min(len(source), len(target))
+    links, trust = ([], 0.0) if whole else _look(source, target)
 
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
 
-    links, same = settled(links, same, bare, given, wanted, lambda one, other: _look(one, other, rest=True)[0], judge)
-    links = _towered(_tied(links, ties), given, wanted, same)
-    return result(doubted(replace(facts, links=links, same=same)), source, target, trust)
+    links, same = prefer_equal_names(
+        links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, rest=True)[0], judge
+    )
+    links = _towered(_tied(links, ties), source, target, same)
+    return result(doubted(replace(facts, links=links, same=same)), all_source, all_target, trust)
 
 
 def _towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
@@ -149,13 +151,13 @@ def _look(source: Tensors, target: Tensors, rest: bool = False) -> tuple[list[Li
 
 
 def _turned_or_not(source: Tensors, target: Tensors, rest: bool) -> tuple[list[Link], float]:
-    found = _match(source, target, Turned(source), rest)
+    as_is = _match(source, target, Turned(source), rest)
     about = turned(source, target)
     if about.ops:
-        other = _match(source, target, about, rest)
-        if _share(other[0], target) >= _share(found[0], target):
-            return other
-    return found
+        as_turned = _match(source, target, about, rest)
+        if _share(as_turned[0], target) >= _share(as_is[0], target):
+            return as_turned
+    return as_is
 
 
 def _share(links: Iterable[Link], target: Tensors) -> int:
@@ -163,25 +165,25 @@ def _share(links: Iterable[Link], target: Tensors) -> int:
     return sum(target[key].numel for link in links if link.certain for key in link.targets)
 
 
-def _match(given: Tensors, wanted: Tensors, about: Turned, rest: bool) -> tuple[list[Link], float]:
-    one, other = both(map(about.seen, given.values()), wanted.values())
-    ordered = has_order(given) and has_order(wanted)
-    rows = list_lengths(one) | list_lengths(other)
-    known = Clues(rows=rows, behind=behind(one) | behind(other))
+def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple[list[Link], float]:
+    source_tree, target_tree = both(map(about.seen, source.values()), target.values())
+    ordered = has_order(source) and has_order(target)
+    rows = list_lengths(source_tree) | list_lengths(target_tree)
+    known = Clues(rows=rows, behind=behind(source_tree) | behind(target_tree))
     clues = known
     for _ in range(PASSES):
-        record = lay(one, other, clues)
+        record = lay(source_tree, target_tree, clues)
         clues = _learned(record, known)
     trust = _trust(_certain(record)) if ordered else 0.0
     for _ in range(PASSES if trust else 0):
-        record = lay(one, other, replace(clues, trust=trust))
+        record = lay(source_tree, target_tree, replace(clues, trust=trust))
         clues = _learned(record, known)
-    found = [link for laid in between(record.units, one, other, trust) for link in links(laid, about)]
-    found = squares_turned(found, given, wanted)
-    found += orphans(found, record, given, wanted)
+    matched = [link for laid in between(record.units, source_tree, target_tree, trust) for link in links(laid, about)]
+    matched = squares_turned(matched, source, target)
+    matched += orphans(matched, record, source, target)
     if not rest:
-        found += shared(found, record, given, wanted)
-    return found, trust
+        matched += shared(matched, record, source, target)
+    return matched, trust
 
 
 def looked_at(tensors: Tensors) -> Tensors:
@@ -198,15 +200,15 @@ def _moments(key: str, tensors: Tensors) -> bool:
     return bool(stem) and stem in tensors
 
 
-def _tied(found: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
+def _tied(links: list[Link], ties: Iterable[Sequence[str]]) -> list[Link]:
     """The links, where all keys of one tensor get what the first of them that has a link gets."""
     for tied in ties:
-        first = next((link for key in tied for link in found if link.targets == (key,)), None)
+        first = next((link for key in tied for link in links if link.targets == (key,)), None)
         if first is not None:
             others = {key for key in tied if key != first.targets[0]}
-            found = [link for link in found if not others & set(link.targets)]
-            found += [replace(first, targets=(key,), evidence=(f"the same tensor as {first.targets[0]}",)) for key in sorted(others)]
-    return found
+            links = [link for link in links if not others & set(link.targets)]
+            links += [replace(first, targets=(key,), evidence=(f"the same tensor as {first.targets[0]}",)) for key in sorted(others)]
+    return links
 
 
 def _certain(record: Record) -> list[Laid]:
@@ -218,7 +220,7 @@ def _learned(record: Record, known: Clues) -> Clues:
     """What a pass is certain of, as clues for the next, beside what the trees themselves tell."""
     certain = [(laid.sources[0], laid.targets[0]) for laid in _certain(record)]
     pairs, sources, targets = count_pairs(certain, known.rows)
-    partners = {id(one): other for one, other in certain}
+    partners = {id(node): partner for node, partner in certain}
     return replace(known, pairs=pairs, sources=sources, targets=targets, partners=partners, within=cache(partial(parts_within, certain)))
 
 
@@ -241,9 +243,9 @@ def _trust(certain: list[Laid]) -> float:
     return min(1.0, max(0.0, (low - 0.5) / 0.2))
 
 
-def _parted(one: str, other: str) -> tuple[str, str]:
+def _parted(first: str, second: str) -> tuple[str, str]:
     """The two modules of one module that two paths lead through, without numbers."""
-    a, b = one.split("."), other.split(".")
+    a, b = first.split("."), second.split(".")
     same = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
     return fold(".".join(a[: same + 1])), fold(".".join(b[: same + 1]))
 

@@ -120,11 +120,11 @@ class Node:
     @cached_property
     def spread(self) -> Mapping[int, int]:
         """Floating elements by the inputs of a row, 0 for vectors: what fusing, splitting and stacking rows keep."""
-        found: Counter[int] = Counter()
+        elements: Counter[int] = Counter()
         for shape, count in self.shapes.items():
             inputs = shape[-1] if len(shape) == 3 else prod(shape[1:])
-            found[inputs if len(shape) > 1 else 0] += count * prod(shape)
-        return found
+            elements[inputs if len(shape) > 1 else 0] += count * prod(shape)
+        return elements
 
     @cached_property
     def main(self) -> Shape:
@@ -226,7 +226,7 @@ def _units(module: _Module, path: str, interned: _Interned) -> list[Node]:
         if role in groups.get(stem, {}):
             stem, role = leaf, "param"
         groups.setdefault(stem, {})[role] = placed
-    return [_unit(stem, found, path, interned) for stem, found in groups.items()]
+    return [_unit(stem, by_role, path, interned) for stem, by_role in groups.items()]
 
 
 def _role(leaf: str, beside_children: bool) -> tuple[str, str]:
@@ -239,24 +239,24 @@ def _role(leaf: str, beside_children: bool) -> tuple[str, str]:
     return leaf, "param"
 
 
-def _unit(stem: str, found: dict[str, tuple[int, TensorMeta]], path: str, interned: _Interned) -> Node:
-    tensors = {role: tensor for role, (_, tensor) in found.items()}
+def _unit(stem: str, by_role: dict[str, tuple[int, TensorMeta]], path: str, interned: _Interned) -> Node:
+    tensors = {role: tensor for role, (_, tensor) in by_role.items()}
     counted = [tensor for role, tensor in tensors.items() if is_float(tensor) and role != "num_batches_tracked"]
     shapes = Counter(squeezed(tensor.shape) for tensor in counted)
     form = interned(frozenset(shapes.items()))
     exact = interned(("exact", *sorted(tensor.shape for tensor in counted)))
-    told = tuple(sorted((role, tensor.shape, tensor.dtype) for role, tensor in tensors.items()))
+    contents = tuple(sorted((role, tensor.shape, tensor.dtype) for role, tensor in tensors.items()))
     return Node(
         _join(path, stem),
         stem,
         (),
         tensors,
-        min(at for at, _ in found.values()),
+        min(at for at, _ in by_role.values()),
         sum(tensor.numel for tensor in counted),
         shapes,
         form,
         exact,
-        interned(told),
+        interned(contents),
     )
 
 

@@ -44,18 +44,18 @@ class Matching(Shown):
         return {key: link for link in self.links for key in link.targets}
 
 
-def keys_left(found: Matching, applied: tuple[Link, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def keys_left(matching: Matching, applied: tuple[Link, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys of the target and of the source that no applied link has."""
     done = set(applied)
-    left = [link for link in found.links if link not in done]
+    left = [link for link in matching.links if link not in done]
     targets, sources = ([key for link in left for key in getattr(link, side)] for side in ("targets", "sources"))
-    return (*found.unmatched, *targets), (*found.unused, *sources)
+    return (*matching.unmatched, *targets), (*matching.unused, *sources)
 
 
 def result(links: list[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], order: float) -> Matching:
     """A matching of these links, in the target's order."""
-    places = {key: place for place, key in enumerate(target)}
-    links = sorted(links, key=lambda link: places[link.targets[0]])
+    positions = {key: position for position, key in enumerate(target)}
+    links = sorted(links, key=lambda link: positions[link.targets[0]])
     reached = {key for link in links for key in link.targets}
     used = {key for link in links for key in link.sources}
     total = sum(tensor.numel for tensor in target.values())

@@ -25,8 +25,8 @@ SAME, SHIFTED = "same name and shape", "its whole list is shifted"
 _NUMBER = re.compile(r"\d+")
 
 
-def settled(
-    found: Sequence[Link],
+def prefer_equal_names(
+    matched: Sequence[Link],
     same: Mapping[str, str],
     bare: Mapping[str, str],
     source: Tensors,
@@ -38,43 +38,43 @@ def settled(
 
     `bare` are the source's keys as the target's names would call them. Given back beside the links: the equal names that were followed.
     """
-    turned = _turned(found, same, source)
-    links = _joined(found, same, turned, source, target, again)
-    shifts = _shifts(found, same, bare)
+    turned = _turned(matched, same, source)
+    links = _joined(matched, same, turned, source, target, again)
+    shifts = _shifts(matched, same, bare)
     if not shifts:
         return links, dict(same)
     judged = judge(links)
     for shift in shifts:
         kept = {key: name for key, name in same.items() if not shift.holds(key, name)}
-        said = [_told(link) if shift.holds(link.sources[0], link.targets[0]) else link for link in found]
-        other = _joined(said, kept, turned, source, target, again)
-        if _explained(judge(other), shift) > _explained(judged, shift):
-            same, found, links = kept, said, other
+        shifted = [_shifted(link) if shift.holds(link.sources[0], link.targets[0]) else link for link in matched]
+        rejoined = _joined(shifted, kept, turned, source, target, again)
+        if _explained(judge(rejoined), shift) > _explained(judged, shift):
+            same, matched, links = kept, shifted, rejoined
             judged = judge(links)
     return links, dict(same)
 
 
-def _told(link: Link) -> Link:
+def _shifted(link: Link) -> Link:
     return replace(link, evidence=(*link.evidence, SHIFTED))
 
 
 def _joined(
-    found: Sequence[Link], same: Mapping[str, str], turned: Mapping[str, Link], source: Tensors, target: Tensors, again: Again
+    matched: Sequence[Link], same: Mapping[str, str], turned: Mapping[str, Link], source: Tensors, target: Tensors, again: Again
 ) -> list[Link]:
     """Links of equal names, those that were found and touch none of their keys, and what can be found in the rest."""
     names = {*same.values()}
     links = [turned.get(key) or Link((key,), (name,), "", inf, (SAME,)) for key, name in same.items()]
-    stays = [link for link in found if not (any(key in same for key in link.sources) or names.intersection(link.targets))]
-    often = Counter(key for link in found for key in link.sources)
-    stays += [link for link in found if _shares(link, often, same, names)]
-    freed = len(stays) + sum(same.get(link.sources[0]) == link.targets[0] for link in found if len(link.sources) == 1) < len(found)
+    stays = [link for link in matched if not (any(key in same for key in link.sources) or names.intersection(link.targets))]
+    often = Counter(key for link in matched for key in link.sources)
+    stays += [link for link in matched if _shares(link, often, same, names)]
+    freed = len(stays) + sum(same.get(link.sources[0]) == link.targets[0] for link in matched if len(link.sources) == 1) < len(matched)
     if not freed:
         return links + stays
     sure = [link for link in stays if link.certain]
     used, reached = _keys(chain(links, sure))
-    rest = {key: tensor for key, tensor in source.items() if key not in used}
-    wanted = {key: tensor for key, tensor in target.items() if key not in reached}
-    more = again(rest, wanted) if rest and wanted else []
+    source_rest = {key: tensor for key, tensor in source.items() if key not in used}
+    target_rest = {key: tensor for key, tensor in target.items() if key not in reached}
+    more = again(source_rest, target_rest) if source_rest and target_rest else []
     used, reached = _keys(more)
     doubtful = [link for link in stays if not link.certain and reached.isdisjoint(link.targets) and used.isdisjoint(link.sources)]
     return [*links, *sure, *more, *doubtful]
@@ -102,11 +102,11 @@ class _Shift:
         return key.startswith(self.here) or name.startswith(self.there)
 
 
-def _shifts(found: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str]) -> list[_Shift]:
+def _shifts(matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str]) -> list[_Shift]:
     """Lists in which found links contradict equal names by one and the same difference of numbers."""
     moves: dict[_Shift, Counter[int]] = {}
     names = {*same.values()}
-    for link in found:
+    for link in matched:
         if link.certain and len(link.sources) == len(link.targets) == 1 and link.targets[0] in names:
             key, name = link.sources[0], link.targets[0]
             moved = _moved(bare[key], name) if bare[key] != name else None
@@ -116,13 +116,13 @@ def _shifts(found: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, s
     return [shift for shift, by in moves.items() if len(by) == 1]
 
 
-def _moved(one: str, other: str) -> tuple[str, int] | None:
+def _moved(first: str, second: str) -> tuple[str, int] | None:
     """The path up to the first number in which two names differ, and by how much; None where they differ otherwise."""
-    if fold(one) != fold(other):
+    if fold(first) != fold(second):
         return None
-    differ = [(a, b) for a, b in zip(_NUMBER.finditer(one), _NUMBER.finditer(other), strict=True) if a[0] != b[0]]
+    differ = [(a, b) for a, b in zip(_NUMBER.finditer(first), _NUMBER.finditer(second), strict=True) if a[0] != b[0]]
     (a, b) = differ[0]
-    return other[: b.start()], int(b[0]) - int(a[0])
+    return second[: b.start()], int(b[0]) - int(a[0])
 
 
 def _head(key: str, name: str, there: str) -> str:
@@ -140,15 +140,15 @@ def _explained(links: Iterable[Link], shift: _Shift) -> int:
         if link.certain
         for key in link.sources
         for name in link.targets
-        if all(part == "." or one.startswith(part) for one, part in zip((key, name), beside, strict=True))
+        if all(part == "." or text.startswith(part) for text, part in zip((key, name), beside, strict=True))
     ]
     here = {key for key, _ in pairs if key.startswith(shift.here)}
     return len(here) + len({name for _, name in pairs if name.startswith(shift.there)})
 
 
-def _turned(found: Sequence[Link], same: Mapping[str, str], source: Tensors) -> dict[str, Link]:
+def _turned(matched: Sequence[Link], same: Mapping[str, str], source: Tensors) -> dict[str, Link]:
     """Links of equal names whose square matrices are turned, since those of their kind that are not square are."""
-    matrices = [link for link in found if _matrix(link, source)]
+    matrices = [link for link in matched if _matrix(link, source)]
     kinds: dict[str, set[str]] = {}
     for link in matrices:
         if source[link.sources[0]].shape[0] != source[link.sources[0]].shape[1]:
@@ -158,8 +158,8 @@ def _turned(found: Sequence[Link], same: Mapping[str, str], source: Tensors) -> 
     for link in matrices:
         shape = source[link.sources[0]].shape
         if shape[0] == shape[1] and same.get(link.sources[0]) == link.targets[0]:
-            told = next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op})
-            if told == {TURN}:
+            ops = next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op})
+            if ops == {TURN}:
                 turned[link.sources[0]] = replace(link, op=TURN, margin=inf, evidence=(SAME, TURNED))
     return turned
 

@@ -25,16 +25,18 @@ def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> 
         return list(units)
     placed = {id(laid.sources[0]): laid.targets[0] for laid in units if _single(laid) and laid.margin >= ENOUGH}
     beside = tuple({id(unit): (before, after) for before, unit, after in _triples(node)} for node in (source, target))
-    found = []
+    decided = []
     for laid in units:
         if _single(laid) and 0 < laid.margin < ENOUGH:
             here, there = beside[0][id(laid.sources[0])], beside[1][id(laid.targets[0])]
             if all(
-                one is other is None or (one and other and placed.get(id(one)) is other) for one, other in zip(here, there, strict=True)
+                source_neighbour is target_neighbour is None
+                or (source_neighbour and target_neighbour and placed.get(id(source_neighbour)) is target_neighbour)
+                for source_neighbour, target_neighbour in zip(here, there, strict=True)
             ):
                 laid = replace(laid, margin=ENOUGH, evidence=(*laid.evidence, "between the same neighbours"))
-        found.append(laid)
-    return found
+        decided.append(laid)
+    return decided
 
 
 def _single(laid: Laid) -> bool:
@@ -61,7 +63,7 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
     for key, tensor in source.items():
         names.setdefault(tuple(sorted(tensor.shape)), []).append(key)
     lost = tuple(f"{node.path}." for node in record.lost)
-    found = []
+    tied = []
     for key, tensor in target.items():
         owner = owners.get(tensor.shape)
         if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
@@ -72,8 +74,8 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
             module != owners_module and fold(module) == fold(owners_module) and rows[fold(owner.sources[0]), tensor.shape] > 1
         )
         if not lacked and used.issuperset(once) and (len(once) == 1 or _one_embedding(once)):
-            found += _shared(key, tensor, _of_embeddings(owner, once), len(once) == 1)
-    return found
+            tied += _shared(key, tensor, _of_embeddings(owner, once), len(once) == 1)
+    return tied
 
 
 def _of_embeddings(owner: Link, names: Sequence[str]) -> Link:
@@ -89,14 +91,16 @@ def _of_embeddings(owner: Link, names: Sequence[str]) -> Link:
 def _one_embedding(names: Sequence[str]) -> bool:
     """Whether all names are those of an embedding or of an output layer that is one with it, and one is the embedding's."""
     words = [set(concepts(name)) for name in names]
-    return all(_HEADS & some for some in words) and any(_EMBEDS & some for some in words)
+    return all(_HEADS & name_words for name_words in words) and any(_EMBEDS & name_words for name_words in words)
 
 
 def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]:
     """The link of a target to the source that another target has, if any."""
     of = owner.targets[0]
-    told, other = set(concepts(key)), set(concepts(of))
-    tied = bool(_EMBEDS & other and _HEADS & told) and not {"pos", "tokentype"} & other.union(told, concepts(owner.sources[0]))
+    words, owner_words = set(concepts(key)), set(concepts(of))
+    tied = bool(_EMBEDS & owner_words and _HEADS & words) and not {"pos", "tokentype"} & owner_words.union(
+        words, concepts(owner.sources[0])
+    )
     (module, last), (owner_module, owner_last) = ((name.rpartition(".")[0], name.rpartition(".")[2]) for name in (key, of))
     within = f"{module}.".startswith(f"{owner_module}.") or f"{owner_module}.".startswith(f"{module}.")
     if len(squeezed(tensor.shape)) < 2 and not (last == owner_last and within):
@@ -110,41 +114,43 @@ def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tens
     """Tensors that stand apart from their module on the other side (a fused layer's separate biases), and buffers, by names and places;
     then matrices of a shape that is left over once in modules that go together."""
     used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
-    places = [(laid.sources[0].path, laid.targets[0].path) for laid in record.modules if laid.margin >= ENOUGH]
-    places.sort(key=lambda pair: -len(pair[0]))
-    free = {key: tensor for key, tensor in source.items() if key not in used}
-    wanted = {key: tensor for key, tensor in target.items() if key not in reached}
-    found: list[Link] = []
-    if not free or not wanted:
-        return found
+    modules = [(laid.sources[0].path, laid.targets[0].path) for laid in record.modules if laid.margin >= ENOUGH]
+    modules.sort(key=lambda pair: -len(pair[0]))
+    source_left = {key: tensor for key, tensor in source.items() if key not in used}
+    target_left = {key: tensor for key, tensor in target.items() if key not in reached}
+    new_links: list[Link] = []
+    if not source_left or not target_left:
+        return new_links
     for fits, words in ((_named, "named so in modules that go together"), (_alone, "the only one of its shape that is left there")):
-        for one, other in places:
-            here, there = _below(free, one), _below(wanted, other)
+        for source_path, target_path in modules:
+            here, there = _below(source_left, source_path), _below(target_left, target_path)
             for tensor in there:
-                mine = [item for item in here if item.name in free and fits(item, tensor, one, other)]
-                rivals = [item for item in there if item.name in wanted and mine and fits(mine[0], item, one, other)]
+                mine = [item for item in here if item.name in source_left and fits(item, tensor, source_path, target_path)]
+                rivals = [item for item in there if item.name in target_left and mine and fits(mine[0], item, source_path, target_path)]
                 if len(mine) == len(rivals) == 1:
-                    found.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (words,)))
-                    del free[mine[0].name], wanted[tensor.name]
-    return found
+                    new_links.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (words,)))
+                    del source_left[mine[0].name], target_left[tensor.name]
+    return new_links
 
 
 def _below(tensors: Tensors, path: str) -> list[TensorMeta]:
     return [tensor for key, tensor in tensors.items() if not path or key.startswith(f"{path}.")]
 
 
-def _named(one: TensorMeta, other: TensorMeta, here: str, there: str) -> bool:
+def _named(source: TensorMeta, target: TensorMeta, here: str, there: str) -> bool:
     """Whether two tensors of equal shape have the same role and, below their modules, the same words."""
-    if one.shape != other.shape or is_float(one) != is_float(other) or not squeezed(one.shape):
+    if source.shape != target.shape or is_float(source) != is_float(target) or not squeezed(source.shape):
         return False
-    told, wanted = (concepts(tensor.name[len(path) :].lstrip(".")) for tensor, path in ((one, here), (other, there)))
-    return bool(told and wanted) and (told == wanted or (told[-1] == wanted[-1] and set(told) <= {*wanted, "attn", "self"}))
+    source_words, target_words = (concepts(tensor.name[len(path) :].lstrip(".")) for tensor, path in ((source, here), (target, there)))
+    return bool(source_words and target_words) and (
+        source_words == target_words or (source_words[-1] == target_words[-1] and set(source_words) <= {*target_words, "attn", "self"})
+    )
 
 
-def _alone(one: TensorMeta, other: TensorMeta, _here: str, _there: str) -> bool:
+def _alone(source: TensorMeta, target: TensorMeta, _here: str, _there: str) -> bool:
     """Whether two matrices, not square (or kernels), are of one shape and not named against it."""
-    shape = squeezed(one.shape)
-    square = len(one.shape) == 2 and len(set(shape)) == 1
-    if one.shape != other.shape or not is_float(one) or not is_float(other) or len(shape) < 2 or square:
+    shape = squeezed(source.shape)
+    square = len(source.shape) == 2 and len(set(shape)) == 1
+    if source.shape != target.shape or not is_float(source) or not is_float(target) or len(shape) < 2 or square:
         return False
-    return not conflict(frozenset(concepts(one.name)), frozenset(concepts(other.name)))
+    return not conflict(frozenset(concepts(source.name)), frozenset(concepts(target.name)))

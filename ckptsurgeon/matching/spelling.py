@@ -39,17 +39,23 @@ def same_but_for_separators(source: Tensors, target: Tensors) -> dict[str, str]:
     best: dict[str, str] = {}
     for here in _common_heads(source):
         for there in _common_heads(target):
-            ones, others = squashed(source, here), squashed(target, there)
-            found = {key: others[name] for name, key in ones.items() if name in others and target[others[name]].shape == source[key].shape}
-            best = found if len(found) > len(best) else best
+            source_names, target_names = squashed(source, here), squashed(target, there)
+            equal = {
+                key: target_names[name]
+                for name, key in source_names.items()
+                if name in target_names and target[target_names[name]].shape == source[key].shape
+            }
+            best = equal if len(equal) > len(best) else best
     return best
 
 
 def _common_heads(keys: Iterable[str]) -> list[str]:
     """What all keys begin with, up to each of the first separators in it, and nothing."""
     first, last = min(keys, default=""), max(keys, default="")
-    same = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    return ["", *(first[: found.start()] for found in islice(_SEPARATORS.finditer(first[:same].lower()), _MOST_HEADS))]
+    same = next(
+        (at for at, (first_letter, last_letter) in enumerate(zip(first, last, strict=False)) if first_letter != last_letter), len(first)
+    )
+    return ["", *(first[: separator.start()] for separator in islice(_SEPARATORS.finditer(first[:same].lower()), _MOST_HEADS))]
 
 
 def squash(name: str) -> str:
@@ -59,11 +65,11 @@ def squash(name: str) -> str:
 
 def squashed(keys: Iterable[str], head: str = "") -> dict[str, str]:
     """Keys by their letters and digits, without those that two keys have."""
-    found: dict[str, str | None] = {}
+    by_letters: dict[str, str | None] = {}
     for key in keys:
         name = squash(key[len(head) :])
-        found[name] = None if name in found else key
-    return {name: key for name, key in found.items() if key is not None}
+        by_letters[name] = None if name in by_letters else key
+    return {name: key for name, key in by_letters.items() if key is not None}
 
 
 def spelled(tensors: Tensors) -> dict[str, str]:

@@ -52,10 +52,10 @@ def _led(link: Link, follows: Collection[str], lookalikes: Mapping[str, str]) ->
 
 
 def _doubted(link: Link, here: Mapping[str, str], there: Mapping[str, str]) -> Link:
-    one, other = _in_lookalike(link.sources, here), _in_lookalike(link.targets, there)
-    if one is None and other is None:
+    source_twin, target_twin = _in_lookalike(link.sources, here), _in_lookalike(link.targets, there)
+    if source_twin is None and target_twin is None:
         return link
-    rival = f"{one or link.sources[0]} -> {other or link.targets[0]}"
+    rival = f"{source_twin or link.sources[0]} -> {target_twin or link.targets[0]}"
     return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, "an idle twin is just the same"), runner_up=rival)
 
 
@@ -68,12 +68,12 @@ def _in_lookalike(keys: Iterable[str], lookalikes: Mapping[str, str]) -> str | N
     return None
 
 
-def _lookalikes(taken: Mapping[str, tuple[str, ...]], side: Tensors, other: Tensors) -> dict[str, str]:
+def _lookalikes(taken: Mapping[str, tuple[str, ...]], side: Tensors, other_side: Tensors) -> dict[str, str]:
     """Each tower with its look-alike, where of each key only one of the two towers' is taken, or both by the same. `taken` has by whom."""
     if len(taken) < _LEAST_KEYS:
         return {}
     below = Counter(key[:end] for key in side for end in _dots(key))
-    total, found = sum(tensor.numel for tensor in side.values()), {}
+    total, lookalikes = sum(tensor.numel for tensor in side.values()), {}
     elements: Counter[str] = Counter()
     for key, tensor in side.items():
         elements.update(dict.fromkeys((key[:end] for end in _dots(key)), tensor.numel))
@@ -82,34 +82,34 @@ def _lookalikes(taken: Mapping[str, tuple[str, ...]], side: Tensors, other: Tens
         for head, count in below.items()
         if count >= _LEAST_KEYS and elements[head] >= max(_LEAST_SHARE * total, 1) and not head.rpartition(".")[2].isdecimal()
     ]
-    words = frozenset(word for key in other for part in key.split(".")[:-1] for word in concepts(part))
+    words = frozenset(word for key in other_side for part in key.split(".")[:-1] for word in concepts(part))
     by_parent: dict[str, list[str]] = {}
     for head in large:
         by_parent.setdefault(head.rpartition(".")[0], []).append(head)
     for heads in by_parent.values():
-        for one, lookalike in permutations(heads, 2):
-            if below[one] == below[lookalike] and not _told(one, lookalike, words):
-                keys = [key for key in side if key.startswith(f"{one}.")]
-                same = [key for key in keys if _alike(side, key, lookalike + key[len(one) :])]
-                once = [key for key in same if _once(taken.get(key), taken.get(lookalike + key[len(one) :]))]
+        for tower, lookalike in permutations(heads, 2):
+            if below[tower] == below[lookalike] and not _name_tells(tower, lookalike, words):
+                keys = [key for key in side if key.startswith(f"{tower}.")]
+                same = [key for key in keys if _alike(side, key, lookalike + key[len(tower) :])]
+                once = [key for key in same if _once(taken.get(key), taken.get(lookalike + key[len(tower) :]))]
                 enough = len(once) >= _ALL * len(keys) and sum(side[key].numel for key in once) >= _LEAST_SHARE * total
                 if enough:
-                    found[one] = lookalike
-    return found
+                    lookalikes[tower] = lookalike
+    return lookalikes
 
 
 def _alike(side: Tensors, key: str, lookalike: str) -> bool:
     return lookalike in side and side[lookalike].shape == side[key].shape
 
 
-def _once(one: tuple[str, ...] | None, other: tuple[str, ...] | None) -> bool:
+def _once(takers: tuple[str, ...] | None, lookalike_takers: tuple[str, ...] | None) -> bool:
     """Whether there is one partner for both."""
-    return (one is None) != (other is None) or (one is not None and one == other)
+    return (takers is None) != (lookalike_takers is None) or (takers is not None and takers == lookalike_takers)
 
 
-def _told(one: str, lookalike: str, words: frozenset[str]) -> bool:
+def _name_tells(tower: str, lookalike: str, words: frozenset[str]) -> bool:
     """Whether the other side has what the name of a tower says, and not what its look-alike's does."""
-    own, rival = (frozenset(concepts(path.rpartition(".")[2])) for path in (one, lookalike))
+    own, rival = (frozenset(concepts(path.rpartition(".")[2])) for path in (tower, lookalike))
     return bool((own - rival) & words) and not (rival - own) & words
 
 

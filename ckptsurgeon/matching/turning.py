@@ -56,13 +56,13 @@ def turned(source: Tensors, target: Tensors) -> Turned:
     ops: dict[str, str] = {}
     for many in (2, *_WINDOWS):
         weights = {key: tensor.shape for key, tensor in source.items() if len(tensor.shape) == many and not (many == 2 and _table(key))}
-        other = {key: tuple(shape[dim] for dim in _dims(shape)) for key, shape in weights.items()}
+        turned_shapes = {key: tuple(shape[dim] for dim in _dims(shape)) for key, shape in weights.items()}
         if any(map(_kernel, weights)):
             weights = {key: shape for key, shape in weights.items() if _kernel(key)}
-        only = sum(shape not in shapes and other[key] in shapes for key, shape in weights.items())
-        never = sum(shape in shapes and other[key] not in shapes for key, shape in weights.items())
+        only = sum(shape not in shapes and turned_shapes[key] in shapes for key, shape in weights.items())
+        never = sum(shape in shapes and turned_shapes[key] not in shapes for key, shape in weights.items())
         if (kernels and not never) or (only > never and only >= _LEAST * len(weights)):
-            ops |= {key: _op(shape) for key, shape in weights.items() if other[key] in shapes}
+            ops |= {key: _op(shape) for key, shape in weights.items() if turned_shapes[key] in shapes}
     return Turned(source, ops)
 
 
@@ -93,5 +93,7 @@ def _bare(link: Link, source: Tensors, target: Tensors) -> bool:
     """Whether a link is of a matrix that is a parameter by itself on one side, and a layer's weight on the other."""
     if len(link.sources) != 1 or len(link.targets) != 1 or link.op not in ("", TURN) or _table(link.targets[0]):
         return False
-    one, other = link.sources[0], link.targets[0]
-    return len(source[one].shape) == len(target[other].shape) == 2 and one.endswith("weight") != other.endswith("weight")
+    source_key, target_key = link.sources[0], link.targets[0]
+    return len(source[source_key].shape) == len(target[target_key].shape) == 2 and source_key.endswith("weight") != target_key.endswith(
+        "weight"
+    )

@@ -107,7 +107,7 @@ def match(
             judge=judge,
             layout=tuple(options.layout or ()),
             numbers=options.numbers or {},
-            told=opened_target.any_model and partial(numbers_of, opened_target.any_model),
+            target_numbers=opened_target.any_model and partial(numbers_of, opened_target.any_model),
         )
         refuse_unused([name for name in ruling.unused if name not in proposal.numbers_used])
         proposal = with_sizes(proposal, source_checkpoint, opened_target.checkpoint, ruling.outside)

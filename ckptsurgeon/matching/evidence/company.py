@@ -36,13 +36,13 @@ class _Kernels:
 
 def behind(root: Node) -> dict[int, Node]:
     """By norm (its id) the convolution that it stands behind, the first of several, where the module that holds both tells."""
-    found: dict[int, Node] = {}
+    convolutions: dict[int, Node] = {}
     for module in root.nodes:
         norms = [child for child in module.children if child.leaf and "running_var" in child.tensors]
         kernels = [_Kernels(tuple(child.units()), child.name) for child in module.children if norms and _is_kernels(child)]
         if kernels:
-            found.update((id(norm), kernel.units[0]) for norm, kernel in _pairs(norms, kernels) if norm.main == (kernel.gives,))
-    return found
+            convolutions.update((id(norm), kernel.units[0]) for norm, kernel in _pairs(norms, kernels) if norm.main == (kernel.gives,))
+    return convolutions
 
 
 def _is_kernels(node: Node) -> bool:
@@ -81,25 +81,27 @@ class Inside:
 
     def is_part_of(self, unit: Node) -> bool:
         """Whether a unit is called as the one part that is in the module, and stands in or beside that part."""
-        said = PARTS & set(concepts(unit.path))
+        named_parts = PARTS & set(concepts(unit.path))
         kinds = {"mlp" if part == "mlp" else "attn" for part in self.parts}
         above, _, last = self.path.rpartition(".")
         around = above if self.parts & set(concepts(last)) else self.path
-        return len(kinds) == 1 and bool(said) and said <= self.parts and (not around or unit.path.startswith(f"{around}."))
+        return len(kinds) == 1 and bool(named_parts) and named_parts <= self.parts and (not around or unit.path.startswith(f"{around}."))
 
 
 def parts_within(pairs: Iterable[tuple[Node, Node]]) -> tuple[Mapping[str, Inside], Mapping[str, Inside]]:
     """By module of either side, what the matrices that are in it are on the other side, where names there say parts of a layer."""
-    found: tuple[dict[str, Inside], dict[str, Inside]] = ({}, {})
+    by_module: tuple[dict[str, Inside], dict[str, Inside]] = ({}, {})
     for pair in pairs:
         if pair[0].leaf and pair[1].leaf and len(pair[0].main) > 1:
             for side in (0, 1):
                 path = pair[1 - side].path
-                said = PARTS & set(concepts(path))
-                for module in _above(pair[side].path) if said else ():
-                    before = found[side].get(module)
-                    found[side][module] = Inside(before.parts | said, _common(before.path, path)) if before else Inside(said, path)
-    return found
+                named_parts = PARTS & set(concepts(path))
+                for module in _above(pair[side].path) if named_parts else ():
+                    before = by_module[side].get(module)
+                    by_module[side][module] = (
+                        Inside(before.parts | named_parts, _common(before.path, path)) if before else Inside(named_parts, path)
+                    )
+    return by_module
 
 
 def nearest(path: str, within: Mapping[str, Inside]) -> Inside | None:
@@ -107,9 +109,9 @@ def nearest(path: str, within: Mapping[str, Inside]) -> Inside | None:
     return next((within[module] for module in _above(path) if module in within), None)
 
 
-def _common(one: str, other: str) -> str:
+def _common(first: str, second: str) -> str:
     """The parts at the head of two paths that are equal."""
-    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one.split("."), other.split("."), strict=False)))
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)))
 
 
 def _above(path: str) -> Iterator[str]:

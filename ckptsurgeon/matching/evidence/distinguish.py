@@ -19,11 +19,11 @@ _ATTENTION = ("q", "k", "v", "out")  # in the order in which an attention uses t
 
 def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the concepts in its path that not all of them have."""
-    found = [frozenset(_counted(concepts(node.path))) for node in nodes]
-    common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
+    all_words = [frozenset(_counted(concepts(node.path))) for node in nodes]
+    common = frozenset.intersection(*all_words) if len(all_words) > 1 else frozenset()
     last = [_last_word(node) for node in nodes]
     gates = gated(last)
-    return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(found, last, strict=True)]
+    return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(all_words, last, strict=True)]
 
 
 def _counted(words: Sequence[str]) -> Iterator[str]:
@@ -49,29 +49,29 @@ def _last_word(node: Node) -> str:
     return node.name.rpartition(".")[2].rpartition("_")[2]
 
 
-def abbreviated(one: frozenset[str], other: frozenset[str]) -> bool:
+def abbreviated(first: frozenset[str], second: frozenset[str]) -> bool:
     """Whether a word of one name is the beginning of one of the other's."""
     return any(
         len(short) >= 3 and long.startswith(short) and long != short
-        for a in one
-        for b in other
+        for a in first
+        for b in second
         for short, long in ((a, b) if len(a) < len(b) else (b, a),)
     )
 
 
 def telling_segments(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the parts of its path, as they are written, that not all of them have."""
-    found = [frozenset(node.path.lower().split(".")) for node in nodes]
-    common = frozenset.intersection(*found) if len(found) > 1 else frozenset()
-    return [parts - common for parts in found]
+    segments = [frozenset(node.path.lower().split(".")) for node in nodes]
+    common = frozenset.intersection(*segments) if len(segments) > 1 else frozenset()
+    return [parts - common for parts in segments]
 
 
-def begun(one: frozenset[str], other: frozenset[str]) -> bool:
+def begun(first: frozenset[str], second: frozenset[str]) -> bool:
     """Whether a part of one name that ends in a number is how a part of the other begins (`branch1` and `branch1x1`)."""
     return any(
         len(short) >= 3 and short[-1].isdigit() and long.startswith(short) and not long[len(short)].isdigit()
-        for a in one
-        for b in other
+        for a in first
+        for b in second
         if a != b
         for short, long in ((a, b) if len(a) < len(b) else (b, a),)
         if len(short) < len(long)
@@ -84,8 +84,8 @@ def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
     return [value - min(near) for value in near]
 
 
-def _shared_parts(one: str, other: str) -> int:
-    a, b = one.split("."), other.split(".")
+def _shared_parts(first: str, second: str) -> int:
+    a, b = first.split("."), second.split(".")
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -96,26 +96,28 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     differ = _first_difference(nodes) or _in_attention(nodes, words)
     if differ:
         return ranks(differ)
-    said = [_place([place for word, place in _ORDINALS.items() if word in found]) for found in words]
+    positions = [_combined_position([position for word, position in _ORDINALS.items() if word in own_words]) for own_words in words]
     numbers = [
-        [int(word[1:]) for word in concepts(node.path) if word in found and word.startswith("#")]
-        for node, found in zip(nodes, words, strict=True)
+        [int(word[1:]) for word in concepts(node.path) if word in own_words and word.startswith("#")]
+        for node, own_words in zip(nodes, words, strict=True)
     ]
-    silent = [index for index in range(len(nodes)) if not said[index] and not numbers[index]]
-    if len(nodes) == 2 and len(silent) == 1 and said[1 - silent[0]] == _CROSS and all("attn" in concepts(node.path) for node in nodes):
+    silent = [index for index in range(len(nodes)) if not positions[index] and not numbers[index]]
+    if len(nodes) == 2 and len(silent) == 1 and positions[1 - silent[0]] == _CROSS and all("attn" in concepts(node.path) for node in nodes):
         return [int(index != silent[0]) for index in range(2)]  # `attn` beside `cross_attn` is the self-attention
-    if any(said):
-        mixed = [place[0] for place, number in zip(said, numbers, strict=True) if place and not number] if any(numbers) else []
-        if any(number and not place for place, number in zip(said, numbers, strict=True)) and not set(mixed) <= {-100, 100}:
+    if any(positions):
+        mixed = (
+            [position[0] for position, number in zip(positions, numbers, strict=True) if position and not number] if any(numbers) else []
+        )
+        if any(number and not position for position, number in zip(positions, numbers, strict=True)) and not set(mixed) <= {-100, 100}:
             return None
-        if silent and not (len(nodes) == 2 and said[1 - silent[0]][0] in _ENDS):
+        if silent and not (len(nodes) == 2 and positions[1 - silent[0]][0] in _ENDS):
             return None  # of two, the one that is not said to be first is the second
-        told = [tuple(place[:1] or ([50] if silent else [0]) + number) for place, number in zip(said, numbers, strict=True)]
+        sort_keys = [tuple(position[:1] or ([50] if silent else [0]) + number) for position, number in zip(positions, numbers, strict=True)]
     elif silent or len({len(number) for number in numbers}) != 1:
         return None
     else:
-        told = [tuple(number) for number in numbers]
-    return ranks(told) if len(set(told)) == len(told) else None
+        sort_keys = [tuple(number) for number in numbers]
+    return ranks(sort_keys) if len(set(sort_keys)) == len(sort_keys) else None
 
 
 def _first_difference(nodes: Sequence[Node]) -> list[int]:
@@ -132,16 +134,16 @@ def _in_attention(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> lis
     """The places of queries, keys and values, and of the output after them, where nodes are these and nothing else; else nothing."""
     if len(nodes) not in (3, 4) or len({node.parent for node in nodes}) > 2:
         return []
-    places = [[_ATTENTION.index(word) for word in found if word in _ATTENTION] for found in words]
-    if any(len(place) > 1 for place in places):
+    positions = [[_ATTENTION.index(word) for word in own_words if word in _ATTENTION] for own_words in words]
+    if any(len(position) > 1 for position in positions):
         return []
-    found = [place[0] if place else len(_ATTENTION) - 1 for place in places]
-    return found if sorted(found) == list(range(len(nodes))) else []
+    order = [position[0] if position else len(_ATTENTION) - 1 for position in positions]
+    return order if sorted(order) == list(range(len(nodes))) else []
 
 
-def _place(places: list[int]) -> list[int]:
+def _combined_position(positions: list[int]) -> list[int]:
     """The place that several words give together: being first counts most, then what comes latest."""
-    return [min(places) if min(places) < 0 else max(places)] if places else []
+    return [min(positions) if min(positions) < 0 else max(positions)] if positions else []
 
 
 def in_family(nodes: Sequence[Node]) -> list[tuple[int, int]]:
@@ -154,9 +156,11 @@ def in_family(nodes: Sequence[Node]) -> list[tuple[int, int]]:
     return [(rows[node.folded].index(node), len(rows[node.folded])) for node in nodes]
 
 
-def other_roles(one: Node, other: Node) -> bool:
+def other_roles(source: Node, target: Node) -> bool:
     """Whether two units hold tensors of different roles only."""
-    return one.leaf and other.leaf and not set(one.tensors) & set(other.tensors) and "param" not in (*one.tensors, *other.tensors)
+    return (
+        source.leaf and target.leaf and not set(source.tensors) & set(target.tensors) and "param" not in (*source.tensors, *target.tensors)
+    )
 
 
 def ranks(values: Sequence[object]) -> list[int]:
@@ -167,7 +171,7 @@ def ranks(values: Sequence[object]) -> list[int]:
     return ranks
 
 
-def near(one: int, other: int, even: bool) -> float:
+def near(rank: int, other_rank: int, even: bool) -> float:
     """1 for the same place; less the further apart."""
-    away = abs(one - other)
+    away = abs(rank - other_rank)
     return max(0.0, 1.0 - away) if even and away else 1.0 / (1 + away)

@@ -9,20 +9,20 @@ from ckptsurgeon.matching.module_tree import Node
 ALIKE = 0.7  # how much of the contents two modules share before one may stand for the other
 
 
-def alike(one: Node, other: Node) -> float:
+def alike(first: Node, second: Node) -> float:
     """The share of contents that two modules have in common, 0 to 1; parts that are fused or turned count a little less."""
-    if one.form == other.form:
+    if first.form == second.form:
         return 1.0
-    a, b = one.weighed, other.weighed
+    a, b = first.weighed, second.weighed
     total = sum(a.values()) + sum(b.values())
     if not total:
         return 0.0
     shared = sum(min(weight, b[shape]) for shape, weight in a.items() if shape in b)
     exact = 2 * shared / total
-    if one.leaf and other.leaf:
+    if first.leaf and second.leaf:
         return exact
-    same = sum(min(elements, other.spread.get(inputs, 0)) for inputs, elements in one.spread.items())
-    fused = 2 * same / (one.size + other.size)
+    same = sum(min(elements, second.spread.get(inputs, 0)) for inputs, elements in first.spread.items())
+    fused = 2 * same / (first.size + second.size)
     return max(exact, 0.95 * fused if fused > 0.9 else 0.0)
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 from ckptsurgeon.matching.evidence.company import PARTS, Inside, nearest
 from ckptsurgeon.matching.evidence.distinguish import (
@@ -76,45 +77,45 @@ class Table:
         self.places = tuple(ranks([node.at for node in nodes]) for nodes in (sources, targets))
         self.even = len(sources) == len(targets)
         self.families = tuple(in_family(nodes) for nodes in (sources, targets))
-        self.nearness = [(nearness(sources, one), nearness(targets, other)) for one, other in anchors]
+        self.nearness = [(nearness(sources, source), nearness(targets, target)) for source, target in anchors]
 
     def parts(self, row: int, column: int) -> dict[str, float]:
         """The points of a pair by kind of evidence."""
         source, target = self.sources[row], self.targets[column]
-        told, wanted = self.words[0][row], self.words[1][column]
-        shared = {word for word in told & wanted if not word.startswith("#")}
-        found = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
-        if not shared and (abbreviated(told, wanted) or begun(self.segments[0][row], self.segments[1][column])):
-            found["a name cut short"] = ABBREVIATED
-        if conflict(told, wanted):
-            found[f"names {AGAINST_IT}"] = AGAINST
+        source_words, target_words = self.words[0][row], self.words[1][column]
+        shared = {word for word in source_words & target_words if not word.startswith("#")}
+        parts = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
+        if not shared and (abbreviated(source_words, target_words) or begun(self.segments[0][row], self.segments[1][column])):
+            parts["a name cut short"] = ABBREVIATED
+        if conflict(source_words, target_words):
+            parts[f"names {AGAINST_IT}"] = AGAINST
         if source.name == target.name:
-            found["same name"] = SAME
+            parts["same name"] = SAME
         if source.exact == target.exact:
-            found["same shape"] = EXACT
+            parts["same shape"] = EXACT
         if self.ordinals[0] and self.ordinals[1]:
             points = NUMBERS if self.even else UNEVEN
-            found["numbers in the same order"] = points * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
+            parts["numbers in the same order"] = points * near(self.ordinals[0][row], self.ordinals[1][column], self.even)
         elif self.families[0][row] == self.families[1][column] != (0, 1):
-            found["numbers in the same order"] = NUMBERS
+            parts["numbers in the same order"] = NUMBERS
         if self.clues.rows.get(id(source), 1) == self.clues.rows.get(id(target), 1) > 1:
-            found["in a list as long"] = LENGTH
+            parts["in a list as long"] = LENGTH
         if other_roles(source, target):
-            found[f"roles {AGAINST_IT}"] = 2 * AGAINST
+            parts[f"roles {AGAINST_IT}"] = 2 * AGAINST
         trust = self.clues.trust * (0.3 if self._confused(row) or self._confused(column, 1) else 1.0)
         if trust:
-            found["same order"] = ORDER * trust * near(self.places[0][row], self.places[1][column], self.even)
+            parts["same order"] = ORDER * trust * near(self.places[0][row], self.places[1][column], self.even)
         if self.nearness:
-            apart = sum(abs(near[row] - other[column]) for near, other in self.nearness) / len(self.nearness)
-            found["in the same company"] = COMPANY * max(self.clues.trust, 0.6) * (1.0 - min(apart, 1.0))
+            apart = sum(abs(here[row] - there[column]) for here, there in self.nearness) / len(self.nearness)
+            parts["in the same company"] = COMPANY * max(self.clues.trust, 0.6) * (1.0 - min(apart, 1.0))
         if self._behind_the_same(source, target):
-            found["behind the same convolution"] = BEHIND
+            parts["behind the same convolution"] = BEHIND
         if self._named_after(row, column):
-            found["named after the part that it is of"] = NAMED_AFTER
+            parts["named after the part that it is of"] = NAMED_AFTER
         elsewhere = self._elsewhere(source, target)
         if elsewhere:
-            found["paired so elsewhere"] = ELSEWHERE * elsewhere
-        return found
+            parts["paired so elsewhere"] = ELSEWHERE * elsewhere
+        return parts
 
     def score(self, row: int, column: int) -> float:
         """The sum of a pair's points."""
@@ -132,11 +133,13 @@ class Table:
         """Whether one of two norms is named after an attention or an MLP, and the other stands in the module of that part."""
         if not self.sources[row].leaf or len(self.sources[row].main) != 1:
             return False
-        told, wanted = self.words[0][row] & PARTS, self.words[1][column] & PARTS
-        if bool(told) == bool(wanted):
+        source_parts, target_parts = self.words[0][row] & PARTS, self.words[1][column] & PARTS
+        if bool(source_parts) == bool(target_parts):
             return False
-        named, other, side = (self.sources[row], self.targets[column], 1) if told else (self.targets[column], self.sources[row], 0)
-        inside = nearest(other.path, self.clues.within()[side])
+        named, unnamed, side = (
+            (self.sources[row], self.targets[column], 1) if source_parts else (self.targets[column], self.sources[row], 0)
+        )
+        inside = nearest(unnamed.path, self.clues.within()[side])
         return inside is not None and inside.is_part_of(named)
 
     def _confused(self, index: int, side: int = 0) -> bool:
@@ -145,12 +148,14 @@ class Table:
     def _elsewhere(self, source: Node, target: Node) -> float:
         best = 0.0
         pairs, sources, targets = self.inside
-        for one in tails(source, self.clues.rows):
-            for other in tails(target, self.clues.rows):
-                count = self.clues.pairs.get((one, other), 0) - pairs.get((one, other), 0)
-                if count > 0:
-                    seen = max(self.clues.sources[one] - sources.get(one, 0), self.clues.targets[other] - targets.get(other, 0))
-                    best = max(best, count / seen)
+        for source_tail, target_tail in product(tails(source, self.clues.rows), tails(target, self.clues.rows)):
+            count = self.clues.pairs.get((source_tail, target_tail), 0) - pairs.get((source_tail, target_tail), 0)
+            if count > 0:
+                seen = max(
+                    self.clues.sources[source_tail] - sources.get(source_tail, 0),
+                    self.clues.targets[target_tail] - targets.get(target_tail, 0),
+                )
+                best = max(best, count / seen)
         return best
 
     @cached_property
@@ -158,7 +163,7 @@ class Table:
         """What an earlier pass paired within the group: what was decided of these is no evidence for them."""
         there = {id(target) for target in self.targets}
         partners = ((source, self.clues.partners.get(id(source))) for source in self.sources)
-        return count_pairs([(one, other) for one, other in partners if other is not None and id(other) in there], self.clues.rows)
+        return count_pairs([(node, partner) for node, partner in partners if partner is not None and id(partner) in there], self.clues.rows)
 
 
 def tails(node: Node, rows: Mapping[int, int]) -> tuple[str, ...]:
@@ -179,8 +184,8 @@ def count_pairs(
     targets: Counter[str] = Counter()
     for source, target in choices:
         beat()
-        ones, others = tails(source, rows), tails(target, rows)
-        sources.update(ones)
-        targets.update(others)
-        pairs.update((one, other) for one in ones for other in others)
+        source_tails, target_tails = tails(source, rows), tails(target, rows)
+        sources.update(source_tails)
+        targets.update(target_tails)
+        pairs.update(product(source_tails, target_tails))
     return pairs, sources, targets

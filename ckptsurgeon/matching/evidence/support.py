@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
@@ -43,53 +44,66 @@ class Support:
         """Whether anything but shapes does: for the link, for another of its unit, or for the modules around it."""
         if not self.units.isdisjoint(self._units(link)):
             return True
-        pairs = [(one, other) for one in link.sources for other in link.targets]
-        if not self.strangers and any(_barred(one, other) or self._elsewhere(one, other) for one, other in pairs):
+        pairs = list(product(link.sources, link.targets))
+        if not self.strangers and any(_barred(*pair) or self._elsewhere(*pair) for pair in pairs):
             return False
         return any(self._parent(*pair) for pair in pairs) or self._place(link)
 
     def _units(self, link: Link) -> set[tuple[str, str]]:
         """The modules whose own tensors a link puts together; between two namings, whatever their numbers are."""
-        units = {(one.rpartition(".")[0], other.rpartition(".")[0]) for one in link.sources for other in link.targets}
-        return {(fold(one), fold(other)) for one, other in units} if self.strangers else units
+        units = {
+            (source_key.rpartition(".")[0], target_key.rpartition(".")[0]) for source_key, target_key in product(link.sources, link.targets)
+        }
+        return {(fold(source_key), fold(target_key)) for source_key, target_key in units} if self.strangers else units
 
     def _by_itself(self, link: Link) -> bool:
         """Whether its names do, or its role."""
-        pairs = [(one, other) for one in link.sources for other in link.targets]
-        if any(self.same.get(one) == other for one, other in pairs):
+        pairs = list(product(link.sources, link.targets))
+        if any(self.same.get(source_key) == target_key for source_key, target_key in pairs):
             return True
         if self.strangers:
-            told = (self._complete and ALONE in link.evidence and self._in_list(link)) or any(self._word(*pair) for pair in pairs)
+            decided = (self._complete and ALONE in link.evidence and self._in_list(link)) or any(self._word(*pair) for pair in pairs)
         else:
-            told = all(any(self._renamed(one, other) for one, other in pairs if other == target) for target in link.targets)
-        return told or self._role(link)
+            decided = all(
+                any(self._renamed(source_key, target_key) for source_key, target_key in pairs if target_key == target)
+                for target in link.targets
+            )
+        return decided or self._role(link)
 
-    def _word(self, one: str, other: str) -> bool:
+    def _word(self, source_key: str, target_key: str) -> bool:
         """A word that not every name has, on both sides."""
-        shared = implied(concepts(one)) & implied(concepts(other))
-        alone = {"proj", "linear"} if len({*self.source[one].shape}) > 1 and self.source[one].shape == self.target[other].shape else set()
+        shared = implied(concepts(source_key)) & implied(concepts(target_key))
+        alone = (
+            {"proj", "linear"}
+            if len({*self.source[source_key].shape}) > 1 and self.source[source_key].shape == self.target[target_key].shape
+            else set()
+        )
         return any(not word.startswith("#") for word in shared - (SAYS_NOTHING - alone))
 
-    def _renamed(self, one: str, other: str) -> bool:
+    def _renamed(self, source_key: str, target_key: str) -> bool:
         """Whether the parts in which two names differ say the same, or something in common, or one module was put around or taken off."""
-        head, here, there, tail = _differing(self.bare.get(one, one), other)
-        told, wanted = implied(_words(here)), implied(_words(there))
+        head, here, there, tail = _differing(self.bare.get(source_key, source_key), target_key)
+        source_words, target_words = implied(_words(here)), implied(_words(there))
         if min(len(here), len(there)) == 0 and len(tail) > 1:  # a module was put around it, or taken off
             return max(len(here), len(there)) == 1
-        if _barred(one, other) or self._elsewhere(one, other) or conflict(frozenset(told), frozenset(wanted)):
+        if (
+            _barred(source_key, target_key)
+            or self._elsewhere(source_key, target_key)
+            or conflict(frozenset(source_words), frozenset(target_words))
+        ):
             return False
-        if told == wanted:
-            return bool(told) or bool(head)
+        if source_words == target_words:
+            return bool(source_words) or bool(head)
         if len(tail) >= _WHOLE_NAME and self._only_one(tail):
             return True
-        shared = {word for word in told & wanted if not word.startswith("#")}
-        if head and shared - SAYS_NOTHING and (told <= wanted or wanted <= told):
+        shared = {word for word in source_words & target_words if not word.startswith("#")}
+        if head and shared - SAYS_NOTHING and (source_words <= target_words or target_words <= source_words):
             return True
-        if shared - _GENERIC or abbreviated(frozenset(told), frozenset(wanted)):
+        if shared - _GENERIC or abbreviated(frozenset(source_words), frozenset(target_words)):
             return True
         if min(len(here), len(there)) == 0:
             return max(len(here), len(there)) == 1 and bool(head)
-        return bool(head) and not (told | wanted) & _TELLING and (len(tail) > 1 or head not in self.matched_modules)
+        return bool(head) and not (source_words | target_words) & _TELLING and (len(tail) > 1 or head not in self.matched_modules)
 
     def _only_one(self, tail: Sequence[str]) -> bool:
         """Whether on each side only one name ends so."""
@@ -101,22 +115,22 @@ class Support:
         """How many names of a side end in which parts, by how many parts these are."""
         return {}
 
-    def _elsewhere(self, one: str, other: str) -> bool:
+    def _elsewhere(self, source_key: str, target_key: str) -> bool:
         """Whether two names count differently, though both sides count alike."""
-        told, wanted = _MEMBER.findall(self.bare.get(one, one)), _MEMBER.findall(other)
-        most = min(len(told), len(wanted))
-        return told[:most] != wanted[:most] and (fold(one), fold(other)) not in self._shifted
+        source_numbers, target_numbers = _MEMBER.findall(self.bare.get(source_key, source_key)), _MEMBER.findall(target_key)
+        most = min(len(source_numbers), len(target_numbers))
+        return source_numbers[:most] != target_numbers[:most] and (fold(source_key), fold(target_key)) not in self._shifted
 
     @cached_property
     def _shifted(self) -> frozenset[tuple[str, str]]:
         """Numbered names, without their numbers, that all move by one and the same amount: a whole list that is shifted."""
         rows = Counter(map(fold, self.source))
         moves: dict[tuple[str, str], list[tuple[int, ...]]] = {}
-        for one, other in self._certain:
-            told, wanted = _MEMBER.findall(self.bare.get(one, one)), _MEMBER.findall(other)
-            if len(told) == len(wanted) and fold(self.bare.get(one, one)) == fold(other):
-                by = tuple(int(b) - int(a) for a, b in zip(told, wanted, strict=True))
-                moves.setdefault((fold(one), fold(other)), []).append(by)
+        for source_key, target_key in self._certain:
+            source_numbers, target_numbers = _MEMBER.findall(self.bare.get(source_key, source_key)), _MEMBER.findall(target_key)
+            if len(source_numbers) == len(target_numbers) and fold(self.bare.get(source_key, source_key)) == fold(target_key):
+                by = tuple(int(b) - int(a) for a, b in zip(source_numbers, target_numbers, strict=True))
+                moves.setdefault((fold(source_key), fold(target_key)), []).append(by)
         return frozenset(pair for pair, by in moves.items() if len(by) == rows[pair[0]] and len(set(by)) == 1)
 
     def _in_list(self, link: Link) -> bool:
@@ -126,10 +140,10 @@ class Support:
     @cached_property
     def _complete(self) -> bool:
         """Whether nothing that holds values is left over on either side."""
-        ones, others = ({pair[side] for pair in self._certain} for side in (0, 1))
+        source_keys, target_keys = ({pair[side] for pair in self._certain} for side in (0, 1))
         return all(
             key in done or not is_float(tensor)
-            for side, done in ((self.source, ones), (self.target, others))
+            for side, done in ((self.source, source_keys), (self.target, target_keys))
             for key, tensor in side.items()
         )
 
@@ -138,48 +152,48 @@ class Support:
         """Modules of the target, the whole aside, in which something goes by its name."""
         return frozenset(head for name in self.same.values() for head in _modules(name))
 
-    def _parent(self, one: str, other: str) -> bool:
+    def _parent(self, source_key: str, target_key: str) -> bool:
         """Whether the modules around two keys, short of the whole, hold other pairs."""
         least = 1 if self.strangers else 0  # the pair itself is one of them
-        here = next((head for head in _modules(one) if self._pairs[0][head] > least), "")
-        there = next((head for head in _modules(other) if self._pairs[1][head] > least), "")
+        here = next((head for head in _modules(source_key) if self._pairs[0][head] > least), "")
+        there = next((head for head in _modules(target_key) if self._pairs[1][head] > least), "")
         return bool(here and there) and self._together[here, there] > least
 
     @cached_property
     def _certain(self) -> list[tuple[str, str]]:
-        return [(one, other) for link in self.links if link.clear for one in link.sources for other in link.targets]
+        return [pair for link in self.links if link.clear for pair in product(link.sources, link.targets)]
 
     @cached_property
     def _around(self) -> list[tuple[str, str]]:
         """Pairs of keys that modules are told by: between two namings all, since their structure has decided."""
-        return self._certain if self.strangers else self._told
+        return self._certain if self.strangers else self._supported
 
     @cached_property
-    def _told(self) -> list[tuple[str, str]]:
+    def _supported(self) -> list[tuple[str, str]]:
         """Pairs of keys that something speaks for by itself."""
-        return [(one, other) for link in self.base for one in link.sources for other in link.targets]
+        return [pair for link in self.base for pair in product(link.sources, link.targets)]
 
     @cached_property
     def _pairs(self) -> tuple[Counter[str], Counter[str]]:
         """How many keys with a partner each module holds; none for one that is as good as the whole."""
-        found: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-        for side, keys in enumerate(({one for one, _ in self._around}, {other for _, other in self._around})):
+        counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        for side, keys in enumerate({pair[side] for pair in self._around} for side in (0, 1)):
             for key in keys:
-                found[side].update(_modules(key))
-            for head, count in list(found[side].items()):
+                counts[side].update(_modules(key))
+            for head, count in list(counts[side].items()):
                 if count > _MOST * len(keys) and len(keys) > 4:
-                    del found[side][head]
-        return found
+                    del counts[side][head]
+        return counts
 
     @cached_property
     def _together(self) -> Counter[tuple[str, str]]:
         """How many pairs of keys two modules have in common, for the nearest ones that hold several."""
-        found: Counter[tuple[str, str]] = Counter()
-        for one, other in self._around:
-            heads = [head for head in _modules(one) if self._pairs[0][head]]
-            others = [head for head in _modules(other) if self._pairs[1][head]]
-            found.update((a, b) for a in heads for b in others)
-        return found
+        counts: Counter[tuple[str, str]] = Counter()
+        for source_key, target_key in self._around:
+            source_heads = [head for head in _modules(source_key) if self._pairs[0][head]]
+            target_heads = [head for head in _modules(target_key) if self._pairs[1][head]]
+            counts.update(product(source_heads, target_heads))
+        return counts
 
     def _role(self, link: Link) -> bool:
         """Whether it is the one tensor of its role on both sides."""
@@ -194,18 +208,18 @@ class Support:
     @cached_property
     def _only_tables(self) -> tuple[list[str], list[str]]:
         """The matrices of each side that are all that their module holds: where there is one, it is looked up and multiplies nothing."""
-        found = []
+        tables = []
         for side in (self.source, self.target):
             own = Counter(key.rpartition(".")[0] for key in side)
-            found.append([key for key, tensor in side.items() if len(tensor.shape) == 2 and own[key.rpartition(".")[0]] == 1])
-        return found[0], found[1]
+            tables.append([key for key, tensor in side.items() if len(tensor.shape) == 2 and own[key.rpartition(".")[0]] == 1])
+        return tables[0], tables[1]
 
     @cached_property
     def _of_role(self) -> tuple[Counter[str], Counter[str]]:
-        found = [
+        counts = [
             Counter(role for key in side if (role := role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
         ]
-        return found[0], found[1]
+        return counts[0], counts[1]
 
     def _place(self, link: Link) -> bool:
         """Whether what stands before and after it on both sides goes together."""
@@ -221,11 +235,11 @@ class Support:
 
     @cached_property
     def _beside(self) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, str]]]:
-        found = []
+        neighbours = []
         for side in (self.source, self.target):
             keys = [key for key in side if not key.endswith("num_batches_tracked")]
-            found.append(dict(zip(keys, zip(["", *keys[:-1]], [*keys[1:], ""], strict=True), strict=True)))
-        return found[0], found[1]
+            neighbours.append(dict(zip(keys, zip(["", *keys[:-1]], [*keys[1:], ""], strict=True), strict=True)))
+        return neighbours[0], neighbours[1]
 
 
 _TELLING = {"head", "pool", "lm", "embed", "tok", "pos", "cls", "mask", "gate", "scale", "norm"}  # one of these on one side alone says no
@@ -234,15 +248,18 @@ _ADDED = {"adapter", "adapters", "lora", "prompt", "prompts", "ia3", "prefix"}  
 _KIND = {"head", "pool", "lm", "mask"}
 
 
-def _barred(one: str, other: str) -> bool:
+def _barred(source_key: str, target_key: str) -> bool:
     """Whether one name alone says that the tensor was added to a model, or is a head or a pooler."""
-    told, wanted = set(concepts(one)), set(concepts(other))
-    return any(bool(told & words) != bool(wanted & words) or (told & words and not told & wanted & words) for words in (_ADDED, _KIND))
+    source_words, target_words = set(concepts(source_key)), set(concepts(target_key))
+    return any(
+        bool(source_words & words) != bool(target_words & words) or (source_words & words and not source_words & target_words & words)
+        for words in (_ADDED, _KIND)
+    )
 
 
-def _differing(one: str, other: str) -> tuple[str, list[str], list[str], list[str]]:
+def _differing(first: str, second: str) -> tuple[str, list[str], list[str], list[str]]:
     """What two names have in common at their heads, what differs, and what they have in common at their ends."""
-    a, b = one.split("."), other.split(".")
+    a, b = first.split("."), second.split(".")
     if ROLES.get(a[-1], a[-1]) == ROLES.get(b[-1], b[-1]):
         a[-1] = b[-1]
     start = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -49,29 +49,29 @@ Form = tuple[tuple[int, ...], str]
 
 
 def judged(
-    found: Matching, source: Tensors, target: Tensors, of_source: Measure, of_target: Measure, *, fresh: bool = False
+    matching: Matching, source: Tensors, target: Tensors, of_source: Measure, of_target: Measure, *, fresh: bool = False
 ) -> tuple[Matching, tuple[str, ...]]:
     """The matching with its links judged by values, and a warning for each certain link that they speak against.
 
     `fresh`: the target has a constructor's values, whose matrices are noise, or zeros, whatever they are for.
     """
-    certain = [link for link in found.certain if _plain(link) and _flat(source[link.sources[0]])]
-    doubtful = [link for link in found.uncertain if _plain(link)]
-    loose = [*found.unused, *(link.sources[0] for link in doubtful)], [*found.unmatched, *(link.targets[0] for link in doubtful)]
+    certain = [link for link in matching.certain if _plain(link) and _flat(source[link.sources[0]])]
+    doubtful = [link for link in matching.uncertain if _plain(link)]
+    loose = [*matching.unused, *(link.sources[0] for link in doubtful)], [*matching.unmatched, *(link.targets[0] for link in doubtful)]
     open_ = [
         [key for key in dict.fromkeys(keys) if _measured(side[key]) and not (fresh and not _flat(side[key]))]
         for keys, side in zip(loose, (source, target), strict=True)
     ]
-    one = _kinds(source, of_source(dict.fromkeys([*open_[0], *(link.sources[0] for link in certain)])))
-    other = _kinds(target, of_target(dict.fromkeys([*open_[1], *(link.targets[0] for link in certain)])))
+    source_kinds = _kinds(source, of_source(dict.fromkeys([*open_[0], *(link.sources[0] for link in certain)])))
+    target_kinds = _kinds(target, of_target(dict.fromkeys([*open_[1], *(link.targets[0] for link in certain)])))
     warnings = [
-        f"values disagree: {link.sources[0]} is {one[link.sources[0]]}, {link.targets[0]} {other[link.targets[0]]}"
+        f"values disagree: {link.sources[0]} is {source_kinds[link.sources[0]]}, {link.targets[0]} {target_kinds[link.targets[0]]}"
         for link in certain
-        if _against(link, one, other)
+        if _against(link, source_kinds, target_kinds)
     ]
-    alone = _alone(_grouped(open_[0], source, one), _grouped(open_[1], target, other))
-    links = [_judged(link, one, other, alone) if _plain(link) and not link.certain else link for link in found.links]
-    return replace(found, links=tuple(links)), tuple(warnings)
+    alone = _alone(_grouped(open_[0], source, source_kinds), _grouped(open_[1], target, target_kinds))
+    links = [_judged(link, source_kinds, target_kinds, alone) if _plain(link) and not link.certain else link for link in matching.links]
+    return replace(matching, links=tuple(links)), tuple(warnings)
 
 
 def _plain(link: Link) -> bool:
@@ -88,35 +88,38 @@ def _measured(tensor: TensorMeta) -> bool:
 
 def _kinds(side: Tensors, stats: Mapping[str, Stats]) -> dict[str, str]:
     """What each tensor that was measured looks like."""
-    return {key: one.kind if _flat(side[key]) else one.pattern for key, one in stats.items()}
+    return {key: measured.kind if _flat(side[key]) else measured.pattern for key, measured in stats.items()}
 
 
-def _against(link: Link, one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    return {one.get(link.sources[0]), other.get(link.targets[0])} == {NEAR_ONE, NEAR_ZERO}
+def _against(link: Link, source_kinds: Mapping[str, str], target_kinds: Mapping[str, str]) -> bool:
+    return {source_kinds.get(link.sources[0]), target_kinds.get(link.targets[0])} == {NEAR_ONE, NEAR_ZERO}
 
 
 def _grouped(keys: Iterable[str], side: Tensors, kinds: Mapping[str, str]) -> dict[Form, list[str]]:
     """What is open on a side, by shape (without ones) and kind."""
-    found: dict[Form, list[str]] = {}
+    groups: dict[Form, list[str]] = {}
     for key in keys:
-        found.setdefault((tuple(size for size in side[key].shape if size > 1), kinds.get(key, "")), []).append(key)
-    return found
+        groups.setdefault((tuple(size for size in side[key].shape if size > 1), kinds.get(key, "")), []).append(key)
+    return groups
 
 
-def _alone(one: Mapping[Form, list[str]], other: Mapping[Form, list[str]]) -> dict[str, str]:
+def _alone(source_groups: Mapping[Form, list[str]], target_groups: Mapping[Form, list[str]]) -> dict[str, str]:
     """By target key the source key, where both are the only open ones of their shape and kind, and no kind of that shape is unclear."""
     return {
-        targets[0]: one[form][0]
-        for form, targets in other.items()
-        if form[1] and len(targets) == 1 == len(one.get(form, ())) and not one.get((form[0], "")) and not other.get((form[0], ""))
+        targets[0]: source_groups[form][0]
+        for form, targets in target_groups.items()
+        if form[1]
+        and len(targets) == 1 == len(source_groups.get(form, ()))
+        and not source_groups.get((form[0], ""))
+        and not target_groups.get((form[0], ""))
     }
 
 
-def _judged(link: Link, one: Mapping[str, str], other: Mapping[str, str], alone: Mapping[str, str]) -> Link:
+def _judged(link: Link, source_kinds: Mapping[str, str], target_kinds: Mapping[str, str], alone: Mapping[str, str]) -> Link:
     if alone.get(link.targets[0]) == link.sources[0]:
-        words = f"values: the only one here that is {one[link.sources[0]]}"
+        words = f"values: the only one here that is {source_kinds[link.sources[0]]}"
         return replace(link, margin=ENOUGH, evidence=(*link.evidence, words))
-    if _against(link, one, other):
+    if _against(link, source_kinds, target_kinds):
         return replace(link, margin=min(link.margin, -1.0), evidence=(*link.evidence, "values disagree"))
     return link
 

@@ -53,7 +53,7 @@ _INITIALS = re.compile(r"([A-Z]{2,})([a-z]+)")
 
 # A word, and the concepts that it stands for.
 _WORDS: dict[str, str] = {}
-for _concept, _said in (
+for _concept, _spellings in (
     ("q", "q query queries wq theta qw"),
     ("k", "k key keys wk phi"),
     ("v", "v value values wv val"),
@@ -118,9 +118,9 @@ for _concept, _said in (
     ("ih", "ih"),
     ("hh", "hh"),
 ):
-    for _word in _said.split():
+    for _word in _spellings.split():
         _WORDS[_word] = _concept
-_PHRASE = [(re.compile(rf"(?<![a-z0-9])(?:{pattern})(?![a-z])"), told) for pattern, told in _PHRASES]
+_PHRASE = [(re.compile(rf"(?<![a-z0-9])(?:{pattern})(?![a-z])"), replacement) for pattern, replacement in _PHRASES]
 # Concepts that say what a part is; two names with different ones of a row do not mean the same tensor.
 _KINDS = (
     {"norm", "scale", "pos", "cls", "relpos", "tok", "mask", "patch"},
@@ -152,22 +152,22 @@ def concepts(name: str) -> tuple[str, ...]:
     ('block', '#3', 'norm', '#1', 'weight')
     """
     text = _CAMEL.sub("_", _INITIALS.sub(_initials, _towers_aside(name))).lower()
-    for pattern, told in _PHRASE:
-        text = pattern.sub(told, text)
-    found: list[str] = []
+    for pattern, replacement in _PHRASE:
+        text = pattern.sub(replacement, text)
+    words: list[str] = []
     for word in _SPLIT.split(text):
         if word in _WORDS:
-            found.append(_WORDS[word])
+            words.append(_WORDS[word])
             continue
         parts = _DIGITS.findall(word)
         for at, part in enumerate(parts):
             if part.isdigit():
-                found.append(f"#{int(part)}")
+                words.append(f"#{int(part)}")
             elif len(part) == 1 and 0 < at == len(parts) - 1 and part + parts[at - 1][-1] not in _DIMENSIONS:
-                found.append(f"#{ord(part) - ord('a') + 1}" if "a" <= part <= "k" else part)  # `4b` is the second of the fourth
+                words.append(f"#{ord(part) - ord('a') + 1}" if "a" <= part <= "k" else part)  # `4b` is the second of the fourth
             else:
-                found.append(_WORDS.get(part, part))
-    return tuple(found)
+                words.append(_WORDS.get(part, part))
+    return tuple(words)
 
 
 def _towers_aside(name: str) -> str:
@@ -179,9 +179,9 @@ def _towers_aside(name: str) -> str:
     return ".".join("tower" if at + 1 < end and part in _LETTERS else part for at, part in enumerate(parts))
 
 
-def _initials(found: re.Match[str]) -> str:
+def _initials(match: re.Match[str]) -> str:
     """`HRconv` is `HR` and a word in small letters, `CLSToken` is `CLS` and `Token`."""
-    return f"{found[1]}_{found[2]}" if found[2] in _WORDS else found[0]
+    return f"{match[1]}_{match[2]}" if match[2] in _WORDS else match[0]
 
 
 def implied(words: Sequence[str]) -> set[str]:
@@ -202,6 +202,6 @@ def gated(names: Sequence[str]) -> dict[str, str]:
     return {"w1": "gate", "w2": "down", "w3": "up"} if {"w1", "w3"} <= set(names) else {}
 
 
-def conflict(one: frozenset[str], other: frozenset[str]) -> bool:
+def conflict(first: frozenset[str], second: frozenset[str]) -> bool:
     """Whether two names name parts that can't be the same."""
-    return any((one & kind) and (other & kind) and not (one & other & kind) for kind in _KINDS)
+    return any((first & kind) and (second & kind) and not (first & second & kind) for kind in _KINDS)

@@ -60,15 +60,15 @@ def settled(link: Link, layout: Layout, words: str) -> Link:
 
 
 def with_numbers(
-    links: Iterable[Link], numbers: Mapping[str, int], used: set[str], told: Callable[[], Mapping[str, int]] | None = None
+    links: Iterable[Link], numbers: Mapping[str, int], used: set[str], own_numbers: Callable[[], Mapping[str, int]] | None = None
 ) -> list[Link]:
     """The links, the variables of their layouts filled in as far as numbers are known; `used` gets the names of those that were given.
 
     `told` gives the target's own, and is asked where a number is still needed.
     """
-    found = _filled(links, numbers, used)
-    needs = any(variables.names_in(layout.op) for link in found for layout in link.choices)
-    return _filled(found, told(), set()) if needs and told is not None else found
+    filled = _filled(links, numbers, used)
+    needs = any(variables.names_in(layout.op) for link in filled for layout in link.choices)
+    return _filled(filled, own_numbers(), set()) if needs and own_numbers is not None else filled
 
 
 def _filled(links: Iterable[Link], numbers: Mapping[str, int], used: set[str]) -> list[Link]:
@@ -98,15 +98,15 @@ def by_rules(links: Sequence[Link], rules: Sequence[Rule]) -> tuple[list[Link], 
     compiled = [(rule, compile_rule(rule)) for rule in rules]
     used: list[Rule] = []
 
-    def told(link: Link) -> Link:
+    def adapted(link: Link) -> Link:
         rule = next((rule for rule, form in compiled if len(link.targets) == 1 and form.match(link.targets[0]) is not None), None)
         if rule is None:
             return link
         used.append(rule)
         return replace(link, op=rule.result, doubt="", choices=(), evidence=(*link.evidence, f"by your {rule}"))
 
-    found = [told(link) for link in links]
-    return found, tuple(rule for rule in rules if rule in used)
+    changed = [adapted(link) for link in links]
+    return changed, tuple(rule for rule in rules if rule in used)
 
 
 def open_layouts(links: Iterable[Link], name: Mapping[str, str], known: Known) -> tuple[Open, ...]:
@@ -115,29 +115,29 @@ def open_layouts(links: Iterable[Link], name: Mapping[str, str], known: Known) -
     for link in links:
         if link.doubt:
             kinds.setdefault(link.choices[0].kind, []).append(link)
-    return tuple(Open(kind, tuple(some), tuple(_ways(some, name, known))) for kind, some in kinds.items())
+    return tuple(Open(kind, tuple(doubted), tuple(_ways(doubted, name, known))) for kind, doubted in kinds.items())
 
 
-def as_is_options(one: Open, opened: Sequence[Open]) -> str:
+def as_is_options(layout: Open, opened: Sequence[Open]) -> str:
     """What takes the links of one doubt as they stand, and those of no other, as words of a command line."""
     if len(opened) < 2:
         return "--layout as-is"
-    patterns = cover(one.targets, [key for other in opened if other is not one for key in other.targets])
+    patterns = cover(layout.targets, [key for rival in opened if rival is not layout for key in rival.targets])
     return " ".join(f"--layout as-is{' ' if '*' in pattern else '='}{quoted(pattern)}" for pattern in patterns)
 
 
 def _ways(links: Sequence[Link], name: Mapping[str, str], known: Known) -> Iterable[Way]:
     for at in range(max(len(link.choices) for link in links)):
         by_op: dict[str, list[Link]] = {}
-        said: dict[str, None] = {}
+        all_words: dict[str, None] = {}
         for link in links:
             choice = link.choices[at if at < len(link.choices) else 0]
             form = replace(link, sources=choice.sources, targets=choice.targets, op=variables.blank(choice.op))
             by_op.setdefault(choice.op, []).append(form)
-            said[choice.words] = None
+            all_words[choice.words] = None
         rules = (
-            replace(one.rule, result=op) if one.rule.kind == "adapt" else one.rule
-            for op, some in by_op.items()
-            for one in to_toml.doubts(some, name, known)
+            replace(ruled.rule, result=op) if ruled.rule.kind == "adapt" else ruled.rule
+            for op, forms in by_op.items()
+            for ruled in to_toml.doubts(forms, name, known)
         )
-        yield Way(" or ".join(list(said)[:2]), tuple(rules))
+        yield Way(" or ".join(list(all_words)[:2]), tuple(rules))

@@ -45,7 +45,7 @@ def with_doubts(links: Iterable[Link], source: Tensors, target: Tensors) -> list
 def _with_doubt(link: Link, sides: Sides, one_naming: bool) -> Link:
     whole = len(link.sources) == len(link.targets) == 1
     stays = whole and (SAME in link.evidence or sides.names.get(link.sources[0]) == link.targets[0])
-    found = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
-    if not found or (whole and one_naming):
+    choices = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
+    if not choices or (whole and one_naming):
         return link
-    return replace(link, doubt=LAYOUT, choices=tuple(found))
+    return replace(link, doubt=LAYOUT, choices=tuple(choices))

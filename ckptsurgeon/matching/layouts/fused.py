@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ckptsurgeon.matching.layouts.heads import heads_text
-from ckptsurgeon.matching.layouts.sides import Sides, parent_of, said, word
+from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, parent_of, word
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "qkv"
@@ -26,26 +26,26 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     if len(link.sources) == len(link.targets) == 1:
         return _whole(link, sides)
     wholes, parts = (link.sources, link.targets) if len(link.sources) == 1 else (link.targets, link.sources)
-    names = [said(part) & {"q", "k", "v"} for part in parts]
-    found = _CUT.fullmatch(link.op)
-    if len(wholes) != 1 or found is None or names not in ([{"q"}, {"k"}, {"v"}], [{"k"}, {"v"}]):
+    names = [own_concepts(part) & {"q", "k", "v"} for part in parts]
+    cut = _CUT.fullmatch(link.op)
+    if len(wholes) != 1 or cut is None or names not in ([{"q"}, {"k"}, {"v"}], [{"k"}, {"v"}]):
         return ()
     if _is_in_turn((word(wholes[0]),), sides):
         return ()
-    return _parted(link, sides, wholes[0], found)
+    return _parted(link, sides, wholes[0], cut)
 
 
-def _is_in_turn(words: Sequence[str], sides: Sides) -> bool:
+def _is_in_turn(names: Sequence[str], sides: Sides) -> bool:
     plain = sides.source.is_plain_vision and sides.target.is_plain_vision
-    return all(_IN_TURN.fullmatch(one) or (plain and _PLAIN.fullmatch(one)) for one in words)
+    return all(_IN_TURN.fullmatch(name) or (plain and _PLAIN.fullmatch(name)) for name in names)
 
 
-def _parted(link: Link, sides: Sides, whole: str, found: re.Match[str]) -> Sequence[Layout]:
+def _parted(link: Link, sides: Sides, whole: str, cut: re.Match[str]) -> Sequence[Layout]:
     """In turn, or by head (group), for a matrix that is cut or joined along a dim."""
-    cuts = found["how"] == "chunk"
+    cuts = cut["how"] == "chunk"
     parts, side = (link.targets, sides.target) if cuts else (link.sources, sides.source)
-    dim = int(found["dim"])
-    turned = bool(found["after"] if cuts else found["before"])
+    dim = int(cut["dim"])
+    turned = bool(cut["after"] if cuts else cut["before"])
     shapes = [side.tensors[part].shape[::-1] if turned else side.tensors[part].shape for part in parts]
     sizes = [shape[dim] for shape in shapes]
     least = min(sizes)
@@ -61,7 +61,7 @@ def _parted(link: Link, sides: Sides, whole: str, found: re.Match[str]) -> Seque
     else:
         middle = f"{_reshape(rest, heads, '-1')} | concat(dim={dim + 1}) | reshape"
     words = _HEAD if len(set(each)) == 1 else _GROUP
-    grouped = Layout(KIND, words, link.sources, link.targets, f"{found['before']}{middle}{found['after']}")
+    grouped = Layout(KIND, words, link.sources, link.targets, f"{cut['before']}{middle}{cut['after']}")
     return Layout(KIND, _TURN, link.sources, link.targets, link.op), grouped
 
 
@@ -71,20 +71,20 @@ def _reshape(rest: tuple[Sequence[int], Sequence[int]], *sizes: str) -> str:
 
 def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts between two fused matrices: the same, or one in turn and the other by head."""
-    one, other = link.sources[0], link.targets[0]
-    words = word(one), word(other)
-    if not any("qkv" in said(key) or "kv" in said(key) for key in (one, other)) or set(link.op) & set("|("):
+    source_key, target_key = link.sources[0], link.targets[0]
+    words = word(source_key), word(target_key)
+    if not any("qkv" in own_concepts(key) or "kv" in own_concepts(key) for key in (source_key, target_key)) or set(link.op) & set("|("):
         return ()
     if (words[0] == words[1] and not _SEVERAL.fullmatch(words[0])) or _is_in_turn(words, sides):
         return ()
-    shape = sides.target.tensors[other].shape
-    out = next((sides.target.tensors[key].shape for key in _beside(sides, other) if said(key) & {"out"}), None)
+    shape = sides.target.tensors[target_key].shape
+    out = next((sides.target.tensors[key].shape for key in _beside(sides, target_key) if own_concepts(key) & {"out"}), None)
     queries = out[-1] if out is not None and len(out) == 2 else shape[0] // 3
-    parts = 2 if "kv" in said(one) | said(other) else 3
+    parts = 2 if "kv" in own_concepts(source_key) | own_concepts(target_key) else 3
     as_is = Layout(KIND, "both lie alike", link.sources, link.targets, link.op)
     if shape[0] != parts * queries:
         return (as_is, *_of_groups(link, sides, queries))
-    heads = heads_text(sides, (one, other), queries, queries)
+    heads = heads_text(sides, (source_key, target_key), queries, queries)
     turns = {
         "each head's together become in turn": [heads, str(parts)],
         "in turn become each head's together": [str(parts), heads],
@@ -95,8 +95,8 @@ def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     return (
         as_is,
         *(
-            Layout(KIND, told, link.sources, link.targets, f"{before}{_reshape(rest, *sizes, '-1')} | permute(dims={dims}) | reshape")
-            for told, sizes in turns.items()
+            Layout(KIND, change, link.sources, link.targets, f"{before}{_reshape(rest, *sizes, '-1')} | permute(dims={dims}) | reshape")
+            for change, sizes in turns.items()
         ),
     )
 

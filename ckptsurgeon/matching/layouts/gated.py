@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.sides import Sides, said, unit_of
+from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, unit_of
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "gate and up"
@@ -22,20 +22,20 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a link between a fused gate and up and its two parts, or all experts' parts."""
     cuts = len(link.sources) == 1
     parts = link.targets if cuts else link.sources
-    found = _PAIR.search(link.op)
-    if found is None or len(parts) < 2 or len(parts) % 2 or len(link.sources) > 1 < len(link.targets):
+    pair_op = _PAIR.search(link.op)
+    if pair_op is None or len(parts) < 2 or len(parts) % 2 or len(link.sources) > 1 < len(link.targets):
         return ()
     whole = link.sources[0] if cuts else link.targets[0]
-    told = said(whole) | frozenset(word for part in parts[:2] for word in concepts(part))
+    all_words = own_concepts(whole) | frozenset(word for part in parts[:2] for word in concepts(part))
     tensors = sides.target.tensors if cuts else sides.source.tensors
-    if not told & {"gate", "up"} or said(parts[0]) & {"q", "k", "v"} or len({tensors[part].shape for part in parts}) > 1:
+    if not all_words & {"gate", "up"} or own_concepts(parts[0]) & {"q", "k", "v"} or len({tensors[part].shape for part in parts}) > 1:
         return ()
     if len(parts) > 2 and not _STACKED.search(link.op):
         return ()
     swapped = tuple(part for pair in zip(parts[1::2], parts[::2], strict=True) for part in pair)
-    mixed = f"deinterleave(dim={found['dim']}, parts=2)" if cuts else f"interleave(dim={found['dim']}, parts=2)"
-    ops = (mixed, found[0]) if cuts else (found[0], mixed)
-    chain = link.op.replace(found[0], " | ".join(ops))
+    mixed = f"deinterleave(dim={pair_op['dim']}, parts=2)" if cuts else f"interleave(dim={pair_op['dim']}, parts=2)"
+    ops = (mixed, pair_op[0]) if cuts else (pair_op[0], mixed)
+    chain = link.op.replace(pair_op[0], " | ".join(ops))
     first, second = (_name(part) for part in parts[:2])
     return (
         Layout(KIND, f"{first} before {second}", link.sources, link.targets, link.op),

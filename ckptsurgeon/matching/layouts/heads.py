@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.sides import Side, Sides, parent_of, said
+from ckptsurgeon.matching.layouts.sides import Side, Sides, own_concepts, parent_of
 
 _OF_A_HEAD = re.compile(r"rel_pos_[hwt]$")  # a table that is multiplied with one head's queries, and not one with a column for each head
 
@@ -37,7 +37,7 @@ def _head_sizes(side: Side, key: str, rows: int) -> Iterator[int]:
         shape, words = side.tensors[name].shape, set(concepts(name[len(parent) :]))
         if len(shape) == 1 and "norm" in words and {"q", "k"} & words and shape[0] < rows and rows % shape[0] == 0:
             yield shape[0]
-        if len(shape) == 2 and "relpos" in words and rows % shape[1] == 0 and shape[1] < rows and not said(name) & {"q", "k", "v"}:
+        if len(shape) == 2 and "relpos" in words and rows % shape[1] == 0 and shape[1] < rows and not own_concepts(name) & {"q", "k", "v"}:
             yield shape[1] if _OF_A_HEAD.search(name) else rows // shape[1]
     for name in side.frequencies:
         size = 2 * side.tensors[name].shape[0]

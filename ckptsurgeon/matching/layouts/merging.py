@@ -28,7 +28,7 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     kept = list(range(dim))
 
     def chain(sizes: Sequence[int], order: Sequence[int]) -> str:
-        return f"reshape(shape={[*rows, *sizes]}) | permute(dims={[*kept, *(dim + place for place in order)]}) | reshape"
+        return f"reshape(shape={[*rows, *sizes]}) | permute(dims={[*kept, *(dim + axis for axis in order)]}) | reshape"
 
     ways = {
         "both have the same order": "",
@@ -39,13 +39,13 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     return tuple(Layout(KIND, words, link.sources, link.targets, op) for words, op in ways.items())
 
 
-def _merged(sides: Sides, key: str, other: str) -> int | None:
+def _merged(sides: Sides, target_key: str, source_key: str) -> int | None:
     """How many channels are merged by the reduction that is the key's, or that stands beside it; None where there is none."""
     tensors = sides.target.tensors
-    for name in sides.target.under(parent_of(key)):
+    for name in sides.target.under(parent_of(target_key)):
         shape = tensors[name].shape
-        if len(shape) != 2 or shape[1] != 2 * shape[0] or shape[1] % 4 or parent_of(name) != parent_of(key):
+        if len(shape) != 2 or shape[1] != 2 * shape[0] or shape[1] % 4 or parent_of(name) != parent_of(target_key):
             continue
-        if _MERGING.search(name) or _MERGING.search(other) or word(name) == "reduction":
+        if _MERGING.search(name) or _MERGING.search(source_key) or word(name) == "reduction":
             return shape[1]
     return None

@@ -22,12 +22,12 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of the link of a modulation of two parts."""
     if len(link.sources) != 1 or len(link.targets) != 1 or link.op:
         return ()
-    one, other = unit_of(link.sources[0]), unit_of(link.targets[0])
-    if not (_WORDS.search(one) or _WORDS.search(other)) or _ends(one) == _ends(other):
+    source_unit, target_unit = unit_of(link.sources[0]), unit_of(link.targets[0])
+    if not (_WORDS.search(source_unit) or _WORDS.search(target_unit)) or _ends(source_unit) == _ends(target_unit):
         return ()
     shape = sides.target.tensors[link.targets[0]].shape
     width = sides.target.width
-    if not width or len(shape) not in (1, 2) or shape[0] != 2 * width or f"{other}.weight" not in sides.target.tensors:
+    if not width or len(shape) not in (1, 2) or shape[0] != 2 * width or f"{target_unit}.weight" not in sides.target.tensors:
         return ()
     swap = f"roll(dim=0, by={width})"
     return (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.layouts.heads import heads_text
-from ckptsurgeon.matching.layouts.sides import Sides, parent_of, said
+from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, parent_of
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "rotary"
@@ -21,22 +21,22 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a query's or key's link; none for other links."""
     if len(link.sources) != 1 or len(link.targets) != 1 or set(link.op) & set("|("):
         return ()
-    one, other = link.sources[0], link.targets[0]
-    part = said(one) & said(other) & {"q", "k"}
-    if len(part) != 1 or "cross" in {*concepts(one), *concepts(other)}:
+    source_key, target_key = link.sources[0], link.targets[0]
+    part = own_concepts(source_key) & own_concepts(target_key) & {"q", "k"}
+    if len(part) != 1 or "cross" in {*concepts(source_key), *concepts(target_key)}:
         return ()
-    if not sides.rotate or sides.source.has_own_positions(one) or sides.target.has_own_positions(other):
+    if not sides.rotate or sides.source.has_own_positions(source_key) or sides.target.has_own_positions(target_key):
         return ()
-    shape = sides.target.tensors[other].shape
-    of_norm = bool((said(one) | said(other)) & {"norm"})
-    rows, queries = shape[0], _rows(sides, other, "q")
+    shape = sides.target.tensors[target_key].shape
+    of_norm = bool((own_concepts(source_key) | own_concepts(target_key)) & {"norm"})
+    rows, queries = shape[0], _rows(sides, target_key, "q")
     if not queries or not rows or (of_norm and len(shape) != 1):
         return ()
     if of_norm:
-        keys = _rows(sides, other, next(iter(part)))
-        heads = "1" if rows < min(queries, keys or queries) else heads_text(sides, (one, other), rows, queries)
+        keys = _rows(sides, target_key, next(iter(part)))
+        heads = "1" if rows < min(queries, keys or queries) else heads_text(sides, (source_key, target_key), rows, queries)
     else:
-        heads = heads_text(sides, (one, other), rows, queries)
+        heads = heads_text(sides, (source_key, target_key), rows, queries)
     if heads.isdecimal() and rows // int(heads) % 2:
         return ()
     order = ("pairs", "halves") if sides.target.in_pairs and not sides.source.in_pairs else ("halves", "pairs")
@@ -48,7 +48,7 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
 def _rows(sides: Sides, key: str, part: str) -> int:
     """How many rows the queries (or keys) of the same attention have; 0 where there are none of their own."""
     for name in sides.target.under(parent_of(key)):
-        shape, words = sides.target.tensors[name].shape, said(name)
+        shape, words = sides.target.tensors[name].shape, own_concepts(name)
         if len(shape) == 2 and part in words and "norm" not in words and parent_of(name) == parent_of(key):
             return shape[0]
     return 0

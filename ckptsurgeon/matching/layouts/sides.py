@@ -38,7 +38,7 @@ def unit_of(key: str) -> str:
 
 
 @cache
-def said(key: str) -> frozenset[str]:
+def own_concepts(key: str) -> frozenset[str]:
     """The concepts of the last word of a tensor's module."""
     return frozenset(concepts(unit_of(key).rpartition(".")[2]))
 
@@ -75,8 +75,8 @@ class Side:
     def tokens(self) -> tuple[str, ...]:
         """Tables of tokens."""
         near = (key for key, tensor in self.tensors.items() if len(tensor.shape) == 2 and _OF_TOKENS.search(key))
-        found = ((key, set(concepts(key))) for key in near)
-        return tuple(key for key, words in found if "tok" in words and not words & {"pos", "head", "tokentype", "cls", "mask"})
+        named = ((key, set(concepts(key))) for key in near)
+        return tuple(key for key, words in named if "tok" in words and not words & {"pos", "head", "tokentype", "cls", "mask"})
 
     @cached_property
     def rotary(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class Side:
         """Whether it is a plain vision transformer: patches or convolutions, absolute positions and no relative ones, and no tokens."""
         patches = any(len(tensor.shape) > 3 or (len(tensor.shape) > 1 and "patch" in key.lower()) for key, tensor in self.tensors.items())
         words = [set(concepts(key)) for key in self.positions]
-        absolute = any("pos" in told for told in words) and not any("relpos" in told for told in words)
+        absolute = any("pos" in table_words for table_words in words) and not any("relpos" in table_words for table_words in words)
         return patches and absolute and not self.tokens
 
     @cached_property
@@ -103,14 +103,14 @@ class Side:
 
     @cached_property
     def _by_parent(self) -> Mapping[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {}
+        by_module: dict[str, list[str]] = {}
         for key in self.tensors:
             head = unit_of(key)
             for _ in range(3):  # a module's own tensors, and those of modules in it
-                found.setdefault(head, []).append(key)
+                by_module.setdefault(head, []).append(key)
                 if not (head := head.rpartition(".")[0]):
                     break
-        return {head: tuple(keys) for head, keys in found.items()}
+        return {head: tuple(keys) for head, keys in by_module.items()}
 
     def under(self, module: str) -> tuple[str, ...]:
         """The tensors of a module and of those just below it."""
@@ -123,11 +123,11 @@ class Side:
 
 def _nearest(key: str, others: tuple[str, ...]) -> int:
     """How many segments a key has in common at most with others, up to its first number; -1 without others."""
-    found = _NUMBER.search(key)
-    head = key[: found.start()].split(".") if found else key.split(".")[:-1]
+    number = _NUMBER.search(key)
+    head = key[: number.start()].split(".") if number else key.split(".")[:-1]
     most = -1
-    for other in others:
-        parts = other.split(".")
+    for candidate in others:
+        parts = candidate.split(".")
         same = next((at for at, (x, y) in enumerate(zip(head, parts, strict=False)) if x != y), min(len(head), len(parts)))
         most = max(most, same)
     return most
@@ -157,7 +157,9 @@ class Sides:
         if sum(name in target for name in self.names.values()) > half:
             return True
         exchanges = find_exchange(source, target)
-        return any(len(one.mapping) > half and not _NUMBER.search(one.prefix.stripped + one.prefix.added) for one in exchanges)
+        return any(
+            len(exchange.mapping) > half and not _NUMBER.search(exchange.prefix.stripped + exchange.prefix.added) for exchange in exchanges
+        )
 
     @cached_property
     def rotate(self) -> bool:

@@ -50,7 +50,7 @@ class Case:
 
     def ordered(self, more: Sequence[Rule]) -> tuple[Rule, ...]:
         """A person's rules with more of them, in the order in which a command follows them."""
-        at = next((place for place, rule in enumerate(self.rules) if rule.file), len(self.rules))
+        at = next((index for index, rule in enumerate(self.rules) if rule.file), len(self.rules))
         return (*self.rules[:at], *more, *self.rules[at:])
 
     @cached_property
@@ -61,13 +61,13 @@ class Case:
     @cached_property
     def plain(self) -> dict[str, str]:
         """By target key the source key that has its name and its shape, where no rule says anything."""
-        found = origins(self.source, self.target, self.rules, self.untaken)
-        alone = {key: one for key, one in found.items() if one.fits and not (one.ops or one.rules or one.tied_to)}
-        return {key: one.places[0][1] for key, one in alone.items() if len(one.places) == 1}
+        by_target = origins(self.source, self.target, self.rules, self.untaken)
+        alone = {key: origin for key, origin in by_target.items() if origin.fits and not (origin.ops or origin.rules or origin.tied_to)}
+        return {key: origin.places[0][1] for key, origin in alone.items() if len(origin.places) == 1}
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """What matching found: rules that come before all others, the proposal, whether it is worth following, and whether `--match` leads to
     the same."""
 
@@ -79,16 +79,16 @@ class Found:
     @property
     def rules(self) -> tuple[Rule, ...]:
         """All rules, as options would say them."""
-        return (*self.first, *(one.rule for one in self.proposal.ruled))
+        return (*self.first, *(ruled.rule for ruled in self.proposal.ruled))
 
 
 def advise(
-    found: Diff, source: Checkpoint, target: Checkpoint, rules: Sequence[Rule] = (), outside: Outside = NO_OUTSIDE, auto: str | None = None
+    diff: Diff, source: Checkpoint, target: Checkpoint, rules: Sequence[Rule] = (), outside: Outside = NO_OUTSIDE, auto: str | None = None
 ) -> Advice:
     """What to do after a diff of these.
 
     Args:
-        found: the diff, made with the same rules.
+        diff: the diff of the two sides, made with the same rules.
         source, target: its two sides.
         rules: a person's rules.
         outside: what the rules name, and what the target's own loading code does.
@@ -104,53 +104,53 @@ def advise(
     ["--rename 'fc2.weight' 'dense2.weight'"]
     """
     case = Case(source, target, tuple(rules), outside, auto)
-    if found.rivals or len(found.exchanges) > 1:  # nothing decides between prefixes: that comes first
-        return Advice(sizes=_sizes(case, found))
-    base, chosen = _safely(case, found)
+    if diff.rivals or len(diff.exchanges) > 1:  # nothing decides between prefixes: that comes first
+        return Advice(sizes=_sizes(case, diff))
+    base, chosen = _safely(case, diff)
     links: tuple[Link, ...] = ()
     # Names that loading code gives are not matched; old names only where that leads to less.
-    given = tuple(frozenset(key for key in one.matched if key not in case.plain) for one in (found, base))
+    aside = tuple(frozenset(key for key in either.matched if key not in case.plain) for either in (diff, base))
     to_match = _open(case, base)
-    few = len(found.missing) + len(found.extra) <= LARGEST
-    for keys in dict.fromkeys(given) if to_match and few else ():
+    few = len(diff.missing) + len(diff.extra) <= LARGEST
+    for keys in dict.fromkeys(aside) if to_match and few else ():
         matched = _matched(case, base, keys)
         links = links or (tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ())
         for carried, by_match in _ways(matched, base):
             reached = _reached(case, carried, chosen, base, matched if matched is not None and matched.worth else None)
             if reached is not None:
-                return _advice(case, found, reached, chosen, matched, carried, by_match, links)
-    return replace(_advice(case, found, base, chosen, None, (), False, links), skipped=to_match and not few)
+                return _advice(case, diff, reached, chosen, matched, carried, by_match, links)
+    return replace(_advice(case, diff, base, chosen, None, (), False, links), skipped=to_match and not few)
 
 
-def with_sizes(found: Proposal, source: Checkpoint, target: Checkpoint, outside: Outside = NO_OUTSIDE) -> Proposal:
+def with_sizes(proposal: Proposal, source: Checkpoint, target: Checkpoint, outside: Outside = NO_OUTSIDE) -> Proposal:
     """A proposal with what is said of keys that both sides have in another size, and the adapters that go with its links."""
-    if not (found.unmatched and found.unused):
-        return found
-    case = Case(source, target, found.before, outside, None)
-    ruled = tuple(one.rule for one in found.ruled)
+    if not (proposal.unmatched and proposal.unused):
+        return proposal
+    case = Case(source, target, proposal.before, outside, None)
+    ruled = tuple(ruled.rule for ruled in proposal.ruled)
     reached = case.diff(ruled, None)
     sizes = _sizes(case, reached) if reached is not None else ()
-    beside = tuple(rule for one in sizes if one.sure for rule in one.rules)
-    again = case.diff((*ruled, *beside), None) if beside else None
+    adapts = tuple(rule for size in sizes if size.sure for rule in size.rules)
+    again = case.diff((*ruled, *adapts), None) if adapts else None
     holds = again is not None and reached is not None and len(again.matched) > len(reached.matched)
-    spelled = holds and not _same_beside(case, (), found, beside)
+    spelled = holds and not _same_beside(case, (), proposal, adapts)
     fits = not spelled or (len(ruled) <= MOST and all(rule.kind != "stage" for rule in ruled))
-    return replace(found, sizes=sizes, beside=beside if holds and fits else (), spelled=spelled)
+    return replace(proposal, sizes=sizes, beside=adapts if holds and fits else (), spelled=spelled)
 
 
-def _safely(case: Case, found: Diff) -> tuple[Diff, str | None]:
+def _safely(case: Case, diff: Diff) -> tuple[Diff, str | None]:
     """The diff, or that under `--auto safe` where this gives more."""
-    if case.auto is None and (found.mismatched or (found.missing and found.extra)):
+    if case.auto is None and (diff.mismatched or (diff.missing and diff.extra)):
         safe = case.diff((), "safe")
-        if safe is not None and len(safe.matched) > len(found.matched):
+        if safe is not None and len(safe.matched) > len(diff.matched):
             return safe, "safe"
-    return found, case.auto
+    return diff, case.auto
 
 
-def _open(case: Case, found: Diff) -> bool:
+def _open(case: Case, diff: Diff) -> bool:
     """Whether names are left over on both sides, or matrices are turned (square ones of their kind are too)."""
-    names = any(key in case.target for key in found.missing) and any(key in case.source for key in found.extra)
-    turned = any(len(row.source_shape) == 2 and row.source_shape == row.target_shape[::-1] for row in found.mismatched)
+    names = any(key in case.target for key in diff.missing) and any(key in case.source for key in diff.extra)
+    turned = any(len(row.source_shape) == 2 and row.source_shape == row.target_shape[::-1] for row in diff.mismatched)
     return names or turned
 
 
@@ -158,44 +158,44 @@ def _stays(link: Link) -> bool:
     return link.sources == link.targets and not link.op
 
 
-def _matched(case: Case, base: Diff, given: frozenset[str]) -> Found | None:
+def _matched(case: Case, base: Diff, aside: frozenset[str]) -> Candidate | None:
     """What matching finds beside these keys; None where that is nothing to follow."""
     exchanges = tuple(rule for way in base.exchanges for rule in way.rules)
-    wanted = {name for way in base.exchanges for name in way.mapping.values()}
-    found = _proposed(case, (), given)
-    if exchanges and (found is None or not (found.worth and wanted <= _targets(found.proposal))):
-        exchanged = _proposed(case, exchanges, given)
-        return exchanged if exchanged is not None and exchanged.worth else found
-    return found
+    exchanged_keys = {name for way in base.exchanges for name in way.mapping.values()}
+    candidate = _proposed(case, (), aside)
+    if exchanges and (candidate is None or not (candidate.worth and exchanged_keys <= _targets(candidate.proposal))):
+        exchanged = _proposed(case, exchanges, aside)
+        return exchanged if exchanged is not None and exchanged.worth else candidate
+    return candidate
 
 
-def _targets(found: Proposal) -> set[str]:
-    return {key for link in found.applied for key in link.targets}
+def _targets(proposal: Proposal) -> set[str]:
+    return {key for link in proposal.applied for key in link.targets}
 
 
-def _proposed(case: Case, first: tuple[Rule, ...], given: frozenset[str]) -> Found | None:
-    """The proposal after these rules; `given` are keys that old names or loading code give."""
-    judge = _Judge(case, given)
+def _proposed(case: Case, first: tuple[Rule, ...], aside: frozenset[str]) -> Candidate | None:
+    """The proposal after these rules; `aside` are keys that old names or loading code give, which are not matched."""
+    judge = _Judge(case, aside)
     try:
         proposal = propose(case.source, case.target, (*case.rules, *first), case.untaken, judge=judge)
     except RuleError:
         return None
     worth = _enough(case, first, proposal) and bool(first or any(not _stays(link) for link in proposal.applied))
     apart = judge.changed or proposal.refusal() is not None or any(link.doubt for link in proposal.links)
-    return Found(first, proposal, worth, not apart)
+    return Candidate(first, proposal, worth, not apart)
 
 
-def _enough(case: Case, first: tuple[Rule, ...], found: Proposal) -> bool:
+def _enough(case: Case, first: tuple[Rule, ...], proposal: Proposal) -> bool:
     """Whether links are worth following: as `match` says, or where they do not explain half of the elements since one key of another size
     has most of them: as it would say without such keys."""
-    if found.refusal() is None:
+    if proposal.refusal() is None:
         return True
-    reached = case.diff((*first, *(one.rule for one in found.ruled)), None)
+    reached = case.diff((*first, *(ruled.rule for ruled in proposal.ruled)), None)
     if reached is None or not reached.mismatched:
         return False
-    given = (_targets(found), {row.key for row in reached.mismatched}, case.target)
-    taken = ({key for link in found.applied for key in link.sources}, {row.source for row in reached.mismatched}, case.source)
-    return max(map(_explained, (given, taken))) >= LEAST
+    target_side = (_targets(proposal), {row.key for row in reached.mismatched}, case.target)
+    source_side = ({key for link in proposal.applied for key in link.sources}, {row.source for row in reached.mismatched}, case.source)
+    return max(map(_explained, (target_side, source_side))) >= LEAST
 
 
 def _explained(side: tuple[set[str], set[str], Checkpoint]) -> float:
@@ -209,55 +209,57 @@ def _explained(side: tuple[set[str], set[str], Checkpoint]) -> float:
 class _Judge:
     """Takes out links to keys that are given by other means, and puts those in that names and shapes give already."""
 
-    def __init__(self, case: Case, given: frozenset[str]) -> None:
-        self.case, self.given, self.changed = case, given, False
+    def __init__(self, case: Case, aside: frozenset[str]) -> None:
+        self.case, self.aside, self.changed = case, aside, False
 
-    def __call__(self, found: Matching) -> tuple[Matching, tuple[str, ...]]:
-        certain = [link for link in found.links if link.certain]
+    def __call__(self, matching: Matching) -> tuple[Matching, tuple[str, ...]]:
+        certain = [link for link in matching.links if link.certain]
         reached = {key for link in certain for key in link.targets}
         used = {key for link in certain for key in link.sources}
         stays = {name: key for name, key in self.case.plain.items() if name not in reached and key not in used}
         links = [
-            link for link in found.links if self.given.isdisjoint(link.targets) and (link.certain or stays.keys().isdisjoint(link.targets))
+            link
+            for link in matching.links
+            if self.aside.isdisjoint(link.targets) and (link.certain or stays.keys().isdisjoint(link.targets))
         ]
-        self.changed = len(links) < len(found.links) or bool(stays)
+        self.changed = len(links) < len(matching.links) or bool(stays)
         links += [Link((key,), (name,), "", 1.0, ("same name, same shape",)) for name, key in stays.items()]
-        return replace(found, links=tuple(links)), ()
+        return replace(matching, links=tuple(links)), ()
 
 
-def _ways(found: Found | None, base: Diff) -> list[tuple[tuple[Rule, ...], bool]]:
+def _ways(candidate: Candidate | None, base: Diff) -> list[tuple[tuple[Rule, ...], bool]]:
     """The rules that may be carried, each with whether `--match` stands for them, the first to be tried first."""
-    if found is None or not found.worth:
+    if candidate is None or not candidate.worth:
         return [(way.rules, False) for way in base.exchanges]
-    writable = all(rule.kind != "stage" for rule in found.rules)
-    short = writable and len(found.rules) <= FEW
-    ways = [(found.rules, True)] if found.by_match and not short else []
-    if writable and len(found.rules) <= MOST:
-        ways.append((found.rules, False))
+    writable = all(rule.kind != "stage" for rule in candidate.rules)
+    short = writable and len(candidate.rules) <= FEW
+    ways = [(candidate.rules, True)] if candidate.by_match and not short else []
+    if writable and len(candidate.rules) <= MOST:
+        ways.append((candidate.rules, False))
     return ways
 
 
-def _reached(case: Case, rules: tuple[Rule, ...], auto: str | None, base: Diff, found: Found | None) -> Diff | None:
+def _reached(case: Case, rules: tuple[Rule, ...], auto: str | None, base: Diff, candidate: Candidate | None) -> Diff | None:
     """The diff under rules, where it gives all that it has to."""
     reached = case.diff(rules, auto)
     if reached is None:
         return None
-    used = {key for link in found.proposal.applied for key in link.sources} if found else set()
+    used = {key for link in candidate.proposal.applied for key in link.sources} if candidate else set()
     kept = {key for key in base.matched if case.plain.get(key) not in used}
-    wanted = kept | _targets(found.proposal) if found else kept
-    return reached if wanted <= set(reached.matched) else None
+    required = kept | _targets(candidate.proposal) if candidate else kept
+    return reached if required <= set(reached.matched) else None
 
 
-def _sizes(case: Case, found: Diff) -> tuple[Resize, ...]:
-    return resizes(case.source, case.target, {row.key: row.source for row in found.mismatched if row.source in case.source})
+def _sizes(case: Case, diff: Diff) -> tuple[Resize, ...]:
+    return resizes(case.source, case.target, {row.key: row.source for row in diff.mismatched if row.source in case.source})
 
 
 def _advice(
     case: Case,
-    found: Diff,
+    diff: Diff,
     reached: Diff,
     auto: str | None,
-    matched: Found | None,
+    matched: Candidate | None,
     rules: tuple[Rule, ...],
     by_match: bool,
     links: tuple[Link, ...],
@@ -274,7 +276,7 @@ def _advice(
         by_match = False
     if case.target.kind == "skeleton":
         adapts = (*adapts, *_initials(case, reached))
-    gains = reached.coverage != found.coverage
+    gains = reached.coverage != diff.coverage
     partly = tuple(row.key for row in reached.adapted if filled_elements(row.ops, case.target[row.key].shape))
     return Advice(
         rules=(*(matched.first if by_match and matched else rules), *adapts),
@@ -303,7 +305,7 @@ def _initials(case: Case, reached: Diff) -> Iterator[Rule]:
             yield Rule("init", pattern, scheme)
 
 
-def _same_beside(case: Case, first: tuple[Rule, ...], found: Proposal, adapts: tuple[Rule, ...]) -> bool:
+def _same_beside(case: Case, first: tuple[Rule, ...], proposal: Proposal, adapts: tuple[Rule, ...]) -> bool:
     """Whether `--match` finds the same links where these adapters are asked for too."""
     if not adapts:
         return True
@@ -311,5 +313,5 @@ def _same_beside(case: Case, first: tuple[Rule, ...], found: Proposal, adapts: t
         again = propose(case.source, case.target, case.ordered((*first, *adapts)), case.untaken)
     except RuleError:
         return False
-    asked = {(link.sources, link.targets, link.op) for link in found.applied if not _stays(link)}
-    return again.refusal() is None and asked <= {(link.sources, link.targets, link.op) for link in again.applied}
+    links = {(link.sources, link.targets, link.op) for link in proposal.applied if not _stays(link)}
+    return again.refusal() is None and links <= {(link.sources, link.targets, link.op) for link in again.applied}

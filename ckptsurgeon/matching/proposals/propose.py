@@ -122,8 +122,8 @@ class Proposal(Matching, Result):
         return (
             *self.before,
             *(
-                replace(one.rule, file=f"matched: {to_toml.evidence(one.links) if one.links else to_toml.comment(one)}")
-                for one in self.ruled
+                replace(ruled.rule, file=f"matched: {to_toml.evidence(ruled.links) if ruled.links else to_toml.comment(ruled)}")
+                for ruled in self.ruled
             ),
         )
 
@@ -178,7 +178,7 @@ def propose(
     dequantize: bool = False,
     layout: Sequence[str] = (),
     numbers: Mapping[str, int] = {},
-    told: Callable[[], Mapping[str, int]] | None = None,
+    target_numbers: Callable[[], Mapping[str, int]] | None = None,
 ) -> Proposal:
     """Match what a person's rules leave open, and make rules of the links; `judge` may look at the values behind them first. `dequantize`
     says that values are made of codes.
@@ -186,38 +186,38 @@ def propose(
     Args:
         layout: patterns of the target's keys whose layout is taken as it stands.
         numbers: for the variables of layouts in doubt, by name.
-        told: gives what the target itself says of these; asked where one is needed.
+        target_numbers: returns the numbers that the target itself tells, by name; called only where one is needed.
 
     Raises RuleError for rules of the person's that can't be followed.
     """
     names = name_sources([source], target, before, outside)
     late = _late(names, target)
-    before = [one for one in before if one not in late]
+    before = [own_rule for own_rule in before if own_rule not in late]
     refused = find_refused(source, 0, names)
     drops = tuple(("drop", literal(names.prefixes[0].bare(key))) for key in refused)
-    task = replace(_told(source, target, tuple(before), outside), options=drops)
+    task = replace(_open_task(source, target, tuple(before), outside), options=drops)
     kept = kept_out(target, names) if before else {}
-    found = match(
+    matching = match(
         {key: tensor for key, tensor in source.items() if key not in task.touched},
         {key: tensor for key, tensor in target.items() if key not in task.given and key not in kept},
         [tied for group in target.ties if len(tied := [key for key in group if key not in task.given and key not in kept]) > 1],
         around=(source, target),
         dequantize=dequantize,
     )
-    judged, warnings = judge(found) if judge is not None else (found, ())
+    judged, warnings = judge(matching) if judge is not None else (matching, ())
     taken, done = by_rules(judged.links, late)
-    left = tuple(one for one in late if one not in done)
+    left = tuple(own_rule for own_rule in late if own_rule not in done)
     if left:  # told as any rule that has nothing to do
         origins(source, target, (*before, *left), outside)
     used: set[str] = set()
-    links = as_they_stand(with_numbers(taken, numbers, used, told), layout)
-    made = rule(replace(judged, links=tuple(links)), task, accept=accept)
+    links = as_they_stand(with_numbers(taken, numbers, used, target_numbers), layout)
+    proposal = rule(replace(judged, links=tuple(links)), task, accept=accept)
     return replace(
-        made,
+        proposal,
         numbers_used=tuple(used),
-        loose=without_a_rule(names, target, *keys_left(made, made.applied)),
+        loose=without_a_rule(names, target, *keys_left(proposal, proposal.applied)),
         conversions=names.applied.words,
-        warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(found.unused)) is not None else ())),
+        warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(matching.unused)) is not None else ())),
         rivals=ways_to_choose([source], target, names, before)[0],
         unkept=tuple(find_unkept(target, {name for name, (_, key) in names.entries.items() if key not in refused})),
     )
@@ -225,8 +225,8 @@ def propose(
 
 def _late(names: Names, target: Checkpoint) -> list[Rule]:
     """A person's adapt rules over target keys to which no source's name leads: matching may find what does."""
-    found = [(rule.rule, [key for key in target if rule.match(key) is not None]) for rule in names.adapts]
-    return [rule for rule, keys in found if keys and not any(key in names.claims for key in keys)]
+    keys_of = [(rule.rule, [key for key in target if rule.match(key) is not None]) for rule in names.adapts]
+    return [rule for rule, keys in keys_of if keys and not any(key in names.claims for key in keys)]
 
 
 def _passed_over(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
@@ -240,21 +240,21 @@ def _passed_over(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
             yield f"{side.path}: {number} more segments or characters than are looked at, and no link ({limits})"
 
 
-def rule(found: Matching, task: Task, *, accept: bool = False) -> Proposal:
+def rule(matching: Matching, task: Task, *, accept: bool = False) -> Proposal:
     """The proposal of a matching."""
-    applied, left = _applied(found, accept)
-    asked = replace(task, links=applied, doubtful=frozenset(key for link in left for key in link.sources))
+    applied, left = _applied(matching, accept)
+    full_task = replace(task, links=applied, doubtful=frozenset(key for link in left for key in link.sources))
     try:
-        ruled = generalise(asked) if applied or task.before or _by_name(task) else ()  # drops alone carry nothing
+        ruled = generalise(full_task) if applied or task.before or _by_name(task) else ()  # drops alone carry nothing
     except RuleError:
         writable = [link for link in applied if _is_writable(link)]
         if len(writable) == len(applied):
             raise
-        found = replace(found, links=tuple(link if link in writable else _unwritable(link) for link in found.links))
+        matching = replace(matching, links=tuple(link if link in writable else _unwritable(link) for link in matching.links))
         applied = tuple(writable)
-        ruled = generalise(replace(asked, links=applied))
-        left = [link for link in found.links if link not in applied]
-    return replace(_proposal(found, asked, applied, ruled, left), task=task, accepts=accept)
+        ruled = generalise(replace(full_task, links=applied))
+        left = [link for link in matching.links if link not in applied]
+    return replace(_proposal(matching, full_task, applied, ruled, left), task=task, accepts=accept)
 
 
 def _by_name(task: Task) -> bool:
@@ -263,34 +263,34 @@ def _by_name(task: Task) -> bool:
     return any(name in task.target for name in names.values())
 
 
-def again(found: Proposal, links: Sequence[Link]) -> Proposal:
+def again(proposal: Proposal, links: Sequence[Link]) -> Proposal:
     """The proposal of the same two sides with other links; what was said of it stays."""
-    assert found.task is not None
-    made = rule(result(list(links), found.task.source, found.task.target, found.order), found.task, accept=found.accepts)
-    kept = {name: getattr(found, name) for name in ("warnings", "rivals", "unkept", "numbers_used", "sizes", "output")}
-    return replace(made, **kept)
+    assert proposal.task is not None
+    remade = rule(result(list(links), proposal.task.source, proposal.task.target, proposal.order), proposal.task, accept=proposal.accepts)
+    kept = {name: getattr(proposal, name) for name in ("warnings", "rivals", "unkept", "numbers_used", "sizes", "output")}
+    return replace(remade, **kept)
 
 
-def _told(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...], outside: Outside) -> Task:
+def _open_task(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...], outside: Outside) -> Task:
     """What a person's rules lead to, and the source keys that they name."""
     if not before and target.naming is None:
         return Task(source, target, ())
     prefix = applied_prefix(source, target)
-    active = [one for one in compile_rules(before, outside) if not one.of_target]
-    given = {key: origin for key, origin in origins(source, target, before, outside).items() if origin.fits and origin.rules}
-    read = {key for origin in given.values() for _, key in origin.places}
-    touched = {key for key in source if any(one.match(name, 0) is not None for one in active for name in (prefix.bare(key), key))}
-    led = {key: (tuple(place for _, place in origin.places), origin.ops) for key, origin in given.items()}
+    active = [compiled for compiled in compile_rules(before, outside) if not compiled.of_target]
+    by_rules = {key: origin for key, origin in origins(source, target, before, outside).items() if origin.fits and origin.rules}
+    read = {key for origin in by_rules.values() for _, key in origin.places}
+    touched = {key for key in source if any(compiled.match(name, 0) is not None for compiled in active for name in (prefix.bare(key), key))}
+    led = {key: (tuple(source_key for _, source_key in origin.places), origin.ops) for key, origin in by_rules.items()}
     return Task(source, target, (), before, outside, led, frozenset(touched | read))
 
 
-def _applied(found: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link]]:
+def _applied(matching: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link]]:
     """The links that are applied, and those that are not: of several that want one target, or one source each in its own way, the one with
     the greatest margin. A source may go to several targets as it is, or be cut or joined once."""
     reached: set[str] = set()
     used: dict[str, object] = {}
     kept: set[int] = set()
-    for link in sorted((link for link in found.links if accept or link.certain), key=lambda link: -link.margin):
+    for link in sorted((link for link in matching.links if accept or link.certain), key=lambda link: -link.margin):
         if link.doubt:
             continue  # to accept what is uncertain settles no layout
         way: object = id(link) if len(link.sources) > 1 or (len(link.targets) > 1 and link.op) else "as it is"
@@ -298,7 +298,7 @@ def _applied(found: Matching, accept: bool) -> tuple[tuple[Link, ...], list[Link
             reached.update(link.targets)
             used.update(dict.fromkeys(link.sources, way))
             kept.add(id(link))
-    return tuple(link for link in found.links if id(link) in kept), [link for link in found.links if id(link) not in kept]
+    return tuple(link for link in matching.links if id(link) in kept), [link for link in matching.links if id(link) not in kept]
 
 
 def _writable(key: str) -> bool:
@@ -317,7 +317,7 @@ def _unwritable(link: Link) -> Link:
     return replace(link, margin=0.0, evidence=(*link.evidence, UNWRITABLE))
 
 
-def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tuple[Ruled, ...], left: Iterable[Link]) -> Proposal:
+def _proposal(matching: Matching, task: Task, applied: tuple[Link, ...], ruled: tuple[Ruled, ...], left: Iterable[Link]) -> Proposal:
     source, target = task.source, task.target
     doubtful = [link for link in left if UNWRITABLE not in link.evidence]
     sure = [link for link in doubtful if link.clear and link.doubt]
@@ -338,13 +338,13 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
     unsure = [link for link in doubtful if link not in sure]
     doubts = to_toml.doubts(unsure, bare, known)
     opened = open_layouts(sure, bare, known)
-    head = list(_head(found, task, coverage, applied, unsure, opened))
+    head = list(_head(matching, task, coverage, applied, unsure, opened))
     return Proposal(
-        found.links,
-        found.unmatched,
-        found.unused,
-        found.order,
-        found.share,
+        matching.links,
+        matching.unmatched,
+        matching.unused,
+        matching.order,
+        matching.share,
         source.path,
         target.path,
         source.root,
@@ -364,12 +364,12 @@ def _proposal(found: Matching, task: Task, applied: tuple[Link, ...], ruled: tup
 
 
 def _head(
-    found: Matching, task: Task, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link], opened: Sequence[Open]
+    matching: Matching, task: Task, coverage: Coverage, applied: Sequence[Link], left: Sequence[Link], opened: Sequence[Open]
 ) -> Iterator[str]:
     source, target = task.source, task.target
     done, total = coverage.counts
     root = f" (root {source.root})" if source.root else ""
-    by = "names, numbers, shapes and order" if found.order else "names, numbers and shapes"  # no order was trusted
+    by = "names, numbers, shapes and order" if matching.order else "names, numbers and shapes"  # no order was trusted
     yield f"{source.path}{root} -> {target.path}, matched by {by}."
     yield f"Given: {done} of {total} tensors of the target, {int(coverage.elements * 1000) / 10} % of its elements."
     stays = sum(link.sources == link.targets and not link.op for link in applied)
@@ -377,12 +377,12 @@ def _head(
         yield f"{stays} of them keep their names and need no rule."
     if left:
         yield f"Uncertain: {sum(len(link.targets) for link in left)} tensors."
-    for one in opened:
-        yield f"Layout open ({one.kind}): {len(one.targets)} tensors."
-    if found.unmatched:
-        yield f"Only in the target: {len(found.unmatched)}, such as {found.unmatched[0]}."
-    if found.unused:
-        yield f"Only in the source: {len(found.unused)}, such as {found.unused[0]}."
+    for layout in opened:
+        yield f"Layout open ({layout.kind}): {len(layout.targets)} tensors."
+    if matching.unmatched:
+        yield f"Only in the target: {len(matching.unmatched)}, such as {matching.unmatched[0]}."
+    if matching.unused:
+        yield f"Only in the source: {len(matching.unused)}, such as {matching.unused[0]}."
     options = (*at_root(source.root), *task.options, ("rules", "THIS_FILE"))
     command = Command("merge", source.path, target.path, "merged.pt", options)
     live = (source.in_memory, target.in_memory)

@@ -32,7 +32,7 @@ class _Layer:
     head: float
 
 
-def renamed_heads(found: Diff, source: Checkpoint, target: Checkpoint) -> tuple[RenamedHead, ...]:
+def renamed_heads(diff: Diff, source: Checkpoint, target: Checkpoint) -> tuple[RenamedHead, ...]:
     """The heads among what is missing and extra.
 
     >>> side = lambda path, name, rows: Checkpoint(path, "safetensors", "0", {f"{name}.weight": TensorMeta("", "F32", (rows, 8), (8, 1))})
@@ -41,15 +41,15 @@ def renamed_heads(found: Diff, source: Checkpoint, target: Checkpoint) -> tuple[
     >>> [head.words for head in renamed_heads(compare(one, other), one, other)]
     ['looks like the head under another name, with 10 classes instead of 1,000: fresh']
     """
-    taken = {key for link in found.advice.links if link.certain for key in (*link.sources, *link.targets)}
-    ours = [one for one in _layers(found.extra, source) if one.weight.name not in taken]
-    theirs = [one for one in _layers(found.missing, target) if one.weight.name not in taken]
+    taken = {key for link in diff.advice.links if link.certain for key in (*link.sources, *link.targets)}
+    ours = [layer for layer in _layers(diff.extra, source) if layer.weight.name not in taken]
+    theirs = [layer for layer in _layers(diff.missing, target) if layer.weight.name not in taken]
     heads = []
-    for one in theirs:
-        fit = [other for other in ours if _is_same(other, one)]
-        back = [other for other in theirs if fit and _is_same(fit[0], other)]
-        if len(fit) == len(back) == 1 and one.head + fit[0].head >= _SURE + _MAYBE:
-            heads.append(RenamedHead(fit[0].weight.name, one.weight.name, fit[0].weight.shape, one.weight.shape))
+    for layer in theirs:
+        fit = [candidate for candidate in ours if _is_same(candidate, layer)]
+        back = [candidate for candidate in theirs if fit and _is_same(fit[0], candidate)]
+        if len(fit) == len(back) == 1 and layer.head + fit[0].head >= _SURE + _MAYBE:
+            heads.append(RenamedHead(fit[0].weight.name, layer.weight.name, fit[0].weight.shape, layer.weight.shape))
     return tuple(heads)
 
 
@@ -80,7 +80,7 @@ def _called(tensor: TensorMeta, key: str) -> TensorMeta:
     return tensor if tensor.name == key else TensorMeta(key, tensor.dtype, tensor.shape, tensor.stride)
 
 
-def _is_same(one: _Layer, other: _Layer) -> bool:
+def _is_same(first: _Layer, second: _Layer) -> bool:
     """Whether two layers are the same but for their rows and names."""
-    old, new = one.weight.shape, other.weight.shape
-    return old[1:] == new[1:] and old[0] != new[0] and (one.bias is None) == (other.bias is None) and one.module != other.module
+    old, new = first.weight.shape, second.weight.shape
+    return old[1:] == new[1:] and old[0] != new[0] and (first.bias is None) == (second.bias is None) and first.module != second.module

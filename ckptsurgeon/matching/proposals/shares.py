@@ -32,8 +32,8 @@ def share_of(done: Collection[str], side: Tensors) -> float:
     matrices = {key: tensor for key, tensor in side.items() if len(tensor.shape) > 1}
     return min(
         share
-        for some in (side, matrices)
-        for whole in (Coverage.of({key: tensor for key, tensor in some.items() if key in done}, some),)
+        for tensors in (side, matrices)
+        for whole in (Coverage.of({key: tensor for key, tensor in tensors.items() if key in done}, tensors),)
         for share in (whole.tensors, whole.elements)
     )
 
@@ -61,8 +61,8 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
         for done, side in sides
     ]
     if max(shares) < NEARLY_ALL:
-        wanted = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
-        return f"even uncertain links explain only {percent(max(shares))} of either side, {wanted}"
+        threshold = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
+        return f"even uncertain links explain only {percent(max(shares))} of either side, {threshold}"
     return ""
 
 

@@ -19,7 +19,7 @@ from ckptsurgeon.rules.drafting.cover import cover
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
-Said = tuple[str, str, bool]  # an adapter, what the key is, and whether it is sure
+Answer = tuple[str, str, bool]  # an adapter, what the key is, and whether it is sure
 _OTHERWISE = """q k v qkv kv tok cls mask linear head conv proj mlp norm scale latent latents prompt prompts register registers memory query
     queries anchor anchors codebook label object objects lm out"""
 _NO_POSITIONS = frozenset(_OTHERWISE.split())  # words that say what a bare table is
@@ -42,7 +42,7 @@ class Scene:
     def vocabularies(self) -> frozenset[tuple[int, int]]:
         """From how many rows to how many the token tables go."""
         tables = (Sized(self, key) for key in self.pairs)
-        return frozenset((one.old[0], one.new[0]) for one in tables if one.is_token_table)
+        return frozenset((table.old[0], table.new[0]) for table in tables if table.is_token_table)
 
     @cached_property
     def last_module(self) -> str:
@@ -129,22 +129,22 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(word for word in concepts(text) if word[0] != "#")
 
 
-def _by_shape(one: Sized, *names: str) -> str:
+def _by_shape(sized: Sized, *names: str) -> str:
     """The adapter of these that makes its shape fit, or nothing."""
-    return next((texts([op]) for op in offers(one.old, one.new) if op["op"] in names), "")
+    return next((texts([op]) for op in offers(sized.old, sized.new) if op["op"] in names), "")
 
 
-def _fresh(one: Sized) -> tuple[str, str]:
+def _fresh(sized: Sized) -> tuple[str, str]:
     """What fills a table up, and in words: what the target has there, or, where nothing gives it, the mean of the rows."""
-    target = one.scene.target
+    target = sized.scene.target
     values = target.kind == "file" or (target.kind == "model" and target.in_memory != "state_dict")
     return ('pad(fill="init")', "as the target has them") if values else ('pad(fill="mean")', "their mean")
 
 
-def _relative(one: Sized) -> Iterable[Said] | None:
-    if "relpos" not in one.own:
+def _relative(sized: Sized) -> Iterable[Answer] | None:
+    if "relpos" not in sized.own:
         return None
-    adapter = _by_shape(one, "relative_position_bias")
+    adapter = _by_shape(sized, "relative_position_bias")
     return [(adapter, "biases of relative positions, resized to the new window", True)] if adapter else [("", "relative positions", False)]
 
 
@@ -153,74 +153,74 @@ def _rounded(old: int, new: int) -> bool:
     return any(old % step == 0 and 0 < old - new < step for step in _ROUND)
 
 
-def _vocabulary(one: Sized) -> Iterable[Said] | None:
-    if not (one.is_token_table or one.of_vocabulary):
+def _vocabulary(sized: Sized) -> Iterable[Answer] | None:
+    if not (sized.is_token_table or sized.of_vocabulary):
         return None
-    kind = "vocabulary" if one.is_token_table else "output of the vocabulary"
-    if one.new[0] > one.old[0]:
-        adapter, rest = _fresh(one)
-        return [(adapter, f"{kind}, {one.rows}: the old rows are kept, the rest {rest}", True)]
-    rounded = _rounded(one.old[0], one.new[0])
-    words = f"{kind}, {one.rows}: " + (
+    kind = "vocabulary" if sized.is_token_table else "output of the vocabulary"
+    if sized.new[0] > sized.old[0]:
+        adapter, rest = _fresh(sized)
+        return [(adapter, f"{kind}, {sized.rows}: the old rows are kept, the rest {rest}", True)]
+    rounded = _rounded(sized.old[0], sized.new[0])
+    words = f"{kind}, {sized.rows}: " + (
         "rounded up in the source" if rounded else "its first rows, where the tokens are the same (else rows, by lists of tokens)"
     )
     return [("slice", words, rounded)]
 
 
-def _positions(one: Sized) -> Iterable[Said] | None:
-    if not one.is_position_table:
+def _positions(sized: Sized) -> Iterable[Answer] | None:
+    if not sized.is_position_table:
         return None
-    if not one.of_text:
-        adapter = _by_shape(one, "interpolate")
+    if not sized.of_text:
+        adapter = _by_shape(sized, "interpolate")
         how = "resized to the new grid" if adapter else "of another grid"
         return [(adapter, f"table of positions, {how}", bool(adapter))]
-    if not one.rows_alone:
+    if not sized.rows_alone:
         return [("", "table of positions", False)]
-    if one.new[0] > one.old[0]:
-        adapter, rest = _fresh(one)
-        return [(adapter, f"positions of a text, {one.rows}: the old ones are kept, the rest {rest}", True)]
-    return [("slice", f"positions of a text, {one.rows}: the first ones", True)]
+    if sized.new[0] > sized.old[0]:
+        adapter, rest = _fresh(sized)
+        return [(adapter, f"positions of a text, {sized.rows}: the old ones are kept, the rest {rest}", True)]
+    return [("slice", f"positions of a text, {sized.rows}: the first ones", True)]
 
 
-def _first_convolution(one: Sized) -> Iterable[Said] | None:
-    if len(one.old) != len(one.new) or not one.is_first_convolution:
+def _first_convolution(sized: Sized) -> Iterable[Answer] | None:
+    if len(sized.old) != len(sized.new) or not sized.is_first_convolution:
         return None
-    channels = _by_shape(one, "in_channels")
+    channels = _by_shape(sized, "in_channels")
     if channels:
-        return [(channels, f"first convolution, {one.old[1]} → {one.new[1]} channels", True)]
-    if (one.old[0], *one.old[2:]) == (one.new[0], *one.new[2:]):
-        grows = one.new[1] > one.old[1]
+        return [(channels, f"first convolution, {sized.old[1]} → {sized.new[1]} channels", True)]
+    if (sized.old[0], *sized.old[2:]) == (sized.new[0], *sized.new[2:]):
+        grows = sized.new[1] > sized.old[1]
         adapter = "pad(dim=1)" if grows else "slice(dim=1)"
         how = "the new ones zero" if grows else "the first ones"
-        return [(adapter, f"first convolution, {one.old[1]} → {one.new[1]} channels, {how}", False)]
-    patch = _by_shape(one, "patch_embed")
+        return [(adapter, f"first convolution, {sized.old[1]} → {sized.new[1]} channels, {how}", False)]
+    patch = _by_shape(sized, "patch_embed")
     return [(patch, "patches of another size", True)] if patch else None
 
 
-def _more_dims(one: Sized) -> Iterable[Said] | None:
-    adapter = _by_shape(one, "inflate")
+def _more_dims(sized: Sized) -> Iterable[Answer] | None:
+    adapter = _by_shape(sized, "inflate")
     return [(adapter, "2-D kernel for a 3-D convolution", True)] if adapter else None
 
 
-def _grouped(one: Sized) -> Iterable[Said] | None:
-    if not (one.own & {"k", "v"} and one.rows_alone and one.new[0] and one.old[0] % one.new[0] == 0):
+def _grouped(sized: Sized) -> Iterable[Answer] | None:
+    if not (sized.own & {"k", "v"} and sized.rows_alone and sized.new[0] and sized.old[0] % sized.new[0] == 0):
         return None
-    both = gcd(one.old[0], one.new[0])
+    both = gcd(sized.old[0], sized.new[0])
     size = next((size for size in _HEAD_SIZES if both % size == 0), 1)
-    words = f"fewer key and value heads: the mean of each group (of {one.old[0] // one.new[0]}), if its heads have {size} rows"
-    return [(f"group_mean(heads={one.old[0] // size})", words, False)]
+    words = f"fewer key and value heads: the mean of each group (of {sized.old[0] // sized.new[0]}), if its heads have {size} rows"
+    return [(f"group_mean(heads={sized.old[0] // size})", words, False)]
 
 
-def _classes(one: Sized) -> Iterable[Said] | None:
-    return [("", f"a head of other classes, {one.rows}: stays as the target has it", False)] if one.is_head else None
+def _classes(sized: Sized) -> Iterable[Answer] | None:
+    return [("", f"a head of other classes, {sized.rows}: stays as the target has it", False)] if sized.is_head else None
 
 
-def _turned(one: Sized) -> Iterable[Said] | None:
-    adapter = _by_shape(one, "transpose")
+def _turned(sized: Sized) -> Iterable[Answer] | None:
+    adapter = _by_shape(sized, "transpose")
     return [(adapter, "rows and columns exchanged", True)] if adapter else None
 
 
-ROLES: tuple[Callable[[Sized], Iterable[Said] | None], ...] = (
+ROLES: tuple[Callable[[Sized], Iterable[Answer] | None], ...] = (
     _turned,
     _relative,
     _positions,
@@ -253,10 +253,10 @@ def _rules(same: Sequence[Offer], target: Checkpoint) -> Iterator[Rule]:
             yield Rule("adapt", pattern, same[0].adapter)
 
 
-def _of(one: Sized) -> Iterator[Offer]:
-    for op in offers(one.old, one.new, safe=True):
-        yield Offer(one.key, one.old, one.new, texts([op]), "dimensions of size 1", True, True)
+def _of(sized: Sized) -> Iterator[Offer]:
+    for op in offers(sized.old, sized.new, safe=True):
+        yield Offer(sized.key, sized.old, sized.new, texts([op]), "dimensions of size 1", True, True)
         return
-    said: Sequence[Said] = next((list(found) for role in ROLES if (found := role(one)) is not None), [])
-    for adapter, words, sure in said:
-        yield Offer(one.key, one.old, one.new, adapter, words, sure)
+    answers: Sequence[Answer] = next((list(answer) for role in ROLES if (answer := role(sized)) is not None), [])
+    for adapter, words, sure in answers:
+        yield Offer(sized.key, sized.old, sized.new, adapter, words, sure)

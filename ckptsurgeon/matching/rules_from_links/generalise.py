@@ -16,8 +16,8 @@ from ckptsurgeon.errors import RuleError
 from ckptsurgeon.matching.rules_from_links.modules import renamings
 from ckptsurgeon.matching.rules_from_links.order import in_order
 from ckptsurgeon.matching.rules_from_links.parts import line_of
-from ckptsurgeon.matching.rules_from_links.replay import Given, replay, wanted
-from ckptsurgeon.matching.rules_from_links.stages import first_stage, places
+from ckptsurgeon.matching.rules_from_links.replay import Results, asked_results, replay
+from ckptsurgeon.matching.rules_from_links.stages import first_stage, module_moves
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.conversions import applied_prefix
@@ -60,7 +60,7 @@ class Task:
     links: tuple[Link, ...]
     before: tuple[Rule, ...] = ()
     outside: Outside = NO_OUTSIDE
-    given: Given = field(default_factory=dict)
+    given: Results = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
     doubtful: frozenset[str] = frozenset()
     options: tuple[Option, ...] = ()
@@ -71,24 +71,24 @@ class Task:
         return applied_prefix(self.source, self.target)
 
     @cached_property
-    def wanted(self) -> Given:
+    def expected(self) -> Results:
         """By target key, what must come of it; keys that are one tensor in the target get what the first of them gets."""
-        found = {**self.given, **wanted(self.links, self.source, self.target)}
+        results = {**self.given, **asked_results(self.links, self.source, self.target)}
         for group in self.target.ties:
-            first = next((key for key in group if key in found), None)
+            first = next((key for key in group if key in results), None)
             if first is not None:
-                found.update({key: found[first] for key in group if key not in found})
-        return found
+                results.update({key: results[first] for key in group if key not in results})
+        return results
 
-    def replayed(self, rules: Iterable[Rule]) -> Given:
+    def replayed(self, rules: Iterable[Rule]) -> Results:
         """What rules lead to when they are read back from their text, after those of the person."""
-        found = parse_rules(to_toml(rules), "matched")
-        return replay(self.source, self.target, (*self.before, *found), self.outside)
+        parsed = parse_rules(to_toml(rules), "matched")
+        return replay(self.source, self.target, (*self.before, *parsed), self.outside)
 
 
 def generalise(task: Task) -> tuple[Ruled, ...]:
     """The shortest rules found that lead to exactly the task's links. RuleError where none do: keys that no pattern can name."""
-    goal = task.wanted
+    expected = task.expected
     problem: RuleError | None = None
     for view in _views(task):
         for how in (GENERAL, FOLDED, LITERAL):
@@ -96,11 +96,11 @@ def generalise(task: Task) -> tuple[Ruled, ...]:
             for _ in range(_TRIES):
                 beat()
                 try:
-                    found = list(view.rules(how, also))
-                    led = task.replayed(ruled.rule for ruled in found)
-                    if led == goal:
-                        return _shorter(view, found, goal) if how == GENERAL and len(found) > MANY else tuple(found)
-                    more = {key for name, (keys, _) in led.items() if name not in goal for key in keys} & view.loose
+                    candidate = list(view.rules(how, also))
+                    led = task.replayed(ruled.rule for ruled in candidate)
+                    if led == expected:
+                        return _shorter(view, candidate, expected) if how == GENERAL and len(candidate) > MANY else tuple(candidate)
+                    more = {key for name, (keys, _) in led.items() if name not in expected for key in keys} & view.loose
                 except RuleError as error:
                     problem, more = error, set(view.loose)
                 if more <= also:
@@ -109,14 +109,14 @@ def generalise(task: Task) -> tuple[Ruled, ...]:
     raise problem or RuleError("no rules lead to these links", path=task.source.path, hint="rename the keys that look like patterns")
 
 
-def _shorter(view: View, found: Sequence[Ruled], goal: Given) -> tuple[Ruled, ...]:
+def _shorter(view: View, rules: Sequence[Ruled], expected: Results) -> tuple[Ruled, ...]:
     """The same in two stages where that is right and much shorter, else as it is."""
     try:
-        other = tuple(view.in_stages())
-        right = 3 * len(other) <= 2 * len(found) and view.task.replayed(ruled.rule for ruled in other) == goal
+        staged = tuple(view.in_stages())
+        right = 3 * len(staged) <= 2 * len(rules) and view.task.replayed(ruled.rule for ruled in staged) == expected
     except RuleError:
         right = False
-    return other if right else tuple(found)
+    return staged if right else tuple(rules)
 
 
 def _views(task: Task) -> Iterator[View]:
@@ -145,34 +145,34 @@ class View:
         self.default = {key: one_key(name) for key, name in rename_all(keys, {*task.target, *task.target.entries}, prefix).items()}
         self.key_of = {name: key for key, name in self.bare.items()}
         self.known = Known([prefix.bare(key) for key in keys if key not in task.touched])
-        self.reached = frozenset(task.wanted)
+        self.reached = frozenset(task.expected)
         self.loose = frozenset(task.source) - {key for link in task.links for key in link.sources} - task.touched
 
     def rules(self, how: str, also: frozenset[str] = frozenset()) -> Iterator[Ruled]:
         """Rules of one generality, in the order in which they must stand; keys in `also` are dropped whatever becomes of them."""
         drafts = self._drafts(how)
         links = self._links
-        order, drops = in_order(drafts, self.known, self._goals, self._astray)
+        order, drops = in_order(drafts, self.known, self._destinations, self._astray)
         drops = list(dict.fromkeys([*drops, *(self.bare[key] for key in sorted(self.loose & also))]))
         doubtful = {self.bare[key] for key in self.task.doubtful}
         apart = [name for name in drops if name in doubtful], [name for name in drops if name not in doubtful]
-        for some, others in (apart, apart[::-1]):  # a person who takes an uncertain link in takes only its own drop out
-            for pattern, left in self._dropped(some, others):
+        for names, other_names in (apart, apart[::-1]):  # a person who takes an uncertain link in takes only its own drop out
+            for pattern, left in self._dropped(names, other_names):
                 yield Ruled(Rule("drop", pattern), (), left)
         for draft in order:
-            found = [link for line in draft.lines for link in links.get(line, ())]
-            yield Ruled(draft.rule, tuple(dict.fromkeys(found)))
+            own_links = [link for line in draft.lines for link in links.get(line, ())]
+            yield Ruled(draft.rule, tuple(dict.fromkeys(own_links)))
         yield from self._adapted(how)
 
     def in_stages(self) -> Iterator[Ruled]:
-        """Rules in two stages: numbered modules get their places first, and what is in them its names. None where there are no such."""
+        """Rules in two stages: first numbered modules are moved, then their contents are renamed. None where no module moves."""
         if self.task.before or self.prefix.added or self.prefix.stripped:
             return
-        goals = self._goals
-        moved = places({name: results[0] if results and len(results) == 1 else None for name, results in goals.items()})
+        destinations = self._destinations
+        moved = module_moves({name: results[0] if results and len(results) == 1 else None for name, results in destinations.items()})
         if not moved:
             return
-        order, after = first_stage(moved, self.known, goals)
+        order, after = first_stage(moved, self.known, destinations)
         by_name = {self.bare[link.sources[0]]: link for link in self.task.links if not _joins(link)}
         for draft in order:
             yield Ruled(draft.rule, tuple(by_name[line.sources[0]] for line in draft.lines))
@@ -208,21 +208,21 @@ class View:
 
     @cached_property
     def _links(self) -> Mapping[Line, list[Link]]:
-        found: dict[Line, list[Link]] = {line_of(link, self.bare): [link] for link in self.task.links if _joins(link)}
+        joined: dict[Line, list[Link]] = {line_of(link, self.bare): [link] for link in self.task.links if _joins(link)}
         by_source: dict[str, list[Link]] = {}
         for link in self.task.links:
             if not _joins(link):
                 by_source.setdefault(self.bare[link.sources[0]], []).append(link)
-        return {**found, **{line: by_source[line.sources[0]] for line in self._moves}}
+        return {**joined, **{line: by_source[line.sources[0]] for line in self._moves}}
 
     def _drafts(self, how: str) -> list[Draft]:
         """The drafts of links that join or cut keys, then those of renames."""
         joints = [line_of(link, self.bare) for link in self.task.links if _joins(link)]
         lines = (*joints, *self._moves)
-        found = list(map(literal, lines)) if how == LITERAL else rows(lines, self._stays)
+        all_rows = list(map(literal, lines)) if how == LITERAL else rows(lines, self._stays)
         joining = frozenset(joints)
-        joined = [Draft.of(row) for row in found if row.lines[0] in joining]
-        moved = [row for row in found if row.lines[0] not in joining]
+        joined = [Draft.of(row) for row in all_rows if row.lines[0] in joining]
+        moved = [row for row in all_rows if row.lines[0] not in joining]
         if how == GENERAL:
             return [*merge(joined, self.known), *merge(renamings(moved, one_key(self.prefix.added)), self.known)]
         return [*joined, *(Draft.of(row) for row in moved if not self._stays(row))]
@@ -232,11 +232,11 @@ class View:
         return not row.op and all(line.targets == (self.default[self.key_of[line.sources[0]]],) for line in row.lines)
 
     @cached_property
-    def _goals(self) -> Mapping[str, tuple[str, ...] | None]:
+    def _destinations(self) -> Mapping[str, tuple[str, ...] | None]:
         """By name where it must land; None for a name that a link with several keys takes, or a person's rule."""
-        goals: dict[str, tuple[str, ...] | None] = {line.sources[0]: line.targets for line in self._moves}
-        goals.update({self.bare[key]: None for link in self.task.links if _joins(link) for key in link.sources})
-        return goals
+        destinations: dict[str, tuple[str, ...] | None] = {line.sources[0]: line.targets for line in self._moves}
+        destinations.update({self.bare[key]: None for link in self.task.links if _joins(link) for key in link.sources})
+        return destinations
 
     def _astray(self, name: str, results: Sequence[str] | None) -> bool:
         """Whether a name that no link has would do harm as these names; without any, under the one that it has by itself."""
@@ -254,10 +254,10 @@ class View:
     def _dropped(self, drops: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Patterns that drop names, and nothing that a link has; each with the keys that it is for."""
         meant = set(drops)
-        goals = self._goals
-        loose = [name for name in self.bare.values() if name not in goals]
+        destinations = self._destinations
+        loose = [name for name in self.bare.values() if name not in destinations]
         apart: tuple[list[str], list[str]] = [name for name in loose if name in meant], [name for name in loose if name not in meant]
-        mine, kept, stay = (list(map(unescaped, names)) for names in (apart[0], (*goals, *apart[1]), (*goals, *others)))
+        mine, kept, stay = (list(map(unescaped, names)) for names in (apart[0], (*destinations, *apart[1]), (*destinations, *others)))
         whole, rest = cover.modules(mine, kept)
         for pattern in (*whole, *cover.cover(rest, stay)):
             matched = [name for name in self.known.matched(Draft((pattern,), (), "", ()).compiled) if name in meant]
@@ -273,7 +273,7 @@ class View:
                 for key in link.targets:
                     by_op.setdefault(link.op, {})[key] = link
         for op, links in by_op.items():
-            others = [key for other, named in by_op.items() if other != op for key in named]
+            others = [key for other_op, named in by_op.items() if other_op != op for key in named]
             others += [key for link in self.task.links if _joins(link) for key in link.targets]
             patterns = list(map(one_key, links)) if how == LITERAL else cover.cover(links, others)
             known = Known(links)

@@ -45,11 +45,11 @@ def renamings(rows: Iterable[Row], added: str) -> list[Draft]:
             node = node.children.setdefault(segment, Node((*node.path, segment)))
         node.own = row
     _weigh(root)
-    found: dict[tuple[Path, Called], list[Row]] = {}
+    rows_by_rule: dict[tuple[Path, Called], list[Row]] = {}
     start: Called = (tuple(added.rstrip(".").split(".")) if added else (),)
-    _give(root, start, ((), start), found)
-    made = [(path, called, given) for (path, called), given in found.items() if (path, called) != ((), start)]
-    return [_draft(path, called, given) for path, called, given in made]
+    _assign_rows(root, start, ((), start), rows_by_rule)
+    needed = [(path, called, own_rows) for (path, called), own_rows in rows_by_rule.items() if (path, called) != ((), start)]
+    return [_draft(path, called, own_rows) for path, called, own_rows in needed]
 
 
 def _needed(row: Row) -> Called:
@@ -68,7 +68,7 @@ def _weigh(node: Node) -> None:
     for segment, child in node.children.items():
         for called, cost in child.costs.items():
             above = tuple(path[:-1] for path in called)
-            if all(path and path[-1] == plain(segment) for path in called) and _told(above, node.path):
+            if all(path and path[-1] == plain(segment) for path in called) and _numbers_known(above, node.path):
                 sums[above] = sums.get(above, without) + cost - child.other
     best = min(sums, key=lambda called: sums[called], default=None)
     if best is not None and sums[best] + 1 < without:
@@ -78,30 +78,30 @@ def _weigh(node: Node) -> None:
     node.costs = {called: cost for called, cost in sums.items() if cost < node.other}
 
 
-def _told(called: Called, path: Path) -> bool:
+def _numbers_known(called: Called, path: Path) -> bool:
     """Whether all numbers that the names count with stand in the path."""
     known = {name for segment in path for name in _NAME.findall("".join(_PART.findall(plain(segment))))}
-    return all(set(_NAME.findall("".join(_PART.findall(segment)))) <= known for one in called for segment in one)
+    return all(set(_NAME.findall("".join(_PART.findall(segment)))) <= known for result in called for segment in result)
 
 
-def _give(node: Node, called: Called, by: tuple[Path, Called], found: dict[tuple[Path, Called], list[Row]]) -> None:
+def _assign_rows(node: Node, called: Called, by: tuple[Path, Called], rows_by_rule: dict[tuple[Path, Called], list[Row]]) -> None:
     """Write down, from a node that is called so by a rule, which rule each row falls to."""
     if called not in node.costs and node.rule is not None:
         called, by = node.rule, (node.path, node.rule)
     if node.own is not None:
         if _needed(node.own) == called:
-            found.setdefault(by, []).append(node.own)
+            rows_by_rule.setdefault(by, []).append(node.own)
         else:
-            found.setdefault((node.path, _needed(node.own)), []).append(node.own)
+            rows_by_rule.setdefault((node.path, _needed(node.own)), []).append(node.own)
     for segment, child in node.children.items():
-        _give(child, tuple((*path, plain(segment)) for path in called), by, found)
+        _assign_rows(child, tuple((*path, plain(segment)) for path in called), by, rows_by_rule)
 
 
 def _draft(path: Path, called: Called, rows: Sequence[Row]) -> Draft:
     """A rename of a key, of all keys right in a module (`{p}`), or of all below it (`{**rest}`)."""
     lengths = {len(segments(row.sources[0])) - len(path) for row in rows}
     rest = "" if lengths == {0} else "{p}" if lengths == {1} else "{**rest}"
-    results = tuple(_joined((*one, rest.replace("*", ""))) for one in called)
+    results = tuple(_joined((*result, rest.replace("*", ""))) for result in called)
     return Draft((_joined((*path, rest)),), results, "", tuple(line for row in rows for line in row.lines))
 
 

@@ -14,20 +14,20 @@ from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import Line, literal
 from ckptsurgeon.rules.drafting.segments import is_open
 
-Goals = Mapping[str, tuple[str, ...] | None]
+Destinations = Mapping[str, tuple[str, ...] | None]
 Astray = Callable[[str, Sequence[str] | None], bool]
 _ROUNDS = 40
 
 
-def in_order(drafts: Sequence[Draft], known: Known, goals: Goals, astray: Astray) -> tuple[list[Draft], list[str]]:
+def in_order(drafts: Sequence[Draft], known: Known, destinations: Destinations, astray: Astray) -> tuple[list[Draft], list[str]]:
     """The drafts in order, with exceptions where they need some, and the names to drop before them."""
-    found = list(drafts)
+    parts = list(drafts)
     for _ in range(_ROUNDS):
-        order, disputed = _order(found, known, goals)
+        order, disputed = _order(parts, known, destinations)
         if not disputed:
-            return order, _stray(order, known, goals, astray)
-        found = [part for at, draft in enumerate(found) for part in _apart(draft, disputed.get(at, set()))]
-        found += [Draft.of(literal(Line((name,), goals[name] or ()))) for name in disputed.get(-1, ())]
+            return order, _stray(order, known, destinations, astray)
+        parts = [part for at, draft in enumerate(parts) for part in _apart(draft, disputed.get(at, set()))]
+        parts += [Draft.of(literal(Line((name,), destinations[name] or ()))) for name in disputed.get(-1, ())]
     raise RuleError("rules that can stand in no order")
 
 
@@ -45,14 +45,14 @@ def _servers(drafts: Sequence[Draft], known: Known) -> dict[str, int]:
     return served
 
 
-def _order(drafts: Sequence[Draft], known: Known, goals: Goals) -> tuple[list[Draft], dict[int, set[str]]]:
+def _order(drafts: Sequence[Draft], known: Known, destinations: Destinations) -> tuple[list[Draft], dict[int, set[str]]]:
     """The drafts in an order in which every name meets its own rule first; or the names in dispute by draft (-1 for names without)."""
     served = _servers(drafts, known)
     before: list[set[int]] = [set() for _ in drafts]
     for at, draft in enumerate(drafts):
         for name in known.matched(draft.compiled):
             server = served.get(name, -1)
-            if server == at or name not in goals or _gives(draft, name) == (goals[name] or ()):
+            if server == at or name not in destinations or _gives(draft, name) == (destinations[name] or ()):
                 continue
             before[at].add(server)
     bare = {
@@ -60,37 +60,39 @@ def _order(drafts: Sequence[Draft], known: Known, goals: Goals) -> tuple[list[Dr
         for at, draft in enumerate(drafts)
         if -1 in before[at]
         for name in known.matched(draft.compiled)
-        if name in goals and name not in served
+        if name in destinations and name not in served
     }
     if bare:
         return [], {-1: bare}
     after: list[list[int]] = [[] for _ in drafts]
     for at, others in enumerate(before):
-        for other in others:
-            after[other].append(at)
+        for other_draft in others:
+            after[other_draft].append(at)
     waits = list(map(len, before))
     ready = [at for at, count in enumerate(waits) if not count]  # sorted, so a heap
     order: list[Draft] = []
     while ready:
         at = heappop(ready)
         order.append(drafts[at])
-        for other in after[at]:
-            waits[other] -= 1
-            if not waits[other]:
-                heappush(ready, other)
+        for other_draft in after[at]:
+            waits[other_draft] -= 1
+            if not waits[other_draft]:
+                heappush(ready, other_draft)
     if len(order) < len(drafts):
-        return [], _disputed(drafts, known, goals, served, [at for at, count in enumerate(waits) if count])
+        return [], _disputed(drafts, known, destinations, served, [at for at, count in enumerate(waits) if count])
     return order, {}
 
 
-def _disputed(drafts: Sequence[Draft], known: Known, goals: Goals, served: Mapping[str, int], left: Sequence[int]) -> dict[int, set[str]]:
+def _disputed(
+    drafts: Sequence[Draft], known: Known, destinations: Destinations, served: Mapping[str, int], left: Sequence[int]
+) -> dict[int, set[str]]:
     """Of drafts that stand in each other's way: the one with the fewest names that others would take, and these names."""
     among = set(left)
     names: dict[int, set[str]] = {}
     for at in left:
         for name in known.matched(drafts[at].compiled):
             server = served.get(name, -1)
-            if server in among and server != at and name in goals and _gives(drafts[at], name) != (goals[name] or ()):
+            if server in among and server != at and name in destinations and _gives(drafts[at], name) != (destinations[name] or ()):
                 names.setdefault(server, set()).add(name)
     fewest = min(names, key=lambda at: (len(names[at]), at))
     return {fewest: names[fewest]}
@@ -113,19 +115,19 @@ def _apart(draft: Draft, names: set[str]) -> list[Draft]:
     return [*(Draft.of(literal(line)) for line in out), *([Draft(draft.patterns, draft.results, draft.op, rest)] if rest else [])]
 
 
-def _stray(order: Sequence[Draft], known: Known, goals: Goals, astray: Astray) -> list[str]:
+def _stray(order: Sequence[Draft], known: Known, destinations: Destinations, astray: Astray) -> list[str]:
     """The names without a link that would do harm under the first rule that matches them, or under none."""
     first: dict[str, Draft] = {}
     for draft in order:
         for name in known.matched(draft.compiled):
-            if name not in goals:
+            if name not in destinations:
                 first.setdefault(name, draft)
-    found = []
+    stray = []
     for name in known.names:
-        if name in goals:
+        if name in destinations:
             continue
         taken = first.get(name)
         gives = None if taken is None else _gives(taken, name)
         if (taken is not None and gives is None) or astray(name, gives):
-            found.append(name)
-    return found
+            stray.append(name)
+    return stray

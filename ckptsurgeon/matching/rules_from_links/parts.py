@@ -37,22 +37,22 @@ def numbered(keys: Sequence[str], start: int | None = None) -> tuple[str, ...] |
     """
     for each in range(1, min(_MOST, len(keys) // 2) + 1):
         if len(keys) % each == 0:
-            found = [_one(keys[place::each], start) for place in range(each)]
-            firsts = {one[1] for one in found if one is not None}
-            if None not in found and len(firsts) == 1:
-                return tuple(one[0] for one in found if one is not None)
+            patterns = [_counted(keys[offset::each], start) for offset in range(each)]
+            firsts = {pattern[1] for pattern in patterns if pattern is not None}
+            if None not in patterns and len(firsts) == 1:
+                return tuple(pattern[0] for pattern in patterns if pattern is not None)
     return None
 
 
-def _one(keys: Sequence[str], start: int | None) -> tuple[str, int] | None:
+def _counted(keys: Sequence[str], start: int | None) -> tuple[str, int] | None:
     """Keys that differ in one number, which rises by one each, as a pattern, and the first number."""
     cuts = [cut(key) for key in keys]
-    if len({one.texts for one in cuts}) > 1:
+    if len({key_cut.texts for key_cut in cuts}) > 1:
         return None
-    varying = [slot for slot, column in enumerate(zip(*(one.numbers for one in cuts), strict=True)) if len(set(column)) > 1]
+    varying = [slot for slot, column in enumerate(zip(*(key_cut.numbers for key_cut in cuts), strict=True)) if len(set(column)) > 1]
     if len(varying) != 1:
         return None
-    column = [one.numbers[varying[0]] for one in cuts]
+    column = [key_cut.numbers[varying[0]] for key_cut in cuts]
     if column != list(range(column[0], column[0] + len(column))) or start not in (None, column[0]):
         return None
     parts = [PART if slot == varying[0] else str(number) for slot, number in enumerate(cuts[0].numbers)]

@@ -17,12 +17,12 @@ from ckptsurgeon.planning.resolve import Origin, find_origins
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint
 
-Given = Mapping[str, tuple[tuple[str, ...], tuple[Op, ...]]]  # by target key: its sources in order, and the ops as a plan has them
+Results = Mapping[str, tuple[tuple[str, ...], tuple[Op, ...]]]  # by target key: its sources in order, and the ops as a plan has them
 
 
-def replay(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NO_OUTSIDE) -> Given:
+def replay(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NO_OUTSIDE) -> Results:
     """What rules give each key of the target. RuleError for rules that can't be followed."""
-    return {key: _given(origin) for key, origin in origins(source, target, rules, outside).items() if origin.fits}
+    return {key: _result(origin) for key, origin in origins(source, target, rules, outside).items() if origin.fits}
 
 
 def origins(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside = NO_OUTSIDE) -> Mapping[str, Origin]:
@@ -30,33 +30,33 @@ def origins(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outsi
     return find_origins([source], target, name_sources([source], target, rules, outside))
 
 
-def _given(origin: Origin) -> tuple[tuple[str, ...], tuple[Op, ...]]:
+def _result(origin: Origin) -> tuple[tuple[str, ...], tuple[Op, ...]]:
     return tuple(key for _, key in origin.places), origin.ops
 
 
-def wanted(links: Iterable[Link], source: Checkpoint, target: Checkpoint) -> Given:
+def asked_results(links: Iterable[Link], source: Checkpoint, target: Checkpoint) -> Results:
     """What links ask for. RuleError for ops that do not go with the shapes."""
     known = {key: tensor.shape for key, tensor in target.items()}
-    found = {}
+    results = {}
     for link in links:
         shapes = [source[key].shape for key in link.sources]
-        for place, key in enumerate(link.targets):
-            asked = _asked(link, place, shapes)
-            found[key] = (link.sources, fill_chain(asked, shapes, known[key], known)[0] if asked else ())
-    return found
+        for index, key in enumerate(link.targets):
+            ops = _ops_of(link, index, shapes)
+            results[key] = (link.sources, fill_chain(ops, shapes, known[key], known)[0] if ops else ())
+    return results
 
 
 _parsed = lru_cache(maxsize=256)(parse_ops)
 
 
-def _asked(link: Link, place: int, shapes: Sequence[Shape]) -> list[RuleOp]:
+def _ops_of(link: Link, position: int, shapes: Sequence[Shape]) -> list[RuleOp]:
     """The ops of one of a link's targets; where a tensor is unstacked into several groups, the group's number is the unstack's."""
     ops = _parsed(link.op) if link.op else ()
-    names, index, number = link.targets, place, None
+    names, index, number = link.targets, position, None
     at = counted_at(ops)
     if at is not None and len(names) > 1:
-        _, given = fill_chain([RuleOp(op) for op in ops[:at]], shapes, None, {})
-        count = max(len(names) // given[0][ops[at].get("dim", 0)], 1)
-        number, index = divmod(place, count)
+        _, filled = fill_chain([RuleOp(op) for op in ops[:at]], shapes, None, {})
+        count = max(len(names) // filled[0][ops[at].get("dim", 0)], 1)
+        number, index = divmod(position, count)
         names = names[number * count : (number + 1) * count]
     return [RuleOp(op, index, names, number) for op in ops]

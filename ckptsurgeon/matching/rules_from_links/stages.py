@@ -1,7 +1,7 @@
-"""Rules in two stages, where one would be long: modules that are numbered in another way get their places, then what is in them its names.
+"""Rules in two stages, where one would be long: modules that are numbered differently are moved first, then their contents are renamed.
 
-Rule: `features.7.**` that goes to `blocks.3.0.**` is told once, and what is called otherwise within all of these modules once for all.
-Whoever asks replays the whole.
+Rule: one rule moves `features.7.**` to `blocks.3.0.**`, and one rule renames what is named differently in all of these modules.
+The caller replays all rules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Node:
     targets: list[str | None] = field(default_factory=list)
 
 
-def places(moves: Mapping[str, str | None]) -> dict[str, str]:
+def module_moves(moves: Mapping[str, str | None]) -> dict[str, str]:
     """By module of the source the module of the target that it goes to; only for numbered modules all of whose keys go to one.
 
     `moves` has the target of each name, None for one that must keep its name for now.
@@ -42,8 +42,8 @@ def places(moves: Mapping[str, str | None]) -> dict[str, str]:
 def _chosen(node: _Node) -> Iterable[_Node]:
     """The topmost modules that are worth a rule of their own."""
     if node.path and node.path[-1].isdecimal() and None not in node.targets and len(node.targets) >= _LEAST:
-        place = _common([target for target in node.targets if target is not None])
-        if any(segment.isdecimal() for segment in place.split(".")):
+        module = _common([target for target in node.targets if target is not None])
+        if any(segment.isdecimal() for segment in module.split(".")):
             yield node
             return
     for child in node.children.values():
@@ -58,24 +58,24 @@ def _common(targets: Sequence[str]) -> str:
     return ".".join(first[:same])
 
 
-def first_stage(places: Mapping[str, str], known: Known, goals: Collection[str]) -> tuple[list[Draft], dict[str, str]]:
+def first_stage(module_moves: Mapping[str, str], known: Known, names: Collection[str]) -> tuple[list[Draft], dict[str, str]]:
     """The rules that move these modules, and what all names are called after them; `goals` are the names that have a link."""
-    lines: dict[str, list[Line]] = {head: [] for head in places}
-    for name in goals:
-        head = next((name[:end] for end in _dots(name) if name[:end] in places), None)
+    lines: dict[str, list[Line]] = {head: [] for head in module_moves}
+    for name in names:
+        head = next((name[:end] for end in _dots(name) if name[:end] in module_moves), None)
         if head is not None:
-            lines[head].append(Line((name,), (places[head] + name[len(head) :],)))
+            lines[head].append(Line((name,), (module_moves[head] + name[len(head) :],)))
     drafts = [
         Draft(
             (f"{row.sources[0]}.{{**rest}}",),
             (f"{row.targets[0]}.{{rest}}",),
             "",
-            tuple(one for line in row.lines for one in lines[line.sources[0]]),
+            tuple(moved_line for line in row.lines for moved_line in lines[line.sources[0]]),
         )
-        for row in rows(Line((head,), (place,)) for head, place in places.items())
+        for row in rows(Line((head,), (module,)) for head, module in module_moves.items())
     ]
     moved = {line.sources[0]: line.targets for draft in drafts for line in draft.lines}
-    order, _ = in_order(drafts, known, {name: moved.get(name, (name,)) for name in goals}, lambda _name, _results: False)
+    order, _ = in_order(drafts, known, {name: moved.get(name, (name,)) for name in names}, lambda _name, _results: False)
     after: dict[str, str] = {}
     for draft in order:
         for name in known.matched(draft.compiled):

@@ -34,10 +34,10 @@ def evidence(links: Iterable[Link]) -> str:
     >>> evidence([Link(("a",), ("b",), "", 2.5, ("same place",), "c -> b")])
     'same place; margin 2.5 over c -> b'
     """
-    found = list(links)
-    counts = Counter(words for link in found for words in link.evidence)
-    told = [words for words, _ in counts.most_common(_MOST)]
-    return "; ".join([", ".join(told), margin(found)]) if told else margin(found)
+    all_links = list(links)
+    counts = Counter(words for link in all_links for words in link.evidence)
+    kinds = [words for words, _ in counts.most_common(_MOST)]
+    return "; ".join([", ".join(kinds), margin(all_links)]) if kinds else margin(all_links)
 
 
 def margin(links: Iterable[Link]) -> str:
@@ -81,16 +81,16 @@ def arrow(rule: Rule) -> str:
 
 def doubts(links: Sequence[Link], name: Mapping[str, str], known: Known) -> list[Ruled]:
     """Uncertain links as rules, as few as match nothing but their keys. None is applied, and several may want one key."""
-    name = {key: one_key(other) for key, other in name.items()}
-    found: list[Ruled] = []
+    name = {key: one_key(source_name) for key, source_name in name.items()}
+    rules: list[Ruled] = []
     for op in dict.fromkeys(link.op for link in links):
-        some = {line_of(link, name): link for link in links if link.op == op}
-        plain = not op and len({line.sources for line in some}) == len(some)
-        for draft in renamings(rows(some), NOWHERE) if plain else map(Draft.of, rows(some)):
-            own = {name[key] for line in draft.lines for key in some[line].sources}
-            for one in [draft] if _whole(draft, own, known) else [Draft.of(literal(line)) for line in draft.lines]:
-                found += _rules(one, op, tuple(some[line] for line in one.lines))
-    return found
+        by_line = {line_of(link, name): link for link in links if link.op == op}
+        plain = not op and len({line.sources for line in by_line}) == len(by_line)
+        for draft in renamings(rows(by_line), NOWHERE) if plain else map(Draft.of, rows(by_line)):
+            own = {name[key] for line in draft.lines for key in by_line[line].sources}
+            for part in [draft] if _whole(draft, own, known) else [Draft.of(literal(line)) for line in draft.lines]:
+                rules += _rules(part, op, tuple(by_line[line] for line in part.lines))
+    return rules
 
 
 def _whole(draft: Draft, own: set[str], known: Known) -> bool:
@@ -125,27 +125,28 @@ def toml(
             "# Uncertain, so not applied. Take the mark from the lines of a rule to apply it;\n"
             "# a [[drop]] below that is for its keys alone must go then.\n"
         )
-        parts += [_doubt(one) for one in doubtful]
-    parts += [_open(one) for one in opened]
+        parts += [_doubt(item) for item in doubtful]
+    parts += [_open(item) for item in opened]
     if ruled:
-        parts.append(to_toml([one.rule for one in ruled], [comment(one) for one in ruled]))
+        parts.append(to_toml([item.rule for item in ruled], [comment(item) for item in ruled]))
     return "\n".join(parts)
 
 
-def _open(one: Open) -> str:
+def _open(layout: Open) -> str:
     """The ways to settle an open layout, each as rules in comments."""
     lines = [
-        f"# Layout open ({one.kind}), {len(one.targets)} tensors: the keys are sure, the order of their elements can't be told by shapes.",
+        f"# Layout open ({layout.kind}), {len(layout.targets)} tensors: the keys are sure, "
+        "the order of their elements can't be told by shapes.",
         "# Take the mark from the rules of one way; a [[drop]] below that is for their keys alone must go then.",
     ]
-    if one.variables:
-        lines += ["#", f"# [{SET}]", *(f"# {name} = 0  # say how many" for name in one.variables)]
-    for way in one.ways:
+    if layout.variables:
+        lines += ["#", f"# [{SET}]", *(f"# {name} = 0  # say how many" for name in layout.variables)]
+    for way in layout.ways:
         lines += ["#", f"# {printable(way.words)}:", *(f"# {line}" for line in to_toml(way.rules).splitlines() if line)]
     return "".join(f"{line}\n" for line in lines)
 
 
-def _doubt(one: Ruled) -> str:
-    count = sum(len(link.targets) for link in one.links)
-    said = f"# {count} {'tensor' if count == 1 else 'tensors'}: {printable(evidence(one.links))}\n"
-    return said + "".join(f"# {line}\n" for line in to_toml([one.rule]).splitlines())
+def _doubt(ruled: Ruled) -> str:
+    count = sum(len(link.targets) for link in ruled.links)
+    heading = f"# {count} {'tensor' if count == 1 else 'tensors'}: {printable(evidence(ruled.links))}\n"
+    return heading + "".join(f"# {line}\n" for line in to_toml([ruled.rule]).splitlines())
