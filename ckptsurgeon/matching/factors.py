@@ -92,6 +92,10 @@ class Side:
     factored: Mapping[str, Factored] = field(default_factory=dict)
     codes: Mapping[str, Codes] = field(default_factory=dict)
 
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The keys of the tensors that hold one of `tensors`."""
+        return self.factored[name].keys if name in self.factored else (name,)
+
     def ties(self, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
         """Groups of keys that are one tensor, by the names that are seen here; of factors where all are one."""
         firsts = {weight.keys[0]: name for name, weight in self.factored.items()}

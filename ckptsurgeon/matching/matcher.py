@@ -18,7 +18,7 @@ from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Facts, doubted
 from ckptsurgeon.matching.evidence.company import behind, parts_within
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
-from ckptsurgeon.matching.factors import as_stored, sides
+from ckptsurgeon.matching.factors import Side, as_stored, sides
 from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
 from ckptsurgeon.matching.module_tree import both, fold, list_lengths
@@ -56,13 +56,20 @@ def match(
     are looked at so. `ties` are groups of the target's keys that are one tensor: all of a group get what its first one gets. `dequantize`
     says that values are made of codes. `around` are both sides with what is not to be matched: they tell which layouts are in doubt.
     """
-    names = spelled(source), spelled(target)
+    around = (source, target) if around is None else around
+    names = spelled(around[0]), spelled(around[1])
     source_side, target_side = sides(renamed(source, names[0]), renamed(target, names[1]))
     plain = _match_plain(source_side.tensors, target_side.tensors, target_side.ties([[names[1][key] for key in tied] for tied in ties]))
-    whole = (source_side, target_side) if around is None else sides(*(renamed(side, spelled(side)) for side in around))
-    links = with_doubts(plain.links, *(side.tensors for side in whole))
+    whole = sides(*map(renamed, around, names))
+    links = with_doubts(plain.links, *map(_around, (source_side, target_side), whole))
     links = as_stored(links, source_side, target_side, dequantize=dequantize)
     return result(_named_back(links, *names), source, target, plain.order)
+
+
+def _around(side: Side, whole: Side) -> Tensors:
+    """What is matched of a side, as it is matched, and the rest of the side around it."""
+    matched = {key for name in side.tensors for key in side.stored(name)}
+    return {**{name: tensor for name, tensor in whole.tensors.items() if matched.isdisjoint(whole.stored(name))}, **side.tensors}
 
 
 def _named_back(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, str]) -> list[Link]:
