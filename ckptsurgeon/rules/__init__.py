@@ -1,3 +1,3 @@
-"""What a person writes: patterns and rules, read from arguments and TOML, and turned round. Pure."""
+"""What a user writes: patterns and rules, read from arguments and TOML, and reversed. Pure."""
 
-AUTO = ("safe",)  # what may be applied unasked
+AUTO = ("safe",)  # values of --auto

@@ -1,4 +1,4 @@
-"""The scheme `from(KEY)`, which takes the value of another key: how it is written, and the one way in which it is followed."""
+"""The scheme `from(KEY)`, which takes the value of another key: how it is parsed, and how a chain of copies is followed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from ckptsurgeon.rules.patterns import Pattern
 from ckptsurgeon.rules.templates import check_template, expand
 
-# The key may stand without quotes, and may use the parts of a pattern: {i-1}.
+# The key may be written without quotes, and may use the parts of a pattern: {i-1}.
 _FROM = re.compile(
     r"""\s*from\s*\(\s*(?:key\s*=\s*)?(?:(?P<plain>(?:[^\s'"(),={}]|\{[^{}'"]*\})+)|(?P<quoted>['"].*['"]))\s*\)\s*""", re.DOTALL
 )
@@ -32,7 +32,7 @@ def copied(scheme: str) -> str | None:
 
 
 def filled_in(scheme: str, pattern: Pattern, parts: Mapping[str, str] | None) -> str:
-    """A scheme as it is; in `from(KEY)` with the parts of a match filled in, or, without `parts`, checked against the pattern alone.
+    """The scheme; in `from(KEY)` the parts of a match are filled in, or, without `parts`, the key is only checked against the pattern.
 
     >>> from ckptsurgeon.rules.patterns import compile_pattern
     >>> filled_in("from(layers.{i-1}.w)", compile_pattern("layers.{i}.w"), {"i": "3"})
@@ -46,10 +46,10 @@ def filled_in(scheme: str, pattern: Pattern, parts: Mapping[str, str] | None) ->
 
 
 def follow(key: str, copies: Callable[[str], str | None]) -> list[str] | None:
-    """The keys by which a key gets its value: itself, the one that it copies, and so on to the one with a value of its own.
+    """The keys through which a key gets its value: itself, the key that it copies, and so on to the key that has its own value.
 
     Args:
-        copies: the key that a key copies, None for one that copies none.
+        copies: returns the key that a key copies, None for a key that copies none.
 
     Returns:
         The keys in order, or None where they lead in a circle.

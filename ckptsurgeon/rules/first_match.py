@@ -12,14 +12,15 @@ from heapq import merge
 from ckptsurgeon.rules.patterns import Pattern
 from ckptsurgeon.rules.rules import CompiledRule, Match
 
-_Asked = tuple[int, int, int | None, Callable[[str], object], Pattern]  # the rule, which of its patterns, for which source only, its test
+# The index of a rule, the index of one of its patterns, the only source that it is for, if any, its test, and the pattern.
+_Entry = tuple[int, int, int | None, Callable[[str], object], Pattern]
 
 
 class FirstMatch:
     """Rules indexed by the beginnings of their patterns."""
 
     def __init__(self, rules: Sequence[CompiledRule]) -> None:
-        self._by_head: dict[str, list[_Asked]] = {}
+        self._by_head: dict[str, list[_Entry]] = {}
         for index, rule in enumerate(rules):
             for which, (number, pattern) in enumerate(rule.patterns):
                 for head in pattern.heads:
@@ -35,11 +36,11 @@ class FirstMatch:
         """
         size = len(name)
         buckets = [bucket for length in self._sizes if length <= size and (bucket := self._by_head.get(name[:length]))]
-        for index, which, number, fits, pattern in buckets[0] if len(buckets) == 1 else merge(*buckets, key=_place):
+        for index, which, number, fits, pattern in buckets[0] if len(buckets) == 1 else merge(*buckets, key=_order):
             if (number is None or number == source) and fits(name):
                 return index, Match(which, pattern.match(name) or {})
         return None
 
 
-def _place(asked: _Asked) -> tuple[int, int]:
-    return asked[:2]
+def _order(entry: _Entry) -> tuple[int, int]:
+    return entry[:2]

@@ -1,4 +1,4 @@
-"""What a model's own loading code does with a source's keys that the model has no name for. Found out by `own_loading.probe`."""
+"""What a model's own loading code does with a source's keys that the model has no name for. `own_loading.probe` finds it out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckptsurgeon.wrappers import HIDDEN, unwrap
 class Made:
     """A value that loading code computes: from the tensors of these names, in `dtype`, by code of the class `by`.
 
-    `fits` is False where it is put into a tensor of another shape than the model's, or not seen to be put anywhere.
+    `fits` is False where its shape is not that of the model's tensor, or where the code was not seen to store it anywhere.
     """
 
     names: tuple[str, ...]
@@ -23,18 +23,18 @@ class Made:
 
     @property
     def words(self) -> str:
-        """What becomes of the names."""
+        """The computation in words, as a reason."""
         return f"is computed from {', '.join(self.names)}, {code_of(self.by)}"
 
 
 @dataclass(frozen=True)
 class Taken:
-    """For one source, by the names that its keys have after prefix and rules; each time with the class whose code it is.
+    """What loading code does with the names of one source, as they are after prefix and rules. Each entry names the class whose code it is.
 
     Attributes:
         renamed: the model's key that gets the name's tensor as it is.
-        dropped: names that are taken out and given to nothing.
-        made: by the model's key, what its value is computed from.
+        dropped: names that the code removes without using them.
+        made: by the model's key, how its value is computed.
         handed: names that torch's load needs as they are, since code that computes values may look at them; each with the path of the
             outermost module whose code it is. Such code's renames are in `made`.
         failed: by path of a module, why its code could not be tried.
@@ -47,27 +47,27 @@ class Taken:
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def words(self) -> Iterator[tuple[str, str]]:
-        """Each name that the code takes, and each key that it computes, with what becomes of it in words."""
+        """Each name that the code renames or leaves out, and each key that it computes, with the reason in words."""
         yield from self.moved()
         yield from ((key, made.words) for key, made in self.made.items())
 
     def moved(self) -> Iterator[tuple[str, str]]:
-        """Each name that the code renames or leaves out, with what becomes of it in words."""
+        """Each name that the code renames or leaves out, with the reason in words."""
         yield from ((name, f"→ {key}, {code_of(by)}") for name, (key, by) in self.renamed.items())
         yield from ((name, f"left out, {code_of(by)}") for name, by in self.dropped.items())
 
 
 def needs_probe(tensors: Mapping[str, TensorMeta], target: Checkpoint) -> bool:
-    """Whether a module with loading code gets names that the target has not, or has with another shape."""
-    strange = (name for name, meta in tensors.items() if name not in target or target[name].shape != meta.shape)
-    return any(is_below(name, path) for name in strange for path in target.loaders)
+    """Whether a module with loading code gets names that the target lacks, or has with another shape."""
+    unfitting = (name for name, meta in tensors.items() if name not in target or target[name].shape != meta.shape)
+    return any(is_below(name, path) for name in unfitting for path in target.loaders)
 
 
 def code_of(name: str) -> str:
-    """How a reason names a class's own loading code."""
+    """The words with which a reason names a class's own loading code."""
     return f"as {name} loads it"
 
 
 def is_below(name: str, path: str) -> bool:
-    """Whether a key's name lies in the module at a path; `""` is the model itself. Keys lack the segments that wrappers hide."""
+    """Whether a key is in the module at a path; `""` is the model itself. Keys lack the segments that wrappers hide."""
     return not path or name.startswith(f"{unwrap(path, HIDDEN)}.")

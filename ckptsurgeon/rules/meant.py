@@ -1,7 +1,7 @@
-"""Guesses what a pattern that matches nothing was meant as: `**` for `*`, a module's keys for its name, a regular expression without
-slashes.
+"""Guesses the pattern that was meant by one that matches nothing: with `**` for `*`, a module's keys for its name, or the slashes of a
+regular expression.
 
-Only a pattern that matches something is offered, the first in the order of the table. Pure text.
+The guess is the first pattern of the table that matches a name. Pure text.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.hints import close_hint, close_words
 from ckptsurgeon.rules.patterns import compile_pattern
 
-_NAMES = 20_000  # that are tried
+_MOST_NAMES = 20_000  # that a guess is tried on
 _STAR = re.compile(r"(?<![^.])\*(?![^.])")  # a segment of its own
 _PIECE = re.compile(r"(?<![*\\])\*(?=\.|$)(?<!\.\*)(?!^\*)")  # the end of a segment
-_PART = re.compile(r"(?<!\\)\{((?![ijklns]\})[A-Za-z_]\w*)\}")  # the others are numbers, as people write them
+_PART = re.compile(r"(?<!\\)\{((?![ijklns]\})[A-Za-z_]\w*)\}")  # a part with one of the names excepted is usually a number
 _REGEX = re.compile(r"\\[.dw]|\.\+|^\.\*|^\^|\$$|[|()]|\[[^]]+\]")
 
 
-def _each(pattern: re.Pattern[str], by: str) -> Callable[[str], Iterable[str]]:
-    """A change of one match of `pattern` in a text, for each match, the last first."""
-    return lambda text: [text[: match.start()] + match.expand(by) + text[match.end() :] for match in reversed(list(pattern.finditer(text)))]
+def _replace_each(pattern: re.Pattern[str], new: str) -> Callable[[str], Iterable[str]]:
+    """A function from a text to its variants with one match of `pattern` replaced, the last match first."""
+    return lambda text: [
+        text[: match.start()] + match.expand(new) + text[match.end() :] for match in reversed(list(pattern.finditer(text)))
+    ]
 
 
 def _regex(text: str) -> Iterable[str]:
@@ -32,9 +34,9 @@ def _regex(text: str) -> Iterable[str]:
 
 _TABLE: tuple[Callable[[str], Iterable[str]], ...] = (
     _regex,
-    _each(_STAR, "**"),
-    _each(_PIECE, "*.**"),
-    _each(_PART, r"{**\1}"),
+    _replace_each(_STAR, "**"),
+    _replace_each(_PIECE, "*.**"),
+    _replace_each(_PART, r"{**\1}"),
     lambda text: [f"{text.rstrip('.')}.**"],
     lambda text: [text.replace("/", ".")] if "/" in text.strip("/") and text[:1] != "/" else [],
     lambda text: [f"**.{text}"],
@@ -42,11 +44,11 @@ _TABLE: tuple[Callable[[str], Iterable[str]], ...] = (
 
 
 def _changed(texts: Iterable[str]) -> list[str]:
-    return [other for text in texts for change in _TABLE for other in change(text)]
+    return [variant for text in texts for change in _TABLE for variant in change(text)]
 
 
 def meant(text: str, names: Iterable[str]) -> str | None:
-    """The pattern that a person probably meant by one that matches none of the names; None where nothing of the kind matches.
+    """The pattern that a user probably meant by one that matches none of the names; None where no guess matches either.
 
     >>> keys = ["encoder.0.attn.weight", "encoder.0.attn.bias", "head.weight"]
     >>> [meant(text, keys) for text in ("encoder.*", "encoder.{p}", "encoder", "attn.*", r"encoder\\..*", "no.such")]
@@ -54,32 +56,32 @@ def meant(text: str, names: Iterable[str]) -> str | None:
     """
     if text.startswith("/"):
         return None
-    known = [name for _, name in zip(range(_NAMES), names, strict=False)]
+    known = [name for _, name in zip(range(_MOST_NAMES), names, strict=False)]
     once = _changed([text])
-    for other in dict.fromkeys([*once, *_changed(once)]):
+    for candidate in dict.fromkeys([*once, *_changed(once)]):
         try:
-            pattern = compile_pattern(other)
+            pattern = compile_pattern(candidate)
             pattern.learn(known)
             if any(map(pattern.test, known)):
-                return other
-        except CheckpointError:  # no pattern at all, or one that takes too long
+                return candidate
+        except CheckpointError:  # not a pattern, or one that takes too long
             continue
     return None
 
 
 def meant_words(text: str, names: Iterable[str]) -> str:
-    """What was meant, or else close names, as words to end a sentence with; or `""`.
+    """The guess, or else close names, as words that end a sentence; `""` without either.
 
     >>> meant_words("fc.*", ["fc.0.weight"]), meant_words("fc4.*", ["fc1.weight"])
     ("; is it 'fc.**'?", ' (close: fc1.weight)')
     """
     known = list(names)
-    found = meant(text, known)
-    return f"; is it {found!r}?" if found is not None else close_words(text, known)
+    guess = meant(text, known)
+    return f"; is it {guess!r}?" if guess is not None else close_words(text, known)
 
 
 def meant_hint(text: str, names: Iterable[str]) -> str | None:
-    """The same as a hint of its own, or else the first names; None without names."""
+    """The guess as a hint, or else the first names; None without names."""
     known = list(names)
-    found = meant(text, known)
-    return f"is it {found!r}?" if found is not None else close_hint(text, known)
+    guess = meant(text, known)
+    return f"is it {guess!r}?" if guess is not None else close_hint(text, known)

@@ -1,12 +1,12 @@
-"""Patterns over keys, one form everywhere, held against the whole key.
+"""Patterns over keys, in one form everywhere. A pattern must match the whole key.
 
 `*` stays within a segment, `**` crosses segments; `{p}` is one segment or a piece of one, `{**rest}` one or more segments, and a result
-can use both again, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression, whose groups a result uses by name
+can use both, with arithmetic where digits were matched (`{i+1}`). `/…/` is a regular expression, whose groups a result uses by name
 or number (`{1}`). `{weight,bias}` is one of several words, `{0..3}`, `{0..90..3}` and `{0,4,9}` one of several numbers, as texts fold keys,
-and `{i=0..90..3}` a part that is one of them. After a backslash a character stands for itself: `\\{`. Pure text, no key is looked up here.
+and `{i=0..90..3}` a part that is one of them. A character after a backslash is taken literally: `\\{`. Pure text, no key is looked up here.
 
-None can run for ever: what could share a long key out in many ways goes by `long_keys`, and every `/…/`, with what names a part twice,
-by `regular_expressions`, in another process and for a bounded time.
+No pattern can run for ever. A pattern that could divide a long key among its parts in many ways is matched by `long_keys`; every `/…/`, and
+a pattern that names a part twice, is matched by `regular_expressions`, in another process and for a bounded time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,28 @@ NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _CHOICE = r"[A-Za-z0-9_]+(?:\.\.[0-9]+){0,2}"
 _TOKEN = re.compile(
     rf"\\(?P<escaped>.?)|(?P<choices>\{{{NAME}={_CHOICE}(?:,{_CHOICE})*\}}|\{{{_CHOICE}(?:,{_CHOICE})+\}}|\{{[0-9]+(?:\.\.[0-9]+){{1,2}}\}})"
-    rf"|\{{\*\*(?P<many>{NAME})\}}|\{{(?P<one>{NAME})\}}|(?P<deep>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])",
+    rf"|\{{\*\*(?P<segments>{NAME})\}}|\{{(?P<segment>{NAME})\}}|(?P<anything>\*\*)|(?P<star>\*)|(?P<brace>[{{}}])",
     re.DOTALL,
 )
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
-_MARKS = re.compile(r"[\\*{}+]|-(?=>)")  # what means something in a pattern or between two of them, wherever it stands
+_MARKS = re.compile(r"[\\*{}+]|-(?=>)")  # characters with a meaning in a pattern or between two patterns, at any position
 _ORDINARY = re.compile(r"[A-Za-z0-9_.]+")
 _SOURCE = re.compile(r"[0-9]{1,4}(?=:.)", re.DOTALL)  # `0:` before a pattern names its only source
-MOST_CHOICES = 10_000  # words and numbers of a pattern
+MOST_CHOICES = 10_000  # words and numbers in the choices of a pattern
 MOST_DEEP, MOST_IN_SEGMENT = 4, 4  # open parts of a pattern
 _DOT = Token("text", (".",))
-_REGEX = {"star": "[^.]*", "one": "[^.]+", "many": r"[^.]+(?:\.[^.]+)*", "deep": ".*", "some": ".+", "lead": r"(?:.+\.)?", "again": ""}
-_WITHIN = frozenset({"text", "words", "star", "one"})  # they stay in a segment
-# Characters of a key, beyond which no regular expression is let try every way to share them out: by how many parts are free to take more
-# or less; without any, there is no such length.
+_REGEX = {
+    "star": "[^.]*",
+    "segment": "[^.]+",
+    "segments": r"[^.]+(?:\.[^.]+)*",
+    "anything": ".*",
+    "nonempty": ".+",
+    "leading": r"(?:.+\.)?",
+    "repeated": "",
+}
+_WITHIN = frozenset({"text", "words", "star", "segment"})  # tokens that stay within a segment
+# The longest key for which a regular expression may try every division among the parts, by the number of free parts (`_free`); without free
+# parts any length will do.
 NO_LENGTH, LONG = 1 << 30, 64
 _LENGTHS = (NO_LENGTH, LONG, 24, 12)
 
@@ -46,8 +54,8 @@ _LENGTHS = (NO_LENGTH, LONG, 24, 12)
 class Pattern:
     """A compiled pattern; `parts` are the names (and, of a regular expression, the numbers) that a result can use.
 
-    `regex` is held against keys of up to `short` characters, `tokens` against longer ones, and `expression`, in another process, against
-    all keys of a `/…/`, which has neither, and against long keys where a part stands twice. One without any of these matches `key` alone.
+    `regex` matches keys of up to `short` characters and `tokens` longer keys. `expression`, in another process, matches all keys of a
+    `/…/`, which has neither, and long keys where a part occurs twice. A pattern without any of these matches only `key`.
     """
 
     text: str
@@ -60,14 +68,14 @@ class Pattern:
 
     @property
     def test(self) -> Callable[[str], object]:
-        """The fastest way to ask many keys whether they fit."""
+        """The fastest function that says whether a key matches, for many keys."""
         if self.regex is None and self.expression is None:
             return self.key.__eq__
         return self.regex.fullmatch if self.regex is not None and self.short == NO_LENGTH else self.fits
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Texts, with one of which every key that it matches begins."""
+        """Texts such that every key that matches begins with one of them."""
         if not self.tokens:
             return (self.key,)
         first = self.tokens[0].texts
@@ -85,14 +93,14 @@ class Pattern:
         return self.expression is None or self.expression.fullmatch(key) is not None
 
     def match(self, key: str) -> dict[str, str] | None:
-        """What the parts stand for when the whole of `key` matches, else None.
+        """The text of each part when the whole of `key` matches, else None.
 
         >>> compile_pattern("blocks.{i}.{**rest}").match("blocks.3.attn.weight")
         {'i': '3', 'rest': 'attn.weight'}
         """
         if self.regex is not None and len(key) <= self.short:
-            found = self.regex.fullmatch(key)
-            return None if found is None else {part: found[part] for part in self.parts}
+            match = self.regex.fullmatch(key)
+            return None if match is None else {part: match[part] for part in self.parts}
         if self.expression is None:
             return long_keys.parts(self.tokens, key) if self.tokens else {} if key == self.key else None
         groups = self.expression.fullmatch(key) if self.fits(key) else None
@@ -101,17 +109,17 @@ class Pattern:
 
     @property
     def choices(self) -> int:
-        """How many words and numbers it has to choose from."""
+        """How many words and numbers its choices have."""
         return sum(len(token.texts) for token in self.tokens if token.kind == "words")
 
     def learn(self, keys: Iterable[str]) -> None:
-        """Say what will be held against it: a regular expression then takes all keys at once."""
+        """Announce the keys that will be matched: a regular expression then takes all of them at once."""
         if self.expression is not None and not self.tokens:
             self.expression.learn(keys)
 
 
 def compile_pattern(text: str, whose: str = "") -> Pattern:
-    """Compile a pattern; `whose` are words for errors that say where it stands.
+    """Compile a pattern; errors say with `whose` where it is written.
 
     Raises:
         RuleError: it is not well formed.
@@ -130,18 +138,18 @@ def compile_pattern(text: str, whose: str = "") -> Pattern:
     if len(tokens) == 1 and tokens[0].kind == "text":
         return Pattern(text, (), key=tokens[0].texts[0])
     regex = re.compile(_body(tokens), re.DOTALL)
-    again = any(token.kind == "again" for token in tokens)
+    repeats = any(token.kind == "repeated" for token in tokens)
     short = _LENGTHS[min(_free(tokens), len(_LENGTHS) - 1)]
-    return Pattern(text, tuple(regex.groupindex), tokens, regex, short, Expression(regex.pattern, regex.flags, whose) if again else None)
+    return Pattern(text, tuple(regex.groupindex), tokens, regex, short, Expression(regex.pattern, regex.flags, whose) if repeats else None)
 
 
 def _segments(tokens: Iterable[Token]) -> Iterator[list[Token]]:
-    """The tokens between dots, each dot and each `lead` (which ends in one) by itself."""
+    """The tokens between dots, each dot and each `leading` (which ends in one) by itself."""
     segment: list[Token] = []
     for token in tokens:
         whole = token.kind != "text"
-        for part in (token,) if whole else (Token("text", (one,)) for one in re.split(r"(\.)", token.texts[0]) if one):
-            if part.kind == "lead" or part == _DOT:
+        for part in (token,) if whole else (Token("text", (text,)) for text in re.split(r"(\.)", token.texts[0]) if text):
+            if part.kind == "leading" or part == _DOT:
                 yield segment
                 yield [part]
                 segment = []
@@ -151,16 +159,16 @@ def _segments(tokens: Iterable[Token]) -> Iterator[list[Token]]:
 
 
 def _closed(segment: Sequence[Token]) -> bool:
-    """Whether several parts of a segment share it out between them, and with no other."""
+    """Whether a segment has several open parts, none of which reaches beyond it."""
     return sum(token.kind in long_keys.OPEN for token in segment) > 1 and all(token.kind in _WITHIN for token in segment)
 
 
 def _body(tokens: Sequence[Token]) -> str:
     """The tokens as a regular expression.
 
-    However a segment is shared out, it ends at the same dot: where the rest doesn't match, no other way is tried (`(?>…)`).
+    However its parts divide a segment, it ends at the same dot: where the rest doesn't match, no other division is tried (`(?>…)`).
     """
-    if any(token.kind == "again" for token in tokens):
+    if any(token.kind == "repeated" for token in tokens):
         return "".join(map(_regex, tokens))
     bodies = [("".join(map(_regex, segment)), _closed(segment)) for segment in _segments(tokens)]
     ends = [*(following for following, _ in bodies[1:]), r"\Z"]
@@ -168,26 +176,26 @@ def _body(tokens: Sequence[Token]) -> str:
 
 
 def _free(tokens: Sequence[Token]) -> int:
-    """How many parts are free to take more or less while a key is tried: each multiplies the ways by the key's length."""
+    """How many parts can be longer or shorter independently: each multiplies the possible divisions of a key by its length."""
     segments = list(_segments(tokens))
     within = [max(sum(token.kind in long_keys.OPEN for token in segment) - 1, 0) for segment in segments]
     across = [token for token in tokens if token.kind in long_keys.OPEN and token.kind not in _WITHIN]
-    together = sum if any(token.kind == "again" for token in tokens) else max
+    together = sum if any(token.kind == "repeated" for token in tokens) else max
     texts = [text for token in tokens for text in token.texts]
-    tried = bool(texts) and (len(texts) > LONG or max(map(len, texts)) > LONG)  # texts that may be tried at every place
-    return together(within) + max(len(across) - 1, 0) + (tried and any(token.kind in long_keys.OPEN for token in tokens))
+    searched = bool(texts) and (len(texts) > LONG or max(map(len, texts)) > LONG)  # texts that may be tried at every position
+    return together(within) + max(len(across) - 1, 0) + (searched and any(token.kind in long_keys.OPEN for token in tokens))
 
 
 def _regex(token: Token) -> str:
     """A token as a regular expression."""
     body = "|".join(map(re.escape, token.texts)) if token.texts else _REGEX[token.kind]
-    if token.kind == "again":
+    if token.kind == "repeated":
         return f"(?P={token.name})"
     return f"(?P<{token.name}>{body})" if token.name else f"(?:{body})" if token.kind == "words" else body
 
 
 def _tokens(text: str) -> Iterator[Token]:
-    """The tokens of a pattern, of which no two texts stand side by side."""
+    """The tokens of a pattern; neighbouring texts are joined."""
     plain = ""
     for token in _parsed(text):
         if token.kind == "text":
@@ -209,7 +217,7 @@ def _parsed(text: str) -> Iterator[Token]:
         if match.start() > position:
             yield Token("text", (text[position : match.start()],))
         position = match.end()
-        name = match["one"] or match["many"]
+        name = match["segment"] or match["segments"]
         if match["brace"]:
             raise RuleError(
                 f"the pattern {text!r} has an odd brace at {match.start() + 1}",
@@ -221,27 +229,27 @@ def _parsed(text: str) -> Iterator[Token]:
         elif match["choices"]:
             name, _, words = match["choices"][1:-1].rpartition("=")
             if name in seen:
-                raise RuleError(f"the pattern {text!r} chooses {{{name}}} twice", hint=f"write {{{name}}} where it stands again")
+                raise RuleError(f"the pattern {text!r} chooses {{{name}}} twice", hint=f"write {{{name}}} where it is repeated")
             seen |= {name} if name else set()
             chosen = choices_of(text, words, MOST_CHOICES - choices)
             choices += len(chosen)
             yield Token("words", chosen, name)
         elif name:
-            yield Token("again" if name in seen else "many" if match["many"] else "one", (), name)
+            yield Token("repeated" if name in seen else "segments" if match["segments"] else "segment", (), name)
             seen.add(name)
         elif match["star"]:
             yield Token("star")
         elif text[match.start() - 1 : match.start()] in ("", ".") and text[position : position + 1] == ".":
-            yield Token("lead")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
+            yield Token("leading")  # `**.bias` and `a.**.bias` also name no segment at all, as `**/` does in a .gitignore
             position += 1
         else:
-            yield Token("some" if text[match.start() - 1 : match.start()] == "." and position == len(text) else "deep")
+            yield Token("nonempty" if text[match.start() - 1 : match.start()] == "." and position == len(text) else "anything")
     if position < len(text):
         yield Token("text", (text[position:],))
 
 
 def choices_of(text: str, choices: str, most: int = MOST_CHOICES) -> tuple[str, ...]:
-    """One of several words, or a number from one to another, by a step, as texts fold keys: `{weight,bias}`, `{0..3,7}`, `{0..90..3}`."""
+    """The words and numbers of a choice, which may be ranges with a step: `weight,bias`, `0..3,7`, `0..90..3`. `text` is its pattern."""
     words: list[str] = []
     for choice in choices.split(","):
         first, *ends = choice.split("..")
@@ -260,7 +268,7 @@ def _number(digits: str) -> int:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Numbers, sorted and no two equal, as a pattern chooses from them: all by one step, else each run of three or more as its ends.
+    """Sorted, distinct numbers as a choice: one range where they have one step, else each run of three or more as a range.
 
     >>> listed([0, 3, 6, 9]), listed([0, 1, 2, 5, 7, 8]), listed([4, 9])
     ('0..9..3', '0..2,5,7,8', '4,9')
@@ -268,22 +276,22 @@ def listed(numbers: Sequence[int]) -> str:
     first, last, step = numbers[0], numbers[-1], numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if list(numbers) == list(range(first, last + 1, step)) and len(numbers) > (1 if step == 1 else 2):
         return f"{first}..{last}" if step == 1 else f"{first}..{last}..{step}"
-    starts = [at for at, number in enumerate(numbers) if not at or number != numbers[at - 1] + 1]
+    starts = [index for index, number in enumerate(numbers) if not index or number != numbers[index - 1] + 1]
     runs = [numbers[start:stop] for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True)]
     return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def check_escape(what: str, text: str, escaped: str) -> None:
-    """RuleError for a backslash of a pattern or result before a letter or digit, or before nothing."""
+    """RuleError for a backslash of a pattern or result before a letter or digit, or at its end."""
     if not escaped:
-        raise RuleError(f"the {what} {text!r} ends in a backslash", hint="one of the key itself is written as two: \\\\")
+        raise RuleError(f"the {what} {text!r} ends in a backslash", hint="a backslash of the key itself is written as two: \\\\")
     if escaped.isalnum():
         form = "a regular expression stands between slashes: /fc[12]\\..*/" if what == "pattern" else "its groups are {1}, {2} or {name}"
         raise RuleError(f"the {what} {text!r} has a backslash before {escaped!r}", hint=form)
 
 
 def literal(key: str) -> str:
-    """The pattern that matches this key alone, and the result that is this key.
+    """The pattern that matches only this key; as a result it gives this key.
 
     >>> literal("layers.0.weight"), literal("a*{b}"), literal("7:x ")
     ('layers.0.weight', 'a\\\\*\\\\{b\\\\}', '7\\\\:x\\\\ ')
@@ -292,7 +300,7 @@ def literal(key: str) -> str:
 
 
 def written(texts: Sequence[str], parts: Sequence[str]) -> str:
-    """The pattern of texts that stand for themselves, and the parts between them.
+    """The pattern of literal texts, which are escaped, with parts between them.
 
     >>> written(("h.", ".a{b}"), ("{0..3}",))
     'h.{0..3}.a\\\\{b\\\\}'
@@ -306,12 +314,12 @@ def written(texts: Sequence[str], parts: Sequence[str]) -> str:
     if whole[0].isspace() or whole[-1].isspace():
         inner = whole.strip()
         start = whole.index(inner)
-        whole = "".join((*(f"\\{one}" for one in whole[:start]), inner, *(f"\\{one}" for one in whole[start + len(inner) :])))
+        whole = "".join((*(f"\\{blank}" for blank in whole[:start]), inner, *(f"\\{blank}" for blank in whole[start + len(inner) :])))
     return _SOURCE.sub(r"\g<0>\\", whole, count=1) if _SOURCE.match(whole) else whole
 
 
 def without_escapes(text: str) -> str:
-    """A pattern or result without the characters that stand for themselves after a backslash."""
+    """A pattern or result without its escaped characters and their backslashes."""
     return _ESCAPED.sub("", text) if "\\" in text else text
 
 
@@ -325,10 +333,12 @@ def unescaped(text: str) -> str:
 
 
 def _check_few(text: str) -> None:
-    """Raises RuleError for a pattern with so many open parts that holding it against a long key could take for ever."""
+    """RuleError for a pattern with so many open parts that matching a long key could take for ever."""
     opens = [token for token in _TOKEN.finditer(text) if token.lastgroup not in ("choices", "brace", "escaped")]
-    deep = [token for token in opens if token["many"] or token["deep"]]
-    most = max((sum(1 for token in _TOKEN.finditer(segment) if token["one"] or token["star"]) for segment in text.split(".")), default=0)
+    deep = [token for token in opens if token["segments"] or token["anything"]]
+    most = max(
+        (sum(1 for token in _TOKEN.finditer(segment) if token["segment"] or token["star"]) for segment in text.split(".")), default=0
+    )
     if len(deep) > MOST_DEEP or most > MOST_IN_SEGMENT:
         raise RuleError(
             f"the pattern {text!r} has more than {MOST_DEEP} parts across segments, or {MOST_IN_SEGMENT} within one",

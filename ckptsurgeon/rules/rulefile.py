@@ -1,8 +1,8 @@
-"""A rules file: TOML text to rules and back. Pure; who reads the file is not known here.
+"""A rules file: TOML text to rules and back. Pure; the caller reads the file.
 
-Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, in the order in which they stand, whatever their kinds; `[[stage]]`
-stands between rules of which the later ones see the names that the earlier ones gave. One table `[set]` gives numbers to the variables in
-adapters' arguments. Every problem is told at once, with its line.
+Each rule is a table `[[rename]] [[drop]] [[keep]] [[adapt]] [[init]]`, and rules of all kinds keep the order of the file. Rules after a
+`[[stage]]` see the names that the rules before it made. One table `[set]` gives numbers to the variables in adapters' arguments. All
+problems are reported at once, each with its line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ckptsurgeon.rules.rules import Kind, Rule, check_choices, compile_rule, lin
 
 _HEADER = re.compile(r"\s*\[\[\s*(?P<quote>[\"']?)(?P<name>[A-Za-z0-9_-]+)(?P=quote)\s*\]\]\s*(#.*)?")
 _NAMES = re.compile(r"\s*(?:\[\[?\s*)?(?:(?:\"[^\"\\]*\"|'[^']*'|[A-Za-z0-9_-]+)\s*[].=]\s*)+")  # before a value
-_NAME = re.compile(r"\"(?P<one>[^\"\\]*)\"|'(?P<two>[^']*)'|(?P<bare>[A-Za-z0-9_-]+)")
+_NAME = re.compile(r"\"(?P<double>[^\"\\]*)\"|'(?P<single>[^']*)'|(?P<bare>[A-Za-z0-9_-]+)")
 _WRITTEN = re.compile(  # comments and strings
     r'#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3,5}|\'{3}.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL
 )
@@ -32,7 +32,7 @@ _LINE = re.compile(r"line (\d+)")
 
 @dataclass(frozen=True)
 class Form:
-    """How a kind of rule is written: for each choice of fields that hold the pattern, and the field that holds the result."""
+    """How a kind of rule is written: each choice of fields for the pattern, and the field for the result."""
 
     patterns: tuple[tuple[str, ...], ...]
     result: str = ""
@@ -52,9 +52,9 @@ _JOINT = {"from": " + ", "to": " + ", "key": " + ", "op": " | "}
 
 
 def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set[str] | None = None) -> tuple[Rule, ...]:
-    """The rules of a TOML text, in its order. RuleError, with a line for every problem.
+    """The rules of a TOML text, in its order. RuleError with a line for each problem.
 
-    `numbers` go before those of the text's own `[set]`; `used` gets the names of those that rules use.
+    `numbers` override those of the text's own `[set]`; the names of variables that rules use are added to `used`.
 
     >>> parse_rules('[[drop]]\\nkey = "aux.**"', "rules.toml")
     (Rule(kind='drop', pattern='aux.**', file='rules.toml', line=1),)
@@ -62,53 +62,54 @@ def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set
     try:
         value = toml_text.parse(text, path)
     except ValueError as error:
-        found = _LINE.search(str(error))
+        line_number = _LINE.search(str(error))
         is_json = text.lstrip().startswith("{")
         hint = f"if it is a plan, follow it: {shlex.join(['ckptsurgeon', 'apply', path, '-o', 'out.pt'])}" if is_json else _EXAMPLE
-        raise RuleError(f"is not TOML: {error}", path=f"{path}:{found[1]}" if found else path, hint=hint) from error
-    text = _WRITTEN.sub(lambda found: found[0] if "\n" not in found[0] else "\n" * found[0].count("\n"), text)
+        raise RuleError(f"is not TOML: {error}", path=f"{path}:{line_number[1]}" if line_number else path, hint=hint) from error
+    text = _WRITTEN.sub(lambda match: match[0] if "\n" not in match[0] else "\n" * match[0].count("\n"), text)
     lines = text.split("\n")
-    places = _places(lines)
+    lines_by_name = _lines_by_name(lines)
     known = {name: tables for name, tables in value.items() if _tables(name, tables)}
-    own, problems = _numbers(value, places)
-    problems += [f"line {_line_of(places, name)}: {_unknown(name)}" for name in value if name not in known and name != SET]
-    numbers, taken = {**own, **numbers}, set[str]()
+    defined, problems = _numbers(value, lines_by_name)
+    problems += [f"line {_line_of(lines_by_name, name)}: {_unknown(name)}" for name in value if name not in known and name != SET]
+    numbers, filled = {**defined, **numbers}, set[str]()
     rows = list(_rows(lines, known, path))
-    _held = one_child()  # for the regular expressions of all rules
+    _child = one_child()  # keeps one process for the regular expressions of all rules
     rules: list[Rule] = []
     choices = 0
     for line, kind, table in rows:
-        wrong = list(_wrong_fields(places, line, kind, table))
-        problems += wrong
-        if not wrong:
-            for written in _rules(kind, table, path, line):
-                lacks = variables.unset(written.result, numbers) if kind == "adapt" else None
-                if lacks is not None:
-                    problems.append(f"line {line}: {lacks} (in [{SET}], or by --set NAME=NUMBER)")
+        field_problems = list(_wrong_fields(lines_by_name, line, kind, table))
+        problems += field_problems
+        if not field_problems:
+            for unfilled in _rules(kind, table, path, line):
+                unset = variables.unset(unfilled.result, numbers) if kind == "adapt" else None
+                if unset is not None:
+                    problems.append(f"line {line}: {unset} (in [{SET}], or by --set NAME=NUMBER)")
                     continue
-                rule = replace(written, result=variables.filled(written.result, numbers, taken)) if kind == "adapt" else written
+                rule = replace(unfilled, result=variables.filled(unfilled.result, numbers, filled)) if kind == "adapt" else unfilled
                 rules.append(rule)
                 malformed, more = _malformed(rule, path)
                 problems += malformed
                 choices += more
                 check_choices(choices)
-    problems += [f"line {_line_of(places, name)}: [{SET}] has {name!r}, and no rule uses it" for name in own if name not in taken]
+    unused = [name for name in defined if name not in filled]
+    problems += [f"line {_line_of(lines_by_name, name)}: [{SET}] has {name!r}, and no rule uses it" for name in unused]
     if problems:
         raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=_example(rows))
     if used is not None:
-        used |= taken
+        used |= filled
     return tuple(rules)
 
 
-def _numbers(value: Mapping[str, Any], places: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], list[str]]:
-    """What `[set]` sets, and what is wrong with it."""
+def _numbers(value: Mapping[str, Any], lines_by_name: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], list[str]]:
+    """The numbers in `[set]`, and its problems."""
     table = value.get(SET, {})
     if type(table) is not dict:
-        return {}, [f"line {_line_of(places, SET)}: write one table [{SET}], and in it a line for each variable: heads = 32"]
+        return {}, [f"line {_line_of(lines_by_name, SET)}: write one table [{SET}], and in it a line for each variable: heads = 32"]
     try:
         return variables.checked(table), []
     except RuleError as error:
-        return {}, [f"line {_line_of(places, SET)}: [{SET}]: {error.reason}"]
+        return {}, [f"line {_line_of(lines_by_name, SET)}: [{SET}]: {error.reason}"]
 
 
 def _tables(name: str, value: Any) -> bool:
@@ -122,42 +123,42 @@ def _unknown(name: str) -> str:
     return f"there is no rule {name[:60]!r}" + (f"; is it [[{close[0]}]]?" if close else f"; the rules are {', '.join(FORMS)}")
 
 
-def _rows(lines: Sequence[str], value: Mapping[str, Any], path: str) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
-    """Each table with its line, in the order of the text, which TOML's own values lose between names."""
-    left = {name: iter(rows) for name, rows in value.items()}
+def _rows(lines: Sequence[str], tables: Mapping[str, Any], path: str) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
+    """Each table with its line and kind, in the order of the text; parsed TOML keeps the order only within each kind."""
+    remaining = {name: iter(rows) for name, rows in tables.items()}
     seen = 0
     for number, line in enumerate(lines, 1):
         header = _HEADER.fullmatch(line)
-        if header is None or header["name"] not in left:
+        if header is None or header["name"] not in remaining:
             continue
-        table = next(left[header["name"]], None)
+        table = next(remaining[header["name"]], None)
         if table is not None:
             seen += 1
             yield number, header["name"], table  # type: ignore[misc]
-    if seen != sum(len(rows) for rows in value.values()):
+    if seen != sum(len(rows) for rows in tables.values()):
         raise RuleError(
             "has rules whose order can't be told", path=path, hint="write each as a table of its own, on lines of its own: [[rename]]"
         )
 
 
-def _places(lines: Sequence[str]) -> Mapping[str, Sequence[int]]:
-    """The lines that begin with a name, or a dotted one that has it, in order, by name."""
-    places: dict[str, list[int]] = {}
+def _lines_by_name(lines: Sequence[str]) -> Mapping[str, Sequence[int]]:
+    """By name, the lines that begin with it or with a dotted name that contains it, in order."""
+    by_name: dict[str, list[int]] = {}
     for number, line in enumerate(lines, 1):
         head = _NAMES.match(line)
-        for found in _NAME.finditer(head[0]) if head is not None else ():
-            places.setdefault(found["one"] or found["two"] or found["bare"] or "", []).append(number)
-    return places
+        for match in _NAME.finditer(head[0]) if head is not None else ():
+            by_name.setdefault(match["double"] or match["single"] or match["bare"] or "", []).append(number)
+    return by_name
 
 
-def _line_of(places: Mapping[str, Sequence[int]], name: str, after: int = 1) -> int:
-    """The first line from `after` on that begins with a name; `after` itself where there is none."""
-    lines = places.get(name, ())
+def _line_of(lines_by_name: Mapping[str, Sequence[int]], name: str, after: int = 1) -> int:
+    """The first line from `after` on that begins with a name; `after` where there is none."""
+    lines = lines_by_name.get(name, ())
     index = bisect_left(lines, after)
     return lines[index] if index < len(lines) else after
 
 
-def _wrong_fields(places: Mapping[str, Sequence[int]], line: int, kind: Kind, table: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_fields(lines_by_name: Mapping[str, Sequence[int]], line: int, kind: Kind, table: Mapping[str, Any]) -> Iterator[str]:
     form = FORMS[kind]
     known = (
         {name for choice in form.patterns for name in choice}
@@ -165,28 +166,28 @@ def _wrong_fields(places: Mapping[str, Sequence[int]], line: int, kind: Kind, ta
         | ({"name"} if kind == "stage" else set())
     )
     for name, value in table.items():
-        place = _line_of(places, name, line)
+        line_of_field = _line_of(lines_by_name, name, line)
         if name not in known:
             close = close_names(name, sorted(known), 1)
-            yield f"line {place}: [[{kind}]] has no {name[:60]!r}" + (
+            yield f"line {line_of_field}: [[{kind}]] has no {name[:60]!r}" + (
                 f"; is it {close[0]!r}?" if close else f"; it has {' and '.join(sorted(known))}"
             )
         elif not _texts(value):
-            yield f"line {place}: {name} is not text, or a list of texts"
+            yield f"line {line_of_field}: {name} is not text, or a list of texts"
     choices = [choice for choice in form.patterns if all(name in table for name in choice)]
-    given = {name for choice in form.patterns for name in choice if name in table}
-    if not choices or given != set(choices[0]):
+    present = {name for choice in form.patterns for name in choice if name in table}
+    if not choices or present != set(choices[0]):
         yield f"line {line}: [[{kind}]] needs {' or '.join(' and '.join(choice) for choice in form.patterns)}"
     if form.result and form.result not in table:
         yield f"line {line}: [[{kind}]] needs {form.result}"
 
 
 def _texts(value: Any) -> bool:
-    return type(value) is str or (type(value) is list and bool(value) and all(type(one) is str for one in value))
+    return type(value) is str or (type(value) is list and bool(value) and all(type(text) is str for text in value))
 
 
 def _rules(kind: Kind, table: Mapping[str, Any], path: str, line: int) -> Iterator[Rule]:
-    """The rules of a table; one for each of several keys that are dropped, kept or initialised."""
+    """The rules of a table: one for each pattern, where a list of patterns does not make one link."""
 
     def joined(name: str) -> str:
         value = table[name]
@@ -196,19 +197,19 @@ def _rules(kind: Kind, table: Mapping[str, Any], path: str, line: int) -> Iterat
     if kind == "stage":
         yield Rule("stage", file=path, line=line)
     elif kind == "rename":
-        yield from (Rule("rename", one, joined("to"), path, line) for one in _each(table["from"]))
+        yield from (Rule("rename", pattern, joined("to"), path, line) for pattern in _as_list(table["from"]))
     elif "from" in table:
         yield Rule(kind, f"{joined('from')} -> {joined('to')}", result, path, line)
     else:
-        yield from (Rule(kind, one, result, path, line) for one in _each(table["key"]))
+        yield from (Rule(kind, pattern, result, path, line) for pattern in _as_list(table["key"]))
 
 
-def _each(value: str | Sequence[str]) -> Sequence[str]:
+def _as_list(value: str | Sequence[str]) -> Sequence[str]:
     return [value] if isinstance(value, str) else value
 
 
 def _malformed(rule: Rule, path: str) -> tuple[list[str], int]:
-    """The problem of a rule, if any, and how much its patterns have to choose from."""
+    """The problem of a rule, if any, and how many words and numbers its choices have."""
     try:
         return [], 0 if rule.kind == "stage" else compile_rule(rule).choices
     except RuleError as error:
@@ -223,7 +224,7 @@ def _example(rows: Sequence[object]) -> str | None:
 
 
 def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:
-    """Rules as the text of a rules file, one that `parse_rules` gives back; `comments` are for one rule each, of any number of lines.
+    """Rules as the text of a rules file, from which `parse_rules` reads the same rules. `comments` has the comment above each rule, or "".
 
     >>> print(to_toml([Rule("rename", "fc2.{p}", "dense2.{p}")]))
     [[rename]]
@@ -231,12 +232,12 @@ def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:
     to = "dense2.{p}"
     <BLANKLINE>
     """
-    said = chain(comments, repeat(""))
-    return "\n".join("\n".join([*_comment(next(said)), f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
+    texts = chain(comments, repeat(""))
+    return "\n".join("\n".join([*_comment(next(texts)), f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
 
 
 def _comment(text: str) -> Iterator[str]:
-    """The lines of a comment; a key in it can't end the line."""
+    """The lines of a comment. Unprintable characters of keys are escaped, so that none ends the line."""
     return (f"# {printable(line)}" for line in text.splitlines() or ())
 
 

@@ -1,7 +1,7 @@
-"""What a person writes: rename, drop, keep, adapt and init rules, as values. They are applied in `planning.apply_rules`.
+"""What a user writes: rename, drop, keep, adapt and init rules, as values. `planning.apply_rules` applies them.
 
-A rule is text, one form for a command line and a rules file: `A -> B` links keys by an adapter, ` + ` stands between several keys,
-`0:` before a pattern names the only source that it is for, ` | ` stands between the adapters of a chain.
+A rule is text, in one form for the command line and rules files: `A -> B` links keys by an adapter, ` + ` separates several keys, `0:`
+before a pattern names the only source that it is for, ` | ` separates the adapters of a chain.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ckptsurgeon.rules.patterns import Pattern, compile_pattern, without_escapes
 from ckptsurgeon.rules.templates import check_template
 from ckptsurgeon.shown import Shown
 
-# Nobody writes the last two: they are reasons.
+# No user writes the last two: they are reasons in a plan.
 Kind = Literal["rename", "drop", "keep", "adapt", "init", "stage", "average", "convert"]
 _NUMBERED = re.compile(r"([0-9]{1,4}):(.+)", re.DOTALL)
-# Each with what is passed over: a character after a backslash stands for itself, and what stands in braces may count.
+# Each with what is skipped: a character after a backslash is literal, and a plus in braces is arithmetic.
 _ARROW = re.compile(r"\\.|(->)", re.DOTALL)
 _SPACED = re.compile(r"\\.|\s++(\+\s++)?", re.DOTALL)
 _PLUS = re.compile(r"\\.|\{[^{}]*\}|(\+)", re.DOTALL)
@@ -39,15 +39,15 @@ class Rule(Shown):
     """One rule.
 
     Attributes:
-        kind: `rename`, `drop`, `keep`, `adapt`, `init`, or `stage`: the rules after a stage see the names that those before it gave.
-        pattern: held against the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
+        kind: `rename`, `drop`, `keep`, `adapt`, `init`, or `stage`: the rules after a stage see the names that the rules before it made.
+        pattern: matched with the source's names (rename, drop, and an adapt rule with `->`) or the target's (keep, init, and an adapt rule
             without).
         result: a rename's template or templates, an adapt rule's adapters, an init's scheme.
-        file: where it was written.
-        line: at which line.
+        file: the rules file in which it is written, or "".
+        line: its line there.
 
     Raises:
-        ArgumentError: a field of another kind.
+        ArgumentError: a field has a wrong type.
     """
 
     kind: Kind
@@ -77,7 +77,7 @@ def rule_options(rules: Iterable[Rule | str]) -> tuple[Option, ...]:
 
 
 def option_text(rule: Rule) -> str:
-    """A rule as a command line has it, in quotes for a shell.
+    """A rule as it is written on a command line, with quotes for a shell.
 
     >>> print(option_text(Rule("adapt", "a.*", "permute_rope(heads=2, to='pairs')")))
     --adapt 'a.*' "permute_rope(heads=2, to='pairs')"
@@ -86,14 +86,14 @@ def option_text(rule: Rule) -> str:
 
 
 def quoted(text: str) -> str:
-    """A word as a shell reads it back, in double quotes where it has single ones and nothing that these would not keep."""
+    """A word quoted for a shell: in double quotes where it has single quotes and no character that is special within double quotes."""
     return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 @dataclass(frozen=True)
 class Outside:
-    """What lies outside of the rules and bears on names, brought before they are compiled: token lists by path, the shape functions of a
-    person's own adapters by name, and, by the source's number, what the target's own loading code does with names that it has not."""
+    """What rules need from outside of their text when they are compiled and applied: token lists by path, the shape functions of user
+    adapters by name, and by the number of a source what the target's own loading code does with names that the target lacks."""
 
     labels: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     shapes: Mapping[str, UserShape] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Outside:
 
 @dataclass(frozen=True)
 class Match:
-    """A name that a rule's pattern matched: which of its patterns, and what the parts stand for."""
+    """The match of a rule with a name: the index of the pattern that matched, and the text of each part."""
 
     which: int
     parts: Mapping[str, str]
@@ -110,11 +110,11 @@ class Match:
 
 @dataclass(frozen=True)
 class CompiledRule:
-    """A rule with its patterns ready to match (each with the number of the only source that it is for), its results and its ops.
+    """A compiled rule: its patterns (each with the number of the only source that it is for, or None), its results and its ops.
 
-    `gathered` are parts that the patterns name and results do not, or only count with (`{i//2}`): keys that differ in them alone go into
-    one result, in numerical order.
-    `counted` is the one part that results name and no pattern does: it counts what `unstack` gives.
+    `gathered` are the parts that the patterns name and the results don't, or use only in arithmetic (`{i//2}`): keys that differ in them
+    alone go into one result, in numerical order. `counted` is the part that the results name and no pattern does: it numbers the outputs of
+    `unstack`.
     """
 
     rule: Rule
@@ -127,16 +127,16 @@ class CompiledRule:
 
     @property
     def of_target(self) -> bool:
-        """Whether the patterns are held against the target's names."""
+        """Whether the patterns are matched with the target's names."""
         return self.rule.kind in ("init", "keep") or (self.rule.kind == "adapt" and not self.results)
 
     @property
     def choices(self) -> int:
-        """How many words and numbers its patterns have to choose from."""
+        """How many words and numbers the choices of its patterns have."""
         return sum(pattern.choices for _, pattern in self.patterns)
 
     def learn(self, names: Iterable[str]) -> None:
-        """Say which names it will be held against, as `Pattern.learn`."""
+        """Announce the names that will be matched, as `Pattern.learn` does."""
         expressions = [pattern for _, pattern in self.patterns if pattern.expression is not None]
         names = list(names) if len(expressions) > 1 else names
         for pattern in expressions:
@@ -152,7 +152,7 @@ class CompiledRule:
 
 
 def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[CompiledRule, ...]:
-    """Compile every rule; one RuleError names all that are not well formed. Stages are counted, and leave no rule behind."""
+    """Compile every rule; one RuleError names all that are not well formed. A stage only raises the stage number of the rules after it."""
     compiled: list[CompiledRule] = []
     problems: list[str] = []
     hint = None
@@ -174,13 +174,13 @@ def compile_rules(rules: Iterable[Rule], outside: Outside = Outside()) -> tuple[
 
 
 def check_choices(number: int) -> None:
-    """LimitError where rules have so many words and numbers to choose from, together."""
+    """LimitError where the choices of all rules together have more words and numbers than the limit allows."""
     if number > allowed("choices"):
         raise exceeded("choices", f"rules have more than {allowed('choices')} words and numbers to choose from", number)
 
 
 def linked(rule: Rule) -> tuple[list[str], list[str]]:
-    """The keys of a rule's two sides as it writes them; the second is empty for a rule that links nothing.
+    """The keys on both sides of a rule, as they are written; the second list is empty for a rule without results.
 
     >>> linked(Rule("adapt", "q.{p} + k.{p} -> qk.{p}", "concat"))
     (['q.{p}', 'k.{p}'], ['qk.{p}'])
@@ -191,14 +191,12 @@ def linked(rule: Rule) -> tuple[list[str], list[str]]:
         return [rule.pattern], []
     sides = _split(rule.pattern, _ARROW)
     if len(sides) > 2:
-        raise RuleError(
-            "has more than one ' -> '", hint="write it as two rules; an arrow of the key itself has a backslash before it: \\->"
-        )
+        raise RuleError("has more than one ' -> '", hint="write it as two rules; an arrow of the key itself is written \\->")
     return _several(_stripped(sides[0])), _several(_stripped(sides[1])) if len(sides) == 2 else []
 
 
 def _several(side: str) -> list[str]:
-    """The keys of a side; a regular expression may have a plus of its own, so there it stands between blanks."""
+    """The keys of one side. A regular expression may contain a plus, so the separator needs blanks around it there."""
     if "/" in side:
         return _split(side, _SPACED)
     keys = _split(side, _PLUS)
@@ -207,13 +205,13 @@ def _several(side: str) -> list[str]:
 
 def _split(text: str, separator: re.Pattern[str]) -> list[str]:
     """The texts between separators."""
-    spans = [found.span() for found in separator.finditer(text) if found[1]]
-    ends = [place for span in spans for place in span]
+    spans = [match.span() for match in separator.finditer(text) if match[1]]
+    ends = [index for span in spans for index in span]
     return [text[start:stop] for start, stop in zip([0, *ends[1::2]], [*ends[::2], len(text)], strict=True)]
 
 
 def _stripped(text: str, both: bool = True) -> str:
-    """A text without the blanks at its end (and its start), but for one that a backslash stands before."""
+    """A text without the blanks at its end (and its start), except for a blank after a backslash."""
     bare = text.rstrip()
     if (len(bare) - len(bare.rstrip("\\"))) % 2:
         bare = text[: len(bare) + 1]
@@ -221,7 +219,7 @@ def _stripped(text: str, both: bool = True) -> str:
 
 
 def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> CompiledRule:
-    """Compile one rule, without `outside` to see only whether it is well formed. Raises RuleError."""
+    """Compile one rule; without `outside` only to check its form. Raises RuleError."""
     if rule.kind in ("init", "adapt") and not rule.result:
         example = "init={'fc3.*': 'xavier_normal'}" if rule.kind == "init" else "adapt={'pos_embed': 'interpolate'}"
         raise RuleError("names no scheme" if rule.kind == "init" else "names no adapter", hint=example)
@@ -232,7 +230,7 @@ def compile_rule(rule: Rule, stage: int = 0, outside: Outside | None = None) -> 
         for result in results:
             check_template(result, patterns[0][1])
         return CompiledRule(rule, patterns, tuple(results), stage=stage)
-    ops = tuple(_brought(rule, op, outside) for op in parse_ops(rule.result)) if rule.kind == "adapt" else ()
+    ops = tuple(_with_outside(rule, op, outside) for op in parse_ops(rule.result)) if rule.kind == "adapt" else ()
     gathered, counted = _loose_parts([pattern for _, pattern in patterns], results, ops) if results else ((), None)
     return CompiledRule(rule, patterns, tuple(results), ops, gathered, counted, stage)
 
@@ -244,24 +242,24 @@ def _pattern(rule: Rule, text: str, of_target: bool) -> tuple[int | None, Patter
 
 
 def _loose_parts(patterns: Sequence[Pattern], results: Sequence[str], ops: Sequence[Op]) -> tuple[tuple[str, ...], str | None]:
-    """The parts of a link that only its patterns name, and the one that only its results do."""
+    """The parts of a link that only its patterns name, and the part that only its results name, if any."""
     parts = patterns[0].parts
     for pattern in patterns:
         if set(pattern.parts) != set(parts):
             raise RuleError(f"{patterns[0].text!r} and {pattern.text!r} name other parts", hint="name the same parts in each: {i}, {p}")
     used = [{part for part in parts if counts_with(result, part)} for result in results]
-    extra = dict.fromkeys(name for result in results for name in _BRACED.findall(without_escapes(result)) if name not in parts)
-    counted = next(iter(extra), None) if counted_at(ops) is not None else None
+    unmatched = dict.fromkeys(name for result in results for name in _BRACED.findall(without_escapes(result)) if name not in parts)
+    counted = next(iter(unmatched), None) if counted_at(ops) is not None else None
     for result in results:
         check_template(re.sub(rf"\{{{counted}\}}", "0", result) if counted else result, patterns[0])
-    if any(one != used[0] for one in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):
+    if any(parts_used != used[0] for parts_used in used) or (counted and any(f"{{{counted}}}" not in result for result in results)):
         raise RuleError("has results that use other parts", hint="use the same parts in each: {i}, {p}")
-    told = {name for result in results for name in _BRACED.findall(without_escapes(result))}
-    return tuple(part for part in parts if part not in told), counted
+    named = {name for result in results for name in _BRACED.findall(without_escapes(result))}
+    return tuple(part for part in parts if part not in named), counted
 
 
 def counts_with(result: str, part: str) -> bool:
-    """Whether a result names a part, by itself or in arithmetic.
+    """Whether a result uses a part, by itself or in arithmetic.
 
     >>> counts_with("h.{i//2}.w", "i"), counts_with("h.{i//2}.w", "w")
     (True, False)
@@ -269,8 +267,8 @@ def counts_with(result: str, part: str) -> bool:
     return any(re.search(rf"\b{part}\b", braced) for braced in re.findall(r"\{[^{}]*\}", without_escapes(result)))
 
 
-def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
-    """The op with the token lists that it names, and its shape function at hand."""
+def _with_outside(rule: Rule, op: Op, outside: Outside | None) -> Op:
+    """The op with its token lists filled in. RuleError for a user adapter that was not imported."""
     if outside is None:
         return op
     if is_user_adapter(op):
@@ -282,7 +280,7 @@ def _brought(rule: Rule, op: Op, outside: Outside | None) -> Op:
 
 
 def path_of_file(rule: Rule, path: str) -> str:
-    """A file that a rule names: one that a rules file names is looked for beside it.
+    """The path of a file that a rule names: relative to the folder of the rules file, if the rule is in one.
 
     >>> path_of_file(Rule("adapt", "w", "rows", "conf/rules.toml", 1), "vocab.txt")
     'conf/vocab.txt'
@@ -303,11 +301,11 @@ def from_arguments(
     (Rule(kind='rename', pattern='fc2.{p}', result='dense2.{p}'),)
     """
 
-    def pairs(kind: Kind, given: Mapping[str, str] | Iterable[tuple[str, str]]) -> Iterable[Rule]:
-        return (Rule(kind, pattern, result) for pattern, result in (given.items() if isinstance(given, Mapping) else given))
+    def pairs(kind: Kind, entries: Mapping[str, str] | Iterable[tuple[str, str]]) -> Iterable[Rule]:
+        return (Rule(kind, pattern, result) for pattern, result in (entries.items() if isinstance(entries, Mapping) else entries))
 
-    def words(kind: Kind, given: Iterable[str]) -> Iterable[Rule]:
-        return (Rule(kind, pattern) for pattern in ((given,) if isinstance(given, str) else given))
+    def words(kind: Kind, keys: Iterable[str]) -> Iterable[Rule]:
+        return (Rule(kind, pattern) for pattern in ((keys,) if isinstance(keys, str) else keys))
 
     return (
         *words("drop", drop),

@@ -1,7 +1,6 @@
 """Results of renames: a template with the parts of a pattern in braces, and arithmetic on those that matched digits. Pure text.
 
-In braces there is a part, or arithmetic with parts. A brace, star or backslash of the name itself has a backslash before it, as in a
-pattern.
+Braces hold a part, or arithmetic with parts. A brace, star or backslash of the name itself is written after a backslash, as in a pattern.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _PART = re.compile(r"\\.|\{([^{}]*)\}", re.DOTALL)
 _ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 _REFERENCE = re.compile(rf"(?:\*\*)?({NAME}|[1-9][0-9]*)")
 _ARITHMETIC = re.compile(r"[A-Za-z0-9_ +\-*/%()]{1,100}")
-_DIGITS = 18  # of a number that a result counts with
+_DIGITS = 18  # at most, of a number in the arithmetic of a result
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -40,21 +39,21 @@ def check_template(template: str, pattern: Pattern) -> None:
     if any(mark in rest for mark in "*{}"):
         raise RuleError(
             f"the result {template!r} has a '*' or an odd brace",
-            hint="name the part on both sides: rename={'fc2.{p}': 'dense2.{p}'}; one of the name itself has a backslash before it: \\*",
+            hint="name the part on both sides: rename={'fc2.{p}': 'dense2.{p}'}; write a star of the name itself as \\*",
         )
-    for found in _PART.finditer(template):
-        if found[1] is None:
+    for braced in _PART.finditer(template):
+        if braced[1] is None:
             continue
-        reference = _REFERENCE.fullmatch(found[1].strip())
-        names = [reference[1]] if reference else re.findall(NAME, found[1])
-        if not names or (reference is None and not _ARITHMETIC.fullmatch(found[1])):
-            raise RuleError(f"the result {template!r} has {found[0]}, which is neither a part nor arithmetic on one")
+        reference = _REFERENCE.fullmatch(braced[1].strip())
+        names = [reference[1]] if reference else re.findall(NAME, braced[1])
+        if not names or (reference is None and not _ARITHMETIC.fullmatch(braced[1])):
+            raise RuleError(f"the result {template!r} has {braced[0]}, which is neither a part nor arithmetic on one")
         for name in names:
             if name not in pattern.parts:
                 known = ", ".join(pattern.parts) or "none"
                 raise RuleError(f"the result {template!r} uses {{{name}}}, which {pattern.text!r} does not name (it names: {known})")
         if reference is None:
-            _check_arithmetic(template, found[0], _parse(template, found[1]))
+            _check_arithmetic(template, braced[0], _parse(template, braced[1]))
 
 
 @lru_cache(maxsize=256)
@@ -77,12 +76,12 @@ def _check_arithmetic(template: str, part: str, tree: ast.expr) -> None:
 def expand(template: str, parts: dict[str, str]) -> str:
     """The result of a rename: a checked `template` with its parts filled in from a match.
 
-    Raises RuleError where arithmetic is done with text, divides by zero, or gives a negative number.
+    Raises RuleError where arithmetic uses text, divides by zero, or gives a negative number.
 
     >>> expand("h.{i+1}.{p}", {"i": "3", "p": "weight"})
     'h.4.weight'
     """
-    return _PART.sub(lambda found: found[0][1:] if found[1] is None else _fill(template, found[1], parts), template)
+    return _PART.sub(lambda match: match[0][1:] if match[1] is None else _fill(template, match[1], parts), template)
 
 
 def _fill(template: str, expression: str, parts: dict[str, str]) -> str:

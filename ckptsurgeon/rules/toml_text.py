@@ -1,6 +1,6 @@
-"""TOML from a file, whose cost is known before `tomllib` sees it: its length, how deep it nests, how many keys it has.
+"""Parses TOML. Its length, its nesting and its number of keys are checked against limits before `tomllib` sees it.
 
-`tomllib` takes time that grows with the square of a dotted key's parts, and recurses into what nests.
+The time of `tomllib` grows with the square of a dotted key's parts, and it recurses into nested values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptsurgeon.limit_table import allowed, exceeded
 
-# Bare text, a comment or a string. What is not closed ends it, as it ends `tomllib`; nothing is gone over twice.
+# Bare text, a comment or a string. An unclosed string ends the scan, as it ends `tomllib`; no character is scanned twice.
 _PART = re.compile(
     r"""(?P<bare>[^"'#]++)|\#[^\n]*+|\"{3}(?:[^"\\]|\\.|"(?!""))*+\"{3,5}|'{3}(?:[^']|'(?!''))*+'{3,5}"""
     r"""|"(?!"")(?:[^"\\\n]|\\.)*+"|'(?!'')[^'\n]*+'""",
@@ -46,14 +46,14 @@ def parse(text: str, path: str) -> dict[str, Any]:
 
 
 def check(measured: dict[str, int], path: str) -> None:
-    """LimitError for the first measure that is beyond its limit."""
-    for name, found in measured.items():
-        if found > allowed(name):
-            raise exceeded(name, _WORDS[name].format(allowed(name)), found, path=path)
+    """LimitError for the first measure that exceeds its limit."""
+    for name, value in measured.items():
+        if value > allowed(name):
+            raise exceeded(name, _WORDS[name].format(allowed(name)), value, path=path)
 
 
 def _measured(text: str) -> tuple[int, int]:
-    """How deep brackets, or the parts of one key, nest, and how many keys and values there are, each part of a dotted key counted."""
+    """How deep brackets or the parts of a key nest, and the number of keys and values, where each part of a dotted key counts."""
     deepest = depth = dots = keys = 0
     for mark in _marks(text):
         if mark == ".":
@@ -67,7 +67,7 @@ def _measured(text: str) -> tuple[int, int]:
 
 
 def _marks(text: str) -> Iterator[str]:
-    at = 0
-    while at < len(text) and (part := _PART.match(text, at)) is not None:
-        at = part.end()
-        yield from _MARKS.findall(part["bare"] or "")
+    position = 0
+    while position < len(text) and (match := _PART.match(text, position)) is not None:
+        position = match.end()
+        yield from _MARKS.findall(match["bare"] or "")

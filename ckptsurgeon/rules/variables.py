@@ -1,7 +1,7 @@
 """Variables in adapters' arguments: `permute_rope(heads=heads)` with `heads = 32` in a rules file's `[set]`, or `--set heads=32`.
 
 A variable is a bare word in place of a literal. Its number is filled in as text before a rule is parsed, so all other code sees only
-numbers. A variable that is not set, and one that no rule uses, is an error that names it.
+numbers. A variable that is not set is an error that names it, and so is one that no rule uses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def names_in(text: str) -> tuple[str, ...]:
     >>> names_in("reshape(shape=[heads, 3, -1]) | chunk(dim=1) | mylib:flip(by='x')")
     ('heads',)
     """
-    return tuple(dict.fromkeys(text[start:stop] for start, stop in _places(text)))
+    return tuple(dict.fromkeys(text[start:stop] for start, stop in _spans(text)))
 
 
 def filled(text: str, numbers: Mapping[str, int], used: set[str] | None = None) -> str:
-    """A chain of adapters with numbers for its variables; `used` gets the names of those that it has. Others stay.
+    """A chain of adapters in which `numbers` replace their variables; the names that were replaced are added to `used`.
 
     >>> filled("permute_rope(heads=heads, to='pairs')", {"heads": 32})
     "permute_rope(heads=32, to='pairs')"
@@ -37,7 +37,7 @@ def filled(text: str, numbers: Mapping[str, int], used: set[str] | None = None) 
 
 
 def blank(text: str) -> str:
-    """The same with 1 for each variable, to check only the form.
+    """A chain of adapters with 1 for each variable, so that its form can be checked.
 
     >>> blank("permute_rope(heads=heads)")
     'permute_rope(heads=1)'
@@ -46,7 +46,7 @@ def blank(text: str) -> str:
 
 
 def unset(text: str, numbers: Mapping[str, int]) -> str | None:
-    """The problem of a chain with a variable that is not set; None where all are set."""
+    """What to say about the first variable of a chain that is not set; None where all are set."""
     name = next((name for name in names_in(text) if name not in numbers), None)
     if name is None:
         return None
@@ -55,7 +55,7 @@ def unset(text: str, numbers: Mapping[str, int]) -> str | None:
 
 
 def checked(numbers: Mapping[str, Any], where: str = "") -> dict[str, int]:
-    """Numbers by name, as a person gives them. RuleError for a name or a value that can't be one."""
+    """The numbers that a user gives, by variable. RuleError for a name that no variable can have, or a value that is no whole number."""
     for name, value in numbers.items():
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in _WORDS:
             raise RuleError(f"{where}{str(name)[:40]!r} is no name of a variable", hint="small letters, as in heads=32")
@@ -66,7 +66,7 @@ def checked(numbers: Mapping[str, Any], where: str = "") -> dict[str, int]:
 
 def _replaced(text: str, become: Callable[[str], str], used: set[str] | None, numbers: Mapping[str, int]) -> str:
     parts, end = [], 0
-    for start, stop in _places(text):
+    for start, stop in _spans(text):
         name = text[start:stop]
         if used is not None and name in numbers:
             used.add(name)
@@ -75,14 +75,14 @@ def _replaced(text: str, become: Callable[[str], str], used: set[str] | None, nu
     return "".join([*parts, text[end:]])
 
 
-def _places(text: str) -> Iterator[tuple[int, int]]:
-    """Where variables stand: bare words within brackets that are neither called, nor the names of arguments, nor parts of dotted names."""
+def _spans(text: str) -> Iterator[tuple[int, int]]:
+    """The start and end of each variable: a word within brackets that is not called, is no argument's name and no part of a dotted name."""
     depth = 0
-    for found in _TOKEN.finditer(text):
-        token = found[0]
+    for match in _TOKEN.finditer(text):
+        token = match[0]
         depth += (token in "([{") - (token in ")]}") if len(token) == 1 else 0
-        if found["name"] is None or depth < 1 or token in _WORDS:
+        if match["name"] is None or depth < 1 or token in _WORDS:
             continue
-        before, after = text[: found.start()].rstrip()[-1:], text[found.end() :].lstrip()[:2]
+        before, after = text[: match.start()].rstrip()[-1:], text[match.end() :].lstrip()[:2]
         if before not in (".", ":") and (after[:1] not in ("(", "=", ".") or after == "=="):
-            yield found.span()
+            yield match.span()

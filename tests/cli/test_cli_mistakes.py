@@ -94,7 +94,7 @@ TYPED: tuple[tuple[str, str, str], ...] = (
     (
         "merge net_params.pkl variants:NetRenamed -o out.pt --rename 'fc2.*' 'dense2.*'",
         "rules that are not well formed\n  --rename 'fc2.*' 'dense2.*': the result 'dense2.*' has a '*' or an odd brace",
-        "name the part on both sides: --rename 'fc2.{p}' 'dense2.{p}'; one of the name itself has a backslash before it: \\*",
+        "name the part on both sides: --rename 'fc2.{p}' 'dense2.{p}'; write a star of the name itself as \\*",
     ),
     (
         "merge net_params.pkl variants:NetRenamed -o out.pt --rename fc2 dense2",

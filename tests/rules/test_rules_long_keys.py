@@ -40,7 +40,7 @@ def test_it_is_the_regular_expressions_answer(text: str, key: str) -> None:
     if pattern.regex is None:
         return
     found = pattern.regex.fullmatch(key)
-    if any(token.kind == "again" for token in pattern.tokens):
+    if any(token.kind == "repeated" for token in pattern.tokens):
         assert long_keys.fits(pattern.tokens, key) or found is None  # it may only rule out
         return
     assert long_keys.fits(pattern.tokens, key) is (found is not None)

@@ -208,7 +208,7 @@ def _from_here(folder: str, target: str) -> str:
 
 
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
-_WILD = {"**/": Token("lead"), "**": Token("deep"), "*": Token("star"), "?": Token("char")}
+_WILD = {"**/": Token("leading"), "**": Token("anything"), "*": Token("star"), "?": Token("char")}
 _MOST_WILD = 100  # wildcards of a pattern
 _SWAPPED = str.maketrans("/.", "./")  # as keys have dots where paths have slashes
 

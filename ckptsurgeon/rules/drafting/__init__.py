@@ -1,1 +1,1 @@
-"""Patterns for sets of keys: few, general, and matching nothing else. Pure text."""
+"""Finds patterns for sets of keys: few and general, but matching no other key. Pure text."""

@@ -1,6 +1,6 @@
-"""Drafts of rules: patterns, results and the lines that they are for; the names that they match; and merging of similar drafts.
+"""Drafts of rules: patterns, results and the lines that they stand for; the names that they match; and how similar drafts are merged.
 
-A merged draft matches only names that its parts match.
+A merged draft matches only names that the drafts before merging match.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from ckptsurgeon.rules.patterns import Pattern, literal, unescaped
 from ckptsurgeon.rules.rules import CompiledRule, Rule, compile_rule
 from ckptsurgeon.rules.templates import expand
 
-Forms = Callable[["Draft"], Iterator[tuple[object, str, "Draft"]]]  # a draft with one word taken out, and the word
-_PARTS = ("part", "side", "kind")  # the names of words that differ
+# The variants of a draft with a part in place of a word: what equal variants have in common, the word, and the variant.
+Forms = Callable[["Draft"], Iterator[tuple[object, str, "Draft"]]]
+_PARTS = ("part", "side", "kind")  # names for parts in place of words that differ
 _WORD = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Known:
-    """Names, as literal patterns, with an index: a rule is only tried on names that begin as its pattern does."""
+    """Names, as literal patterns, in sorted order: a rule is only tried on names that begin as its pattern does."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._keys = sorted(names)
@@ -31,26 +32,26 @@ class Known:
         self._matched: dict[tuple[str, ...], list[str]] = {}
 
     def matched(self, compiled: CompiledRule) -> list[str]:
-        """The names that a rule matches, sorted as keys are."""
-        asked = tuple(pattern.text for _, pattern in compiled.patterns)
-        if asked not in self._matched:
-            places = {place for _, pattern in compiled.patterns for head in pattern.heads for place in self._places(pattern, head)}
-            self._matched[asked] = [self.names[place] for place in sorted(places)]
-        return self._matched[asked]
+        """The names that a rule matches, in the order of their keys."""
+        texts = tuple(pattern.text for _, pattern in compiled.patterns)
+        if texts not in self._matched:
+            indices = {index for _, pattern in compiled.patterns for head in pattern.heads for index in self._indices(pattern, head)}
+            self._matched[texts] = [self.names[index] for index in sorted(indices)]
+        return self._matched[texts]
 
-    def _places(self, pattern: Pattern, head: str) -> Iterator[int]:
+    def _indices(self, pattern: Pattern, head: str) -> Iterator[int]:
         start = bisect_left(self._keys, head)
         if not pattern.tokens and pattern.expression is None:
             yield from (start,) if self._keys[start : start + 1] == [head] else ()
             return
         stop = bisect_left(self._keys, f"{head}\U0010ffff") if head else len(self._keys)
         fits = pattern.test
-        yield from (place for place in range(start, stop) if fits(self._keys[place]))
+        yield from (index for index in range(start, stop) if fits(self._keys[index]))
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft of a rule: a rename; with an op, a link; without results, a drop."""
+    """A draft of a rule: a rename, with an op a link, without results a drop."""
 
     patterns: tuple[str, ...]
     results: tuple[str, ...]
@@ -64,7 +65,7 @@ class Draft:
 
     @property
     def rule(self) -> Rule:
-        """The rule as it is written."""
+        """The rule as a value."""
         if not self.results:
             return Rule("drop", self.patterns[0])
         if not self.op:
@@ -77,9 +78,10 @@ class Draft:
         return compile_rule(self.rule)
 
     def gives(self, name: str) -> tuple[str, ...] | None:
-        """The names that a rename makes of a name, each as the pattern that it is; None where it is a link, which takes several.
+        """The names that a rename gives to a name, each as a literal pattern; None where it doesn't match, and for a link, which may take
+        several names.
 
-        RuleError where it can't count.
+        RuleError where its arithmetic fails.
         """
         match = None if self.op else self.compiled.match(unescaped(name))
         return None if match is None else tuple(literal(expand(result, dict(match.parts))) for result in self.results)
@@ -87,33 +89,33 @@ class Draft:
 
 def merge(drafts: Sequence[Draft], known: Known) -> list[Draft]:
     """Merge drafts that differ only in one word that their results keep, such as encoder and decoder, or weight and bias."""
-    found = list(drafts)
+    merged = list(drafts)
     for forms in (_ends, _words, _words):
-        found = _merged(found, known, forms)
-    return found
+        merged = _merged(merged, known, forms)
+    return merged
 
 
 def _merged(drafts: Sequence[Draft], known: Known, forms: Forms) -> list[Draft]:
     buckets: dict[object, list[tuple[int, str, Draft]]] = {}
-    for place, draft in enumerate(drafts):
-        for form, word, whole in forms(draft):
-            buckets.setdefault(form, []).append((place, word, whole))
-    gone: set[int] = set()
-    instead: dict[int, Draft] = {}
+    for index, draft in enumerate(drafts):
+        for form, word, variant in forms(draft):
+            buckets.setdefault(form, []).append((index, word, variant))
+    replaced: set[int] = set()
+    merged: dict[int, Draft] = {}
     for bucket in sorted(buckets.values(), key=len, reverse=True):
-        places = [place for place, _, _ in bucket]
-        if len(bucket) < 2 or gone & set(places) or len({word for _, word, _ in bucket}) < len(bucket):
+        indices = [index for index, _, _ in bucket]
+        if len(bucket) < 2 or replaced & set(indices) or len({word for _, word, _ in bucket}) < len(bucket):
             continue
-        lines = tuple(line for place in places for line in drafts[place].lines)
-        one = Draft(bucket[0][2].patterns, bucket[0][2].results, bucket[0][2].op, lines)
-        if set(known.matched(one.compiled)) <= {name for place in places for name in known.matched(drafts[place].compiled)}:
-            gone.update(places)
-            instead[places[0]] = one
-    return [instead.get(place, draft) for place, draft in enumerate(drafts) if place in instead or place not in gone]
+        lines = tuple(line for index in indices for line in drafts[index].lines)
+        candidate = Draft(bucket[0][2].patterns, bucket[0][2].results, bucket[0][2].op, lines)
+        if set(known.matched(candidate.compiled)) <= {name for index in indices for name in known.matched(drafts[index].compiled)}:
+            replaced.update(indices)
+            merged[indices[0]] = candidate
+    return [merged.get(index, draft) for index, draft in enumerate(drafts) if index in merged or index not in replaced]
 
 
 def _ends(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
-    """The last word, where all keys of a rule end in it: `{p}` stands for it."""
+    """The variant with `{p}` for the last word, where all keys of a rule end in it."""
     word = segments(draft.patterns[0])[-1]
     keys = (*draft.patterns, *draft.results)
     if _WORD.fullmatch(word) and all(key.endswith(word) for key in keys):
@@ -121,17 +123,17 @@ def _ends(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
 
 
 def _words(draft: Draft) -> Iterator[tuple[object, str, Draft]]:
-    """Each segment that is a word and that all keys of a rule have."""
+    """The variants with a named part for one segment that is a word and that all keys of a rule have."""
     keys = [segments(key) for key in (*draft.patterns, *draft.results)]
     name = next((name for name in _PARTS if not any(f"{{{name}}}" in key for key in keys)), None)
     if name is None:
         return
-    for at, word in enumerate(keys[0]):
+    for index, word in enumerate(keys[0]):
         if _WORD.fullmatch(word) and not word.isdecimal() and all(word in key for key in keys) and keys[0].count(word) == 1:
             changed = [".".join(f"{{{name}}}" if segment == word else segment for segment in key) for key in keys]
-            yield _form(draft, at, changed, word)
+            yield _form(draft, index, changed, word)
 
 
-def _form(draft: Draft, place: object, keys: Sequence[str], word: str) -> tuple[object, str, Draft]:
+def _form(draft: Draft, where: object, keys: Sequence[str], word: str) -> tuple[object, str, Draft]:
     count = len(draft.patterns)
-    return (place, *keys, draft.op), word, Draft(tuple(keys[:count]), tuple(keys[count:]), draft.op, ())
+    return (where, *keys, draft.op), word, Draft(tuple(keys[:count]), tuple(keys[count:]), draft.op, ())

@@ -1,7 +1,7 @@
-"""Numbers in keys, and how one side's follow from the other's. Pure text and integers; no key is looked up here.
+"""Numbers in keys, and how those of targets follow from those of sources. Pure text and integers; no key is looked up here.
 
-Rule: a number on the target's side is a number of the source's side, counted with as a rename can (`{i+1}`, `{2*i}`, `{i//2}`, `{2*i+j}`),
-or it stands as it is. What does not hold for every row is no form.
+Rule: a target's number is constant, or it is computed from a source's numbers as a rename can do it (`{i+1}`, `{2*i}`, `{i//2}`,
+`{2*i+j}`). A form must hold for every row.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
-_MOST_STEPS = 8  # of what is multiplied or divided by
-_ENOUGH = 3  # rows before anything is believed but a shift
-NAMES = "ijklmnrstuvwxyz"  # of numbers, in the order of the pattern
+_MOST_STEPS = 8  # the largest factor or divisor
+_ENOUGH = 3  # rows that are needed for any form but a shift
+NAMES = "ijklmnrstuvwxyz"  # for numbers, in the order of the pattern
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A key in texts and the numbers between them."""
+    """A key as texts and the numbers between them."""
 
     texts: tuple[str, ...]
     numbers: tuple[int, ...]
 
     def written(self, parts: Sequence[str]) -> str:
-        """The key with other words for its numbers."""
+        """The key with `parts` in place of its numbers."""
         return "".join(itertools.chain.from_iterable(itertools.zip_longest(self.texts, parts, fillvalue="")))
 
     def until(self, slot: int) -> tuple[str, ...]:
-        """The texts that lead to a number."""
+        """The texts before a number."""
         return self.texts[: slot + 1]
 
 
@@ -45,7 +45,8 @@ def cut(key: str) -> Cut:
 
 @dataclass(frozen=True)
 class Form:
-    """How a number is counted: `(times * s + more * other + plus) // over % rest` of slot `slot`, and with `more` of slot `other`."""
+    """How a number is computed: `(times * a + b + plus) // over % rest`, where a is the number in slot `slot` and b the one in slot
+    `other`."""
 
     slot: int
     plus: int = 0
@@ -56,16 +57,16 @@ class Form:
 
     @property
     def effort(self) -> int:
-        """How much it asks of a reader; 0 for the number as it is."""
+        """How hard it is to read; 0 for the unchanged number."""
         return (self.plus != 0) + 3 * (self.times > 1) + 3 * (self.over > 1) + 3 * (self.rest > 0) + 5 * (self.other >= 0)
 
     def __call__(self, numbers: Sequence[int]) -> int:
-        found = self.times * numbers[self.slot] + self.plus + (numbers[self.other] if self.other >= 0 else 0)
-        found //= self.over
-        return found % self.rest if self.rest else found
+        number = self.times * numbers[self.slot] + self.plus + (numbers[self.other] if self.other >= 0 else 0)
+        number //= self.over
+        return number % self.rest if self.rest else number
 
     def written(self, names: Sequence[str]) -> str:
-        """The form in braces, where the slots have these names.
+        """The form in braces; `names` are the slots' names.
 
         >>> Form(0, plus=-1, over=2).written("ij"), Form(0, times=2, other=1).written("ij"), Form(1).written("ij")
         ('{(i-1)//2}', '{2*i+j}', '{j}')
@@ -78,18 +79,18 @@ class Form:
 
 
 def fit(rows: Collection[tuple[int, int]], slot: int) -> Form | None:
-    """The form that makes the second number of each row of the first; None where there is none.
+    """The form that gives the second number of each row from the first; None where no form does.
 
     >>> fit({(1, 0), (3, 1), (5, 2)}, 0), fit({(0, 1), (5, 2)}, 0)
     (Form(slot=0, plus=0, times=1, over=2, rest=0, other=-1), None)
     """
-    return next((form for form in _forms(rows, slot) if all(form((0,) * slot + (one,)) == other for one, other in rows)), None)
+    return next((form for form in _forms(rows, slot) if all(form((0,) * slot + (number,)) == result for number, result in rows)), None)
 
 
 def _forms(rows: Collection[tuple[int, int]], slot: int) -> Iterator[Form]:
     low, high = min(rows), max(rows)
     yield Form(slot, low[1] - low[0])
-    if len({one for one, _ in rows}) < _ENOUGH:
+    if len({number for number, _ in rows}) < _ENOUGH:
         return
     rise, run = high[1] - low[1], high[0] - low[0]
     if rise > run and rise % run == 0 and rise // run <= _MOST_STEPS:
@@ -97,12 +98,12 @@ def _forms(rows: Collection[tuple[int, int]], slot: int) -> Iterator[Form]:
     if 0 < rise < run:
         for over in range(2, _MOST_STEPS + 1):
             yield from (Form(slot, plus, over=over) for plus in (0, *range(-1, -over, -1), *range(1, over)))
-    if (rest := max(other for _, other in rows) + 1) > 1:
+    if (rest := max(result for _, result in rows) + 1) > 1:
         yield Form(slot, rest=rest)
 
 
 def fit_two(rows: Collection[tuple[tuple[int, ...], int]], slots: Collection[int]) -> Form | None:
-    """The form that counts with two slots, such as blocks numbered through all stages of equal length.
+    """The form that uses two slots, as for blocks that are numbered through all stages of equal length.
 
     >>> fit_two([((0, 0), 0), ((0, 1), 1), ((1, 0), 2), ((1, 1), 3)], (0, 1))
     Form(slot=0, plus=0, times=2, over=1, rest=0, other=1)
@@ -114,6 +115,6 @@ def fit_two(rows: Collection[tuple[tuple[int, ...], int]], slots: Collection[int
         for times in range(1, _MOST_STEPS + 1):
             plus = value - times * first[slot] - first[other]
             form = Form(slot, plus, times, other=other)
-            if all(form(numbers) == wanted for numbers, wanted in rows):
+            if all(form(numbers) == result for numbers, result in rows):
                 return form
     return None

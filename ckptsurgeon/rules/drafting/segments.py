@@ -1,4 +1,4 @@
-"""The segments of a pattern: what stands in braces is within one, whatever dots it has (`{i=0..90..3}`). Pure text."""
+"""The segments of a pattern: dots within braces (`{i=0..90..3}`) don't end a segment. Pure text."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _CHOICES = re.compile(r"(\\.)|(\{[A-Za-z_][A-Za-z0-9_]*)=[^{}]*(?=\})", re.DOTAL
 
 
 def segments(pattern: str) -> list[str]:
-    """The texts between dots, but for dots in braces.
+    """The texts between dots, except for dots in braces.
 
     >>> segments("layers.{i=0..90..3}.attn.{p}")
     ['layers', '{i=0..90..3}', 'attn', '{p}']
     """
     if "{" not in pattern:
         return pattern.split(".")
-    found = [""]
+    texts = [""]
     for token in _TOKEN.findall(pattern):
         if token == ".":
-            found.append("")
+            texts.append("")
         else:
-            found[-1] += token
-    return found
+            texts[-1] += token
+    return texts
 
 
 def plain(segment: str) -> str:
-    """A segment as a result writes it, which does not say of which numbers a part is one.
+    """A segment as a result writes it: without the choices of its parts.
 
     >>> plain("h{i=0,4,9}")
     'h{i}'
