@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,16 +10,31 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE
 
 Chunk = tuple[int, bytes]  # offset in the file, bytes
+BLOCK = 4096  # file systems share whole blocks of this size between files, so both offsets must be multiples of it
+_LEAST = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Origin:
+    """Where the bytes of a tensor are copied from: the number of the file among those of all sources, and the offset of its first byte
+    there. Of a tensor that is joined of several ranges it is the place of the longest, moved back to where the tensor would begin."""
+
+    file: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """A tensor to write, dense and row-major. Tensors of one `storage` number are tied: they have the same bytes."""
+    """A tensor to write, dense and row-major. Tensors of one `storage` number are tied: they have the same bytes.
+
+    `origin` is None where its value is computed.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     storage: int
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +82,12 @@ class Slot:
     offset: int
     nbytes: int
     index: int
+
+
+def follows_origins(sizes: Iterable[int]) -> bool:
+    """Whether a file with tensors of these sizes is laid out so that most bytes can be shared with the files that they are copied from:
+    from 1 MiB on."""
+    return sum(sizes) >= _LEAST
 
 
 def no_tail(_checksums: Sequence[int]) -> tuple[Chunk, ...]:

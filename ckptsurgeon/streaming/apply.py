@@ -114,6 +114,9 @@ def apply(
             storages |= {step.target: -1 - number for number, step in enumerate(training.steps)}
         tensors, aliases = tensors_of(plan, storages, alias=output.form.leaves_out_tied and output.tied == "alias")
         if save is None:
+            paths = dict.fromkeys(file.path for checkpoint in checkpoints for file in checkpoint.files)
+            numbers = {path: number for number, path in enumerate(paths)}
+            tensors = [replace(tensor, origin=run.origin(run.steps[tensor.name], numbers)) for tensor in tensors]
             files, index = _files(plan, tensors, aliases, entries, output, [*weights, *entries], around)
         else:
             files, index = [scratch(run, tensors)], {}

@@ -13,6 +13,7 @@ from ckptsurgeon.adapters.chain import made_dtype
 from ckptsurgeon.adapters.table import UserKernel, adapter_of
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import PlanError
+from ckptsurgeon.formats.layout import Origin
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
@@ -98,6 +99,15 @@ class Run:
         step = resolved(step, self.steps)
         origins = self.origins(step)
         return ranges_of(origins, step.adapters) if origins and step.cast is None else None
+
+    def origin(self, step: Step, numbers: Mapping[str, int]) -> Origin | None:
+        """Where most of the bytes lie that a step copies; None where it computes them. `numbers` counts the files of all sources."""
+        longest, position, origin = 0, 0, None
+        for each in self.ranges(step) or ():
+            if each.nbytes > longest and each.packed is None:
+                longest, origin = each.nbytes, Origin(numbers[each.file], each.offset - position)
+            position += each.nbytes
+        return origin
 
     def copied(self, step: Step) -> TensorMeta | None:
         """The tensor of a file that a step copies as it is; None for any other step."""

@@ -1,13 +1,15 @@
 """safetensors: a JSON header, then every tensor's bytes, one after another without gaps.
 
 Reads and validates the whole header before it hands out one tensor, never the data. Lays a file out exactly as the official library
-does (dtype from the widest, then by name; compact JSON, padded with spaces to 8 bytes). Specification: safetensors README, `tensor.rs`.
+does (dtype from the widest, then by name; compact JSON, padded with spaces to 8 bytes); a large file that is copied from others in their
+order and with more spaces, so that a file system can share the bytes. Specification: safetensors README, `tensor.rs`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from math import prod
 from typing import Any
@@ -17,7 +19,7 @@ from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import provenance as provenances
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
-from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, OutTensor, Slot
+from ckptsurgeon.formats.layout import BLOCK, WEIGHTS, Contents, Layout, Origin, OutTensor, Slot, follows_origins
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
@@ -156,8 +158,7 @@ def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout
             raise OutputError("is a name that safetensors keeps for itself", key=tensor.name, hint="rename it, or write a .pt file")
         if not tensor.name.isprintable() and any("\ud800" <= character <= "\udfff" for character in tensor.name):
             raise OutputError("is a name that is not valid Unicode", key=tensor.name, hint="rename it")
-    # Rust orders text by its UTF-8 bytes.
-    order = sorted(range(len(tensors)), key=lambda index: (-SAFETENSORS_RANK[tensors[index].dtype], tensors[index].name.encode()))
+    order = _order(tensors)
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     position = 0
     places = []
@@ -168,8 +169,60 @@ def lay_out(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> Layout
         position += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
+    if follows_origins(tensor.nbytes for tensor in tensors) and len(raw) + BLOCK <= MOST_HEADER:
+        raw += b" " * _padding(8 + len(raw), [tensors[index] for index in order])
     if len(raw) > MOST_HEADER:
         raise OutputError(f"would have a header of {len(raw)} bytes, more than safetensors allows", hint="write a .pt file instead")
     base = 8 + len(raw)
     slots = tuple(Slot(base + start, tensors[index].nbytes, index) for start, index in places)
     return Layout(slots, ((0, len(raw).to_bytes(8, "little") + raw),), base + position)
+
+
+def _order(tensors: Sequence[OutTensor]) -> list[int]:
+    """The indexes of tensors in the order of their data."""
+    # Rust orders text by its UTF-8 bytes.
+    official = sorted(range(len(tensors)), key=lambda index: (-SAFETENSORS_RANK[tensors[index].dtype], tensors[index].name.encode()))
+    copied = _copied(tensors) if follows_origins(tensor.nbytes for tensor in tensors) else []
+    if not copied:
+        return official
+    order = _around(copied, official, tensors)
+    if _aligned(tensors[index] for index in order):
+        return order
+    return _around([index for index in copied if not tensors[index].nbytes % 8], official, tensors)
+
+
+def _copied(tensors: Sequence[OutTensor]) -> list[int]:
+    """The indexes of tensors that are copied, in the order of their bytes in the sources; of those that begin at one byte, the largest."""
+    starts: dict[Origin, int] = {}
+    for origin, _, index in sorted((each.origin, -each.nbytes, index) for index, each in enumerate(tensors) if each.origin is not None):
+        starts.setdefault(origin, index)
+    return list(starts.values())
+
+
+def _around(copied: Sequence[int], official: Sequence[int], tensors: Sequence[OutTensor]) -> list[int]:
+    """`copied`, and all others: before it those that keep its alignment, after it those of odd sizes."""
+    taken = set(copied)
+    others = [index for index in official if index not in taken]
+    whole = [index for index in others if not tensors[index].nbytes % 8]
+    return [*whole, *copied, *(index for index in others if tensors[index].nbytes % 8)]
+
+
+def _aligned(tensors: Iterable[OutTensor]) -> bool:
+    """Whether each of these tensors, one after another, begins at a multiple of its dtype's size."""
+    position = 0
+    for tensor in tensors:
+        if position % BY_CODE[tensor.dtype].size:
+            return False
+        position += tensor.nbytes
+    return True
+
+
+def _padding(start: int, tensors: Iterable[OutTensor]) -> int:
+    """How many bytes to put before the data, which would begin at `start`, so that most of it has the offset of its origin, modulo 4096."""
+    votes: Counter[int] = Counter()
+    position = start
+    for tensor in tensors:
+        if tensor.origin is not None:
+            votes[(tensor.origin.offset - position) % BLOCK] += tensor.nbytes
+        position += tensor.nbytes
+    return max((padding for padding in votes if not padding % 8), key=lambda padding: (votes[padding], -padding), default=0)

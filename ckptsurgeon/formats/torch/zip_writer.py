@@ -1,7 +1,8 @@
 """Lays out a torch zip file as torch itself does: stored records, 64-byte alignment, CRCs in descriptors after the data.
 
-It only computes offsets; `streaming` copies the tensors' bytes. The archive's folder and dates are fixed, so that the same
-state_dict gives the same bytes. `.format_version` is left out on purpose: it would let readers compute offsets instead of reading them.
+A large record whose bytes are copied begins instead where its source does, modulo 4096, so that a file system can share them. Only offsets
+are computed here; `streaming` copies the tensors' bytes. The archive's folder and dates are fixed, so that the same state_dict gives the
+same bytes. `.format_version` is left out on purpose: it would let readers compute offsets instead of reading them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptsurgeon.formats.layout import WEIGHTS, Chunk, Contents, Layout, OutTensor, Slot
+from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.formats.layout import BLOCK, WEIGHTS, Chunk, Contents, Layout, OutTensor, Slot, follows_origins
 from ckptsurgeon.formats.pickle.writer import state_dict_pickle
 from ckptsurgeon.formats.provenance import RECORD
 
 FOLDER = "archive"
 ALIGNMENT = 64
+_LARGE = 64 << 10
 _MAX32 = 0xFFFFFFFF
 _FLAGS = 0x0808  # sizes and CRC in a descriptor after the data; names in UTF-8
 
@@ -66,6 +69,7 @@ def lay_out(
     if provenance is not None:
         contents.append((RECORD, provenance))
 
+    following = follows_origins(tensors[index].nbytes for index in first)
     position = 0
     records: list[_Record] = []
     chunks: list[Chunk] = []
@@ -73,7 +77,8 @@ def lay_out(
     for name, content in contents:
         full = f"{FOLDER}/{name}".encode()
         size = len(content) if isinstance(content, bytes) else tensors[content].nbytes
-        header = _local_header(full, position)
+        start = (0, ALIGNMENT) if isinstance(content, bytes) or not following else _start(tensors[content])
+        header = _local_header(full, position, *start)
         data = position + len(header)
         known = isinstance(content, bytes)
         record = _Record(full, position, data, size, zlib.crc32(content) if isinstance(content, bytes) else None)
@@ -93,9 +98,16 @@ def lay_out(
     return Layout(tuple(slots), tuple(chunks), size, checksums=True, tail=tail)
 
 
-def _local_header(name: bytes, position: int) -> bytes:
-    # The extra field "FB" is torch's own padding: it brings the data to a multiple of 64.
-    padding = -(position + 30 + len(name) + 4) % ALIGNMENT
+def _start(tensor: OutTensor) -> tuple[int, int]:
+    """The remainder that the offset of a tensor's record has, and the divisor. torch reads offsets that are no multiples of 64 too."""
+    if tensor.origin is None or tensor.nbytes < _LARGE or tensor.origin.offset % BY_CODE[tensor.dtype].size:
+        return 0, ALIGNMENT
+    return tensor.origin.offset % BLOCK, BLOCK
+
+
+def _local_header(name: bytes, position: int, remainder: int, divisor: int) -> bytes:
+    # The extra field "FB" is torch's own padding: it brings the data to its offset.
+    padding = (remainder - (position + 30 + len(name) + 4)) % divisor
     extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     return struct.pack("<4s5H3L2H", b"PK\x03\x04", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
 
