@@ -1,5 +1,5 @@
 """Everything that needs a live model: building it, its names and shapes, initial values, parameter groups, and verification on a device.
 
-Only modules of this folder may import torch at their top (not all of them need it). They read no file header and don't decide which
-weights go where.
+Only modules of this folder may import torch at their top; some don't need it. They read no file headers and don't decide which weights go
+where.
 """

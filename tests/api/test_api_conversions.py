@@ -361,7 +361,7 @@ def test_an_operation_that_is_no_adapter_leaves_its_keys_and_says_its_name(saved
     own = {key: value.clone() for key, value in model.state_dict().items()}
     found = cs.diff(folder, model)
     assert set(found.missing) == {f"layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)}
-    assert set(found.conversions.refused.values()) == {"Scramble: Scramble is no adapter here"}
+    assert set(found.conversions.refused.values()) == {"Scramble: no adapter does what Scramble does"}
     assert "Scramble" in str(found) and "Scramble" in found.to_json()
     report = cs.transfer(folder, model)
     assert set(report.fresh) == set(found.missing)

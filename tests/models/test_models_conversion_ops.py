@@ -14,7 +14,7 @@ from profiles import examples
 from ckptsurgeon.adapters.table import run
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.models.target import conversion_ops
-from ckptsurgeon.models.target.conversion_ops import Layer, Part, operate
+from ckptsurgeon.models.target.conversion_ops import Conversion, Part, operate
 
 core = pytest.importorskip("transformers.core_model_loading")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,13 +55,13 @@ def both(
     theirs = converter.convert(next(iter(own)), model=Model(own), config=CONFIG)
     theirs = {key: value[0] if isinstance(value, list) else value for key, value in theirs.items()}
     names = {f"{pattern}#{number}": tensor for pattern, found in tensors.items() for number, tensor in enumerate(found)}
-    layer = Layer(core.__name__, next(iter(own)), tuple(converter.source_patterns), tuple(converter.target_patterns), own, CONFIG)
+    conversion = Conversion(core.__name__, next(iter(own)), tuple(converter.source_patterns), tuple(converter.target_patterns), own, CONFIG)
     given = {
         pattern: [Part((f"{pattern}#{number}",), (), tuple(tensor.shape)) for number, tensor in enumerate(found)]
         for pattern, found in tensors.items()
     }
     ours = {}
-    for key, part in operate(operations, given, layer).items():
+    for key, part in operate(operations, given, conversion).items():
         values = [names[name] for name in part.names]
         for op in part.ops:
             values = list(run(op, values, pytest.fail, {}))
@@ -216,10 +216,10 @@ def test_every_row_of_the_table_is_an_operation_of_the_library() -> None:
     ],
 )
 def test_what_can_not_be_told_is_refused(operations: Any, sources: Any, targets: Any, tensors: Any, own: Any) -> None:
-    layer = Layer(core.__name__, next(iter(own)), tuple(sources), tuple(targets), own, CONFIG)
+    conversion = Conversion(core.__name__, next(iter(own)), tuple(sources), tuple(targets), own, CONFIG)
     given = {
         pattern: [Part((f"{pattern}#{number}",), (), tuple(tensor.shape)) for number, tensor in enumerate(found)]
         for pattern, found in tensors.items()
     }
     with pytest.raises(RuleError):
-        operate(operations, given, layer)
+        operate(operations, given, conversion)

@@ -204,7 +204,7 @@ def _from_here(folder: str, target: str) -> str:
     spec = parse(target)
     file = spec.file or f"{spec.module}.py"
     beside = os.path.join(folder, file)
-    return os.path.relpath(beside) + target[len(spec.place) :] if spec.file or os.path.isfile(beside) else target
+    return os.path.relpath(beside) + target[len(spec.module_or_file) :] if spec.file or os.path.isfile(beside) else target
 
 
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")

@@ -21,7 +21,7 @@ from ckptsurgeon.models.init.scheme_text import SCHEMES, Scheme, describe_effect
 from ckptsurgeon.models.init.schemes import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, layer_of, owner_of, value
 from ckptsurgeon.models.init.user_functions import Fill, function_schemes, own_schemes
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
-from ckptsurgeon.models.target.parameters import Named, matched, named_tensors, other_names
+from ckptsurgeon.models.target.parameters import Named, keys_by_name, matched, named_tensors
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.rules.copied_value import copied, filled_in, follow
 from ckptsurgeon.rules.meant import meant_hint
@@ -179,7 +179,7 @@ def _dtype_code(tensor: torch.Tensor) -> str:
 def _names_by_key(state: Mapping[str, Any], tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
     """Each key with all names that a pattern may match: the key itself first, then its tensor's names in the model."""
     aliases: dict[str, list[str]] = {}
-    for name, keys in other_names(tensors).items():
+    for name, keys in keys_by_name(tensors).items():
         for key in keys:
             aliases.setdefault(key, []).append(name)
     return {key: tuple(dict.fromkeys((key, *aliases.get(key, ())))) for key in state}

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 
 from ckptsurgeon.errors import ModelError, NoRecordError
 from ckptsurgeon.hints import close_hint
-from ckptsurgeon.models.target.parameters import Named, other_names
+from ckptsurgeon.models.target.parameters import Named, keys_by_name
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
@@ -90,7 +90,7 @@ def _model_keys(keys: Iterable[str], tensors: Iterable[Named], recorded: frozens
     unwrapped = {key: unwrap(key, WRAPPERS) for key in known}
     counts = Counter(unwrapped.values())
     by_unwrapped = {name: (key,) for key, name in unwrapped.items() if counts[name] == 1}
-    others = other_names(tensors)
+    others = keys_by_name(tensors)
     keys_of = {name: (name,) if name in known else by_unwrapped.get(unwrap(name, WRAPPERS)) or others.get(name, ()) for name in recorded}
     unknown = sorted(name for name, matching in keys_of.items() if not matching)
     if unknown:

@@ -163,7 +163,7 @@ def _parse_user_scheme(text: str) -> tuple[str, dict[str, Any]]:
         raise RuleError(f"the scheme {text!r} {error.reason}", hint=f"a function of your own is named as {OWN_FORMS}") from error
     if parsed.args:
         raise RuleError(f"the scheme {text!r} has arguments without names", hint="name them: mylib:ortho(gain=2)")
-    return f"{parsed.place}:{parsed.attribute}", dict(parsed.kwargs)
+    return f"{parsed.module_or_file}:{parsed.attribute}", dict(parsed.kwargs)
 
 
 def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:

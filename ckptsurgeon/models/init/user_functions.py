@@ -163,7 +163,7 @@ def _close_functions(spec: Spec) -> str | None:
         module = vars(imports.load(spec, lambda _line: None))
     names = [name for name, value in module.items() if inspect.isfunction(value) and not name.startswith("_")]
     close = close_names(spec.attribute, names) or names[:3]
-    return f"is it {' or '.join(f'{spec.place}:{name}' for name in close)}?" if close else None
+    return f"is it {' or '.join(f'{spec.module_or_file}:{name}' for name in close)}?" if close else None
 
 
 def _guarded(spec: Spec, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.own_loading.snapshot import Undo, take_snapshot
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
-from ckptsurgeon.models.target.skeleton import place, state_dict_of
+from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key
 from ckptsurgeon.streaming.signals import undisturbed
 
 OUTSIDE = "the model is as it was before; what its loading code did outside of it can't be undone"
@@ -69,8 +69,8 @@ def load(
     try:
         result = user_code.call(name, model.load_state_dict, inputs, strict=False)
         missing = set(getattr(result, "missing_keys", None) or ())
-        filled = {place(state[key]) for key in computed if key not in missing}  # a tied key gets its value through another name
-        _check_computed([key for key in state if key in computed and key in missing and place(state[key]) not in filled], name)
+        filled = {tie_key(state[key]) for key in computed if key not in missing}  # a tied key gets its value through another name
+        _check_computed([key for key in state if key in computed and key in missing and tie_key(state[key]) not in filled], name)
         _check_not_lost([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)
         _check_same_tensors(state, state_dict_of(model, name), name)
     except BaseException as error:

@@ -22,7 +22,7 @@ from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.own_loading.snapshot import take_snapshot
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import tensors_of
-from ckptsurgeon.models.target.skeleton import place, state_dict_of
+from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key
 from ckptsurgeon.planning.own_loading.versions import plain
 from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
@@ -87,7 +87,7 @@ class _Named(torch.Tensor):
 
 def _start(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor's memory begins, without its shape, which loading code may change."""
-    return place(tensor)[:2]
+    return tie_key(tensor)[:2]
 
 
 def _shape(tensor: torch.Tensor) -> torch.Size:

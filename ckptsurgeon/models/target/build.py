@@ -1,8 +1,8 @@
-"""From a spec to a model: import the person's module, get the attribute, construct it on meta or on the CPU.
+"""Builds a model from a spec: imports the user's module, gets the attribute, and constructs the model on meta or on the CPU.
 
-The module is looked for from the current folder first, as `python -m` does (for `file.py:Net` from that file's own folder), and
-what is imported is said through `note`. The random states of torch's CPU, python and numpy, torch's default dtype, sys.path and
-modules of the same name that were there before are as they were when this returns. Nothing here reads a checkpoint.
+A module is looked up in the current folder first, as `python -m` does; `file.py:Net` first in that file's folder. `note` gets a line for
+each import. Afterwards the random states (torch's CPU generator, python, numpy), torch's default dtype, sys.path and modules of the
+same name are restored. Nothing here reads a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from ckptsurgeon.models.target.spec import FORMS, Spec
 from ckptsurgeon.models.target.uninitialized import marked
 
 Note = Callable[[str], None]
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)  # parameters that a keyword can set
 
 
 def resolve(spec: Spec, note: Note) -> object:
-    """Import the spec's module and return the attribute that it names, without calling it.
+    """Import the spec's module and return the attribute that the spec names, without calling it.
 
-    The import runs under a forked random state with seed 0, so that a model that the module makes at import is always the same.
+    The import runs under a forked random state with seed 0, so that a model which the module builds at import is always the same.
 
     Args:
-        note: takes one line that says what is imported, each time.
+        note: gets one line for each import.
 
     Raises:
-        TargetError: no such file, module or attribute (with close names), or the module fails on import.
+        TargetError: no such file, module or attribute (the hint has close names), or the import fails.
     """
     with imports.search(spec):
         return _import(spec, note)
@@ -47,22 +48,22 @@ def resolve(spec: Spec, note: Note) -> object:
 def build_meta(spec: Spec, note: Note) -> nn.Module:
     """The model on the meta device: names, dtypes and shapes without memory or values.
 
-    Where the constructor fails on meta, it is built on the CPU, and a note says why. An instance (`module:net`) is returned as
-    it is, on the device that it has.
+    If the constructor fails on meta, the model is built on the CPU, and a note says why. An instance (`module:net`) is returned as it
+    is, on its own device.
 
     Raises:
-        TargetError: as `resolve` and `build`; when the CPU fails as well, its error.
+        TargetError: as `resolve` and `build`; if the constructor fails on the CPU too, that error.
     """
     with imports.search(spec):
-        found = _import(spec, note)
-        if isinstance(found, nn.Module):
-            return _usable(spec, _instance(spec, found))
+        attribute = _import(spec, note)
+        if isinstance(attribute, nn.Module):
+            return _usable(spec, _instance(spec, attribute))
         try:
             with forked(0):
-                model = _construct(spec, found, "meta")
+                model = _construct(spec, attribute, "meta")
         except TargetError as error:
             with forked(0):
-                model = _construct(spec, found, "cpu")
+                model = _construct(spec, attribute, "cpu")
             note(f"{spec.text} is built on the CPU, since its constructor fails on meta: {error.reason}")
         return _usable(spec, model)
 
@@ -71,28 +72,28 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
     """The model with its constructor's values, on the CPU, the same for the same seed.
 
     Args:
-        seed: seeds torch's CPU generator, python's `random` and, where numpy is loaded, its global state.
+        seed: the seed for torch's CPU generator, python's `random` and, if numpy is loaded, its global state.
 
     An instance is returned as a deep copy.
 
     Raises:
-        TargetError: as `resolve`; the target needs arguments, fails, is not an nn.Module, has lazy parameters, or stays on meta.
+        TargetError: as `resolve`; the target needs arguments, fails, gives no nn.Module, has lazy parameters, or leaves tensors on meta.
     """
     with imports.search(spec):
-        found = _import(spec, note)
+        attribute = _import(spec, note)
         with forked(seed):
             model: nn.Module
-            if isinstance(found, nn.Module):
-                model = copied(_usable(spec, _instance(spec, found)), spec.text)
+            if isinstance(attribute, nn.Module):
+                model = copied(_usable(spec, _instance(spec, attribute)), spec.text)
             else:
-                model = _usable(spec, _construct(spec, found, "cpu"))
+                model = _usable(spec, _construct(spec, attribute, "cpu"))
             devices = {name: tensor.device.type for name, tensor in _tensors(model)}
-            left = [name for name, device in devices.items() if device == "meta"]
-            if left:
+            without_values = [name for name, device in devices.items() if device == "meta"]
+            if without_values:
                 raise TargetError(
-                    f"its constructor leaves {len(left)} tensors without values, on the meta device",
+                    f"its constructor leaves {len(without_values)} tensors without values, on the meta device",
                     path=spec.text,
-                    key=left[0],
+                    key=without_values[0],
                     hint="give it a factory that makes real values, or use another checkpoint as the target",
                 )
             if not set(devices.values()) <= {"cpu"}:
@@ -101,7 +102,7 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
 
 
 def copied(model: nn.Module, path: str) -> nn.Module:
-    """A deep copy whose tensors share memory with each other as the model's do; `path` is what an error shows.
+    """A deep copy whose tensors share memory with each other as the model's do; `path` is the path in an error.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.register_buffer("first", layer.weight.detach()[0])
@@ -125,13 +126,13 @@ def copied(model: nn.Module, path: str) -> nn.Module:
             with torch.no_grad():
                 view.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
             memo[id(tensor)] = nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
-    made: nn.Module = user_code.call(path, copy.deepcopy, model, memo)
-    return made
+    copied_model: nn.Module = user_code.call(path, copy.deepcopy, model, memo)
+    return copied_model
 
 
 @contextmanager
 def forked(seed: int) -> Iterator[None]:
-    """Seed the random states for the time of the block, then put them, and torch's default dtype, back."""
+    """Seed the random states within the block; restore them and torch's default dtype afterwards."""
     numpy: Any = sys.modules.get("numpy")
     torch_state, python_state, dtype = torch.get_rng_state(), random.getstate(), torch.get_default_dtype()
     numpy_state = numpy.random.get_state() if numpy else None
@@ -155,7 +156,7 @@ def _import(spec: Spec, note: Note) -> object:
 
 
 def _attribute(spec: Spec, module: object) -> object:
-    value, path = module, spec.place
+    value, path = module, spec.module_or_file
     for name in spec.attribute.split("."):
         try:
             value = user_code.call(spec.text, getattr, value, name)
@@ -168,10 +169,14 @@ def _attribute(spec: Spec, module: object) -> object:
 
 
 def _no_attribute(spec: Spec, owner: object, path: str, name: str) -> TargetError:
-    names = [other for other in dir(owner) if not other.startswith("_")]
-    models = [other for other in names if _is_model(vars(owner).get(other) if hasattr(owner, "__dict__") else None)]
+    names = [candidate for candidate in dir(owner) if not candidate.startswith("_")]
+    models = [candidate for candidate in names if _is_model(vars(owner).get(candidate) if hasattr(owner, "__dict__") else None)]
     close = close_names(name, names) or models[:5]
-    hint = f"is it {' or '.join(f'{spec.place}:{other}' for other in close)}?" if close and "." not in spec.attribute else None
+    hint = (
+        f"is it {' or '.join(f'{spec.module_or_file}:{candidate}' for candidate in close)}?"
+        if close and "." not in spec.attribute
+        else None
+    )
     return TargetError(f"{path} has no {name!r}", path=spec.text, hint=hint or (f"is it {' or '.join(close)}?" if close else None))
 
 
@@ -181,31 +186,33 @@ def _is_model(value: object) -> bool:
 
 def _instance(spec: Spec, model: nn.Module) -> nn.Module:
     if spec.called:
-        raise TargetError("is a model already, not a class", path=spec.text, hint=f"leave out the arguments: {spec.place}:{spec.attribute}")
+        raise TargetError(
+            "is a model already, not a class", path=spec.text, hint=f"leave out the arguments: {spec.module_or_file}:{spec.attribute}"
+        )
     return model
 
 
-def _construct(spec: Spec, found: object, device: str) -> nn.Module:
-    if not callable(found):
-        file = getattr(sys.modules.get(spec.place), "__file__", None) or spec.file
+def _construct(spec: Spec, attribute: object, device: str) -> nn.Module:
+    if not callable(attribute):
+        file = getattr(sys.modules.get(spec.module_or_file), "__file__", None) or spec.file
         names = model_names(file or "")[:MOST]
         raise TargetError(
-            f"is of the type {type(found).__name__}, not a class, a function or a model",
+            f"is of the type {type(attribute).__name__}, not a class, a function or a model",
             path=spec.text,
-            hint=f"is it {' or '.join(f'{spec.place}:{name}' for name in names)}?" if names else f"write {FORMS}",
+            hint=f"is it {' or '.join(f'{spec.module_or_file}:{name}' for name in names)}?" if names else f"write {FORMS}",
         )
-    _check_arguments(spec, found)
+    _check_arguments(spec, attribute)
     arguments = copy.deepcopy((spec.args, dict(spec.kwargs)))
     with torch.device(device), nullcontext() if device == "meta" else marked():
-        model = user_code.call(spec.text, found, *arguments[0], **arguments[1])
+        model = user_code.call(spec.text, attribute, *arguments[0], **arguments[1])
     if not isinstance(model, nn.Module):
         raise TargetError(f"gives a {type(model).__name__}, not a torch.nn.Module", path=spec.text)
     return model
 
 
-def _check_arguments(spec: Spec, found: Callable[..., Any]) -> None:
+def _check_arguments(spec: Spec, function: Callable[..., Any]) -> None:
     try:
-        signature = inspect.signature(found)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
         return
     try:
@@ -220,19 +227,20 @@ def _check_arguments(spec: Spec, found: Callable[..., Any]) -> None:
 
 
 def _call_that_fits(spec: Spec, signature: inspect.Signature) -> str | None:
-    """The spec with its arguments under the names that look like theirs, and `...` for what is needed; None where that is no call."""
-    free = [name for name, one in signature.parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    """The spec with misspelled arguments corrected and `...` for missing ones; None if that does not fit the signature either."""
+    free = [name for name, parameter in signature.parameters.items() if parameter.kind in _BY_NAME]
     free = [name for name in free[len(spec.args) :] if name not in spec.kwargs]
     kwargs: dict[str, str] = {}
     for name, value in spec.kwargs.items():
-        close = [] if name in signature.parameters else close_names(name, [one for one in free if one not in kwargs], most=1)
+        close = [] if name in signature.parameters else close_names(name, [unused for unused in free if unused not in kwargs], most=1)
         kwargs[close[0] if close else name] = repr(value)
     kwargs |= {name: "..." for name in free if name not in kwargs and signature.parameters[name].default is inspect.Parameter.empty}
     try:
         signature.bind(*spec.args, **kwargs)
     except TypeError:
         return None
-    return f"{spec.place}:{spec.attribute}({', '.join([*map(repr, spec.args), *(f'{name}={text}' for name, text in kwargs.items())])})"
+    arguments = [*map(repr, spec.args), *(f"{name}={text}" for name, text in kwargs.items())]
+    return f"{spec.module_or_file}:{spec.attribute}({', '.join(arguments)})"
 
 
 def _usable(spec: Spec, model: nn.Module) -> nn.Module:

@@ -1,10 +1,10 @@
-"""How transformers says that the files of one of its models are read: asked of its own code, on names and shapes alone.
+"""Asks transformers how it converts the files of its models, on names and shapes alone.
 
-What `save_pretrained` writes has the names and the layout of a model's first release. transformers 5 keeps, for each model, what leads from
-there to the model's own: renamings, and converters with operations on tensors. Its own functions rename the names here, so that nothing is
-told twice; an operation becomes ops of ours by the table in `conversion_ops`, or is refused by its name.
+`save_pretrained` writes the names and the layout of a model's first release. For each model, transformers 5 knows how to get from there to
+the model's own: by renamings, and by converters with operations on tensors. Its own functions rename the names here; the table in
+`conversion_ops` translates an operation into ops, or refuses it by name.
 
-Rule: nothing of transformers is imported. A model of transformers has imported what is needed.
+Rule: nothing of transformers is imported. Whoever has a model of transformers has imported what is needed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import nn
 from ckptsurgeon.errors import RuleError, TargetError
 from ckptsurgeon.loading import Converted, Made, Naming, Shape
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.target.conversion_ops import Layer, Part, operate
+from ckptsurgeon.models.target.conversion_ops import Conversion, Part, operate
 
-LONGEST = 512  # characters of a name that the library's regular expressions are asked about, whose time may grow with their square
-_KEPT = 4  # answers that are kept: a call asks for the same names again and again
+LONGEST = 512  # characters of a name that the library's regular expressions are matched against: their time may grow quadratically
+_KEPT = 4  # cached answers: one call asks for the same names several times
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model of transformers within the target: at which path, its own keys with their shapes, and what transformers says of it."""
+    """A model of transformers within the target: its path, its keys with their shapes, and what transformers knows about its files."""
 
     path: str
     own: Mapping[str, Shape]
@@ -41,13 +41,13 @@ class _Model:
     missing: re.Pattern[str] | None
 
     def key(self, name: str) -> str:
-        """The target's key of a name of this model."""
+        """The target's key for a name in this model."""
         return f"{self.path}.{name}" if self.path else name
 
 
 @dataclass
 class _Group:
-    """The names that one converter takes together, by the pattern that they matched, and the first key that it gives."""
+    """The names that one converter takes together, by the pattern that they matched, and the first key that the converter gives."""
 
     converter: Any
     key: str
@@ -56,7 +56,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class TransformersNaming:
-    """A `Naming` by transformers: that of each outermost model of transformers in the target."""
+    """The `Naming` of transformers, for each outermost model of transformers in the target."""
 
     library: str
     models: tuple[_Model, ...]
@@ -65,18 +65,18 @@ class TransformersNaming:
 
     def convert(self, shapes: Mapping[str, Shape]) -> Converted:
         """See `Naming`."""
-        asked = tuple(shapes.items())
-        found = self._answers.get(asked)
-        if found is None:
+        rows = tuple(shapes.items())
+        converted = self._answers.get(rows)
+        if converted is None:
             try:
-                found = self._answers[asked] = user_code.call(self.library, self._convert, shapes)
+                converted = self._answers[rows] = user_code.call(self.library, self._convert, shapes)
             except TargetError as error:
                 error.reason = f"its conversions fail on these names: {error.reason}"
                 error.hint = "take names as they are: --no-conversions"
                 raise
             while len(self._answers) > _KEPT:
                 del self._answers[next(iter(self._answers))]
-        return found
+        return converted
 
     def may_lack(self, key: str) -> bool:
         """See `Naming`."""
@@ -93,30 +93,32 @@ class TransformersNaming:
         refused: dict[str, str] = {}
         ignored: set[str] = set()
         for model, names in self._by_model(shapes):
-            moved, groups, left = _sorted_out(core, model, names)
-            renamed.update((name, model.key(key)) for name, key in moved.items())
-            ignored.update(name for name, key in left.items() if model.unexpected is not None and model.unexpected.search(key))
+            keys, groups, unused = _sort(core, model, names)
+            renamed.update((name, model.key(key)) for name, key in keys.items())
+            ignored.update(name for name, key in unused.items() if model.unexpected is not None and model.unexpected.search(key))
             for group in groups:
-                _follow(core, model, group, shapes, renamed, made, refused)
+                _add_converted(core, model, group, shapes, renamed, made, refused)
         return Converted({name: key for name, key in renamed.items() if name != key}, made, refused, frozenset(ignored))
 
     def _by_model(self, names: Iterable[str]) -> Iterator[tuple[_Model, dict[str, str]]]:
-        """Each model with its names in the file, each as the model would have it. Those of a file that was saved from the only model of
-        the target have no path before them."""
-        found: list[dict[str, str]] = [{} for _ in self.models]
+        """Each model with the file's names for it, each with the name without the model's path.
+
+        If the target has only one model, names without its path belong to it too: the file was saved from that model itself.
+        """
+        by_model: list[dict[str, str]] = [{} for _ in self.models]
         for name in names:
             if len(name) > LONGEST or not name.isascii():
-                continue  # no name of the library's
-            place = next((place for place, model in enumerate(self.models) if name.startswith(model.key(""))), None)
-            if place is not None:
-                found[place][name] = name.removeprefix(self.models[place].key(""))
+                continue  # not a name that the library gives
+            index = next((index for index, model in enumerate(self.models) if name.startswith(model.key(""))), None)
+            if index is not None:
+                by_model[index][name] = name.removeprefix(self.models[index].key(""))
             elif len(self.models) == 1 and name not in self.keys:
-                found[0][name] = name
-        yield from zip(self.models, found, strict=True)
+                by_model[0][name] = name
+        yield from zip(self.models, by_model, strict=True)
 
 
 def find_naming(model: nn.Module, state: Mapping[str, Any]) -> Naming | None:
-    """How the library of `model` says that its files are read; None where it is no model of transformers 5, and has none in it.
+    """How transformers converts the files of `model`; None if it neither is nor contains a model of transformers 5.
 
     >>> find_naming(nn.Linear(1, 1), {}) is None
     True
@@ -126,31 +128,31 @@ def find_naming(model: nn.Module, state: Mapping[str, Any]) -> Naming | None:
         return None
     outermost: dict[str, Any] = {}
     for path, module in model.named_modules():
-        if isinstance(module, modeling.PreTrainedModel) and not any(not head or path.startswith(f"{head}.") for head in outermost):
+        if isinstance(module, modeling.PreTrainedModel) and not any(not outer or path.startswith(f"{outer}.") for outer in outermost):
             outermost[path] = module
     library = f"transformers {getattr(sys.modules.get('transformers'), '__version__', '')}".rstrip()
     try:
         models = tuple(user_code.call(library, _learned, mapping, path, module, state) for path, module in outermost.items())
     except TargetError:
-        return None  # another release, whose code answers otherwise
+        return None  # a release with another interface
     return TransformersNaming(library, models, frozenset(state)) if models else None
 
 
 def _learned(mapping: Any, path: str, module: Any, state: Mapping[str, Any]) -> _Model:
     core = sys.modules["transformers.core_model_loading"]
-    head = f"{path}." if path else ""
-    own = {key.removeprefix(head): tuple(getattr(value, "shape", ())) for key, value in state.items() if key.startswith(head)}
-    found = mapping.get_model_conversion_mapping(module)
+    prefix = f"{path}." if path else ""
+    own = {key.removeprefix(prefix): tuple(getattr(value, "shape", ())) for key, value in state.items() if key.startswith(prefix)}
+    conversions = mapping.get_model_conversion_mapping(module)
     unexpected = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
-    # As transformers does when it loads: buffers that once were saved, and are computed today.
-    buffers = [f"{place}.{name}" for place, one in module.named_modules() for name in one._buffers]
+    # As transformers does when it loads: buffers that were saved in the past, and are computed now.
+    buffers = [f"{inner}.{name}" for inner, submodule in module.named_modules() for name in submodule._buffers]
     unexpected += [r"rotary_emb\.inv_freq"] if any(name.endswith("rotary_emb.inv_freq") for name in buffers) else []
     unexpected += [r"(^|\.)position_ids$"] if any(name.endswith("position_ids") for name in buffers) else []
     return _Model(
         path,
         own,
-        tuple(one for one in found if isinstance(one, core.WeightRenaming)),
-        tuple(one for one in found if isinstance(one, core.WeightConverter)),
+        tuple(conversion for conversion in conversions if isinstance(conversion, core.WeightRenaming)),
+        tuple(conversion for conversion in conversions if isinstance(conversion, core.WeightConverter)),
         str(module.base_model_prefix),
         module.config,
         _any(unexpected),
@@ -159,34 +161,34 @@ def _learned(mapping: Any, path: str, module: Any, state: Mapping[str, Any]) -> 
 
 
 def _any(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """One regular expression for all of the library's own, which `search` asks for anywhere in a key."""
-    found = sorted(patterns)
-    return re.compile("|".join(f"(?:{pattern})" for pattern in found)) if found else None
+    """One regular expression that matches what any of the library's patterns matches."""
+    ordered = sorted(patterns)
+    return re.compile("|".join(f"(?:{pattern})" for pattern in ordered)) if ordered else None
 
 
-def _sorted_out(core: Any, model: _Model, names: Mapping[str, str]) -> tuple[dict[str, str], list[_Group], dict[str, str]]:
-    """What transformers' loading makes of names: those that get another name, the groups that converters take, and those that are left,
-    with the name that they would have."""
-    renamings = deepcopy(model.renamings)  # some of them remember what they have seen
+def _sort(core: Any, model: _Model, names: Mapping[str, str]) -> tuple[dict[str, str], list[_Group], dict[str, str]]:
+    """What transformers' loading does with names: the key of each name that is taken as it is, the groups that converters take, and the
+    unused names with the key that they would get."""
+    renamings = deepcopy(model.renamings)  # some of them have a state
     by_pattern = {pattern: converter for converter in model.converters for pattern in converter.source_patterns}
-    moved: dict[str, str] = {}
+    keys: dict[str, str] = {}
     groups: dict[str, _Group] = {}
-    left: dict[str, str] = {}
-    for name, given in sorted(names.items(), key=lambda row: core.dot_natural_key(row[1])):
-        key, pattern = core.rename_source_key(given, renamings, model.converters, model.prefix, model.own)
-        if key not in model.own and given in model.own:
-            key, pattern = core.rename_source_key(given, [], [], model.prefix, model.own)
+    unused: dict[str, str] = {}
+    for name, own_name in sorted(names.items(), key=lambda row: core.dot_natural_key(row[1])):
+        key, pattern = core.rename_source_key(own_name, renamings, model.converters, model.prefix, model.own)
+        if key not in model.own and own_name in model.own:
+            key, pattern = core.rename_source_key(own_name, [], [], model.prefix, model.own)
         if key not in model.own:
-            left[name] = key
+            unused[name] = key
         elif pattern is None:
-            moved[name] = key
+            keys[name] = key
         else:
             group = groups.setdefault(key, _Group(by_pattern[pattern], key))
             group.names.setdefault(pattern, []).append(name)
-    return moved, list(groups.values()), left
+    return keys, list(groups.values()), unused
 
 
-def _follow(
+def _add_converted(
     core: Any,
     model: _Model,
     group: _Group,
@@ -195,11 +197,11 @@ def _follow(
     made: dict[str, Made],
     refused: dict[str, str],
 ) -> None:
-    """What a converter makes of its group, added to `renamed`, `made` or `refused`."""
-    names = [name for found in group.names.values() for name in found]
+    """Add what a converter does with its group to `renamed`, `made` or `refused`."""
+    names = [name for matching in group.names.values() for name in matching]
     words = " and ".join(type(op).__name__ for op in group.converter.operations)
     try:
-        layer = Layer(
+        conversion = Conversion(
             core.__name__,
             group.key,
             tuple(group.converter.source_patterns),
@@ -207,8 +209,8 @@ def _follow(
             model.own,
             model.config,
         )
-        given = {pattern: [Part((name,), (), shapes[name]) for name in found] for pattern, found in group.names.items()}
-        parts = operate(group.converter.operations, given, layer)
+        inputs = {pattern: [Part((name,), (), shapes[name]) for name in matching] for pattern, matching in group.names.items()}
+        parts = operate(group.converter.operations, inputs, conversion)
     except RuleError as error:
         refused.update(dict.fromkeys(names, f"{words}: {error.reason}"))
         return

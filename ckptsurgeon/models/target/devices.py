@@ -1,4 +1,4 @@
-"""Which devices this machine has; a device that it lacks is refused. No model and no checkpoint is used here."""
+"""Lists the devices of this machine, and refuses a device that it does not have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_device(device: str) -> torch.device:
     """The device, if this machine has it; `meta` always exists.
 
     Raises:
-        DeviceError: the text names no device, or the machine (or this build of torch) lacks it. The hint lists the available ones.
+        DeviceError: the text names no device, or this machine or build of torch does not have it. The hint lists the available ones.
 
     >>> check_device("cpu")
     device(type='cpu')

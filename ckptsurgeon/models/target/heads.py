@@ -1,6 +1,6 @@
 """The number of attention heads of a model, from its configuration or from its attention modules.
 
-A number is returned only if all values found for it agree. No code of the model's forward pass is run.
+A number is returned only if all its values in the model agree. The forward pass is not run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def numbers_of(model: nn.Module) -> dict[str, int]:
 
 
 def _config(model: nn.Module) -> Any:
-    """A model's configuration: its `config`, `args` or `params`; of a multimodal model, the part for text."""
+    """A model's configuration: its `config`, `args` or `params`; for a multimodal model, the part for text."""
     config = next((value for name in ("config", "args", "params") if (value := vars(model).get(name)) is not None), None)
     text = getattr(config, "get_text_config", None)
     return text() if callable(text) else config

@@ -1,7 +1,7 @@
-"""How a person's module is found and loaded, so that two files of one name in one process are never taken for each other.
+"""Finds and loads the user's module, so that two files with the same name in one process are never confused.
 
-Within `search(spec)` the target's folder comes first on sys.path, and modules of a person's own that another folder's files of
-the same name left in sys.modules step aside; afterwards both are as they were. Installed packages are never put aside.
+Within `search(spec)`, the target's folder is first on sys.path, and user modules that were loaded from another folder under the same name
+are taken out of sys.modules. Afterwards both are restored. Installed packages are never taken out.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ckptsurgeon.models.target.spec import Spec
 
 @contextmanager
 def search(spec: Spec) -> Iterator[None]:
-    """Put the folder that the spec starts from first on sys.path for the time of the block, imports within calls included.
+    """Within the block, have the spec's folder first on sys.path.
 
-    Wrap a forward pass in it when the model's code imports lazily.
+    Code that may import lazily, such as a forward pass, must run in such a block too.
     """
     folder = str(Path(spec.file).resolve().parent) if spec.file else os.getcwd()
-    aside = {name: module for name, module in list(sys.modules.items()) if _of_another_folder(name, folder)}
-    for name in aside:
+    set_aside = {name: module for name, module in list(sys.modules.items()) if _of_another_folder(name, folder)}
+    for name in set_aside:
         del sys.modules[name]
     before = list(sys.path)
     sys.path.insert(0, folder)
@@ -39,18 +39,18 @@ def search(spec: Spec) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
-        if aside:
-            tops = {name.partition(".")[0] for name in aside}
+        if set_aside:
+            tops = {name.partition(".")[0] for name in set_aside}
             for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
                 del sys.modules[name]
-            sys.modules.update(aside)
+            sys.modules.update(set_aside)
 
 
 def load(spec: Spec, note: Callable[[str], None]) -> ModuleType:
-    """The spec's module, imported; call it within `search(spec)`.
+    """Import and return the spec's module; call it within `search(spec)`.
 
     Raises:
-        TargetError: there is no such file or module (with close names), or it fails on import.
+        TargetError: there is no such file or module (the hint has close names), or its import fails.
     """
     return _load_file(spec, note) if spec.file else _load_module(spec, note)
 
@@ -58,8 +58,8 @@ def load(spec: Spec, note: Callable[[str], None]) -> ModuleType:
 def _load_module(spec: Spec, note: Callable[[str], None]) -> ModuleType:
     name = str(spec.module)
     top = name.partition(".")[0]
-    known, origin = _origin(top)
-    if known:
+    exists, origin = _origin(top)
+    if exists:
         note(f"imports {name} from {_shown(origin)}" if origin else f"imports {name}")
     try:
         return user_code.call(spec.text, importlib.import_module, name)
@@ -68,7 +68,7 @@ def _load_module(spec: Spec, note: Callable[[str], None]) -> ModuleType:
         if not isinstance(cause, ModuleNotFoundError) or cause.name is None or not f"{name}.".startswith(f"{cause.name}."):
             raise
         raise TargetError(
-            f"there is no module {cause.name!r} in this folder or among the installed ones", path=spec.text, hint=_close_module(spec, top)
+            f"there is no module {cause.name!r} in this folder or among the installed ones", path=spec.text, hint=_module_hint(spec, top)
         ) from cause
 
 
@@ -85,50 +85,50 @@ def _load_file(spec: Spec, note: Callable[[str], None]) -> ModuleType:
 
 
 def _execute(path: Path) -> ModuleType:
-    """Load `path` under its stem; a module that has that name already takes it back when the loading is done, or fails."""
-    found = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    if found is None or found.loader is None:
+    """Load `path` under its stem. A module that had this name in sys.modules gets it back afterwards, also when loading fails."""
+    module_spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if module_spec is None or module_spec.loader is None:
         raise ImportError(f"python can't load {path}")
-    module = importlib.util.module_from_spec(found)
-    former = sys.modules.get(path.stem)
+    module = importlib.util.module_from_spec(module_spec)
+    previous = sys.modules.get(path.stem)
     sys.modules[path.stem] = module
     done = False
     try:
-        found.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
         done = True
     finally:
-        if former is not None:
-            sys.modules[path.stem] = former
+        if previous is not None:
+            sys.modules[path.stem] = previous
         elif not done:
             sys.modules.pop(path.stem, None)
     return module
 
 
 def _of_another_folder(name: str, folder: str) -> bool:
-    """Whether a loaded module is a person's, and `folder` has its own of the same top-level name."""
+    """Whether a loaded module is the user's, and `folder` has another module of the same top-level name."""
     top = name.partition(".")[0]
     if top in ("__main__", "ckptsurgeon"):
         return False
     file = getattr(sys.modules.get(top), "__file__", None)
-    if not isinstance(file, str) or not user_code.is_persons(file):
+    if not isinstance(file, str) or not user_code.is_user_file(file):
         return False
     own = (os.path.join(folder, f"{top}.py"), os.path.join(folder, top, "__init__.py"))
     return any(os.path.isfile(path) for path in own) and not any(_same_file(file, path) for path in own)
 
 
-def _same_file(one: str | None, other: str) -> bool:
-    return one is not None and os.path.realpath(one) == os.path.realpath(other)
+def _same_file(path: str | None, other_path: str) -> bool:
+    return path is not None and os.path.realpath(path) == os.path.realpath(other_path)
 
 
 def _origin(top: str) -> tuple[bool, str | None]:
-    """Whether there is such a module, as far as can be told, and where it lies."""
+    """Whether a top-level module exists, as far as Python can tell without importing it, and its file or folder."""
     try:
-        found = importlib.util.find_spec(top)
+        module_spec = importlib.util.find_spec(top)
     except (ValueError, ImportError):
         return True, None
-    if found is None:
+    if module_spec is None:
         return False, None
-    return True, found.origin or next(iter(found.submodule_search_locations or ()), None)
+    return True, module_spec.origin or next(iter(module_spec.submodule_search_locations or ()), None)
 
 
 def _shown(path: str) -> str:
@@ -136,12 +136,12 @@ def _shown(path: str) -> str:
     return path if relative.startswith("..") else os.path.join(".", relative)
 
 
-def _close_module(spec: Spec, top: str) -> str:
+def _module_hint(spec: Spec, top: str) -> str:
     path = Path(*str(spec.module).split("."))
     close = _other_files(spec, path.with_name(f"{path.name}.py"))
     dotted = [name.removesuffix(".py").replace(os.sep, ".") if Path(name).parent == path.parent else name for name in close]
-    other = f"run it in the folder that holds {top}.py, or name the file: path/to/{top}.py:{spec.attribute}"
-    return _is_it(f"{name}:{spec.attribute}" for name in dotted) or other
+    elsewhere = f"run it in the folder that holds {top}.py, or name the file: path/to/{top}.py:{spec.attribute}"
+    return _is_it(f"{name}:{spec.attribute}" for name in dotted) or elsewhere
 
 
 def _is_it(specs: Iterable[str]) -> str | None:
@@ -150,7 +150,8 @@ def _is_it(specs: Iterable[str]) -> str | None:
 
 
 def _other_files(spec: Spec, path: Path) -> list[str]:
-    """Files beside one that is not there, or below, which have what the spec names by their source; the same path with `/` for `\\`."""
+    """For a file that does not exist: the same path with `/` for `\\`, or files in its folder and below whose source has the spec's
+    name."""
     straight = str(path).replace("\\", "/")
     if straight != str(path) and os.path.isfile(straight):
         return [straight]

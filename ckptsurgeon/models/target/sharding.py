@@ -1,7 +1,7 @@
-"""Which tensors are sharded over ranks, and the part of one that is this rank's own.
+"""Recognises tensors that are sharded over ranks, and gives this rank's part of one.
 
-A sharded tensor is a DTensor of torch: FSDP2, tensor parallelism and their products make nothing else. Nothing is communicated here.
-`torch.distributed.tensor`, which takes a second to import, is not imported: where nobody has, there is no such tensor.
+A sharded tensor is a DTensor of torch: FSDP2, tensor parallelism and combinations of both make nothing else. Nothing is communicated here.
+`torch.distributed.tensor`, which takes a second to import, is not imported: if nobody has imported it, there is no such tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TENSORS, _FLAT, _REPLICATED = "torch.distributed.tensor", "torch.distributed.fs
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, of which each rank has a part, or a copy.
+    """Whether a tensor is a DTensor: each rank has a part or a copy of it.
 
     >>> is_sharded(torch.zeros(2))
     False
@@ -28,7 +28,7 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's own part of a sharded tensor, which shares its memory; any other tensor itself.
+    """This rank's part of a sharded tensor, with the same memory; any other tensor itself.
 
     >>> local(torch.ones(2))
     tensor([1., 1.])
@@ -42,8 +42,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def over_ranks(model: nn.Module) -> bool:
-    """Whether a model is spread over the ranks of a process group, so that all of them have to do the same with it: it has sharded
-    tensors, or stands in DistributedDataParallel or FullyShardedDataParallel.
+    """Whether a model is spread over the ranks of a process group: it has sharded tensors, or is in DistributedDataParallel or
+    FullyShardedDataParallel. All ranks must then do the same with it.
 
     >>> over_ranks(nn.Linear(3, 2))
     False
@@ -55,7 +55,7 @@ def over_ranks(model: nn.Module) -> bool:
 
 
 def refuse_flat(modules: Iterable[nn.Module]) -> None:
-    """ModelError for a model of FSDP's first version, whose parameters are flat pieces of several."""
+    """ModelError for a model of FSDP's first version, which joins several parameters into flat ones."""
     if any(map(_is_flat, modules)):
         raise ModelError(
             "is in FullyShardedDataParallel, which joins parameters into flat ones",
@@ -64,7 +64,7 @@ def refuse_flat(modules: Iterable[nn.Module]) -> None:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class without the one that FSDP2 puts before it.
+    """A module's class without the subclass that FSDP2 makes of it.
 
     >>> own_class(nn.Linear(3, 2)).__name__
     'Linear'
@@ -78,6 +78,6 @@ def _is_flat(module: nn.Module) -> bool:
 
 
 def _is(value: object, module: str, name: str) -> bool:
-    """Whether a value is of a class of a module of torch that somebody has imported."""
+    """Whether a value is an instance of a class of torch; False if the class's module was never imported."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)

@@ -1,7 +1,7 @@
-"""A live model, or a live state_dict, as a `Checkpoint`: names, dtypes, shapes, strides and ties, without data behind them.
+"""Describes a live model or state_dict as a `Checkpoint`: names, dtypes, shapes, strides and ties, without data.
 
-No tensor is copied or read, so a model on the meta device is as good as any other, and of a sharded tensor the whole is told. What a
-checkpoint can't hold (sparse, quantized, nested, lazy, a dtype without a code) is refused by its key, never left out.
+No tensor is copied or read, so the model may be on the meta device. A sharded tensor has the shape of the whole tensor. A tensor that no
+checkpoint can hold (sparse, quantized, nested, lazy, a dtype without a code) is refused by its key, never left out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | 
     """The model's state_dict as a `Checkpoint` of format `model`, in state_dict order, non-persistent buffers left out.
 
     Args:
-        path: what stands as the checkpoint's path, usually the spec.
-        note: takes one line when the state_dict holds values that are not tensors.
+        path: the checkpoint's path, usually the spec.
+        note: gets one line if the state_dict holds values that are not tensors.
 
     Raises:
-        TargetError: a hook of the model's own failed.
-        FormatError: a tensor that no checkpoint of ours can hold, with its key.
+        TargetError: a hook of the model failed.
+        FormatError: a tensor that no checkpoint can hold, with its key.
 
     >>> checkpoint_of(nn.Linear(3, 2), "demo")["weight"].shape
     (2, 3)
@@ -47,7 +47,7 @@ def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | 
         overlaps=_overlaps(state),
     )
     if note is not None and checkpoint.entries:
-        note(f"{path} keeps {len(checkpoint.entries)} values beside its tensors: {', '.join(checkpoint.entries)}")
+        note(f"{path} keeps {len(checkpoint.entries)} values that are not tensors: {', '.join(checkpoint.entries)}")
     return checkpoint
 
 
@@ -58,14 +58,14 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
     of names, dtypes, shapes and ties.
 
     Raises:
-        FormatError: a key that is no string, or a tensor that no checkpoint of ours can hold, with its key.
+        FormatError: a key that is no string, or a tensor that no checkpoint can hold, with its key.
 
     >>> checkpoint_of_state_dict({"w": torch.zeros(2, 3), "epoch": 3}).entries
     {'epoch': 3}
     """
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
-    places: dict[tuple[Any, ...], list[str]] = {}
+    by_tie: dict[tuple[Any, ...], list[str]] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise FormatError(f"has a key that is not a string: {key!r}", path=path)
@@ -74,8 +74,8 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
             continue
         tensors[key] = _meta(key, value, path)
         if value.numel():
-            places.setdefault(place(value), []).append(key)
-    ties = tuple(tuple(keys) for keys in places.values() if len(keys) > 1)
+            by_tie.setdefault(tie_key(value), []).append(key)
+    ties = tuple(tuple(keys) for keys in by_tie.values() if len(keys) > 1)
     return Checkpoint(
         path=path,
         format="model",
@@ -89,7 +89,10 @@ def checkpoint_of_state_dict(state_dict: Mapping[str, object], path: str = "stat
 
 
 def refuse_no_tensors(state_dict: Mapping[Any, object], path: str, wanted: Container[str] = ()) -> None:
-    """FormatError for an empty dict, and for arrays or lists of numbers in place of tensors: for all, or under the `wanted` keys."""
+    """FormatError for an empty dict, and for arrays or lists of numbers instead of tensors.
+
+    In a dict that also has tensors, only the `wanted` keys are checked.
+    """
     if not state_dict:
         raise FormatError("is an empty dict, and holds no tensor", path=path, hint="give model.state_dict(), or what torch.load returned")
     numbers = [key for key, value in state_dict.items() if _is_array(value) or _is_numbers(value)]
@@ -112,7 +115,7 @@ def _is_array(value: object) -> bool:
 
 
 def _is_numbers(value: object) -> bool:
-    """Whether a value is a list of numbers, or of such lists."""
+    """Whether a value is a list of numbers, possibly nested."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
         if isinstance(value, (int, float, complex)):
@@ -121,35 +124,35 @@ def _is_numbers(value: object) -> bool:
 
 
 def state_dict_of(model: nn.Module, path: str) -> dict[str, Any]:
-    """The model's `state_dict()`, whose hooks are a person's code; a `TargetError` with `path` where they fail."""
+    """The model's `state_dict()`; a `TargetError` with `path` if the user's hooks fail."""
     state_dict: dict[str, Any] = user_code.call(path, model.state_dict)
     return state_dict
 
 
 def module_metadata(state_dict: Mapping[str, object]) -> dict[str, Any]:
     """torch's `_metadata` (module path to version and the like) as plain dicts; empty for a plain dict."""
-    found = getattr(state_dict, "_metadata", None)
-    if not isinstance(found, Mapping):
+    metadata = getattr(state_dict, "_metadata", None)
+    if not isinstance(metadata, Mapping):
         return {}
-    return {str(name): dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+    return {str(name): dict(value) if isinstance(value, Mapping) else value for name, value in metadata.items()}
 
 
 def _overlaps(state_dict: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
-    """Groups of keys whose memory overlaps without being one tensor, from the first to the last byte that each reaches."""
+    """Groups of keys whose memory overlaps, ties left out. A tensor's memory is all from its first to its last byte."""
     by_storage: dict[int, list[tuple[int, int, str]]] = {}
     for key, value in state_dict.items():
         if isinstance(value, torch.Tensor) and value.numel() and not is_traceable_wrapper_subclass(value):
             first = int(value.storage_offset()) * value.element_size()
-            reach = sum((int(size) - 1) * int(step) for size, step in zip(value.shape, value.stride(), strict=True)) + 1
-            by_storage.setdefault(value.untyped_storage()._cdata, []).append((first, first + reach * value.element_size(), key))
+            extent = sum((int(size) - 1) * int(step) for size, step in zip(value.shape, value.stride(), strict=True)) + 1
+            by_storage.setdefault(value.untyped_storage()._cdata, []).append((first, first + extent * value.element_size(), key))
     groups: list[list[str]] = []
     for spans in by_storage.values():
         end = -1
         for first, last, key in sorted(spans) if len(spans) > 1 else ():
             groups[-1].append(key) if first < end else groups.append([key])
             end = max(end, last)
-    places = {key: place(value) for key, value in state_dict.items() if isinstance(value, torch.Tensor)} if groups else {}
-    return tuple(tuple(group) for group in groups if len({places[key] for key in group}) > 1)
+    tie_keys = {key: tie_key(value) for key, value in state_dict.items() if isinstance(value, torch.Tensor)} if groups else {}
+    return tuple(tuple(group) for group in groups if len({tie_keys[key] for key in group}) > 1)
 
 
 def _meta(key: str, tensor: torch.Tensor, path: str) -> TensorMeta:
@@ -159,12 +162,12 @@ def _meta(key: str, tensor: torch.Tensor, path: str) -> TensorMeta:
         raise FormatError(reason, path=path, key=key, hint=hint)
     dtype = BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise FormatError(f"has the dtype {tensor.dtype}, which no checkpoint of ours can hold", path=path, key=key)
+        raise FormatError(f"has the dtype {tensor.dtype}, which no checkpoint can hold", path=path, key=key)
     return TensorMeta(key, dtype.code, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _unsupported(tensor: torch.Tensor) -> tuple[str, str] | None:
-    """Why a tensor is not a plain slice of a storage, and what to do; None for one that is."""
+    """The reason and hint for a tensor that is no plain slice of a storage; None for a tensor that is."""
     if is_lazy(tensor):
         return "is lazy: it has no shape before the first forward pass", "run one forward pass first"
     if tensor.is_quantized:
@@ -176,11 +179,14 @@ def _unsupported(tensor: torch.Tensor) -> tuple[str, str] | None:
     return None
 
 
-def place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What tied tensors have in common; a storage is told by its object, since on meta every data pointer is 0. Of sharded tensors, the
-    whole's shape and the memory of this rank's part."""
+def tie_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """A value that is equal for tied tensors.
+
+    A storage is identified by its object, since every data pointer on meta is 0. For a sharded tensor: the memory of this rank's part, and
+    the whole tensor's shape.
+    """
     if is_sharded(tensor):
-        return (*place(local(tensor)), tuple(tensor.shape))
+        return (*tie_key(local(tensor)), tuple(tensor.shape))
     storage = tensor.untyped_storage()._cdata
-    views = (tensor.is_conj(), tensor.is_neg())
-    return (storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride(), views)
+    flags = (tensor.is_conj(), tensor.is_neg())
+    return (storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride(), flags)

@@ -1,6 +1,6 @@
-"""What a person's Python files have, by their text alone: none is imported or run, since a hint must never lead to running a script.
+"""Finds names in the user's Python files by parsing them. None is imported or run, since giving a hint must never run a script.
 
-Rule: a name counts where a file defines it, or imports it by name; what `from x import *` brings is not known.
+Rule: a file has the names that it defines or imports by name; those that `from x import *` imports are unknown.
 """
 
 from __future__ import annotations
@@ -14,89 +14,95 @@ from pathlib import Path
 from ckptsurgeon.hints import close_names
 
 MOST = 3  # names or files that a hint offers
-FILES = 500  # of a folder and those in it that are looked at
-DEEPEST = 3  # folders within it
+FILES = 500  # files of a folder and its subfolders that are read
+DEEPEST = 3  # levels of subfolders
 LARGEST = 1 << 19  # bytes of a file that is parsed
 
 
 def model_names(path: str, seen: frozenset[str] = frozenset()) -> list[str]:
-    """The public classes of a file that inherit from a `Module`, also by way of a file beside it, the functions without required arguments
-    that return one, and names for one; classes that others build on come last. None of a file that can't be read."""
+    """The public names for models in a file: subclasses of a `Module`, also through a file in the same folder; functions without required
+    arguments that return a model; and variables that hold one. Base classes of others come last. Empty if the file can't be read."""
     known: dict[str, None] = {}
-    found: list[str] = []
+    names: list[str] = []
     bases: set[str] = set()
     for node in _statements(Path(path)):
         if isinstance(node, ast.ImportFrom) and node.module and path not in seen:
-            beside = model_names(os.path.join(os.path.dirname(path), f"{node.module}.py"), seen | {path})
-            known.update((alias.asname or alias.name, None) for alias in node.names if alias.name in beside)
+            of_module = model_names(os.path.join(os.path.dirname(path), f"{node.module}.py"), seen | {path})
+            known.update((alias.asname or alias.name, None) for alias in node.names if alias.name in of_module)
         elif isinstance(node, ast.ClassDef):
-            names = [_last(base) for base in node.bases]
-            if any(name.endswith("Module") or name in known for name in names):
+            parents = [_last(base) for base in node.bases]
+            if any(name.endswith("Module") or name in known for name in parents):
                 known[node.name] = None
-                found.append(node.name)
-                bases.update(names)
+                names.append(node.name)
+                bases.update(parents)
         elif isinstance(node, ast.FunctionDef):
-            makes = _last(node.returns).endswith("Module") or any(
-                _makes_model(one.value, known) for one in ast.walk(node) if isinstance(one, ast.Return)
+            returns_model = _last(node.returns).endswith("Module") or any(
+                _makes_model(inner.value, known) for inner in ast.walk(node) if isinstance(inner, ast.Return)
             )
-            if makes and len(node.args.args) == len(node.args.defaults):
-                found.append(node.name)
+            if returns_model and len(node.args.args) == len(node.args.defaults):
+                names.append(node.name)
         elif isinstance(node, ast.Assign):
             value = node.value
-            plain = not isinstance(value, ast.Lambda) or len(value.args.args) == len(value.args.defaults)
-            if plain and _makes_model(value.body if isinstance(value, ast.Lambda) else value, known):
-                found += [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return sorted((name for name in dict.fromkeys(found) if not name.startswith("_")), key=bases.__contains__)
+            needs_no_arguments = not isinstance(value, ast.Lambda) or len(value.args.args) == len(value.args.defaults)
+            if needs_no_arguments and _makes_model(value.body if isinstance(value, ast.Lambda) else value, known):
+                names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return sorted((name for name in dict.fromkeys(names) if not name.startswith("_")), key=bases.__contains__)
 
 
 def _makes_model(value: ast.expr | None, known: dict[str, None]) -> bool:
-    """Whether an expression calls a class of models: one that is known, or one of torch's `nn`."""
+    """Whether an expression calls a class of models: a known one, or one of `torch.nn`."""
     if not isinstance(value, ast.Call):
         return False
-    made = value.func
-    of_torch = isinstance(made, ast.Attribute) and _last(made.value) == "nn" and made.attr[:1].isupper() and made.attr != "Parameter"
-    return of_torch or _last(made).endswith("Module") or _last(made) in known
+    function = value.func
+    of_torch = (
+        isinstance(function, ast.Attribute)
+        and _last(function.value) == "nn"
+        and function.attr[:1].isupper()
+        and function.attr != "Parameter"
+    )
+    return of_torch or _last(function).endswith("Module") or _last(function) in known
 
 
 def _last(node: ast.expr | None) -> str:
+    """The last segment of a dotted name."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def files_with(name: str, wanted: str, folder: Path) -> list[str]:
-    """Files of a folder that define `name`, or, where none does, that import it by name; those called much like `wanted` come first. Where
-    the folder has none, or none that is called so, those in its folders."""
+def files_with(name: str, file_name: str, folder: Path) -> list[str]:
+    """Files of a folder and its subfolders that define `name`, or else import it: those called `file_name`, or else those in the folder
+    itself, or else all. Names close to `file_name` come first."""
     files = _files(folder)
-    close = close_names(wanted, [file for file in files if os.sep not in file])
+    close = close_names(file_name, [file for file in files if os.sep not in file])
 
     def rank(file: str) -> tuple[bool, bool, int]:
-        return os.path.basename(file) != wanted, os.sep in file, close.index(file) if file in close else len(close)
+        return os.path.basename(file) != file_name, os.sep in file, close.index(file) if file in close else len(close)
 
-    found: dict[bool, list[str]] = {True: [], False: []}
+    by_definition: dict[bool, list[str]] = {True: [], False: []}
     for file in sorted(files, key=rank):
         defined, imported = names_in(str(folder / file), name)
         if name in defined or name in imported:
-            found[name in defined].append(file)
-    best = found[True] or found[False]
-    exact = [file for file in best if os.path.basename(file) == wanted]
+            by_definition[name in defined].append(file)
+    best = by_definition[True] or by_definition[False]
+    exact = [file for file in best if os.path.basename(file) == file_name]
     return (exact or [file for file in best if os.sep not in file] or best)[:MOST]
 
 
 def _files(folder: Path) -> list[str]:
-    """The Python files of a folder, and of those in it, by their paths from there; installed packages and hidden folders aside."""
-    found: list[str] = []
+    """The relative paths of the Python files in a folder and its subfolders, without installed packages and hidden folders."""
+    paths: list[str] = []
     for root, folders, files in os.walk(folder):
         within = os.path.relpath(root, folder)
         depth = 0 if within == os.curdir else within.count(os.sep) + 1
-        own = [name for name in folders if not name.startswith((".", "_")) and name not in ("node_modules", "site-packages")]
-        folders[:] = sorted(name for name in own if depth < DEEPEST and not os.path.exists(os.path.join(root, name, "pyvenv.cfg")))
-        found += sorted(os.path.normpath(os.path.join(within, name)) for name in files if name.endswith(".py"))
-        if len(found) >= FILES:
+        subfolders = [name for name in folders if not name.startswith((".", "_")) and name not in ("node_modules", "site-packages")]
+        folders[:] = sorted(name for name in subfolders if depth < DEEPEST and not os.path.exists(os.path.join(root, name, "pyvenv.cfg")))
+        paths += sorted(os.path.normpath(os.path.join(within, name)) for name in files if name.endswith(".py"))
+        if len(paths) >= FILES:
             break
-    return found[:FILES]
+    return paths[:FILES]
 
 
 def names_in(path: str, name: str = "") -> tuple[set[str], set[str]]:
-    """The names that a file defines at its top, and those that it imports; none of a file that can't hold `name` or be parsed."""
+    """The names that a file defines at its top level, and those that it imports. Both are empty if the file does not contain `name`."""
     defined: set[str] = set()
     imported: set[str] = set()
     for statement in _at_import(_statements(Path(path), name)):
@@ -106,12 +112,12 @@ def names_in(path: str, name: str = "") -> tuple[set[str], set[str]]:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             defined.update(node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
         elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-            imported.update(one.asname or one.name for one in statement.names)
+            imported.update(alias.asname or alias.name for alias in statement.names)
     return defined, imported
 
 
 def _at_import(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements that an import runs, within `if` and `try` too, save under `if __name__ == "__main__"`."""
+    """The statements that an import runs, also within `if` and `try`, but not those under `if __name__ == "__main__"`."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If) and "__name__" in {node.id for node in ast.walk(statement.test) if isinstance(node, ast.Name)}:
@@ -122,7 +128,7 @@ def _at_import(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _statements(path: Path, name: str = "") -> list[ast.stmt]:
-    """A file's statements; none of a file that is large, can't be read or parsed, or does not hold `name`."""
+    """A file's statements; empty if the file is too large, can't be read or parsed, or does not contain `name`."""
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             return []

@@ -1,7 +1,7 @@
-"""A target as a person writes it, `module:Net` or `file.py:factory(num_classes=2)`, split into its parts.
+"""Splits a target as the user writes it, `module:Net` or `file.py:factory(num_classes=2)`, into its parts.
 
-Pure text: nothing is imported, opened or evaluated here, and torch isn't needed. An argument is a literal, read by
-`ast.literal_eval`; anything that would have to be run to know its value is refused.
+Works on the text alone: nothing is imported, opened or evaluated, and torch isn't needed. Each argument must be a literal, which
+`ast.literal_eval` reads; an expression that would have to be run is refused.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from ckptsurgeon.call_text import literal_call
 from ckptsurgeon.errors import TargetError
 
-_FORM = re.compile(r"(?P<place>.+?):(?P<attribute>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\s*(?P<call>\(.*)?", re.DOTALL)
+_FORM = re.compile(r"(?P<module>.+?):(?P<attribute>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\s*(?P<call>\(.*)?", re.DOTALL)
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 FORMS = "module:Net, path/to/file.py:Net or module:factory(num_classes=2)"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A target's parts: either `module` (dotted) or `file` (as given), the dotted `attribute`, and its literal arguments.
+    """A target's parts: a dotted `module` or a `file` (as written), the dotted `attribute`, and the literal arguments.
 
-    `called` says that the person wrote parentheses. The arguments are plain Python values; whoever calls with them copies them.
+    `called` is whether the user wrote parentheses. The arguments are plain Python values; copy them before a call that may change them.
     """
 
     text: str
@@ -36,13 +36,13 @@ class Spec:
     called: bool = False
 
     @property
-    def place(self) -> str:
-        """The module or file, as the person wrote it."""
+    def module_or_file(self) -> str:
+        """The module or file, as the user wrote it."""
         return self.module or self.file or ""
 
 
 def looks_like_spec(text: str) -> bool:
-    """Whether a command line's word is a spec and not a file's path: a colon, then an identifier path, then at most a call.
+    """Whether an argument is a spec and not a file's path: it has a colon, then dotted identifiers, then at most a call.
 
     >>> looks_like_spec("model:Net"), looks_like_spec("nets/a.py:make(n=2)"), looks_like_spec("net.pt"), looks_like_spec("s3://a/b")
     (True, True, False, False)
@@ -54,7 +54,7 @@ def parse(text: str) -> Spec:
     """Split a spec into its parts.
 
     Raises:
-        TargetError: the text has no such form, names no importable module, or an argument is not a literal.
+        TargetError: the text is no spec, the part before the colon is no module or .py file, or an argument is not a literal.
 
     >>> parse("nets/lenet.py:make(num_classes=2)").kwargs
     {'num_classes': 2}
@@ -62,32 +62,34 @@ def parse(text: str) -> Spec:
     match = _FORM.fullmatch(text)
     if match is None:
         raise TargetError("is not a target of the form module:Net", path=text, hint=f"write {FORMS}")
-    place, attribute, call = match["place"], match["attribute"], match["call"]
-    is_file = place.endswith(".py")
-    if not is_file and not _MODULE.fullmatch(place):
-        raise TargetError(f"{place!r} is neither a dotted module nor a .py file", path=text, hint=_better_place(place, attribute))
-    words = [*attribute.split("."), *([] if is_file else place.split("."))]
+    module_or_file, attribute, call = match["module"], match["attribute"], match["call"]
+    is_file = module_or_file.endswith(".py")
+    if not is_file and not _MODULE.fullmatch(module_or_file):
+        hint = _closest_form(module_or_file, attribute)
+        raise TargetError(f"{module_or_file!r} is neither a dotted module nor a .py file", path=text, hint=hint)
+    words = [*attribute.split("."), *([] if is_file else module_or_file.split("."))]
     reserved = next((word for word in words if keyword.iskeyword(word)), None)
     if reserved is not None:
-        raise TargetError(f"{reserved!r} is a word of Python's, not a name", path=text, hint=f"write {FORMS}")
+        raise TargetError(f"{reserved!r} is a keyword of Python, not a name", path=text, hint=f"write {FORMS}")
     args, kwargs = _literals(text, attribute, call) if call else ((), {})
-    module, file = (None, place) if is_file else (place, None)
+    module, file = (None, module_or_file) if is_file else (module_or_file, None)
     return Spec(text, module, file, attribute, kwargs, args, called=call is not None)
 
 
 def _literals(text: str, attribute: str, call: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    found = literal_call("f" + call)
-    if found is None:
+    parsed = literal_call("f" + call)
+    if parsed is None:
         raise TargetError(
             f"the arguments {call} are not a call with literals only",
             path=text,
             hint=f"write values there, as in {attribute}(num_classes=2, sizes=[1, 2]), or name a function without arguments",
         )
-    return found[1], found[2]
+    return parsed[1], parsed[2]
 
 
-def _better_place(place: str, attribute: str) -> str:
-    file = place.rstrip(":").replace("\\", "/")
-    if "/" not in file and file == place:
+def _closest_form(written: str, attribute: str) -> str:
+    """A hint for text before the colon that is neither a module nor a file: as a file's path where it has a slash."""
+    file = written.rstrip(":").replace("\\", "/")
+    if "/" not in file and file == written:
         return f"write {FORMS}"
     return f"is it {file}{'.py' if '/' in file and not file.endswith('.py') else ''}:{attribute}?"

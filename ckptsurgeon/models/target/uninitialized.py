@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_TAKES = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+_ALLOCATING = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 _MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float64: (torch.int64, 0x7FF8_0000_0000_5EED),
     torch.float32: (torch.int32, 0x7FC0_5EED),
@@ -39,7 +39,7 @@ def is_unset(tensor: torch.Tensor) -> bool:
     if tensor.dtype not in _MARKS or tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
         return False
     if tensor.is_neg():
-        tensor = torch._neg_view(tensor)  # the bits, of which it is a negated view
+        tensor = torch._neg_view(tensor)  # to see the stored bits, not their negation
     bits, mark = _MARKS[tensor.dtype]
     return bool((tensor.detach().view(bits) == mark).any())
 
@@ -50,8 +50,13 @@ class _Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # torch would import its compiler for it, which takes longer than building a model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in _TAKES and type(made) is torch.Tensor and made.layout == torch.strided and not made.is_meta:
-            bits, mark = _MARKS.get(made.dtype, (None, 0))
-            (made.fill_(mark) if bits is None else made.view(bits).fill_(mark))
-        return made
+        tensor = func(*args, **(kwargs or {}))
+        if (
+            func.overloadpacket.__name__ in _ALLOCATING
+            and type(tensor) is torch.Tensor
+            and tensor.layout == torch.strided
+            and not tensor.is_meta
+        ):
+            bits, mark = _MARKS.get(tensor.dtype, (None, 0))
+            (tensor.fill_(mark) if bits is None else tensor.view(bits).fill_(mark))
+        return tensor

@@ -1,8 +1,7 @@
-"""The one place where a person's own code is called: imports, constructors, hooks, forward passes.
+"""The only module that calls the user's code: imports, constructors, hooks, forward passes.
 
-Whatever that code raises becomes a `TargetError` that says what was raised and where; whatever it prints goes to stderr, since
-stdout is for data. This is the only module that may write `except Exception`. It must not swallow KeyboardInterrupt, nor
-decide what to do about a failure.
+What that code raises becomes a `TargetError` that says what was raised and where; what it prints goes to stderr, since stdout is for data.
+Only this module of `models/` may write `except Exception`. It must not catch KeyboardInterrupt, nor decide what follows from a failure.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ckptsurgeon.errors import CheckpointError, TargetError, no_memory
 
 T = TypeVar("T")
 
-LONGEST = 600
+LONGEST = 600  # characters of a message
 
 _HINTS: tuple[tuple[type[BaseException], str], ...] = (
     (SystemExit, "put the script's own part under `if __name__ == '__main__':`"),
@@ -34,12 +33,12 @@ def call(what: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) ->
     """Return `function(*args, **kwargs)`, with its stdout on stderr.
 
     Args:
-        what: the path that an error shows: the spec, or the file that the code belongs to.
+        what: the path in the error: the spec, or the file that the code belongs to.
 
     Raises:
         TargetError: the function raised an Exception or SystemExit. The reason has its type and message, and the file and line
-            of the innermost frame that is neither installed nor ours; the original is the error's `__cause__`.
-            Errors of ckptsurgeon itself, and KeyboardInterrupt, pass through unchanged.
+            of the innermost frame in the user's code; the original exception is the `__cause__`. Errors of ckptsurgeon and
+            KeyboardInterrupt pass through unchanged.
 
     >>> call("int", int, "7")
     7
@@ -51,8 +50,8 @@ def call(what: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) ->
     except CheckpointError:
         raise
     except (Exception, SystemExit) as error:
-        place = innermost_place(error)
-        raise TargetError(f"{words(error)}{f' ({place})' if place else ''}", path=what, hint=_hint(error, place)) from error
+        line = innermost_line(error)
+        raise TargetError(f"{words(error)}{f' ({line})' if line else ''}", path=what, hint=_hint(error, line)) from error
     finally:
         sys.stdout = stdout  # an interrupt may have ended the redirection before it was undone
 
@@ -68,20 +67,20 @@ def words(error: BaseException) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def innermost_place(error: BaseException) -> str | None:
-    """`file:line` of the innermost frame in the person's code, or where no frame is, of the innermost frame beyond ours."""
+def innermost_line(error: BaseException) -> str | None:
+    """`file:line` of the innermost frame in the user's code; without such a frame, of the innermost one outside of this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = _frames(error.__traceback__)
-    own = [frame for frame in frames if is_persons(frame[0])]
-    beyond = [frame for frame in frames if not _within(frame[0], _PACKAGE) and not frame[0].startswith("<")]
-    chosen = (own or beyond)[-1:]
+    own = [frame for frame in frames if is_user_file(frame[0])]
+    foreign = [frame for frame in frames if not _within(frame[0], _PACKAGE) and not frame[0].startswith("<")]
+    chosen = (own or foreign)[-1:]
     return f"{chosen[0][0]}:{chosen[0][1]}" if chosen else None
 
 
 @lru_cache(maxsize=8192)
-def is_persons(filename: str) -> bool:
-    """Whether a source file is a person's own: neither the standard library's, nor an installed package's, nor ours."""
+def is_user_file(filename: str) -> bool:
+    """Whether a source file is the user's: not of the standard library, an installed package or this package."""
     return not filename.startswith("<") and not any(_within(filename, folder) for folder in (_PACKAGE, *_INSTALLED))
 
 
@@ -93,13 +92,13 @@ def _within(filename: str, folder: str) -> bool:
     return os.path.realpath(filename).startswith(folder + os.sep)
 
 
-def _hint(error: BaseException, place: str | None) -> str | None:
+def _hint(error: BaseException, line: str | None) -> str | None:
     if no_memory(error):
         return "use a target that needs less memory: a skeleton or another checkpoint"
     for kind, hint in _HINTS:
         if isinstance(error, kind):
             return hint
-    return f"look at {place}" if place else None
+    return f"look at {line}" if line else None
 
 
 _PACKAGE = os.path.realpath(Path(__file__).parents[2])

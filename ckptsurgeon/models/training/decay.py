@@ -36,9 +36,9 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
         raise ModelError(f"no_decay can't be {rule!r}", hint="give True, or patterns such as ['**.bias']")
     parameters = named(model)
     candidates = {
-        first: parameter.every for first, parameter in parameters.items() if (parameter.trainable if among is None else first in among)
+        first: parameter.all_names for first, parameter in parameters.items() if (parameter.trainable if among is None else first in among)
     }
-    others = [name for first, parameter in parameters.items() if first not in candidates for name in parameter.every]
+    others = [name for first, parameter in parameters.items() if first not in candidates for name in parameter.all_names]
     no_decay = set(
         first_matching_pattern(
             [word for word in words if isinstance(word, str)], candidates, others, "frozen" if among is None else "other"

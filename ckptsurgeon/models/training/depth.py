@@ -99,7 +99,7 @@ def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
     """Each name without wrappers' segments, in the order of registration, with all names that a pattern may match."""
     bare = {name: dict(zip(parameter.names, parameter.bare, strict=True))[name] for name, parameter in parameters.items()}
     return {
-        bare[name]: (bare[name], *parameter.every) if len(set(parameter.bare)) == 1 else (bare[name], name)
+        bare[name]: (bare[name], *parameter.all_names) if len(set(parameter.bare)) == 1 else (bare[name], name)
         for name, parameter in parameters.items()
     }
 

@@ -170,7 +170,7 @@ def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, 
             raise ModelError(f"{what!r} does not say what to freeze", hint="give patterns such as 'layer1.**', or a report")
         return {
             id(tensors[first].tensor)
-            for first in first_matching_pattern(patterns, {first: named.every for first, named in tensors.items()}, (), "")
+            for first in first_matching_pattern(patterns, {first: named.all_names for first, named in tensors.items()}, (), "")
         }
     if partial not in (TRANSFERRED, FRESH):
         raise ModelError(f"partial can't be {partial!r}", hint="give 'transferred' or 'fresh'")

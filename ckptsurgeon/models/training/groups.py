@@ -101,7 +101,7 @@ def param_groups(
     if not trainable:
         raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if every else None)
     chosen = first_matching_pattern(
-        rates, {first: parameter.every for first, parameter in trainable.items()}, _frozen_names(every), "frozen"
+        rates, {first: parameter.all_names for first, parameter in trainable.items()}, _frozen_names(every), "frozen"
     )
     undecayed = without_decay(model, no_decay)
     fresh_first = fresh_parameters(every, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
@@ -199,7 +199,7 @@ def _group(
 
 
 def _frozen_names(every: Mapping[str, Named]) -> list[str]:
-    return [name for parameter in every.values() if not parameter.trainable for name in parameter.every]
+    return [name for parameter in every.values() if not parameter.trainable for name in parameter.all_names]
 
 
 def check_rates(rates: Mapping[str, float | None]) -> None:

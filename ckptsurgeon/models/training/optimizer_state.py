@@ -94,7 +94,7 @@ def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: M
     keys = {id(names.tensor): names.keys for names in parameters.values()}
     groups = [] if optimizer is None else optimizer.param_groups
     return live_order(
-        {name: names.keys for names in parameters.values() for name in names.every},
+        {name: names.keys for names in parameters.values() for name in names.all_names},
         list(keys.values()),
         [key for names in buffers.values() for key in names.keys],
         [[keys.get(id(parameter), ()) for parameter in group["params"]] for group in groups],

@@ -190,8 +190,8 @@ def _counts(at: int | Sequence[int], number: int) -> list[int]:
 
 
 def _stages_by_pattern(every: Mapping[str, Named], stages: Sequence[Words]) -> list[tuple[str, int, tuple[str, ...]]]:
-    frozen = {first: parameter.every for first, parameter in every.items() if not parameter.trainable}
-    others = [name for parameter in every.values() if parameter.trainable for name in parameter.every]
+    frozen = {first: parameter.all_names for first, parameter in every.items() if not parameter.trainable}
+    others = [name for parameter in every.values() if parameter.trainable for name in parameter.all_names]
     rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
     by_pattern = first_matching_pattern([text for row in rows for text in row], frozen, others, "trainable")
     found_stages: list[tuple[str, int, tuple[str, ...]]] = []
