@@ -141,7 +141,7 @@ def test_what_it_gives_is_checked_and_told_with_the_key(inits, name, code, kind,
         ("persons_init:in_place", "no module 'persons_init'", "persons_inits:in_place"),
         ("nowhere/inits.py:in_place", "no such file", None),
         ("persons_inits:number", "of the type int, not a function", "persons_inits:"),
-        ("persons_inits:needs", "does not go with its signature", "(gain=2)"),
+        ("persons_inits:needs", "does not fit its signature", "(gain=2)"),
         ("persons_inits:in_place(sd=1)", "unexpected keyword argument 'sd'", None),
     ],
 )

@@ -371,7 +371,7 @@ def test_a_function_in_hand_is_a_scheme_seeded_by_name() -> None:
 
 def test_a_function_in_hand_that_is_no_scheme() -> None:
     net = nn.Linear(3, 2)
-    with pytest.raises(TargetError, match=r"does not go with its signature"):
+    with pytest.raises(TargetError, match=r"does not fit its signature"):
         initialize(net, ["weight"], lambda tensor: tensor)
     with pytest.raises(RuleError, match="is no scheme"):
         initialize(net, ["weight"], {"weight": 3})  # type: ignore[dict-item]

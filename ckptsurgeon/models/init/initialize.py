@@ -131,7 +131,7 @@ def initialize(
 
 
 def _texts_and_functions(scheme: SchemeOrFunction | Mapping[str, SchemeOrFunction]) -> tuple[str | Mapping[str, str], dict[str, Fill]]:
-    """Schemes as texts, where a made-up name stands for each function; and the functions by these names."""
+    """The schemes as texts, with a generated name for each function; and the functions by these names."""
     rows = scheme if isinstance(scheme, Mapping) else {"**": scheme}
     functions = list(dict.fromkeys(value for value in rows.values() if not isinstance(value, str)))
     invalid = next((value for value in functions if not callable(value)), None)
@@ -144,7 +144,7 @@ def _texts_and_functions(scheme: SchemeOrFunction | Mapping[str, SchemeOrFunctio
 
 
 def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], group_of: Mapping[str, Names]) -> str:
-    """The key whose value a key gets: itself, or the key at the end of its chain of `from(KEY)`.
+    """The key whose value a key gets: the key itself, or the end of its chain of `from(KEY)`.
 
     A tied tensor's scheme is that of its first name that has one.
     """
@@ -215,7 +215,7 @@ def _with_parts(scheme: str, pattern: Pattern, parts: dict[str, str] | None) -> 
 
 
 def _tie_groups(state: Mapping[str, Any], schemes: Mapping[str, str], fresh: frozenset[str]) -> list[tuple[str, ...]]:
-    """The tensors to initialise, each as all its names. A tensor with a name that is not fresh is left out."""
+    """The names of each tensor to initialise. A tensor with a name that is not fresh is left out."""
     tied = {key: names for names in checkpoint_of_state_dict(state).ties for key in names}
     groups = dict.fromkeys(tied.get(key, (key,)) for key in schemes if isinstance(state[key], torch.Tensor))
     return [names for names in groups if fresh.issuperset(names)]

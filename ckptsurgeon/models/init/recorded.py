@@ -1,4 +1,5 @@
-"""Which of a model's keys are fresh, and which partly transferred, by a record: a report, a plan, a merged `Checkpoint`, or key names.
+"""Reads which of a model's keys are fresh, and which partly transferred, from a record: a report, a plan, a merged `Checkpoint`, or key
+names.
 
 Nothing is guessed: a missing record, or a record with keys that the model does not have, is an error.
 """
@@ -46,7 +47,7 @@ def fresh_keys(source: object) -> frozenset[str]:
 
 
 def partial_keys(source: object) -> frozenset[str]:
-    """The keys whose tensor is partly transferred and partly filled, such as a grown vocabulary; none where only names are given.
+    """The keys whose tensor is partly transferred and partly filled, such as a grown vocabulary; none if `source` is key names.
 
     Raises:
         NoRecordError: a file merged by a version that did not record this.
@@ -73,7 +74,7 @@ def known_fresh(keys: Iterable[str], tensors: Iterable[Named], source: object) -
             model was wrapped.
 
     Raises:
-        ModelError: the record has keys that are no names of the model, so it belongs to another model.
+        ModelError: the record has keys that are not in the model, so it belongs to another model.
     """
     return _model_keys(keys, tensors, fresh_keys(source), "fresh")
 
@@ -90,8 +91,8 @@ def _model_keys(keys: Iterable[str], tensors: Iterable[Named], recorded: frozens
     unwrapped = {key: unwrap(key, WRAPPERS) for key in known}
     counts = Counter(unwrapped.values())
     by_unwrapped = {name: (key,) for key, name in unwrapped.items() if counts[name] == 1}
-    others = keys_by_name(tensors)
-    keys_of = {name: (name,) if name in known else by_unwrapped.get(unwrap(name, WRAPPERS)) or others.get(name, ()) for name in recorded}
+    by_name = keys_by_name(tensors)
+    keys_of = {name: (name,) if name in known else by_unwrapped.get(unwrap(name, WRAPPERS)) or by_name.get(name, ()) for name in recorded}
     unknown = sorted(name for name, matching in keys_of.items() if not matching)
     if unknown:
         raise ModelError(
@@ -105,14 +106,14 @@ def _model_keys(keys: Iterable[str], tensors: Iterable[Named], recorded: frozens
 def fresh_parameters(
     parameters: Mapping[str, Named], buffers: Mapping[str, Named], fresh: frozenset[str], exempt: Container[str] = ()
 ) -> set[str]:
-    """First names of the parameters whose keys are all fresh. Where any key is not, a source gave the parameter its values.
+    """First names of the parameters whose keys are all fresh. If any key is not, the parameter has its values from a source.
 
     Args:
         fresh: keys of the state_dict.
-        exempt: first names of parameters that may be without a key.
+        exempt: first names of parameters that may lack a key.
 
     Raises:
-        ModelError: a fresh key whose parameter is unknown, or, where anything is fresh, a trainable parameter without a key.
+        ModelError: a fresh key whose parameter is unknown, or, if any key is fresh, a trainable parameter without a key.
     """
     model_keys = {key for part in (parameters, buffers) for parameter in part.values() for key in parameter.keys}
     hint = "name it by pattern, without the record: param_groups(model, {'PATTERN': 1e-2}, lr=1e-3)"

@@ -24,7 +24,7 @@ def reset_value(module: nn.Module, key: str, seed: int, leaf: str | None = None)
     Args:
         module: the layer that owns the key. Its children are reset only if its `reset_parameters` does so.
         seed: seeds the random state under which it runs. All tensors of a module come from runs with the same seed.
-        leaf: the tensor's name in the layer; None where it is the key's last part.
+        leaf: the tensor's name in the layer; by default the key's last segment.
 
     Raises:
         RuleError: the module has no `reset_parameters`, or it does not set this tensor, or sets it to NaN.
@@ -61,7 +61,7 @@ def own_tensor(module: nn.Module | None, key: str) -> torch.Tensor | None:
 
 
 def _run(module: nn.Module, name: str, seed: int, prefill: int) -> torch.Tensor | None:
-    """The tensor after one run on a copy whose tensors were filled with NaN, or with `prefill` where their dtype has no NaN."""
+    """The tensor after one run on a copy whose tensors were filled with NaN, or with `prefill` if their dtype has no NaN."""
 
     def run() -> torch.Tensor | None:
         layer = _on_cpu(module, name, prefill)

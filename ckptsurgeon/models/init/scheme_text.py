@@ -92,7 +92,7 @@ SCHEMES: dict[str, Scheme] = {
     "orthogonal": Scheme("a (semi-)orthogonal matrix, times gain", {"gain": _non_negative}, needs="fans", source=_SAXE),
 }
 
-# What a fan-based scheme gives a tensor of fewer than two dimensions, by the last segment of its key.
+# The scheme for a tensor of fewer than two dimensions under a fan-based scheme, by the last segment of its key.
 WITHOUT_FANS: dict[str, str] = {"bias": "zeros", "weight": "ones"}
 
 
@@ -147,7 +147,7 @@ def is_own(text: str) -> bool:
 
 
 def needs(text: str) -> Needs:
-    """What a scheme's value is made from; `nothing` for a user-defined one. Raises RuleError as `parse_scheme`.
+    """What a scheme needs to make its value; `nothing` for a user-defined one. Raises RuleError as `parse_scheme`.
 
     >>> needs("reset"), needs("normal(std=2)"), needs("mylib:ortho")
     ('layer', 'nothing', 'nothing')
@@ -167,7 +167,7 @@ def _parse_user_scheme(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
-    """The scheme that a tensor gets in the end. Under a fan-based scheme, a 1-d or 0-d bias gets zeros and a 1-d or 0-d weight ones.
+    """The scheme that a tensor really gets. Under a fan-based scheme, a 1-d or 0-d bias gets zeros and a 1-d or 0-d weight ones.
 
     Raises:
         RuleError: as `parse_scheme`; or a fan-based scheme on another tensor of fewer than two dimensions, with its key.

@@ -1,4 +1,4 @@
-"""The initial value of one tensor: the schemes of `scheme_text` as tensors.
+"""Makes the initial value of a tensor by a scheme of `scheme_text`.
 
 Values of named and user-defined schemes depend only on the seed and the key, those of `reset` on the seed and the layer's name, so that
 another layer doesn't change them. torch's global random state is neither read nor changed, and no model is written to.
@@ -70,10 +70,10 @@ def value(
         module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. The first two take its current value;
             for `reset` it may be on meta.
         own: the loaded functions of user-defined schemes, by name (`user_functions.own_schemes`).
-        leaf: the tensor's name in its layer; None where it is the key's last part.
+        leaf: the tensor's name in its layer; by default the key's last segment.
 
     Raises:
-        RuleError: the scheme is malformed, does not suit this tensor, or needs a module or a function that is not given.
+        RuleError: the scheme is malformed, does not suit this tensor, or needs a module or a function that the caller did not pass.
         TargetError: a user-defined function, or a layer's `reset_parameters`, fails or returns something else.
 
     >>> value("constant(2)", "fc.bias", (2,), "I64", 0, None)
@@ -86,7 +86,7 @@ def value(
 
 
 def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, module: nn.Module | None, leaf: str | None = None) -> str:
-    """The scheme that this tensor gets in the end (`model` for its constructor's value), checked against its shape and dtype.
+    """The scheme that this tensor really gets (`model` for its constructor's value), checked against its shape and dtype.
 
     Raises:
         RuleError: as `value`.
@@ -167,7 +167,7 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
-    """The layer whose own tensor or extra state the key names; None without a model, or where the key is no path in it.
+    """The layer whose own tensor or extra state the key names; None without a model, or if the key is not in it.
 
     The key may leave out the segments that wrappers add to a path.
 
@@ -190,10 +190,10 @@ def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
 
 
 def layer_of(model: nn.Module | None, key: str, tensors: Iterable[Named] | None = None) -> tuple[nn.Module | None, str]:
-    """`owner_of`, and the tensor's name in it, also where a hook gives the tensor another key in the state_dict.
+    """`owner_of`, and the tensor's name in it, even if a hook gives the tensor another key in the state_dict.
 
     Args:
-        tensors: the model's parameters and buffers, where they are known.
+        tensors: the model's parameters and buffers, if the caller has listed them already.
     """
     owner, leaf = owner_of(model, key), key.rpartition(".")[2]
     if model is None or (owner is not None and own_tensor(owner, leaf) is not None):
@@ -205,7 +205,7 @@ def layer_of(model: nn.Module | None, key: str, tensors: Iterable[Named] | None 
 
 
 def fitted(source: object, key: str, shape: tuple[int, ...], dtype_code: str) -> torch.Tensor:
-    """A value of a model as a CPU tensor of the given dtype. Finite values stay finite, and integers keep their value.
+    """A model's value as a CPU tensor of dtype `dtype_code`. Finite values stay finite, and integers keep their value.
 
     Raises:
         ModelError: `source` is no tensor, has another shape, is on meta, or was never written to.
@@ -235,7 +235,7 @@ def fitted(source: object, key: str, shape: tuple[int, ...], dtype_code: str) ->
 
 
 def _filled(chosen: str, key: str, shape: tuple[int, ...], dtype_code: str, seed: int, own: Mapping[str, Fill]) -> torch.Tensor:
-    """The value that a user-defined scheme gives. It fills a tensor of the given dtype, float32 for narrower floats."""
+    """The value of a user-defined scheme. Its function fills a tensor of dtype `dtype_code`, or float32 for narrower floats."""
     name, arguments = parse_scheme(chosen)
     if name not in own:
         raise RuleError(f"{name} is a function of your own, and it has not been imported here", key=key)

@@ -26,11 +26,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OwnAdapter:
-    """A user-defined adapter. Both functions raise TargetError where the user's function fails or returns something else.
+    """A user-defined adapter. Both functions raise TargetError if the user's function fails or returns a wrong type.
 
     Attributes:
-        shape: `shape(shapes, **arguments)` returns the output's shape, of whole numbers from 0 up.
-        kernel: `kernel(tensors, **arguments)` returns the output, a dense tensor; random numbers in it are the same every time.
+        shape: `shape(shapes, **arguments)` returns the output's shape, of whole numbers of at least 0.
+        kernel: `kernel(tensors, **arguments)` returns the output, a dense tensor; its random numbers are the same every time.
     """
 
     shape: Callable[..., Shape]
@@ -38,14 +38,15 @@ class OwnAdapter:
 
 
 def load(text: str, note: Note) -> Fill:
-    """Import the function that a spec names, and return it wrapped: a call runs through `user_code`, with its folder first on sys.path.
+    """Import the function that a spec names, and return it wrapped: each call runs through `user_code`, with the function's folder first on
+    sys.path.
 
     Args:
         text: `module:function` or `path/to/file.py:function`; arguments in parentheses are ignored.
-        note: takes one line that says what is imported.
+        note: gets one line that says what is imported.
 
     Raises:
-        TargetError: no such file, module or function (with close names), a module that fails on import, or a value that is not callable.
+        TargetError: no such file, module or function (the hint has close names), a failed import, or a value that is not callable.
 
     >>> load("operator:neg", lambda line: None)(3)
     -3
@@ -76,13 +77,13 @@ def own_schemes(texts: Iterable[str], note: Note) -> dict[str, Fill]:
 
 
 def function_schemes(functions: Iterable[Callable[..., Any]]) -> dict[str, Fill]:
-    """Function objects as schemes: each wrapped by `user_code`, under a made-up name that can stand as a scheme's text.
+    """Functions as schemes: each wrapped by `user_code`, by a generated name that serves as the scheme's text.
 
     Raises:
         TargetError: a function that does not take `(tensor, generator)`.
 
     >>> [name for name in function_schemes([lambda tensor, generator: tensor.zero_()])]
-    ['given:scheme0']
+    ['function:scheme0']
     """
 
     def guarded(name: str, function: Callable[..., Any]) -> Fill:
@@ -91,7 +92,7 @@ def function_schemes(functions: Iterable[Callable[..., Any]]) -> dict[str, Fill]
 
     return {
         name: guarded(name, function)
-        for name, function in ((f"given:scheme{number}", function) for number, function in enumerate(functions))
+        for name, function in ((f"function:scheme{number}", function) for number, function in enumerate(functions))
     }
 
 
@@ -105,7 +106,7 @@ def load_adapter(text: str, note: Note) -> OwnAdapter:
     shape = getattr(kernel, "shape", None)
     if not callable(shape):
         raise TargetError(
-            "does not say which shape it gives",
+            "does not say which shape its result has",
             path=spec.text,
             hint="mark it: @ckptsurgeon.adapter(shape=lambda shapes, **arguments: shapes[0])",
         )
@@ -138,7 +139,7 @@ def checked_tensor(value: object, path: str) -> torch.Tensor:
 
 
 def once(note: Note) -> Note:
-    """`note` without repetitions: each line is passed on only once."""
+    """A `note` that passes each line on only once."""
     noted: set[str] = set()
 
     def note_line(line: str) -> None:
@@ -184,7 +185,7 @@ def _check_takes(text: str, function: Callable[..., Any], positional: int, argum
     except TypeError as error:
         name = text.partition("(")[0].rpartition(":")[2]
         raise TargetError(
-            f"is called as {name}(tensor, generator, **arguments), which does not go with its signature {signature}: {error}",
+            f"is called as {name}(tensor, generator, **arguments), which does not fit its signature {signature}: {error}",
             path=text,
             hint=f"define it as {name}(tensor, generator, ...), and name its other arguments in the scheme: {name}(gain=2)",
         ) from None

@@ -1,6 +1,6 @@
-"""A model's values as bytes, and the provider of initial values for writers of files.
+"""Gives a model's values, and initial values by schemes, as bytes to write into files.
 
-Bytes are dense and row-major, in the machine's byte order, which is the files' order. Nothing here writes into a model; a returned
+Bytes are dense and row-major, in the machine's byte order, which is the files' order. Nothing here writes into a model. A returned
 buffer is read-only and keeps its tensor alive.
 """
 
@@ -48,15 +48,15 @@ def make_provider(
     """A function from a target's key to its initial value: dense bytes in the dtype of `shapes[key]`.
 
     Args:
-        model: a built model for the schemes `model` and `per_layer_type`; a model on meta is enough for `reset`; None where there is none.
+        model: a built model for the schemes `model` and `per_layer_type`; a model on meta is enough for `reset`; None without a model.
         inits: scheme by key; a key that is not in it gets `model`, the value of the target's constructor.
         shapes: the target's tensors by key.
         seed: together with the key, seeds the named schemes.
         own: the loaded functions of user-defined schemes by name (`user_functions.own_schemes`); none is imported here.
 
-    The function raises:
+    The returned function raises:
         ModelError: there is no model, or it does not have the key, has another shape there, or no values (it is on meta).
-        RuleError: a scheme is malformed, does not suit the tensor, or is `from(KEY)`, whose value another step of the plan has.
+        RuleError: a scheme is malformed, does not suit the tensor, or is `from(KEY)`, whose value another step of the plan gives.
         TargetError: a user-defined scheme, or a layer's `reset_parameters`, fails.
         CastError: a value does not fit the dtype.
     """
