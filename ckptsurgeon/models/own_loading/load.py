@@ -26,7 +26,7 @@ OUTSIDE = "the model is as it was before; what its loading code did outside of i
 
 
 def reachable_keys(state: Mapping[str, Any], loaders: Mapping[str, Loader], also: Collection[str] = ()) -> set[str]:
-    """The keys that loading code can reach, those of `also`, and all that share memory with one of them."""
+    """The keys that loading code can reach, those of `also`, and all keys that share memory with one of them."""
     keys = {key for loader in loaders.values() if loader.changes for key in loader.keys} | set(also)
     memory = {storage_of(state[key]) for key in keys if isinstance(state.get(key), torch.Tensor) and state[key].numel()}
     return keys | {key for key, value in state.items() if isinstance(value, torch.Tensor) and storage_of(value) in memory}
@@ -39,17 +39,17 @@ def load(
     extra: Mapping[str, Any],
     loaders: Mapping[str, Loader],
     versions: Mapping[str, Any],
-    others: Collection[str] = (),
+    later: Collection[str] = (),
     computed: Collection[str] = (),
 ) -> Undo:
-    """Run `model.load_state_dict(strict=False)` on `values`, which the model's code may change, and return what undoes it.
+    """Run `model.load_state_dict(strict=False)` on `values`, which the model's code may change, and return a function that undoes it.
 
     Args:
         state: the model's state_dict.
         extra: values that are not tensors, by key.
         loaders: the modules with loading code of their own.
         versions: the metadata recorded for these modules when the values were saved.
-        others: keys that get a value later; here they get the model's own.
+        later: keys that the caller writes afterwards; here they keep the model's own value.
         computed: keys whose value the model's code must compute from other keys.
 
     Raises:
@@ -60,7 +60,7 @@ def load(
     for key, model_value in state.items():
         if key in values or key in extra:
             inputs[key] = values[key] if key in values else extra[key]
-        elif key in others:
+        elif key in later:
             inputs[key] = model_value
     inputs.update({key: value for key, value in values.items() if key not in state})
     metadata = {path: module_metadata for path, module_metadata in getattr(state, "_metadata", {}).items() if path not in loaders}
@@ -89,14 +89,14 @@ def load(
 
 
 def _snapshot(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, torch.Tensor], loaders: Mapping[str, Loader]) -> Undo:
-    """Snapshot everything that loading may change: modules with loading code and all below, and tensors that share memory with `values`."""
+    """Snapshot all that loading may change: modules with loading code and their submodules, and tensors that share memory with `values`."""
     custom = {path: module for path, module in model.named_modules(remove_duplicate=False) if path in loaders and loaders[path].changes}
-    modules = [below for module in custom.values() for below in module.modules()]
+    modules = [submodule for module in custom.values() for submodule in module.modules()]
     memory = {storage_of(state[key]) for key in values if isinstance(state.get(key), torch.Tensor)}
     all_tensors = tensors_of(model)
     if not memory <= {storage_of(tensor) for tensor in all_tensors}:  # the state_dict's tensors are not the model's own
         return take_snapshot([*model.modules()], all_tensors)
-    tensors = [below for module in custom.values() for below in tensors_of(module)]
+    tensors = [tensor for module in custom.values() for tensor in tensors_of(module)]
     return take_snapshot(modules, [*tensors, *(tensor for tensor in all_tensors if storage_of(tensor) in memory)])
 
 
@@ -108,7 +108,7 @@ def _restore_extra_state(model: nn.Module, state: Mapping[str, Any], extra: Mapp
             if module is not None:
                 user_code.call(name, module.set_extra_state, state[key])
         except TargetError:
-            continue  # a module that refuses its own extra state has not taken another one
+            continue  # a module that refuses its own extra state has taken no other either
 
 
 def _module_at(model: nn.Module, key: str) -> nn.Module | None:
@@ -119,7 +119,7 @@ def _module_at(model: nn.Module, key: str) -> nn.Module | None:
 def _check_computed(missing: list[str], name: str) -> None:
     if missing:
         raise TargetError(
-            "the model's loading code should have computed a value, and gave none: it depends on values, not on names alone",
+            "the model's loading code should have computed a value, but did not: what it computes depends on values, not on names alone",
             path=name,
             key=missing[0],
             hint="load the file by torch once, save model.state_dict(), and take that file",
@@ -144,7 +144,7 @@ def _check_same_tensors(before: Mapping[str, Any], after: Mapping[str, Any], nam
     changed = next((key for key in (*old, *new) if old.get(key) != new.get(key)), None)
     if changed is not None:
         raise TargetError(
-            "the model's loading code replaces tensors by others of another shape or dtype, which the plan can't take into account",
+            "the model's loading code replaces tensors by tensors of another shape or dtype, which the plan can't take into account",
             path=name,
             key=changed,
             hint="load the file by torch once, save model.state_dict(), and take that file",

@@ -1,5 +1,6 @@
-"""The values of a merged file that loading code determines: those that a module's own code makes of values of another version, and those of
-tensors whose memory overlaps. torch loads them into a fresh model; a second load, of what the file will hold, must give the same model.
+"""Finds the values of a merged file that loading code determines: those that a module's own code makes of values of another version, and
+those of tensors whose memory overlaps. torch loads them into a fresh model; a second load, of what the file will hold, must give the same
+model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def loaded_values(
 
     Args:
         build: returns a fresh model for a seed.
-        fetch: returns the plan's value of a key in the plan's dtype; also of each name in `plan.handed`.
+        fetch: returns the plan's value of a key, or of a name in `plan.handed`, in the plan's dtype.
         extra: values that are not tensors, by key.
         versionless: whether the file's format keeps no module versions.
 
@@ -49,8 +50,8 @@ def loaded_values(
     keys = reachable_keys(state, loaders, [key for group in target.overlaps for key in group]) & steps.keys()
     computed = {key for key, step in steps.items() if step.action == "load"}
     inputs = {key: fetch(key) for key in (*(key for key in keys if _has_value(steps[key])), *plan.handed)}
-    others = [key for key, step in steps.items() if step.sources and key not in keys]
-    load(reference, state, inputs, extra, loaders, plan.versions, others, computed)
+    later = [key for key, step in steps.items() if step.sources and key not in keys]
+    load(reference, state, inputs, extra, loaders, plan.versions, later, computed)
     expected = state_dict_of(reference, target.path)
     chosen = {key for path in plan.loaded for key in loaders[path].keys} | {key for group in target.overlaps for key in group}
     recorded = {} if versionless else {path: plan.module_metadata[path] for path in loaders if path in plan.module_metadata}
@@ -59,7 +60,7 @@ def loaded_values(
         values = {key: expected[key].detach().clone() for key in trial & keys}
         as_written = {key: _cast(values[key], steps[key]) if key in values else fetch(key) for key in keys}
         reloaded = build(plan.seed)
-        load(reloaded, state_dict_of(reloaded, target.path), as_written, extra, loaders, recorded, others)
+        load(reloaded, state_dict_of(reloaded, target.path), as_written, extra, loaders, recorded, later)
         differing = _first_difference(reference, reloaded, keys, steps, loaders)
         if differing is None:
             return values
@@ -98,7 +99,7 @@ def _refusal(key: str, target: Checkpoint, loaders: Mapping[str, Loader], versio
     if versionless:
         reason = f"{described} loads by the version of its values, which safetensors does not keep: it would load to another model"
         return PlanError(reason, path=target.path, key=key, hint="write a .pt file instead: -o OUT.pt")
-    cause = "is computed from keys that it has not" if computed else "would be fresh"
+    cause = "is computed from keys that the source does not have" if computed else "would be fresh"
     return PlanError(
         f"{described} changes what it loads every time, and a part of its values {cause}: no file loads to the same model",
         path=target.path,

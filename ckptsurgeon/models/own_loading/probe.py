@@ -36,7 +36,7 @@ _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"
 @dataclass(frozen=True)
 class _Loaded:
     """The value that loading would put into a tensor of the model with this `shape`: made of the tensors `names`, in `dtype`;
-    `whole` where it is one of these tensors unchanged."""
+    `whole` if it is one of these tensors unchanged."""
 
     names: frozenset[str] = frozenset()
     whole: bool = False
@@ -57,7 +57,7 @@ class _Named(torch.Tensor):
 
     names: frozenset[str]
     whole: bool
-    seen: _Record
+    record: _Record
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,7 +66,7 @@ class _Named(torch.Tensor):
         inputs = [value for value in _flat((args, kwargs or {})) if isinstance(value, _Named)]
         names = frozenset().union(*(value.names for value in inputs))
         if name == "copy_" and not isinstance(args[0], _Named):
-            inputs[0].seen.copies[_start(args[0])] = _Loaded(names, inputs[0].whole, _dtype(inputs[0]), tuple(args[0].shape))
+            inputs[0].record.copies[_start(args[0])] = _Loaded(names, inputs[0].whole, _dtype(inputs[0]), tuple(args[0].shape))
             return args[0]
         if name in _IN_PLACE or (name.endswith("_") and not name.startswith("__") and name not in _SAME):
             if isinstance(args[0], _Named):
@@ -79,7 +79,7 @@ class _Named(torch.Tensor):
         def wrapped(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 whole = len(names) == 1 and first.whole and name in _SAME and (value.shape, value.dtype) == (_shape(first), _dtype(first))
-                return _named(value, names, whole, first.seen)
+                return _named(value, names, whole, first.record)
             return type(value)(map(wrapped, value)) if type(value) in (tuple, list) else value
 
         return wrapped(result)
@@ -106,28 +106,32 @@ def _flat(value: Any) -> list[Any]:
     return [item for part in value.values() for item in _flat(part)] if isinstance(value, dict) else [value]
 
 
-def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, seen: _Record) -> _Named:
+def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, record: _Record) -> _Named:
     with torch._C.DisableTorchFunctionSubclass():
         stand_in = tensor.as_subclass(_Named)
-    stand_in.names, stand_in.whole, stand_in.seen = names, whole, seen
+    stand_in.names, stand_in.whole, stand_in.record = names, whole, record
     return stand_in
 
 
-def probe(model: nn.Module, loaders: Mapping[str, Loader], given: Mapping[str, TensorMeta], versions: Mapping[str, Any]) -> Taken:
-    """What the model's code does with names of a source that the model does not have, or has with another shape.
+def probe(model: nn.Module, loaders: Mapping[str, Loader], source_tensors: Mapping[str, TensorMeta], versions: Mapping[str, Any]) -> Taken:
+    """What the model's code does with a source's names that the model does not have, or has with another shape.
 
     Args:
         loaders: the model's modules with loading code of their own.
-        given: the source's tensors by name.
+        source_tensors: the source's tensors by name.
         versions: the metadata that the source recorded, by the path of the model's module.
     """
     path = type(model).__name__
     state = state_dict_of(model, path)
-    unknown = {name for name, meta in given.items() if name not in state or tuple(state[name].shape) != meta.shape}
-    seen = _Record()
+    unknown = {name for name, meta in source_tensors.items() if name not in state or tuple(state[name].shape) != meta.shape}
+    record = _Record()
     on_meta = any(tensor.is_meta for tensor in tensors_of(model))
-    loaded: OrderedDict[str, Any] = OrderedDict((name, _stand_in(name, meta, on_meta, seen)) for name, meta in given.items())
-    metadata = {place: dict(local) for place, local in {**getattr(state, "_metadata", {}), **versions}.items() if place in versions}
+    loaded: OrderedDict[str, Any] = OrderedDict((name, _stand_in(name, meta, on_meta, record)) for name, meta in source_tensors.items())
+    metadata = {
+        module_path: dict(module_metadata)
+        for module_path, module_metadata in {**getattr(state, "_metadata", {}), **versions}.items()
+        if module_path in versions
+    }
     loaded._metadata = metadata  # type: ignore[attr-defined]
     failed: dict[str, str] = {}
     unexpected: list[str] = []
@@ -136,20 +140,20 @@ def probe(model: nn.Module, loaders: Mapping[str, Loader], given: Mapping[str, T
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that copying to meta does nothing
             if type(model).load_state_dict is nn.Module.load_state_dict and "load_state_dict" not in vars(model):
-                _load(model, loaded, "", metadata, unexpected, failed, seen)
+                _load(model, loaded, "", metadata, unexpected, failed, record)
             else:
                 unexpected += unknown
                 _runs(failed, "", lambda: model.load_state_dict(loaded, strict=False))
             for key, value in state_dict_of(model, path).items():
                 if isinstance(value, _Named) and key in state:
-                    seen.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
+                    record.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
     finally:
         restore()
-    return _summary(state, loaders, unknown, given, seen, unexpected, failed)
+    return _summary(state, loaders, unknown, source_tensors, record, unexpected, failed)
 
 
 def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Checkpoint) -> Taken:
-    """What loading code would do with a file's names when torch loads that file. The model is built only where such code would run.
+    """What loading code would do with a file's names when torch loads that file. The model is built only if such code would run.
 
     Args:
         target: the model's state_dict and its modules with loading code.
@@ -164,10 +168,10 @@ def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:
     return [module for module_path, module in model.named_modules(remove_duplicate=False) if module_path in loaders]
 
 
-def _stand_in(name: str, meta: TensorMeta, on_meta: bool, seen: _Record) -> _Named:
+def _stand_in(name: str, meta: TensorMeta, on_meta: bool, record: _Record) -> _Named:
     kind = getattr(torch, BY_CODE[meta.dtype].torch)
     value = torch.empty(meta.shape, dtype=kind, device="meta") if on_meta else torch.zeros((), dtype=kind).expand(meta.shape)
-    return _named(value, frozenset([name]), True, seen)
+    return _named(value, frozenset([name]), True, record)
 
 
 def _load(
@@ -177,20 +181,20 @@ def _load(
     metadata: Mapping[str, Any],
     unexpected: list[str],
     failed: dict[str, str],
-    seen: _Record,
+    record: _Record,
 ) -> None:
-    """Load as torch does, without hooks after loading. A module whose code fails is skipped with all below it."""
+    """Load as torch does, without hooks after loading. A module whose code fails is skipped with its submodules."""
     local = dict(metadata.get(prefix[:-1], {}))
     if not _runs(failed, prefix[:-1], lambda: module._load_from_state_dict(state, prefix, local, True, [], unexpected, [])):
         return
     for name in (*module._parameters, *module._buffers):
         value = state.get(prefix + name)
         if isinstance(value, _Named):
-            seen.entries[unwrap(prefix + name, HIDDEN)] = _Loaded(value.names, value.whole, _dtype(value))
+            record.entries[unwrap(prefix + name, HIDDEN)] = _Loaded(value.names, value.whole, _dtype(value))
     for name, child in module._modules.items():
         if child is not None:
             below = f"{prefix}{name}."
-            _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, unexpected, failed, seen)
+            _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, unexpected, failed, record)
 
 
 def _runs(failed: dict[str, str], path: str, function: Callable[[], object]) -> bool:
@@ -206,8 +210,8 @@ def _summary(
     state: Mapping[str, Any],
     loaders: Mapping[str, Loader],
     unknown: set[str],
-    given: Mapping[str, TensorMeta],
-    seen: _Record,
+    source_tensors: Mapping[str, TensorMeta],
+    record: _Record,
     unexpected: list[str],
     failed: Mapping[str, str],
 ) -> Taken:
@@ -215,8 +219,8 @@ def _summary(
         path = max((path for path in loaders if is_below(name, path)), key=len, default=None)
         return None if path is None else loaders[path].name
 
-    def free(name: str, key: str) -> bool:
-        return name not in state and key not in given and name not in renamed
+    def is_rename(name: str, key: str) -> bool:
+        return name not in state and key not in source_tensors and name not in renamed
 
     renamed: dict[str, tuple[str, str]] = {}
     made: dict[str, Made] = {}
@@ -224,37 +228,37 @@ def _summary(
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
-        copied = seen.copies.get(_start(value))
-        put = copied or seen.entries.get(key, _Loaded())
-        if not put.names & unknown or (copied is None and put.names == {key}):
+        copied = record.copies.get(_start(value))
+        loaded = copied or record.entries.get(key, _Loaded())
+        if not loaded.names & unknown or (copied is None and loaded.names == {key}):
             continue
-        (name, *more) = sorted(put.names)
+        (name, *more) = sorted(loaded.names)
         class_name = class_of(key) or class_of(name) or "model"
-        used |= put.names
-        if put.whole and not more and free(name, key) and (copied is None or given[name].shape == tuple(value.shape)):
+        used |= loaded.names
+        if loaded.whole and not more and is_rename(name, key) and (copied is None or source_tensors[name].shape == tuple(value.shape)):
             renamed[name] = (key, class_name)
-        elif not put.whole or put.names != {key} or given[key].shape != tuple(value.shape):
-            dtype = BY_TORCH[str(put.dtype).removeprefix("torch.")].code
-            made[key] = Made(tuple(sorted(put.names)), class_name, dtype, put.shape == tuple(value.shape))
+        elif not loaded.whole or loaded.names != {key} or source_tensors[key].shape != tuple(value.shape):
+            dtype = BY_TORCH[str(loaded.dtype).removeprefix("torch.")].code
+            made[key] = Made(tuple(sorted(loaded.names)), class_name, dtype, loaded.shape == tuple(value.shape))
     ignored = {name: class_of(name) for name in sorted(unknown - used - set(unexpected) - state.keys())}
     reached = {name: class_name for name, class_name in ignored.items() if not any(is_below(name, path) for path in failed)}
     dropped = {name: class_name for name, class_name in reached.items() if class_name is not None}
     heads = _heads(loaders, made)
     for name, (key, class_name) in list(renamed.items()):
         if _head(name, heads) is not None or _head(key, heads) is not None:
-            made[key] = Made((name,), class_name, given[name].dtype, given[name].shape == tuple(state[key].shape))
+            made[key] = Made((name,), class_name, source_tensors[name].dtype, source_tensors[name].shape == tuple(state[key].shape))
             del renamed[name]
     needed = {*made, *(name for value in made.values() for name in value.names)}
     handed = {
         name: head
-        for name in given
+        for name in source_tensors
         if (name in unknown or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
     }
     return Taken(renamed, dropped, made, handed, failed)
 
 
 def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
-    """The outermost modules whose code may compute one of these values; each is treated as a whole, with all below it."""
+    """The outermost modules whose code may compute one of these values; each is treated as a whole, with its submodules."""
     names = {name for key, value in made.items() for name in (key, *value.names)}
     paths = dict.fromkeys(unwrap(path, HIDDEN) for path in loaders)
     matching = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
