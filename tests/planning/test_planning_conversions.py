@@ -38,7 +38,7 @@ class Library:
             ops = ({"op": "concat", "dim": 0, "of": 2},)
             made["both"] = Made(("one", "two"), ops, (rows, *shapes["one"][1:]), "Join")
         if "odd" in shapes:
-            refused["odd"] = "Oddly: Oddly is no adapter here"
+            refused["odd"] = "Oddly: no adapter does what Oddly does"
         return Converted(renamed, made, refused, frozenset({"ids"} & set(shapes)))
 
     def may_lack(self, key: str) -> bool:
@@ -95,8 +95,9 @@ def test_what_the_library_leaves_out_is_no_loose_key() -> None:
 
 def test_what_is_no_adapter_is_left_with_its_name_and_a_warning() -> None:
     plan = planned({**SAVED, "odd": (7,)})
-    assert [(row.source, row.reason) for row in plan.dropped] == [("odd", "not converted: Oddly: Oddly is no adapter here")]
-    assert Finding("conversion", "is left as it is; lib 1 converts by Oddly: Oddly is no adapter here", "odd", "warning") in plan.findings
+    why = "Oddly: no adapter does what Oddly does"
+    assert [(row.source, row.reason) for row in plan.dropped] == [("odd", f"not converted: {why}")]
+    assert Finding("conversion", f"is left as it is; lib 1 converts by {why}", "odd", "warning") in plan.findings
 
 
 def test_what_comes_out_in_another_shape_stays_fresh() -> None:
