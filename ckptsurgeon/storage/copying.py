@@ -15,6 +15,7 @@ from ckptsurgeon.storage.files import OpenFile
 Advance = Callable[[int], None]  # gets how many bytes more are done
 BUFFER = 4 << 20
 AT_ONCE = 64 << 20  # bytes that the kernel copies between two calls of `advance`
+PART = 16 << 20  # bytes of a range that are worked on in one go, where several threads do
 
 
 def _no_progress(_nbytes: int) -> None:
@@ -75,27 +76,50 @@ def read_at(source: OpenFile, buffer: bytearray | memoryview, offset: int) -> No
         raise StaleError("became shorter while it was read", path=source.path, hint="run it again when nothing writes to it")
 
 
-def checksum(source: OpenFile, offset: int, nbytes: int, advance: Advance = _no_progress) -> int:
-    """The CRC-32 of `nbytes` bytes from `offset`."""
+def parts(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """A range in parts of at most `PART` bytes, each by its offset and length. They begin at multiples of it, which file systems like."""
+    end = offset + nbytes
+    while offset < end:
+        stop = min((offset // PART + 1) * PART, end)
+        yield offset, stop - offset
+        offset = stop
+
+
+def crc_of(chunks: Iterable[memoryview]) -> int:
+    """The CRC-32 of bytes that come in chunks."""
     crc = 0
-    for chunk in chunks(source, offset, nbytes):
+    for chunk in chunks:
         crc = zlib.crc32(chunk, crc)
-        advance(len(chunk))
     return crc
 
 
-def equal_ranges(
-    left: OpenFile, left_offset: int, right: OpenFile, right_offset: int, nbytes: int, advance: Advance = _no_progress
-) -> bool:
+def checksum(source: OpenFile, offset: int, nbytes: int, advance: Advance = _no_progress) -> int:
+    """The CRC-32 of `nbytes` bytes from `offset`."""
+
+    def told() -> Iterator[memoryview]:
+        for chunk in chunks(source, offset, nbytes):
+            yield chunk
+            advance(len(chunk))
+
+    return crc_of(told())
+
+
+def equal_ranges(left: OpenFile, left_offset: int, right: OpenFile, right_offset: int, nbytes: int) -> bool:
     """Whether two files have the same `nbytes` bytes at these offsets."""
-    size = min(nbytes, BUFFER)
+    return common_crc(left, left_offset, right, right_offset, nbytes, wanted=False) is not None
+
+
+def common_crc(left: OpenFile, left_offset: int, right: OpenFile, right_offset: int, nbytes: int, wanted: bool = True) -> int | None:
+    """The CRC-32 of the `nbytes` bytes that two files have at these offsets, or None where they differ; 0 where it isn't `wanted`."""
+    size, crc = min(nbytes, BUFFER), 0
     first, second = bytearray(size), bytearray(size)
     while nbytes:
         if nbytes < size:
             size = nbytes
             first, second = bytearray(size), bytearray(size)
         if not left.fill(first, left_offset) or not right.fill(second, right_offset) or first != second:
-            return False
-        advance(size)
+            return None
+        if wanted:
+            crc = zlib.crc32(first, crc)
         left_offset, right_offset, nbytes = left_offset + size, right_offset + size, nbytes - size
-    return True
+    return crc

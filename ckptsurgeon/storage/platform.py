@@ -91,6 +91,11 @@ def write(fd: int, view: memoryview, offset: int) -> int:
         return os.write(fd, view)
 
 
+def threads_may_share_files() -> bool:
+    """Whether a thread may read or write a file at an offset while another one uses it otherwise: reads then don't move its position."""
+    return hasattr(os, "preadv") and hasattr(os, "pwrite")
+
+
 def copy_in_kernel(source: int, output: int, nbytes: int, source_offset: int, output_offset: int) -> int:
     """Copy up to `nbytes` bytes within the kernel; the number of bytes, 0 where the kernel can't copy between these files."""
     if not hasattr(os, "copy_file_range"):

@@ -29,8 +29,8 @@ from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.step_values import Run, Values
 from ckptsurgeon.streaming.storages import storages_of, tensors_of
 from ckptsurgeon.streaming.values import refuse_losses, refused_losses, reported
-from ckptsurgeon.streaming.writing import WRITING, begin, finish, located, made_in, prove_file, scratch, still_proven
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.streaming.writing import WRITING, begin, finish, located, made_in, prove_file, records_of, scratch, still_proven
+from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta
 
 if TYPE_CHECKING:
     from ckptsurgeon.streaming.new_folder import NewFolder
@@ -134,7 +134,7 @@ def apply(
                         rest = begin(run, file, temporary, output.proof, share)
                         if refused_losses(run.casts, plan.allow_cast):
                             continue  # nothing more is copied; all casts that are refused are reported together
-                        finish(run, file, temporary, share, rest)
+                        finish(run, file, temporary, rest)
                     written, read_from = file, temporary.path
                     if save is not None:
                         written, read_from = replace(file, tensors=tensors, entries=entries), place.path
@@ -143,10 +143,13 @@ def apply(
                     reader.check_unchanged()
                     with syncing(temporary):
                         if output.proof:
-                            left = [span for entry, span in reader.entries().items() if entry not in run.held]
+                            held = run.held | records_of(run, written)
+                            left = [span for entry, span in reader.entries().items() if entry not in held]
+                            damaged: list[Span] = []
                             with checking(reader, left) as wrong:
                                 if file.name not in resumed:
-                                    prove_file(run, written, read_from, around, share if save is None else None)
+                                    damaged = prove_file(run, written, read_from, around, share if save is None else None)
+                            wrong += damaged
                             if wrong:
                                 reader.check_unchanged()
                             refuse(wrong, checkpoints)

@@ -1,6 +1,7 @@
 """Compares a written file with the plan, bitwise and without torch, after opening it again.
 
-Copied tensors are compared byte for byte with their source, computed ones by the SHA-256 of the bytes that were written.
+Copied tensors are compared byte for byte with their source, computed ones by the SHA-256 of the bytes that were written. A source's record
+that was copied whole is held against its own CRC in the same pass, since both sides have the same bytes then.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.progress import Advance, nobody
 from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.crc import append
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import runs
+from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.tensors import Span, TensorMeta
+
+_DIFFER = "its bytes differ"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,22 @@ class Expected:
     digest: str | None
     copy: TensorMeta | None = None
 
+    def records(self) -> list[Span]:
+        """The ranges that are whole records of their files and have a checksum there."""
+        return [each for each in self.ranges or () if each.checksum() is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two ranges of `nbytes` bytes that must be equal: of the written file, and of `span`, which is the `number`th range of a tensor."""
+
+    name: str
+    number: int
+    span: Span
+    written: tuple[OpenFile, int]
+    source: tuple[OpenFile, int]
+    nbytes: int
+
 
 def prove(
     path: str,
@@ -43,10 +64,11 @@ def prove(
     reader: Reader,
     around: Any = WEIGHTS,
     advance: Advance = nobody,
-) -> None:
+) -> list[Span]:
     """Raises VerificationError, naming every key, where the file or folder at `path` is not exactly what the plan says.
 
-    `around` is the value that contains the state_dict; `advance` gets the number of bytes that were just compared.
+    Returns the sources' records that are copied as they are but are not what their own checksums say. `around` is the value that contains
+    the state_dict; `advance` gets the number of bytes that were just compared.
     """
     archive = formats.read(path)
     state_dict = archive.state_dicts[0]
@@ -60,16 +82,40 @@ def prove(
     problems += [f"{name}: is in the file, and not in the plan" for name in tensors if name not in names]
     if repr(_plain(state_dict.entries)) != repr(_plain(entries)):  # repr, since a NaN is not equal to itself
         problems.append("the values that are no tensors differ")
-    with OpenFiles() as opened:
-        files = {stamp.path: opened.add(open_regular(stamp.path)) for stamp in archive.files}
+    wrong: dict[str, str] = {}
+    crcs: dict[tuple[str, int, Span], int] = {}
+
+    def pairs() -> Iterator[_Pair]:
         for item in expected:
             tensor = tensors.get(item.name)
             if tensor is None:
                 continue
             if (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
-                problems.append(f"{item.name}: is {tensor.dtype} {tensor.shape}, not {item.dtype} {item.shape}")
-            elif not _same(files, tensor, item, reader, advance):
-                problems.append(f"{item.name}: its bytes differ")
+                wrong[item.name] = f"is {tensor.dtype} {tensor.shape}, not {item.dtype} {item.shape}"
+                continue
+            written = tuple(runs(tensor))
+            file = files[written[0].file] if written else next(iter(files.values()))
+            start = written[0].offset if written else 0
+            if len(written) > 1 or not tensor.as_stored:  # every tensor is written in one piece
+                wrong[item.name] = _DIFFER
+            elif item.ranges is None:
+                if not _same(file, start, tensor.nbytes, item, reader, advance):
+                    wrong[item.name] = _DIFFER
+            elif sum(each.nbytes for each in item.ranges) != tensor.nbytes:
+                wrong[item.name] = _DIFFER
+            else:
+                yield from _pairs(item, file, start, reader)
+
+    with OpenFiles() as opened:
+        files = {stamp.path: opened.add(open_regular(stamp.path)) for stamp in archive.files}
+        with in_threads(_compare, pairs()) as compared:
+            for pair, crc in compared:
+                if crc is None:
+                    wrong[pair.name] = _DIFFER
+                elif pair.span.checksum() is not None:
+                    append(crcs, (pair.name, pair.number, pair.span), crc, pair.nbytes)
+                advance(pair.nbytes)
+    problems += [f"{item.name}: {wrong[item.name]}" for item in expected if item.name in wrong]
     if problems:
         raise VerificationError(
             "what was written is not what was planned; nothing was kept",
@@ -77,6 +123,7 @@ def prove(
             problems=tuple(problems),
             hint="run it again; if it stays so, check the disk and report it",
         )
+    return [span for (_, _, span), crc in crcs.items() if crc != span.checksum()]
 
 
 def _differences(place: str, expected: Any, written: Any, tensors: dict[str, TensorMeta]) -> Iterator[str]:
@@ -101,30 +148,32 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _same(files: Mapping[str, OpenFile], tensor: TensorMeta, item: Expected, reader: Reader, advance: Advance) -> bool:
-    written = tuple(runs(tensor))
-    if len(written) > 1 or not tensor.as_stored:
-        return False  # every tensor is written in one piece
-    file = files[written[0].file] if written else next(iter(files.values()))
-    position = written[0].offset if written else 0
-    end = position + tensor.nbytes
-    if item.ranges is not None:
-        for each in item.ranges:
-            source, offset = reader.locate(each)
-            if position + each.nbytes > end or not copying.equal_ranges(file, position, source, offset, each.nbytes, advance):
-                return False
-            position += each.nbytes
-        return position == end
-    if item.copy is not None:
-        for part in reader.parts(item.copy):
-            nbytes = memoryview(part).nbytes
-            if position + nbytes > end or file.read(position, nbytes) != part:
-                return False
+def _pairs(item: Expected, file: OpenFile, position: int, reader: Reader) -> Iterator[_Pair]:
+    """A copied tensor's ranges in parts, each beside its bytes in the written file, where the tensor begins at `position`."""
+    for number, each in enumerate(item.ranges or ()):
+        source, start = reader.locate(each)
+        for offset, nbytes in copying.parts(start, each.nbytes):
+            yield _Pair(item.name, number, each, (file, position), (source, offset), nbytes)
             position += nbytes
-            advance(nbytes)
+
+
+def _compare(pair: _Pair) -> int | None:
+    return copying.common_crc(*pair.written, *pair.source, pair.nbytes, wanted=pair.span.checksum() is not None)
+
+
+def _same(file: OpenFile, position: int, nbytes: int, item: Expected, reader: Reader, advance: Advance) -> bool:
+    """Whether the `nbytes` bytes at `position` of the written file are a tensor that is not ranges of files."""
+    if item.copy is not None:
+        end = position + nbytes
+        for part in reader.parts(item.copy):
+            size = memoryview(part).nbytes
+            if position + size > end or file.read(position, size) != part:
+                return False
+            position += size
+            advance(size)
         return position == end
     digest = sha256()
-    for chunk in copying.chunks(file, end - tensor.nbytes, tensor.nbytes):
+    for chunk in copying.chunks(file, position, nbytes):
         digest.update(chunk)
         advance(len(chunk))
     return digest.hexdigest() == item.digest

@@ -43,9 +43,9 @@ class Values:
 
 @dataclass
 class Run:
-    """One application of a plan. `digests` has the SHA-256 of each storage whose bytes were computed rather than copied, `loaded` the bytes
-    that are written instead of a step's own, `held` the file and offset of each record that is known to have the checksum that the file
-    gives for it: its copy has it, and the proof compares the two, or it was read for that."""
+    """One application of a plan. `digests` and `crcs` have the SHA-256 and the CRC-32 of each storage whose bytes were computed rather than
+    copied, `loaded` the bytes that are written instead of a step's own, `held` the file and offset of each record that is known to have the
+    checksum that the file gives for it."""
 
     plan: Plan
     sources: Sequence[Checkpoint]
@@ -55,6 +55,7 @@ class Run:
     steps: Mapping[str, Step]
     casts: list[Cast] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
+    crcs: dict[int, int] = field(default_factory=dict)
     loaded: dict[str, Buffer] = field(default_factory=dict)
     held: set[tuple[str, int]] = field(default_factory=set)
 

@@ -1,19 +1,24 @@
-"""Writes one file of an output and proves it: first the computed values, then the copies, then ties and checksums."""
+"""Writes one file of an output and proves it: first the computed values, then the copies with their checksums, then ties."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutFile, OutTensor, Slot
 from ckptsurgeon.progress import Advance, Share, nobody, phase
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage import copying
+from ckptsurgeon.storage.crc import append
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.streaming.atomic import Temporary
+from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.proof import Expected, prove
 from ckptsurgeon.streaming.step_values import Run
@@ -38,27 +43,59 @@ def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Sha
     nbytes = sum(slot.nbytes for slot in made)
     with phase(WRITING, nbytes, share=share) if made else nullcontext(nobody) as advance:
         for slot in made:
-            _make(run, slot, file.tensors[slot.index], temporary, proof, advance)
+            _make(run, slot, file.tensors[slot.index], temporary, proof, file.layout.checksums, advance)
     order = {key: position for position, key in enumerate(run.steps)}
     run.casts.sort(key=lambda cast: order[cast.key])
     return share.after(nbytes)
 
 
-def finish(run: Run, file: OutFile, temporary: Temporary, share: Share, rest: Share) -> None:
+def finish(run: Run, file: OutFile, temporary: Temporary, rest: Share) -> None:
     """Copy the tensors that don't change, and write what depends on the data, such as checksums. `rest` is as `begin` returns it."""
     layout, moved = file.layout, _moved(run, file)
+    crcs = _known_crcs(run, file, moved)
     nbytes = sum(each.nbytes for ranges in moved for each in ranges)
-    with phase(WRITING, nbytes, share=rest) if nbytes else nullcontext(nobody) as advance:
-        for slot, ranges in zip(layout.slots, moved, strict=True):
-            position = slot.offset
-            for each in ranges:
-                copying.copy_range(*run.reader.locate(each), temporary.fd, position, each.nbytes, advance)
-                position += each.nbytes
+    telling = phase(WRITING, nbytes, share=rest) if nbytes else nullcontext(nobody)
+    with telling as advance, in_threads(_crc, _copied(run, file, temporary, moved, crcs.copy(), advance)) as results:
+        for part, crc in results:
+            append(crcs, part.slot, crc, part.nbytes)
     _refuse_torn_ties(run, file, temporary)
-    checksums = _checksums(file, temporary, share)
-    run.held.update(_held(moved, checksums))
-    for offset, data in layout.tail(checksums):
+    for offset, data in layout.tail([crcs.get(number, 0) for number in range(len(layout.slots))]):
         copying.write_at(temporary.fd, data, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The next bytes of a slot that have been copied: `nbytes` of them, from ranges (file, offset, length)."""
+
+    slot: int
+    ranges: Sequence[tuple[OpenFile, int, int]]
+    nbytes: int
+
+
+def _copied(
+    run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], known: Mapping[int, int], advance: Advance
+) -> Iterator[_Part]:
+    """Copy all ranges; after each part its bytes, where their checksum is needed and not `known`."""
+    for number, (slot, ranges) in enumerate(zip(file.layout.slots, moved, strict=True)):
+        position, waiting, nbytes = slot.offset, [], 0
+        for each in ranges:
+            source, start = run.reader.locate(each)
+            counted = file.layout.checksums and number not in known
+            for offset, size in copying.parts(start, each.nbytes) if counted else [(start, each.nbytes)]:
+                copying.copy_range(source, offset, temporary.fd, position, size, advance)
+                position += size
+                if counted:
+                    waiting.append((source, offset, size))
+                    nbytes += size
+                if nbytes >= copying.PART:
+                    yield _Part(number, waiting, nbytes)
+                    waiting, nbytes = [], 0
+        if waiting:
+            yield _Part(number, waiting, nbytes)
+
+
+def _crc(part: _Part) -> int:
+    return copying.crc_of(copying.gathered(part.ranges, part.nbytes))
 
 
 def _moved(run: Run, file: OutFile) -> list[Ranges]:
@@ -66,20 +103,18 @@ def _moved(run: Run, file: OutFile) -> list[Ranges]:
     return [run.ranges(run.steps[file.tensors[slot.index].name]) or () for slot in file.layout.slots]
 
 
-def _checksums(file: OutFile, temporary: Temporary, share: Share) -> list[int]:
-    """The checksums of a written file's slots, where its format has some."""
-    if not file.layout.checksums:
-        return []
-    written = LocalFile(temporary.path, temporary.fd)
-    with phase("computing checksums", file.nbytes, share=share) as advance:
-        return [copying.checksum(written, slot.offset, slot.nbytes, advance) for slot in file.layout.slots]
+def _known_crcs(run: Run, file: OutFile, moved: Sequence[Ranges]) -> dict[int, int]:
+    """By slot, the CRC-32s that are known before the copies: those of computed values, and of records that are copied whole.
 
-
-def _held(moved: Sequence[Ranges], checksums: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """The file and offset of each source record whose own checksum is also that of its copy."""
-    for ranges, crc in zip(moved, checksums, strict=False):
-        if len(ranges) == 1 and ranges[0].checksum() == crc:
-            yield ranges[0].file, ranges[0].offset
+    A record's is the one that its file gives for it. The proof holds it against the bytes; without a proof a wrong one is copied with them,
+    so that `check --full` finds it still.
+    """
+    known = {}
+    for number, (slot, ranges) in enumerate(zip(file.layout.slots, moved, strict=True)):
+        crc = ranges[0].checksum() if len(ranges) == 1 else run.crcs.get(file.tensors[slot.index].storage) if not ranges else None
+        if crc is not None:
+            known[number] = crc
+    return known
 
 
 def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, share: Share) -> bool:
@@ -94,18 +129,34 @@ def still_proven(run: Run, file: OutFile, temporary: Temporary, known: Proven, s
     written = LocalFile(temporary.path, temporary.fd)
     if written.size != file.layout.size:
         return False
-    checksums = _checksums(file, temporary, share)
-    chunks = [*file.layout.chunks, *file.layout.tail(checksums)]
+    chunks = [*file.layout.chunks, *file.layout.tail(_checksums(run, file, written, share))]
     if any(written.read(offset, len(data)) != data for offset, data in chunks):
         return False
     run.digests.update({tensor.storage: known.made[tensor.name] for tensor in made})
     try:
-        prove_file(run, file, temporary.path, WEIGHTS, share)
+        if prove_file(run, file, temporary.path, WEIGHTS, share):
+            return False
     except VerificationError:
         return False
-    run.held.update(_held(_moved(run, file), checksums))  # only now that the copies are known to be equal to their sources
+    run.held.update(records_of(run, file))
     run.casts.extend(known.casts)
     return True
+
+
+def _checksums(run: Run, file: OutFile, written: OpenFile, share: Share) -> list[int]:
+    """The checksums of a written file's slots, where its format has some: the sources' own, or else those of the bytes that are there."""
+    if not file.layout.checksums:
+        return []
+    known = _known_crcs(run, file, _moved(run, file))
+    left = [(number, slot) for number, slot in enumerate(file.layout.slots) if number not in known]
+    with phase("computing checksums", sum(slot.nbytes for _, slot in left), share=share) as advance:
+        known |= {number: copying.checksum(written, slot.offset, slot.nbytes, advance) for number, slot in left}
+    return [known[number] for number in range(len(file.layout.slots))]
+
+
+def records_of(run: Run, file: OutFile) -> set[tuple[str, int]]:
+    """The file and offset of each source record that is copied whole, so that the proof of `file` holds it against its checksum."""
+    return {(each.file, each.offset) for tensor in file.tensors for each in expected_of(run, tensor).records()}
 
 
 def scratch(run: Run, tensors: Sequence[OutTensor]) -> OutFile:
@@ -173,17 +224,20 @@ def torn(first: str, key: str) -> PlanError:
     )
 
 
-def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: bool, advance: Advance) -> None:
-    position, digest = slot.offset, sha256()
+def _make(run: Run, slot: Slot, tensor: OutTensor, temporary: Temporary, proof: bool, checksum: bool, advance: Advance) -> None:
+    position, digest, crc = slot.offset, sha256(), 0
     for part in run.parts(run.steps[tensor.name]):
         copying.write_at(temporary.fd, part, position)
         if proof:
             digest.update(part)
+        if checksum:
+            crc = crc32(part, crc)
         position += memoryview(part).nbytes
         advance(memoryview(part).nbytes)
     if position != slot.offset + slot.nbytes:
         raise OutputError(f"got {position - slot.offset:,} bytes where the plan says {slot.nbytes:,}", key=tensor.name)
     run.digests[tensor.storage] = digest.hexdigest()
+    run.crcs[tensor.storage] = crc
 
 
 def expected_of(run: Run, tensor: OutTensor) -> Expected:
@@ -194,12 +248,12 @@ def expected_of(run: Run, tensor: OutTensor) -> Expected:
     return Expected(tensor.name, tensor.dtype, tensor.shape, ranges, run.digests.get(tensor.storage), copy)
 
 
-def prove_file(run: Run, file: OutFile, path: str, around: Any, share: Share | None) -> None:
-    """Raises VerificationError, naming every key, where the file is not what was planned; StaleError where a source changed meanwhile."""
+def prove_file(run: Run, file: OutFile, path: str, around: Any, share: Share | None) -> list[Span]:
+    """As `proof.prove`, for a file that is written; StaleError where a source changed meanwhile."""
     try:
         nbytes = sum(tensor.nbytes for tensor in file.tensors) if share is None else file.nbytes
         with phase("proving", nbytes, share=share) as advance:
-            prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around, advance)
+            return prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around, advance)
     except VerificationError:
         run.reader.check_unchanged()  # a source that changed since it was copied is the likelier reason
         raise

@@ -43,6 +43,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     safetensors.torch.save_file({key.replace("one", "first"): value for key, value in state.items()}, "other.safetensors")
     monkeypatch.setattr(copying, "AT_ONCE", 1 << 20)
     monkeypatch.setattr(copying, "BUFFER", 1 << 20)
+    monkeypatch.setattr(copying, "PART", 1 << 20)
     monkeypatch.setattr(progress, "EVERY", 0.0)
     return tmp_path
 
@@ -52,7 +53,7 @@ Verb = Callable[..., Any]
 CALLS: dict[str, tuple[Verb, list[tuple[str, str, int | None]]]] = {
     "merge": (
         lambda **more: cs.merge("a.safetensors", None, "out.pt", overwrite=True, **more),
-        [("writing", "bytes", NBYTES), ("computing checksums", "bytes", NBYTES), ("proving", "bytes", NBYTES)],
+        [("writing", "bytes", NBYTES), ("proving", "bytes", NBYTES)],
     ),
     "merge with a cast": (
         lambda **more: cs.merge("half.safetensors", None, "out.safetensors", dtype="F32", overwrite=True, **more),
@@ -118,7 +119,7 @@ def test_each_phase_goes_from_nothing_to_all(name: str, files: Path) -> None:
 def test_what_moves_many_bytes_tells_of_it_on_the_way(files: Path) -> None:
     events: list[Progress] = []
     cs.merge("a.safetensors", None, "out.pt", progress=events.append)
-    for words in ("writing", "computing checksums", "proving"):
+    for words in ("writing", "proving"):
         assert len([event for event in events if event.phase == words]) >= 8, words
 
 
@@ -148,7 +149,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("done", [False, True])
-@pytest.mark.parametrize("words", ["writing", "computing checksums", "proving", "loading", "comparing"])
+@pytest.mark.parametrize("words", ["writing", "proving", "loading", "comparing"])
 def test_a_callback_that_raises_stops_a_merge_and_leaves_nothing(words: str, done: bool, files: Path) -> None:
     Path("out.pt").write_bytes(b"what was there")
     before = listing(files)

@@ -83,7 +83,7 @@ def test_a_terminal_is_told_how_far_it_is_and_keeps_the_answer_alone(files: Path
     told = seen.split("\r")
     assert code == 0
     assert any(re.fullmatch(r"writing [\d.]+ [KMG]i?B of [\d.]+ [KMG]i?B, [\d.]+ [KMG]i?B/s, \d+ s left *", row) for row in told), told
-    assert any(row.startswith("computing checksums ") for row in told) and any(row.startswith("proving ") for row in told)
+    assert any(row.startswith("proving ") for row in told)
     without = subprocess.run([sys.executable, "-m", "ckptsurgeon", *MERGE], capture_output=True, text=True, check=True)
     assert screen(seen) == without.stdout.splitlines() and without.stderr == ""
 

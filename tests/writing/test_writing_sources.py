@@ -17,6 +17,7 @@ from writing_support import PROGRAM, Ended, content, environment, inside, loaded
 import ckptsurgeon as cs
 from ckptsurgeon.errors import StaleError, VerificationError
 from ckptsurgeon.streaming import proof, writing
+from ckptsurgeon.tensors import Span
 
 
 def grown(path: Path) -> None:
@@ -132,12 +133,10 @@ def test_the_proof_reads_the_source_again_and_the_stamp_is_compared_after_it(
     folder = place(tmp_path)
     before = content(folder)
 
-    def changing(*arguments: Any) -> None:
-        if when == "after it":
-            proof.prove(*arguments)
+    def changing(*arguments: Any) -> list[Span]:
+        damaged = proof.prove(*arguments) if when == "after it" else []
         change(folder / "a.pt")
-        if when != "after it":
-            proof.prove(*arguments)
+        return damaged if when == "after it" else proof.prove(*arguments)
 
     monkeypatch.setattr(writing, "prove", changing)
     with pytest.raises(StaleError, match=r"a\.pt: changed while it was read"):
@@ -150,13 +149,13 @@ def test_a_source_whose_values_change_before_the_proof_is_stale_and_no_fault_of_
 ) -> None:
     folder = place(tmp_path)
 
-    def changing(*arguments: Any) -> None:
+    def changing(*arguments: Any) -> list[Span]:
         data = bytearray((folder / "a.pt").read_bytes())
         data[len(data) // 2] ^= 1  # within a tensor
         (folder / "a.pt").write_bytes(data)
         with pytest.raises(VerificationError):
             proof.prove(*arguments)
-        proof.prove(*arguments)
+        return proof.prove(*arguments)
 
     monkeypatch.setattr(writing, "prove", changing)
     with pytest.raises(StaleError):
