@@ -173,6 +173,8 @@ class Report(Result):
         output: the file or folder that was written, or None.
         nbytes: its size in bytes.
         files: the name and size in bytes of each file that was written: a folder's shards and their index, else the one file.
+        shared: how many bytes of it take no room of their own, since the file system lets it share them with the sources.
+        copied: how many bytes were copied from the sources as they are.
         proven: whether the file was held against the plan byte by byte.
         verification: the outcome of loading it into the model, or None.
         adapted: keys whose shape or values adapters changed.
@@ -206,6 +208,8 @@ class Report(Result):
     prefixes: tuple[Mapping[str, object], ...] = ()
     optimizer: CarriedState | None = None
     files: tuple[tuple[str, int], ...] = ()
+    shared: int = 0
+    copied: int = 0
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import profiles
 import pytest
@@ -21,6 +26,26 @@ with contextlib.suppress(ImportError):
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0
+
+
+@pytest.fixture(scope="session")
+def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on a new XFS file system, where files can share blocks; the test is skipped where none can be made."""
+    make = shutil.which("mkfs.xfs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if make is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("needs mkfs.xfs, and root to mount a file system")
+    home = tmp_path_factory.mktemp("xfs")
+    image, folder = home / "image", home / "mounted"
+    folder.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(320 << 20)  # the least that mkfs.xfs takes is 300 MB; nearly all of it is a hole
+    for command in ([make, "-q", "-m", "reflink=1", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no XFS here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+    image.unlink()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -180,6 +180,8 @@ def carry_out(
         output=output.path,
         nbytes=sum(size for _, size in written.files),
         files=written.files,
+        shared=written.shared,
+        copied=written.copied,
         proven=output.proof,
         verification=checked,
     )

@@ -10,7 +10,6 @@ from typing import Any
 from ckptsurgeon.dtypes import BY_CODE
 
 Chunk = tuple[int, bytes]  # offset in the file, bytes
-BLOCK = 4096  # file systems share whole blocks of this size between files, so both offsets must be multiples of it
 _LEAST = 1 << 20
 
 

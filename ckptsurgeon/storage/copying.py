@@ -1,4 +1,5 @@
-"""Copies ranges of bytes between files by the kernel; computes checksums of ranges and compares them, through small buffers.
+"""Copies ranges of bytes between files by the kernel, or has the file system share them; computes checksums of ranges and compares them,
+through small buffers.
 
 Rule: it takes offsets and lengths, and knows nothing of tensors. It uses a few megabytes of memory, whatever the length.
 """
@@ -7,10 +8,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from ckptsurgeon.errors import StaleError
 from ckptsurgeon.storage import platform
 from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.platform import BLOCK
 
 Advance = Callable[[int], None]  # gets how many bytes more are done
 BUFFER = 4 << 20
@@ -18,27 +21,61 @@ AT_ONCE = 64 << 20  # bytes that the kernel copies between two calls of `advance
 PART = 16 << 20  # bytes of a range that are worked on in one go, where several threads do
 
 
+_LEAST = 64 << 10  # bytes; fewer are cheaper to copy than to share, or to look through for holes
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The result of copying a range: the output shares its bytes from `start` to `stop` with the source, `nbytes` were written, and the
+    rest are holes."""
+
+    nbytes: int
+    start: int = 0
+    stop: int = 0
+
+
 def _no_progress(_nbytes: int) -> None:
     """The default for `advance`: does nothing."""
 
 
-def copy_range(source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int, advance: Advance = _no_progress) -> None:
-    """Copy `nbytes` bytes of a file into the one behind the descriptor `output`.
+def copy_range(
+    source: OpenFile, source_offset: int, output: int, output_offset: int, nbytes: int, advance: Advance = _no_progress
+) -> Copied:
+    """Copy `nbytes` bytes of a file into the one behind the descriptor `output`, which must have nothing there.
+
+    Whole blocks are shared where the file system can and both offsets have the same remainder modulo 4096. Holes stay holes.
 
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
     """
-    done = 0
+    first, last, distance = source_offset, source_offset + nbytes, output_offset - source_offset
     with source.held_open() as file:
-        while file.fd is not None and done < nbytes:
-            copied = platform.copy_in_kernel(file.fd, output, min(nbytes - done, AT_ONCE), source_offset + done, output_offset + done)
-            if not copied:
+        start, stop = (first, first) if distance % BLOCK else (-(-first // BLOCK) * BLOCK, last // BLOCK * BLOCK)
+        if file.fd is None or stop - start < _LEAST or not platform.share(file.fd, output, stop - start, start, start + distance):
+            return Copied(_copy(file, output, first, last, distance, advance))
+        advance(stop - start)
+        written = [_copy(file, output, begin, end, distance, advance) for begin, end in ((first, start), (stop, last))]
+        return Copied(sum(written), start + distance, stop + distance)
+
+
+def _copy(file: OpenFile, output: int, first: int, last: int, distance: int, advance: Advance) -> int:
+    """Copy what is stored between two offsets of an open file; the number of bytes. Offsets in the output are larger by `distance`."""
+    copied = 0
+    for start, stop in ((first, last),) if file.fd is None or last - first < _LEAST else platform.stored(file.fd, first, last):
+        copied += stop - start
+        while file.fd is not None and start < stop:
+            done = platform.copy_in_kernel(file.fd, output, min(stop - start, AT_ONCE), start, start + distance)
+            if not done:
                 break  # read and write instead, which also finds a file that ended: some file systems return 0 instead of an error
-            done += copied
-            advance(copied)
-        for chunk in chunks(file, source_offset + done, nbytes - done):
-            write_at(output, chunk, output_offset + done)
-            done += len(chunk)
+            start += done
+            advance(done)
+        for chunk in chunks(file, start, stop - start):
+            write_at(output, chunk, start + distance)
+            start += len(chunk)
             advance(len(chunk))
+    if copied < last - first:
+        read_at(file, bytearray(1), last - 1)  # beyond its end a file has no holes
+        advance(last - first - copied)
+    return copied
 
 
 def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,10 +23,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+BLOCK = 4096  # file systems share whole blocks of this size between files, so both offsets must be multiples of it
 _POSITION = threading.Lock()  # a file has one position, and several threads may read it
 _AT_ONCE = 1 << 30
 # The kernel can't copy between these two files (another file system, an old kernel). EIO too: a read then shows which file failed.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EIO}
+_CLONE, _CLONED = getattr(fcntl, "FICLONERANGE", 0x4020940D), struct.Struct("qQQQ")  # Python names it from 3.12 on
+_NO_SHARING = _NO_KERNEL_COPY | {errno.ENOTTY, errno.EPERM, errno.EISDIR}
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -106,6 +110,41 @@ def copy_in_kernel(source: int, output: int, nbytes: int, source_offset: int, ou
         if error.errno not in _NO_KERNEL_COPY:
             raise
         return 0
+
+
+def share(source: int, output: int, nbytes: int, source_offset: int, output_offset: int) -> bool:
+    """Give the output the same blocks on disk that a range of the source has, as a reflink does: all of them, or none and False.
+
+    Linux has it on XFS, btrfs and others, within one file system. `copy_file_range` shares too, but does not say whether it has.
+    """
+    if fcntl is None or sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(output, _CLONE, _CLONED.pack(source, source_offset, nbytes, output_offset))
+    except OSError as error:
+        if error.errno not in _NO_SHARING:
+            raise
+        return False
+    return True
+
+
+def stored(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of a range of a file that are stored; the others are holes, which read as zeros. All of it where the system can't tell.
+
+    It moves the file's position, which only reads and writes without an offset look at.
+    """
+    while start < stop:
+        begin, end = start, stop
+        if hasattr(os, "SEEK_DATA"):
+            try:
+                begin = min(os.lseek(fd, start, os.SEEK_DATA), stop)
+                end = min(os.lseek(fd, begin, os.SEEK_HOLE), stop)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing is stored from here to the file's end
+                    return
+        if begin < end:
+            yield begin, end
+        start = end
 
 
 def locks() -> bool:

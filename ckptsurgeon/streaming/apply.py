@@ -76,12 +76,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Written:
-    """The result of `apply`: each file's name in its folder and its size in bytes, the casts' losses, findings, and how many tensors."""
+    """The result of `apply`: each file's name in its folder and its size in bytes, the casts' losses, findings, how many tensors, and how
+    many bytes are shared with sources or copied from them (0 where a format's own library writes)."""
 
     files: tuple[tuple[str, int], ...]
     casts: tuple[Cast, ...]
     findings: tuple[Finding, ...]
     tensors: int
+    shared: int = 0
+    copied: int = 0
 
 
 def apply(
@@ -170,7 +173,9 @@ def apply(
     if resumed:
         words = f"{len(resumed)} of {len(files)} shards were there from an interrupted run, and were held against the plan again"
         findings.append(Finding("resumed", words, level="note"))
-    return Written(tuple(sizes), reported(run.casts), (*findings, *lost(place.lost, output.is_folder)), len(weights))
+    shared = sum(each.stop - each.start for ranges in run.shared.values() for each in ranges)
+    moved = (shared, run.nbytes_copied) if save is None else (0, 0)
+    return Written(tuple(sizes), reported(run.casts), (*findings, *lost(place.lost, output.is_folder)), len(weights), *moved)
 
 
 @contextmanager

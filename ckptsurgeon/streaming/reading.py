@@ -41,6 +41,7 @@ class Reader:
         self._entries: dict[tuple[str, int], Span] = {}
         self._open = OpenFiles()
         self._unpacked: BinaryIO | None = None
+        self._unpacked_size = 0
 
     def __enter__(self) -> Reader:
         return self
@@ -70,9 +71,10 @@ class Reader:
                     from tempfile import TemporaryFile
 
                     self._unpacked = self._open.enter_context(TemporaryFile())  # noqa: SIM115
-                start = self._unpacked.tell()
-                _inflate(file, span, span.packed, self._unpacked)
-                self._inflated[place] = LocalFile(file.path, self._unpacked.fileno()), start
+                start, output = self._unpacked_size, self._unpacked.fileno()
+                _inflate(file, span, span.packed, output, start)
+                self._inflated[place] = LocalFile(file.path, output), start
+                self._unpacked_size += span.packed.size
         unpacked, start = self._inflated[place]
         return unpacked, start + span.offset
 
@@ -175,12 +177,12 @@ def _unpacking(path: str) -> Iterator[None]:
         raise OutputError(words, path=gettempdir(), hint="set TMPDIR to a folder with more space") from error
 
 
-def _inflate(file: OpenFile, span: Span, packed: Packed, output: BinaryIO) -> None:
+def _inflate(file: OpenFile, span: Span, packed: Packed, output: int, position: int) -> None:
     crc = 0
     for part in inflated(copying.chunks(file, packed.offset, packed.nbytes), packed.size, file.path, span.entry):
         crc = zlib.crc32(part, crc)
-        output.write(part)
+        copying.write_at(output, part, position)
+        position += len(part)
     if packed.crc and crc != packed.crc:
         words = f"has the deflated entry {span.entry!r}, which is not what its checksum says"
         raise FormatError(words, path=file.path, hint="copy or download it again")
-    output.flush()

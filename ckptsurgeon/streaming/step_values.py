@@ -16,6 +16,7 @@ from ckptsurgeon.errors import PlanError
 from ckptsurgeon.formats.layout import Origin
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast
+from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
 from ckptsurgeon.streaming.moved_ranges import Ranges, ranges_of
 from ckptsurgeon.streaming.reading import Reader
@@ -41,11 +42,22 @@ class Values:
     loaded: Callable[[Callable[[str], torch.Tensor], Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Bytes of an output's file from `start` to `stop` that are on disk the same as those of `source`, `distance` before them."""
+
+    start: int
+    stop: int
+    source: OpenFile
+    distance: int
+
+
 @dataclass
 class Run:
     """One application of a plan. `digests` and `crcs` have the SHA-256 and the CRC-32 of each storage whose bytes were computed rather than
     copied, `loaded` the bytes that are written instead of a step's own, `held` the file and offset of each record that is known to have the
-    checksum that the file gives for it."""
+    checksum that the file gives for it. `shared` has, by the name of an output's file, the bytes that it shares with sources, and
+    `nbytes_copied` says how many were copied."""
 
     plan: Plan
     sources: Sequence[Checkpoint]
@@ -58,6 +70,8 @@ class Run:
     crcs: dict[int, int] = field(default_factory=dict)
     loaded: dict[str, Buffer] = field(default_factory=dict)
     held: set[tuple[str, int]] = field(default_factory=set)
+    shared: dict[str, list[Shared]] = field(default_factory=dict)
+    nbytes_copied: int = 0
 
     def find_loaded(self, entries: Mapping[str, Any]) -> None:
         """Compute the values that loading decides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.crc import append
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.local import LocalFile
+from ckptsurgeon.storage.pieces import merged
 from ckptsurgeon.streaming.atomic import Temporary
 from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.step_values import Run
+from ckptsurgeon.streaming.step_values import Run, Shared
 from ckptsurgeon.tensors import Span, TensorMeta, contiguous_stride
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Sha
 
     `share` is the file's part of the whole output; the rest of it is returned.
     """
+    os.ftruncate(temporary.fd, 0)  # holes that are copied are left out, and an interrupted run may have written here
+    os.ftruncate(temporary.fd, file.layout.size)
     for offset, data in file.layout.chunks:
         copying.write_at(temporary.fd, data, offset)
     made = [slot for slot in file.layout.slots if run.ranges(run.steps[file.tensors[slot.index].name]) is None]
@@ -76,15 +80,25 @@ def _copied(
     run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], known: Mapping[int, int], advance: Advance
 ) -> Iterator[_Part]:
     """Copy all ranges; after each part its bytes, where their checksum is needed and not `known`."""
+
+    def copy(source: OpenFile, offset: int, position: int, nbytes: int) -> None:
+        copied = copying.copy_range(source, offset, temporary.fd, position, nbytes, advance)
+        run.nbytes_copied += copied.nbytes
+        if copied.start < copied.stop:
+            run.shared.setdefault(file.name, []).append(Shared(copied.start, copied.stop, source, position - offset))
+
+    if not file.layout.checksums:
+        for each, position in _joined(file.layout, moved):
+            copy(*run.reader.locate(each), position, each.nbytes)
+        return
     for number, (slot, ranges) in enumerate(zip(file.layout.slots, moved, strict=True)):
         position, waiting, nbytes = slot.offset, [], 0
         for each in ranges:
             source, start = run.reader.locate(each)
-            counted = file.layout.checksums and number not in known
-            for offset, size in copying.parts(start, each.nbytes) if counted else [(start, each.nbytes)]:
-                copying.copy_range(source, offset, temporary.fd, position, size, advance)
+            for offset, size in [(start, each.nbytes)] if number in known else copying.parts(start, each.nbytes):
+                copy(source, offset, position, size)
                 position += size
-                if counted:
+                if number not in known:
                     waiting.append((source, offset, size))
                     nbytes += size
                 if nbytes >= copying.PART:
@@ -103,8 +117,27 @@ def _moved(run: Run, file: OutFile) -> list[Ranges]:
     return [run.ranges(run.steps[file.tensors[slot.index].name]) or () for slot in file.layout.slots]
 
 
+def _joined(layout: Layout, moved: Sequence[Ranges]) -> Iterator[tuple[Span, int]]:
+    """The ranges that are copied, each with its offset in the new file; those that are adjacent in both files are one."""
+    last, start = None, 0
+    for slot, ranges in zip(layout.slots, moved, strict=True):
+        position = slot.offset
+        for each in ranges:
+            both = () if last is None or start + last.nbytes != position else tuple(merged((last, each)))
+            if len(both) == 1:
+                last = both[0]
+            else:
+                if last is not None:
+                    yield last, start
+                last, start = each, position
+            position += each.nbytes
+    if last is not None:
+        yield last, start
+
+
 def _known_crcs(run: Run, file: OutFile, moved: Sequence[Ranges]) -> dict[int, int]:
     """By slot, the CRC-32s that are known before the copies: those of computed values, and of records that are copied whole.
+
 
     A record's is the one that its file gives for it. The proof holds it against the bytes; without a proof a wrong one is copied with them,
     so that `check --full` finds it still.

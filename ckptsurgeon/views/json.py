@@ -293,6 +293,8 @@ def report(report: Report) -> dict[str, Any]:
         "output": report.output,
         "bytes": report.nbytes,
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in report.files],
+        "shared": report.shared,
+        "copied": report.copied,
         "transferred": list(report.transferred),
         "adapted": list(report.adapted),
         "partial": list(report.partial),

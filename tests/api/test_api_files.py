@@ -41,9 +41,9 @@ def test_an_existing_output_is_not_replaced_unasked(output: str, tmp_path: Path)
 
 
 def test_an_output_that_appears_during_the_run_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def watched(*arguments: int) -> None:
+    def watched(*arguments: Any) -> copying.Copied:
         (tmp_path / "out.pt").write_bytes(b"theirs")
-        REAL(*arguments)
+        return REAL(*arguments)
 
     monkeypatch.setattr(copying, "copy_range", watched)
     with pytest.raises(OutputError, match="exists already"):
@@ -120,11 +120,11 @@ def test_a_source_that_changes_is_stale(when: str, change: Change, tmp_path: Pat
     if when == "during the copy":
         done: list[int] = []
 
-        def watched(*arguments: int) -> None:
+        def watched(*arguments: Any) -> copying.Copied:
             if not done:
                 change(given)
                 done.append(1)
-            REAL(*arguments)
+            return REAL(*arguments)
 
         monkeypatch.setattr(copying, "copy_range", watched)
         opened: Any = given
@@ -143,11 +143,11 @@ def test_an_interruption_leaves_nothing(error: type[BaseException], tmp_path: Pa
     before = support.folder_state(tmp_path)
     calls: list[int] = []
 
-    def watched(*arguments: int) -> None:
+    def watched(*arguments: Any) -> copying.Copied:
         calls.append(1)
         if len(calls) == 3:
             raise error
-        REAL(*arguments)
+        return REAL(*arguments)
 
     monkeypatch.setattr(copying, "copy_range", watched)
     with pytest.raises(error):
@@ -220,10 +220,11 @@ def test_of_several_merges_at_once_one_wins_whole(overwrite: bool, tmp_path: Pat
     assert len(os.listdir(tmp_path)) == 5
 
 
-def flips(source_fd: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
-    REAL(source_fd, offset, output, place, count, *rest)
+def flips(source: Any, offset: int, output: int, place: int, count: int, *rest: Any) -> copying.Copied:
+    copied = REAL(source, offset, output, place, count, *rest)
     if count:
         os.pwrite(output, bytes([os.pread(output, 1, place)[0] ^ 1]), place)
+    return copied
 
 
 def test_the_proof_catches_a_flipped_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,11 +221,12 @@ def test_a_shard_that_is_damaged_as_it_is_written_is_found(tmp_path: Path, monke
     torch.save({f"t{number}": torch.full((100,), float(number)) for number in range(4)}, tmp_path / "in.pt")
     real, seen = copying.copy_range, []
 
-    def wrong(source: Any, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
-        real(source, offset, output, place, count, *rest)
+    def wrong(source: Any, offset: int, output: int, place: int, count: int, *rest: Any) -> copying.Copied:
+        copied = real(source, offset, output, place, count, *rest)
         seen.append(place)
         if len(seen) == 3:
             os.pwrite(output, b"\x55", place + 5)
+        return copied
 
     monkeypatch.setattr(copying, "copy_range", wrong)
     with pytest.raises(VerificationError) as caught:

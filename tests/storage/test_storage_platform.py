@@ -24,6 +24,7 @@ PACKAGE = Path(platform.__file__).parents[1]
 OF_OS = [
     *("preadv", "pread", "pwritev", "pwrite", "copy_file_range", "fchown", "fchmod", "chown", "lchown", "fork", "geteuid", "getuid"),
     *("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "listxattr", "getxattr", "setxattr", "removexattr", "sched_getaffinity"),
+    *("SEEK_DATA", "SEEK_HOLE"),
 ]
 HIDE = f"""
 import os, signal, sys
@@ -112,7 +113,7 @@ def test_the_names_are_really_hidden(folder: Path) -> None:
 
 
 ONLY_POSIX = re.compile(
-    r"(fcntl|preadv?|pwritev?|copy_file_range|sendfile|f?chown|fchmod|fork|geteuid|getuid|pthread_\w+|O_\w+|SIG_(UN)?BLOCK|SIG_SETMASK|flock)"
+    r"(fcntl|preadv?|pwritev?|copy_file_range|sendfile|f?chown|fchmod|fork|geteuid|getuid|pthread_\w+|O_\w+|SEEK_(DATA|HOLE)|SIG_(UN)?BLOCK|SIG_SETMASK|flock)"
 )
 
 

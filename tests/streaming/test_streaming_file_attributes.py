@@ -255,7 +255,7 @@ def test_a_proof_that_fails_names_the_output(wrong: str, tmp_path: Path, monkeyp
     if wrong == "reader":
         monkeypatch.setitem(official.READERS, "torch", refuses)
     else:
-        monkeypatch.setattr(copying, "copy_range", lambda *_: None)
+        monkeypatch.setattr(copying, "copy_range", lambda *_: copying.Copied(0))
     with pytest.raises(VerificationError) as caught:
         cs.merge(tmp_path / "in.pt", Failing(), tmp_path / "out.pt")
     assert ".tmp" not in speaks(caught.value) and str(tmp_path / "out.pt") in speaks(caught.value)

@@ -23,7 +23,7 @@ from ckptsurgeon.streaming import apply as applying
 from ckptsurgeon.streaming.apply import Output, apply
 
 REAL = copying.copy_range
-Copy = Callable[..., None]
+Copy = Callable[..., copying.Copied]
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -39,22 +39,23 @@ def run(folder: Path, suffix: str, proof: bool = True, dtype: str | None = None)
     return folder / f"out{suffix}"
 
 
-def flips_a_byte(source: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
-    REAL(source, offset, output, place, count, *rest)
+def flips_a_byte(source: Any, offset: int, output: int, place: int, count: int, *rest: Any) -> copying.Copied:
+    copied = REAL(source, offset, output, place, count, *rest)
     byte = os.pread(output, 1, place)[0]
     os.pwrite(output, bytes([byte ^ 1]), place)
+    return copied
 
 
-def copies_from_the_wrong_place(source: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
-    REAL(source, offset + 4, output, place, count, *rest)
+def copies_from_the_wrong_place(source: Any, offset: int, output: int, place: int, count: int, *rest: Any) -> copying.Copied:
+    return REAL(source, offset + 4, output, place, count, *rest)
 
 
-def copies_nothing(*_: Any) -> None:
-    pass
+def copies_nothing(*_: Any) -> copying.Copied:
+    return copying.Copied(0)
 
 
-def copies_the_first_half(source: int, offset: int, output: int, place: int, count: int, *rest: Any) -> None:
-    REAL(source, offset, output, place, count // 2, *rest)
+def copies_the_first_half(source: Any, offset: int, output: int, place: int, count: int, *rest: Any) -> copying.Copied:
+    return REAL(source, offset, output, place, count // 2, *rest)
 
 
 def swaps(layout: Layout) -> Layout:

@@ -19,9 +19,10 @@ from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats import provenance as provenances
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
-from ckptsurgeon.formats.layout import BLOCK, WEIGHTS, Contents, Layout, Origin, OutTensor, Slot, follows_origins
+from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, Origin, OutTensor, Slot, follows_origins
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.platform import BLOCK
 from ckptsurgeon.tensors import Archive, Span, StateDict, TensorMeta, contiguous_stride
 
 METADATA = "__metadata__"

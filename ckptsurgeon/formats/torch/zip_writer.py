@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.formats.layout import BLOCK, WEIGHTS, Chunk, Contents, Layout, OutTensor, Slot, follows_origins
+from ckptsurgeon.formats.layout import WEIGHTS, Chunk, Contents, Layout, OutTensor, Slot, follows_origins
 from ckptsurgeon.formats.pickle.writer import state_dict_pickle
 from ckptsurgeon.formats.provenance import RECORD
+from ckptsurgeon.storage.platform import BLOCK
 
 FOLDER = "archive"
 ALIGNMENT = 64

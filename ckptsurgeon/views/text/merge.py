@@ -34,8 +34,9 @@ def report(report: Report, verbose: bool = False, width: int | None = None) -> s
     """What a merge, an apply or a transfer did."""
     most = most_rows(verbose)
     many = f" in {len(report.files)} files" if len(report.files) > 1 else ""
-    where = f"Wrote {name(report.output)} ({rounded(report.nbytes)}{many})" if report.output else f"Transferred into {name(report.target)}"
-    lines = [f"{where}: coverage {coverage_words(report.coverage)}"]
+    moved = f", shared {rounded(report.shared)}, copied {rounded(report.copied)}" if report.shared else ""
+    wrote = f"Wrote {name(report.output)} ({rounded(report.nbytes)}{many}{moved})"
+    lines = [f"{wrote if report.output else f'Transferred into {name(report.target)}'}: coverage {coverage_words(report.coverage)}"]
     if any(report.roots) or (report.output and (report.target or len(report.sources) > 1)):
         lines.append(f"  {_sources(report)}{f' → {name(report.target)}' if report.target else ''}")
     lines += [heading("transferred", len(report.transferred), _adapted(report))]
