@@ -25,7 +25,7 @@ from ckptsurgeon.models.target.sharding import is_sharded, own_class, refuse_fla
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors, state_dict_of
 from ckptsurgeon.models.training import freezing, groups
 from ckptsurgeon.models.training.ema import live_roots
-from ckptsurgeon.models.training.transfer import Value, Waiting, at_hand, put
+from ckptsurgeon.models.training.transfer import InFile, Value, in_memory, put
 from ckptsurgeon.models.verify.official import at_root
 from ckptsurgeon.parameter_types import Given, Note
 from ckptsurgeon.planning.plan import Plan, Step
@@ -245,13 +245,9 @@ def _refuse_torn_ties(plan: Plan, values: Mapping[str, Value]) -> None:
 
 
 def _same(one: Value, other: Value) -> bool:
-    if (
-        isinstance(one, Waiting)
-        and isinstance(other, Waiting)
-        and (one.meta.place, one.meta.stride) == (other.meta.place, other.meta.stride)
-    ):
+    if isinstance(one, InFile) and isinstance(other, InFile) and (one.meta.place, one.meta.stride) == (other.meta.place, other.meta.stride):
         return True
-    return one is other or memory_of(at_hand(one)) == memory_of(at_hand(other))
+    return one is other or memory_of(in_memory(one)) == memory_of(in_memory(other))
 
 
 @dataclass(frozen=True)
@@ -272,12 +268,12 @@ class _Run:
         key = step.sources[0][1]
         dtype = self.given[key].dtype
         if step.adapters:
-            tensors = [at_hand(self.value_of(one)) for _, one in step.sources]
+            tensors = [in_memory(self.value_of(one)) for _, one in step.sources]
             return adapted_and_cast(step, tensors, dtype, lambda: self._initial(step), self.own.kernels, self.casts)
         made = self.value_of(key)
         if step.cast is None:
             return made
-        parts = self.reader.parts(made.meta) if isinstance(made, Waiting) else dense_parts(made)
+        parts = self.reader.parts(made.meta) if isinstance(made, InFile) else dense_parts(made)
         data = bytearray().join(cast(step.target, parts, dtype, step.cast, self.casts))
         return tensor_from(data, step.dtype).view(step.shape)
 
@@ -287,7 +283,7 @@ class _Run:
             origin = with_data(self.given, key)
             for span in origin.spans:
                 self.reader.locate(span)  # opened, held against its stamp and unpacked now: not between two copies
-            return Waiting(origin, self.reader)
+            return InFile(origin, self.reader)
         tensor: torch.Tensor = self.live[key].detach()
         if tensor.device.type == "meta":
             raise ModelError("has no values: it is on the meta device", path=self.given.path, key=key)

@@ -177,7 +177,7 @@ def give(
         ready.append((receiver, state))
         carried = replace(carried, others=(*carried.others, kind))
         if kind == "scheduler" and hasattr(receiver, "optimizer"):
-            driven_groups = training_state.driven(state, receiver.optimizer.param_groups, () if saved is None else saved.groups)
+            driven_groups = training_state.scheduled_options(state, receiver.optimizer.param_groups, () if saved is None else saved.groups)
     for one in states if training.checksums else ():
         check_all(one.reader, [checkpoint])
     if new_state is not None:
@@ -186,13 +186,13 @@ def give(
         undo.enter_context(training_state.loaded(receiver, state))
     if driven_groups:
         groups = training.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
-        undo.enter_context(optimizer_state.driving(groups, driven_groups))
+        undo.enter_context(optimizer_state.options_set(groups, driven_groups))
     return carried
 
 
 def _optimizer(
     training: TrainingOptions, beside: BesideWeights, checkpoint: Checkpoint, plan: Plan, model: nn.Module
-) -> tuple[optimizer_state.Made | None, Saved, CarriedState]:
+) -> tuple[optimizer_state.NewState | None, Saved, CarriedState]:
     parameters = optimizer_state.parameters_of(model, training.optimizer)
     place, value = find("optimizer", beside, training.optimizer_root)
     tree, fetch = beside.tree(place, value)
@@ -337,7 +337,7 @@ def find_averaged(training: TrainingOptions, source: Given, around: Callable[[],
         ModelError: `ema` is neither a model nor keeps one.
     """
     beside = around()
-    model, buffers = ema.inner(training.ema), ema.own_buffers(training.ema)
+    model, buffers = ema.averaged_model(training.ema), ema.wrapper_buffers(training.ema)
     if beside.live:
         assert isinstance(source, Mapping)
         roots = ema.live_roots(source).state_dicts

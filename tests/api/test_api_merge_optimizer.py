@@ -107,7 +107,7 @@ def test_two_halves_that_become_one_and_unlike_steps(tmp_path: Path) -> None:
     torch.save({"net": {"weights": net.state_dict()}, "optim": optimizer.state_dict()}, tmp_path / "a.pt")
     report = cs.merge(tmp_path / "a.pt", Net(), tmp_path / "b.pt", adapt={"left.{p} + right.{p} -> fc1.{p}": "concat"}, with_optimizer=True)
     assert report.optimizer is not None
-    assert ("fc1.weight", "its parts had taken 3 and 5 steps; the most is kept") in report.optimizer.not_carried
+    assert ("fc1.weight", "its parts had taken 3 and 5 steps; the largest number is kept") in report.optimizer.not_carried
     value = torch.load(tmp_path / "b.pt", weights_only=True)
     assert list(value) == ["net", "optim"] and list(value["net"]) == ["weights"]
     state = value["optim"]["state"][4]

@@ -163,7 +163,7 @@ def test_parts_with_unlike_steps_keep_the_most_and_say_so(tmp_path: Path) -> Non
     one, optimizer, _ = renewed(Net, MAKERS["Adam"])
     report = cs.transfer(tmp_path / "a.pt", one, adapt={"left.{p} + right.{p} -> fc1.{p}": "concat"}, optimizer=optimizer)
     assert report.optimizer is not None
-    assert ("fc1.weight", "its parts had taken 3 and 5 steps; the most is kept") in report.optimizer.not_carried
+    assert ("fc1.weight", "its parts had taken 3 and 5 steps; the largest number is kept") in report.optimizer.not_carried
     assert optimizer.state[one.fc1.weight]["step"].item() == 5
 
 
@@ -388,7 +388,7 @@ def test_a_schedule_of_another_kind_or_for_other_groups_is_told(tmp_path: Path) 
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     report = cs.transfer(tmp_path / "a.pt", net, optimizer=optimizer, scheduler=schedule(optimizer))
     assert report.optimizer is not None
-    assert dict(report.optimizer.not_carried)["scheduler"] == "is for 1 groups, and the optimizer has 2"
+    assert dict(report.optimizer.not_carried)["scheduler"] == "is for 1 groups, but the optimizer has 2"
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
 
 

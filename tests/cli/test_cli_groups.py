@@ -94,7 +94,7 @@ def test_a_network_without_blocks_is_told_by_order(run, place):
     ("words", "reason"),
     [
         (("--layer-decay", "2"), "--layer-decay can't be 2.0"),
-        (("--layers", "blocks.{i}.**"), "no --layer-decay is given"),
+        (("--layers", "blocks.{i}.**"), "layers are given without --layer-decay"),
         (("--layer-decay", "0.5", "--layers", "block.{i}.**"), "match no parameter"),
         (("--no-decay-for", "nothing.*"), "matches no parameter"),
         (("--partial", "half"), "half"),

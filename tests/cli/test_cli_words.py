@@ -83,7 +83,7 @@ def test_rates_and_layers_are_options(run, training) -> None:
     assert run("merge", "part.pt", "two:Two", "-o", "merged.pt").code == 0
     groups = ("groups", "merged.pt", "two:Two", "--lr", "1", "--fresh-lr", "1")
     ended = run(*groups, "--layers", "one.{i}.**")
-    assert ended.code == 2 and "no --layer-decay is given" in ended.err and "try: give --layer-decay 0.75\n" in ended.err
+    assert ended.code == 2 and "layers are given without --layer-decay" in ended.err and "try: give --layer-decay 0.75\n" in ended.err
     ended = run(*groups, "--layer-decay", "0.75")
     assert ended.code == 2 and "say which, --layers 'one.{i}.**'" in ended.err
     assert "in their order: --layers 'one.{i}.**' --layers 'other.{i}.**'" in ended.err

@@ -192,7 +192,7 @@ def test_tied_parameters_are_frozen_by_any_name_and_under_a_record_only_if_not_a
 
     assert cs.freeze(tied(), "head.weight").keys == ("embed.weight",)
     assert cs.freeze(tied(), report("head.weight", "head.bias")).keys == ("embed.weight",)
-    with pytest.raises(ModelError, match="nothing is there"):
+    with pytest.raises(ModelError, match="there is no parameter to freeze"):
         cs.freeze(tied(), report("embed.weight", "head.weight", "head.bias"))
 
 

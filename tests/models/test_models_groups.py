@@ -154,10 +154,10 @@ def test_every_trainable_parameter_is_in_exactly_one_group(data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": 1e-3}, "no rate is given"),
-        ({"lr": None}, "no rate is given"),
+        ({"lr": 1e-3}, "have no learning rate"),
+        ({"lr": None}, "have no learning rate"),
         ({"lr": 1e-3, "fresh_lr": 1.0, "fresh_scale": 2.0}, "both given"),
-        ({"lr": None, "fresh_scale": 2.0}, "no lr is given"),
+        ({"lr": None, "fresh_scale": 2.0}, "fresh_scale multiplies lr, which is missing"),
         ({"lr": -1.0, "fresh_lr": 1.0}, "lr can't be -1.0"),
         ({"lr": float("nan"), "fresh_lr": 1.0}, "lr can't be nan"),
         ({"lr": 1.0, "fresh_lr": float("inf")}, "fresh_lr can't be inf"),
@@ -345,7 +345,7 @@ def test_a_tied_pair_of_which_one_is_partial_and_one_fresh_can_count_as_fresh():
         ({"layer_decay": 1.5}, "layer_decay can't be 1.5"),
         ({"layer_decay": float("nan")}, "layer_decay can't be nan"),
         ({"layer_decay": 0.5, "lr": None}, "layer_decay multiplies lr"),
-        ({"layers": "blocks.{i}.**"}, "no layer_decay is given"),
+        ({"layers": "blocks.{i}.**"}, "layers are given without layer_decay"),
         ({"layer_decay": 0.5, "layers": "block.{i}.**"}, "match no parameter"),
         ({"partial": "both"}, "partial can't be 'both'"),
     ],
@@ -365,15 +365,15 @@ def test_what_is_in_no_group_or_in_two_or_frozen_is_named():
         ([{"name": "a", "params": [*rest, model.fc1.bias]}], "fc3.bias", "in no group"),
         ([{"name": "a", "params": [*rest, model.fc1.bias, model.fc3.bias, model.fc1.bias]}], "fc1.bias", "in 2 groups: 'a', 'a'"),
         ([{"name": "a", "params": [*rest, model.fc1.bias, model.fc3.bias]}, {"params": [model.fc3.bias]}], "fc3.bias", "'a', '1'"),
-        ([{"name": "a", "params": [*rest, *model.fc1.parameters(), model.fc3.bias]}], "fc1.weight", "is frozen, and in the group 'a'"),
+        ([{"name": "a", "params": [*rest, *model.fc1.parameters(), model.fc3.bias]}], "fc1.weight", "is frozen, but in the group 'a'"),
     ):
         with pytest.raises(ModelError, match=reason) as caught:
             check_groups(model, groups)
         assert caught.value.key == key
     with pytest.raises(ModelError, match="2 parameters are not in exactly one group") as caught:
         check_groups(model, [{"params": rest}])
-    assert caught.value.problems == ("fc1.bias: is trainable, and in no group", "fc3.bias: is trainable, and in no group")
-    with pytest.raises(ModelError, match="not the model's"):
+    assert caught.value.problems == ("fc1.bias: is trainable, but in no group", "fc3.bias: is trainable, but in no group")
+    with pytest.raises(ModelError, match="is no parameter of the model"):
         check_groups(model, [{"params": [*rest, model.fc1.bias, model.fc3.bias, nn.Parameter(torch.zeros(2))]}])
 
 

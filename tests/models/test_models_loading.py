@@ -154,8 +154,8 @@ def test_other_modules_take_their_values_straight_from_the_file(tmp_path: Path, 
 
     torch.save(nn.Sequential(Turned(), nn.Linear(3, 3)).state_dict(), tmp_path / "a.pt")
     held: list[tuple[int, ...]] = []
-    real = transfer.at_hand
-    monkeypatch.setattr(transfer, "at_hand", lambda value: (held.append(tuple(value.meta.shape)), real(value))[1])
+    real = transfer.in_memory
+    monkeypatch.setattr(transfer, "in_memory", lambda value: (held.append(tuple(value.meta.shape)), real(value))[1])
     cs.transfer(tmp_path / "a.pt", nn.Sequential(Turned(), nn.Linear(3, 3)))
     assert held == [(3, 3)]  # Turned's matrix, and nothing of the other layer
 

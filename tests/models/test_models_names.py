@@ -266,7 +266,7 @@ def test_a_fresh_key_is_claimed_by_exactly_one_group_or_refused() -> None:
 
     shared._register_state_dict_hook(one_key)
     assert [len(group["params"]) for group in cs.param_groups(shared, ["both"], lr=1.0, fresh_lr=2.0)] == [2]
-    with pytest.raises(ModelError, match=r"both.*2 parameters.*in the groups"):
+    with pytest.raises(ModelError, match=r"both.*2 parameters.*in different groups"):
         cs.param_groups(shared, ["both"], lr=1.0, fresh_lr=2.0, overrides={"a.*": 3.0})
 
 

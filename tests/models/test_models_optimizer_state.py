@@ -91,7 +91,7 @@ def test_a_failure_within_puts_everything_back():
     with (
         pytest.raises(ZeroDivisionError),
         optimizer_state.loaded(optimizer, empty),
-        optimizer_state.driving(optimizer.param_groups, [{"lr": 0.125}]),
+        optimizer_state.options_set(optimizer.param_groups, [{"lr": 0.125}]),
     ):
         assert optimizer.param_groups[0]["lr"].item() == 0.125 and not optimizer.state
         raise ZeroDivisionError
@@ -108,16 +108,16 @@ OWN = {"last_epoch": 3, "base_lrs": [0.1], "milestones": Counter({5: 1}), "best"
         ({"last_epoch": "3"}, "its last_epoch is a str, not a int"),
         ({"last_epoch": Refused("an object of x")}, "its last_epoch is an object of x"),
         ({"last_epoch": float("nan")}, "its last_epoch is not a number"),
-        ({"base_lrs": [0.1, 0.2]}, "is for 2 groups, and the optimizer has 1"),
+        ({"base_lrs": [0.1, 0.2]}, "is for 2 groups, but the optimizer has 1"),
         ({"base_lrs": 0.1}, "its base_lrs is no list"),
         ({"last_epoch": 1 << 80}, "its last_epoch is beyond 64 bits"),
         ({"base_lrs": ["x"]}, "its base_lrs.0 is a str, not a float"),
         ({"milestones": {"x": 1}}, "its milestones is no count of whole numbers"),
         ({"milestones": [1]}, "its milestones is no count of whole numbers"),
         ({"best": [1]}, "its best is a list, or none"),
-        ({"parts": [{"b": 1}]}, "its parts.0 lacks 'a' and has 'b' more"),
+        ({"parts": [{"b": 1}]}, "its parts.0 lacks 'a' and has an extra 'b'"),
         ({"parts": []}, "its parts has 0 parts, not 1"),
-        ({"more": 1}, "has 'more' more"),
+        ({"more": 1}, "has an extra 'more'"),
     ],
 )
 def test_a_state_that_does_not_fit_says_why(change: dict[str, Any], reason: str) -> None:
@@ -146,17 +146,17 @@ def test_live_trees_end_and_name_each_tensor_once():
 
 def test_averaged_models_in_their_wrappers():
     net = nn.Linear(3, 2)
-    assert ema.inner(net) is net and ema.own_buffers(net) == {}
+    assert ema.averaged_model(net) is net and ema.wrapper_buffers(net) == {}
     swa = torch.optim.swa_utils.AveragedModel(net)
-    assert ema.inner(swa) is swa.module and list(ema.own_buffers(swa)) == ["n_averaged"]
+    assert ema.averaged_model(swa) is swa.module and list(ema.wrapper_buffers(swa)) == ["n_averaged"]
 
     class Ultra:
         def __init__(self) -> None:
             self.ema = net
 
-    assert ema.inner(Ultra()) is net
+    assert ema.averaged_model(Ultra()) is net
     with pytest.raises(ModelError, match="no averaged model"):
-        ema.inner(3)
+        ema.averaged_model(3)
 
 
 _junk = st.one_of(

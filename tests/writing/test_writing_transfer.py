@@ -18,7 +18,7 @@ from writing_support import environment
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
-from ckptsurgeon.models.training.transfer import Waiting
+from ckptsurgeon.models.training.transfer import InFile
 from ckptsurgeon.streaming.reading import Reader
 
 
@@ -190,16 +190,16 @@ def test_what_took_new_values_before_the_file_fails_takes_the_old_ones_again(
     whole.load_state_dict(torch.load(path, weights_only=True))  # the oracle: all of it, by torch
     cs.transfer(path, done := made(2))
     assert values_and_state(done) == values_and_state(whole)
-    old, new, plain = values_and_state(net), values_and_state(whole), Waiting.into
+    old, new, plain = values_and_state(net), values_and_state(whole), InFile.into
 
-    def into(waiting: Waiting, tensor: torch.Tensor) -> None:
+    def into(value: InFile, tensor: torch.Tensor) -> None:
         if len(seen) == 2:
             os.truncate(path, 0)
         seen.append(values_and_state(net))
-        plain(waiting, tensor)
+        plain(value, tensor)
 
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(Waiting, "into", into)
+    monkeypatch.setattr(InFile, "into", into)
     with pytest.raises(StaleError, match=r"the model holds 2 of \d new tensors by now, and a part of 1.weight") as caught:
         cs.transfer(path, net)
     assert ("what its own loading code changed in it is undone" in caught.value.reason) == (special is Halved)

@@ -1,4 +1,5 @@
-"""Which parameters get no weight decay: biases, parameters of at most one dimension, norms and embeddings; or those that patterns match.
+"""Selects the parameters without weight decay: biases, parameters of at most one dimension, norms and embeddings; or those that patterns
+match.
 
 Norms and embeddings are recognised by their module's type, biases by their name. Nothing is changed here.
 """
@@ -14,7 +15,7 @@ from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.target.parameters import first_matching_pattern, modules_by_path, named
 from ckptsurgeon.parameter_types import NoDecay
 
-_PLAIN = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+_UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 
 
 def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None = None) -> frozenset[str]:
@@ -38,10 +39,10 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
     candidates = {
         first: parameter.all_names for first, parameter in parameters.items() if (parameter.trainable if among is None else first in among)
     }
-    others = [name for first, parameter in parameters.items() if first not in candidates for name in parameter.all_names]
+    excluded = [name for first, parameter in parameters.items() if first not in candidates for name in parameter.all_names]
     no_decay = set(
         first_matching_pattern(
-            [word for word in words if isinstance(word, str)], candidates, others, "frozen" if among is None else "other"
+            [word for word in words if isinstance(word, str)], candidates, excluded, "frozen" if among is None else "other"
         )
     )
     if True in words:
@@ -51,13 +52,13 @@ def without_decay(model: nn.Module, rule: NoDecay, among: Collection[str] | None
             owners = [modules[path] for path, _ in positions if path in modules]
             leaves = [leaf for _, leaf in positions]
             biased = any(leaf.endswith("bias") or leaf.startswith("bias_") for leaf in leaves)  # bias_k, bias_ih_l0
-            if parameters[first].tensor.ndim <= 1 or biased or any(isinstance(owner, _PLAIN) for owner in owners):
+            if parameters[first].tensor.ndim <= 1 or biased or any(isinstance(owner, _UNDECAYED) for owner in owners):
                 no_decay.add(first)
     return frozenset(no_decay)
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """The path of a parameter's layer, and the parameter's name there, also where it is parametrized.
+    """The path of a parameter's layer and the parameter's name in it, also for a parametrized one.
 
     >>> _layer("fc.bias"), _layer("fc.parametrizations.weight.original0")
     (('fc', 'bias'), ('fc', 'weight'))

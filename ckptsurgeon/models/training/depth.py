@@ -3,8 +3,8 @@
 For a timm model, its own `group_matcher` gives the depths. Otherwise they follow from the parameters' names (without wrappers' segments)
 and the order of registration (that of `named_parameters`); the forward pass is not considered. Parameters before the layers are one below
 them (the stem), parameters after the layers one above (the head), and parameters between two layers have the depth of the earlier one.
-"Before" and "after" refer to the smallest module that contains the parameter and a layer. Of several stacks of blocks, the layers are the
-one with nearly all elements. Where that is ambiguous, or there is no stack, the error lists what could be given as `layers`.
+"Before" and "after" refer to the smallest module that contains the parameter and a layer. Of several stacks of blocks, the one
+with nearly all elements is taken as the layers. If that is ambiguous, or there is no stack, the error lists possible values for `layers`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckptsurgeon.rules.meant import meant_hint
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
 _NUMBERED = re.compile(r"([^{}*/]*?)(0|[1-9][0-9]*)")
-_MOST = 8  # modules that a hint names
+_MOST = 8  # modules in a hint
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Depths:
         return "stem" if depth == 0 else "head" if depth == self.top else f"layer {depth - 1}"
 
 
-def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: Collection[str] | None = None) -> Depths:
-    """The depth of every parameter, frozen ones too.
+def depths(model: nn.Module, layers: str | Iterable[str] | None = None, relevant: Collection[str] | None = None) -> Depths:
+    """The depth of every parameter, frozen ones included.
 
     Args:
         layers: a pattern for the layers, whose numbers tell them apart (`encoder.layer.{i}.**`, `layer{s}.{i}.**`) and count from the
             bottom; a pattern without a number is one layer. Several patterns follow one another from the bottom up. Two towers
             side by side are one pattern: `*_model.encoder.layers.{i}.**`. None uses the model's own `group_matcher` (timm's models have
             one), or else finds the repeated blocks in the module tree.
-        matter: first names of the parameters whose depth is needed; stacks without any of them are no candidates. None for all.
+        relevant: first names of the parameters whose depth is needed; stacks without any of them are no candidates. None for all.
 
     Raises:
         ModelError: no repeated blocks, more than one stack of them, or a pattern that matches no parameter.
@@ -64,15 +64,15 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     parameters = named(model)
     names = _in_order(by_name(model, parameters.values()))
     order = list(names)
-    sizes = {name: one.tensor.numel() for one in parameters.values() for name in one.bare}
+    sizes = {name: parameter.tensor.numel() for parameter in parameters.values() for name in parameter.bare}
     own_depth_of = own_depths(model, sizes) if layers is None else None
     if own_depth_of is not None:
         return _from_group_matcher(*own_depth_of, order, parameters)
-    patterns = listed(layers) if layers is not None else (_find_layers(model, matter, parameters),)
+    patterns = listed(layers) if layers is not None else (_find_layers(model, relevant, parameters),)
     layered: dict[str, int] = {}
     below = 0
     for text in patterns:
-        levels = _levels(compile_pattern(text), {name: every for name, every in names.items() if name not in layered})
+        levels = _levels(compile_pattern(text), {name: aliases for name, aliases in names.items() if name not in layered})
         if not levels:
             raise ModelError(f"the layers {text!r} match no parameter", hint=meant_hint(text, order))
         ranks = {index: rank for rank, index in enumerate(sorted(set(levels.values())), start=below + 1)}
@@ -81,18 +81,18 @@ def depths(model: nn.Module, layers: str | Iterable[str] | None = None, matter: 
     if not patterns:
         raise ModelError("layers is empty", hint="give a pattern such as 'encoder.layers.{i}.**', or leave it out")
     depth = {**_around(order, layered, below + 1), **layered}
-    return Depths(patterns, {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, below + 1)
+    return Depths(patterns, {first: min(depth[name] for name in parameter.bare) for first, parameter in parameters.items()}, below + 1)
 
 
 def _from_group_matcher(prefix: str, own: Mapping[str, int], order: list[str], parameters: Mapping[str, Named]) -> Depths:
-    """Depths from a module's `group_matcher`; parameters outside the module are below all others or above all others."""
+    """Depths from a module's `group_matcher`; parameters outside the module are below or above all of its depths."""
     outside = [name for name in order if name not in own]
-    start = next(place for place, name in enumerate(order) if name in own)
+    start = next(index for index, name in enumerate(order) if name in own)
     below, top = set(outside) & set(order[:start]), max(own.values())
     depth = {name: depth_within + bool(below) for name, depth_within in own.items()}
     top += bool(below) + (len(below) < len(outside))
     depth.update({name: 0 if name in below else top for name in outside})
-    return Depths((f"{prefix}**",), {first: min(depth[name] for name in one.bare) for first, one in parameters.items()}, top)
+    return Depths((f"{prefix}**",), {first: min(depth[name] for name in parameter.bare) for first, parameter in parameters.items()}, top)
 
 
 def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
@@ -106,12 +106,12 @@ def _in_order(parameters: Mapping[str, Named]) -> dict[str, tuple[str, ...]]:
 
 def stacks(model: nn.Module) -> tuple[str, ...]:
     """Patterns of the outermost stacks of repeated blocks: children with numbers in their names (`3`, `layer3`), of which at least two have
-    the same type and layers of their own. Where such children contain only blocks of one type (stages), these blocks are the layers.
+    the same type and layers of their own. If such children contain only blocks of one type (stages), these blocks are the layers.
 
     >>> stacks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     ()
     """
-    found: list[str] = []
+    patterns: list[str] = []
 
     def walk(module: nn.Module, prefix: str) -> None:
         children = _children(module)
@@ -124,14 +124,14 @@ def stacks(model: nn.Module) -> tuple[str, ...]:
         for stem, members in families.items():
             kind, count = Counter(map(type, members.values())).most_common(1)[0]
             if count > 1 and any(_composite(child) for child in members.values() if type(child) is kind):
-                found.append(f"{prefix}{stem}{{i}}{'.{j}' if _stages(members.values()) else ''}.**")
+                patterns.append(f"{prefix}{stem}{{i}}{'.{j}' if _stages(members.values()) else ''}.**")
                 inside |= set(members)
         for name, child in children.items():
             if name not in inside:
                 walk(child, f"{prefix}{name}.")
 
     walk(model, "")
-    return tuple(found)
+    return tuple(patterns)
 
 
 def _stages(members: Iterable[nn.Module]) -> bool:
@@ -160,12 +160,14 @@ def _composite(module: nn.Module) -> bool:
     return any(_has_parameters(child) for child in _children(module).values())
 
 
-def _find_layers(model: nn.Module, matter: Collection[str] | None, parameters: Mapping[str, Named]) -> str:
-    """The pattern of the one stack of blocks that contains parameters of `matter`, or nearly all elements. ModelError if there is none."""
-    candidates = {name: (name,) for first, parameter in parameters.items() if matter is None or first in matter for name in parameter.bare}
-    found = stacks(model)
-    counts = {text: len(set(_levels(compile_pattern(text), candidates).values())) for text in found}
-    matching = [text for text in found if counts[text]] or list(found)
+def _find_layers(model: nn.Module, relevant: Collection[str] | None, parameters: Mapping[str, Named]) -> str:
+    """The pattern of the one stack of blocks that contains relevant parameters, or nearly all elements. ModelError if there is none."""
+    candidates = {
+        name: (name,) for first, parameter in parameters.items() if relevant is None or first in relevant for name in parameter.bare
+    }
+    patterns = stacks(model)
+    counts = {text: len(set(_levels(compile_pattern(text), candidates).values())) for text in patterns}
+    matching = [text for text in patterns if counts[text]] or list(patterns)
     if len(matching) == 1:
         return matching[0]
     names = {name: (name,) for parameter in parameters.values() for name in parameter.bare}
@@ -205,25 +207,25 @@ def _levels(pattern: Pattern, names: Mapping[str, Iterable[str]]) -> dict[str, t
 def _around(order: list[str], layered: Mapping[str, int], top: int) -> dict[str, int]:
     """The depth of every name that is in no layer."""
     spans: dict[str, list[int]] = {}  # by a module's prefix: the first and last position of a layer in it, its lowest and highest depth
-    places = []
-    for place, name in enumerate(order):
+    layer_positions = []
+    for position, name in enumerate(order):
         if name not in layered:
             continue
-        places.append(place)
+        layer_positions.append(position)
         for prefix in _prefixes(name):
-            span = spans.setdefault(prefix, [place, place, layered[name], layered[name]])
-            span[1:] = [place, min(span[2], layered[name]), max(span[3], layered[name])]
+            span = spans.setdefault(prefix, [position, position, layered[name], layered[name]])
+            span[1:] = [position, min(span[2], layered[name]), max(span[3], layered[name])]
     depth_of = {}
-    for place, name in enumerate(order):
+    for position, name in enumerate(order):
         if name in layered:
             continue
         first, last, lowest, highest = next(spans[prefix] for prefix in _prefixes(name) if prefix in spans)
-        if place < first:
+        if position < first:
             depth_of[name] = lowest - 1
-        elif place > last:
+        elif position > last:
             depth_of[name] = min(highest + 1, top)
         else:
-            depth_of[name] = layered[order[places[bisect_right(places, place) - 1]]]
+            depth_of[name] = layered[order[layer_positions[bisect_right(layer_positions, position) - 1]]]
     return depth_of
 
 

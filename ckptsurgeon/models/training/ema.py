@@ -1,6 +1,6 @@
 """An averaged copy of a model (EMA, SWA): the model inside its wrapper, and the wrapper's own buffers, such as `n_averaged`.
 
-Also finds the state_dicts nested in a live training checkpoint, by the same rule as in a file. Tensors are copied only for restoring them
+Also finds the state_dicts nested in a live training checkpoint, by the same rule as in a file. Tensors are copied only to restore them
 after a failure.
 """
 
@@ -20,31 +20,31 @@ from ckptsurgeon.planning.training_places import AVERAGED
 from ckptsurgeon.tensors import Archive, StateDict
 from ckptsurgeon.wrappers import WRAPPERS
 
-_INNER = (*sorted(WRAPPERS), *AVERAGED)  # the attributes that may hold it: `module` of AveragedModel and timm's, `ema` of ultralytics'
+_INNER = (*sorted(WRAPPERS), *AVERAGED)  # attributes that may hold the model: `module` of AveragedModel and timm, `ema` of ultralytics
 
 
-def inner(averaged: Any) -> nn.Module:
-    """The model whose weights are averaged.
+def averaged_model(wrapper: Any) -> nn.Module:
+    """The model with the averaged weights: inside its wrapper, or `wrapper` itself if it is a plain model.
 
     Raises:
-        ModelError: `averaged` is not a model and has none.
+        ModelError: `wrapper` neither is nor holds a model.
 
-    >>> inner(torch.optim.swa_utils.AveragedModel(nn.Linear(3, 2)))
+    >>> averaged_model(torch.optim.swa_utils.AveragedModel(nn.Linear(3, 2)))
     Linear(in_features=3, out_features=2, bias=True)
     """
-    wraps = not isinstance(averaged, nn.Module) or list(averaged._modules) in [[name] for name in _INNER]
-    wrapped = next((getattr(averaged, name, None) for name in _INNER if isinstance(getattr(averaged, name, None), nn.Module)), None)
-    model = wrapped if wraps else averaged
+    is_wrapper = not isinstance(wrapper, nn.Module) or list(wrapper._modules) in [[name] for name in _INNER]
+    wrapped = next((getattr(wrapper, name, None) for name in _INNER if isinstance(getattr(wrapper, name, None), nn.Module)), None)
+    model = wrapped if is_wrapper else wrapper
     if not isinstance(model, nn.Module):
-        raise ModelError(f"a {type(averaged).__name__} is no averaged model", hint="give the module that holds the averaged weights")
+        raise ModelError(f"a {type(wrapper).__name__} is no averaged model", hint="give the module that holds the averaged weights")
     return model
 
 
-def own_buffers(averaged: Any) -> dict[str, torch.Tensor]:
+def wrapper_buffers(wrapper: Any) -> dict[str, torch.Tensor]:
     """The wrapper's own buffers, such as `n_averaged`."""
-    if not isinstance(averaged, nn.Module) or averaged is inner(averaged):
+    if not isinstance(wrapper, nn.Module) or wrapper is averaged_model(wrapper):
         return {}
-    return {name: buffer for name, buffer in averaged._buffers.items() if buffer is not None}
+    return {name: buffer for name, buffer in wrapper._buffers.items() if buffer is not None}
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def restored(model: nn.Module | None, buffers: Mapping[str, torch.Tensor]) -> It
 
 
 def live_roots(source: Mapping[Any, Any]) -> Archive:
-    """The state_dicts in a live training checkpoint, as a file's reader would list them, without data.
+    """The state_dicts in a live training checkpoint, as a reader of files lists them, without data.
 
     >>> [state_dict.root for state_dict in live_roots({"epoch": 3, "net": {"w": torch.zeros(2)}}).state_dicts]
     ['net']
@@ -70,7 +70,7 @@ def live_roots(source: Mapping[Any, Any]) -> Archive:
     return Archive("the source", "model", "", (), tuple(_roots("", source, set(), 0)), kind="model")
 
 
-def _roots(place: str, value: Any, seen: set[int], depth: int) -> Iterator[StateDict]:
+def _roots(path: str, value: Any, seen: set[int], depth: int) -> Iterator[StateDict]:
     if id(value) in seen or depth > allowed("nesting") or not isinstance(value, (Mapping, list, tuple)):
         return
     seen.add(id(value))
@@ -81,7 +81,7 @@ def _roots(place: str, value: Any, seen: set[int], depth: int) -> Iterator[State
         tensors = {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
         if tensors:
             checkpoint = checkpoint_of_state_dict(tensors)
-            yield StateDict(place, checkpoint.tensors, ties=checkpoint.ties)
+            yield StateDict(path, checkpoint.tensors, ties=checkpoint.ties)
     for key, item in items:
         if isinstance(key, (str, int)):
-            yield from _roots(f"{place}.{key}" if place else str(key), item, seen, depth + 1)
+            yield from _roots(f"{path}.{key}" if path else str(key), item, seen, depth + 1)

@@ -28,12 +28,12 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, repr=False)
 class Frozen(Shown):
-    """What `freeze` froze, or `unfreeze` thawed. `str()` gives a short text.
+    """The result of `freeze` or `unfreeze`. `str()` gives a short text.
 
     Attributes:
         verb: `frozen` or `thawed`.
         keys: the tensors, each by its first name.
-        modules: the layers that are kept in eval mode from now on (after thawing: no longer are).
+        modules: the layers that are kept in eval mode from now on (after thawing: those that no longer are).
         trainable: the parameters that are trainable now.
         elements: the number of elements in `keys`.
     """
@@ -81,21 +81,21 @@ def freeze(model: nn.Module, what: object, *, partial: str = FRESH) -> Frozen:
     >>> net.train()[1].training
     False
     """
-    every, buffers = named_tensors(model)
-    chosen = _chosen(model, every, buffers, what, partial)
-    keys = tuple(first for first, parameter in every.items() if id(parameter.tensor) in chosen)
+    parameters, buffers = named_tensors(model)
+    chosen = _chosen(model, parameters, buffers, what, partial)
+    keys = tuple(first for first, parameter in parameters.items() if id(parameter.tensor) in chosen)
     for first in keys:
-        every[first].tensor.requires_grad_(False)
-        every[first].tensor.grad = None  # an optimizer would keep stepping with a stale gradient
+        parameters[first].tensor.requires_grad_(False)
+        parameters[first].tensor.grad = None  # an optimizer would keep stepping with a stale gradient
     modules = []
     for name, layer in _with_statistics(model).items():
-        own = list(layer.parameters())
-        if all(not parameter.requires_grad for parameter in own) and _covered(layer, chosen, by_record=not is_patterns(what)):
+        own_parameters = list(layer.parameters())
+        if all(not parameter.requires_grad for parameter in own_parameters) and _covered(layer, chosen, by_record=not is_patterns(what)):
             layer.training = False
             layer.__dict__["train"] = bound(_stay, layer)
             modules.append(name)
     if not keys and not modules:
-        raise ModelError("nothing is there to be frozen", hint="patterns are held against whole names: 'layer1.**'")
+        raise ModelError("there is no parameter to freeze", hint="a pattern must match a whole name: 'layer1.**'")
     return _report("frozen", model, keys, modules)
 
 
@@ -117,21 +117,23 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
     >>> unfreeze(net, "1.*").modules, net[1].training
     (('1',), True)
     """
-    every, buffers = named_tensors(model)
-    return thaw(model, every, _chosen(model, every, buffers, listed(what), FRESH))
+    parameters, buffers = named_tensors(model)
+    return thaw(model, parameters, _chosen(model, parameters, buffers, listed(what), FRESH))
 
 
-def thaw(model: nn.Module, every: Mapping[str, Named], chosen: Container[int]) -> Frozen:
-    """`unfreeze` for parameters and buffers given by id; `every` is `named(model)`."""
-    names = [first for first, parameter in every.items() if id(parameter.tensor) in chosen]
-    keys = tuple(first for first in names if not every[first].trainable and _learns(every[first].tensor))
+def thaw(model: nn.Module, parameters: Mapping[str, Named], chosen: Container[int]) -> Frozen:
+    """`unfreeze` for the parameters and buffers whose ids are `chosen`; `parameters` is `named(model)`."""
+    names = [first for first, parameter in parameters.items() if id(parameter.tensor) in chosen]
+    keys = tuple(first for first in names if not parameters[first].trainable and _learns(parameters[first].tensor))
     for first in keys:
-        every[first].tensor.requires_grad_(True)
+        parameters[first].tensor.requires_grad_(True)
     modules = []
     for name, layer in _with_statistics(model).items():
-        own = list(layer.parameters())
-        free = any(parameter.requires_grad for parameter in own) if own else _covered(layer, chosen, by_record=False)
-        if is_kept(layer) and free:
+        own_parameters = list(layer.parameters())
+        in_training = (
+            any(parameter.requires_grad for parameter in own_parameters) if own_parameters else _covered(layer, chosen, by_record=False)
+        )
+        if is_kept(layer) and in_training:
             del layer.__dict__["train"]
             layer.training = model.training
             modules.append(name)
@@ -140,8 +142,8 @@ def thaw(model: nn.Module, every: Mapping[str, Named], chosen: Container[int]) -
 
 def is_kept(layer: nn.Module) -> bool:
     """Whether `freeze` keeps this layer in eval mode."""
-    own = layer.__dict__.get("train")
-    return isinstance(own, bound) and own.func is _stay
+    method = layer.__dict__.get("train")
+    return isinstance(method, bound) and method.func is _stay
 
 
 def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
@@ -161,9 +163,9 @@ def is_patterns(what: object) -> bool:
     return isinstance(what, Iterable) and not isinstance(what, (Checkpoint, Mapping)) and not hasattr(what, "fresh")
 
 
-def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, Named], what: object, partial: str) -> set[int]:
+def _chosen(model: nn.Module, parameters: Mapping[str, Named], buffers: Mapping[str, Named], what: object, partial: str) -> set[int]:
     """The ids of the parameters and buffers that `what` selects."""
-    tensors = {**every, **buffers}
+    tensors = {**parameters, **buffers}
     if is_patterns(what):
         patterns = listed(what)  # type: ignore[arg-type]
         if not patterns or not all(isinstance(text, str) for text in patterns):
@@ -178,14 +180,14 @@ def _chosen(model: nn.Module, every: Mapping[str, Named], buffers: Mapping[str, 
     fresh = known_fresh(keys, tensors.values(), what)
     if partial == FRESH and _knows_partial(what):
         fresh |= known_partial(keys, tensors.values(), what)
-    trained = fresh_parameters(every, buffers, fresh) | {
+    trained = fresh_parameters(parameters, buffers, fresh) | {
         first for first, named in buffers.items() if named.keys and fresh.issuperset(named.keys)
     }
     return {id(named.tensor) for first, named in tensors.items() if first not in trained}
 
 
 def _knows_partial(what: object) -> bool:
-    """Whether a record lists partly transferred tensors. Files merged before that was recorded have none: adapters could not fill then."""
+    """Whether a record lists partly transferred tensors. Older merged files have no such list: adapters could not fill tensors then."""
     return not isinstance(what, Checkpoint) or "partial" in (what.provenance or {})
 
 
@@ -201,17 +203,17 @@ def _with_statistics(model: nn.Module) -> dict[str, nn.Module]:
 def _covered(layer: nn.Module, chosen: Container[int], *, by_record: bool) -> bool:
     """Whether `chosen` includes one of the layer's parameters or, for a layer without parameters, its statistics.
 
-    With a record, the statistics must be included too: if they are fresh, the layer in eval mode would have no usable statistics.
+    With a record, the statistics must be included too: fresh ones would give a layer in eval mode no usable statistics.
     """
     statistics = [layer._buffers[leaf] for leaf in _STATISTICS[:2] if layer._buffers.get(leaf) is not None]
     parameters = list(layer.parameters())
-    taken_statistics = all(id(tensor) in chosen for tensor in statistics)
+    has_statistics = all(id(tensor) in chosen for tensor in statistics)
     if not parameters:
-        return taken_statistics
-    return any(id(tensor) in chosen for tensor in parameters) and (taken_statistics or not by_record)
+        return has_statistics
+    return any(id(tensor) in chosen for tensor in parameters) and (has_statistics or not by_record)
 
 
 def _report(verb: str, model: nn.Module, keys: tuple[str, ...], modules: list[str]) -> Frozen:
-    every = named(model)
-    elements = sum(every[first].tensor.numel() for first in keys)
-    return Frozen(verb, keys, tuple(modules), tuple(first for first, parameter in every.items() if parameter.trainable), elements)
+    parameters = named(model)
+    elements = sum(parameters[first].tensor.numel() for first in keys)
+    return Frozen(verb, keys, tuple(modules), tuple(first for first, parameter in parameters.items() if parameter.trainable), elements)

@@ -29,15 +29,15 @@ NO_DECAY = "/no decay"
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The groups being built, by position: (kind, depth, without decay), which is also their order in the result."""
+class _Groups:
+    """The groups being built, by (kind, depth, without decay), which is also their order in the result."""
 
     rates: dict[tuple[int, int, bool], tuple[str, float | None]] = field(default_factory=dict)
     members: dict[tuple[int, int, bool], list[tuple[str, torch.Tensor]]] = field(default_factory=dict)
 
-    def add(self, place: tuple[int, int, bool], name: str, rate: float | None, first: str, parameter: torch.Tensor) -> None:
-        self.rates[place] = (name, rate)
-        self.members.setdefault(place, []).append((first, parameter))
+    def add(self, group: tuple[int, int, bool], name: str, rate: float | None, first: str, parameter: torch.Tensor) -> None:
+        self.rates[group] = (name, rate)
+        self.members.setdefault(group, []).append((first, parameter))
 
 
 def param_groups(
@@ -56,8 +56,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any `torch.optim` optimizer: `transferred`, `fresh`, then one for each override; empty groups are left out.
 
-    A tied parameter counts once, under its first name. It is fresh only if all its keys are, since otherwise a source gave it its
-    values. An override applies if its pattern matches any of the parameter's names: those in the model, with or without wrappers'
+    A tied parameter counts once, under its first name. It is fresh only if all its keys are, since otherwise its values came from a
+    source. An override applies if its pattern matches any of the parameter's names: those in the model, with or without wrappers'
     segments, and its keys in the state_dict.
 
     Args:
@@ -82,7 +82,7 @@ def param_groups(
     Raises:
         NoRecordError: as `fresh_keys` and, with `partial="fresh"`, `partial_keys`.
         ModelError: recorded keys that the model does not have, a pattern that matches no trainable parameter, nothing trainable, a lazy
-            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` where one is needed, or
+            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` if one is needed, or
             layers that can't be found (`depths`).
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -93,37 +93,39 @@ def param_groups(
     rates = dict(overrides or {})
     check_rates({"lr": lr, "fresh_lr": fresh_lr, "fresh_scale": fresh_scale, "weight_decay": weight_decay, **rates})
     _check_choices(lr, fresh_lr, fresh_scale, layer_decay, layers, partial)
-    every, buffers = named_tensors(model)
-    tensors = [*every.values(), *buffers.values()]
+    parameters, buffers = named_tensors(model)
+    tensors = [*parameters.values(), *buffers.values()]
     keys = state_dict_of(model, type(model).__name__)
     fresh = known_fresh(keys, tensors, source) | (known_partial(keys, tensors, source) if partial == FRESH else frozenset())
-    trainable = {first: parameter for first, parameter in every.items() if parameter.trainable}
+    trainable = {first: parameter for first, parameter in parameters.items() if parameter.trainable}
     if not trainable:
-        raise ModelError("the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if every else None)
+        raise ModelError(
+            "the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if parameters else None
+        )
     chosen = first_matching_pattern(
-        rates, {first: parameter.all_names for first, parameter in trainable.items()}, _frozen_names(every), "frozen"
+        rates, {first: parameter.all_names for first, parameter in trainable.items()}, _frozen_names(parameters), "frozen"
     )
     undecayed = without_decay(model, no_decay)
-    fresh_first = fresh_parameters(every, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
+    fresh_first = fresh_parameters(parameters, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
     rate = lr * fresh_scale if lr is not None and fresh_scale is not None else fresh_lr
     if fresh_first and rate is None:
         hint = "give fresh_lr=1e-2, or fresh_scale=10"
         first = next(first for first in trainable if first in fresh_first)
-        raise ModelError(f"{len(fresh_first)} parameters are fresh, and no rate is given for them", key=first, hint=hint)
+        raise ModelError(f"{len(fresh_first)} parameters are fresh, but have no learning rate", key=first, hint=hint)
     layer_depths = depths(model, layers, trainable.keys() - fresh_first - chosen.keys()) if layer_decay is not None else None
-    rows, positions = _Rows(), {text: number for number, text in enumerate(rates, start=2)}
+    built, kinds = _Groups(), {text: number for number, text in enumerate(rates, start=2)}
     for first, parameter in trainable.items():
         no_weight_decay = first in undecayed
         if first in chosen:
-            rows.add((positions[chosen[first]], 0, no_weight_decay), chosen[first], rates[chosen[first]], first, parameter.tensor)
+            built.add((kinds[chosen[first]], 0, no_weight_decay), chosen[first], rates[chosen[first]], first, parameter.tensor)
         elif first in fresh_first:
-            rows.add((1, 0, no_weight_decay), FRESH, rate, first, parameter.tensor)
+            built.add((1, 0, no_weight_decay), FRESH, rate, first, parameter.tensor)
         else:
             depth, name, own = _by_depth(layer_depths, first, lr, layer_decay)
-            rows.add((0, depth, no_weight_decay), name, own, first, parameter.tensor)
-    groups = [_group(*rows.rates[place], weight_decay, place[2], rows.members[place]) for place in sorted(rows.rates)]
+            built.add((0, depth, no_weight_decay), name, own, first, parameter.tensor)
+    groups = [_group(*built.rates[group], weight_decay, group[2], built.members[group]) for group in sorted(built.rates)]
     check_groups(model, groups)
-    _check_claims(every, fresh, groups)
+    _check_claims(parameters, fresh, groups)
     return groups
 
 
@@ -133,32 +135,34 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
     Args:
         groups: dicts with `params`, such as an optimizer's `param_groups`.
 
-    Raises:
-        ModelError: otherwise; it names each parameter that is in no group, in several, twice in one, or frozen and in one.
+    Raises: ModelError: otherwise; it names each parameter that is in no group, in several groups, twice in a group, or in a group though it
+        is frozen.
 
     >>> net = nn.Linear(3, 2)
     >>> check_groups(net, [{"name": "all", "params": [net.weight]}])
     Traceback (most recent call last):
-    ckptsurgeon.errors.ModelError: bias: is trainable, and in no group
+    ckptsurgeon.errors.ModelError: bias: is trainable, but in no group
     """
-    every = named(model)
-    known = {id(names.tensor) for names in every.values()}
-    places: dict[int, list[str]] = {}
+    parameters = named(model)
+    ids = {id(names.tensor) for names in parameters.values()}
+    titles_of: dict[int, list[str]] = {}
     problems = []
     for number, group in enumerate(groups):
         title = str(group.get("name", number))
         for parameter in group["params"]:
-            places.setdefault(id(parameter), []).append(title)
-            if id(parameter) not in known:
-                problems.append((f"a parameter of shape {tuple(parameter.shape)}", f"is in the group {title!r}, and not the model's"))
-    for first, names in every.items():
-        titles = places.get(id(names.tensor), [])
+            titles_of.setdefault(id(parameter), []).append(title)
+            if id(parameter) not in ids:
+                problems.append(
+                    (f"a parameter of shape {tuple(parameter.shape)}", f"is in the group {title!r}, but is no parameter of the model")
+                )
+    for first, names in parameters.items():
+        titles = titles_of.get(id(names.tensor), [])
         if len(titles) > 1:
             problems.append((first, f"is in {len(titles)} groups: {', '.join(map(repr, titles))}"))
         elif titles and not names.trainable:
-            problems.append((first, f"is frozen, and in the group {titles[0]!r}"))
+            problems.append((first, f"is frozen, but in the group {titles[0]!r}"))
         elif names.trainable and not titles:
-            problems.append((first, "is trainable, and in no group"))
+            problems.append((first, "is trainable, but in no group"))
     if len(problems) == 1:
         raise ModelError(problems[0][1], key=problems[0][0])
     if problems:
@@ -176,7 +180,7 @@ def _check_claims(every: Mapping[str, Named], fresh: frozenset[str], groups: Ite
     for key, titles in claims.items():
         if key in fresh and len(set(titles)) > 1:
             words = " and ".join(map(repr, titles))
-            raise ModelError(f"is fresh, and of {len(titles)} parameters that share its memory, in the groups {words}", key=key)
+            raise ModelError(f"is fresh, but the {len(titles)} parameters that share its memory are in different groups: {words}", key=key)
 
 
 def _by_depth(layer_depths: Depths | None, first: str, lr: float | None, decay: float | None) -> tuple[int, str, float | None]:
@@ -189,12 +193,12 @@ def _by_depth(layer_depths: Depths | None, first: str, lr: float | None, decay: 
 def _group(
     name: str, lr: float | None, decay: float | None, no_weight_decay: bool, members: list[tuple[str, torch.Tensor]]
 ) -> dict[str, Any]:
-    known = {"lr": lr, "weight_decay": 0.0 if no_weight_decay else decay}
+    settings = {"lr": lr, "weight_decay": 0.0 if no_weight_decay else decay}
     return {
         "name": name + (NO_DECAY if no_weight_decay else ""),
         "params": [parameter for _, parameter in members],
         "param_names": [first for first, _ in members],
-        **{word: value for word, value in known.items() if value is not None},
+        **{option: value for option, value in settings.items() if value is not None},
     }
 
 
@@ -207,28 +211,28 @@ def check_rates(rates: Mapping[str, float | None]) -> None:
         if value is None:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-            raise ModelError(f"{name} can't be {value!r}", hint="a rate is a number that is not negative")
+            raise ModelError(f"{name} can't be {value!r}", hint="give a number of at least 0")
 
 
 def _check_choices(
     lr: float | None, fresh_lr: float | None, fresh_scale: float | None, layer_decay: float | None, layers: object, partial: str
 ) -> None:
     if fresh_lr is not None and fresh_scale is not None:
-        raise ModelError("fresh_lr and fresh_scale are both given", hint="give one: fresh_lr is a rate, fresh_scale a multiple of lr")
+        raise ModelError("fresh_lr and fresh_scale are both given", hint="give only one: fresh_lr is a rate, fresh_scale a multiple of lr")
     if fresh_scale is not None and lr is None:
-        raise ModelError("fresh_scale multiplies lr, and no lr is given", hint="give lr, or fresh_lr")
+        raise ModelError("fresh_scale multiplies lr, which is missing", hint="give lr, or fresh_lr")
     if partial not in (TRANSFERRED, FRESH):
         raise ModelError(f"partial can't be {partial!r}", hint="give 'transferred' or 'fresh'")
     if layer_decay is None:
         if layers is not None:
-            raise ModelError("layers says what the layers are, and no layer_decay is given", hint="give layer_decay=0.75")
+            raise ModelError("layers are given without layer_decay", hint="give layer_decay=0.75")
         return
     check_decay(layer_decay)
     if lr is None:
-        raise ModelError("layer_decay multiplies lr, and no lr is given", hint="give lr")
+        raise ModelError("layer_decay multiplies lr, which is missing", hint="give lr")
 
 
 def check_decay(value: object) -> None:
-    """Raises ModelError for a layer decay that is no number above 0 and up to 1."""
+    """ModelError for a layer decay that is not a number above 0 and at most 1."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-        raise ModelError(f"layer_decay can't be {value!r}", hint="give a number above 0 and up to 1, such as 0.75")
+        raise ModelError(f"layer_decay can't be {value!r}", hint="give a number above 0 and at most 1, such as 0.75")

@@ -1,4 +1,4 @@
-"""Makes the state of a new optimizer from planned moments and loads it into the optimizer. All of it is made before any of it is loaded.
+"""Makes a new optimizer's state from planned moments, and loads it. The whole state is made before any of it is loaded.
 
 The groups keep the new optimizer's hyper-parameters. A moment that a dtype can't hold is left out with its reason, never made infinite.
 Nothing here opens a file: tensors come through `fetch`.
@@ -29,13 +29,14 @@ from ckptsurgeon.streaming.values import cast, tensor_from
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 Fetch = Callable[[TensorMeta], torch.Tensor]
-Spread = Callable[[torch.Tensor, TensorMeta | torch.Tensor], None]  # fills a sharded tensor from a file's, or from a whole one
+Spread = Callable[[torch.Tensor, TensorMeta | torch.Tensor], None]  # fills a sharded tensor from one in a file, or from a whole tensor
 LARGEST_STEP = 1 << 53  # above it, floats can't hold every whole number
 
 
 @dataclass(frozen=True)
-class Made:
-    """A new optimizer's state: what `load_state_dict` takes, the outcome for each parameter, what casts lost, and notes by parameter."""
+class NewState:
+    """A new optimizer's state: the argument of `load_state_dict`, the outcome for each parameter, the casts' losses, and notes by
+    parameter."""
 
     state_dict: dict[str, Any]
     plans: tuple[ParameterPlan, ...]
@@ -44,7 +45,7 @@ class Made:
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str | None:
-    """An optimizer's name in `SLOTS`; None for one that is not there, such as a user-defined subclass.
+    """An optimizer's name in `SLOTS`; None for any other optimizer, such as a user-defined subclass.
 
     >>> kind_of(torch.optim.SGD([torch.zeros(1)], lr=0.1)), kind_of(torch.optim.Adagrad([torch.zeros(1)]))
     ('SGD', None)
@@ -62,11 +63,11 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
         ModelError: `optimizer` is no optimizer, or has no parameter of the model.
 
     >>> net = nn.Linear(3, 2)
-    >>> [(one.name, one.keys, one.shape) for one in parameters_of(net, torch.optim.SGD(net.parameters(), lr=0.1))]
+    >>> [(parameter.name, parameter.keys, parameter.shape) for parameter in parameters_of(net, torch.optim.SGD(net.parameters(), lr=0.1))]
     [('weight', ('weight',), (2, 3)), ('bias', ('bias',), (2,))]
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ModelError(f"a {type(optimizer).__name__} is no optimizer of torch", hint="give the new torch.optim optimizer itself")
+        raise ModelError(f"a {type(optimizer).__name__} is no torch optimizer", hint="give the new torch.optim optimizer itself")
     known = {id(names.tensor): (first, names.keys) for first, names in named(model).items()}
     kind = kind_of(optimizer)
     parameters = []
@@ -78,7 +79,7 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
             parameters.append(Parameter(name, keys, "F32" if dtype is None else dtype.code, tuple(parameter.shape), slots))
     if parameters and not any(parameter.keys for parameter in parameters):
         raise ModelError(
-            "the optimizer has no parameter of the model", path=type(model).__name__, hint="make it from this model's own parameters"
+            "the optimizer has no parameter of the model", path=type(model).__name__, hint="build it from this model's parameters"
         )
     return tuple(parameters)
 
@@ -87,7 +88,7 @@ def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: M
     """The order of a model's parameters and of its optimizer's groups, from which the source's moments are assigned to parameters.
 
     Args:
-        optimizer: over the model's parameters; without one, the model's order never decides alone.
+        optimizer: over the model's parameters; without an optimizer, the model's order never decides alone.
         steps: the weights' plan by target key.
     """
     parameters, buffers = named_tensors(model)
@@ -105,13 +106,13 @@ def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: M
     )
 
 
-def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch, spread: Spread | None = None) -> Made:
+def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch: Fetch, spread: Spread | None = None) -> NewState:
     """Make the planned state, on the parameters' devices, in their dtypes and strides. Nothing is loaded yet.
 
     Args:
         plans: one for each parameter, in the optimizer's order.
-        fetch: a leaf's tensor, of its dtype and shape, on any device; it is copied.
-        spread: gives a sharded parameter's moments this rank's own part of a leaf, or of a whole tensor.
+        fetch: returns a leaf's tensor, of its dtype and shape, on any device; the tensor is copied.
+        spread: fills a sharded parameter's moment with this rank's part of a leaf, or of a whole tensor.
 
     Raises:
         PlanError: a tensor is not what it was planned to be.
@@ -120,28 +121,28 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
     state: dict[int, dict[str, Any]] = {}
     casts: list[Cast] = []
     notes: list[tuple[str, str]] = []
-    kept: list[ParameterPlan] = []
+    results: list[ParameterPlan] = []
     for position, (parameter, plan) in enumerate(zip(parameters, plans, strict=True)):
-        lost: list[Cast] = []
+        plan_casts: list[Cast] = []
         values: dict[str, Any] = {}
         for slot in plan.slots:
-            value = _value(parameter, plan, slot, fetch, lost, spread)
+            value = _value(parameter, plan, slot, fetch, plan_casts, spread)
             if isinstance(value, str):
                 plan = replace(plan, slots=(), reason=f"the source's {slot.slot.name} {value}")
                 break
             values[slot.slot.name] = value
-        kept.append(plan)
+        results.append(plan)
         if plan.reason is None:
-            casts += lost
+            casts += plan_casts
             notes += _notes(plan, fetch)
         if plan.slots:
             state[position] = values
-    own = user_code.call(type(optimizer).__name__, optimizer.state_dict)
-    return Made({"state": state, "param_groups": own["param_groups"]}, tuple(kept), tuple(casts), tuple(notes))
+    current = user_code.call(type(optimizer).__name__, optimizer.state_dict)
+    return NewState({"state": state, "param_groups": current["param_groups"]}, tuple(results), tuple(casts), tuple(notes))
 
 
 def _value(parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast], spread: Spread | None) -> Any:
-    """A slot's value; or, as a str, why there is none."""
+    """A slot's value; or a str that says why it has none."""
     if slot.slot.kind == "step":
         return _step(slot, fetch)
     if slot.slot.kind == "code":
@@ -157,21 +158,21 @@ def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
         counts = {count_of(leaf, fetch) for leaf in slot.leaves} if slot.slot.kind == "step" else set()
         if len(counts) > 1:
             words = " and ".join(f"{count:g}" for count in sorted(count for count in counts if count is not None))
-            yield plan.parameter.name, f"its parts had taken {words} steps; the most is kept"
+            yield plan.parameter.name, f"its parts had taken {words} steps; the largest number is kept"
 
 
 def count_of(leaf: Leaf, fetch: Fetch) -> float | None:
-    """A step count; None for a value that is none."""
+    """A step count; None for a value that is no step count."""
     value = fetch(leaf).reshape(()).item() if type(leaf) is TensorMeta else leaf
-    plain = type(value) in (int, float) and 0 <= value <= LARGEST_STEP  # False for NaN
-    return float(value) if plain else None
+    is_count = type(value) in (int, float) and 0 <= value <= LARGEST_STEP  # False for NaN
+    return float(value) if is_count else None
 
 
 def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
     counts = [count_of(leaf, fetch) for leaf in slot.leaves]
     if None in counts:
         return "is no count of steps"
-    # As torch itself keeps it: a float on the CPU, which its loader moves where a fused or captured step needs it.
+    # As torch keeps it: a float on the CPU, which `load_state_dict` moves to the device for a fused or capturable optimizer.
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(max(count for count in counts if count is not None), dtype=dtype)
 
@@ -179,7 +180,7 @@ def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
 def _moment(
     parameter: torch.Tensor, plan: ParameterPlan, slot: SlotPlan, fetch: Fetch, casts: list[Cast], spread: Spread | None
 ) -> torch.Tensor | str:
-    """A moment with the parameter's device, dtype and strides; or, as a str, why there is none."""
+    """A moment with the parameter's device, dtype and strides; or a str that says why there is none."""
     moment = torch.zeros_like(parameter, requires_grad=False)
     if not slot.leaves:
         return moment
@@ -206,7 +207,7 @@ def _moment(
 
 @contextmanager
 def loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[None]:
-    """Load a state into an optimizer; restore its former state if that or the block fails.
+    """Load a state into an optimizer; restore its previous state if loading or the block fails.
 
     Raises:
         TargetError: the optimizer, or a hook on it, refuses the state.
@@ -222,25 +223,25 @@ def loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> I
 
 
 @contextmanager
-def driving(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Set the values that a scheduler changes in its optimizer's groups; restore the former ones if that or the block fails."""
-    before = [{word: _kept(group[word]) for word in own if word in group} for group, own in zip(groups, values, strict=True)]
+def options_set(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Set the values that a scheduler changes in its optimizer's groups; restore the previous values if that or the block fails."""
+    before = [{option: _copied(group[option]) for option in new if option in group} for group, new in zip(groups, values, strict=True)]
     try:
-        _drive(groups, values)
+        _set(groups, values)
         yield
     except BaseException:
-        _drive(groups, before)
+        _set(groups, before)
         raise
 
 
-def _kept(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _drive(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
+def _set(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
     for group, new_values in zip(groups, values, strict=True):
-        for word, value in new_values.items():
-            if isinstance(group.get(word), torch.Tensor):
-                group[word].copy_(value) if isinstance(value, torch.Tensor) else group[word].fill_(value)
+        for option, value in new_values.items():
+            if isinstance(group.get(option), torch.Tensor):
+                group[option].copy_(value) if isinstance(value, torch.Tensor) else group[option].fill_(value)
             else:
-                group[word] = float(value) if isinstance(value, torch.Tensor) else value
+                group[option] = float(value) if isinstance(value, torch.Tensor) else value

@@ -1,8 +1,9 @@
-"""The depth of each parameter by the model's own `group_matcher`, timm's method that gives each name's group of layers.
+"""Finds the depth of each parameter by the model's own `group_matcher`, timm's method that gives each name's group of layers.
 
 The format is as timm documents it; timm itself is not imported. `group_matcher` returns a dict of regular expressions by group (one, or
 several with a suffix), or a function of a name. Groups are ordered by their numbers; a group whose last number is 99999 joins the group
-before it; a name that no expression matches is above all (the head). The `group_matcher` of a module that contains most of the model's
+before it; a name that no expression matches is above all groups (the head). The `group_matcher` of a module that contains most of the
+model's
 elements is used for the whole model: parameters outside of the module are below or above it.
 """
 
@@ -34,7 +35,7 @@ def own_depths(model: nn.Module, sizes: Mapping[str, int]) -> tuple[str, dict[st
         sizes: the number of elements of each parameter, by its name without wrappers' segments.
 
     Returns:
-        The module's path (with a dot at its end) and the depth of each of its parameters, from 0; None where there is no such module.
+        The module's path (with a dot at its end) and the depth of each of its parameters, from 0; None if there is no such module.
     """
     total = sum(sizes.values())
     for path, module in modules_by_path(model).items():
@@ -50,13 +51,13 @@ def own_depths(model: nn.Module, sizes: Mapping[str, int]) -> tuple[str, dict[st
 
 
 def _matcher(module: nn.Module) -> Callable[[str], Group | None] | None:
-    """A function from a name to its group, by the module's own `group_matcher`; None where the module has none, or it fails."""
+    """A function from a name to its group, by the module's own `group_matcher`; None if the module has none or the method fails."""
     method = getattr(module, _MATCHER, None)
     if method is None or not callable(method):
         return None
     try:
-        takes = "coarse" in inspect.signature(method).parameters
-        groups = user_code.call(type(module).__name__, partial(method, coarse=False) if takes else method)
+        has_coarse = "coarse" in inspect.signature(method).parameters
+        groups = user_code.call(type(module).__name__, partial(method, coarse=False) if has_coarse else method)
         rows = list(_rows(groups)) if isinstance(groups, Mapping) else None
     except (TargetError, TypeError, ValueError, re.error):
         return None
@@ -94,7 +95,7 @@ def _by_function(what: str, function: Callable[[str], Any], name: str) -> Group 
 
 
 def _numbered(groups: Mapping[str, Group | None]) -> dict[str, int] | None:
-    """Depths by the order of groups; None where a name has no group."""
+    """Depths by the order of groups; None if a name has no group."""
     distinct = {group for group in groups.values() if group}
     if None in groups.values() or () in groups.values():
         return None

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from ckptsurgeon.errors import ModelError
 
-_NOMINAL = ("max_lr", "initial_lr", "lr")  # the first that a group has is the rate that its schedule is made from; max_lr is OneCycleLR's
+_BASE = ("max_lr", "initial_lr", "lr")  # the first of these in a group is the base rate of its schedule; max_lr is OneCycleLR's
 _SCALED = ("lr", "initial_lr", "max_lr", "min_lr")  # rates in a group
 _OWN = ("params", "param_names", "name")
-# Attributes of schedulers with a value per group, and whether a new group's is the first one's scaled, or the same.
+# Attributes of schedulers with one value per group, and whether the first group's value is scaled for a new group, or copied.
 _PER_GROUP: dict[str, bool] = {
     "base_lrs": True,
     "max_lrs": True,
@@ -28,29 +28,31 @@ _PER_GROUP: dict[str, bool] = {
 }
 
 
-def course(group: Mapping[str, Any]) -> float:
+def base_rate(group: Mapping[str, Any]) -> float:
     """The base rate of a group's schedule: its highest rate under OneCycleLR, else its initial rate.
 
-    >>> course({"lr": 0.01, "initial_lr": 0.1})
+    >>> base_rate({"lr": 0.01, "initial_lr": 0.1})
     0.1
     """
-    return float(next(group[word] for word in _NOMINAL if word in group))
+    return float(next(group[option] for option in _BASE if option in group))
 
 
-def check_schedulers(optimizer: Optimizer, given: object) -> tuple[Any, ...]:
-    """The schedulers given, one or several.
+def check_schedulers(optimizer: Optimizer, scheduler: object) -> tuple[Any, ...]:
+    """The schedulers as a tuple; `scheduler` is one scheduler, several, or None.
 
     Raises:
-        ModelError: one is no scheduler, or belongs to another optimizer; or none is given although the groups have an `initial_lr`.
+        ModelError: a value is no scheduler, or belongs to another optimizer; or there is none although the groups have an `initial_lr`.
     """
-    schedulers = tuple(given) if isinstance(given, Iterable) else () if given is None else (given,)
-    for scheduler in schedulers:
-        if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
-            raise ModelError(f"a {type(scheduler).__name__} is no scheduler of torch's", hint="give a torch.optim.lr_scheduler")
-        if getattr(scheduler.optimizer, "optimizer", scheduler.optimizer) is not getattr(optimizer, "optimizer", optimizer):
-            raise ModelError(f"the {type(scheduler).__name__} belongs to another optimizer")
+    schedulers = tuple(scheduler) if isinstance(scheduler, Iterable) else () if scheduler is None else (scheduler,)
+    for member in schedulers:
+        if not hasattr(member, "step") or not hasattr(member, "optimizer"):
+            raise ModelError(f"a {type(member).__name__} is no torch scheduler", hint="give a torch.optim.lr_scheduler")
+        if getattr(member.optimizer, "optimizer", member.optimizer) is not getattr(optimizer, "optimizer", optimizer):
+            raise ModelError(f"the {type(member).__name__} belongs to another optimizer")
     if not schedulers and any("initial_lr" in group for group in optimizer.param_groups):
-        raise ModelError("a scheduler is at work on this optimizer, and is not given", hint="pass it, scheduler=…: its lists are per group")
+        raise ModelError(
+            "this optimizer has a scheduler, which was not passed", hint="pass scheduler=…, since its lists have one value per group"
+        )
     return schedulers
 
 
@@ -61,27 +63,27 @@ def attach(
 
     Args:
         lr: the new group's rate when the schedule is at its base.
-        base: `course` of the first group; where it is 0 there is no ratio, and the rates are `lr` themselves.
-        weight_decay: None for the first group's.
+        base: the `base_rate` of the first group; if it is 0, the new group's rates are `lr` itself.
+        weight_decay: None takes that of the first group.
     """
     first = optimizer.param_groups[0]
     ratio = lr / base if base else None
-    scaled = {word: _scaled(first[word], ratio, lr) for word in _SCALED if word in first}
+    scaled = {option: _scaled(first[option], ratio, lr) for option in _SCALED if option in first}
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     names = _OWN if "param_names" in first else ("params", "name")
     before = len(optimizer.param_groups)
-    rest = {word: value for word, value in first.items() if word not in _OWN}
-    optimizer.add_param_group({**rest, **scaled, **decay, **{word: group[word] for word in names}})
+    options = {option: value for option, value in first.items() if option not in _OWN}
+    optimizer.add_param_group({**options, **scaled, **decay, **{option: group[option] for option in names}})
     for scheduler in _all(schedulers):
         for attribute, scales in _PER_GROUP.items():
             values = getattr(scheduler, attribute, None)
             if isinstance(values, list) and len(values) == before:
-                # a new list: a SequentialLR shows the list of the scheduler that is at work, and it must not grow twice
+                # a new list: a SequentialLR shares the list of its current scheduler, which must not grow twice
                 setattr(scheduler, attribute, [*values, _scaled(values[0], ratio, lr) if scales else values[0]])
 
 
 def _all(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Each scheduler and those within it."""
+    """Each scheduler, and the schedulers that it contains."""
     for scheduler in schedulers:
         yield scheduler
         yield from _all(getattr(scheduler, "_schedulers", ()))

@@ -1,7 +1,7 @@
 """Gradual unfreezing: frozen parameters become trainable stage by stage, top down, in new groups of a live optimizer.
 
-A stage turns `requires_grad` on and calls `add_param_group`; other groups and the optimizer's state are not changed. A given scheduler is
-extended by the new group, at its current point. Call `step()` once per epoch or once per optimizer step; `at` counts these calls.
+A stage turns `requires_grad` on and calls `add_param_group`; other groups and the optimizer's state are not changed. A scheduler that is
+passed is extended by the new group, at its current point. Call `step()` once per epoch or once per optimizer step; `at` counts these calls.
 Gradual unfreezing: Howard and Ruder 2018, arXiv:1801.06146, section 3.3.
 """
 
@@ -21,7 +21,7 @@ from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import depths
 from ckptsurgeon.models.training.freezing import Frozen, thaw
 from ckptsurgeon.models.training.groups import NO_DECAY, check_decay, check_rates
-from ckptsurgeon.models.training.schedules import attach, check_schedulers, course
+from ckptsurgeon.models.training.schedules import attach, base_rate, check_schedulers
 from ckptsurgeon.parameter_types import NoDecay, Words
 from ckptsurgeon.shown import Shown
 from ckptsurgeon.views.folding import fold_keys
@@ -29,7 +29,7 @@ from ckptsurgeon.views.folding import fold_keys
 
 @dataclass(frozen=True, repr=False)
 class Stage(Shown):
-    """What `Thaw` thaws together.
+    """The parameters that `Thaw` thaws together.
 
     Attributes:
         name: its patterns, or its layer.
@@ -54,23 +54,23 @@ class Thaw:
         model: the model, in which everything to be thawed later is frozen (`freeze`).
         optimizer: over what is trainable now; new groups take all other options (betas, eps, fused …) from its first group.
         stages: for each stage, in order, one or more patterns for names of frozen parameters. The first matching stage wins; a parameter
-            that no stage matches stays frozen. None: the head, the layers from the top down, and the stem, where they are frozen.
+            that no stage matches stays frozen. None: the head, the layers from the top down, and the stem, as far as they are frozen.
         lr: the learning rate of the model's top, as `param_groups` has it.
-        layer_decay: a stage's rate is `lr` × layer_decay ** (its distance from the head): 1 for the first of the stages given, or the last
-            layer; 1 / 2.6 is ULMFiT's discriminative fine-tuning.
+        layer_decay: a stage's rate is `lr` × layer_decay ** (its distance from the head): 1 for the first stage of `stages`, or for the
+            last layer; 1 / 2.6 is ULMFiT's discriminative fine-tuning.
         at: when a stage is thawed, in calls of `step()`: one number for the distance between stages, or ascending numbers, one per stage.
         weight_decay: the weight decay of the new groups; None takes that of the first group.
         no_decay: True: no weight decay for biases, parameters of one dimension, norms and embeddings; or patterns, True among them or not.
         layers: a pattern for the layers, whose numbers tell them apart: `"encoder.layer.{i}.**"`; or several, from the bottom up. None
             uses a timm model's `group_matcher`, or finds the repeated blocks. Parameters before the layers are the stem (depth 0),
             those after them the head.
-        scheduler: the optimizer's `torch.optim.lr_scheduler`, or several. It must be given if there is one, since its lists are per group.
-            A new group starts at `lr` × (the first group's current rate / its base rate) and continues from there. `lr` is the peak under
-            OneCycleLR, and `base_lr` under CyclicLR. A minimum (`eta_min`, `min_lr`) is the same for all groups, as in torch.
+        scheduler: the optimizer's `torch.optim.lr_scheduler`, or several. If there is one, pass it, since its lists have one value per
+            group. A new group starts at `lr` × (the first group's current rate / its base rate) and continues from there. `lr` is the peak
+            under OneCycleLR, and `base_lr` under CyclicLR. A minimum (`eta_min`, `min_lr`) is the same for all groups, as in torch.
 
     Raises:
         ModelError: a stage that matches nothing frozen, invalid rates or counts, layers that can't be found, a scheduler of another
-            optimizer, or a scheduler that is not given.
+            optimizer, or a scheduler that was not passed.
 
     >>> import torch
     >>> from ckptsurgeon import freeze
@@ -109,10 +109,10 @@ class Thaw:
         self.stages = tuple(
             Stage(name, when, lr * layer_decay**below, keys) for when, (name, below, keys) in zip(_counts(at, len(rows)), rows, strict=True)
         )
-        self._bare = without_decay(model, no_decay, {first for stage in self.stages for first in stage.keys})
+        self._no_decay = without_decay(model, no_decay, {first for stage in self.stages for first in stage.keys})
         self._model, self._optimizer, self._weight_decay = model, optimizer, weight_decay
         self._schedulers = check_schedulers(optimizer, scheduler)
-        self._base = course(optimizer.param_groups[0])
+        self._base = base_rate(optimizer.param_groups[0])
         self._steps = self._done = 0
 
     def step(self) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ class Thaw:
             The names that were thawed; usually none.
 
         Raises:
-            ModelError: the optimizer has a scheduler that was not given.
+            ModelError: the optimizer has a scheduler that was not passed.
         """
         self._steps += 1
         return self._catch_up(self._steps)
@@ -148,7 +148,7 @@ class Thaw:
         """
         thawed = [tuple(keys) for keys in state["stages"]]
         if thawed != [stage.keys for stage in self.stages[: len(thawed)]] or self._done > len(thawed):
-            raise ModelError("the state is of other stages", hint="freeze the model and build Thaw as it was at the beginning")
+            raise ModelError("the state has other stages", hint="freeze the model and build Thaw as they were at the beginning")
         self._steps = int(state["steps"])
         while self._done < len(thawed):
             self._thaw_stage(self.stages[self._done])
@@ -168,41 +168,41 @@ class Thaw:
         # a parameter that was in the optimizer before it was frozen stays in its group, with its state
         joining = [first for first in stage.keys if id(every[first].tensor) not in present]
         check_schedulers(self._optimizer, self._schedulers)
-        for plain in (False, True):
-            members = [first for first in joining if (first in self._bare) is plain]
+        for undecayed in (False, True):
+            members = [first for first in joining if (first in self._no_decay) is undecayed]
             if members:
-                title = f"thawed/{stage.name}{NO_DECAY if plain else ''}"
-                decay = 0.0 if plain else self._weight_decay
+                title = f"thawed/{stage.name}{NO_DECAY if undecayed else ''}"
+                decay = 0.0 if undecayed else self._weight_decay
                 group = {"name": title, "params": [every[first].tensor for first in members], "param_names": members}
                 attach(self._optimizer, self._schedulers, group, stage.lr, self._base, decay)
-        frozen = thaw(self._model, every, {id(every[first].tensor) for first in stage.keys})
+        thawed = thaw(self._model, every, {id(every[first].tensor) for first in stage.keys})
         self._done += 1
-        return frozen
+        return thawed
 
 
 def _counts(at: int | Sequence[int], number: int) -> list[int]:
-    counts = [at * place for place in range(1, number + 1)] if isinstance(at, int) else list(at)
+    counts = [at * stage for stage in range(1, number + 1)] if isinstance(at, int) else list(at)
     if len(counts) != number:
-        raise ModelError(f"at has {len(counts)} counts, and there are {number} stages", hint="give one for each, or one number for all")
+        raise ModelError(f"at has {len(counts)} counts, but there are {number} stages", hint="give one count per stage, or a single number")
     if not all(isinstance(count, int) and count > 0 for count in counts) or counts != sorted(counts):
-        raise ModelError(f"at can't be {at!r}", hint="give counts from 1 up, ascending")
+        raise ModelError(f"at can't be {at!r}", hint="give ascending counts of at least 1")
     return counts
 
 
 def _stages_by_pattern(every: Mapping[str, Named], stages: Sequence[Words]) -> list[tuple[str, int, tuple[str, ...]]]:
     frozen = {first: parameter.all_names for first, parameter in every.items() if not parameter.trainable}
-    others = [name for parameter in every.values() if parameter.trainable for name in parameter.all_names]
+    trainable = [name for parameter in every.values() if parameter.trainable for name in parameter.all_names]
     rows = [listed(stage) for stage in ([stages] if isinstance(stages, str) else stages)]
-    by_pattern = first_matching_pattern([text for row in rows for text in row], frozen, others, "trainable")
-    found_stages: list[tuple[str, int, tuple[str, ...]]] = []
+    by_pattern = first_matching_pattern([text for row in rows for text in row], frozen, trainable, "trainable")
+    result: list[tuple[str, int, tuple[str, ...]]] = []
     remaining = dict(by_pattern)
     for below, row in enumerate(rows, start=1):
         keys = tuple(first for first, text in remaining.items() if text in row)
         remaining = {first: text for first, text in remaining.items() if first not in keys}
         if not keys:
-            raise ModelError(f"the stage {', '.join(row)!r} has nothing left that an earlier one does not thaw")
-        found_stages.append((", ".join(row), below, keys))
-    return found_stages
+            raise ModelError(f"the stage {', '.join(row)!r} is empty: earlier stages thaw all that it matches")
+        result.append((", ".join(row), below, keys))
+    return result
 
 
 def _stages_by_depth(model: nn.Module, every: Mapping[str, Named], layers: Words | None) -> list[tuple[str, int, tuple[str, ...]]]:

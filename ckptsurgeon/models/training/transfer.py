@@ -1,8 +1,8 @@
 """Puts a plan's values into a live model. Before the first copy, every value is available and every tensor is known to be writable.
 
-The plan decides what goes where. Values come through `fetch`, so nothing here opens a file. A value in a file is read straight into the
-model's memory: not through a memory map, since a mapped file that shrinks kills the process. Keys that a module's
-own loading code can reach go through torch's `load_state_dict` first, all or nothing.
+The plan decides which value goes where. Values come through `fetch`, so nothing here opens a file. A value in a file is read directly into
+the model's memory, without a memory map: a mapped file that shrinks would kill the process. Keys that a module's own loading code can reach
+go through torch's `load_state_dict` first, all or nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _EXTRA = "_extra_state"
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A value that is still in a file."""
+class InFile:
+    """A value that is in a file and not read yet."""
 
     meta: TensorMeta
     reader: Reader
@@ -48,18 +48,18 @@ class Waiting:
         """Read it into a tensor of its shape and dtype, on any device."""
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.is_conj() or tensor.is_neg() or not tensor.numel():
-            tensor.copy_(at_hand(self))
+            tensor.copy_(in_memory(self))
             return
         memory: Any = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
         self.reader.read_into(self.meta, memoryview(memory).cast("B"))
-        tensor.view(-1)[:0].zero_()  # autograd learns that the tensor has changed
+        tensor.view(-1)[:0].zero_()  # bumps the version counter, so that autograd notices the change
 
 
-Value = torch.Tensor | Waiting
+Value = torch.Tensor | InFile
 
 
-def at_hand(value: Value) -> torch.Tensor:
-    """A value in memory."""
+def in_memory(value: Value) -> torch.Tensor:
+    """The value as a tensor; one in a file is read."""
     if isinstance(value, torch.Tensor):
         return value
     return tensor_from(value.reader.read(value.meta), value.meta.dtype).view(value.meta.shape)
@@ -74,14 +74,14 @@ def put(
     handed: Mapping[str, Value] = {},
     held: Held = None,
 ) -> None:
-    """Copy every transferred tensor, and every one that a rule initialises, into `model`, in place, on any device.
+    """Copy all transferred tensors, and those that a rule initialises, into `model`, in place, on any device.
 
     Args:
         plan: made for this model.
-        fetch: returns a target key's value, of the target's shape and dtype, on any device; raises if there is none or a cast is refused.
+        fetch: returns a target key's value, of the target's shape and dtype, on any device; raises if it has none or a cast is refused.
         extra: values that are not tensors, by key.
         schemes: the functions of user-defined schemes, by name.
-        handed: values that the model's own loading code gets unchanged, by the names that it expects.
+        handed: values that the model's own loading code gets unchanged, by the names that this code expects.
         held: collects what a progress callback raises, since the model must not be left half filled.
 
     Raises:
@@ -96,7 +96,7 @@ def put(
     values: dict[str, Value] = {}
     copies: dict[str, str] = {}
     steps = {step.target: step for step in plan.steps}
-    places = {key: place for place, key in enumerate(state)}
+    positions = {key: position for position, key in enumerate(state)}
     for step in plan.steps:
         if step.action == "load":
             check_writable(step.target, state[step.target])
@@ -111,48 +111,51 @@ def put(
                 leader = plan.leader(step.target)
                 owner, leaf = initialize.layer_of(model, leader)
                 values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner, schemes, leaf)
-    # `from(KEY)`: what that key gets, or what it has and keeps.
+    # `from(KEY)` gives the value that KEY gets, or keeps.
     values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:
         check_writable(key, state[key])
-    own = {storage_of(tensor) for tensor in tensors_of(model) if not is_traceable_wrapper_subclass(tensor)}
+    own_storages = {storage_of(tensor) for tensor in tensors_of(model) if not is_traceable_wrapper_subclass(tensor)}
     # A source that shares the model's memory would change while the model does.
     values = {
-        key: value.clone() if isinstance(value, torch.Tensor) and storage_of(value) in own else value
-        for key, value in sorted(values.items(), key=lambda item: places[item[0]])
+        key: value.clone() if isinstance(value, torch.Tensor) and storage_of(value) in own_storages else value
+        for key, value in sorted(values.items(), key=lambda item: positions[item[0]])
     }
     loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
-    foreign = {key for key in values if storage_of(state[key]) not in own and state[key].numel()}
+    foreign = {key for key in values if storage_of(state[key]) not in own_storages and state[key].numel()}
     if foreign or any(key.rpartition(".")[2] != _EXTRA or initialize.owner_of(model, key) is None for key in extra):
         foreign = set(values)  # the state_dict does not share the model's memory
-    special = reachable_keys(state, loaders, foreign)
-    if not loaders and not special and not foreign:
+    through_loader = reachable_keys(state, loaders, foreign)
+    if not loaders and not through_loader and not foreign:
         with undisturbed(), torch.no_grad():
             set_extra(model, state, extra, name)
             _copy(state, values, held, lambda: reset_extra(model, state, extra, name))
         return
     computed = {step.target for step in plan.steps if step.action == "load"}
-    through = {key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in special), *handed.items())}
-    rest = {key: value for key, value in values.items() if key not in special}
-    undo = load(model, state, through, extra, loaders, plan.versions, rest, computed)
+    loader_values = {
+        key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in through_loader), *handed.items())
+    }
+    rest = {key: value for key, value in values.items() if key not in through_loader}
+    undo = load(model, state, loader_values, extra, loaders, plan.versions, rest, computed)
     after = state_dict_of(model, name)
     reachable = {key for loader in loaders.values() for key in loader.keys}
-    wrong = [key for key in foreign - reachable if not _same_bits(after.get(key), at_hand(values[key]))]
+    wrong = [key for key in foreign - reachable if not _same_bits(after.get(key), in_memory(values[key]))]
     if wrong:
         with undisturbed():
             undo()
-        raise VerificationError("the model does not hold what was put into it; it is as it was before", key=wrong[0])
+        raise VerificationError("the model does not have the values that were loaded into it; it is unchanged", key=wrong[0])
     with undisturbed(), torch.no_grad():
         _copy(after, rest, held, undo, "; what its own loading code changed in it is undone")
 
 
 def _owned(value: Value) -> torch.Tensor:
-    """A value as a tensor of its own, which the model's code may change."""
-    return at_hand(value) if isinstance(value, Waiting) else value.detach().clone()
+    """A copy of a value, which the model's code may change."""
+    return in_memory(value) if isinstance(value, InFile) else value.detach().clone()
 
 
 def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, undo: Undo, undone: str = "") -> None:
-    """Copy values into the model. If one can't be read, those copied before stay and `undo` is run; `undone` says so in the message."""
+    """Copy values into the model. If a value can't be read, those copied before stay, and `undo` is run; `undone` says so in the
+    message."""
     done: list[str] = []
     with phase("transferring", sum(_size(state[key]) for key in values), held=held) as advance:
         for key, value in values.items():
@@ -174,15 +177,15 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def check_writable(key: str, tensor: torch.Tensor) -> None:
-    """Raises ModelError for a tensor of the model that can't take values in place."""
+    """ModelError for a tensor of the model that can't be written to in place."""
     if tensor.device.type == "meta":
         raise ModelError("the model is on the meta device and has no memory", key=key, hint="model.to_empty(device='cpu') first")
     if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ModelError(
-            "can't take values: it is expanded, so that its elements share memory", key=key, hint="give the model a clone of it"
-        )
+        raise ModelError("can't be written to: it is expanded, so its elements share memory", key=key, hint="give the model a clone of it")
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise ModelError("can't take values: it was made in inference mode", key=key, hint="build the model outside torch.inference_mode()")
+        raise ModelError(
+            "can't be written to: it was made in inference mode", key=key, hint="build the model outside torch.inference_mode()"
+        )
 
 
 def set_extra(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
@@ -211,7 +214,7 @@ def _set_extra_state(model: nn.Module, key: str, value: Any, name: str) -> None:
 
 
 def _same_bits(current: Any, value: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits, on whatever devices."""
+    """Whether two tensors have the same bits, on any devices."""
     if not isinstance(current, torch.Tensor) or current.shape != value.shape:
         return False
     return tensor_bytes(current.to(value.dtype)) == tensor_bytes(value)
