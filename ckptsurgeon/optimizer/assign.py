@@ -1,10 +1,10 @@
-"""Finds which parameter each position of a saved optimizer state belongs to: by names where there are any, else by an order of parameters.
+"""Finds which parameter each position of a saved optimizer state belongs to: by names if there are any, else by an order of parameters.
 
 torch stores an optimizer's state by position, mostly without names. An order can be that of the file's keys, unless these are sorted, or
-that of a live model and its optimizer; where both are known, they must agree. In a single group the parameters are in order, and some may
+that of a live model and its optimizer; if both are known, they must agree. In a single group the parameters are in order, and some may
 be left out. With several groups, all parameters of one shape must be in the same group, unless the live optimizer has groups of the same
-sizes. Every moment's shape is compared with its parameter's. An assignment that is not the only possible one is refused; there is no best
-guess.
+sizes. Every moment's shape is compared with its parameter's. An ambiguous assignment is refused, never
+guessed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 MODEL = "model"  # in place of names: use the order in which the model registers its parameters
-# What the user can do where the assignment is not unique: in Python, and on the command line.
+# What the user can do if the assignment is ambiguous: in Python, and on the command line.
 IN_PYTHON = {
     "names": "give the source's names in the optimizer's order, group after group: optimizer_names=[name for name, {one} in "
     "source_model.named_parameters(){part}]",
@@ -40,8 +40,7 @@ Shapes = Mapping[Hashable, Shape | None]
 
 @dataclass(frozen=True)
 class Assigned:
-    """The source's key of each position that has one, and what it was found by: `names`, the `order` of the file's keys, or a live
-    `model`."""
+    """The source key of each position that has one, and how it was found: by `names`, the `order` of the file's keys, or a live `model`."""
 
     keys: Positions
     by: Literal["names", "order", "model"]
@@ -61,10 +60,10 @@ def assign(
         source: the checkpoint whose parameters it was saved for.
         names: the parameters' names in the optimizer's order, used in place of those in the file; `"model"` for the live model's order.
         live: the parameters of a live model, or None.
-        help: what the user can do where the assignment is not unique: `IN_PYTHON` or `ON_THE_COMMAND_LINE`.
+        help: what the user can do if the assignment is ambiguous: `IN_PYTHON` or `ON_THE_COMMAND_LINE`.
 
     Raises:
-        ModelError: names that are not the source's, or too few; without names, an order that does not fit or is not the only one.
+        ModelError: names that are not the source's, or too few; without names, an order that does not fit or is ambiguous.
         FormatError: moments with different shapes for one parameter.
     """
     known_names = saved.names if names is None else None if names == MODEL else tuple(names)
@@ -76,7 +75,7 @@ def assign(
     for position, key in assigned.keys.items():
         shape = saved.shape_of(position)
         if shape is not None and shape != source[key].shape:
-            wrong.append(f"{key}: its moments are {shape}, and it is {source[key].shape}")
+            wrong.append(f"{key}: its moments have the shape {shape}, but it has {source[key].shape}")
     if wrong:
         raise ModelError(
             "the optimizer's moments are not those of these parameters",
@@ -150,11 +149,11 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
         )
     proven = key_order == "registered" and (live is None or live.as_registered)
     if by_file is not None and by_live is not None and not proven:
-        apart = next((position for position in with_moments if by_file.get(position) != by_live.get(position)), None)
-        if apart is not None:
+        differing = next((position for position in with_moments if by_file.get(position) != by_live.get(position)), None)
+        if differing is not None:
             raise ModelError(
-                f"the file's order and the model's give the optimizer's position {str(apart)[:60]} to {by_file.get(apart)} and to "
-                f"{by_live.get(apart)}, which have one shape",
+                f"the file's order and the model's give the optimizer's position {str(differing)[:60]} to {by_file.get(differing)} and to "
+                f"{by_live.get(differing)}, which have the same shape",
                 path=source.path,
                 hint=_hint(saved, source, live, help),
             )
@@ -165,9 +164,9 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
     by_unique_shape = _by_unique_shape(with_moments, shapes, keys, source)
     if by_unique_shape is None:
         count = f"{len(saved.flat)} parameters in {len(saved.positions)} group{'s' if len(saved.positions) != 1 else ''}"
-        why = "; its keys are sorted, so that their order says nothing" if key_order == "sorted" else ""
+        why = "; its keys are sorted, so their order says nothing" if key_order == "sorted" else ""
         raise ModelError(
-            f"the optimizer stores {count} without names, and they can be the source's {len(keys)} in no way, or in several{why}",
+            f"the optimizer stores {count} without names, which can be assigned to the source's {len(keys)} in no way, or in several{why}",
             path=source.path,
             hint=_hint(saved, source, live, help),
         )
@@ -175,18 +174,19 @@ def _by_order(saved: Saved, source: Checkpoint, live: LiveOrder | None, by_model
 
 
 def _hint(saved: Saved, source: Checkpoint, live: LiveOrder | None, help: Mapping[str, str]) -> str:
-    """What the user can do. The model's order is offered only where it fits; the names only of trained parameters where some were not."""
+    """What the user can do. The model's order is offered only if it fits; if some parameters were not trained, only the names of the others
+    are."""
     shapes = {position: saved.shape_of(position) for position in saved.flat}
     keys = candidates(source, () if live is None else live.passed)
-    some = len(saved.flat) < len(keys)
-    names = help["names"].format(one="parameter" if some else "_", part=" if parameter.requires_grad" if some else "")
+    some_untrained = len(saved.flat) < len(keys)
+    names = help["names"].format(one="parameter" if some_untrained else "_", part=" if parameter.requires_grad" if some_untrained else "")
     fits = live is not None and _by_live(saved, shapes, keys, source, live, True) is not None
     return f"{names}; or {help['model']}" if fits else names
 
 
 def _by_live(saved: Saved, shapes: Shapes, keys: Sequence[str], source: Checkpoint, live: LiveOrder, by_user: bool) -> Positions | None:
     """Each position's key, by the groups of the live optimizer, if they have the sizes of the saved ones, or by the model's order of
-    registration; None where neither fits.
+    registration; None if neither fits.
 
     Unless the user asked for this order, each of the model's parameters must correspond to at most one source key, and source keys that the
     model does not have must have shapes that none of its parameters has.
@@ -210,9 +210,9 @@ def _by_live(saved: Saved, shapes: Shapes, keys: Sequence[str], source: Checkpoi
 
 
 def _pairs(positions: Sequence[Hashable], parameters: Sequence[tuple[str, ...]], shapes: Shapes, source: Checkpoint) -> Positions | None:
-    """Each position's key, where position and parameter are in the same order.
+    """Each position's key, if positions and parameters are in the same order.
 
-    None where a position with moments has no key or one of another shape, or where two positions have the same key.
+    None if a position with moments has no key or a key of another shape, or if two positions have the same key.
     """
     keys = {position: parameter[0] for position, parameter in zip(positions, parameters, strict=True) if len(parameter) == 1}
     fits = all(shape is None or (position in keys and source[keys[position]].shape == shape) for position, shape in shapes.items())
@@ -220,11 +220,11 @@ def _pairs(positions: Sequence[Hashable], parameters: Sequence[tuple[str, ...]],
 
 
 def _alike(saved: Saved, live: LiveOrder) -> bool:
-    """Whether groups of the same sizes may be the same groups: by name, where both have names, and by which have no weight decay."""
+    """Whether groups of the same sizes may be the same groups: by their names, if both have names, and by which have no weight decay."""
     rows = list(zip(saved.groups, live.options, strict=True))
     names = all(old["name"] == new["name"] for old, new in rows if "name" in old and "name" in new)
     without_decay = [(old.get("weight_decay") == 0, new.get("weight_decay") == 0) for old, new in rows]
-    decays = [side for side in zip(*without_decay, strict=True) if len(set(side)) > 1]  # sides where some groups decay and some don't
+    decays = [side for side in zip(*without_decay, strict=True) if len(set(side)) > 1]  # sides on which some groups decay and others don't
     return names and (len(decays) < 2 or decays[0] == decays[1])
 
 
@@ -246,8 +246,8 @@ def _in_groups(groups: Sequence[Sequence[Hashable]], shapes: Shapes, keys: Seque
 
 
 def _in_order(positions: Sequence[Hashable], shapes: Shapes, keys: Sequence[str], source: Checkpoint) -> dict[Hashable, str] | None:
-    """Each position's key in a single group: keys in order, some left out. Where a position has moments, the earliest and the latest
-    possible key must be the same; None otherwise."""
+    """Each position's key in a single group: keys in order, some left out. For a position with moments, the earliest and the
+    latest possible key must be the same; None otherwise."""
     first = _embed(positions, shapes, keys, source)
     last = _embed(positions[::-1], shapes, keys[::-1], source)
     if first is None or last is None or any(shapes[position] is not None and first[position] != last[position] for position in positions):

@@ -87,12 +87,12 @@ class Saved:
         return any("state1" in state for state in self.state.values())
 
     def shape_of(self, position: Hashable) -> Shape | None:
-        """The shape of a position's moments; None where it has none. FormatError where they differ."""
+        """The shape of a position's moments; None if it has none. FormatError if they differ."""
         state = self.state.get(position, {})
         moments = _MOMENTS if "state2" not in state else _MOMENTS - {"state1"}  # AdEMAMix keeps two averages in one `state1`
         shapes = {name: leaf.shape for name, leaf in state.items() if type(leaf) is TensorMeta and name in moments}
         if len(set(shapes.values())) > 1:
-            raise FormatError(f"has moments of unlike shapes for position {_short(position)}: {_shapes(shapes)}")
+            raise FormatError(f"has moments of different shapes for position {_short(position)}: {_shapes(shapes)}")
         return next(iter(shapes.values()), None)
 
 
@@ -167,7 +167,7 @@ def _positions(number: int, group: Any) -> tuple[Hashable, ...]:
 
 
 def _names(groups: Sequence[Mapping[str, Any]], positions: Sequence[tuple[Hashable, ...]]) -> tuple[str, ...] | None:
-    """The parameters' names, in order: the positions themselves where they are names, else `param_names`; None where a group has
+    """The parameters' names, in order: the positions themselves if they are names, else `param_names`; None if a group has
     neither."""
     flat = [position for group in positions for position in group]
     if flat and all(type(position) is str for position in flat):
@@ -183,7 +183,7 @@ def _names(groups: Sequence[Mapping[str, Any]], positions: Sequence[tuple[Hashab
             raise FormatError(f"has param_names in its group {number} that are not one name for each of its {len(params)} parameters")
         all_names += names
     if len(set(all_names)) != len(all_names):
-        raise FormatError("has one name for two parameters")
+        raise FormatError("has the same name for two parameters")
     return tuple(all_names)
 
 

@@ -14,7 +14,7 @@ from ckptsurgeon.errors import FormatError, PlanError
 from ckptsurgeon.formats.layout import Stored
 from ckptsurgeon.optimizer.assign import Assigned
 from ckptsurgeon.optimizer.format import BITSANDBYTES, MARKS, SLOTS, Leaf, Saved, Slot, State
-from ckptsurgeon.optimizer.plan import Parameter, ParameterPlan, SlotPlan, plan_states
+from ckptsurgeon.optimizer.plan import NO_COUNT, Parameter, ParameterPlan, SlotPlan, notes_on_steps, plan_states
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.tensors import Refused, TensorMeta
 
@@ -29,7 +29,7 @@ class MergedState:
         value: the nested value, with `Stored` for each tensor.
         steps: the steps that write these tensors.
         leaves: by name, the source tensors that the steps read.
-        plans: what becomes of each parameter's state.
+        plans: the outcome for each parameter's state.
         notes: (name of a parameter, note) pairs.
     """
 
@@ -41,7 +41,7 @@ class MergedState:
 
 
 def kind_of(saved: Saved) -> str:
-    """The kind of optimizer that saved a state, found by what it keeps or by its groups' hyper-parameters. PlanError for an unknown kind.
+    """The kind of optimizer that saved a state, recognised by its slots or by its groups' hyper-parameters. PlanError for an unknown kind.
 
     >>> kind_of(Saved(({"lr": 0.1, "alpha": 0.99},), ((),), None, {}))
     'RMSprop'
@@ -80,7 +80,7 @@ def merge_state(
         steps: the weights' plan, by target key.
         taken: names that steps already have.
         number: the number of the source that has the leaves.
-        count: reads the step count of a leaf; None where it is not a count.
+        count: reads the step count of a leaf; None if it is not a count.
 
     Raises:
         FormatError: a hyper-parameter that is not a plain value.
@@ -97,10 +97,8 @@ def merge_state(
         plan = plans[index]
         counts = [count(leaf) for slot in plan.slots if slot.slot.kind == "step" for leaf in slot.leaves]
         if None in counts:
-            plan = results[index] = replace(plan, slots=(), reason="the source's step is no count of steps")
-        if len(set(counts) - {None}) > 1:
-            words = " and ".join(f"{total:g}" for total in sorted({total for total in counts if total is not None}))
-            notes.append((plan.parameter.name, f"its parts had taken {words} steps; the most is kept"))
+            plan = results[index] = replace(plan, slots=(), reason=f"the source's step {NO_COUNT}")
+        notes += [(plan.parameter.name, note) for note in notes_on_steps(counts)]
         values = {slot.slot.name: _written(plan, slot, taken, number, counts, written, leaves) for slot in plan.slots}
         if values:
             state[position] = values
@@ -160,7 +158,7 @@ def _groups(saved: Saved, plans: Sequence[ParameterPlan], order: Sequence[int], 
 
 
 def _plain(name: str, value: Any) -> Any:
-    """The value of a hyper-parameter. FormatError where it is not plain."""
+    """The value of a hyper-parameter. FormatError if it is not plain."""
     if is_plain(value):
         return value
     raise FormatError(f"has a group whose {str(name)[:60]!r} is no plain value", hint="save it with a rate that is a number")

@@ -1,7 +1,7 @@
 """Sources of the order in which an optimizer numbers parameters: the keys' order in a file, and a live model with its optimizer.
 
 torch numbers parameters in the order in which a model registers them, group after group. A file's keys are in that order unless they were
-sorted. torch's `_metadata` in the file proves that they are; keys in alphabetical order are taken for sorted. Pure.
+sorted. torch's `_metadata` in the file proves that they are; keys in alphabetical order count as sorted. Pure.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LiveOrder:
         passed: source keys to skip: buffers of the model, and copies of a parameter that is tied in it.
         named: the source keys of each parameter, by every name that it has in the model.
         as_registered: whether the optimizer, if there is one, has its parameters in the order of registration, in one group.
-        leads: whether this order may decide alone where the file's order does not.
+        leads: whether this order may decide alone if the file's order does not.
     """
 
     registered: tuple[Keys, ...]
@@ -66,19 +66,21 @@ def live_order(
         options: the groups' hyper-parameters.
         steps: the weights' plan by target key.
         source: the checkpoint that the plan reads.
-        leads: whether this order may decide alone where the file's order does not.
+        leads: whether this order may decide alone if the file's order does not.
     """
     firsts = {key: group[0] for group in source.ties for key in group}
     used = {key for step in steps.values() for _, key in step.sources}
-    heads = Counter(key[: -len(step.target)] for step in steps.values() for _, key in step.sources if key.endswith(step.target))
-    head = heads.most_common(1)[0][0] if heads else ""
+    prefixes = Counter(key[: -len(step.target)] for step in steps.values() for _, key in step.sources if key.endswith(step.target))
+    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
 
     def all_counterparts(keys: Keys) -> list[Keys]:
         """For each of a parameter's target keys, the source keys that it comes from, if any."""
-        found = [tuple(firsts.get(key, key) for _, key in steps[target].sources) for target in keys if target in steps]
-        if not any(found):  # the source has it with another shape, so no step reads it
-            found = [(firsts.get(head + key, head + key),) for key in keys if head + key in source and head + key not in used]
-        return [source_keys for source_keys in found if source_keys]
+        counterparts = [tuple(firsts.get(key, key) for _, key in steps[target].sources) for target in keys if target in steps]
+        if not any(counterparts):  # the source has it with another shape, so no step reads it
+            counterparts = [
+                (firsts.get(prefix + key, prefix + key),) for key in keys if prefix + key in source and prefix + key not in used
+            ]
+        return [source_keys for source_keys in counterparts if source_keys]
 
     def counterpart(keys: Keys) -> Keys:
         return next((tuple(dict.fromkeys(source_keys)) for source_keys in all_counterparts(keys)), ())
@@ -113,7 +115,7 @@ def candidates(source: Checkpoint, passed: Collection[str] = ()) -> list[str]:
 def order_of_keys(source: Checkpoint) -> Literal["registered", "plain", "sorted"]:
     """Which order a state_dict's keys are in.
 
-    `registered` where torch's `_metadata` lists the modules in the same order; `sorted` where the names are sorted (within each dtype, as
+    `registered` if torch's `_metadata` lists the modules in the same order; `sorted` if the names are sorted (within each dtype, as
     safetensors sorts them, and with numbers compared as numbers or as text); else `plain`.
 
     >>> from ckptsurgeon.tensors import TensorMeta
@@ -124,9 +126,9 @@ def order_of_keys(source: Checkpoint) -> Literal["registered", "plain", "sorted"
     """
     index_of = {path: index for index, path in enumerate(source.module_metadata)}
     modules = [index_of.get(key.rpartition(".")[0], -1) for key in source]
-    known = bool(index_of) and modules == sorted(modules) and modules[:1] != [-1]
+    as_metadata = bool(index_of) and modules == sorted(modules) and modules[:1] != [-1]
     by_name = _sorted(source)
-    if known and not (by_name and len(set(modules)) < len(modules)):  # `_metadata` says nothing of the order within a module
+    if as_metadata and not (by_name and len(set(modules)) < len(modules)):  # `_metadata` says nothing of the order within a module
         return "registered"
     return "sorted" if by_name else "plain"
 
@@ -135,7 +137,7 @@ def _sorted(source: Checkpoint) -> bool:
     by_dtype: dict[str, list[str]] = {}
     for key, tensor in source.items():
         by_dtype.setdefault(tensor.dtype, []).append(key)
-    return any(all(keys == sorted(keys, key=how) for keys in by_dtype.values()) for how in (None, _natural))
+    return any(all(keys == sorted(keys, key=sort_key) for keys in by_dtype.values()) for sort_key in (None, _natural))
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:

@@ -1,13 +1,13 @@
 """Decides what an optimizer's state becomes when its model changes: each moment is changed as the plan changes its weight.
 
-Moments follow their weight, with zeros where the weight was filled up. For a weight that is fresh or computed nothing is carried, and the
+Moments follow their weight, with zeros where the weight was filled. For a weight that is fresh or computed, nothing is carried, and the
 reason is reported. 8-bit moments are codes: they are carried unchanged, and only for a weight that is copied unchanged. Pure: no tensor is
 read and torch is not loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptsurgeon.adapters.chain import infer_chain
@@ -19,6 +19,8 @@ from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import FRESH
 from ckptsurgeon.tensors import Refused, TensorMeta
+
+NO_COUNT = "is no count of steps"  # why a step is not carried, in words that continue "the source's step"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """How a slot gets its value: from the sources' leaves, in order, by `ops`; zeros where there are no leaves."""
+    """How a slot gets its value: from the sources' leaves, in order, by `ops`; zeros if there are no leaves."""
 
     slot: Slot
     leaves: tuple[Leaf, ...]
@@ -44,7 +46,7 @@ class SlotPlan:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What a parameter's state becomes: `slots`, or nothing, with the `reason`. `sources` are the source keys that it comes from."""
+    """A parameter's new state: its `slots`, or none with the `reason`. `sources` are the source keys that it comes from."""
 
     parameter: Parameter
     slots: tuple[SlotPlan, ...] = ()
@@ -63,7 +65,7 @@ class ParameterPlan:
 
 
 def moment_ops(ops: Sequence[Op]) -> tuple[Op, ...] | None:
-    """The ops for the moments of a weight to which `ops` are applied; None where moments can't follow one of them.
+    """The ops for the moments of a weight to which `ops` are applied; None if moments can't follow one of them.
 
     >>> moment_ops([{"op": "pad", "dim": 0, "size": 9, "fill": "mean", "at": "end"}])
     ({'op': 'pad', 'dim': 0, 'size': 9, 'at': 'end', 'fill': 'zeros'},)
@@ -75,7 +77,7 @@ def moment_ops(ops: Sequence[Op]) -> tuple[Op, ...] | None:
 
 
 def plan_states(parameters: Sequence[Parameter], steps: Mapping[str, Step], held: Mapping[SourceKey, State]) -> tuple[ParameterPlan, ...]:
-    """What the state of each parameter becomes.
+    """Plan the new state of each parameter.
 
     Args:
         parameters: the parameters of the new optimizer.
@@ -83,6 +85,17 @@ def plan_states(parameters: Sequence[Parameter], steps: Mapping[str, Step], held
         held: the source optimizer's state by source key; each of several tied keys has it.
     """
     return tuple(_planned(parameter, steps, held) for parameter in parameters)
+
+
+def notes_on_steps(counts: Iterable[float | None]) -> list[str]:
+    """A note for a parameter that is joined of parts with different step counts, of which the largest is kept; else none.
+
+    >>> notes_on_steps([5.0, 3.0, 5.0]), notes_on_steps([5.0, None])
+    (['its parts had taken 3 and 5 steps; the largest number is kept'], [])
+    """
+    different = sorted({count for count in counts if count is not None})
+    words = " and ".join(f"{count:g}" for count in different)
+    return [f"its parts had taken {words} steps; the largest number is kept"] if len(different) > 1 else []
 
 
 def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[SourceKey, State]) -> ParameterPlan:
@@ -100,7 +113,7 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
     states = [held[key] for key in step.sources]
     empty = next((key for key, state in zip(step.sources, states, strict=True) if all(leaf is None for leaf in state.values())), None)
     if empty is not None and parameter.slots:
-        return ParameterPlan(parameter, sources=step.sources, reason=f"the source's optimizer keeps nothing of {empty[1]}")
+        return ParameterPlan(parameter, sources=step.sources, reason=f"the source's optimizer has an empty state of {empty[1]}")
     plans = []
     for slot in parameter.slots:
         leaves = tuple(state.get(slot.name) for state in states)
@@ -114,16 +127,16 @@ def _planned(parameter: Parameter, steps: Mapping[str, Step], held: Mapping[Sour
 
 
 def _lacking(slot: Slot, leaves: tuple[Leaf, ...], ops: tuple[Op, ...], parameter: Parameter) -> str | None:
-    """Why a slot's leaves can't give its value, in words that continue "the source's exp_avg"; None where they can."""
+    """Why a slot's leaves can't give its value, in words that continue "the source's exp_avg"; None if they can."""
     for leaf in leaves:
         if leaf is None:
-            return "is not there"
+            return "is missing"
         if isinstance(leaf, Refused):
             return f"is {leaf.reason}"
     if slot.kind == "code":
         if ops or len(leaves) > 1:
             changed = " | ".join(str(op["op"]) for op in ops)
-            return f"is of bitsandbytes, whose codes go as they are or not at all, and {changed} changes them"
+            return f"has codes of bitsandbytes, which can only be carried unchanged, and {changed} changes them"
         return None if type(leaves[0]) in (int, float, TensorMeta) else "is no tensor"
     if slot.kind == "step":
         whole = all(type(leaf) in (int, float) or (type(leaf) is TensorMeta and leaf.numel == 1) for leaf in leaves)

@@ -21,7 +21,7 @@ from ckptsurgeon.models.target.parameters import named, named_tensors
 from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.optimizer.format import BITSANDBYTES, SLOTS, Leaf, wanted_slots
 from ckptsurgeon.optimizer.order import LiveOrder, live_order
-from ckptsurgeon.optimizer.plan import Parameter, ParameterPlan, SlotPlan
+from ckptsurgeon.optimizer.plan import NO_COUNT, Parameter, ParameterPlan, SlotPlan, notes_on_steps
 from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming.adapting import adapted, dense_parts
@@ -156,9 +156,7 @@ def _notes(plan: ParameterPlan, fetch: Fetch) -> Iterator[tuple[str, str]]:
         yield plan.parameter.name, f"{name} starts at zero: the source has none"
     for slot in plan.slots:
         counts = {count_of(leaf, fetch) for leaf in slot.leaves} if slot.slot.kind == "step" else set()
-        if len(counts) > 1:
-            words = " and ".join(f"{count:g}" for count in sorted(count for count in counts if count is not None))
-            yield plan.parameter.name, f"its parts had taken {words} steps; the largest number is kept"
+        yield from ((plan.parameter.name, note) for note in notes_on_steps(counts))
 
 
 def count_of(leaf: Leaf, fetch: Fetch) -> float | None:
@@ -171,7 +169,7 @@ def count_of(leaf: Leaf, fetch: Fetch) -> float | None:
 def _step(slot: SlotPlan, fetch: Fetch) -> torch.Tensor | str:
     counts = [count_of(leaf, fetch) for leaf in slot.leaves]
     if None in counts:
-        return "is no count of steps"
+        return NO_COUNT
     # As torch keeps it: a float on the CPU, which `load_state_dict` moves to the device for a fused or capturable optimizer.
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(max(count for count in counts if count is not None), dtype=dtype)
