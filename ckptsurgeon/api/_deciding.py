@@ -38,7 +38,7 @@ def decide(
     """Make the plan, and complete its rules: those of the call, those that matching adds, and what the model's loading code takes.
 
     Args:
-        model: returns a model on which the target's loading code may run; None where the target is no model.
+        model: returns a model on which the target's loading code may run; None if the target is no model.
 
     Raises:
         CoverageError: matching finds too little.
@@ -67,7 +67,7 @@ def decide(
 def _matched(
     sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[[], nn.Module] | None, ruling: Ruling, options: RuleOptions
 ) -> Ruling:
-    """A call's rules, and after them those that matching adds. Raises CoverageError where it finds too little."""
+    """A call's rules, and after them those that matching adds. Raises CoverageError if it finds too little."""
     if target is None or len(sources) != 1:
         raise PlanError("matching is between one source and a target", hint=_way_to_match(sources, target))
     from ckptsurgeon.matching.factors import DEQUANTIZE
@@ -93,10 +93,10 @@ def _matched(
     coded = [link for link in proposed.links if DEQUANTIZE in link.evidence and link not in proposed.applied]
     if coded:
         raise CastError(
-            f"would get the numbers of {coded[0].sources[0]}, which are codes and no values",
+            f"would get the numbers of {coded[0].sources[0]}, which are codes, not values",
             key=coded[0].targets[0],
             problems=shortened(f"{link.sources[0]} -> {link.targets[0]}" for link in coded[1:]),
-            hint=f"make values of them: dequantize=True; or keep the target's own: keep={[coded[0].targets[0]]!r}",
+            hint=f"dequantize them: dequantize=True; or keep the target's own: keep={[coded[0].targets[0]]!r}",
         )
     refuse_unused([name for name in ruling.unused if name not in proposed.numbers_used])
     if proposed.open and target.kind == "skeleton":
@@ -115,7 +115,7 @@ def _way_to_match(sources: Sequence[Checkpoint], target: Checkpoint | None) -> s
 
 
 def numbers_of(model: Callable[[], nn.Module]) -> Mapping[str, int]:
-    """How many heads a model has, by its attributes. The model is built only where a layout in doubt needs the number."""
+    """How many heads a model has, by its attributes. The model is built only if a layout in doubt needs the number."""
     from ckptsurgeon.models.target import heads
 
     return heads.numbers_of(model())
@@ -153,7 +153,7 @@ def _findings(layout: Open, layouts: Sequence[Open]) -> list[Finding]:
 
 
 def report_of(plan: Plan, **more: Any) -> Report:
-    """The report of a plan that was carried out; `more` are further fields of it."""
+    """The report of a plan that was carried out; `more` are its other fields."""
     return Report(
         sources=tuple(source.path for source in plan.sources),
         target=plan.target.spec if plan.target is not None else "",

@@ -1,6 +1,6 @@
-"""From a checkpoint to the first training step: transfer into a live model, initialise what is fresh, parameter groups.
+"""From a checkpoint to the first training step: transfer into a live model, initialise fresh tensors, build parameter groups.
 
-The verbs of `api` that need torch and a model; imported only when one of them is used.
+These verbs of `api` need torch and a model. The module is imported only when one of them is used.
 """
 
 from __future__ import annotations
@@ -52,106 +52,110 @@ State = Mapping[str, Any]
 def transfer(
     source: Given,
     model: nn.Module,
-    gathered: Callable[[], Ruling],
+    gather_rules: Callable[[], Ruling],
     options: RuleOptions,
     training: TrainingOptions = NO_TRAINING,
     *,
     step: bool = False,
 ) -> Report:
-    """See `ckptsurgeon.transfer`. `gathered` reads the rules, which may be files, where all ranks learn of it if one can't. `step`: it is
-    a step of another call, whose options have been held against it."""
+    """See `ckptsurgeon.transfer`.
+
+    Args:
+        gather_rules: reads the rules, which may be in files. It is called within a step of all ranks, so that all fail if one can't read.
+        step: whether this is a step of another call, which has checked the options already.
+    """
     ranks = Ranks.of(model)
     with raising_later() as held, ExitStack() as undo:
-        with ranks.step() as told:
+        with ranks.step() as rank_step:
             refuse_flat(model.modules())
-            ruling = gathered()
-            goal = checkpoint_of(model, own_class(model).__name__)
-            goal = goal if options.conversions else _opening.without_conversions(goal)
-            given, live = _open(source, options.root, goal, training.ema is not None)
-            ruling, plan = decide([given], goal, lambda: model, ruling, options)
+            ruling = gather_rules()
+            target = checkpoint_of(model, own_class(model).__name__)
+            target = target if options.conversions else _opening.without_conversions(target)
+            source_checkpoint, live = _open(source, options.root, target, training.ema is not None)
+            ruling, plan = decide([source_checkpoint], target, lambda: model, ruling, options)
             if not step:
                 _refuse_idle(plan, options, training, on_meta(model))
-                _gates.refuse_idle_casts(plan.allow_cast, [each.target for each in plan.steps])
+                _gates.refuse_idle_casts(plan.allow_cast, [planned.target for planned in plan.steps])
             _gates.refuse_open(plan)
             _gates.check(plan, options)
-            _gpu_layouts.refuse(plan, [given], live)
-            told.same = {"source": given.fingerprint, "model": goal.fingerprint, "plan": digest(plan)}
-            reader = undo.enter_context(Reader([given]))
-            run = _Run(plan, given, live, reader, model, ruling.own, training.optimizer)
-        way = (
-            _sharded_way(run, ranks, undo, held)
+            _gpu_layouts.refuse(plan, [source_checkpoint], live)
+            rank_step.same = {"source": source_checkpoint.fingerprint, "model": target.fingerprint, "plan": digest(plan)}
+            reader = undo.enter_context(Reader([source_checkpoint]))
+            run = _Run(plan, source_checkpoint, live, reader, model, ruling.own, training.optimizer)
+        into_model = (
+            _into_sharded_model(run, ranks, undo, held)
             if any(map(is_sharded, (*model.parameters(), *model.buffers())))
-            else _plain_way(run, ranks, held)
+            else _into_plain_model(run, ranks, held)
         )
 
-        def again(other: Given, copy: nn.Module, where: str, dropped: tuple[str, ...]) -> Report:
+        def transfer_averaged(averaged_source: Given, copy: nn.Module, averaged_root: str, dropped: tuple[str, ...]) -> Report:
             rules = replace(ruling, rules=(*ruling.rules, *from_arguments(drop=dropped)))
-            chosen = replace(options, root=where, match=False, accept_uncertain=False, layout=None, numbers=None)
-            return transfer(other, copy, lambda: rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
+            chosen = replace(options, root=averaged_root, match=False, accept_uncertain=False, layout=None, numbers=None)
+            return transfer(averaged_source, copy, lambda: rules, chosen, TrainingOptions(checksums=training.checksums), step=True)
 
-        with ranks.step() as told:
-            refuse_losses(way.casts, plan.allow_cast)
+        with ranks.step() as rank_step:
+            refuse_losses(into_model.casts, plan.allow_cast)
             reader.check_unchanged()
-            extra = {entry.target: given.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
-            around = cache(lambda: _training_state.beside_weights(source, given, reader))
-            carried = _training_state.give(training, around, given, plan, model, undo) if training else None
-            averaged = _training_state.find_averaged(training, source, around, undo) if training.ema is not None else None
+            extra = {entry.target: source_checkpoint.entries[entry.source[1]] for entry in plan.entries if entry.source is not None}
+            beside_weights = cache(lambda: _training_state.beside_weights(source, source_checkpoint, reader))
+            carried = _training_state.load_states(training, beside_weights, source_checkpoint, plan, model, undo) if training else None
+            averaged = _training_state.find_averaged(training, source, beside_weights, undo) if training.ema is not None else None
             if training.checksums:
-                check_all(reader, [given])
-            told.same = {"training state": sha256(repr(carried).encode()).hexdigest()}
+                check_all(reader, [source_checkpoint])
+            rank_step.same = {"training state": sha256(repr(carried).encode()).hexdigest()}
         if carried is not None and averaged is not None:
-            with ranks.step():  # the copy may be of this rank alone
-                report = again(averaged.source, averaged.model, averaged.root, averaged.left_out)
-                carried = averaged.told(carried, report)
-        way.put(extra)
+            with ranks.step():  # the averaged copy may be on this rank alone
+                report = transfer_averaged(averaged.source, averaged.model, averaged.root, averaged.left_out)
+                carried = averaged.finish(carried, report)
+        into_model.put(extra)
         with ranks.step():
             _check_still_unchanged(reader)
     return report_of(
         plan,
-        casts=reported(way.casts),
-        findings=(*plan.findings, *(_without_checksums(reader, given) if training.checksums else ())),
+        casts=reported(into_model.casts),
+        findings=(*plan.findings, *(_without_checksums(reader, source_checkpoint) if training.checksums else ())),
         optimizer=carried,
     )
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a plan's values get into a model: what casts lose, known before anything is changed, and what puts them in with extra state."""
+class IntoModel:
+    """A prepared transfer: the casts' losses, known before anything is changed, and a function that writes values and extra state."""
 
     casts: list[Cast]
     put: Callable[[Mapping[str, Any]], None]
 
 
-def _plain_way(run: _Run, ranks: Ranks, held: list[BaseException]) -> Way:
-    """Into a model of plain tensors, also one of several copies that DistributedDataParallel keeps: each rank reads for itself."""
+def _into_plain_model(run: _Run, ranks: Ranks, held: list[BaseException]) -> IntoModel:
+    """Prepare a transfer into a model of plain tensors, also in DistributedDataParallel: each rank reads the whole values."""
     plan = run.plan
     with ranks.step():
-        values = _values(run, [each for each in plan.steps if each.sources and each.action != "load"])
+        values = _values(run, [step for step in plan.steps if step.sources and step.action != "load"])
         handed = {name: run.value_of(key) for name, (_, key) in plan.handed.items()}
         refuse_losses(run.casts, plan.allow_cast)
         _refuse_torn_ties(plan, values)
 
-    def into(extra: Mapping[str, Any]) -> None:
+    def write(extra: Mapping[str, Any]) -> None:
         with ranks.step():
             put(plan, run.model, values.__getitem__, extra, run.own.schemes, handed, held)
 
-    return Way(run.casts, into)
+    return IntoModel(run.casts, write)
 
 
 def _values(run: _Run, steps: Sequence[Step]) -> dict[str, Value]:
-    """The values of steps; only those that are adapted or cast take time and memory."""
-    changed = {each.target for each in steps if each.adapters or each.cast is not None}
+    """The values of steps. Only adapted and cast values are computed now; the others stay where they are."""
+    changed = {step.target for step in steps if step.adapters or step.cast is not None}
     with phase("converting", len(changed), "tensors") if changed else nullcontext(nobody) as advance:
         values = {}
-        for each in steps:
-            values[each.target] = run.value(each)
-            if each.target in changed:
+        for step in steps:
+            values[step.target] = run.value(step)
+            if step.target in changed:
                 advance(1)
     return values
 
 
-def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack, held: list[BaseException]) -> Way:
-    """Into a model with sharded tensors: each rank reads the blocks that are its own."""
+def _into_sharded_model(run: _Run, ranks: Ranks, undo: ExitStack, held: list[BaseException]) -> IntoModel:
+    """Prepare a transfer into a model with sharded tensors: each rank reads its own blocks."""
     from ckptsurgeon.models.sharded import meta, prepare
     from ckptsurgeon.models.sharded import put as sharded
 
@@ -164,25 +168,25 @@ def _sharded_way(run: _Run, ranks: Ranks, undo: ExitStack, held: list[BaseExcept
             meta.refuse_unreachable(model, plan, state)
             undo.enter_context(meta.memory_for(model, run.optimizer))
             state = state_dict_of(model, type(model).__name__)
-        origins = prepare.Origins(plan, run.given, run.live, run.reader, model, state, run.own.kernels, run.own.schemes)
-        wanted = origins.all()
-        sharded.refuse_unwritable(state, wanted)
-    values, lost = prepare.settle(wanted, state, ranks)
-    with ranks.step() as told:
+        origins = prepare.Origins(plan, run.source, run.live, run.reader, model, state, run.own.kernels, run.own.schemes)
+        by_key = origins.all()
+        sharded.refuse_unwritable(state, by_key)
+    values, losses = prepare.prepare_values(by_key, state, ranks)
+    with ranks.step() as rank_step:
         values = prepare.without_tied(values, state, plan.ties)
-        told.tell = lost
-    return Way(prepare.together(told.told), lambda extra: sharded.put(model, state, values, extra, ranks, held))
+        rank_step.own = losses
+    return IntoModel(prepare.summed(rank_step.by_rank), lambda extra: sharded.put(model, state, values, extra, ranks, held))
 
 
-def _without_checksums(reader: Reader, given: Checkpoint) -> list[Finding]:
+def _without_checksums(reader: Reader, checkpoint: Checkpoint) -> list[Finding]:
     entries = reader.entries()
     if not entries:
-        return [Finding("no-checksum", f"{given.format} keeps no checksums that the data could be held against", level="note")]
+        return [Finding("no-checksum", f"{checkpoint.format} keeps no checksums to compare the data with", level="note")]
     return without(entries.values())
 
 
 def _refuse_idle(plan: Plan, options: RuleOptions, training: TrainingOptions, meta: bool) -> None:
-    # "model" is what the live model has already, unless it is on meta.
+    # For the scheme "model" nothing is drawn: a live model has its values already, unless it is on meta.
     drawn = any(meta or scheme != "model" for step in plan.steps for scheme in step.schemes)
     present = {kind: getattr(training, kind) is not None for kind in ("optimizer", "scheduler", "ema")}
     known = facts(target=True, initial_values=drawn, codes="codes" in facts_of(plan), **present)
@@ -190,49 +194,49 @@ def _refuse_idle(plan: Plan, options: RuleOptions, training: TrainingOptions, me
 
 
 def _check_still_unchanged(reader: Reader) -> None:
-    # Values are read from the file straight into the model: reading them all beforehand would take the memory of a second one.
+    # Values are read from the file directly into the model: reading all of them before would take the memory of a second model.
     try:
         reader.check_unchanged()
     except StaleError as error:
-        error.reason = "changed while it was copied into the model, which may hold a mixture now"
-        error.hint = "transfer again when nothing writes to it"
+        error.reason = "changed while it was copied into the model, which may now have a mixture of values"
+        error.hint = "transfer again when no process writes to it"
         raise
 
 
-def _open(source: Given, root: str | None, goal: Checkpoint, beside_average: bool) -> tuple[Checkpoint, State]:
-    """The source as a checkpoint, and, when it is in memory, its live tensors. `beside_average`: the averaged copy is asked for too."""
+def _open(source: Given, root: str | None, target: Checkpoint, skip_averaged: bool) -> tuple[Checkpoint, State]:
+    """The source as a checkpoint, and its live tensors if it is in memory. `skip_averaged`: don't take the averaged copy's root."""
     from torch import nn
 
     if root is None and isinstance(source, Mapping) and not isinstance(source, Checkpoint):
-        root = _live_root(source, goal, beside_average)
+        root = _live_root(source, target, skip_averaged)
     if root is not None and isinstance(source, (nn.Module, Mapping)) and not isinstance(source, Checkpoint):
-        held = at_root(source, root)
-        if not isinstance(held, Mapping):
+        state_at_root = at_root(source, root)
+        if not isinstance(state_at_root, Mapping):
             raise RootError(f"has no state_dict at {root!r}", path="the source")
-        source = held
+        source = state_at_root
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
-        refuse_no_tensors(source, "source", goal)
+        refuse_no_tensors(source, "source", target)
     if isinstance(source, nn.Module):
         state = state_dict_of(source, type(source).__name__)
         return checkpoint_of(source, type(source).__name__), state
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
         return replace(checkpoint_of_state_dict(source), root=root or ""), source
-    found = _opening.look(source)
-    if root is None and beside_average and isinstance(found, Archive):
-        found = _training_state.without_averaged(found)
-    return _opening.open_source(found, root=root, target=goal), {}
+    opened = _opening.look(source)
+    if root is None and skip_averaged and isinstance(opened, Archive):
+        opened = _training_state.without_averaged(opened)
+    return _opening.open_source(opened, root=root, target=target), {}
 
 
-def _live_root(source: Mapping[Any, Any], goal: Checkpoint, beside_average: bool) -> str | None:
-    """The root that a live training checkpoint's state_dict is at, by the rule for files; None for a state_dict itself."""
+def _live_root(source: Mapping[Any, Any], target: Checkpoint, skip_averaged: bool) -> str | None:
+    """The root of the state_dict in a live training checkpoint, by the rule for files; None if `source` is a state_dict itself."""
     from torch import Tensor
 
     if any(isinstance(value, Tensor) for value in source.values()):
         return None
-    found = live_roots(source)
-    found = _training_state.without_averaged(found) if beside_average else found
-    roots = {one.root for one in found.state_dicts}
-    chosen = choose(found, target=goal).root if roots else None
+    archive = live_roots(source)
+    archive = _training_state.without_averaged(archive) if skip_averaged else archive
+    roots = {state_dict.root for state_dict in archive.state_dicts}
+    chosen = choose(archive, target=target).root if roots else None
     return chosen if chosen in roots else None
 
 
@@ -244,18 +248,22 @@ def _refuse_torn_ties(plan: Plan, values: Mapping[str, Value]) -> None:
                 raise torn(first, key)
 
 
-def _same(one: Value, other: Value) -> bool:
-    if isinstance(one, InFile) and isinstance(other, InFile) and (one.meta.place, one.meta.stride) == (other.meta.place, other.meta.stride):
+def _same(first: Value, second: Value) -> bool:
+    if (
+        isinstance(first, InFile)
+        and isinstance(second, InFile)
+        and (first.meta.place, first.meta.stride) == (second.meta.place, second.meta.stride)
+    ):
         return True
-    return one is other or memory_of(in_memory(one)) == memory_of(in_memory(other))
+    return first is second or memory_of(in_memory(first)) == memory_of(in_memory(second))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One transfer: where values come from, and what the casts lose."""
+    """One transfer: its plan, source and model, and the casts' losses, which are added to `casts`."""
 
     plan: Plan
-    given: Checkpoint
+    source: Checkpoint
     live: State
     reader: Reader
     model: nn.Module
@@ -264,45 +272,45 @@ class _Run:
     casts: list[Cast] = field(default_factory=list)
 
     def value(self, step: Step) -> Value:
-        """A step's value. One that is neither adapted nor cast is not copied: it waits in the file, or lies in the live source."""
+        """A step's value. One that is neither adapted nor cast is not copied: it stays in the file or in the live source."""
         key = step.sources[0][1]
-        dtype = self.given[key].dtype
+        dtype = self.source[key].dtype
         if step.adapters:
-            tensors = [in_memory(self.value_of(one)) for _, one in step.sources]
+            tensors = [in_memory(self.value_of(source_key)) for _, source_key in step.sources]
             return adapted_and_cast(step, tensors, dtype, lambda: self._initial(step), self.own.kernels, self.casts)
-        made = self.value_of(key)
+        stored = self.value_of(key)
         if step.cast is None:
-            return made
-        parts = self.reader.parts(made.meta) if isinstance(made, InFile) else dense_parts(made)
+            return stored
+        parts = self.reader.parts(stored.meta) if isinstance(stored, InFile) else dense_parts(stored)
         data = bytearray().join(cast(step.target, parts, dtype, step.cast, self.casts))
         return tensor_from(data, step.dtype).view(step.shape)
 
     def value_of(self, key: str) -> Value:
-        """The source's own value of a key."""
+        """The source's value of a key, unchanged."""
         if key not in self.live:
-            origin = with_data(self.given, key)
+            origin = with_data(self.source, key)
             for span in origin.spans:
-                self.reader.locate(span)  # opened, held against its stamp and unpacked now: not between two copies
+                self.reader.locate(span)  # opened, compared with its stamp and unpacked now, before the first copy
             return InFile(origin, self.reader)
         tensor: torch.Tensor = self.live[key].detach()
         if tensor.device.type == "meta":
-            raise ModelError("has no values: it is on the meta device", path=self.given.path, key=key)
+            raise ModelError("has no values: it is on the meta device", path=self.source.path, key=key)
         return tensor.resolve_conj().resolve_neg()  # a copy only of what torch conjugates or negates lazily
 
     def _initial(self, step: Step) -> torch.Tensor:
-        """The model's own value, or a scheme's, where an adapter fills up with it."""
+        """The value with which an adapter fills: the model's own, or a scheme's."""
         scheme = next(iter(step.schemes), "model")
         state = state_dict_of(self.model, type(self.model).__name__)
         if scheme == "model":
-            found: torch.Tensor = state[step.target].detach()
-            return found
+            current: torch.Tensor = state[step.target].detach()
+            return current
         leader = self.plan.leader(step.target)
         owner, leaf = initialize.layer_of(self.model, leader)
         return initialize.value(scheme, leader, step.shape, step.dtype, self.plan.seed, owner, self.own.schemes, leaf)
 
 
 def _record(source: Any) -> Any:
-    """What says which keys are fresh: a report, plan or checkpoint as it is; a path is opened."""
+    """The record of which keys are fresh: a report, plan or checkpoint as it is; a path is opened."""
     return _opening.open_source(source) if isinstance(source, (str, os.PathLike)) else source
 
 
@@ -316,7 +324,7 @@ def param_groups(model: nn.Module, source: Any, options: GroupOptions) -> list[d
 
 
 def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:
-    """See `ckptsurgeon.freeze`. A string is a pattern, never a file, though the error says so where it names one."""
+    """See `ckptsurgeon.freeze`. A string is a pattern, never a path; if it is the path of a file, the error says how to use that file."""
     refuse_idle(facts(record=not freezing.is_patterns(what)), partial=partial)
     try:
         return freezing.freeze(
@@ -324,7 +332,7 @@ def freeze(model: nn.Module, what: Any, partial: str | None) -> freezing.Frozen:
         )
     except ModelError as error:
         if isinstance(what, str) and os.path.isfile(what):
-            error.hint = f"to go by a merged file's record: freeze(model, ckptsurgeon.open({what!r}))"
+            error.hint = f"to use a merged file's record: freeze(model, ckptsurgeon.open({what!r}))"
         raise
 
 
@@ -339,8 +347,8 @@ def initialize_fresh(model: nn.Module, source: Any, scheme: Any, seed: int, note
 
     with ranks.step():
         record = _record(source)
-    # What a scheme fails by, it fails by on every rank: they draw the same values.
-    with Reader([]) as none:
+    # If a scheme fails, it fails on every rank: all ranks draw the same values.
+    with Reader([]) as no_files:
         return initialize.initialize(
-            model, record, scheme, seed=seed, note=note, write=partial(spread, reader=none), plain=plain_layer, whole=whole
+            model, record, scheme, seed=seed, note=note, write=partial(spread, reader=no_files), plain=plain_layer, whole=whole
         )

@@ -41,14 +41,14 @@ def training(
     options: TrainingOptions,
     checksums: bool,
 ) -> tuple[Training, CarriedState]:
-    """What is written around the weights, and what becomes of the source's state.
+    """The training state to write around the weights, and the outcome for the source's state.
 
     Args:
-        checksums: compare what is read here with its file's checksums. The moments are read later, when they are written.
+        checksums: compare all that is read here with its file's checksums. The moments are read later, when they are written.
 
     Raises:
         PlanError: several sources; an optimizer of an unknown kind.
-        TargetError: the target is no model, so that its parameters are unknown.
+        TargetError: the target is no model, so its parameters are unknown.
         RootError, ModelError, FormatError: as for `transfer` with an optimizer.
     """
     if len(sources) != 1:
@@ -62,7 +62,7 @@ def training(
         weights = (
             _training_state.beside_weights(source, source, reader) if optimizer_file is None or _training_state.holds_more(source) else None
         )
-        beside = weights if optimizer_file is None else _training_state.apart("optimizer", optimizer_file, opened)
+        beside = weights if optimizer_file is None else _training_state.second_source("optimizer", optimizer_file, opened)
         assert beside is not None
         place, value = _training_state.find("optimizer", beside, options.optimizer_root)
         tree, fetch = beside.tree(place, value)
@@ -101,7 +101,7 @@ def _parameters(model: nn.Module, slots: Any, steps: Mapping[str, Any]) -> list[
 
 
 def _around(value: Any, root: str, place: str, state: Mapping[str, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:
-    """The training checkpoint: weights and state where the source has them, its plain entries, and the names of these."""
+    """The training checkpoint, with weights and state at the source's paths and with its plain entries; and the names of these entries."""
     around: dict[Any, Any] = {}
     replaced = {(root or "model").partition(".")[0], place.partition(".")[0]}
     plain = []
@@ -114,9 +114,9 @@ def _around(value: Any, root: str, place: str, state: Mapping[str, Any]) -> tupl
     return around, tuple(plain)
 
 
-def _put(tree: dict[Any, Any], place: str, value: Any) -> None:
-    """Set a value at a dotted place; a number stands for a list of this one value."""
-    name, _, rest = place.partition(".")
+def _put(tree: dict[Any, Any], path: str, value: Any) -> None:
+    """Set a value at a dotted path; a number as the last segment makes a list with only this value."""
+    name, _, rest = path.partition(".")
     if not rest:
         tree[name] = value
     elif rest.isdecimal():

@@ -26,9 +26,9 @@ def learned(
     average: Weights | None = None,
     auto: str | None = None,
 ) -> Ruling:
-    """The ruling with what the model's loading code takes.
+    """The ruling, with the names that the model's loading code takes.
 
-    The code runs only where a source has names below its module that the target lacks or has with another shape; `model` returns a model
+    The code runs only if a source has names below its module that the target lacks or has with another shape; `model` returns a model
     on which it may run.
     """
     if target is None or model is None or not target.loaders:
@@ -36,7 +36,7 @@ def learned(
     names = name_sources(sources, target, ruling.rules, ruling.outside, average=average, auto=auto)
     taken: dict[int, Taken] = {}
     for number, source in enumerate(sources):
-        tensors = _given(number, source, names, target)
+        tensors = _renamed(number, source, names, target)
         if needs_probe(tensors, target):
             from ckptsurgeon.models.own_loading.probe import probe
             from ckptsurgeon.planning.own_loading.versions import stated
@@ -47,7 +47,7 @@ def learned(
 
 
 def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
-    """What the target's loading code takes of a file under the file's own names, as in `load_state_dict`."""
+    """The names that the target's loading code takes from a file, as in `load_state_dict`."""
     model = target.any_model
     if model is None:
         return Taken()
@@ -56,7 +56,7 @@ def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
     return probe_file(model, target.checkpoint, source)
 
 
-def _given(number: int, source: Checkpoint, names: Names, target: Checkpoint) -> dict[str, TensorMeta]:
+def _renamed(number: int, source: Checkpoint, names: Names, target: Checkpoint) -> dict[str, TensorMeta]:
     """A source's tensors by their new names; one that adapters make fit has the target's shape."""
     fitted = {name for name, claim in names.claims.items() if claim.asked and name in target}
     return {

@@ -65,7 +65,7 @@ def held_in_place(target: Given, asked: bool) -> nn.Module | None:
     """The live model whose current values are compared: with `asked`, or for a model that is spread over ranks; else None.
 
     Raises:
-        SettingsError: `asked`, and the target is no live model.
+        SettingsError: `asked`, but the target is no live model.
     """
     opened = isinstance(target, (str, os.PathLike, Checkpoint, Target))
     if not opened:
@@ -76,7 +76,7 @@ def held_in_place(target: Given, asked: bool) -> nn.Module | None:
 
             return target if asked or over_ranks(target) else None
     if asked:
-        raise SettingsError("compares what a live model holds, and the target is none", key="--in-place", hint="give the model itself")
+        raise SettingsError("compares the values of a live model, but the target is none", key="--in-place", hint="give the model itself")
     return None
 
 
@@ -101,13 +101,13 @@ def verify_held(path: str, model: nn.Module, *, root: str | None, finite: bool, 
             checked = stack.enter_context(checksums.checking_files(files, entries))
         verification = verify_in_place(checkpoint, model, reader, ranks, finite=finite, conversions=conversions)
         stack.close()
-        step.tell = tuple(_damage(checked, checkpoint, verification))
-    return replace(verification, findings=(*verification.findings, *step.told[0]), root=checkpoint.root, target=name)
+        step.own = tuple(_damage(checked, checkpoint, verification))
+    return replace(verification, findings=(*verification.findings, *step.by_rank[0]), root=checkpoint.root, target=name)
 
 
-def errors(found: Verification) -> tuple[Finding, ...]:
+def errors(verification: Verification) -> tuple[Finding, ...]:
     """The findings that make the verification fail."""
-    return tuple(finding for finding in found.findings if finding.level == "error")
+    return tuple(finding for finding in verification.findings if finding.level == "error")
 
 
 def unreadable(error: FormatError, path: str) -> Verification:
@@ -188,9 +188,9 @@ def refuse_non_finite(path: str, shown: str) -> None:
     archive = _opening.read(path)
     weights = roots.checkpoint(archive, archive.state_dicts[0], alone=True)
     others = dict(tensors_of(formats.read_tree(path).value)) if named(archive.format).pickled else {}
-    places = {tensor.place for tensor in weights.values()}
-    every = {**weights, **{place: tensor for place, tensor in others.items() if tensor.place not in places}}
-    findings = non_finite(replace(weights, tensors=every))
+    spans = {tensor.place for tensor in weights.values()}
+    tensors = {**weights, **{name: tensor for name, tensor in others.items() if tensor.place not in spans}}
+    findings = non_finite(replace(weights, tensors=tensors))
     if findings:
         problems = shortened(f"{finding.key}: {finding.message}" for finding in findings)
         hint = "take an earlier checkpoint; see which: ckptsurgeon check --finite CKPT"

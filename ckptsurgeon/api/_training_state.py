@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 
 _STAYS = (
-    "the source has none for the averaged copy, where it stays as it was",
-    "the source has none for the averaged copy, where it stays as it was; at 0 the first update copies the model over the average",
+    "the source has none for the averaged copy, which keeps its own",
+    "the source has none for the averaged copy, which keeps its own; at 0 the first update copies the model over the average",
 )
 
 
@@ -55,7 +55,7 @@ def without_averaged(archive: Archive) -> Archive:
 
 @dataclass(frozen=True)
 class BesideWeights:
-    """All that a file or a source in memory (`live`) holds, and how its tensors are read. `whole`: it may be a single state itself."""
+    """All values in a file or in a live source, and the reader of their tensors. `whole`: the value may be a single state itself."""
 
     path: str
     value: Any
@@ -65,26 +65,26 @@ class BesideWeights:
     whole: bool = False
     files: tuple[FileStamp, ...] = ()
 
-    def tree(self, place: str, value: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
-        """One part of it as a tree with a `TensorMeta` for each tensor, and a function that returns these tensors."""
+    def tree(self, path: str, value: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
+        """A part of the values as a tree with a `TensorMeta` for each tensor, and a function that returns these tensors."""
         if not self.live:
             return value, lambda leaf: tensor_from(self.reader.read(leaf), leaf.dtype).view(leaf.shape)
-        tree, tensors = training_state.live_tree(value, place)
+        tree, tensors = training_state.live_tree(value, path)
         return tree, lambda leaf: tensors[leaf.name]
 
 
 def holds_more(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint's file may hold more than the weights."""
+    """Whether a checkpoint's format can hold more than the weights."""
     source_format = named(checkpoint.format)
     return source_format.pickled or source_format.holds_folder
 
 
 def beside_weights(source: Given, checkpoint: Checkpoint, reader: Reader) -> BesideWeights:
-    """What the source holds beside the weights.
+    """All values of the source, the training state among them.
 
     Raises:
         ModelError: a module, which holds no training state.
-        FormatError: a file of a format that holds none.
+        FormatError: a file of a format without training state.
         StaleError: the file changed since the weights' header was read.
     """
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint):
@@ -101,10 +101,10 @@ def beside_weights(source: Given, checkpoint: Checkpoint, reader: Reader) -> Bes
     return BesideWeights(checkpoint.path, tree.value, checkpoint.root, reader, False, files=tree.files)
 
 
-def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> BesideWeights:
-    """What a second file, or a state in memory, holds: one state (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or several.
+def second_source(kind: training_places.Kind, source: Given, undo: ExitStack) -> BesideWeights:
+    """All values of a second file or a state in memory: one state (the Trainer's `optimizer.pt`, accelerate's `optimizer.bin`), or several.
 
-    For a folder that the Trainer or accelerate wrote, its file for this kind of state.
+    In a folder that the Trainer or accelerate wrote, the file for this kind of state is read.
 
     Raises:
         ModelError: it is neither a path nor a mapping.
@@ -120,38 +120,38 @@ def apart(kind: training_places.Kind, source: Given, undo: ExitStack) -> BesideW
 
 
 def _state_file(kind: training_places.Kind, path: str) -> str:
-    """The file for a kind of state in the folder at `path`; `path` itself where there is none."""
+    """The file for a kind of state in the folder at `path`; `path` itself if there is none."""
     files = [os.path.join(path, name) for name in training_places.FILES[kind]]
     return next((file for file in files if os.path.isfile(file)), path)
 
 
 def find(kind: training_places.Kind, beside: BesideWeights, root: str | None) -> tuple[str, Any]:
-    """The place of a kind of state and its value; the place is "" for a file that is nothing else."""
+    """The dotted path of a kind of state in the values, and the state; the path is "" if the file is that state itself."""
     if root is None and beside.whole and training_places.is_state(kind, beside.value):
         return "", beside.value
     return training_places.find(kind, beside.value, beside.root, root, beside.path)
 
 
 def shown(beside: BesideWeights, place: str) -> str:
-    """A state's place as the report names it, with the file's path if it is a second file."""
+    """A state's dotted path for the report, with the file's path if it is in a second file."""
     return place if not beside.whole else f"{beside.path}: {place}" if place else beside.path
 
 
-def give(
+def load_states(
     training: TrainingOptions,
-    around: Callable[[], BesideWeights],
+    beside_source: Callable[[], BesideWeights],
     checkpoint: Checkpoint,
     plan: Plan,
     model: nn.Module,
     undo: ExitStack,
 ) -> CarriedState:
-    """Load the state of each given object except the averaged copy (`find_averaged`). `undo` restores all of them if a later step fails.
+    """Load the state of the optimizer, scheduler and scaler that the call has. `undo` restores all of them if a later step fails.
 
     Args:
-        around: returns what the source holds beside the weights; called only if it is needed.
+        beside_source: returns all values of the source; called only if needed.
 
     Raises:
-        RootError: the state of a given object is not in the source, or is there several times.
+        RootError: an object's state is not in the source, or is there several times.
         FormatError: the optimizer's state contradicts itself.
         ModelError: the parameters of the optimizer's state can't be identified, or an object has no state to load.
     """
@@ -159,34 +159,34 @@ def give(
     new_state, saved = None, None
     states: list[BesideWeights] = []
     if training.optimizer is not None:
-        beside = around() if training.optimizer_from is None else apart("optimizer", training.optimizer_from, undo)
+        beside = beside_source() if training.optimizer_from is None else second_source("optimizer", training.optimizer_from, undo)
         states.append(beside)
         new_state, saved, carried = _optimizer(training, beside, checkpoint, plan, model)
     ready = []
     groups: list[dict[str, Any]] = []
-    driven_groups: list[dict[str, Any]] = []
+    group_options: list[dict[str, Any]] = []
     for kind, receiver in (("scheduler", training.scheduler), ("scaler", training.scaler)):
         if receiver is None:
             continue
         origin = training.scheduler_from if kind == "scheduler" else None
-        states.append(around() if origin is None else apart("scheduler", origin, undo))
-        state = _other(kind, receiver, states[-1], training)
+        states.append(beside_source() if origin is None else second_source("scheduler", origin, undo))
+        state = _new_state(kind, receiver, states[-1], training)
         if isinstance(state, str):
             carried = replace(carried, not_carried=(*carried.not_carried, (kind, state)))
             continue
         ready.append((receiver, state))
         carried = replace(carried, others=(*carried.others, kind))
         if kind == "scheduler" and hasattr(receiver, "optimizer"):
-            driven_groups = training_state.scheduled_options(state, receiver.optimizer.param_groups, () if saved is None else saved.groups)
-    for one in states if training.checksums else ():
-        check_all(one.reader, [checkpoint])
+            group_options = training_state.scheduled_options(state, receiver.optimizer.param_groups, () if saved is None else saved.groups)
+    for state_source in states if training.checksums else ():
+        check_all(state_source.reader, [checkpoint])
     if new_state is not None:
         undo.enter_context(optimizer_state.loaded(training.optimizer, new_state.state_dict))
     for receiver, state in ready:
         undo.enter_context(training_state.loaded(receiver, state))
-    if driven_groups:
+    if group_options:
         groups = training.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
-        undo.enter_context(optimizer_state.options_set(groups, driven_groups))
+        undo.enter_context(optimizer_state.options_set(groups, group_options))
     return carried
 
 
@@ -206,7 +206,7 @@ def _optimizer(
         raise
     place = shown(beside, place)
     names = tuple(parameter.name for parameter in parameters)
-    reason = _other_kind(optimizer_state.kind_of(training.optimizer), training.optimizer, saved)
+    reason = _incompatible(optimizer_state.kind_of(training.optimizer), training.optimizer, saved)
     if reason is not None:
         return None, saved, CarriedState(place, assigned.by, zeroed=names, not_carried=((type(training.optimizer).__name__, reason),))
     states = {(0, key): state for key, state in held_by_key(saved, assigned, checkpoint).items()}
@@ -225,30 +225,30 @@ def _spread(model: nn.Module, beside: BesideWeights, fetch: Callable[[TensorMeta
         return None
     from ckptsurgeon.models.sharded.planner import spread
 
-    def own_part(into: torch.Tensor, value: TensorMeta | torch.Tensor) -> None:
-        spread(into, fetch(value) if beside.live and isinstance(value, TensorMeta) else value, beside.reader)
+    def own_part(moment: torch.Tensor, value: TensorMeta | torch.Tensor) -> None:
+        spread(moment, fetch(value) if beside.live and isinstance(value, TensorMeta) else value, beside.reader)
 
     return own_part
 
 
-def _other_kind(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
-    """Why the new optimizer can't take the source's state; None where it can."""
+def _incompatible(kind: str | None, optimizer: Any, saved: Saved) -> str | None:
+    """Why the new optimizer can't take the source's state; None if it can."""
     if kind is None:
-        return f"is none of {', '.join(SLOTS)}: it was left as it is"
+        return f"is none of {', '.join(SLOTS)}: it is unchanged"
     if saved.state and saved.by_bitsandbytes != (kind == BITSANDBYTES):
-        other = "8-bit codes of bitsandbytes" if saved.by_bitsandbytes else "none of bitsandbytes"
-        return f"the source's state is {other}, which this optimizer can't take; it was left as it is"
+        state_kind = "8-bit codes of bitsandbytes" if saved.by_bitsandbytes else "none of bitsandbytes"
+        return f"the source's state is {state_kind}, which this optimizer can't take; it is unchanged"
     if kind == BITSANDBYTES:
         return None
     if saved.groups and not all(MARKS[kind] in group for group in saved.groups):
-        return f"the source's groups have no {MARKS[kind]!r}, so that its optimizer was none such; this one was left as it is"
+        return f"the source's groups have no {MARKS[kind]!r}, so its optimizer was of another kind; this one is unchanged"
     return None
 
 
 def account(
     place: str, saved: Saved, assigned: Assigned, checkpoint: Checkpoint, plans: Sequence[ParameterPlan], notes: Sequence[tuple[str, str]]
 ) -> CarriedState:
-    """What became of each parameter's state, and of the rest of the source's state."""
+    """The outcome for each parameter's state, and for the rest of the source's state."""
     rows = [(parameter_plan.parameter.name, parameter_plan.reason) for parameter_plan in plans if parameter_plan.reason is not None]
     return CarriedState(
         place=place,
@@ -260,12 +260,12 @@ def account(
             parameter_plan.parameter.name for parameter_plan in plans if parameter_plan.reason is None and parameter_plan.adapted
         ),
         zeroed=tuple(name for name, _ in rows),
-        not_carried=(*rows, *notes, *left(saved, assigned, checkpoint, plans)),
+        not_carried=(*rows, *notes, *not_carried(saved, assigned, checkpoint, plans)),
     )
 
 
-def left(saved: Saved, assigned: Assigned, checkpoint: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
-    """The parts of the source's state that are not carried, each with the reason."""
+def not_carried(saved: Saved, assigned: Assigned, checkpoint: Checkpoint, plans: Sequence[ParameterPlan]) -> list[tuple[str, str]]:
+    """The parts of the source's state that are not carried, with the reasons."""
     used = {key for plan in plans if plan.reason is None for _, key in plan.sources}
     reported = {key for plan in plans if plan.reason is not None for _, key in plan.sources}
     ties = {key: set(group) for group in checkpoint.ties for key in group}
@@ -275,30 +275,30 @@ def left(saved: Saved, assigned: Assigned, checkpoint: Checkpoint, plans: Sequen
             continue
         key = assigned.keys.get(position)
         if key is None:
-            rows.append((f"position {str(position)[:60]} of the source", "it is no parameter of the source's state_dict"))
+            rows.append((f"position {str(position)[:60]} of the source", "it belongs to no parameter in the source's state_dict"))
         elif not ties.get(key, {key}) & (used | reported):
-            rows.append((f"{key} of the source", "its parameter goes nowhere"))
-    kept = {slot.slot.name for plan in plans for slot in plan.slots}
+            rows.append((f"{key} of the source", "its parameter is not used"))
+    slot_names = {slot.slot.name for plan in plans for slot in plan.slots}
     unused = dict.fromkeys(
-        name for state in saved.state.values() for name, value in state.items() if value is not None and name not in kept
+        name for state in saved.state.values() for name, value in state.items() if value is not None and name not in slot_names
     )
-    if kept:
+    if slot_names:
         rows += [(name, "the new optimizer does not keep it") for name in unused]
     return rows
 
 
-def _other(kind: Any, receiver: Any, beside: BesideWeights, training: TrainingOptions) -> dict[str, Any] | str:
+def _new_state(kind: Any, receiver: Any, beside: BesideWeights, training: TrainingOptions) -> dict[str, Any] | str:
     """A scheduler's or scaler's new state, or the reason why there is none."""
     if not callable(getattr(receiver, "state_dict", None)) or not callable(getattr(receiver, "load_state_dict", None)):
         raise ModelError(f"a {type(receiver).__name__} is no {kind}: it has no state_dict")
     optimizer = getattr(receiver, "optimizer", None)
     if kind == "scheduler" and training.optimizer is not None and optimizer is not None and optimizer is not training.optimizer:
-        raise ModelError("the scheduler drives another optimizer than the one given", hint="make it from the new optimizer")
+        raise ModelError("the scheduler belongs to another optimizer", hint="build it with the new optimizer")
     place, value = find(kind, beside, None)
     tree, fetch = beside.tree(place, value)
     own_state = training_state.own_state(receiver)
     if not own_state:
-        return "the new one is not enabled, and keeps no state"
+        return "the new object is not enabled, and has no state"
     groups = len(optimizer.param_groups) if optimizer is not None and kind == "scheduler" else None
     return training_state.fitted(own_state, tree, fetch, groups)
 
@@ -307,7 +307,8 @@ def _other(kind: Any, receiver: Any, beside: BesideWeights, training: TrainingOp
 class Averaged:
     """The transfer into the averaged copy `model`: from `source`, under `root`, without the keys `left_out`.
 
-    `buffers` are its wrapper's own, such as `n_averaged`; `values` has, for those that the source holds, a function that returns the value.
+    `buffers` are the wrapper's own, such as `n_averaged`. For each buffer that the source has, `values` has a function that returns its
+    value.
     """
 
     source: Given
@@ -317,7 +318,7 @@ class Averaged:
     buffers: Mapping[str, torch.Tensor]
     values: Mapping[str, Callable[[], torch.Tensor]]
 
-    def told(self, carried: CarriedState, report: Report) -> CarriedState:
+    def finish(self, carried: CarriedState, report: Report) -> CarriedState:
         """Copy the wrapper's own buffers, and return `carried` with the averaged copy's report."""
         import torch
 
@@ -329,14 +330,14 @@ class Averaged:
         return replace(carried, others=(*carried.others, "ema"), ema=kept, not_carried=(*carried.not_carried, *missing))
 
 
-def find_averaged(training: TrainingOptions, source: Given, around: Callable[[], BesideWeights], undo: ExitStack) -> Averaged:
-    """What goes into the averaged copy. `undo` restores the copy if a later step fails.
+def find_averaged(training: TrainingOptions, source: Given, beside_source: Callable[[], BesideWeights], undo: ExitStack) -> Averaged:
+    """Find what to transfer into the averaged copy. `undo` restores the copy if a later step fails.
 
     Raises:
         RootError: the source has no averaged copy, or several.
-        ModelError: `ema` is neither a model nor keeps one.
+        ModelError: `ema` neither is nor holds a model.
     """
-    beside = around()
+    beside = beside_source()
     model, buffers = ema.averaged_model(training.ema), ema.wrapper_buffers(training.ema)
     if beside.live:
         assert isinstance(source, Mapping)
@@ -347,22 +348,22 @@ def find_averaged(training: TrainingOptions, source: Given, around: Callable[[],
         roots = _opening.read(source).state_dicts
     root = training_places.choose_average_root([state_dict.root for state_dict in roots], training.ema_root, beside.path)
     chosen = next((state_dict for state_dict in roots if state_dict.root == root), None)
-    counts = (
+    buffers_root = (
         training_places.AVERAGING_STATE if root == training_places.lightning_average([state_dict.root for state_dict in roots]) else root
     )
-    own = {
+    found_buffers = {
         name: (state_dict.root, meta)
         for state_dict in roots
-        if state_dict is chosen or state_dict.root == counts
+        if state_dict is chosen or state_dict.root == buffers_root
         for name, meta in state_dict.tensors.items()
         if name in buffers and meta.shape == tuple(buffers[name].shape)
     }
     undo.enter_context(ema.restored(model, buffers))
-    left_out = () if chosen is None else tuple(name for name in own if name in chosen.tensors)
+    left_out = () if chosen is None else tuple(name for name in found_buffers if name in chosen.tensors)
 
-    def value(name: str, place: str, meta: TensorMeta) -> torch.Tensor:
-        lives: Any = at_root(source, place) if beside.live else {}
-        return lives[name] if beside.live else tensor_from(beside.reader.read(meta), meta.dtype).view(meta.shape)
+    def value(name: str, root_of_buffer: str, meta: TensorMeta) -> torch.Tensor:
+        live_buffers: Any = at_root(source, root_of_buffer) if beside.live else {}
+        return live_buffers[name] if beside.live else tensor_from(beside.reader.read(meta), meta.dtype).view(meta.shape)
 
-    values = {name: partial(value, name, place, meta) for name, (place, meta) in own.items()}
+    values = {name: partial(value, name, root_of_buffer, meta) for name, (root_of_buffer, meta) in found_buffers.items()}
     return Averaged(source, model, root, left_out, buffers, values)

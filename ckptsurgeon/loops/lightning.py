@@ -67,7 +67,7 @@ class TransferCallback(Callback):
         """Transfer and freeze once, unless the run resumes; return the report or its record."""
         if self.report is None:
             if self._model is None:
-                raise ModelError("the trainer has not begun to fit, and there is no model to transfer into")
+                raise ModelError("the trainer has not begun to fit, so there is no model to transfer into")
             self.report = api.transfer(self._source, self._model, **self._choices)
             rank_zero_info(str(self.report))
             self._freeze_model()
@@ -82,7 +82,7 @@ class TransferCallback(Callback):
         if self._thaw is None:
             return
         if len(trainer.optimizers) != 1:
-            raise ModelError(f"thaws into one optimizer, and there are {len(trainer.optimizers)}")
+            raise ModelError(f"Thaw needs exactly one optimizer, but the trainer has {len(trainer.optimizers)}")
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._schedule = Thaw(self._model, trainer.optimizers[0], scheduler=schedulers, **self._thaw)
         if self._resumed is not None:
@@ -127,7 +127,7 @@ def report_of(trainer: Trainer) -> Report | Recorded:
         ModelError: there is no such callback, or the trainer has not begun to fit.
         CheckpointError: as `transfer`.
     """
-    callback = next((each for each in trainer.callbacks if isinstance(each, TransferCallback)), None)  # type: ignore[attr-defined]
+    callback = next((callback for callback in trainer.callbacks if isinstance(callback, TransferCallback)), None)  # type: ignore[attr-defined]
     if callback is None:
         raise ModelError("this trainer has no TransferCallback", hint="Trainer(callbacks=[TransferCallback(...)])")
     return callback.begin()

@@ -186,7 +186,7 @@ def test_what_is_fresh_starts_at_zero_and_what_is_computed_is_told(tmp_path: Pat
     report = cs.transfer(tmp_path / "a.pt", head, optimizer=optimizer)
     assert report.optimizer is not None
     told = dict(report.optimizer.not_carried)
-    assert told["fc3.weight of the source"] == "its parameter goes nowhere"
+    assert told["fc3.weight of the source"] == "its parameter is not used"
     assert "fc3.weight" in report.optimizer.zeroed
 
     grey, optimizer, _ = renewed(NetGrey, MAKERS["AdamW"])

@@ -167,7 +167,7 @@ def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
         places = (place for state_dict in archive.state_dicts for place in places_in(state_dict.tensors))
         yield from (replace(found, code="CK106") for found in findings_of(checked, places, where))
     if not any_checksums:
-        yield Finding("CK106", f"{archive.format} keeps no checksums that the data could be held against", level="note")
+        yield Finding("CK106", f"{archive.format} keeps no checksums to compare the data with", level="note")
 
 
 def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:

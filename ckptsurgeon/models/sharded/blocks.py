@@ -1,4 +1,4 @@
-"""Blocks of a model's tensors, each with the memory that it has on this rank, and blocks cut into bands."""
+"""Blocks of a model's tensors with their memory on this rank, and cutting a block into bands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ckptsurgeon.storage.pieces import Block
 
-BAND = 16 << 20  # bytes of a block that are held at a time
+BAND = 16 << 20  # bytes of a block that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ def bands(block: Block, itemsize: int, nbytes: int = BAND) -> Iterator[Block]:
         return
     (start, stop), rest = block[0], block[1:]
     if row > nbytes and rest:
-        for at in range(start, stop):
+        for index in range(start, stop):
             for band in bands(rest, itemsize, nbytes):
-                yield ((at, at + 1), *band)
+                yield ((index, index + 1), *band)
         return
     step = max(1, nbytes // row)
-    for at in range(start, stop, step):
-        yield ((at, min(at + step, stop)), *rest)
+    for index in range(start, stop, step):
+        yield ((index, min(index + step, stop)), *rest)
 
 
 def narrowed(tensor: torch.Tensor, block: Block, origin: Block | None = None) -> torch.Tensor:
-    """The view of a block within a tensor; `origin`: the block that the tensor itself is.
+    """A view of a block of a tensor. If `tensor` is itself only a block, `origin` says which.
 
     >>> narrowed(torch.tensor([7, 8]), ((3, 4),), origin=((2, 4),)).tolist()
     [8]

@@ -1,6 +1,6 @@
-"""Values into this rank's own parts of a model, by one `dcp.load` with a reader of ours; torch's engine plans, and gathers what fails.
+"""Loads values into this rank's parts of a model by one `dcp.load` with our own reader. torch plans the load and gathers the errors.
 
-The reader gives every tensor as one chunk under the target's name. Nothing is sent from rank to rank but plans and errors.
+The reader presents every tensor as one chunk with the target's name. The ranks exchange only plans and errors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ckptsurgeon.progress import Held, phase
 
 
 def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: Held = None) -> None:
-    """Give each tensor of `state` its value, of which each rank reads or copies the blocks that are its own.
+    """Load each tensor of `state`: each rank reads or copies its own blocks.
 
-    All ranks must come here with the same keys. `held` gets what a listener to the progress raises: no rank stops half way for it.
+    All ranks must call this with the same keys. `held` collects what a progress callback raises, so that no rank stops half way.
 
     Raises:
         UnreadableError, StaleError: a file fails or shrinks, on this rank or another, while it is read; the model may hold a mixture then.
@@ -37,11 +37,11 @@ def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: H
         with torch.no_grad():
             dcp.load({key: state[key] for key in values}, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
     except CheckpointException as error:
-        raise _own(error, reader) from error
+        raise _cause(error, reader) from error
 
 
 class _Blocks(StorageReader):
-    """What torch's engine asks for blocks: it reads no metadata, which are at hand, and so can't fail before the first copy."""
+    """The reader that torch asks for blocks. Its metadata is in memory, so nothing can fail before the first copy."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: Held) -> None:
         self._metadata = whole_tensors({key: state[key] for key in values})
@@ -50,21 +50,21 @@ class _Blocks(StorageReader):
         self.error: BaseException | None = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Part of torch's protocol: there is nothing to forget."""
+        """Part of torch's protocol: does nothing, since there is no state to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Every tensor as one chunk."""
+        """Metadata in which every tensor is one chunk."""
         return self._metadata
 
     def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
-        """Part of torch's protocol: the files are open."""
+        """Part of torch's protocol: does nothing, since the files are open."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As torch planned it."""
+        """Torch's plan, unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As torch planned them."""
+        """Torch's plans, unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -85,12 +85,12 @@ class _Blocks(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Part of torch's protocol: no path names such a checkpoint."""
+        """Part of torch's protocol: False, since this reader has no path."""
         return False
 
 
-def _own(error: CheckpointException, reader: _Blocks) -> BaseException:
-    """An error of the engine as one of ours: this rank's own, or what another rank failed by."""
+def _cause(error: CheckpointException, reader: _Blocks) -> BaseException:
+    """The error that made torch's load fail: this rank's own, or another rank's."""
     failure = reader.error
     if failure is None:
         rank, (failure, _) = next(iter(error.failures.items()))

@@ -1,7 +1,7 @@
-"""Memory for a sharded model on the meta device, and the plan for it: what no source gives is drawn by its layer's own `reset_parameters`.
+"""Gives a sharded model on the meta device memory, and adapts the plan: a fresh tensor gets its value from its layer's `reset_parameters`.
 
-A meta model has no constructor's values. What its state_dict does not show (buffers that are not persistent) could never get any, and is
-refused by name. Buffers that have values keep them; a parameter that has values, among others that have none, is refused.
+A meta model has no values from its constructor. Tensors on meta that are not in its state_dict (non-persistent buffers) could never get
+any, and are refused by name. Buffers with values keep them. A parameter with values, while others have none, is refused.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def on_meta(model: nn.Module) -> bool:
 
 
 def with_initial_values(plan: Plan, state: Mapping[str, Any]) -> Plan:
-    """The plan where every value that would be the constructor's is the layer's own `reset_parameters`', by the plan's seed.
+    """The plan with values from `reset_parameters`, by the plan's seed, instead of the constructor's.
 
-    Steps for tensors of `state`, the model's state_dict, that have values stay as they are.
+    Steps for tensors of `state`, the model's state_dict, that have values are unchanged.
     """
 
     def op(row: Any) -> Any:
@@ -44,34 +44,34 @@ def with_initial_values(plan: Plan, state: Mapping[str, Any]) -> Plan:
 
 
 def refuse_unreachable(model: nn.Module, plan: Plan, state: Mapping[str, Any]) -> None:
-    """Raises ModelError for tensors on meta that no transfer reaches, or that keep a value which they do not have; and for parameters
-    that have values, which memory for the others would take from them."""
+    """ModelError for tensors on meta that would have no value after the transfer, and for parameters with values, which would lose them
+    when the others get memory."""
     parameters, buffers = named_tensors(model)
     with_values = [name for name, parameter in parameters.items() if not parameter.tensor.is_meta]
     if with_values:
         raise ModelError(
-            "has values, and other parameters are on the meta device: it would lose them",
+            "has values, which it would lose: other parameters are on the meta device",
             key=with_values[0],
             problems=shortened(with_values[1:]),
             hint="build the whole model on meta, or model.to_empty(device=…), give these their values, then transfer",
         )
-    lost = [name for name, tensor in (*parameters.items(), *buffers.items()) if tensor.tensor.is_meta and not tensor.keys]
-    lost += [step.target for step in plan.steps if step.action in ("keep", "load") and state[step.target].is_meta]
-    if lost:
+    valueless = [name for name, tensor in (*parameters.items(), *buffers.items()) if tensor.tensor.is_meta and not tensor.keys]
+    valueless += [step.target for step in plan.steps if step.action in ("keep", "load") and state[step.target].is_meta]
+    if valueless:
         raise ModelError(
-            "is on the meta device, and would have no value: it is not in the state_dict",
-            key=lost[0],
-            problems=shortened(lost[1:]),
+            "is on the meta device, and would get no value: it is not in the state_dict",
+            key=valueless[0],
+            problems=shortened(valueless[1:]),
             hint="model.to_empty(device=…), give these their values, then transfer",
         )
 
 
 @contextmanager
 def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
-    """Give a meta model memory on its mesh's device; if the block fails, what was on meta is there again.
+    """Give a meta model memory on its mesh's device; if the block fails, put it back on meta.
 
     Raises:
-        ModelError: its plain parameters are other objects afterwards, so that a tie, or the optimizer that was made of them, would be lost.
+        ModelError: a parameter is another object afterwards, so that a tie, or its place in the optimizer, would be lost.
     """
     before = named_tensors(model)[0]
     with_values = [
@@ -81,33 +81,33 @@ def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         if buffer is not None and not buffer.is_meta
     ]
 
-    def to(device: torch.device | str) -> None:
+    def move(device: torch.device | str) -> None:
         model.to_empty(device=device)
         for module, name, buffer in with_values:
             module._buffers[name] = buffer
 
     try:
-        to(_device(model))
+        move(_device(model))
         after = named_tensors(model)[0]
-        own = {id(one.tensor) for one in after.values()}
-        held = set() if optimizer is None else {id(one) for group in optimizer.param_groups for one in group["params"]}
-        apart = [name for name, one in before.items() if name not in after or one.keys != after[name].keys]
-        apart += [name for name, one in before.items() if id(one.tensor) in held - own]
-        if apart:
+        ids = {id(parameter.tensor) for parameter in after.values()}
+        optimized = set() if optimizer is None else {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        replaced = [name for name, parameter in before.items() if name not in after or parameter.keys != after[name].keys]
+        replaced += [name for name, parameter in before.items() if id(parameter.tensor) in optimized - ids]
+        if replaced:
             raise ModelError(
-                "is another parameter since it has memory",
-                key=apart[0],
-                problems=shortened(apart[1:]),
-                hint="model.to_empty(device=…), tie what was tied, make the optimizer, then transfer",
+                "became another parameter when it got memory",
+                key=replaced[0],
+                problems=shortened(replaced[1:]),
+                hint="model.to_empty(device=…), tie the tied parameters, build the optimizer, then transfer",
             )
         yield
     except BaseException:
-        to("meta")
+        move("meta")
         raise
 
 
 def _device(model: nn.Module) -> torch.device:
-    """The device that sharded tensors' mesh is of; on GPUs the current one."""
+    """The device of the sharded tensors' mesh; for GPUs, the current one."""
     sharded: Any = next(tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor))
     kind = str(sharded.device_mesh.device_type)
     index = getattr(torch, kind).current_device() if kind not in ("cpu", "meta") else None

@@ -1,6 +1,6 @@
-"""A layer as it would be on one machine: its class without FSDP's, whole parameters without values, no hooks.
+"""Makes an unsharded copy of a layer: its class without FSDP's, whole parameters without values, no hooks.
 
-Schemes that ask the layer itself (`reset`, `per_layer_type`) get this one, and so give every rank, on every mesh, the same whole value.
+Schemes that need the layer (`reset`, `per_layer_type`) get this copy, and so give the same whole value on every rank and every mesh.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ckptsurgeon.models.target.sharding import is_sharded, own_class
 
 
 def plain_layer(module: nn.Module) -> nn.Module:
-    """The module itself where nothing of it, or below it, is sharded; else such a copy of it and of all below, whose sharded tensors are
-    whole ones on meta. Other attributes are shared, and the module is unchanged.
+    """The module itself if none of its tensors is sharded; else a copy of it and its submodules, with whole tensors on meta for the sharded
+    ones. Other attributes are shared. The module is unchanged.
 
     >>> layer = nn.Linear(3, 2)
     >>> plain_layer(layer) is layer
@@ -29,13 +29,15 @@ def plain_layer(module: nn.Module) -> nn.Module:
 
 def _copied(module: nn.Module) -> nn.Module:
     kind: Any = own_class(module)
-    made: nn.Module = kind.__new__(kind)
-    own = {name: OrderedDict() if isinstance(value, OrderedDict) and "hooks" in name else value for name, value in vars(module).items()}
-    own["_parameters"] = {name: _whole(one) for name, one in module._parameters.items()}
-    own["_buffers"] = {name: _whole(one) for name, one in module._buffers.items()}
-    own["_modules"] = {name: None if child is None else _copied(child) for name, child in module._modules.items()}
-    vars(made).update(own)
-    return made
+    copy: nn.Module = kind.__new__(kind)
+    attributes = {
+        name: OrderedDict() if isinstance(value, OrderedDict) and "hooks" in name else value for name, value in vars(module).items()
+    }
+    attributes["_parameters"] = {name: _whole(tensor) for name, tensor in module._parameters.items()}
+    attributes["_buffers"] = {name: _whole(tensor) for name, tensor in module._buffers.items()}
+    attributes["_modules"] = {name: None if child is None else _copied(child) for name, child in module._modules.items()}
+    vars(copy).update(attributes)
+    return copy
 
 
 def _whole(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
-"""Which blocks of a model's tensors are this rank's own, as torch's load planner tells it.
+"""Asks torch's load planner which blocks of a model's tensors belong to this rank.
 
-A plain tensor is one block, the whole; a sharded one may be several, or none. The planner is asked, and nothing is communicated.
+A plain tensor is one block; of a sharded tensor, a rank may have several blocks or none. Nothing is communicated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 
 def whole_tensors(state: Mapping[str, torch.Tensor]) -> Metadata:
-    """What torch's planner takes for a checkpoint in which each of these tensors is one chunk."""
+    """The metadata, for torch's planner, of a checkpoint in which each of these tensors is one chunk."""
     rows: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for key, tensor in state.items():
         size = torch.Size(tensor.shape)
@@ -37,14 +37,14 @@ def whole_tensors(state: Mapping[str, torch.Tensor]) -> Metadata:
 
 
 def parts_of(plan: LoadPlan, planner: LoadPlanner) -> Iterator[Part]:
-    """The parts that a plan of torch's reads, of tensors that are whole in their checkpoint."""
+    """The parts that torch's plan reads; in the checkpoint each tensor is whole."""
     for item in plan.items:
         block = tuple((start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True))
         yield Part(item.storage_index.fqn, block, planner.resolve_tensor(item).detach())
 
 
 def own_parts(state: Mapping[str, torch.Tensor]) -> list[Part]:
-    """The parts of tensors that are this rank's own.
+    """This rank's parts of the tensors.
 
     >>> [part.block for part in own_parts({"w": torch.zeros(2, 3)})]
     [((0, 2), (0, 3))]
@@ -54,13 +54,13 @@ def own_parts(state: Mapping[str, torch.Tensor]) -> list[Part]:
     return list(parts_of(planner.create_local_plan(), planner))
 
 
-def spread(into: torch.Tensor, value: torch.Tensor | TensorMeta, reader: Reader) -> None:
-    """Give a sharded tensor its value: this rank's own part of a whole tensor, or of one that lies in the reader's files."""
+def spread(tensor: torch.Tensor, value: torch.Tensor | TensorMeta, reader: Reader) -> None:
+    """Fill this rank's part of a sharded tensor from a sharded or whole tensor, or from a tensor in the reader's files."""
     if isinstance(value, torch.Tensor) and is_sharded(value):
         with torch.no_grad():
-            into.copy_(value)
+            tensor.copy_(value)
         return
-    for part in own_parts({"": into}):
+    for part in own_parts({"": tensor}):
         if isinstance(value, TensorMeta):
             Stored(value.name, value, reader).into(part)
         else:
@@ -68,7 +68,7 @@ def spread(into: torch.Tensor, value: torch.Tensor | TensorMeta, reader: Reader)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's whole value on the CPU; that of a sharded one all ranks gather together."""
+    """A tensor's whole value on the CPU. For a sharded tensor, all ranks must call this together."""
     sharded: Any = tensor
     with torch.no_grad():
         value: torch.Tensor = sharded.detach().full_tensor() if is_sharded(tensor) else tensor.detach()

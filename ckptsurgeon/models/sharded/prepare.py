@@ -1,7 +1,7 @@
-"""A plan's values for a sharded model: which are read from files block by block, and which are computed whole and narrowed.
+"""Prepares a plan's values for a sharded model: some are read from files block by block, the others are computed whole and narrowed.
 
-Before anything is changed, every value is either known to lie in open files, within their bounds, or at hand in this rank's blocks, and
-what casts lose is counted. Where a value needs a whole sharded tensor, all ranks gather it together, in the plan's order.
+Before anything is changed, each value is either known to be in open files, within their bounds, or in memory as this rank's blocks, and the
+casts' losses are counted. If a value needs a whole sharded tensor, all ranks gather it together, in the plan's order.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from ckptsurgeon.streaming.values import memory_of, tensor_from
 from ckptsurgeon.streaming.writing import torn
 from ckptsurgeon.tensors import Checkpoint, Piece, Span, TensorMeta, contiguous_stride
 
-Lost = tuple[str, Block | None, Cast]  # the key, the block that was cast (None for all of the tensor), and what the cast lost
+Loss = tuple[str, Block | None, Cast]  # the key, the block that was cast (None for the whole tensor), and what the cast loses
 Wholes = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Computed:
-    """A value that is computed whole by `make`, from whole values of the sharded tensors `needs`; what casts lose is added to the list."""
+    """A value that `make` computes whole, from whole values of the sharded tensors `needs`; the casts' losses are added to its list."""
 
     make: Callable[[Wholes, list[Cast]], torch.Tensor]
     needs: tuple[torch.Tensor, ...] = ()
@@ -52,14 +52,14 @@ class Computed:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where a plan's values come from.
+    """The origins of a plan's values.
 
     Attributes:
         plan: made for the model.
-        source: the checkpoint; `live` its tensors, where it is in memory.
-        reader: of the source's files.
-        model: the target; `state` its state_dict.
-        kernels, schemes: a person's own, by name.
+        source: the checkpoint; `live`: its tensors, if it is in memory.
+        reader: reads the source's files.
+        model: the target; `state`: its state_dict.
+        kernels, schemes: the user's own, by name.
     """
 
     plan: Plan
@@ -72,56 +72,56 @@ class Origins:
     schemes: Mapping[str, Fill] = field(default_factory=dict)
 
     def all(self) -> dict[str, Stored | Computed]:
-        """What each key gets that gets anything.
+        """The origin of each key's value, for keys that get one.
 
         Raises:
             ModelError: a live source's tensor on meta.
-            PlanError, RuleError: as the plain transfer.
+            PlanError, RuleError: as a transfer into a model that isn't sharded.
         """
         steps = {step.target: step for step in self.plan.steps}
-        found = {step.target: self._of(step, steps) for step in self.plan.steps}
-        return {key: origin for key, origin in found.items() if origin is not None}
+        origins = {step.target: self._of(step, steps) for step in self.plan.steps}
+        return {key: origin for key, origin in origins.items() if origin is not None}
 
     def _of(self, step: Step, steps: Mapping[str, Step]) -> Stored | Computed | None:
         if step.sources:
-            return self._taken(step)
+            return self._transferred(step)
         if step.action != "init":
             return None
         origin = resolved(step, steps)
         if origin is step:
             return self._drawn(step)
-        found = self._of(origin, steps)
-        return found if found is not None else _kept(self.state[origin.target])
+        computed = self._of(origin, steps)
+        return computed if computed is not None else _kept(self.state[origin.target])
 
-    def _taken(self, step: Step) -> Stored | Computed:
+    def _transferred(self, step: Step) -> Stored | Computed:
         keys = [key for _, key in step.sources]
         dtype = self.source[keys[0]].dtype
         if not any(key in self.live for key in keys):
             metas = [with_data(self.source, key) for key in keys]
             for span in (span for meta in metas for span in meta.spans):
-                self.reader.locate(span)  # opened, held against its stamp and unpacked now: not between two copies
+                self.reader.locate(span)  # opened, compared with its stamp and unpacked now, before the first copy
             if not step.adapters:
                 return Stored(step.target, metas[0], self.reader)
-            moved = ranges_of(metas, step.adapters)
-            if moved is not None:
-                return Stored(step.target, _of_runs(step, dtype, moved), self.reader)
+            ranges = ranges_of(metas, step.adapters)
+            if ranges is not None:
+                return Stored(step.target, _of_runs(step, dtype, ranges), self.reader)
         tensors = [self._whole_source(key) for key in keys]
         needs = tuple(tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and is_sharded(tensor))
-        filled, own = self._filling(step), self.state[step.target].detach()
-        more = (own,) if filled is None and is_sharded(own) else ()
+        initial_value, current = self._filling(step), self.state[step.target].detach()
+        for_filling = (current,) if initial_value is None and is_sharded(current) else ()
 
         def make(wholes: Wholes, casts: list[Cast]) -> torch.Tensor:
-            rest = iter(wholes)
-            given = [tensor() if callable(tensor) else next(rest) if is_sharded(tensor) else tensor for tensor in tensors]
+            gathered = iter(wholes)
+            inputs = [tensor() if callable(tensor) else next(gathered) if is_sharded(tensor) else tensor for tensor in tensors]
             if not step.adapters and step.cast is None:
-                return given[0]
-            initial = filled or (lambda: wholes[-1] if more else own)
-            return adapted_and_cast(step, given, dtype, initial, self.kernels, casts)
+                return inputs[0]
+            initial = initial_value or (lambda: wholes[-1] if for_filling else current)
+            return adapted_and_cast(step, inputs, dtype, initial, self.kernels, casts)
 
-        return Computed(make, (*needs, *more))
+        return Computed(make, (*needs, *for_filling))
 
     def _whole_source(self, key: str) -> torch.Tensor | Callable[[], torch.Tensor]:
-        """A source's tensor, or what reads it."""
+        """A source's tensor, or a function that reads it."""
         if key not in self.live:
             meta = with_data(self.source, key)
             return lambda: tensor_from(self.reader.read(meta), meta.dtype).view(meta.shape)
@@ -131,17 +131,17 @@ class Origins:
         return tensor if is_sharded(tensor) else tensor.resolve_conj().resolve_neg()
 
     def _filling(self, step: Step) -> Callable[[], torch.Tensor] | None:
-        """What gives the value that an adapter fills up with; None where it is the model's own."""
+        """A function that gives the value with which an adapter fills; None if it is the model's own value."""
         scheme = next(iter(step.schemes), None)
         return _never if scheme is None else self._scheme(step, scheme)
 
     def _drawn(self, step: Step) -> Computed | None:
-        """A fresh tensor's value; None where it stays as it is."""
+        """A fresh tensor's value; None if the tensor keeps its own."""
         make = self._scheme(step, step.schemes[0])
         return None if make is None else Computed(lambda _wholes, _casts: make())
 
     def _scheme(self, step: Step, scheme: str) -> Callable[[], torch.Tensor] | None:
-        """What gives a scheme's value, the same on every rank; None for the model's own."""
+        """A function that gives a scheme's value, the same on every rank; None for the model's own value."""
         key = self.plan.leader(step.target)
         owner, leaf = initialize.layer_of(self.model, key)
         if scheme == KEEP or concrete(scheme, key, step.shape, step.dtype, owner, leaf) == KEEP:
@@ -150,71 +150,71 @@ class Origins:
         return lambda: initialize.value(scheme, key, step.shape, step.dtype, self.plan.seed, layer, self.schemes, leaf)
 
 
-def settle(wanted: Mapping[str, Stored | Computed], state: Mapping[str, Any], ranks: Ranks) -> tuple[dict[str, Value], list[Lost]]:
-    """Every value ready to be put in, and what casts lose in this rank's parts. All ranks come here together.
+def prepare_values(origins: Mapping[str, Stored | Computed], state: Mapping[str, Any], ranks: Ranks) -> tuple[dict[str, Value], list[Loss]]:
+    """All values, ready to be loaded, and what casts lose in this rank's parts. All ranks must call this together.
 
     Raises:
-        CheckpointError: of any kind that computing a value raises, on this rank or another.
+        CheckpointError: whatever computing a value raises, on this rank or another.
     """
     values: dict[str, Value] = {}
-    lost: list[Lost] = []
+    losses: list[Loss] = []
     with ranks.step():
         parts: dict[str, list[Part]] = {}
-        for part in own_parts({key: state[key] for key in wanted}):
+        for part in own_parts({key: state[key] for key in origins}):
             parts.setdefault(part.key, []).append(part)
-        changed = {key for key, origin in wanted.items() if not isinstance(origin, Stored) or _dtype_of(state[key]) != origin.meta.dtype}
+        changed = {key for key, origin in origins.items() if not isinstance(origin, Stored) or _dtype_of(state[key]) != origin.meta.dtype}
         with phase("converting", len(changed), "tensors") if changed else nullcontext(nobody) as advance:
-            for key, origin in wanted.items():
+            for key, origin in origins.items():
                 if isinstance(origin, Stored):
                     values[key] = origin
-                    lost += _lost(origin, state[key], parts.get(key, ()))
+                    losses += _lost(origin, state[key], parts.get(key, ()))
                 elif not origin.needs:
-                    values[key] = _narrowed(key, origin, (), parts.get(key, ()), lost)
+                    values[key] = _narrowed(key, origin, (), parts.get(key, ()), losses)
                 advance(key in changed)
-    for key, origin in wanted.items():
+    for key, origin in origins.items():
         if isinstance(origin, Computed) and origin.needs:
             wholes = [whole(tensor) for tensor in origin.needs]
             with ranks.step():
-                values[key] = _narrowed(key, origin, wholes, parts.get(key, ()), lost)
-    return values, lost
+                values[key] = _narrowed(key, origin, wholes, parts.get(key, ()), losses)
+    return values, losses
 
 
 def without_tied(values: Mapping[str, Value], state: Mapping[str, Any], ties: Iterable[Sequence[str]]) -> dict[str, Value]:
-    """The values, of tied keys that of the first alone: they are one tensor.
+    """The values without those of tied keys after the first, since tied keys are one tensor.
 
     Raises:
         PlanError: tied keys get different values.
     """
-    kept = dict(values)
+    remaining = dict(values)
     for group in ties:
         first, *rest = [key for key in group if key in values] or [""]
         for key in rest:
-            if not _same(kept.pop(key), values[first], state[key]):
+            if not _same(remaining.pop(key), values[first], state[key]):
                 raise torn(first, key)
-    return kept
+    return remaining
 
 
-def _same(one: Value, other: Value, tensor: torch.Tensor) -> bool:
-    if isinstance(one, Stored) and isinstance(other, Stored) and replace(one.meta, name="") == replace(other.meta, name=""):
+def _same(first: Value, second: Value, tensor: torch.Tensor) -> bool:
+    if isinstance(first, Stored) and isinstance(second, Stored) and replace(first.meta, name="") == replace(second.meta, name=""):
         return True
     for part in own_parts({"": tensor}):
         memories = [torch.empty_like(part.memory) for _ in range(2)]
-        for value, memory in zip((one, other), memories, strict=True):
+        for value, memory in zip((first, second), memories, strict=True):
             value.into(replace(part, memory=memory))
         if memory_of(memories[0]) != memory_of(memories[1]):
             return False
     return True
 
 
-def together(told: Iterable[Iterable[Lost]]) -> list[Cast]:
-    """What casts lost in all, from what each rank lost: a block that several ranks hold is counted once.
+def summed(by_rank: Iterable[Iterable[Loss]]) -> list[Cast]:
+    """The total losses of casts, from each rank's losses. A block that several ranks have is counted once.
 
     >>> row = Cast("w", "F32", "F16", 0.5, changed=1)
-    >>> [cast.changed for cast in together([[("w", ((0, 1),), row)], [("w", ((0, 1),), row), ("w", ((1, 2),), row)]])]
+    >>> [cast.changed for cast in summed([[("w", ((0, 1),), row)], [("w", ((0, 1),), row), ("w", ((1, 2),), row)]])]
     [2]
     """
     by_key: dict[str, dict[Block | None, Cast]] = {}
-    for key, block, cast in (row for rank in told for row in rank):
+    for key, block, cast in (row for rank in by_rank for row in rank):
         by_key.setdefault(key, {}).setdefault(block, cast)
     casts = []
     for rows in by_key.values():
@@ -225,8 +225,8 @@ def together(told: Iterable[Iterable[Lost]]) -> list[Cast]:
     return casts
 
 
-def _lost(value: Stored, tensor: torch.Tensor, parts: Iterable[Part]) -> Iterator[Lost]:
-    """What a cast to the tensor's dtype loses, part by part; nothing where the dtype holds all that the file's can hold."""
+def _lost(value: Stored, tensor: torch.Tensor, parts: Iterable[Part]) -> Iterator[Loss]:
+    """What a cast to the tensor's dtype loses, part by part; nothing if the dtype can hold all values of the file's dtype."""
     code = _dtype_of(tensor)
     if code != value.meta.dtype and not widens(value.meta.dtype, code):
         yield from ((value.key, part.block, value.lost(part.block, code)) for part in parts)
@@ -236,13 +236,13 @@ def _dtype_of(tensor: torch.Tensor) -> str:
     return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
-def _narrowed(key: str, origin: Computed, wholes: Wholes, parts: Sequence[Part], lost: list[Lost]) -> Ready:
-    """This rank's blocks of a computed value, which is not computed where the rank has none."""
+def _narrowed(key: str, origin: Computed, wholes: Wholes, parts: Sequence[Part], losses: list[Loss]) -> Ready:
+    """This rank's blocks of a computed value. Without a block on this rank, the value is not computed."""
     if not parts:
         return Ready(())
     casts: list[Cast] = []
     whole = origin.make(wholes, casts)
-    lost += [(key, None, cast) for cast in casts]
+    losses += [(key, None, cast) for cast in casts]
     return Ready([(part.block, narrowed(whole, part.block).clone()) for part in parts])
 
 
@@ -254,13 +254,13 @@ def _kept(tensor: torch.Tensor) -> Computed:
 
 
 def _never() -> torch.Tensor:
-    raise AssertionError("no adapter of this step fills up with an initial value")
+    raise AssertionError("no adapter of this step fills with an initial value")
 
 
-def _of_runs(step: Step, dtype: str, moved: Iterable[Span]) -> TensorMeta:
-    """A tensor that adapters make by moving bytes only, as runs of elements of the files that its sources lie in."""
+def _of_runs(step: Step, dtype: str, ranges: Iterable[Span]) -> TensorMeta:
+    """A tensor that adapters make by moving bytes only, described as runs of elements in its sources' files."""
     size, start, pieces = BY_CODE[dtype].size, 0, []
-    for span in moved:
+    for span in ranges:
         count = span.nbytes // size
         pieces.append(Piece(span, (start,), (count,), (1,)))
         start += count

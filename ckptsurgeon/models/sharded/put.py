@@ -1,6 +1,6 @@
-"""Puts a plan's values into a sharded model: each rank its own parts, and all ranks or none where anything is wrong before the first copy.
+"""Puts a plan's values into a sharded model: each rank fills its own parts. If anything is wrong before the first copy, no rank copies.
 
-The counterpart of `training.transfer` for models with sharded tensors. It decides nothing; the plan does.
+The counterpart of `training.transfer` for models with sharded tensors. All decisions are in the plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BEFORE = "transfer into the model before it is sharded"
 
 
 def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises ModelError for a model whose own code would have to load, or whose state_dict is not its own memory."""
+    """ModelError for a model whose own loading code would have to run, or whose state_dict does not share its memory."""
     loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
     if loaders or plan.handed or any(step.action == "load" for step in plan.steps):
         path, loader = next(iter(loaders.items()), ("", None))
@@ -41,16 +41,16 @@ def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
 def put(
     model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value], extra: Mapping[str, Any], ranks: Ranks, held: Held = None
 ) -> None:
-    """Give the model its values, in place; an interrupt waits until this rank's parts are whole. All ranks come here together.
+    """Load the values into the model, in place. All ranks must call this together. An interrupt waits until this rank's parts are complete.
 
     Args:
         state: the model's state_dict.
-        values: by key, of tied keys one.
-        extra: values for keys that are no tensors.
-        held: gets what a listener to the progress raises.
+        values: by key; of tied keys only the first.
+        extra: values that are not tensors, by key.
+        held: collects what a progress callback raises.
 
-    Raises:
-        UnreadableError, StaleError: a file fails or shrinks while it is read, here or on another rank: this alone can leave a mixture.
+    Raises: UnreadableError, StaleError: a file fails or shrinks while it is read, on this rank or another. Only then the model may hold old
+        and new values.
     """
     name = type(model).__name__
     with undisturbed(), torch.no_grad():
@@ -64,6 +64,6 @@ def put(
 
 
 def refuse_unwritable(state: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raises ModelError for a tensor that can't take values in place."""
+    """ModelError for a tensor that can't be written to in place."""
     for key in keys:
         check_writable(key, local(state[key]))

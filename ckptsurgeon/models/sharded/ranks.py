@@ -1,7 +1,7 @@
-"""What the ranks of a process group tell one another: that a step failed on one of them, and that they are about to do the same.
+"""Keeps the ranks of a process group in step: a step that fails on one rank fails on all, and all ranks must be doing the same.
 
-Rule: every rank comes to each of these points, whatever happens to it before, so that none waits for another that has given up.
-Only small objects are gathered, by torch's own collectives; no tensor moves here.
+Rule: every rank reaches the end of each step, whatever happens to it before, so that no rank waits for one that has failed.
+Only small objects are gathered, by torch's own collectives; no tensor is sent.
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ _HINT = "give every rank the same files and the same arguments; on nodes without
 
 @dataclass
 class Step:
-    """One step that all ranks take. `same`: what must be equal on all of them, by what it is called; `tell`: what each tells the others;
-    `told`: what all of them told, by rank, after the step."""
+    """One step that all ranks take.
+
+    Attributes:
+        same: values that must be equal on all ranks, by what the error calls them.
+        own: this rank's value for the other ranks.
+        by_rank: the `own` values of all ranks, after the step.
+    """
 
     same: Mapping[str, str] = field(default_factory=dict)
-    tell: Any = None
-    told: tuple[Any, ...] = ()
+    own: Any = None
+    by_rank: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error as other ranks are told of it."""
+    """An error in the form that is sent to the other ranks."""
 
     kind: str
     reason: str
@@ -45,14 +50,14 @@ class _Failure:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of the default process group, of which this is number `rank`; one alone where there is no group, or nobody to ask."""
+    """The ranks of the default process group and this rank's number; a single rank if the model is not spread over a group."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
-        """Those that a model is spread over.
+        """The ranks that a model is spread over.
 
         >>> Ranks.of(nn.Linear(3, 2))
         Ranks(rank=0, size=1)
@@ -63,13 +68,12 @@ class Ranks:
 
     @contextmanager
     def step(self) -> Iterator[Step]:
-        """A step that all ranks take or none: it ends when all have come to its end, and raises on all if one has failed.
+        """A step that succeeds on all ranks or fails on all: it ends when all ranks have reached its end, and raises on all if one failed.
 
-        Within the block nothing may be asked of other ranks, but by steps which all ranks take before anything else in it can fail.
+        The block must not communicate with other ranks, except by inner steps that all ranks reach before anything in the block can fail.
 
         Raises:
-            CheckpointError: of the kind that the other rank raised, which it names; PlanError where the ranks are about to do different
-                things.
+            CheckpointError: another rank failed; the error has its class and names the rank. PlanError if a value of `same` differs.
         """
         step = Step()
         try:
@@ -77,15 +81,15 @@ class Ranks:
         except BaseException as error:
             self._gather((_failure(error), {}, None))
             raise
-        rows = self._gather((None, dict(step.same), step.tell))
+        rows = self._gather((None, dict(step.same), step.own))
         for rank, (failure, _, _) in enumerate(rows):
             if failure is not None:
                 raise _error(failure, rank)
-        for what, own in rows[0][1].items():
-            apart = [rank for rank, (_, same, _) in enumerate(rows) if same.get(what) != own]
-            if apart:
-                raise PlanError(f"rank {apart[0]} has another {what} than rank 0; nothing was changed", hint=_HINT)
-        step.told = tuple(told for _, _, told in rows)
+        for name, value in rows[0][1].items():
+            differing = [rank for rank, (_, same, _) in enumerate(rows) if same.get(name) != value]
+            if differing:
+                raise PlanError(f"rank {differing[0]} has another {name} than rank 0; nothing was changed", hint=_HINT)
+        step.by_rank = tuple(own for _, _, own in rows)
 
     def _gather(self, own: tuple[_Failure | None, Mapping[str, str], Any]) -> list[Any]:
         rows: list[Any] = [own] * self.size
@@ -101,9 +105,9 @@ def _failure(error: BaseException) -> _Failure:
 
 
 def _error(failure: _Failure, rank: int) -> CheckpointError:
-    """What this rank raises where another has failed."""
+    """The error to raise on this rank when another failed."""
     kind = getattr(errors, failure.kind, CheckpointError)
-    made: CheckpointError = kind(
+    error: CheckpointError = kind(
         f"{failure.reason} (on rank {rank})", path=failure.path, key=failure.key, hint=failure.hint, problems=failure.problems
     )
-    return made
+    return error

@@ -1,7 +1,8 @@
 """Writes a folder of torch.distributed.checkpoint by torch's own `save`, in this process alone and without a process group.
 
-Each tensor is memory of its own on a private mapping of the file that holds it, so that torch, which copies views of one storage, copies
-none, and no byte is held beside the page cache. Nothing that differs from run to run gets in: no path and no random name.
+Each tensor has its own storage on a private memory map of its file: torch copies views of a larger storage, and so copies none of these.
+The
+written files do not differ from run to run: they contain no path and no random name.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ class _Writer(FileSystemWriter):
     """Torch's writer, without the folder's path and a random name in `.metadata`."""
 
     def storage_meta(self) -> StorageMeta:
-        """Nothing is said of this very save."""
+        """Metadata without this save's path and random name."""
         return StorageMeta()
 
 
 def save(folder: str, tensors: Iterable[TensorMeta], entries: Mapping[str, Any]) -> None:
-    """Write tensors, each dense and in one span of a file, and values that are none into an empty folder.
+    """Write tensors, each dense and in one span of a file, and values that are not tensors into an empty folder.
 
     Args:
         folder: the folder to write into.
-        tensors: by name, shape and dtype, and where their bytes lie.
-        entries: the values that are no tensors, by key.
+        tensors: their names, shapes, dtypes and spans.
+        entries: the values that are not tensors, by key.
 
     Raises:
-        OutputError: this process is one of a group; or torch refuses, for another reason than the system's.
-        OSError: the system refuses a read or a write.
+        OutputError: this process is a rank of a process group; or torch fails, not because of an OSError.
+        OSError: a read or write fails.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         hint = "write it before init_process_group, or in a process of its own"
@@ -51,7 +52,7 @@ def save(folder: str, tensors: Iterable[TensorMeta], entries: Mapping[str, Any])
         try:
             dcp.save(state, storage_writer=_Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1))
         except CheckpointException as error:
-            raise _own(error, folder) from error
+            raise _cause(error, folder) from error
         finally:
             state.clear()
 
@@ -72,16 +73,16 @@ def _mapped(tensors: Iterable[TensorMeta], stack: ExitStack) -> Iterator[tuple[s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remark that there is no process group."""
+    """Without torch's warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")
         yield
 
 
-def _own(error: CheckpointException, folder: str) -> BaseException:
-    """What made torch's engine fail; an interrupt and a refusal of the system's as they came."""
+def _cause(error: CheckpointException, folder: str) -> BaseException:
+    """The error that made torch's `save` fail; an OSError or an interrupt unchanged."""
     causes = [failure[0] for failure in error.failures.values()]
-    for cause in (each for first in causes for each in _chain(first)):  # torch's own writer fails after a refused write
+    for cause in (error for first in causes for error in _chain(first)):  # torch's writer raises another error after a failed write
         if isinstance(cause, OSError) or not isinstance(cause, Exception):
             return cause
     words = one_line(causes[0]) if causes else one_line(error)

@@ -1,7 +1,7 @@
-"""A target key's value, of which each rank gets the blocks that are its own.
+"""A target key's value, of which each rank uses its own blocks.
 
-What lies in a file as it is wanted, or needs a cast alone, is `Stored`: any block of it is read by itself, straight into the model's
-memory, and no other byte. All else is computed whole, narrowed to this rank's blocks and kept as `Ready`, before anything is changed.
+A value that is in a file, unchanged or up to a cast, is `Stored`: each block is read by itself, directly into the model's memory, and no
+other byte. Any other value is computed whole, narrowed to this rank's blocks and kept as `Ready`, before anything is changed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ckptsurgeon.tensors import TensorMeta
 
 @dataclass(frozen=True)
 class Stored:
-    """The value of the target's `key` that lies in files, in the dtype of `meta`."""
+    """The value of the target's `key`, which is in files with the dtype of `meta`."""
 
     key: str
     meta: TensorMeta
     reader: Reader
 
     def into(self, part: Part) -> None:
-        """Read a block into memory of any dtype, cast where it is another than the file's."""
+        """Read a block into memory, with a cast if its dtype is not the file's."""
         memory, kind = part.memory, getattr(torch, BY_CODE[self.meta.dtype].torch)
         if not memory.numel():
             return
@@ -41,11 +41,11 @@ class Stored:
         if plain and memory.dtype == kind:
             view: Any = (ctypes.c_ubyte * (memory.numel() * memory.element_size())).from_address(memory.data_ptr())
             self.reader.block_into(self.meta, part.block, memoryview(view).cast("B"))
-            memory.view(-1)[:0].zero_()  # autograd learns that the tensor has changed
+            memory.view(-1)[:0].zero_()  # bumps the version counter, so that autograd notices the change
             return
         for band, values in self._bands(part.block):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that an imaginary part is left out, which `lost` counts
+                warnings.simplefilter("ignore")  # torch warns of a discarded imaginary part, which `lost` counts
                 narrowed(memory, band, part.block).copy_(values.to(memory.dtype))
 
     def lost(self, block: Block, dtype: str) -> Cast:
@@ -59,7 +59,7 @@ class Stored:
         return total
 
     def _bands(self, block: Block) -> Iterator[tuple[Block, torch.Tensor]]:
-        """A block's values, some rows at a time where they can be read by themselves."""
+        """A block's values, a band of rows at a time if rows can be read by themselves."""
         for band in bands(block, BY_CODE[self.meta.dtype].size) if self.meta.as_stored else [block]:
             data = self.reader.block(self.meta, band)
             yield band, tensor_from(data, self.meta.dtype).view([stop - start for start, stop in band])
@@ -67,7 +67,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Ready:
-    """A value of which this rank's blocks are in memory."""
+    """A value whose blocks for this rank are in memory."""
 
     blocks: Sequence[tuple[Block, torch.Tensor]]
 

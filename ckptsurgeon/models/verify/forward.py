@@ -27,18 +27,18 @@ _FORM = "write 1x3x32x32 for floats, 1x16:I64 for another dtype"
 _DEEPEST = 16
 
 
-def _other_input(text: str) -> str | None:
-    """The input that was meant by a shape with other signs between its numbers, or by a dtype with a slip."""
+def _input_hint(text: str) -> str | None:
+    """A hint for a shape with other separators between its numbers, or for a misspelled dtype."""
     shape, _, dtype = text.strip().partition(":")
     sizes = re.fullmatch(r"[(\[]?\s*(\d+(?:\s*[x×X*,; ]\s*\d+)*)\s*,?\s*[)\]]?", shape.strip())
     if sizes is None:
         return None
     meant = "x".join(re.findall(r"\d+", sizes[1]))
-    known = named(dtype) if dtype else None
-    close = close_names(dtype, all_names(), 1) if dtype and known is None else []
-    if dtype and known is None and not close:
+    exact = named(dtype) if dtype else None
+    close = close_names(dtype, all_names(), 1) if dtype and exact is None else []
+    if dtype and exact is None and not close:
         return f"a dtype such as F32, I64 or int64: {meant}:I64"
-    return f"is it {meant}{f':{known.code if known is not None else close[0]}' if dtype else ''}?"
+    return f"is it {meant}{f':{exact.code if exact is not None else close[0]}' if dtype else ''}?"
 
 
 def parse_input(text: str) -> tuple[tuple[int, ...], DType]:
@@ -54,16 +54,16 @@ def parse_input(text: str) -> tuple[tuple[int, ...], DType]:
     match = _INPUT.fullmatch(text)
     dtype = None if match is None else named(match["dtype"] or "F32")
     if match is None or dtype is None:
-        raise ModelError(f"{text!r} is not an input's shape", hint=_other_input(text) or _FORM)
+        raise ModelError(f"{text!r} is not an input's shape", hint=_input_hint(text) or _FORM)
     return tuple(int(size) for size in match["shape"].split("x")), dtype
 
 
 def run(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: str) -> tuple[dict[str, tuple[int, ...]], list[Finding]]:
-    """Run the model once; return the outputs' shapes by place, and findings of the codes `forward`, `output` and `non-finite`.
+    """Run the model once; return the outputs' shapes by their paths, and findings of the codes `forward`, `output` and `non-finite`.
 
     Args:
         inputs: one text per positional argument; floats are standard normal with seed 0, integers and booleans are zeros.
-        path: what an error shows, the checkpoint's path.
+        path: the path in an error: the checkpoint's.
 
     >>> run(nn.Linear(3, 2), ("4x3",), torch.device("cpu"), "demo")
     ({'output': (4, 2)}, [])
@@ -73,32 +73,32 @@ def run(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: s
     try:
         with torch.no_grad(), forked(0):
             user_code.call(path, model.eval)
-            found: Any = user_code.call(path, model, *arguments)
+            result: Any = user_code.call(path, model, *arguments)
     except TargetError as error:
-        meant = _input_that_works(model, inputs, device, path)
-        more = f"; it works with {' '.join(meant)}" if meant is not None else ""
+        working = _input_that_works(model, inputs, device, path)
+        more = f"; it works with {' '.join(working)}" if working is not None else ""
         return {}, [Finding("forward", f"the forward pass with {' '.join(inputs)} failed{more}: {error.reason}")]
-    outputs = dict(tensors_of(found))
+    outputs = dict(tensors_of(result))
     findings = [
-        Finding("non-finite", f"{place} of the forward pass has values that are not finite, shape {tuple(tensor.shape)}")
-        for place, tensor in outputs.items()
+        Finding("non-finite", f"{output} of the forward pass has values that are not finite, shape {tuple(tensor.shape)}")
+        for output, tensor in outputs.items()
         if not _is_finite(tensor)
     ]
     if not outputs:
-        findings.append(Finding("output", f"the forward pass gives no tensor, but a {type(found).__name__}", level="warning"))
-    return {place: tuple(tensor.shape) for place, tensor in outputs.items()}, findings
+        findings.append(Finding("output", f"the forward pass gives no tensor, but a {type(result).__name__}", level="warning"))
+    return {output: tuple(tensor.shape) for output, tensor in outputs.items()}, findings
 
 
 def _input_that_works(model: nn.Module, inputs: tuple[str, ...], device: torch.device, path: str) -> tuple[str, ...] | None:
-    """Inputs with which the pass works: those given with a batch dimension of 1 first, or as whole numbers, as tokens are, or both."""
+    """Similar inputs with which the forward pass works: with a leading batch dimension of 1, as integers like tokens, or both."""
     shapes = [(text.partition(":")[0], text.partition(":")[2]) for text in inputs]
     batched = tuple(f"1x{shape}{f':{dtype}' if dtype else ''}" for shape, dtype in shapes)
     tokens, both = (tuple(f"{first}{shape}:{dtype or 'I64'}" for shape, dtype in shapes) for first in ("", "1x"))
-    for other in dict.fromkeys((batched, tokens, both)):
-        arguments = [_values(*parse_input(text), torch.Generator("cpu").manual_seed(0)).to(device) for text in other]
+    for candidate in dict.fromkeys((batched, tokens, both)):
+        arguments = [_values(*parse_input(text), torch.Generator("cpu").manual_seed(0)).to(device) for text in candidate]
         with contextlib.suppress(TargetError), torch.no_grad(), forked(0):
             user_code.call(path, model, *arguments)
-            return other if other != inputs else None
+            return candidate if candidate != inputs else None
     return None
 
 
@@ -110,21 +110,21 @@ def _values(shape: tuple[int, ...], dtype: DType, generator: torch.Generator) ->
 
 
 def tensors_of(outputs: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in a model's outputs with its place.
+    """Every tensor in a model's outputs, with its path.
 
-    >>> [place for place, _ in tensors_of({"logits": torch.zeros(1), "extra": (torch.zeros(2), 3)})]
+    >>> [path for path, _ in tensors_of({"logits": torch.zeros(1), "extra": (torch.zeros(2), 3)})]
     ['output.logits', 'output.extra[0]']
     """
     return _walk("output", outputs, 0)
 
 
-def _walk(place: str, value: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested outputs with its place: `output`, `output[0]`, `output.logits`."""
+def _walk(path: str, value: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested outputs, with its path: `output`, `output[0]`, `output.logits`."""
     if isinstance(value, torch.Tensor):
-        yield place, value
+        yield path, value
     elif depth < _DEEPEST:
         for part, inner in _parts(value):
-            yield from _walk(place + part, inner, depth + 1)
+            yield from _walk(path + part, inner, depth + 1)
 
 
 def _parts(value: object) -> list[tuple[str, object]]:

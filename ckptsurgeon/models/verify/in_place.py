@@ -1,6 +1,7 @@
-"""The values that a model has now, held against a file bit for bit: of a model over ranks, each rank's own part.
+"""Compares a model's present values with a file, bit for bit. In a model over ranks, each rank compares its own part.
 
-Nothing is loaded and no model is copied or changed. Every rank reads the blocks of its own tensors, and all come to the same findings.
+Nothing is loaded, and the model is neither copied nor changed. Every rank reads the blocks of its own tensors; all ranks get the same
+findings.
 """
 
 from __future__ import annotations
@@ -39,17 +40,16 @@ Row = tuple[str, Block, Differences]
 def verify_in_place(
     checkpoint: Checkpoint, model: nn.Module, reader: Reader, ranks: Ranks, *, finite: bool = False, conversions: bool = True
 ) -> Verification:
-    """Compare what a model holds with a file. All ranks that the model is spread over come here together.
+    """Compare a model's values with a file. All ranks that the model is spread over must call this together.
 
     Args:
-        checkpoint: the file; `reader` has it open.
-        ranks: those that the model is spread over.
+        checkpoint: the file, which is open in `reader`.
+        ranks: the ranks that the model is spread over.
         finite: NaN and infinite values are errors, not warnings.
-        conversions: take the file's names as the model's library does.
+        conversions: read the file's names as the model's library does.
 
-    Returns:
-        The same on every rank. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`, `differs`, `checksum` (errors), `non-finite`
-        (a warning, or an error with `finite`), `tied`, `hook`, `dtype`, `conversions` (notes).
+    Returns: The same result on every rank. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`, `differs`, `checksum` (errors),
+        `non-finite` (a warning, or an error with `finite`), `tied`, `hook`, `dtype`, `conversions` (notes).
 
     Raises:
         ModelError: the model is in FullyShardedDataParallel, or has no values: it is on the meta device.
@@ -64,7 +64,7 @@ def verify_in_place(
         view = as_read.checkpoint
         aliases = tied_keys(view, shapes_of(view), skeleton.ties)
         findings = [*as_read.notes(), *as_read.forgiven(misfits(shapes_of(view), shapes_of(skeleton), aliases))]
-        changed = {unwrap(key, WRAPPERS) for one in find_loaders(model, own).values() if one.changes for key in one.keys}
+        changed = {unwrap(key, WRAPPERS) for loader in find_loaders(model, own).values() if loader.changes for key in loader.keys}
         metas = {key: view[aliases.get(key, key)] for key in skeleton if aliases.get(key, key) in view}
         metas = {key: meta for key, meta in metas.items() if meta.shape == skeleton[key].shape}
         read = by_library.reader(checkpoint, as_read, reader.read)
@@ -80,20 +80,20 @@ def verify_in_place(
                 advance(part.memory.nbytes)
         reader.check_unchanged()
         step.same = {"file": checkpoint.fingerprint, "model": skeleton.fingerprint}
-        step.tell = rows, damaged
-    findings += dict.fromkeys(finding for _, found in step.told for finding in found)
-    whole = _together(rows for rows, _ in step.told)
+        step.own = rows, damaged
+    findings += dict.fromkeys(finding for _, of_rank in step.by_rank for finding in of_rank)
+    whole = _together(rows for rows, _ in step.by_rank)
     for key, meta in metas.items():
         if key in changed:
             findings.append(Finding("hook", "is changed by the model's own loading code, so it is not compared", key, "note"))
             continue
         findings += readback.dtype_note(key, skeleton[key].dtype, meta.dtype)
         if key in whole:
-            findings += readback.told(key, meta, whole[key], finite)
-    places = {str(one.device) for one in state.values() if isinstance(one, torch.Tensor)}
+            findings += readback.findings_of(key, meta, whole[key], finite)
+    devices = {str(value.device) for value in state.values() if isinstance(value, torch.Tensor)}
     fresh = (checkpoint.provenance or {}).get("fresh")
     return Verification(
-        " and ".join(sorted(places)) or "cpu",
+        " and ".join(sorted(devices)) or "cpu",
         sum(key not in changed for key in metas),
         tuple(findings),
         fresh=tuple(map(str, fresh)) if isinstance(fresh, (list, tuple)) else None,
@@ -113,7 +113,7 @@ def _refuse_meta(state: Mapping[str, Any]) -> None:
 
 
 def _bare(named: Mapping[str, Any]) -> dict[str, Any]:
-    """By names without the segments of wrappers, where these stay apart."""
+    """The values by names without wrappers' segments, if these names are all different."""
     bare = {unwrap(key, WRAPPERS): value for key, value in named.items()}
     return bare if len(bare) == len(named) else dict(named)
 
@@ -127,7 +127,7 @@ def _parts(state: Mapping[str, torch.Tensor]) -> Iterable[Part]:
 
 
 def _compared(part: Part, meta: TensorMeta, reader: Reader, read: by_library.Read) -> Iterator[Row]:
-    """What sets a part apart from the file, band after band; the first wrong element by its number in the whole tensor."""
+    """The differences between a part and the file, band by band. The first wrong element is counted in the whole tensor."""
     size = BY_CODE[meta.dtype].size
     whole = None if meta.place is not None else tensor_from(read(meta), meta.dtype).view(meta.shape)
     differences = []
@@ -140,18 +140,18 @@ def _compared(part: Part, meta: TensorMeta, reader: Reader, read: by_library.Rea
     yield part.key, part.block, _sum(differences)
 
 
-def _in_whole(number: int, block: Block, shape: tuple[int, ...]) -> int:
-    """The number, in the whole tensor, of an element that is the `number`-th of a block."""
-    place, stride = 0, 1
+def _in_whole(in_block: int, block: Block, shape: tuple[int, ...]) -> int:
+    """The index, in the flattened whole tensor, of the element with index `in_block` in a flattened block."""
+    whole_index, stride = 0, 1
     for (start, stop), size in zip(reversed(block), reversed(shape), strict=True):
-        number, index = divmod(number, stop - start)
-        place += (start + index) * stride
+        in_block, index = divmod(in_block, stop - start)
+        whole_index += (start + index) * stride
         stride *= size
-    return place
+    return whole_index
 
 
-def _sum(found: Iterable[Differences]) -> Differences:
-    rows = list(found)
+def _sum(differences: Iterable[Differences]) -> Differences:
+    rows = list(differences)
     firsts = [row.first for row in rows if row.first is not None]
     counts = (sum(getattr(row, name) for row in rows) for name in ("elements", "wrong", "nans", "infinities"))
     elements, wrong, nans, infinities = counts
@@ -159,9 +159,9 @@ def _sum(found: Iterable[Differences]) -> Differences:
 
 
 def _together(by_rank: Iterable[Iterable[Row]]) -> dict[str, Differences]:
-    """What was found of each tensor. Copies of a block on several ranks count once, by the one that differs most."""
+    """The differences of each tensor. Of a block that several ranks have, the copy that differs most counts."""
     by_key: dict[str, dict[Block, Differences]] = {}
     for key, block, difference in (row for rank in by_rank for row in rank):
-        known = by_key.setdefault(key, {})
-        known[block] = max(known.get(block, difference), difference, key=lambda one: (one.wrong, one.nans + one.infinities))
+        by_block = by_key.setdefault(key, {})
+        by_block[block] = max(by_block.get(block, difference), difference, key=lambda row: (row.wrong, row.nans + row.infinities))
     return {key: _sum(blocks.values()) for key, blocks in by_key.items()}

@@ -1,7 +1,7 @@
-"""A checkpoint loaded strictly into a model, by the official readers, with every complaint as a finding.
+"""Loads a checkpoint strictly into a model, by the official readers. Every problem becomes a finding.
 
-A single file goes in with `load_state_dict(strict=True)`. Shards go in one after the other, so that no more than one is held, and
-strictness is torch's own account of what was missing in all of them and unexpected in any. Nothing is compared here.
+A single file is loaded with `load_state_dict(strict=True)`. Shards are loaded one after the other, so that only one is in memory; a key is
+missing if torch reports it for all shards, and unexpected if torch reports it for any. Nothing is compared here.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ _MISFIT = "Error(s) in loading state_dict"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What loading came to: the file's `found` shapes by key, the findings, and whether what fits is now in the model.
+    """The result of loading.
 
-    `aliases` are model keys that take their value from another key of the file, since the model ties them.
+    Attributes:
+        file_shapes: the shapes in the file by key; None for a value that is not a tensor.
+        findings: the problems.
+        complete: whether all values that fit are now in the model.
+        aliases: model keys that take their value from another key of the file, since the model ties them.
     """
 
-    found: Mapping[str, tuple[int, ...] | None]
+    file_shapes: Mapping[str, tuple[int, ...] | None]
     findings: tuple[Finding, ...]
     complete: bool
     aliases: Mapping[str, str]
@@ -38,26 +42,27 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Account:
-    """One load_state_dict: torch's missing and unexpected keys (None where it doesn't say), and why it failed, if it did."""
+    """One `load_state_dict`: torch's missing and unexpected keys (None if unknown), why it failed, and whether values that fit were
+    loaded."""
 
     missing: frozenset[str] | None
     unexpected: frozenset[str] | None
     reason: str | None = None
-    fits_are_in: bool = True
+    fits_loaded: bool = True
 
 
 def load_strictly(model: nn.Module, checkpoint: Checkpoint, skeleton: Checkpoint) -> Loaded:
     """Load `checkpoint` into `model`, in place.
 
     Args:
-        skeleton: the model's state_dict, from before.
+        skeleton: the model's state_dict before loading.
 
     Returns:
         Findings of `misfits`, and of the codes `load` (a reader or `load_state_dict` failed: an error, or a note where other
-        findings explain it) and `hook` (a note: the model's own code took care of a key that is missing or unexpected).
+        findings explain it) and `hook` (a note: the model's own code handled a missing or unexpected key).
     """
     files = official.data_files(checkpoint)
-    found: dict[str, tuple[int, ...] | None] = {}
+    file_shapes: dict[str, tuple[int, ...] | None] = {}
     accounts: list[_Account] = []
     refused: list[Finding] = []
     for file in files:
@@ -66,18 +71,18 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint, skeleton: Checkpoint
         except TargetError as error:
             refused.append(Finding("load", f"torch's or safetensors' reader refuses {file}: {error.reason}"))
             continue
-        found.update({key: tuple(value.shape) if isinstance(value, torch.Tensor) else None for key, value in state.items()})
+        file_shapes.update({key: tuple(value.shape) if isinstance(value, torch.Tensor) else None for key, value in state.items()})
         accounts.append(_load(model, state, checkpoint, skeleton.ties, strict=len(files) == 1))
         del state
-    aliases = tied_keys(checkpoint, found, skeleton.ties)
+    aliases = tied_keys(checkpoint, file_shapes, skeleton.ties)
     if refused:
-        return Loaded(found, tuple(refused), False, aliases)
-    findings = _as_torch_says(misfits(found, shapes_of(skeleton), aliases), accounts)
+        return Loaded(file_shapes, tuple(refused), False, aliases)
+    findings = _as_torch_says(misfits(file_shapes, shapes_of(skeleton), aliases), accounts)
     explained = any(finding.level == "error" for finding in findings)
     for account in accounts:
         if account.reason is not None:
-            findings.append(Finding("load", account.reason, level="note" if explained and account.fits_are_in else "error"))
-    return Loaded(found, tuple(findings), all(account.fits_are_in for account in accounts), aliases)
+            findings.append(Finding("load", account.reason, level="note" if explained and account.fits_loaded else "error"))
+    return Loaded(file_shapes, tuple(findings), all(account.fits_loaded for account in accounts), aliases)
 
 
 def _load(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint, ties: tuple[tuple[str, ...], ...], strict: bool) -> _Account:
@@ -85,33 +90,33 @@ def _load(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint, ti
         aliases = tied_keys(checkpoint, state, ties)
         if aliases:
             state = {**state, **{key: state[kept] for key, kept in aliases.items()}}
-    told: list[Any] = []  # torch's account, also of a load that fails
-    hook = model.register_load_state_dict_post_hook(lambda _model, keys: told.append(keys))  # type: ignore[no-untyped-call]
-    reason, fits_are_in = None, True
+    reported: list[Any] = []  # torch's missing and unexpected keys, also when the load fails
+    hook = model.register_load_state_dict_post_hook(lambda _model, keys: reported.append(keys))  # type: ignore[no-untyped-call]
+    reason, fits_loaded = None, True
     try:
         result: object = user_code.call(checkpoint.path, model.load_state_dict, state, strict=strict)
-        told = [result] if hasattr(result, "missing_keys") and hasattr(result, "unexpected_keys") else told
+        reported = [result] if hasattr(result, "missing_keys") and hasattr(result, "unexpected_keys") else reported
     except TargetError as error:
         cause = error.__cause__
-        reason, fits_are_in = error.reason, isinstance(cause, RuntimeError) and str(cause).startswith(_MISFIT)
+        reason, fits_loaded = error.reason, isinstance(cause, RuntimeError) and str(cause).startswith(_MISFIT)
     finally:
         hook.remove()
-    if not told:
-        done = frozenset[str]() if strict and reason is None else None
-        return _Account(done, done, reason, fits_are_in)
-    return _Account(frozenset(told[-1].missing_keys), frozenset(told[-1].unexpected_keys), reason, fits_are_in)
+    if not reported:
+        keys = frozenset[str]() if strict and reason is None else None
+        return _Account(keys, keys, reason, fits_loaded)
+    return _Account(frozenset(reported[-1].missing_keys), frozenset(reported[-1].unexpected_keys), reason, fits_loaded)
 
 
 def _as_torch_says(findings: list[Finding], accounts: list[_Account]) -> list[Finding]:
-    """The findings; where torch counts a key neither as missing nor as unexpected, a note that the model's own code took care of it."""
+    """The findings. For a key that torch reports as neither missing nor unexpected, a note says that the model's own code handles it."""
     if any(account.missing is None or account.unexpected is None for account in accounts) or not accounts:
         return findings
     missing = frozenset.intersection(*(account.missing or frozenset() for account in accounts))
     unexpected = frozenset().union(*(account.unexpected or frozenset() for account in accounts))
-    still = {"missing": missing, "unexpected": unexpected}
+    reported = {"missing": missing, "unexpected": unexpected}
     return [
-        Finding("hook", f"{finding.message}; the model's own loading code takes care of it, so it is not compared", finding.key, "note")
-        if finding.code in still and finding.key not in still[finding.code]
+        Finding("hook", f"{finding.message}; the model's own loading code handles it, so it is not compared", finding.key, "note")
+        if finding.code in reported and finding.key not in reported[finding.code]
         else finding
         for finding in findings
     ]

@@ -1,8 +1,8 @@
-"""A checkpoint's files as torch's, safetensors' and NumPy's own readers give them, file by file, always `weights_only` and on the CPU.
+"""Reads a checkpoint's files by torch's, safetensors' and NumPy's own readers, file by file, always `weights_only` and on the CPU.
 
-This is the other opinion that our reader is held against, so nothing of ours is used to read here, with one exception: torch reads the
-`.metadata` of a distributed checkpoint by unpickling whatever it asks for, so that where the ranks' tensors lie is ours to tell, and what
-each holds is torch's. What these readers refuse is reported with their own words.
+Our reader is compared with these, so none of our own code reads here, with one exception: torch would unpickle the `.metadata` of a
+distributed checkpoint without restrictions. So our reader finds where the ranks' tensors are, and torch reads each of them. If these
+readers refuse a file, their own words are reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckptsurgeon.formats.registry import named
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.tensors import Checkpoint
 
-Reader = Callable[[str, str], Any]  # of a file, and the root that is wanted of it
+Reader = Callable[[str, str], Any]  # takes a file's path and the root to read
 
 
 def _torch(path: str, _root: str) -> Any:
@@ -76,9 +76,9 @@ def _dcp_safetensors(path: str, _root: str) -> Any:
                 ends = [start + size for start, size in zip(offsets, tensor.shape, strict=True)]
                 shape[key] = list(map(max, shape.get(key, ends), ends))
                 pieces.setdefault(key, []).append((offsets, tensor))
-    whole = {key: torch.empty(shape[key], dtype=found[0][1].dtype) for key, found in pieces.items()}
-    for key, found in pieces.items():
-        for offsets, tensor in found:
+    whole = {key: torch.empty(shape[key], dtype=parts[0][1].dtype) for key, parts in pieces.items()}
+    for key, parts in pieces.items():
+        for offsets, tensor in parts:
             whole[key][tuple(slice(start, start + size) for start, size in zip(offsets, tensor.shape, strict=True))] = tensor
     return whole
 
@@ -93,7 +93,7 @@ READERS: dict[str, Reader] = {
 
 
 def data_files(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The files that hold tensors, in the order in which the checkpoint first names them; its only file where none does."""
+    """The files that hold tensors, in the order in which the checkpoint first names them; its only file if it has no tensors."""
     if named(checkpoint.format).holds_folder:
         return (checkpoint.path,)
     spans = (span for tensor in checkpoint.values() for span in tensor.spans)
@@ -119,7 +119,7 @@ def load_file(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
 
 
 def at_root(loaded: object, root: str) -> object:
-    """What lies at a root's dotted place in nested dicts and lists; None where nothing does.
+    """The value at a root's dotted path in nested dicts and lists; None if there is none.
 
     >>> at_root({"ema": {"net.params": {"w": 1}}}, "ema.net.params"), at_root([{"w": 1}], "0")
     ({'w': 1}, {'w': 1})

@@ -1,7 +1,7 @@
-"""A written checkpoint held against a fresh model on a device: loaded by the official readers, read back, compared bit for bit.
+"""Verifies a written checkpoint with a fresh model on a device: loads it by the official readers and compares every tensor bit for bit.
 
-It believes neither our writer nor our reader: torch and safetensors load the file, and what the model then holds is compared with the
-bytes that our reader gives from it. Everything that is wrong is found in one run. The file is not changed.
+It trusts neither our writer nor our reader: torch and safetensors load the file, and the model's values are then compared with the bytes
+that our reader gives. All problems are found in one run. The file is not changed.
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ def verify_on_device(
 
     Args:
         checkpoint: the file as our reader sees it.
-        model_builder: makes the fresh model: `build` of a spec, or `build_meta` for the device `meta`.
+        model_builder: builds the fresh model: `build` of a spec, or `build_meta` for the device `meta`.
         device: `cpu`, `cuda:0`, `mps` …; on `meta` names, shapes and dtypes are compared, and a note says so.
-        read: a tensor's dense, row-major bytes (`nbytes` of them) from the file, by our reader; FormatError for data that is damaged.
+        read: returns a tensor's `nbytes` dense, row-major bytes from the file, by our reader; FormatError for damaged data.
         finite: NaN and infinite values are errors, not warnings.
-        conversions: read the file as the model's library reads its files, and have the library load it where that changes anything.
+        conversions: read the file as the model's library reads its files, and have the library load it if that changes anything.
         inputs: texts such as `1x3x32x32` or `1x16:I64`, one per positional argument, for one forward pass in eval mode.
 
     Returns:
-        A verification whose `tensors` counts what was compared. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`,
+        A verification whose `tensors` is the number of tensors compared. Its findings' codes: `missing`, `unexpected`, `shape`, `kind`,
         `load`, `device`, `differs`, `checksum`, `reader`, `forward` (errors), `non-finite` (a warning, or an error with `finite` and in
         outputs), `output` (a warning), `tied`, `hook`, `dtype`, `meta`, `no-forward` (notes).
 
     Raises:
-        DeviceError: the device is not on this machine.
+        DeviceError: this machine does not have the device.
         ModelError: an input's text is malformed.
         TargetError, FormatError: the model can't be built, or has tensors that no checkpoint can hold.
     """
-    place = check_device(device)
+    torch_device = check_device(device)
     for text in inputs:
         forward.parse_input(text)
     model = user_code.call(checkpoint.path, model_builder)
-    if place.type == "meta":
+    if torch_device.type == "meta":
         return _by_names(checkpoint, model, device, bool(inputs), conversions)
     record = _fresh(checkpoint)
     try:
-        user_code.call(checkpoint.path, model.to, place)
+        user_code.call(checkpoint.path, model.to, torch_device)
     except TargetError as error:
         finding = Finding("device", f"the model can't be moved to {device}: {error.reason}")
         return Verification(device=device, tensors=0, findings=(finding,), fresh=record)
@@ -93,19 +93,19 @@ def verify_on_device(
     compared = 0
     if loaded.complete:
         by_torch = _ByTorch(as_read.checkpoint, model_builder, read)
-        compared, unlike = _read_back(as_read.checkpoint, model, loaded, read, finite, by_torch)
-        findings += unlike
+        compared, differing = _read_back(as_read.checkpoint, model, loaded, read, finite, by_torch)
+        findings += differing
     outputs: dict[str, tuple[int, ...]] = {}
     if inputs and any(finding.level == "error" and finding.code != "non-finite" for finding in findings):
         findings.append(Finding("no-forward", "no forward pass was run, since the checkpoint did not load", level="note"))
     elif inputs:
-        outputs, seen = forward.run(model, inputs, place, checkpoint.path)
-        findings += seen
+        outputs, output_findings = forward.run(model, inputs, torch_device, checkpoint.path)
+        findings += output_findings
     return Verification(device=device, tensors=compared, findings=tuple(findings), outputs=outputs, fresh=record)
 
 
 def _by_names(checkpoint: Checkpoint, model: nn.Module, device: str, asked_forward: bool, conversions: bool) -> Verification:
-    """What can be told on meta: names, shapes and dtypes, by our reader alone."""
+    """The verification on meta: names, shapes and dtypes, by our reader alone."""
     skeleton = checkpoint_of(model, checkpoint.path)
     as_read = read_by_library(checkpoint, skeleton if conversions else replace(skeleton, naming=None))
     taken = probe_file(lambda: model, skeleton, as_read.checkpoint)
@@ -120,16 +120,16 @@ def _by_names(checkpoint: Checkpoint, model: nn.Module, device: str, asked_forwa
 
 
 def _readers_agree(checkpoint: Checkpoint, loaded: loading.Loaded) -> list[Finding]:
-    """Errors for keys that only one of the two readers sees; names that safetensors' metadata adds are known to be ours alone."""
-    theirs = {key for key, shape in loaded.found.items() if shape is not None}
+    """Errors for keys that only one of the two readers gives, except names in safetensors' metadata, which only ours gives."""
+    official = {key for key, shape in loaded.file_shapes.items() if shape is not None}
     findings = []
-    for key in dict.fromkeys((*checkpoint, *theirs)):
+    for key in dict.fromkeys((*checkpoint, *official)):
         if key not in checkpoint:
-            findings.append(Finding("reader", "the official reader gives this tensor, and ours doesn't", key))
-        elif key not in theirs and key not in checkpoint.metadata:
-            findings.append(Finding("reader", "our reader gives this tensor, and the official one doesn't", key))
-        elif key in theirs and checkpoint[key].shape != loaded.found[key]:
-            shapes = f"{checkpoint[key].shape}, and the official one {loaded.found[key]}"
+            findings.append(Finding("reader", "the official reader gives this tensor, but ours does not", key))
+        elif key not in official and key not in checkpoint.metadata:
+            findings.append(Finding("reader", "our reader gives this tensor, but the official one does not", key))
+        elif key in official and checkpoint[key].shape != loaded.file_shapes[key]:
+            shapes = f"{checkpoint[key].shape}, and the official one {loaded.file_shapes[key]}"
             findings.append(Finding("reader", f"our reader gives the shape {shapes}", key))
     return findings
 
@@ -137,7 +137,7 @@ def _readers_agree(checkpoint: Checkpoint, loaded: loading.Loaded) -> list[Findi
 def _read_back(
     checkpoint: Checkpoint, model: nn.Module, loaded: loading.Loaded, read: Read, finite: bool, by_torch: _ByTorch
 ) -> tuple[int, list[Finding]]:
-    """How many tensors were compared, and what was found, one tensor in memory at a time."""
+    """The number of tensors compared, and the findings, with one tensor in memory at a time."""
     compared, findings = 0, []
     state = state_dict_of(model, checkpoint.path)
     changing = {key for loader in find_loaders(model, state).values() if loader.changes for key in loader.keys}
@@ -148,21 +148,22 @@ def _read_back(
                 continue
             compared += 1
             try:
-                given = read(meta)
+                data = read(meta)
             except FormatError as error:
                 findings.append(Finding("checksum", error.reason, key))
                 continue
-            found = readback.compare(key, meta, value, given, finite)
-            if key in changing and any(finding.code == "differs" for finding in found):
-                found = by_torch.compare(key, value, finite)
-            findings += found
+            differing = readback.compare(key, meta, value, data, finite)
+            if key in changing and any(finding.code == "differs" for finding in differing):
+                differing = by_torch.compare(key, value, finite)
+            findings += differing
             advance(meta.nbytes)
     return compared, findings
 
 
 @dataclass
 class _ByTorch:
-    """What torch loads into another fresh model from the bytes that our reader gives: the measure of values that loading code changes."""
+    """The reference for values that loading code changes: what torch loads into another fresh model from the bytes that our reader
+    gives."""
 
     checkpoint: Checkpoint
     build: Callable[[], nn.Module]
@@ -170,34 +171,34 @@ class _ByTorch:
     state: Mapping[str, Any] | None = None
 
     def compare(self, key: str, value: torch.Tensor, finite: bool) -> list[Finding]:
-        """Findings as `readback.compare` gives them, and a note that the measure is another."""
+        """The findings of `readback.compare`, and a note that another reference was used."""
         if self.state is None:
             self.state = self._load()
-        wanted = self.state[key]
-        code = BY_TORCH[str(wanted.dtype).removeprefix("torch.")].code
-        meta = TensorMeta(key, code, tuple(wanted.shape), contiguous_stride(tuple(wanted.shape)))
+        expected = self.state[key]
+        code = BY_TORCH[str(expected.dtype).removeprefix("torch.")].code
+        meta = TensorMeta(key, code, tuple(expected.shape), contiguous_stride(tuple(expected.shape)))
         note = Finding(
             "hook", "is changed by the model's own loading code, so it is compared with what torch loads, not with the file", key, "note"
         )
-        return [note, *readback.compare(key, meta, value, tensor_bytes(wanted), finite)]
+        return [note, *readback.compare(key, meta, value, tensor_bytes(expected), finite)]
 
     def _load(self) -> Mapping[str, Any]:
         path, checkpoint = self.checkpoint.path, self.checkpoint
         model = user_code.call(path, self.build)
         own = state_dict_of(model, path)
-        loaders = {place: loader for place, loader in find_loaders(model, own).items() if loader.changes}
+        loaders = {module_path: loader for module_path, loader in find_loaders(model, own).items() if loader.changes}
         keys = reachable_keys(own, loaders)
         values = {
             key: tensor_from(self.read(meta), meta.dtype).view(meta.shape)
             for key, meta in checkpoint.items()
             if key in keys or key not in own
         }
-        versions = {place: local for place, local in checkpoint.module_metadata.items() if place in loaders}
+        versions = {module_path: metadata for module_path, metadata in checkpoint.module_metadata.items() if module_path in loaders}
         extra = {key: value for key, value in checkpoint.entries.items() if not isinstance(value, Refused)}
         load(model, own, values, extra, loaders, versions, [key for key in checkpoint if key not in values])
         return state_dict_of(model, path)
 
 
 def _fresh(checkpoint: Checkpoint) -> tuple[str, ...] | None:
-    found = (checkpoint.provenance or {}).get("fresh")
-    return tuple(str(key) for key in found) if isinstance(found, (list, tuple)) else None
+    recorded = (checkpoint.provenance or {}).get("fresh")
+    return tuple(str(key) for key in recorded) if isinstance(recorded, (list, tuple)) else None
