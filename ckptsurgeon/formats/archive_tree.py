@@ -26,9 +26,10 @@ from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, Refused, TensorM
 
 @dataclass(frozen=True)
 class ValueTree:
-    """All that a file holds: `value` has dicts, lists, tuples, scalars, `TensorMeta` (named by dotted path) and `Refused`.
+    """All values of a file: `value` has dicts, lists, tuples, scalars, `TensorMeta` (named by dotted path) and `Refused`.
 
-    A value that the pickle shares is shared here too; a container within itself is `Refused` there. `files` are the files as read.
+    A value that the pickle shares is shared in `value` too; where a container is inside itself, it is `Refused`. `files` are the files as
+    read.
     """
 
     path: str
@@ -43,9 +44,9 @@ def read_tree(source: Source) -> ValueTree:
         source: a torch zip or legacy file, or a folder of ranks' files: its path, or the file as it was seen.
 
     Raises:
-        FormatError: a file of another format, which holds no more than tensors under names, or none that can be read.
+        FormatError: a file of another format, which holds only tensors under names, or which can't be read.
         UnreadableError, LimitError: as the reader's.
-        StaleError: it is no longer the file that was seen.
+        StaleError: the file has changed since it was seen.
 
     >>> read_tree("fixtures/net_params.pkl").value["fc3.bias"].shape
     (10,)
@@ -78,26 +79,26 @@ def tree_of(seen: Archive | Checkpoint) -> ValueTree:
     return tree
 
 
-def tensors_of(value: Any, place: str = "") -> Iterator[tuple[str, TensorMeta]]:
+def tensors_of(value: Any, dotted: str = "") -> Iterator[tuple[str, TensorMeta]]:
     """Every tensor of a tree, by its dotted path."""
     if isinstance(value, TensorMeta):
-        yield place, value
+        yield dotted, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for name, child in items:
-        yield from tensors_of(child, f"{place}.{name}" if place else str(name))
+        yield from tensors_of(child, f"{dotted}.{name}" if dotted else str(name))
 
 
-def plain_tree(path: str, unpacked: Unpacked, place: str = "") -> Any:
-    """The value of an unpacked pickle as a tree of plain values; its tensors are named below the dotted path `place`."""
+def plain_tree(path: str, unpacked: Unpacked, dotted: str = "") -> Any:
+    """The value of an unpacked pickle as a tree of plain values; its tensors are named below the dotted path `dotted`."""
     walk = _Walk(path, unpacked.locate, Budget(path, unpacked.nbytes), {}, allowed("nesting"), Claims())
-    value = walk.plain(place, unpacked.value, 0)
+    value = walk.plain(dotted, unpacked.value, 0)
     walk.claims.check(path)
     return value
 
 
 @dataclass
 class _Walk:
-    """One walk over a value. `known` has the results by the id of the value: a shared value is walked once, and a cycle ends."""
+    """One walk over a value. `known` has the results by the ids of values, so that a shared value is walked once, and a cycle ends."""
 
     path: str
     locate: Locate
@@ -106,7 +107,7 @@ class _Walk:
     deepest: int
     claims: Claims
 
-    def plain(self, place: str, node: Any, depth: int) -> Any:
+    def plain(self, dotted: str, node: Any, depth: int) -> Any:
         kind = type(node)
         if kind in SCALARS or kind is complex:
             return node
@@ -114,25 +115,25 @@ class _Walk:
             raise exceeded("nesting", f"nests its containers more than {self.deepest} deep", path=self.path)
         if id(node) not in self.known:
             self.known[id(node)] = Refused("a value that contains itself")
-            self.known[id(node)] = self._plain(place, node, depth)
+            self.known[id(node)] = self._plain(dotted, node, depth)
         return self.known[id(node)]
 
-    def _plain(self, place: str, node: Any, depth: int) -> Any:
+    def _plain(self, dotted: str, node: Any, depth: int) -> Any:
         kind = type(node)
         if kind is TensorRef:
-            return tensor_meta(self.path, place, node, self.locate, self.claims)
+            return tensor_meta(self.path, dotted, node, self.locate, self.claims)
         if kind is Encoded:
             return node.raw
         if kind in (list, tuple):
-            return kind([self._child(place, str(index), child, depth) for index, child in enumerate(node)])
+            return kind([self._child(dotted, str(index), child, depth) for index, child in enumerate(node)])
         if kind is not PickledDict:
             return Refused(refusal(node))
         if not all(type(key) in SCALARS for key in node):
             return Refused("a dict with keys that are neither text nor numbers")
-        return {key: self._child(place, key if type(key) is str else key_text(key), child, depth) for key, child in node.items()}
+        return {key: self._child(dotted, key if type(key) is str else key_text(key), child, depth) for key, child in node.items()}
 
-    def _child(self, place: str, name: str, child: Any, depth: int) -> Any:
+    def _child(self, dotted: str, name: str, child: Any, depth: int) -> Any:
         if type(child) in SCALARS:
             return child
-        self.budget.spend("name-characters", len(place) + len(name) + 1, NAMES)
-        return self.plain(f"{place}.{name}" if place else name, child, depth + 1)
+        self.budget.spend("name-characters", len(dotted) + len(name) + 1, NAMES)
+        return self.plain(f"{dotted}.{name}" if dotted else name, child, depth + 1)

@@ -18,7 +18,7 @@ def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: s
     Args:
         parts: the compressed bytes, in order.
         path, entry: the file's path and the entry's name, for the error.
-        at_once: the most bytes of a part that is returned.
+        at_once: the most bytes of a returned part.
 
     Raises:
         FormatError: the stream is damaged, does not inflate to exactly `size` bytes, or has bytes after it.

@@ -22,7 +22,7 @@ def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any
             return row
         result = dict(items)
         if len(result) != len(items):
-            left = iter(result)  # the distinct names, in the order in which each came first
+            left = iter(result)  # the distinct names, in order of first occurrence
             twice = next(name for name, _ in items if name != next(left, None))
             raise FormatError(f"has the name {twice[:200]!r} twice in its {what}", path=path)
         return result
@@ -31,16 +31,16 @@ def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any
         raise ValueError(name)
 
     def number(text: str) -> int:
-        if text == "-0":  # an integer to Python, none to others
+        if text == "-0":  # an integer for Python, but not for other parsers
             raise ValueError(text)
         return int(text)
 
     try:
-        # A function for numbers makes it slow, so there is one only where it could matter.
+        # A function for numbers makes parsing slow, so it is set only where such a number may occur.
         integers = number if b"-0" in raw else None
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integers)
         if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is not valid text
         return value
     except RecursionError as error:
         raise FormatError(f"has a {what} that nests far deeper than any checkpoint", path=path, hint="do not trust it") from error
@@ -49,7 +49,7 @@ def parse(raw: bytes, path: str, what: str, short: Callable[[list[tuple[str, Any
 
 
 def bounded(file: OpenFile, nbytes: int, what: str) -> int:
-    """`nbytes`; LimitError where so much JSON may not be read."""
+    """Return `nbytes`; LimitError where JSON of this size may not be read."""
     most = allowed("json-bytes")
     if nbytes > most:
         raise exceeded("json-bytes", f"has {what} of {nbytes:,} bytes, above the limit of {most:,}", nbytes, path=file.path)
@@ -62,10 +62,10 @@ def whole(file: OpenFile) -> bytes:
 
 
 def integer(value: Any) -> bool:
-    """Whether a JSON value is an integer that fits 63 bits and is not negative (`true` is none)."""
+    """Whether a JSON value is a non-negative integer of at most 63 bits (`true` is not an integer)."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def short(value: Any) -> str:
-    """A JSON value in a few characters, for a sentence."""
+    """A JSON value in a few characters, for an error message."""
     return repr(value[:40]) if type(value) is str else f"of type {type(value).__name__}"

@@ -20,9 +20,9 @@ from ckptsurgeon.storage.opening import open_regular
 MOST_ROWS = 10_000_000
 SPARSE = (4, 1000)  # factor and addend: there may be at most 4 rows for each token, and 1000 more
 _FORMS = "one token a line, a JSON list, vocab.json, tokenizer.json, or a config.json with id2label"
-_JSON = re.compile(r'\s*[\[{]\s*"')  # what no list of lines begins with; BERT's begins with "[PAD]"
+_JSON = re.compile(r'\s*[\[{]\s*"')  # no list of lines begins so; BERT's begins with "[PAD]"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
-Item = tuple[Any, Any]  # (token, row), as a file has them
+Item = tuple[Any, Any]  # (token, row), unchecked
 
 
 def read_labels(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
@@ -84,7 +84,7 @@ def _items(value: dict[str, Any] | list[Any], path: str) -> list[Item]:
         return _in_order(value)
     if isinstance(value.get("model"), dict):
         return _tokenizer(value, path)
-    labels = [found for name in ("id2label", "label2id") if isinstance(found := value.get(name), dict) and found]
+    labels = [table for name in ("id2label", "label2id") if isinstance(table := value.get(name), dict) and table]
     if labels:
         first, *rest = map(_dict, labels)
         if any(sorted(first, key=str) != sorted(items, key=str) for items in rest):

@@ -99,7 +99,7 @@ class Format:
 
     @property
     def holds_folder(self) -> bool:
-        """Whether a folder is one of it, by the names of the files in it."""
+        """Whether a folder is of this format, by the names of the files in it."""
         return self.member is not _never
 
     @property
@@ -170,7 +170,7 @@ def loading(name: str) -> str:
 
 
 def named(name: str) -> Format:
-    """The format of this name; one with default attributes for a name that the table doesn't have, such as `model`."""
+    """The format of this name; for a name that is not in the table, such as `model`, a format with default attributes."""
     return BY_NAME.get(name) or Format(name)
 
 
@@ -180,7 +180,7 @@ def module(name: str) -> Any:
 
 
 def of_folder(names: Collection[str]) -> Format | None:
-    """The format of a folder that has files of these names; None where no format is one of a whole folder."""
+    """The format of a folder that has files of these names; None where it is no folder of such a format."""
     return next((row for row in TABLE if any(map(row.member, names))), None)
 
 

@@ -1,6 +1,6 @@
 """Finds a file's format by its content, never by its suffix, and reads it with the module that the registry names.
 
-Files that often stand in a checkpoint's place (an LFS pointer, an HTML page, …) are refused by name, with a hint.
+Files that people often have instead of a checkpoint (an LFS pointer, an HTML page, …) are refused by name, with a hint.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def read(source: Source) -> Archive:
         return _read_file(source, format_of)
 
 
-def _read_folder(folder: str, form: Format, names: Collection[str], others: Sequence[str]) -> Archive:
-    if others:
-        words = f"holds two checkpoints: a folder of {form.name}, and {others[0]}"
-        hint = f"give {parts.word(os.path.join(folder, others[0]))}, or move it to a folder of its own"
+def _read_folder(folder: str, form: Format, names: Collection[str], files: Sequence[str]) -> Archive:
+    if files:
+        words = f"holds two checkpoints: a folder of {form.name}, and {files[0]}"
+        hint = f"give {parts.word(os.path.join(folder, files[0]))}, or move it to a folder of its own"
         raise FormatError(words, path=folder, hint=hint)
     try:
         archive: Archive = module(form.module).read(folder, names)
@@ -160,7 +160,7 @@ def is_rules(head: bytes) -> bool:
 
 
 def _begins_as_tar(head: bytes) -> bool:
-    """Whether these 512 bytes are a tar header, as Python's tarfile decides it: they hold the sum of all the others."""
+    """Whether these 512 bytes are a tar header, as Python's tarfile decides it: they hold the sum of all other bytes."""
     if len(head) < _TAR:
         return False
     field, rest = head[148:156], head[:148] + head[156:]

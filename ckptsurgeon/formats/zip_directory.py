@@ -28,15 +28,15 @@ _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTORS = {form.size: form for form in map(struct.Struct, ("<3L", "<4s3L", "<LQQ", "<4sLQQ"))}  # with and without a signature
 _USUAL, _LONGEST = _DESCRIPTORS[16], max(_DESCRIPTORS)
 _NO_SIZES = bytes(12)  # CRC and sizes of a local header that leaves them to the descriptor
-_INFLATION = 1032  # deflate can't make more of a byte
+_INFLATION = 1032  # deflate can't make a byte longer than this
 _UNICODE_PATH = 0x7075
-_NO_PATH = frozenset(("", ".", ".."))  # parts of a name that lead to another place than the one that is written
-_SUSPECT = ("\\", "//", "/./", "/../")  # one of them stands among all names, each between slashes, where one is unusable
-_NEAR, _TOGETHER = 4096, 1 << 20  # headers no further apart are read together, with what is between, up to so many bytes
+_NO_PATH = frozenset(("", ".", ".."))  # parts of a name with which it leads to another path
+_SUSPECT = ("\\", "//", "/./", "/../")  # all names, each between slashes, contain one of these where a name is unusable
+_NEAR, _TOGETHER = 4096, 1 << 20  # headers that are no further apart are read together, up to so many bytes
 
 Entry = Record | Packed  # stored or deflated
-# An entry as the directory has it: where its header is, where in the directory its name is and its length, flags, method, CRC, stored and
-# inflated size. There may be a million.
+# An entry in the directory: the offset of its header, the offset of its name in the directory and its length, flags, method, CRC, stored
+# and inflated size. There may be a million.
 _Row = tuple[int, int, int, int, int, int, int, int]
 
 
@@ -51,7 +51,7 @@ class Directory:
 def read_directory(file: OpenFile, *, cased: bool = False) -> Directory:
     """Read and validate the directory of `file`. Raises FormatError for any contradiction, LimitError for too many entries.
 
-    `cased`: names may differ in case alone; torch takes such names for one, other readers for two.
+    `cased`: names may differ only in case; torch treats such names as equal, other readers don't.
     """
     start, size, count, end = _end_records(file)
     for name, value, what in (("zip-entries", count, "entries"), ("zip-directory-bytes", size, "bytes of directory")):
@@ -61,7 +61,7 @@ def read_directory(file: OpenFile, *, cased: bool = False) -> Directory:
     if start + size != end:
         raise _bad(file, "has bytes between its directory and its end record")
     rows = _rows(file, raw, count)
-    rows.sort()  # by where their headers are
+    rows.sort()  # by the offsets of their headers
     return Directory(_entries(file, raw, start, rows, _names(file, raw, rows, cased)), raw)
 
 
@@ -103,7 +103,7 @@ def _check(file: OpenFile, raw_name: bytes, flags: int, method: int, packed: int
 
 
 def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row], cased: bool) -> list[str]:
-    """The names of the rows, all usable and different. They are checked together, and one by one only to find which is wrong."""
+    """The names of the rows, all usable and different. They are checked together, and singly only to find a wrong name."""
     spelled = [raw[row[1] : row[1] + row[2]] for row in rows]
     try:
         names = b"\0".join(spelled).decode().split("\0") if rows else []
@@ -125,7 +125,8 @@ def _names(file: OpenFile, raw: bytes, rows: Sequence[_Row], cased: bool) -> lis
 
 
 def _windows(file: OpenFile, rows: Sequence[_Row]) -> Iterator[tuple[bytes, int, int]]:
-    """Ranges of the file that have all headers, and the descriptors before them: bytes, where they begin, and the last header in them."""
+    """Ranges of the file with all headers and the descriptors before them: the bytes, their offset, and the offset of the last header in
+    them."""
     first = 0
     for index in range(1, len(rows) + 1):
         last, length = rows[index - 1][0], rows[index - 1][2]
@@ -142,8 +143,8 @@ def _entries(file: OpenFile, raw: bytes, start: int, rows: Sequence[_Row], names
     windows = _windows(file, rows)
     window, base, last = b"", 0, -1
     position = 0
-    before: tuple[str, _Row] | None = None  # the entry whose descriptor may stand at `position`
-    usual: bytes | None = b""  # the bytes that torch writes there
+    before: tuple[str, _Row] | None = None  # the entry whose descriptor may be at `position`
+    usual: bytes | None = b""  # the descriptor as torch writes it
     for name, row in zip(names, rows, strict=True):
         header, begin, length, flags, method, crc, packed, size = row
         gap = header - position
@@ -151,15 +152,15 @@ def _entries(file: OpenFile, raw: bytes, start: int, rows: Sequence[_Row], names
             raise _bad(file, f"hides bytes, or overlaps, before the entry {name!r}")
         if header > last:
             window, base, last = next(windows)
-        at = header - base
-        if window[at - gap : at] != usual:
-            _descriptor(file, window[at - gap : at], before)
+        local = header - base
+        if window[local - gap : local] != usual:
+            _descriptor(file, window[local - gap : local], before)
         # torch's local header repeats the directory's row, and leaves CRC and sizes to the descriptor: then no more needs to be compared.
         same = b"PK\x03\x04" + raw[begin - 40 : begin - 30] + _NO_SIZES + raw[begin - 18 : begin - 16]
-        if flags & _DESCRIPTOR and window.startswith(same, at) and window.startswith(raw[begin : begin + length], at + 30):
-            offset = header + 30 + length + (window[at + 28] | window[at + 29] << 8)
+        if flags & _DESCRIPTOR and window.startswith(same, local) and window.startswith(raw[begin : begin + length], local + 30):
+            offset = header + 30 + length + (window[local + 28] | window[local + 29] << 8)
         else:
-            offset = _local(file, window[at : at + _LOCAL.size + length], name, row)
+            offset = _local(file, window[local : local + _LOCAL.size + length], name, row)
         entries[name] = Record(offset, packed, crc) if method == _STORED else Packed(offset, packed, size, crc)
         position = offset + packed
         if position > start:
@@ -193,7 +194,7 @@ def _bad(file: OpenFile, what: str) -> FormatError:
 
 
 def _end_records(file: OpenFile) -> tuple[int, int, int, int]:
-    """Start, size and count of the directory, and where the end records begin."""
+    """Offset, size and number of entries of the directory, and the offset of the end records."""
     if file.size < _END.size:
         raise file.truncated(_END.size)
     # A comment can follow the end record; by its own length it must end where the file ends.
@@ -203,10 +204,10 @@ def _end_records(file: OpenFile) -> tuple[int, int, int, int]:
         raise FormatError("is truncated: a zip archive without its directory at the end", path=file.path, hint="copy or download it again")
     if len(tail) - where < _END.size:
         raise _bad(file, "ends within its end record")
-    _, disk, start_disk, here, count, size, start, comment = _END.unpack_from(tail, where)
+    _, disk, start_disk, on_disk, count, size, start, comment = _END.unpack_from(tail, where)
     if len(tail) - where - _END.size != comment:
         raise _bad(file, "has bytes after its end")
-    if disk or start_disk or here != count:
+    if disk or start_disk or on_disk != count:
         raise _bad(file, "spans several disks")
     end = file.size - (len(tail) - where)
     if end >= _LOCATOR64.size:

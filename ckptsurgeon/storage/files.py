@@ -28,16 +28,16 @@ class OpenFile(ABC):
         self.size = stamp.size
 
     @abstractmethod
-    def some(self, nbytes: int, offset: int) -> bytes:
-        """Up to `nbytes` bytes from `offset`; none at the file's end. UnreadableError where the system can't read them."""
+    def read_some(self, nbytes: int, offset: int) -> bytes:
+        """Up to `nbytes` bytes from `offset`; no bytes at the file's end. UnreadableError where the system can't read them."""
 
     @abstractmethod
-    def some_into(self, view: memoryview, offset: int) -> int:
-        """Like `some`, into memory; the number of bytes."""
+    def read_some_into(self, view: memoryview, offset: int) -> int:
+        """Like `read_some`, but into `view`; returns the number of bytes."""
 
     @abstractmethod
     def now(self) -> FileStamp:
-        """The file as it is now."""
+        """The stamp of the file as it is now."""
 
     @contextmanager
     def held_open(self) -> Iterator[OpenFile]:
@@ -48,9 +48,9 @@ class OpenFile(ABC):
         """Exactly `nbytes` bytes from `offset`; UnreadableError when the file ends before."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise self.truncated(offset + nbytes)
-        data = self.some(nbytes, offset)
+        data = self.read_some(nbytes, offset)
         while len(data) < nbytes:
-            more = self.some(nbytes - len(data), offset + len(data))
+            more = self.read_some(nbytes - len(data), offset + len(data))
             if not more:
                 raise self.truncated(offset + nbytes)
             data += more
@@ -60,10 +60,10 @@ class OpenFile(ABC):
         """Fill memory from `offset`; False where the file ends before."""
         view = memoryview(memory)
         while len(view):
-            got = self.some_into(view, offset)
-            if not got:
+            count = self.read_some_into(view, offset)
+            if not count:
                 return False
-            view, offset = view[got:], offset + got
+            view, offset = view[count:], offset + count
         return True
 
     def truncated(self, needed: int) -> UnreadableError:

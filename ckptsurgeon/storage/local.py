@@ -20,7 +20,7 @@ _MOST_NAMES = 2_000  # names of a folder that are compared to find a similar one
 
 
 class LocalFile(OpenFile):
-    """A file on disk, by an open descriptor. Whoever opened the descriptor closes it."""
+    """A file on disk, by an open descriptor, which the caller closes."""
 
     fd: int
 
@@ -28,15 +28,15 @@ class LocalFile(OpenFile):
         super().__init__(path, _stamp(path, os.fstat(fd)))
         self.fd = fd
 
-    def some(self, nbytes: int, offset: int) -> bytes:
-        """As `OpenFile.some`."""
+    def read_some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.read_some`."""
         try:
             return platform.read(self.fd, nbytes, offset)
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def some_into(self, view: memoryview, offset: int) -> int:
-        """As `OpenFile.some_into`."""
+    def read_some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.read_some_into`."""
         try:
             return platform.read_into(self.fd, view, offset)
         except OSError as error:
@@ -69,7 +69,7 @@ def _stamp(path: str, status: os.stat_result) -> FileStamp:
 
 
 def unreadable(path: str, error: OSError) -> UnreadableError:
-    """The error for a file that the system does not let us read."""
+    """The error for a file that the system can't read, or doesn't permit to read."""
     if error.errno == errno.ENOENT:
         return UnreadableError("does not exist", path=path, hint=_other_path(path))
     reasons = {

@@ -40,12 +40,12 @@ class MemoryFile(OpenFile):
         super().__init__(seen.path, seen)
         self._view = memoryview(seen.data)
 
-    def some(self, nbytes: int, offset: int) -> bytes:
-        """As `OpenFile.some`."""
+    def read_some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.read_some`."""
         return bytes(self._view[offset : offset + nbytes])
 
-    def some_into(self, view: memoryview, offset: int) -> int:
-        """As `OpenFile.some_into`."""
+    def read_some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.read_some_into`."""
         part = self._view[offset : offset + len(view)]
         view[: len(part)] = part
         return len(part)

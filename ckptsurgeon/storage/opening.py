@@ -11,7 +11,7 @@ from ckptsurgeon.storage.memory import MemoryFile
 from ckptsurgeon.tensors import FileStamp
 
 Source = str | FileStamp
-MOST_OPEN = 64  # files that are open together; macOS lets a process have 256 by default, Linux 1,024
+MOST_OPEN = 64  # files that are open at once; the default limit of a process is 256 on macOS, 1,024 on Linux
 
 
 @contextmanager
@@ -37,15 +37,15 @@ def open_regular(source: Source) -> Iterator[OpenFile]:
 class ReopenedFile(OpenFile):
     """A file on disk that is opened again for every read. StaleError where it has changed since it was first opened."""
 
-    def some(self, nbytes: int, offset: int) -> bytes:
-        """As `OpenFile.some`."""
+    def read_some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.read_some`."""
         with self.held_open() as file:
-            return file.some(nbytes, offset)
+            return file.read_some(nbytes, offset)
 
-    def some_into(self, view: memoryview, offset: int) -> int:
-        """As `OpenFile.some_into`."""
+    def read_some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.read_some_into`."""
         with self.held_open() as file:
-            return file.some_into(view, offset)
+            return file.read_some_into(view, offset)
 
     def now(self) -> FileStamp:
         """As `OpenFile.now`."""

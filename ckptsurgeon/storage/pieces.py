@@ -1,7 +1,7 @@
-"""The ranges of bytes in files where a block of a tensor lies; and the checks that a tensor's pieces make up the whole tensor.
+"""The ranges of bytes in files where a block of a tensor lies; and the check that a tensor's pieces make up the whole tensor.
 
-Rule: no other module knows how a tensor is divided into pieces. All that reads, copies, compares or hashes bytes calls `runs`. No file is
-opened here.
+Rule: no other module knows how a tensor is divided into pieces. Everything that reads, copies, compares or hashes bytes calls `runs`. No
+file is opened here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ckptsurgeon.errors import FormatError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.tensors import Piece, Span, TensorMeta, contiguous_stride
 
-Block = tuple[tuple[int, int], ...]  # from and to, for each dimension
+Block = tuple[tuple[int, int], ...]  # start and stop, for each dimension
 _SHOWN = 5
 
 
@@ -34,7 +34,7 @@ def runs(tensor: TensorMeta, block: Block | None = None) -> Iterable[Span]:
     span = tensor.span
     if block is None and span is not None and tensor.contiguous:  # nearly every tensor, whole
         return (span,) if span.nbytes else ()
-    return merged(_each(tensor, tuple((0, size) for size in tensor.shape) if block is None else block))
+    return merged(_ranges(tensor, tuple((0, size) for size in tensor.shape) if block is None else block))
 
 
 def meeting(tensor: TensorMeta, block: Block) -> tuple[Piece, ...]:
@@ -46,19 +46,20 @@ def meeting(tensor: TensorMeta, block: Block) -> tuple[Piece, ...]:
 def merged(ranges: Iterable[Span]) -> Iterator[Span]:
     """The same ranges, with adjacent ranges of one file merged."""
     last: Span | None = None
-    for each in ranges:
-        if last is not None and (last.file, last.packed, last.offset + last.nbytes) == (each.file, each.packed, each.offset):
-            last = replace(last, nbytes=last.nbytes + each.nbytes)
-        elif each.nbytes:
+    for span in ranges:
+        if last is not None and (last.file, last.packed, last.offset + last.nbytes) == (span.file, span.packed, span.offset):
+            last = replace(last, nbytes=last.nbytes + span.nbytes)
+        elif span.nbytes:
             if last is not None:
                 yield last
-            last = each
+            last = span
     if last is not None:
         yield last
 
 
 def stretches(stride: Sequence[int], block: Block) -> Iterator[tuple[int, int]]:
-    """The runs of adjacent elements of a block, in row-major order: the index of the first in the storage, and how many.
+    """The runs of adjacent elements of a block, in row-major order: the index of the first element in the storage, and the number of
+    elements.
 
     >>> list(stretches((4, 1), ((0, 2), (1, 3))))
     [(1, 2), (5, 2)]
@@ -116,29 +117,32 @@ def _fault(piece: Piece, size: int, whole: tuple[int, ...], shape: tuple[int, ..
     span = piece.span
     if not len(piece.offsets) == len(piece.sizes) == len(piece.stride) == len(whole):
         return f"a piece in {span.file} has {len(piece.offsets)} dimensions, where the others have {len(whole)}"
-    place = piece.block
-    if any(start < 0 or stop > bound for (start, stop), bound in zip(place, whole, strict=True)):
-        return f"a piece in {span.file} reaches out of the tensor: {_words(place, whole, shape)}"
+    block = piece.block
+    if any(start < 0 or stop > bound for (start, stop), bound in zip(block, whole, strict=True)):
+        return f"a piece in {span.file} reaches out of the tensor: {_words(block, whole, shape)}"
     if span.file not in sizes:
-        return f"{_words(place, whole, shape)} lie in {span.file}, which is not there"
+        return f"{_words(block, whole, shape)} lie in {span.file}, which is not there"
     reach = 1 + sum((count - 1) * step for count, step in zip(piece.sizes, piece.stride, strict=True))
     bound = sizes[span.file] if span.packed is None else span.packed.size
     if min(piece.stride, default=0) < 0 or span.offset < 0 or reach * size > span.nbytes or span.offset + span.nbytes > bound:
-        return f"{_words(place, whole, shape)} reach out of {span.file}, which has {bound:,} bytes"
+        return f"{_words(block, whole, shape)} reach out of {span.file}, which has {bound:,} bytes"
     return None
 
 
-def _each(tensor: TensorMeta, block: Block) -> Iterator[Span]:
+def _ranges(tensor: TensorMeta, block: Block) -> Iterator[Span]:
     """The ranges of a block, one for each run of adjacent elements of a piece."""
     size = BY_CODE[tensor.dtype].size
     pieces = tensor.pieces
     if tensor.span is not None:
         pieces = (Piece(tensor.span, (0,) * len(tensor.shape), tensor.shape, tensor.stride),)
-    flat = any(len(piece.offsets) != len(tensor.shape) for piece in pieces)  # runs of elements of the whole
+    flat = any(len(piece.offsets) != len(tensor.shape) for piece in pieces)  # pieces are runs of the whole's elements
     for run in _flat(tensor.shape, block) if flat else (block,):
         for part, within in _tiles(_meeting(pieces, run), run):
             (piece,) = within
-            span, inside = piece.span, tuple((start - at, stop - at) for (start, stop), at in zip(part, piece.offsets, strict=True))
+            span, inside = (
+                piece.span,
+                tuple((start - offset, stop - offset) for (start, stop), offset in zip(part, piece.offsets, strict=True)),
+            )
             for start, count in stretches(piece.stride, inside):
                 yield Span(span.file, span.offset + start * size, count * size, span.storage, span.packed, span.record, span.lazy)
 
@@ -152,7 +156,9 @@ def _meeting(pieces: Iterable[Piece], block: Block) -> list[Piece]:
     return [
         piece
         for piece in pieces
-        if all(at < stop and start < at + size for at, size, (start, stop) in zip(piece.offsets, piece.sizes, block, strict=True))
+        if all(
+            offset < stop and start < offset + size for offset, size, (start, stop) in zip(piece.offsets, piece.sizes, block, strict=True)
+        )
     ]
 
 
@@ -169,13 +175,15 @@ def _tiles(pieces: Sequence[Piece], block: Block, dim: int = 0, *, in_order: boo
     for start, stop, within in _slabs(pieces, *block[dim], dim):
         rows = [(start, stop)]
         if in_order and not (len(within) == 1 and _covers(within[0], (*block[:dim], (start, stop), *block[dim + 1 :]))):
-            rows = [(row, row + 1) for row in range(start, stop)]  # of pieces that share rows, each has a part of every row
+            rows = [(row, row + 1) for row in range(start, stop)]  # the pieces share these rows: each has a part of every row
         for row in rows:
             yield from _tiles(within, (*block[:dim], row, *block[dim + 1 :]), dim + 1, in_order=in_order)
 
 
 def _covers(piece: Piece, block: Block) -> bool:
-    return all(at <= start and stop <= at + size for at, size, (start, stop) in zip(piece.offsets, piece.sizes, block, strict=True))
+    return all(
+        offset <= start and stop <= offset + size for offset, size, (start, stop) in zip(piece.offsets, piece.sizes, block, strict=True)
+    )
 
 
 def _slabs(pieces: Sequence[Piece], start: int, stop: int, dim: int) -> Iterator[tuple[int, int, list[Piece]]]:

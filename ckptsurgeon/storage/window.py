@@ -18,13 +18,13 @@ class Window(OpenFile):
         self.start = start
         self.size = size
 
-    def some(self, nbytes: int, offset: int) -> bytes:
-        """As `OpenFile.some`."""
-        return self._file.some(max(min(nbytes, self.size - offset), 0), self.start + offset)
+    def read_some(self, nbytes: int, offset: int) -> bytes:
+        """As `OpenFile.read_some`."""
+        return self._file.read_some(max(min(nbytes, self.size - offset), 0), self.start + offset)
 
-    def some_into(self, view: memoryview, offset: int) -> int:
-        """As `OpenFile.some_into`."""
-        return self._file.some_into(view[: max(self.size - offset, 0)], self.start + offset)
+    def read_some_into(self, view: memoryview, offset: int) -> int:
+        """As `OpenFile.read_some_into`."""
+        return self._file.read_some_into(view[: max(self.size - offset, 0)], self.start + offset)
 
     def now(self) -> FileStamp:
         """As `OpenFile.now`, of the whole file."""

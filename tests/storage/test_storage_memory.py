@@ -171,7 +171,7 @@ def test_every_kind_of_file_gives_the_same_bytes(data: bytes, offset: int, nbyte
             exact: object = file.read(offset, nbytes)
         except CheckpointError as error:
             exact = error.reason
-        return file.size, exact, file.fill(view, offset), bytes(view), file.some(nbytes, offset), file.check_unchanged()
+        return file.size, exact, file.fill(view, offset), bytes(view), file.read_some(nbytes, offset), file.check_unchanged()
 
     (tmp_path / "it").write_bytes(data)
     with open_regular(str(tmp_path / "it")) as local, open_regular(file_in_memory(io.BytesIO(data))) as memory:

@@ -1,7 +1,7 @@
 """The blobs of a `.distcp`, one after another: each is a whole file of `torch.save`, of one tensor or one other value.
 
-Headers only, through the reader of torch's zip format. Of nearly all blobs of a length only checksums and an identifier differ: these are
-read by comparison with one that the reader has read, and the result is the same.
+Headers only, through the reader of torch's zip format. Nearly all blobs of one length differ only in checksums and an identifier: these
+are compared with a blob that the reader has read, and the result is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.window import Window
 from ckptsurgeon.tensors import Record, Refused, Span, TensorMeta
 
-_TEMPLATES = 8  # of one length that are kept
+_TEMPLATES = 8  # at most, for one length
 _CRC = slice(4, 8)  # of a data descriptor, after its signature
 _CENTRAL_CRC = 16  # bytes from an entry's beginning in the directory
 _CENTRAL = 46  # bytes of an entry in the directory before its name
@@ -30,12 +30,12 @@ _SIGNATURE = b"PK\x07\x08"
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """A blob that was read: its bytes before the tensor's, those after it but for checksums, where these are, and what it holds."""
+    """A blob that was read: its bytes before the tensor, those after it without checksums, the ranges of the checksums, and its tensor."""
 
     head: bytes
     kept: bytes
     cuts: tuple[tuple[int, int], ...]
-    pairs: tuple[tuple[int, int], ...]  # where a checksum stands twice
+    pairs: tuple[tuple[int, int], ...]  # the two positions of each checksum
     tensor: TensorMeta
 
 
@@ -55,40 +55,40 @@ class Blobs:
         return sha256(first + self._sha.digest()).hexdigest()
 
     def tensor(self, file: OpenFile, key: str, blob: Blob, *, fast: bool = True) -> TensorMeta | Refused:
-        """The tensor in a blob, its bytes' place counted within the file; what is in its place, where that is no plain tensor.
+        """The tensor in a blob, with its offset in the file; a `Refused` where the blob holds no plain tensor.
 
         Raises:
             FormatError: the blob is no file of torch, or a damaged one.
         """
         for template in self._templates.get(blob.length, ()) if fast else ():
-            found = self._like(file, blob, template)
-            if found is not None:
-                return found
+            tensor = self._like(file, blob, template)
+            if tensor is not None:
+                return tensor
         unpacked = self.value(file, key, blob)
         if type(unpacked.value) is not TensorRef:
             return Refused(refusal(unpacked.value))
-        found = tensor_meta(file.path, key, unpacked.value, unpacked.locate, self.claims)
-        self._keep(file, blob, found)
-        return found
+        tensor = tensor_meta(file.path, key, unpacked.value, unpacked.locate, self.claims)
+        self._keep(file, blob, tensor)
+        return tensor
 
     def value(self, file: OpenFile, key: str, blob: Blob) -> Unpacked:
         """What the opcode machine makes of a blob."""
         try:
-            found = unpack(Window(file, blob.offset, blob.length))
+            unpacked = unpack(Window(file, blob.offset, blob.length))
         except CheckpointError as error:
             error.key = error.key or key
             error.reason = f"has a blob at byte {blob.offset} that can't be read: it {error.reason}"
             raise
-        self.globals.update(dict.fromkeys(found.globals))
-        return replace(found, locate=_moved(found.locate, blob.offset))
+        self.globals.update(dict.fromkeys(unpacked.globals))
+        return replace(unpacked, locate=_moved(unpacked.locate, blob.offset))
 
     def hash(self, *parts: bytes) -> None:
-        """Take bytes of a header into the fingerprint."""
+        """Add bytes of a header to the fingerprint."""
         for part in parts:
             self._sha.update(part)
 
     def _like(self, file: OpenFile, blob: Blob, template: _Template) -> TensorMeta | None:
-        """The tensor in a blob that differs from one that was read in checksums alone; None for any other."""
+        """The tensor of a blob that differs from a template only in checksums; None for any other blob."""
         span = template.tensor.span
         assert span is not None and span.record is not None
         start = len(template.head)
@@ -107,9 +107,9 @@ class Blobs:
         self.claims.nbytes += template.tensor.nbytes
         return replace(template.tensor, span=Span(file.path, span.offset + by, span.nbytes, storage, None, record, span.lazy))
 
-    def _keep(self, file: OpenFile, blob: Blob, found: TensorMeta) -> None:
-        """Take a blob's header into the fingerprint, and keep it for those that are like it, where it is as torch writes it."""
-        span = found.span
+    def _keep(self, file: OpenFile, blob: Blob, tensor: TensorMeta) -> None:
+        """Add a blob's header to the fingerprint, and keep the blob as a template where torch wrote it."""
+        span = tensor.span
         assert span is not None
         record = span.record
         if record is None or not record.nbytes:
@@ -120,16 +120,16 @@ class Blobs:
         tail = file.read(end, blob.offset + blob.length - end)
         self.hash(head, tail)
         known = self._templates.setdefault(blob.length, [])
-        if len(known) < _TEMPLATES and (places := _places(file, blob, record, tail)) is not None:
-            cuts, pairs = places
-            known.append(_Template(head, _without(tail, cuts), cuts, pairs, found))
+        if len(known) < _TEMPLATES and (varying := _varying(file, blob, record, tail)) is not None:
+            cuts, pairs = varying
+            known.append(_Template(head, _without(tail, cuts), cuts, pairs, tensor))
 
 
-def _places(
+def _varying(
     file: OpenFile, blob: Blob, record: Record, tail: bytes
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] | None:
-    """Where, after the data of a blob's tensor, stands what differs from blob to blob: its checksum, and torch's identifier of the blob
-    with its own. None where it is not laid out as torch writes it."""
+    """The ranges after a blob's tensor that differ from blob to blob: its checksum, and torch's identifier of the blob with its checksum.
+    None where the blob is not laid out as torch writes it."""
     directory = read_directory(Window(file, blob.offset, blob.length))
     begin = record.offset + record.nbytes - blob.offset  # of the tail, within the blob
     first = tail.find(directory.raw)
@@ -138,15 +138,15 @@ def _places(
     cuts: list[tuple[int, int]] = []
     pairs: list[tuple[int, int]] = []
     for name, entry in directory.entries.items():
-        ours = type(entry) is Record and entry.offset == record.offset - blob.offset
-        if not ours and not name.endswith("/.data/serialization_id"):
+        is_tensor = type(entry) is Record and entry.offset == record.offset - blob.offset
+        if not is_tensor and not name.endswith("/.data/serialization_id"):
             continue
         after = entry.offset + entry.nbytes - begin
-        where = directory.raw.find(name.encode())
-        central = first + where - _CENTRAL + _CENTRAL_CRC
-        if type(entry) is not Record or after < 0 or tail[after : after + 4] != _SIGNATURE or where < _CENTRAL:
+        name_at = directory.raw.find(name.encode())
+        central = first + name_at - _CENTRAL + _CENTRAL_CRC
+        if type(entry) is not Record or after < 0 or tail[after : after + 4] != _SIGNATURE or name_at < _CENTRAL:
             return None
-        if not ours:
+        if not is_tensor:
             cuts.append((after - entry.nbytes, after))
         cuts += [(after + 4, after + 8), (central, central + 4)]
         pairs.append((after + 4, central))

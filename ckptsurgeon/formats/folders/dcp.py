@@ -1,7 +1,7 @@
 """A folder of torch.distributed.checkpoint (DCP): `.metadata`, written last, and the blobs of all ranks in `.distcp` files.
 
-Reads headers only: the `.metadata`, and of each blob all but the tensor's bytes. A tensor of several chunks lies in pieces. What does not
-go together is refused by file and rows. Layout as in torch's `filesystem.py` (`FileSystemWriter`).
+Reads headers only: the `.metadata`, and of each blob all but the tensor's bytes. A tensor of several chunks lies in pieces. Files that
+contradict each other are refused by file and rows. Layout as in torch's `filesystem.py` (`FileSystemWriter`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckptsurgeon.errors import FormatError, UnreadableError
 from ckptsurgeon.formats.archive_tree import ValueTree, plain_tree
 from ckptsurgeon.formats.folders import nesting
 from ckptsurgeon.formats.folders.blobs import Blobs
-from ckptsurgeon.formats.folders.dcp_metadata import Blob, Contents, TensorRow, parse, together
+from ckptsurgeon.formats.folders.dcp_metadata import Blob, Contents, TensorRow, combined, parse
 from ckptsurgeon.formats.folders.inside import check_link, member
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
 from ckptsurgeon.formats.zip_directory import read_directory
@@ -30,7 +30,7 @@ from ckptsurgeon.storage.window import Window
 from ckptsurgeon.tensors import Archive, FileStamp, Piece, Refused, Span, TensorMeta, contiguous_stride
 
 METADATA = ".metadata"
-# What a chunk of a tensor comes to: bytes of `.metadata`, seconds and bytes of memory (measured; see tests/bench/distributed.py).
+# What a chunk of a tensor costs: bytes of `.metadata`, seconds and bytes of memory (measured; see tests/bench/distributed.py).
 _BYTES, _SECONDS, _MEMORY = 143, 85e-6, 3500
 _DATA = re.compile(r"__(\d+)_\d+\.distcp")
 _RANK = re.compile(r"__\d+\.metadata")  # of a save without collectives, one for each rank
@@ -38,7 +38,7 @@ _RANK = re.compile(r"__\d+\.metadata")  # of a save without collectives, one for
 
 @dataclass(frozen=True)
 class _Read:
-    """What is read of a folder."""
+    """What was read from a folder: its nested value, the values that are no tensors by key, and the facts of an `Archive`."""
 
     tree: dict[Any, Any]
     values: Mapping[str, Unpacked]
@@ -50,70 +50,70 @@ class _Read:
 
 def read(folder: str, names: Collection[str]) -> Archive:
     """Read the headers of a DCP folder that has files of these names."""
-    found = _read(folder, names)
+    saved = _read(folder, names)
     known: dict[int, tuple[Any, int]] = {}
 
-    def extra_state(place: str, value: Any) -> Any:
-        return plain(found.values[place].value, known) if place in found.values else value
+    def extra_state(dotted: str, value: Any) -> Any:
+        return plain(saved.values[dotted].value, known) if dotted in saved.values else value
 
-    roots, beside = nesting.collect(found.tree, extra_state)
+    roots, beside = nesting.collect(saved.tree, extra_state)
     if not roots:
         raise FormatError("holds no tensors under names", path=folder, hint="give a folder that dcp.save wrote of a model's state_dict")
     return Archive(
         path=folder,
         format="dcp",
-        fingerprint=found.fingerprint,
-        files=found.stamps,
+        fingerprint=saved.fingerprint,
+        files=saved.stamps,
         state_dicts=roots,
-        globals=found.globals,
+        globals=saved.globals,
         beside=beside,
-        notes=found.notes,
+        notes=saved.notes,
     )
 
 
 def read_tree(folder: str, names: Collection[str]) -> ValueTree:
     """All that a DCP folder holds, nested as it was saved."""
-    found = _read(folder, names)
-    return ValueTree(folder, found.tree, found.stamps)
+    saved = _read(folder, names)
+    return ValueTree(folder, saved.tree, saved.stamps)
 
 
 def contents_of(folder: str, names: Collection[str]) -> Contents:
     """What the `.metadata` of a DCP folder says, or those of all ranks together."""
-    found = [parse(raw, stamp.path) for stamp, raw in _metadata(folder, names)]
-    return found[0] if len(found) == 1 else together(found)[0]
+    by_rank = [parse(raw, stamp.path) for stamp, raw in _metadata(folder, names)]
+    return by_rank[0] if len(by_rank) == 1 else combined(by_rank)[0]
 
 
 def _metadata(folder: str, names: Collection[str]) -> list[tuple[FileStamp, bytes]]:
     """The bytes of `.metadata`, or of each rank's; UnreadableError where the save never finished."""
-    every = [METADATA] if METADATA in names else sorted(filter(_RANK.fullmatch, names), key=_rank)
-    if not every:
+    metadata_names = [METADATA] if METADATA in names else sorted(filter(_RANK.fullmatch, names), key=_rank)
+    if not metadata_names:
         raise _unfinished(folder, names)
-    found: list[tuple[FileStamp, bytes]] = []
-    for name in every:
+    files: list[tuple[FileStamp, bytes]] = []
+    for name in metadata_names:
         with _opened(folder, name) as file:
-            found.append((file.stamp, _whole(file, sum(len(raw) for _, raw in found))))
-    return found
+            files.append((file.stamp, _whole(file, sum(len(raw) for _, raw in files))))
+    return files
 
 
 def _read(folder: str, names: Collection[str]) -> _Read:
     rows = _metadata(folder, names)
-    found = [parse(raw, stamp.path) for stamp, raw in rows]
-    contents, copies = (found[0], ()) if len(found) == 1 else together(found)
+    by_rank = [parse(raw, stamp.path) for stamp, raw in rows]
+    contents, copies = (by_rank[0], ()) if len(by_rank) == 1 else combined(by_rank)
     raw = b"".join(raw for _, raw in rows)
     with OpenFiles() as opened:
         files: dict[str, OpenFile] = {}
-        blobs = [row for one in found for row in _blobs(one)]
+        blobs = [row for of_rank in by_rank for row in _blobs(of_rank)]
         for name in _files(blob for _, blob in blobs):
             with suppress(_Absent):
                 files[name] = opened.add(_opened(folder, name))
-        notes = (*_about(contents, names), *_check_places(blobs, files, names))
+        notes = (*_about(contents, names), *_check_extents(blobs, files, names))
         return _Folder(folder, contents, files, len(raw), copies).read(raw, [stamp for stamp, _ in rows], notes)
 
 
 def _about(contents: Contents, names: Collection[str]) -> Iterator[str]:
-    """Who saved a folder, and what of it stands elsewhere."""
+    """Notes on who saved a folder, and on files beside it with values that are no tensors."""
     files = [name for name in names if name.endswith(".distcp")]
-    ranks = len({found[1] for name in files if (found := _DATA.fullmatch(name)) is not None})
+    ranks = len({match[1] for name in files if (match := _DATA.fullmatch(name)) is not None})
     if ranks:
         yield f"saved by {ranks} rank{'s' if ranks > 1 else ''}, in {len(files)} file{'s' if len(files) > 1 else ''}"
     if "megatron" in contents.kind or {"common.pt", "metadata.json"} <= {*names}:
@@ -127,7 +127,7 @@ def _rank(name: str) -> int:
 
 
 def _whole(file: OpenFile, before: int) -> bytes:
-    """The bytes of a `.metadata`, of which those of other ranks had `before`."""
+    """The bytes of a `.metadata`; those of other ranks had `before` bytes together."""
     nbytes = before + file.size
     if nbytes > (most := allowed("dcp-metadata-bytes")):
         chunks = nbytes // _BYTES
@@ -151,7 +151,7 @@ def _files(blobs: Iterable[Blob]) -> list[str]:
 
 
 class _Absent(UnreadableError):
-    """No file of a name is there."""
+    """There is no file of this name."""
 
 
 @contextmanager
@@ -167,25 +167,25 @@ def _opened(folder: str, name: str) -> Iterator[OpenFile]:
         yield file
 
 
-def _check_places(blobs: Sequence[tuple[str, Blob]], files: Mapping[str, OpenFile], names: Collection[str]) -> Iterator[str]:
-    """Hold the blobs' places against each other: FormatError where two overlap. Yields notes on bytes and files that nothing names."""
-    places: dict[str, list[tuple[int, int, str]]] = {name: [] for name in files}
+def _check_extents(blobs: Sequence[tuple[str, Blob]], files: Mapping[str, OpenFile], names: Collection[str]) -> Iterator[str]:
+    """FormatError where two blobs overlap. Yields notes on bytes and files that `.metadata` does not name."""
+    extents: dict[str, list[tuple[int, int, str]]] = {name: [] for name in files}
     for key, blob in blobs:
-        if blob.file in places:
-            places[blob.file].append((blob.offset, blob.offset + blob.length, key))
-    for name, rows in places.items():
+        if blob.file in extents:
+            extents[blob.file].append((blob.offset, blob.offset + blob.length, key))
+    for name, rows in extents.items():
         rows.sort()
-        for (_, end, key), (start, _, other) in pairwise(rows):
+        for (_, end, key), (start, _, next_key) in pairwise(rows):
             if start < end:
-                words = f"has blobs that overlap, of {key} and {other}: one ends at byte {end}, the next begins at {start}"
-                raise FormatError(words, path=files[name].path, key=other, hint="copy or download the folder again; do not trust it")
+                words = f"has blobs that overlap, of {key} and {next_key}: one ends at byte {end}, the next begins at {start}"
+                raise FormatError(words, path=files[name].path, key=next_key, hint="copy or download the folder again; do not trust it")
         unnamed = files[name].size - sum(end - start for start, end, _ in rows)
         if unnamed > 0 and all(end <= files[name].size for _, end, _ in rows):
             yield f"{name} has {unnamed} bytes that {METADATA} does not name"
     known = set(_files(blob for _, blob in blobs))
-    others = sorted(name for name in names if name.endswith(".distcp") and name not in known)
-    if others:
-        yield f"{METADATA} does not name {', '.join(others[:5])}{' and others' if len(others) > 5 else ''}: an earlier save left it there"
+    unknown = sorted(name for name in names if name.endswith(".distcp") and name not in known)
+    if unknown:
+        yield f"{METADATA} does not name {', '.join(unknown[:5])}{' and others' if len(unknown) > 5 else ''}: an earlier save left it there"
 
 
 def _blobs(contents: Contents) -> Iterator[tuple[str, Blob]]:
@@ -193,7 +193,7 @@ def _blobs(contents: Contents) -> Iterator[tuple[str, Blob]]:
         seen: set[Blob] = set()
         for chunk in row.chunks:
             if chunk.blob is not None and chunk.blob not in seen:
-                seen.add(chunk.blob)  # one at the place of several chunks, of which one has elements
+                seen.add(chunk.blob)  # several chunks may name one blob: only one of them has elements then
                 yield key, chunk.blob
     for key, value in contents.values.items():
         if value is not None:
@@ -202,7 +202,7 @@ def _blobs(contents: Contents) -> Iterator[tuple[str, Blob]]:
 
 @dataclass
 class _Folder:
-    """The reading of one folder's blobs."""
+    """Reads the blobs of one folder."""
 
     path: str
     contents: Contents
@@ -220,16 +220,16 @@ class _Folder:
         unpacked = {key: self._value(key, blob) for key, blob in self.contents.values.items()}
         self.blobs.claims.check(self.path)
         values = {
-            key: found if isinstance(found, Refused) else plain_tree(self.files[blob.file].path, found, key)
-            for key, found in unpacked.items()
+            key: value if isinstance(value, Refused) else plain_tree(self.files[blob.file].path, value, key)
+            for key, value in unpacked.items()
             if (blob := self.contents.values[key]) is not None
         }
-        found = {**tensors, **values, **self._unlike()}
-        leaves = {key: found[key] for key in self.contents.order}
+        by_key = {**tensors, **values, **self._differing()}
+        leaves = {key: by_key[key] for key in self.contents.order}
         tree = nesting.nested(leaves, self.contents.paths)
         return _Read(
             tree,
-            {key: found for key, found in unpacked.items() if isinstance(found, Unpacked)},
+            {key: value for key, value in unpacked.items() if isinstance(value, Unpacked)},
             (*stamps, *(file.stamp for file in self.files.values())),
             (*self.contents.globals, *(name for name in self.blobs.globals if name not in self.contents.globals)),
             self.blobs.fingerprint(raw),
@@ -238,28 +238,28 @@ class _Folder:
 
     def _value(self, key: str, blob: Blob | None) -> Unpacked | Refused:
         if blob is None:
-            raise FormatError(f"is a value whose place {METADATA} does not tell", path=self.path, key=key)
+            raise FormatError(f"is a value, and {METADATA} does not say where it lies", path=self.path, key=key)
         file = self.files.get(blob.file)
         if file is None or blob.offset + blob.length > file.size:
-            there = "is not there" if file is None else f"has {file.size} bytes, and ends before it"
-            words = f"lies in {blob.file}, which {there}"
+            problem = "is not there" if file is None else f"has {file.size} bytes, and ends before it"
+            words = f"lies in {blob.file}, which {problem}"
             raise FormatError(words, path=self.path, key=key, hint="copy or download all of its files again")
         if blob.transforms:
             return Refused(_transformed(blob))
-        found = self.blobs.value(file, key, blob)
+        unpacked = self.blobs.value(file, key, blob)
         self.blobs.hash(file.read(blob.offset, blob.length))
-        return found
+        return unpacked
 
-    def _unlike(self) -> dict[str, Refused]:
-        """By key, what ranks saved each by itself, and not alike."""
+    def _differing(self) -> dict[str, Refused]:
+        """By key, the values that several ranks saved with different contents."""
         return {
-            key: Refused(f"a value that ranks saved each by itself, and not alike: in {first.file} and {other.file}")
-            for key, first, other in self.copies
-            if self._checksums(first) != self._checksums(other)
+            key: Refused(f"a value that several ranks saved, with different contents: in {first.file} and {second.file}")
+            for key, first, second in self.copies
+            if self._checksums(first) != self._checksums(second)
         }
 
     def _checksums(self, blob: Blob) -> object:
-        """What tells whether two blobs hold the same; None for one that is not there."""
+        """The checksums by which two blobs are compared; None for a blob that is missing."""
         file = self.files.get(blob.file)
         if file is None or blob.offset + blob.length > file.size:
             return None
@@ -272,7 +272,7 @@ class _Folder:
         for chunk in row.chunks:
             blob = chunk.blob
             if blob is None:
-                continue  # without elements, or `tiled` says which are not there
+                continue  # it has no elements, or `tiled` says which elements are missing
             if blob.transforms:
                 return Refused(_transformed(blob))
             file = self.files.get(blob.file)
@@ -281,16 +281,16 @@ class _Folder:
                 span = Span(where, blob.offset, max(blob.length, 1), "")
                 pieces.append(Piece(span, chunk.offsets, chunk.sizes, contiguous_stride(chunk.sizes)))
                 continue
-            found = self.blobs.tensor(file, key, blob)
-            if isinstance(found, Refused):
-                return found
-            if found.dtype != row.dtype.code or found.shape != chunk.sizes:
+            tensor = self.blobs.tensor(file, key, blob)
+            if isinstance(tensor, Refused):
+                return tensor
+            if tensor.dtype != row.dtype.code or tensor.shape != chunk.sizes:
                 if 0 in chunk.sizes:
                     continue
-                words = f"has {found.dtype} {found.shape} at byte {blob.offset}, where {METADATA} says {row.dtype.code} {chunk.sizes}"
+                words = f"has {tensor.dtype} {tensor.shape} at byte {blob.offset}, where {METADATA} says {row.dtype.code} {chunk.sizes}"
                 raise FormatError(words, path=file.path, key=key, hint="copy or download the folder again; do not trust it")
-            assert found.span is not None
-            pieces.append(Piece(found.span, chunk.offsets, chunk.sizes, found.stride))
+            assert tensor.span is not None
+            pieces.append(Piece(tensor.span, chunk.offsets, chunk.sizes, tensor.stride))
         return tiled(key, row.dtype.code, row.shape, pieces, self.sizes)
 
 

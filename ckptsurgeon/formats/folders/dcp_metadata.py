@@ -18,13 +18,13 @@ from ckptsurgeon.formats.pickle.values import Inert
 from ckptsurgeon.limit_table import allowed, exceeded
 
 Sizes = tuple[int, ...]
-Path = tuple[str | int, ...]  # where a value stands in the nested state_dict
+Path = tuple[str | int, ...]  # the path of a value in the nested state_dict
 
 _MODULE = "torch.distributed.checkpoint."
 _TENSOR, _CHUNK = f"{_MODULE}metadata.TensorStorageMetadata", f"{_MODULE}metadata.ChunkStorageMetadata"
 _BYTES, _INDEX = f"{_MODULE}metadata.BytesStorageMetadata", f"{_MODULE}metadata.MetadataIndex"
 _INFO = f"{_MODULE}filesystem._StorageInfo"
-# What torch's own writer asks for; none of it is imported. All else is told.
+# The globals that torch's own writer names; none is imported. All others are reported.
 _KNOWN = frozenset((_TENSOR, _CHUNK, _BYTES, _INDEX, _INFO))
 _KNOWN |= {f"{_MODULE}metadata.{name}" for name in ("Metadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")}
 _KNOWN |= {f"pathlib.{module}{name}" for module in ("", "_local.") for name in ("PosixPath", "WindowsPath")}
@@ -32,7 +32,8 @@ _KNOWN |= {f"pathlib.{module}{name}" for module in ("", "_local.") for name in (
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Where a saved value lies: `length` bytes from `offset` of the file of this name; `transforms` names what was done to its bytes."""
+    """Where a saved value lies: `length` bytes from `offset` of the file of this name; `transforms` names how its bytes were
+    transformed."""
 
     file: str
     offset: int
@@ -86,40 +87,40 @@ def parse(raw: bytes, path: str) -> Contents:
         raise
 
 
-def together(every: Sequence[Contents]) -> tuple[Contents, tuple[tuple[str, Blob, Blob], ...]]:
-    """What the `__{rank}.metadata` of all ranks say together, which each saved by itself; and what several ranks saved, each as a key with
-    the first rank's blob, which is taken, and another's.
+def combined(by_rank: Sequence[Contents]) -> tuple[Contents, tuple[tuple[str, Blob, Blob], ...]]:
+    """The `__{rank}.metadata` of ranks that each saved alone, as one; and the values that several ranks saved: key, first rank's blob,
+    which is used, and another rank's blob.
 
     Raises:
-        FormatError: two ranks say different things of one key.
+        FormatError: two ranks describe one key differently.
     """
     tensors: dict[str, TensorRow] = {}
     values: dict[str, Blob | None] = {}
     paths: dict[str, Path] = {}
     copies: list[tuple[str, Blob, Blob]] = []
-    for one in every:
-        for key in one.order:
-            if paths.setdefault(key, one.paths.get(key, ())) != one.paths.get(key, ()) or (
-                (key in tensors) != (key in one.tensors) and (key in tensors or key in values)
+    for contents in by_rank:
+        for key in contents.order:
+            if paths.setdefault(key, contents.paths.get(key, ())) != contents.paths.get(key, ()) or (
+                (key in tensors) != (key in contents.tensors) and (key in tensors or key in values)
             ):
                 raise FormatError("is described by two ranks in two ways", key=key)
-            if key in one.values:
-                blob, first = one.values[key], values.setdefault(key, one.values[key])
+            if key in contents.values:
+                blob, first = contents.values[key], values.setdefault(key, contents.values[key])
                 if blob is not None and first is not None and blob is not first:
                     copies.append((key, first, blob))
                 continue
-            row, known = one.tensors[key], tensors.get(key)
+            row, known = contents.tensors[key], tensors.get(key)
             if known is None:
                 tensors[key] = row
                 continue
             if (row.dtype, row.shape) != (known.dtype, known.shape):
                 raise FormatError("is described by two ranks in two ways", key=key)
-            places = {(chunk.offsets, chunk.sizes): chunk.blob for chunk in known.chunks}
-            fresh = [chunk for chunk in row.chunks if (chunk.offsets, chunk.sizes) not in places]
+            known_blobs = {(chunk.offsets, chunk.sizes): chunk.blob for chunk in known.chunks}
+            fresh = [chunk for chunk in row.chunks if (chunk.offsets, chunk.sizes) not in known_blobs]
             copies += [
                 (key, first, chunk.blob)
                 for chunk in row.chunks
-                if chunk.blob is not None and (first := places.get((chunk.offsets, chunk.sizes))) is not None
+                if chunk.blob is not None and (first := known_blobs.get((chunk.offsets, chunk.sizes))) is not None
             ]
             tensors[key] = TensorRow(row.dtype, row.shape, (*known.chunks, *fresh))
     return (
@@ -127,10 +128,10 @@ def together(every: Sequence[Contents]) -> tuple[Contents, tuple[tuple[str, Blob
             tensors,
             values,
             {key: path for key, path in paths.items() if path},
-            tuple(dict.fromkeys(key for one in every for key in one.order)),
-            tuple(dict.fromkeys(name for one in every for name in one.globals)),
-            every[0].kind,
-            every[0].extra,
+            tuple(dict.fromkeys(key for contents in by_rank for key in contents.order)),
+            tuple(dict.fromkeys(name for contents in by_rank for name in contents.globals)),
+            by_rank[0].kind,
+            by_rank[0].extra,
         ),
         tuple(copies),
     )
@@ -179,20 +180,20 @@ def _contents(raw: bytes) -> Contents:
 
 def _blobs(stored: Mapping[Any, Any]) -> dict[str, dict[Sizes | None, Blob]]:
     """By key and offsets (None for a value that is no tensor), where the blob lies."""
-    found: dict[str, dict[Sizes | None, Blob]] = {}
+    by_key: dict[str, dict[Sizes | None, Blob]] = {}
     for index, info in stored.items():
-        where = index.state if type(index) is Inert and index.name == _INDEX else None
-        key = where.get("fqn") if isinstance(where, dict) else None
-        if type(key) is not str or not isinstance(where, dict):
+        state = index.state if type(index) is Inert and index.name == _INDEX else None
+        key = state.get("fqn") if isinstance(state, dict) else None
+        if type(key) is not str or not isinstance(state, dict):
             raise FormatError("has a row of storage_data that names no key")
-        offsets = where.get("offset")
+        offsets = state.get("offset")
         if offsets is not None and not _are_sizes(offsets):
             raise FormatError("has a chunk at offsets that are not non-negative integers", key=key)
-        own = found.setdefault(key, {})
+        own = by_key.setdefault(key, {})
         if offsets in own:
             raise FormatError(f"has two chunks at {list(offsets or ())}", key=key)
         own[offsets] = _blob(key, info)
-    return found
+    return by_key
 
 
 def _blob(key: str, info: Any) -> Blob:
@@ -205,7 +206,7 @@ def _blob(key: str, info: Any) -> Blob:
     if type(file) is not str or not _is_size(offset) or not _is_size(length):
         raise FormatError("has a row of storage_data without a file, offset and length", key=key)
     transforms = state.get("transform_descriptors") or ()
-    if transforms and (type(transforms) not in (list, tuple) or not all(type(one) is str for one in transforms)):
+    if transforms and (type(transforms) not in (list, tuple) or not all(type(transform) is str for transform in transforms)):
         raise FormatError("has transform_descriptors that are no names", key=key)
     return Blob(file, offset, length, tuple(transforms))
 
@@ -228,7 +229,7 @@ def _chunks(name: str, shape: Sizes, chunks: Sequence[Any], own: Mapping[Sizes |
         offsets, sizes = (state.get("offsets"), state.get("sizes")) if isinstance(state, dict) else (None, None)
         if not _are_sizes(offsets) or not _are_sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
             raise FormatError("has a chunk without offsets and sizes, one of each for every dimension", key=name)
-        yield Chunk(offsets, sizes, own.get(offsets))  # of chunks without elements several may be at one place
+        yield Chunk(offsets, sizes, own.get(offsets))  # several chunks without elements may have the same offsets
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
@@ -240,7 +241,7 @@ def _are_sizes(value: Any) -> TypeGuard[Sizes]:
 
 
 def _paths(data: Any, rows: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Where each key stands in the nested state_dict. torch joins a path's parts by dots for the key; another path is not believed."""
+    """The path of each key in the nested state_dict. torch joins a path's parts by dots for the key; any other path is refused."""
     most = allowed("nesting")
     for name in rows:
         path = data.get(name) if isinstance(data, dict) else None

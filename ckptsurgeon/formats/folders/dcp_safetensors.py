@@ -1,7 +1,7 @@
 """torch's other distributed layout: a folder of each rank's safetensors files (`HuggingFaceStorageWriter(save_distributed=True)`).
 
-There is no index. Each file says in `DCP_SHARDING_INFO` where its pieces begin; a tensor's shape is as far as its pieces reach. So one
-that lacks its last rows looks like a whole one, which a note says.
+There is no index. Each file says in `DCP_SHARDING_INFO` where its pieces begin; a tensor's shape is as large as its pieces reach. So a
+tensor without its last rows looks whole, and a note says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read(folder: str, names: Collection[str]) -> Archive:
     """Read the headers of all ranks' files in a folder that has files of these names.
 
     Raises:
-        FormatError: pieces that leave elements out or have some twice, by file and rows; files that say different things of one tensor.
+        FormatError: pieces that lack elements or have some twice, by file and rows; files that describe a tensor differently.
     """
     shards = sorted(filter(BY_NAME[FORMAT].member, names))
     if len(shards) > (most := allowed("shards")):
@@ -52,7 +52,7 @@ def read(folder: str, names: Collection[str]) -> Archive:
         format=FORMAT,
         fingerprint=sha256("".join(archive.fingerprint for archive in archives).encode()).hexdigest(),
         files=tuple(archive.files[0] for archive in archives),
-        state_dicts=(StateDict("", {key: _whole(key, dtypes[key], found, sizes) for key, found in pieces.items()}),),
+        state_dicts=(StateDict("", {key: _whole(key, dtypes[key], of_key, sizes) for key, of_key in pieces.items()}),),
         metadata={key: value for key, value in archives[0].metadata.items() if key != INFO},
         notes=(f"files of {ranks} rank{'s' if ranks > 1 else ''}; that there were no more of them stands in none",),
     )
@@ -60,8 +60,8 @@ def read(folder: str, names: Collection[str]) -> Archive:
 
 def read_tree(folder: str, names: Collection[str]) -> ValueTree:
     """All that such a folder holds: tensors under names."""
-    found = read(folder, names)
-    return ValueTree(folder, dict(found.state_dicts[0].tensors), found.files)
+    archive = read(folder, names)
+    return ValueTree(folder, dict(archive.state_dicts[0].tensors), archive.files)
 
 
 def _shard(folder: str, name: str) -> Archive:
@@ -73,16 +73,16 @@ def _shard(folder: str, name: str) -> Archive:
 
 
 def _starts(archive: Archive) -> dict[str, tuple[int, ...]]:
-    """Where in the whole each tensor of a file begins."""
+    """The offsets of each of a file's tensors in the whole tensor."""
     info: Any = parse(archive.metadata.get(INFO, "{}").encode(), archive.path, INFO)
-    found: dict[str, tuple[int, ...]] = {}
+    starts: dict[str, tuple[int, ...]] = {}
     for key, tensor in archive.state_dicts[0].tensors.items():
         row = info.get(key) if isinstance(info, dict) else None
         offsets = row.get("saved_offsets") if isinstance(row, dict) else None
         if not isinstance(offsets, list) or len(offsets) != len(tensor.shape) or not all(map(integer, offsets)):
             raise FormatError(f"has no place in the whole tensor: its file's {INFO} does not say one", path=archive.path, key=key)
-        found[key] = tuple(offsets)
-    return found
+        starts[key] = tuple(offsets)
+    return starts
 
 
 def _whole(key: str, dtype: str, pieces: list[Piece], sizes: dict[str, int]) -> TensorMeta:

@@ -1,4 +1,4 @@
-"""Which file of a Hugging Face folder holds its weights, or indexes them. Names decide here; what the file is, its content tells."""
+"""Which file of a Hugging Face folder holds its weights, or indexes them. Its name decides which file; its content decides its format."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def find_in_folder(folder: str) -> str:
     if within:
         hint = f"give one of them: {', '.join(map(parts.word, within[:5]))}"
         raise UnreadableError("is a folder without a checkpoint of its own, with folders of ranks' files in it", path=folder, hint=hint)
-    here = [name for name in names if name.endswith(tuple(SUFFIXES))]
+    files = [name for name in names if name.endswith(tuple(SUFFIXES))]
     hint = (
-        f"give a file in it: {', '.join(os.path.join(folder, name) for name in here[:5])}"
-        if here
+        f"give a file in it: {', '.join(os.path.join(folder, name) for name in files[:5])}"
+        if files
         else "give a checkpoint file, or a folder with model.safetensors or an index"
     )
     raise UnreadableError("is a folder without a Hugging Face checkpoint", path=folder, hint=hint)

@@ -1,6 +1,6 @@
 """Checkpoints in several files: the `*.index.json` of a Hugging Face folder, with a `weight_map` from key to shard.
 
-Rule: the index and the shards must tell the same story, key by key; a shard is a plain name beside its index, and a link may lead
+Rule: the index and the shards must agree on every key; a shard is a plain name beside its index, and a link may lead
 only to a regular file in that folder or, in a Hugging Face cache, into the `blobs` of the same model.
 """
 
@@ -24,7 +24,7 @@ from ckptsurgeon.tensors import Archive, FileStamp, Shard, StateDict, TensorMeta
 
 
 def is_own(file: OpenFile) -> bool:
-    """Whether a JSON file is an index of shards, told by its content."""
+    """Whether a JSON file is an index of shards, by its content."""
     return file.size <= allowed("json-bytes") and b'"weight_map"' in file.read(0, file.size)
 
 
@@ -47,7 +47,7 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         if os.path.islink(path):
             check_link(file.path, folder, name, opened=archive.files[0])
         shard = shards[name] = _only_state_dict(archive)
-        # Before the next one is read: one file under many names is read once.
+        # Checked before the next shard is read: then a file under many names is read only once.
         unlisted = next((key for key in shard.tensors if weight_map.get(key) != name), None)
         if unlisted is not None:
             raise FormatError(f"is in the shard {name}, where the index does not have it", path=file.path, key=unlisted)
@@ -60,7 +60,7 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
     metadata = {path: local for shard in shards.values() for path, local in shard.module_metadata.items()}
     entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
     formats = [named(archive.format) for archive in archives.values()]
-    form = next((one for one in formats if one.pickled), formats[0])
+    form = next((candidate for candidate in formats if candidate.pickled), formats[0])
     if form.pickled:
         sizes = {name: archive.files[0].size for name, archive in archives.items()}
         Claims(sum(meta.nbytes for meta in tensors.values()), sizes).check(file.path)
@@ -92,26 +92,27 @@ _NAME = re.compile(r"(?:.*[-_.])?\d+[-_]of[-_](\d+)(?:\.\w+)+", re.ASCII)
 
 
 def shard_of(path: str) -> Shard | None:
-    """What says that a file is one shard of several: an index beside it that names it among others, else its own name. None for a whole.
+    """What shows that a file is one shard of several: an index in its folder that names other shards too, else its own name. None for a
+    whole file.
 
     An index that can't be read says nothing.
     """
     folder, name = os.path.split(path)
     try:
-        indexes = sorted(one for one in os.listdir(folder or ".") if one.endswith(".index.json"))
+        indexes = sorted(file for file in os.listdir(folder or ".") if file.endswith(".index.json"))
     except OSError:
         indexes = []
-    for index in (os.path.join(folder, one) for one in indexes):
+    for index in (os.path.join(folder, file) for file in indexes):
         try:
             with open_regular(index) as file:
                 weight_map = _weight_map(whole(file), index)
         except CheckpointError:
             continue
         if name in weight_map.values():
-            others = frozenset(key for key, shard in weight_map.items() if shard != name)
-            return Shard(index, others) if others else None
-    found = _NAME.fullmatch(name)
-    return Shard(folder or ".") if found is not None and int(found[1]) > 1 else None
+            other_keys = frozenset(key for key, shard in weight_map.items() if shard != name)
+            return Shard(index, other_keys) if other_keys else None
+    numbered = _NAME.fullmatch(name)
+    return Shard(folder or ".") if numbered is not None and int(numbered[1]) > 1 else None
 
 
 def _only_state_dict(archive: Archive) -> StateDict:

@@ -24,7 +24,7 @@ def member(index: str, folder: str, name: str, what: str = "shard") -> str:
 
 
 def check_link(index: str, folder: str, name: str, what: str = "shard", opened: FileStamp | None = None) -> None:
-    """Hold where a link leads against where it may lead; after it was opened too, when it may no longer be the link that it was."""
+    """FormatError where a link leads out of the folders that it may lead to; with `opened`, also where it no longer leads to that file."""
     real, home = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder or ".")
     before, cache, after = home.rpartition("/models--")
     blobs = f"{before}{cache}{after.partition('/')[0]}/blobs" if cache else home
@@ -32,8 +32,8 @@ def check_link(index: str, folder: str, name: str, what: str = "shard", opened: 
         raise FormatError(f"names the {what} {name!r}, a link that leads out of its folder", path=index)
     if opened is not None:
         try:
-            found = os.lstat(real)
+            status = os.lstat(real)
         except OSError as error:
             raise unreadable(real, error) from error
-        if (found.st_dev, found.st_ino) != (opened.device, opened.inode):
+        if (status.st_dev, status.st_ino) != (opened.device, opened.inode):
             raise FormatError(f"names the {what} {name!r}, a link that was changed while it was read", path=index)

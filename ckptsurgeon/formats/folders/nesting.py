@@ -1,7 +1,7 @@
 """A nested state_dict from its flat keys: as one tree of plain values, and as the state_dicts in it.
 
-A dict that holds tensors is a root, as in a torch file; an optimizer's state is one root with all tensors below it, its names joined. All
-else stands beside.
+A dict that holds tensors is a root, as in a torch file; an optimizer's state is one root with all tensors below it, under joined names. All
+other values are listed as `beside`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _FLAT = ("state.", "param_groups.")  # how the keys of an optimizer's flattened 
 
 
 def nested(leaves: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
-    """The values of `leaves` in nested dicts and lists, each at its path; one without a path at the top.
+    """The values of `leaves` in nested dicts and lists, each at its path; a value without a path is at the top.
 
     >>> nested({"a.0": 1, "a.1": 2, "b.c": 3}, {"a.0": ("a", 0), "a.1": ("a", 1)})
     {'a': [1, 2], 'b.c': 3}
     """
     top: dict[Any, Any] = {}
-    containers: list[tuple[dict[Any, Any], Any]] = []  # each with the key it stands under, the outer ones first
+    containers: list[tuple[dict[Any, Any], Any]] = []  # the dict and key of each container, the outer ones first
     for name, value in leaves.items():
         node = top
         *outer, last = paths.get(name) or _unnested(name)
@@ -43,57 +43,57 @@ def nested(leaves: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, An
 
 
 def _unnested(name: str) -> Path:
-    """The place of a key of which nothing tells it: the top, or an optimizer's part, as Megatron names it."""
+    """The path of a key for which none is recorded: the top, or an optimizer's part, as Megatron names it."""
     head, _, rest = name.partition(".")
     return (head, rest) if head == "optimizer" and rest else (name,)
 
 
 class _Container(dict[Any, Any]):
-    """A dict of paths' parts, to be told from a value that is a dict."""
+    """A dict that paths make, as opposed to a value that is a dict."""
 
 
 def _as_list(node: Mapping[Any, Any]) -> Any:
-    """A container as the list that it was, where its keys are a list's."""
+    """A container as a list where its keys are a list's indices, else as a dict."""
     if all(type(key) is int for key in node) and sorted(node) == list(range(len(node))):
         return [node[index] for index in range(len(node))]
     return dict(node)
 
 
 def collect(tree: Mapping[Any, Any], extra_state: Callable[[str, Any], Any]) -> tuple[tuple[StateDict, ...], tuple[str, ...]]:
-    """The state_dicts in a tree, and by dotted place what stands beside them.
+    """The state_dicts in a tree, and the dotted paths of all other values.
 
     Args:
-        extra_state: gives an `_extra_state` as plain values, by its dotted place and what stands there.
+        extra_state: gives an `_extra_state` as plain values, from its dotted path and its value in the tree.
     """
     roots: list[StateDict] = []
     beside: list[str] = []
     waiting: list[tuple[str, Any]] = [("", tree)]
     while waiting:
-        place, node = waiting.pop()
+        dotted, node = waiting.pop()
         items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
         if isinstance(node, Mapping) and _is_optimizer(node):
-            roots.append(StateDict(place, dict(_tensors("", node))))
-            beside += [_join(place, str(name)) for name in node if name == "param_groups"]
+            roots.append(StateDict(dotted, dict(_tensors("", node))))
+            beside += [_join(dotted, str(name)) for name in node if name == "param_groups"]
             continue
         is_root = isinstance(node, Mapping) and any(isinstance(child, TensorMeta) for child in node.values())
         tensors: dict[str, TensorMeta] = {}
         entries: dict[str, Any] = {}
         below: list[tuple[str, Any]] = []
         for key, child in items:
-            name, there = str(key), _join(place, str(key))
+            name, child_dotted = str(key), _join(dotted, str(key))
             if is_root and isinstance(child, TensorMeta):
                 tensors[name] = child if child.name == name else _renamed(child, name)
             elif is_root and name.rpartition(".")[2] == "_extra_state":
-                entries[name] = extra_state(there, child)
+                entries[name] = extra_state(child_dotted, child)
             elif is_root and isinstance(child, Refused):
                 entries[name] = child
             elif isinstance(child, (Mapping, list)) and child and _holds(child):
-                below.append((there, child))
+                below.append((child_dotted, child))
             else:
-                beside.append(there)
+                beside.append(child_dotted)
         waiting += reversed(below)
         if is_root:
-            roots.append(StateDict(place, tensors, entries))
+            roots.append(StateDict(dotted, tensors, entries))
     return tuple(roots), tuple(beside)
 
 
@@ -102,7 +102,7 @@ def _renamed(tensor: TensorMeta, name: str) -> TensorMeta:
 
 
 def _holds(node: Any) -> bool:
-    """Whether a container is looked into: a dict always, a list where not all in it are plain values."""
+    """Whether a container is searched: always for a dict, for a list where not all its values are plain."""
     return isinstance(node, Mapping) or any(isinstance(child, (Mapping, list, TensorMeta, Refused)) for child in node)
 
 
@@ -123,5 +123,5 @@ def _tensors(head: str, node: Any) -> Iterator[tuple[str, TensorMeta]]:
             yield from _tensors(name, child)
 
 
-def _join(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
+def _join(head: str, name: str) -> str:
+    return f"{head}.{name}" if head else name

@@ -121,11 +121,11 @@ def sharded(values: Iterable[Any]) -> Part | None:
 
 def of_pickle(path: str, value: Any) -> Part | None:
     """The part that a training framework's file is, by its top dict, then by its name; None for any other file."""
-    found = _deepspeed(value) or _megatron(path, value) if type(value) is PickledDict else None
-    if found is None:
+    part = _deepspeed(value) or _megatron(path, value) if type(value) is PickledDict else None
+    if part is None:
         name = os.path.basename(path)
-        found = next((kind for pattern, kind in _NAMES if pattern.fullmatch(name)), None)
-    return None if found is None else located(TABLE[found], path)
+        part = next((kind for pattern, kind in _NAMES if pattern.fullmatch(name)), None)
+    return None if part is None else located(TABLE[part], path)
 
 
 def _deepspeed(value: PickledDict) -> str | None:

@@ -1,7 +1,7 @@
 """How a checkpoint is cut into shards, and what a folder of them is called, as Hugging Face's libraries do both. Pure.
 
 Tensors are taken in their order, until the next one would make the shard larger than it may be; one tensor is never cut, and one that is
-larger than a shard has a file of its own. Tensors that are tied stand in one file, with the first of them.
+larger than a shard has a file of its own. Tied tensors are in one file, with the first of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def split(
     """Tensors as shards of at most `most` bytes, in order.
 
     Args:
-        tied: what makes a tensor tied to others: those that have one of these in common stand in one file.
+        tied: returns what ties a tensor: tensors that have one of these values in common are in one file.
         written_once: whether tensors of one storage are written once; else each of them counts.
 
     >>> a, b, c = (OutTensor(name, "U8", (size,), number) for number, (name, size) in enumerate([("a", 6), ("b", 2), ("c", 20)]))
@@ -53,7 +53,7 @@ def _with(shard: list[OutTensor], tensor: OutTensor) -> list[OutTensor]:
 
 
 def _groups(tensors: Sequence[OutTensor], tied: Callable[[OutTensor], Iterable[Hashable]]) -> list[list[OutTensor]]:
-    """Tensors that stand together, in the order of the first of each group."""
+    """Groups of tied tensors, in the order of the first tensor of each group."""
     number_of: dict[Hashable, int] = {}
     groups: dict[int, list[OutTensor]] = {}
     for number, tensor in enumerate(tensors):

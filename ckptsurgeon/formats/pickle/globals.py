@@ -94,10 +94,10 @@ def _lazy(metadata: Any) -> tuple[str, ...]:
         return ()
     if type(metadata) is not PickledDict:
         raise FormatError("a tensor's metadata is no dict")
-    found = tuple(name for name in LAZY if name in metadata)
-    if any(metadata[name] is not True for name in found):  # torch looks at the name alone, and only writes True
+    bits = tuple(name for name in LAZY if name in metadata)
+    if any(metadata[name] is not True for name in bits):  # torch uses only the name, and only writes True
         raise FormatError("a tensor's metadata says of a lazy bit something other than True")
-    return found
+    return bits
 
 
 # Setting one of these attributes changes a tensor's values, its class, or the values of tensors that share its memory.
@@ -301,7 +301,7 @@ def create(kind: Any, args: Any) -> Any:
 
 
 def describe(value: Any) -> str:
-    """A few words for a value of the machine, safe to show."""
+    """A value of the machine in a few words that are safe to show."""
     if type(value) in (Inert, Global):
         return str(value.name)
     if type(value) is Opaque:
@@ -319,7 +319,7 @@ def set_item(target: dict[Any, Any], key: Any, value: Any) -> None:
     if kind is tuple:
         key = TupleKey(key_text(key))
     elif kind is int and not -MAX_INT <= key <= 2 * MAX_INT:
-        raise FormatError("a dict in the pickle has an integer key of more than 64 bits")  # many of one hash would make it very slow
+        raise FormatError("a dict in the pickle has an integer key of more than 64 bits")  # many keys of one hash would make it very slow
     elif kind not in SCALARS and kind not in OTHER_KEYS:
         raise FormatError(f"a dict in the pickle has a key of type {kind.__name__}")
     if key in target:
@@ -328,7 +328,7 @@ def set_item(target: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def set_items(target: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:
-    """`set_item` for each of two lists of one length; for texts, which nearly all keys are, at once."""
+    """`set_item` for each key and value of two lists; all at once where the keys are texts, as nearly always."""
     if set(map(type, keys)) == {str} and len(set(keys)) == len(keys) and target.keys().isdisjoint(keys):
         target.update(zip(keys, values, strict=True))
     else:

@@ -15,7 +15,7 @@ from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.pickle.globals import construct
 from ckptsurgeon.formats.pickle.opcodes import RARE
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
-from ckptsurgeon.formats.pickle.tensors import Extents, asked_for, tensors
+from ckptsurgeon.formats.pickle.tensors import Extents, memo_reads, tensors
 from ckptsurgeon.limit_table import allowed, exceeded
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
     try:
         return _loop(machine)
     except CheckpointError as error:
-        name_globals(error, tuple(machine.asked))
+        name_globals(error, tuple(machine.unknown_globals))
         raise
     except (IndexError, KeyError, struct.error) as error:
         raise machine.failure("an opcode finds nothing to work on") from error
@@ -64,11 +64,11 @@ def _loop(m: Machine) -> Pickled:
     position, frame = m.position, m.frame
     from_bytes = int.from_bytes
     steps, most = allowed("pickle-steps"), allowed("pickle-memo")
-    # Of the values that a pickle puts into the memo, only those are kept that a later opcode may get: usually very few.
-    asked: set[bytes] | None = None
+    # Of the values that a pickle puts into the memo, only those are kept that a later opcode may read: usually very few.
+    reads: set[bytes] | None = None
     extents: Extents = {}
     records: Records | None = None
-    few = len(data) <= steps  # it can't have more opcodes than bytes
+    few = len(data) <= steps  # a pickle has no more opcodes than bytes
     # `position` is moved past an operand before the operand is used: on an error it shows whether the bytes had ended.
     try:
         for _ in range(steps):
@@ -78,13 +78,13 @@ def _loop(m: Machine) -> Pickled:
             position += 1
             if op == 0x72:  # LONG_BINPUT
                 position += 4
-                place = data[position - 4 : position]
+                slot = data[position - 4 : position]
                 if m.skipped:
                     raise m.two_ways()
-                if asked is None:
-                    asked = asked_for(data, position)
-                if place in asked:
-                    memo[from_bytes(place, "little")] = stack[-1]
+                if reads is None:
+                    reads = memo_reads(data, position)
+                if slot in reads:
+                    memo[from_bytes(slot, "little")] = stack[-1]
                 else:
                     m.dropped += 1
                 if len(memo) + m.dropped > most:
@@ -101,8 +101,8 @@ def _loop(m: Machine) -> Pickled:
                 memo[data[position]] = stack[-1]
                 position += 1
             elif op == 0x28:  # MARK
-                if asked is not None and data[position] == 0x28 and few and stack and frame == NO_FRAME:
-                    read = tensors(m, position - 1, stack, asked, extents)
+                if reads is not None and data[position] == 0x28 and few and stack and frame == NO_FRAME:
+                    read = tensors(m, position - 1, stack, reads, extents)
                     if read is not None:
                         position = read
                         continue
@@ -153,7 +153,7 @@ def _loop(m: Machine) -> Pickled:
                     raise FormatError("the pickle stops with values left over")
                 if frame != NO_FRAME:
                     m.close_frame(position)
-                return Pickled(value, position, tuple(m.asked))
+                return Pickled(value, position, tuple(m.unknown_globals))
             else:
                 handler = rare.get(op)
                 if handler is None:

@@ -208,7 +208,7 @@ def _old_line(m: Machine) -> None:
 # Numbers in lines, as Python writes them. What it does not write, such as 010 or 1_0, readers take for different numbers, or for none.
 _INTEGER = re.compile(rb"0|-?[1-9][0-9]*")
 _FLOAT = re.compile(rb"-?(?:[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?|inf|nan)")
-_PLACE = re.compile(rb"0|[1-9][0-9]{0,18}")
+_SLOT = re.compile(rb"0|[1-9][0-9]{0,18}")
 
 
 def _number_line(m: Machine, form: re.Pattern[bytes], suffix: bytes = b"") -> bytes:
@@ -227,8 +227,8 @@ def _int_line(m: Machine) -> None:
         m.stack.append(int(_number_line(m, _INTEGER)))
 
 
-def _place(m: Machine) -> int:
-    return int(_number_line(m, _PLACE))
+def _slot(m: Machine) -> int:
+    return int(_number_line(m, _SLOT))
 
 
 def _frame(m: Machine) -> None:
@@ -250,7 +250,7 @@ def _tuple3(m: Machine) -> None:
 def _put(m: Machine) -> None:
     if m.skipped:
         raise m.two_ways()
-    m.memo[_place(m)] = m.stack[-1]
+    m.memo[_slot(m)] = m.stack[-1]
     if len(m.memo) > allowed("pickle-memo"):
         raise m.full()
 
@@ -294,7 +294,7 @@ RARE: dict[int, Callable[[Machine], None]] = {
     ord("c"): _global,
     ord("i"): _instance,
     ord("o"): _object,
-    ord("g"): lambda m: m.stack.append(m.memo[_place(m)]),
+    ord("g"): lambda m: m.stack.append(m.memo[_slot(m)]),
     ord("p"): _put,
     0x80: _protocol,
     0x81: _newobj,
@@ -308,7 +308,7 @@ RARE: dict[int, Callable[[Machine], None]] = {
     0x8C: _text(1),
     0x8D: _text(8),
     0x8E: _bytes(8),
-    0x8F: lambda m: m.stack.append(Inert("builtins.set")),  # its members matter to nobody, hashing them could cost
+    0x8F: lambda m: m.stack.append(Inert("builtins.set")),  # its members are not needed, and hashing them could be slow
     0x90: _appends,
     0x91: lambda m: m.stack.append(tuple(m.pop_mark())),
     0x92: _newobj_ex,

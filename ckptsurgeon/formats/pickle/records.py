@@ -1,7 +1,7 @@
 """Rows of plain records as Python pickles them in protocol 4, read in one step instead of some thirty opcodes each: the chunks of a
 distributed checkpoint's tensors, and where they lie.
 
-Rule: as for `tensors`. The result is the value that the opcodes would give. A record that is written in any other way, or that puts a value
+Rule: as for `tensors`, the result is the value that the opcodes would give. A record that is written in any other way, or that puts a value
 into the memo which the pickle may get again, is left to the opcodes.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptsurgeon.formats.pickle.globals import ALLOWED
 from ckptsurgeon.formats.pickle.state import Machine
-from ckptsurgeon.formats.pickle.tensors import asked_for
+from ckptsurgeon.formats.pickle.tensors import memo_reads
 from ckptsurgeon.formats.pickle.values import Global, Inert, PickledDict
 
 _GET = rb"(h.|j....)"
@@ -22,7 +22,7 @@ _TEXT = rb"(h.|j....|\x8c.[ -~]{1,255}\x94)"
 _SIZES = _GET + rb"(\)|" + _NUMBER + rb"{1,3}[\x85-\x87]\x94|\(" + _NUMBER + rb"{4,64}t\x94)\x85\x94R\x94"
 _OPEN, _CLOSE = _GET + rb"\)\x81\x94\}\x94\(", b"ub"
 _CHUNK = re.compile(_OPEN + _GET + _SIZES + _GET + _SIZES + _CLOSE, re.DOTALL)  # an object with two sizes
-_PLACE = re.compile(  # one with a text, a number and sizes, and one with a text and two numbers
+_ENTRY = re.compile(  # one with a text, a number and sizes, and one with a text and two numbers
     _OPEN + _GET + _TEXT + _GET + rb"(" + _NUMBER + rb")" + _GET + _SIZES + _CLOSE
     + _OPEN + _GET + _TEXT + _GET + rb"(" + _NUMBER + rb")" + _GET + rb"(" + _NUMBER + rb")" + _CLOSE,
     re.DOTALL,
@@ -32,11 +32,12 @@ _SIZE = "torch.Size"
 
 
 class Records:
-    """The state of reading one pickle's records: the places of the memo that it may get again, and caches of values by their bytes."""
+    """The state of reading one pickle's records: the slots of the memo that it may read again (`reads`), and caches of values by their
+    bytes."""
 
     def __init__(self, m: Machine, position: int) -> None:
-        self.asked = {int.from_bytes(place, "little") for place in asked_for(m.data, position)}
-        self.usable = max(m.memo, default=-1) < len(m.memo)  # the memo's places were used in order
+        self.reads = {int.from_bytes(slot, "little") for slot in memo_reads(m.data, position)}
+        self.usable = max(m.memo, default=-1) < len(m.memo)  # the memo's slots were used in order
         self.gets: dict[bytes, Any] = {}
         self.sizes: dict[bytes, tuple[int, ...]] = {}
         self.names: dict[tuple[bytes, ...], list[str]] = {}
@@ -51,18 +52,18 @@ class Records:
             return position
         data = m.data
         while True:
-            place = len(m.memo) + m.skipped
+            slot = len(m.memo) + m.skipped
             match = _CHUNK.match(data, position, end)
             if match is not None:
-                read = self._chunk(m, match.groups(), place)
+                read = self._chunk(m, match.groups(), slot)
             else:
-                match = _PLACE.match(data, position, end)
-                read = None if match is None else self._place(m, match.groups(), place)
+                match = _ENTRY.match(data, position, end)
+                read = None if match is None else self._entry(m, match.groups(), slot)
             if match is None or read is None:
                 return position
             values, kept, texts, work = read
-            if not self.asked.isdisjoint(range(place, place + kept)):
-                needed = self.asked.intersection(range(place, place + kept))
+            if not self.reads.isdisjoint(range(slot, slot + kept)):
+                needed = self.reads.intersection(range(slot, slot + kept))
                 if not needed <= texts.keys():
                     return position
                 m.memo.update((number, texts[number]) for number in sorted(needed))
@@ -72,7 +73,7 @@ class Records:
             stack += values
             position = match.end()
 
-    def _chunk(self, m: Machine, groups: tuple[bytes, ...], _place: int) -> tuple[tuple[Any, ...], int, dict[int, str], int] | None:
+    def _chunk(self, m: Machine, groups: tuple[bytes, ...], _slot: int) -> tuple[tuple[Any, ...], int, dict[int, str], int] | None:
         kind, first, *first_sizes, second = groups[:5]
         second_sizes = groups[5:]
         names = self._names(m, (first, second))
@@ -83,13 +84,13 @@ class Records:
         record = Inert(kinds[0], (), PickledDict(zip(names, sizes, strict=True)))
         return (record,), 2 + sum(3 if size else 2 for size in sizes), {}, sum(len(size or ()) + 1 for size in sizes)
 
-    def _place(self, m: Machine, groups: tuple[bytes, ...], place: int) -> tuple[tuple[Any, ...], int, dict[int, str], int] | None:
-        kind, a, key, b, index, c, function, spelled, other, d, file, e, offset, f, length = groups
+    def _entry(self, m: Machine, groups: tuple[bytes, ...], slot: int) -> tuple[tuple[Any, ...], int, dict[int, str], int] | None:
+        kind, a, key, b, index, c, function, spelled, second_kind, d, file, e, offset, f, length = groups
         names, more = self._names(m, (a, b, c)), self._names(m, (d, e, f))
-        kinds, size = self._kinds(m, (kind, other)), self._sizes(m, function, spelled)
+        kinds, size = self._kinds(m, (kind, second_kind)), self._sizes(m, function, spelled)
         texts: dict[int, str] = {}
-        second = place + 4 + (1 if key[:1] == b"\x8c" else 0) + (3 if size else 2)  # where the second object's text is kept
-        texts_read = self._text(m, key, place + 2, texts), self._text(m, file, second, texts)
+        second = slot + 4 + (1 if key[:1] == b"\x8c" else 0) + (3 if size else 2)  # the memo slot of the second object's text
+        texts_read = self._text(m, key, slot + 2, texts), self._text(m, file, second, texts)
         if names is None or more is None or kinds is None or size is None or None in texts_read:
             return None
         values = (
@@ -114,7 +115,7 @@ class Records:
         return known
 
     def _kinds(self, m: Machine, spelled: tuple[bytes, ...]) -> list[str] | None:
-        """The names of classes that are not on the allow-list; None where one is, or is no class."""
+        """The names of classes that are not on the allow-list; None where a value is on it, or is no class."""
         known = self.kinds.get(spelled)
         if known is None:
             kinds = [self._value(m, get) for get in spelled]
@@ -123,13 +124,13 @@ class Records:
             known = self.kinds[spelled] = [kind.name for kind in kinds]
         return known
 
-    def _text(self, m: Machine, spelled: bytes, place: int, texts: dict[int, str]) -> str | None:
+    def _text(self, m: Machine, spelled: bytes, slot: int, texts: dict[int, str]) -> str | None:
         if spelled[:1] != b"\x8c":
             value = self._value(m, spelled)
             return value if type(value) is str else None
         if len(spelled) != spelled[1] + 3:
             return None
-        text = texts[place] = spelled[2:-1].decode()
+        text = texts[slot] = spelled[2:-1].decode()
         return text
 
     def _sizes(self, m: Machine, function: bytes, spelled: bytes) -> tuple[int, ...] | None:

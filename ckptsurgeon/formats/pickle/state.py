@@ -18,13 +18,13 @@ class TruncatedPickle(FormatError):
     """The bytes end before the pickle does."""
 
 
-def name_globals(error: CheckpointError, asked: tuple[str, ...]) -> None:
-    """Let `error` list what the pickle asked for beyond the allow-list."""
-    shown = tuple(f"it asks for {name}, which is never imported or called" for name in asked[:20])
-    error.globals = asked
-    if isinstance(error, PartError):  # which is told from them
+def name_globals(error: CheckpointError, names: tuple[str, ...]) -> None:
+    """Add to `error` the globals that the pickle names beyond the allow-list."""
+    shown = tuple(f"it asks for {name}, which is never imported or called" for name in names[:20])
+    error.globals = names
+    if isinstance(error, PartError):  # found by these globals
         return
-    error.problems = shown + ((f"and for {len(asked) - 20} others",) if len(asked) > 20 else ())
+    error.problems = shown + ((f"and for {len(names) - 20} others",) if len(names) > 20 else ())
 
 
 _SIZED = (str, bytes, list, tuple, PickledDict)
@@ -32,7 +32,7 @@ NO_FRAME = 1 << 64  # where a frame ends when none is open
 
 
 class Machine:
-    """A stack, the stacks below its marks, a memo, and where the next opcode stands."""
+    """A stack, the stacks below its marks, a memo, and the position of the next opcode."""
 
     def __init__(self, data: bytes, start: int, persistent: Callable[[Any], Any]) -> None:
         self.data = data
@@ -42,9 +42,9 @@ class Machine:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.dropped = 0  # values that the pickle keeps at places that it names, and never asks for
-        self.skipped = 0  # values that it keeps at the next place, and never asks for
-        self.asked: dict[str, None] = {}
+        self.dropped = 0  # values that the pickle puts into memo slots by number, and never reads
+        self.skipped = 0  # values that it puts into the next memo slot, and never reads
+        self.unknown_globals: dict[str, None] = {}
         self.globals: dict[tuple[str, str], Any] = {}
         self.budget = Budget(None, len(data))
 
@@ -54,11 +54,11 @@ class Machine:
         error = (
             TruncatedPickle("the pickle ends too early: the file is truncated") if ended else FormatError(f"the pickle is damaged: {what}")
         )
-        name_globals(error, tuple(self.asked))
+        name_globals(error, tuple(self.unknown_globals))
         return error
 
     def two_ways(self) -> FormatError:
-        """The error for a pickle that keeps some values at places that it names and some at the next: readers count these differently."""
+        """The error for a pickle that numbers some memo slots itself and uses the next slot for others: readers count these differently."""
         return FormatError("the pickle counts the values that it keeps in two ways")
 
     def full(self) -> LimitError:
@@ -74,7 +74,7 @@ class Machine:
         return NO_FRAME
 
     def charge(self, args: Any) -> None:
-        # A memoised tuple, list or text can be handed to a constructor again and again: each time counts.
+        # A tuple, list or text in the memo can be an argument again and again: each use counts.
         if type(args) is tuple:
             self.spend(len(args))  # before they are walked
             self.spend(sum(len(arg) for arg in args if type(arg) in _SIZED))
@@ -117,6 +117,6 @@ class Machine:
             value, known = resolve(module, name)
             self.globals[module, name] = value
             if not known:
-                self.asked[value.name] = None
+                self.unknown_globals[value.name] = None
                 self.budget.spend("globals", 1, "the pickle asks for more than {} names")
         self.stack.append(value)

@@ -1,7 +1,7 @@
 """Tensors as torch has always written them (protocol 2, `_rebuild_tensor_v2`), read in one step instead of some thirty opcodes each.
 
 Rule: the result is the value that the opcodes would give. A tensor that is written in any other way, or that puts a value into the memo
-which the pickle may get again, is left to the opcodes.
+which the pickle may read again, is left to the opcodes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _TENSOR = re.compile(
 )  # fmt: skip
 _NEXT = re.compile(rb"r(....)h(.)(?=\(\()", re.DOTALL)  # after a tensor's key: the function that makes it
 _EACH = re.compile(_NUMBER, re.DOTALL)
-_ASKED = re.compile(rb"j(?=(....))", re.DOTALL)
-_ASKED_LINE = re.compile(rb"g(?=([0-9]{1,19})\n)")
-_SMALL = frozenset(place.to_bytes(4, "little") for place in range(256))  # the places that BINGET can name
+_GET = re.compile(rb"j(?=(....))", re.DOTALL)
+_GET_LINE = re.compile(rb"g(?=([0-9]{1,19})\n)")
+_SMALL = frozenset(slot.to_bytes(4, "little") for slot in range(256))  # the slots that BINGET can name
 
 
-def asked_for(data: bytes, start: int) -> set[bytes]:
-    """The places of the memo that the pickle may get from `start` on, as LONG_BINPUT writes them: those of every GET, and a few by chance.
+def memo_reads(data: bytes, start: int) -> set[bytes]:
+    """The slots of the memo that the pickle may read from `start` on, as LONG_BINPUT writes them: those of every GET, and a few by chance.
 
-    >>> sorted(asked_for(b"j" + bytes([1, 2, 0, 0]) + b"g300" + bytes([10]), 0) - _SMALL)
+    >>> sorted(memo_reads(b"j" + bytes([1, 2, 0, 0]) + b"g300" + bytes([10]), 0) - _SMALL)
     [b'\\x01\\x02\\x00\\x00', b',\\x01\\x00\\x00']
     """
-    lines = {int(place) for place in _ASKED_LINE.findall(data, start)}
-    return {*_SMALL, *_ASKED.findall(data, start), *(place.to_bytes(4, "little") for place in lines if place < 1 << 32)}
+    lines = {int(slot) for slot in _GET_LINE.findall(data, start)}
+    return {*_SMALL, *_GET.findall(data, start), *(slot.to_bytes(4, "little") for slot in lines if slot < 1 << 32)}
 
 
 Extents = dict[
@@ -45,7 +45,7 @@ Extents = dict[
 ]  # shape, stride and `extent`, by their bytes in the pickle
 
 
-def tensors(m: Machine, position: int, stack: list[Any], asked: set[bytes], extents: Extents) -> int | None:
+def tensors(m: Machine, position: int, stack: list[Any], reads: set[bytes], extents: Extents) -> int | None:
     """Replace the function on top of `stack` by the tensor whose arguments begin at `position`, and push each key and tensor that follow;
     return the offset where they end. None where the opcodes must read even the first.
 
@@ -57,10 +57,10 @@ def tensors(m: Machine, position: int, stack: list[Any], asked: set[bytes], exte
     data, memo, persistent, match, following = m.data, m.memo, m.persistent, _TENSOR.match, _NEXT.match
     storages: dict[bytes, Any] = {}  # by their bytes in the pickle, where these write nothing to the memo
     end, key = None, None
-    while (found := match(data, position)) is not None:
-        (spelled, word, kind, short, long, length, digits, digits_put, place, numel, put, offset, shape, shape_put, stride, stride_put,
-         hooks, hooks_put, args_put) = found.groups()  # fmt: skip
-        if not asked.isdisjoint((put, shape_put, stride_put, hooks_put, args_put, digits_put)):
+    while (tensor_match := match(data, position)) is not None:
+        (spelled, word, kind, short, long, length, digits, digits_put, location, numel, put, offset, shape, shape_put, stride, stride_put,
+         hooks, hooks_put, args_put) = tensor_match.groups()  # fmt: skip
+        if not reads.isdisjoint((put, shape_put, stride_put, hooks_put, args_put, digits_put)):
             break
         ordered_dict = memo.get(hooks[0])
         if type(ordered_dict) is not Global or ordered_dict.name != "collections.OrderedDict":
@@ -76,9 +76,9 @@ def tensors(m: Machine, position: int, stack: list[Any], asked: set[bytes], exte
                 name = digits.decode()
             else:
                 break
-            if word[0] not in memo or kind[0] not in memo or place[0] not in memo:
+            if word[0] not in memo or kind[0] not in memo or location[0] not in memo:
                 break
-            storage = persistent((memo[word[0]], memo[kind[0]], name, memo[place[0]], _number(numel)))
+            storage = persistent((memo[word[0]], memo[kind[0]], name, memo[location[0]], _number(numel)))
             if digits is None:
                 storages[spelled] = storage
         if type(storage) is not StorageRef or storage.dtype is None or len(dims) != len(steps):
@@ -93,14 +93,16 @@ def tensors(m: Machine, position: int, stack: list[Any], asked: set[bytes], exte
         else:
             stack += (key, tensor)
         m.dropped += 6
-        end = found.end()
-        if data.startswith(b"r", end) and data[end + 1 : end + 5] not in asked and end + 5 < len(data):  # the tensor itself is kept
+        end = tensor_match.end()
+        if (
+            data.startswith(b"r", end) and data[end + 1 : end + 5] not in reads and end + 5 < len(data)
+        ):  # the tensor itself is put into the memo
             end += 5
             m.dropped += 1
         begin = end + 5
         stop = begin + int.from_bytes(data[end + 1 : begin], "little")
-        head = following(data, stop) if data.startswith(b"X", end) else None  # the next key is a text, as torch writes it
-        if head is None or head[1] in asked or memo.get(head[2][0]) is not function:
+        head = following(data, stop) if data.startswith(b"X", end) else None  # the next key is text, as torch writes it
+        if head is None or head[1] in reads or memo.get(head[2][0]) is not function:
             break
         text = data[begin:stop]
         if not text.isascii():

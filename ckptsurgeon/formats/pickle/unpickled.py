@@ -20,7 +20,7 @@ from ckptsurgeon.formats.pickle.values import Encoded, Global, Inert, NumpyArray
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.tensors import NOTHING, Part, Refused, Span, StateDict, TensorMeta
 
-Locate = Callable[[StorageRef], Span]  # where a storage lies: the span of the whole storage
+Locate = Callable[[StorageRef], Span]  # returns the span of a whole storage
 NAMES = "names its values with more than {} characters"
 Known = dict[int, tuple[Any, int]]  # by id: a value as plain values, and its size
 
@@ -75,11 +75,11 @@ def collect(path: str, unpacked: Unpacked) -> Tree:
     part: Part | None = None
     waiting: list[tuple[str, Any, int]] = [("", top, 0)]
     while waiting:
-        place, node, depth = waiting.pop()
+        dotted, node, depth = waiting.pop()
         if depth > deepest:
             raise exceeded("nesting", f"nests its containers more than {deepest} deep", path=path)
         if id(node) in seen or _is_optimizer(node):
-            beside.append(place)
+            beside.append(dotted)
             continue
         seen.add(id(node))
         children = list(node.values()) if type(node) is PickledDict else node if _is_container(node) else ()
@@ -89,10 +89,10 @@ def collect(path: str, unpacked: Unpacked) -> Tree:
         if has_containers:
             budget.spend("containers", sum(map(types.count, _CONTAINERS)), "has more than {} dicts, lists and tuples")
         if not kinds or (type(node) is not PickledDict and kinds <= _PLAIN):
-            beside.append(place)  # empty, or a list of plain values: listed as one value
+            beside.append(dotted)  # empty, or a list of plain values: listed as one value
             continue
-        budget.spend("name-characters", (len(children) + 1) * (len(place) + 1), NAMES)
-        names = _names(path, place, node)
+        budget.spend("name-characters", (len(children) + 1) * (len(dotted) + 1), NAMES)
+        names = _names(path, dotted, node)
         budget.spend("name-characters", sum(map(len, names)), NAMES)
         if Inert in kinds:
             part = part or parts.sharded(children)
@@ -100,20 +100,20 @@ def collect(path: str, unpacked: Unpacked) -> Tree:
             arrays += types.count(NumpyArray)
         is_root = TensorRef in kinds and type(node) is PickledDict
         if is_root:
-            if depth and not place:
+            if depth and not dotted:
                 raise FormatError("has tensors in a nested dict under an empty name, which would read as its top dict", path=path)
             budget.spend("tensors", types.count(TensorRef), "has more than {} tensors")
             budget.spend("dense-keys", len(names), "has more than {} keys, for which its pickle is too short")
-            roots.append(_state_dict(path, place, node, zip(names, children, strict=True), locate, known, claims))
+            roots.append(_state_dict(path, dotted, node, zip(names, children, strict=True), locate, known, claims))
         taken = roots[-1].entries if is_root else NOTHING
         items = [
             (name, child)
             for name, child in zip(names, children, strict=True)
             if not (is_root and type(child) is TensorRef) and name not in taken
         ]
-        beside += [_join(place, name) for name, child in items if not (has_containers and _is_container(child))]
+        beside += [_join(dotted, name) for name, child in items if not (has_containers and _is_container(child))]
         if has_containers:
-            waiting += [(_join(place, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
+            waiting += [(_join(dotted, name), child, depth + 1) for name, child in reversed(items) if _is_container(child)]
     if len({root.root for root in roots}) != len(roots):
         raise FormatError("has two nested dicts of one name", path=path)
     part = part or parts.of_pickle(path, top)
@@ -126,7 +126,7 @@ def collect(path: str, unpacked: Unpacked) -> Tree:
 
 
 def _state_dict(
-    path: str, place: str, node: PickledDict, items: Iterable[tuple[str, Any]], locate: Locate, known: Known, claims: Claims
+    path: str, dotted: str, node: PickledDict, items: Iterable[tuple[str, Any]], locate: Locate, known: Known, claims: Claims
 ) -> StateDict:
     tensors: dict[str, TensorMeta] = {}
     entries: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def _state_dict(
             entries[name] = refused.setdefault(id(child), Refused(refusal(child)))
     state = getattr(node, "state", None)
     versions = state.get("_metadata") if isinstance(state, dict) else None
-    return StateDict(place, tensors, entries, _module_metadata(versions))
+    return StateDict(dotted, tensors, entries, _module_metadata(versions))
 
 
 def _module_metadata(metadata: Any) -> Mapping[str, Any]:
@@ -278,11 +278,11 @@ def _is_module(value: Any) -> bool:
     return type(value) is Inert and isinstance(value.state, dict) and "_modules" in value.state
 
 
-def _join(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
+def _join(dotted: str, name: str) -> str:
+    return f"{dotted}.{name}" if dotted else name
 
 
-def _names(path: str, place: str, node: Any) -> list[str]:
+def _names(path: str, dotted: str, node: Any) -> list[str]:
     """The names of a container's values: no two the same, and valid Unicode."""
     if type(node) is not PickledDict:
         return list(map(str, range(len(node))))
@@ -292,7 +292,7 @@ def _names(path: str, place: str, node: Any) -> list[str]:
             # The names of keys that are neither text nor numbers only tell their type: the index makes them different.
             names = [name if type(key) in SCALARS else f"{name}#{index}" for index, (key, name) in enumerate(zip(node, names, strict=True))]
         if len(set(names)) != len(names):
-            raise FormatError(f"has two keys in {place or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
+            raise FormatError(f"has two keys in {dotted or 'its top dict'!r} that read the same, such as 1 and '1'", path=path)
     for name in names:
         if not name.isascii():
             try:

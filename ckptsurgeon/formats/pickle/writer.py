@@ -46,8 +46,8 @@ def state_dict_pickle(
         parts.append(b"usb")
     weights = b"".join(parts)
 
-    def stored(found: Stored) -> bytes:
-        return weights if found.name is None else _tensor(by_name[found.name], storage_keys)
+    def stored(marker: Stored) -> bytes:
+        return weights if marker.name is None else _tensor(by_name[marker.name], storage_keys)
 
     return b"\x80\x02" + _value("the training state", around, stored) + b"."
 

@@ -22,8 +22,8 @@ from ckptsurgeon.tensors import Archive, Packed, Refused, Span, StateDict, Tenso
 
 _END = ".npy"
 _MAGIC = b"\x93NUMPY"
-_USUAL = 256  # bytes that are read of an entry first; most headers take 128
-_LONGEST = 10_000  # bytes of a header that NumPy reads
+_USUAL = 256  # how much of an entry is read first; most headers have 128 bytes
+_LONGEST = 10_000  # the longest header that NumPy reads
 _LENGTH = {1: 2, 2: 4, 3: 4}  # by the format's version: the bytes that give the header's length
 _MOST_DIMS = 64  # as NumPy has it
 
@@ -52,7 +52,7 @@ _OTHERS = {
     "M": "an array of times",
     "m": "an array of times",
 }
-# The header is a dict as Python writes it. A list (the fields of records) is matched and not read.
+# The header is a dict as Python writes it. A list (the fields of records) is matched, but not parsed.
 _HEADER = re.compile(r"\s*\{(?P<pairs>.*)\}\s*", re.DOTALL)
 _NUMBER = r"\s*+(?:0|[1-9][0-9]{0,18})L?\s*+"  # with the L of Python 2
 _PAIR = re.compile(

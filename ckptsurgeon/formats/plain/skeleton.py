@@ -23,7 +23,7 @@ from ckptsurgeon.tensors import Archive, Checkpoint, StateDict, TensorMeta, cont
 VERSION = 1
 KIND = "skeleton"
 _OTHER = ("is JSON, not a skeleton", "make one of your model with `ckptsurgeon skeleton model:Net -o net.json`")
-# Other JSON files that lie next to checkpoints: the names that they have, what they are, and a hint.
+# Other JSON files in the folders of checkpoints: names in them, what they are, and a hint.
 _OTHERS: tuple[tuple[frozenset[str], str, str], ...] = (
     (frozenset({"sources", "target", "steps"}), "is a plan, not a checkpoint", "follow it: ckptsurgeon apply {path} -o out.pt"),
     (frozenset({"weight_map"}), "is an index of shards, not a skeleton", _OTHER[1]),
@@ -95,7 +95,7 @@ def fingerprint(tensors: dict[str, TensorMeta], ties: tuple[tuple[str, ...], ...
 
 
 def to_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The skeleton of any checkpoint, as the value that `read` takes back."""
+    """The skeleton of any checkpoint, as JSON values that `read` can read."""
     return {
         "version": VERSION,
         "kind": KIND,

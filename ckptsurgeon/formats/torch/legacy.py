@@ -1,4 +1,4 @@
-"""The format that torch wrote before 1.6, and still writes if told to: five pickles, then the storages one after another.
+"""The format that torch wrote before 1.6, and still writes on request: five pickles, then the storages one after another.
 
 Reads the pickles and each storage's length, never its data. Format as in torch `serialization.py` (`_legacy_save`, `_legacy_load`).
 A plain `pickle.dump` file begins the same way; the error says so.
@@ -40,7 +40,7 @@ def unpack(file: OpenFile) -> Unpacked:
 
 
 def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
-    """The result of `reading` on the file's beginning. While that is too short, it is called again with more."""
+    """The result of `reading` on the file's beginning. While the beginning is too short, it is called again with more of the file."""
     window = min(_FIRST_WINDOW, file.size, allowed("pickle-bytes"))
     while True:
         try:
@@ -48,7 +48,7 @@ def _widening(file: OpenFile, reading: Callable[[OpenFile, bytes], T]) -> T:
         except TruncatedPickle as error:
             if window == file.size:
                 truncated = file.truncated(file.size + 1)
-                name_globals(truncated, error.globals)  # those that it named before
+                name_globals(truncated, error.globals)  # the globals that the pickle named until then
                 raise truncated from error
             most = allowed("pickle-bytes")
             if window >= most:
@@ -98,10 +98,10 @@ def _read(file: OpenFile, data: bytes) -> tuple[Unpacked, bytes]:
         return Span(file.path, offset, whole.numel * _item(whole), storage.key)
 
     # Each of the five pickles may name globals: torch.load without `weights_only` runs them all.
-    asked = tuple(dict.fromkeys(name for part in (first, protocol, system, body, keys) for name in part.globals))
-    # The pickles, and the lengths that stand between the data, are the header.
+    names = tuple(dict.fromkeys(name for part in (first, protocol, system, body, keys) for name in part.globals))
+    # The header is the pickles, and the lengths between the storages' data.
     header = data[: keys.end] + b"".join(b"%d:%d\n" % (offsets[key], storages[key].numel) for key in offsets)
-    return Unpacked(body.value, asked, locate, body.end - system.end), header
+    return Unpacked(body.value, names, locate, body.end - system.end), header
 
 
 def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
@@ -124,7 +124,7 @@ def _persistent(storages: dict[str, StorageRef]) -> Callable[[Any], Any]:
             raise FormatError("describes a view of a storage in a way that torch does not")
         own, offset, size = view
         if type(own) is not str or own in storages or views.setdefault(own, (key, offset, size)) != (key, offset, size):
-            raise FormatError("uses one key for two views of storages")  # torch takes the first of them for both
+            raise FormatError("uses one key for two views of storages")  # torch uses the first of the two for both
         if type(offset) is not int or type(size) is not int or offset < 0 or size < 0 or offset + size > numel:
             raise FormatError(f"has a view beyond its storage {key!r}")
         return StorageRef(key, kind.dtype, size, offset * _item(root))

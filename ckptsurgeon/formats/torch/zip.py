@@ -24,7 +24,7 @@ from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.tensors import Archive, Packed, Record, Span
 
-# The records that torch reads by name, besides the storages.
+# The records that torch reads by name, in addition to the storages.
 _RECORDS = frozenset({"data.pkl", "byteorder", "version", "constants.pkl"})
 _RECORDS |= {".data/version", ".data/serialization_id", ".format_version", ".storage_alignment"}
 
@@ -65,18 +65,18 @@ class _Read:
 def _read(file: OpenFile) -> _Read:
     directory = read_directory(file)
     entries = directory.entries
-    data, others = _in_one_folder(file, entries)
-    if "data.pkl" not in others:
+    data, by_name = _in_one_folder(file, entries)
+    if "data.pkl" not in by_name:
         raise _no_checkpoint(file)
-    if "constants.pkl" in others or any(name.startswith("code/") for name in others):
+    if "constants.pkl" in by_name or any(name.startswith("code/") for name in by_name):
         raise FormatError(
             "is a TorchScript archive: a program, not a checkpoint",
             path=file.path,
             hint="where it is trusted: torch.save(torch.jit.load(path).state_dict(), 'out.pt')",
         )
-    if "byteorder" in others and _byteorder(file, others["byteorder"]) != b"little":
+    if "byteorder" in by_name and _byteorder(file, by_name["byteorder"]) != b"little":
         raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
-    pickle = content(file, "data.pkl", others["data.pkl"], "pickle-bytes")
+    pickle = content(file, "data.pkl", by_name["data.pkl"], "pickle-bytes")
     inflated, most = sum(entry.size for entry in entries.values() if type(entry) is Packed), allowed("inflated-data-bytes", file.size)
     if inflated > most:
         raise exceeded("inflated-data-bytes", f"inflates to {inflated:,} bytes, above the limit of {most:,}", inflated, path=file.path)
@@ -93,7 +93,7 @@ def _read(file: OpenFile) -> _Read:
         pickled = run(pickle, 0, persistent)
         if pickled.end != len(pickle):
             raise FormatError("has bytes after its pickle")
-        nbytes, notes = len(pickle), _notes(data, entries, len(others), storages)
+        nbytes, notes = len(pickle), _notes(data, entries, len(by_name), storages)
         del pickle  # freed, as the entries below are, since a million of them take much memory
         spans = {key: _whole(file.path, storage, entries.pop(f"{data}{key}", None)) for key, storage in storages.items()}
     except TruncatedPickle as error:
@@ -102,7 +102,7 @@ def _read(file: OpenFile) -> _Read:
         name_globals(early, error.globals)
         raise early from error
     unpacked = Unpacked(pickled.value, pickled.globals, lambda storage: spans[storage.key], nbytes)
-    return _Read(unpacked, digest.hexdigest(), _provenance(file, others), notes)
+    return _Read(unpacked, digest.hexdigest(), _provenance(file, by_name), notes)
 
 
 def _byteorder(file: OpenFile, entry: Entry) -> bytes:
@@ -112,7 +112,7 @@ def _byteorder(file: OpenFile, entry: Entry) -> bytes:
 
 
 def content(file: OpenFile, name: str, entry: Entry, limit: str) -> bytes:
-    """A small entry's bytes, inflated if need be, its CRC checked unless the archive has none (0)."""
+    """A small entry's bytes, inflated if need be, with its CRC checked unless the archive has none (0)."""
     bounds = {limit: allowed(limit)}
     if isinstance(entry, Packed):
         bounds["inflated-bytes"] = allowed("inflated-bytes", file.size)
@@ -136,10 +136,10 @@ def _in_one_folder(file: OpenFile, entries: Mapping[str, Entry]) -> tuple[str, d
     """The prefix of the names of the storages' records, and all other entries by their names within the archive's one folder."""
     folder = next(iter(entries), "").partition("/")[0] + "/"
     data = f"{folder}data/"
-    others = [name for name in entries if not name.startswith(data)]
-    if not entries or not all(name.startswith(folder) for name in others):
+    not_data = [name for name in entries if not name.startswith(data)]
+    if not entries or not all(name.startswith(folder) for name in not_data):
         raise _no_checkpoint(file)
-    by_name = {name[len(folder) :]: entries[name] for name in others}
+    by_name = {name[len(folder) :]: entries[name] for name in not_data}
     for name in by_name:
         if name not in _RECORDS and name.lower() in _RECORDS:  # torch ignores case in names, and other readers don't
             raise FormatError(f"has the entry {name!r}, where torch writes {name.lower()!r}", path=file.path, hint="do not trust it")
@@ -177,9 +177,9 @@ def _provenance(file: OpenFile, entries: Mapping[str, Entry]) -> Mapping[str, An
     return parse_provenance(content(file, RECORD, entry, "json-bytes")) if entry else None
 
 
-def _notes(data: str, entries: Mapping[str, Entry], others: int, storages: Mapping[str, StorageRef]) -> tuple[str, ...]:
+def _notes(data: str, entries: Mapping[str, Entry], count: int, storages: Mapping[str, StorageRef]) -> tuple[str, ...]:
     notes = []
-    unused = len(entries) - others - (data in entries) - sum(key != "" for key in storages)
+    unused = len(entries) - count - (data in entries) - sum(key != "" for key in storages)
     if unused:
         notes.append(f"{unused} storages that nothing refers to")
     records = [entry for name, entry in entries.items() if name.startswith(data) and entry.size]
