@@ -1,7 +1,7 @@
-"""What the parameters of the public functions take: one table, by their annotations, held against the arguments of every call.
+"""Checks the arguments of the public functions against one table of what a parameter takes, by its annotation.
 
-A wrong argument is an `ArgumentError` that says what was expected and what to write for this very parameter. Nothing is read, imported or
-used up here: of an iterator only that it is one is seen, and a class of a higher floor is known by its name.
+A wrong argument is an `ArgumentError` that says what the parameter takes and what to write instead. Nothing is read, imported or consumed
+here: the items of an iterator are not checked, and a class of a higher floor is known by its name.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _all(fits: Fits) -> Fits:
-    """Whether a value is a list, a tuple, a set, the keys of a dict and the like, all of it fitting; an iterator is not looked into."""
+    """A test for lists, tuples, sets, the keys of a dict and the like, all of whose items fit; an iterator's items are not tested."""
 
     def fit(value: Any) -> bool:
         if isinstance(value, Iterator):
@@ -101,22 +101,22 @@ def _is(*classes: type) -> Fits:
 
 
 def _ours(name: str) -> Fits:
-    return lambda value: any(one.__name__ == name and one.__module__.startswith("ckptsurgeon.") for one in type(value).__mro__)
+    return lambda value: any(base.__name__ == name and base.__module__.startswith("ckptsurgeon.") for base in type(value).__mro__)
 
 
 def _mapping(fits: Fits) -> Fits:
-    return lambda value: isinstance(value, Mapping) and all(_is_text(key) and fits(one) for key, one in value.items())
+    return lambda value: isinstance(value, Mapping) and all(_is_text(key) and fits(item) for key, item in value.items())
 
 
 def _takes_one(value: Any) -> bool:
-    """Whether a value is a function, no class, that can be called with one argument, as far as Python says how it can be called."""
+    """Whether a value is a function, not a class, that takes one argument, as far as Python knows its signature."""
     if not callable(value) or isinstance(value, type):
         return False
     try:
         inspect.signature(value).bind(None)
     except TypeError:
         return False
-    except ValueError:  # one written in C that does not say
+    except ValueError:  # a function written in C, without a signature
         return True
     return True
 
@@ -162,7 +162,7 @@ _OPTIMIZER = Kind(
 )
 _RULES = ("rename", "drop", "keep", "adapt", "init", "stage", "average", "convert")
 
-# By annotation; `| None` is added to what may be left out.
+# By annotation, without `| None`.
 KINDS: dict[str, Kind] = {
     "Path": _PATH,
     "Path | BytesIO": Kind("a path or an io.BytesIO", _any(_is_path, _is(io.BytesIO)), file=True),
@@ -203,7 +203,7 @@ KINDS: dict[str, Kind] = {
 _CODES = Kind("a code such as 'CK201', a name, or a list of them", _WORDS.fits)
 _NAMES = Kind("a name or a list of them", _WORDS.fits)
 _DTYPES = Kind("a dtype's name such as 'BF16', torch.bfloat16, or a list of them", _any(_is_dtype, _all(_is_dtype)))
-# By verb and parameter, or by parameter, where an annotation says less than is meant.
+# By verb and parameter, or by parameter, where the annotation is too general.
 NAMED: dict[str, Kind] = {
     "transfer.source": _LIVE,
     "diff.source": _READ,
@@ -233,16 +233,16 @@ NAMED: dict[str, Kind] = {
 
 
 def kind_of(verb: str, parameter: inspect.Parameter) -> Kind | None:
-    """What a verb's parameter takes, None aside; None where no table says."""
+    """What a verb's parameter takes, apart from None; None where it is in no table."""
     name, annotation = parameter.name, str(parameter.annotation)
     return NAMED.get(f"{verb}.{name}") or NAMED.get(name) or KINDS.get(annotation.removesuffix(" | None"))
 
 
 def checked(verb: Callable[P, T]) -> Callable[P, T]:
-    """The verb, which holds its arguments against the tables first, and tells its `progress`, where it has one, how far the work is.
+    """The verb, with its arguments checked first, and with events for its argument `progress`, if it has one.
 
     Raises:
-        ArgumentError: an argument of another kind.
+        ArgumentError: an argument has a wrong type.
         MissingError: torch, or another library that the verb needs, is not installed.
 
     >>> from ckptsurgeon import open
@@ -253,24 +253,25 @@ def checked(verb: Callable[P, T]) -> Callable[P, T]:
     """
     name = verb.__qualname__.removesuffix(".__init__")
     signature = inspect.signature(verb)
-    named = next((each for each, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD), "")
+    keywords = next((key for key, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD), "")
 
     @wraps(verb)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            arguments = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            unbound = f"{name}() {error}{_close(kwargs, signature)}"  # Python's own words for a parameter that there is not
+            unbound = f"{name}() {error}{_did_you_mean(kwargs, signature)}"  # Python's own message about an unknown parameter
             raise TypeError(unbound) from None
-        hold(verb, name, {**{each: value for each, value in given.items() if each != named}, **given.get(named, {})})
-        with libraries(), _told(given.get("progress")):
+        named = {key: value for key, value in arguments.items() if key != keywords}
+        check_arguments(verb, name, {**named, **arguments.get(keywords, {})})
+        with libraries(), _reporting(arguments.get("progress")):
             return verb(*args, **kwargs)
 
     return call
 
 
-def _told(progress: Any) -> AbstractContextManager[None]:
-    """What tells a verb's `progress` how far the work is."""
+def _reporting(progress: Any) -> AbstractContextManager[None]:
+    """A context in which `progress` gets an event for each step of the work."""
     if progress is None:
         return nullcontext()
     from ckptsurgeon.progress import listening
@@ -278,43 +279,43 @@ def _told(progress: Any) -> AbstractContextManager[None]:
     return listening(progress)
 
 
-def _close(given: Mapping[str, Any], signature: inspect.Signature) -> str:
-    """What the first parameter that there is not may be meant as."""
-    wrong = [each for each in given if each not in signature.parameters][:1]
-    free = [each for each in signature.parameters if each not in given]
-    begun = [each for each in free if wrong and (each.startswith(wrong[0]) or wrong[0].startswith(f"{each}_"))]
+def _did_you_mean(arguments: Mapping[str, Any], signature: inspect.Signature) -> str:
+    """The parameter that was probably meant by the first unknown one, as words."""
+    wrong = [parameter for parameter in arguments if parameter not in signature.parameters][:1]
+    free = [parameter for parameter in signature.parameters if parameter not in arguments]
+    begun = [parameter for parameter in free if wrong and (parameter.startswith(wrong[0]) or wrong[0].startswith(f"{parameter}_"))]
     close = begun or (close_names(wrong[0], free, most=1) if wrong else [])
     return f", did you mean {close[0]}?" if close else ""
 
 
-def hold(verb: Callable[..., Any], name: str, given: Mapping[str, Any]) -> None:
-    """Hold arguments by name against the tables; of a dataclass, its fields. ArgumentError for one of another kind."""
+def check_arguments(verb: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> None:
+    """Check arguments by name, or the fields of a dataclass. ArgumentError for a wrong type."""
     kinds, optional, rest = _expected(verb, name)
-    for each, value in given.items():
-        kind = kinds.get(each, rest)
-        if kind is not None and not (value is None and each in optional) and not kind.fits(value):
-            hint = _swapped(name, each, given, _in_order(verb, kinds)) or _hint(name, each, kind, value)
-            part, place = _wrong_part(kind, value)
-            raise ArgumentError(f"takes {kind.words}, and {described(part)} was given to {name}{place}", key=each, hint=hint)
+    for parameter, value in arguments.items():
+        kind = kinds.get(parameter, rest)
+        if kind is not None and not (value is None and parameter in optional) and not kind.fits(value):
+            hint = _swapped(name, parameter, arguments, _in_order(verb, kinds)) or _hint(name, parameter, kind, value)
+            part, where = _wrong_part(kind, value)
+            raise ArgumentError(f"takes {kind.words}, and {described(part)} was given to {name}{where}", key=parameter, hint=hint)
 
 
 def _wrong_part(kind: Kind, value: Any) -> tuple[Any, str]:
-    """The first value of a dict or a list that is of another kind, and where it stands; the whole of what is neither."""
+    """The first wrong item of a dict or a list, and its position in words; for other values the value itself."""
     if isinstance(value, Mapping) and kind.fits({}):
-        wrong = next((key for key, one in value.items() if not kind.fits({key: one})), None)
+        wrong = next((key for key, item in value.items() if not kind.fits({key: item})), None)
         return (value[wrong], f" for {wrong!r}") if _is_text(wrong) else (wrong, " as a key")
     if isinstance(value, (list, tuple)) and kind.fits([]) and not _is_pair(value):
-        return next(((one, f" as number {place} of them") for place, one in enumerate(value) if not kind.fits([one])), (value, ""))
+        return next(((item, f" as number {index} of them") for index, item in enumerate(value) if not kind.fits([item])), (value, ""))
     return value, ""
 
 
 @cache
 def _expected(verb: Callable[..., Any], name: str) -> tuple[dict[str, Kind], set[str], Kind | None]:
-    """The kinds of a verb's parameters, those that may be None, and the kind of what the person names."""
+    """The kinds of a verb's parameters, the parameters that may be None, and the kind of the keywords in `**`."""
     parameters = inspect.signature(verb).parameters
-    kinds = {each: kind for each, parameter in parameters.items() if (kind := kind_of(name, parameter)) is not None}
-    optional = {each for each, parameter in parameters.items() if parameter.default is None or "None" in str(parameter.annotation)}
-    rest = next((kinds.pop(each) for each, one in parameters.items() if one.kind is one.VAR_KEYWORD and each in kinds), None)
+    kinds = {key: kind for key, parameter in parameters.items() if (kind := kind_of(name, parameter)) is not None}
+    optional = {key for key, parameter in parameters.items() if parameter.default is None or "None" in str(parameter.annotation)}
+    rest = next((kinds.pop(key) for key, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD and key in kinds), None)
     return kinds, optional, rest
 
 
@@ -339,15 +340,15 @@ def described(value: Any) -> str:
 
 
 def _in_order(verb: Callable[..., Any], kinds: Mapping[str, Kind]) -> dict[str, Kind]:
-    """The parameters that may stand without their names, which alone can change places."""
+    """The parameters that may be passed by position: only these can be swapped."""
     parameters = inspect.signature(verb).parameters
     return {
-        each: kind for each, kind in kinds.items() if each in parameters and parameters[each].kind is not inspect.Parameter.KEYWORD_ONLY
+        name: kind for name, kind in kinds.items() if name in parameters and parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY
     }
 
 
 def _unquoted(value: Any) -> Any:
-    """What a text is as a number or True or False; the value itself where it is none."""
+    """A text as the number, True or False that it contains; any other value unchanged."""
     if not isinstance(value, str):
         return value
     return {"True": True, "False": False}.get(value, next((kind(value) for kind in (int, float) if _is_a(kind, value)), value))
@@ -361,11 +362,11 @@ def _is_a(kind: type[int] | type[float], text: str) -> bool:
     return True
 
 
-def _swapped(verb: str, wrong: str, given: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str | None:
-    """The right order, where two arguments fit when they change places."""
-    for other, value in given.items():
-        if other != wrong and other in kinds and wrong in kinds and kinds[wrong].fits(value) and kinds[other].fits(given[wrong]):
-            order = [each for each in given if each in (wrong, other)]
+def _swapped(verb: str, wrong: str, arguments: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str | None:
+    """The right order, where two arguments fit when they are swapped."""
+    for second, value in arguments.items():
+        if second != wrong and second in kinds and wrong in kinds and kinds[wrong].fits(value) and kinds[second].fits(arguments[wrong]):
+            order = [name for name in arguments if name in (wrong, second)]
             return f"the other way round: {verb}({', '.join(order)})"
     return None
 

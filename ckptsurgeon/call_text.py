@@ -1,6 +1,6 @@
-"""One call with literal arguments, as a person writes schemes and adapters: `normal(std=0.02)`, `transpose`, `mylib:flip(dim=1)`.
+"""One call with literal arguments, as users write schemes and adapters: `normal(std=0.02)`, `transpose`, `mylib:flip(dim=1)`.
 
-Pure text: nothing is evaluated but literals, by `ast.literal_eval`.
+Pure text: only literals are evaluated, by `ast.literal_eval`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ _CALL = re.compile(rf"\s*(?P<name>(?:[^\s()'\"|:]+:)?{_DOTTED})\s*(?P<call>\(.*\
 
 
 def literal_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
-    """The name (with a module or a file before a colon for a person's own), positional and keyword arguments; None for any other text.
+    """The name (for a user's own function with its module or file before a colon), positional and keyword arguments; None for any other
+    text.
 
     >>> literal_call("normal(std=-1)"), literal_call("mylib/init.py:ortho")
     (('normal', (), {'std': -1}), ('mylib/init.py:ortho', (), {}))
     """
-    found = _CALL.fullmatch(text)
-    if found is None:
+    match = _CALL.fullmatch(text)
+    if match is None:
         return None
     try:
-        tree = ast.parse(f"f{found['call'] or '()'}", mode="eval").body
+        tree = ast.parse(f"f{match['call'] or '()'}", mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
             return None
         if any(word.arg is None for word in tree.keywords) or any(isinstance(value, ast.Starred) for value in tree.args):
@@ -32,6 +33,6 @@ def literal_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]] | Non
         if len(set(names)) != len(names):
             return None
         kwargs = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords}
-        return found["name"], tuple(ast.literal_eval(value) for value in tree.args), kwargs
+        return match["name"], tuple(ast.literal_eval(value) for value in tree.args), kwargs
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None

@@ -57,9 +57,16 @@ BY_TORCH: dict[str, DType] = {row.torch: row for row in TABLE} | {
 BY_STORAGE_CLASS: dict[str, DType] = {row.storage_class: row for row in TABLE if row.storage_class}
 SAFETENSORS_RANK: dict[str, int] = {row.code: rank for rank, row in enumerate(TABLE)}
 
-DTYPE_CHOICES = ("source", "target", "F16", "BF16", "F32", "F64")  # whose dtype an output has, or one for all floating tensors
+DTYPE_CHOICES = (
+    "source",
+    "target",
+    "F16",
+    "BF16",
+    "F32",
+    "F64",
+)  # the side whose dtypes the output has, or one dtype for all floating tensors
 
-# What else people call a dtype: torch's other names for it, and the short names of training code.
+# Other names of dtypes: torch's own, and the short names of training code.
 _ALSO = {
     "U8": ("byte",),
     "I8": ("char",),
@@ -78,40 +85,40 @@ _NAMES: dict[str, DType] = (
 
 
 def named(word: object) -> DType | None:
-    """The dtype that a person names: by safetensors' code, or by any of torch's names, in any case, with or without `torch.`.
+    """The dtype of this name: safetensors' code, or any of torch's names, in any case, with or without `torch.`.
 
-    >>> [found.code for word in ("bf16", "torch.float16", "Half", "F8_E4M3") if (found := named(word))]
+    >>> [dtype.code for word in ("bf16", "torch.float16", "Half", "F8_E4M3") if (dtype := named(word))]
     ['BF16', 'F16', 'F16', 'F8_E4M3']
     """
     return _NAMES.get(str(word).strip().lower().removeprefix("torch."))
 
 
 def choice(word: object) -> str:
-    """One of `DTYPE_CHOICES`, by any of its names; a word that is none of them as it is.
+    """The choice of `DTYPE_CHOICES` with this name; any other word unchanged.
 
     >>> choice("Target"), choice("fp16"), choice("I64")
     ('target', 'F16', 'I64')
     """
     text = str(word).strip()
-    found = named(text)
-    name = text.lower() if found is None else found.code
+    dtype = named(text)
+    name = text.lower() if dtype is None else dtype.code
     return name if name in DTYPE_CHOICES else text
 
 
 def all_names() -> list[str]:
-    """Every name that `named` knows, codes as safetensors writes them."""
+    """Every name that `named` knows; codes in upper case, as safetensors writes them."""
     return [*BY_CODE, *(name for name in _NAMES if name.upper() not in BY_CODE)]
 
 
-def widens(own: str, wanted: str) -> bool:
-    """Whether every value of one dtype is one of the other, both by their codes.
+def widens(source: str, target: str) -> bool:
+    """Whether every value of dtype `source` is a value of dtype `target`, both by their codes.
 
     >>> widens("BF16", "F32"), widens("F32", "BF16"), widens("U8", "I32"), widens("I8", "U16")
     (True, False, True, False)
     """
-    narrow, wide = BY_CODE[own], BY_CODE[wanted]
-    if own == wanted:
+    narrow, wide = BY_CODE[source], BY_CODE[target]
+    if source == target:
         return True
     if narrow.kind == wide.kind == "float":
-        return wide.size > narrow.size and wanted in ("F32", "F64")
-    return narrow.kind == wide.kind == "int" and wide.size > narrow.size and (own[0] == wanted[0] or wanted[0] == "I")
+        return wide.size > narrow.size and target in ("F32", "F64")
+    return narrow.kind == wide.kind == "int" and wide.size > narrow.size and (source[0] == target[0] or target[0] == "I")

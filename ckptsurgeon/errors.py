@@ -1,6 +1,6 @@
-"""The closed family of refusals: each says what, where, why, and what to try next.
+"""All errors of the package: each says what, where, why, and what to try next.
 
-Every error that a person can meet is one of these. This module imports nothing of the package and prints nothing.
+Every error that a user can see is one of these. This module imports nothing of the package and prints nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _escape(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-ADVICE = "try:"  # what a hint is told after
+ADVICE = "try:"  # the word before a hint
 
 
 class CheckpointError(Exception):
@@ -46,9 +46,9 @@ class CheckpointError(Exception):
         path: the file or target concerned, or None.
         key: the state_dict key concerned, or None.
         hint: what to try next, or None.
-        problems: every single problem, where several were found at once.
-        globals: what a pickle had asked for beyond the allow-list, where it is a pickle's error.
-        exit_code: what the command line exits with.
+        problems: each problem, where there are several.
+        globals: the globals that a pickle names beyond the allow-list, where the error is about a pickle.
+        exit_code: the exit code of the command line.
     """
 
     exit_code = 2
@@ -95,11 +95,11 @@ class PointerError(FormatError):
 
 
 class UnsafeError(CheckpointError):
-    """The weights can't be told without running something that the file asks for."""
+    """The weights can't be read without running code that the file names."""
 
 
 class PartError(CheckpointError):
-    """The file is one rank's part of a checkpoint, or the checkpoint lies in pieces: no tensor of it is known to be whole."""
+    """The file is one rank's part of a checkpoint, or the checkpoint is in pieces: its tensors may not be whole."""
 
 
 class LimitError(CheckpointError):
@@ -107,11 +107,11 @@ class LimitError(CheckpointError):
 
 
 class RootError(CheckpointError):
-    """It is not clear which nested dict holds the state_dict, or the one named is not there."""
+    """It is not clear which nested dict holds the state_dict, or the named dict is not there."""
 
 
 class SettingsError(CheckpointError):
-    """An option or a setting that names what is not there, or is of the wrong kind."""
+    """An option or a setting names something that is not there, or has a wrong type."""
 
 
 class TargetError(CheckpointError):
@@ -123,11 +123,11 @@ class RuleError(CheckpointError):
 
 
 class PlanError(CheckpointError):
-    """A plan that can't be made, does not add up, or is of another version."""
+    """A plan can't be made, contradicts itself or its files, or is of another version."""
 
 
 class StaleError(CheckpointError):
-    """A source or target is not what it was when the plan was made, or changed while it was read."""
+    """A source or target has changed since the plan was made, or while it was read."""
 
 
 class CastError(CheckpointError):
@@ -139,15 +139,15 @@ class DeviceError(CheckpointError):
 
 
 class OutputError(CheckpointError):
-    """The output exists, can't be written, or can't hold what it should."""
+    """The output exists already, can't be written, or its format can't hold a value."""
 
 
 class ModelError(CheckpointError):
-    """A model, report or parameter that does not go with the others (groups, forward, initialisation)."""
+    """A model, report or parameter does not match the others (groups, forward, initialisation)."""
 
 
 class CoverageError(CheckpointError):
-    """A true no: nothing was transferred, or less than asked for."""
+    """A true no: nothing was transferred, or less than required."""
 
     exit_code = 1
 
@@ -159,13 +159,13 @@ class StrictError(CheckpointError):
 
 
 class VerificationError(CheckpointError):
-    """A true no: what was written or loaded is not what the plan says."""
+    """A true no: the written or loaded values differ from the plan."""
 
     exit_code = 1
 
 
 class ArgumentError(CheckpointError, TypeError):
-    """An argument of another kind than the parameter takes; `key` names the parameter."""
+    """An argument has a type that the parameter does not take; `key` names the parameter."""
 
 
 class MissingError(CheckpointError, ImportError):
@@ -173,11 +173,11 @@ class MissingError(CheckpointError, ImportError):
 
 
 class OutOfMemoryError(CheckpointError):
-    """The machine has not enough memory, or not enough threads or processes, for this."""
+    """The machine lacks memory, threads or processes for this."""
 
 
 class InternalError(CheckpointError):
-    """An error of ckptsurgeon's own, which its authors would like to be told of."""
+    """An error in ckptsurgeon itself; please report it to its authors."""
 
 
 class NoRecordError(CheckpointError):
@@ -186,11 +186,11 @@ class NoRecordError(CheckpointError):
     exit_code = 1
 
 
-# How torch's allocators, the kernel and the linker say that memory, or room for a thread, is short.
+# The messages of torch's allocators, the kernel and the linker when memory, or the number of threads, is too small.
 _NO_MEMORY = re.compile(
     r"allocate (memory|storage)|not enough memory|out of memory|bad_alloc|start new thread|failed to map segment", re.IGNORECASE
 )
-_ASKED = re.compile(r"tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ \w+)|Unable to allocate ([\d.]+ \w+)")
+_AMOUNT = re.compile(r"tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ \w+)|Unable to allocate ([\d.]+ \w+)")
 
 
 def no_memory(error: BaseException) -> bool:
@@ -205,23 +205,23 @@ def no_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, key: str | None = None) -> OutOfMemoryError:
-    """Say that memory is short, and how much was asked for at once where `error` tells it."""
-    found = _ASKED.search(str(error))
-    asked = next(filter(None, found.groups()), "") if found else ""
+    """The error that memory is short, with the size of the allocation that failed, where `error` says it."""
+    match = _AMOUNT.search(str(error))
+    amount = next(filter(None, match.groups()), "") if match else ""
     from ckptsurgeon.sizes import parsed, rounded
 
-    nbytes = parsed(asked)
-    words = f": {asked if nbytes is None else rounded(nbytes)} are asked for at once" if asked else ""
+    nbytes = parsed(amount)
+    words = f": {amount if nbytes is None else rounded(nbytes)} are asked for at once" if amount else ""
     return OutOfMemoryError(f"there is not enough memory for this{words}", key=key, hint="close other programs, or use a larger machine")
 
 
-_LIBRARIES = ("torch", "safetensors", "click", "tabulate")  # what the package depends on, each by the name that is imported
+_LIBRARIES = ("torch", "safetensors", "click", "tabulate")  # the package's dependencies, by their import names
 _LONGEST = 300
 
 
 @contextmanager
 def libraries() -> Iterator[None]:
-    """Within it, a library of the package's that is not installed, or can't be loaded, is a MissingError."""
+    """A context in which a missing or broken dependency is a MissingError."""
     try:
         yield
     except ImportError as error:
@@ -239,12 +239,12 @@ def missing_library(error: ImportError) -> MissingError | None:
     """
     if isinstance(error, MissingError):
         return error
-    found = (error.name or "").partition(".")[0]
-    # torch alone has others to import, where it is not loaded now.
-    name = found if found in _LIBRARIES else "torch" if found != "ckptsurgeon" and sys.modules.get("torch") is None else None
+    module = (error.name or "").partition(".")[0]
+    # Any other module that is missing while torch is not loaded is one that torch needs.
+    name = module if module in _LIBRARIES else "torch" if module != "ckptsurgeon" and sys.modules.get("torch") is None else None
     if name is None:
         return None
-    if isinstance(error, ModuleNotFoundError) and found == name and sys.modules.get(name) is None:
+    if isinstance(error, ModuleNotFoundError) and module == name and sys.modules.get(name) is None:
         return MissingError(f"this needs {name}, which is not installed here", hint=f"pip install {name}")
     return MissingError(f"this needs {name}, which can't be loaded here: {one_line(error)}", hint=f"python -c 'import {name}' shows why")
 

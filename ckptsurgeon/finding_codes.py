@@ -1,4 +1,4 @@
-"""Every code that `check` gives, as data: its name, what it means, why it matters, and what to do.
+"""Every code that `check` reports, as data: its name, what it means, why it matters, and what to do.
 
 A code is stable: programs and settings name it, so it never gets another meaning; a new kind of finding gets a new code. The hundreds are
 the families (read, safe, fits, finite, allowed), so that a prefix such as `CK2` names a whole one. Nothing is checked here.
@@ -174,7 +174,7 @@ TABLE: tuple[Code, ...] = (
     ),
 )
 BY_CODE: dict[str, Code] = {row.code: row for row in TABLE}
-UNREAD = "CK1"  # what keeps a file from being looked into
+UNREAD = "CK1"  # the family of findings about files that can't be read
 
 
 def named(words: str) -> tuple[Code, ...]:
@@ -189,12 +189,12 @@ def named(words: str) -> tuple[Code, ...]:
     return tuple(row for row in TABLE if row.code.startswith(text.upper()))
 
 
-def wanted(code: str, select: Iterable[str], ignore: Iterable[str]) -> bool:
+def is_reported(code: str, select: Iterable[str], ignore: Iterable[str]) -> bool:
     """Whether findings of a code are reported. `select` and `ignore` are whole codes; an empty `select` means all.
 
-    `ignore` has the last word. A file that can't be read is reported whatever is selected, since nothing else could be checked in it.
+    `ignore` overrides `select`. A file that can't be read is reported whatever is selected, since nothing else could be checked in it.
 
-    >>> wanted("CK201", ["CK501"], []), wanted("CK102", ["CK501"], []), wanted("CK102", [], ["CK102"])
+    >>> is_reported("CK201", ["CK501"], []), is_reported("CK102", ["CK501"], []), is_reported("CK102", [], ["CK102"])
     (False, True, False)
     """
     chosen = set(select)

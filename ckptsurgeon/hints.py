@@ -1,5 +1,4 @@
-"""What messages are made of: names that are close to one that is not there, long lists cut to what a person reads, and
-notes that are never hidden."""
+"""Parts of messages: names that are close to an unknown name, long lists cut to a readable length, and notes that are never hidden."""
 
 from __future__ import annotations
 
@@ -11,13 +10,13 @@ _POOL = 5_000  # names that are compared
 
 
 class Unmissable(str):
-    """A note that `-q` does not hide: code is imported that a file names, or a setting was not followed."""
+    """A note that `-q` does not hide: code that a file names is imported, or a setting was not followed."""
 
     __slots__ = ()
 
 
 def close_names(text: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """The names that look most like `text`, its wildcards and case left out.
+    """The names that look most like `text`, ignoring its wildcards and case.
 
     >>> close_names("fc4.*", ["conv1.weight", "fc1.weight"])
     ['fc1.weight']
@@ -33,7 +32,7 @@ def close_names(text: str, names: Iterable[str], most: int = 3) -> list[str]:
 
 
 def without_slip(text: str, names: Iterable[str]) -> str | None:
-    """The name that is nearly `text`, as if it had been mistyped; None where there is none.
+    """The name of which `text` is probably a misspelling; None where there is none.
 
     >>> without_slip("net_param.pkl", ["net_params.pkl", "model.py"]), without_slip("other.pkl", ["net_params.pkl"])
     ('net_params.pkl', None)

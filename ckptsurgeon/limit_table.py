@@ -1,7 +1,7 @@
-"""How much a header may cost: one table of named limits, each of which a person can raise. No reader has a bound of its own.
+"""How much reading a header may cost: one table of named limits, which the user can raise. No reader has a bound of its own.
 
-`allowed` is the bound that holds now; `exceeded` is the error, whose hint names the very flag that raises it. A limit bounds work and
-memory before they are spent. None of them makes reading less strict.
+`allowed` is the current bound; `exceeded` is the error, whose hint is the option that raises the limit. A limit is checked before the work
+is done or the memory is used. No limit makes reading less strict.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ckptsurgeon.sizes import GB, MB
 class Limit:
     """A limit: its `name` as in `--limit name=…`, its `default`, what it `bounds`, and the `most` that it can be raised to.
 
-    What a file spells out byte by byte is no bomb: with `per_byte`, that share of the pickle's length (or of what is said) is allowed
-    where it is more.
+    A large file may use more: with `per_byte`, this multiple of the pickle's length (or of the length that `bounds` names) is allowed where
+    it is larger than the limit.
     """
 
     name: str
@@ -45,7 +45,7 @@ TABLE: tuple[Limit, ...] = (
     Limit("pickle-copies", MB, "what a pickle hands to constructors again and again", per_byte=1),
     Limit("integer-bytes", 4_096, "one integer of a pickle"),
     Limit("global-characters", 1000, "the name of a global that a pickle asks for"),
-    Limit("nesting", 64, "containers within containers", most=150),  # some of what goes down there goes down by recursion
+    Limit("nesting", 64, "containers within containers", most=150),  # some readers of nested values are recursive
     Limit("tensors", 4_000_000, "the tensors of one file, or of all shards"),
     Limit("dense-keys", 20_000, "the keys of a torch file's state_dicts (torch writes some 100 bytes for each)", per_byte=1 / 40),
     Limit("containers", 100_000, "the dicts, lists and tuples of a torch file that have values of their own", per_byte=1 / 8),
@@ -77,13 +77,13 @@ _raised: ContextVar[Mapping[str, int]] = ContextVar("ckptsurgeon-limits", defaul
 
 
 def allowed(name: str, nbytes: int = 0) -> int:
-    """The bound that a limit has now, for a pickle of `nbytes` bytes (or what else it grows with)."""
+    """The current bound of a limit, for a pickle of `nbytes` bytes (or another length that it grows with)."""
     limit = BY_NAME[name]
     return max(_raised.get().get(name, limit.default), int(nbytes * limit.per_byte))
 
 
 def current() -> dict[str, int]:
-    """The limits that are not at their defaults, for a worker thread or process: `with limits(**current())` there."""
+    """The limits that are not at their defaults, for a worker thread or process, which runs `with limits(**current())`."""
     return {name.replace("-", "_"): value for name, value in _raised.get().items()}
 
 
@@ -107,8 +107,8 @@ def limits(**bounds: int | str) -> Iterator[None]:
     ...     len(open("fixtures/net_params.pkl"))
     10
     """
-    given = dict(_bound(name.replace("_", "-"), value) for name, value in bounds.items())
-    token = _raised.set(MappingProxyType({**_raised.get(), **given}))
+    raised = dict(_bound(name.replace("_", "-"), value) for name, value in bounds.items())
+    token = _raised.set(MappingProxyType({**_raised.get(), **raised}))
     try:
         yield
     finally:
@@ -133,7 +133,7 @@ def _bound(name: str, value: int | str) -> tuple[str, int]:
 
 
 def shown(limit: Limit, value: int) -> str:
-    """A bound as a person writes it.
+    """A bound as a user writes it.
 
     >>> shown(BY_NAME["pickle-bytes"], 2 * 10**9), shown(BY_NAME["tensors"], 1024)
     ('2GB', '1024')
@@ -142,19 +142,20 @@ def shown(limit: Limit, value: int) -> str:
 
 
 def exceeded(name: str, reason: str, needed: int = 0, *, path: str | None = None, key: str | None = None) -> LimitError:
-    """The error for what goes beyond a limit, with the flag that allows `needed`; where that is not known, four times as much as now."""
+    """The error for an exceeded limit, with the option that allows `needed`, or four times the current bound where `needed` is not
+    known."""
     limit = BY_NAME[name]
     needed = needed or allowed(name) * 4
-    wanted = min(_round_up(needed), limit.most)
-    if wanted < needed and wanted <= allowed(name):
+    bound = min(_round_up(needed), limit.most)
+    if bound < needed and bound <= allowed(name):
         return LimitError(reason, path=path, key=key, hint=f"this is beyond what the limit {name} can be raised to; do not trust the file")
-    words = shown(limit, wanted)
+    words = shown(limit, bound)
     python = f"with ckptsurgeon.limits({name.replace('-', '_')}={words if words.isdecimal() else repr(words)})"
     return LimitError(reason, path=path, key=key, hint=f"where the file is trusted: --limit {name}={words} (in Python: {python})")
 
 
 def _round_up(number: int) -> int:
-    """The least of 1, 2, 5, 10, 20, 50 … that is no less.
+    """The smallest of 1, 2, 5, 10, 20, 50 … that is at least `number`.
 
     >>> _round_up(1), _round_up(30), _round_up(1001)
     (1, 50, 2000)
@@ -164,7 +165,7 @@ def _round_up(number: int) -> int:
 
 
 class Budget:
-    """What the pickle of `path`, of `nbytes` bytes, has cost of each limit so far."""
+    """How much of each limit the pickle of `path`, of `nbytes` bytes, has used so far."""
 
     def __init__(self, path: str | None, nbytes: int) -> None:
         self.path, self.nbytes = path, nbytes
@@ -172,7 +173,7 @@ class Budget:
         self.most: dict[str, int] = {}
 
     def spend(self, name: str, amount: int, words: str) -> None:
-        """Spend `amount` of a limit; LimitError, in `words` with the bound at `{}`, where it was the last straw."""
+        """Add `amount` to the use of a limit; LimitError with `words`, in which `{}` is the bound, where it is exceeded."""
         spent = self.spent[name] = self.spent.get(name, 0) + amount
         most = self.most.get(name)
         if most is None:

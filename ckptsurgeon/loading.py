@@ -1,6 +1,6 @@
-"""What a live model says of how it is loaded: its modules with code of their own, and how its library's files name and lay out tensors.
+"""How a live model is loaded: its modules with loading code of their own, and how its library's files name and lay out tensors.
 
-Values only. `models/target` learns them from a model, `planning/own_loading` uses them.
+Values only. `models/target` makes them from a model, `planning/own_loading` uses them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Loader:
-    """A module that loads in its own way: its class, and the keys of the state_dict that its code can reach.
+    """A module with its own loading code: its class, and the keys of the state_dict that the code can reach.
 
-    `changes` is False where the code is known to do no more than give keys other names.
+    `changes` is False where the code is known only to rename keys.
     """
 
     name: str
@@ -26,9 +26,9 @@ class Loader:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the model that a file holds in other parts or in another layout: of these names, in order, by these ops, it is made.
+    """A tensor of the model that a file stores in parts or in another layout: it is made by `ops` from the tensors `names`, in order.
 
-    `shape` is what comes out of them, `by` the library's own words for what is done.
+    `shape` is the shape of the result, `by` the library's own description.
     """
 
     names: tuple[str, ...]
@@ -43,9 +43,9 @@ class Converted:
 
     Attributes:
         renamed: the model's key that gets the name's tensor as it is.
-        made: by the model's key, what it is made of.
-        refused: names whose conversion is no adapter here, each with the reason.
-        ignored: names that the library leaves out without a word.
+        made: by the model's key, how it is made.
+        refused: names whose conversion no adapter can do, each with the reason.
+        ignored: names that the library leaves out without a warning.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -55,14 +55,14 @@ class Converted:
 
 
 class Naming(Protocol):
-    """How the files of a model's library become the model: told by the library's own code, on names and shapes alone."""
+    """How the files of a model's library become the model, by the library's own code, from names and shapes only."""
 
     @property
     def library(self) -> str:
         """The library and its version."""
 
     def convert(self, shapes: Mapping[str, Shape]) -> Converted:
-        """What becomes of these names of a file, with their shapes. The same names and shapes always give the same."""
+        """The conversion of a file's names, with their shapes. The same names and shapes always give the same result."""
 
     def may_lack(self, key: str) -> bool:
-        """Whether the library loads a file without this key of the model and says nothing."""
+        """Whether the library loads a file without this key of the model and doesn't warn."""

@@ -1,7 +1,7 @@
-"""Layers that PEFT has wrapped: the frozen weight under `base_layer`, and beside it the factors that were trained (LoRA and its kin).
+"""Layers that PEFT has wrapped: the frozen weight under `base_layer`, and the factors that were trained (LoRA and similar methods).
 
-Rule: what the layer computes is W + scale · B · A, and the scale (alpha / r) is in a file of its own; so nothing is folded here, and
-factors that go nowhere are said. Names only, no torch.
+Rule: the layer computes W + scale · B · A, and the scale (alpha / r) is in another file. So the factors can't be merged into the weight
+here, and factors that are not used are reported. Names only, no torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from ckptsurgeon.hints import several
 
-# How the name of a factor begins, segment by segment: LoRA and DoRA of PEFT and of kohya, VeRA, RandLoRA, VB-LoRA, (IA)³, LoHa, LoKr,
-# OFT, BOFT, HRA, FourierFT, tuned norms.
+# The beginnings of segments that are names of factors: LoRA and DoRA of PEFT and of kohya, VeRA, RandLoRA, VB-LoRA, (IA)³, LoHa, LoKr, OFT,
+# BOFT, HRA, FourierFT, tuned norms.
 _LORA = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "lora_down", "lora_up", "lora_mid")
 _KIN = (
     *("vera_A", "vera_B", "vera_lambda_", "randlora_", "vblora_", "ia3_l", "hada_w1", "hada_w2", "hada_t1", "hada_t2"),
@@ -22,7 +22,7 @@ _KIN = (
 _BASE, _SAVED, _ORIGINAL = "base_layer", "modules_to_save", "original_module"
 _NAMES = (*_LORA, *_KIN)
 _FACTOR = re.compile(rf"(?:^|\.)(?:{'|'.join(_NAMES)})")
-_TOLD = re.compile(rf"{_FACTOR.pattern}|\.{_SAVED}\.")
+_WRAPPED = re.compile(rf"{_FACTOR.pattern}|\.{_SAVED}\.")
 
 
 def is_factor(key: str) -> bool:
@@ -35,77 +35,78 @@ def is_factor(key: str) -> bool:
 
 
 def unwrapped(keys: Iterable[str]) -> dict[str, str | None]:
-    """What each key that PEFT's wrappers have renamed stands for: the name in the bare model; None for what no bare model has.
+    """The keys that PEFT's wrappers have renamed, each with its name in the unwrapped model; None for a key that this model lacks.
 
-    Of a module that was trained whole (`modules_to_save`), the trained copy stands for it; of several such copies none does.
+    A module that was trained whole (`modules_to_save`) gets the name from its trained copy, unless there are several copies.
 
     >>> unwrapped(["q.base_layer.weight", "q.lora_A.default.weight", "head.original_module.bias", "head.modules_to_save.default.bias"])
-    {'q.base_layer.weight': 'q.weight', 'q.lora_A.default.weight': None, 'head.original_module.bias': None, 'head.modules_to_save.default.bias': 'head.bias'}
-    """  # noqa: E501
-    every = list(keys)
-    if not any(_TOLD.search(key) for key in every):
+    {'q.base_layer.weight': 'q.weight', 'q.lora_A.default.weight': None, 'head.original_module.bias': None,
+    'head.modules_to_save.default.bias': 'head.bias'}
+    """
+    all_keys = list(keys)
+    if not any(_WRAPPED.search(key) for key in all_keys):
         return {}
-    wrapped = {".".join(segments[:at]) for segments, at in map(_placed, every) if at is not None}
+    wrapped = {".".join(segments[:index]) for segments, index in map(_split, all_keys) if index is not None}
     saved: dict[str, set[str]] = {}
-    for key in every:
-        head, found, rest = _cut(key, _SAVED)
-        if found:
+    for key in all_keys:
+        head, has_copy, rest = _cut(key, _SAVED)
+        if has_copy:
             saved.setdefault(head, set()).add(rest.partition(".")[0])
-    once = {head for head, names in saved.items() if len(names) == 1}
-    known = set(every)
+    single_copies = {head for head, names in saved.items() if len(names) == 1}
+    known = set(all_keys)
     renamed: dict[str, str | None] = {}
-    for key in every:
-        stands = _bare(key, wrapped, once)
-        if stands != key and (stands is None or stands not in known):
-            renamed[key] = stands
+    for key in all_keys:
+        bare = _bare(key, wrapped, single_copies)
+        if bare != key and (bare is None or bare not in known):
+            renamed[key] = bare
     return renamed
 
 
 def _bare(key: str, wrapped: set[str], saved: set[str]) -> str | None:
     if is_factor(key):
         return None
-    head, found, rest = _cut(key, _BASE)
-    if found and head in wrapped:
+    head, is_inside, rest = _cut(key, _BASE)
+    if is_inside and head in wrapped:
         return f"{head}.{rest}"
-    head, found, rest = _cut(key, _ORIGINAL)
-    if found and head in saved:
+    head, is_inside, rest = _cut(key, _ORIGINAL)
+    if is_inside and head in saved:
         return None
-    head, found, rest = _cut(key, _SAVED)
-    return f"{head}.{rest.partition('.')[2]}" if found and head in saved else key
+    head, is_inside, rest = _cut(key, _SAVED)
+    return f"{head}.{rest.partition('.')[2]}" if is_inside and head in saved else key
 
 
 def _cut(key: str, segment: str) -> tuple[str, bool, str]:
-    """What stands before and after a segment within a key."""
-    head, found, rest = key.partition(f".{segment}.")
-    return head, bool(found), rest
+    """The parts of a key before and after a segment, and whether the key has this segment between two others."""
+    head, separator, rest = key.partition(f".{segment}.")
+    return head, bool(separator), rest
 
 
-def _placed(key: str) -> tuple[list[str], int | None]:
-    """A key's segments, and which of them makes it a factor."""
+def _split(key: str) -> tuple[list[str], int | None]:
+    """A key's segments, and the index of the segment that makes it a factor."""
     segments = key.split(".")
-    return segments, next((at for at, segment in enumerate(segments) if segment.startswith(_NAMES)), None)
+    return segments, next((index for index, segment in enumerate(segments) if segment.startswith(_NAMES)), None)
 
 
 def _pattern(key: str) -> str:
-    """What drops a factor and all that are called so."""
-    segments, at = _placed(key)
-    assert at is not None
-    name = "lora_*" if segments[at].startswith("lora_") else segments[at]
-    return ".".join([*(["**"] if at else []), name, *(["**"] if segments[at + 1 :] else [])])
+    """The pattern that drops a factor and all factors of the same name."""
+    segments, index = _split(key)
+    assert index is not None
+    name = "lora_*" if segments[index].startswith("lora_") else segments[index]
+    return ".".join([*(["**"] if index else []), name, *(["**"] if segments[index + 1 :] else [])])
 
 
 def lost_factors(keys: Iterable[str]) -> str | None:
-    """What is said of factors that go nowhere; None where there are none among `keys`.
+    """The warning about factors among `keys`, which are not used; None without factors.
 
     >>> lost_factors(["norm.weight"]), lost_factors(["q.lora_A.default.weight"])[:46]
     (None, 'a factor that PEFT trained (LoRA) goes nowhere')
     """
-    found = [key for key in keys if is_factor(key)]
-    if not found:
+    factors = [key for key in keys if is_factor(key)]
+    if not factors:
         return None
-    drops = [word for pattern in dict.fromkeys(map(_pattern, found)) for word in ("--drop", pattern)]
-    many = f"{len(found)} factors that PEFT trained (LoRA) go" if len(found) > 1 else "a factor that PEFT trained (LoRA) goes"
+    drops = [word for pattern in dict.fromkeys(map(_pattern, factors)) for word in ("--drop", pattern)]
+    many = f"{len(factors)} factors that PEFT trained (LoRA) go" if len(factors) > 1 else "a factor that PEFT trained (LoRA) goes"
     return (
         f"{many} nowhere: merge them into the weights first (peft: merge_and_unload(); their scale is in no tensor), "
-        f"or say that it is meant: {shlex.join(drops)} ({several(found)})"
+        f"or say that it is meant: {shlex.join(drops)} ({several(factors)})"
     )

@@ -1,7 +1,7 @@
 """The types that several public functions take, each by one name; `arguments` says in words what each of them accepts.
 
 `torch` and `nn` here are imported when something of them is first used: signatures name torch's types, and only asking for their hints
-(`typing.get_type_hints`) imports torch. So it is with the type of an event.
+(`typing.get_type_hints`) imports torch. The type of an event is imported in the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ckptsurgeon.tensors import Archive, Checkpoint
 
 
 class LazyModule(ModuleType):
-    """A module that is imported when one of its names is first asked for.
+    """A module that is imported when one of its names is first used.
 
     >>> LazyModule("math").sqrt(4)
     2.0

@@ -1,8 +1,8 @@
-"""How far a long piece of work is: told to whoever listens, and to the logger `ckptsurgeon`. Nothing is printed here.
+"""Reports the progress of long work to a listener and to the logger `ckptsurgeon`. Nothing is printed here.
 
-Rule: events come in the caller's own thread, between two steps, so a listener may raise to stop the run: nothing is left half done. They
-are few, ten a second at most, so that nothing becomes slower by them. Who does the work opens a `phase` and calls what it gives;
-`listening` says who is told.
+Rule: the listener is called in the caller's thread, between two steps, so it may raise to stop the run, and nothing is left half done.
+There are at most ten events a second, so that they slow nothing down. The code that does the work opens a `phase` and calls the function
+that it yields; `listening` sets the listener.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ EVERY = 0.1  # seconds between two events, at least
 class Progress:
     """How far a phase of the work is. Printed, it is one line: `writing 1.4 GB of 2.8 GB`.
 
-    The first event of a phase has `done` 0, the last one `done` equal to `total`; a phase that fails has no last one. One phase may begin
-    within another, which then goes on. Where several files are written, phases take turns, and each goes on where it stood.
+    The first event of a phase has `done` 0, the last event `done` equal to `total`; a phase that fails has no last event. A phase may begin
+    within another phase, which continues afterwards. Where several files are written, phases alternate, and each continues where it
+    stopped.
 
     Attributes:
         phase: what is being done: `matching`, `converting`, `writing`, `computing checksums`, `proving`, `waiting for the disk`, `loading`,
             `comparing`, `transferring`, `checking`, `reading values`.
         done: how much of it is done, in `unit`.
-        total: how much there is to do, or None where nobody knows.
+        total: how much there is to do, or None where it is not known.
         unit: `bytes`, `files` or `tensors`.
     """
 
@@ -64,7 +65,7 @@ class Share:
     whole: int
 
     def after(self, more: int) -> Share:
-        """What follows once `more` is done."""
+        """The share that follows once `more` is done."""
         return Share(self.before + more, self.whole)
 
 
@@ -77,7 +78,7 @@ _phase: ContextVar[_Phase | None] = ContextVar("phase", default=None)
 
 @contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """While the block runs, tell a listener of every phase, instead of whoever listens around; with None they stay."""
+    """While the block runs, report every phase to this listener instead of the outer one; with None the outer listener stays."""
     if listener is None:
         yield
         return
@@ -90,17 +91,17 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str, total: int | None = None, unit: str = "bytes", *, share: Share | None = None, held: Held = None) -> Iterator[Advance]:
-    """While the block runs, tell how far it is.
+    """While the block runs, report its progress.
 
     Args:
         name: what is being done, as `Progress.phase`.
         total: how much there is to do, or None.
         unit: of `total`, and of what the block says is done.
         share: where the block's `total` is a part of the whole, such as one file of several.
-        held: for a block that must not be cut in two: gets what a listener raises, as `raising_later` gives it.
+        held: for a block that must not be interrupted: the list of `raising_later`, which gets what a listener raises.
 
     Yields:
-        What the block calls with how much more is done, as often as it likes.
+        A function that the block calls with how much more is done.
 
     >>> with listening(print), phase("checking", 2, "files") as advance:
     ...     advance(1)

@@ -1,9 +1,9 @@
-"""A person's or a stranger's regular expression, run in a child process, so that none can hang this one.
+"""Runs regular expressions of users and of files in a child process, so that none can hang this process.
 
-Rule: no `/…/` is compiled or matched here. The child is a bare Python (`-I -S`) that knows `re` alone. It gives up by itself when the time
-of a request is over, also when nobody waits for it any more, and ends with the last expression that uses it. One whose time is used up
-belongs to the call that it stopped; the next call gets a new one. Its answers are those of `re.fullmatch`. Nothing is started, nor
-`subprocess` imported, before there is an expression.
+Rule: no `/…/` is compiled or matched in this process. The child is a bare Python (`-I -S`) that imports only `re` and what answering needs.
+It exits by itself when the time of a request is over, even if nobody waits for it, and ends with the last expression that uses it. A child
+whose time is used up serves only the call that it stopped; the next call gets a new child. Its answers are those of `re.fullmatch`. Nothing
+is started, nor `subprocess` imported, before there is an expression.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Groups = tuple[str | None, ...]
 MOST_GROUPS = 100  # of one expression
 _SHOWN = 80  # characters of an expression in a message
-# A request is a line of JSON: seconds, expression, flags, keys. So is the answer: seconds used, then what is wrong, or the names of the
-# groups, their number, and for each key its groups or null. The watchdog is a thread in C, which an expression can't hold up.
+# A request is a line of JSON: seconds, expression, flags, keys. So is the answer: seconds used, then an error, or the names of the groups,
+# their number, and for each key its groups or null. The watchdog is a thread in C, which an expression can't block.
 _CHILD = """
 import faulthandler, json, re, sys, time
 try:
@@ -37,27 +37,27 @@ except (ImportError, ValueError, OSError):
 def answer(body, flags, keys):
     try:
         regex = re.compile(body, flags)
-        found = map(regex.fullmatch, keys)
-        return [dict(regex.groupindex), regex.groups, [None if one is None else one.groups() for one in found]]
+        matches = map(regex.fullmatch, keys)
+        return [dict(regex.groupindex), regex.groups, [None if match is None else match.groups() for match in matches]]
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         return [str(error)]
     except MemoryError:
         return ["it needs more than 2 GB of memory"]
 for line in sys.stdin.buffer:
-    seconds, *asked = json.loads(line.decode("utf-8", "surrogatepass"))
+    seconds, *request = json.loads(line.decode("utf-8", "surrogatepass"))
     began = time.perf_counter()
     faulthandler.dump_traceback_later(seconds, exit=True)
-    found = answer(*asked)
+    result = answer(*request)
     faulthandler.cancel_dump_traceback_later()
     used = time.perf_counter() - began
-    text = json.dumps([used, *found], ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps([used, *result], ensure_ascii=False, separators=(",", ":"))
     sys.stdout.buffer.write(text.encode("utf-8", "surrogatepass") + b"\\n")
     sys.stdout.buffer.flush()
 """
 
 
 class _Child:
-    """The process, started when it is first asked, and once more after one that gave up. `used` are the seconds of all expressions."""
+    """The process, started by the first request, and again after it has exited. `used` are the seconds of all expressions."""
 
     def __init__(self) -> None:
         self.used = 0.0
@@ -66,7 +66,7 @@ class _Child:
         self._end: Callable[[], object] = lambda: None
 
     def ask(self, request: bytes) -> bytes:
-        """The line that answers a request; empty where the process ended instead."""
+        """The line that answers a request; empty where the process has ended."""
         with self._lock:
             process = self._process = self._process or self._started()
             assert process.stdin is not None
@@ -78,7 +78,7 @@ class _Child:
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 pass
-            finally:  # an interrupt would leave its answer for the next one who asks
+            finally:  # after an interrupt its answer would be taken for that of the next request
                 if not answer.endswith(b"\n"):
                     self._end()
                     self._process = None
@@ -98,8 +98,8 @@ class _Child:
 
 
 _NO_WINDOW = 0x08000000 if sys.platform == "win32" else 0
-_current: weakref.ref[_Child] | None = None  # while an expression uses it
-_owner = 0  # the process that started it: one that was forked from it has a child of its own
+_current: weakref.ref[_Child] | None = None  # alive while an expression uses it
+_owner = 0  # the process that started it: a forked process starts a child of its own
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
@@ -110,12 +110,12 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
         try:
             if pipe is not None:
                 pipe.close()
-        except OSError:  # what was not yet written has no reader
+        except OSError:  # the rest of a request has no reader
             pass
 
 
 def one_child() -> _Child:
-    """The process that all expressions share while one of them, or who calls this, holds it. It isn't started here."""
+    """The process that all expressions share while an expression, or the caller, keeps a reference to it. It isn't started here."""
     global _current, _owner
     child = _current() if _current is not None and _owner == os.getpid() else None
     if child is None:
@@ -125,19 +125,19 @@ def one_child() -> _Child:
 
 
 def _leave(child: _Child) -> None:
-    """Later expressions get another process: an error that is kept, as a notebook keeps the last one, must not stop calls after it."""
+    """Let later expressions use a new process: an error may keep this one alive, as a notebook keeps the last error."""
     global _current
     if _current is not None and _current() is child:
         _current = None
 
 
 class Expression:
-    """A regular expression that holds whole keys against itself elsewhere. It remembers its answers."""
+    """A regular expression that is matched with whole keys in the child process. It remembers the answers."""
 
     def __init__(self, body: str, flags: int = 0, whose: str = "") -> None:
-        """`whose` are words that say in an error where it stands. Nothing is asked yet."""
+        """Errors say with `whose` where it is written. No request is sent yet."""
         self._child = one_child()
-        self._asked = (body, flags)
+        self._request = (body, flags)
         text = body if len(body) <= _SHOWN else f"{body[: _SHOWN - 1]}…"
         self._words = f"{whose}: " if whose else ""
         self._text = f"the regular expression /{text}/"
@@ -153,7 +153,7 @@ class Expression:
 
     @property
     def groupindex(self) -> Mapping[str, int]:
-        """Names of groups to their numbers. RuleError where it is no regular expression, LimitError where compiling it takes too long."""
+        """Names of groups to their numbers. RuleError for an invalid expression, LimitError where compiling it takes too long."""
         return self._compiled[0]
 
     @property
@@ -162,11 +162,11 @@ class Expression:
         return self._compiled[1]
 
     def learn(self, keys: Iterable[str]) -> None:
-        """Hold all `keys` against it at once: one question instead of many."""
+        """Match all `keys` at once: one request instead of many."""
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
         if new:
-            found = self._answer(new)[2]
-            self._known.update(zip(new, (None if one is None else tuple(one) for one in found), strict=True))
+            answers = self._answer(new)[2]
+            self._known.update(zip(new, (None if groups is None else tuple(groups) for groups in answers), strict=True))
 
     def fullmatch(self, key: str) -> Groups | None:
         """The groups of a key that matches as a whole, else None."""
@@ -177,27 +177,29 @@ class Expression:
     def _answer(self, keys: Sequence[str]) -> tuple[Mapping[str, int], int, Sequence[Sequence[str | None] | None]]:
         from ckptsurgeon.limit_table import allowed, exceeded
 
-        one, every = (allowed(name) for name in ("regex-seconds", "all-regex-seconds"))
-        seconds = min(one - self._used, every - self._child.used)
+        per_expression, per_call = (allowed(name) for name in ("regex-seconds", "all-regex-seconds"))
+        seconds = min(per_expression - self._used, per_call - self._child.used)
         if seconds > 0:
             import json
 
-            text = json.dumps([seconds, *self._asked, keys], ensure_ascii=False, separators=(",", ":"))
+            text = json.dumps([seconds, *self._request, keys], ensure_ascii=False, separators=(",", ":"))
             began = time.monotonic()
             answer = self._child.ask(text.encode("utf-8", "surrogatepass") + b"\n")
             if not answer and time.monotonic() - began < seconds / 2:
                 raise RuleError(f"{self._words}{self._text} can't be held against keys: its process was killed", hint="was memory short?")
-            used, *found = json.loads(answer.decode("utf-8", "surrogatepass")) if answer else (seconds,)
+            used, *result = json.loads(answer.decode("utf-8", "surrogatepass")) if answer else (seconds,)
             self._used += used
             self._child.used += used
-            if len(found) == 1:
-                raise RuleError(f"{self._text} can't be used: {found[0]}")
-            if found:
-                return found[0], found[1], found[2]
+            if len(result) == 1:
+                raise RuleError(f"{self._text} can't be used: {result[0]}")
+            if result:
+                return result[0], result[1], result[2]
         _leave(self._child)
-        if self._child.used >= every:
-            raise exceeded("all-regex-seconds", f"{self._words}up to {self._text}, regular expressions took more than {every} s together")
-        raise exceeded("regex-seconds", f"{self._words}{self._text} takes more than {one} s{_over(keys)}")
+        if self._child.used >= per_call:
+            raise exceeded(
+                "all-regex-seconds", f"{self._words}up to {self._text}, regular expressions took more than {per_call} s together"
+            )
+        raise exceeded("regex-seconds", f"{self._words}{self._text} takes more than {per_expression} s{_over(keys)}")
 
 
 def _over(keys: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
-"""What a run has to say, as frozen values: findings, casts, and the reports of merge, transfer, verify and check.
+"""The results of a run, as frozen values: findings, casts, and the reports of merge, transfer, verify and check.
 
-A report words nothing itself: `shown` finds the view that does, so that printing a report shows the command line's table.
+Reports have no text of their own: `shown` finds the view that makes it, so that printing a report shows the command line's table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ckptsurgeon.shown import Result, Shown
 from ckptsurgeon.tensors import TensorMeta
 
 Level = Literal["error", "warning", "note"]
-FRESH = "is fresh"  # the one reason for a state that was not carried which the weights' own report gives too
+FRESH = "is fresh"  # the only reason for a state that was not carried that the report on the weights gives too
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Coverage:
 
     @classmethod
     def of(cls, transferred: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], filled: int = 0) -> Coverage:
-        """Coverage of a target. An empty one is wholly covered.
+        """Coverage of a target. An empty target is wholly covered.
 
         Args:
             transferred: the tensors of the target that were transferred.
@@ -53,7 +53,7 @@ class Coverage:
 
 @dataclass(frozen=True, repr=False)
 class Finding(Shown):
-    """One thing that was found.
+    """An error, a warning or a note.
 
     Attributes:
         code: what it is, by a stable name.
@@ -93,19 +93,19 @@ class Cast(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Verification(Result):
-    """The outcome of holding a written file against a model, skeleton or checkpoint.
+    """The outcome of comparing a written file with a model, skeleton or checkpoint.
 
     Attributes:
         device: where it was loaded.
         tensors: how many were compared.
         findings: what does not fit, and notes.
-        bitwise: whether values were compared bit for bit; else names, dtypes and shapes alone.
-        outputs: the shapes of a forward pass, by place.
+        bitwise: whether values were compared bit for bit; else only names, dtypes and shapes.
+        outputs: the shapes of a forward pass's outputs, by their path in the result.
         fresh: the keys that the file records as fresh; None without a record.
-        root: the nested dict of the file that was taken.
+        root: the nested dict of the file that was used.
         in_place: whether the values that a live model has were compared, and nothing was loaded.
         source: the file.
-        target: what it was held against.
+        target: what it was compared with.
     """
 
     device: str
@@ -127,17 +127,17 @@ class Verification(Result):
 
 @dataclass(frozen=True, repr=False)
 class CarriedState(Result):
-    """What became of the training state that stands beside the weights.
+    """What became of the training state that a checkpoint has in addition to the weights.
 
     Every parameter of the new optimizer is in exactly one of `carried`, `adapted` and `zeroed`.
 
     Attributes:
-        place: where the optimizer's state stood.
-        by: what told whose each state is: `names`, or the `order` of the parameters.
-        carried: parameters whose state came as it was.
+        place: where the optimizer's state was: its dotted path, and its file if that is another one.
+        by: how each parameter's state was identified: by `names`, or by the `order` of the parameters.
+        carried: parameters whose state was carried unchanged.
         adapted: parameters whose moments were adapted with their weights.
         zeroed: parameters that start without a state.
-        not_carried: what of the source's state went nowhere or starts at zero, each with the reason.
+        not_carried: the parts of the source's state that are not used or start at zero, each with the reason.
         casts: the moments whose dtype changed.
         others: what else was carried: `scheduler`, `scaler`, `ema`; for a merged file the names of values.
         ema: the report of the averaged copy's own transfer.
@@ -164,18 +164,18 @@ class Report(Result):
         sources: the paths of the sources.
         target: the target's path or spec; empty where a source was converted.
         transferred: keys that took weights from a source.
-        kept: keys that stayed as a target checkpoint had them.
+        kept: keys that kept a target checkpoint's values.
         fresh: keys that were initialised, and have had no training.
-        dropped: every source key that went nowhere, with the reason.
+        dropped: every source key that was not used, with the reason.
         coverage: the share of the target that a source gives, fresh or not.
         casts: each change of dtype.
         findings: warnings and notes.
         output: the file or folder that was written, or None.
         nbytes: its size in bytes.
         files: the name and size in bytes of each file that was written: a folder's shards and their index, else the one file.
-        shared: how many bytes of it take no room of their own, since the file system lets it share them with the sources.
-        copied: how many bytes were copied from the sources as they are.
-        proven: whether the file was held against the plan byte by byte.
+        shared: how many of its bytes take no space of their own, since the file system shares them with the sources.
+        copied: how many bytes were copied unchanged from the sources.
+        proven: whether the file was compared with the plan byte by byte.
         verification: the outcome of loading it into the model, or None.
         adapted: keys whose shape or values adapters changed.
         partial: keys of which only a part is trained: adapters filled up the rest (the new rows of a vocabulary), or a source has it on
@@ -183,8 +183,8 @@ class Report(Result):
         still_fresh: those of `fresh` whose value comes from a file that has them on record as fresh; those that a target checkpoint kept
             are in `kept` too.
         roots: by source, which nested dict was read.
-        prefixes: by source, how its names were changed: what was `stripped`, `added`, and which segments of wrappers were taken out
-            (`unwrapped`).
+        prefixes: by source, how its names were changed: the prefixes that were `stripped` and `added`, and the segments of wrappers that
+            were removed (`unwrapped`).
         optimizer: what became of the training state, or None.
     """
 
@@ -214,8 +214,9 @@ class Report(Result):
 
 @dataclass(frozen=True, repr=False)
 class Twins(Shown):
-    """Two models run on the same inputs: by output its greatest absolute difference and its greatest absolute value, None for one that
-    has no counterpart. They are the `same` where each output that has one differs by at most `tolerance` of that value."""
+    """The comparison of two models on the same inputs: each output with its largest absolute difference and its largest absolute value,
+    None for an output without a counterpart. The models are the `same` where all other outputs differ by at most `tolerance` of that
+    value."""
 
     outputs: tuple[tuple[str, float | None, float | None], ...]
     tolerance: float
@@ -223,8 +224,8 @@ class Twins(Shown):
     @property
     def same(self) -> bool:
         """Whether there is an output to compare, and all differences are within the tolerance."""
-        found = [(difference, scale) for _, difference, scale in self.outputs if difference is not None and scale is not None]
-        return bool(found) and all(difference <= self.tolerance * scale for difference, scale in found)
+        differences = [(difference, scale) for _, difference, scale in self.outputs if difference is not None and scale is not None]
+        return bool(differences) and all(difference <= self.tolerance * scale for difference, scale in differences)
 
 
 @dataclass(frozen=True, repr=False)
@@ -247,7 +248,7 @@ class FileCheck(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Settings(Shown):
-    """A settings file that `check` followed: what it asked for, and what of it was not used, since it names code. By key, as written."""
+    """A settings file that `check` followed: the settings that were used, and those that were not, because they name code."""
 
     path: str
     used: tuple[tuple[str, Any], ...] = ()

@@ -1,7 +1,7 @@
 """How results are shown: `repr` is one short line, `str` the command line's table, `to_dict` and `to_json` what `--json` prints.
 
-Results stand on lower floors than the views that word them. So one table names each result's views, which are imported when they are asked
-for: it is the only way up in the house.
+Results are on lower floors than the views that make their text. So one table names each result's views, which are imported when they are
+needed: these are the only imports of a higher floor.
 
 A text may be `Styled`: a `str` that knows which of its parts have a style, so that whatever measures, cuts or compares it sees plain text,
 without escape codes. A style is a meaning (`good`, `missing` …), not a colour; only the command line turns it into one, where a terminal
@@ -60,7 +60,7 @@ class Look:
 class Shown:
     """A base of frozen results (`@dataclass(frozen=True, repr=False)`) that gives them a `repr` of one line, at most 200 characters.
 
-    It has the fields that are not empty: numbers and short texts as they are, all that holds others as a count.
+    It has the fields that are not empty: numbers and short texts unchanged, containers as a count.
     """
 
     __slots__ = ()
@@ -236,15 +236,15 @@ def styled(text: str, style: Style | None, start: int = 0, stop: int | None = No
     """
     if style is None:
         return text
-    spans, at = [], start
+    spans, position = [], start
     end = len(text) if stop is None else stop
     for span in spans_of(text):
-        if at < span.start and at < end:
-            spans.append(Span(at, min(span.start, end), style))
+        if position < span.start and position < end:
+            spans.append(Span(position, min(span.start, end), style))
         spans.append(span)
-        at = max(at, span.stop)
-    if at < end:
-        spans.append(Span(at, end, style))
+        position = max(position, span.stop)
+    if position < end:
+        spans.append(Span(position, end, style))
     return Styled(text, sorted(spans))
 
 
@@ -260,10 +260,10 @@ def joined(parts: Iterable[str], between: str = "") -> Styled:
     (Span(start=3, stop=4, style='good'),)
     """
     texts = [*parts]
-    spans, at = [], 0
+    spans, position = [], 0
     for text in texts:
-        spans += [Span(at + span.start, at + span.stop, span.style) for span in spans_of(text)]
-        at += len(text) + len(between)
+        spans += [Span(position + span.start, position + span.stop, span.style) for span in spans_of(text)]
+        position += len(text) + len(between)
     return Styled(between.join(texts), spans)
 
 

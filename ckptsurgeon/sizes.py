@@ -1,6 +1,6 @@
-"""Sizes in bytes, and shares: how they are read from a person and shown to one. Pure text.
+"""Sizes in bytes, and shares: how users write them, and how they are shown. Pure text.
 
-`kB MB GB TB` are powers of 1000, as disks and Hugging Face count, and so is all that is shown. A person may also write `KiB MiB GiB TiB`.
+`kB MB GB TB` are powers of 1000, as disks and Hugging Face count, and all sizes are shown in them. A user may also write `KiB MiB GiB TiB`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SIZE = re.compile(r"(?P<whole>\d[\d_,]{0,30})(?:\.(?P<part>\d{1,30}))?\s*(?P<un
 
 
 def parsed(text: str) -> int | None:
-    """The bytes that a person wrote, rounded down; None for what is no size. Units in any case, with or without the `B`.
+    """The number of bytes in a text, rounded down; None where it is no size. Units in any case, with or without the `B`.
 
     >>> parsed("500MB"), parsed("1.5 KiB"), parsed("1_000"), parsed("2g"), parsed("many")
     (500000000, 1536, 1000, 2000000000, None)
@@ -29,7 +29,7 @@ def parsed(text: str) -> int | None:
 
 
 def rounded(nbytes: float) -> str:
-    """Bytes as a person reads them.
+    """A number of bytes in a readable form.
 
     >>> rounded(1536), rounded(12), rounded(999_999), rounded(5 * 10**15)
     ('1.5 kB', '12 B', '1.0 MB', '5,000.0 TB')
@@ -41,7 +41,7 @@ def rounded(nbytes: float) -> str:
 
 
 def exact(nbytes: int) -> str:
-    """Bytes as a person writes them, to the byte.
+    """A number of bytes in the form that users write, exact to the byte.
 
     >>> exact(2 * 10**9), exact(1 << 31), exact(1025)
     ('2GB', '2GiB', '1025')

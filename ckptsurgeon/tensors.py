@@ -1,6 +1,6 @@
-"""The vocabulary as types: a tensor is a slice of a file, a checkpoint is a mapping of keys to such slices.
+"""The central types: a tensor is a slice of a file, a checkpoint is a mapping of keys to such slices.
 
-Frozen values without any torch object. Nothing here opens a file: `formats` makes these from files, `models` from models.
+Frozen values without any torch object. No file is opened here: `formats` makes these values from files, `models` from models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A deflated zip entry: `nbytes` compressed bytes at `offset` that inflate to `size` bytes of that CRC-32 (0 where there is none)."""
+    """A deflated zip entry: `nbytes` compressed bytes at `offset` that inflate to `size` bytes with the CRC-32 `crc` (0 where there is
+    none)."""
 
     offset: int
     nbytes: int
@@ -39,7 +40,7 @@ class Record:
 
     @property
     def size(self) -> int:
-        """Its length when read, as a deflated entry's `size`."""
+        """Its length when it is read, like the `size` of a deflated entry."""
         return self.nbytes
 
 
@@ -62,21 +63,21 @@ class Span:
 
     @property
     def entry(self) -> str:
-        """The zip entry that it lies in, as messages name it: torch's storages are records below `data/`, an array is a file of its own."""
+        """The name of its zip entry in messages: torch's storages are records below `data/`, an array is an entry of its own."""
         return self.storage if self.storage.endswith(".npy") else f"data/{self.storage}"
 
     def checksum(self) -> int | None:
-        """The CRC-32 that the file gives for just these bytes, or None."""
+        """The CRC-32 that the file records for exactly these bytes, or None."""
         record = self.record
         return (record.crc or None) if record is not None and (record.offset, record.nbytes) == (self.offset, self.nbytes) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a tensor that lies by itself: its elements lie in `span`, with a `stride` of their own.
+    """A part of a tensor that is stored separately: its elements lie in `span`, with a `stride` of their own.
 
-    `offsets` and `sizes` are its place in the whole: a block, with one of each for every dimension; or a run of the whole's elements in
-    row-major order, with a single one of each (all pieces of a tensor are of one kind).
+    `offsets` and `sizes` say which part of the whole it is: a block, with an offset and a size for each dimension; or a run of the whole's
+    elements in row-major order, with a single offset and size (all pieces of a tensor are of one kind).
     """
 
     span: Span
@@ -86,7 +87,7 @@ class Piece:
 
     @property
     def block(self) -> tuple[tuple[int, int], ...]:
-        """From and to, for each dimension."""
+        """Start and stop, for each dimension."""
         return tuple((start, start + size) for start, size in zip(self.offsets, self.sizes, strict=True))
 
     @property
@@ -117,12 +118,12 @@ class TensorMeta(Shown):
 
     @property
     def place(self) -> Span | tuple[Piece, ...] | None:
-        """Where its bytes lie, as one value; None where it has none."""
+        """Where its bytes lie, as one value; None in a skeleton."""
         return self.span or self.pieces or None
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Where its bytes lie, span after span."""
+        """The spans in which its bytes lie, in order."""
         return (self.span,) if self.span is not None else tuple(piece.span for piece in self.pieces)
 
     @property
@@ -132,7 +133,7 @@ class TensorMeta(Shown):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the elements take when they lie densely."""
+        """The size in bytes of all elements, stored densely."""
         return prod(self.shape) * BY_CODE[self.dtype].size
 
     @property
@@ -175,7 +176,7 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """A file as it was when its header was read; guards one run against a file that changes under it. `data` is set for one in memory."""
+    """A file as it was when its header was read, so that a change during a run is noticed. `data` is set for a file in memory."""
 
     path: str
     size: int
@@ -187,7 +188,7 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Stands for a value inside a state_dict that can't be told without running what the file asks for, or can't be carried."""
+    """Stands for a value inside a state_dict that can't be read without running code that the file names, or can't be carried."""
 
     reason: str
 
@@ -211,7 +212,7 @@ class StateDict(Shown):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Why a file is only a part of a checkpoint: its `kind`, one sentence, and what has the whole and reads it."""
+    """Why a file is only a part of a checkpoint: its `kind`, one sentence, and a hint how to read the whole checkpoint."""
 
     kind: str
     reason: str
@@ -220,10 +221,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file that is one shard of several: the index or folder of the `whole`, and the keys of the `others`, None without an index."""
+    """A file that is one shard of several: the index or folder of the `whole` checkpoint, and the keys in the other shards, None without an
+    index."""
 
     whole: str
-    others: frozenset[str] | None = None
+    other_keys: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,16 +233,16 @@ class Archive(Result):
     """A file, or a folder of shards, as read, with every root it holds.
 
     Attributes:
-        path: as it was given.
+        path: the path, as the user wrote it.
         format: as `Checkpoint.format`.
         fingerprint: SHA-256 (hex) of the header's bytes and the file's size.
         files: the files that hold the data, as they were when read.
         state_dicts: the roots, each with its tensors and other values.
-        globals: what a pickle asked for beyond the allow-list.
+        globals: the globals that a pickle names beyond the allow-list.
         metadata: the text metadata of safetensors.
         provenance: what a merge recorded about itself, or None.
-        beside: what else the file holds, by dotted place.
-        notes: what a person should know about the file, in sentences.
+        beside: the dotted paths of all other values in the file.
+        notes: what a user should know about the file, in sentences.
         part: set where it is one rank's part of a checkpoint, whose tensors are pieces.
         kind: `file`, or `skeleton`.
         chosen: the root to show; None for all.
@@ -270,7 +272,7 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
     """One state_dict without its data: keys to `TensorMeta`, in the file's or model's own order.
 
     Attributes:
-        path: as the person gave it; for a model its spec.
+        path: the path, as the user wrote it; for a model its spec.
         format: `torch-zip`, `torch-legacy`, `safetensors`, `safetensors-shards`, `torch-shards`, `dcp`, `dcp-safetensors`,
             `npz`, `skeleton` or `model`.
         fingerprint: SHA-256 (hex) of the header's bytes and the file's size; of names, dtypes and shapes for a model or skeleton.
@@ -280,15 +282,15 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
         module_metadata: torch's `_metadata`.
         ties: groups of keys that are one tensor (same storage, offset, shape and stride).
         metadata: the text metadata of safetensors.
-        left_behind: what else the file holds, by dotted place.
-        notes: what a person should know about the file, in sentences.
-        globals: what a pickle asked for beyond the allow-list.
+        left_behind: what else the file holds, by dotted path.
+        notes: what a user should know about the file, in sentences.
+        globals: the globals that a pickle names beyond the allow-list.
         provenance: what a merge recorded about itself, or None.
         files: the files that hold the data, as they were when read; empty for a model or skeleton.
         loaders: a model's modules with loading code of their own, by path.
-        naming: how the model's library says that its files' names and layouts become the model's; None where it says nothing.
+        naming: how the model's library converts the names and layouts of its files to the model's; None without such a library.
         overlaps: groups of a model's keys whose memory partly overlaps, so that loading one changes the others.
-        shard: where it is one shard of several and lacks scales that its codes may have, what tells of the others.
+        shard: set where it is one shard of several, and lacks scales that its codes may have.
         kind: `file`, `model`, or `skeleton` (names, dtypes and shapes without values).
     """
 
@@ -350,27 +352,27 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
 
 
 def find_ties(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, ...], ...]:
-    """Groups of keys with the same storage, offset, shape and stride (DESIGN: *tied*), in the order of their first key.
+    """Groups of keys with the same storage, offset, shape and stride (tied tensors), in the order of their first key.
 
     A tensor and its lazy conjugate have different values, so they are not tied.
     """
     if len({tensor.span and tensor.span.storage for tensor in tensors.values()}) == len(tensors):
         return ()  # as in every safetensors
     if len({tensor.span and (tensor.span.file, tensor.span.storage, tensor.span.offset) for tensor in tensors.values()}) == len(tensors):
-        return ()  # views of one storage, each of another part
+        return ()  # views of one storage that begin at different offsets
     groups: dict[tuple[Any, ...], list[str]] = {}
     for key, tensor in tensors.items():
         span = tensor.span
         if span is not None and span.nbytes:
-            place = (span.file, span.storage, span.offset, span.lazy)
-            groups.setdefault((*place, tensor.dtype, tensor.shape, tensor.stride), []).append(key)
+            where = (span.file, span.storage, span.offset, span.lazy)
+            groups.setdefault((*where, tensor.dtype, tensor.shape, tensor.stride), []).append(key)
         elif tensor.pieces:
             groups.setdefault((tensor.pieces, tensor.dtype, tensor.shape), []).append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
 def find_overlaps(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, str], ...]:
-    """Pairs of keys whose bytes overlap in one storage without being tied; they are written apart, so their link is lost."""
+    """Pairs of keys whose bytes overlap in one storage without being tied; they are written separately, so they no longer overlap."""
     by_storage: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
     for key, tensor in tensors.items():
         for span in tensor.spans:
@@ -390,5 +392,5 @@ def find_overlaps(tensors: Mapping[str, TensorMeta]) -> tuple[tuple[str, str], .
     return tuple(pairs)
 
 
-def _tied(one: TensorMeta, other: TensorMeta) -> bool:
-    return (one.place, one.dtype, one.shape, one.stride) == (other.place, other.dtype, other.shape, other.stride)
+def _tied(first: TensorMeta, second: TensorMeta) -> bool:
+    return (first.place, first.dtype, first.shape, first.stride) == (second.place, second.dtype, second.shape, second.stride)

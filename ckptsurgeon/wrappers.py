@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# They stand at a key's head or within it.
+# They occur at a key's beginning or within it.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-# Those that are in a module's path and a parameter's name, and that a hook takes out of the keys of the state_dict.
+# Segments in a module's path and a parameter's name that a hook removes from the keys of the state_dict.
 HIDDEN = frozenset(name for name in WRAPPERS if name.endswith("_wrapped_module"))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckptsurgeon.command import Command, at_root
 from ckptsurgeon.errors import CoverageError, PlanError, RuleError, StrictError
 from ckptsurgeon.planning.plan import Plan
-from ckptsurgeon.planning.plan_types import Step, way_to_look
+from ckptsurgeon.planning.plan_types import Step, viewing_command
 from ckptsurgeon.report import Finding
 from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.sizes import percent
@@ -55,7 +55,7 @@ def check(plan: Plan, options: RuleOptions) -> None:
         raise PlanError(f"a coverage of {min_coverage} is not between 0 and 1", hint="min_coverage=0.9 asks for 90 %")
     open_steps = {step.target: step for step in plan.steps if not step.sources and step.reason.startswith("open: ")}
     if plan.steps and not open_steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
-        look = way_to_look(path, source.root, source.live, None if plan.target is None else plan.target.spec)
+        look = viewing_command(path, source.root, source.live, None if plan.target is None else plan.target.spec)
         raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")
     if min_coverage is not None and _explained(plan, open_steps) < min_coverage:
         from ckptsurgeon.views.text import words

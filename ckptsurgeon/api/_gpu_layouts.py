@@ -12,7 +12,7 @@ from ckptsurgeon.adapters.chain import decodes
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.formats import tree_of
 from ckptsurgeon.planning.plan_types import Plan
-from ckptsurgeon.planning.training_places import at_place
+from ckptsurgeon.planning.training_places import at_path
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import Checkpoint
 
@@ -43,6 +43,6 @@ def _forms(source: Checkpoint, names: Sequence[str], live: Mapping[str, Any] | N
     tree = tree_of(source).value if outside else None
     with Reader([source]) as reader:
         return {
-            name: int.from_bytes(bytes(reader.read(source[name])), "little") if name in source else at_place(tree, places[name])
+            name: int.from_bytes(bytes(reader.read(source[name])), "little") if name in source else at_path(tree, places[name])
             for name in names
         }

@@ -120,7 +120,7 @@ def open_source(source: Given, *, root: str | None = None, target: Checkpoint | 
 
             source_format = registry.named(opened.format)
             tree = None if root is None or not (source_format.pickled or source_format.holds_folder) else formats.tree_of(opened).value
-            state_dict = None if tree is None else roots.at_place(tree, root or "")
+            state_dict = None if tree is None else roots.at_path(tree, root or "")
             if state_dict is None:
                 raise
             return roots.checkpoint(opened, state_dict)

@@ -58,7 +58,7 @@ def taken_as_it_stands(source: Checkpoint, target: Target) -> Taken:
 
 def _renamed(number: int, source: Checkpoint, names: Names, target: Checkpoint) -> dict[str, TensorMeta]:
     """A source's tensors by their new names; one that adapters make fit has the target's shape."""
-    fitted = {name for name, claim in names.claims.items() if claim.asked and name in target}
+    fitted = {name for name, claim in names.claims.items() if claim.ops and name in target}
     return {
         name: target[name] if name in fitted else source[key]
         for (owner, key), new_names in names.names_of.items()

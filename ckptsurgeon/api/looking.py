@@ -93,7 +93,7 @@ def inspect(
 
 def _refuse_no_match(archive: Archive, root: str, look: Look) -> None:
     """Raises RuleError for patterns that match none of the keys that would be shown."""
-    from ckptsurgeon.planning.plan_types import way_to_look
+    from ckptsurgeon.planning.plan_types import viewing_command
     from ckptsurgeon.rules.meant import meant_words
     from ckptsurgeon.rules.patterns import compile_pattern
 
@@ -109,7 +109,7 @@ def _refuse_no_match(archive: Archive, root: str, look: Look) -> None:
             problems[0] if len(problems) == 1 else f"{len(problems)} patterns match no key",
             path=archive.path,
             problems=tuple(problems) if len(problems) > 1 else (),
-            hint=f"see the names: {way_to_look(archive.path, root, False, None)}",
+            hint=f"see the names: {viewing_command(archive.path, root, False, None)}",
         )
 
 

@@ -120,7 +120,7 @@ def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
 
 def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[str, Codes], codes: Mapping[str, Codes]) -> Side:
     beside = {
-        name for hidden_codes in hidden.values() if hidden_codes.op is not None for name in (*hidden_codes.scales, *hidden_codes.beside)
+        name for hidden_codes in hidden.values() if hidden_codes.op is not None for name in (*hidden_codes.scales, *hidden_codes.extras)
     }
     names = {renamed.get(key, key): tensor for key, tensor in tensors.items() if key not in beside}
     seen = {name: tensor for name, tensor in names.items() if name is not None}

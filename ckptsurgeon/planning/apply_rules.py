@@ -70,7 +70,7 @@ class Names:
 
 @dataclass
 class _Stage:
-    """One stage while it is applied. By the rule's index, `produced` has the names that it gave, `failed` its first problem."""
+    """One stage while it is applied. By a rule's index, `produced` has the names that the rule gave, `failed` its first problem."""
 
     rules: Sequence[CompiledRule]
     sources: Sequence[Checkpoint]
@@ -98,7 +98,7 @@ class _Stage:
             produced = self.produced.setdefault(index, [])
             try:
                 if compiled.rule.kind == "drop":
-                    self.dropped.update(dict.fromkeys(item.places, compiled.rule))
+                    self.dropped.update(dict.fromkeys(item.source_keys, compiled.rule))
                     self.names_of_dropped.add(item.name)
                 elif compiled.rule.kind == "rename":
                     names = [expand(result, dict(match.parts)) for result in compiled.results]
@@ -170,7 +170,7 @@ def name_sources(
         if rule.of_target:
             rule.learn(known or ())
     items = [
-        Item(bare, name, ((number, key),), entry=key not in source, others=_others(source, key, bare))
+        Item(bare, name, ((number, key),), entry=key not in source, other_keys=_other_keys(source, key, bare))
         for number, source in enumerate(sources)
         for key, name in rename_all((*source, *source.entries), known or reference or (), prefixes[number]).items()
         for bare in (prefixes[number].bare(key),)
@@ -193,7 +193,7 @@ def name_sources(
     items, applied = conversions.converted(items, sources, target, dropped)
     handed: dict[tuple[int, str], list[Item]] = {}
     items = renamed_by_loading_code(items, outside.taken, dropped, handed)
-    landed = [(place, item.name) for item in items for place in item.places]
+    landed = [(source_key, item.name) for item in items for source_key in item.source_keys]
     if mean is not None:
         from ckptsurgeon.planning.averaging import average_items
 
@@ -204,17 +204,17 @@ def name_sources(
     collisions = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes, target is None or target.kind == "file")
     problems += collisions
     if problems:
-        from ckptsurgeon.planning.plan_types import way_to_look
+        from ckptsurgeon.planning.plan_types import viewing_command
 
         first = sources[0]
-        look = way_to_look(first.path, first.root, first.kind == "model", None if target is None else target.path)
+        look = viewing_command(first.path, first.root, first.kind == "model", None if target is None else target.path)
         hint = next(iter(collisions.values()), f"see the names: {look}")
         raise RuleError("rules that can't be followed", problems=shortened(problems), hint=hint)
     names = _names(items, landed, prefixes, dropped, names_of_dropped, compiled, sources, outside)
     return replace(names, choices=tuple(choices), handed=handed, applied=applied)
 
 
-def _others(source: Checkpoint, key: str, bare: str) -> frozenset[str]:
+def _other_keys(source: Checkpoint, key: str, bare: str) -> frozenset[str]:
     """Those names under which a pattern could match a key that are themselves other keys of the source."""
     names = {bare, unwrap(key, WRAPPERS)} - {key}
     return frozenset(name for name in names if name in source or name in source.entries)
@@ -270,10 +270,10 @@ def _names(
     names_of: dict[SourceKey, list[str]] = {}
     for item in items:
         if item.entry:
-            number, key = item.places[0]
+            number, key = item.source_keys[0]
             if isinstance(sources[number].entries[key], Refused) and item.name in entries:
                 continue
-            entries.setdefault(item.name, item.places[0])
+            entries.setdefault(item.name, item.source_keys[0])
         else:
             claims.setdefault(item.name, item.claim)
     for source_key, name in landed:

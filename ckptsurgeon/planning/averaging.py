@@ -51,14 +51,14 @@ def average_items(items: Sequence[Item], sources: Sequence[Checkpoint], op: Op, 
             problems += [f"{name!r} is not in {path}, or a rule dropped it there" for path in lacking if -1 not in row]
             continue
         first = row[0]
-        number, key = first.places[0]
-        if any(item.asked != first.asked or item.entry != first.entry for item in row.values()):
+        number, key = first.source_keys[0]
+        if any(item.ops != first.ops or item.entry != first.entry for item in row.values()):
             problems.append(f"{name!r} is made in another way in each source")
         elif first.entry or BY_CODE[sources[number][key].dtype].kind not in ("float", "complex"):
             result.append(first)
         else:
-            places = tuple(place for number in range(len(sources)) for place in row[number].places)
-            if len(first.places) > 1:
+            source_keys = tuple(source_key for number in range(len(sources)) for source_key in row[number].source_keys)
+            if len(first.source_keys) > 1:
                 problems.append(f"{name!r} joins keys, and can't be averaged in the same run")
-            result.append(Item(first.seen, name, places, (*first.asked, RuleOp(op, siblings=(name,))), (*first.steps, (BY, 0))))
+            result.append(Item(first.seen, name, source_keys, (*first.ops, RuleOp(op, siblings=(name,))), (*first.steps, (BY, 0))))
     return result

@@ -15,7 +15,7 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Prefix
-from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose, ways_to_exchange
+from ckptsurgeon.planning.prefixes.rivals import NameChange, exchanges_with_rules, rivals_with_rules
 from ckptsurgeon.planning.quantised import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage
@@ -47,7 +47,7 @@ class RenamedHead:
 
     @property
     def words(self) -> str:
-        """What it looks like."""
+        """The guess in words, after the key of the missing weight."""
         new, old = self.target_shape[0], self.source_shape[0]
         return f"looks like the head under another name, with {new:,} class{'' if new == 1 else 'es'} instead of {old:,}: fresh"
 
@@ -233,8 +233,8 @@ class Diff(Result):
     target_quantised: tuple[Codes, ...] = ()
     parted_codes: tuple[str, ...] = ()
     loaded: tuple[Loaded, ...] = ()
-    rivals: tuple[Way, ...] = ()
-    exchanges: tuple[Way, ...] = ()
+    rivals: tuple[NameChange, ...] = ()
+    exchanges: tuple[NameChange, ...] = ()
     warnings: tuple[str, ...] = ()
     loose: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
@@ -297,19 +297,19 @@ def compare(
     entry_keys = {name: key for name, (_, key) in names.entries.items() if key not in refused}
     matched = [key for key in target if key in computed.made or (key in origins and origins[key].fits)]
     missing = [key for key in target if key not in origins and key not in computed.made]
-    mismatched = {key: origin.places[0][1] for key, origin in origins.items() if not origin.fits}
+    mismatched = {key: origin.source_keys[0][1] for key, origin in origins.items() if not origin.fits}
     kept = kept_out(target, names)
     codes = find(source)
-    used = {key for origin in origins.values() for _, key in origin.places}
-    used |= {key for places in computed.places.values() for _, key in places}
+    used = {key for origin in origins.values() for _, key in origin.source_keys}
+    used |= {key for source_keys in computed.source_keys.values() for _, key in source_keys}
     used |= {key for name, key in entry_keys.items() if name in target.entries}
-    used |= {key for name in kept if name in names.claims for _, key in names.claims[name].places}
+    used |= {key for name in kept if name in names.claims for _, key in names.claims[name].source_keys}
     extra = [key for _, key in names.names_of if key not in used and key not in refused]
     extra_tensors = [key for key in extra if key in source]
     # An exchange of prefixes is looked for only where fewer than half of the smaller side's keys match: else what is left is other layers.
     smaller = min(len(source), len(target))
     exchanges = (
-        ways_to_exchange({key: source[key] for key in extra_tensors}, {key: target[key] for key in missing})
+        exchanges_with_rules({key: source[key] for key in extra_tensors}, {key: target[key] for key in missing})
         if 2 * len(matched) < smaller
         else ()
     )
@@ -340,14 +340,14 @@ def compare(
         dropped=tuple(key for _, key in names.dropped),
         refused=refused,
         adapted=tuple(
-            Adapted(key, tuple(name for _, name in origins[key].places), origins[key].ops)
+            Adapted(key, tuple(name for _, name in origins[key].source_keys), origins[key].ops)
             for key in matched
             if key in origins and origins[key].ops
         ),
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
         parted_codes=_parted(origins, codes, target),
-        rivals=ways_to_choose([source], target, names, rules)[0],
+        rivals=rivals_with_rules([source], target, names, rules)[0],
         exchanges=exchanges,
         warnings=_lost(extra),
         loaded=_loaded(outside.taken.get(0), computed),
@@ -372,11 +372,11 @@ def _loaded(taken: Taken | None, computed: Computed) -> tuple[Loaded, ...]:
 
 def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: Checkpoint) -> tuple[str, ...]:
     """Keys of the source's codes that the target does not get unchanged and with their scales."""
-    whole = {origin.places[0][1] for origin in origins.values() if origin.fits and not origin.ops}
+    whole = {origin.source_keys[0][1] for origin in origins.values() if origin.fits and not origin.ops}
     parted = []
     for key, origin in origins.items():
-        quantised = [codes[name] for _, name in origin.places if name in codes]
-        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(weight.here) for weight in quantised)
+        quantised = [codes[name] for _, name in origin.source_keys if name in codes]
+        as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(weight.own_scales) for weight in quantised)
         parted += [weight.key for weight in quantised if origin.fits and not as_it_is]
     return tuple(parted)
 

@@ -13,7 +13,7 @@ from ckptsurgeon.planning.quantised import Codes
 from ckptsurgeon.planning.resolve import Origin, is_ruled, kept_out
 from ckptsurgeon.tensors import Checkpoint
 
-BESIDE = "stands beside the codes "
+OF_CODES = "belongs to the codes "  # the reason begins with it where a key's tensor is used to dequantize codes
 TIED = "tied to "  # the reason begins with it where a key's tensor is taken under another name
 
 
@@ -27,9 +27,9 @@ def fates(
     codes: Mapping[SourceKey, Codes] = {},
 ) -> tuple[Dropped, ...]:
     """Every source key that no step reads, with the reason. `codes` are the quantised weights that are dequantized: their scales are used
-    up and written nowhere."""
-    beside = {(number, name): key for (number, key), weight in codes.items() for name in (*weight.scales, *weight.beside)}
-    used = {place for step in steps for place in step.sources} | {entry.source for entry in entries}
+    for that and not written."""
+    codes_of = {(number, name): key for (number, key), weight in codes.items() for name in (*weight.scales, *weight.extras)}
+    used = {source_key for step in steps for source_key in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
     tied = _tied_to_taken(sources, steps)
     first = {key: group[0] for group in (target.ties if target is not None else ()) for key in group}
@@ -37,15 +37,15 @@ def fates(
     def why(source_key: SourceKey) -> str:
         if source_key in names.dropped:
             return str(names.dropped[source_key])
-        if source_key in beside:
-            return f"{BESIDE}{beside[source_key]}, of which values are made"
+        if source_key in codes_of:
+            return f"{OF_CODES}{codes_of[source_key]}, which are dequantized"
         landed = names.names_of.get(source_key, ())
         if source_key in names.applied.refused:
             return f"not converted: {names.applied.refused[source_key]}"
         name = next((name for name in landed if target is not None and name in target), landed[0] if landed else "")
         if name in kept:
             return str(kept[name])
-        lost = name in names.claims and source_key not in names.claims[name].places and name in origins
+        lost = name in names.claims and source_key not in names.claims[name].source_keys and name in origins
         if lost or names.entries.get(name, source_key) != source_key:
             return f"not averaged: {name} is the first source's" if len(sources) > 1 else f"{name} is another key's"
         if target is not None and name in target:
@@ -70,7 +70,7 @@ def fates(
 
 def _tied_to_taken(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> dict[SourceKey, str]:
     """The source keys that share a tensor with a key that a step reads, each with that key."""
-    used = {place for step in steps for place in step.sources}
+    used = {source_key for step in steps for source_key in step.sources}
     groups = [(number, group) for number, source in enumerate(sources) for group in source.ties]
     taken = [next((key for key in reversed(group) if (number, key) in used), None) for number, group in groups]
     return {
@@ -107,6 +107,6 @@ def keys_without_a_rule(
             for row in dropped
             if (row.file, row.source) not in names.dropped
             and not any(map(named, landed(row)))
-            and not row.reason.startswith((TIED, BESIDE))
+            and not row.reason.startswith((TIED, OF_CODES))
         ),
     )

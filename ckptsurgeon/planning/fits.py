@@ -50,7 +50,7 @@ def misfits(shapes: Shapes, target: Shapes, tied: Mapping[str, str] = {}) -> lis
         elif key not in shapes:
             absent.append(Finding("missing", f"is {'an extra state ' if is_extra else ''}in the target only", key))
         elif is_extra:
-            continue  # the module takes whatever is there
+            continue  # a module's `set_extra_state` takes any value
         elif shape is None and target_shape is not None:
             unlike.append(Finding("kind", "is no tensor, in the target it is one", key))
         elif target_shape is None and shape is not None:
@@ -61,11 +61,11 @@ def misfits(shapes: Shapes, target: Shapes, tied: Mapping[str, str] = {}) -> lis
 
 
 def as_taken(checkpoint: Checkpoint, target: Checkpoint, taken: Taken) -> dict[str, TensorMeta]:
-    """A file's tensors as the target's loading code leaves them: renamed, with the tensors that it computes, without those it computes
-    from."""
+    """A file's tensors after the target's loading code: renamed, with the tensors that it computes, without those that it computes
+    them from."""
     unfit = {name for made in taken.made.values() if not made.fits for name in made.names}
-    gone = taken.dropped.keys() | (taken.handed.keys() - unfit)
-    tensors = {taken.renamed.get(name, (name,))[0]: tensor for name, tensor in checkpoint.items() if name not in gone}
+    used_up = taken.dropped.keys() | (taken.handed.keys() - unfit)
+    tensors = {taken.renamed.get(name, (name,))[0]: tensor for name, tensor in checkpoint.items() if name not in used_up}
     return {**tensors, **{key: replace(target[key], dtype=made.dtype) for key, made in taken.made.items() if made.fits}}
 
 

@@ -25,11 +25,11 @@ def mark_fresh(steps: Sequence[Step], sources: Sequence[Checkpoint], target: Che
     partial = [_recorded(file, "partial") for file in files]
 
     def marked(step: Step) -> Step:
-        places = step.sources or (((len(sources), step.target),) if step.action == "keep" else ())
-        are_fresh = [key in fresh[number] for number, key in places]
+        source_keys = step.sources or (((len(sources), step.target),) if step.action == "keep" else ())
+        are_fresh = [key in fresh[number] for number, key in source_keys]
         if are_fresh and all(are_fresh):
             return replace(step, fresh=True, reason=f"{step.reason}; {WORDS}")
-        return replace(step, partial=any(are_fresh) or any(key in partial[number] for number, key in places))
+        return replace(step, partial=any(are_fresh) or any(key in partial[number] for number, key in source_keys))
 
     return tuple(map(marked, steps))
 

@@ -95,8 +95,8 @@ def _without_a_value(key: str, target: Checkpoint, filled: Origin | None, init_r
     if init_rule is not None and init_rule.kept:
         return
     own = None if init_rule is None else init_rule.scheme
-    asked = [] if filled is None else [str(op["scheme"]) for op in filled.ops if op.get("fill") == "init"]
-    schemes = [own if scheme == "model" and own is not None else scheme for scheme in asked] if filled is not None else [own]
+    fill_schemes = [] if filled is None else [str(op["scheme"]) for op in filled.ops if op.get("fill") == "init"]
+    schemes = [own if scheme == "model" and own is not None else scheme for scheme in fill_schemes] if filled is not None else [own]
     by = ", ".join(map(str, (*(filled.rules if filled is not None else ()), *([init_rule.rule] if init_rule is not None else []))))
     for scheme in schemes:
         if filled is not None and scheme == "model" and target.kind == "file":

@@ -87,7 +87,7 @@ def renamed_by_loading_code(
         if item.name in taken.handed:
             handed.setdefault((item.source, item.name), []).append(item)
         if item.name in taken.dropped:
-            dropped.update(dict.fromkeys(item.places, Rule("drop", file=code_of(taken.dropped[item.name]))))
+            dropped.update(dict.fromkeys(item.source_keys, Rule("drop", file=code_of(taken.dropped[item.name]))))
             continue
         key, by = taken.renamed.get(item.name, ("", ""))
         renamed.append(item.moved(key, Rule("rename", file=code_of(by))) if key else item)

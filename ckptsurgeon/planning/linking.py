@@ -58,30 +58,30 @@ def join(group: Group, sources: Sequence[Checkpoint], outside: Outside) -> list[
     members = sorted(group.members, key=lambda member: (_order(compiled, member), member.match.which))
     _check_whole(group, members)
     first = members[0].item
-    if len(members) > 1 and not all(_alike(member.item, first) for member in members):
+    if len(members) > 1 and not all(_same_ops(member.item, first) for member in members):
         raise RuleError(f"joins keys for {group.names[0]!r} that earlier stages adapted, each in its own way")
-    places = tuple(place for member in members for place in member.item.places)
+    source_keys = tuple(source_key for member in members for source_key in member.item.source_keys)
     before = tuple(dict.fromkeys(step for member in members for step in member.item.steps))
     results = []
     for number in _numbers(group, members, sources, outside):
         parts = dict(members[0].match.parts) | ({compiled.counted: str(number)} if compiled.counted else {})
         names = tuple(expand(result, parts) for result in compiled.results)
         for index, name in enumerate(names):
-            asked = (*first.asked, *(RuleOp(op, index, names, number) for op in compiled.ops))
+            ops = (*first.ops, *(RuleOp(op, index, names, number) for op in compiled.ops))
             steps = (*before, (compiled.rule, index))
-            results.append(Item(name, name, places, asked, steps, begins=number == 0))
+            results.append(Item(name, name, source_keys, ops, steps, is_first_part=number == 0))
     return results
 
 
-def _alike(item: Item, first: Item) -> bool:
+def _same_ops(item: Item, first: Item) -> bool:
     """Whether earlier stages apply the same chain of ops to both items, one that works tensor by tensor."""
-    chains = [[(asked.op, asked.index, asked.number) for asked in each.asked] for each in (item, first)]
-    joins = any(adapter_of(asked.op).joins for asked in item.asked)
-    return chains[0] == chains[1] and len(item.places) == 1 and not joins
+    chains = [[(op.op, op.index, op.number) for op in member.ops] for member in (item, first)]
+    joins = any(adapter_of(op.op).joins for op in item.ops)
+    return chains[0] == chains[1] and len(item.source_keys) == 1 and not joins
 
 
 def _order(compiled: CompiledRule, member: Member) -> tuple[tuple[int, str], ...]:
-    """The sort key of a gathered key: numbers by value, then words."""
+    """The sort key of a gathered key: numbers by their value, words after all numbers."""
     values = (member.match.parts[part] for part in compiled.gathered)
     return tuple((int(value), "") if value.isascii() and value.isdecimal() and len(value) < 19 else (1 << 62, value) for value in values)
 
@@ -125,8 +125,8 @@ def _numbers(group: Group, members: Sequence[Member], sources: Sequence[Checkpoi
     index = counted_at(ops)
     if group.compiled.counted is None or index is None:
         return (None,)
-    before = (*members[0].item.asked, *(RuleOp(op) for op in ops[:index]))
-    shapes = [sources[number][key].shape for member in members for number, key in member.item.places]
+    before = (*members[0].item.ops, *(RuleOp(op) for op in ops[:index]))
+    shapes = [sources[number][key].shape for member in members for number, key in member.item.source_keys]
     _, (shape, *_) = fill_chain(before, shapes, None, {}, outside.shapes)
     dim = ops[index].get("dim", 0)
     if not shape or not -len(shape) <= dim < len(shape):

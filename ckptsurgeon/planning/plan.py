@@ -23,8 +23,8 @@ from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
 from ckptsurgeon.planning.own_loading.versions import find_versions
 from ckptsurgeon.planning.plan_findings import findings, little, refuse_unsafe, replaced, untried
-from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, way_to_look
-from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
+from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, viewing_command
+from ckptsurgeon.planning.prefixes.rivals import NameChange, rivals_with_rules
 from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
 from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
 from ckptsurgeon.report import Coverage
@@ -86,7 +86,7 @@ def make_plan(
         compile_pattern(pattern)
     rules = tuple(rules)
     names = name_sources(sources, target, rules, outside, average=average, auto=auto)
-    _refuse_rivals(sources, ways_to_choose(sources, target, names, rules, average=average))
+    _refuse_rivals(sources, rivals_with_rules(sources, target, names, rules, average=average))
     refuse_unsafe(sources, target, names)
     if target is None and (names.inits or names.keeps):
         rule = (*names.inits, *names.keeps)[0].rule
@@ -95,11 +95,11 @@ def make_plan(
     computed = find_computed(sources, target, names, average=average not in (None, False), allowed=allowed)
     refuse(computed, sources[min(outside.taken, default=0)], names)
     origins = find_origins(sources, target, names, auto, codes)
-    look = way_to_look(sources[0].path, sources[0].root, sources[0].kind == "model", None if target is None else target.path)
+    look = viewing_command(sources[0].path, sources[0].root, sources[0].kind == "model", None if target is None else target.path)
     planner = _Planner(target, names, choice, origins, auto, look, *_scales(sources, target, codes), computed)
     steps, entries = mark_fresh(planner.steps(), sources, target), planner.entries()
     _refuse_unused(sources, target, steps, entries, names)
-    refuse_broken(steps, sources, target, allowed, asked=dequantize, averaged=average not in (None, False))
+    refuse_broken(steps, sources, target, allowed, dequantizing=dequantize, averaged=average not in (None, False))
     dropped = fates(sources, target, names, origins, steps, entries, codes)
     covered = {step.target: TensorMeta(step.target, step.dtype, step.shape, ()) for step in steps if step.sources}
     versions = find_versions(sources, target, names, steps, computed.handed)
@@ -114,11 +114,11 @@ def make_plan(
         coverage=coverage,
         entries=entries,
         module_metadata=versions.recorded,
-        versions=versions.given,
+        versions=versions.stated,
         loaded=versions.loaded,
         handed=computed.handed,
         ties=target.ties if target is not None else (),
-        left_behind=tuple(dict.fromkeys(place for source in sources for place in source.left_behind)),
+        left_behind=tuple(dict.fromkeys(path for source in sources for path in source.left_behind)),
         allow_cast=allowed,
         findings=(
             *little(coverage, sources, look),
@@ -152,8 +152,8 @@ def _scales(
     kept = [(number, weight) for (number, key), weight in quantised.items() if (number, key) not in dequantized]
     own = find(target).values() if target is not None else ()
     return (
-        frozenset((number, name) for number, weight in kept for name in (*weight.scales, *weight.beside)),
-        frozenset(name for weight in own for name in (*weight.scales, *weight.beside)),
+        frozenset((number, name) for number, weight in kept for name in (*weight.scales, *weight.extras)),
+        frozenset(name for weight in own for name in (*weight.scales, *weight.extras)),
     )
 
 
@@ -168,18 +168,18 @@ def _check(sources: Sequence[Checkpoint], choice: str, seed: int) -> None:
             raise PlanError("is a skeleton and has no values behind its names", path=source.path)
 
 
-def _refuse_rivals(sources: Sequence[Checkpoint], rivals: Sequence[Sequence[Way]]) -> None:
+def _refuse_rivals(sources: Sequence[Checkpoint], rivals: Sequence[Sequence[NameChange]]) -> None:
     """Raises PlanError where the names don't decide between two prefixes of a source."""
-    for source, ways in zip(sources, rivals, strict=True):
-        if ways:
-            options = next((way.options for way in ways if way.rules), None)
-            key, name = next((pair for way in ways for pair in way.mapping.items() if pair[0] != pair[1]), ("", ""))
+    for source, changes in zip(sources, rivals, strict=True):
+        if changes:
+            options = next((change.options for change in changes if change.rules), None)
+            key, name = next((pair for change in changes for pair in change.mapping.items() if pair[0] != pair[1]), ("", ""))
             raise PlanError(
-                f"its names fit the target's in {len(ways)} ways, and none is chosen unasked"
-                if len(ways) > 1
+                f"its names fit the target's in {len(changes)} ways, and none is chosen unasked"
+                if len(changes) > 1
                 else "its names fit the target's by a prefix under which two keys would be one",
                 path=source.path,
-                problems=tuple(map(str, ways)),
+                problems=tuple(map(str, changes)),
                 hint=f"choose one: {shlex.join(as_words(options))}"
                 if options is not None
                 else f"rename each key, beginning with: {shlex.join(as_words([('rename', literal(key), literal(name))]))}",
@@ -198,7 +198,7 @@ def _refuse_unused(
     dropped = sum(number == unused[0] for number, _ in names.dropped)
     why = "rules drop all of its keys" if dropped == len(source) + len(source.entries) else "no key of the target takes a value from it"
     more = [f"{sources[number].path}: nothing of it is used either" for number in unused[1:]]
-    look = way_to_look(source.path, source.root, source.kind == "model", None if target is None else target.path)
+    look = viewing_command(source.path, source.root, source.kind == "model", None if target is None else target.path)
     hint = f"leave it out, or see what is in the way: {look}"
     raise PlanError(
         f"nothing of it is used, and it is one of {len(sources)} sources: {why}", path=source.path, problems=tuple(more), hint=hint
@@ -213,7 +213,7 @@ def _plan_source(source: Checkpoint, names: Names, number: int) -> PlanSource:
 
 @dataclass(frozen=True)
 class _Planner:
-    """The inputs of a plan, and the steps and entries that follow from them."""
+    """The inputs of a plan, and the steps and entries that they give."""
 
     target: Checkpoint | None
     names: Names
@@ -258,32 +258,32 @@ class _Planner:
         return self.choice if BY_CODE[target].kind == "float" and BY_CODE[source].kind == "float" else target
 
     def _transfer(self, key: str, origin: Origin, init_rule: InitRule | None = None) -> Step:
-        place = origin.places[0]
+        first = origin.source_keys[0]
         dtype = self._dtype(origin.dtype, origin.dtype if self.target is None else self.target[key].dtype)
         if self.choice == "source" and origin.values:
             dtype = "BF16"  # the dtype of the source's codes is no dtype for values
-        if self.choice not in ("source", "target") and self.scales.issuperset(origin.places):
+        if self.choice not in ("source", "target") and self.scales.issuperset(origin.source_keys):
             dtype = origin.dtype  # scales of codes keep their dtype
         ops = tuple(_filled_up(op, init_rule) for op in origin.ops)
         if any(op.get("fill") == "init" and copied(str(op.get("scheme"))) is not None for op in ops):
             raise RuleError("an adapter can't fill up from another key", key=key, hint="fill by mean, zeros, or another scheme")
-        action: Action = "adapt" if ops else "copy" if place[1] == key else "rename"
+        action: Action = "adapt" if ops else "copy" if first[1] == key else "rename"
         if action == "copy":
             reason = "same name, same shape" if self.target is not None else "converted as it is"
         else:
             words = (
                 "dequantized" if origin.values else "",
-                reasons(origin.rules) or str(self.names.prefixes[place[0]]),
+                reasons(origin.rules) or str(self.names.prefixes[first[0]]),
                 f"tied to {origin.tied_to}" if origin.tied_to else "",
             )
             reason = ", ".join(word for word in words if word)
-        return Step(key, dtype, origin.shape, action, origin.places, (*ops, *_cast(origin.dtype, dtype)), False, reason)
+        return Step(key, dtype, origin.shape, action, origin.source_keys, (*ops, *_cast(origin.dtype, dtype)), False, reason)
 
     def _load(self, key: str, own: TensorMeta) -> Step:
         """The step of a key whose value the target's own loading code computes."""
         dtype, by = self._dtype(own.dtype, own.dtype), self.computed.made[key].by
         ops = ({"op": "load", "by": by}, *_cast(own.dtype, dtype))
-        return Step(key, dtype, own.shape, "load", self.computed.places[key], ops, False, f"computed ({code_of(by)})")
+        return Step(key, dtype, own.shape, "load", self.computed.source_keys[key], ops, False, f"computed ({code_of(by)})")
 
     def _own(self, key: str, origin: Origin | None, init_rule: InitRule | None) -> Step:
         """The step of a key that no source gives: kept from a target checkpoint, or initialised by a rule or by the model."""
@@ -291,7 +291,7 @@ class _Planner:
         own = self.target[key]
         why = "not in the source"
         if origin is not None:
-            source_key = origin.places[0][1]
+            source_key = origin.source_keys[0][1]
             why = "the source has another shape" if source_key == key else f"the source's {source_key} has another shape"
         elif key in self.names.names_of_dropped:
             why = "dropped from the source by a rule"

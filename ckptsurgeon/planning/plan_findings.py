@@ -45,10 +45,10 @@ def refuse_unsafe(sources: Sequence[Checkpoint], target: Checkpoint | None, name
 
 
 def little(coverage: Coverage, sources: Sequence[Checkpoint], look: str) -> list[Finding]:
-    """A warning where almost nothing of a target comes from the sources: often it is another model's checkpoint, or the names differ.
+    """A warning where almost nothing of a target comes from the sources: often the checkpoint is another model's, or the names differ.
 
     Args:
-        look: the command that shows why.
+        look: the command that shows the names of both.
     """
     if not coverage.counts[0] or coverage.elements >= LITTLE:
         return []
@@ -85,10 +85,10 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     """Notes on overlaps, prefixes, conversions and partly filled tensors, and warnings for lost parts, ties and low-rank factors."""
     findings = [
         Finding(
-            "overlap", f"shares memory with {other} in {source.path} without being the same tensor; they are written apart", key, "note"
+            "overlap", f"shares memory with {second} in {source.path} without being the same tensor; they are written apart", key, "note"
         )
         for source in sources
-        for key, other in find_overlaps(source)
+        for key, second in find_overlaps(source)
     ]
     for first, *rest in target.overlaps if target is not None else ():
         words = f"shares a part of its memory with {first} in the target: both hold what is there as loading leaves it"
@@ -102,7 +102,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     origin = {step.target: step for step in steps}
     leader = {(number, key): (number, group[0]) for number, source in enumerate(sources) for group in source.ties for key in group}
     for group in target.ties if target is not None else ():
-        tensors = {(tuple(leader.get(place, place) for place in origin[key].sources), repr(origin[key].adapters)) for key in group}
+        tensors = {(tuple(leader.get(read, read) for read in origin[key].sources), repr(origin[key].adapters)) for key in group}
         if len(tensors - {((), "()")}) > 1:
             findings.append(
                 Finding("untied", f"one tensor in the target ({', '.join(group)}), but apart in the source", group[0], "warning")
@@ -115,7 +115,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
 
 def _lost_factors(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) -> list[Finding]:
     """A warning for each source with low-rank factors that no step uses and no rule drops."""
-    taken = {place for step in steps for place in step.sources} | names.dropped.keys()
+    taken = {source_key for step in steps for source_key in step.sources} | names.dropped.keys()
     warnings = []
     for number, source in enumerate(sources):
         words = lost_factors(key for key in source if (number, key) not in taken)
@@ -133,14 +133,14 @@ def _filled(step: Step) -> str:
 
 
 def lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[tuple[str, str]]:
-    """Source keys that a step reads and that rules also lead to a name that is not in the target; each with that in words."""
+    """Source keys that a step reads and that rules also give a name that is not in the target, each with this as a warning."""
     if target is None:
         return []
-    used = {place for step in steps for place in step.sources} - scales_read(steps)
+    used = {source_key for step in steps for source_key in step.sources} - scales_read(steps)
     return [
-        (place[1], f"{name} is not in the target, and what {place[1]} has for it goes nowhere")
-        for place, targets in names.names_of.items()
-        if place in used
+        (source_key[1], f"{name} is not in the target, and what {source_key[1]} has for it goes nowhere")
+        for source_key, targets in names.names_of.items()
+        if source_key in used
         for name in targets
         if name not in target
     ]

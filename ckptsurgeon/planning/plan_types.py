@@ -240,7 +240,7 @@ class Plan(Result):
 
 
 def digest(plan: Plan) -> str:
-    """SHA-256 (hex) of what a plan does, without the paths of its sources and target."""
+    """SHA-256 (hex) of what a plan does. The paths of its sources and target don't count."""
     body = [
         [[source.fingerprint, source.root] for source in plan.sources],
         None if plan.target is None else [plan.target.fingerprint, plan.target.root],
@@ -253,13 +253,13 @@ def digest(plan: Plan) -> str:
         [list(group) for group in plan.ties],
         {path: dict(local) for path, local in plan.module_metadata.items()},
         *([[{path: dict(local) for path, local in plan.versions.items()}, list(plan.loaded)]] if plan.versions else []),
-        *([{name: list(place) for name, place in plan.handed.items()}] if plan.handed else []),
+        *([{name: list(source_key) for name, source_key in plan.handed.items()}] if plan.handed else []),
     ]
     return sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
-def way_to_look(source: str, root: str, live: bool, target: str | None) -> str:
-    """What shows the names of a source beside those of a target: a command, or a Python call where one of them is in memory.
+def viewing_command(source: str, root: str, live: bool, target: str | None) -> str:
+    """A command that shows a source's and a target's names side by side; a Python call where one of them is in memory.
 
     Args:
         source: the source's path.
@@ -267,17 +267,17 @@ def way_to_look(source: str, root: str, live: bool, target: str | None) -> str:
         live: whether the source is a model or a state_dict in memory.
         target: the target's path or spec, or the class of a live model; None without a target.
 
-    >>> way_to_look("my net.pt", "ema", False, "model:Net")
+    >>> viewing_command("my net.pt", "ema", False, "model:Net")
     "ckptsurgeon diff 'my net.pt' model:Net --root ema"
-    >>> way_to_look("net.pt", "", False, None)
+    >>> viewing_command("net.pt", "", False, None)
     'ckptsurgeon inspect -v net.pt'
-    >>> way_to_look("net.pt", "", False, "Net")
+    >>> viewing_command("net.pt", "", False, "Net")
     "print(ckptsurgeon.diff('net.pt', model))"
-    >>> way_to_look("<BytesIO 1>", "", False, "model:Net")
+    >>> viewing_command("<BytesIO 1>", "", False, "model:Net")
     "print(ckptsurgeon.diff(source, 'model:Net'))"
-    >>> way_to_look("Net", "", True, "Net")
+    >>> viewing_command("Net", "", True, "Net")
     'print(ckptsurgeon.diff(ckptsurgeon.skeleton(source), model))'
-    >>> way_to_look("<BytesIO 1>", "", False, None)
+    >>> viewing_command("<BytesIO 1>", "", False, None)
     'print(ckptsurgeon.inspect(source).to_text())'
     """
     in_memory = live or source.startswith("<BytesIO ")

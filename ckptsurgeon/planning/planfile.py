@@ -37,7 +37,7 @@ ACTIONS: Mapping[str, tuple[bool, tuple[tuple[str | None, ...], ...]]] = {
 }
 STEP = ("target", "dtype", "shape", "action", "sources", "ops", "fresh", "reason")
 LEVELS = ("error", "warning", "note")
-DATA = ("sample", "sha256")  # what is known of the data behind a header, where anything is
+DATA = ("sample", "sha256")  # optional digests of a file's data
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -46,7 +46,7 @@ def _data(planned: PlanSource | PlanTarget) -> dict[str, str]:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON's values. `from_json` gives the same plan back."""
+    """The plan as JSON values, from which `from_json` makes the same plan."""
     target = plan.target
     return {
         "version": VERSION,
@@ -70,7 +70,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "dtype": step.dtype,
                 "shape": list(step.shape),
                 "action": step.action,
-                "sources": [_place(place) for place in step.sources],
+                "sources": [_source_key(source_key) for source_key in step.sources],
                 "ops": [dict(op) for op in step.ops],
                 "fresh": step.fresh,
                 "reason": step.reason,
@@ -79,11 +79,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
             for step in plan.steps
         ],
         "dropped": [{"source": row.source, "reason": row.reason, "file": row.file} for row in plan.dropped],
-        "entries": [{"target": entry.target, "source": _place(entry.source)} for entry in plan.entries],
+        "entries": [{"target": entry.target, "source": _source_key(entry.source)} for entry in plan.entries],
         "module_metadata": {path: dict(local) for path, local in plan.module_metadata.items()},
         "versions": {path: dict(local) for path, local in plan.versions.items()},
         "loaded": list(plan.loaded),
-        **({"handed": {name: _place(place) for name, place in plan.handed.items()}} if plan.handed else {}),
+        **({"handed": {name: _source_key(source_key) for name, source_key in plan.handed.items()}} if plan.handed else {}),
         "ties": [list(group) for group in plan.ties],
         "left_behind": list(plan.left_behind),
         "allow_cast": list(plan.allow_cast),
@@ -94,12 +94,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _place(place: SourceKey | None) -> dict[str, Any] | None:
-    return None if place is None else {"file": place[0], "key": place[1]}
+def _source_key(source_key: SourceKey | None) -> dict[str, Any] | None:
+    return None if source_key is None else {"file": source_key[0], "key": source_key[1]}
 
 
 def from_json(raw: bytes, path: str) -> Plan:
-    """A plan from the bytes of a plan.json. Raises PlanError, with the place, for anything that is none."""
+    """The plan in the bytes of a plan.json. PlanError, which names the step or field, for anything that is not a plan."""
     try:
         value = parse(raw, path, "plan")
     except CheckpointError as error:
@@ -120,7 +120,7 @@ def from_json(raw: bytes, path: str) -> Plan:
 
 
 def _version(value: Any) -> str:
-    """A version as a sentence has it."""
+    """A version, for an error message."""
     return str(value) if integer(value) else short(value)
 
 
@@ -132,8 +132,8 @@ def _plan(value: Mapping[str, Any]) -> Plan:
         Entry(_text(row["target"]), None if row["source"] is None else _source(_row(row["source"]), len(sources)))
         for row in _rows(value["entries"])
     )
-    places = [*(step.target for step in steps), *(entry.target for entry in entries)]
-    if not sources or len(set(places)) != len(places):
+    keys = [*(step.target for step in steps), *(entry.target for entry in entries)]
+    if not sources or len(set(keys)) != len(keys):
         raise ValueError("two steps for one target key" if sources else "no source")
     if target is None and any(entry.source is None for entry in entries):
         raise ValueError("a value of a target, and no target")
@@ -159,7 +159,7 @@ def _plan(value: Mapping[str, Any]) -> Plan:
         module_metadata={name: _local(local) for name, local in _row(value["module_metadata"]).items()},
         versions={name: _local(local) for name, local in _row(value["versions"]).items()},
         loaded=tuple(_texts(value["loaded"])),
-        handed={name: _source(_row(place), len(sources)) for name, place in _row(value.get("handed", {})).items()},
+        handed={name: _source(_row(source_key), len(sources)) for name, source_key in _row(value.get("handed", {})).items()},
         ties=ties,
         left_behind=tuple(_texts(value["left_behind"])),
         allow_cast=allow_cast,
@@ -257,18 +257,18 @@ def _step(row: Mapping[str, Any], count: int, target: PlanTarget | None) -> Step
     if dtype not in BY_CODE or action not in ACTIONS or type(fresh) is not bool or (action == "init" and not fresh):
         raise ValueError(f"{name}: its dtype, action or fresh is not known, or does not go with the others")
     ops = tuple(_op(name, op) for op in _rows(row["ops"]))
-    places = tuple(_source(place, count) for place in _rows(row["sources"]))
+    keys = tuple(_source(source_key, count) for source_key in _rows(row["sources"]))
     reads, chains = ACTIONS[action]
     kinds = tuple(op["op"] if op["op"] in OPS else None for op in ops)
-    folded = tuple(kind for place, kind in enumerate(kinds) if kind is not None or place == 0 or kinds[place - 1] is not None)
-    if bool(places) is not reads or (len(places) > 1 and action not in ("adapt", "load")) or folded not in chains:
+    folded = tuple(kind for index, kind in enumerate(kinds) if kind is not None or index == 0 or kinds[index - 1] is not None)
+    if bool(keys) is not reads or (len(keys) > 1 and action not in ("adapt", "load")) or folded not in chains:
         raise ValueError(f"{name}: its action {action!r} does not go with its sources and ops")
-    step = Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, places, ops, fresh, _text(row["reason"]), partial is True)  # type: ignore[arg-type]
+    step = Step(name, dtype, tuple(map(_whole, _list(row["shape"]))), action, keys, ops, fresh, _text(row["reason"]), partial is True)  # type: ignore[arg-type]
     kind = None if target is None else target.kind
-    if not places and (kind is None or (action == "keep" and kind in ("model", "skeleton"))):
+    if not keys and (kind is None or (action == "keep" and kind in ("model", "skeleton"))):
         raise ValueError(f"{name}: its action {action!r} does not go with the target")
     needs = next((scheme for scheme in step.schemes if scheme in FROM_MODEL), "load" if action == "load" else None)
-    from_file = needs == "model" and places and kind not in (None, "skeleton")  # a file's own value fills the rest up
+    from_file = needs == "model" and keys and kind not in (None, "skeleton")  # a file's own value fills the rest up
     if needs is not None and kind != "model" and not from_file:
         raise ValueError(f"{name}: {needs!r} needs a model")
     return step
@@ -389,7 +389,7 @@ def _target_problems(plan: Plan, target: Checkpoint | None) -> Iterable[str]:
 
 def _fate_problems(plan: Plan, sources: Sequence[Checkpoint]) -> Iterable[str]:
     dropped = [(row.file, row.source) for row in plan.dropped]
-    used = {place for step in plan.steps for place in step.sources} | {entry.source for entry in plan.entries}
+    used = {source_key for step in plan.steps for source_key in step.sources} | {entry.source for entry in plan.entries}
     keys = {(number, key) for number, source in enumerate(sources) for key in (*source, *source.entries)}
     yield from (f"{key}: is dropped, and is not in the source" for number, key in dropped if (number, key) not in keys)
     yield from (f"{key}: is dropped, and is also used" for number, key in dropped if (number, key) in used)

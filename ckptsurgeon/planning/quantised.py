@@ -34,31 +34,31 @@ class Scheme:
         ends: the end of the codes' key.
         dtypes: the dtypes that codes may have.
         scales: what the scales' keys have in place of `ends`.
-        beside: what the keys of other, optional tensors have there.
+        extras: what the keys of other, optional tensors have in its place.
         divisor: set where the value is code × scale ÷ divisor.
         unless: endings of tensors with which this formula does not hold.
-        alike: whether the scales may have the codes' dtype.
+        same_dtype: whether the scales may have the codes' dtype.
     """
 
     name: str
     ends: str
     dtypes: frozenset[str]
     scales: tuple[str, ...]
-    beside: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     divisor: int | None = None
     unless: tuple[str, ...] = ()
-    alike: bool = False
+    same_dtype: bool = False
 
 
 _NF4 = tuple(f".{name}" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"))
 _ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
 _ZERO = (".weight_zero_point",)
 TABLE: tuple[Scheme, ...] = (
-    Scheme("4-bit codes of bitsandbytes", "", frozenset(BY_CODE), (".absmax", ".quant_map"), _NF4, alike=True),
+    Scheme("4-bit codes of bitsandbytes", "", frozenset(BY_CODE), (".absmax", ".quant_map"), _NF4, same_dtype=True),
     Scheme("8-bit codes of bitsandbytes", ".weight", frozenset({"I8"}), (".SCB",), (".weight_format",), 127),
     Scheme("codes of GPTQ or AWQ", ".qweight", INTS, (".scales",), (".qzeros", ".g_idx")),
     Scheme("packed codes of compressed-tensors", "_packed", INTS, ("_scale",), ("_shape", "_zero_point", "_g_idx", "_global_scale")),
-    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), alike=True),
+    Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), same_dtype=True),
     Scheme("codes of torchao", "qdata", INTS | FP8, ("scale",), ("zero_point",)),
     Scheme("codes of quanto", "._data", INTS | FP8, ("._scale",), ("._shift",)),
     Scheme("codes of HQQ", ".W_q", INTS, (".scale",), (".zero", ".meta")),
@@ -73,9 +73,9 @@ TABLE: tuple[Scheme, ...] = (
     Scheme("packed codes with scales", ".weight", frozenset({"U8"}), (".weight_scale",), (".weight_scale_2", *_ACTIVATIONS)),
 )
 _SCALES = tuple(sorted({row.scales[0].lstrip(".") for row in TABLE}))
-_BY_DTYPE = tuple(row for row in TABLE if row.dtypes != frozenset(BY_CODE))  # whose dtypes alone say that a tensor may be codes
+_BY_DTYPE = tuple(row for row in TABLE if row.dtypes != frozenset(BY_CODE))  # whose dtypes alone show that a tensor may be codes
 _DTYPES = frozenset().union(*(row.dtypes for row in _BY_DTYPE))
-_UNSEEN = "codes whose scales may stand in another shard"
+_UNSEEN = "codes whose scales may be in another shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Codes:
         key: the key of its codes.
         scheme: the name of its scheme.
         scales: the keys of its scales.
-        beside: the keys of other tensors that belong to it.
+        extras: the keys of other tensors that belong to it.
         op: the op that computes values from codes and scale; None where no formula is known, or the shapes don't show the blocks.
         divisor: the formula's divisor, or None.
         tied: whether this is a second name of codes whose scales belong to the first name.
@@ -96,14 +96,14 @@ class Codes:
     key: str
     scheme: str
     scales: tuple[str, ...]
-    beside: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     op: Op | None = None
     divisor: int | None = None
     tied: bool = False
     whole: str = ""
 
     @property
-    def here(self) -> tuple[str, ...]:
+    def own_scales(self) -> tuple[str, ...]:
         """The scales that are in this file or checkpoint."""
         return () if self.whole else self.scales
 
@@ -111,7 +111,7 @@ class Codes:
     def words(self) -> str:
         """What it is, in words that follow its key in a sentence."""
         if self.whole:
-            where = f"{self.scheme} ({', '.join(self.scales)}), which stand in another shard"
+            where = f"{self.scheme} ({', '.join(self.scales)}), which are in another shard"
             return f"is {where}" if self.scales else f"may be {_UNSEEN}, as the file's name says that it is one of several"
         return f"is {self.scheme} ({', '.join(self.scales)}), no values by themselves"
 
@@ -132,14 +132,14 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     {}
     """
     rows = _that_may_be(tensors)
-    found = {}
+    weights = {}
     for key, tensor in tensors.items() if rows else ():
         scheme = next((row for row in rows if tensor.dtype in row.dtypes and _is(key, tensor, row, tensors)), None)
         if scheme is not None:
-            found[key] = _codes(key, scheme, tensors)
-    found |= _tied(found, tensors)
+            weights[key] = _codes(key, scheme, tensors)
+    weights |= _tied(weights, tensors)
     shard = tensors.shard if isinstance(tensors, Checkpoint) else None
-    return found if shard is None else found | dict(_in_shards(found, tensors, shard))
+    return weights if shard is None else weights | dict(_in_shards(weights, tensors, shard))
 
 
 def lacks_scales(tensors: Mapping[str, TensorMeta]) -> bool:
@@ -149,42 +149,42 @@ def lacks_scales(tensors: Mapping[str, TensorMeta]) -> bool:
     >>> lacks_scales(meta("q.weight", "I8")), lacks_scales(meta("q.weight", "F16")), lacks_scales(meta("position_ids", "I8"))
     (True, False, False)
     """
-    return any(one.dtype in _DTYPES for one in tensors.values()) and next(_suspects(find(tensors), tensors), None) is not None
+    return any(tensor.dtype in _DTYPES for tensor in tensors.values()) and next(_suspects(find(tensors), tensors), None) is not None
 
 
-def _suspects(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> Iterator[str]:
-    known = {name for one in found.values() for name in (one.key, *one.scales, *one.beside)}
+def _suspects(weights: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> Iterator[str]:
+    known = {name for weight in weights.values() for name in (weight.key, *weight.scales, *weight.extras)}
     for key, tensor in tensors.items():
         if key not in known and any(tensor.dtype in row.dtypes and _ends(key, row) for row in _BY_DTYPE):
             yield key
 
 
-def _in_shards(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta], shard: Shard) -> Iterator[tuple[str, Codes]]:
+def _in_shards(weights: Mapping[str, Codes], tensors: Mapping[str, TensorMeta], shard: Shard) -> Iterator[tuple[str, Codes]]:
     """The weights of a shard that are codes by the names in its index; without an index, those that may be codes."""
-    for key in _suspects(found, tensors):
-        if shard.others is None:
+    for key in _suspects(weights, tensors):
+        if shard.other_keys is None:
             yield key, Codes(key, _UNSEEN, (), whole=shard.whole)
             continue
         rows = [row for row in TABLE if tensors[key].dtype in row.dtypes and _ends(key, row)]
         for row, names in ((row, _named(key, row, row.scales)) for row in rows):
-            if all(name in shard.others or name in tensors for name in names) and not all(name in tensors for name in names):
+            if all(name in shard.other_keys or name in tensors for name in names) and not all(name in tensors for name in names):
                 yield key, Codes(key, row.name, names, whole=shard.whole)
                 break
 
 
-def _tied(found: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
+def _tied(weights: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     """The other names of codes: they are the same bytes."""
-    firsts = {_place(tensors[key]): one for key, one in found.items() if tensors[key].place is not None}
-    places = {key: _place(tensor) for key, tensor in tensors.items() if firsts and key not in found}
-    return {key: replace(firsts[place], key=key, tied=True) for key, place in places.items() if place in firsts}
+    firsts = {_unnamed(tensors[key]): weight for key, weight in weights.items() if tensors[key].place is not None}
+    candidates = {key: _unnamed(tensor) for key, tensor in tensors.items() if firsts and key not in weights}
+    return {key: replace(firsts[unnamed], key=key, tied=True) for key, unnamed in candidates.items() if unnamed in firsts}
 
 
-def _place(tensor: TensorMeta) -> TensorMeta:
+def _unnamed(tensor: TensorMeta) -> TensorMeta:
     return replace(tensor, name="")
 
 
 def _that_may_be(tensors: Mapping[str, TensorMeta]) -> list[Scheme]:
-    """The schemes for which any key ends as their scales do. Most files have none, which saves the test of every key."""
+    """The schemes for which any key ends as their scales do. Most files have none, so that no key has to be tested."""
     scales = [key for key in tensors if key.endswith(_SCALES)]
     return [row for row in TABLE if any(f".{key}".endswith(row.scales[0]) for key in scales)]
 
@@ -203,20 +203,20 @@ def _is(key: str, tensor: TensorMeta, scheme: Scheme, tensors: Mapping[str, Tens
     if not _ends(key, scheme):
         return False
     names = _named(key, scheme, scheme.scales)
-    return all(name in tensors and (scheme.alike or tensors[name].dtype != tensor.dtype) for name in names)
+    return all(name in tensors and (scheme.same_dtype or tensors[name].dtype != tensor.dtype) for name in names)
 
 
 def _codes(key: str, scheme: Scheme, tensors: Mapping[str, TensorMeta]) -> Codes:
     from ckptsurgeon.adapters.quantised.dequantize import block_of
 
     scales = _named(key, scheme, scheme.scales)
-    beside = tuple(name for name in _named(key, scheme, scheme.beside) if name in tensors)
+    extras = tuple(name for name in _named(key, scheme, scheme.extras) if name in tensors)
     scale = tensors[scales[0]]
-    other = any(name in tensors for name in _named(key, scheme, scheme.unless))
-    divisor = None if other or not (BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8") else scheme.divisor
+    other_formula = any(name in tensors for name in _named(key, scheme, scheme.unless))
+    divisor = None if other_formula or not (BY_CODE[scale.dtype].kind == "float" or scale.dtype == "U8") else scheme.divisor
     block = None if divisor is None else block_of(tensors[key].shape, scale.shape)
     op = None if block is None else {"op": "dequantize", "block": list(block), "divisor": divisor}
-    return Codes(key, scheme.name, scales, beside, op, divisor)
+    return Codes(key, scheme.name, scales, extras, op, divisor)
 
 
 def refuse_broken(
@@ -225,14 +225,14 @@ def refuse_broken(
     target: Checkpoint | None,
     allowed: Iterable[str],
     *,
-    asked: bool = False,
+    dequantizing: bool = False,
     averaged: bool = False,
 ) -> None:
     """Raises CastError for codes of a source or the target that would be cast, adapted or separated from their scales.
 
     Args:
         allowed: patterns of keys for which this is allowed.
-        asked: whether dequantizing was asked for, so that the hint does not offer it.
+        dequantizing: whether dequantizing was asked for, so that the hint does not offer it.
         averaged: whether the sources are averaged; tensors that are not floating are the first source's then.
     """
     from ckptsurgeon.rules.patterns import compile_pattern
@@ -240,23 +240,23 @@ def refuse_broken(
     patterns = [compile_pattern(pattern) for pattern in allowed]
     by_source = [find(source) for source in sources]
     problems = [
-        *_misread(steps, by_source, asked, averaged),
+        *_misread(steps, by_source, dequantizing, averaged),
         *(_mixed(steps, find(target), by_source) if target is not None else ()),
     ]
-    told: dict[str, str] = {}
+    words_by_key: dict[str, str] = {}
     for key, words, _ in problems:
         if not any(pattern.match(key) is not None for pattern in patterns):
-            told.setdefault(key, words)
-    if not told:
+            words_by_key.setdefault(key, words)
+    if not words_by_key:
         return
-    first, alone = next(iter(told)), len(told) == 1
+    first, alone = next(iter(words_by_key)), len(words_by_key) == 1
     words = f"if the codes are meant as they are, allow it by name: allow_cast={[first]!r}"
-    ways = {way for key, _, way in problems if key in told} - ({_DEQUANTIZE} if asked else set())
+    ways_out = {way_out for key, _, way_out in problems if key in words_by_key} - ({_DEQUANTIZE} if dequantizing else set())
     raise CastError(
-        told[first] if alone else "quantised weights, whose numbers are codes and no values",
+        words_by_key[first] if alone else "quantised weights, whose numbers are codes and no values",
         key=first if alone else None,
-        problems=() if alone else shortened(f"{key}: {words}" for key, words in told.items()),
-        hint=f"{ways.pop()}; {words}" if len(ways) == 1 and "" not in ways else words,
+        problems=() if alone else shortened(f"{key}: {words}" for key, words in words_by_key.items()),
+        hint=f"{ways_out.pop()}; {words}" if len(ways_out) == 1 and "" not in ways_out else words,
     )
 
 
@@ -265,8 +265,8 @@ _DEQUANTIZE = "make values of them: dequantize=True"
 _OF_TARGET = "take a target that is not quantised, and quantise what comes of it"
 
 
-def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], asked: bool, averaged: bool) -> Iterator[Problem]:
-    """Steps that compute with codes or separate them from their scales; with `asked`, also steps that leave codes as they are."""
+def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], dequantizing: bool, averaged: bool) -> Iterator[Problem]:
+    """Steps that compute with codes or separate them from their scales; with `dequantizing`, also steps that leave codes as they are."""
     if not any(by_source):
         return
     by_key = {step.target: step for step in steps}
@@ -278,55 +278,55 @@ def _misread(steps: Sequence[Step], by_source: Sequence[Mapping[str, Codes]], as
             if codes is None or _dequantized(step, (number, key), codes):
                 continue
             what = f"{'' if key == step.target else f'{key} '}{codes.words}"
-            way = _DEQUANTIZE if codes.op is not None else f"give the whole checkpoint: {codes.whole}" if codes.whole else ""
-            needed = (*codes.here, *(() if codes.op else codes.beside))
-            if asked and codes.op is None:
+            way_out = _DEQUANTIZE if codes.op is not None else f"give the whole checkpoint: {codes.whole}" if codes.whole else ""
+            needed = (*codes.own_scales, *(() if codes.op else codes.extras))
+            if dequantizing and codes.op is None:
                 why = "values are made of both together" if codes.whole else "how to make values of them is not known here"
-                yield step.target, f"{what}, and {why}", way
+                yield step.target, f"{what}, and {why}", way_out
             elif step.changes:
-                yield step.target, f"{what}, and would be changed by {step.changes[0]['op']}", way
+                yield step.target, f"{what}, and would be changed by {step.changes[0]['op']}", way_out
             elif step.cast is not None:
-                yield step.target, f"{what}, and would be cast to {step.cast}", way
+                yield step.target, f"{what}, and would be cast to {step.cast}", way_out
             elif averaged:
-                yield step.target, f"{what}, and would be the first source's and no average", way
+                yield step.target, f"{what}, and would be the first source's and no average", way_out
             elif lost := [name for name in needed if (number, name) not in plain]:
-                yield step.target, f"{what}, and {', '.join(lost)} would not go with it", way
+                yield step.target, f"{what}, and {', '.join(lost)} would not go with it", way_out
             elif not codes.tied and not codes.whole:
-                found = made[step.target].scales if step.target in made else ()
-                if [by_key[name].sources for name in found] != [((number, name),) for name in codes.scales]:
-                    yield step.target, f"{what}, and would not have these beside it under its new name", way
+                made_scales = made[step.target].scales if step.target in made else ()
+                if [by_key[name].sources for name in made_scales] != [((number, name),) for name in codes.scales]:
+                    yield step.target, f"{what}, and would not keep these with it under its new name", way_out
 
 
-def _dequantized(step: Step, place: SourceKey, codes: Codes) -> bool:
-    """Whether a step dequantizes the codes at `place` with their own scale and divisor. The blocks may be other ones, chosen by the
+def _dequantized(step: Step, source_key: SourceKey, codes: Codes) -> bool:
+    """Whether a step dequantizes the codes at `source_key` with their own scale and divisor. The blocks may be other ones, chosen by the
     user."""
     from ckptsurgeon.adapters.chain import decodes
 
-    index = step.sources.index(place)
+    index = step.sources.index(source_key)
     after = step.sources[index + 1 : index + 2]
     by_formula = decodes(step.adapters) and step.adapters[0]["divisor"] == codes.divisor
-    return by_formula and index % 2 == 0 and after == ((place[0], codes.scales[0]),)
+    return by_formula and index % 2 == 0 and after == ((source_key[0], codes.scales[0]),)
 
 
 def scales_read(steps: Sequence[Step]) -> set[SourceKey]:
     """The scales that steps use to dequantize, so that they are not written."""
     from ckptsurgeon.adapters.chain import decodes
 
-    return {place for step in steps if decodes(step.adapters) for place in step.sources[1::2]}
+    return {source_key for step in steps if decodes(step.adapters) for source_key in step.sources[1::2]}
 
 
-def _mixed(steps: Sequence[Step], wanted: Mapping[str, Codes], by_source: Sequence[Mapping[str, Codes]]) -> Iterator[Problem]:
+def _mixed(steps: Sequence[Step], quantised: Mapping[str, Codes], by_source: Sequence[Mapping[str, Codes]]) -> Iterator[Problem]:
     """The target's quantised weights whose codes and scales would not come from the same file."""
     by_key = {step.target: step for step in steps}
-    for key, codes in wanted.items():
-        first, *scales = [by_key[name] for name in (key, *codes.here) if name in by_key]
+    for key, codes in quantised.items():
+        first, *scales = [by_key[name] for name in (key, *codes.own_scales) if name in by_key]
         if all(not row.sources and row.action == first.action for row in (first, *scales)):  # all kept, or all the model's own
             if first.cast is not None:
                 yield key, f"{codes.of_target}, and would be cast to {first.cast}", _OF_TARGET
             continue
         number, source_key = first.sources[0] if len(first.sources) == 1 and not first.ops else (0, "")
         whole = by_source[number].get(source_key)
-        source_scales = [] if whole is None else [((number, name),) for name in whole.here]
+        source_scales = [] if whole is None else [((number, name),) for name in whole.own_scales]
         same = whole is not None and whole.scheme == codes.scheme and [row.sources for row in scales] == source_scales
         if not same or any(row.changes for row in scales):
             yield key, f"{codes.of_target}, and would not get codes and scales from one place", _OF_TARGET

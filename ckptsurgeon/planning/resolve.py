@@ -25,7 +25,7 @@ class Origin:
     """Where a target key gets its value from.
 
     Attributes:
-        places: the source tensors, in order.
+        source_keys: the source tensors, in order.
         shape, dtype: those of the result.
         fits: whether the result fits the target key.
         ops: the ops that make one tensor of the sources, with all arguments filled in.
@@ -33,7 +33,7 @@ class Origin:
         tied_to: the tied target key whose origin this is; None for the key's own.
     """
 
-    places: tuple[SourceKey, ...]
+    source_keys: tuple[SourceKey, ...]
     shape: Shape
     dtype: str
     fits: bool
@@ -70,14 +70,14 @@ def find_origins(
     problems: list[str] = []
     refused: dict[tuple[str, str], list[str]] = {}
     origins: dict[str, Origin] = {}
-    asked = _asked_of(names, names.claims if target is None else target, problems)
+    adapts = _adapts_of(names, names.claims if target is None else target, problems)
     kept = frozenset() if target is None else kept_out(target, names)
-    parts = {(number, name) for (number, _), one in codes.items() for name in (*one.scales, *one.beside)}
+    parts = {(number, name) for (number, _), weight in codes.items() for name in (*weight.scales, *weight.extras)}
     for name, claim in names.claims.items():
-        if (target is not None and (name not in target or name in kept)) or parts.issuperset(claim.places):
+        if (target is not None and (name not in target or name in kept)) or parts.issuperset(claim.source_keys):
             continue
-        extra, rule = asked.get(name, ((), None))
-        adapted = Claim(claim.places, (*claim.asked, *extra), (*claim.rules, *([rule] if rule else [])))
+        extra, rule = adapts.get(name, ((), None))
+        adapted = Claim(claim.source_keys, (*claim.ops, *extra), (*claim.rules, *([rule] if rule else [])))
         try:
             origins[name] = _origin(name, dequantized(adapted, codes), sources, known, names, auto)
         except RuleError as error:
@@ -87,24 +87,26 @@ def find_origins(
     for group in target.ties if target is not None else ():
         _follow(group, origins, problems)
     if problems:
-        from ckptsurgeon.planning.plan_types import way_to_look
+        from ckptsurgeon.planning.plan_types import viewing_command
 
         first = sources[0]
-        look = way_to_look(first.path, first.root, first.in_memory == "model", None if target is None else target.path)
+        look = viewing_command(first.path, first.root, first.in_memory == "model", None if target is None else target.path)
         raise RuleError("adapters that can't be followed", problems=shortened(problems), hint=f"see the names: {look}")
     return origins if target is None else {key: origins[key] for key in target if key in origins}
 
 
 def dequantized(claim: Claim, codes: Mapping[SourceKey, Codes]) -> Claim:
     """A claim that dequantizes its codes first, with their scales added to its sources. RuleError for codes and plain values together."""
-    weights = [codes[place] for place in claim.places if place in codes]
+    weights = [codes[source_key] for source_key in claim.source_keys if source_key in codes]
     if not weights:
         return claim
     ops = [weight.op for weight in weights if weight.op is not None]
-    if len(ops) < len(claim.places) or any(op != ops[0] for op in ops):
+    if len(ops) < len(claim.source_keys) or any(op != ops[0] for op in ops):
         raise RuleError(f"joins {weights[0].key}, which is {weights[0].scheme}, with what is not, or is in another way")
-    places = tuple(place for key, weight in zip(claim.places, weights, strict=True) for place in (key, (key[0], weight.scales[0])))
-    return replace(claim, places=places, asked=(RuleOp(ops[0]), *claim.asked))
+    source_keys = tuple(
+        source_key for key, weight in zip(claim.source_keys, weights, strict=True) for source_key in (key, (key[0], weight.scales[0]))
+    )
+    return replace(claim, source_keys=source_keys, ops=(RuleOp(ops[0]), *claim.ops))
 
 
 def _follow(group: Sequence[str], origins: dict[str, Origin], problems: list[str]) -> None:
@@ -121,7 +123,7 @@ def _follow(group: Sequence[str], origins: dict[str, Origin], problems: list[str
     # A key that fits unchanged keeps its own origin: if the source has another tensor for it, the finding "untied" reports that.
     fits = set(fitting)
     followers = [key for key in group if key not in fits or (adapted and not origins[key].ops)]
-    origins.update(dict.fromkeys(followers, Origin(lead.places, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
+    origins.update(dict.fromkeys(followers, Origin(lead.source_keys, lead.shape, lead.dtype, True, lead.ops, lead.rules, first)))
 
 
 def is_ruled(names: Names, target: Checkpoint | None) -> Callable[[str], bool]:
@@ -131,7 +133,7 @@ def is_ruled(names: Names, target: Checkpoint | None) -> Callable[[str], bool]:
     tied = {key: group for group in (target.ties if target is not None else ()) for key in group}
 
     def named(key: str) -> bool:
-        return any(one in names.names_of_dropped or any(rule.match(one) is not None for rule in rules) for one in tied.get(key, (key,)))
+        return any(name in names.names_of_dropped or any(rule.match(name) is not None for rule in rules) for name in tied.get(key, (key,)))
 
     return named
 
@@ -155,14 +157,14 @@ def kept_out(target: Checkpoint, names: Names) -> dict[str, Rule]:
     return kept
 
 
-def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[str, tuple[tuple[RuleOp, ...], Rule]]:
+def _adapts_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[str, tuple[tuple[RuleOp, ...], Rule]]:
     """For each output key, the ops of the first adapt rule without `->` that matches it, and the rule."""
-    asked_of_key: dict[str, tuple[tuple[RuleOp, ...], Rule]] = {}
+    adapts_of_key: dict[str, tuple[tuple[RuleOp, ...], Rule]] = {}
     for rule in names.adapts:
         matched = [key for key in keys if rule.match(key) is not None]
         taken = [key for key in matched if key in names.claims]
-        new = [key for key in taken if key not in asked_of_key]
-        asked_of_key.update({key: (tuple(RuleOp(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
+        new = [key for key in taken if key not in adapts_of_key]
+        adapts_of_key.update({key: (tuple(RuleOp(op, siblings=(key,)) for op in rule.ops), rule.rule) for key in new})
         if not matched and any(rule.match(key) is not None for _, key in names.names_of):
             key = next(key for _, key in names.names_of if rule.match(key) is not None)
             problems.append(f"{rule.rule}: {key!r} is a source's name, and not the target's: {_link(key, keys)}")
@@ -178,7 +180,7 @@ def _asked_of(names: Names, keys: Collection[str], problems: list[str]) -> dict[
     for rule in names.keeps:
         if not any(rule.match(key) is not None for key in keys):
             problems.append(f"{rule.rule} matches nothing in the target{_meant(rule, keys)}")
-    return asked_of_key
+    return adapts_of_key
 
 
 def _link(key: str, keys: Collection[str]) -> str:
@@ -187,24 +189,24 @@ def _link(key: str, keys: Collection[str]) -> str:
 
 
 def _meant(rule: CompiledRule, keys: Collection[str]) -> str:
-    """What the pattern of a rule that matches nothing was probably meant as, in words."""
+    """Which pattern was probably meant by a rule that matches nothing, in words."""
     from ckptsurgeon.rules.meant import meant_words
 
     return meant_words(rule.patterns[0][1].text, keys)
 
 
 def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mapping[str, Shape], names: Names, auto: str | None) -> Origin:
-    tensors = [sources[number][key] for number, key in claim.places]
+    tensors = [sources[number][key] for number, key in claim.source_keys]
     target_shape = known.get(name)
     dtype = tensors[0].dtype
     dtypes = {tensor.dtype for tensor in tensors}
-    if not claim.asked and len(tensors) == 1:
+    if not claim.ops and len(tensors) == 1:
         shape = tensors[0].shape
         safe = offers(shape, target_shape, safe=True) if auto == "safe" and target_shape is not None and shape != target_shape else ()
         if len(safe) != 1:
-            return Origin(claim.places, shape, dtype, target_shape in (None, shape), (), claim.rules)
-        claim = Claim(claim.places, (RuleOp(safe[0], siblings=(name,)),), (*claim.rules, Rule("adapt", name, f"{texts(safe)}", BY)))
-    ops, shapes = fill_chain(claim.asked, [tensor.shape for tensor in tensors], target_shape, known, names.outside.shapes)
+            return Origin(claim.source_keys, shape, dtype, target_shape in (None, shape), (), claim.rules)
+        claim = Claim(claim.source_keys, (RuleOp(safe[0], siblings=(name,)),), (*claim.rules, Rule("adapt", name, f"{texts(safe)}", BY)))
+    ops, shapes = fill_chain(claim.ops, [tensor.shape for tensor in tensors], target_shape, known, names.outside.shapes)
     if len(shapes) != 1:
         raise RuleError(f"leaves {len(shapes)} tensors of {len(tensors)}", hint="end the chain with concat, stack or average")
     dtype = made_dtype(ops, dtype)
@@ -214,16 +216,16 @@ def _origin(name: str, claim: Claim, sources: Sequence[Checkpoint], known: Mappi
             hint="convert one of their files to the dtype of the other first: ckptsurgeon help merge",
         )
     if not can_compute(ops, dtype):
-        raise RuleError(f"computes values, and {claim.places[0][1]} is {dtype}")
+        raise RuleError(f"computes values, and {claim.source_keys[0][1]} is {dtype}")
     if target_shape is not None and shapes[0] != target_shape:
         if not any(rule.kind == "adapt" for rule in claim.rules):  # an average, which no rule has promised to fit
-            return Origin(claim.places, shapes[0], dtype, False, (), claim.rules)
+            return Origin(claim.source_keys, shapes[0], dtype, False, (), claim.rules)
         raise RuleError(f"gives {shapes[0]}, and the target has {target_shape}")
-    return Origin(claim.places, shapes[0], dtype, True, ops, claim.rules)
+    return Origin(claim.source_keys, shapes[0], dtype, True, ops, claim.rules)
 
 
 def reasons(rules: Iterable[Rule]) -> str:
-    """Rules in words, for a plan's reason."""
+    """Rules as the reason of a plan's step."""
     return ", ".join(dict.fromkeys(map(str, rules)))
 
 
@@ -232,7 +234,7 @@ def find_refused(source: Checkpoint, number: int, names: Names) -> dict[str, str
     return {key: entry.reason for key, entry in source.entries.items() if isinstance(entry, Refused) and (number, key) not in names.dropped}
 
 
-def find_unkept(target: Checkpoint, given: Container[str]) -> dict[str, str]:
+def find_unkept(target: Checkpoint, carried: Container[str]) -> dict[str, str]:
     """The values of a target file that can't be kept and that no source gives, each with its reason."""
     own = target.entries if target.kind == "file" else {}
-    return {key: entry.reason for key, entry in own.items() if isinstance(entry, Refused) and key not in given}
+    return {key: entry.reason for key, entry in own.items() if isinstance(entry, Refused) and key not in carried}

@@ -70,13 +70,13 @@ def _candidates(archive: Archive) -> Sequence[StateDict]:
 
 def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> Checkpoint:
     """`archive` as the checkpoint at one of its roots, or at several joined ones; with `alone`, nothing else that it holds is listed."""
-    others: Sequence[StateDict] = ()
+    unused: Sequence[StateDict] = ()
     if alone:
         pass
     elif any(state_dict is chosen for state_dict in archive.state_dicts):
-        others = [state_dict for state_dict in archive.state_dicts if state_dict is not chosen]
+        unused = [state_dict for state_dict in archive.state_dicts if state_dict is not chosen]
     else:
-        others = [state_dict for state_dict in archive.state_dicts if _below(state_dict.root, _parent(chosen.root)) is None]
+        unused = [state_dict for state_dict in archive.state_dicts if _below(state_dict.root, _parent(chosen.root)) is None]
     return Checkpoint(
         path=archive.path,
         format=archive.format,
@@ -87,7 +87,7 @@ def checkpoint(archive: Archive, chosen: StateDict, *, alone: bool = False) -> C
         module_metadata=chosen.module_metadata,
         ties=chosen.ties or find_ties(chosen.tensors),
         metadata=archive.metadata,
-        left_behind=() if alone else (*(_words(other) for other in others), *archive.beside),
+        left_behind=() if alone else (*(_words(state_dict) for state_dict in unused), *archive.beside),
         globals=archive.globals,
         provenance=archive.provenance,
         files=archive.files,
@@ -111,10 +111,10 @@ def _named(archive: Archive, root: str) -> StateDict:
     )
 
 
-def at_place(value: Any, place: str) -> StateDict | None:
+def at_path(value: Any, path: str) -> StateDict | None:
     """All tensors below a dotted path in a file's value, an optimizer's too, with joined names; None where there are none."""
     tensors: dict[str, TensorMeta] = {}
-    waiting = [("", training_places.at_place(value, place))]
+    waiting = [("", training_places.at_path(value, path))]
     while waiting:
         head, node = waiting.pop()
         if isinstance(node, TensorMeta) and head:
@@ -122,7 +122,7 @@ def at_place(value: Any, place: str) -> StateDict | None:
         elif isinstance(node, (Mapping, list, tuple)):
             items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
             waiting += [(f"{head}.{key}" if head else str(key), child) for key, child in reversed(items) if type(key) in (str, int)]
-    return StateDict(place, tensors) if tensors else None
+    return StateDict(path, tensors) if tensors else None
 
 
 def _words(state_dict: StateDict) -> str:
@@ -235,7 +235,7 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
     least, work = 1.0, 0
     for index, state_dict in sorted(enumerate(candidates), key=lambda row: -len(row[1].tensors)):
         if sum(_form(key, tensor) in forms for key, tensor in state_dict.tensors.items()) < least:
-            continue  # it can't cover half of what the best one covers
+            continue  # it can't cover half of what the best state_dict covers
         work += len(state_dict.tensors) + len(target)
         if work > _WORK and index < len(single):
             raise RootError(
@@ -280,7 +280,7 @@ def _best(archive: Archive, target: Checkpoint) -> StateDict:
 
 
 def _form(key: str, tensor: TensorMeta) -> tuple[str, tuple[int, ...]]:
-    """What no prefix changes: a tensor's last segment that is not a wrapper's, and its shape."""
+    """The last segment of a key that is not a wrapper's, and the tensor's shape: no prefix changes them."""
     last = key.rpartition(".")[2]
     if last in WRAPPERS:
         last = next((segment for segment in reversed(key.split(".")) if segment not in WRAPPERS), last)
@@ -297,9 +297,9 @@ def _fit(state_dict: StateDict, target: Checkpoint, joined: bool) -> _Fit:
     spans: set[Hashable] = set()
     for key, name in mapping.items():
         tensor = state_dict.tensors[key]
-        place = tensor.place or (f"{parent}.{key}" if parent else key)
-        spans.add(place)
+        identity = tensor.place or (f"{parent}.{key}" if parent else key)
+        spans.add(identity)
         crc = tensor.span.checksum() if tensor.span is not None else None
         # Tensors with the same layout, length and checksum are taken for the same bytes.
-        origins[name] = (tensor.dtype, tensor.stride, crc, tensor.nbytes) if crc else place
+        origins[name] = (tensor.dtype, tensor.stride, crc, tensor.nbytes) if crc else identity
     return _Fit(state_dict, origins, frozenset(spans), sum(target[name].numel for name in origins), joined)

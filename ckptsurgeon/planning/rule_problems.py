@@ -29,9 +29,9 @@ def rules_without_a_turn(
         if index in turns:
             continue
         numbers = [number for number, _ in rule.patterns if number is not None and number >= len(sources)]
-        raw = [place for item in items for place in item.places if rule.match(place[1], place[0]) is not None]
+        raw = [source_key for item in items for source_key in item.source_keys if rule.match(source_key[1], source_key[0]) is not None]
         if any(rule.match(name, item.source) is not None for item in items for name in item.readings):
-            if not (rule.rule.file and any(not other.rule.file for other in rules[:index])):  # a command line overrides files
+            if not (rule.rule.file and any(not earlier.rule.file for earlier in rules[:index])):  # a command line overrides files
                 yield f"{rule.rule} never gets a turn: earlier rules match all of its keys"
         elif raw and prefixes[raw[0][0]]:
             seen = next((item.seen for item in items), "")
@@ -59,7 +59,7 @@ def rules_without_effect(rules: Sequence[CompiledRule], items: Sequence[Item], k
             first_name.setdefault(step, item.name)
             if item.name in known:
                 arrived.add(step)
-            elif item.begins:  # the target begins with another number, and each part would get the wrong one
+            elif item.is_first_part:  # the target begins with another number, and each part would get the wrong one
                 lost.setdefault(step[0], item.name)
     names_of_rule: dict[Rule, list[tuple[int, str]]] = {}
     for (rule, which), name in first_name.items():
@@ -92,41 +92,41 @@ def two_sources_on_one_name(
     problems = {}
 
     def words(item: Item) -> str:
-        number, key = item.places[0]
+        number, key = item.source_keys[0]
         where = f" of {sources[number].path}" if len(sources) > 1 else ""
         by = f" (by {', '.join(map(str, item.rules))})" if item.rules else ""
         return f"{key!r}{where}{by}"
 
     # Many collisions by the same rules become one problem: two whole files would give a line for every key.
-    alike: dict[Hashable, list[tuple[Item, Item]]] = {}
+    by_rules: dict[Hashable, list[tuple[Item, Item]]] = {}
     for item in items:
-        number, key = item.places[0]
+        number, key = item.source_keys[0]
         if (known is not None and item.name not in known) or isinstance(sources[number].entries.get(key), Refused):
             continue
         earlier = first.setdefault(item.name, item)
         if earlier is not item and not any(rule.match(item.name) is not None for rule in kept):
-            alike.setdefault((earlier.source, earlier.rules, item.source, item.rules), []).append((earlier, item))
+            by_rules.setdefault((earlier.source, earlier.rules, item.source, item.rules), []).append((earlier, item))
 
     def bare(number: int, rows: Iterable[Item]) -> set[str]:
-        return {prefixes[number].bare(key) for item in rows for place, key in item.places if place == number}
+        return {prefixes[number].bare(key) for item in rows for source, key in item.source_keys if source == number}
 
-    for pairs in alike.values():
+    for pairs in by_rules.values():
         many = len(pairs) > FEW
-        number = pairs[0][1].places[0][0]
+        number = pairs[0][1].source_keys[0][0]
         colliding = bare(number, [item for _, item in pairs])
         prefix, path = (f"{number}:", sources[number].path) if len(sources) > 1 else ("", None)
-        hint = _way_out(colliding, bare(number, items) - colliding, prefix, path, files)
+        hint = _collision_hint(colliding, bare(number, items) - colliding, prefix, path, files)
         for earlier, item in pairs[:1] if many else pairs:
             more = f", and on {len(pairs) - 1} more names" if many else ""
             problems[f"two sources land on {item.name!r}: {words(earlier)} and {words(item)}{more}"] = hint
     return problems
 
 
-def _way_out(names: set[str], others: set[str], number: str, path: str | None, files: bool) -> str:
-    """A hint for leaving out these names of a source: by drop rules, or, where the file has no other names, without that file."""
-    if not others and path is not None:
+def _collision_hint(names: set[str], remaining: set[str], number: str, path: str | None, files: bool) -> str:
+    """A hint how to leave these names of a source out: by drop rules, or without the file where it has no other names."""
+    if not remaining and path is not None:
         mean = "for the mean of all of them: average=True; or " if files else ""
         return f"{mean}give one of the two files only: {path} has nothing else"
     from ckptsurgeon.rules.drafting.cover import dropping
 
-    return f"drop one of the two: {shlex.join(as_words(rule_options(dropping(names, others, number)[:SHOWN])))}"
+    return f"drop one of the two: {shlex.join(as_words(rule_options(dropping(names, remaining, number)[:SHOWN])))}"

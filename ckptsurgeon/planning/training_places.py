@@ -14,7 +14,7 @@ from ckptsurgeon.errors import RootError
 from ckptsurgeon.tensors import Refused
 
 Kind = Literal["optimizer", "scheduler", "scaler"]
-PLACES: Mapping[Kind, tuple[str, ...]] = {
+NAMES: Mapping[Kind, tuple[str, ...]] = {
     "optimizer": ("optimizer", "optimizer_state_dict", "optim", "optimizer_states", "optimizer_state", "optim_state_dict", "opt"),
     "scheduler": ("scheduler", "lr_scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict", "sched"),
     "scaler": ("scaler", "grad_scaler", "scaler_state_dict", "amp_scaler", "grad_scaler_state_dict"),
@@ -36,19 +36,19 @@ AVERAGED = (
     "ema_params",
 )
 AVERAGING_STATE = "averaging_state"  # where Lightning's WeightAveraging stores what its average has besides weights: `n_averaged`
-_OPTIMIZERS = frozenset(PLACES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
+_OPTIMIZERS = frozenset(NAMES["optimizer"]) - {"opt"} | {"optimizers"}  # "opt" is also a family of language models
 _NUMBERED = re.compile(r"optimizer_\d+")  # as Lightning names them in a folder of ranks' files
 _MOMENT = re.compile(r"(?:\w+_)?exp_avg(?:_sq)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta")
 
 
-def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) -> tuple[str, Any]:
+def find(kind: Kind, value: Any, model_root: str, root: str | None, path: str) -> tuple[str, Any]:
     """The dotted path of the state of this kind, and the state.
 
     Args:
         kind: `optimizer`, `scheduler` or `scaler`.
         value: everything that the file holds: nested dicts and lists.
         model_root: the model's root; the state may be beside it.
-        asked: the path that the caller names, or None.
+        root: the path that the caller names, or None.
         path: the file's path, for errors.
 
     Raises:
@@ -57,19 +57,19 @@ def find(kind: Kind, value: Any, model_root: str, asked: str | None, path: str) 
     >>> find("optimizer", {"model": {}, "optim": {"state": {}}}, "model", None, "a.pt")
     ('optim', {'state': {}})
     """
-    if asked is not None:
-        state = at_place(value, asked)
+    if root is not None:
+        state = at_path(value, root)
         if state is None:
-            raise RootError(f"has nothing at {asked!r}", path=path, hint=_listing(value))
-        return asked, state
-    candidates = [row for place, container in _containers(value, model_root) for row in _named(kind, place, container)]
+            raise RootError(f"has nothing at {root!r}", path=path, hint=_listing(value))
+        return root, state
+    candidates = [row for dotted, container in _containers(value, model_root) for row in _named(kind, dotted, container)]
     if len(candidates) > 1:
-        names = ", ".join(repr(place) for place, _ in candidates[:8])
+        names = ", ".join(repr(dotted) for dotted, _ in candidates[:8])
         word = f"choose one: {kind}_root={candidates[0][0]!r}" if kind == "optimizer" else "leave one in the file"
         raise RootError(f"holds {len(candidates)} {kind} states: {names}", path=path, hint=word)
     if not candidates:
         raise RootError(
-            f"holds no {kind} state under a known name ({', '.join(PLACES[kind][:4])}, …)",
+            f"holds no {kind} state under a known name ({', '.join(NAMES[kind][:4])}, …)",
             path=path,
             hint=_elsewhere(kind, value, model_root),
         )
@@ -88,38 +88,38 @@ def is_state(kind: Kind, value: Any) -> bool:
         return False
     if kind == "optimizer":
         return "state" in value and "param_groups" in value
-    return not any(name in value for name in PLACES[kind])
+    return not any(name in value for name in NAMES[kind])
 
 
 def _containers(value: Any, model_root: str) -> Iterator[tuple[str, Any]]:
     """The top dict, then each dict on the path to the model's root, with their paths."""
     parts = model_root.split(".") if model_root else []
     for depth in range(len(parts) or 1):
-        place = ".".join(parts[:depth])
-        container = at_place(value, place)
+        dotted = ".".join(parts[:depth])
+        container = at_path(value, dotted)
         if isinstance(container, Mapping):
-            yield place, container
+            yield dotted, container
 
 
-def _named(kind: Kind, place: str, container: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+def _named(kind: Kind, dotted: str, container: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """The states of this kind directly in a container, by known names."""
     numbered = [key for key in container if type(key) is str and _NUMBERED.fullmatch(key)] if kind == "optimizer" else []
-    for name in (*PLACES[kind], *numbered):
+    for name in (*NAMES[kind], *numbered):
         value = container.get(name)
-        where = f"{place}.{name}" if place else name
+        full = f"{dotted}.{name}" if dotted else name
         if isinstance(value, (list, tuple)):  # Lightning has lists
-            yield from ((f"{where}.{index}", item) for index, item in enumerate(value) if isinstance(item, Mapping))
+            yield from ((f"{full}.{index}", item) for index, item in enumerate(value) if isinstance(item, Mapping))
         elif isinstance(value, (Mapping, Refused)):
-            yield where, value
+            yield full, value
 
 
-def at_place(value: Any, place: str) -> Any:
+def at_path(value: Any, path: str) -> Any:
     """The value at a dotted path in nested dicts and lists; None where there is none.
 
-    >>> at_place({"optimizer_states": [{"state": {}}]}, "optimizer_states.0")
+    >>> at_path({"optimizer_states": [{"state": {}}]}, "optimizer_states.0")
     {'state': {}}
     """
-    if not place:
+    if not path:
         return value
     if isinstance(value, Mapping):
         items = [(key if type(key) is str else str(key), child) for key, child in value.items() if type(key) in (str, int)]
@@ -128,23 +128,23 @@ def at_place(value: Any, place: str) -> Any:
     else:
         return None
     for name, child in items:
-        if name == place:
+        if name == path:
             return child
     for name, child in items:
-        if place.startswith(f"{name}."):
-            below = at_place(child, place[len(name) + 1 :])
+        if path.startswith(f"{name}."):
+            below = at_path(child, path[len(name) + 1 :])
             if below is not None:
                 return below
     return None
 
 
-def of_optimizer(place: str) -> bool:
+def of_optimizer(path: str) -> bool:
     """Whether a dotted path is within an optimizer's state, or is that of a dict with one kind of moment by parameter name.
 
     >>> of_optimizer("optimizer.state.0"), of_optimizer("exp_avg"), of_optimizer("model.optimizer_head")
     (True, True, False)
     """
-    return any(segment in _OPTIMIZERS or _MOMENT.fullmatch(segment) or _NUMBERED.fullmatch(segment) for segment in place.split("."))
+    return any(segment in _OPTIMIZERS or _MOMENT.fullmatch(segment) or _NUMBERED.fullmatch(segment) for segment in path.split("."))
 
 
 def all_moments(keys: Iterable[str]) -> bool:
@@ -182,10 +182,10 @@ def average_roots(roots: Sequence[str]) -> tuple[str, ...]:
     return (*((lightning,) if lightning is not None and "current_model_state" in roots else ()), *named)
 
 
-def choose_average_root(roots: Sequence[str], asked: str | None, path: str) -> str:
-    """The root of the averaged copy: the one that the caller names, or the only one. RootError otherwise."""
-    if asked is not None:
-        return asked
+def choose_average_root(roots: Sequence[str], named: str | None, path: str) -> str:
+    """The root of the averaged copy: the root that the caller names, or else the only averaged copy. RootError otherwise."""
+    if named is not None:
+        return named
     copies = average_roots(roots)
     if len(copies) == 1:
         return copies[0]
@@ -215,7 +215,7 @@ def _listing(value: Any) -> str:
 
 
 def _elsewhere(kind: Kind, value: Any, model_root: str) -> str:
-    """A hint for a state that is under no known name: name its place, or, where the file holds only weights, the file that has it."""
+    """A hint for a state that is under no known name: name its path, or, where the file holds only weights, the file that has it."""
     rest = [child for name, child in value.items() if name != model_root.partition(".")[0]] if isinstance(value, Mapping) else []
     if kind == "optimizer" and any(isinstance(child, (Mapping, Refused)) for child in rest):
         return _listing(value)

@@ -15,7 +15,7 @@ from typing import Literal
 from ckptsurgeon.adapters.chain import UserShape, counted_at
 from ckptsurgeon.adapters.op import Op
 from ckptsurgeon.adapters.table import is_user_adapter, parse_ops
-from ckptsurgeon.arguments import hold
+from ckptsurgeon.arguments import check_arguments
 from ckptsurgeon.command import Option, as_words
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.limit_table import allowed, exceeded
@@ -57,7 +57,7 @@ class Rule(Shown):
     line: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        hold(Rule, "Rule", vars(self))
+        check_arguments(Rule, "Rule", vars(self))
 
     @property
     def option(self) -> Option:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.planning.diff import Diff, Resize
     from ckptsurgeon.planning.links import Link
     from ckptsurgeon.planning.own_loading.conversions import Applied
-    from ckptsurgeon.planning.prefixes.rivals import Way
+    from ckptsurgeon.planning.prefixes.rivals import NameChange
     from ckptsurgeon.planning.quantised import Codes
     from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, Finding, Report, Twins, Verification
     from ckptsurgeon.rules.rules import Rule
@@ -203,7 +203,7 @@ def _codes(codes: Codes) -> dict[str, Any]:
     return {"key": codes.key, "scheme": codes.scheme, "scales": list(codes.scales), "dequantize": codes.op is not None}
 
 
-def _way(way: Way) -> dict[str, Any]:
+def _way(way: NameChange) -> dict[str, Any]:
     return {"change": way.words, "tensors": len(way.mapping), "rules": _rules(way.rules)}
 
 

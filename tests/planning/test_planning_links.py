@@ -204,4 +204,4 @@ def test_a_link_that_wants_the_targets_shape_says_so_without_a_target():
 
 def test_what_a_rule_names_of_another_layer_is_found_by_name_and_not_by_shape():
     names = name_sources([checkpoint(["a.0.w", "a.1.w"])], None, [rule("adapt", "a.{i}.w -> b.{i}.w", "reshape(shape=[2])")])
-    assert {name: claim.places for name, claim in names.claims.items()} == {"b.0.w": ((0, "a.0.w"),), "b.1.w": ((0, "a.1.w"),)}
+    assert {name: claim.source_keys for name, claim in names.claims.items()} == {"b.0.w": ((0, "a.0.w"),), "b.1.w": ((0, "a.1.w"),)}

@@ -17,7 +17,7 @@ from ckptsurgeon.planning.apply_rules import name_sources
 from ckptsurgeon.planning.diff import compare
 from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.planning.prefixes import rivals
-from ckptsurgeon.planning.prefixes.rivals import ways_to_choose
+from ckptsurgeon.planning.prefixes.rivals import rivals_with_rules
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint
 
@@ -87,7 +87,7 @@ def test_they_do_for_one_of_several_sources(source: dict[str, Any], other: dict[
         found = name_sources(sources, goal, [])
     except RuleError:
         return
-    for number, ways in enumerate(ways_to_choose(sources, goal, found)):
+    for number, ways in enumerate(rivals_with_rules(sources, goal, found)):
         for way in ways:
             assert way.rules, way
             led = name_sources(sources, goal, [*options(as_words(way.options)), Rule("keep", "**")])

@@ -40,7 +40,7 @@ class Gate:
 
     def wants(self, code: str) -> bool:
         """Whether findings of this code are reported."""
-        return finding_codes.wanted(code, self.select, self.ignore)
+        return finding_codes.is_reported(code, self.select, self.ignore)
 
 
 def gate(
@@ -97,7 +97,7 @@ def refuse_unheard(given: Mapping[str, Any]) -> None:
     )
     for name, option in _ASKS.items():
         codes = [row.code for row in finding_codes.TABLE if row.option == option]
-        if is_given(given.get(name)) and not any(finding_codes.wanted(code, select, ignore) for code in codes):
+        if is_given(given.get(name)) and not any(finding_codes.is_reported(code, select, ignore) for code in codes):
             reason = f"looks for {' and '.join(codes)}, which --select or --ignore leaves out"
             raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {codes[0]} be told")
 

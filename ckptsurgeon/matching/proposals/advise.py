@@ -63,7 +63,7 @@ class Case:
         """By target key the source key that has its name and its shape, where no rule says anything."""
         by_target = origins(self.source, self.target, self.rules, self.untaken)
         alone = {key: origin for key, origin in by_target.items() if origin.fits and not (origin.ops or origin.rules or origin.tied_to)}
-        return {key: origin.places[0][1] for key, origin in alone.items() if len(origin.places) == 1}
+        return {key: origin.source_keys[0][1] for key, origin in alone.items() if len(origin.source_keys) == 1}
 
 
 @dataclass(frozen=True)

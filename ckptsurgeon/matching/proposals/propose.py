@@ -26,9 +26,9 @@ from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, Names, name_sources
 from ckptsurgeon.planning.diff import Resize
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.conversions import applied_prefix
-from ckptsurgeon.planning.plan_types import way_to_look
+from ckptsurgeon.planning.plan_types import viewing_command
 from ckptsurgeon.planning.prefixes.find import rename_all
-from ckptsurgeon.planning.prefixes.rivals import Way, ways_to_choose
+from ckptsurgeon.planning.prefixes.rivals import NameChange, rivals_with_rules
 from ckptsurgeon.planning.resolve import find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage, Twins
 from ckptsurgeon.rules.drafting.drafts import Known
@@ -102,7 +102,7 @@ class Proposal(Matching, Result):
     numbers_used: tuple[str, ...] = field(default=(), repr=False, compare=False)
     warnings: tuple[str, ...] = ()
     forward: Twins | None = None
-    rivals: tuple[Way, ...] = ()
+    rivals: tuple[NameChange, ...] = ()
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
@@ -163,7 +163,7 @@ class Proposal(Matching, Result):
         )
 
     def _way_on(self, less: str) -> str:
-        look = f"are they the same architecture? see both: {way_to_look(self.source, self.root, False, self.target)}"
+        look = f"are they the same architecture? see both: {viewing_command(self.source, self.root, False, self.target)}"
         return f"{look}; {less}" if less else look
 
 
@@ -218,7 +218,7 @@ def propose(
         loose=without_a_rule(names, target, *keys_left(proposal, proposal.applied)),
         conversions=names.applied.words,
         warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(matching.unused)) is not None else ())),
-        rivals=ways_to_choose([source], target, names, before)[0],
+        rivals=rivals_with_rules([source], target, names, before)[0],
         unkept=tuple(find_unkept(target, {name for name, (_, key) in names.entries.items() if key not in refused})),
     )
 
@@ -278,9 +278,9 @@ def _open_task(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...],
     prefix = applied_prefix(source, target)
     active = [compiled for compiled in compile_rules(before, outside) if not compiled.of_target]
     by_rules = {key: origin for key, origin in origins(source, target, before, outside).items() if origin.fits and origin.rules}
-    read = {key for origin in by_rules.values() for _, key in origin.places}
+    read = {key for origin in by_rules.values() for _, key in origin.source_keys}
     touched = {key for key in source if any(compiled.match(name, 0) is not None for compiled in active for name in (prefix.bare(key), key))}
-    led = {key: (tuple(source_key for _, source_key in origin.places), origin.ops) for key, origin in by_rules.items()}
+    led = {key: (tuple(source_key for _, source_key in origin.source_keys), origin.ops) for key, origin in by_rules.items()}
     return Task(source, target, (), before, outside, led, frozenset(touched | read))
 
 

@@ -31,7 +31,7 @@ def origins(source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outsi
 
 
 def _result(origin: Origin) -> tuple[tuple[str, ...], tuple[Op, ...]]:
-    return tuple(key for _, key in origin.places), origin.ops
+    return tuple(key for _, key in origin.source_keys), origin.ops
 
 
 def asked_results(links: Iterable[Link], source: Checkpoint, target: Checkpoint) -> Results:

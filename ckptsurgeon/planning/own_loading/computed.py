@@ -32,13 +32,13 @@ class Computed:
 
     Attributes:
         made: by target key, how the value is computed.
-        places: by target key, the source keys that it is computed from.
+        source_keys: by target key, the source keys that it is computed from.
         handed: by the name that torch's load needs, the source key that it gets.
         refused: by target key, values that a plan can't have computed, each with the reason.
     """
 
     made: Mapping[str, Made] = field(default_factory=dict)
-    places: Mapping[str, tuple[SourceKey, ...]] = field(default_factory=dict)
+    source_keys: Mapping[str, tuple[SourceKey, ...]] = field(default_factory=dict)
     handed: Mapping[str, SourceKey] = field(default_factory=dict)
     refused: Mapping[str, tuple[Made, str]] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ def find_computed(
 ) -> Computed:
     """What the target's loading code computes; `allowed` are patterns of keys whose casts may lose values."""
     made: dict[str, Made] = {}
-    places: dict[str, tuple[SourceKey, ...]] = {}
+    source_keys: dict[str, tuple[SourceKey, ...]] = {}
     handed: dict[str, SourceKey] = {}
     refused: dict[str, tuple[Made, str]] = {}
     if target is None:
@@ -60,20 +60,21 @@ def find_computed(
             ruled = {key: str(rule.rule) for rule in rules for key in values if rule.match(key) is not None}
             if len(ruled) == len(values):
                 continue
-            items_of = {name: names.handed.get((number, name), ()) for name, place in taken.handed.items() if place == head}
-            claims = {name: names.claims[name].places for value in values.values() for name in value.names if name in names.claims}
+            items_of = {name: names.handed.get((number, name), ()) for name, path in taken.handed.items() if path == head}
+            claims = {name: names.claims[name].source_keys for value in values.values() for name in value.names if name in names.claims}
             doubt = "sources are averaged, and each has its own" if average else _doubt(number, head, items_of, sources, names, values)
             reasons = {key: doubt or _unfit(value, target[key].dtype, key, patterns) or ruled.get(key, "") for key, value in values.items()}
             if any(reasons.values()):
                 first = next(key for key, why in reasons.items() if why)
                 refused.update({key: (value, reasons[key] or f"it is computed together with {first}") for key, value in values.items()})
                 continue
-            keys = {name: items[0].places[0] for name, items in items_of.items()}
+            keys = {name: items[0].source_keys[0] for name, items in items_of.items()}
             made.update(values)
             handed.update(keys)
             for key, value in values.items():
-                places[key] = tuple(place for name in value.names for place in ([keys[name]] if name in keys else claims.get(name, ())))
-    return Computed({key: made[key] for key in target if key in made}, places, handed, refused)
+                keys_of_name = {name: (keys[name],) if name in keys else claims.get(name, ()) for name in value.names}
+                source_keys[key] = tuple(source_key for name in value.names for source_key in keys_of_name[name])
+    return Computed({key: made[key] for key in target if key in made}, source_keys, handed, refused)
 
 
 def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
@@ -88,16 +89,16 @@ def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
 def _doubt(
     number: int, head: str, handed: Mapping[str, Sequence[object]], sources: Sequence[Checkpoint], names: Names, values: Mapping[str, Made]
 ) -> str:
-    """Why a module's code can't get its old keys unchanged from one source; `""` where it can."""
+    """Why a module's code can't get its old keys unchanged from one source, or `""`."""
     for name in handed:
         items = names.handed.get((number, name), ())
-        if len(items) != 1 or len(items[0].places) != 1 or items[0].asked:
+        if len(items) != 1 or len(items[0].source_keys) != 1 or items[0].ops:
             return f"rules lead several tensors, or an adapted one, to {name}"
     for second, taken in names.outside.taken.items():
         if second != number and any(is_below(head, path) or is_below(path, head) or path == head for path in taken.handed.values()):
             return f"{sources[second].path} has old keys for its module too"
     for key in values:
-        owner = names.claims[key].places[0][0] if key in names.claims else number
+        owner = names.claims[key].source_keys[0][0] if key in names.claims else number
         if owner != number:
             return f"{sources[owner].path} has {key} itself"
     return ""
@@ -146,7 +147,7 @@ def step_problems(step: Step, plan: Plan, sources: Sequence[Checkpoint], target:
         return
     if not any(path in target.loaders and step.target in target.loaders[path].keys for path in plan.loaded):
         yield f"{step.target}: no module of the target computes it"
-    known = {*plan.handed.values(), *(place for row in plan.steps if row.action != "load" for place in row.sources)}
+    known = {*plan.handed.values(), *(source_key for row in plan.steps if row.action != "load" for source_key in row.sources)}
     lost = [key for number, key in step.sources if (number, key) not in known or key not in sources[number]]
     if lost:
         yield f"{step.target}: its source {lost[0]} is not there, or not handed to torch's load"

@@ -22,7 +22,7 @@ from ckptsurgeon.wrappers import WRAPPERS
 
 Tensors = Mapping[str, TensorMeta]
 _HEADS, _DEPTH = 3, 3  # how many prefixes are tried, and how many segments they have at most
-_ENOUGH = 0.9  # the share of keys with a place in the target, from which no other prefix is tried
+_ENOUGH = 0.9  # the share of keys that go into the target, from which on no other prefix is tried
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def not_converted(library: str, refused: Mapping[str, str], level: Level = "erro
 
 
 def choose(source: Tensors, target: Checkpoint, plain: Choice) -> Choice:
-    """The prefix with which the target's library finds a place for most of a source's keys; the `plain` choice, made without conversions,
-    where no prefix does better."""
+    """The prefix with which the target's library converts most of a source's keys to keys of the target; the `plain` choice, made without
+    conversions, where no prefix does better."""
     if target.naming is None or same_names(source, target):
         return plain
     best, most = plain, len(plain.best.mapping)
@@ -99,7 +99,7 @@ def choose(source: Tensors, target: Checkpoint, plain: Choice) -> Choice:
         names = rename_all(source, (), prefix)
         if len(set(names.values())) < len(names):
             continue
-        mapping, count = _places(source, target, target.naming, names)
+        mapping, count = _mapping(source, target, target.naming, names)
         if count > most:
             best, most = Choice(Change(prefix, mapping)), count
         if count >= _ENOUGH * min(len(source), len(target)):
@@ -132,7 +132,7 @@ def _prefixes(source: Tensors) -> Iterator[Prefix]:
     yield from (Prefix(head, "", wrappers) for head in common[:_HEADS])
 
 
-def _places(source: Tensors, target: Checkpoint, naming: Naming, names: Mapping[str, str]) -> tuple[dict[str, str], int]:
+def _mapping(source: Tensors, target: Checkpoint, naming: Naming, names: Mapping[str, str]) -> tuple[dict[str, str], int]:
     """Which target key each source key is converted to, and how many target keys get a value."""
     by_name = {name: key for key, name in names.items()}
     conversion = naming.convert({name: source[key].shape for name, key in by_name.items()})
@@ -173,7 +173,7 @@ def _of_source(
     items: list[Item], source: Checkpoint, target: Checkpoint, naming: Naming, dropped: dict[SourceKey, Rule]
 ) -> tuple[list[Item], Applied]:
     by_name = {item.name: item for item in items if _open(item, target)}
-    tensors = {name: source[item.places[0][1]] for name, item in by_name.items()}
+    tensors = {name: source[item.source_keys[0][1]] for name, item in by_name.items()}
     if same_names(tensors, target) or len(by_name) < sum(_open(item, target) for item in items):
         return items, Applied()
     conversion = naming.convert({name: tensor.shape for name, tensor in tensors.items()})
@@ -189,22 +189,22 @@ def _of_source(
         elif item.name in conversion.renamed:
             results.append(item.moved(conversion.renamed[item.name], Rule("convert", file=by)))
         elif item.name in conversion.ignored:
-            dropped[item.places[0]] = Rule("drop", file=by)
+            dropped[item.source_keys[0]] = Rule("drop", file=by)
         elif item.name not in parts:
             results.append(item)
     for key, made in conversion.made.items():
         members = [by_name[name] for name in made.names]
         steps = tuple(dict.fromkeys(step for member in members for step in member.steps))
-        places = tuple(place for member in members for place in member.places)
+        source_keys = tuple(source_key for member in members for source_key in member.source_keys)
         rule = Rule("convert", file=f"{made.by}, {by}")
-        results.append(Item(key, key, places, tuple(RuleOp(op, filled=True) for op in made.ops), (*steps, (rule, 0))))
-    refused = {by_name[name].places[0]: words for name, words in conversion.refused.items()}
+        results.append(Item(key, key, source_keys, tuple(RuleOp(op, filled=True) for op in made.ops), (*steps, (rule, 0))))
+    refused = {by_name[name].source_keys[0]: words for name, words in conversion.refused.items()}
     return results, Applied(naming.library, len(conversion.renamed), len(conversion.made), len(conversion.ignored), refused)
 
 
 def _open(item: Item, target: Checkpoint) -> bool:
     """Whether a conversion may change an item: it is one tensor without ops, and no rule gave it a name of the target."""
-    return not item.entry and not item.asked and len(item.places) == 1 and not (item.steps and item.name in target)
+    return not item.entry and not item.ops and len(item.source_keys) == 1 and not (item.steps and item.name in target)
 
 
 def _without_rivals(conversion: Converted, names: Collection[str]) -> Converted:

@@ -35,13 +35,13 @@ class Versions:
 
     Attributes:
         recorded: what the output records.
-        given: what the sources recorded for the target's modules with their own loading code.
+        stated: what the sources recorded for the target's modules with their own loading code.
         loaded: those of these modules that get the values that torch's load leaves in the model.
         notes: notes for the plan.
     """
 
     recorded: Mapping[str, Local]
-    given: Mapping[str, Local] = field(default_factory=dict)
+    stated: Mapping[str, Local] = field(default_factory=dict)
     loaded: tuple[str, ...] = ()
     notes: tuple[Finding, ...] = ()
 
@@ -81,48 +81,48 @@ def _of_model(
     changing = {path: loader for path, loader in target.loaders.items() if loader.changes}
     if not changing:
         return Versions(own)
-    links = [*_links(step for step in steps if step.action != "load"), *((name, *place) for name, place in handed.items())]
+    links = [*_links(step for step in steps if step.action != "load"), *((name, *source_key) for name, source_key in handed.items())]
     placed = _placed(sources, names, links)
     mixed = {step.target for step in steps if not step.sources or step.filled}
     computed = {step.target for step in steps if step.action == "load"}
-    given: dict[str, Local] = {}
+    stated: dict[str, Local] = {}
     differ: dict[str, bool] = {}  # whether the sources recorded anything
     loaded: set[str] = set()
     problems = []
     for path, loader in changing.items():
         by_source = placed.get(unwrap(path, HIDDEN), {})
         target_local = own.get(path, {})
-        stated = {number: local for number, local in by_source.items() if local is not None}
-        versions = {_version(local) for local in stated.values()}
-        if len(versions) > 1 or (versions and len(stated) < len(by_source) and versions != {_version(target_local)}):
+        recorded_by_source = {number: local for number, local in by_source.items() if local is not None}
+        versions = {_version(local) for local in recorded_by_source.values()}
+        if len(versions) > 1 or (versions and len(recorded_by_source) < len(by_source) and versions != {_version(target_local)}):
             problems.append(f"{_module(path)}, a {loader.name}: {_versions_of(by_source, sources)}")
             continue
-        given[path] = next(iter(stated.values()), {})
-        if given[path] != target_local and loader.keys - mixed:
-            differ[path] = bool(stated)
+        stated[path] = next(iter(recorded_by_source.values()), {})
+        if stated[path] != target_local and loader.keys - mixed:
+            differ[path] = bool(recorded_by_source)
         if loader.keys & computed or (path in differ and loader.keys & mixed):
             loaded.add(path)
     # Values that loading code leaves are of the target's version, so every module that shares a key with one of these is loaded too.
-    while more := {path for path in given if path not in loaded and any(changing[path].keys & changing[shared].keys for shared in loaded)}:
+    while more := {path for path in stated if path not in loaded and any(changing[path].keys & changing[shared].keys for shared in loaded)}:
         loaded |= more
     recorded = dict(own)
     by_note: dict[str, list[str]] = {}
     for path, is_stated in differ.items():
         if path not in loaded and is_stated:
-            recorded[path] = given[path]
+            recorded[path] = stated[path]
         elif path not in loaded:
             recorded.pop(path, None)
         kept = "a merged file has what that leaves" if path in loaded else "a merged file keeps both"
         now = _number(own.get(path, {}))
-        words = f"{changing[path].name} loads in its own way, at {now}, and the values have {_number(given[path])}; {kept}"
+        words = f"{changing[path].name} loads in its own way, at {now}, and the values have {_number(stated[path])}; {kept}"
         by_note.setdefault(words, []).append(_module(path))
     if problems:
         command = shlex.join(["ckptsurgeon", "merge", sources[0].path, target.path, "-o", "first.pt"])
         raise _mixed(problems, f"merge each source with the model alone first: {command}")
     return Versions(
         recorded,
-        given,
-        tuple(path for path in given if path in loaded),
+        stated,
+        tuple(path for path in stated if path in loaded),
         tuple(Finding("version", f"{several(paths)}: {words}", None, "note") for words, paths in by_note.items()),
     )
 
@@ -131,7 +131,7 @@ def _of_unknown(
     sources: Sequence[Checkpoint], target: Checkpoint, names: Names, steps: Sequence[Step], own: Mapping[str, Local]
 ) -> dict[str, Local]:
     """What to record where the target is a file or a skeleton, so that the code of its modules is not known."""
-    if _alike(sources, steps, own):
+    if _none_differs(sources, steps, own):
         return dict(own)
     placed = _placed(sources, names, _links(steps))
     mixed = {head for step in steps if not step.sources or step.filled for head in module_paths(step.target)}
@@ -156,7 +156,7 @@ def _of_unknown(
     return recorded
 
 
-def _alike(sources: Sequence[Checkpoint], steps: Iterable[Step], own: Mapping[str, Local]) -> bool:
+def _none_differs(sources: Sequence[Checkpoint], steps: Iterable[Step], own: Mapping[str, Local]) -> bool:
     """Whether no version differs, by a quick test for the usual case: all are version 1, or the sources record what the target records."""
     recorded = [{path: plain(local) for path, local in written_out(source.module_metadata).items()} for source in sources]
     if all(local == {"version": 1} for by_path in (own, *recorded) for local in by_path.values()):
@@ -169,7 +169,7 @@ def _of_sources(sources: Sequence[Checkpoint], target: Checkpoint | None, names:
     recorded: dict[str, Local] = {}
     for number, source in enumerate(sources):
         for path, local in written_out(source.module_metadata).items():
-            target_path = names.prefixes[number].place(path)
+            target_path = names.prefixes[number].target_path(path)
             if target_path is not None:
                 recorded[target_path] = plain(local)
     if len(sources) == 1 and all(key == step.target for step in steps for _, key in step.sources):
@@ -267,7 +267,7 @@ def _pairs(target: str, source: str, prefix: Prefix) -> dict[str, str]:
     """
     source_of = {}
     for head in module_paths(f"{source}." if source else ""):
-        path = prefix.place(head)
+        path = prefix.target_path(head)
         if path is not None and (not path or f"{target}.".startswith(f"{path}.")):
             source_of[path] = head
     ours, theirs = (path.split(".") if path else [] for path in (target, source))

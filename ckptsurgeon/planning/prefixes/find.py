@@ -32,7 +32,7 @@ class Prefix:
     Attributes:
         stripped: the prefix that is removed from the keys that have it.
         added: the prefix that is put before every key.
-        unwrapped: the wrapper segments that are removed wherever they are.
+        unwrapped: the wrapper segments that are removed at every position.
     """
 
     stripped: str = ""
@@ -52,10 +52,10 @@ class Prefix:
         name = unwrap(key, self.unwrapped)
         return name.removeprefix(self.stripped) or name
 
-    def place(self, path: str) -> str | None:
+    def target_path(self, path: str) -> str | None:
         """The path of a module in the target (`_metadata` is by path); None for a module above the stripped prefix.
 
-        >>> Prefix("module.", "net.").place("module.bn"), Prefix("module.").place("module"), Prefix("module.").place("")
+        >>> Prefix("module.", "net.").target_path("module.bn"), Prefix("module.").target_path("module"), Prefix("module.").target_path("")
         ('net.bn', '', None)
         """
         name = ".".join(segment for segment in path.split(".") if segment not in self.unwrapped)

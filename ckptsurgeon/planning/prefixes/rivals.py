@@ -30,7 +30,7 @@ MANY = 24  # how many rules are offered for a change at most; one that needs mor
 
 
 @dataclass(frozen=True)
-class Way:
+class NameChange:
     """A change of names: in words, as a mapping from source keys to target keys, and as rules (none where too many are needed)."""
 
     words: str
@@ -48,12 +48,14 @@ class Way:
         return f"{self.words}: {count} tensor{'s' if count != 1 else ''} equal, {how}"
 
 
-def ways_to_choose(
+def rivals_with_rules(
     sources: Sequence[Checkpoint], target: Checkpoint | None, names: Names, rules: Sequence[Rule] = (), *, average: Weights | None = None
-) -> tuple[tuple[Way, ...], ...]:
+) -> tuple[tuple[NameChange, ...], ...]:
     """For each source, its rivals, each with the rules that choose it when they are added to `rules`."""
     trials = [_Trial(sources, target, names, tuple(rules), average, number) for number in range(len(names.choices))]
-    return tuple(tuple(trial.way(rival) for rival in choice.rivals[:FEW]) for trial, choice in zip(trials, names.choices, strict=True))
+    return tuple(
+        tuple(trial.with_rules(rival) for rival in choice.rivals[:FEW]) for trial, choice in zip(trials, names.choices, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ class _Trial:
     average: Weights | None
     number: int
 
-    def way(self, chosen: Change) -> Way:
+    def with_rules(self, chosen: Change) -> NameChange:
         """A rival with the first rules that choose it."""
         head = f"{self.number}:" if len(self.sources) > 1 else ""
         candidates = _rules(chosen, self.names.choices[self.number].rivals, self.sources[self.number], head)
         rules = next((rules for rules in candidates if len(rules) <= MANY and self._choose(rules, chosen.mapping)), ())
-        return Way(str(chosen.prefix) or "names as they are", chosen.mapping, rules)
+        return NameChange(str(chosen.prefix) or "names as they are", chosen.mapping, rules)
 
     def _choose(self, offered: tuple[Rule, ...], mapping: Mapping[str, str]) -> bool:
         """Whether the offered rules give the compared keys exactly this mapping, and change no other key."""
@@ -88,8 +90,8 @@ class _Trial:
         return (
             fitting == mapping
             and len({name for _, name in landed}) == len(landed)
-            and {place: names for place, names in before.names_of.items() if place not in compared}
-            == {place: names for place, names in after.names_of.items() if place not in compared}
+            and {source_key: names for source_key, names in before.names_of.items() if source_key not in compared}
+            == {source_key: names for source_key, names in after.names_of.items() if source_key not in compared}
         )
 
     @cached_property
@@ -101,12 +103,16 @@ class _Trial:
 
         With several sources, `keep **` is added, so that two sources on one name are no problem here.
         """
-        at = next((index for index, rule in enumerate(self.rules) if rule.file), len(self.rules))
+        first_of_file = next((index for index, rule in enumerate(self.rules) if rule.file), len(self.rules))
         keep = (Rule("keep", "**"),) if len(self.sources) > 1 else ()
         outside = replace(self.names.outside, taken={})
         try:
             return name_sources(
-                self.sources, self.target, (*self.rules[:at], *offered, *self.rules[at:], *keep), outside, average=self.average
+                self.sources,
+                self.target,
+                (*self.rules[:first_of_file], *offered, *self.rules[first_of_file:], *keep),
+                outside,
+                average=self.average,
             )
         except CheckpointError:
             return None
@@ -159,11 +165,11 @@ def _by_heads(mapping: Mapping[str, str], head: str) -> Iterator[Rule]:
         yield Rule("rename", head + pattern, result)
 
 
-def ways_to_exchange(source: Tensors, target: Tensors) -> tuple[Way, ...]:
+def exchanges_with_rules(source: Tensors, target: Tensors) -> tuple[NameChange, ...]:
     """The renames that exchange one prefix for another, the best first."""
-    ways = []
+    exchanges = []
     for change in find_exchange(source, target)[:FEW]:
         strip, add = change.prefix.stripped, change.prefix.added
         rule = Rule("rename", f"{literal(strip)}{{**rest}}", f"{literal(add)}{{**rest}}")
-        ways.append(Way(f"prefix {strip} exchanged for {add}", change.mapping, (rule,)))
-    return tuple(ways)
+        exchanges.append(NameChange(f"prefix {strip} exchanged for {add}", change.mapping, (rule,)))
+    return tuple(exchanges)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ckptsurgeon.command import Command, InMemory, as_words, at_root
 from ckptsurgeon.planning.diff import Diff, Resize
-from ckptsurgeon.planning.prefixes.rivals import Way
+from ckptsurgeon.planning.prefixes.rivals import NameChange
 from ckptsurgeon.rules.rules import rule_options
 from ckptsurgeon.shown import styled
 from ckptsurgeon.sizes import percent
@@ -251,7 +251,7 @@ def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
     return lines
 
 
-def choices(ways: Sequence[Way], command: Command, live: InMemory, width: int | None) -> list[str]:
+def choices(ways: Sequence[NameChange], command: Command, live: InMemory, width: int | None) -> list[str]:
     """Equally good changes of names, each with the command that chooses it."""
     lines = ["The names fit in more than one way, and none is chosen unasked:"] if len(ways) > 1 else ["The names fit by a prefix:"]
     for way in ways:
