@@ -185,7 +185,12 @@ def _word(segment: tuple[_Piece, ...]) -> str | None:
 
 
 def _segments(parts: Sequence[str]) -> _Segments:
-    """A key in pieces (text, number, text, …) by its dots; a number that is not folded is text."""
+    """A key in pieces (text, number, text, …) by its dots; a number that is not folded is text.
+
+    A key with so many segments that no word of it folds is one segment: half a million would take a second and 100 MB.
+    """
+    if sum(part.count(".") for part in parts[::2]) >= 2 * _MOST_SEGMENTS - 2:  # no index is near enough to both ends
+        return (tuple((part, index % 2 == 1 and part[:1] == "{") for index, part in enumerate(parts)),)
     if len(parts) == 1:
         return tuple(((segment, False),) for segment in parts[0].split("."))
     segments: list[list[_Piece]] = [[]]

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -168,3 +169,22 @@ def test_folded_siblings_are_patterns_too(given_keys):
         else:
             reached += [key for key in given_keys if compile_pattern(line).fits(key)]
     assert sorted(reached) == sorted(given_keys)
+
+
+@pytest.mark.parametrize(("count", "lines"), [(46, 1), (47, 2), (60, 2)])
+def test_words_fold_in_no_key_of_so_many_segments(count: int, lines: int) -> None:
+    keys = [".".join([*"a" * 23, word, *"b" * (count - 24)]) for word in ("q", "k")]
+    assert len(fold_keys(keys)) == lines
+    assert spread(fold_keys(keys)[0])[0] == keys[0]
+
+
+def test_a_key_of_half_a_million_segments_is_not_cut_at_its_dots() -> None:
+    head = "a." * 450_000
+    tracemalloc.start()
+    try:
+        lines = fold_keys([f"{head}0.w", f"{head}1.w", "b.w", "b.v"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert lines == [f"{head}{{0..1}}.w", "b.{w,v}"]
+    assert peak < 20_000_000  # a pair for each segment takes a hundred million
