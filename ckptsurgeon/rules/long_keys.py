@@ -104,10 +104,10 @@ def fits(tokens: Sequence[Token], text: str) -> bool:
     >>> fits([Token("segment", name="a"), Token("text", ("_",)), Token("star")], "x_y_z")
     True
     """
-    return _ends(tokens, text) and bool(_reach(tokens, _Key(text))[-1] >> len(text))
+    return ends_fit(tokens, text) and bool(_reach(tokens, _Key(text))[-1] >> len(text))
 
 
-def _ends(tokens: Sequence[Token], text: str) -> bool:
+def ends_fit(tokens: Sequence[Token], text: str) -> bool:
     """Whether the text has the fixed beginning and end of the tokens: most keys are ruled out by it."""
     first, last = tokens[0], tokens[-1]
     return (first.kind != "text" or text.startswith(first.texts)) and (last.kind != "text" or text.endswith(last.texts))
@@ -127,7 +127,7 @@ def parts(tokens: Sequence[Token], text: str) -> dict[str, str] | None:
     >>> parts([Token("segment", name="a"), Token("text", ("_",)), Token("segment", name="b")], "x_y_z")
     {'a': 'x_y', 'b': 'z'}
     """
-    if not _ends(tokens, text):
+    if not ends_fit(tokens, text):
         return None
     size, key = len(text), _Key(text)
     mirrored = [_mirrored(token) for token in reversed(tokens)]

@@ -98,6 +98,8 @@ class Pattern:
         >>> compile_pattern("blocks.{i}.{**rest}").match("blocks.3.attn.weight")
         {'i': '3', 'rest': 'attn.weight'}
         """
+        if self.tokens and not long_keys.ends_fit(self.tokens, key):
+            return None
         if self.regex is not None and len(key) <= self.short:
             match = self.regex.fullmatch(key)
             return None if match is None else {part: match[part] for part in self.parts}

@@ -58,8 +58,10 @@ def _layers(keys: Iterable[str], side: Checkpoint) -> Iterator[_Layer]:
     left: Mapping[str, TensorMeta] = {key: side[key] for key in keys if key in side}
     for key, tensor in left.items():
         module, _, leaf = key.rpartition(".")
+        if leaf != "weight" or not module or len(tensor.shape) < 2:
+            continue
         words = [word for word in concepts(module) if word[0] != "#"]
-        if leaf != "weight" or not module or len(tensor.shape) < 2 or _VOCABULARY & set(words):
+        if _VOCABULARY & set(words):
             continue
         bias = left.get(f"{module}.bias")
         if bias is None or bias.shape == tensor.shape[:1]:
