@@ -40,9 +40,8 @@ def unwrapped(keys: Iterable[str]) -> dict[str, str | None]:
     A module that was trained whole (`modules_to_save`) gets the name from its trained copy, unless there are several copies.
 
     >>> unwrapped(["q.base_layer.weight", "q.lora_A.default.weight", "head.original_module.bias", "head.modules_to_save.default.bias"])
-    {'q.base_layer.weight': 'q.weight', 'q.lora_A.default.weight': None, 'head.original_module.bias': None,
-    'head.modules_to_save.default.bias': 'head.bias'}
-    """
+    {'q.base_layer.weight': 'q.weight', 'q.lora_A.default.weight': None, 'head.original_module.bias': None, 'head.modules_to_save.default.bias': 'head.bias'}
+    """  # noqa: E501
     all_keys = list(keys)
     if not any(_WRAPPED.search(key) for key in all_keys):
         return {}
