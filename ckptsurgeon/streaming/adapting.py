@@ -18,7 +18,7 @@ from ckptsurgeon.planning.plan_types import Step
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, tensor_from
+from ckptsurgeon.streaming.values import PIECE, Buffer, cast, memory_of, non_finite, tensor_from
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:
@@ -77,19 +77,12 @@ def _cast(step: Step, tensor: torch.Tensor, dtype: str, casts: list[Cast]) -> to
 
 def _refuse_overflow(step: Step, tensors: Sequence[torch.Tensor], made: torch.Tensor) -> None:
     """Raises CastError where finite values came to be infinite, or none, in the dtype in which they are computed."""
-    if made.is_floating_point() and not _finite(made) and all(_finite(tensor) for tensor in tensors):
+    if made.is_floating_point() and non_finite(made) and not any(map(non_finite, tensors)):
         raise _overflow(step.target, made, "convert the source to a wider dtype first, by a merge with dtype='F32'")
 
 
 def _overflow(key: str, made: torch.Tensor, hint: str) -> CastError:
     return CastError(f"its adapters give values that {str(made.dtype).removeprefix('torch.')} can't hold", key=key, hint=hint)
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    import torch
-
-    rows = tensor.unbind() if tensor.dim() else (tensor,)
-    return all(bool(torch.isfinite(row if row.element_size() > 1 else row.float()).all()) for row in rows)
 
 
 def dense_parts(tensor: torch.Tensor) -> Iterator[Buffer]:
@@ -113,7 +106,7 @@ def by_rows(reader: Reader, key: str, op: Op, first: TensorMeta, *others: Tensor
         stop = min(start + step, first.shape[0])
         given = tensor_from(reader.rows(first, start, stop), first.dtype).view(stop - start, *first.shape[1:])
         made = make(op, [given, *wholes], first.shape, start)
-        if not _finite(made.view(-1)[None]) and all(_finite(one[None]) for one in (given, *wholes)):
+        if non_finite(made) and not any(map(non_finite, (given, *wholes))):
             raise _overflow(key, made, f"its scale may be damaged; leave it out: drop=[{key!r}]")
         yield memory_of(made)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
-from ckptsurgeon.dtypes import BY_CODE
+from ckptsurgeon.dtypes import BY_CODE, widens
 from ckptsurgeon.report import Cast
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     Sum = tuple[torch.Tensor, torch.Tensor | None]  # float64, of which the second is None for zeros
 
-# Not every float has an infinity or a sign: F8_E4M3 saturates, infinities included, and F8_E8M0 is positive.
-_ODD = ("F8_E4M3", "F8_E8M0")
+_SATURATES = "F8_E4M3"  # infinities included
+_POSITIVE = "F8_E8M0"
 _HALF = 1 << 32
 _MOST = (1 << 63) - 1
 
@@ -37,12 +38,32 @@ def added(total: Cast, part: Cast) -> Cast:
 
 def losses(before: torch.Tensor, after: torch.Tensor, of: Cast) -> Cast:
     """The losses of the cast `of` from `before` to `after`, both flat. The error is that of a real or imaginary part."""
+    return losses_of_finite(before, after, of) or losses_of_any(before, after, of)
+
+
+def losses_of_finite(before: torch.Tensor, after: torch.Tensor, of: Cast) -> Cast | None:
+    """The losses of a cast between floats where nothing overflows or is not finite, or of one that loses nothing; else None."""
     import torch
 
-    if before.is_floating_point() and BY_CODE[of.target_dtype].kind == "float" and of.target_dtype not in _ODD and before.numel():
-        largest = float((error := (before.double() - after.double()).abs_()).max())
-        if math.isfinite(largest):  # no NaN and no infinity on either side: nothing else can have been lost
-            return Cast(of.key, of.source_dtype, of.target_dtype, largest, int(torch.count_nonzero(error)))
+    if widens(of.source_dtype, of.target_dtype):
+        return Cast(of.key, of.source_dtype, of.target_dtype)
+    if not before.is_floating_point() or BY_CODE[of.target_dtype].kind != "float" or of.target_dtype == _POSITIVE or not before.numel():
+        return None
+    # A value less the nearest one of a narrower dtype has no more digits than the value: the difference is exact.
+    exact = torch.float64 if before.dtype == torch.float64 else torch.float32
+    error = floats(after, exact).sub_(floats(before, exact))
+    least, most = torch.aminmax(error)
+    largest = max(abs(float(least)), abs(float(most)))
+    bound = _limit(after.dtype) - torch.finfo(after.dtype).max if of.target_dtype == _SATURATES else math.inf
+    if not largest < bound:
+        return None
+    return Cast(of.key, of.source_dtype, of.target_dtype, largest, int(torch.count_nonzero(error)) if largest else 0)
+
+
+def losses_of_any(before: torch.Tensor, after: torch.Tensor, of: Cast) -> Cast:
+    """The losses of any cast."""
+    import torch
+
     changed, overflowed, truncated = (torch.zeros(before.shape, dtype=torch.bool) for _ in range(3))
     largest = 0.0
     for old, new in _real_parts(before, after):
@@ -124,6 +145,23 @@ def _sum(tensor: torch.Tensor) -> Sum:
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The same values as float64, which holds all but 64-bit integers exactly."""
     return tensor.double()
+
+
+def floats(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same values in a wider float dtype; those of an 8-bit float by a table, since torch converts them one by one."""
+    import torch
+
+    if tensor.element_size() > 1:
+        return tensor.to(dtype)
+    return _table(tensor.dtype, dtype).index_select(0, tensor.reshape(-1).view(torch.uint8).int()).view(tensor.shape)
+
+
+@cache
+def _table(narrow: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """The values of all 256 codes of an 8-bit float."""
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8).view(narrow).to(dtype)
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from math import prod
+from contextlib import nullcontext
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
 from ckptsurgeon.rules.patterns import compile_pattern
-from ckptsurgeon.streaming.losses import added, losses, wide
+from ckptsurgeon.streaming.losses import added, floats, losses
 from ckptsurgeon.tensors import TensorMeta
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def cast(key: str, parts: Iterable[Buffer], source: str, target: str, casts: lis
         whole = tensor_from(part, source)
         for start in range(0, whole.numel(), PIECE):
             before = whole[start : start + PIECE]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that an imaginary part is left out, which is counted here
+            # That an imaginary part is left out, of which torch warns, is counted here.
+            with warnings.catch_warnings(action="ignore") if before.is_complex() else nullcontext():
                 after = before.to(kind)
             total = added(total, losses(before, after, total))
             yield memory_of(after)
@@ -120,12 +121,21 @@ def count_non_finite(parts: Iterable[Buffer], dtype: str) -> int:
     """How many values of a tensor's bytes (part by part, each whole elements) are NaN or infinite; 0 for integers."""
     if BY_CODE[dtype].kind not in ("float", "complex"):
         return 0
+    return sum(non_finite(tensor_from(part, dtype)) for part in parts)
+
+
+def non_finite(tensor: torch.Tensor) -> int:
+    """How many values of a tensor are NaN or infinite; of a complex one, real and imaginary parts are values."""
     import torch
 
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
     count = 0
-    for part in parts:
-        values = tensor_from(part, dtype)
-        if BY_CODE[dtype].kind == "complex":
-            values = torch.view_as_real(values)
-        count += int((~torch.isfinite(wide(values) if values.element_size() == 1 else values)).sum())
+    rows = tensor.view(-1) if tensor.is_contiguous() else tensor  # never made dense as a whole
+    for piece in torch.split(rows, max(1, PIECE * len(rows) // rows.numel())):
+        values = floats(piece, torch.float32) if piece.element_size() == 1 else piece
+        if not isfinite(float(values.sum())):  # a sum with one of them is one; finite values may also overflow
+            count += int(torch.count_nonzero(~torch.isfinite(values)))
     return count

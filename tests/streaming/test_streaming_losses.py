@@ -16,6 +16,7 @@ from profiles import examples
 
 from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.report import Cast
+from ckptsurgeon.streaming.losses import losses_of_any, losses_of_finite
 from ckptsurgeon.streaming.values import cast, memory_of, tensor_from
 
 Exact = Fraction | float  # a float where it is NaN or infinite
@@ -135,6 +136,36 @@ def test_every_pair_of_dtypes_at_its_limits(source: str, target: str) -> None:
 )
 def test_every_pair_of_dtypes_on_any_bits(pair: tuple[str, str], data: bytes, part: int) -> None:
     check(data, *pair, part)
+
+
+FLOATS = [(source, target) for source, target in PAIRS if {BY_CODE[source].kind, BY_CODE[target].kind} == {"float"}]
+# Bits of every float: signed zeros, subnormals, infinities, NaNs with and without a payload, and numbers around the limits.
+FLOAT_HARD = [
+    bytes([low]) * 7 + bytes([high]) for low in (0, 1, 0xFF) for high in (0, 1, 0x3C, 0x43, 0x47, 0x7B, 0x7C, 0x7F, 0x80, 0xFC, 0xFF)
+]
+
+
+@settings(max_examples=examples(600), deadline=None)
+@given(
+    pair=st.sampled_from(FLOATS),
+    data=st.lists(st.sampled_from([*HARD, *FLOAT_HARD]) | st.binary(min_size=8, max_size=8), max_size=12).map(b"".join),
+    finite=st.booleans(),
+)
+def test_the_short_way_gives_what_the_long_one_gives(pair: tuple[str, str], data: bytes, finite: bool) -> None:
+    before = tensor_from(data, pair[0])
+    after = before.to(getattr(torch, BY_CODE[pair[1]].torch))
+    if finite:  # so that the short way is taken
+        kept = torch.isfinite(before.double()) & torch.isfinite(after.double())
+        before, after = (one.view(getattr(torch, f"uint{8 * one.element_size()}"))[kept].view(one.dtype) for one in (before, after))
+    short = losses_of_finite(before, after, Cast("key", *pair))
+    assert short is None or short == losses_of_any(before, after, Cast("key", *pair))
+
+
+def test_the_short_way_is_taken() -> None:
+    before = torch.tensor([1 / 3, -0.0, 1e-45, 447.0])
+    for source, target in (("F32", "F16"), ("F32", "BF16"), ("F32", "F8_E4M3"), ("F64", "F32"), ("BF16", "F32"), ("F8_E5M2", "F16")):
+        given = before.to(getattr(torch, BY_CODE[source].torch))
+        assert losses_of_finite(given, given.to(getattr(torch, BY_CODE[target].torch)), Cast("key", source, target)) is not None
 
 
 def test_an_integer_beyond_2_to_the_53_is_told_as_what_it_is() -> None:

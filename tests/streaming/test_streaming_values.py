@@ -16,7 +16,7 @@ from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
 from ckptsurgeon.streaming import values
-from ckptsurgeon.streaming.values import cast, count_non_finite, densify, memory_of, refuse_losses, reported, tensor_from
+from ckptsurgeon.streaming.values import cast, count_non_finite, densify, memory_of, non_finite, refuse_losses, reported, tensor_from
 from ckptsurgeon.tensors import Span, TensorMeta
 
 
@@ -204,6 +204,33 @@ def test_non_finite_values_are_counted_in_every_float(row: object) -> None:
     given = torch.tensor([1.0, float("nan"), 2.0, float("nan")]).to(dtype_of(code))
     assert count_non_finite([memory_of(given)[: 2 * row.size], memory_of(given)[2 * row.size :]], code) == 2  # type: ignore[attr-defined]
     assert count_non_finite([memory_of(torch.ones(3).to(dtype_of(code)))], code) == 0
+
+
+@settings(max_examples=examples(300), deadline=None)
+@given(
+    code=st.sampled_from([row.code for row in TABLE if row.kind in ("float", "complex")]),
+    data=st.lists(st.sampled_from(sorted({0, 1, 0x3C, 0x7B, 0x7C, 0x7F, 0x80, 0xFC, 0xFF})) | st.integers(0, 255), max_size=200).map(bytes),
+    piece=st.integers(1, 40),
+    columns=st.integers(1, 5),
+)
+def test_non_finite_values_are_counted_as_torch_tells_them(code: str, data: bytes, piece: int, columns: int) -> None:
+    size = BY_CODE[code].size * columns
+    data = data[: len(data) // size * size]
+    given = tensor_from(data, code).view(-1, columns)
+    parts = torch.view_as_real(given) if given.is_complex() else given
+    expected = int((~torch.isfinite(parts.double())).sum())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(values, "PIECE", piece)
+        assert non_finite(given) == non_finite(given.t()) == expected
+        assert count_non_finite([data[start : start + size] for start in range(0, len(data), size)], code) == expected
+
+
+def test_a_sum_of_finite_values_that_overflows_is_no_infinity() -> None:
+    for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.float64):
+        assert non_finite(torch.full((70_000,), torch.finfo(dtype).max, dtype=dtype)) == 0
+    assert non_finite(torch.tensor([2.0, math.inf, -math.inf, math.nan])) == 3  # whose sum is a NaN
+    assert non_finite(torch.tensor([1 + 1j, complex(math.nan, math.inf)]).conj()) == 2
+    assert non_finite(torch.arange(5)) == non_finite(torch.tensor(1.0)) == 0
 
 
 def test_pieces_do_not_change_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
