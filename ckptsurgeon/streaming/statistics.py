@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.matching.evidence.value_evidence import Stats, noise_share
 from ckptsurgeon.progress import Advance, phase
+from ckptsurgeon.streaming.losses import floats
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import Buffer, tensor_from
+from ckptsurgeon.streaming.values import PIECE, Buffer, tensor_from
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:
@@ -50,12 +51,11 @@ def _streamed(tensor: TensorMeta, parts: Iterable[Buffer], advance: Advance) -> 
     remaining = SIDE * columns if len(tensor.shape) > 1 else 0
     sample: list[torch.Tensor] = []
     for part in parts:
-        values = tensor_from(part, tensor.dtype).double()
-        total += float(values.sum())
-        squares += float(values.square().sum())
+        values = tensor_from(part, tensor.dtype)
         if remaining > 0:
             sample.append(values[:remaining].clone())
             remaining -= len(sample[-1])
+        total, squares = _sums(values, total, squares)
         advance(memoryview(part).nbytes)
     top = 0.0
     if sample:
@@ -66,10 +66,20 @@ def _streamed(tensor: TensorMeta, parts: Iterable[Buffer], advance: Advance) -> 
 
 
 def _whole(tensor: torch.Tensor) -> Stats | None:
-    values = tensor.detach().double().cpu()
-    rows = values.reshape(len(values), -1)[:SIDE] if values.dim() > 1 else None
-    top = _top(rows, tuple(values.shape)) if rows is not None else 0.0
-    return _stats(float(values.sum()), float(values.square().sum()), values.numel(), top)
+    values = tensor.detach().cpu()
+    top = _top(values.reshape(len(values), -1)[:SIDE], tuple(values.shape)) if values.dim() > 1 else 0.0
+    return _stats(*_sums(values.reshape(-1)), values.numel(), top)
+
+
+def _sums(values: torch.Tensor, total: float = 0.0, squares: float = 0.0) -> tuple[float, float]:
+    """The sums of values and of their squares, added to those of values before; in float64, and alike however they come in parts."""
+    import torch
+
+    for piece in torch.split(values, PIECE):
+        wide = floats(piece, torch.float64)
+        total += float(wide.sum())
+        squares += float(torch.mul(wide, wide).sum())
+    return total, squares
 
 
 def _stats(total: float, squares: float, count: int, top: float) -> Stats | None:
@@ -84,9 +94,13 @@ def _top(sample: torch.Tensor, shape: tuple[int, ...]) -> float:
     """How many times the energy of noise the first direction has; 0 for vectors in all but form, and for small matrices."""
     import torch
 
-    sample = sample[:, :SIDE]
+    sample = floats(sample[:, :SIDE].contiguous(), torch.float64)
     if sum(size > 1 for size in shape) < 2 or min(sample.shape) < LEAST or not bool(torch.isfinite(sample).all()):
         return 0.0
     centred = sample - sample.mean()
     energy = float(centred.square().sum())
-    return float(torch.linalg.matrix_norm(centred, 2)) ** 2 / energy / noise_share(*sample.shape) if energy else 0.0
+    if not 0 < energy < float("inf"):
+        return 0.0
+    wide = centred if centred.shape[0] <= centred.shape[1] else centred.T
+    first = float(torch.linalg.eigvalsh(wide @ wide.T)[-1])  # the square of the first singular value, in half the time
+    return first / energy / noise_share(*sample.shape)
