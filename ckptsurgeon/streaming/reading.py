@@ -10,22 +10,31 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from math import prod
+from threading import Lock
 from types import TracebackType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats.inflate import inflated
-from ckptsurgeon.storage import copying
+from ckptsurgeon.storage import copying, platform
 from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import Block, meeting, runs, scatter, stretches
 from ckptsurgeon.streaming.bands import bands, side_by_side
+from ckptsurgeon.streaming.signals import undisturbed
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta, contiguous_stride
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+LEAST = 2 << 20  # bytes of a range that two threads read
+STEP = 1 << 20  # bytes that a thread reads at a time, at least; a thread that is late reads fewer of them
 
 
 class Reader:
@@ -133,7 +142,36 @@ class Reader:
 
     def _read_one(self, each: Span, memory: memoryview) -> None:
         file, offset = self.locate(each)
-        copying.read_at(file, memory, offset)
+        if len(memory) < LEAST or not platform.threads_may_share_files():
+            copying.read_at(file, memory, offset)
+            return
+        step = max(STEP, len(memory) // 8)
+        starts, lock = iter(range(0, len(memory), step)), Lock()
+
+        def next_start() -> int | None:
+            with lock:
+                return next(starts, None)
+
+        def read_steps() -> None:
+            for start in iter(next_start, None):
+                copying.read_at(file, memory[start : start + step], offset + start)
+
+        beside = self._second.submit(read_steps)
+        try:
+            read_steps()
+        finally:
+            with undisturbed():
+                while next_start() is not None:
+                    pass  # after an error nothing is left to the other thread
+                beside.exception()  # waits for its end
+        beside.result()
+
+    @cached_property
+    def _second(self) -> Executor:
+        """The thread that takes part in reading large ranges; it ends when this reader is closed."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        return self._open.enter_context(ThreadPoolExecutor(1))
 
     def _densified(self, tensor: TensorMeta) -> bytearray:
         """The elements of a tensor that lie with a stride, or are lazily changed; of one in pieces, piece after piece."""

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from writing_support import environment
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
 from ckptsurgeon.models.training.transfer import InFile
+from ckptsurgeon.streaming import reading
 from ckptsurgeon.streaming.reading import Reader
 
 
@@ -31,10 +32,16 @@ def values(net: nn.Module) -> dict[str, Any]:
     return {key: tensor.tolist() for key, tensor in net.state_dict().items()}
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+@pytest.fixture(params=[1, 2])
+def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file, read by one thread or by two, none of which is left."""
+    if request.param == 2:
+        monkeypatch.setattr(reading, "LEAST", 1)
+        monkeypatch.setattr(reading, "STEP", 70)
     torch.save(model(1).state_dict(), tmp_path / "a.pt")
-    return tmp_path / "a.pt"
+    before = threading.active_count()
+    yield tmp_path / "a.pt"
+    assert threading.active_count() == before
 
 
 def at_the_third(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
