@@ -16,7 +16,8 @@ from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.platform import BLOCK
 
 Advance = Callable[[int], None]  # gets how many bytes more are done
-BUFFER = 4 << 20
+BUFFER = 4 << 20  # bytes of values that are handed on at once
+IN_CACHE = 1 << 19  # bytes that are only looked at: they stay in a core's cache, which makes checksums and comparisons twice as fast
 AT_ONCE = 64 << 20  # bytes that the kernel copies between two calls of `advance`
 PART = 16 << 20  # bytes of a range that are worked on in one go, where several threads do
 
@@ -87,13 +88,13 @@ def write_at(output: int, data: bytes | bytearray | memoryview, offset: int) -> 
 
 
 def chunks(source: OpenFile, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """The bytes from `offset`, a whole buffer at a time, the last one shorter; each view is good until the next one."""
-    return gathered([(source, offset, nbytes)], nbytes)
+    """The bytes from `offset`, to be looked at: a whole buffer at a time, the last one shorter; each view is good until the next one."""
+    return gathered([(source, offset, nbytes)], nbytes, IN_CACHE)
 
 
-def gathered(ranges: Iterable[tuple[OpenFile, int, int]], nbytes: int) -> Iterator[memoryview]:
-    """The bytes of ranges (file, offset, length), one after another, `nbytes` in all, in buffers like those of `chunks`."""
-    buffer = memoryview(bytearray(min(nbytes, BUFFER)))
+def gathered(ranges: Iterable[tuple[OpenFile, int, int]], nbytes: int, size: int) -> Iterator[memoryview]:
+    """The bytes of ranges (file, offset, length), one after another, `nbytes` in all, in buffers of `size` bytes like those of `chunks`."""
+    buffer = memoryview(bytearray(min(nbytes, size)))
     filled = 0
     for source, offset, length in ranges:
         while length:
@@ -148,7 +149,7 @@ def equal_ranges(left: OpenFile, left_offset: int, right: OpenFile, right_offset
 
 def common_crc(left: OpenFile, left_offset: int, right: OpenFile, right_offset: int, nbytes: int, wanted: bool = True) -> int | None:
     """The CRC-32 of the `nbytes` bytes that two files have at these offsets, or None where they differ; 0 where it isn't `wanted`."""
-    size, crc = min(nbytes, BUFFER), 0
+    size, crc = min(nbytes, IN_CACHE), 0
     first, second = bytearray(size), bytearray(size)
     while nbytes:
         if nbytes < size:

@@ -89,7 +89,7 @@ class Reader:
 
     def chunks(self, ranges: Iterable[Span], nbytes: int) -> Iterator[memoryview]:
         """The bytes of ranges, `nbytes` in all, a buffer at a time; each view is valid until the next one."""
-        return copying.gathered(((*self.locate(each), each.nbytes) for each in ranges), nbytes)
+        return copying.gathered(((*self.locate(each), each.nbytes) for each in ranges), nbytes, copying.BUFFER)
 
     def read(self, tensor: TensorMeta) -> bytearray:
         """A tensor's elements, densely in row-major order."""

@@ -109,7 +109,7 @@ def _copied(
 
 
 def _crc(part: _Part) -> int:
-    return copying.crc_of(copying.gathered(part.ranges, part.nbytes))
+    return copying.crc_of(copying.gathered(part.ranges, part.nbytes, copying.IN_CACHE))
 
 
 def _moved(run: Run, file: OutFile) -> list[Ranges]:
@@ -137,7 +137,6 @@ def _joined(layout: Layout, moved: Sequence[Ranges]) -> Iterator[tuple[Span, int
 
 def _known_crcs(run: Run, file: OutFile, moved: Sequence[Ranges]) -> dict[int, int]:
     """By slot, the CRC-32s that are known before the copies: those of computed values, and of records that are copied whole.
-
 
     A record's is the one that its file gives for it. The proof holds it against the bytes; without a proof a wrong one is copied with them,
     so that `check --full` finds it still.

@@ -31,7 +31,7 @@ from ckptsurgeon.cli import progress_line
 from ckptsurgeon.storage import copying, platform
 progress_line.DELAY = float(os.environ["DELAY"])
 progress.EVERY = 0.0
-copying.AT_ONCE = copying.BUFFER = 1 << 18
+copying.AT_ONCE = copying.BUFFER = copying.IN_CACHE = copying.PART = 1 << 18
 plain = platform.copy_in_kernel
 platform.copy_in_kernel = lambda *words: time.sleep(float(os.environ["SLOW"])) or plain(*words)
 from ckptsurgeon.cli.main import main

@@ -20,7 +20,7 @@ RANGES = [(0, 0), (0, 700), (13, 500), (699, 1), (350, 350)]
 @pytest.mark.parametrize("buffer", [1, 7, 350, 700, 1 << 20])
 @pytest.mark.parametrize(("start", "length"), RANGES)
 def test_chunks_checksum_and_comparison(start: int, length: int, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "BUFFER", buffer)
+    monkeypatch.setattr(copying, "IN_CACHE", buffer)
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(b"xyz" + DATA)
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
@@ -43,7 +43,7 @@ def test_beyond_the_end_nothing_is_equal_and_nothing_is_read(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("place", [0, 349, 350, 699])
 def test_one_wrong_bit_is_seen_in_every_buffer(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "BUFFER", 350)
+    monkeypatch.setattr(copying, "IN_CACHE", 350)
     (tmp_path / "one").write_bytes(DATA)
     (tmp_path / "other").write_bytes(DATA[:place] + bytes([DATA[place] ^ 1]) + DATA[place + 1 :])
     with opened(tmp_path / "one") as one, opened(tmp_path / "other") as other:
