@@ -9,7 +9,7 @@ import pytest
 
 import ckptsurgeon
 from ckptsurgeon.errors import FormatError, TargetError
-from ckptsurgeon.models.target.user_code import call, is_persons, words
+from ckptsurgeon.models.target.user_code import call, is_user_file, words
 
 
 def make(tmp_path, text):
@@ -87,12 +87,12 @@ def test_installed_and_standard_modules_are_not_a_persons():
 
     import torch
 
-    assert is_persons(__file__)
-    assert not is_persons(json.__file__) and not is_persons(torch.__file__) and not is_persons(sys.modules[call.__module__].__file__)
+    assert is_user_file(__file__)
+    assert not is_user_file(json.__file__) and not is_user_file(torch.__file__) and not is_user_file(sys.modules[call.__module__].__file__)
 
 
 def test_our_own_modules_are_not_a_persons():
-    assert not any(is_persons(str(path)) for path in Path(ckptsurgeon.__file__).parent.rglob("*.py"))
+    assert not any(is_user_file(str(path)) for path in Path(ckptsurgeon.__file__).parent.rglob("*.py"))
 
 
 def test_an_interrupt_of_the_redirections_end_leaves_stdout_where_it_was(monkeypatch):

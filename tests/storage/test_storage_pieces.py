@@ -140,7 +140,7 @@ def test_the_fast_path_is_the_slow_one(shape: tuple[int, ...], offset: int, pack
     stride = tuple(7 if size == 1 else step for size, step in zip(shape, contiguous_stride(shape), strict=True))
     span = Span("a", offset, math.prod(shape) * 4, "0", Packed(3, 4, 1000) if packed else None)
     tensor = TensorMeta("w", "F32", shape, stride, span)
-    assert list(runs(tensor)) == list(merged(pieces._each(tensor, tuple((0, size) for size in shape))))
+    assert list(runs(tensor)) == list(merged(pieces._ranges(tensor, tuple((0, size) for size in shape))))
     assert not math.prod(shape) or runs(tensor)[0] is span  # type: ignore[index]
 
 
