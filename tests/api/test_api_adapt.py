@@ -394,6 +394,7 @@ def test_a_source_that_changes_is_refused_for_an_adapted_plan(source: Path, tmp_
         cs.apply(plan, tmp_path / "out.pt")
 
 
+@pytest.mark.slow
 def test_value_operations_hold_one_tensor_at_a_time(tmp_path: Path) -> None:
     """Twelve tensors of 32 MB each: a merge that held them all would need 400 MB more than one that holds one at a time."""
     torch.save({f"l{number}.weight": torch.zeros(2048, 4096) for number in range(12)}, tmp_path / "a.pt")

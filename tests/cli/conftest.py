@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_support import PROGRAM, ROOT
+from forked import Ended, Forker
 
 from ckptsurgeon.cli import main
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
 
 Run = Callable[..., Ended]
 
@@ -57,12 +42,24 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     return call
 
 
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker | None]:
+    """A process that has imported torch; None where one that has should not be forked."""
+    if sys.platform != "linux":
+        yield None
+        return
+    with Forker(["torch", "safetensors.torch", "ckptsurgeon.cli.main"]) as process:
+        yield process
+
+
 @pytest.fixture
-def program(place: Path) -> Run:
-    """Run a command line as a process of its own, its standard streams captured."""
+def program(place: Path, forker: Forker | None) -> Run:
+    """Run a command line as a process of its own, its standard streams captured; with options of `subprocess.run`, one that starts anew."""
 
     def call(*words: object, **options: Any) -> Ended:
-        done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, cwd=place, timeout=120, **options)
+        if forker is not None and not options:
+            return forker.run(words, Path.cwd())
+        done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return call

@@ -157,12 +157,12 @@ def both(words: list[str], out: bool, err: bool, **env: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(("out", "err"), [(True, True), (True, False), (False, True), (False, False)])
 def test_each_stream_gets_colour_where_it_is_a_terminal(place: Path, out: bool, err: bool) -> None:
-    texts = both(["diff", "net_params.pkl", "model:Net"], out, err)
+    texts = both(["plan", "net_params.pkl", "net_params.pkl", "-o", "plan.json"], out, err)  # which has a note
     assert ["\x1b[" in text for text in texts] == [out, err]
 
 
 def test_a_dumb_terminal_gets_no_colour(place: Path) -> None:
-    assert "\x1b" not in "".join(both(["diff", "net_params.pkl", "model:Net"], True, True, TERM="dumb"))
+    assert "\x1b" not in "".join(both(["plan", "net_params.pkl", "net_params.pkl", "-o", "plan.json"], True, True, TERM="dumb"))
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,9 @@ def test_verbose_shows_every_key(run):
         assert re.search(rf"^    {re.escape(key)}( |$)", long, re.M)
 
 
-def test_a_narrow_terminal_gets_no_long_lines_and_a_pipe_one_row_a_line(place):
+def test_a_narrow_terminal_gets_no_long_lines_and_a_pipe_one_row_a_line(run):
     words = ["diff", "net_params.pkl", "base.pt"]
-    subprocess.run([*PROGRAM, "merge", "net_params.pkl", VARIANT, "-o", "base.pt"], check=True, capture_output=True)
+    assert run("merge", "net_params.pkl", VARIANT, "-o", "base.pt").code == 0
     narrow = on_a_terminal(*words, COLUMNS="60", NO_COLOR="1")
     assert max(map(len, narrow.splitlines())) <= 66  # a folded key stays whole
     assert "Next:\n  ckptsurgeon merge net_params.pkl base.pt -o merged.pt \\\n      --rename" in narrow

@@ -50,7 +50,15 @@ def test_every_job_has_steps_and_names_what_is_there() -> None:
         stem = re.sub(r"(\S*)\{([^}]*)\}(\S*)", lambda row: " ".join(row[1] + part + row[3] for part in row[2].split(",")), command)
         for path in re.findall(r"(?:tests|fixtures)/[\w/.]+", stem):
             assert (ROOT / path).exists(), path
-    assert "pytest -n 2" in (ROOT / ".ci" / "run").read_text() and any("--cov=ckptsurgeon" in command for command in commands("coverage"))
+    assert any("--cov=ckptsurgeon" in command for command in commands("coverage"))
+
+
+def test_the_whole_check_runs_the_tests_of_the_readme_and_those_it_leaves_out() -> None:
+    check = (ROOT / ".ci" / "run").read_text()
+    (quick,) = re.findall(r"\.venv/bin/(pytest .*)", (ROOT / "README.md").read_text())
+    assert quick == "pytest -n 2 -m 'not slow'"
+    assert re.findall(r"^pytest.*", check, re.MULTILINE) == [quick, "pytest -n 2 -m slow"] and "HYPOTHESIS_PROFILE=ci" in check
+    assert not any(re.search("pytest .*not slow", command) for command in commands("test"))
 
 
 @pytest.mark.skipif(find_spec("pre_commit") is None or shutil.which("git") is None, reason="needs pre-commit and git")
@@ -95,10 +103,10 @@ def test_an_interrupt_interrupts_where_sigint_is_ignored() -> None:
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
-    [({}, "dev 40"), ({"CI": "true"}, "ci 40"), ({"HYPOTHESIS_PROFILE": "long", "CI": "true"}, "long 800")],
+    [({}, "dev 10 10"), ({"CI": "true"}, "ci 12 40"), ({"HYPOTHESIS_PROFILE": "long", "CI": "true"}, "long 240 800")],
 )
 def test_the_environment_names_hypothesis_profile(environment: dict[str, str], expected: str) -> None:
-    asked = "import profiles as p; p.load(); print(p.settings.get_current_profile_name(), p.examples(40))"
+    asked = "import profiles as p; p.load(); print(p.settings.get_current_profile_name(), p.examples(12), p.examples(40))"
     clean = {name: value for name, value in os.environ.items() if name not in ("CI", "HYPOTHESIS_PROFILE")}
     words = [sys.executable, "-c", asked]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "tests", env={**clean, **environment}, check=True)

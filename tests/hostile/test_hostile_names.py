@@ -18,6 +18,7 @@ from hostile_pickles import text
 from hostile_program import Ended
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ckptsurgeon.cli import main
 from ckptsurgeon.errors import CheckpointError, printable
@@ -30,7 +31,7 @@ STEERING = [
 pieces = st.one_of(st.sampled_from(STEERING), st.characters(exclude_categories=["Cs"]), st.sampled_from("abc01"))
 names = st.lists(pieces, max_size=6).map("".join)
 lines_of = settings(
-    max_examples=int(os.environ.get("HOSTILE_NAMES", "25")),
+    max_examples=examples(25),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

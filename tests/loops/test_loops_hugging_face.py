@@ -75,5 +75,6 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             TransferCallback(report).resume(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_example_learns(tmp_path: Path) -> None:
     assert with_trainer.main(folder=str(tmp_path))[0] > 0.95

@@ -137,6 +137,7 @@ def test_without_report_of_the_transfer_comes_when_fit_starts(tmp_path: Path) ->
     assert callback.report is not None and set(callback.report.fresh) == FRESH
 
 
+@pytest.mark.slow
 def test_the_example_learns(tmp_path: Path) -> None:
     pytest.importorskip("data", reason="needs scikit-learn")
     import with_lightning

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
 plain_loop = pytest.importorskip("plain_loop", reason="needs scikit-learn")
 
 
+@pytest.mark.slow
 def test_the_page_learns_and_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert plain_loop.main() > 0.97
     out = capsys.readouterr().out

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta, contiguous_stride
@@ -60,8 +62,9 @@ class Score:
         return not (self.wrong or self.uncertain or self.missed)
 
 
+@cache
 def read_pair(path: Path) -> Pair:
-    """The pair of a file."""
+    """The pair of a file, read once: nobody may change it."""
     value = json.loads(path.read_text())
     truth = {row["target"]: Truth(tuple(row["sources"]), row["op"], row.get("twins", False)) for row in value["truth"]}
     return Pair(path.stem, side(value["source"]), side(value["target"]), truth)
@@ -70,6 +73,13 @@ def read_pair(path: Path) -> Pair:
 def sorted_keys(pair: Pair) -> Pair:
     """The same pair with both sides' keys in the alphabet's order, as safetensors files have them."""
     return replace(pair, source=dict(sorted(pair.source.items())), target=dict(sorted(pair.target.items())))
+
+
+@cache
+def matched(path: Path, in_order: bool = True) -> Matching:
+    """What matching finds for the pair of a file, made once: with the library's order of keys, or the alphabet's."""
+    pair = read_pair(path) if in_order else sorted_keys(read_pair(path))
+    return match(pair.source, pair.target)
 
 
 def side(rows: Iterable[tuple[str, list[int], str]]) -> dict[str, TensorMeta]:
