@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis' profile, an interrupt that interrupts, and a word on slow tests that are not marked."""
+"""What all tests share: hypothesis' profile, one thread for torch, an interrupt that interrupts, a word on slow tests without the mark."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ import pytest
 SLOW = 5.0  # seconds, from which on a test is marked `slow`
 
 profiles.load()
+
+# The tensors of tests are small: torch's threads would only wait for each other, most of all beside another worker of pytest. And with one
+# thread the same sum has the same bits twice.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # In a background job of a shell SIGINT is ignored, and every program that is started from there would ignore it too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -6,6 +6,7 @@ a line: exit code, stdout, stderr. What a run imports, what it costs, and what P
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -15,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("torch", "safetensors.torch", "ckptsurgeon.cli.main")
 SECONDS = 120  # for one run: one that hangs is ended by a signal, which its exit code then tells
 
 
@@ -39,31 +41,32 @@ class Ended:
         return json.loads(self.out)
 
 
-class Forker:
-    """A process that has imported `modules`, and forks a child of it for each run."""
-
-    def __init__(self, modules: Iterable[str]) -> None:
-        command = [sys.executable, __file__, *modules]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+def program(*words: object, folder: str | Path | None = None, modules: Sequence[str] = MODULES, **environment: str) -> Ended:
+    """`python -m ckptsurgeon WORDS` with `folder` as the current one, in a process that has imported `modules` already."""
+    asked = [*map(str, words)]
+    if sys.platform != "linux":  # elsewhere a process that has imported torch should not be forked
+        done = subprocess.run(
+            [sys.executable, "-m", "ckptsurgeon", *asked], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
         )
+        return Ended(done.returncode, done.stdout, done.stderr)
+    process = _forker(tuple(modules))
+    assert process.stdin is not None and process.stdout is not None
+    place = str(Path.cwd() if folder is None else folder)
+    process.stdin.write(json.dumps({"words": asked, "folder": place, "environment": {**os.environ, **environment}}) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, "the process that forks has ended"
+    return Ended(*json.loads(answer))
 
-    def __enter__(self) -> Forker:
-        return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        with self._process:  # its stdin is closed, which ends it
-            pass
-
-    def run(self, words: Sequence[object], folder: Path, **environment: str) -> Ended:
-        """`python -m ckptsurgeon WORDS` with `folder` as the current one."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"words": [*map(str, words)], "folder": str(folder), "environment": {**os.environ, **environment}}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, "the process that forks has ended"
-        return Ended(*json.loads(answer))
+@cache
+def _forker(modules: tuple[str, ...]) -> subprocess.Popen[str]:
+    """The process that forks, started once; it ends with this one."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, *modules]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    atexit.register(process.__exit__, None, None, None)  # closes its stdin, and waits
+    return process
 
 
 def _serve() -> dict[str, Any]:
@@ -97,7 +100,7 @@ def _become(words: Sequence[str], folder: str, environment: dict[str, str]) -> N
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[0] = folder
+    sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = ["ckptsurgeon", *words]
     code: object = 99
     try:

@@ -6,7 +6,6 @@ The oracles are the model that was saved, and `from_pretrained`.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import MODULES, program
 from safetensors.torch import save_file
 
 import ckptsurgeon as cs
@@ -43,7 +43,12 @@ KINDS = {
 }
 
 NET = "import transformers_models as models\n\n\ndef net():\n    return models.maker(models.small('{}'))(5)\n"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def run(folder: Path, *words: str) -> tuple[int, str]:
+    """The exit code of the program, and all that it says."""
+    ended = program(*words, folder=folder, modules=(*MODULES, "transformers"), PYTHONPATH=str(Path(__file__).parent))
+    return ended.code, ended.out + ended.err
 
 
 def made(name: str) -> Callable[[int], Any]:
@@ -143,11 +148,9 @@ def test_a_plan_has_ordinary_steps_that_say_whose_words_they_follow(saved: Any) 
 def test_a_plan_that_was_written_is_followed(saved: Any, tmp_path: Path) -> None:
     folder, truth, _ = saved("mixtral")
     (tmp_path / "net.py").write_text(NET.format("mixtral"))
-    command = [sys.executable, "-m", "ckptsurgeon"]
-    place: dict[str, Any] = {"cwd": tmp_path, "env": ENVIRONMENT, "check": True}
-    subprocess.run([*command, "plan", str(folder), "net:net", "-o", "plan.json"], capture_output=True, **place)
-    done = subprocess.run([*command, "apply", "plan.json", "-o", "out.safetensors"], capture_output=True, text=True, **place)
-    assert "verified" in done.stdout
+    assert run(tmp_path, "plan", str(folder), "net:net", "-o", "plan.json")[0] == 0
+    code, text = run(tmp_path, "apply", "plan.json", "-o", "out.safetensors")
+    assert code == 0 and "verified" in text
     model = models.maker(models.small("mixtral"))(6)
     cs.transfer(tmp_path / "out.safetensors", model)
     assert models.unlike(model, truth) == []
@@ -377,16 +380,12 @@ def test_the_command_line_says_it_and_turns_it_off(saved: Any, tmp_path: Path) -
     folder, _, _ = saved("gte")
     (tmp_path / "net.py").write_text(NET.format("gte"))
 
-    def run(*words: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "ckptsurgeon", *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
-
-    code, text = run("diff", str(folder), "net:net", "--strict")
+    code, text = run(tmp_path, "diff", str(folder), "net:net", "--strict")
     assert code == 0 and f"names as transformers {transformers.__version__} reads them" in text
-    assert run("diff", str(folder), "net:net", "--strict", "--no-conversions")[0] == 1
-    assert run("verify", str(folder), "net:net")[0] == 0
-    assert run("verify", str(folder), "net:net", "--no-conversions")[0] == 1
-    assert run("check", str(folder), "--against", "net:net", "--no-config")[0] == 0
-    assert run("check", str(folder), "--against", "net:net", "--no-config", "--no-conversions")[0] == 1
-    code, text = run("merge", str(folder), "net:net", "-o", "out.safetensors")
+    assert run(tmp_path, "diff", str(folder), "net:net", "--strict", "--no-conversions")[0] == 1
+    assert run(tmp_path, "verify", str(folder), "net:net")[0] == 0
+    assert run(tmp_path, "verify", str(folder), "net:net", "--no-conversions")[0] == 1
+    assert run(tmp_path, "check", str(folder), "--against", "net:net", "--no-config")[0] == 0
+    assert run(tmp_path, "check", str(folder), "--against", "net:net", "--no-config", "--no-conversions")[0] == 1
+    code, text = run(tmp_path, "merge", str(folder), "net:net", "-o", "out.safetensors")
     assert code == 0 and "names as transformers" in text, text

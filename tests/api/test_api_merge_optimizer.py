@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import api_support as support
 import pytest
 import torch
+from forked import program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model import Net
@@ -27,14 +25,6 @@ from ckptsurgeon.streaming import apply as applying
 VARIANTS = str(support.FIXTURES / "variants.py")
 RENAME = {"fc2.{p}": "dense2.{p}"}
 STEPS = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def resumed(path: Path, kind: type[nn.Module], name: str) -> tuple[nn.Module, Any, Any]:
@@ -262,7 +252,6 @@ def test_any_state_is_written_whole_or_refused(tmp_path: Path, optimizer: Any, o
 
 def test_on_the_command_line(tmp_path: Path) -> None:
     begun(MAKERS["AdamW"], tmp_path / "a.pt")
-    command = [sys.executable, "-m", "ckptsurgeon", "merge", "a.pt", f"{VARIANTS}:NetRenamed", "-o", "b.pt", "--with-optimizer", "--json"]
-    done = subprocess.run([*command, "--rename", "fc2.{p}", "dense2.{p}"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    value = json.loads(done.stdout)["optimizer"]
+    words = ("merge", "a.pt", f"{VARIANTS}:NetRenamed", "-o", "b.pt", "--with-optimizer", "--json", "--rename", "fc2.{p}", "dense2.{p}")
+    value = program(*words, folder=tmp_path).json["optimizer"]
     assert len(value["carried"]) == 10 and value["place"] == "optimizer"

@@ -3,12 +3,11 @@
 import io
 import os
 import re
-import shlex
 import subprocess
-import sys
 
 import pytest
 import torch
+from forked import program
 from safetensors.torch import save_file
 from torch import nn
 
@@ -128,10 +127,11 @@ class Normed(nn.Module):
 
 
 def run_next(text):
-    """Run the command that a text says comes next as a process of its own, by a shell; its exit code and all that it says."""
+    """Run the command that a text says comes next, cut into words by a shell; its exit code and all that it says."""
     (line,) = re.findall(r"^Next: ckptsurgeon (.*)$", text, re.MULTILINE)
-    done = subprocess.run(f"{shlex.quote(sys.executable)} -m ckptsurgeon {line}", shell=True, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    words = subprocess.run(f"printf '%s\\0' {line}", shell=True, capture_output=True, text=True, check=True).stdout.split("\0")
+    ended = program(*words[:-1])
+    return ended.code, ended.out + ended.err
 
 
 @pytest.mark.parametrize("spec", ["LM()", "LM(10, True)", "LM(12)", "Shared()"])
@@ -191,8 +191,7 @@ def test_a_path_with_spaces_and_quotes_is_pasted_as_it_stands(file):
 def test_a_skeleton_s_missing_keys_are_initialised(file):
     torch.save(SOURCE, "a.pt")
     torch.save({**SOURCE, "head.weight": torch.ones(4, 2), "head.bias": torch.ones(4), "norm.weight": torch.ones(4)}, "b.pt")
-    words = [sys.executable, "-m", "ckptsurgeon", "skeleton", "b.pt", "-o", "net.json"]
-    subprocess.run(words, check=True, capture_output=True)
+    assert program("skeleton", "b.pt", "-o", "net.json").code == 0
     text = str(cs.diff("a.pt", "net.json"))
     assert run_next(text)[0] == 0, text
     written = torch.load("merged.pt")

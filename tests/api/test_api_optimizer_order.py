@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import program
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -307,9 +306,9 @@ def test_names_that_a_hook_keeps_out_of_the_file(tmp_path: Path) -> None:
 
 
 def run(*arguments: object, ok: int = 0) -> str:
-    found = subprocess.run([sys.executable, "-m", "ckptsurgeon", *map(str, arguments)], capture_output=True, text=True)
-    assert found.returncode == ok, found.stdout + found.stderr
-    return found.stdout + found.stderr
+    ended = program(*arguments)
+    assert ended.code == ok, ended.out + ended.err
+    return ended.out + ended.err
 
 
 @pytest.fixture

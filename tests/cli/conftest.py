@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from cli_support import PROGRAM, ROOT
-from forked import Ended, Forker
+from forked import Ended
 
 from ckptsurgeon.cli import main
 
@@ -42,23 +43,13 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     return call
 
 
-@pytest.fixture(scope="session")
-def forker() -> Iterator[Forker | None]:
-    """A process that has imported torch; None where one that has should not be forked."""
-    if sys.platform != "linux":
-        yield None
-        return
-    with Forker(["torch", "safetensors.torch", "ckptsurgeon.cli.main"]) as process:
-        yield process
-
-
 @pytest.fixture
-def program(place: Path, forker: Forker | None) -> Run:
+def program(place: Path) -> Run:
     """Run a command line as a process of its own, its standard streams captured; with options of `subprocess.run`, one that starts anew."""
 
     def call(*words: object, **options: Any) -> Ended:
-        if forker is not None and not options:
-            return forker.run(words, Path.cwd())
+        if not options:
+            return forked.program(*words)
         done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
         return Ended(done.returncode, done.stdout, done.stderr)
 

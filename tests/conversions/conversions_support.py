@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import MODULES, program
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -152,12 +150,9 @@ def all_seen(model: nn.Module, run: Callable[[nn.Module], Tensor], unseen: Itera
 
 def cli(*words: object, cwd: Path) -> str:
     """Run the real program; its stdout. Its answer must be yes."""
-    env = {**os.environ, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptsurgeon", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = program(*words, folder=cwd, modules=(*MODULES, "transformers"), NO_COLOR="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    assert done.code == 0, done.err
+    return done.out
 
 
 def cli_json(*words: object, cwd: Path) -> Any:

@@ -12,10 +12,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from forked import Ended
 from hostile_costs import REF, named, within
 from hostile_json import FOUR, entry, safetensor
 from hostile_pickles import text
-from hostile_program import Ended
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from profiles import examples

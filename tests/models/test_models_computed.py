@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading_support import everything, same
@@ -304,10 +303,6 @@ def test_every_verb_says_the_same_of_each_kind(kind: Any, prefix: str, tmp_path:
     assert all(torch.equal(value, torch.load(source, weights_only=True)[prefix + key]) for key, value in state.items())
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ckptsurgeon", *arguments], cwd=folder, capture_output=True, text=True)
-
-
 def test_plan_dry_run_apply_and_verify_on_the_command_line(tmp_path: Path) -> None:
     lines = f"import sys; sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}\nfrom test_models_computed import *\n"
     (tmp_path / "nets.py").write_text(lines + "def Net(): return of(Scaled, Fused, Plain)\n")
@@ -315,13 +310,13 @@ def test_plan_dry_run_apply_and_verify_on_the_command_line(tmp_path: Path) -> No
     write(state, tmp_path / "a.pt")
     model = of(Scaled, Fused, Plain)
     truth, _ = by_torch(model, state)
-    dry = run(tmp_path, "merge", "a.pt", "nets.py:Net", "-o", "o.pt", "--dry-run")
-    assert dry.returncode == 0 and "computed (as Scaled loads it)" in dry.stdout and "100.0%" in dry.stdout.replace(" %", "%"), dry.stdout
-    assert run(tmp_path, "plan", "a.pt", "nets.py:Net", "-o", "plan.json").returncode == 0
-    done = run(tmp_path, "apply", "plan.json", "-o", "o.pt", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["fresh"] == [], done.stdout + done.stderr
+    dry = program("merge", "a.pt", "nets.py:Net", "-o", "o.pt", "--dry-run", folder=tmp_path)
+    assert dry.code == 0 and "computed (as Scaled loads it)" in dry.out and "100.0%" in dry.out.replace(" %", "%"), dry.out
+    assert program("plan", "a.pt", "nets.py:Net", "-o", "plan.json", folder=tmp_path).code == 0
+    done = program("apply", "plan.json", "-o", "o.pt", "--json", folder=tmp_path)
+    assert done.code == 0 and json.loads(done.out)["fresh"] == [], done.out + done.err
     same(loaded(model, tmp_path / "o.pt"), truth)
-    assert run(tmp_path, "verify", "o.pt", "nets.py:Net").returncode == 0
+    assert program("verify", "o.pt", "nets.py:Net", folder=tmp_path).code == 0
     edited = json.loads((tmp_path / "plan.json").read_text())
     for edit, words in (
         (lambda plan: plan.pop("handed"), "not handed to torch's load"),
@@ -332,12 +327,12 @@ def test_plan_dry_run_apply_and_verify_on_the_command_line(tmp_path: Path) -> No
         other = copy.deepcopy(edited)
         edit(other)
         (tmp_path / "other.json").write_text(json.dumps(other))
-        refused = run(tmp_path, "apply", "other.json", "-o", "p.pt")
-        assert refused.returncode == 2 and words in refused.stderr, refused.stdout + refused.stderr
+        refused = program("apply", "other.json", "-o", "p.pt", folder=tmp_path)
+        assert refused.code == 2 and words in refused.err, refused.out + refused.err
         assert not (tmp_path / "p.pt").exists()
     torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "a.pt")
-    stale = run(tmp_path, "apply", "plan.json", "-o", "p.pt")
-    assert stale.returncode == 2 and "has changed" in stale.stderr
+    stale = program("apply", "plan.json", "-o", "p.pt", folder=tmp_path)
+    assert stale.code == 2 and "has changed" in stale.err
 
 
 def test_the_models_own_load_state_dict_computes_too(tmp_path: Path) -> None:

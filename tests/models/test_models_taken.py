@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import program
 from loading_support import Frozen, everything, same
 from safetensors.torch import save_file
 from torch import nn
@@ -112,15 +113,12 @@ def test_a_loader_of_todays_version_takes_no_old_names(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_it_on_the_command_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
-
     write(old(net()), tmp_path / "a.pt")
     lines = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_models_taken import net as Net\n"
     (tmp_path / "nets.py").write_text(lines)
     for arguments in (["diff", "a.pt", "nets.py:Net"], ["merge", "a.pt", "nets.py:Net", "-o", "o.pt", "--strict"]):
-        run = subprocess.run([sys.executable, "-m", "ckptsurgeon", *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0 and "Frozen" in run.stdout, run.stdout + run.stderr
+        ended = program(*arguments, folder=tmp_path)
+        assert ended.code == 0 and "Frozen" in ended.out, ended
     assert torch.load(tmp_path / "o.pt", weights_only=True)["block.0.weight"].shape == (4, 3)
 
 

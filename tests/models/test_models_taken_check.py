@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import program
 from loading_support import everything, same
 from safetensors.torch import load_file
 from test_models_taken import net, old, write
@@ -169,12 +170,8 @@ def test_many_files_at_a_time_share_one_model(tmp_path: Path) -> None:
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     write(old(net()), tmp_path / "a.pt")
     lines = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_models_taken import net as Net\n"
     (tmp_path / "nets.py").write_text(lines)
-    command = [sys.executable, "-m", "ckptsurgeon", "check", "a.pt", "--against", "nets.py:Net"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and "CK30" not in run.stdout, run.stdout + run.stderr
+    ended = program("check", "a.pt", "--against", "nets.py:Net", folder=tmp_path)
+    assert ended.code == 0 and "CK30" not in ended.out, ended

@@ -47,6 +47,7 @@ def points(found: list[Call]) -> list[tuple[str, int]]:
     return list(dict.fromkeys((call.name, call.number) for call in places))
 
 
+@pytest.mark.slow
 def test_killed_at_every_call_that_changes_something(tmp_path: Path) -> None:
     """The folder that is replaced is whole, and so is the new one; the next run takes away what is left, or goes on with it."""
     folder = setting(tmp_path / "whole", 8)
@@ -71,6 +72,7 @@ def test_killed_at_every_call_that_changes_something(tmp_path: Path) -> None:
     assert {(False, 2), (True, 2)} <= set(outcomes) and resumed > 2  # with much left beside the old folder, and beside the new one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [("INT", 130), ("TERM", 143)])
 def test_interrupted_at_any_moment(sent: str, code: int, tmp_path: Path) -> None:
     place = setting(tmp_path / "place", 8)

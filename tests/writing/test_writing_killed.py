@@ -29,6 +29,7 @@ def left(folder: Path) -> list[str]:
     return sorted(set(os.listdir(folder)) - {"a.pt", "b.pt", "out.pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwritten"])
 def test_killed_at_every_call_that_changes_something(old: bytes | None, tmp_path: Path) -> None:
     words = ("merge", "a.pt", "b.pt", "-o", "out.pt", *(("--overwrite",) if old is not None else ()))
@@ -77,6 +78,7 @@ def spread(found: list[Call], count: int, step: int) -> list[Call]:
     return [*main[:: len(main) // count], *[call for call in main if (call.name, call.number) in changing][::step]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [("INT", 130), ("TERM", 143)])
 def test_interrupted_at_any_moment(sent: str, code: int, tmp_path: Path) -> None:
     words = ("merge", "a.pt", "b.pt", "-o", "out.pt")
