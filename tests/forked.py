@@ -25,7 +25,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("torch", "safetensors.torch", "ckptsurgeon.cli.main")
-SECONDS = 120  # for one run: one that hangs is ended by a signal, which its exit code then tells
+SECONDS = 300  # for one run: one that hangs is ended by a signal, which its exit code then tells
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,7 @@ print(max(seen) - before, len(seen))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is told by /proc")
 @pytest.mark.parametrize("options", [{}, {"dtype": "BF16"}], ids=str)
 def test_anonymous_memory_is_flat(options: dict[str, str], tmp_path: Path) -> None:

@@ -123,14 +123,14 @@ def test_forward_with_live_models(saved: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_large_sides_are_said_to_take_a_while() -> None:
-    """A mixture of experts of some thousand tensors: how far it is says what is being done."""
+    """A mixture of experts of a thousand tensors: how far it is says what is being done."""
 
     def skeleton(path: str, experts: int) -> Checkpoint:
         keys = [f"layers.{i}.{path}.{e}.{w}.weight" for i in range(20) for e in range(experts) for w in ("gate", "up", "down")]
         tensors = {key: TensorMeta(key, "F32", (4, 2), contiguous_stride((4, 2))) for key in keys}
         return Checkpoint(f"{path}.json", "skeleton", path, tensors, kind="skeleton")
 
-    for experts in (90, 3):
+    for experts in (20, 3):
         for verb in (cs.match, cs.diff):
             phases: list[cs.Progress] = []
             verb(skeleton("mlp.experts", experts), skeleton("moe.experts", experts), progress=phases.append)

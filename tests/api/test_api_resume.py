@@ -48,14 +48,6 @@ class NetSplit(NetGrey):
 DATA = digits()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterable[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # one order of summation
-    yield
-    torch.set_num_threads(before)
-
-
 def train(net: nn.Module, optimizer: Any, scheduler: Any, start: int, stop: int) -> list[float]:
     """The losses of steps `start` to `stop`, each on the batch of its own number."""
     losses = []

@@ -63,7 +63,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen(
             [sys.executable, "writer.py", str(place)],
             cwd=place,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
             stderr=subprocess.PIPE,
         )
         for rank in range(2)

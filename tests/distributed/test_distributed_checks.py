@@ -21,7 +21,7 @@ def run(size: int, folder: Path, backend: str = "gloo", name: str = "") -> dict[
     """Each check's result, by its name; `""` for a good one."""
     results = folder / "results.json"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", HERE / "run_checks.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHECKS_BACKEND": backend, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "CHECKS_BACKEND": backend, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
             [*words, results, folder, *([name] if name else [])],

@@ -70,6 +70,7 @@ def test_cut_at_every_byte(name: str, tmp_path: Path) -> None:
         assert error.hint or "limit" in error.reason or name == "skeleton", (length, str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_bit_of_the_header_flipped(name: str, tmp_path: Path) -> None:
     """An Archive or a CheckpointError. What is read nevertheless has spans within the file."""

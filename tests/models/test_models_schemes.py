@@ -284,6 +284,7 @@ class Net(nn.Module):
 EACH = ["model", "per_layer_type", "reset", "zeros", "ones", "constant(0.1)", "normal(std=0.02)", "uniform(-1, 1)", "trunc_normal"]
 
 
+@pytest.mark.slow
 def test_no_value_comes_from_memory_as_it_was(tmp_path):
     """glibc fills what it hands out with a byte of ours, another one in each run: whatever was not written to would differ."""
     (tmp_path / "nets.py").write_text(NETS)

@@ -114,7 +114,9 @@ def test_a_loader_of_todays_version_takes_no_old_names(tmp_path: Path) -> None:
 
 def test_the_plan_says_it_on_the_command_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(old(net()), tmp_path / "a.pt")
-    lines = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_models_taken import net as Net\n"
+    lines = (
+        f"import sys; sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}\nfrom test_models_taken import net as Net\n"
+    )
     (tmp_path / "nets.py").write_text(lines)
     for arguments in (["diff", "a.pt", "nets.py:Net"], ["merge", "a.pt", "nets.py:Net", "-o", "o.pt", "--strict"]):
         ended = program(*arguments, folder=tmp_path)

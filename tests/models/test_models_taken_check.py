@@ -171,7 +171,9 @@ def test_many_files_at_a_time_share_one_model(tmp_path: Path) -> None:
 
 def test_on_the_command_line(tmp_path: Path) -> None:
     write(old(net()), tmp_path / "a.pt")
-    lines = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_models_taken import net as Net\n"
+    lines = (
+        f"import sys; sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}\nfrom test_models_taken import net as Net\n"
+    )
     (tmp_path / "nets.py").write_text(lines)
     ended = program("check", "a.pt", "--against", "nets.py:Net", folder=tmp_path)
     assert ended.code == 0 and "CK30" not in ended.out, ended

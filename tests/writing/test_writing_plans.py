@@ -95,6 +95,7 @@ def differences(plan: Any, found: dict[str, torch.Tensor], folder: Path) -> list
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["target", "adapted", "convert", "average"])
 def test_every_edit_of_every_field_is_refused_or_changes_nothing(kind: str, tmp_path: Path) -> None:
     value = plans(tmp_path)[kind]
