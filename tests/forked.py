@@ -7,6 +7,7 @@ a line: exit code, stdout, stderr. What a run imports, what it costs, and what P
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -120,4 +121,5 @@ if __name__ == "__main__":
     for module in sys.argv[1:]:
         with suppress(ModuleNotFoundError):
             importlib.import_module(module)
+    gc.freeze()  # a collection in a child would write to all memory that is shared
     _become(**_serve())

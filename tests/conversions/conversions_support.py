@@ -151,7 +151,7 @@ def all_seen(model: nn.Module, run: Callable[[nn.Module], Tensor], unseen: Itera
 def cli(*words: object, cwd: Path) -> str:
     """Run the real program; its stdout. Its answer must be yes."""
     done = program(*words, folder=cwd, modules=(*MODULES, "transformers"), NO_COLOR="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    assert done.code == 0, done.err
+    assert done.code == 0, done
     return done.out
 
 
