@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from next_support import Follower, World, follower, of_pair, values
-from pairs_support import PAIRS, read_pair, score, side
+from pairs_support import PAIRS, matched, read_pair, score, side
 from torch import Tensor
 
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.result import Matching
-from ckptsurgeon.tensors import TensorMeta
 
 __all__ = ["follower"]
 Shapes = dict[str, tuple[int, ...]]
@@ -22,11 +21,6 @@ FEW = 1_000_000  # elements of a pair's target, more of which are not written in
 SMALL = [
     path for path in sorted(PAIRS.glob("*.json")) if sum(torch.Size(row[1]).numel() for row in json.loads(path.read_text())["target"]) < FEW
 ]
-
-
-def found_in(source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], suffix: str) -> Matching:
-    """What matching finds in the order of keys that a file has."""
-    return match(*(dict(tensors.items() if suffix == "pt" else sorted(tensors.items())) for tensors in (source, target)))
 
 
 def doubted(found: Matching) -> set[str]:
@@ -38,7 +32,7 @@ def doubted(found: Matching) -> set[str]:
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_a_published_pair_is_as_complete_as_matching_is(path: Path, suffix: str, follower: Follower) -> None:
     pair, world = read_pair(path), of_pair(path)
-    found = found_in(pair.source, pair.target, suffix)
+    found = matched(path, suffix == "pt")
     plain, got, _ = follower.follow(world, suffix)
     assert got.right >= plain.right
     assert got.wrong <= plain.wrong
@@ -184,4 +178,4 @@ def test_some_modules_under_other_names(seed: int, follower: Follower) -> None:
     if names:
         sides = [side([(key, list(tensor.shape), "float32") for key, tensor in state.items()]) for state in (made.source, made.target)]
         assert got.right >= plain.right and got.wrong <= plain.wrong
-        assert got.right >= made.truth.keys() - doubted(found_in(*sides, "safetensors"))
+        assert got.right >= made.truth.keys() - doubted(match(*(dict(sorted(tensors.items())) for tensors in sides)))
