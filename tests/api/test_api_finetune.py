@@ -77,28 +77,31 @@ def test_initialise_touches_only_what_is_fresh() -> None:
 OTHER_PROCESS = """
 import json, sys
 import ckptsurgeon as cs
-sys.path.insert(0, sys.argv[2])
+sys.path.insert(0, sys.argv[1])
 from variants import NetVariant
 import torch
-model = NetVariant()
-model.load_state_dict(torch.load(sys.argv[1], weights_only=True)) if sys.argv[1].endswith("pt") else cs.transfer(sys.argv[1], model)
-groups = cs.param_groups(model, sys.argv[1], lr=1e-3, fresh_lr=1e-2)
-print(json.dumps([[g["name"], g["lr"], g["param_names"]] for g in groups]))
+for path in sys.argv[2:]:
+    model = NetVariant()
+    model.load_state_dict(torch.load(path, weights_only=True)) if path.endswith("pt") else cs.transfer(path, model)
+    groups = cs.param_groups(model, path, lr=1e-3, fresh_lr=1e-2)
+    print(json.dumps([[g["name"], g["lr"], g["param_names"]] for g in groups]))
 """
 
 
-@pytest.mark.parametrize("output", ["merged.pt", "merged.safetensors"])
-def test_another_process_reads_the_groups_from_the_merged_files_record(output: str, tmp_path: Path) -> None:
-    cs.merge(support.PARAMS, SPEC, tmp_path / output, rename=RENAME)
-    done = support.python(OTHER_PROCESS, tmp_path / output, support.FIXTURES, folder=tmp_path)
+def test_another_process_reads_the_groups_from_the_merged_files_record(tmp_path: Path) -> None:
+    paths = [tmp_path / "merged.pt", tmp_path / "merged.safetensors"]
+    for path in paths:
+        cs.merge(support.PARAMS, SPEC, path, rename=RENAME)
+    done = support.python(OTHER_PROCESS, support.FIXTURES, *paths, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    transferred, fresh = json.loads(done.stdout)
-    assert fresh == ["fresh", 1e-2, ["norm1.weight", "norm1.bias", "fc3.weight", "fc3.bias"]]
-    assert transferred[:2] == ["transferred", 1e-3] and len(transferred[2]) == 8
     from ckptsurgeon import api
 
-    rows = api.groups(tmp_path / output, SPEC, lr=1e-3, fresh_lr=1e-2)
-    assert [[row["name"], row["lr"], row["params"]] for row in rows] == [transferred, fresh]
+    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
+        transferred, fresh = json.loads(line)
+        assert fresh == ["fresh", 1e-2, ["norm1.weight", "norm1.bias", "fc3.weight", "fc3.bias"]]
+        assert transferred[:2] == ["transferred", 1e-3] and len(transferred[2]) == 8
+        rows = api.groups(path, SPEC, lr=1e-3, fresh_lr=1e-2)
+        assert [[row["name"], row["lr"], row["params"]] for row in rows] == [transferred, fresh]
 
 
 def test_a_file_without_a_record_says_so(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ MOST = {  # rules that a pair may take
 }
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("turned", [pytest.param(False, id="forward"), pytest.param(True, id="backward", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_rules_of_a_published_pair_lead_to_its_links(path: Path, turned: bool) -> None:
     pair = read_pair(path)

@@ -34,6 +34,7 @@ def made(pairs: dict[str, str]) -> tuple[int, float]:
     [(lambda layer, expert: expert % 3 == 0, 1), (lambda layer, expert: layer % 3 == 0, 1), (lambda layer, expert: expert in SOME, 1)],
     ids=["every third expert", "every third layer", "a list of experts"],
 )
+@pytest.mark.slow
 def test_thirty_thousand_links_of_which_a_third_is_renamed(renamed: Callable[[int, int], bool], most: int) -> None:
     pairs = {}
     for layer in range(LAYERS):
