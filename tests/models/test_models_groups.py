@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import ckptsurgeon as cs
 from ckptsurgeon.errors import ModelError, NoRecordError
 from ckptsurgeon.models.training.groups import check_groups, fresh_keys, param_groups
 from ckptsurgeon.report import Coverage, Report, Verification
@@ -186,6 +187,28 @@ def test_a_record_of_another_model_is_refused():
     with pytest.raises(ModelError, match="2 keys") as caught:
         param_groups(Net(), report("fc9.weight", "fc9.bias"), lr=1.0, fresh_lr=1.0)
     assert caught.value.problems == ("fc9.bias", "fc9.weight")
+
+
+def test_what_the_record_says_nothing_of_is_not_taken_for_transferred(tmp_path):
+    """A layer that was added after the transfer, or a model that the record was not made for: its values may be fresh."""
+    net, path, merged = Net(), tmp_path / "a.pt", tmp_path / "merged.pt"
+    torch.save(Net().state_dict(), path)
+    made = cs.transfer(path, net)
+    records = (made, cs.plan(path, net), cs.merge(path, net, merged), cs.open(merged))
+    net.extra = nn.Linear(2, 2)
+    for record in records:
+        with pytest.raises(ModelError, match=r"extra\.weight: is not in the record of what is fresh") as caught:
+            cs.param_groups(net, record, lr=1.0, fresh_lr=2.0)
+        assert caught.value.problems == ("extra.bias: nor is it",) and "overrides={'extra.{weight,bias}': 1e-2}" in caught.value.hint
+        groups = cs.param_groups(net, record, lr=1.0, overrides={"extra.{weight,bias}": 1e-2})
+        assert names(groups)["extra.{weight,bias}"] == ["extra.weight", "extra.bias"]
+        with pytest.raises(ModelError, match="not in the record"):
+            cs.freeze(net, record)
+        assert all(parameter.requires_grad for parameter in net.parameters())
+    with pytest.raises(ModelError, match="not in the record"):
+        cs.param_groups(nn.Linear(2, 2), made, lr=1.0)
+    net.extra.requires_grad_(False)
+    assert [len(group["params"]) for group in cs.param_groups(net, made, lr=1.0)] == [8]
 
 
 def test_a_record_holds_for_the_model_wrapped_or_unwrapped():

@@ -1,17 +1,19 @@
 """Reads which of a model's keys are fresh, and which partly transferred, from a record: a report, a plan, a merged `Checkpoint`, or key
 names.
 
-Nothing is guessed: a missing record, or a record with keys that the model does not have, is an error.
+Nothing is guessed: a missing record, a record with keys that the model does not have, or a parameter of which the record says nothing, is
+an error.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 
 from ckptsurgeon.errors import ModelError, NoRecordError
-from ckptsurgeon.hints import close_hint
+from ckptsurgeon.hints import close_hint, shortened
 from ckptsurgeon.models.target.parameters import Named, keys_by_name
+from ckptsurgeon.rules.drafting.cover import cover
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
@@ -65,6 +67,18 @@ def partial_keys(source: object) -> frozenset[str]:
     return frozenset(recorded)
 
 
+def spoken_of(source: object) -> frozenset[str]:
+    """Every key that a record says anything about; none where it says only what is fresh.
+
+    >>> spoken_of(["fc3.weight"])
+    frozenset()
+    """
+    if isinstance(source, Checkpoint):
+        return frozenset(source)
+    given = frozenset((*getattr(source, "transferred", ()), *getattr(source, "kept", ())))
+    return given | fresh_keys(source) if given else given
+
+
 def known_fresh(keys: Iterable[str], tensors: Iterable[Named], source: object) -> frozenset[str]:
     """`fresh_keys(source)` as the keys of a model's state_dict.
 
@@ -88,11 +102,7 @@ def _model_keys(keys: Iterable[str], tensors: Iterable[Named], recorded: frozens
     known = set(keys)
     if recorded <= known:
         return recorded
-    unwrapped = {key: unwrap(key, WRAPPERS) for key in known}
-    counts = Counter(unwrapped.values())
-    by_unwrapped = {name: (key,) for key, name in unwrapped.items() if counts[name] == 1}
-    by_name = keys_by_name(tensors)
-    keys_of = {name: (name,) if name in known else by_unwrapped.get(unwrap(name, WRAPPERS)) or by_name.get(name, ()) for name in recorded}
+    keys_of = _keys_of(known, tensors, recorded)
     unknown = sorted(name for name, matching in keys_of.items() if not matching)
     if unknown:
         raise ModelError(
@@ -101,6 +111,44 @@ def _model_keys(keys: Iterable[str], tensors: Iterable[Named], recorded: frozens
             problems=tuple(unknown[:10]) + ((f"and {len(unknown) - 10} more",) if len(unknown) > 10 else ()),
         )
     return frozenset(key for matching in keys_of.values() for key in matching)
+
+
+def _keys_of(known: Collection[str], tensors: Iterable[Named], recorded: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """By recorded name, the model's keys that it means; it may have been recorded before or after the model was wrapped."""
+    unwrapped = {key: unwrap(key, WRAPPERS) for key in known}
+    counts = Counter(unwrapped.values())
+    by_unwrapped = {name: (key,) for key, name in unwrapped.items() if counts[name] == 1}
+    by_name = keys_by_name(tensors)
+    return {name: (name,) if name in known else by_unwrapped.get(unwrap(name, WRAPPERS)) or by_name.get(name, ()) for name in recorded}
+
+
+def refuse_unrecorded(keys: Iterable[str], tensors: Collection[Named], source: object, exempt: Container[str], hint: str) -> None:
+    """Raise ModelError for trainable parameters of which the record says nothing: added since, or of another model, and perhaps fresh.
+
+    Args:
+        keys: the keys of the model's state_dict.
+        tensors: the model's parameters and buffers.
+        exempt: first names of parameters that need no record.
+        hint: how a parameter is given a place by pattern; `{}` in it stands for a pattern that matches the first of them.
+    """
+    recorded = spoken_of(source)
+    if not recorded:
+        return
+    known = {key for matching in _keys_of(set(keys), tensors, recorded).values() for key in matching}
+    unrecorded = {
+        named.names[0]: None
+        for named in tensors
+        if named.trainable and named.keys and known.isdisjoint(named.keys) and named.names[0] not in exempt
+    }
+    if unrecorded:
+        first, *rest = unrecorded
+        pattern = cover(unrecorded, [named.names[0] for named in tensors if named.names[0] not in unrecorded])[0]
+        raise ModelError(
+            "is not in the record of what is fresh: it was added later, or the record is another model's",
+            key=first,
+            hint=hint.format(pattern),
+            problems=shortened(f"{name}: nor is it" for name in rest),
+        )
 
 
 def fresh_parameters(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError, printable
-from ckptsurgeon.models.init.recorded import fresh_parameters, known_fresh, known_partial
+from ckptsurgeon.models.init.recorded import fresh_parameters, known_fresh, known_partial, refuse_unrecorded
 from ckptsurgeon.models.target.parameters import Named, first_matching_pattern, listed, named, named_tensors
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.models.training.groups import FRESH, TRANSFERRED
@@ -180,6 +180,7 @@ def _chosen(model: nn.Module, parameters: Mapping[str, Named], buffers: Mapping[
     fresh = known_fresh(keys, tensors.values(), what)
     if partial == FRESH and _knows_partial(what):
         fresh |= known_partial(keys, tensors.values(), what)
+    refuse_unrecorded(keys, tensors.values(), what, (), "freeze by patterns instead: freeze(model, ['layer1.**'])")
     trained = fresh_parameters(parameters, buffers, fresh) | {
         first for first, named in buffers.items() if named.keys and fresh.issuperset(named.keys)
     }

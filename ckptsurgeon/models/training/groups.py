@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.init.recorded import fresh_keys, fresh_parameters, known_fresh, known_partial
+from ckptsurgeon.models.init.recorded import fresh_keys, fresh_parameters, known_fresh, known_partial, refuse_unrecorded
 from ckptsurgeon.models.target.parameters import Named, first_matching_pattern, named, named_tensors
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.models.training.decay import without_decay
@@ -81,9 +81,9 @@ def param_groups(
 
     Raises:
         NoRecordError: as `fresh_keys` and, with `partial="fresh"`, `partial_keys`.
-        ModelError: recorded keys that the model does not have, a pattern that matches no trainable parameter, nothing trainable, a lazy
-            parameter, a rate that is negative or not a number, both or none of `fresh_lr` and `fresh_scale` if one is needed, or
-            layers that can't be found (`depths`).
+        ModelError: recorded keys that the model does not have, a parameter of which the record says nothing, a pattern that matches no
+            trainable parameter, nothing trainable, a lazy parameter, a rate that is negative or not a number, both or none of
+            `fresh_lr` and `fresh_scale` if one is needed, or layers that can't be found (`depths`).
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> groups = param_groups(net, ["1.weight", "1.bias"], lr=1e-3, fresh_lr=1e-2)
@@ -105,6 +105,7 @@ def param_groups(
     chosen = first_matching_pattern(
         rates, {first: parameter.all_names for first, parameter in trainable.items()}, _frozen_names(parameters), "frozen"
     )
+    refuse_unrecorded(keys, tensors, source, chosen, "pass its own record, or give it a rate by pattern: overrides={{'{}': 1e-2}}")
     undecayed = without_decay(model, no_decay)
     fresh_first = fresh_parameters(parameters, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
     rate = lr * fresh_scale if lr is not None and fresh_scale is not None else fresh_lr
