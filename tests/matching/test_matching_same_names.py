@@ -146,6 +146,24 @@ def test_what_is_left_over_is_fresh_where_all_else_goes_by_its_name(in_order: bo
     assert not [key for key in found if "pooler" in key]
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("value_head", "reward_head"),
+        ("cls_head.fc", "proj_head.fc"),
+        ("decode_head.conv", "aux_head.proj"),
+        ("roi.box_head", "roi.mask_head"),
+    ],
+)
+def test_a_head_is_no_other_head(one: str, other: str, prefix: str) -> None:
+    """Both are heads, and each says which: the target's is fresh, though all else goes by its name."""
+    body = {f"encoder.{i}.fc.{leaf}": shape for i in range(4) for leaf, shape in (("weight", (8, 8)), ("bias", (8,)))}
+    heads = [{f"{name}.weight": (8, 8), f"{name}.bias": (8,)} for name in (one, other)]
+    source = side({f"{prefix}{key}": shape for key, shape in {**body, **heads[0]}.items()})
+    assert sure(source, side(body | heads[1])) == {key: (f"{prefix}{key}",) for key in body}
+
+
 @pytest.mark.parametrize("in_order", [False, True])
 def test_a_prefix_that_is_exchanged_is_one_naming_too(in_order: bool) -> None:
     """`bert.` for `encoder.`: a head of the source is no pooler of the target, and a table of another size stays what it is."""

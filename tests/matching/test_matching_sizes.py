@@ -102,6 +102,16 @@ def test_a_text_s_positions_are_counted_and_an_image_s_are_a_grid() -> None:
     assert offered("wpe.weight", (1024, 8), (512, 8), {"wte.weight": (60, 8)}) == [("slice", True)]
 
 
+def test_a_table_of_positions_is_a_square_grid_only_where_something_says_so() -> None:
+    """16 → 32 rows fit a grid of 3 x 3 with seven more tokens, and 100 → 64 a grid: of a text, a sound or a video that is chance."""
+    assert offered("wpe.weight", (16, 8), (32, 8)) == [('pad(fill="init")', True)]
+    for beside in ({}, {"encoder.conv1.weight": (8, 4, 3)}, {"encoder.patch.weight": (8, 3, 2, 4, 4)}):
+        assert [sure for _, sure in offered("encoder.embed_positions.weight", (100, 8), (64, 8), beside)] == [False]
+    assert [sure for _, sure in offered("encoder.pos_embed", (1, 16, 8), (1, 25, 8), {"encoder.patch.weight": (8, 3, 2, 4, 4)})] == [False]
+    clip = {"token_embedding.weight": (60, 8), "visual.conv1.weight": (8, 3, 4, 4)}  # the text's table stands nearer to its tokens
+    assert offered("positional_embedding", (65, 8), (82, 8), clip) == [('pad(fill="init")', True)]
+
+
 def test_whatever_grows_with_the_vocabulary_is_its_output() -> None:
     old = {"tok.weight": (60, 8), "output.weight": (60, 8), "cls.predictions.bias": (60,), "score.weight": (60, 8), "last.weight": (3, 3)}
     new = {key: (67, *shape[1:]) for key, shape in old.items()} | {"score.weight": (5, 8), "last.weight": (3, 3)}

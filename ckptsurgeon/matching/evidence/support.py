@@ -45,7 +45,7 @@ class Support:
         if not self.units.isdisjoint(self._units(link)):
             return True
         pairs = list(product(link.sources, link.targets))
-        if not self.strangers and any(_barred(*pair) or self._elsewhere(*pair) for pair in pairs):
+        if not self.strangers and any(_barred(*pair) or self._elsewhere(*pair) or self._two_heads(*pair) for pair in pairs):
             return False
         return any(self._parent(*pair) for pair in pairs) or self._place(link)
 
@@ -89,6 +89,7 @@ class Support:
         if (
             _barred(source_key, target_key)
             or self._elsewhere(source_key, target_key)
+            or self._two_heads(source_key, target_key)
             or conflict(frozenset(source_words), frozenset(target_words))
         ):
             return False
@@ -104,6 +105,15 @@ class Support:
         if min(len(here), len(there)) == 0:
             return max(len(here), len(there)) == 1 and bool(head)
         return bool(head) and not (source_words | target_words) & _TELLING and (len(tail) > 1 or head not in self.matched_modules)
+
+    def _two_heads(self, source_key: str, target_key: str) -> bool:
+        """Whether the parts in which two names differ name a head each, and each by a word of its own: `value_head`, `reward_head`."""
+        _, here, there, _ = _differing(self.bare.get(source_key, source_key), target_key)
+        own = [
+            {word for part in parts if "head" in (words := concepts(part)) for word in words if word[0] != "#"} - {"head"}
+            for parts in (here, there)
+        ]
+        return bool(own[0] and own[1]) and own[0].isdisjoint(own[1]) and not abbreviated(frozenset(own[0]), frozenset(own[1]))
 
     def _only_one(self, tail: Sequence[str]) -> bool:
         """Whether on each side only one name ends so."""
@@ -203,6 +213,8 @@ class Support:
         if roles[0] != roles[1] and set(roles) == {_TOKENS, None}:
             side = roles.index(None)
             return self._of_role[1 - side].get(_TOKENS) == 1 and self._only_tables[side] == [(link.sources, link.targets)[side][0]]
+        if not self.strangers and self._two_heads(link.sources[0], link.targets[0]):
+            return False
         return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
 
     @cached_property

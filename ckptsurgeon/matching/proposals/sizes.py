@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, inf
 
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.matching.evidence.vocabulary import concepts
@@ -106,12 +106,29 @@ class Sized:
         lone = f"{self.key}_bias" not in self.scene.target and f"{self.module}.bias" not in self.scene.target
         return bare and lone and not self.words & _NO_POSITIONS and len(self.new) == 3
 
-    @property
+    def _nearest(self, fits: Callable[[str, TensorMeta], bool]) -> float:
+        """How many modules lower the nearest sibling stands that fits; infinite where none does."""
+        return min((key.count(".") for key, tensor in self.siblings if fits(key, tensor)), default=inf)
+
+    @cached_property
     def of_text(self) -> bool:
-        """Whether a table of positions counts tokens of a text: a token table, and no kernel of patches, is beside it."""
-        beside = list(self.siblings)
-        tables = any("tok" in _words(key) and len(tensor.shape) == 2 for key, tensor in beside)
-        return (tables or "text" in self.words or "tok" in self.words) and not any(len(tensor.shape) > 3 for _, tensor in beside)
+        """Whether a table of positions counts tokens of a text: a token table is nearer to it than any kernel of patches."""
+        tables = self._nearest(lambda key, tensor: "tok" in _words(key) and len(tensor.shape) == 2)
+        kernels = self._nearest(lambda _, tensor: len(tensor.shape) > 3)
+        named = "text" in self.words or "tok" in self.words or "wpe" in self.key.split(".")
+        return tables < kernels or (named and kernels == inf)
+
+    @property
+    def of_image(self) -> bool:
+        """Whether a table of positions is surely one of a square grid: a bare one, or a kernel of two dimensions is in the model, and what
+        reads the input beside it has no other number of dimensions."""
+        kernels = {
+            len(tensor.shape)
+            for key, tensor in self.siblings
+            if key.endswith("weight") and len(tensor.shape) > 2 and 1 not in tensor.shape[:2]
+        }
+        bare = self.leaf not in ("weight", "bias") and len(self.new) > 2
+        return (4 in kernels or not kernels) and (bare or any(len(tensor.shape) == 4 for tensor in self.scene.target.values()))
 
     @property
     def is_first_convolution(self) -> bool:
@@ -173,7 +190,7 @@ def _positions(sized: Sized) -> Iterable[Answer] | None:
     if not sized.of_text:
         adapter = _by_shape(sized, "interpolate")
         how = "resized to the new grid" if adapter else "of another grid"
-        return [(adapter, f"table of positions, {how}", bool(adapter))]
+        return [(adapter, f"table of positions, {how}", bool(adapter) and sized.of_image)]
     if not sized.rows_alone:
         return [("", "table of positions", False)]
     if sized.new[0] > sized.old[0]:
