@@ -42,7 +42,7 @@ def open(path: Path | BytesIO, *, root: str | None = None) -> Checkpoint:  # the
 
 def inspect(
     path: Path | BytesIO,
-    patterns: Iterable[str] = (),
+    patterns: str | Iterable[str] = (),
     *,
     root: str | None = None,
     sort: str = "file",
@@ -53,7 +53,7 @@ def inspect(
 
     Args:
         path: a checkpoint file, a Hugging Face folder, a folder of `torch.distributed.checkpoint`, or an `io.BytesIO` that holds a file.
-        patterns: show only tensors whose keys match one of them: `["fc.*"]`. `state_dicts` has all.
+        patterns: show only tensors whose keys match one of them, `["fc.*"]`, or the one pattern. `state_dicts` has all.
         root: show only the nested dict of this name, such as `"model"` or `"ema"`.
         sort: `"file"` shows tensors in the file's order, `"name"` by key, `"size"` by bytes, the largest first.
         tree: show modules with the sums of their tensors, instead of tensors.
@@ -85,7 +85,7 @@ def inspect(
     archive = _read(path)
     if root is not None:
         archive = replace(archive, chosen=_opening.open_source(archive, root=root, parts=True))
-    look = Look(tuple(patterns), sort, (depth or DEPTH) if tree else 0)
+    look = Look((patterns,) if isinstance(patterns, str) else tuple(patterns), sort, (depth or DEPTH) if tree else 0)
     if look.patterns:
         _refuse_no_match(archive, root or "", look)
     return replace(archive, look=look)

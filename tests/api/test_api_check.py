@@ -110,6 +110,18 @@ def test_sources_and_targets_that_are_none(tmp_path: Path) -> None:
         cs.skeleton(3)
 
 
+def test_no_path_at_all_is_not_good() -> None:
+    """A pattern of a shell or of glob that matched nothing: the gate was not run."""
+    with pytest.raises(CheckpointError, match="no path is given"):
+        cs.check([])
+
+
+def test_one_pattern_is_as_good_as_a_list_of_one(tmp_path: Path) -> None:
+    torch.save({"a.b.w": torch.ones(2), "c": torch.ones(2)}, tmp_path / "in.pt")
+    for pattern in ("a.**", "**"):
+        assert cs.inspect(tmp_path / "in.pt", pattern).to_text() == cs.inspect(tmp_path / "in.pt", [pattern]).to_text()
+
+
 def test_the_verbs_take_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "in.pt")
     monkeypatch.chdir(tmp_path)

@@ -292,19 +292,28 @@ class Odd(nn.Module):
         self.fine = nn.Parameter(torch.zeros(3))
         if kind == "expanded":
             self.register_buffer("odd", torch.zeros(1).expand(3))
+        elif kind == "sliding":  # each row begins one element after the one before it
+            self.register_buffer("odd", torch.zeros(4).as_strided((2, 3), (1, 1)))
         else:
             with torch.inference_mode():
                 odd = torch.zeros(3)
             self.register_buffer("odd", odd)
 
 
-@pytest.mark.parametrize("kind", ["expanded", "inference"])
+@pytest.mark.parametrize("kind", ["expanded", "sliding", "inference"])
 def test_a_tensor_that_can_not_be_written_to_is_found_before_the_first_copy(kind: str) -> None:
     model = Odd(kind)
     with pytest.raises(ModelError) as caught:
-        cs.transfer({"fine": torch.ones(3), "odd": torch.ones(3)}, model)
+        cs.transfer({"fine": torch.ones(3), "odd": torch.arange(model.odd.numel()).float().reshape(model.odd.shape)}, model)
     assert caught.value.key == "odd"
     assert model.fine.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_buffer_whose_elements_interleave_holds_what_it_is_given() -> None:
+    model = nn.Module()
+    model.register_buffer("w", torch.zeros(8).as_strided((2, 3), (3, 2)))  # elements 0 2 4 and 3 5 7: no two are one
+    cs.transfer({"w": torch.arange(6.0).reshape(2, 3)}, model)
+    assert model.w.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
 
 
 def test_a_source_in_the_models_own_memory_is_not_overtaken() -> None:

@@ -91,6 +91,8 @@ def check(
     if against is not None or not conversions:
         options = gate(root=root, conversions=conversions, **words)
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not files:
+        raise SettingsError("no path is given, and nothing that was not looked at is good", key="paths", hint="check(['net.pt'])")
     return check_each([os.fspath(path) for path in files], lambda _path: options, jobs=jobs, note=note)
 
 

@@ -147,7 +147,7 @@ class Proposal(Matching, Result):
             left = [link for link in self.links if link not in applied and not (link.clear and link.doubt)]
             doubtful = (left or self.links)[0]
             codes = any(DEQUANTIZE in link.evidence for link in left)
-            way = "leave out what rivals it (drop=['other_tower.**']), or take them as they are: accept_uncertain=True"
+            way = "leave out what rivals it, drop=['other_tower.**'], or take them as they are: accept_uncertain=True"
             rival = f", such as {doubtful.sources[0]} -> {doubtful.targets[0]} or {doubtful.runner_up}" if doubtful.runner_up else ""
             return CoverageError(
                 f"{sum(not link.clear for link in self.links)} links are uncertain{rival}; "

@@ -180,8 +180,10 @@ def check_writable(key: str, tensor: torch.Tensor) -> None:
     """ModelError for a tensor of the model that can't be written to in place."""
     if tensor.device.type == "meta":
         raise ModelError("the model is on the meta device and has no memory", key=key, hint="model.to_empty(device='cpu') first")
-    if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ModelError("can't be written to: it is expanded, so its elements share memory", key=key, hint="give the model a clone of it")
+    if _shares_memory_with_itself(tensor):
+        raise ModelError(
+            "can't be written to: its elements share memory, as an expanded tensor's do", key=key, hint="give the model a clone of it"
+        )
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ModelError(
             "can't be written to: it was made in inference mode", key=key, hint="build the model outside torch.inference_mode()"
@@ -218,3 +220,14 @@ def _same_bits(current: Any, value: torch.Tensor) -> bool:
     if not isinstance(current, torch.Tensor) or current.shape != value.shape:
         return False
     return tensor_bytes(current.to(value.dtype)) == tensor_bytes(value)
+
+
+def _shares_memory_with_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a tensor are one number in memory (`expand`, `as_strided`, `unfold`), so that it can't hold any values."""
+    reach = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)) if tensor.numel() else ():
+        if size > 1 and step < reach:  # perhaps: then each element's place is looked at
+            extent = 1 + sum((many - 1) * by for many, by in zip(tensor.shape, tensor.stride(), strict=True))
+            return torch.arange(extent).as_strided(tensor.shape, tensor.stride()).unique().numel() < tensor.numel()
+        reach += (size - 1) * step
+    return False
