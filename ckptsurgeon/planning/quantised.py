@@ -1,13 +1,14 @@
 """Finds quantised weights: tensors of codes, which have a meaning only together with their scales.
 
 A table lists the dtypes and the names of scales of each scheme. Both must fit: an fp8 tensor without a scale is a plain value, and so is a
-float weight that has a `weight_scale`. In one shard of several, the scales may be in another shard: the index names them; without an index,
-every tensor with a dtype for codes may have scales. Pure.
+float weight that has a `weight_scale`. A matrix of eight bits beside a scale of any other name is codes too. In one shard
+of several, the scales may be in another shard: the index names them; without an index, every tensor with a dtype for codes may have
+scales. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,14 @@ _SCALES = tuple(sorted({row.scales[0].lstrip(".") for row in TABLE}))
 _BY_DTYPE = tuple(row for row in TABLE if row.dtypes != frozenset(BY_CODE))  # whose dtypes alone show that a tensor may be codes
 _DTYPES = frozenset().union(*(row.dtypes for row in _BY_DTYPE))
 _UNSEEN = "codes whose scales may be in another shard"
+_OTHER = "8-bit codes with scales"  # of no scheme of the table
+_EIGHT_BITS = FP8 | {"U8", "I8"}
+_OF_SCALES = frozenset({"scale", "scales", "descale", "qscale", "absmax", "scb"})
+_OTHERS = """weight weights w q qdata quant quantized dequant inv inverse inverted input output act activation group block channel row col
+    per tensor global second fp32 f32 s 1 2"""
+_AROUND = _OF_SCALES.union(_OTHERS.split())  # the words that a scale's name may have; `logit_scale` and `layer_scale` are none
+_LONGEST = 64  # characters of a scale's own name
+_WEIGHTS = frozenset({"weight", "kernel", "w", "q", "qweight", "codes"})  # what a module calls its matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +146,39 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
         scheme = next((row for row in rows if tensor.dtype in row.dtypes and _is(key, tensor, row, tensors)), None)
         if scheme is not None:
             weights[key] = _codes(key, scheme, tensors)
+    weights |= {key: Codes(key, _OTHER, scales) for key, scales in _other_codes(tensors, weights)}
     weights |= _tied(weights, tensors)
     shard = tensors.shard if isinstance(tensors, Checkpoint) else None
     return weights if shard is None else weights | dict(_in_shards(weights, tensors, shard))
+
+
+def _other_codes(tensors: Mapping[str, TensorMeta], known: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Matrices of eight bits with their scales, which continue the matrix's name, or stand in the module whose weight it is."""
+    suspects = [key for key, tensor in tensors.items() if tensor.dtype in _EIGHT_BITS and len(tensor.shape) > 1 and key not in known]
+    of_module: dict[str, list[str]] = {}
+    of_tensor: dict[str, list[str]] = {}
+    for name, tensor in tensors.items() if suspects else ():
+        if (BY_CODE[tensor.dtype].kind == "float" or tensor.dtype == "U8") and _OF_SCALES.intersection(_words(name)):
+            module, _, leaf = name.rpartition(".")
+            if _is_scale(leaf):
+                of_module.setdefault(module, []).append(name)
+            for at in range(max(0, len(name) - _LONGEST), len(name)):
+                if name[at] in "._" and _is_scale(name[at + 1 :]):
+                    of_tensor.setdefault(name[:at], []).append(name)
+    for key in suspects:
+        module, _, leaf = key.rpartition(".")
+        names = of_tensor.get(key) or (of_module.get(module, []) if leaf.lower() in _WEIGHTS else [])
+        scales = tuple(name for name in names if tensors[name].dtype != tensors[key].dtype)
+        if scales:
+            yield key, scales
+
+
+def _is_scale(text: str) -> bool:
+    return _AROUND.issuperset(_words(text)) and not _OF_SCALES.isdisjoint(_words(text))
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().replace(".", "_").split("_")
 
 
 def lacks_scales(tensors: Mapping[str, TensorMeta]) -> bool:

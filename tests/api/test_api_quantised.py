@@ -329,6 +329,12 @@ def test_ordinary_tensors_with_such_names_are_values(tmp_path: Path) -> None:
         "scales": torch.ones(3),
         "d.weight": random(4, 4).to(FP8),
         "d.weight_scale": torch.ones(4).to(FP8),
+        "e.weight": random(4, 4).to(FP8),
+        "e.layer_scale": torch.ones(4),
+        "f.table": torch.ones(4, 4, dtype=torch.int8),
+        "f.scale": torch.ones(4),
+        "g.weight": torch.ones(4, dtype=torch.uint8),
+        "g.scale": torch.ones(4),
     }
     path = save(tmp_path, "a.safetensors", state)
     assert find(cs.open(path)) == {} and cs.check(path).files[0].findings == ()
@@ -337,6 +343,39 @@ def test_ordinary_tensors_with_such_names_are_values(tmp_path: Path) -> None:
     support.same(support.load(tmp_path / "o.pt"), {key: value.float() for key, value in state.items()})
     with pytest.raises(SettingsError, match="--dequantize"):
         cs.merge(path, target, tmp_path / "p.pt", dequantize=True)
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2, torch.int8, torch.uint8])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "weight.scale",
+        "weight_scales",
+        "w_scale",
+        "weight_scale_inverse",
+        "qscale_weight",
+        "weight_descale",
+        "scale",
+        "scales",
+        "weight.absmax",
+    ],
+)
+def test_a_scale_of_any_name_makes_codes(scale: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """No library's names that are known here: such codes are never cast alone, and go where their scales go."""
+    state = {"a.q.weight": codes(dtype, 8, 16), f"a.q.{scale}": random(8).abs(), "n": torch.ones(1)}
+    path = save(tmp_path, "a.safetensors", state)
+    target = save(tmp_path, "t.safetensors", {"a.q.weight": torch.zeros(8, 16, dtype=torch.bfloat16), "n": torch.ones(1)})
+    with pytest.raises(CastError) as caught:
+        cs.merge(path, target, tmp_path / "o.safetensors")
+    assert caught.value.key == "a.q.weight" and f"a.q.{scale}" in caught.value.message
+    model = torch.nn.Module()
+    model.a = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 8, bias=False)})
+    model.register_buffer("n", torch.ones(1))
+    with pytest.raises(CastError):
+        cs.transfer(path, model)
+    cs.merge(path, target, tmp_path / "allowed.safetensors", allow_cast=["a.q.weight"])
+    cs.merge(path, None, tmp_path / "copy.pt", rename={"a.q.{**r}": "b.{r}"})
+    assert torch.equal(support.load(tmp_path / "copy.pt")["b.weight"].view(torch.uint8), state["a.q.weight"].view(torch.uint8))
 
 
 def test_codes_and_scales_of_a_target_come_from_one_place(tmp_path: Path) -> None:
