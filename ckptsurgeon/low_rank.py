@@ -12,16 +12,20 @@ from collections.abc import Iterable
 
 from ckptsurgeon.hints import several
 
-# The beginnings of segments that are names of factors: LoRA and DoRA of PEFT and of kohya, VeRA, RandLoRA, VB-LoRA, (IA)³, LoHa, LoKr, OFT,
-# BOFT, HRA, FourierFT, tuned norms.
-_LORA = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "lora_down", "lora_up", "lora_mid")
+# How the name of a factor begins, segment by segment: LoRA and DoRA of PEFT, kohya, torchtune and diffusers, VeRA, RandLoRA, VB-LoRA,
+# (IA)³, LoHa, LoKr, OFT, BOFT, HRA, FourierFT, tuned norms.
+_LORA = (
+    *("lora_A", "lora_B", "lora_a", "lora_b", "lora_embedding_", "lora_magnitude_vector"),
+    *("lora_down", "lora_up", "lora_mid", "lora_linear_layer"),
+)
+_PAIRS = r"(?:[^.]+_)?lora\.(?:down|up|[ABab])(?=\.|$)"  # a module called so, with both factors in it
 _KIN = (
     *("vera_A", "vera_B", "vera_lambda_", "randlora_", "vblora_", "ia3_l", "hada_w1", "hada_w2", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w2", "lokr_t2", "oft_r", "oft_R", "boft_R", "boft_s", "hra_u", "fourierft_spectrum", "ln_tuning_layers"),
 )
 _BASE, _SAVED, _ORIGINAL = "base_layer", "modules_to_save", "original_module"
 _NAMES = (*_LORA, *_KIN)
-_FACTOR = re.compile(rf"(?:^|\.)(?:{'|'.join(_NAMES)})")
+_FACTOR = re.compile(rf"(?:^|\.)(?:{_PAIRS}|{'|'.join(_NAMES)})")
 _WRAPPED = re.compile(rf"{_FACTOR.pattern}|\.{_SAVED}\.")
 
 
@@ -82,8 +86,8 @@ def _cut(key: str, segment: str) -> tuple[str, bool, str]:
 
 def _split(key: str) -> tuple[list[str], int | None]:
     """A key's segments, and the index of the segment that makes it a factor."""
-    segments = key.split(".")
-    return segments, next((index for index, segment in enumerate(segments) if segment.startswith(_NAMES)), None)
+    factor = _FACTOR.search(key)
+    return key.split("."), None if factor is None else key[: factor.start() + 1].count(".")
 
 
 def _pattern(key: str) -> str:

@@ -109,6 +109,13 @@ def test_a_plain_model_goes_into_a_wrapped_one(files, tmp_path: Path) -> None:
         ("a.lora_magnitude_vector.default.weight", True),
         ("lora_te_text_model.lora_down.weight", True),
         ("base_model.vera_A.default", True),
+        ("layers.0.attn.q_proj.lora_a.weight", True),  # torchtune
+        ("to_q.lora_linear_layer.down.weight", True),  # diffusers
+        ("attn1.processor.to_q_lora.up.weight", True),
+        ("to_q.lora.down.weight", True),
+        ("lora.A", True),
+        ("explora.down.weight", False),
+        ("lora.downsample.weight", False),
         ("explora_A.weight", False),
         ("base_layer.0.weight", False),
         ("lora.weight", False),
@@ -129,9 +136,20 @@ def test_of_two_copies_that_were_trained_none_stands_for_the_module() -> None:
     assert unwrapped(keys) == {}
 
 
+FACTORS = (
+    "a.lora_A.default.weight",
+    "a.lora_B",
+    "b.ia3_l.default",
+    "c.hada_w1_a.default",
+    "q.lora_a.weight",
+    "q.lora.up.weight",
+    "k_lora.B",
+)
+
+
 def test_each_kind_of_factor_has_a_drop_that_matches_it(tmp_path: Path) -> None:
     state = {"norm.weight": torch.ones(3)}
-    state |= {key: torch.ones(2) for key in ("a.lora_A.default.weight", "a.lora_B", "b.ia3_l.default", "c.hada_w1_a.default")}
+    state |= {key: torch.ones(2) for key in FACTORS}
     torch.save(state, tmp_path / "a.pt")
     save_file({"norm.weight": torch.zeros(3)}, tmp_path / "t.safetensors")
     (words,) = cs.diff(tmp_path / "a.pt", tmp_path / "t.safetensors").warnings
