@@ -228,6 +228,7 @@ def _shares_memory_with_itself(tensor: torch.Tensor) -> bool:
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)) if tensor.numel() else ():
         if size > 1 and step < reach:  # perhaps: then each element's place is looked at
             extent = 1 + sum((many - 1) * by for many, by in zip(tensor.shape, tensor.stride(), strict=True))
-            return torch.arange(extent).as_strided(tensor.shape, tensor.stride()).unique().numel() < tensor.numel()
+            places = torch.arange(extent).as_strided(tensor.shape, tensor.stride())
+            return len(set(places.flatten().tolist())) < tensor.numel()
         reach += (size - 1) * step
     return False
