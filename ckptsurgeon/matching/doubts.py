@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from ckptsurgeon.matching.evidence.crossed import exchangeable
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold, squeezed
@@ -350,6 +351,12 @@ def _placed(key: str) -> Iterator[tuple[str, int]]:
         yield f"{key[: numbers[-1].start()]}#{key[numbers[-1].end() :]}", int(numbers[-1][0])
 
 
+def _exchanged(facts: Facts) -> _Doubts:
+    """What names would rather see exchanged, or as well."""
+    for link, rival in exchangeable(_open(facts), [link for link in facts.links if link.clear], facts.source, facts.target):
+        yield Doubt(link, f"its names speak no less for {rival}", rival)
+
+
 def _open(facts: Facts) -> Iterator[Link]:
     return (link for link in facts.links if link.clear and not facts.named(link))
 
@@ -365,5 +372,6 @@ _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _out_of_order,
     _idle_equals,
     _either_direction,
+    _exchanged,
     _shape_alone,
 )

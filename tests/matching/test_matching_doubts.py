@@ -148,3 +148,35 @@ def test_query_key_value_and_mlp_of_one_block_in_one_matrix() -> None:
     assert {link.sources: link.targets for link in found.links if link.sources[0].endswith("weight")} == {
         (f"single.{i}.linear1.weight",): tuple(f"blocks.{i}.{name}.weight" for name in parts) for i in range(2)
     }
+
+
+def _blocks(*names: str, start: int = 0) -> Side:
+    """Two layers whose parts have these names, all of one shape."""
+    return side({f"layers.{start + i}.{name}.weight": (8, 8) for i in range(2) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "never"),
+    [
+        (("ln_1", "ffn_norm"), ("input_layernorm", "ln2"), ("ln_1", "ln2")),
+        (("ffn_norm", "input_layernorm"), ("ln1", "post_attention_layernorm"), ("ffn_norm", "ln1")),
+        (("post_attention_layernorm", "ln1"), ("attention_norm", "norm2"), ("post_attention_layernorm", "attention_norm")),
+        (("fc1", "c_proj"), ("lin2", "w1"), ("fc1", "lin2")),
+        (("w1", "c_proj"), ("c_fc", "fc2"), ("w1", "fc2")),
+        (("lin1", "w2"), ("up_proj", "fc2"), ("lin1", "fc2")),
+        (("conv", "c2"), ("c1", "cv2"), ("c2", "c1")),
+        (("dense_4h_to_h", "intermediate"), ("dense_h_to_4h", "lin2"), ("dense_4h_to_h", "dense_h_to_4h")),
+    ],
+)
+def test_names_are_not_linked_where_they_speak_for_the_other_way(
+    ours: tuple[str, ...], theirs: tuple[str, ...], never: tuple[str, str]
+) -> None:
+    """Shapes and places can't tell them, in files whose keys are sorted; the numbers and words of the names speak against the link."""
+    source, target = dict(sorted(_blocks(*ours).items())), dict(sorted(_blocks(*theirs, start=1).items()))
+    certain = {(link.sources[0].split(".")[2], link.targets[0].split(".")[2]) for link in match(source, target).certain}
+    assert never not in certain
+
+
+def test_lists_that_begin_at_another_number_go_in_their_order() -> None:
+    certain = {link.targets[0]: link.sources[0] for link in match(_blocks("norm0", "norm1"), _blocks("ln_1", "ln_2")).certain}
+    assert {f"layers.0.ln_{i + 1}.weight": f"layers.0.norm{i}.weight" for i in (0, 1)}.items() <= certain.items()

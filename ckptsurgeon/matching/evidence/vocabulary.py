@@ -21,6 +21,8 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"post_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "postmlp.norm"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
+    (r"dense_h_to_4h", "up"),
+    (r"dense_4h_to_h", "down"),
     (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|fc1_gu", "gate.up"),
     (r"layer_?norms?|ln|rms_?norm|batch_?norm([123]d)?|group_?norm|instance_?norm|normali[sz]ation|bn|gn|norms", "norm"),
     (r"layer_?scale|ls|lambda|res_?scale", "scale"),

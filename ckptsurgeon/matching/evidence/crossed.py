@@ -1,0 +1,123 @@
+"""Links that their names would rather see exchanged: `ln_1` for `norm2` while `norm1` is there, or the one norm of two that says nothing.
+
+Rule: only modules that hold the same shapes and stand in one module on either side can be exchanged. Names must speak at least as much for
+a link as for any other way; lists that are counted in the same order may begin at another number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import combinations
+
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict
+from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
+
+_DEPTHS = (2, 3)  # of the segment that is exchanged, from the end of a key: a layer, or the module that holds it
+_MOST = 8  # links of one module that are compared with each other
+_KINDS = SAYS_NOTHING | {"conv", "norm", "attn", "mlp"}  # words that several parts of one module may have
+_HINT = 0.25  # what such a word in common counts
+_EARLY, _LATE = frozenset({"first", "preattn", "attn", "#0"}), frozenset({"mlp", "postattn", "premlp", "second", "#2"})  # norms of a layer
+_CLEARLY = 1.0  # how much better an exchange must be
+
+Signature = frozenset[tuple[str, tuple[int, ...]]]
+
+
+def exchangeable(
+    links: Iterable[Link], every: Sequence[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]
+) -> Iterator[tuple[Link, str]]:
+    """Each of `links` that names would rather see otherwise, with its rival as `source -> target`; `every` are all clear links."""
+    single = [link for link in links if len(link.sources) == len(link.targets) == 1]
+    used = {key for link in every for key in link.sources}, {key for link in every for key in link.targets}
+    inside = _signatures(source), _signatures(target)
+    beside = _by_parent(inside[0]), _by_parent(inside[1])
+    groups: dict[tuple[str, str, str, str, Signature], list[tuple[str, str, Link]]] = {}
+    for link in single if inside[0] else ():
+        for depth in _DEPTHS:
+            (here, old, rest), (there, new, tail) = _cut(link.sources[0], depth), _cut(link.targets[0], depth)
+            if old and new and not old.isdigit() and not new.isdigit():
+                groups.setdefault((here, rest, there, tail, inside[0][f"{here}{old}"]), []).append((old, new, link))
+    for (here, rest, there, tail, _), members in groups.items():
+        for (old, new, link), (other_old, other_new, other) in combinations(members[:_MOST], 2):
+            straight = _agree(old, new) + _agree(other_old, other_new)
+            exchanged = _agree(old, other_new) + _agree(other_old, new)
+            if old != other_old and new != other_new and exchanged - straight >= _CLEARLY and not _in_order(old, new, other_old, other_new):
+                yield link, f"{other.sources[0]} -> {link.targets[0]}"
+                yield other, f"{link.sources[0]} -> {other.targets[0]}"
+        if rest.count("."):
+            continue
+        for old, new, link in members:
+            agreed = _agree(old, new)
+            for name in _free(f"{there}{new}", tail, used[1], inside[1], beside[1]):
+                if _agree(old, name.removeprefix(there)) >= agreed:
+                    yield link, f"{link.sources[0]} -> {name}.{tail}"
+            for name in _free(f"{here}{old}", rest, used[0], inside[0], beside[0]):
+                if _agree(name.removeprefix(here), new) >= agreed:
+                    yield link, f"{name}.{rest} -> {link.targets[0]}"
+
+
+def _cut(key: str, depth: int) -> tuple[str, str, str]:
+    """What stands before the segment that is `depth` from the end, with its dot, then the segment, then what follows."""
+    parts = key.split(".")
+    if len(parts) < depth:
+        return "", "", ""
+    head = ".".join(parts[:-depth])
+    return f"{head}." if head else "", parts[-depth], ".".join(parts[1 - depth :])
+
+
+def _signatures(side: Mapping[str, TensorMeta]) -> dict[str, Signature]:
+    """What each module holds, at most two levels deep."""
+    rows: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for key, tensor in side.items():
+        for depth in _DEPTHS:
+            head, segment, rest = _cut(key, depth)
+            if segment:
+                rows.setdefault(f"{head}{segment}", set()).add((rest, tensor.shape))
+    return {path: frozenset(row) for path, row in rows.items()}
+
+
+def _free(path: str, leaf: str, used: Collection[str], inside: Mapping[str, Signature], beside: Mapping[str, list[str]]) -> Iterator[str]:
+    """Modules beside one that hold the same, and of which no link has this tensor."""
+    for name in beside[path.rpartition(".")[0]]:
+        if name != path and inside[name] == inside[path] and f"{name}.{leaf}" not in used and not name.rpartition(".")[2].isdigit():
+            yield name
+
+
+def _by_parent(paths: Iterable[str]) -> dict[str, list[str]]:
+    children: dict[str, list[str]] = {}
+    for path in paths:
+        children.setdefault(path.rpartition(".")[0], []).append(path)
+    return children
+
+
+def _in_order(old: str, new: str, other_old: str, other_new: str) -> bool:
+    """Whether the four are of two lists that are counted in the same order."""
+    numbers = [_numbers(name) for name in (old, new, other_old, other_new)]
+    return all(numbers) and (numbers[0] < numbers[2]) == (numbers[1] < numbers[3])
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(word[1:]) for word in concepts(name) if word[0] == "#"]
+
+
+@cache
+def _agree(old: str, new: str) -> float:
+    """How much two names agree: in words, in numbers, and a little in words that several names have."""
+    every, others = frozenset(concepts(old)), frozenset(concepts(new))
+    shared = frozenset(word for word in every & others if word[0] != "#" and (len(word) > 1 or word in "qkv"))
+    points = -2.0 if conflict(every, others) else 0.0
+    points += bool(shared - _KINDS) + _HINT * bool(shared & _KINDS)
+    if "norm" in shared:
+        late, other_late = _is_late(every), _is_late(others)
+        points += 0 if late is None or other_late is None else 1 if late == other_late else -2
+    numbers, other_numbers = _numbers(old), _numbers(new)
+    if numbers and other_numbers:
+        points += 1 if numbers == other_numbers else -1
+    return points
+
+
+def _is_late(words: frozenset[str]) -> bool | None:
+    """Whether a norm stands behind the attention of its layer; None where its name does not say, as in a layer with two attentions."""
+    early, late = bool(words & _EARLY), bool(words & _LATE)
+    return None if early == late or "cross" in words else late
