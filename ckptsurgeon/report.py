@@ -13,6 +13,7 @@ from ckptsurgeon.shown import Result, Shown
 from ckptsurgeon.tensors import TensorMeta
 
 Level = Literal["error", "warning", "note"]
+PROOFS = ("full", "copied", "none")  # which bytes of an output are read back and compared: all, those that are not shared, none
 FRESH = "is fresh"  # the only reason for a state that was not carried that the report on the weights gives too
 
 
@@ -175,7 +176,8 @@ class Report(Result):
         files: the name and size in bytes of each file that was written: a folder's shards and their index, else the one file.
         shared: how many of its bytes take no space of their own, since the file system shares them with the sources.
         copied: how many bytes were copied unchanged from the sources.
-        proven: whether the file was compared with the plan byte by byte.
+        proof: which bytes of the file were read back and compared with the plan: `full` is all of them, `copied` those that it does not
+            share with the sources, `none` none.
         verification: the outcome of loading it into the model, or None.
         adapted: keys whose shape or values adapters changed.
         partial: keys of which only a part is trained: adapters filled up the rest (the new rows of a vocabulary), or a source has it on
@@ -199,7 +201,7 @@ class Report(Result):
     findings: tuple[Finding, ...] = ()
     output: str | None = None
     nbytes: int = 0
-    proven: bool = False
+    proof: str = "none"
     verification: Verification | None = None
     adapted: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
@@ -210,6 +212,11 @@ class Report(Result):
     files: tuple[tuple[str, int], ...] = ()
     shared: int = 0
     copied: int = 0
+
+    @property
+    def proven(self) -> bool:
+        """Whether the file was held against the plan, but for what it shares with the sources where `proof` is `copied`."""
+        return self.proof != "none"
 
 
 @dataclass(frozen=True, repr=False)

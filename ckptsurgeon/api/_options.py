@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ckptsurgeon.dtypes import choice
 from ckptsurgeon.errors import ModelError, PlanError, SettingsError
+from ckptsurgeon.report import PROOFS
 from ckptsurgeon.sizes import parsed
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def _layout(patterns: Words | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where and how `merge` and `apply` write, and how the file is verified. `max_shard_size` is in bytes after construction."""
+    """Where and how `merge` and `apply` write, and how the file is verified.
+
+    After construction `max_shard_size` is in bytes, and `proof` is set, of which `verify` is whether there is any.
+    """
 
     output: Path
     format: str | None = None
@@ -94,18 +98,33 @@ class OutputOptions:
     overwrite: bool = False
     tied: str | None = None
     provenance: bool = True
-    verify: bool = True
+    verify: bool | None = None
+    proof: str | None = None
     device: str | None = None
     finite: bool = False
 
     def __post_init__(self) -> None:
-        """Read `max_shard_size`. Raises SettingsError for text that is no size."""
+        """Read `max_shard_size` and `proof`. Raises SettingsError for text that is no size or no proof, or that `verify` contradicts."""
         object.__setattr__(self, "max_shard_size", shard_size(self.max_shard_size))
+        proof = _proof(self.proof, self.verify)
+        object.__setattr__(self, "proof", proof)
+        object.__setattr__(self, "verify", proof != "none")
 
     @property
     def shard_size(self) -> int | None:
         """The most bytes of a shard; None where it is not given."""
         return None if self.max_shard_size is None else int(self.max_shard_size)
+
+
+def _proof(proof: str | None, verify: bool | None) -> str:
+    """What is proven, as `proof` says, or else `verify`."""
+    meant = "none" if verify is not None and not verify else "full"
+    if proof is not None and proof not in PROOFS:
+        raise SettingsError(f"{proof!r} is no proof", key="--proof", hint=", ".join(PROOFS))
+    if proof is not None and verify is not None and proof != meant:
+        word = "--verify" if verify else "--no-verify"
+        raise SettingsError(f"{proof!r} contradicts {word}, which is {meant!r}", key="--proof", hint="leave out one of the two")
+    return proof or meant
 
 
 def shard_size(size: int | str | None) -> int | None:
@@ -199,6 +218,7 @@ TABLE: tuple[Row, ...] = (
     Row("seed", ("model built", "initial values"), "has nothing to draw: no model is built, and no rule initialises a key", "leave it out"),
     Row("device", ("model",), "is where a model is loaded, and the target is no model", "give module:Net as the target, or leave it out"),
     Row("device", ("verify",), "is where the proof loads the model, and --no-verify skips it", "leave out one of the two"),
+    Row("proof copied", ("our writer",), "leaves out what is shared, and torch writes a DCP folder, which shares nothing", "leave it out"),
     Row("inputs", ("model",), "is for a forward pass, and the target is no model", "give module:Net as the target"),
     Row("inputs", ("values",), "is for a forward pass, and there are no values on meta", "name another --device"),
     Row(
@@ -244,6 +264,7 @@ def refuse_idle(facts: Collection[str], **given: Any) -> None:
     """
     if given.get("dtype") == "target":
         given["dtype target"] = True
+    given["proof copied"] = given.get("proof") == "copied"
     idle = [row for row in TABLE if is_given(given.get(row.option)) and not set(row.needs) & set(facts)]
     if len(idle) == 1:
         raise SettingsError(idle[0].reason, key=option(idle[0].option), hint=idle[0].hint)

@@ -125,6 +125,7 @@ def refuse_idle_writing(plan: Plan, options: OutputOptions, training: TrainingOp
         model=plan.target is not None and plan.target.kind == "model",
         verify=options.verify,
         leaves_out_tied=WRITTEN[kind.format].leaves_out_tied,
+        our_writer=not WRITTEN[kind.format].saved,
         shards=kind.max_shard_size,
         one_file=not kind.is_folder,
         optimizer=training.written,
@@ -154,7 +155,7 @@ def carry_out(
         overwrite=options.overwrite,
         tied=options.tied or "copy",
         provenance=provenance,
-        proof=options.verify,
+        proof=options.proof or "full",
         max_shard_size=kind.max_shard_size,
         resume=options.resume,
     )
@@ -163,8 +164,9 @@ def carry_out(
     verification: list[Verification] = []
 
     def prove(path: str) -> None:
-        if output.proof and target is not None and target.build is not None:
-            verified = verify_written(path, target, options.device or "cpu", finite=finite, seed=plan.seed, shown=output.path)
+        if output.proven and target is not None and target.build is not None:
+            device = options.device or ("cpu" if output.proof == "full" else "meta")  # where no values are read
+            verified = verify_written(path, target, device, finite=finite, seed=plan.seed, shown=output.path)
             findings = tuple(replace(row, message=named(row.message, path, output.path)) for row in verified.findings)
             verification.append(replace(verified, findings=findings))
         if finite and (not verification or around is not None):  # the model has checked the weights alone
@@ -182,7 +184,7 @@ def carry_out(
         files=written.files,
         shared=written.shared,
         copied=written.copied,
-        proven=output.proof,
+        proof=output.proof,
         verification=checked,
     )
 

@@ -158,7 +158,8 @@ def merge(
     overwrite: bool = False,
     tied: str | None = None,
     provenance: bool = True,
-    verify: bool = True,
+    verify: bool | None = None,
+    proof: str | None = None,
     device: str | None = None,
     finite: bool = False,
     with_optimizer: bool = False,
@@ -210,8 +211,10 @@ def merge(
         overwrite: replace `output` if it exists; a folder as a whole, and only where it holds nothing but a checkpoint's files.
         tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
-        verify: compare the written file with the plan and the model, and all that is read with the checksums of torch's zip format; data
-            without a checksum is a note in the report.
+        verify: `False` is `proof="none"`, `True` is `proof="full"`.
+        proof: `"full"` (the default) compares the written file with the plan and the model, and all that is read with the checksums of
+            torch's zip format; data without a checksum is a note in the report. `"copied"` leaves out the bytes that the file shares with
+            the sources on disk, and loads the model on `"meta"`, without values. `"none"` compares nothing.
         device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
             values.
         finite: NaN and infinite values are errors; needs torch.
@@ -248,12 +251,12 @@ def merge(
     opened = _look(sources)
     opened_target = None if target is None else _opening.open_target(target, conversions=conversions, note=note)
     checkpoints, decided = _decide(opened, opened_target, ruling, options)
-    if opened_target is not None and opened_target.build is not None and (decided.needs_model or verify):
+    if opened_target is not None and opened_target.build is not None and (decided.needs_model or writing.verify):
         built = _opening.as_built(opened_target, decided.seed, note)
         if built is not opened_target:
             opened_target = built
             checkpoints, decided = _decide(opened, opened_target, ruling, options)
-    refuse_idle(facts_of(decided, verify), **vars(options))
+    refuse_idle(facts_of(decided, bool(writing.verify)), **vars(options))
     refuse_idle_writing(decided, writing, training)
     _gates.refuse_open(decided)
     _gates.check(decided, options)
@@ -261,7 +264,7 @@ def merge(
     if training.written:
         from ckptsurgeon.api import _merged_training_state
 
-        around, carried = _merged_training_state.training(decided, checkpoints, opened_target, training, verify)
+        around, carried = _merged_training_state.training(decided, checkpoints, opened_target, training, bool(writing.verify))
     _gates.refuse_idle_casts(decided.allow_cast, [step.target for step in (*decided.steps, *(around.steps if around is not None else ()))])
     written_report = carry_out(decided, checkpoints, opened_target, writing, ruling.own, around)
     return written_report if carried is None else replace(written_report, optimizer=carried)
@@ -277,7 +280,8 @@ def apply(
     overwrite: bool = False,
     tied: str | None = None,
     provenance: bool = True,
-    verify: bool = True,
+    verify: bool | None = None,
+    proof: str | None = None,
     device: str | None = None,
     finite: bool = False,
     note: Note = silent,
@@ -296,8 +300,10 @@ def apply(
         overwrite: replace `output` if it exists; a folder as a whole, and only where it holds nothing but a checkpoint's files.
         tied: how safetensors gets tied keys: `"copy"` (the default), or `"alias"` (one copy, and the library's own metadata).
         provenance: record the sources' fingerprints, the plan's digest and which keys are fresh.
-        verify: compare the written file with the plan and the model, and all that is read with the checksums of torch's zip format; data
-            without a checksum is a note in the report.
+        verify: `False` is `proof="none"`, `True` is `proof="full"`.
+        proof: `"full"` (the default) compares the written file with the plan and the model, and all that is read with the checksums of
+            torch's zip format; data without a checksum is a note in the report. `"copied"` leaves out the bytes that the file shares with
+            the sources on disk, and loads the model on `"meta"`, without values. `"none"` compares nothing.
         device: where the model is loaded: `"cpu"` (the default), `"cuda:0"`, `"mps"`; `"meta"` compares names, dtypes and shapes, and no
             values.
         finite: NaN and infinite values are errors; needs torch.
@@ -335,7 +341,7 @@ def apply(
         planfile.check_sources(decided, checkpoints)  # before the target's module is imported
         check_data(decided, checkpoints, None)
     opened_target = None if decided.target is None else _opening.open_planned(decided.target, note)
-    if opened_target is not None and opened_target.build is not None and (decided.needs_model or verify):
+    if opened_target is not None and opened_target.build is not None and (decided.needs_model or writing.verify):
         opened_target = _opening.as_built(opened_target, decided.seed, note)
     with hinting(decided, path):
         planfile.check_followable(decided, checkpoints, None if opened_target is None else opened_target.checkpoint)

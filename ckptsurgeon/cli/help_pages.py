@@ -23,7 +23,7 @@ GROUPS: dict[str, str] = {
     "Settings": "config no-config",
     "Output": "output overwrite format max-shard-size resume tied provenance dry-run",
     "Optimizer state": "with-optimizer optimizer optimizer-names optimizer-root",
-    "Proof": "verify device input finite full min-coverage strict exit-code",
+    "Proof": "verify proof device input finite full min-coverage strict exit-code",
     "Limits": "limit jobs",
     "General options": "json verbose quiet color debug help",
 }

@@ -19,6 +19,7 @@ from ckptsurgeon.cli.output import color
 from ckptsurgeon.dtypes import DTYPE_CHOICES, choice
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.formats.registry import OUTPUTS, WRITTEN
+from ckptsurgeon.report import PROOFS
 from ckptsurgeon.rules import AUTO
 
 if TYPE_CHECKING:
@@ -305,8 +306,12 @@ max_shard_size = click.option(
 )
 resume = click.option("--resume", is_flag=True, help="Continue with the shards that an interrupted run has proven.")
 provenance = click.option("--provenance/--no-provenance", default=True, help="Record where the weights come from and what is fresh.")
-verified = click.option(
-    "--verify/--no-verify", default=True, help="Compare the output with plan and model, and what is read with its checksums."
+verified = click.option("--verify/--no-verify", default=None, help="The same as --proof full, and --proof none.")
+proof = click.option(
+    "--proof",
+    type=click.Choice(PROOFS),
+    help="What of the output is compared with plan and model, and with checksums: full if not given; copied leaves out what it "
+    "shares with the sources on disk.",
 )
 device = click.option("--device", metavar="DEVICE", help="Where to load a model: cpu (if not given), cuda:0, mps, meta.")
 finite = click.option("--finite", is_flag=True, help="Exit 1 if there are NaN or infinite values.")
@@ -333,4 +338,4 @@ known = stack(root, rename, drop, keep, adapt, rule_files, reverse, conversions,
 mapping = stack(root, rename, drop, keep, adapt, rule_files, reverse, auto, conversions, numbers)
 accepting = stack(matching, accept_uncertain, layout)
 deciding = stack(mapping, accepting, init, average, weights, dtype, allow_cast, dequantize, seed, min_coverage, strict)
-writing = stack(output, overwrite, format_, max_shard_size, resume, tied, provenance, verified, device, finite)
+writing = stack(output, overwrite, format_, max_shard_size, resume, tied, provenance, verified, proof, device, finite)

@@ -45,7 +45,7 @@ class Output:
     overwrite: bool = False
     tied: str = "copy"
     provenance: Mapping[str, Any] | None = None
-    proof: bool = True
+    proof: str = "full"
     max_shard_size: int | None = None
     resume: bool = False
 
@@ -53,6 +53,11 @@ class Output:
     def form(self) -> registry.Format:
         """The format's row in the registry."""
         return registry.WRITTEN[self.format]
+
+    @property
+    def proven(self) -> bool:
+        """Whether the output is held against the plan."""
+        return self.proof != "none"
 
     @property
     def is_folder(self) -> bool:
@@ -134,7 +139,7 @@ def apply(
                     if known is not None and still_proven(run, file, temporary, known, share):
                         resumed.append(file.name)
                     else:
-                        rest = begin(run, file, temporary, output.proof, share)
+                        rest = begin(run, file, temporary, output.proven, share)
                         if refused_losses(run.casts, plan.allow_cast):
                             continue  # nothing more is copied; all casts that are refused are reported together
                         finish(run, file, temporary, rest)
@@ -145,36 +150,38 @@ def apply(
                             save(read_from, located(run, tensors, file, temporary.path), entries)
                     reader.check_unchanged()
                     with syncing(temporary):
-                        if output.proof:
+                        if output.proven:
+                            shared = run.shared.get(file.name, ()) if output.proof == "copied" and save is None else ()
+                            unread = {each.record for each in shared}
                             held = run.held | records_of(run, written)
-                            left = [span for entry, span in reader.entries().items() if entry not in held]
+                            left = [span for entry, span in reader.entries().items() if entry not in held and entry not in unread]
                             damaged: list[Span] = []
                             with checking(reader, left) as wrong:
                                 if file.name not in resumed:
-                                    damaged = prove_file(run, written, read_from, around, share if save is None else None)
+                                    damaged = prove_file(run, written, read_from, around, share if save is None else None, shared)
                             wrong += damaged
                             if wrong:
                                 reader.check_unchanged()
                             refuse(wrong, checkpoints)
-                            run.held.update(reader.entries())
+                            run.held.update(entry for entry in reader.entries() if entry not in unread)
                         if file is files[-1]:
                             _check_whole(place, tensors, output)
                             if verify is not None:
                                 verify(place.path)
                     reader.check_unchanged()  # the proof has read the sources again
-                    if output.proof and save is None and file.name not in resumed:
+                    if output.proven and save is None and file.name not in resumed:
                         place.keep(file.name, *made_in(run, file))
                 share = share.after(file.nbytes)
             refuse_losses(run.casts, plan.allow_cast)
             sizes = [(os.path.basename(output.path), files[0].layout.size)]
             if output.is_folder:
                 sizes = [(name, os.path.getsize(os.path.join(place.path, name))) for name in names]
-    findings = [*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proof else ())]
+    findings = [*_findings(plan, tensors, aliases, output), *(without(reader.entries().values()) if output.proven else ())]
     if resumed:
         words = f"{len(resumed)} of {len(files)} shards were there from an interrupted run, and were held against the plan again"
         findings.append(Finding("resumed", words, level="note"))
-    shared = sum(each.stop - each.start for ranges in run.shared.values() for each in ranges)
-    moved = (shared, run.nbytes_copied) if save is None else (0, 0)
+    nbytes = sum(each.stop - each.start for ranges in run.shared.values() for each in ranges)
+    moved = (nbytes, run.nbytes_copied) if save is None else (0, 0)
     return Written(tuple(sizes), reported(run.casts), (*findings, *lost(place.lost, output.is_folder)), len(weights), *moved)
 
 
@@ -208,7 +215,7 @@ def _write_texts(place: NewFile | NewFolder, texts: Mapping[str, str]) -> None:
 
 def _check_whole(place: NewFile | NewFolder, tensors: Sequence[OutTensor], output: Output) -> None:
     """Raises VerificationError where a reader of the folder finds other tensors in it than were written."""
-    if output.proof and output.max_shard_size is not None:
+    if output.proven and output.max_shard_size is not None:
         names = {tensor.name for tensor in tensors}
         wrong = names.symmetric_difference(formats.read(place.path).state_dicts[0].tensors)
         if wrong:

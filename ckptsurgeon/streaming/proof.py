@@ -1,11 +1,13 @@
 """Compares a written file with the plan, bitwise and without torch, after opening it again.
 
 Copied tensors are compared byte for byte with their source, computed ones by the SHA-256 of the bytes that were written. A source's record
-that was copied whole is held against its own CRC in the same pass, since both sides have the same bytes then.
+that was copied whole is held against its own CRC in the same pass, since both sides have the same bytes then. Bytes that the file shares on
+disk with just the source that they must come from need not be compared.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +25,7 @@ from ckptsurgeon.storage.pieces import runs
 from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.step_values import Shared
 from ckptsurgeon.tensors import Span, TensorMeta
 
 _DIFFER = "its bytes differ"
@@ -55,6 +58,7 @@ class _Pair:
     written: tuple[OpenFile, int]
     source: tuple[OpenFile, int]
     nbytes: int
+    counted: bool  # whether all of the range is compared, and has a checksum
 
 
 def prove(
@@ -64,11 +68,12 @@ def prove(
     reader: Reader,
     around: Any = WEIGHTS,
     advance: Advance = nobody,
+    shared: Sequence[Shared] = (),
 ) -> list[Span]:
     """Raises VerificationError, naming every key, where the file or folder at `path` is not exactly what the plan says.
 
     Returns the sources' records that are copied as they are but are not what their own checksums say. `around` is the value that contains
-    the state_dict; `advance` gets the number of bytes that were just compared.
+    the state_dict; `advance` gets the number of bytes that were just compared; those that are `shared` are not read.
     """
     archive = formats.read(path)
     state_dict = archive.state_dicts[0]
@@ -104,7 +109,7 @@ def prove(
             elif sum(each.nbytes for each in item.ranges) != tensor.nbytes:
                 wrong[item.name] = _DIFFER
             else:
-                yield from _pairs(item, file, start, reader)
+                yield from _pairs(item, file, start, reader, shared)
 
     with OpenFiles() as opened:
         files = {stamp.path: opened.add(open_regular(stamp.path)) for stamp in archive.files}
@@ -112,7 +117,7 @@ def prove(
             for pair, crc in compared:
                 if crc is None:
                     wrong[pair.name] = _DIFFER
-                elif pair.span.checksum() is not None:
+                elif pair.counted:
                     append(crcs, (pair.name, pair.number, pair.span), crc, pair.nbytes)
                 advance(pair.nbytes)
     problems += [f"{item.name}: {wrong[item.name]}" for item in expected if item.name in wrong]
@@ -148,17 +153,35 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _pairs(item: Expected, file: OpenFile, position: int, reader: Reader) -> Iterator[_Pair]:
-    """A copied tensor's ranges in parts, each beside its bytes in the written file, where the tensor begins at `position`."""
+def _pairs(item: Expected, file: OpenFile, position: int, reader: Reader, shared: Sequence[Shared]) -> Iterator[_Pair]:
+    """A copied tensor's ranges in parts, each beside its bytes in the written file, where the tensor begins at `position`; without those
+    that are shared."""
     for number, each in enumerate(item.ranges or ()):
         source, start = reader.locate(each)
-        for offset, nbytes in copying.parts(start, each.nbytes):
-            yield _Pair(item.name, number, each, (file, position), (source, offset), nbytes)
-            position += nbytes
+        distance = position - start
+        left = list(_unshared(shared, source, position, position + each.nbytes, distance))
+        counted = each.checksum() is not None and left == [(position, position + each.nbytes)]
+        for begin, end in left:
+            for offset, nbytes in copying.parts(begin - distance, end - begin):
+                yield _Pair(item.name, number, each, (file, offset + distance), (source, offset), nbytes, counted)
+        position += each.nbytes
+
+
+def _unshared(shared: Sequence[Shared], source: OpenFile, start: int, stop: int, distance: int) -> Iterator[tuple[int, int]]:
+    """The parts of a range of the written file, but for those that it shares with just the bytes of `source` that lie `distance` before."""
+    for each in shared[bisect_right(shared, start, key=lambda each: each.stop) :]:
+        if each.start >= stop:
+            break
+        if each.source is source and each.distance == distance:
+            if start < each.start:
+                yield start, each.start
+            start = min(each.stop, stop)
+    if start < stop:
+        yield start, stop
 
 
 def _compare(pair: _Pair) -> int | None:
-    return copying.common_crc(*pair.written, *pair.source, pair.nbytes, wanted=pair.span.checksum() is not None)
+    return copying.common_crc(*pair.written, *pair.source, pair.nbytes, wanted=pair.counted)
 
 
 def _same(file: OpenFile, position: int, nbytes: int, item: Expected, reader: Reader, advance: Advance) -> bool:

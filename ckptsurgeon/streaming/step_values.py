@@ -44,12 +44,14 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Bytes of an output's file from `start` to `stop` that are on disk the same as those of `source`, `distance` before them."""
+    """Bytes of an output's file from `start` to `stop` that are the same on disk as those of `source` that lie `distance` before; `record`
+    is the file and offset of the zip entry that has them there, if any."""
 
     start: int
     stop: int
     source: OpenFile
     distance: int
+    record: tuple[str, int] | None
 
 
 @dataclass

@@ -81,22 +81,23 @@ def _copied(
 ) -> Iterator[_Part]:
     """Copy all ranges; after each part its bytes, where their checksum is needed and not `known`."""
 
-    def copy(source: OpenFile, offset: int, position: int, nbytes: int) -> None:
+    def copy(each: Span, source: OpenFile, offset: int, position: int, nbytes: int) -> None:
         copied = copying.copy_range(source, offset, temporary.fd, position, nbytes, advance)
         run.nbytes_copied += copied.nbytes
         if copied.start < copied.stop:
-            run.shared.setdefault(file.name, []).append(Shared(copied.start, copied.stop, source, position - offset))
+            record = (each.file, each.record.offset) if each.record is not None else None
+            run.shared.setdefault(file.name, []).append(Shared(copied.start, copied.stop, source, position - offset, record))
 
     if not file.layout.checksums:
         for each, position in _joined(file.layout, moved):
-            copy(*run.reader.locate(each), position, each.nbytes)
+            copy(each, *run.reader.locate(each), position, each.nbytes)
         return
     for number, (slot, ranges) in enumerate(zip(file.layout.slots, moved, strict=True)):
         position, waiting, nbytes = slot.offset, [], 0
         for each in ranges:
             source, start = run.reader.locate(each)
             for offset, size in [(start, each.nbytes)] if number in known else copying.parts(start, each.nbytes):
-                copy(source, offset, position, size)
+                copy(each, source, offset, position, size)
                 position += size
                 if number not in known:
                     waiting.append((source, offset, size))
@@ -280,12 +281,12 @@ def expected_of(run: Run, tensor: OutTensor) -> Expected:
     return Expected(tensor.name, tensor.dtype, tensor.shape, ranges, run.digests.get(tensor.storage), copy)
 
 
-def prove_file(run: Run, file: OutFile, path: str, around: Any, share: Share | None) -> list[Span]:
+def prove_file(run: Run, file: OutFile, path: str, around: Any, share: Share | None, shared: Sequence[Shared] = ()) -> list[Span]:
     """As `proof.prove`, for a file that is written; StaleError where a source changed meanwhile."""
     try:
         nbytes = sum(tensor.nbytes for tensor in file.tensors) if share is None else file.nbytes
         with phase("proving", nbytes, share=share) as advance:
-            return prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around, advance)
+            return prove(path, [expected_of(run, tensor) for tensor in file.tensors], file.entries, run.reader, around, advance, shared)
     except VerificationError:
         run.reader.check_unchanged()  # a source that changed since it was copied is the likelier reason
         raise

@@ -308,6 +308,7 @@ def report(report: Report) -> dict[str, Any]:
         "casts": [_cast(cast) for cast in report.casts],
         "findings": [_finding(finding) for finding in report.findings],
         "proven": report.proven,
+        "proof": report.proof,
         "verified": None if report.verification is None else report.verification.ok,
         "optimizer": None if report.optimizer is None else carried(report.optimizer),
     }

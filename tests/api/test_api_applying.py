@@ -118,6 +118,11 @@ ROWS: list[tuple[str, Call, Call]] = [
         lambda p: cs.merge(p.a, None, p.out(""), format="dcp"),
     ),
     (
+        "proof copied",
+        lambda p: cs.merge(p.a, None, p.out(""), format="dcp", proof="copied"),
+        lambda p: cs.merge(p.a, None, p.out(""), format="dcp", proof="full"),
+    ),
+    (
         "with_optimizer",
         lambda p: cs.merge(p.run, p.spec, p.out(""), root="model", with_optimizer=True, max_shard_size="1MB"),
         lambda p: cs.merge(

@@ -34,7 +34,7 @@ def run(folder: Path, suffix: str, proof: bool = True, dtype: str | None = None)
     torch.save(state(), folder / "in.pt")
     source = roots.choose(formats.read(str(folder / "in.pt")))
     plan = make_plan([source], None, dtype=dtype)
-    output = Output(str(folder / f"out{suffix}"), "safetensors" if suffix == ".safetensors" else "torch", proof=proof)
+    output = Output(str(folder / f"out{suffix}"), "safetensors" if suffix == ".safetensors" else "torch", proof="full" if proof else "none")
     apply(plan, [source], None, output)
     return folder / f"out{suffix}"
 

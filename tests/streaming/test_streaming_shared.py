@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from profiles import examples
 from safetensors.torch import load_file, save_file
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import StaleError
+from ckptsurgeon.errors import FormatError, SettingsError, StaleError, VerificationError
+from ckptsurgeon.formats.plain import safetensors
 from ckptsurgeon.storage import copying, platform
 from ckptsurgeon.storage.local import open_path
 from ckptsurgeon.storage.platform import BLOCK
+from ckptsurgeon.streaming import apply as applying
+from ckptsurgeon.streaming import checksums
 
 SUFFIXES = (".pt", ".safetensors")
 RENAMED = {"layers.{i}.{p}": "blocks.{i}.{p}"}
@@ -216,3 +221,113 @@ def test_a_hole_at_the_end_is_told_from_a_file_that_became_shorter(tmp_path: Pat
         with pytest.raises(StaleError, match="shorter"):
             copying.copy_range(source, 3, output, 0, (1 << 20) - 3)
     os.close(output)
+
+
+# What is proven.
+
+
+def bytes_read(patch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of all that is compared from now on."""
+    real, compared = copying.common_crc, []
+
+    def counting(left, left_offset, right, right_offset, nbytes, wanted=True):  # type: ignore[no-untyped-def]
+        compared.append(nbytes)
+        return real(left, left_offset, right, right_offset, nbytes, wanted)
+
+    patch.setattr(copying, "common_crc", counting)
+    return compared
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_each_proof_reads_what_it_says(suffix: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, compared, checked = save(place, suffix), bytes_read(monkeypatch), []
+    real = checksums.checking
+    monkeypatch.setattr(applying, "checking", lambda reader, spans: checked.append(len(spans)) or real(reader, spans))
+    nbytes, read = sum(tensor.nbytes for tensor in network().values()), {}
+    for proof in ("full", "copied", "none"):
+        compared.clear()
+        report = cs.merge(given, None, place / f"{proof}{suffix}", rename=RENAMED, proof=proof)
+        read[proof] = sum(compared)
+        assert (report.proof, report.proven, report.to_dict()["proof"]) == (proof, proof != "none", proof)
+        assert ("proven: what it does not share" in str(report)) == (proof == "copied")
+        assert report.shared + report.copied == nbytes and report.shared > 0.98 * nbytes
+    assert read == {"full": nbytes, "copied": report.copied, "none": 0} and checked == [0, 0]
+    assert len({(place / f"{proof}{suffix}").read_bytes() for proof in read}) == 1
+
+
+def test_where_nothing_is_shared_all_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, compared = save(tmp_path, ".safetensors"), bytes_read(monkeypatch)
+    monkeypatch.setattr(platform, "share", lambda *_: False)
+    cs.merge(given, None, tmp_path / "out.safetensors", proof="copied")
+    assert sum(compared) == sum(tensor.nbytes for tensor in network().values())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_damaged_byte_beside_what_is_shared_is_found(suffix: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, real = save(place, suffix), copying.copy_range
+
+    def damages(source, offset, output, position, nbytes, *more):  # type: ignore[no-untyped-def]
+        copied = real(source, offset, output, position, nbytes, *more)
+        if copied.start < copied.stop and copied.start > position:
+            os.pwrite(output, bytes([os.pread(output, 1, position)[0] ^ 1]), position)
+        return copied
+
+    monkeypatch.setattr(copying, "copy_range", damages)
+    with pytest.raises(VerificationError, match="not what was planned"):
+        cs.merge(given, None, place / f"out{suffix}", proof="copied")
+
+
+def test_a_header_that_says_other_offsets_than_were_shared_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"a": torch.randn(1 << 18), "b": torch.randn(1 << 18)}  # each the same number of blocks, so that both are shared
+    save_file(state, place / "a.safetensors")
+    real = safetensors.lay_out
+
+    def exchanged(tensors, metadata):  # type: ignore[no-untyped-def]
+        layout = real(tensors, metadata)
+        (offset, header), *rest = layout.chunks
+        return replace(
+            layout, chunks=((offset, header.replace(b'"a":', b'"?":').replace(b'"b":', b'"a":').replace(b'"?":', b'"b":')), *rest)
+        )
+
+    monkeypatch.setattr(safetensors, "lay_out", exchanged)
+    with pytest.raises(VerificationError) as caught:
+        cs.merge(place / "a.safetensors", None, place / "out.safetensors", proof="copied")
+    assert caught.value.problems == ("a: its bytes differ", "b: its bytes differ")
+
+
+def test_a_wrong_checksum_of_a_shared_record_is_left_to_a_full_proof(place: Path) -> None:
+    given = save(place, ".pt")
+    span = cs.open(given)["layers.3.weight"].span
+    assert span is not None
+    data = bytearray(given.read_bytes())
+    data[span.offset + span.nbytes // 2] ^= 1
+    given.write_bytes(data)
+    with pytest.raises(FormatError, match="its own checksum"):
+        cs.merge(given, None, place / "out.pt")
+    assert cs.merge(given, None, place / "out.pt", proof="copied").shared
+    assert not cs.check(place / "out.pt", full=True).ok  # the wrong checksum was carried on
+
+
+def test_a_model_is_loaded_without_values(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "in.pt")
+    verifications = {}
+    for proof in ("full", "copied", "none"):
+        report = cs.merge(tmp_path / "in.pt", torch.nn.Linear(3, 2), tmp_path / f"{proof}.pt", proof=proof)
+        verifications[proof] = None if report.verification is None else (report.verification.device, report.verification.bitwise)
+    assert verifications == {"full": ("cpu", True), "copied": ("meta", False), "none": None}
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ({"proof": "all"}, "'all' is no proof"),
+        ({"proof": "copied", "verify": False}, "contradicts --no-verify"),
+        ({"proof": "none", "verify": True}, "contradicts --verify"),
+        ({"proof": "copied", "format": "dcp"}, "DCP"),
+        ({"proof": "none", "max_shard_size": "5MB", "resume": True}, "proves none"),
+    ],
+)
+def test_proofs_that_are_refused(words: dict[str, Any], refused: str, tmp_path: Path) -> None:
+    save(tmp_path, ".safetensors")
+    with pytest.raises(SettingsError, match=refused):
+        cs.merge(tmp_path / "a.safetensors", None, f"{tmp_path}/out/", **words)

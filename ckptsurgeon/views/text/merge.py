@@ -59,7 +59,9 @@ def report(report: Report, verbose: bool = False, width: int | None = None) -> s
     lines += findings(report.findings, verbose, width)
     if report.verification is not None:
         lines.append("  " + proved(report.verification))
-    elif report.proven:
+    if report.proof == "copied":
+        lines.append("  " + answer("proven", True) + ": what it does not share with the sources was held against the plan, byte by byte")
+    elif report.proven and report.verification is None:
         lines.append("  " + answer("proven", True) + ": read back and held against the plan, byte by byte")
     return fitted(lines, width)
 
