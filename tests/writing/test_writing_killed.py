@@ -14,7 +14,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.errors import OutputError
 
 # Everything that changes a file or a folder; `openat` only where it makes the temporary file.
-CHANGING = ("openat", "flock", "fchmod", "pwrite64", "copy_file_range", "ftruncate", "fsync", "rename", "link", "unlink", "write")
+CHANGING = ("openat", "flock", "fchmod", "pwrite64", "copy_file_range", "ioctl", "ftruncate", "fsync", "rename", "link", "unlink", "write")
 OLD = b"the month's only copy"
 
 
@@ -32,18 +32,29 @@ def left(folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwritten"])
 def test_killed_at_every_call_that_changes_something(old: bytes | None, tmp_path: Path) -> None:
+    kill_everywhere(old, tmp_path, 8, {"copy_file_range"})
+
+
+@pytest.mark.slow
+def test_killed_where_blocks_are_shared(xfs: Path) -> None:
+    place = xfs / "killed"
+    place.mkdir()
+    kill_everywhere(OLD, place, 600, {"ioctl"})
+    shutil.rmtree(place)
+
+
+def kill_everywhere(old: bytes | None, tmp_path: Path, size: int, expected: set[str]) -> None:
+    """Kill a merge at each of its calls, among which are those of `expected`."""
     words = ("merge", "a.pt", "b.pt", "-o", "out.pt", *(("--overwrite",) if old is not None else ()))
-    folder = setting(tmp_path / "whole", 8)
+    folder = setting(tmp_path / "whole", size)
     if old is not None:
         (folder / "out.pt").write_bytes(old)
     found = points(calls(folder, *words))
     whole = (folder / "out.pt").read_bytes()
-    assert {"openat", "pwrite64", "copy_file_range", "fsync", "unlink", "write", "rename" if old is not None else "link"} <= set(
-        dict(found)
-    )
+    assert expected | {"openat", "pwrite64", "fsync", "unlink", "write", "rename" if old is not None else "link"} <= set(dict(found))
     outcomes = []
     for name, number in found:
-        place = setting(tmp_path / f"{name}-{number}", 8)
+        place = setting(tmp_path / f"{name}-{number}", size)
         if old is not None:
             (place / "out.pt").write_bytes(old)
         ended = under_strace(place, *words, inject=f"{name}:signal=KILL:when={number}")
@@ -52,13 +63,13 @@ def test_killed_at_every_call_that_changes_something(old: bytes | None, tmp_path
         assert out in (old, whole), (name, number)
         assert len(left(place)) <= 1 and all(TEMPORARY.fullmatch(one) for one in left(place)), (name, number, left(place))
         outcomes.append((out == whole, len(left(place))))
-        again(place, whole)
+        again(place, whole, size)
         shutil.rmtree(place)
     # It was really killed before, between and after.
     assert {(False, 1), (True, 0)} <= set(outcomes) and (old is not None or (True, 1) in outcomes)
 
 
-def again(place: Path, whole: bytes) -> None:
+def again(place: Path, whole: bytes, size: int) -> None:
     """The next run, whether it may overwrite or not, takes away what the killed one left."""
     if (place / "out.pt").exists():
         with pytest.raises(OutputError, match="exists already"):
@@ -66,7 +77,9 @@ def again(place: Path, whole: bytes) -> None:
         assert left(place) == []
     cs.merge(place / "a.pt", place / "b.pt", place / "out.pt", overwrite=True)
     assert left(place) == [] and cs.open(place / "out.pt").fingerprint
-    assert {key: value.nbytes for key, value in cs.open(place / "out.pt").items()} == dict.fromkeys(("first", "second", "third"), 256)
+    assert {key: value.nbytes for key, value in cs.open(place / "out.pt").items()} == dict.fromkeys(
+        ("first", "second", "third"), 4 * size * size
+    )
     assert len((place / "out.pt").read_bytes()) == len(whole)
 
 
