@@ -92,8 +92,10 @@ import os, random, signal, sys, threading, time
 import torch
 from torch import nn
 import ckptsurgeon as cs
+from ckptsurgeon.streaming import reading
 
 path, main = sys.argv[1], threading.main_thread().ident
+reading.LEAST = reading.STEP = int(sys.argv[2])
 net = nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)])
 olds = [{key: torch.full_like(value, fill) for key, value in net.state_dict().items()} for fill in (0.0,)]
 new = torch.load(path, weights_only=True)
@@ -127,9 +129,10 @@ print(whole["old"] > 0 and whole["new"] > 0)
 
 
 @pytest.mark.slow
-def test_interrupts_at_random_moments_never_leave_a_mixture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [1000, reading.LEAST], ids=["two threads", "one"])
+def test_interrupts_at_random_moments_never_leave_a_mixture(together: int, tmp_path: Path) -> None:
     torch.save(nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)]).state_dict(), tmp_path / "a.pt")
-    command = [sys.executable, "-c", LOOP, str(tmp_path / "a.pt")]
+    command = [sys.executable, "-c", LOOP, str(tmp_path / "a.pt"), str(together)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
