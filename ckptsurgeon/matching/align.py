@@ -110,7 +110,7 @@ class _Pass:
         anchors = self.anchors(sources, targets)
         while here and there:
             largest = max(here.largest, there.largest)
-            group = self._same(here, there, largest, anchors) or self._much_alike(here, there, largest)
+            group = self._same(here, there, largest, anchors) or self._much_alike(here, there, largest, anchors)
             if group is None:
                 _open(here, left[0], largest)
                 _open(there, left[1], largest)
@@ -182,18 +182,35 @@ class _Pass:
         apart = [(source, target) for source, target in anchors if id(source) not in group and id(target) not in group]
         return _Group(choose(sources, targets, self.clues, apart), sources, targets)
 
-    def _much_alike(self, here: Frontier, there: Frontier, size: int) -> _Group | None:
-        """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone."""
+    def _much_alike(self, here: Frontier, there: Frontier, size: int, anchors: Anchors) -> _Group | None:
+        """The largest module and the one on the other side that is most like it, each with those that differ from it by numbers alone.
+
+        Where others are just as much like one of the two, names and order choose between all of these.
+        """
         for mine, theirs in ((here, there), (there, here)):
             for module in mine.of_size(size):
                 candidates = [] if module.leaf else theirs.like(module)
                 best = max(candidates, key=lambda node: self.alike(module, node), default=None)
                 if best is None or not self._nearest(module, best, mine):
                     continue
-                own_row = [node for node in mine.in_row(module) if not node.leaf]
-                their_row = [node for node in theirs.in_row(best) if node.leaf == best.leaf]
-                return self._sequence(their_row, own_row) if mine is there else self._sequence(own_row, their_row)
+                rivals = self._rivals(module, best, mine, candidates)
+                own, other = rivals or (
+                    [node for node in mine.in_row(module) if not node.leaf],
+                    [node for node in theirs.in_row(best) if node.leaf == best.leaf],
+                )
+                sources, targets = (other, own) if mine is there else (own, other)
+                return self._group(sources, targets, here, there, anchors) if rivals else self._sequence(sources, targets)
         return None
+
+    def _rivals(self, module: Node, best: Node, mine: Frontier, candidates: Sequence[Node]) -> tuple[list[Node], list[Node]] | None:
+        """The modules on both sides that are as good as the two; None where only those are that differ from them by numbers."""
+        value = self.alike(module, best) - 1e-9
+        other = [node for node in candidates if node.leaf == best.leaf and self.alike(module, node) >= value]
+        own = [node for node in mine.like(best) if not node.leaf and self.alike(node, best) >= value]
+        if len({node.folded for node in other}) > 1:  # who loses one of these takes another: all that would are among the rivals
+            near = (node for node in mine.like(best) if not node.leaf and self.alike(node, best) >= ALIKE)
+            own = [node for node in near if self.alike(node, best) >= max(self.alike(node, rival) for rival in candidates) - 1e-9]
+        return (own, other) if len({node.folded for node in own}) > 1 or len({node.folded for node in other}) > 1 else None
 
     def _nearest(self, module: Node, best: Node, mine: Frontier) -> bool:
         """Whether a module is much like another, and nothing beside or inside of them is more so."""

@@ -20,6 +20,7 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold, squeezed
 from ckptsurgeon.matching.same_names import SHIFTED
 from ckptsurgeon.matching.spelling import squash, squashed
+from ckptsurgeon.matching.towers import exchangeable
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.progress import beat
 from ckptsurgeon.tensors import TensorMeta
@@ -344,6 +345,13 @@ def _attention_of(key: str) -> str:
     return kind.pop() if len(kind) == 1 and "norm" in words else ""
 
 
+def _exchangeable(facts: Facts) -> _Doubts:
+    """A part that was linked by its shapes alone, and could be exchanged for another beside it."""
+    for link, rival in exchangeable(facts.links, facts.source, facts.target):
+        if not facts.named(link):
+            yield Doubt(link, "another part has the same shapes", rival)
+
+
 def _placed(key: str) -> Iterator[tuple[str, int]]:
     """The list of the last number of a key, and the number."""
     numbers = list(_MEMBER.finditer(key))
@@ -373,5 +381,6 @@ _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _idle_equals,
     _either_direction,
     _exchanged,
+    _exchangeable,
     _shape_alone,
 )

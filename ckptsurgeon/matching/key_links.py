@@ -64,7 +64,8 @@ def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> tuple
         return "reshape", inf
     if len(shape) == 2 and shape == target.shape[::-1]:
         return "transpose", inf
-    return ("reshape", inf) if source.numel == target.numel and shape[:1] == target.shape[:1] else (None, inf)
+    windows = len(shape) == len(target.shape) > 3  # two convolutions whose windows differ are not one flattened
+    return ("reshape", inf) if source.numel == target.numel and shape[:1] == target.shape[:1] and not windows else (None, inf)
 
 
 def _fused_roles(whole: Node, parts: Sequence[Node]) -> Iterator[tuple[TensorMeta, list[TensorMeta]]]:

@@ -18,6 +18,7 @@ from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Facts, doubted
 from ckptsurgeon.matching.evidence.company import behind, parts_within
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
+from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.factors import Side, as_stored, sides
 from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
@@ -162,14 +163,16 @@ def _turned_or_not(source: Tensors, target: Tensors, rest: bool) -> tuple[list[L
     about = turned(source, target)
     if about.ops:
         as_turned = _match(source, target, about, rest)
-        if _share(as_turned[0], target) >= _share(as_is[0], target):
+        if _worth(as_turned[0], target) > _worth(as_is[0], target):
             return as_turned
     return as_is
 
 
-def _share(links: Iterable[Link], target: Tensors) -> int:
-    """The elements of a target that certain links give."""
-    return sum(target[key].numel for link in links if link.certain for key in link.targets)
+def _worth(links: Iterable[Link], target: Tensors) -> tuple[int, int]:
+    """The elements of a target that certain links give, and the words that these have on both sides."""
+    certain = [link for link in links if link.certain]
+    shared = sum(len(set(concepts(link.sources[0])) & set(concepts(link.targets[0]))) for link in certain)
+    return sum(target[key].numel for link in certain for key in link.targets), shared
 
 
 def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple[list[Link], float]:

@@ -4,8 +4,9 @@ stand apart from their module on one side."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from math import inf
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
@@ -15,6 +16,7 @@ from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
+_IMPLIED = {"attn", "self"}  # words that the other name may leave out
 # An output layer is often the embedding itself: what the two are called.
 _EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
 
@@ -118,39 +120,111 @@ def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tens
     modules.sort(key=lambda pair: -len(pair[0]))
     source_left = {key: tensor for key, tensor in source.items() if key not in used}
     target_left = {key: tensor for key, tensor in target.items() if key not in reached}
-    new_links: list[Link] = []
     if not source_left or not target_left:
-        return new_links
-    for fits, words in ((_named, "named so in modules that go together"), (_alone, "the only one of its shape that is left there")):
+        return []
+    sources_below, targets_below = _below(source_left.values()), _below(target_left.values())
+    new_links: list[Link] = []
+    for rule in _RULES:
         for source_path, target_path in modules:
-            here, there = _below(source_left, source_path), _below(target_left, target_path)
+            here = [tensor for tensor in sources_below.get(source_path, ()) if tensor.name in source_left]
+            there = [tensor for tensor in targets_below.get(target_path, ()) if tensor.name in target_left]
+            candidates = _Candidates(rule, here, there, (source_path, target_path))
             for tensor in there:
-                mine = [item for item in here if item.name in source_left and fits(item, tensor, source_path, target_path)]
-                rivals = [item for item in there if item.name in target_left and mine and fits(mine[0], item, source_path, target_path)]
-                if len(mine) == len(rivals) == 1:
-                    new_links.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (words,)))
+                mine = candidates.of_target(tensor, source_left)
+                if len(mine) == 1 and len(candidates.of_source(mine[0], target_left)) == 1:
+                    new_links.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (rule.words,)))
                     del source_left[mine[0].name], target_left[tensor.name]
     return new_links
 
 
-def _below(tensors: Tensors, path: str) -> list[TensorMeta]:
-    return [tensor for key, tensor in tensors.items() if not path or key.startswith(f"{path}.")]
+def _below(tensors: Iterable[TensorMeta]) -> dict[str, list[TensorMeta]]:
+    """The tensors below each module's path, the empty one among them."""
+    below: dict[str, list[TensorMeta]] = {}
+    for tensor in tensors:
+        path = tensor.name
+        while path:
+            path = path.rpartition(".")[0]
+            below.setdefault(path, []).append(tensor)
+    return below
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """When two tensors below two modules may go together.
+
+    Attributes:
+        words: the evidence.
+        fits: whether a source and a target do, below the modules of these paths.
+        traits: what a tensor shows of itself; a source fits only targets that show all that it shows, or the one it has.
+    """
+
+    words: str
+    fits: Callable[[TensorMeta, TensorMeta, str, str], bool]
+    traits: Callable[[TensorMeta, str], Sequence[Hashable]]
+
+
+class _Candidates:
+    """Which tensors below one module fit which below another. Each source is compared only with the targets that show its rarest trait."""
+
+    def __init__(self, rule: _Rule, sources: Sequence[TensorMeta], targets: Sequence[TensorMeta], paths: tuple[str, str]) -> None:
+        self.rule, self.paths = rule, paths
+        self.targets: dict[Hashable, list[TensorMeta]] = {}
+        for target in targets if sources else ():
+            for trait in set(rule.traits(target, paths[1])):
+                self.targets.setdefault(trait, []).append(target)
+        self.sources: dict[Hashable, list[TensorMeta]] = {}
+        self.rarest: dict[str, Hashable] = {}
+        for source in sources if targets else ():
+            traits = rule.traits(source, paths[0])
+            if traits:
+                self.rarest[source.name] = rarest = min(traits, key=lambda trait: len(self.targets.get(trait, ())))
+                self.sources.setdefault(rarest, []).append(source)
+
+    def of_target(self, target: TensorMeta, left: Tensors) -> list[TensorMeta]:
+        """The sources that fit a target and are left, two at most."""
+        traits = dict.fromkeys(self.rule.traits(target, self.paths[1]))
+        near = (source for trait in traits for source in self.sources.get(trait, ()))
+        return list(islice((source for source in near if source.name in left and self.rule.fits(source, target, *self.paths)), 2))
+
+    def of_source(self, source: TensorMeta, left: Tensors) -> list[TensorMeta]:
+        """The targets that a source fits and that are left, two at most."""
+        near = self.targets.get(self.rarest[source.name], ())
+        return list(islice((target for target in near if target.name in left and self.rule.fits(source, target, *self.paths)), 2))
+
+
+def _words_below(tensor: TensorMeta, path: str) -> tuple[str, ...]:
+    return concepts(tensor.name[len(path) :].lstrip("."))
 
 
 def _named(source: TensorMeta, target: TensorMeta, here: str, there: str) -> bool:
     """Whether two tensors of equal shape have the same role and, below their modules, the same words."""
     if source.shape != target.shape or is_float(source) != is_float(target) or not squeezed(source.shape):
         return False
-    source_words, target_words = (concepts(tensor.name[len(path) :].lstrip(".")) for tensor, path in ((source, here), (target, there)))
+    source_words, target_words = _words_below(source, here), _words_below(target, there)
     return bool(source_words and target_words) and (
-        source_words == target_words or (source_words[-1] == target_words[-1] and set(source_words) <= {*target_words, "attn", "self"})
+        source_words == target_words or (source_words[-1] == target_words[-1] and set(source_words) <= {*target_words, *_IMPLIED})
     )
+
+
+def _named_traits(tensor: TensorMeta, path: str) -> list[Hashable]:
+    """Shape, role and each word that the other name must have too."""
+    words = _words_below(tensor, path)
+    return [(tensor.shape, is_float(tensor), word) for word in words if word not in _IMPLIED or word == words[-1]]
 
 
 def _alone(source: TensorMeta, target: TensorMeta, _here: str, _there: str) -> bool:
     """Whether two matrices, not square (or kernels), are of one shape and not named against it."""
-    shape = squeezed(source.shape)
-    square = len(source.shape) == 2 and len(set(shape)) == 1
-    if source.shape != target.shape or not is_float(source) or not is_float(target) or len(shape) < 2 or square:
-        return False
-    return not conflict(frozenset(concepts(source.name)), frozenset(concepts(target.name)))
+    return source.shape == target.shape and not conflict(frozenset(concepts(source.name)), frozenset(concepts(target.name)))
+
+
+def _alone_traits(tensor: TensorMeta, _path: str) -> list[Hashable]:
+    """The shape, where it is that of a matrix that is not square, or of a kernel."""
+    shape = squeezed(tensor.shape)
+    square = len(tensor.shape) == 2 and len(set(shape)) == 1
+    return [] if not is_float(tensor) or len(shape) < 2 or square else [tensor.shape]
+
+
+_RULES = (
+    _Rule("named so in modules that go together", _named, _named_traits),
+    _Rule("the only one of its shape that is left there", _alone, _alone_traits),
+)

@@ -1,18 +1,23 @@
 """Two towers of one form on one side, of which the other side has one: nothing but a name can tell which it is.
 
-Rule: where of two large parts of a side with the same keys and shapes, look-alikes, each key is taken from one alone, the links of both
-are doubted, save those of the one whose name the other side has, while it has not the look-alike's.
+Rule: parts of a side that stand beside each other, have the same shapes and were linked by these alone can be exchanged: their links are in
+doubt unless names tell them apart. Where of two large parts of a side with the same keys and shapes, look-alikes, each key is taken from
+one alone, the links of both are doubted, save those of the one whose name the other side has, while it has not the look-alike's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
+from math import inf
+from typing import NamedTuple
 
+from ckptsurgeon.matching.evidence.support import ALONE
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.planning.links import Link
+from ckptsurgeon.matching.module_tree import fold
+from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
 _FOLLOWERS = {"k", "momentum", "student", "m", "slow"}
@@ -32,6 +37,54 @@ def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[s
         return links
     follows = {head for head, lead in lookalikes[0].items() if _follows(head) and not _follows(lead)}
     return [link if _named(link, same) else _doubted(_led(link, follows, lookalikes[0]), *lookalikes) for link in links]
+
+
+class _Held(NamedTuple):
+    """A tensor of a part, by the link that it has: its own key, its counterpart's, and both shapes."""
+
+    link: Link
+    key: str
+    counterpart: str
+    shapes: tuple[object, ...]
+
+
+def exchangeable(links: Iterable[Link], source: Tensors, target: Tensors) -> Iterator[tuple[Link, str]]:
+    """Links by shape alone of a part that could be exchanged for another beside it, each with a link of that one in words.
+
+    Parts that differ by numbers alone stand in the order of these, which is a reason.
+    """
+    held = [
+        (link, source_key, target_key, (link.op, source[source_key].shape, target[target_key].shape))
+        for link in links
+        for source_key, target_key in product(link.sources, link.targets)
+    ]
+    sides = [_Held(*item) for item in held], [_Held(link, target_key, source_key, shapes) for link, source_key, target_key, shapes in held]
+    for tensors in sides:
+        parts: dict[str, list[_Held]] = {}
+        for item in tensors:
+            for end in _dots(item.key):
+                parts.setdefault(item.key[:end], []).append(item)
+        beside: dict[tuple[str, tuple[object, ...]], list[str]] = {}
+        for head, items in parts.items():
+            if all(item.link.evidence[:1] == (ALONE,) and not ENOUGH <= item.link.margin < inf for item in items):
+                beside.setdefault((head.rpartition(".")[0], tuple(sorted(map(repr, (item.shapes for item in items))))), []).append(head)
+        for heads in beside.values():
+            for head in heads if len({fold(head) for head in heads}) > 1 else ():
+                rival = next(other for other in heads if fold(other) != fold(head))
+                if not _told_apart((head, parts[head]), (rival, parts[rival])):
+                    first = parts[rival][0].link
+                    yield from ((item.link, f"{first.sources[0]} -> {item.link.targets[0]}") for item in parts[head])
+
+
+def _told_apart(part: tuple[str, Sequence[_Held]], rival: tuple[str, Sequence[_Held]]) -> bool:
+    """Whether the names of two parts have more in common with those of their counterparts than with those of each other's."""
+    own, other = (set(concepts(head.rpartition(".")[2])) for head, _ in (part, rival))
+    own_counterpart, other_counterpart = (
+        {word for item in items for word in concepts(item.counterpart) if not word.startswith("#")} for _, items in (part, rival)
+    )
+    own, other = own - other, other - own
+    own_counterpart, other_counterpart = own_counterpart - other_counterpart, other_counterpart - own_counterpart
+    return len(own & own_counterpart) + len(other & other_counterpart) > len(own & other_counterpart) + len(other & own_counterpart)
 
 
 def _named(link: Link, same: Mapping[str, str]) -> bool:

@@ -57,3 +57,24 @@ def test_a_source_that_two_links_want_is_given_to_the_surer_one() -> None:
     found = proposed(source, target, links)
     assert found.applied == (links[0],)
     assert read_back(found, source, target) == literal_plan([links[0]], source, target)
+
+
+HEADS = {"0": (24, 11), "2": (24, 24)}
+
+
+def test_two_parts_of_one_form_on_both_sides_can_be_exchanged_unless_names_tell() -> None:
+    here = net("policy.", HEADS) | net("value.", HEADS) | net("action.", {"net": (3, 24)})
+    there = net("critic.", HEADS | {"4": (1, 24)}) | net("agent.", HEADS | {"4": (3, 24)})
+    for source, target in ((here, there), (there, here)):
+        found = match(source, target)
+        assert {link.targets[0] for link in found.links if link.certain} <= {
+            f"{name}.{leaf}" for name in ("action.net", "agent.4") for leaf in ("weight", "bias")
+        }
+    named = net("net.value.", HEADS | {"4": (1, 24)}) | net("net.agent.", HEADS | {"4": (3, 24)})
+    found = match(net("a.value.", HEADS) | net("a.agent.", HEADS), named)
+    assert {(link.sources[0], link.targets[0]) for link in found.certain} == {
+        (f"a.{name}.{layer}.{leaf}", f"net.{name}.{layer}.{leaf}")
+        for name in ("value", "agent")
+        for layer in HEADS
+        for leaf in ("weight", "bias")
+    }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
 from ckptsurgeon.matching.module_tree import Node
 
-_ENDS = (-100, -90, 10, 50, 90, 100)
+_ENDS = (-100, -90, 10, 11, 50, 90, 100)
 _ORDINALS = {
     "expand": 0, "depthwise": 3, "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "precross": 25,
     "cross": 30, "premlp": 40, "mlp": 50,

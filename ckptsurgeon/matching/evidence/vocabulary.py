@@ -40,7 +40,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"wte|tok|word|token|tokens", "tok"),
     (r"(up|down)convs?", r"\1.conv"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
-    (r"lm_head|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
+    (r"lm_head|unembed(ding)?|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
     (
         r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
         "shortcut",
@@ -117,8 +117,9 @@ for _concept, _spellings in (
     ("pool", "pool pooler pooling"),
     ("reverse", "reverse backward bw bwd rev"),
     ("forward", "forward fw fwd"),
-    ("ih", "ih"),
-    ("hh", "hh"),
+    ("ih", "ih i2h x2h"),
+    ("hh", "hh h2h"),
+    ("policy", "policy actor"),
 ):
     for _word in _spellings.split():
         _WORDS[_word] = _concept
