@@ -20,7 +20,7 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold, squeezed
 from ckptsurgeon.matching.same_names import SHIFTED
 from ckptsurgeon.matching.spelling import squash, squashed
-from ckptsurgeon.matching.towers import exchangeable
+from ckptsurgeon.matching.towers import exchangeable_parts
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.progress import beat
 from ckptsurgeon.tensors import TensorMeta
@@ -345,9 +345,9 @@ def _attention_of(key: str) -> str:
     return kind.pop() if len(kind) == 1 and "norm" in words else ""
 
 
-def _exchangeable(facts: Facts) -> _Doubts:
+def _exchangeable_parts(facts: Facts) -> _Doubts:
     """A part that was linked by its shapes alone, and could be exchanged for another beside it."""
-    for link, rival in exchangeable(facts.links, facts.source, facts.target):
+    for link, rival in exchangeable_parts(facts.links, facts.source, facts.target):
         if not facts.named(link):
             yield Doubt(link, "another part has the same shapes", rival)
 
@@ -381,6 +381,6 @@ _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _idle_equals,
     _either_direction,
     _exchanged,
-    _exchangeable,
+    _exchangeable_parts,
     _shape_alone,
 )

@@ -48,7 +48,7 @@ class _Held(NamedTuple):
     shapes: tuple[object, ...]
 
 
-def exchangeable(links: Iterable[Link], source: Tensors, target: Tensors) -> Iterator[tuple[Link, str]]:
+def exchangeable_parts(links: Iterable[Link], source: Tensors, target: Tensors) -> Iterator[tuple[Link, str]]:
     """Links by shape alone of a part that could be exchanged for another beside it, each with a link of that one in words.
 
     Parts that differ by numbers alone stand in the order of these, which is a reason.
