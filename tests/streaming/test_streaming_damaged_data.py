@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from hostile_zips import W, archive, changed, items
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import FormatError
+from ckptsurgeon.errors import FormatError, OutputError, StaleError
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import checksums, in_threads, writing
 from ckptsurgeon.streaming.reading import Reader
@@ -179,3 +182,28 @@ def test_every_kind_of_value_gets_the_right_checksum(rules: dict[str, Any], sour
         cs.merge(tmp_path / source, None, output=tmp_path / "out.pt", overwrite=True, verify=verify, **rules)
         with zipfile.ZipFile(tmp_path / "out.pt") as written:
             assert written.testzip() is None
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("event", ["the disk is full", "became shorter"])
+def test_what_fails_on_the_way_ends_the_threads_and_leaves_nothing(
+    event: str, verify: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calls = tmp_path / "in.safetensors", 0
+    cs.merge(large(tmp_path), None, output=source)
+    before, real = sorted(os.listdir(tmp_path)), copying.copy_range
+
+    def fails(*arguments: Any) -> copying.Copied:
+        nonlocal calls
+        calls += 1
+        if calls == 4 and event == "the disk is full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if calls == 4:
+            os.truncate(source, 10_000)
+        return real(*arguments)
+
+    monkeypatch.setattr(copying, "copy_range", fails)
+    with pytest.raises(OutputError if event == "the disk is full" else StaleError, match=event):
+        cs.merge(source, None, output=tmp_path / "out.pt", verify=verify)
+    assert threading.active_count() == 1 and sorted(os.listdir(tmp_path)) == before
