@@ -6,7 +6,7 @@ any, and are refused by name. Buffers with values keep them. A parameter with va
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -49,21 +49,13 @@ def refuse_unreachable(model: nn.Module, plan: Plan, state: Mapping[str, Any]) -
     parameters, buffers = named_tensors(model)
     with_values = [name for name, parameter in parameters.items() if not parameter.tensor.is_meta]
     if with_values:
-        raise ModelError(
-            "has values, which it would lose: other parameters are on the meta device",
-            key=with_values[0],
-            problems=shortened(with_values[1:]),
-            hint="build the whole model on meta, or model.to_empty(device=…), give these their values, then transfer",
-        )
+        hint = "build the whole model on meta, or model.to_empty(device=…), give these their values, then transfer"
+        raise _error("has values, which it would lose: other parameters are on the meta device", with_values, hint)
     valueless = [name for name, tensor in (*parameters.items(), *buffers.items()) if tensor.tensor.is_meta and not tensor.keys]
     valueless += [step.target for step in plan.steps if step.action in ("keep", "load") and state[step.target].is_meta]
     if valueless:
-        raise ModelError(
-            "is on the meta device, and would get no value: it is not in the state_dict",
-            key=valueless[0],
-            problems=shortened(valueless[1:]),
-            hint="model.to_empty(device=…), give these their values, then transfer",
-        )
+        hint = "model.to_empty(device=…), give these their values, then transfer"
+        raise _error("is on the meta device, and would get no value: it is not in the state_dict", valueless, hint)
 
 
 @contextmanager
@@ -94,16 +86,17 @@ def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         replaced = [name for name, parameter in before.items() if name not in after or parameter.keys != after[name].keys]
         replaced += [name for name, parameter in before.items() if id(parameter.tensor) in optimized - ids]
         if replaced:
-            raise ModelError(
-                "became another parameter when it got memory",
-                key=replaced[0],
-                problems=shortened(replaced[1:]),
-                hint="model.to_empty(device=…), tie the tied parameters, build the optimizer, then transfer",
-            )
+            hint = "model.to_empty(device=…), tie the tied parameters, build the optimizer, then transfer"
+            raise _error("became another parameter when it got memory", replaced, hint)
         yield
     except BaseException:
         move("meta")
         raise
+
+
+def _error(reason: str, names: Sequence[str], hint: str) -> ModelError:
+    """The error for the first of these tensors, which lists the others."""
+    return ModelError(reason, key=names[0], problems=shortened(names[1:]), hint=hint)
 
 
 def _device(model: nn.Module) -> torch.device:
