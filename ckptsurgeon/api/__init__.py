@@ -1,7 +1,7 @@
 """The library's verbs, each in one call; nothing here prints. The command line is their thin twin, training code their first client.
 
-The modules whose names are words have the verbs. Those under `_` are what they share: opening what a person gives, its rules and options,
-gates, writing, proof. A verb's module is imported when the verb is first used (PEP 562), so that looking does not pay for merging.
+Modules without a leading `_` have the verbs. The others are shared: opening arguments, rules and options, gates, writing, proof. A verb's
+module is imported when the verb is first used (PEP 562), so that `inspect` does not import what only `merge` needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.api.tuning import freeze, groups, initialize, param_groups, transfer, unfreeze
     from ckptsurgeon.api.verifying import verify
 
-_HOMES = {
+_MODULES = {
     "checking": ("check",),
     "comparing": ("diff",),
     "looking": ("inspect", "open", "skeleton"),
@@ -33,7 +33,7 @@ _HOMES = {
     "tuning": ("freeze", "groups", "initialize", "param_groups", "transfer", "unfreeze"),
     "verifying": ("verify",),
 }
-_HOME = {verb: home for home, verbs in _HOMES.items() for verb in verbs}
+_MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
 
 __all__ = [
     "apply",
@@ -59,9 +59,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ckptsurgeon.arguments import checked
 
-    globals()[name] = verb = checked(getattr(import_module(f"{__name__}.{_HOME[name]}"), name))
+    globals()[name] = verb = checked(getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name))
     return verb

@@ -160,7 +160,7 @@ def carry_out(
         resume=options.resume,
     )
     if output.tied not in ("copy", "alias"):
-        raise OutputError(f"{output.tied!r} is no way to write tied keys", path=output.path, hint="copy or alias")
+        raise OutputError(f"{output.tied!r} is no option for tied keys", path=output.path, hint="copy or alias")
     verification: list[Verification] = []
 
     def prove(path: str) -> None:

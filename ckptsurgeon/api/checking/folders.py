@@ -16,7 +16,7 @@ from ckptsurgeon.tensors import Archive
 
 
 def expand(path: str) -> list[str]:
-    """The files and Hugging Face folders of `path`, in the order of their names; `path` itself where there are none."""
+    """The files and Hugging Face folders of `path`, in the order of their names; `path` itself if there are none."""
     if not os.path.isdir(path):
         return [path]
     return list(_below(path)) or [path]
@@ -33,7 +33,7 @@ def size(path: str) -> int:
 def _below(top: str) -> Iterator[str]:
     refused: list[OSError] = []
     for folder, folders, names in os.walk(top, onerror=refused.append):
-        if _is_one(folder):
+        if _is_hf_folder(folder):
             folders.clear()
             yield folder
             continue
@@ -45,7 +45,7 @@ def _below(top: str) -> Iterator[str]:
     yield from (str(error.filename) for error in refused if str(error.filename) != top)
 
 
-def _is_one(folder: str) -> bool:
+def _is_hf_folder(folder: str) -> bool:
     try:
         find_in_folder(folder)
     except (UnreadableError, PartError):
@@ -61,9 +61,9 @@ def other_checkpoints(path: str, archive: Archive) -> list[str]:
     """The files in a Hugging Face folder and below that look like checkpoints and are no part of `archive`, relative to `path`."""
     if not os.path.isdir(path) or archive.path == path:
         return []
-    taken = {os.path.normpath(stamp.path) for stamp in archive.files}
+    own_files = {os.path.normpath(stamp.path) for stamp in archive.files}
     files = []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [os.path.join(folder, name) for name in sorted(names) if _is_checkpoint(name)]
-    return [os.path.relpath(file, path) for file in files if os.path.normpath(file) not in taken]
+    return [os.path.relpath(file, path) for file in files if os.path.normpath(file) not in own_files]

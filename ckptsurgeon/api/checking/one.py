@@ -88,7 +88,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.other_checkpoints(path, archive)]
     if gate.allow and archive.format not in gate.allow:
         yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]
-    checkpoints = [roots.checkpoint(archive, found, alone=True) for found in archive.state_dicts]
+    checkpoints = [roots.checkpoint(archive, state_dict, alone=True) for state_dict in archive.state_dicts]
     if gate.against is not None or gate.root is not None:
         try:
             against = gate.against if archive.part is None else None  # pieces fit nothing
@@ -103,7 +103,7 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
                 with _PROBING:
                     taken = taken_as_it_stands(as_read.checkpoint, against)
                 misfits = as_read.forgiven(strict_load(as_read.checkpoint, against.checkpoint, taken))
-                yield [replace(found, code=FITS[found.code]) for found in misfits if found.code in FITS]
+                yield [replace(misfit, code=FITS[misfit.code]) for misfit in misfits if misfit.code in FITS]
         except CheckpointError as error:
             yield [_refusal(error, path)]
     if gate.dtypes:

@@ -99,12 +99,12 @@ def refuse_unheard(given: Mapping[str, Any]) -> None:
         codes = [row.code for row in finding_codes.TABLE if row.option == option]
         if is_given(given.get(name)) and not any(finding_codes.is_reported(code, select, ignore) for code in codes):
             reason = f"looks for {' and '.join(codes)}, which --select or --ignore leaves out"
-            raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {codes[0]} be told")
+            raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {codes[0]} be reported")
 
 
 def _split(words: Dtype | Iterable[Dtype]) -> list[str]:
-    each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
-    return [part.strip() for word in each for part in str(word).split(",") if part.strip()]
+    items = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
+    return [part.strip() for word in items for part in str(word).split(",") if part.strip()]
 
 
 def _unknown(option: str, what: str, word: str, known: Sequence[str], hint: str) -> SettingsError:

@@ -85,14 +85,14 @@ def _in_threads(work: Work, numbers: Sequence[int], jobs: int, advance: Advance)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            waiting = [pool.submit(copy_context().run, work, number, alive) for number in numbers]
-            left = set(waiting)
-            while left:
-                done, left = wait(left, EVERY, FIRST_COMPLETED)
+            futures = [pool.submit(copy_context().run, work, number, alive) for number in numbers]
+            unfinished = set(futures)
+            while unfinished:
+                done, unfinished = wait(unfinished, EVERY, FIRST_COMPLETED)
                 for future in done:
-                    future.result()  # raises what ended one of them
+                    future.result()  # raises the error of a file's check, if any
                 advance(len(done))
-            return [future.result() for future in waiting]
+            return [future.result() for future in futures]
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -158,14 +158,14 @@ def _in_processes(work: Work, numbers: Sequence[int], jobs: int, advance: Advanc
     return [answers[number] if number in answers else work(number, _never_stops) for number in numbers]
 
 
-def _serve(work: Work, connection: Connection, others: Sequence[Connection]) -> None:
+def _serve(work: Work, connection: Connection, other_connections: Sequence[Connection]) -> None:
     """The loop of a worker process: receives file numbers and sends findings, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process gets it too, and kills the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     platform.unblock_signals(HELD)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - never closed; hides the traceback of an internal error, which the parent raises again
-    for other in others:
-        other.close()
+    for other_connection in other_connections:
+        other_connection.close()
     while True:
         try:
             number = int(connection.recv_bytes())
