@@ -41,7 +41,7 @@ COSTS = {
     "check": (["check", "a.pt", "a.safetensors"], 90, {MATCHER, "ckptsurgeon.adapters"}),
     "guide": (["guide", "patterns"], 25, {MATCHER, "ckptsurgeon.adapters", "json"}),
     "plan": (["plan", "a.pt", "b.pt"], 130, {MATCHER}),
-    "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 138, {MATCHER, "ckptsurgeon.models.verify"}),
+    "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 140, {MATCHER, "ckptsurgeon.models.verify"}),
 }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def replaced(path: Path) -> None:
 
 
 def stopped(folder: Path, words: tuple[str, ...], call: str, change: Callable[[], None]) -> Ended:
-    """The real program, stopped at its second `call`, and let go on after the change."""
+    """The real program, stopped at the second `call` of a thread, and let go on after the change."""
     log = folder.parent / "log"
     command = [*strace(log, (f"{call}:signal=STOP:when=2",)), *PROGRAM, *words]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
@@ -54,8 +55,15 @@ def stopped(folder: Path, words: tuple[str, ...], call: str, change: Callable[[]
             line = next((one for one in lines if "--- stopped by SIGSTOP ---" in one), None)
         assert line is not None, process.communicate()
         change()
-        os.kill(int(line.split()[0]), signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
+        program, deadline = int(lines[0].split()[0]), time.monotonic() + 60
+        while True:
+            with suppress(ProcessLookupError):
+                os.kill(program, signal.SIGCONT)
+            try:
+                out, err = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:  # strace counts calls by thread: another one has stopped the program again
+                assert time.monotonic() < deadline
     finally:
         process.kill()
         process.wait()
