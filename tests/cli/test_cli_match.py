@@ -277,7 +277,7 @@ def test_forward_proves_a_right_mapping_and_finds_a_wrong_model_out(run, two):
 
 @pytest.mark.parametrize(
     ("inputs", "reason"),
-    [("two:fails", "no data here"), ("two:small", "the source's model"), ("two:number", "no function"), ("two:gone", "gone")],
+    [("two:fails", "no data here"), ("two:small", "the source's model"), ("two:number", "not a function"), ("two:gone", "gone")],
 )
 def test_inputs_that_can_not_be_made_or_taken(run, two, inputs, reason):
     ended = run("match", "here.pt", "two:There", "--source-model", "two:Here", "--forward", inputs)
