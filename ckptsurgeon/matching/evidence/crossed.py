@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import combinations
+from itertools import combinations, islice
 
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict
 from ckptsurgeon.planning.links import Link
@@ -31,7 +31,7 @@ def exchangeable(
     single = [link for link in links if len(link.sources) == len(link.targets) == 1]
     used = {key for link in every for key in link.sources}, {key for link in every for key in link.targets}
     inside = _signatures(source), _signatures(target)
-    beside = _by_parent(inside[0]), _by_parent(inside[1])
+    free = _Free(inside[0], used[0]), _Free(inside[1], used[1])
     groups: dict[tuple[str, str, str, str, Signature], list[tuple[str, str, Link]]] = {}
     for link in single if inside[0] else ():
         for depth in _DEPTHS:
@@ -49,12 +49,14 @@ def exchangeable(
             continue
         for old, new, link in members:
             agreed = _agree(old, new)
-            for name in _free(f"{there}{new}", tail, used[1], inside[1], beside[1]):
+            for name in free[1].beside(f"{there}{new}", tail):
                 if _agree(old, name.removeprefix(there)) >= agreed:
                     yield link, f"{link.sources[0]} -> {name}.{tail}"
-            for name in _free(f"{here}{old}", rest, used[0], inside[0], beside[0]):
+                    break
+            for name in free[0].beside(f"{here}{old}", rest):
                 if _agree(name.removeprefix(here), new) >= agreed:
                     yield link, f"{name}.{rest} -> {link.targets[0]}"
+                    break
 
 
 def _cut(key: str, depth: int) -> tuple[str, str, str]:
@@ -77,18 +79,24 @@ def _signatures(side: Mapping[str, TensorMeta]) -> dict[str, Signature]:
     return {path: frozenset(row) for path, row in rows.items()}
 
 
-def _free(path: str, leaf: str, used: Collection[str], inside: Mapping[str, Signature], beside: Mapping[str, list[str]]) -> Iterator[str]:
-    """Modules beside one that hold the same, and of which no link has this tensor."""
-    for name in beside[path.rpartition(".")[0]]:
-        if name != path and inside[name] == inside[path] and f"{name}.{leaf}" not in used and not name.rpartition(".")[2].isdigit():
-            yield name
+class _Free:
+    """Modules of one side by what stands beside them and holds the same, and of which no link has some tensor."""
 
+    def __init__(self, inside: Mapping[str, Signature], used: Collection[str]) -> None:
+        self.inside, self.used = inside, used
+        self.alike: dict[tuple[str, Signature], list[str]] = {}
+        for path, signature in inside.items():
+            if not path.rpartition(".")[2].isdigit():
+                self.alike.setdefault((path.rpartition(".")[0], signature), []).append(path)
+        self.known: dict[tuple[str, Signature, str], list[str]] = {}
 
-def _by_parent(paths: Iterable[str]) -> dict[str, list[str]]:
-    children: dict[str, list[str]] = {}
-    for path in paths:
-        children.setdefault(path.rpartition(".")[0], []).append(path)
-    return children
+    def beside(self, path: str, leaf: str) -> list[str]:
+        """Those beside a module whose tensor `leaf` no link has, at most a few."""
+        key = (path.rpartition(".")[0], self.inside[path], leaf)
+        if key not in self.known:
+            names = (name for name in self.alike.get(key[:2], ()) if f"{name}.{leaf}" not in self.used)
+            self.known[key] = list(islice(names, _MOST))
+        return self.known[key]
 
 
 def _in_order(old: str, new: str, other_old: str, other_new: str) -> bool:
