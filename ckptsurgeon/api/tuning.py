@@ -196,8 +196,10 @@ def param_groups(
     Returns:
         Dicts with `params`, `lr`, `weight_decay`, `name` and `param_names`.
 
-    Raises: NoRecordError: a checkpoint that records nothing fresh. ModelError: a record of another model, a pattern that matches nothing, a
-        learning rate that is needed but missing, layers that can't be found.
+    Raises:
+        NoRecordError: a checkpoint that records nothing fresh.
+        ModelError: a record of another model, a pattern that matches nothing, a learning rate that is needed but missing, layers that can't
+            be found.
 
     >>> from torch import nn
     >>> groups = param_groups(nn.Linear(3, 2), ["bias"], lr=1e-3, fresh_scale=10)

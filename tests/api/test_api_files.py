@@ -241,7 +241,7 @@ def test_the_proof_catches_a_flipped_byte(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_official_readers_do_not_trust_our_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the proof blinded, and a pickle that names a storage wrongly, loading into the model still finds it."""
     given, spec = source(tmp_path), support.nets(tmp_path) + ":Net"
-    monkeypatch.setattr(writing, "prove", lambda *_: None)
+    monkeypatch.setattr(writing, "prove", lambda *_: [])
     real = zip_writer.lay_out
 
     def wrong(tensors: Any, entries: Any, metadata: Any, order: Any, *rest: Any) -> Any:
