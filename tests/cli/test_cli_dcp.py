@@ -145,7 +145,8 @@ def test_a_value_that_ranks_did_not_save_alike_is_refused(place: Path) -> None:
         Path(f"both/__{rank}.metadata").write_bytes(raw)
         shutil.copy(f"rank{rank}/__0_0.distcp", f"both/__{rank}_0.distcp")
     found = cs.inspect("both").state_dicts[0]
-    assert list(found.tensors) == ["w"] and isinstance(found.entries["b"], Refused) and "with different contents" in found.entries["b"].reason
+    assert list(found.tensors) == ["w"]
+    assert isinstance(found.entries["b"], Refused) and "with different contents" in found.entries["b"].reason
 
 
 def test_a_save_that_never_finished(run: Callable[..., Any], folder: Callable[[str], str]) -> None:
