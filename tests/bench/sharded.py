@@ -74,7 +74,7 @@ def main() -> None:
         shutil.rmtree(folder)
     words = (
         f"{HEADING}\n\n`python tests/bench/sharded.py --gigabytes {choices.gigabytes} --runs {choices.runs}` gave, on a file of "
-        f"{size:.2f} GB in the page cache, Python {platform.python_version()}, {os.cpu_count()} cores, beside other work:\n\n"
+        f"{size:.2f} GB in the page cache, Python {platform.python_version()}, {os.cpu_count()} cores:\n\n"
         f"{table(found)}\n\nThe megabytes of a DCP folder's writing are the file's pages, which torch reads through a mapping; they are "
         "the page cache's and can be dropped. What is the process's own is flat, which `tests/api/test_api_dcp_output.py` holds.\n"
     )
