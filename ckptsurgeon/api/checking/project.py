@@ -130,35 +130,35 @@ def read(path: str, *, named: bool = True) -> Project | None:
 
 
 def _project(path: str, table: dict[str, Any]) -> Project:
-    place = f"{TABLE}.check"
+    setting = f"{TABLE}.check"
     folder = os.path.dirname(os.path.abspath(path))
-    _known(path, place, table, KEYS)
+    _known(path, setting, table, KEYS)
     files = []
     written = [(name, value) for name, value in table.items() if name != "files"]
     for number, row in enumerate(table.get("files", ()), 1):
-        table_place = f"{place}.files[{number}]"
-        _known(path, table_place, row, {"path": PATH, **{name: key for name, key in KEYS.items() if key.own}})
+        file_table = f"{setting}.files[{number}]"
+        _known(path, file_table, row, {"path": PATH, **{name: key for name, key in KEYS.items() if key.own}})
         if "path" not in row:
-            raise SettingsError("does not say which files it is for", path=path, key=table_place, hint='path = "weights/**/*.pt"')
+            raise SettingsError("does not say which files it is for", path=path, key=file_table, hint='path = "weights/**/*.pt"')
         patterns = [row["path"]] if isinstance(row["path"], str) else row["path"]
         written += [(f"files[{number}].{name}", value) for name, value in row.items()]
         try:
             globs = tuple(map(glob, patterns))
         except SettingsError as error:
-            raise SettingsError(error.reason, path=path, key=f"{table_place}.path", hint=error.hint) from error
-        files.append((globs, _arguments(path, table_place, folder, row)))
+            raise SettingsError(error.reason, path=path, key=f"{file_table}.path", hint=error.hint) from error
+        files.append((globs, _arguments(path, file_table, folder, row)))
     return Project(
         path,
         folder,
-        _arguments(path, place, folder, table),
+        _arguments(path, setting, folder, table),
         tuple(files),
         table.get("jobs"),
-        _limits(path, place, table.get("limit", ())),
+        _limits(path, setting, table.get("limit", ())),
         tuple(written),
     )
 
 
-def _limits(path: str, place: str, words: str | list[str]) -> dict[str, str]:
+def _limits(path: str, setting: str, words: str | list[str]) -> dict[str, str]:
     values = {}
     for word in [words] if isinstance(words, str) else words:
         name, _, value = word.partition("=")
@@ -167,29 +167,29 @@ def _limits(path: str, place: str, words: str | list[str]) -> dict[str, str]:
         with limits(**values):
             return values
     except CheckpointError as error:
-        raise SettingsError(error.reason, path=path, key=f"{place}.limit", hint=error.hint) from error
+        raise SettingsError(error.reason, path=path, key=f"{setting}.limit", hint=error.hint) from error
 
 
-def _known(path: str, place: str, table: Any, keys: Mapping[str, _Key]) -> None:
+def _known(path: str, setting: str, table: Any, keys: Mapping[str, _Key]) -> None:
     if type(table) is not dict:
-        raise SettingsError("is no table", path=path, key=place, hint=_EXAMPLE)
+        raise SettingsError("is no table", path=path, key=setting, hint=_EXAMPLE)
     for name, value in table.items():
         key = keys.get(name)
         if key is None:
             close = close_names(name.replace("_", "-"), keys, 1)
             near = f"; is it {close[0]!r}?" if close else ""
-            raise SettingsError(f"there is no such setting{near}", path=path, key=f"{place}.{name}", hint=f"there are {', '.join(keys)}")
+            raise SettingsError(f"there is no such setting{near}", path=path, key=f"{setting}.{name}", hint=f"there are {', '.join(keys)}")
         if not key.fits(value):
-            raise SettingsError(f"takes {key.words}", path=path, key=f"{place}.{name}")
+            raise SettingsError(f"takes {key.words}", path=path, key=f"{setting}.{name}")
 
 
-def _arguments(path: str, place: str, folder: str, table: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(path: str, setting: str, folder: str, table: Mapping[str, Any]) -> dict[str, Any]:
     """A table's settings as arguments of `check`, each validated; the target is resolved relative to the file's folder."""
     arguments = {KEYS[name].argument: value for name, value in table.items() if name in KEYS and KEYS[name].own}
     try:
         gate(**{name: value for name, value in arguments.items() if name not in ("against", "conversions")})
     except SettingsError as error:
-        raise SettingsError(error.reason, path=path, key=f"{place}.{(error.key or '').lstrip('-')}", hint=error.hint) from error
+        raise SettingsError(error.reason, path=path, key=f"{setting}.{(error.key or '').lstrip('-')}", hint=error.hint) from error
     if "against" in arguments:
         arguments["against"] = _from_here(folder, arguments["against"])
     return arguments
@@ -239,22 +239,22 @@ def glob(words: str) -> Glob:
 
 
 def check_project(
-    paths: Iterable[str], project: Project, given: Mapping[str, Any], *, jobs: int | None = None, note: Note = _opening.silent
+    paths: Iterable[str], project: Project, overrides: Mapping[str, Any], *, jobs: int | None = None, note: Note = _opening.silent
 ) -> CheckReport:
-    """`check` with a project's settings; `given`, arguments of `check`, override them.
+    """`check` with a project's settings; `overrides`, arguments of `check`, override them.
 
     Code that the settings file names is imported only if the call names the file; else the report and a note say that it was not.
     """
     targets: dict[str, Target] = {}
-    settings = _followed(project, given)
+    settings = _followed(project, overrides)
     if settings is not None:
         for name, value in settings.not_used:
             words = f"{settings.path}: {name} = {value!r} is not followed, since it names code and the file was only found"
             here = shlex.quote(_from_here(project.folder, value))
             note(Unmissable(f"{words} (follow it: --against {here}, or --config {shlex.quote(settings.path)})"))
-    code_note = unmissable(note) if project.path and "against" not in given else note
-    refuse_unheard(given)
-    alone = {name: value for name, value in given.items() if name not in ("against", "conversions")}
+    code_note = unmissable(note) if project.path and "against" not in overrides else note
+    refuse_unheard(overrides)
+    alone = {name: value for name, value in overrides.items() if name not in ("against", "conversions")}
     gate(**alone)  # an invalid option is an error before a model is built
 
     def target(words: str) -> Target:
@@ -262,15 +262,15 @@ def check_project(
             try:
                 targets[words] = target_of(words, code_note)
             except CheckpointError as error:
-                if "against" not in given:
+                if "against" not in overrides:
                     error.reason += f" (asked for by {os.path.relpath(project.path)})"
                 raise
         return targets[words]
 
     def choose(path: str) -> Gate:
-        arguments = {**project.of(path), **given} if project.path else dict(given)
+        arguments = {**project.of(path), **overrides} if project.path else dict(overrides)
         against = arguments.pop("against", None)
-        if against is not None and "against" not in given and not project.named and is_code(against):
+        if against is not None and "against" not in overrides and not project.named and is_code(against):
             against = None
             arguments.pop("conversions", None)
         return gate(against=None if against is None else target(against), **arguments)
@@ -280,16 +280,16 @@ def check_project(
         return check_each(paths, choose, jobs=jobs or project.jobs, settings=settings, note=note)
 
 
-def _followed(project: Project, given: Mapping[str, Any]) -> Settings | None:
+def _followed(project: Project, overrides: Mapping[str, Any]) -> Settings | None:
     """The settings of the file that this run uses, and those that it does not, since they name code. Overridden settings are left out."""
     if not project.path:
         return None
     used: list[tuple[str, Any]] = []
     not_used: list[tuple[str, Any]] = []
-    for place, value in project.written:
-        name = place.rpartition(".")[2]
-        if name in KEYS and KEYS[name].argument in given:
+    for setting, value in project.written:
+        name = setting.rpartition(".")[2]
+        if name in KEYS and KEYS[name].argument in overrides:
             continue
         code = name == "against" and not project.named and is_code(_from_here(project.folder, value))
-        (not_used if code else used).append((place, value))
+        (not_used if code else used).append((setting, value))
     return Settings(os.path.relpath(project.path), tuple(used), tuple(not_used))

@@ -90,14 +90,14 @@ def gate(
     )
 
 
-def refuse_unheard(given: Mapping[str, Any]) -> None:
+def refuse_unheard(arguments: Mapping[str, Any]) -> None:
     """Raises SettingsError for an option whose findings `select` or `ignore` hides."""
     select, ignore = (
-        [row.code for word in _split(given.get(name) or ()) for row in finding_codes.named(word)] for name in ("select", "ignore")
+        [row.code for word in _split(arguments.get(name) or ()) for row in finding_codes.named(word)] for name in ("select", "ignore")
     )
     for name, option in _ASKS.items():
         codes = [row.code for row in finding_codes.TABLE if row.option == option]
-        if is_given(given.get(name)) and not any(finding_codes.is_reported(code, select, ignore) for code in codes):
+        if is_given(arguments.get(name)) and not any(finding_codes.is_reported(code, select, ignore) for code in codes):
             reason = f"looks for {' and '.join(codes)}, which --select or --ignore leaves out"
             raise SettingsError(reason, key=option, hint=f"leave {option} out, or let {codes[0]} be reported")
 
