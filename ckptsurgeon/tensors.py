@@ -5,7 +5,7 @@ Frozen values without any torch object. No file is opened here: `formats` makes 
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
@@ -336,17 +336,6 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
 
     def __len__(self) -> int:
         return len(self.tensors)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.tensors
-
-    def items(self) -> ItemsView[str, TensorMeta]:
-        """The tensors by key; at the speed of the mapping that holds them, as `values` too."""
-        return self.tensors.items()
-
-    def values(self) -> ValuesView[TensorMeta]:
-        """The tensors."""
-        return self.tensors.values()
 
     def __repr__(self) -> str:
         return f"<Checkpoint {short(self.path)}: {self.format}, {len(self):,} tensors, {self.numel:,} elements>"
