@@ -376,6 +376,7 @@ def test_an_operation_that_is_no_adapter_leaves_its_keys_and_says_its_name(saved
     assert not checked.ok and any("Scramble" in row.message for row in checked.findings)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_and_turns_it_off(saved: Any, tmp_path: Path) -> None:
     folder, _, _ = saved("gte")
     (tmp_path / "net.py").write_text(NET.format("gte"))

@@ -128,6 +128,7 @@ def test_a_merge_of_more_than_a_gigabyte_takes_little_memory(output: str, big: P
     os.unlink(tmp_path / output)
 
 
+@pytest.mark.slow
 def test_a_cast_of_a_large_tensor_takes_memory_that_does_not_grow_with_it(tmp_path: Path) -> None:
     used = []
     for number, nbytes in enumerate((32 << 20, 512 << 20)):

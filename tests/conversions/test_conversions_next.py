@@ -36,6 +36,7 @@ ROWS: dict[str, tuple[str, str, list[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_next_gives_what_the_rules_give(name: str, tmp_path: Path) -> None:
     given, target, files, still_open = ROWS[name]

@@ -36,6 +36,7 @@ def test_a_safetensors_of_very_many_keys(tmp_path: Path, reverse: bool) -> None:
     assert float(seconds) < 8 and int(megabytes) < 200
 
 
+@pytest.mark.slow
 def test_json_is_written_in_parts(tmp_path: Path) -> None:
     """An answer of many megabytes is never held whole, as text or as rows."""
     rows = {f"layers.{i // 50}.block_{i % 50}.weight": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(KEYS)}

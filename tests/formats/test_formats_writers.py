@@ -192,6 +192,7 @@ def test_zip_refuses_other_values_by_key(value: Any) -> None:
     assert caught.value.key == "x._extra_state"
 
 
+@pytest.mark.slow
 def test_zip_with_many_records(tmp_path: Path) -> None:
     tensors = {f"layer.{index}": torch.full((1,), float(index)) for index in range(70_000)}  # more than a plain zip can count
     write_zip(tensors, tmp_path / "it.pt")

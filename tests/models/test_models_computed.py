@@ -303,6 +303,7 @@ def test_every_verb_says_the_same_of_each_kind(kind: Any, prefix: str, tmp_path:
     assert all(torch.equal(value, torch.load(source, weights_only=True)[prefix + key]) for key, value in state.items())
 
 
+@pytest.mark.slow
 def test_plan_dry_run_apply_and_verify_on_the_command_line(tmp_path: Path) -> None:
     lines = f"import sys; sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}\nfrom test_models_computed import *\n"
     (tmp_path / "nets.py").write_text(lines + "def Net(): return of(Scaled, Fused, Plain)\n")
