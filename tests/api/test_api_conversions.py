@@ -145,6 +145,7 @@ def test_a_plan_has_ordinary_steps_that_say_whose_words_they_follow(saved: Any) 
     assert json.loads(plan.to_json())["coverage"]["tensors"] == 1
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_written_is_followed(saved: Any, tmp_path: Path) -> None:
     folder, truth, _ = saved("mixtral")
     (tmp_path / "net.py").write_text(NET.format("mixtral"))

@@ -24,6 +24,7 @@ print(len(found.state_dicts[0].tensors), time.process_time(), (usage.ru_maxrss -
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_safetensors_of_very_many_keys(tmp_path: Path, reverse: bool) -> None:
     """In the order of the data, as they are written, and in the opposite one."""

@@ -180,6 +180,7 @@ def test_the_command_line_ends_as_the_story_says(
     assert_all_told([ended(words) for words in lines_for(things[name])], outcome, codes, things[name])
 
 
+@pytest.mark.slow
 def test_processes_of_their_own_end_as_the_stories_say(things: dict[str, Path], tmp_path: Path) -> None:
     """One of each family, and all that are no file: here a reader that hangs is ended, and an exit is an exit."""
     (tmp_path / HONEST).write_bytes(make.HONEST)

@@ -194,6 +194,7 @@ def test_a_deeper_source_gives_its_first_layers() -> None:
     assert all(link.sources[0].split(".")[1] == link.targets[0].split(".")[1] for link in found.certain)
 
 
+@pytest.mark.slow
 def test_ten_thousand_tensors() -> None:
     source = side(*[row for i in range(625) for row in block(f"blocks.{i}", TIMM)])
     target = side(*[row for i in range(625) for row in block(f"model.layer.{i}", HF)])
