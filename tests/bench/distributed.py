@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from results import write_section
 from run import CLI, Row, median, pair, python, run, table
 
 HERE = Path(__file__).parent
-_SECTION = re.compile(r"\n## Distributed checkpoints\n.*?(?=\n#|\Z)", re.DOTALL)
 
 SAVE = """
 import sys, warnings
@@ -172,7 +171,6 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="write the tables into RESULTS.md")
     arguments = parser.parse_args()
-    results = HERE / "RESULTS.md"
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
         os.chdir(place)
         prepare(arguments.gigabytes)
@@ -185,7 +183,7 @@ def main() -> int:
         os.chdir(HERE)
     print(text)
     if arguments.write:
-        results.write_text(_SECTION.sub("", results.read_text()).rstrip("\n") + "\n" + text)
+        write_section(text)
     return 0
 
 

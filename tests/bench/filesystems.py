@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -26,7 +25,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from run import CLI, HERE, Sample, pair, python, run
+from results import write_section
+from run import CLI, Sample, pair, python, run
 from tabulate import tabulate
 
 MAKE = """
@@ -59,7 +59,6 @@ TASKS = [(source, output) for output in ("safetensors", "pt") for source in ("sa
 TIMES = {("safetensors", False): 1.3, ("safetensors", True): 2.2, ("pt", False): 1.3, ("pt", True): 1.8}  # of a bare copy, + 0.3 s
 LEAST, MORE = 0.1, 0.3  # where the file system shares: of the bytes, and seconds more than for a file of 1 KB
 HEADS = ("file system", "merge", "s", "copy, s", "ratio", "written", "beyond, s", "MB", "bound", "kept")
-_SECTION = re.compile(r"\n## File systems\n.*?(?=\n## |\n# |\Z)", re.DOTALL)
 
 
 class Skipped(Exception):
@@ -196,8 +195,7 @@ def main() -> None:
     )
     print(text)
     if choices.write:
-        path = HERE / "RESULTS.md"
-        path.write_text(_SECTION.sub("", path.read_text()).rstrip("\n") + "\n" + text)
+        write_section(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from results import write_section
 from tabulate import tabulate
 
 HERE = Path(__file__).parent
@@ -27,7 +27,6 @@ import make  # noqa: E402
 from hostile_costs import BOUND, COMMANDS, COSTS, PAIRS, Cost, cost, write  # noqa: E402
 
 Row = tuple[str, ...]
-_SECTION = re.compile(r"\n## Hostile files\n.*?(?=\n## (?!Hostile)|\n# |\Z)", re.DOTALL)
 
 
 def families() -> Iterator[Row]:
@@ -116,8 +115,7 @@ def main() -> int:
     )
     print(text)
     if arguments.write:
-        results = HERE / "RESULTS.md"
-        results.write_text(_SECTION.sub("", results.read_text()).rstrip("\n") + "\n" + text)
+        write_section(text)
     return 0
 
 

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from run import CLI, HERE
+from results import write_section
+from run import CLI
 
 HEADING = "## Very large checkpoints"
 SHARDS, PER_SHARD, TERABYTE = 200, 7, 10**12
@@ -120,10 +121,7 @@ def main() -> None:
     )
     print(words)
     if choices.write:
-        path = HERE / "RESULTS.md"
-        before, _, after = path.read_text().partition(f"\n{HEADING}\n")
-        rest = after[after.index("\n## ") :] if "\n## " in after else ""
-        path.write_text(f"{before.rstrip()}\n\n{words}{rest}")
+        write_section(words)
 
 
 if __name__ == "__main__":

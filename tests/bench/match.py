@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
 
+from results import write_section
 from tabulate import tabulate
 
 from ckptsurgeon.matching.matcher import match
@@ -44,7 +44,6 @@ each was built anew in sizes that do not meet by chance. In set 5 one negative w
 After mending, sets 3 to 5, the given pairs and those in `tests/matching/pairs` gave 155 of 160 complete (154 sorted), none wrong, all 52
 negative readings refused. The table is of set 6, the given pairs and those in `tests/matching/pairs`, after mending.
 """
-_SECTION = re.compile(r"\n## Matching\n.*?(?=\n## |\Z)", re.DOTALL)
 ORDERS = ("library", "sorted")
 
 
@@ -76,10 +75,9 @@ def main() -> int:
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.write:
-        results_page = HERE / "RESULTS.md"
         what = f"for {len(truths)} pairs of published implementations; a row for each that is not complete in both orders"
-        head = f"\n## Matching\n\n`python tests/bench/match.py FOLDER... --write`, {what}.\n\n{READINGS}\n"
-        results_page.write_text(_SECTION.sub("", results_page.read_text()).rstrip("\n") + "\n" + head + text)
+        head = f"## Matching\n\n`python tests/bench/match.py FOLDER... --write`, {what}.\n\n{READINGS}\n"
+        write_section(head + text)
     return 0
 
 

@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from results import write_section
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
 HEADERS = ("tensors a side", "command", "CPU seconds", "peak MB", "rules")
-_SECTION = re.compile(r"\n## Matching many tensors\n.*?(?=\n## |\Z)", re.DOTALL)
 SIZES = ((40, 80), (160, 61))  # experts, layers
 
 
@@ -76,8 +75,8 @@ def main() -> int:
     text = tabulate(rows, HEADERS, tablefmt="github") + "\n"
     print(text)
     if write:
-        head = "\n## Matching many tensors\n\n`python tests/bench/match_speed.py --write`: every third block has other names.\n\n"
-        RESULTS.write_text(_SECTION.sub("", RESULTS.read_text()).rstrip("\n") + "\n" + head + text)
+        head = "## Matching many tensors\n\n`python tests/bench/match_speed.py --write`: every third block has other names.\n\n"
+        write_section(head + text)
     return 0
 
 

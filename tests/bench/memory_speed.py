@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from results import write_section
 from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import nn
@@ -36,10 +36,8 @@ from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, count_non_finite
 from ckptsurgeon.tensors import Checkpoint
 
-HERE = Path(__file__).parent
 CASTS = {"F32": ("BF16", "F16", "F8_E4M3", "F64"), "BF16": ("F32", "F16"), "F16": ("F32", "BF16"), "F64": ("F32",), "F8_E4M3": ("BF16",)}
 LEAST, MOST = 0.7, 0.9  # of isfinite's speed, and of the time of torch's load
-_SECTION = re.compile(r"\n## Values at memory speed\n.*?(?=\n## |\n# |\Z)", re.DOTALL)
 Work = Callable[[], object]
 
 
@@ -185,8 +183,7 @@ def main() -> None:
     )
     print(text)
     if choices.write:
-        path = HERE / "RESULTS.md"
-        path.write_text(_SECTION.sub("", path.read_text()).rstrip("\n") + "\n" + text)
+        write_section(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from results import write_section
+
 Command = Sequence[str]
 CLI = [sys.executable, "-m", "ckptsurgeon"]
 
@@ -318,8 +319,7 @@ def main() -> None:
     )
     print(words)
     if not choices.no_write and len(choices.parts) == len(PARTS):
-        others = (HERE / "RESULTS.md").read_text().partition("\n# Fuzzing\n")  # what other programs measured stays
-        (HERE / "RESULTS.md").write_text(words + "".join(others[1:]))
+        write_section(words)
 
 
 if __name__ == "__main__":

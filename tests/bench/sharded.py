@@ -14,7 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from run import CLI, HERE, Row, pair, python, table
+from results import write_section
+from run import CLI, Row, pair, python, table
 
 MAKE = """
 import sys, torch
@@ -80,10 +81,7 @@ def main() -> None:
     )
     print(words)
     if choices.write:
-        path = HERE / "RESULTS.md"
-        before, _, after = path.read_text().partition(f"\n{HEADING}\n")
-        rest = after[after.index("\n## ") :] if "\n## " in after else ""
-        path.write_text(f"{before.rstrip()}\n\n{words}{rest}")
+        write_section(words)
 
 
 if __name__ == "__main__":

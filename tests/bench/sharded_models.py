@@ -24,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from results import write_section
 from tabulate import tabulate
 
-HERE = Path(__file__).parent
 MB = 1e6
 WAYS = {
     "one file: transfer": "ours_file",
@@ -35,7 +35,6 @@ WAYS = {
     "DCP folder: dcp.load": "torch_folder",
     "DCP folder with AdamW: transfer": "ours_optimizer",
 }
-_SECTION = re.compile(r"\n## Sharded models\n.*?(?=\n## |\Z)", re.DOTALL)
 
 
 def model(layers: int) -> Any:
@@ -194,9 +193,7 @@ def main() -> int:
     )
     print(text)
     if arguments.write:
-        path = HERE / "RESULTS.md"
-        kept = _SECTION.sub("", path.read_text())
-        path.write_text(kept.rstrip("\n") + "\n" + text)
+        write_section(text)
     return 0
 
 

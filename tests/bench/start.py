@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from results import write_section
 from tabulate import tabulate
 
-HERE = Path(__file__).parent
 PROGRAM = [sys.executable, "-m", "ckptsurgeon"]
 YARDSTICK = [sys.executable, "-c", "import torch"]
 # What is run, its command line, and the most that it may take, as a share.
@@ -36,7 +35,6 @@ RUNS: dict[str, tuple[list[str], float | None]] = {
     "check a.pt": ([*PROGRAM, "check", "a.pt"], None),
     "merge a.pt b.pt -o out.pt": ([*PROGRAM, "merge", "a.pt", "b.pt", "-o", "out.pt", "--overwrite"], None),
 }
-_SECTION = re.compile(r"\n## Start\n.*?(?=\n#|\Z)", re.DOTALL)
 
 
 def seconds(command: list[str], folder: Path) -> float:
@@ -91,10 +89,7 @@ def main() -> int:
     )
     print(text)
     if arguments.write:
-        results = HERE / "RESULTS.md"
-        before = _SECTION.sub("", results.read_text())
-        head, mark, rest = before.partition("\n# Fuzzing")
-        results.write_text(f"{head.rstrip(chr(10))}\n{text}{mark}{rest}")
+        write_section(text)
     return 0
 
 

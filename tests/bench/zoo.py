@@ -15,7 +15,6 @@ What does not build at this size, or can't be saved or loaded by transformers it
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import time
@@ -24,6 +23,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from results import write_section
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "api"))
@@ -42,7 +43,6 @@ HEADS = (
     "ForSpeechSeq2Seq",
 )  # of `AutoModel`, that --save saves
 GOOD = {"complete": 1, "verified": 1}
-_SECTION = "\n## {}\n.*?(?=\n## |\\Z)"
 Outcome = dict[str, int] | None  # None where it is not counted
 
 
@@ -152,11 +152,9 @@ def _table(counts: Counter[str], total: int) -> str:
 
 
 def _write(text: str, release: str) -> None:
-    path = HERE / "RESULTS.md"
     title = f"Folders of transformers {release}" if release else "Models of transformers"
     command = "--folders FOLDER --write`, for what `--save FOLDER` saved there" if release else "--write`, for what it saves itself"
-    old = re.sub(_SECTION.format(re.escape(title)), "", path.read_text(), flags=re.DOTALL).rstrip("\n")
-    path.write_text(f"{old}\n\n## {title}\n\n`python tests/bench/zoo.py {command}: transferred without a flag, and verified\n\n{text}")
+    write_section(f"## {title}\n\n`python tests/bench/zoo.py {command}: transferred without a flag, and verified\n\n{text}")
 
 
 if __name__ == "__main__":
