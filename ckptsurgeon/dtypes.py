@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["float", "int", "bool", "complex"]
+Kind = Literal["float", "int", "bool", "complex", "quantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,17 @@ BY_TORCH: dict[str, DType] = {row.torch: row for row in TABLE} | {
     for alias, name in {"half": "float16", "float": "float32", "double": "float64", "long": "int64", "int": "int32"}.items()
 }
 BY_STORAGE_CLASS: dict[str, DType] = {row.storage_class: row for row in TABLE if row.storage_class}
+# Of torch's quantized tensors, whose numbers mean nothing without a scale. They are never a tensor's dtype here.
+QUANTIZED: dict[str, DType] = {
+    name: DType(code, torch, size, "quantized", name, safetensors=False)
+    for name, code, torch, size in (
+        ("QInt8Storage", "QI8", "qint8", 1),
+        ("QUInt8Storage", "QU8", "quint8", 1),
+        ("QInt32Storage", "QI32", "qint32", 4),
+        ("QUInt4x2Storage", "QU4X2", "quint4x2", 1),
+        ("QUInt2x4Storage", "QU2X4", "quint2x4", 1),
+    )
+}
 SAFETENSORS_RANK: dict[str, int] = {row.code: rank for rank, row in enumerate(TABLE)}
 
 DTYPE_CHOICES = (

@@ -168,6 +168,8 @@ class Report(Result):
         kept: keys that kept a target checkpoint's values.
         fresh: keys that were initialised, and have had no training.
         dropped: every source key that was not used, with the reason.
+        left_behind: what else the sources hold, by dotted path: other state_dicts, and values that are no weights of the one that was read.
+            A part of it may be the training state that `optimizer` tells of.
         coverage: the share of the target that a source gives, fresh or not.
         casts: each change of dtype.
         findings: warnings and notes.
@@ -212,6 +214,7 @@ class Report(Result):
     files: tuple[tuple[str, int], ...] = ()
     shared: int = 0
     copied: int = 0
+    left_behind: tuple[str, ...] = ()
 
     @property
     def proven(self) -> bool:

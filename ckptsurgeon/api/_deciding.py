@@ -164,6 +164,7 @@ def report_of(plan: Plan, **more: Any) -> Report:
         roots=tuple(source.root for source in plan.sources),
         prefixes=tuple(source.prefix for source in plan.sources),
         dropped=tuple((row.source, row.reason) for row in plan.dropped),
+        left_behind=plan.left_behind,
         coverage=plan.coverage,
         adapted=plan.adapted,
         partial=plan.partial,

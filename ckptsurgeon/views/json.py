@@ -304,6 +304,7 @@ def report(report: Report) -> dict[str, Any]:
         "roots": list(report.roots),
         "prefixes": [{**_NO_PREFIX, **prefix} for prefix in report.prefixes],
         "dropped": [{"source": key, "reason": reason} for key, reason in report.dropped],
+        "left_behind": list(report.left_behind),
         "coverage": _coverage(report.coverage),
         "casts": [_cast(cast) for cast in report.casts],
         "findings": [_finding(finding) for finding in report.findings],

@@ -339,3 +339,17 @@ def test_what_else_a_training_checkpoint_held_is_reported(tmp_path: Path) -> Non
     path = support.SOURCES["training"](support.network().state_dict(), tmp_path)
     made = cs.plan(path, support.nets(tmp_path) + ":Net")
     assert {"epoch", "optimizer", "losses"} <= set(made.left_behind)
+
+
+def test_what_else_the_sources_hold_is_told(tmp_path: Path) -> None:
+    source, out = tmp_path / "run.pt", tmp_path / "out.pt"
+    weights = {"w": torch.ones(2)}
+    torch.save({"model": weights, "ema": {"w": torch.zeros(2)}, "epoch": 3, "stats": (torch.ones(3), torch.ones(1))}, source)
+    report = cs.merge(source, None, out, root="model")
+    assert report.left_behind == ("ema (1 tensor)", "epoch", "stats.0", "stats.1")
+    assert report.to_dict()["left_behind"] == list(report.left_behind)
+    assert "  left behind     4   ema (1 tensor), epoch, stats.0, stats.1" in str(report).splitlines()
+    model = nn.ParameterDict({"w": torch.zeros(2)})
+    assert cs.transfer(source, model, root="model").left_behind == report.left_behind
+    again = cs.merge(out, None, tmp_path / "again.pt")
+    assert again.left_behind == () and "left behind" not in str(again)

@@ -22,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import examples
 
+import ckptsurgeon as cs
+from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.tensors import Archive, Refused, TensorMeta
 
 WORDS = (RuntimeError, pickle.UnpicklingError, TypeError, ValueError, AttributeError, AssertionError, KeyError, IndexError, EOFError)
@@ -394,3 +396,37 @@ TENSORS = st.recursive(st.sampled_from([plain(), plain("1"), complex_tensor()]),
 def test_tensors_in_any_wrapping(tensors: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
     named = {f"t{number}": tensor for number, tensor in enumerate(tensors)}
     assert_like_torch(zipped(dict_of(**named), RECORDS), tmp_path_factory.mktemp("tensors"))
+
+
+QUANTIZED_DTYPES = [torch.qint8, torch.quint8, torch.qint32]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES, ids=str)
+@pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
+def test_a_quantized_tensor_blocks_by_its_key_and_the_others_are_read(
+    dtype: torch.dtype, by_channel: bool, modern: bool, tmp_path: Path
+) -> None:
+    if by_channel:
+        tensor = torch.quantize_per_channel(torch.randn(4, 3), torch.ones(4), torch.zeros(4, dtype=torch.long), 0, dtype)
+    else:
+        tensor = torch.quantize_per_tensor(torch.randn(4, 3), 0.1, 0, dtype)
+    path = str(tmp_path / "q.pt")
+    torch.save({"layer.weight": tensor, "layer.bias": torch.ones(4)}, path, _use_new_zipfile_serialization=modern)
+    (state_dict,) = cs.inspect(path).state_dicts
+    assert list(state_dict.tensors) == ["layer.bias"]
+    assert state_dict.entries == {"layer.weight": Refused("a quantized tensor")}
+    with pytest.raises(CheckpointError, match=r"layer\.weight: a quantized tensor"):
+        cs.merge(path, None, str(tmp_path / "out.pt"))
+    cs.merge(path, None, str(tmp_path / "out.pt"), drop=["layer.weight"])
+    assert list(torch.load(tmp_path / "out.pt")) == ["layer.bias"]
+
+
+def test_a_plain_tensor_is_never_made_of_a_quantized_storage(tmp_path: Path) -> None:
+    body = b"}" + text("w") + plain().replace(b"FloatStorage", b"QInt8Storage") + b"s."
+    data = zipped(body, {"0": bytes(10)})
+    path = tmp_path / "q.pt"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="a plain tensor has the storage of a quantized one"):
+        cs.inspect(str(path))

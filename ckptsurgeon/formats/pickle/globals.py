@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ckptsurgeon.dtypes import BY_STORAGE_CLASS, BY_TORCH, DType
+from ckptsurgeon.dtypes import BY_STORAGE_CLASS, BY_TORCH, QUANTIZED, DType
 from ckptsurgeon.errors import FormatError, UnsafeError
 from ckptsurgeon.formats.pickle.values import (
     Encoded,
@@ -78,6 +78,8 @@ def view(
     """A tensor that spans `reach` elements of its storage (see `extent`). FormatError where the storage is shorter."""
     if type(offset) is not int or not 0 <= offset <= MAX_INT:
         raise FormatError("a tensor's offset is not a non-negative integer")
+    if dtype.kind == "quantized":
+        raise FormatError("a plain tensor has the storage of a quantized one")
     held = storage.numel if storage.dtype is None else storage.numel * storage.dtype.size
     if reach and (offset + reach) * dtype.size > held:
         raise FormatError(f"a tensor of shape {shape} reaches beyond its storage of {held} bytes")
@@ -257,6 +259,7 @@ NAMED_ONLY = PLAIN_TENSORS | {"numpy.ndarray"}
 # Old spellings: Python 2's module names, and torch modules that moved (as torch.load itself maps them).
 RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
+_BY_STORAGE_CLASS = BY_STORAGE_CLASS | QUANTIZED
 UNTYPED = ("UntypedStorage", "_UntypedStorage")
 
 
@@ -268,8 +271,8 @@ def resolve(module: str, name: str) -> tuple[Any, bool]:
     if module in STORAGE_MODULES:
         if name in UNTYPED:
             return StorageClass(None), True
-        if name in BY_STORAGE_CLASS:
-            return StorageClass(BY_STORAGE_CLASS[name]), True
+        if name in _BY_STORAGE_CLASS:
+            return StorageClass(_BY_STORAGE_CLASS[name]), True
         if module == "torch" and name in BY_TORCH:
             return BY_TORCH[name], True
     full = f"{module}.{name}"
