@@ -7,7 +7,7 @@ order of keys can be trusted; later passes use that too. No name of a model is k
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from math import sqrt
@@ -27,7 +27,8 @@ from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
 from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
-from ckptsurgeon.matching.spelling import renamed, same_but_for_separators, spelled, unwrapped
+from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
+from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.matching.towers import towered
 from ckptsurgeon.matching.turning import Turned, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Layout, Link
@@ -84,14 +85,29 @@ def _named(links: Sequence[Link], here: Mapping[str, str], there: Mapping[str, s
         return list(links)
 
     def named(item: Named) -> Named:
-        return replace(item, sources=tuple(here[key] for key in item.sources), targets=tuple(there[key] for key in item.targets))
+        sources, targets = tuple(here[key] for key in item.sources), tuple(there[key] for key in item.targets)
+        same = sources == item.sources and targets == item.targets
+        return item if same else replace(item, sources=sources, targets=targets)
 
-    return [replace(named(link), choices=tuple(map(named, link.choices))) for link in links]
+    paths = paths_back(here), paths_back(there)
+    rows = []
+    for link in map(named, links):
+        more = link.choices or link.runner_up
+        rows.append(replace(link, choices=tuple(map(named, link.choices)), runner_up=_paths(link.runner_up, paths)) if more else link)
+    return rows
+
+
+def _paths(rival: str, paths: Iterable[Callable[[str], str]]) -> str:
+    """A rival, as `source -> target`, with the paths of both sides in their own spelling."""
+    return " -> ".join(back(path) for path, back in zip(rival.split(" -> "), paths, strict=True)) if rival.count(" -> ") == 1 else rival
 
 
 def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
     """The mapping of what plain models have: a weight as one tensor, whatever holds it."""
-    source, target = looked_at(all_source), looked_at(all_target)
+    seen = looked_at(all_source), looked_at(all_target)
+    names = parted(*seen)
+    source, target = map(renamed, seen, names)
+    ties = [[names[1].get(key, key) for key in tied] for tied in ties]
     same, bare = _names(source, target)
     facts = Facts((), source, target, same, bare, has_order(source) and has_order(target))
     whole = len(same) == min(len(source), len(target))
@@ -104,7 +120,8 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
         links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, rest=True)[0], judge
     )
     links = _towered(_tied(links, ties), source, target, same)
-    return result(doubted(replace(facts, links=links, same=same)), all_source, all_target, trust)
+    links = _named_back(doubted(replace(facts, links=links, same=same)), *names)
+    return result(links, all_source, all_target, trust)
 
 
 def _towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:

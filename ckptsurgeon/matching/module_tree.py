@@ -188,7 +188,7 @@ def both(source: Iterable[TensorMeta], target: Iterable[TensorMeta]) -> tuple[No
 def list_lengths(root: Node) -> dict[int, int]:
     """By node (its id), how many have its path but for the last number in it."""
     heads = {id(node): _LAST_NUMBER.sub("{}", node.path) for node in root.nodes}
-    counts = Counter(heads.values())
+    counts = Counter(_LAST_NUMBER.sub("{}", path) for path in {node.path for node in root.nodes})  # a module's own tensors have its path
     return {node: counts[head] for node, head in heads.items()}
 
 

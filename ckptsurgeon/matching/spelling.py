@@ -6,8 +6,9 @@ Rule: only separators are looked past. Where that makes two keys of one side equ
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 
@@ -84,13 +85,13 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     modules = [_ROLE.sub("", key) for key in tensors]
     seam = next((seam for seam in _SEAMS if any(seam.search(module) for module in modules)), None)
     if seam is not None and sum("." not in module for module in modules) >= _FLAT * len(modules):
-        return _unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})
-    return _unique({key: key.replace("/", ".") for key in tensors})
+        return unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})
+    return unique({key: key.replace("/", ".") for key in tensors})
 
 
 def unwrapped(tensors: Tensors) -> dict[str, str]:
     """Every key's name without the segments of wrappers."""
-    return _unique({key: unwrap(key, WRAPPERS) for key in tensors})
+    return unique({key: unwrap(key, WRAPPERS) for key in tensors})
 
 
 def _seamed(key: str, module: str, seam: re.Pattern[str]) -> str:
@@ -99,7 +100,7 @@ def _seamed(key: str, module: str, seam: re.Pattern[str]) -> str:
     return ".".join(part.strip("_") or "_" for part in parts if part)
 
 
-def _unique(names: Mapping[str, str]) -> dict[str, str]:
+def unique(names: Mapping[str, str]) -> dict[str, str]:
     """The names; a key whose name another has, or that has none, keeps its own."""
     counts = Counter(names.values())
     return {key: name if name and counts[name] == 1 and (name == key or name not in names) else key for key, name in names.items()}
@@ -107,4 +108,21 @@ def _unique(names: Mapping[str, str]) -> dict[str, str]:
 
 def renamed(tensors: Tensors, names: Mapping[str, str]) -> dict[str, TensorMeta]:
     """The tensors under other names."""
-    return {names[key]: replace(tensor, name=names[key]) for key, tensor in tensors.items()}
+    return {name: tensor if name == tensor.name else replace(tensor, name=name) for key, tensor in tensors.items() for name in [names[key]]}
+
+
+def paths_back(names: Mapping[str, str]) -> Callable[[str], str]:
+    """What gives a path its spelling in the keys that `names` has by their names, where these differ in separators alone."""
+    ordered = sorted(names)
+
+    def back(path: str) -> str:
+        at = bisect_left(ordered, path)
+        name = ordered[at] if at < len(ordered) and ordered[at].startswith(path) else ""
+        key = names.get(name, "")
+        if not path or squash(key) != squash(name):
+            return path
+        letters = (place for place, letter in enumerate(key) if not _SEPARATORS.match(letter.lower()))
+        last = next(islice(letters, len(squash(path)) - 1, None), None)
+        return path if last is None else key[: last + 1]
+
+    return back

@@ -172,7 +172,8 @@ def tails(node: Node, rows: Mapping[int, int]) -> tuple[str, ...]:
     The first of two norms does another thing than the first of three.
     """
     many = rows.get(id(node), 1) if node.path[-1:].isdigit() else 1
-    return tuple(f"{tail} of {many}" for tail in node.tails) if many > 1 else node.tails
+    kind = "" if node.leaf else " as a module"  # a module's own tensors have its path
+    return tuple(f"{tail} of {many}{kind}" if many > 1 else f"{tail}{kind}" for tail in node.tails)
 
 
 def count_pairs(

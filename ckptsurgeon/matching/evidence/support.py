@@ -117,8 +117,9 @@ class Support:
 
     def _only_one(self, tail: Sequence[str]) -> bool:
         """Whether on each side only one name ends so."""
-        ends, name = self._ends.setdefault(len(tail), _ends(len(tail), self.source, self.target)), tuple(tail)
-        return all(end[name] == 1 for end in ends)
+        if len(tail) not in self._ends:
+            self._ends[len(tail)] = _ends(len(tail), self.source, self.target)
+        return all(end[tuple(tail)] == 1 for end in self._ends[len(tail)])
 
     @cached_property
     def _ends(self) -> dict[int, tuple[Counter[tuple[str, ...]], ...]]:

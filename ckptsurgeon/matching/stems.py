@@ -1,0 +1,95 @@
+"""Names that begin alike, where underscores stand between modules: `branch_3x3_1_bn` in `branch_3x3.1.bn`.
+
+Rule: a norm whose name begins with a convolution's stands in one module with it. Then, where several names begin alike and each of the
+ways in which they go on holds several layers, what they have in common is a module. Both sides are looked at together, so that equal names
+stay equal; and no cut is made that changes what a name says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.spelling import unique
+from ckptsurgeon.tensors import TensorMeta
+
+Tensors = Mapping[str, TensorMeta]
+_SEPARATOR = re.compile(r"[._]")
+_MEMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number that is a whole part
+_HOLE = "{}"  # in its place
+
+
+def parted(source: Tensors, target: Tensors) -> tuple[dict[str, str], dict[str, str]]:
+    """Every key's name on both sides, with dots where underscores stand between modules; the last part of a key stays as it is.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> meta = lambda key, *shape: TensorMeta(key, "F32", shape, ())
+    >>> parted({key: meta(key, 8, *more) for key, more in (("a_1x1.weight", (4, 1, 1)), ("a_1x1_bn.weight", ()))}, {})[0]
+    {'a_1x1.weight': 'a_1x1.weight', 'a_1x1_bn.weight': 'a_1x1.bn.weight'}
+    """
+    names = {module: module for side in (source, target) for module in map(_module, side)}
+    if any("_" in module for module in names):
+        names |= _companions(source) | _companions(target)
+        folded = {name: _MEMBER.sub(_HOLE, name) for name in names.values() if _HOLE not in name}
+        heads = _shared_heads({*folded.values()})
+        cuts = {name: cut for name in {*folded.values()} if (cut := _cut(name, heads)) != name}
+        names = {module: _filled(cuts[folded[name]], name) if folded.get(name) in cuts else name for module, name in names.items()}
+    here, there = (unique({key: _within(names[_module(key)], key) for key in side}) for side in (source, target))
+    return here, there
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _within(module: str, key: str) -> str:
+    return f"{module}.{key.rpartition('.')[2]}" if module else key
+
+
+def _companions(side: Tensors) -> dict[str, str]:
+    """By module of a norm whose name begins with that of a layer of its width, a name in that layer's module."""
+    widths = {_module(key): tensor.shape[0] for key, tensor in side.items() if len(tensor.shape) > 1 and key.endswith(".weight")}
+    names = {}
+    for key, tensor in side.items():
+        module = _module(key)
+        for cut in re.finditer("_", module) if len(tensor.shape) == 1 else ():
+            head, last = module[: cut.start()], module[cut.end() :]
+            if widths.get(head) == tensor.shape[0] and "." not in last and "norm" in concepts(last):
+                names[module] = f"{head}.{last}"
+    return names
+
+
+def _shared_heads(names: Collection[str]) -> set[str]:
+    """What several names begin with, where each of the ways in which they go on holds several layers."""
+    ways: dict[str, dict[str, set[str]]] = {}
+    for name in names:
+        for cut in _SEPARATOR.finditer(f"{name}."):
+            ways.setdefault(name[: cut.start()], {}).setdefault(_way(name, cut.start()), set()).add(name)
+    return {head for head, by_way in ways.items() if len(by_way) > 1 and all(map(_is_group, *zip(*by_way.items(), strict=True)))}
+
+
+def _way(name: str, at: int) -> str:
+    """How a name goes on at a separator: by its next word, or in a module."""
+    return re.split(_SEPARATOR, name[at + 1 :], maxsplit=1)[0] if name[at : at + 1] == "_" else "."
+
+
+def _is_group(way: str, names: Collection[str]) -> bool:
+    """Whether several layers go on in a way, and not by a letter, which may name one of two towers."""
+    return len(names) > 1 and not (len(way) == 1 and way.isalpha())
+
+
+def _cut(name: str, heads: Collection[str]) -> str:
+    """A name with dots where it parts from others, and says the same so."""
+    done = name
+    for cut in re.finditer("_", name):
+        if name[: cut.start()] in heads:
+            apart = f"{done[: cut.start()]}.{done[cut.end() :]}"
+            done = apart if concepts(apart) == concepts(done) else done
+    return done
+
+
+def _filled(name: str, numbered: str) -> str:
+    """A name with the numbers of lists that another has, in their order."""
+    numbers = iter(_MEMBER.findall(numbered))
+    return "".join(part if part != _HOLE else next(numbers) for part in re.split(r"(\{\})", name))
