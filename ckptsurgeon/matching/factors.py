@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
 from ckptsurgeon.low_rank import is_factor, unwrapped
-from ckptsurgeon.planning import quantised
 from ckptsurgeon.planning.links import LAYOUT, Layout, Link
-from ckptsurgeon.planning.quantised import Codes
+from ckptsurgeon.planning.quantised_weights.find import Codes, find
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
@@ -112,7 +111,7 @@ def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
     """Both sides as plain models would have them. What both hold alike under PEFT stays as it is."""
     renamed = [unwrapped(side) for side in (source, target)]
     both = all(renamed) or any(key in other_side for names, other_side in zip(renamed, (target, source), strict=True) for key in names)
-    codes = quantised.find(source), quantised.find(target)
+    codes = find(source), find(target)
     hidden = {} if codes[1] else codes[0]
     names = ({}, {}) if both else renamed
     return _side(source, names[0], hidden, codes[0]), _side(target, names[1], {}, codes[1])

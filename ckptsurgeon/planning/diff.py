@@ -16,7 +16,7 @@ from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import NameChange, exchanges_with_rules, rivals_with_rules
-from ckptsurgeon.planning.quantised import Codes, find
+from ckptsurgeon.planning.quantised_weights.find import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.loading_code import Taken

@@ -9,7 +9,7 @@ from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.legacy_names import is_counter
 from ckptsurgeon.planning.plan_findings import lost_parts
 from ckptsurgeon.planning.plan_types import Dropped, Entry, Step
-from ckptsurgeon.planning.quantised import Codes
+from ckptsurgeon.planning.quantised_weights.find import Codes
 from ckptsurgeon.planning.resolve import Origin, is_ruled, kept_out
 from ckptsurgeon.tensors import Checkpoint
 

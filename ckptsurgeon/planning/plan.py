@@ -25,7 +25,8 @@ from ckptsurgeon.planning.own_loading.versions import find_versions
 from ckptsurgeon.planning.plan_findings import findings, little, refuse_unsafe, replaced, untried
 from ckptsurgeon.planning.plan_types import Action, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, digest, viewing_command
 from ckptsurgeon.planning.prefixes.rivals import NameChange, rivals_with_rules
-from ckptsurgeon.planning.quantised import Codes, find, refuse_broken
+from ckptsurgeon.planning.quantised_weights.find import Codes, find
+from ckptsurgeon.planning.quantised_weights.refuse import refuse_broken
 from ckptsurgeon.planning.resolve import Origin, find_origins, reasons
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.copied_value import copied

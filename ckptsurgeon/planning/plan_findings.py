@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from ckptsurgeon.adapters.table import adapter_of
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.hints import SHOWN, shortened
 from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.plan_types import Step
-from ckptsurgeon.planning.quantised import scales_read
+from ckptsurgeon.planning.quantised_weights.find import is_matrix
+from ckptsurgeon.planning.quantised_weights.refuse import scales_read
 from ckptsurgeon.planning.resolve import find_refused, find_unkept
 from ckptsurgeon.report import Coverage, Finding
 from ckptsurgeon.rules.loading_code import Taken
@@ -108,6 +110,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
                 Finding("untied", f"one tensor in the target ({', '.join(group)}), but apart in the source", group[0], "warning")
             )
     findings += _lost_factors(sources, names, steps)
+    findings += _whole_numbers(sources, steps)
     for source in sources:
         findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
     return tuple(findings)
@@ -121,6 +124,22 @@ def _lost_factors(sources: Sequence[Checkpoint], names: Names, steps: Sequence[S
         words = lost_factors(key for key in source if (number, key) not in taken)
         warnings += [Finding("lost-factors", f"{source.path}: {words}", None, "warning")] if words else []
     return warnings
+
+
+def _whole_numbers(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> list[Finding]:
+    """A warning where matrices of whole numbers become floating weights: they may be codes, whose scales are elsewhere."""
+    keys = [
+        step.target
+        for step in steps
+        if step.cast is not None and BY_CODE[step.cast].kind == "float" and not step.changes
+        for number, key in step.sources
+        if BY_CODE[sources[number][key].dtype].kind in ("int", "bool") and is_matrix(sources[number][key])
+    ]
+    if not keys:
+        return []
+    more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+    words = f"holds whole numbers in the source, and floating ones in the target{more}: if they are codes, their scales are not there"
+    return [Finding("codes", words, keys[0], "warning")]
 
 
 def _filled(step: Step) -> str:

@@ -18,7 +18,7 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.own_loading import computed
 from ckptsurgeon.planning.plan_types import FROM_MODEL, Dropped, Entry, Plan, PlanSource, PlanTarget, Step, copied_key
-from ckptsurgeon.planning.quantised import refuse_broken
+from ckptsurgeon.planning.quantised_weights.refuse import refuse_broken
 from ckptsurgeon.report import Coverage, Finding
 from ckptsurgeon.rules.copied_value import follow
 from ckptsurgeon.rules.patterns import compile_pattern

@@ -13,7 +13,7 @@ from ckptsurgeon.hints import SHOWN, close_names, several, shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import Claim, SourceKey
 from ckptsurgeon.planning.legacy_names import BY
-from ckptsurgeon.planning.quantised import Codes
+from ckptsurgeon.planning.quantised_weights.find import Codes
 from ckptsurgeon.rules import AUTO
 from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import CompiledRule, Rule

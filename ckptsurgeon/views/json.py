@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptsurgeon.planning.links import Link
     from ckptsurgeon.planning.own_loading.conversions import Applied
     from ckptsurgeon.planning.prefixes.rivals import NameChange
-    from ckptsurgeon.planning.quantised import Codes
+    from ckptsurgeon.planning.quantised_weights.find import Codes
     from ckptsurgeon.report import CarriedState, Cast, CheckReport, Coverage, Finding, Report, Twins, Verification
     from ckptsurgeon.rules.rules import Rule
     from ckptsurgeon.tensors import Archive, TensorMeta
@@ -82,7 +82,7 @@ def error(error: CheckpointError) -> dict[str, Any]:
 
 def archive(archive: Archive) -> dict[str, Any]:
     """`inspect`; `tensors` are those of the chosen root, or of the first."""
-    from ckptsurgeon.planning.quantised import find
+    from ckptsurgeon.planning.quantised_weights.find import find
     from ckptsurgeon.planning.training_places import lightning_average
     from ckptsurgeon.views.selected import roots_shown, selected, tree
 

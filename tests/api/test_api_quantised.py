@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CastError, CheckpointError, PlanError, RuleError, SettingsError
-from ckptsurgeon.planning.quantised import TABLE, find
+from ckptsurgeon.planning.quantised_weights.find import TABLE, find
 from ckptsurgeon.tensors import TensorMeta
 
 FP8 = torch.float8_e4m3fn
@@ -376,6 +376,44 @@ def test_a_scale_of_any_name_makes_codes(scale: str, dtype: torch.dtype, tmp_pat
     cs.merge(path, target, tmp_path / "allowed.safetensors", allow_cast=["a.q.weight"])
     cs.merge(path, None, tmp_path / "copy.pt", rename={"a.q.{**r}": "b.{r}"})
     assert torch.equal(support.load(tmp_path / "copy.pt")["b.weight"].view(torch.uint8), state["a.q.weight"].view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.int8, torch.uint8])
+@pytest.mark.parametrize("scale, shape", [("weight_scaler", ()), ("w_s", (8, 1)), ("qparam", (8,)), ("step_size", (2, 4))])
+def test_an_unused_tensor_beside_codes_may_be_their_scales(scale: str, shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whatever it is called: where it would be left out, the weight is not cast alone; where the target has it too, both are values."""
+    state = {"q.weight": codes(dtype, 8, 16), f"q.{scale}": torch.rand(shape), "q.bias": torch.ones(8)}
+    path = save(tmp_path, "a.safetensors", state)
+    floats = {key: value.float() for key, value in state.items()}
+    alone = save(tmp_path, "alone.pt", {"q.weight": floats["q.weight"]})
+    with pytest.raises(CastError, match=f"q.{scale} beside it") as caught:
+        cs.merge(path, alone, tmp_path / "o.pt")
+    assert caught.value.key == "q.weight"
+    with pytest.raises(CastError, match=f"q.{scale} beside it"):
+        cs.transfer(path, torch.nn.ModuleDict({"q": torch.nn.Linear(16, 8)}))
+    cs.merge(path, alone, tmp_path / "o.pt", allow_cast=["q.weight"])
+    cs.merge(path, save(tmp_path, "t.pt", floats), tmp_path / "p.pt")
+    support.same(support.load(tmp_path / "p.pt"), floats)
+
+
+def test_a_bias_or_another_shape_is_no_scale(tmp_path: Path) -> None:
+    state = {"q.weight": codes(FP8, 8, 16), "q.bias": torch.ones(8), "q.odd": torch.ones(5), "n.weight": torch.ones(8)}
+    path = save(tmp_path, "a.safetensors", state)
+    report = cs.merge(path, save(tmp_path, "t.pt", {"q.weight": torch.ones(8, 16)}), tmp_path / "o.pt")
+    assert report.transferred == ("q.weight",) and not report.findings
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_weights_of_whole_numbers_are_told(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {"a.weight": torch.ones(8, 16, dtype=dtype), "b.weight": torch.ones(2, 2, dtype=dtype), "c.weight": torch.ones(8, dtype=dtype)}
+    path = save(tmp_path, "a.safetensors", state)
+    floats = save(tmp_path, "t.pt", {key: value.float() for key, value in state.items()})
+    (finding,) = [one for one in cs.merge(path, floats, tmp_path / "o.pt").findings if one.level == "warning"]
+    assert (finding.code, finding.key) == ("codes", "a.weight") and "and 1 more" in finding.message
+    assert not cs.merge(path, None, tmp_path / "p.pt").findings
+    tables = save(tmp_path, "b.safetensors", {"table": torch.ones(8, 16, dtype=dtype)})
+    others = cs.merge(tables, save(tmp_path, "u.pt", {"table": torch.ones(8, 16)}), tmp_path / "q.pt").findings
+    assert not [one for one in others if one.level == "warning"]
 
 
 def test_codes_and_scales_of_a_target_come_from_one_place(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ MATCHER = "ckptsurgeon.matching"
 COSTS = {
     "--version": (["--version"], 12, {"ckptsurgeon.cli.commands", "json"}),
     "--help": (["--help"], 12, {"ckptsurgeon.cli.commands", "json"}),
-    "inspect": (["inspect", "a.pt"], 60, {MATCHER, "ckptsurgeon.adapters", "ckptsurgeon.rules.rules"}),
+    "inspect": (["inspect", "a.pt"], 62, {MATCHER, "ckptsurgeon.adapters", "ckptsurgeon.rules.rules"}),
     "inspect safetensors": (
         ["inspect", "a.safetensors"],
         60,
@@ -41,7 +41,7 @@ COSTS = {
     "check": (["check", "a.pt", "a.safetensors"], 90, {MATCHER, "ckptsurgeon.adapters"}),
     "guide": (["guide", "patterns"], 25, {MATCHER, "ckptsurgeon.adapters", "json"}),
     "plan": (["plan", "a.pt", "b.pt"], 130, {MATCHER}),
-    "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 140, {MATCHER, "ckptsurgeon.models.verify"}),
+    "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 142, {MATCHER, "ckptsurgeon.models.verify"}),
 }
 
 

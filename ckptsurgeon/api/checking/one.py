@@ -27,7 +27,7 @@ from ckptsurgeon.errors import (
     no_memory,
 )
 from ckptsurgeon.planning import roots
-from ckptsurgeon.planning.quantised import find
+from ckptsurgeon.planning.quantised_weights.find import find
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 

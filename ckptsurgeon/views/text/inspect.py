@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE
-from ckptsurgeon.planning.quantised import find
+from ckptsurgeon.planning.quantised_weights.find import find
 from ckptsurgeon.planning.training_places import lightning_average
 from ckptsurgeon.shown import Look, styled
 from ckptsurgeon.sizes import percent, rounded

@@ -16,7 +16,7 @@ from ckptsurgeon.views.folding import Folded, Several, fold, fold_keys
 if TYPE_CHECKING:
     from ckptsurgeon.adapters.op import Op
     from ckptsurgeon.command import Command, InMemory
-    from ckptsurgeon.planning.quantised import Codes
+    from ckptsurgeon.planning.quantised_weights.find import Codes
     from ckptsurgeon.report import Coverage, Finding
 
 MOST = 12  # rows of one kind that are shown; the rest is counted
