@@ -26,7 +26,7 @@ from ckptsurgeon.matching.module_tree import both, fold, list_lengths
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
-from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared
+from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared, strayed
 from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.matching.towers import towered
@@ -196,7 +196,7 @@ def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple
     source_tree, target_tree = both(map(about.seen, source.values()), target.values())
     ordered = has_order(source) and has_order(target)
     rows = list_lengths(source_tree) | list_lengths(target_tree)
-    known = Clues(rows=rows, behind=behind(source_tree) | behind(target_tree))
+    known = Clues(ordered=ordered, rows=rows, behind=behind(source_tree) | behind(target_tree))
     clues = known
     for _ in range(PASSES):
         record = lay(source_tree, target_tree, clues)
@@ -205,7 +205,8 @@ def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple
     for _ in range(PASSES if trust else 0):
         record = lay(source_tree, target_tree, replace(clues, trust=trust))
         clues = _learned(record, known)
-    matched = [link for laid in between(record.units, source_tree, target_tree, trust) for link in links(laid, about)]
+    units = strayed(between(record.units, source_tree, target_tree, trust), known.behind)
+    matched = [link for laid in units for link in links(laid, about)]
     matched = squares_turned(matched, source, target)
     matched += orphans(matched, record, source, target)
     if not rest:

@@ -41,6 +41,27 @@ def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> 
     return decided
 
 
+def strayed(units: Sequence[Laid], behind: Mapping[int, Node]) -> list[Laid]:
+    """The pairs, those of two norms in doubt whose convolutions (`behind`, by the norm's id) are certain to be other layers'."""
+    certain = [laid for laid in units if _single(laid) and laid.margin >= ENOUGH]
+    partners = {
+        id(node): id(other)
+        for laid in certain
+        for node, other in zip((*laid.sources, *laid.targets), (*laid.targets, *laid.sources), strict=True)
+    }
+
+    def elsewhere(laid: Laid) -> bool:
+        before = behind.get(id(laid.sources[0])), behind.get(id(laid.targets[0]))
+        return all(before) and any(partners.get(id(node), id(other)) != id(other) for node, other in (before, before[::-1]))
+
+    return [
+        replace(laid, margin=min(laid.margin, 0.0), evidence=(*laid.evidence, "the convolution before it goes elsewhere"))
+        if _single(laid) and elsewhere(laid)
+        else laid
+        for laid in units
+    ]
+
+
 def _single(laid: Laid) -> bool:
     return len(laid.sources) == len(laid.targets) == 1
 

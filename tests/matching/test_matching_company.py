@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from pairs_support import meta
 
+from ckptsurgeon.matching.evidence.company import behind
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.module_tree import grow
+from ckptsurgeon.matching.pairing import Laid
+from ckptsurgeon.matching.shared_and_orphans import strayed
 from ckptsurgeon.tensors import TensorMeta
 
 Shapes = dict[str, tuple[int, ...]]
@@ -140,3 +146,74 @@ def test_the_first_three_of_four_counted_matrices_are_a_fused_one() -> None:
         head = f"layers.{at}.self_attn"
         assert found[f"{head}.in_proj_weight"].sources == tuple(f"{head}.linears.{number}.weight" for number in range(3))
         assert found[f"{head}.in_proj_weight"].margin > 1 and found[f"{head}.out_proj.weight"].sources == (f"{head}.linears.3.weight",)
+
+
+def mixer(names: tuple[str, ...]) -> Shapes:
+    """Blocks that mix places, then channels; by names for both norms and both MLPs, in this order."""
+    rows: Shapes = {"stem.weight": (8, 3, 2, 2), "stem.bias": (8,)}
+    for at in range(3):
+        shapes = ((8,), (6, 4), (4, 6), (8,), (16, 8), (8, 16))
+        for name, shape in zip(names, shapes, strict=True):
+            rows |= {f"blocks.{at}.{name}.weight": shape, f"blocks.{at}.{name}.bias": shape[:1]}
+    return rows
+
+
+COUNTED = ("norm1", "tokens.fc1", "tokens.fc2", "norm2", "channels.fc1", "channels.fc2")
+WITHIN = ("token_mix.0", "token_mix.2.net.0", "token_mix.2.net.3", "channel_mix.0", "channel_mix.1.net.0", "channel_mix.1.net.3")
+
+
+def certain(source: Shapes, target: Shapes) -> dict[str, str]:
+    """By target key the source key of each certain link, of sides in their own order."""
+    one, other = ({key: meta(key, shape) for key, shape in some.items()} for some in (source, target))
+    return {link.targets[0]: link.sources[0] for link in match(one, other).certain}
+
+
+def test_norms_between_the_same_layers_go_together() -> None:
+    assert certain(mixer(WITHIN), mixer(COUNTED)) == dict(zip(mixer(COUNTED), mixer(WITHIN), strict=True))
+
+
+def test_norms_that_stand_elsewhere_are_not_told_by_their_places() -> None:
+    """The same layers, each norm behind what it is before on the other side; or keys sorted, which stand in no order of their own."""
+    rows = mixer(COUNTED)
+    behind = {
+        key: rows[key] for at in range(3) for name in (*COUNTED[1:3], COUNTED[0], *COUNTED[4:], COUNTED[3])
+        for key in (f"blocks.{at}.{name}.weight", f"blocks.{at}.{name}.bias")
+    }  # fmt: skip
+    assert not [key for key in certain(mixer(WITHIN), behind) if "norm" in key]
+    assert not [key for key in links(mixer(WITHIN), rows) if "norm" in key]
+
+
+@pytest.mark.parametrize("name", ["final_norm", "ln_f", "post", "out_norm"])
+def test_the_one_norm_outside_of_the_layers_is_the_last(name: str) -> None:
+    shapes = ((8,), (24, 8), (8, 24))
+    source: Shapes = {"embed.weight": (50, 8)}
+    target: Shapes = {"embed.weight": (50, 8)}
+    for at in range(3):
+        source |= {f"layers.{at}.{part}.weight": shape for part, shape in zip(("norm", "fc1", "fc2"), shapes, strict=True)}
+        target |= {f"blocks.{at}.{part}.weight": shape for part, shape in zip(("ln", "mlp.0", "mlp.2"), shapes, strict=True)}
+    source |= {"norm.weight": (8,), "head.weight": (50, 8)}
+    target |= {f"{name}.weight": (8,), "unembed.weight": (50, 8)}
+    assert links(source, target).get(f"{name}.weight") == "norm.weight"
+
+
+def test_a_norm_is_in_doubt_where_its_convolution_goes_elsewhere() -> None:
+    tensors = [
+        meta(f"{branch}.{part}", shape) for branch in "ab" for part, shape in (("conv.weight", (4, 4, 1, 1)), *norm("bn", 4).items())
+    ]
+    source, target = grow(tensors), grow(tensors)
+    here, there = ({unit.path: unit for unit in side.units()} for side in (source, target))
+    crossed = [("a.conv", "a.conv"), ("b.conv", "b.conv"), ("a.bn", "b.bn"), ("b.bn", "b.bn")]
+    units = [Laid((here[one],), (there[other],), inf, ()) for one, other in crossed]
+    assert [laid.margin for laid in strayed(units, behind(source) | behind(target))] == [inf, inf, 0.0, inf]
+
+
+@pytest.mark.parametrize("first", ["conv", "norm"])
+def test_a_norm_in_a_row_of_layers_is_of_the_convolution_on_its_side(first: str) -> None:
+    order = ("conv", "norm") if first == "conv" else ("norm", "conv")
+    shapes: Shapes = {}
+    for at, kind in enumerate(order * 2):
+        shapes |= {f"row.{at}.weight": (4, 4, 1, 1)} if kind == "conv" else norm(f"row.{at}", 4)
+    root = grow([meta(key, shape) for key, shape in shapes.items()])
+    paths = {id(node): node.path for node in root.nodes}
+    found = {paths[unit]: node.path for unit, node in behind(root).items()}
+    assert found == ({"row.1": "row.0", "row.3": "row.2"} if first == "conv" else {"row.0": "row.1", "row.2": "row.3"})

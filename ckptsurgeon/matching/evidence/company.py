@@ -55,8 +55,8 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
     if len(norms) == len(kernels) == 1:
         return [(norms[0], kernels[0])]
     layers: list[Node | _Kernels] = [*norms, *kernels]
-    if all(part.name.isdigit() for part in layers):  # a row of layers: a norm is of what stands right before it
-        row = sorted(layers, key=lambda part: int(part.name))
+    if all(part.name.isdigit() for part in layers):  # a row of layers: a norm is of what stands right before it, or behind it all along
+        row = sorted(layers, key=lambda part: int(part.name), reverse=min(layers, key=lambda part: int(part.name)) in norms)
         return [(after, before) for before, after in pairwise(row) if isinstance(after, Node) and isinstance(before, _Kernels)]
     if len(norms) == len(kernels) <= _MOST and len({norm.folded for norm in norms}) == 1:
         counted = sorted(norms, key=lambda norm: norm.numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
@@ -87,6 +88,25 @@ def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
 def _shared_parts(first: str, second: str) -> int:
     a, b = first.split("."), second.split(".")
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def slots(sources: Sequence[Node], targets: Sequence[Node], anchors: Sequence[tuple[Node, Node]]) -> tuple[list[int], list[int]] | None:
+    """How many layers that are paired stand before each node on either side, where both sides have the same such places, one node in each.
+
+    Two norms before an attention and an MLP are in the same places as two others there; norms behind them are in others.
+    """
+    pairs = sorted(
+        {(source.at, target.at) for source, target in anchors if not (_holds_any(source, sources) or _holds_any(target, targets))}
+    )
+    places = [sorted(pair[side] for pair in pairs) for side in (0, 1)]
+    if len(pairs) < 2 or [target for _, target in pairs] != places[1]:
+        return None
+    here, there = ([bisect_left(at, node.at) for node in nodes] for at, nodes in zip(places, (sources, targets), strict=True))
+    return (here, there) if sorted(here) == sorted(there) and len({*here}) == len(here) else None
+
+
+def _holds_any(module: Node, nodes: Sequence[Node]) -> bool:
+    return any(node.path.startswith(f"{module.path}.") for node in nodes)
 
 
 def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int] | None:

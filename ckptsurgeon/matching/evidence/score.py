@@ -22,6 +22,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     ordinals,
     other_roles,
     ranks,
+    slots,
     telling,
     telling_segments,
     unsaid_attention,
@@ -43,18 +44,22 @@ ELSEWHERE = 2.5  # the same two names were paired elsewhere, always
 LENGTH = 1.0  # numbered lists are as long
 COMPANY = 2.0  # as near as the other to what is paired already
 BEHIND = 3.0  # norms of convolutions that are paired already
+SLOT = 1.0  # between the same layers, where keys stand in an order of their own
 NAMED_AFTER = 3.0  # one is named after the part of a layer that the other stands in
 Anchors = Sequence[tuple[Node, Node]]  # pairs in the same surroundings that are certain
 
 
 @dataclass(frozen=True)
 class Clues:
-    """What is known before a choice: how far the order of keys can be trusted (0 to 1), how often which names were paired elsewhere,
-    which node of the target each node of the source (by its id) was paired with, and how many differ from a node by its last number.
+    """What is known before a choice: how far the order of keys can be trusted (0 to 1), and whether it may be a model's own at all; how
+    often which names were paired elsewhere, which node of the target each node of the source (by its id) was paired with, and how many
+    differ from a node by its last number.
 
-    `behind` has the convolutions that norms stand behind, `within` the parts of layers that modules of either side hold (see `company`)."""
+    `behind` has the convolutions that norms stand behind, `within` the parts of layers that modules of either side hold (see `company`).
+    """
 
     trust: float = 0.0
+    ordered: bool = False
     pairs: Mapping[tuple[str, str], int] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, int] = field(default_factory=dict)
@@ -77,6 +82,7 @@ class Table:
         self.places = tuple(ranks([node.at for node in nodes]) for nodes in (sources, targets))
         self.even = len(sources) == len(targets)
         self.families = tuple(in_family(nodes) for nodes in (sources, targets))
+        self.slots = slots(sources, targets, anchors) if clues.ordered else None
         self.nearness = [(nearness(sources, source), nearness(targets, target)) for source, target in anchors]
 
     def parts(self, row: int, column: int) -> dict[str, float]:
@@ -108,6 +114,8 @@ class Table:
         if self.nearness:
             apart = sum(abs(here[row] - there[column]) for here, there in self.nearness) / len(self.nearness)
             parts["in the same company"] = COMPANY * max(self.clues.trust, 0.6) * (1.0 - min(apart, 1.0))
+        if self.slots and self.slots[0][row] == self.slots[1][column]:
+            parts["between the same layers"] = SLOT
         if self._behind_the_same(source, target):
             parts["behind the same convolution"] = BEHIND
         if self._named_after(row, column):

@@ -25,6 +25,7 @@ ALONE = "only one of its shape here"
 _HALF = 0.5
 _WHOLE_NAME = 3  # parts in common at the end of two names, from which on they name a tensor where no other name ends so
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
+_OF_NORMS = tuple(f".{name}" for name, role in ROLES.items() if role in ("weight", "bias"))
 _HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
 
 
@@ -216,7 +217,18 @@ class Support:
             return self._of_role[1 - side].get(_TOKENS) == 1 and self._only_tables[side] == [(link.sources, link.targets)[side][0]]
         if not self.strangers and self._two_heads(link.sources[0], link.targets[0]):
             return False
+        if self.strangers and roles == (None, None):
+            return all(self._last_norms[side] == {_module(*keys)} for side, keys in enumerate((link.sources, link.targets)))
         return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
+
+    @cached_property
+    def _last_norms(self) -> tuple[set[str], set[str]]:
+        """The modules of each side outside of numbered lists that hold vectors alone: where there is one, it is the last norm."""
+        norms = []
+        for side in (self.source, self.target):
+            layers = {_module(key) for key, tensor in side.items() if len(tensor.shape) != 1 and not key.endswith("num_batches_tracked")}
+            norms.append({_module(key) for key in side if key.endswith(_OF_NORMS) and not any(map(str.isdigit, key.split(".")))} - layers)
+        return norms[0], norms[1]
 
     @cached_property
     def _only_tables(self) -> tuple[list[str], list[str]]:
@@ -287,6 +299,10 @@ def _ends(many: int, *sides: Tensors) -> tuple[Counter[tuple[str, ...]], ...]:
 
 def _words(parts: Sequence[str]) -> tuple[str, ...]:
     return concepts(".".join(parts))
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _modules(key: str) -> Iterator[str]:

@@ -35,6 +35,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"feed_?forward|ffn?|mlps?|pointwise_feedforward|positionwise", "mlp"),
     (r"token_?type|segment|seg", "tokentype"),
     (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
+    (r"tokens?_?(mix(er|ing)?|mlp)|(mix(er|ing)?|mlp)_?tokens?", "tokenmix"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
     (r"mask_?(token|embedding)", "mask"),
     (r"wte|tok|word|token|tokens", "tok"),
