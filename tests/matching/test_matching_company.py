@@ -183,17 +183,30 @@ def test_norms_that_stand_elsewhere_are_not_told_by_their_places() -> None:
     assert not [key for key in links(mixer(WITHIN), rows) if "norm" in key]
 
 
+def decoder(layer: str, parts: tuple[str, ...], *ends: tuple[str, tuple[int, ...]]) -> Shapes:
+    rows: Shapes = {"embed.weight": (50, 8)}
+    for at in range(3):
+        rows |= {f"{layer}.{at}.{part}.weight": shape for part, shape in zip(parts, ((8,), (24, 8), (8, 24)), strict=True)}
+    return rows | dict(ends)
+
+
+NAMES = ("layers", ("norm", "fc1", "fc2")), ("blocks", ("ln", "mlp.0", "mlp.2"))
+
+
 @pytest.mark.parametrize("name", ["final_norm", "ln_f", "post", "out_norm"])
 def test_the_one_norm_outside_of_the_layers_is_the_last(name: str) -> None:
-    shapes = ((8,), (24, 8), (8, 24))
-    source: Shapes = {"embed.weight": (50, 8)}
-    target: Shapes = {"embed.weight": (50, 8)}
-    for at in range(3):
-        source |= {f"layers.{at}.{part}.weight": shape for part, shape in zip(("norm", "fc1", "fc2"), shapes, strict=True)}
-        target |= {f"blocks.{at}.{part}.weight": shape for part, shape in zip(("ln", "mlp.0", "mlp.2"), shapes, strict=True)}
-    source |= {"norm.weight": (8,), "head.weight": (50, 8)}
-    target |= {f"{name}.weight": (8,), "unembed.weight": (50, 8)}
+    source = decoder(*NAMES[0], ("norm.weight", (8,)), ("head.weight", (50, 8)))
+    target = decoder(*NAMES[1], (f"{name}.weight", (8,)), ("unembed.weight", (50, 8)))
     assert links(source, target).get(f"{name}.weight") == "norm.weight"
+    assert "extra.weight" not in links(source, target | {"extra.weight": (8,)})
+
+
+@pytest.mark.parametrize("name", ["ff_out", "vocab", "final_linear", "generator.proj"])
+def test_the_one_matrix_as_large_as_the_tokens_is_the_output_head(name: str) -> None:
+    source = decoder(*NAMES[0], ("norm.weight", (8,)), (f"{name}.weight", (50, 8)))
+    target = decoder(*NAMES[1], ("norm.weight", (8,)), ("lm_head.weight", (50, 8)))
+    assert links(source, target).get("lm_head.weight") == f"{name}.weight"
+    assert "lm_head.weight" not in links(source | {"more.weight": (50, 8)}, target)
 
 
 def test_a_norm_is_in_doubt_where_its_convolution_goes_elsewhere() -> None:

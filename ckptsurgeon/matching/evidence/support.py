@@ -217,8 +217,9 @@ class Support:
             return self._of_role[1 - side].get(_TOKENS) == 1 and self._only_tables[side] == [(link.sources, link.targets)[side][0]]
         if not self.strangers and self._two_heads(link.sources[0], link.targets[0]):
             return False
-        if self.strangers and roles == (None, None):
-            return all(self._last_norms[side] == {_module(*keys)} for side, keys in enumerate((link.sources, link.targets)))
+        ends = [(_module(*link.sources), _module(*link.targets)) == tuple(map(_only, ends)) for ends in (self._last_norms, self._outputs)]
+        if self.strangers and any(ends):
+            return True
         return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
 
     @cached_property
@@ -227,8 +228,18 @@ class Support:
         norms = []
         for side in (self.source, self.target):
             layers = {_module(key) for key, tensor in side.items() if len(tensor.shape) != 1 and not key.endswith("num_batches_tracked")}
-            norms.append({_module(key) for key in side if key.endswith(_OF_NORMS) and not any(map(str.isdigit, key.split(".")))} - layers)
+            norms.append({_module(key) for key in side if key.endswith(_OF_NORMS) and not _listed(key)} - layers)
         return norms[0], norms[1]
+
+    @cached_property
+    def _outputs(self) -> tuple[set[str], set[str]]:
+        """The modules of each side outside of numbered lists that have a matrix of the shape of the tokens' table, and are none."""
+        outputs = []
+        for side in (self.source, self.target):
+            matrices = {key: tensor.shape for key, tensor in side.items() if len(tensor.shape) == 2 and not _listed(key)}
+            tables = {key: shape for key, shape in matrices.items() if role_of(key, side) == _TOKENS}
+            outputs.append({_module(key) for key, shape in matrices.items() if key not in tables and shape in tables.values()})
+        return outputs[0], outputs[1]
 
     @cached_property
     def _only_tables(self) -> tuple[list[str], list[str]]:
@@ -303,6 +314,15 @@ def _words(parts: Sequence[str]) -> tuple[str, ...]:
 
 def _module(key: str) -> str:
     return key.rpartition(".")[0]
+
+
+def _only(modules: set[str]) -> str | None:
+    return next(iter(modules)) if len(modules) == 1 else None
+
+
+def _listed(key: str) -> bool:
+    """Whether a key stands in a numbered list."""
+    return any(map(str.isdigit, key.split(".")))
 
 
 def _modules(key: str) -> Iterator[str]:
