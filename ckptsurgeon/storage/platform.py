@@ -131,8 +131,13 @@ def share(source: int, output: int, nbytes: int, source_offset: int, output_offs
 def stored(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The parts of a range of a file that are stored; the others are holes, which read as zeros. All of it where the system can't tell.
 
-    It moves the file's position, which only reads and writes without an offset look at.
+    It moves the file's position, which only reads and writes without an offset look at. A file with as many blocks as its size needs is not
+    looked through: tmpfs would go through all the pages that follow, for every range anew.
     """
+    status = os.fstat(fd)
+    if start < stop and getattr(status, "st_blocks", 0) * 512 >= status.st_size:
+        yield start, stop
+        return
     while start < stop:
         begin, end = start, stop
         if hasattr(os, "SEEK_DATA"):

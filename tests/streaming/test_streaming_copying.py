@@ -84,6 +84,16 @@ def test_more_than_a_buffer(path: str, files: tuple[int, int], monkeypatch: pyte
     assert copying.equal_ranges(LocalFile("it", source), 3, LocalFile("it", output), 5, len(data) - 3)
 
 
+def test_a_file_without_holes_is_not_looked_through_for_some(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = files
+    data = os.urandom(5 << 16)
+    os.pwrite(source, data, 0)
+    os.fsync(source)  # some file systems count a file's blocks only when they are written
+    monkeypatch.setattr(os, "lseek", lambda *_args: pytest.fail("looked through"))
+    assert copying.copy_range(LocalFile("it", source), 0, output, 0, len(data)).nbytes == len(data)
+    assert os.pread(output, len(data), 0) == data
+
+
 def test_a_real_refusal_is_raised(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = files
     os.pwrite(source, b"12345678", 0)
