@@ -44,7 +44,8 @@ def copy_range(
 ) -> Copied:
     """Copy `nbytes` bytes of a file into the one behind the descriptor `output`, which must have nothing there.
 
-    Whole blocks are shared where the file system can and both offsets have the same remainder modulo 4096. Holes stay holes.
+    Whole blocks are shared where the file system can and both offsets have the same remainder modulo 4096. Holes stay holes. `advance` gets
+    what is written.
 
     OSError where the output can't be written, UnreadableError where the source can't be read, StaleError where it ends early.
     """
@@ -53,7 +54,6 @@ def copy_range(
         start, stop = (first, first) if distance % BLOCK else (-(-first // BLOCK) * BLOCK, last // BLOCK * BLOCK)
         if file.fd is None or stop - start < _LEAST or not platform.share(file.fd, output, stop - start, start, start + distance):
             return Copied(_copy(file, output, first, last, distance, advance))
-        advance(stop - start)
         written = [_copy(file, output, begin, end, distance, advance) for begin, end in ((first, start), (stop, last))]
         return Copied(sum(written), start + distance, stop + distance)
 
@@ -75,7 +75,6 @@ def _copy(file: OpenFile, output: int, first: int, last: int, distance: int, adv
             advance(len(chunk))
     if copied < last - first:
         read_at(file, bytearray(1), last - 1)  # beyond its end a file has no holes
-        advance(last - first - copied)
     return copied
 
 

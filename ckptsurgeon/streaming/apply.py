@@ -135,21 +135,22 @@ def apply(
             _write_texts(place, index)
             for file in files:
                 with place.opened(file.name) as temporary:
-                    known = place.proven(file.name)
-                    if known is not None and still_proven(run, file, temporary, known, share):
-                        resumed.append(file.name)
-                    else:
-                        rest = begin(run, file, temporary, output.proven, share)
-                        if refused_losses(run.casts, plan.allow_cast):
-                            continue  # nothing more is copied; all casts that are refused are reported together
-                        finish(run, file, temporary, rest)
-                    written, read_from = file, temporary.path
-                    if save is not None:
-                        written, read_from = replace(file, tensors=tensors, entries=entries), place.path
-                        with phase(WRITING, sum(tensor.nbytes for tensor in tensors)):
-                            save(read_from, located(run, tensors, file, temporary.path), entries)
-                    reader.check_unchanged()
-                    with syncing(temporary):
+                    with syncing(temporary) as syncs:
+                        known = place.proven(file.name)
+                        if known is not None and still_proven(run, file, temporary, known, share):
+                            resumed.append(file.name)
+                        else:
+                            rest = begin(run, file, temporary, syncs.wrote, output.proven, share)
+                            if refused_losses(run.casts, plan.allow_cast):
+                                continue  # nothing more is copied; all casts that are refused are reported together
+                            finish(run, file, temporary, syncs.wrote, rest)
+                        written, read_from = file, temporary.path
+                        if save is not None:
+                            written, read_from = replace(file, tensors=tensors, entries=entries), place.path
+                            with phase(WRITING, sum(tensor.nbytes for tensor in tensors)):
+                                save(read_from, located(run, tensors, file, temporary.path), entries)
+                        reader.check_unchanged()
+                        syncs.start()
                         if output.proven:
                             shared = run.shared.get(file.name, ()) if output.proof == "copied" and save is None else ()
                             unread = {each.record for each in shared}

@@ -24,6 +24,7 @@ from ckptsurgeon.streaming.file_attributes import hand_over
 from ckptsurgeon.streaming.signals import undisturbed
 
 _MARK = ".ckptsurgeon-"
+EARLY = 64 << 20  # bytes more that are written, from which on they are synced while more are written
 _HEAD = 50  # characters of the output's name in the temporary one: at most 200 bytes of the 255 that a name may have
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, or write to another disk"),
@@ -281,25 +282,55 @@ def is_ours(status: os.stat_result, output: str) -> bool:
         return False
 
 
-@contextmanager
-def syncing(temporary: Temporary) -> Iterator[None]:
-    """Sync the file's data in the background while the block reads it back; an error of either is raised."""
-    failed: list[OSError] = []
+class Syncs:
+    """Syncs of a file in the background. An error is kept, since the system tells it once: a later sync would say that all is well."""
 
-    def sync() -> None:
+    def __init__(self, fd: int) -> None:
+        self._fd, self._unsynced = fd, 0
+        self._threads: list[threading.Thread] = []
+        self._failed: list[OSError] = []
+
+    def wrote(self, nbytes: int) -> None:
+        """Say that so many bytes more are written; many of them are synced while more are written. Raises the error of an earlier sync."""
+        self.raise_failed()
+        self._unsynced += nbytes
+        if self._unsynced >= EARLY and not self.running():
+            self.start()
+
+    def start(self) -> None:
+        """Start a sync of all that is written so far."""
+        self._unsynced, thread = 0, threading.Thread(target=self._sync, daemon=True)
+        with undisturbed():
+            thread.start()
+            self._threads = [*self.running(), thread]
+
+    def _sync(self) -> None:
         try:
-            os.fsync(temporary.fd)
+            os.fsync(self._fd)
         except OSError as error:
-            failed.append(error)
+            self._failed.append(error)
 
-    thread = threading.Thread(target=sync, daemon=True)
-    thread.start()
+    def running(self) -> list[threading.Thread]:
+        """The threads that have not ended."""
+        return [thread for thread in self._threads if thread.is_alive()]
+
+    def raise_failed(self) -> None:
+        """Raise the first error of a sync, if there is one."""
+        if self._failed:
+            raise self._failed[0]
+
+
+@contextmanager
+def syncing(temporary: Temporary) -> Iterator[Syncs]:
+    """While the block runs, sync the file in the background as it says; an error of either is raised, and no sync is left running."""
+    syncs = Syncs(temporary.fd)
     try:
-        yield
-        if thread.is_alive():
+        yield syncs
+        if syncs.running():
             with phase("waiting for the disk"):
-                wait_for(thread)
+                for thread in syncs.running():
+                    wait_for(thread)
     finally:
-        thread.join()
-    if failed:
-        raise failed[0]
+        for thread in syncs.running():
+            thread.join()
+    syncs.raise_failed()

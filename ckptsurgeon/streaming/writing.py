@@ -34,10 +34,10 @@ WRITING = "writing"  # the phase of both halves
 _ALIGNED = 64
 
 
-def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Share) -> Share:
+def begin(run: Run, file: OutFile, temporary: Temporary, wrote: Advance, proof: bool, share: Share) -> Share:
     """Write a file's header and its computed values; with `proof` their digests are kept.
 
-    `share` is the file's part of the whole output; the rest of it is returned.
+    `wrote` gets how many bytes of values were just written. `share` is the file's part of the whole output; the rest of it is returned.
     """
     os.ftruncate(temporary.fd, 0)  # holes that are copied are left out, and an interrupted run may have written here
     os.ftruncate(temporary.fd, file.layout.size)
@@ -47,24 +47,35 @@ def begin(run: Run, file: OutFile, temporary: Temporary, proof: bool, share: Sha
     nbytes = sum(slot.nbytes for slot in made)
     with phase(WRITING, nbytes, share=share) if made else nullcontext(nobody) as advance:
         for slot in made:
-            _make(run, slot, file.tensors[slot.index], temporary, proof, file.layout.checksums, advance)
+            _make(run, slot, file.tensors[slot.index], temporary, proof, file.layout.checksums, _both(wrote, advance))
     order = {key: position for position, key in enumerate(run.steps)}
     run.casts.sort(key=lambda cast: order[cast.key])
     return share.after(nbytes)
 
 
-def finish(run: Run, file: OutFile, temporary: Temporary, rest: Share) -> None:
-    """Copy the tensors that don't change, and write what depends on the data, such as checksums. `rest` is as `begin` returns it."""
+def finish(run: Run, file: OutFile, temporary: Temporary, wrote: Advance, rest: Share) -> None:
+    """Copy the tensors that don't change, and write what depends on the data, such as checksums.
+
+    `wrote` gets how many bytes were just copied, without those that are shared. `rest` is as `begin` returns it.
+    """
     layout, moved = file.layout, _moved(run, file)
     crcs = _known_crcs(run, file, moved)
     nbytes = sum(each.nbytes for ranges in moved for each in ranges)
     telling = phase(WRITING, nbytes, share=rest) if nbytes else nullcontext(nobody)
-    with telling as advance, in_threads(_crc, _copied(run, file, temporary, moved, crcs.copy(), advance)) as results:
+    with telling as advance, in_threads(_crc, _copied(run, file, temporary, moved, crcs.copy(), wrote, advance)) as results:
         for part, crc in results:
             append(crcs, part.slot, crc, part.nbytes)
     _refuse_torn_ties(run, file, temporary)
     for offset, data in layout.tail([crcs.get(number, 0) for number in range(len(layout.slots))]):
         copying.write_at(temporary.fd, data, offset)
+
+
+def _both(first: Advance, second: Advance) -> Advance:
+    def tell(nbytes: int) -> None:
+        first(nbytes)
+        second(nbytes)
+
+    return tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +88,13 @@ class _Part:
 
 
 def _copied(
-    run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], known: Mapping[int, int], advance: Advance
+    run: Run, file: OutFile, temporary: Temporary, moved: Sequence[Ranges], known: Mapping[int, int], wrote: Advance, advance: Advance
 ) -> Iterator[_Part]:
     """Copy all ranges; after each part its bytes, where their checksum is needed and not `known`."""
 
     def copy(each: Span, source: OpenFile, offset: int, position: int, nbytes: int) -> None:
-        copied = copying.copy_range(source, offset, temporary.fd, position, nbytes, advance)
+        copied = copying.copy_range(source, offset, temporary.fd, position, nbytes, _both(wrote, advance))
+        advance(nbytes - copied.nbytes)
         run.nbytes_copied += copied.nbytes
         if copied.start < copied.stop:
             record = (each.file, each.record.offset) if each.record is not None else None

@@ -85,6 +85,37 @@ def early_sync(source: int, output: int, size: int) -> None:
     together([sync, copy])
 
 
+def in_steps(source: int, output: int, size: int, step: int, sync: Callable[[int], None] = os.fdatasync) -> None:
+    """A sync beside the copy whenever `step` bytes more are written and the last one has ended."""
+    running: threading.Thread | None = None
+    unsynced = 0
+    for offset in range(0, size, 64 * MB):
+        nbytes = min(64 * MB, size - offset)
+        kernel(source, output, offset, nbytes)
+        unsynced += nbytes
+        if unsynced >= step and not (running is not None and running.is_alive()):
+            unsynced, running = 0, threading.Thread(target=sync, args=(output,))
+            running.start()
+    if running is not None:
+        running.join()
+
+
+def sync_64(source: int, output: int, size: int) -> None:
+    in_steps(source, output, size, 64 * MB)
+
+
+def fsync_64(source: int, output: int, size: int) -> None:
+    in_steps(source, output, size, 64 * MB, os.fsync)
+
+
+def sync_128(source: int, output: int, size: int) -> None:
+    in_steps(source, output, size, 128 * MB)
+
+
+def sync_256(source: int, output: int, size: int) -> None:
+    in_steps(source, output, size, 256 * MB)
+
+
 def allocated(source: int, output: int, size: int) -> None:
     os.posix_fallocate(output, 0, size)
     bare(source, output, size)
@@ -98,7 +129,22 @@ def buffered(source: int, output: int, size: int) -> None:
 
 
 WAYS: dict[str, Way] = {
-    way.__name__: way for way in (short_calls, halves, threads, sequential, willneed, dontneed, early_sync, allocated, buffered)
+    way.__name__: way
+    for way in (
+        short_calls,
+        halves,
+        threads,
+        sequential,
+        willneed,
+        dontneed,
+        early_sync,
+        sync_64,
+        fsync_64,
+        sync_128,
+        sync_256,
+        allocated,
+        buffered,
+    )
 }
 
 

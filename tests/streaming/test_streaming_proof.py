@@ -21,6 +21,7 @@ from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import apply as applying
 from ckptsurgeon.streaming.apply import Output, apply
+from ckptsurgeon.streaming.atomic import Temporary
 
 REAL = copying.copy_range
 Copy = Callable[..., copying.Copied]
@@ -145,14 +146,13 @@ def test_without_proof_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_proof_reads_the_file_and_not_what_was_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that loses what it was given: the file is damaged between the writing and the proof."""
-    real = applying.syncing
+    real = applying.finish
 
-    def damaging(temporary):  # type: ignore[no-untyped-def]
-        size = os.fstat(temporary.fd).st_size
-        os.pwrite(temporary.fd, b"\x77", size - 1)
-        return real(temporary)
+    def damaging(run: object, file: object, temporary: Temporary, *more: object) -> None:
+        real(run, file, temporary, *more)  # type: ignore[arg-type]
+        os.pwrite(temporary.fd, b"\x77", os.fstat(temporary.fd).st_size - 1)
 
-    monkeypatch.setattr(applying, "syncing", damaging)
+    monkeypatch.setattr(applying, "finish", damaging)
     with pytest.raises(VerificationError):
         run(tmp_path, ".safetensors")
     assert names(tmp_path) == ["in.pt"]
