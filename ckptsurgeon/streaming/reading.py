@@ -9,32 +9,41 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from math import prod
-from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError, OutputError
 from ckptsurgeon.formats.inflate import inflated
-from ckptsurgeon.storage import copying, platform
+from ckptsurgeon.storage import copying
 from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.storage.files import OpenFile, changed
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import Block, meeting, runs, scatter, stretches
 from ckptsurgeon.streaming.bands import bands, side_by_side
-from ckptsurgeon.streaming.signals import undisturbed
 from ckptsurgeon.streaming.values import Buffer, densify
 from ckptsurgeon.tensors import Checkpoint, FileStamp, Packed, Span, TensorMeta, contiguous_stride
 
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
 
-LEAST = 2 << 20  # bytes of a range that two threads read
-STEP = 1 << 20  # bytes that a thread reads at a time, at least; a thread that is late reads fewer of them
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Memory that is to be filled from a place in a file."""
+
+    file: OpenFile
+    offset: int
+    memory: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it is."""
+        return len(self.memory)
+
+    def do(self) -> None:
+        """Fill the memory; in any thread."""
+        copying.read_at(self.file, self.memory, self.offset)
 
 
 class Reader:
@@ -122,15 +131,20 @@ class Reader:
         self._read(runs(tensor, ((start, stop), *((0, size) for size in tensor.shape[1:]))), memoryview(data))
         return data
 
-    def read_into(self, tensor: TensorMeta, memory: memoryview) -> None:
-        """A tensor's elements like `read`, into memory of their size; there is no second copy where they lie densely."""
+    def reads(self, tensor: TensorMeta, memory: memoryview) -> Iterator[Read]:
+        """The reads that fill memory with a tensor's elements like `read`, to be done in any order. There are none where its elements don't
+        lie densely: then the memory is filled here."""
+        done = 0
         if side_by_side(tensor):
-            done = 0
             for band in bands(tensor, self._read_one):
                 memory[done : done + len(band)] = band
                 done += len(band)
         elif tensor.as_stored:
-            self._read(runs(tensor), memory)
+            for each in runs(tensor):
+                file, start = self.locate(each)
+                for offset, nbytes in copying.parts(start, each.nbytes):
+                    yield Read(file, offset, memory[done : done + nbytes])
+                    done += nbytes
         else:
             memory[:] = self._densified(tensor)
 
@@ -142,36 +156,7 @@ class Reader:
 
     def _read_one(self, each: Span, memory: memoryview) -> None:
         file, offset = self.locate(each)
-        if len(memory) < LEAST or not platform.threads_may_share_files():
-            copying.read_at(file, memory, offset)
-            return
-        step = max(STEP, len(memory) // 8)
-        starts, lock = iter(range(0, len(memory), step)), Lock()
-
-        def next_start() -> int | None:
-            with lock:
-                return next(starts, None)
-
-        def read_steps() -> None:
-            for start in iter(next_start, None):
-                copying.read_at(file, memory[start : start + step], offset + start)
-
-        beside = self._second.submit(read_steps)
-        try:
-            read_steps()
-        finally:
-            with undisturbed():
-                while next_start() is not None:
-                    pass  # after an error nothing is left to the other thread
-                beside.exception()  # waits for its end
-        beside.result()
-
-    @cached_property
-    def _second(self) -> Executor:
-        """The thread that takes part in reading large ranges; it ends when this reader is closed."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        return self._open.enter_context(ThreadPoolExecutor(1))
+        copying.read_at(file, memory, offset)
 
     def _densified(self, tensor: TensorMeta) -> bytearray:
         """The elements of a tensor that lie with a stride, or are lazily changed; of one in pieces, piece after piece."""

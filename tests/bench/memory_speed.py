@@ -31,7 +31,7 @@ from torch import nn
 import ckptsurgeon as cs
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.report import Cast
-from ckptsurgeon.streaming import reading, statistics
+from ckptsurgeon.streaming import in_threads, statistics
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import cast, count_non_finite
 from ckptsurgeon.tensors import Checkpoint
@@ -179,7 +179,7 @@ def main() -> None:
         f"{platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, load {load:.1f} at the start. By the processor's "
         f"time, one thread, beside `torch.isfinite(t).all()` on the same bytes in memory (8-bit floats made float32 for it):\n\n{tables[0]}"
         f"\n\nBy the clock{', before all other processes' * choices.first}, into a model on the CPU, beside `torch.load(mmap=True)` + "
-        f"`load_state_dict`; two threads read tensors of {reading.LEAST >> 20} MiB or more:\n\n{tables[1]}\n"
+        f"`load_state_dict`; threads read tensors of {in_threads.SMALL >> 20} MiB or more:\n\n{tables[1]}\n"
     )
     print(text)
     if choices.write:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -118,6 +119,25 @@ def test_what_the_caller_raises_ends_the_threads_and_the_rest_is_not_done(error:
             advance(1)
             time.sleep(0.02)
     assert len(done) < 40
+
+
+def test_an_interrupt_while_the_threads_end_waits_for_them() -> None:
+    begun, ended = threading.Event(), list[int]()
+
+    def work(part: Part) -> None:
+        begun.set()
+        for _ in range(3):  # while the caller waits
+            time.sleep(0.05)
+            _thread.interrupt_main()
+        ended.append(part.number)
+
+    with pytest.raises(KeyboardInterrupt), in_threads(work, (Part(number) for number in range(2))) as results:
+        try:
+            list(results)
+        except KeyboardInterrupt:
+            assert begun.is_set()
+            raise
+    assert ended
 
 
 def test_a_listener_hears_that_the_work_goes_on_while_the_caller_waits(monkeypatch: pytest.MonkeyPatch) -> None:

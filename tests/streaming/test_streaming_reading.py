@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import tempfile
-import threading
-import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +13,7 @@ import pytest
 import torch
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import FormatError, StaleError, UnreadableError
+from ckptsurgeon.errors import FormatError, StaleError
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import reading
 from ckptsurgeon.streaming.reading import Reader
@@ -44,12 +40,11 @@ def packed(path: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "deflated"])
-@pytest.mark.parametrize(("buffer", "least"), [(16, 1), (1 << 22, 100), (1 << 22, 1 << 22)])
-def test_read_and_parts_agree_with_torch(kind: str, buffer: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("buffer", "part"), [(16, 7), (1 << 22, 1 << 22)])
+def test_read_and_parts_agree_with_torch(kind: str, buffer: int, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "BUFFER", buffer)
     monkeypatch.setattr(reading, "BUFFER", buffer)
-    monkeypatch.setattr(reading, "LEAST", least)
-    monkeypatch.setattr(reading, "STEP", 7)
+    monkeypatch.setattr(copying, "PART", part)
     given, path = state(), tmp_path / "in.pt"
     torch.save(given, path, _use_new_zipfile_serialization=kind != "legacy")
     if kind == "deflated":
@@ -61,6 +56,10 @@ def test_read_and_parts_agree_with_torch(kind: str, buffer: int, least: int, tmp
             expected = memory_of(tensor)
             assert bytes(reader.read(found[key])) == expected, key
             assert b"".join(bytes(part) for part in reader.parts(found[key])) == expected, key
+            memory = bytearray(len(expected))
+            for read in reversed([*reader.reads(found[key], memoryview(memory))]):
+                read.do()
+            assert memory == expected, key
         reader.check_unchanged()
 
 
@@ -179,61 +178,3 @@ def test_a_well_formed_deflated_entry_is_read(tmp_path: Path) -> None:
     found = deflated(tmp_path, raw_deflate(data), 4000)
     with Reader([found]) as reader:
         assert bytes(reader.read(found["w"])) == data
-
-
-def in_thread(main: bool, act: Callable[[], object]) -> Callable[..., int]:
-    """`os.preadv` that does something first in the main thread, or in the other one, once both have begun."""
-    plain, both = os.preadv, threading.Barrier(2, timeout=60)
-
-    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
-        both.wait()
-        if main == (threading.current_thread() is threading.main_thread()):
-            act()
-        return plain(fd, views, offset)
-
-    return preadv
-
-
-@pytest.mark.parametrize("main", [True, False], ids=["this thread", "the other"])
-def test_what_happens_in_either_thread_is_an_error_of_the_read_and_no_thread_is_left(
-    main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        raise OSError(5, "Input/output error")
-
-    torch.save({"w": torch.arange(100)}, tmp_path / "a.pt")
-    source, before = cs.open(tmp_path / "a.pt"), threading.active_count()
-    monkeypatch.setattr(reading, "LEAST", 1)
-    monkeypatch.setattr(reading, "STEP", 400)
-    for act, error in ((fail, UnreadableError), (lambda: os.truncate(tmp_path / "a.pt", 0), StaleError)):
-        with Reader([source]) as reader:
-            reader.open(str(tmp_path / "a.pt"))
-            with monkeypatch.context() as patch, pytest.raises(error) as caught:
-                patch.setattr(os, "preadv", in_thread(main, act))
-                reader.read(source["w"])
-        assert caught.value.path == str(tmp_path / "a.pt") and threading.active_count() == before
-
-
-def test_an_interrupt_is_raised_when_the_other_thread_has_ended_its_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, both, state = os.preadv, threading.Barrier(2, timeout=60), list[str]()
-
-    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
-        both.wait()
-        if threading.current_thread() is threading.main_thread():
-            raise KeyboardInterrupt
-        for _ in range(3):  # while the first thread waits for it
-            time.sleep(0.05)
-            _thread.interrupt_main()
-        state.append("has read")
-        return plain(fd, views, offset)
-
-    torch.save({"w": torch.arange(100)}, tmp_path / "a.pt")
-    source = cs.open(tmp_path / "a.pt")
-    monkeypatch.setattr(reading, "LEAST", 1)
-    monkeypatch.setattr(reading, "STEP", 400)
-    with Reader([source]) as reader:
-        reader.open(str(tmp_path / "a.pt"))
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "preadv", preadv)
-            reader.read(source["w"])
-        assert state == ["has read"]

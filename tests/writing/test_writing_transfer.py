@@ -19,8 +19,9 @@ from writing_support import environment
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
 from ckptsurgeon.models.training.transfer import InFile
-from ckptsurgeon.streaming import reading
-from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.storage import copying
+from ckptsurgeon.streaming import in_threads
+from ckptsurgeon.streaming.reading import Read, Reader
 
 
 def model(seed: int) -> nn.Sequential:
@@ -34,10 +35,10 @@ def values(net: nn.Module) -> dict[str, Any]:
 
 @pytest.fixture(params=[1, 2])
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file, read by one thread or by two, none of which is left."""
+    """A file, read by one thread or by several, none of which is left."""
     if request.param == 2:
-        monkeypatch.setattr(reading, "LEAST", 1)
-        monkeypatch.setattr(reading, "STEP", 70)
+        monkeypatch.setattr(in_threads, "SMALL", 1)
+        monkeypatch.setattr(copying, "PART", 70)
     torch.save(model(1).state_dict(), tmp_path / "a.pt")
     before = threading.active_count()
     yield tmp_path / "a.pt"
@@ -46,15 +47,15 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def at_the_third(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Do something just before the third tensor is read into the model."""
-    real, count = Reader.read_into, list[int]()
+    real, count = Reader.reads, list[int]()
 
-    def acting(self: Reader, *arguments: Any) -> None:
+    def acting(self: Reader, *arguments: Any) -> Iterator[Read]:
         count.append(1)
         if len(count) == 3:
             act()
-        real(self, *arguments)
+        return real(self, *arguments)
 
-    patch.setattr(Reader, "read_into", acting)
+    patch.setattr(Reader, "reads", acting)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -92,10 +93,11 @@ import os, random, signal, sys, threading, time
 import torch
 from torch import nn
 import ckptsurgeon as cs
-from ckptsurgeon.streaming import reading
+from ckptsurgeon.storage import copying
+from ckptsurgeon.streaming import in_threads
 
 path, main = sys.argv[1], threading.main_thread().ident
-reading.LEAST = reading.STEP = int(sys.argv[2])
+in_threads.SMALL = copying.PART = int(sys.argv[2])
 net = nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)])
 olds = [{key: torch.full_like(value, fill) for key, value in net.state_dict().items()} for fill in (0.0,)]
 new = torch.load(path, weights_only=True)
@@ -129,7 +131,7 @@ print(whole["old"] > 0 and whole["new"] > 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [1000, reading.LEAST], ids=["two threads", "one"])
+@pytest.mark.parametrize("together", [1000, copying.PART], ids=["several threads", "one"])
 def test_interrupts_at_random_moments_never_leave_a_mixture(together: int, tmp_path: Path) -> None:
     torch.save(nn.Sequential(*[nn.Linear(60, 60) for _ in range(20)]).state_dict(), tmp_path / "a.pt")
     command = [sys.executable, "-c", LOOP, str(tmp_path / "a.pt"), str(together)]
@@ -151,14 +153,15 @@ def test_a_file_that_becomes_shorter_under_it_is_an_error_that_says_how_far_it_c
     at_the_third(monkeypatch, lambda: os.truncate(source, 0))  # mapped, it would kill the process by SIGBUS
     with pytest.raises(StaleError) as caught:
         cs.transfer(source, net)
-    message = str(caught.value)
+    message, names = str(caught.value), list(net.state_dict())
+    count = sum(f"{name}: has its new value" in message for name in names)
     assert message.startswith(
-        f"{source}: became shorter while it was read; the model holds 2 of 10 new tensors by now, and a part of 1.weight"
+        f"{source}: became shorter while it was read; the model holds {count} of 10 new tensors by now, and perhaps parts of more"
     )
-    assert "0.weight: has its new value" in message and "0.bias: has its new value" in message and "1.weight: has" not in message
-    found, old, new = values(net), values(model(2)), values(model(1))
-    assert [key for key in found if found[key] == new[key]] == ["0.weight", "0.bias"]
-    assert all(found[key] in (old[key], new[key]) for key in found)
+    found, new = values(net), values(model(1))
+    have = [name for name in names if found[name] == new[name]]
+    assert all(f"{name}: has its new value" in message for name in names[:count]) and set(names[:count]) <= set(have) <= set(names[:2])
+    assert (have == names[:2] and count == 2) or copying.PART == 70  # several threads may have begun the third before the second is whole
 
 
 class Halved(nn.Linear):
@@ -202,15 +205,15 @@ def test_what_took_new_values_before_the_file_fails_takes_the_old_ones_again(
     assert values_and_state(done) == values_and_state(whole)
     old, new, plain = values_and_state(net), values_and_state(whole), InFile.into
 
-    def into(value: InFile, tensor: torch.Tensor) -> None:
+    def into(value: InFile, tensor: torch.Tensor) -> Iterator[Read]:
         if len(seen) == 2:
             os.truncate(path, 0)
         seen.append(values_and_state(net))
-        plain(value, tensor)
+        return plain(value, tensor)
 
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(InFile, "into", into)
-    with pytest.raises(StaleError, match=r"the model holds 2 of \d new tensors by now, and a part of 1.weight") as caught:
+    with pytest.raises(StaleError, match=r"the model holds 2 of \d new tensors by now, and perhaps parts of more") as caught:
         cs.transfer(path, net)
     assert ("what its own loading code changed in it is undone" in caught.value.reason) == (special is Halved)
     found, marks = values_and_state(net), [key for key in old if key.startswith("3.") or key in ("loaded", "count")]
@@ -229,7 +232,7 @@ def test_a_disk_that_fails_under_it_too(source: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error")
 
     at_the_third(monkeypatch, lambda: monkeypatch.setattr(os, "preadv", fails))
-    with pytest.raises(UnreadableError, match=r"could not be read \(Input/output error\); the model holds 2 of 10 new tensors"):
+    with pytest.raises(UnreadableError, match=r"could not be read \(Input/output error\); the model holds [012] of 10 new tensors"):
         cs.transfer(source, model(2))
 
 

@@ -8,7 +8,7 @@ go through torch's `load_state_dict` first, all or nothing.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,8 @@ from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.planning.plan_types import Plan, resolved
 from ckptsurgeon.progress import Held, phase
-from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.in_threads import in_threads
+from ckptsurgeon.streaming.reading import Read, Reader
 from ckptsurgeon.streaming.signals import undisturbed
 from ckptsurgeon.streaming.values import tensor_from
 from ckptsurgeon.tensors import TensorMeta
@@ -44,15 +45,15 @@ class InFile:
     meta: TensorMeta
     reader: Reader
 
-    def into(self, tensor: torch.Tensor) -> None:
-        """Read it into a tensor of its shape and dtype, on any device."""
+    def into(self, tensor: torch.Tensor) -> Iterator[Read]:
+        """The reads that bring it into a tensor of its shape and dtype; none where that takes more, which is done here: on any device."""
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.is_conj() or tensor.is_neg() or not tensor.numel():
             tensor.copy_(in_memory(self))
             return
         memory: Any = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-        self.reader.read_into(self.meta, memoryview(memory).cast("B"))
         tensor.view(-1)[:0].zero_()  # bumps the version counter, so that autograd notices the change
+        yield from self.reader.reads(self.meta, memoryview(memory).cast("B"))
 
 
 Value = torch.Tensor | InFile
@@ -153,23 +154,50 @@ def _owned(value: Value) -> torch.Tensor:
     return in_memory(value) if isinstance(value, InFile) else value.detach().clone()
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A read for a key's tensor, or None where nothing is left to read, and whether it is the last one for it."""
+
+    key: str
+    read: Read | None
+    last: bool
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.read is None else self.read.nbytes
+
+    def do(self) -> None:
+        if self.read is not None:
+            self.read.do()
+
+
+def _parts(state: Mapping[str, Any], values: Mapping[str, Value]) -> Iterator[_Part]:
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            state[key].copy_(value)
+        reads = [*value.into(state[key])] if isinstance(value, InFile) else []
+        yield from (_Part(key, read, last=False) for read in reads[:-1])
+        yield _Part(key, reads[-1] if reads else None, last=True)
+
+
 def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, undo: Undo, undone: str = "") -> None:
     """Copy values into the model. If a value can't be read, those copied before stay, and `undo` is run; `undone` says so in the
     message."""
     done: list[str] = []
     with phase("transferring", sum(_size(state[key]) for key in values), held=held) as advance:
-        for key, value in values.items():
-            try:
-                state[key].copy_(value) if isinstance(value, torch.Tensor) else value.into(state[key])
-            except BaseException as error:
-                undo()
-                if isinstance(error, CheckpointError):
-                    error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and a part of {key}{undone}"
-                    error.problems = shortened([f"{key}: has its new value" for key in done])
-                    error.hint = "transfer again when the file is whole, or build the model anew"
-                raise
-            done.append(key)
-            advance(_size(state[key]))
+        try:
+            with in_threads(_Part.do, _parts(state, values)) as results:
+                for part, _ in results:
+                    if part.last:
+                        done.append(part.key)
+                        advance(_size(state[part.key]))
+        except BaseException as error:
+            undo()
+            if isinstance(error, CheckpointError):
+                error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and perhaps parts of more{undone}"
+                error.problems = shortened([f"{key}: has its new value" for key in done])
+                error.hint = "transfer again when the file is whole, or build the model anew"
+            raise
 
 
 def _size(tensor: torch.Tensor) -> int:
