@@ -102,6 +102,24 @@ def test_a_text_s_positions_are_counted_and_an_image_s_are_a_grid() -> None:
     assert offered("wpe.weight", (1024, 8), (512, 8), {"wte.weight": (60, 8)}) == [("slice", True)]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "adapter", "words"),
+    [
+        (197, 196, "slice(dim=1, start=1)", "1 fewer"),
+        (201, 196, "slice(dim=1, start=5)", "5 fewer"),
+        (198, 197, "", "1 fewer"),  # which of the two goes can't be told
+        (196, 197, "", "1 more"),
+        (197, 201, "", "4 more"),
+        (220, 197, "", ""),
+    ],
+)
+def test_a_table_of_the_same_grid_is_never_resized(old: int, new: int, adapter: str, words: str) -> None:
+    (found,) = resizes(side("a", {"pos_embed": (1, old, 8)}), side("t", {"pos_embed": (1, new, 8)}), {"pos_embed": "pos_embed"})
+    (offer,) = found.offers
+    assert (offer.adapter, found.sure) == (adapter, False)
+    assert offer.role == ("table of positions, of " + (f"one grid, with {words} in front of it in the target" if words else "another grid"))
+
+
 def test_a_table_of_positions_is_a_square_grid_only_where_something_says_so() -> None:
     """16 → 32 rows fit a grid of 3 x 3 with seven more tokens, and 100 → 64 a grid: of a text, a sound or a video that is chance."""
     assert offered("wpe.weight", (16, 8), (32, 8)) == [('pad(fill="init")', True)]

@@ -12,6 +12,7 @@ from functools import cached_property
 from math import gcd, inf
 
 from ckptsurgeon.adapters.table import offers, texts
+from ckptsurgeon.adapters.vision.sizes import square_root
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import is_float
 from ckptsurgeon.planning.diff import Offer, Resize
@@ -26,6 +27,7 @@ _NO_POSITIONS = frozenset(_OTHERWISE.split())  # words that say what a bare tabl
 _CLASSES = "head classifier classification score scores logits predictor bbox cls pred outputs generator"
 HEADS = frozenset(_CLASSES.split())  # words of a last layer
 _IMAGE = 4  # channels of an image, or of the latents that stand for one
+_BEFORE = 6  # tokens before the grid of a table of positions, at most: a class token, and others
 _ROUND = (512, 256, 128, 64, 32, 16, 8)  # what vocabularies are rounded up to
 _HEAD_SIZES = (128, 64, 256, 96, 80, 32, 16, 8, 4, 2)  # of one attention head, the most usual first
 
@@ -189,6 +191,8 @@ def _positions(sized: Sized) -> Iterable[Answer] | None:
         return None
     if not sized.of_text:
         adapter = _by_shape(sized, "interpolate")
+        if not adapter and (same_grid := _of_one_grid(sized)):
+            return [(*same_grid, False)]
         how = "resized to the new grid" if adapter else "of another grid"
         return [(adapter, f"table of positions, {how}", bool(adapter) and sized.of_image)]
     if not sized.rows_alone:
@@ -197,6 +201,18 @@ def _positions(sized: Sized) -> Iterable[Answer] | None:
         adapter, rest = _fresh(sized)
         return [(adapter, f"positions of a text, {sized.rows}: the old ones are kept, the rest {rest}", True)]
     return [("slice", f"positions of a text, {sized.rows}: the first ones", True)]
+
+
+def _of_one_grid(sized: Sized) -> tuple[str, str] | None:
+    """The adapter, or nothing, and words for tables of one square grid that differ in the tokens before it: a class token, registers."""
+    if len(sized.old) != len(sized.new) or len(sized.old) < 2 or (*sized.old[:-2], sized.old[-1]) != (*sized.new[:-2], sized.new[-1]):
+        return None
+    old, new = sized.old[-2], sized.new[-2]
+    left = next((count for count in range(_BEFORE) if square_root(min(old, new) - count) is not None), _BEFORE)
+    if left + abs(old - new) > _BEFORE:
+        return None
+    words = f"table of positions, of one grid, with {abs(old - new)} {'fewer' if new < old else 'more'} in front of it in the target"
+    return (f"slice(dim={len(sized.old) - 2}, start={old - new})" if new < old and not left else ""), words
 
 
 def _first_convolution(sized: Sized) -> Iterable[Answer] | None:
