@@ -46,7 +46,7 @@ class Pair:
 class Score:
     """How many target tensors are right and certain, wrong and certain, uncertain (right or wrong), and not found.
 
-    `doubted` are of the right sources, in doubt for a layout that shapes can't show: as right as can be told.
+    `doubted` are in doubt for a layout that shapes can't show, with the right sources among the choices: as right as can be told.
     """
 
     right: int
@@ -100,7 +100,7 @@ def score(found: Matching, pair: Pair) -> Score:
         if link is None:
             counts["missed"] += 1
             continue
-        if link.doubt and link.sources == told.sources:
+        if link.doubt and told.sources in (link.sources, *(choice.sources for choice in link.choices)):
             counts["doubted"] += 1
             continue
         good = link.sources == told.sources and _same_op(link, told.op, key, pair)

@@ -10,7 +10,6 @@ from pairs_support import PAIRS, matched, read_pair, score
 FILES = sorted(PAIRS.glob("*.json"))
 # What names and shapes can't tell: how many tensors stay uncertain there, and why.
 UNCERTAIN = {
-    "qwen1__hf_qwen2": (8, "w1 and w2 against gate and up: here the second is the gate, elsewhere the first"),
     "fxia22_pointnet__hand_pointnet_sequential": (70, "two towers of one form, and two heads, under names with nothing in common"),
     "sb3_actor_critic__cleanrl_agent": (9, "the actor's and the critic's net are of one form"),
 }

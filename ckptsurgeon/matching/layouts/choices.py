@@ -43,6 +43,13 @@ class Open:
         return tuple(key for link in self.links for key in link.targets)
 
     @property
+    def untold(self) -> str:
+        """What shapes can't tell, in words."""
+        if any({*choice.sources} != {*link.sources} for link in self.links for choice in link.choices):
+            return "which of the two is which can't be told by names and shapes"
+        return "the keys are sure, the order of elements can't be told by shapes"
+
+    @property
     def adapts(self) -> tuple[Rule, ...]:
         """The rules of its ways that have adapters."""
         return tuple(rule for way in self.ways for rule in way.rules if rule.kind == "adapt")

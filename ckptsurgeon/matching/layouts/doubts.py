@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.layouts import fused, gated, merging, modulation, patches, rotary
+from ckptsurgeon.matching.layouts import either, fused, gated, merging, modulation, patches, rotary
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.same_names import SAME
-from ckptsurgeon.planning.links import LAYOUT, Layout, Link
+from ckptsurgeon.planning.links import ENOUGH, LAYOUT, Layout, Link
 from ckptsurgeon.tensors import TensorMeta
 
 KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     rotary.find,
     fused.find,
     gated.find,
+    either.find,
     modulation.find,
     merging.find,
     patches.find,
@@ -48,4 +49,5 @@ def _with_doubt(link: Link, sides: Sides, one_naming: bool) -> Link:
     choices = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
     if not choices or (whole and one_naming):
         return link
-    return replace(link, doubt=LAYOUT, choices=tuple(choices))
+    exchanged = whole and any(layout.sources != link.sources for layout in choices)  # its rival is one of the choices
+    return replace(link, doubt=LAYOUT, choices=tuple(choices), margin=max(link.margin, ENOUGH) if exchanged else link.margin)

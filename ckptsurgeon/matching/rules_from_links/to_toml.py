@@ -135,8 +135,7 @@ def toml(
 def _open(layout: Open) -> str:
     """The ways to settle an open layout, each as rules in comments."""
     lines = [
-        f"# Layout open ({layout.kind}), {len(layout.targets)} tensors: the keys are sure, "
-        "the order of their elements can't be told by shapes.",
+        f"# Layout open ({layout.kind}), {len(layout.targets)} tensors: {layout.untold}.",
         "# Take the mark from the rules of one way; a [[drop]] below that is for their keys alone must go then.",
     ]
     if layout.variables:

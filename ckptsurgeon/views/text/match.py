@@ -71,9 +71,7 @@ def _open(proposal: Proposal, width: int | None) -> list[str]:
     """The layouts in doubt, each with its choices as options to add."""
     lines = []
     for layout in proposal.open:
-        lines.append(
-            heading("layout open", len(layout.targets), f"{layout.kind}: the keys are sure, the order of elements can't be told by shapes")
-        )
+        lines.append(heading("layout open", len(layout.targets), f"{layout.kind}: {layout.untold}"))
         for way in layout.ways:
             as_is = way is layout.ways[0]
             lines.append(f"    {name(way.words)}:")
