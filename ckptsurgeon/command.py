@@ -95,7 +95,7 @@ def _keywords(options: Sequence[Option]) -> list[str]:
     rules = [option for option in options if option[0] in (*_ORDER, "stage")]
     files = [repr(path) for name, *paths in options for path in paths if name == "rules"]
     keywords = [
-        f"{name.replace('-', '_')}={values[0]!r}" if values else _flag(name)
+        f"{name.replace('-', '_')}={values[0].removeprefix('as-is=')!r}" if values else _flag(name)
         for name, *values in options
         if name not in (*_ORDER, "stage", "rules", "set")
     ]

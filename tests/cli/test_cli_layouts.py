@@ -54,6 +54,33 @@ def test_each_way_that_is_shown_works(run, rotary):
         assert torch.equal(load_file(f"{number}.safetensors")[Q.format(1)], wanted)
 
 
+@pytest.mark.parametrize("words", [["as-is"], ["as-is", "layers.**"]])
+def test_what_takes_layouts_as_they_stand_is_in_the_next_command(run, rotary, words):
+    shown = run("match", "a.safetensors", "t.safetensors", "--layout", *words)
+    assert shown.code == 0 and "layout open" not in shown.out
+    following = shlex.split(shown.out.splitlines()[-1].partition("Next: ckptsurgeon ")[2])
+    done = run(*following)
+    assert done.code == 0, (following, done.err)
+    assert torch.equal(load_file("merged.safetensors")[Q.format(1)], rotary[WQ.format(1)])
+
+
+def test_gate_and_up_that_one_side_counts_are_chosen_together(run, place):
+    w1, w2, gate, up = (f"{name}.weight" for name in ("h.0.mlp.w1", "h.0.mlp.w2", "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"))
+    source = {w1: torch.randn(24, 8), w2: torch.randn(24, 8), "h.0.mlp.c_proj.weight": torch.randn(8, 24)}
+    save_file(source, "a.safetensors")
+    save_file({gate: torch.zeros(24, 8), up: torch.zeros(24, 8), "layers.0.mlp.down_proj.weight": torch.zeros(8, 24)}, "t.safetensors")
+    shown = run("match", "a.safetensors", "t.safetensors").out
+    assert "gate or up: which of the two is which can't be told" in shown
+    ways = re.split(r"^    \S[^:\n]*:$", shown.partition("layout open")[2].partition("    or let")[0], flags=re.M)[1:]
+    made = []
+    for way in ways:
+        words = shlex.split(" ".join(line.strip() for line in way.splitlines()))
+        assert run("merge", "a.safetensors", "t.safetensors", "-o", "o.safetensors", "--overwrite", "--match", *words).code == 0
+        made.append(load_file("o.safetensors"))
+    for merged, (of_gate, of_up) in zip(made, ((w1, w2), (w2, w1)), strict=True):
+        assert torch.equal(merged[gate], source[of_gate]) and torch.equal(merged[up], source[of_up])
+
+
 def test_plan_writes_what_merge_and_apply_refuse(run, rotary):
     made = run("plan", "a.safetensors", "t.safetensors", "--match", "-o", "plan.json")
     assert made.code == 0 and "open: layout; the target's value stays" in made.out and Path("plan.json").exists()

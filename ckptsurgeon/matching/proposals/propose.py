@@ -72,6 +72,7 @@ class Proposal(Matching, Result):
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
         options: what a merge needs beside the rules, as options of a command: a `--drop` for each value that can't be carried.
+        stands: the patterns of target keys whose layout is taken as it stands, which a merge that matches again needs too.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         written: the rules file that was written, or None.
         refused: why the links are no mapping to follow, where that was asked.
@@ -104,6 +105,7 @@ class Proposal(Matching, Result):
     forward: Twins | None = None
     rivals: tuple[NameChange, ...] = ()
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
+    stands: tuple[str, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
     refused: str | None = field(default=None, repr=False, compare=False)
@@ -215,6 +217,7 @@ def propose(
     return replace(
         proposal,
         numbers_used=tuple(used),
+        stands=tuple(layout),
         loose=without_a_rule(names, target, *keys_left(proposal, proposal.applied)),
         conversions=names.applied.words,
         warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(matching.unused)) is not None else ())),

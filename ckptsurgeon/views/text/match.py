@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ckptsurgeon.command import Command, at_root
-from ckptsurgeon.matching.layouts.choices import as_is_options
+from ckptsurgeon.matching.layouts.choices import ALL, as_is_options
 from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
@@ -133,5 +133,6 @@ def _next(proposal: Proposal, doubtful: bool, width: int | None) -> list[str]:
         closer = Command("match", proposal.source, proposal.target, "rules.toml", (*root, *own))
         label = "Next: look closer," if any(proposal.in_memory) else "Next: look closer, in a file,"
         return next_step(label, closer, proposal.in_memory, width)
-    how = rule_options(ruled.rule for ruled in proposal.ruled) if proposal.spelled and proposal.beside else (("match",),)
+    again = (*(("layout", "as-is" if pattern == ALL else f"as-is={pattern}") for pattern in proposal.stands), ("match",))
+    how = rule_options(ruled.rule for ruled in proposal.ruled) if proposal.spelled and proposal.beside else again
     return next_step("Next:", merge.having(*own, *how), proposal.in_memory, width)
