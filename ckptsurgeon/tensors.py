@@ -331,6 +331,9 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
     def __getitem__(self, key: str) -> TensorMeta:
         return self.tensors[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

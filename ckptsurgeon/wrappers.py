@@ -16,6 +16,7 @@ def unwrap(key: str, wrappers: Iterable[str]) -> str:
     >>> unwrap("module.layer1._orig_mod.conv.weight", ("module", "_orig_mod"))
     'layer1.conv.weight'
     """
-    if not any(wrapper in key for wrapper in wrappers):
-        return key
-    return ".".join(segment for segment in key.split(".") if segment not in wrappers) or key
+    for wrapper in wrappers:
+        if wrapper in key:
+            return ".".join(segment for segment in key.split(".") if segment not in wrappers) or key
+    return key

@@ -9,6 +9,7 @@ from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent, unused_name
 from ckptsurgeon.api._options import RuleOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
+from ckptsurgeon.formats.sniff import no_collections
 from ckptsurgeon.parameter_types import Given, Note, OnProgress, Renames
 from ckptsurgeon.planning.diff import Diff, compare
 
@@ -70,17 +71,18 @@ def diff(
         from ckptsurgeon.api._own_loading import learned
 
         ruling = learned([source_checkpoint], target_checkpoint, opened_target.any_model, ruling, auto=auto)
-    result = compare(source_checkpoint, target_checkpoint, ruling.rules, ruling.outside, auto)
-    if result.mismatched or (result.missing and (result.extra or target_checkpoint.kind == "skeleton")):
-        from ckptsurgeon.matching.proposals.advise import advise
-        from ckptsurgeon.progress import phase
+    with no_collections():
+        result = compare(source_checkpoint, target_checkpoint, ruling.rules, ruling.outside, auto)
+        if result.mismatched or (result.missing and (result.extra or target_checkpoint.kind == "skeleton")):
+            from ckptsurgeon.matching.proposals.advise import advise
+            from ckptsurgeon.progress import phase
 
-        with phase("matching", len(target_checkpoint), "tensors"):
-            result = replace(result, advice=advise(result, source_checkpoint, target_checkpoint, ruling.rules, ruling.outside, auto))
-    if result.missing and result.extra:
-        from ckptsurgeon.matching.proposals.renamed_heads import renamed_heads
+            with phase("matching", len(target_checkpoint), "tensors"):
+                result = replace(result, advice=advise(result, source_checkpoint, target_checkpoint, ruling.rules, ruling.outside, auto))
+        if result.missing and result.extra:
+            from ckptsurgeon.matching.proposals.renamed_heads import renamed_heads
 
-        result = replace(result, heads=renamed_heads(result, source_checkpoint, target_checkpoint))
+            result = replace(result, heads=renamed_heads(result, source_checkpoint, target_checkpoint))
     return replace(
         result, options=(*ruling.options, *([("auto", auto)] if auto else [])), output=unused_name(source_checkpoint, target_checkpoint)
     )

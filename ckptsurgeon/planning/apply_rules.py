@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
 NO_OUTSIDE = Outside()
 NO_CHANGE = Choice(Change(Prefix(), {}))
+NO_KEYS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def name_sources(
         if rule.of_target:
             rule.learn(known or ())
     items = [
-        Item(bare, name, ((number, key),), entry=key not in source, other_keys=_other_keys(source, key, bare))
+        Item(bare, name, ((number, key),), entry=key not in source, other_keys=_other_keys(source, key, bare) if active else NO_KEYS)
         for number, source in enumerate(sources)
         for key, name in rename_all((*source, *source.entries), known or reference or (), prefixes[number]).items()
         for bare in (prefixes[number].bare(key),)

@@ -16,6 +16,7 @@ from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import NameChange, exchanges_with_rules, rivals_with_rules
+from ckptsurgeon.planning.prefixes.unchanged import set_aside
 from ckptsurgeon.planning.quantised_weights.find import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage
@@ -132,7 +133,7 @@ class Advice:
         auto: whether the command uses `--auto safe` for names that a library renamed and for dimensions of size 1.
         links: which source keys the missing keys probably are, certain or not.
         carried: the rules of the certain links, whether the command has these rules or `--match`.
-        skipped: whether matching was skipped because too many keys are left over.
+        skipped: whether matching was skipped because there are too many keys.
         sizes: the keys of another size, with adapters.
         reaches: the coverage with all of these options; None where that is no more than the diff covers already.
         open: the target's keys that still get no value from the source.
@@ -289,14 +290,16 @@ def compare(
     Raises:
         RuleError: rules that match nothing or collide, and adapters that can't be applied.
     """
-    rules = tuple(rules)
-    names = name_sources([source], target, rules, outside, auto=auto)
+    rules, ours, theirs = tuple(rules), source.tensors, target.tensors
+    equal, other_source, other_target = set_aside(source, target, rules, outside)
+    names = name_sources([other_source], other_target, rules, outside, auto=auto)
     computed = find_computed([source], target, names)
-    origins = {key: origin for key, origin in find_origins([source], target, names, auto).items() if key not in computed.made}
+    origins = {key: origin for key, origin in find_origins([other_source], other_target, names, auto).items() if key not in computed.made}
     refused = find_refused(source, 0, names)
     entry_keys = {name: key for name, (_, key) in names.entries.items() if key not in refused}
-    matched = [key for key in target if key in computed.made or (key in origins and origins[key].fits)]
-    missing = [key for key in target if key not in origins and key not in computed.made]
+    fits = {key: origin for key, origin in origins.items() if origin.fits}
+    matched = [key for key in target if key in equal or key in fits or key in computed.made]
+    missing = [key for key in other_target if key not in origins and key not in computed.made]
     mismatched = {key: origin.source_keys[0][1] for key, origin in origins.items() if not origin.fits}
     kept = kept_out(target, names)
     codes = find(source)
@@ -328,21 +331,19 @@ def compare(
         extra_shapes={key: source[key].shape for key in extra_tensors},
         mismatched=tuple(Mismatch(key, source[origin].shape, target[key].shape, origin) for key, origin in mismatched.items()),
         dtype_changed=tuple(
-            DtypeChange(key, origins[key].dtype, target[key].dtype)
+            DtypeChange(key, dtype, theirs[key].dtype)
             for key in matched
-            if key in origins and origins[key].dtype != target[key].dtype
+            if key not in computed.made and (dtype := (ours if key in equal else fits)[key].dtype) != theirs[key].dtype
         ),
         coverage=Coverage.of(
-            {key: target[key] for key in matched},
-            target,
-            sum(filled_elements(origins[key].ops, origins[key].shape) for key in matched if key in origins),
+            {key: theirs[key] for key in matched},
+            theirs,
+            sum(filled_elements(origin.ops, origin.shape) for origin in fits.values()),
         ),
         dropped=tuple(key for _, key in names.dropped),
         refused=refused,
         adapted=tuple(
-            Adapted(key, tuple(name for _, name in origins[key].source_keys), origins[key].ops)
-            for key in matched
-            if key in origins and origins[key].ops
+            Adapted(key, tuple(name for _, name in origin.source_keys), origin.ops) for key, origin in fits.items() if origin.ops
         ),
         quantised=tuple(codes.values()),
         target_quantised=tuple(find(target).values()),
@@ -351,7 +352,7 @@ def compare(
         exchanges=exchanges,
         warnings=_lost(extra),
         loaded=_loaded(outside.taken.get(0), computed),
-        lacking=() if named(source.format).leaves_out_tied else tuple(key for key in matched if key in origins and origins[key].tied_to),
+        lacking=() if named(source.format).leaves_out_tied else tuple(key for key, origin in fits.items() if origin.tied_to),
         loose=without_a_rule(names, target, (*loose, *missing_entries), extra),
         unkept=tuple(find_unkept(target, entry_keys)),
         conversions=names.applied,
@@ -374,7 +375,7 @@ def _parted(origins: Mapping[str, Origin], codes: Mapping[str, Codes], target: C
     """Keys of the source's codes that the target does not get unchanged and with their scales."""
     whole = {origin.source_keys[0][1] for origin in origins.values() if origin.fits and not origin.ops}
     parted = []
-    for key, origin in origins.items():
+    for key, origin in origins.items() if codes else ():
         quantised = [codes[name] for _, name in origin.source_keys if name in codes]
         as_it_is = origin.dtype == target[key].dtype and not origin.ops and all(whole.issuperset(weight.own_scales) for weight in quantised)
         parted += [weight.key for weight in quantised if origin.fits and not as_it_is]

@@ -6,8 +6,10 @@ other source key has that name. The renames of the target's own loading code are
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from ckptsurgeon.planning.keys import Item, SourceKey
@@ -32,6 +34,7 @@ RENAMED: tuple[tuple[str, str], ...] = (
     ("denselayer{d}.norm.{n}.{p}", "denselayer{d}.norm{n}.{p}"),
     ("denselayer{d}.conv.{n}.{p}", "denselayer{d}.conv{n}.{p}"),
 )
+_PART = re.compile(r"\{[^}]*\}")
 COUNTER = "num_batches_tracked"  # BatchNorm's, which torch before 0.4.1 did not have
 
 
@@ -40,12 +43,30 @@ def is_counter(key: str) -> bool:
     return key.rpartition(".")[2] == COUNTER
 
 
+@dataclass(frozen=True)
+class _Renaming:
+    """One pair in one direction, the texts that every name has to which it applies, and how the last segment of every result ends."""
+
+    rule: Rule
+    pattern: Pattern
+    texts: tuple[str, ...]
+    end: str
+
+
 @cache
-def _rules() -> tuple[tuple[Rule, Pattern], ...]:
+def _renamings() -> tuple[_Renaming, ...]:
     """Each pair as renames in both directions."""
     pairs = [pair for old, new in RENAMED for pair in ((old, new), (new, old))]
     renames = [(head + pattern, head + result) for pattern, result in pairs for head in ("{**m}.", "")]
-    return tuple((Rule("rename", pattern, result, BY), compile_pattern(pattern)) for pattern, result in renames)
+    return tuple(
+        _Renaming(
+            Rule("rename", pattern, result, BY),
+            compile_pattern(pattern),
+            tuple(filter(None, _PART.split(pattern))),
+            _PART.split(result)[-1].rpartition(".")[2],
+        )
+        for pattern, result in renames
+    )
 
 
 def repaired(items: Sequence[Item], known: Collection[str], average: bool = False) -> list[Item]:
@@ -53,20 +74,24 @@ def repaired(items: Sequence[Item], known: Collection[str], average: bool = Fals
     each source separately."""
     numbers = [item.source if average else 0 for item in items]
     taken = set(zip(numbers, (item.name for item in items), strict=True))
+    leaves = {name.rpartition(".")[2] for name in known}
+    possible = [renaming for renaming in _renamings() if any(leaf.endswith(renaming.end) for leaf in leaves)]
     renamed = [
-        item if item.name in known or item.entry else _repaired(item, known, number, taken)
+        item if item.name in known or item.entry else _repaired(item, known, number, taken, possible)
         for number, item in zip(numbers, items, strict=True)
     ]
     counts = Counter((item.source, item.name) for item in renamed)  # where two items would get one name, both stay as they are
     return [new if new is old or counts[new.source, new.name] == 1 else old for old, new in zip(items, renamed, strict=True)]
 
 
-def _repaired(item: Item, known: Collection[str], number: int, taken: Collection[tuple[int, str]]) -> Item:
-    for rule, pattern in _rules():
-        parts = pattern.match(item.name)
-        name = expand(rule.result, parts) if parts is not None else None
+def _repaired(item: Item, known: Collection[str], number: int, taken: Collection[tuple[int, str]], renamings: Sequence[_Renaming]) -> Item:
+    for renaming in renamings:
+        if not all(text in item.name for text in renaming.texts):
+            continue
+        parts = renaming.pattern.match(item.name)
+        name = expand(renaming.rule.result, parts) if parts is not None else None
         if name is not None and name in known and (number, name) not in taken:
-            return item.moved(name, rule)
+            return item.moved(name, renaming.rule)
     return item
 
 

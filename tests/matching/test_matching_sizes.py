@@ -150,13 +150,14 @@ def test_codes_and_counters_are_offered_nothing() -> None:
         assert resizes(*pair, {"wte.weight": "wte.weight"}) == ()
 
 
-def test_too_many_left_over_are_left_to_match(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "most"), [("LARGEST", 1), ("MANY", 3)])
+def test_too_many_names_are_left_to_match(monkeypatch: pytest.MonkeyPatch, limit: str, most: int) -> None:
     pair = side("a", {"fc1.weight": (2, 3), "fc2.weight": (3, 2)}), side("t", {"fc1.weight": (2, 3), "dense2.weight": (3, 2)})
     assert advise(compare(*pair), *pair).rules
-    monkeypatch.setattr(advise_module, "LARGEST", 1)
+    monkeypatch.setattr(advise_module, limit, most)
     found = replace(compare(*pair), advice=advise(compare(*pair), *pair))
     assert found.advice.skipped and not found.advice.rules
-    assert "Too many names are left over to match them here.\nTry: ckptsurgeon match a t -o rules.toml\n" in str(found)
+    assert "There are too many names to match them here.\nTry: ckptsurgeon match a t -o rules.toml\n" in str(found)
 
 
 def test_equal_offers_are_one_pattern_that_names_no_other_key() -> None:

@@ -56,7 +56,7 @@ def read(file: OpenFile) -> Archive:
     )
 
 
-_FIELDS = {"dtype", "shape", "data_offsets"}
+_FIELDS = ("dtype", "shape", "data_offsets")
 _TEXT = {code: code for code in SAFETENSORS_RANK if BY_CODE[code].safetensors}  # one object for each
 
 
@@ -70,10 +70,12 @@ def _row(pairs: list[tuple[str, Any]]) -> _Row | None:
     """An object of the header as a row, which takes a tenth of the memory; None for a malformed one, which `_tensors` refuses."""
     if len(pairs) != 3:
         return None
-    info = dict(pairs)
-    if info.keys() != _FIELDS:
-        return None
-    code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    (first, code), (second, shape), (third, offsets) = pairs
+    if (first, second, third) != _FIELDS:
+        info = dict(pairs)
+        if info.keys() != set(_FIELDS):
+            return None
+        code, shape, offsets = (info[field] for field in _FIELDS)
     if type(code) is not str or code not in _TEXT or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         return None
     if len(shape) > 64 or not all(map(integer, shape)) or not all(map(integer, offsets)):
@@ -125,7 +127,7 @@ def _position(path: str, tensors: Mapping[str, TensorMeta], data: int) -> int:
 def _malformed(path: str, name: str, info: Any) -> FormatError:
     """The error for a malformed entry of the header."""
     reason = "has data_offsets that are not two non-negative integers"
-    if type(info) is not dict or info.keys() != _FIELDS:
+    if type(info) is not dict or info.keys() != set(_FIELDS):
         reason = "has an entry with other fields than dtype, shape and data_offsets"
     elif type(info["dtype"]) is not str or info["dtype"] not in _TEXT:
         reason = f"has the unknown dtype {short(info['dtype'])}"

@@ -20,6 +20,7 @@ from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.diff import Advice, Diff, Resize, compare
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.prefixes.unchanged import set_aside
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.drafting.cover import cover
 from ckptsurgeon.rules.rules import Outside, Rule
@@ -29,6 +30,7 @@ FEW = 4  # rules that are written out; more are left to `--match`
 MOST = 100  # that are written out where `--match` would not end well
 _SCHEMES = {"weight": "ones", "running_var": "ones", "scale": "ones", "gamma": "ones"}  # of one dimension: a norm's; others begin at 0
 LARGEST = 24_000  # names left over on both sides, beyond which a diff leaves matching to `match`
+MANY = 240_000  # names of both sides, of which the equal ones are looked at too, beyond which it does so
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,11 @@ class Case:
     @cached_property
     def plain(self) -> dict[str, str]:
         """By target key the source key that has its name and its shape, where no rule says anything."""
-        by_target = origins(self.source, self.target, self.rules, self.untaken)
+        equal, source, target = set_aside(self.source, self.target, self.rules, self.untaken)
+        by_target = origins(source, target, self.rules, self.untaken)
         alone = {key: origin for key, origin in by_target.items() if origin.fits and not (origin.ops or origin.rules or origin.tied_to)}
-        return {key: origin.source_keys[0][1] for key, origin in alone.items() if len(origin.source_keys) == 1}
+        given = {key: origin.source_keys[0][1] for key, origin in alone.items() if len(origin.source_keys) == 1}
+        return {key: given.get(key, key) for key in self.target if key in equal or key in given}
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,10 @@ def advise(
         return Advice(sizes=_sizes(case, diff))
     base, chosen = _safely(case, diff)
     links: tuple[Link, ...] = ()
-    # Names that loading code gives are not matched; old names only where that leads to less.
-    aside = tuple(frozenset(key for key in either.matched if key not in case.plain) for either in (diff, base))
     to_match = _open(case, base)
-    few = len(diff.missing) + len(diff.extra) <= LARGEST
+    few = len(diff.missing) + len(diff.extra) <= LARGEST and len(source) + len(target) <= MANY
+    # Names that loading code gives are not matched; old names only where that leads to less.
+    aside = (frozenset(key for key in either.matched if key not in case.plain) for either in (diff, base))
     for keys in dict.fromkeys(aside) if to_match and few else ():
         matched = _matched(case, base, keys)
         links = links or (tuple(link for link in matched.proposal.links if not _stays(link)) if matched else ())

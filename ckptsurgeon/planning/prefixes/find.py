@@ -13,10 +13,12 @@ Names and shapes only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, repeat
+from operator import contains
 
-from ckptsurgeon.planning.prefixes.heads import Tensors, equal_keys, one_head, two_heads
+from ckptsurgeon.planning.prefixes.heads import Tensors, any_head, equal_keys, one_head, two_heads
 from ckptsurgeon.planning.training_places import of_optimizer
 from ckptsurgeon.tensors import TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
@@ -144,7 +146,7 @@ def find_change(source: Tensors, target: Tensors) -> Choice:
     """The change of names that is applied between two checkpoints, and its rivals."""
     most = min(len(source), len(target))
     base = Change(Prefix(), {key: key for key in equal_keys(source, target)})
-    if len(base.mapping) == most:
+    if changes_nothing(source, target, base.mapping):
         return Choice(base)
     rows = sorted(_candidates(source, target), key=lambda row: -row[0])
     prefixes = [row for row in rows if not row[1].of_wrappers]
@@ -174,6 +176,16 @@ def find_change(source: Tensors, target: Tensors) -> Choice:
         return Choice(base if close else first)
     stays = (base,) if base.mapping and (close or first.collides) and not base.within(first, source) else ()
     return Choice(base, (*near, *stays))
+
+
+def changes_nothing(source: Tensors, target: Tensors, equal: Collection[str]) -> bool:
+    """Whether no prefix makes more keys equal than the `equal` ones, because no other key has a wrapper or becomes equal without a head."""
+    if len(equal) == min(len(source), len(target)):
+        return True
+    left, lacking = ({key: tensor for key, tensor in side.items() if key not in equal} for side in (source, target))
+    if any(any(map(contains, chain(source, lacking), repeat(f"{wrapper}."))) for wrapper in WRAPPERS):
+        return False
+    return not (any_head(left, target) or any_head(lacking, source))
 
 
 def find_exchange(source: Tensors, target: Tensors) -> tuple[Change, ...]:

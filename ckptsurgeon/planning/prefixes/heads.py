@@ -58,6 +58,19 @@ def heads_of(key: str) -> Iterator[str]:
         dot = key.find(".", dot + 1)
 
 
+def any_head(long: Tensors, short: Tensors) -> bool:
+    """Whether any of `long`'s keys without a head is a key of `short` with the same shape."""
+    for key, tensor in long.items():
+        rest = key
+        for _ in range(_DEPTH):
+            _, dot, rest = rest.partition(".")
+            if not dot:
+                break
+            if rest in short and short[rest].shape == tensor.shape:
+                return True
+    return False
+
+
 def _counts(long: Tensors, short: Tensors) -> Counter[str]:
     """By head, how many of `long`'s keys without it are a key of `short` with the same shape."""
     shapes = {key: tensor.shape for key, tensor in short.items()}

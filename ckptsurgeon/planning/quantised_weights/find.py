@@ -136,6 +136,8 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
     >>> find({"q.weight": meta("q.weight", "F8_E4M3", (4, 2)), "q.bias": meta("q.bias", "F32", (4,))})
     {}
     """
+    shard = tensors.shard if isinstance(tensors, Checkpoint) else None
+    tensors = tensors.tensors if isinstance(tensors, Checkpoint) else tensors
     rows = _that_may_be(tensors)
     weights = {}
     for key, tensor in tensors.items() if rows else ():
@@ -144,7 +146,6 @@ def find(tensors: Mapping[str, TensorMeta]) -> dict[str, Codes]:
             weights[key] = _codes(key, scheme, tensors)
     weights |= {key: Codes(key, _OTHER, scales) for key, scales in _other_codes(tensors, weights)}
     weights |= _tied(weights, tensors)
-    shard = tensors.shard if isinstance(tensors, Checkpoint) else None
     return weights if shard is None else weights | dict(_in_shards(weights, tensors, shard))
 
 

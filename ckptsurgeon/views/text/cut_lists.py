@@ -16,9 +16,11 @@ def cut_lists(result: Diff) -> Iterator[str]:
     Yields:
         The sentences: `the first 6 of 12 layers are kept`, with the list's name.
     """
-    shared = _numbers(result.matched)
     extra = _numbers(result.prefix.added + result.prefix.bare(key) for key in result.extra)
     missing = _numbers(result.missing)
+    if extra.keys() == missing.keys():  # the matched keys may be a million
+        return
+    shared = _numbers(result.matched)
     for name, beyond in extra.items():
         if name not in missing and (kept := _first(shared.get(name), beyond)):
             yield f"{name}: the first {kept} of {kept + len(beyond)} are kept"

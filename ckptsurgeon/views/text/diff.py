@@ -194,7 +194,7 @@ def _links(diff: Diff, width: int | None) -> list[str]:
     advice = diff.advice
     if advice.skipped:
         look = Command("match", diff.source, diff.target, "rules.toml", (*at_root(diff.root), *diff.options))
-        words = "Too many names are left over to match them here."
+        words = "There are too many names to match them here."
         return [words, *next_step("Try:", look, diff.in_memory, width)]
     if not advice.links and not advice.carried:
         return []
