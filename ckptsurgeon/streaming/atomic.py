@@ -24,7 +24,7 @@ from ckptsurgeon.streaming.file_attributes import hand_over
 from ckptsurgeon.streaming.signals import undisturbed
 
 _MARK = ".ckptsurgeon-"
-EARLY = 64 << 20  # bytes more that are written, from which on they are synced while more are written
+EARLY = 256 << 20  # bytes more that are written, from which on they are synced while more are written
 _HEAD = 50  # characters of the output's name in the temporary one: at most 200 bytes of the 255 that a name may have
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, or write to another disk"),
