@@ -26,6 +26,7 @@ from results import write_section
 
 Command = Sequence[str]
 CLI = [sys.executable, "-m", "ckptsurgeon"]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode; without, each run would compile all of it
 
 
 @dataclass(frozen=True)
