@@ -85,8 +85,8 @@ def early_sync(source: int, output: int, size: int) -> None:
     together([sync, copy])
 
 
-def in_steps(source: int, output: int, size: int, step: int, sync: Callable[[int], None] = os.fdatasync) -> None:
-    """A sync beside the copy whenever `step` bytes more are written and the last one has ended."""
+def in_steps(source: int, output: int, size: int, step: int) -> None:
+    """A sync beside the copy whenever `step` bytes more are written and the last one has ended, as a merge does it."""
     running: threading.Thread | None = None
     unsynced = 0
     for offset in range(0, size, 64 * MB):
@@ -94,7 +94,7 @@ def in_steps(source: int, output: int, size: int, step: int, sync: Callable[[int
         kernel(source, output, offset, nbytes)
         unsynced += nbytes
         if unsynced >= step and not (running is not None and running.is_alive()):
-            unsynced, running = 0, threading.Thread(target=sync, args=(output,))
+            unsynced, running = 0, threading.Thread(target=os.fsync, args=(output,))
             running.start()
     if running is not None:
         running.join()
@@ -102,14 +102,6 @@ def in_steps(source: int, output: int, size: int, step: int, sync: Callable[[int
 
 def sync_64(source: int, output: int, size: int) -> None:
     in_steps(source, output, size, 64 * MB)
-
-
-def fsync_64(source: int, output: int, size: int) -> None:
-    in_steps(source, output, size, 64 * MB, os.fsync)
-
-
-def sync_128(source: int, output: int, size: int) -> None:
-    in_steps(source, output, size, 128 * MB)
 
 
 def sync_256(source: int, output: int, size: int) -> None:
@@ -139,8 +131,6 @@ WAYS: dict[str, Way] = {
         dontneed,
         early_sync,
         sync_64,
-        fsync_64,
-        sync_128,
         sync_256,
         allocated,
         buffered,
