@@ -25,6 +25,7 @@ ALONE = "only one of its shape here"
 _HALF = 0.5
 _WHOLE_NAME = 3  # parts in common at the end of two names, from which on they name a tensor where no other name ends so
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
+_MANY_PARTS = 4  # inner modules, from which on equal names within two modules are no chance
 _OF_NORMS = tuple(f".{name}" for name, role in ROLES.items() if role in ("weight", "bias"))
 _HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
 
@@ -40,15 +41,23 @@ class Support:
         """Whether the sides have two namings."""
         self.base = [link for link in links if link.clear and self._by_itself(link)]
         self.units = {unit for link in self.base for unit in self._units(link)}
+        if not self.strangers:
+            self.units |= {unit for link in links if link.clear and self._set_in(link) for unit in self._units(link)}
 
     def speaks_for(self, link: Link) -> bool:
         """Whether anything but shapes does: for the link, for another of its unit, or for the modules around it."""
         if not self.units.isdisjoint(self._units(link)):
             return True
         pairs = list(product(link.sources, link.targets))
-        if not self.strangers and any(_barred(*pair) or self._elsewhere(*pair) or self._two_heads(*pair) for pair in pairs):
+        if not self.strangers and any(self._around_of(*pair) in self._moved for pair in pairs):
+            return True
+        if not self.strangers and any(_barred(*self._within(*pair)) or self._elsewhere(*pair) or self._two_heads(*pair) for pair in pairs):
             return False
         return any(self._parent(*pair) for pair in pairs) or self._place(link)
+
+    def _set_in(self, link: Link) -> bool:
+        """Whether its neighbours on both sides go together, so that it may count otherwise: what it is called must not speak against it."""
+        return self._place(link) and not any(_barred(*pair) or self._two_heads(*pair) for pair in product(link.sources, link.targets))
 
     def _units(self, link: Link) -> set[tuple[str, str]]:
         """The modules whose own tensors a link puts together; between two namings, whatever their numbers are."""
@@ -107,9 +116,46 @@ class Support:
             return max(len(here), len(there)) == 1 and bool(head)
         return bool(head) and not (source_words | target_words) & _TELLING and (len(tail) > 1 or head not in self.matched_modules)
 
+    def _within(self, source_key: str, target_key: str) -> tuple[str, str]:
+        """Two names without the modules in which others were moved from one to the other."""
+        bare = self.bare.get(source_key, source_key)
+        for here, there in {(_module(here), _module(there)) for here, there in self._moved} - {("", "")}:
+            if bare.startswith(f"{here}.") and target_key.startswith(f"{there}."):
+                return bare[len(here) :], target_key[len(there) :]
+        return source_key, target_key
+
+    def _around_of(self, source_key: str, target_key: str) -> tuple[str, str]:
+        """The modules that two keys stand in, up to where their names differ."""
+        bare = self.bare.get(source_key, source_key)
+        tail = _differing(bare, target_key)[3]
+        return ".".join(bare.split(".")[: -len(tail) or None]), ".".join(target_key.split(".")[: -len(tail) or None])
+
+    @cached_property
+    def _moved(self) -> frozenset[tuple[str, str]]:
+        """Modules with many parts that are called otherwise, and are the same within: each name there goes to the same one."""
+        inner: dict[tuple[str, str], set[str]] = {}
+        for source_key, target_key in self._certain:
+            around = self._around_of(source_key, target_key)
+            inner.setdefault(around, set()).add(target_key[len(around[1]) + 1 :])
+        many = {pair for pair, names in inner.items() if all(pair) and len({_module(name) for name in names}) >= _MANY_PARTS}
+        if not many:
+            return frozenset()
+        held = [
+            Counter(head for key in keys for head in _modules(key))
+            for keys in ([self.bare.get(key, key) for key in self.source], self.target)
+        ]
+        return frozenset(
+            pair
+            for pair in many
+            if len(inner[pair]) == held[0][pair[0]] == held[1][pair[1]] and not any(_ADDED & {*concepts(name)} for name in pair)
+        )
+
     def _two_heads(self, source_key: str, target_key: str) -> bool:
         """Whether the parts in which two names differ name a head each, and each by a word of its own: `value_head`, `reward_head`."""
         _, here, there, _ = _differing(self.bare.get(source_key, source_key), target_key)
+        telling = [frozenset(_words(parts)) - _GENERIC - {"head"} for parts in (here, there)]
+        if telling[0] & telling[1] or abbreviated(*telling):
+            return False
         own = [
             {word for part in parts if "head" in (words := concepts(part)) for word in words if word[0] != "#"} - {"head"}
             for parts in (here, there)
@@ -129,9 +175,24 @@ class Support:
 
     def _elsewhere(self, source_key: str, target_key: str) -> bool:
         """Whether two names count differently, though both sides count alike."""
-        source_numbers, target_numbers = _MEMBER.findall(self.bare.get(source_key, source_key)), _MEMBER.findall(target_key)
-        most = min(len(source_numbers), len(target_numbers))
-        return source_numbers[:most] != target_numbers[:most] and (fold(source_key), fold(target_key)) not in self._shifted
+        if (fold(source_key), fold(target_key)) in self._shifted:
+            return False
+        here, there = _counted(self.bare.get(source_key, source_key)), _counted(target_key)
+        if len(here) == len(there):
+            members = self._members
+            return any(a[1] != b[1] and (a[0] == b[0] or members[0][a[0]] == members[1][b[0]]) for a, b in zip(here, there, strict=True))
+        fewer, more = sorted(([number for _, number in counted] for counted in (here, there)), key=len)
+        numbers = iter(more)
+        return not all(number in numbers for number in fewer)
+
+    @cached_property
+    def _members(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+        """The numbers of each list of a side, by what stands before them."""
+        lists: tuple[dict[str, set[str]], dict[str, set[str]]] = ({}, {})
+        for side, names in enumerate(([self.bare.get(key, key) for key in self.source], self.target)):
+            for head, number in (counted for name in names for counted in _counted(name)):
+                lists[side].setdefault(head, set()).add(number)
+        return lists
 
     @cached_property
     def _shifted(self) -> frozenset[tuple[str, str]]:
@@ -183,7 +244,8 @@ class Support:
     @cached_property
     def _supported(self) -> list[tuple[str, str]]:
         """Pairs of keys that something speaks for by itself."""
-        return [pair for link in self.base for pair in product(link.sources, link.targets)]
+        pairs = [pair for link in self.base for pair in product(link.sources, link.targets)]
+        return pairs + ([pair for pair in self._certain if self._around_of(*pair) in self._moved] if self._moved else [])
 
     @cached_property
     def _pairs(self) -> tuple[Counter[str], Counter[str]]:
@@ -306,6 +368,11 @@ def _differing(first: str, second: str) -> tuple[str, list[str], list[str], list
 
 def _ends(many: int, *sides: Tensors) -> tuple[Counter[tuple[str, ...]], ...]:
     return tuple(Counter(tuple(key.split(".")[-many:]) for key in side) for side in sides)
+
+
+def _counted(key: str) -> list[tuple[str, str]]:
+    """The numbers in a name that are whole parts, each with what stands before it."""
+    return [(key[: found.start()], found[0]) for found in _MEMBER.finditer(key)]
 
 
 def _words(parts: Sequence[str]) -> tuple[str, ...]:
