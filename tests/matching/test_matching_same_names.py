@@ -179,3 +179,53 @@ def test_a_prefix_that_is_exchanged_is_one_naming_too(in_order: bool) -> None:
     if in_order:
         source, target = dict(sorted(source.items())), dict(sorted(target.items()))
     assert sure(source, target) == {f"encoder.{key}": (f"bert.{key}",) for key in body}
+
+
+def trunk(layers: int = 16) -> dict[str, tuple[int, ...]]:
+    return {f"backbone.{at}.{name}": shape for at in range(layers) for name, shape in (("conv.weight", (8, 8, 3, 3)), ("bn.weight", (8,)))}
+
+
+def convolution(name: str, norm: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, into, 3, 3), **{f"{norm}.{leaf}": (out,) for leaf in ("weight", "bias", "running_mean", "running_var")}}
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_numbers_of_different_lists_say_nothing_about_a_leftover_head(in_order: bool) -> None:
+    """A fully convolutional head as mmseg and as torchvision name it: the norm is 0 in one list and 1 in the other."""
+    source = (
+        trunk() | convolution("decode_head.convs.0.conv", "decode_head.convs.0.bn", 16, 8) | {"decode_head.conv_seg.weight": (5, 16, 1, 1)}
+    )
+    target = trunk() | convolution("classifier.0", "classifier.1", 16, 8) | {"classifier.4.weight": (5, 16, 1, 1)}
+    if not in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    found = sure(side(source), side(target))
+    assert {key for key in target if key.startswith("classifier.1.")} <= found.keys()
+    assert all(found[f"classifier.1.{leaf}"] == (f"decode_head.convs.0.bn.{leaf}",) for leaf in ("weight", "bias", "running_mean"))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_module_of_many_parts_moves_as_a_whole(in_order: bool) -> None:
+    """Dilated convolutions side by side, within a `classifier` and within a decoder. A part of another size, or one that is missing, and
+    nothing is sure."""
+
+    def pyramid(head: str, parts: int = 4) -> dict[str, tuple[int, ...]]:
+        sizes = enumerate(range(12, 12 + parts))
+        return {
+            key: shape for at, size in sizes for key, shape in convolution(f"{head}.convs.{at}.0", f"{head}.convs.{at}.1", size, 8).items()
+        }
+
+    for parts, moved in ((4, True), (3, False)):
+        source, target = trunk() | pyramid("classifier.0"), trunk() | pyramid("decoder.aspp", parts)
+        if not in_order:
+            source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+        found = sure(side(source), side(target))
+        expected = {key: (key.replace("decoder.aspp", "classifier.0"),) for key in target if key.startswith("decoder")}
+        assert {key: found[key] for key in found if key.startswith("decoder")} == (expected if moved else {})
+
+
+def test_heads_with_a_word_in_common_are_no_two_heads() -> None:
+    source = trunk() | {"bbox_head.retina_cls.weight": (9, 8, 3, 3), "bbox_head.retina_reg.weight": (4, 8, 3, 3)}
+    target = trunk() | {"head.classification_head.cls_logits.weight": (9, 8, 3, 3), "head.regression_head.bbox_reg.weight": (4, 8, 3, 3)}
+    found = sure(side(source), side(target))
+    assert found["head.classification_head.cls_logits.weight"] == ("bbox_head.retina_cls.weight",)
+    assert found["head.regression_head.bbox_reg.weight"] == ("bbox_head.retina_reg.weight",)

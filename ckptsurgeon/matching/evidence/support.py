@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import product
 
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
+from ckptsurgeon.matching.evidence.roles import Roles
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
 from ckptsurgeon.matching.module_tree import ROLES, fold, is_float
 from ckptsurgeon.planning.links import Link
@@ -26,8 +27,6 @@ _HALF = 0.5
 _WHOLE_NAME = 3  # parts in common at the end of two names, from which on they name a tensor where no other name ends so
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
 _MANY_PARTS = 4  # inner modules, from which on equal names within two modules are no chance
-_OF_NORMS = tuple(f".{name}" for name, role in ROLES.items() if role in ("weight", "bias"))
-_HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
 
 
 class Support:
@@ -271,53 +270,13 @@ class Support:
 
     def _role(self, link: Link) -> bool:
         """Whether it is the one tensor of its role on both sides."""
-        if len(link.sources) != 1 or len(link.targets) != 1:
+        if len(link.sources) != 1 or len(link.targets) != 1 or (not self.strangers and self._two_heads(link.sources[0], link.targets[0])):
             return False
-        roles = role_of(link.sources[0], self.source), role_of(link.targets[0], self.target)
-        if roles[0] != roles[1] and set(roles) == {_TOKENS, None}:
-            side = roles.index(None)
-            return self._of_role[1 - side].get(_TOKENS) == 1 and self._only_tables[side] == [(link.sources, link.targets)[side][0]]
-        if not self.strangers and self._two_heads(link.sources[0], link.targets[0]):
-            return False
-        ends = [(_module(*link.sources), _module(*link.targets)) == tuple(map(_only, ends)) for ends in (self._last_norms, self._outputs)]
-        if self.strangers and any(ends):
-            return True
-        return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
+        return self._roles.meet(link.sources[0], link.targets[0], by_place=self.strangers)
 
     @cached_property
-    def _last_norms(self) -> tuple[set[str], set[str]]:
-        """The modules of each side outside of numbered lists that hold vectors alone: where there is one, it is the last norm."""
-        norms = []
-        for side in (self.source, self.target):
-            layers = {_module(key) for key, tensor in side.items() if len(tensor.shape) != 1 and not key.endswith("num_batches_tracked")}
-            norms.append({_module(key) for key in side if key.endswith(_OF_NORMS) and not _listed(key)} - layers)
-        return norms[0], norms[1]
-
-    @cached_property
-    def _outputs(self) -> tuple[set[str], set[str]]:
-        """The modules of each side outside of numbered lists that have a matrix of the shape of the tokens' table, and are none."""
-        outputs = []
-        for side in (self.source, self.target):
-            matrices = {key: tensor.shape for key, tensor in side.items() if len(tensor.shape) == 2 and not _listed(key)}
-            tables = {key: shape for key, shape in matrices.items() if role_of(key, side) == _TOKENS}
-            outputs.append({_module(key) for key, shape in matrices.items() if key not in tables and shape in tables.values()})
-        return outputs[0], outputs[1]
-
-    @cached_property
-    def _only_tables(self) -> tuple[list[str], list[str]]:
-        """The matrices of each side that are all that their module holds: where there is one, it is looked up and multiplies nothing."""
-        tables = []
-        for side in (self.source, self.target):
-            own = Counter(key.rpartition(".")[0] for key in side)
-            tables.append([key for key, tensor in side.items() if len(tensor.shape) == 2 and own[key.rpartition(".")[0]] == 1])
-        return tables[0], tables[1]
-
-    @cached_property
-    def _of_role(self) -> tuple[Counter[str], Counter[str]]:
-        counts = [
-            Counter(role for key in side if (role := role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
-        ]
-        return counts[0], counts[1]
+    def _roles(self) -> Roles:
+        return Roles(self.source, self.target)
 
     def _place(self, link: Link) -> bool:
         """Whether what stands before and after it on both sides goes together."""
@@ -341,7 +300,6 @@ class Support:
 
 
 _TELLING = {"head", "pool", "lm", "embed", "tok", "pos", "cls", "mask", "gate", "scale", "norm"}  # one of these on one side alone says no
-_HEADS = {"fc", "output", "out", "linear", "last_linear", "dense"}  # modules at the top of a model
 _ADDED = {"adapter", "adapters", "lora", "prompt", "prompts", "ia3", "prefix"}  # what is put into a model to be trained anew
 _KIND = {"head", "pool", "lm", "mask"}
 
@@ -383,36 +341,9 @@ def _module(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _only(modules: set[str]) -> str | None:
-    return next(iter(modules)) if len(modules) == 1 else None
-
-
-def _listed(key: str) -> bool:
-    """Whether a key stands in a numbered list."""
-    return any(map(str.isdigit, key.split(".")))
-
-
 def _modules(key: str) -> Iterator[str]:
     """The modules around a key, the nearest first."""
     head = key.rpartition(".")[0]
     while head:
         yield head
         head = head.rpartition(".")[0]
-
-
-def role_of(key: str, side: Tensors) -> str | None:
-    """The role that a tensor has in a whole model, where its name and shape say one."""
-    module, shape = key.rpartition(".")[0], side[key].shape
-    words = set(concepts(module))
-    if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
-        return _STEM
-    if len(shape) != 2:
-        return None
-    if "pos" in words:
-        return _PLACES
-    last = set(concepts(module.rpartition(".")[2]))
-    if last & {"tok", "embed"} and not last & {"head", "lm", "out"}:
-        return _TOKENS
-    if words & {"head", "lm"} or {"embed", "out"} <= words or module in _HEADS or module.rpartition(".")[2] == "output_layer":
-        return _HEAD
-    return _TOKENS if words & {"tok", "embed"} else None

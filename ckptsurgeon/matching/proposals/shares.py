@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ckptsurgeon.matching.evidence.support import role_of
+from ckptsurgeon.matching.evidence.roles import role_of
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.module_tree import is_float
