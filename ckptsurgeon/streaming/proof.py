@@ -187,10 +187,12 @@ def _compare(pair: _Pair) -> int | None:
 def _same(file: OpenFile, position: int, nbytes: int, item: Expected, reader: Reader, advance: Advance) -> bool:
     """Whether the `nbytes` bytes at `position` of the written file are a tensor that is not ranges of files."""
     if item.copy is not None:
-        end = position + nbytes
+        end, buffer = position + nbytes, bytearray()  # a bytearray is compared thirty times as fast as a memoryview or bytes with one
         for part in reader.parts(item.copy):
             size = memoryview(part).nbytes
-            if position + size > end or file.read(position, size) != part:
+            if len(buffer) != size:
+                buffer = bytearray(size)
+            if position + size > end or not file.fill(buffer, position) or buffer != part:
                 return False
             position += size
             advance(size)
