@@ -126,6 +126,7 @@ def refuse_idle_writing(plan: Plan, options: OutputOptions, training: TrainingOp
         verify=options.verify,
         leaves_out_tied=WRITTEN[kind.format].leaves_out_tied,
         our_writer=not WRITTEN[kind.format].saved,
+        by_torch=bool(WRITTEN[kind.format].saved),
         shards=kind.max_shard_size,
         one_file=not kind.is_folder,
         optimizer=training.written,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -74,8 +74,7 @@ def repaired(items: Sequence[Item], known: Collection[str], average: bool = Fals
     each source separately."""
     numbers = [item.source if average else 0 for item in items]
     taken = set(zip(numbers, (item.name for item in items), strict=True))
-    leaves = {name.rpartition(".")[2] for name in known}
-    possible = [renaming for renaming in _renamings() if any(leaf.endswith(renaming.end) for leaf in leaves)]
+    possible = _possible(known)
     renamed = [
         item if item.name in known or item.entry else _repaired(item, known, number, taken, possible)
         for number, item in zip(numbers, items, strict=True)
@@ -85,14 +84,35 @@ def repaired(items: Sequence[Item], known: Collection[str], average: bool = Fals
 
 
 def _repaired(item: Item, known: Collection[str], number: int, taken: Collection[tuple[int, str]], renamings: Sequence[_Renaming]) -> Item:
-    for renaming in renamings:
-        if not all(text in item.name for text in renaming.texts):
-            continue
-        parts = renaming.pattern.match(item.name)
-        name = expand(renaming.rule.result, parts) if parts is not None else None
-        if name is not None and name in known and (number, name) not in taken:
-            return item.moved(name, renaming.rule)
+    for rule, name in _renamed(item.name, known, renamings):
+        if (number, name) not in taken:
+            return item.moved(name, rule)
     return item
+
+
+def _renamed(name: str, known: Collection[str], renamings: Sequence[_Renaming]) -> Iterator[tuple[Rule, str]]:
+    """The known names that a name has in libraries, each with the rule that gives it."""
+    for renaming in renamings:
+        if all(text in name for text in renaming.texts) and (parts := renaming.pattern.match(name)) is not None:
+            new = expand(renaming.rule.result, parts)
+            if new in known:
+                yield renaming.rule, new
+
+
+def have_old_names(names: Iterable[str], known: Collection[str]) -> bool:
+    """Whether libraries have renamed any of the names to a known one, or back.
+
+    >>> have_old_names(["norm.gamma"], {"norm.weight"}), have_old_names(["norm.gamma"], {"fc.weight"})
+    (True, False)
+    """
+    renamings = _possible(known)
+    return any(True for name in names for _ in _renamed(name, known, renamings))
+
+
+def _possible(known: Iterable[str]) -> list[_Renaming]:
+    """The renamings that may give a known name, by its last segment."""
+    leaves = {name.rpartition(".")[2] for name in known}
+    return [renaming for renaming in _renamings() if any(leaf.endswith(renaming.end) for leaf in leaves)]
 
 
 def renamed_by_loading_code(

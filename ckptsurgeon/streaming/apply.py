@@ -18,6 +18,7 @@ from ckptsurgeon import __version__, formats
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import registry
 from ckptsurgeon.formats.layout import WEIGHTS, Contents, OutFile, OutTensor
+from ckptsurgeon.formats.provenance import RECORD
 from ckptsurgeon.planning.plan_types import Plan, Step, digest
 from ckptsurgeon.progress import Share, phase
 from ckptsurgeon.report import Cast, Finding
@@ -53,6 +54,11 @@ class Output:
     def form(self) -> registry.Format:
         """The format's row in the registry."""
         return registry.WRITTEN[self.format]
+
+    @property
+    def record(self) -> str | None:
+        """What the output records about itself, as text."""
+        return None if self.provenance is None else json.dumps(self.provenance, separators=(",", ":"), ensure_ascii=False)
 
     @property
     def proven(self) -> bool:
@@ -127,8 +133,9 @@ def apply(
             tensors = [replace(tensor, origin=run.origin(run.steps[tensor.name], numbers)) for tensor in tensors]
             files, index = _files(plan, tensors, aliases, entries, output, [*weights, *entries], around)
         else:
-            files, index = [scratch(run, tensors)], {}
-        names = output.form.saved or [*(file.name for file in files), *index]
+            record = output.record
+            files, index = [scratch(run, tensors)], {} if record is None else {RECORD: record}
+        names = [*(output.form.saved or (file.name for file in files)), *index]
         _refuse_part_of_source(output.path, checkpoints)
         resumed, share = [], Share(0, sum(file.nbytes for file in files))
         with _new_place(output, names, _task(plan, checkpoints, output)) as place:
@@ -263,14 +270,13 @@ def _files(
 
     Values that are no tensors are in the first file.
     """
-    record = None if output.provenance is None else json.dumps(output.provenance, separators=(",", ":"), ensure_ascii=False)
     layout_of = registry.module(output.form.writer).layout_of
 
     def laid_out(name: str, shard: Sequence[OutTensor], own: Mapping[str, Any], keys: Sequence[str]) -> OutFile:
         names = {tensor.name for tensor in shard}
         stood_for = {key: kept for key, kept in aliases.items() if kept in names}
         try:
-            return OutFile(name, shard, own, layout_of(Contents(shard, stood_for, own, plan.module_metadata, keys, record, around)))
+            return OutFile(name, shard, own, layout_of(Contents(shard, stood_for, own, plan.module_metadata, keys, output.record, around)))
         except OutputError as error:
             error.path = error.path or output.path
             raise
@@ -307,8 +313,5 @@ def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, st
             other = " (--tied alias writes one)" if output.form.leaves_out_tied else ""
             words = f"is tied to {kept} and written as a copy, which costs {rounded(tensor.nbytes)}{other}"
             findings.append(Finding("tied-copy", words, tensor.name, "note"))
-    if output.form.saved and plan.fresh and output.provenance is not None:
-        words = "keeps no record of what is fresh: keep the plan, or this report, for the groups of an optimizer"
-        findings.append(Finding("no-record", f"a folder of {output.format} {words}", level="note"))
     findings += [Finding("tied-alias", f"is tied to {kept} and written as its alias", key, "note") for key, kept in aliases.items()]
     return tuple(findings)

@@ -22,7 +22,7 @@ from torch.distributed import checkpoint as dcp
 import ckptsurgeon as cs
 from ckptsurgeon.errors import OutputError, PlanError, SettingsError, VerificationError
 
-NAMES = [".metadata", "__0_0.distcp"]
+NAMES = [".metadata", "__0_0.distcp", "ckptsurgeon.json"]
 
 
 def loaded(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,20 @@ def test_renames_cuts_joins_and_new_values_as_torch_has_them(tmp_path: Path) -> 
         found,
         {"qk.w": torch.cat([state["q.w"], state["k.w"]]), "o.w": state["out.w"], "head.w": torch.ones(2, 4), "steps": state["steps"]},
     )
-    assert report.fresh == ("head.w",) and [row.code for row in report.findings if row.code == "no-record"] == ["no-record"]
+    assert report.fresh == ("head.w",) == tuple((cs.open(tmp_path / "out").provenance or {})["fresh"])
+
+
+def test_what_is_fresh_is_recorded_beside_what_torch_reads(tmp_path: Path) -> None:
+    torch.save({"a.w": torch.ones(3)}, tmp_path / "in.pt")
+    for options in ({}, {"provenance": False}):
+        cs.merge(tmp_path / "in.pt", {"a.w": torch.zeros(3), "b.w": torch.zeros(2)}, tmp_path / "out", format="dcp", overwrite=True,
+                 init={"b.w": "ones"}, **options)  # type: ignore[arg-type]  # fmt: skip
+        support.same(loaded(tmp_path / "out", {"a.w": torch.zeros(3), "b.w": torch.zeros(2)}), {"a.w": torch.ones(3), "b.w": torch.ones(2)})
+        found = cs.open(tmp_path / "out").provenance
+        assert (found is None) if options else (found is not None and found["fresh"] == ["b.w"])
+    cs.merge(tmp_path / "in.pt", None, tmp_path / "out", format="dcp", overwrite=True)
+    (tmp_path / "out" / "ckptsurgeon.json").write_text("{")
+    assert cs.open(tmp_path / "out").provenance is None and len(cs.open(tmp_path / "out")) == 1
 
 
 def test_values_that_are_no_tensors_go_too(tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_what_a_folder_of_torchs_does_not_take(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "in.pt")
     for options, words in (
         ({"max_shard_size": "5GB"}, "Hugging Face's shards"),
-        ({"resume": True}, "none are written"),
+        ({"resume": True}, "torch writes a DCP folder at once"),
         ({"tied": "alias"}, "safetensors gets tied keys"),
     ):
         with pytest.raises(SettingsError, match=words):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_support import checkpoint, rule, shapes, targets
+from planning_support import checkpoint, metas, rule, shapes, targets
 
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.matching.proposals import advise
@@ -45,11 +45,17 @@ def sources(draw: st.DrawFn, target: Checkpoint) -> Checkpoint:
 @given(st.data(), targets(), st.sampled_from([None, "safe"]))
 def test_a_diff_is_the_same_as_if_no_key_was_set_aside(data, target, auto):
     target = replace(target, entries=data.draw(st.sampled_from([{}, {"b": 1}]))) if "b" not in target else target
+    old, new = data.draw(
+        st.sampled_from([("", ""), ("x.gamma", "x.weight"), ("bias", "beta"), ("x.w_g", "x.parametrizations.w.original0")])
+    )
+    target = replace(target, tensors={**target, **metas({new: (2,)} if new else {})})
     source = data.draw(sources(target))
+    source = replace(source, tensors={**source, **metas({old: (2,)} if old and old not in source else {})})
     found = told(source, target, auto)
     with pytest.MonkeyPatch.context() as patch:
         for module in (diff, advise):
             patch.setattr(module, "set_aside", nothing_set_aside)
+        patch.setattr(advise, "have_old_names", lambda names, known: True)
         patch.setattr(find, "changes_nothing", lambda source, target, equal: False)
         assert told(source, target, auto) == found
 

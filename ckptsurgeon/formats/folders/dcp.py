@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ckptsurgeon.errors import FormatError, UnreadableError
+from ckptsurgeon.errors import CheckpointError, FormatError, UnreadableError
 from ckptsurgeon.formats.archive_tree import ValueTree, plain_tree
 from ckptsurgeon.formats.folders import nesting
 from ckptsurgeon.formats.folders.blobs import Blobs
 from ckptsurgeon.formats.folders.dcp_metadata import Blob, Contents, TensorRow, combined, parse
 from ckptsurgeon.formats.folders.inside import check_link, member
+from ckptsurgeon.formats.json_text import whole
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
+from ckptsurgeon.formats.provenance import RECORD, parse_provenance
 from ckptsurgeon.formats.zip_directory import read_directory
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
@@ -68,7 +70,17 @@ def read(folder: str, names: Collection[str]) -> Archive:
         globals=saved.globals,
         beside=beside,
         notes=saved.notes,
+        provenance=_provenance(folder) if RECORD in names else None,
     )
+
+
+def _provenance(folder: str) -> Mapping[str, Any] | None:
+    """What a merge recorded about itself beside `.metadata`, of which torch reads nothing; None where it can't be read."""
+    try:
+        with _opened(folder, RECORD) as file:
+            return parse_provenance(whole(file))
+    except CheckpointError:
+        return None
 
 
 def read_tree(folder: str, names: Collection[str]) -> ValueTree:

@@ -14,7 +14,9 @@ from ckptsurgeon.formats.layout import OutTensor
 
 USUAL_SIZE = 5 * 10**9  # of huggingface_hub
 INDEX = ".index.json"
-_OURS = re.compile(r"(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|\.metadata|__\d+_\d+\.distcp")
+_OURS = re.compile(
+    r"(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?|\.metadata|ckptsurgeon\.json|__\d+_\d+\.distcp"
+)
 
 
 def split(

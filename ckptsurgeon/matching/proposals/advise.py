@@ -19,6 +19,7 @@ from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links.replay import origins
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.diff import Advice, Diff, Resize, compare
+from ckptsurgeon.planning.legacy_names import have_old_names
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.prefixes.unchanged import set_aside
 from ckptsurgeon.report import Coverage
@@ -144,11 +145,17 @@ def with_sizes(proposal: Proposal, source: Checkpoint, target: Checkpoint, outsi
 
 def _safely(case: Case, diff: Diff) -> tuple[Diff, str | None]:
     """The diff, or that under `--auto safe` where this gives more."""
-    if case.auto is None and (diff.mismatched or (diff.missing and diff.extra)):
+    if case.auto is None and (diff.mismatched or (diff.missing and diff.extra and _have_old_names(case, diff))):
         safe = case.diff((), "safe")
         if safe is not None and len(safe.matched) > len(diff.matched):
             return safe, "safe"
     return diff, case.auto
+
+
+def _have_old_names(case: Case, diff: Diff) -> bool:
+    """Whether old names may give more: a look at what is left over, where the source's names are compared as they are."""
+    changed = diff.prefix or case.rules or case.outside.taken or case.target.naming is not None
+    return bool(changed) or have_old_names(diff.extra, set(diff.missing))
 
 
 def _open(case: Case, diff: Diff) -> bool:
