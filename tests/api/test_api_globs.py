@@ -17,8 +17,8 @@ _AS_REGEX = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def expression(words: str) -> str:
-    """A pattern as a regular expression, as it was held against paths before."""
-    return "".join(_AS_REGEX.get(part) or re.escape(part) for part in re.findall(r"\*\*/|\*\*|\*|\?|[^*?]+", words))
+    """A pattern as a regular expression."""
+    return "".join(_AS_REGEX.get(part) or re.escape(part) for part in re.findall(r"(?:(?<=/)|^)\*\*/|\*\*|\*|\?|[^*?]+", words))
 
 
 @settings(max_examples=examples(400), deadline=None)
@@ -29,6 +29,8 @@ def expression(words: str) -> str:
 @example("weights/**/*.pt", "weights/a.pt")
 @example("**/*.pt", "a.b.pt")
 @example("a?b", "a/b")
+@example("?**/*", "a/a")
+@example("a**/b", "ab")
 def test_a_pattern_matches_as_its_regular_expression_does(words: str, path: str) -> None:
     bare = words.removeprefix("./").rstrip("/")
     assert glob(words).fits(path) is (bool(bare) and re.fullmatch(expression(bare), path, re.DOTALL) is not None)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from formats_support import bits, outcome, stored
 from hostile_pickles import legacy, long, text, zipped
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from profiles import examples
 
@@ -388,11 +388,14 @@ def wrapped(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     )
 
 
+PARAMETER = "torch.nn.parameter\nParameter"
+REAL = attributes(real=plain("1", b"K\x02"))  # writes into the storage that both tensors have
 TENSORS = st.recursive(st.sampled_from([plain(), plain("1"), complex_tensor()]), wrapped, max_leaves=4)
 
 
 @settings(max_examples=examples(300), deadline=None)
 @given(tensors=st.lists(TENSORS, min_size=1, max_size=3))
+@example(tensors=[complex_tensor(), subclass("_rebuild_parameter", b"(" + complex_tensor() + b"\x89" + HOOKS + b"t", REAL, PARAMETER)])
 def test_tensors_in_any_wrapping(tensors: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
     named = {f"t{number}": tensor for number, tensor in enumerate(tensors)}
     assert_like_torch(zipped(dict_of(**named), RECORDS), tmp_path_factory.mktemp("tensors"))

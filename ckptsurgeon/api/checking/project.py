@@ -207,7 +207,7 @@ def _from_here(folder: str, target: str) -> str:
     return os.path.relpath(beside) + target[len(spec.module_or_file) :] if spec.file or os.path.isfile(beside) else target
 
 
-_GLOB = re.compile(r"\*\*/|\*\*|\*|\?|[^*?]+")
+_GLOB = re.compile(r"(?:(?<=/)|^)\*\*/|\*\*|\*|\?|[^*?]+")  # `**/` is any folders, or none, where a name begins
 _WILD = {"**/": Token("leading"), "**": Token("anything"), "*": Token("star"), "?": Token("char")}
 _MOST_WILD = 100  # wildcards of a pattern
 _SWAPPED = str.maketrans("/.", "./")  # as keys have dots where paths have slashes

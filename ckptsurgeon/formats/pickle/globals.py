@@ -128,6 +128,8 @@ def _subclass(args: tuple[Any, ...]) -> Any:
     function, kind, inner, state = args
     name = kind.name if type(kind) is Global else "a tensor subclass"
     if name not in PLAIN_TENSORS or type(function) is not Global or not function.name.startswith("torch._utils."):
+        if any(map(_replaces, _parts(state))):  # it would write into memory that other tensors may have too
+            raise FormatError("a tensor's state replaces its values")
         return Inert(name, args)
     tensor = construct(function, inner)
     return _with_state(replace(tensor, parameter=False) if type(tensor) is TensorRef else tensor, state)
@@ -135,10 +137,18 @@ def _subclass(args: tuple[Any, ...]) -> Any:
 
 def _with_state(tensor: Any, state: Any) -> Any:
     """The tensor without the attributes in `state`, which are no weights; FormatError where setting them would change its values."""
-    for attributes in state if type(state) is tuple and len(state) == 2 else (state,):  # those of its dict, and those of its slots
-        if attributes and (type(attributes) is not PickledDict or not _REPLACING.isdisjoint(attributes)):
-            raise FormatError("a tensor's state replaces its values")
+    if any(attributes and (type(attributes) is not PickledDict or _replaces(attributes)) for attributes in _parts(state)):
+        raise FormatError("a tensor's state replaces its values")
     return tensor
+
+
+def _parts(state: Any) -> tuple[Any, ...]:
+    """The attributes of an object's dict, and those of its slots."""
+    return state if type(state) is tuple and len(state) == 2 else (state,)
+
+
+def _replaces(attributes: Any) -> bool:
+    return type(attributes) is PickledDict and not _REPLACING.isdisjoint(attributes)
 
 
 def _dict(args: tuple[Any, ...]) -> PickledDict | Inert:
