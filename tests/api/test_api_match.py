@@ -122,6 +122,7 @@ def test_forward_with_live_models(saved: Path, tmp_path: Path, monkeypatch: pyte
     assert not cs.match("seq.pt", wrong, source_model=one, forward="given:inputs").forward.same
 
 
+@pytest.mark.slow
 def test_large_sides_are_said_to_take_a_while() -> None:
     """A mixture of experts of a thousand tensors: how far it is says what is being done."""
 

@@ -199,6 +199,7 @@ def test_json_of_any_shape(value: object, fields: dict[str, object], place: Path
     check(json.dumps({"weight_map": value}).encode(), place)
 
 
+@pytest.mark.slow
 def test_every_opcode_on_an_empty_stack(place: Path) -> None:
     for code in range(256):
         for before in (

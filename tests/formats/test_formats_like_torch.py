@@ -143,6 +143,7 @@ def test_a_state_that_comes_with_a_tensor(state: str, wrap: str, tmp_path: Path)
     assert_like_torch(zipped(dict_of(w=made, v=plain("1")), RECORDS), tmp_path, refused=state not in KEPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", [b"\x89", b"\x88"])
 def test_every_attribute_of_a_parameter_that_changes_it_is_refused(learns: bytes, tmp_path: Path) -> None:
     """The oracle is torch, attribute by attribute: whichever it lets a file set, and which then changes the values."""

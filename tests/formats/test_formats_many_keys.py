@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # with its like
+
 pytest.importorskip("resource", reason="the memory of a process is told by POSIX")
 KEYS = 200_000
 LOOK = """
@@ -24,7 +26,6 @@ print(len(found.state_dicts[0].tensors), time.process_time(), (usage.ru_maxrss -
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_safetensors_of_very_many_keys(tmp_path: Path, reverse: bool) -> None:
     """In the order of the data, as they are written, and in the opposite one."""
@@ -37,7 +38,6 @@ def test_a_safetensors_of_very_many_keys(tmp_path: Path, reverse: bool) -> None:
     assert float(seconds) < 8 and int(megabytes) < 200
 
 
-@pytest.mark.slow
 def test_json_is_written_in_parts(tmp_path: Path) -> None:
     """An answer of many megabytes is never held whole, as text or as rows."""
     rows = {f"layers.{i // 50}.block_{i % 50}.weight": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(KEYS)}

@@ -341,6 +341,7 @@ def test_legacy_headers_longer_than_one_window(tmp_path: Path) -> None:
     assert_same(only(read(str(tmp_path / "it"))).tensors, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_pickle_cut_anywhere_is_seen_as_cut(protocol: int) -> None:
     row = [1, 300, 70000, -5, 1 << 40, 0.5, "x" * 300, None, True, False, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]

@@ -8,6 +8,8 @@ import pytest
 from hostile_costs import BOUND, COMMANDS, COSTS, PAIRS, cost, write
 from hostile_pickles import BOMBS
 
+pytestmark = pytest.mark.slow  # with its like
+
 # Memory is bounded exactly. The 2 s are promised for a quiet machine, and bench/hostile.py measures them; this finds a power of the size.
 SECONDS = 10
 MEGABYTE = 1 << 20
@@ -15,7 +17,7 @@ NAMES = sorted(name for name in COSTS if name.removeprefix("pickle: ") not in BO
 
 
 # `diff` reads it twice, and shows all of it; what `inspect` makes of all of them takes half a minute.
-@pytest.mark.parametrize("label", ["diff -v --json", pytest.param("inspect -v", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("label", ["diff -v --json", "inspect -v"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_megabyte_costs_little(name: str, label: str, tmp_path: Path) -> None:
     path = write(name, tmp_path)

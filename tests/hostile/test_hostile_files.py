@@ -194,6 +194,7 @@ def test_processes_of_their_own_end_as_the_stories_say(things: dict[str, Path], 
             raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.slow
 def test_all_at_once_in_one_check(things: dict[str, Path], tmp_path: Path) -> None:
     ended = program("check", *things.values(), "--json", folder=tmp_path, modules=LIGHT)
     rows = json.loads(ended.out)["files"]

@@ -23,6 +23,8 @@ from profiles import examples
 from ckptsurgeon.cli import main
 from ckptsurgeon.errors import CheckpointError, printable
 
+pytestmark = pytest.mark.slow  # with its like
+
 STEERING = [
     "\x1b[31mred", "\x1b]0;title\x07", "\x9b2J", "\r", "\n", "\r\n", "\x0b", "\x0c", "\x85", "\u2028", "\u2029", "\t", "\0", "\x7f",
     "\b" * 9, "\u202e", "\u2066", "\u2069", "\u200b", "\u200f", "\ufeff", "\xad", "\U000e0041", "\u00a0", "error: ", "  try: rm -rf",

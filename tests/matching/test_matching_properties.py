@@ -106,6 +106,7 @@ def sure_and_wrong(model: str, rng: random.Random, order: str, shift: int = 0, p
     return [(back[link.sources[0]], link.targets) for link in found.certain if link.targets != tuple(back[key] for key in link.sources)]
 
 
+@pytest.mark.slow
 def test_an_order_that_agrees_by_chance_is_not_trusted() -> None:
     """Few modules stand in the same order now and then; layers repeat it, and what is decided by it would bear it out."""
     model = "hf_gemma2__litgpt_gemma2.source"

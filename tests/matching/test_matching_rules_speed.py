@@ -15,6 +15,8 @@ from rules_support import checkpoint
 from ckptsurgeon.matching.rules_from_links.generalise import Task, generalise
 from ckptsurgeon.planning.links import Link
 
+pytestmark = pytest.mark.slow  # with its like
+
 LAYERS, EXPERTS = 61, 160
 SQUARE = (2, 2)
 chance = Random(13)
@@ -34,7 +36,6 @@ def made(pairs: dict[str, str]) -> tuple[int, float]:
     [(lambda layer, expert: expert % 3 == 0, 1), (lambda layer, expert: layer % 3 == 0, 1), (lambda layer, expert: expert in SOME, 1)],
     ids=["every third expert", "every third layer", "a list of experts"],
 )
-@pytest.mark.slow
 def test_thirty_thousand_links_of_which_a_third_is_renamed(renamed: Callable[[int, int], bool], most: int) -> None:
     pairs = {}
     for layer in range(LAYERS):

@@ -31,6 +31,7 @@ def test_moments_by_parameter_are_no_rivals_of_the_weights() -> None:
     assert roots.choose(archive(*moments, weights), target=checkpoint(*names)).root == "model"
 
 
+@pytest.mark.slow
 def test_too_many_that_could_fit_have_to_be_named() -> None:
     names = [f"layers.{index}.k" for index in range(3000)]
     many = archive(*(StateDict(str(index), {"k": meta("k")}) for index in range(3000)))

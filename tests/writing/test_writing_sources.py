@@ -20,6 +20,8 @@ from ckptsurgeon.errors import StaleError, VerificationError
 from ckptsurgeon.streaming import proof, writing
 from ckptsurgeon.tensors import Span
 
+pytestmark = pytest.mark.slow  # with its like
+
 
 def grown(path: Path) -> None:
     with path.open("ab") as file:
