@@ -83,7 +83,8 @@ TABLE: tuple[Code, ...] = (
     Code(
         "CK108",
         "one-rank",
-        "The file is one rank's part of a checkpoint of several (DTensors, .distcp, ZeRO, Megatron), or a folder of such parts.",
+        "The file is one rank's part of a checkpoint of several (DTensors, .distcp, ZeRO, Megatron), or a folder of them; a note where "
+        "it is one of Hugging Face's shards.",
         "Its tensors are pieces: a load of one rank's file fails, or takes a part for the whole.",
         "Join the parts with the library that wrote them (the message says how), and check what that gives.",
     ),

@@ -290,7 +290,7 @@ class Checkpoint(Result, Mapping[str, TensorMeta]):
         loaders: a model's modules with loading code of their own, by path.
         naming: how the model's library converts the names and layouts of its files to the model's; None without such a library.
         overlaps: groups of a model's keys whose memory partly overlaps, so that loading one changes the others.
-        shard: set where it is one shard of several, and lacks scales that its codes may have.
+        shard: set where it is one shard of several.
         kind: `file`, `model`, or `skeleton` (names, dtypes and shapes without values).
     """
 

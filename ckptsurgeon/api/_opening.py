@@ -130,10 +130,8 @@ def open_source(source: Given, *, root: str | None = None, target: Checkpoint | 
 
 
 def _with_shard(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint; for a single file with weights that may be quantised but no scales, with the `shard` that says whether it is one."""
-    from ckptsurgeon.planning.quantised_weights.find import lacks_scales
-
-    if len(checkpoint.files) != 1 or checkpoint.files[0].data is not None or not lacks_scales(checkpoint):
+    """The checkpoint; for a single file with the `shard` that says whether it is one of several."""
+    if len(checkpoint.files) != 1 or checkpoint.files[0].data is not None:
         return checkpoint
     from ckptsurgeon.formats.folders.hf_shards import shard_of
 

@@ -9,6 +9,7 @@ from ckptsurgeon.api import _opening
 from ckptsurgeon.api._opening import silent, unused_name
 from ckptsurgeon.api._options import RuleOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
+from ckptsurgeon.formats.folders.hf_shards import shard_in_words
 from ckptsurgeon.formats.sniff import no_collections
 from ckptsurgeon.parameter_types import Given, Note, OnProgress, Renames
 from ckptsurgeon.planning.diff import Diff, compare
@@ -67,6 +68,9 @@ def diff(
     opened_target = _opening.open_target(target, conversions=conversions, note=note)
     target_checkpoint = opened_target.checkpoint
     source_checkpoint = _opening.open_source(opened, root=root, target=target_checkpoint)
+    for side in (source_checkpoint, target_checkpoint):
+        if side.shard is not None:
+            note(f"{side.path} {shard_in_words(side.shard)}")
     if opened_target.any_model is not None:
         from ckptsurgeon.api._own_loading import learned
 

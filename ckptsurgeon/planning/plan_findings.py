@@ -8,6 +8,7 @@ from math import prod
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import UnsafeError
+from ckptsurgeon.formats.folders.hf_shards import shard_in_words
 from ckptsurgeon.hints import SHOWN, shortened
 from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import Names
@@ -112,7 +113,8 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     findings += _lost_factors(sources, names, steps)
     findings += _whole_numbers(sources, steps)
     for source in sources:
-        findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in source.notes]
+        notes = (*source.notes, *((shard_in_words(source.shard),) if source.shard is not None else ()))
+        findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in notes]
     return tuple(findings)
 
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from profiles import examples
 from safetensors.torch import load_file
+from torch import nn
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CastError, OutputError, PlanError, SettingsError, VerificationError
@@ -264,3 +265,37 @@ def test_a_plan_with_another_thing_for_a_size_is_refused(tmp_path: Path) -> None
         (tmp_path / "plan.json").write_text(json.dumps({**broken, "max_shard_size": size}))
         with pytest.raises(PlanError, match="is not a whole plan"):
             cs.apply(tmp_path / "plan.json", tmp_path / "out")
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_one_shard_alone_says_what_to_give_instead(indexed: bool, tmp_path: Path) -> None:
+    torch.save({f"{name}.w": torch.ones(100) for name in "abc"}, tmp_path / "in.pt")
+    cs.merge(tmp_path / "in.pt", None, tmp_path / "out", max_shard_size=500)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    if not indexed:
+        index.unlink()
+    path = next(iter(sorted((tmp_path / "out").glob("*.safetensors"))))
+    words = (
+        f"is one shard of several; give {index} for" if indexed else "is one shard of several by its name; for the whole checkpoint give"
+    )
+    notes: list[str] = []
+    cs.diff(path, tmp_path / "in.pt", note=notes.append)
+    cs.diff(tmp_path / "in.pt", path, note=notes.append)
+    assert len(notes) == 2 and all(note.startswith(f"{path} {words}") for note in notes)
+    model = nn.ModuleDict({name: nn.ParameterDict({"w": nn.Parameter(torch.zeros(100))}) for name in "abc"})
+    for report in (cs.merge(path, None, tmp_path / "one.pt"), cs.transfer(path, model)):
+        assert any(row.level == "note" and words in row.message for row in report.findings)
+    checked = cs.check(path)
+    assert checked.ok and [(row.code, row.level) for row in checked.files[0].findings] == [("CK108", "note")]
+    assert words in checked.files[0].findings[0].message
+
+
+def test_a_whole_checkpoint_is_no_shard(tmp_path: Path) -> None:
+    torch.save({f"{name}.w": torch.ones(100) for name in "abc"}, tmp_path / "in.pt")
+    cs.merge(tmp_path / "in.pt", None, tmp_path / "out", max_shard_size=500)
+    cs.merge(tmp_path / "in.pt", None, tmp_path / "model-00001-of-00001.safetensors")
+    notes: list[str] = []
+    for path in (tmp_path / "out", tmp_path / "model-00001-of-00001.safetensors"):
+        cs.diff(path, tmp_path / "in.pt", note=notes.append)
+        assert not cs.check(path).files[0].findings
+    assert not notes

@@ -26,6 +26,7 @@ from ckptsurgeon.errors import (
     UnsafeError,
     no_memory,
 )
+from ckptsurgeon.formats.folders.hf_shards import shard_in_words, shard_of
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.quantised_weights.find import find
 from ckptsurgeon.report import Finding
@@ -85,6 +86,8 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
     yield [Finding("CK203", codes.words, key, "note") for key, codes in quantised.items()]
     if archive.part is not None:
         yield [_refusal(PartError(archive.part.reason, hint=archive.part.hint), path)]
+    shard = shard_of(path) if [stamp.path for stamp in archive.files] == [path] else None
+    yield [Finding("CK108", shard_in_words(shard), level="note")] if shard is not None else []
     yield [Finding("CK107", f"beside it, and not looked at: {name}", level="note") for name in folders.other_checkpoints(path, archive)]
     if gate.allow and archive.format not in gate.allow:
         yield [Finding("CK502", f"is {archive.format}; allowed: {', '.join(gate.allow)}")]

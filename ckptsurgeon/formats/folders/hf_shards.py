@@ -115,6 +115,17 @@ def shard_of(path: str) -> Shard | None:
     return Shard(folder or ".") if numbered is not None and int(numbered[1]) > 1 else None
 
 
+def shard_in_words(shard: Shard) -> str:
+    """What a user should know about a file that is one shard of several.
+
+    >>> shard_in_words(Shard("hf/model.safetensors.index.json", frozenset({"fc.weight"})))
+    'is one shard of several; give hf/model.safetensors.index.json for the whole checkpoint'
+    """
+    if shard.other_keys is None:
+        return "is one shard of several by its name; for the whole checkpoint give the folder with all of them and their index"
+    return f"is one shard of several; give {shard.whole} for the whole checkpoint"
+
+
 def _only_state_dict(archive: Archive) -> StateDict:
     if len(archive.state_dicts) != 1 or archive.state_dicts[0].root:
         raise RootError("is a shard with more than one plain state_dict", path=archive.path)

@@ -71,7 +71,6 @@ TABLE: tuple[Scheme, ...] = (
 )
 _SCALES = tuple(sorted({row.scales[0].lstrip(".") for row in TABLE}))
 _BY_DTYPE = tuple(row for row in TABLE if row.dtypes != frozenset(BY_CODE))  # whose dtypes alone show that a tensor may be codes
-_DTYPES = frozenset().union(*(row.dtypes for row in _BY_DTYPE))
 _UNSEEN = "codes whose scales may be in another shard"
 _OTHER = "8-bit codes with scales"  # of no scheme of the table
 EIGHT_BITS = FP8 | {"U8", "I8"}
@@ -181,16 +180,6 @@ def _words(text: str) -> list[str]:
 def is_matrix(tensor: TensorMeta) -> bool:
     """Whether a tensor is what a module calls its weight, with more than one dim."""
     return len(tensor.shape) > 1 and tensor.name.rpartition(".")[2].lower() in _WEIGHTS
-
-
-def lacks_scales(tensors: Mapping[str, TensorMeta]) -> bool:
-    """Whether any tensor may be codes by its dtype and the end of its key, and has no scale among `tensors`.
-
-    >>> meta = lambda name, dtype: {name: TensorMeta(name, dtype, (4, 2), ())}
-    >>> lacks_scales(meta("q.weight", "I8")), lacks_scales(meta("q.weight", "F16")), lacks_scales(meta("position_ids", "I8"))
-    (True, False, False)
-    """
-    return any(tensor.dtype in _DTYPES for tensor in tensors.values()) and next(_suspects(find(tensors), tensors), None) is not None
 
 
 def _suspects(weights: Mapping[str, Codes], tensors: Mapping[str, TensorMeta]) -> Iterator[str]:
