@@ -50,9 +50,11 @@ def pair_leftovers(left: Left, surroundings: Surroundings, clues: Clues) -> tupl
     placed += _look_alikes(sources, targets, surroundings, clues)  # of whose shape others were parts
     sources, targets = _without(sources, targets, placed)
     doubted = [at for at, pair in enumerate(placed) if UNSAID in pair.evidence]
-    if len(doubted) == 1 and not any(node.size for node in (*sources, *targets)):
-        margin = min(surroundings.above.margin, ENOUGH)
-        placed[doubted[0]] = replace(placed[doubted[0]], margin=margin, evidence=("all that is left on both sides",))
+    forms = {placed[at].sources[0].form for at in doubted}
+    if len(forms) == len(doubted) and not any(node.size for node in (*sources, *targets)):
+        for at in doubted:
+            margin = min(surroundings.above.margin, ENOUGH)
+            placed[at] = replace(placed[at], margin=margin, evidence=("all that is left on both sides",))
     return placed, Left(tuple(sources), tuple(targets))
 
 

@@ -61,12 +61,21 @@ def _companions(side: Tensors) -> dict[str, str]:
 
 
 def _shared_heads(names: Collection[str]) -> set[str]:
-    """What several names begin with, where each of the ways in which they go on holds several layers."""
+    """What several names begin with, where each of the ways in which they go on holds several layers.
+
+    A module and one whose name begins with its are two modules: `critic`, `critic_target`. A layer or a list, and one more, are in one.
+    """
     ways: dict[str, dict[str, set[str]]] = {}
     for name in names:
         for cut in _SEPARATOR.finditer(f"{name}."):
             ways.setdefault(name[: cut.start()], {}).setdefault(_way(name, cut.start()), set()).add(name)
-    return {head for head, by_way in ways.items() if len(by_way) > 1 and all(map(_is_group, *zip(*by_way.items(), strict=True)))}
+    return {
+        head
+        for head, by_way in ways.items()
+        if len(by_way) > 1
+        and all(map(_is_group, *zip(*by_way.items(), strict=True)))
+        and (head in names or all(name.startswith(_HOLE, len(head) + 1) for name in by_way.get(".", ())))
+    }
 
 
 def _way(name: str, at: int) -> str:

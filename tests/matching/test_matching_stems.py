@@ -6,6 +6,7 @@ import pytest
 from pairs_support import meta
 
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.spelling import spelled
 from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.tensors import TensorMeta
 
@@ -84,6 +85,17 @@ def test_only_what_holds_several_layers_is_a_module() -> None:
     assert names("proj_in.weight", "proj_out.weight") == ["proj_in.weight", "proj_out.weight"]
     assert names(*(f"a_{way}.{end}.weight" for way in ("ab", "cd") for end in "fg"))[:2] == ["a.ab.f.weight", "a.ab.g.weight"]
     assert names("encoder_q.f.weight", "encoder_q.g.weight", "encoder_k.f.weight", "encoder_k.g.weight")[0] == "encoder_q.f.weight"
+
+
+def test_a_module_and_one_whose_name_begins_with_its_stay_two() -> None:
+    keys = [f"critic{end}.qf{at}.{name}.weight" for end in ("", "_target") for at in (0, 1) for name in ("fc1", "fc2")]
+    assert names(*keys) == keys
+    assert names("a_3x3.0.weight", "a_3x3.1.weight", "a_3x3_reduce.f.weight", "a_3x3_reduce.g.weight")[2] == "a_3x3_reduce.f.weight"
+    assert names("a_3x3.0.f.weight", "a_3x3.1.g.weight", "a_3x3_reduce.f.weight", "a_3x3_reduce.g.weight")[2] == "a_3x3.reduce.f.weight"
+
+
+def test_where_dots_are_numbers_within_words_are_not_cut_out() -> None:
+    assert list(spelled(side({"a_3b_1x1.weight": (4, 4), "a_3b_pool.weight": (4, 4)})).values()) == ["a_3b_1x1.weight", "a_3b_pool.weight"]
 
 
 def test_no_cut_changes_what_a_name_says() -> None:

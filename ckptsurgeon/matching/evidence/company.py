@@ -33,6 +33,11 @@ class _Kernels:
         """The channels that go in; one channel to each kernel is a depthwise convolution."""
         return sum(unit.largest.shape[0] if unit.largest.shape[1] == 1 else unit.largest.shape[1] for unit in self.units)
 
+    @property
+    def may_be_grouped(self) -> bool:
+        """Whether it has a window: such a convolution may take each channel for some of its kernels only."""
+        return any(size > 1 for unit in self.units for size in unit.largest.shape[2:])
+
 
 def behind(root: Node) -> dict[int, Node]:
     """By norm (its id) the convolution that it stands behind, the first of several, where the module that holds both tells."""
@@ -58,6 +63,10 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
     if all(part.name.isdigit() for part in layers):  # a row of layers: a norm is of what stands right before it, or behind it all along
         row = sorted(layers, key=lambda part: int(part.name), reverse=min(layers, key=lambda part: int(part.name)) in norms)
         return [(after, before) for before, after in pairwise(row) if isinstance(after, Node) and isinstance(before, _Kernels)]
+    by_count = {_counted(kernel.name): kernel for kernel in kernels}
+    counts = [_counted(norm.name) for norm in norms]
+    if len(norms) == len(kernels) == len(by_count) and sorted(by_count) == sorted(counts):  # `bn1` is of `conv1`
+        return [(norm, by_count[count]) for norm, count in zip(norms, counts, strict=True)]
     if len(norms) == len(kernels) <= _MOST and len({norm.folded for norm in norms}) == 1:
         counted = sorted(norms, key=lambda norm: norm.numbers)
         chains = [chain for chain in permutations(kernels) if _is_chain(chain, counted)]
@@ -65,10 +74,15 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
     return ()
 
 
+def _counted(name: str) -> str:
+    """The number at the end of a name."""
+    return name[len(name.rstrip("0123456789")) :]
+
+
 def _is_chain(kernels: Sequence[_Kernels], norms: Sequence[Node]) -> bool:
     """Whether each convolution takes what the one before it gives, and gives what its norm takes."""
     return all((kernel.gives,) == norm.main for kernel, norm in zip(kernels, norms, strict=True)) and all(
-        before.gives == after.takes for before, after in pairwise(kernels)
+        before.gives == after.takes or (after.may_be_grouped and before.gives % after.takes == 0) for before, after in pairwise(kernels)
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations, islice
 
+from ckptsurgeon.matching.evidence.score import PAIRED_ELSEWHERE
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
@@ -48,6 +49,8 @@ def exchangeable(
         if rest.count("."):
             continue
         for old, new, link in members:
+            if PAIRED_ELSEWHERE in link.evidence:  # where both stand beside each other
+                continue
             agreed = _agree(old, new)
             for name in free[1].beside(f"{there}{new}", tail):
                 if _agree(old, name.removeprefix(there)) >= agreed:

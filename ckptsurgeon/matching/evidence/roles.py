@@ -31,10 +31,24 @@ class Roles:
         if roles[0] != roles[1] and set(roles) == {_TOKENS, None}:
             side = roles.index(None)
             return self._of_role[1 - side].get(_TOKENS) == 1 and self._only_tables[side] == [(source_key, target_key)[side]]
+        if roles[0] != roles[1] and set(roles) == {_HEAD, None}:
+            side = roles.index(None)
+            counts = self._of_role[side].get(_HEAD, 0), self._of_role[1 - side].get(_HEAD)
+            if counts == (0, 1) and _only(self._tops[side]) == _module((source_key, target_key)[side]):
+                return True
         ends = [(_module(source_key), _module(target_key)) == tuple(map(_only, ends)) for ends in (self._last_norms, self._outputs)]
         if by_place and any(ends):
             return True
         return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
+
+    @cached_property
+    def _tops(self) -> tuple[set[str], set[str]]:
+        """The layers of each side that are in no module: one that stands so alone is the output head, if another is not said to be."""
+        source, target = (
+            {_module(key) for key, tensor in side.items() if len(tensor.shape) == 2 and key.count(".") == 1}
+            for side in (self.source, self.target)
+        )
+        return source, target
 
     @cached_property
     def _last_norms(self) -> tuple[set[str], set[str]]:

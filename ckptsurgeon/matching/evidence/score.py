@@ -31,7 +31,7 @@ from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.progress import beat
 
-AGAINST_IT = "against it"
+AGAINST_IT, PAIRED_ELSEWHERE = "against it", "paired so elsewhere"
 WORD = 3.0  # a word that tells look-alikes apart is on both sides
 ABBREVIATED = 1.8  # one side's word begins the other's
 AGAINST = -2.0  # names exclude each other; twice that for roles
@@ -95,6 +95,8 @@ class Table:
             parts["a name cut short"] = ABBREVIATED
         if conflict(source_words, target_words):
             parts[f"names {AGAINST_IT}"] = AGAINST
+        if ("aux" in source_words) != ("aux" in target_words):
+            parts["one is auxiliary"] = AGAINST
         if source.name == target.name:
             parts["same name"] = SAME
         if source.exact == target.exact:
@@ -122,7 +124,7 @@ class Table:
             parts["named after the part that it is of"] = NAMED_AFTER
         elsewhere = self._elsewhere(source, target)
         if elsewhere:
-            parts["paired so elsewhere"] = ELSEWHERE * elsewhere
+            parts[PAIRED_ELSEWHERE] = ELSEWHERE * elsewhere
         return parts
 
     def score(self, row: int, column: int) -> float:

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import product
 
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
+from ckptsurgeon.matching.evidence.modules import layers_before_norms, rest_is_a_body
 from ckptsurgeon.matching.evidence.roles import Roles
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
 from ckptsurgeon.matching.module_tree import ROLES, fold, is_float
@@ -36,8 +37,8 @@ class Support:
         self, links: Sequence[Link], source: Tensors, target: Tensors, same: Mapping[str, str], bare: Mapping[str, str], ordered: bool
     ) -> None:
         self.links, self.source, self.target, self.same, self.bare, self.ordered = links, source, target, same, bare, ordered
-        self.strangers = len(same) <= _HALF * min(len(source), len(target))
-        """Whether the sides have two namings."""
+        self.strangers = len(same) <= _HALF * min(len(source), len(target)) or rest_is_a_body(links, same, source, target)
+        """Whether the sides have two namings, or have them in a part that holds many layers and that links cover on both sides."""
         self.base = [link for link in links if link.clear and self._by_itself(link)]
         self.units = {unit for link in self.base for unit in self._units(link)}
         if not self.strangers:
@@ -48,6 +49,8 @@ class Support:
         if not self.units.isdisjoint(self._units(link)):
             return True
         pairs = list(product(link.sources, link.targets))
+        if any(self._with_its_layer(*pair) for pair in pairs):
+            return True
         if not self.strangers and any(self._around_of(*pair) in self._moved for pair in pairs):
             return True
         if not self.strangers and any(_barred(*self._within(*pair)) or self._elsewhere(*pair) or self._two_heads(*pair) for pair in pairs):
@@ -57,6 +60,15 @@ class Support:
     def _set_in(self, link: Link) -> bool:
         """Whether its neighbours on both sides go together, so that it may count otherwise: what it is called must not speak against it."""
         return self._place(link) and not any(_barred(*pair) or self._two_heads(*pair) for pair in product(link.sources, link.targets))
+
+    def _with_its_layer(self, source_key: str, target_key: str) -> bool:
+        """Whether the convolutions that two norms stand behind go together for a reason."""
+        before = [behind.get(_module(key)) for behind, key in zip(self._behind, (source_key, target_key), strict=True)]
+        return None not in before and not self.units.isdisjoint({(before[0], before[1]), (fold(before[0] or ""), fold(before[1] or ""))})
+
+    @cached_property
+    def _behind(self) -> tuple[dict[str, str], dict[str, str]]:
+        return layers_before_norms(self.source), layers_before_norms(self.target)
 
     def _units(self, link: Link) -> set[tuple[str, str]]:
         """The modules whose own tensors a link puts together; between two namings, whatever their numbers are."""
