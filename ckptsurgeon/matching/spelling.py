@@ -83,7 +83,7 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     {'down_blocks_0_ff_netweight': 'down_blocks.0.ff_net.weight'}
     """
     modules = [_ROLE.sub("", key) for key in tensors]
-    seams = _SEAMS[:1] if any("." in key for key in tensors) else _SEAMS  # where a dot is, no separator was lost
+    seams = _SEAMS[:1] if any("." in key or "/" in key for key in tensors) else _SEAMS  # where one is, no separator was lost
     seam = next((seam for seam in seams if any(seam.search(module) for module in modules)), None)
     if seam is not None and sum("." not in module for module in modules) >= _FLAT * len(modules):
         return unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})

@@ -11,6 +11,7 @@ FILES = sorted(PAIRS.glob("*.json"))
 # What names and shapes can't tell: how many tensors stay uncertain there, and why.
 UNCERTAIN = {
     "fxia22_pointnet__hand_pointnet_sequential": (70, "two towers of one form, and two heads, under names with nothing in common"),
+    "pyg_gat__dgl_gat": (6, "two vectors of one shape, called after left and right, or after source and destination"),
     "sb3_actor_critic__cleanrl_agent": (9, "the actor's and the critic's net are of one form"),
 }
 # The same where keys are sorted, so that nothing stands beside what it belongs to.

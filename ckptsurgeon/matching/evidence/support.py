@@ -158,7 +158,9 @@ class Support:
         return frozenset(
             pair
             for pair in many
-            if len(inner[pair]) == held[0][pair[0]] == held[1][pair[1]] and not any(_ADDED & {*concepts(name)} for name in pair)
+            if len(inner[pair]) == held[0][pair[0]] == held[1][pair[1]]
+            and not any(_ADDED & {*concepts(name)} for name in pair)
+            and not self._two_heads(*pair)
         )
 
     def _two_heads(self, source_key: str, target_key: str) -> bool:
