@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent / "matching"))
 from pairs_support import Pair, Score, read_pair, score, side, sorted_keys  # noqa: E402
 
 HEADERS = ("pair", "tensors", "order", "right", "wrong", "doubted", "uncertain", "missed", "seconds", "complete")
-READINGS = """Seven sets were written blind, the truth first. What matching read when it first saw them, before anything was mended for them:
+READINGS = """Seven sets were written blind, the truth first. What matching read when it first saw them, before it was mended for them:
 
 | set   |   pairs |   complete, library |   complete, sorted | wrong tensors   | negatives refused   |
 |-------|---------|---------------------|--------------------|-----------------|---------------------|
@@ -44,9 +44,9 @@ Since then: in set 3 one truth was put right, one negative was taken out (most o
 each was built anew in sizes that do not meet by chance. In set 5 one negative was taken out: BART's encoder is BERT's, layer for layer.
 After mending, sets 3 to 5, the given pairs and those in `tests/matching/pairs` gave 155 of 160 complete (154 sorted), none wrong, all 52
 negative readings refused; set 6 with the last two gave 92 of 101 (91 sorted), 8 wrong tensors in a pair of flat names that is mended since,
-and all 36 negative readings refused. The table is of set 7, the given pairs and those in `tests/matching/pairs`, each once, after mending. What is
-wrong there is a learned mask that the truth leaves without a counterpart, though its name and shape have one; the negatives that are not
-refused are DenseNets of two depths, which share most names, and two ShuffleNets that share most units.
+and all 36 negative readings refused. The table is of set 7, the given pairs and those in `tests/matching/pairs`, each once, after mending.
+What is wrong there is a learned mask that the truth leaves without a counterpart, though its name and shape have one; the negatives that
+are not refused are DenseNets of two depths, which share most names, and two ShuffleNets that share most units.
 """
 ORDERS = ("library", "sorted")
 
