@@ -43,6 +43,7 @@ def renamed_heads(diff: Diff, source: Checkpoint, target: Checkpoint) -> tuple[R
 
     >>> side = lambda path, name, rows: Checkpoint(path, "safetensors", "0", {f"{name}.weight": TensorMeta("", "F32", (rows, 8), (8, 1))})
     >>> from ckptsurgeon.planning.diff import compare
+    >>> from ckptsurgeon.tensors import TensorMeta
     >>> one, other = side("a", "fc", 1000), side("b", "head", 10)
     >>> [head.words for head in renamed_heads(compare(one, other), one, other)]
     ['looks like the head under another name, with 10 classes instead of 1,000: fresh']
