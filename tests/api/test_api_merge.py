@@ -348,7 +348,7 @@ def test_what_else_the_sources_hold_is_told(tmp_path: Path) -> None:
     report = cs.merge(source, None, out, root="model")
     assert report.left_behind == ("ema (1 tensor)", "epoch", "stats.0", "stats.1")
     assert report.to_dict()["left_behind"] == list(report.left_behind)
-    assert "  left behind     4   ema (1 tensor), epoch, stats.0, stats.1" in str(report).splitlines()
+    assert "  left behind     4   ema (1 tensor), epoch, stats.* (2)" in str(report).splitlines()
     model = nn.ParameterDict({"w": torch.zeros(2)})
     assert cs.transfer(source, model, root="model").left_behind == report.left_behind
     again = cs.merge(out, None, tmp_path / "again.pt")

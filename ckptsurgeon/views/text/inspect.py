@@ -25,6 +25,7 @@ from ckptsurgeon.views.text.words import (
     listing,
     most_rows,
     name,
+    places,
     quantised,
     right_aligned,
     shape,
@@ -62,7 +63,7 @@ def archive(archive: Archive, verbose: bool = False, width: int | None = None) -
     if archive.provenance is not None:
         lines += _provenance(archive.provenance, verbose, width)
     if archive.beside:
-        lines.append(f"  beside the tensors: {listing(archive.beside, None if verbose else 8)}")
+        lines.append(f"  beside the tensors: {places(archive.beside, verbose)}")
     return fitted([*lines, *(level_line("note", name(note)) for note in archive.notes)], width)
 
 

@@ -25,6 +25,7 @@ from ckptsurgeon.views.text.words import (
     listing,
     most_rows,
     name,
+    places,
     table,
 )
 from ckptsurgeon.views.text.words import coverage as coverage_words
@@ -53,7 +54,7 @@ def report(report: Report, verbose: bool = False, width: int | None = None) -> s
     lines.append(heading("dropped", len(report.dropped), "of the source"))
     lines += folded([(key, (reason,)) for key, reason in report.dropped], width, most, "dropped")
     if report.left_behind and report.optimizer is None:
-        lines.append(heading("left behind", len(report.left_behind), listing(report.left_behind, None if verbose else 8)))
+        lines.append(heading("left behind", len(report.left_behind), places(report.left_behind, verbose)))
     if report.casts:
         lines += [heading("lossy casts", len(report.casts)), *_casts(report.casts, width, most)]
     if report.optimizer is not None:

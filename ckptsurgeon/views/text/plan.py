@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ckptsurgeon.planning.plan import Plan, Step
 from ckptsurgeon.sizes import exact
 from ckptsurgeon.views.text.words import coverage as coverage_words
-from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys, listing, most_rows, name, shape, table
+from ckptsurgeon.views.text.words import findings, fitted, folded, heading, keys, listing, most_rows, name, places, shape, table
 
 WORDS = {"copy": "copy", "rename": "rename", "adapt": "adapt", "load": "load", "init": "initialise", "keep": "keep"}
 
@@ -30,7 +30,7 @@ def plan(plan: Plan, verbose: bool = False, width: int | None = None) -> str:
             lines += _action(word, [step for step in plan.steps if step.action == action], width)
     lines += _dropped(plan, width, most)
     if plan.left_behind:
-        lines.append(f"  left behind: {listing(plan.left_behind, None if verbose else 8)}")
+        lines.append(f"  left behind: {places(plan.left_behind, verbose)}")
     shown = [finding for finding in plan.findings if finding.code != "prefix"]  # the prefix is shown above
     return fitted([*lines, *findings(shown, verbose, width), summary(plan)], width)
 

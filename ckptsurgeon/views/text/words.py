@@ -141,6 +141,20 @@ def listing(names: Sequence[object], most: int | None = 8) -> str:
     return ", ".join(name(entry) for entry in shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
+def places(paths: Sequence[str], verbose: bool = False) -> str:
+    """Dotted paths on one line; several under one name as one, unless `verbose`.
+
+    >>> places(["epoch", "loops.fit.step", "loops.test.step"])
+    'epoch, loops.* (2)'
+    """
+    if verbose:
+        return listing(paths, None)
+    below: dict[str, list[str]] = {}
+    for path in paths:
+        below.setdefault(path.partition(".")[0], []).append(path)
+    return listing([some[0] if len(some) == 1 else f"{top}.* ({len(some):,})" for top, some in below.items()])
+
+
 def most_rows(verbose: bool) -> int | None:
     """How many rows of one kind are shown; None for all."""
     return None if verbose else MOST
