@@ -28,21 +28,25 @@ def learned(
 ) -> Ruling:
     """The ruling, with the names that the model's loading code takes.
 
-    The code runs only if a source has names below its module that the target lacks or has with another shape; `model` returns a model
-    on which it may run.
+    The code runs only if a source has names below its module that the target lacks or has with another shape, or if no source and no rule
+    gives one of the module's keys, which the code may fill in; `model` returns a model on which it may run.
     """
     if target is None or model is None or not target.loaders:
         return ruling
     names = name_sources(sources, target, ruling.rules, ruling.outside, average=average, auto=auto)
     taken: dict[int, Taken] = {}
+    ruled = (*names.inits, *names.keeps)
+    absent = {key for key in target if key not in names.claims and all(rule.match(key) is None for rule in ruled)}
     for number, source in enumerate(sources):
         tensors = _renamed(number, source, names, target)
-        if needs_probe(tensors, target):
+        if needs_probe(tensors, target, absent):
             from ckptsurgeon.models.own_loading.probe import probe
             from ckptsurgeon.planning.own_loading.versions import stated
 
             versions = stated(number, sources, names, target.loaders)
-            taken[number] = probe(model(), target.loaders, tensors, versions)
+            given = {key: target[key] for key in target if key not in absent}  # the code gets what other sources and rules give, too
+            tried = probe(model(), target.loaders, {**given, **tensors}, versions, absent)
+            taken[number] = replace(tried, handed={name: head for name, head in tried.handed.items() if name in tensors})
     return replace(ruling, outside=replace(ruling.outside, taken=taken)) if taken else ruling
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
@@ -13,18 +13,23 @@ from ckptsurgeon.wrappers import HIDDEN, unwrap
 class Made:
     """A value that loading code computes: from the tensors of these names, in `dtype`, by code of the class `by`.
 
-    `fits` is False where its shape is not that of the model's tensor, or where the code was not seen to store it anywhere.
+    `fits` is False where its shape is not that of the model's tensor, or where the code was not seen to store it anywhere. `head` is the
+    path of the outermost module whose code it is. A value is `filled` in where the code makes it of no tensor; its name is then one that
+    the code got.
     """
 
     names: tuple[str, ...]
     by: str
     dtype: str
     fits: bool = True
+    head: str = ""
+    filled: bool = False
 
     @property
     def words(self) -> str:
         """The computation in words, as a reason."""
-        return f"is computed from {', '.join(self.names)}, {code_of(self.by)}"
+        what = f"computed from {', '.join(self.names)}" if not self.filled else "filled in"
+        return f"is {what}, {code_of(self.by)}"
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ class Taken:
         yield from ((name, f"left out, {code_of(by)}") for name, by in self.dropped.items())
 
 
-def needs_probe(tensors: Mapping[str, TensorMeta], target: Checkpoint) -> bool:
-    """Whether a module with loading code gets names that the target lacks, or has with another shape."""
-    unfitting = (name for name, meta in tensors.items() if name not in target or target[name].shape != meta.shape)
-    return any(is_below(name, path) for name in unfitting for path in target.loaders)
+def needs_probe(tensors: Mapping[str, TensorMeta], target: Checkpoint, absent: Collection[str]) -> bool:
+    """Whether a module with loading code gets names that the target lacks, or has with another shape, or lacks one of the keys `absent`."""
+    unfitting = [name for name, meta in tensors.items() if name not in target or target[name].shape != meta.shape]
+    return any(is_below(name, path) for path in target.loaders for name in (*unfitting, *absent))
 
 
 def code_of(name: str) -> str:

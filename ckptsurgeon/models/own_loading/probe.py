@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.own_loading.snapshot import take_snapshot
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.target.loaders import tensors_of
+from ckptsurgeon.models.target.loaders import PLAIN, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key
 from ckptsurgeon.planning.own_loading.versions import plain
 from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
@@ -113,13 +113,21 @@ def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, record: _Re
     return stand_in
 
 
-def probe(model: nn.Module, loaders: Mapping[str, Loader], source_tensors: Mapping[str, TensorMeta], versions: Mapping[str, Any]) -> Taken:
-    """What the model's code does with a source's names that the model does not have, or has with another shape.
+def probe(
+    model: nn.Module,
+    loaders: Mapping[str, Loader],
+    source_tensors: Mapping[str, TensorMeta],
+    versions: Mapping[str, Any],
+    absent: Collection[str],
+) -> Taken:
+    """What the model's code does with a source's names that the model does not have, or has with another shape, and what it makes of
+    keys that the source lacks.
 
     Args:
         loaders: the model's modules with loading code of their own.
         source_tensors: the source's tensors by name.
         versions: the metadata that the source recorded, by the path of the model's module.
+        absent: the model's keys that no source and no rule gives.
     """
     path = type(model).__name__
     state = state_dict_of(model, path)
@@ -149,7 +157,7 @@ def probe(model: nn.Module, loaders: Mapping[str, Loader], source_tensors: Mappi
                     record.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
     finally:
         restore()
-    return _summary(state, loaders, unknown, source_tensors, record, unexpected, failed)
+    return _summary(state, loaders, unknown, source_tensors, absent, record, unexpected, failed)
 
 
 def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Checkpoint) -> Taken:
@@ -158,10 +166,11 @@ def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Check
     Args:
         target: the model's state_dict and its modules with loading code.
     """
-    if not needs_probe(source, target):
+    absent = target.keys() - source.keys()
+    if not needs_probe(source, target, absent):
         return Taken()
     recorded = written_out(source.module_metadata)
-    return probe(model(), target.loaders, source, {path: plain(recorded[path]) for path in target.loaders if path in recorded})
+    return probe(model(), target.loaders, source, {path: plain(recorded[path]) for path in target.loaders if path in recorded}, absent)
 
 
 def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:
@@ -185,12 +194,17 @@ def _load(
 ) -> None:
     """Load as torch does, without hooks after loading. A module whose code fails is skipped with its submodules."""
     local = dict(metadata.get(prefix[:-1], {}))
+    own = module._load_state_dict_pre_hooks or type(module)._load_from_state_dict not in PLAIN  # torch's norms fill in a counter
+    given = set(state)
     if not _runs(failed, prefix[:-1], lambda: module._load_from_state_dict(state, prefix, local, True, [], unexpected, [])):
         return
     for name in (*module._parameters, *module._buffers):
         value = state.get(prefix + name)
+        key = unwrap(prefix + name, HIDDEN)
         if isinstance(value, _Named):
-            record.entries[unwrap(prefix + name, HIDDEN)] = _Loaded(value.names, value.whole, _dtype(value))
+            record.entries[key] = _Loaded(value.names, value.whole, _dtype(value))
+        elif isinstance(value, torch.Tensor) and (own or prefix + name in given):
+            record.entries[key] = _Loaded(dtype=value.dtype, shape=tuple(value.shape))
     for name, child in module._modules.items():
         if child is not None:
             below = f"{prefix}{name}."
@@ -211,6 +225,7 @@ def _summary(
     loaders: Mapping[str, Loader],
     unknown: set[str],
     source_tensors: Mapping[str, TensorMeta],
+    absent: Collection[str],
     record: _Record,
     unexpected: list[str],
     failed: Mapping[str, str],
@@ -230,16 +245,26 @@ def _summary(
             continue
         copied = record.copies.get(_start(value))
         loaded = copied or record.entries.get(key, _Loaded())
-        if not loaded.names & unknown or (copied is None and loaded.names == {key}):
+        filled = loaded.dtype is not None and not loaded.names
+        near = max((path for path in loaders if is_below(key, path)), key=len, default="") if filled else ""
+        names = loaded.names or frozenset([name for name in source_tensors if filled and is_below(name, near)][:1])
+        new = key in absent and names
+        if not (new or loaded.names & unknown) or (copied is None and loaded.names == {key}):
             continue
-        (name, *more) = sorted(loaded.names)
+        (name, *more) = sorted(names)
         class_name = class_of(key) or class_of(name) or "model"
         used |= loaded.names
-        if loaded.whole and not more and is_rename(name, key) and (copied is None or source_tensors[name].shape == tuple(value.shape)):
+        if (
+            name in unknown
+            and loaded.whole
+            and not more
+            and is_rename(name, key)
+            and (copied is None or source_tensors[name].shape == tuple(value.shape))
+        ):
             renamed[name] = (key, class_name)
         elif not loaded.whole or loaded.names != {key} or source_tensors[key].shape != tuple(value.shape):
             dtype = BY_TORCH[str(loaded.dtype).removeprefix("torch.")].code
-            made[key] = Made(tuple(sorted(loaded.names)), class_name, dtype, loaded.shape == tuple(value.shape))
+            made[key] = Made(tuple(sorted(names)), class_name, dtype, loaded.shape == tuple(value.shape), filled=filled)
     ignored = {name: class_of(name) for name in sorted(unknown - used - set(unexpected) - state.keys())}
     reached = {name: class_name for name, class_name in ignored.items() if not any(is_below(name, path) for path in failed)}
     dropped = {name: class_name for name, class_name in reached.items() if class_name is not None}
@@ -253,6 +278,10 @@ def _summary(
         name: head
         for name in source_tensors
         if (name in unknown or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
+    }
+    made = {
+        key: replace(value, head=next(filter(None, (_head(name, heads) for name in (*value.names, key))), ""))
+        for key, value in made.items()
     }
     return Taken(renamed, dropped, made, handed, failed)
 

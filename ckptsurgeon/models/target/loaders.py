@@ -21,7 +21,7 @@ from ckptsurgeon.planning.own_loading.versions import module_paths
 from ckptsurgeon.wrappers import HIDDEN, unwrap
 
 # torch's code that gives what copying a key's value gives.
-_PLAIN = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)
+PLAIN = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)
 _WRAPPING = ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper._pre_load_state_dict_hook")
 # FSDP's code, which gathers and shards parameters around a load.
 _SHARDING = "torch.distributed.fsdp."
@@ -83,7 +83,7 @@ def _changes(module: nn.Module) -> bool | None:
     hooks = [_module_and_name(getattr(hook, "hook", hook)) for hook in module._load_state_dict_pre_hooks.values()]
     hooks = [name for name in hooks if name != _WRAPPING and not name[0].startswith(_SHARDING)]
     after = [hook for hook in module._load_state_dict_post_hooks.values() if not _module_and_name(hook)[0].startswith(_SHARDING)]
-    own = after or _overridden(module, "_load_from_state_dict", _PLAIN)
+    own = after or _overridden(module, "_load_from_state_dict", PLAIN)
     if own or any(name != _RENAMING for name in hooks):
         return True
     return False if hooks else None

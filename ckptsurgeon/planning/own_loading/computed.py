@@ -81,8 +81,7 @@ def _by_module(taken: Taken) -> dict[str, dict[str, Made]]:
     """The computed values, by the path of the outermost module whose code computes them."""
     by_head: dict[str, dict[str, Made]] = {}
     for key, value in taken.made.items():
-        head = next(taken.handed[name] for name in (*value.names, key) if name in taken.handed)
-        by_head.setdefault(head, {})[key] = value
+        by_head.setdefault(value.head, {})[key] = value
     return by_head
 
 
