@@ -108,6 +108,15 @@ def test_averages_against_numpy(shape, dtype):
     assert same(apply("average([0, 1, 0])", *tensors)[0] + 0, tensors[1] + 0) if dtype.itemsize > 1 else True
 
 
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_the_mean_of_equal_tensors_is_the_tensor_and_ties_are_rounded_as_the_exact_mean_is(count):
+    value = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(apply("average", *[value] * count)[0], value)
+    narrow = [torch.randn(5000, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(count)]
+    exact = (torch.stack(narrow).double().sum(0) / count).bfloat16()
+    assert torch.equal(apply("average", *narrow)[0], exact)
+
+
 def test_an_average_of_narrow_floats_does_not_lose_what_they_share():
     tensors = [torch.full((3,), 1.0, dtype=torch.bfloat16) for _ in range(1000)]
     assert apply("average", *tensors)[0].tolist() == [1.0] * 3  # a sum in bfloat16 stands still at 256

@@ -1,4 +1,5 @@
-"""`average` is the weighted mean of tensors of one shape, computed in float32, or in float64 where the values are.
+"""`average` is the weighted mean of tensors of one shape, computed in float64 and rounded once: so the mean of equal values is that
+value, and one that lies half way between two bfloat16 values goes where the exact mean does, although 1/3 is no binary number.
 
 >>> import torch
 >>> ADAPTER.kernel({"weights": [0.75, 0.25]}, [torch.tensor([4.0]), torch.tensor([8.0])], None)[0].tolist()
@@ -40,16 +41,21 @@ def _fill(op: Op, context: FillContext) -> Op:
 
 
 def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
+    import torch
+
     unfit = next((tensor.dtype for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())), None)
     if unfit is not None:
         raise RuleError(f"average goes over floats, and a tensor is {widening.in_words(unfit)}")
-    wide, weights = widening.wide(*tensors), op["weights"]
+    wide, weights, divisor = torch.complex128 if tensors[0].is_complex() else torch.float64, op["weights"], 1.0
+    if tensors[0].dtype != wide:  # sums of narrower values can't overflow, and with weights of 1 they are exact until they are divided
+        weights = [weight / max(weights) for weight in weights]
+        divisor = math.fsum(weights)
     out = tensors[0].new_empty(tensors[0].shape)
     for block in widening.blocks(out.shape):
         total = tensors[0][block].to(wide) * weights[0]
         for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
             total.add_(tensor[block].to(wide), alpha=weight)
-        out[block] = total.to(out.dtype)
+        out[block] = (total / divisor).to(out.dtype)
     return [out]
 
 
