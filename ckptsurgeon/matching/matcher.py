@@ -26,7 +26,7 @@ from ckptsurgeon.matching.module_tree import both, fold, list_lengths
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
-from ckptsurgeon.matching.shared_and_orphans import between, orphans, shared, strayed
+from ckptsurgeon.matching.shared_and_orphans import between, cut_biases, orphans, shared, strayed
 from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.matching.towers import towered
@@ -119,7 +119,7 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     links, same = prefer_equal_names(
         links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, rest=True)[0], judge
     )
-    links = _towered(_tied(links, ties), source, target, same)
+    links = _towered(_tied([*links, *cut_biases(links, source, target)], ties), source, target, same)
     links = _named_back(doubted(replace(facts, links=links, same=same)), *names)
     return result(links, all_source, all_target, trust)
 

@@ -20,6 +20,8 @@ _IMPLIED = {"attn", "self"}  # words that the other name may leave out
 # An output layer is often the embedding itself: what the two are called.
 _EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
 
+_QKV = ("q", "k", "v")
+
 
 def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> list[Laid]:
     """Doubtful pairs between neighbours that are certain pairs are doubtful no more, where the order of keys can be trusted."""
@@ -156,6 +158,28 @@ def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tens
                     new_links.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (rule.words,)))
                     del source_left[mine[0].name], target_left[tensor.name]
     return new_links
+
+
+def cut_biases(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
+    """Biases of queries, keys and values in one vector, beside a matrix that goes over whole, of which the target has some as tensors."""
+    used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+    whole = {link.sources[0]: link for link in links if link.clear and not link.op and len(link.sources) == len(link.targets) == 1}
+    beside: dict[tuple[str, str], list[str]] = {}
+    for name, tensor in target.items():
+        part = set(concepts(name.rpartition(".")[2])) & set(_QKV)
+        if name not in reached and len(tensor.shape) == len(part) == 1 and name.endswith("bias"):
+            beside.setdefault((name.rpartition(".")[0], part.pop()), []).append(name)
+    cut = []
+    for key, tensor in source.items() if beside else ():
+        matrix = whole.get(f"{key.removesuffix('bias')}weight") if key not in used and key.endswith(".bias") else None
+        if matrix is None or len(tensor.shape) != 1 or any(name.split(".")[-2:-1] != ["qkv"] for name in (key, *matrix.targets)):
+            continue
+        around = matrix.targets[0].rpartition(".")[0].rpartition(".")[0]
+        parts = {at: beside[around, word][0] for at, word in enumerate(_QKV) if len(beside.get((around, word), ())) == 1}
+        if len(parts) == 2 and all(3 * target[name].shape[0] == tensor.shape[0] for name in parts.values()):
+            words = "parts of the bias beside the same matrix; the target has no third"
+            cut.append(Link((key,), tuple(parts.values()), f"chunk(of=3, parts={list(parts)})", matrix.margin, (words,)))
+    return cut
 
 
 def _below(tensors: Iterable[TensorMeta]) -> dict[str, list[TensorMeta]]:

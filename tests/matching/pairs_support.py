@@ -117,6 +117,9 @@ def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
     """Whether a link's op is what the truth says; rows in another order are no copy."""
     ops = re.findall(r"[a-z_]+(?=[( ]|$)", link.op)
     part = re.match(r"chunk\((\d+)/(\d+),", told)
+    some = re.search(r"of=(\d+), parts=\[([\d, ]+)\]", link.op)
+    if part and some:
+        return (some[1], some[2].split(", ")[link.targets.index(key)]) == (part[2], part[1])
     if part:
         rows = [pair.target[target].shape[0] for target in link.targets]
         return "chunk" in ops and sum(rows[: link.targets.index(key)]) * int(part[2]) == sum(rows) * int(part[1])

@@ -180,3 +180,20 @@ def test_names_are_not_linked_where_they_speak_for_the_other_way(
 def test_lists_that_begin_at_another_number_go_in_their_order() -> None:
     certain = {link.targets[0]: link.sources[0] for link in match(_blocks("norm0", "norm1"), _blocks("ln_1", "ln_2")).certain}
     assert {f"layers.0.ln_{i + 1}.weight": f"layers.0.norm{i}.weight" for i in (0, 1)}.items() <= certain.items()
+
+
+@pytest.mark.parametrize("same_names", [True, False])
+def test_a_fused_bias_of_which_the_target_has_two_parts(same_names: bool) -> None:
+    """Swin v2 and BEiT learn no bias of keys: torchvision keeps it as zeros in `qkv.bias`, timm has `q_bias` and `v_bias`."""
+    blocks = [f"features.{at}" for at in range(3)]
+    kept = {"norm.weight": (8,), "attn.qkv.weight": (24, 8), "attn.proj.weight": (8, 8), "mlp.0.weight": (32, 8)}
+    names = blocks if same_names else [f"layers.{at}" for at in range(3)]
+    source = {f"{block}.{key}": shape for block in blocks for key, shape in (kept | {"attn.qkv.bias": (24,)}).items()}
+    target = {f"{block}.{key}": shape for block in names for key, shape in (kept | {"attn.q_bias": (8,), "attn.v_bias": (8,)}).items()}
+    found = {link.targets: link for link in match(side(source), side(target)).certain}
+    for block, name in zip(blocks, names, strict=True):
+        link = found[f"{name}.attn.q_bias", f"{name}.attn.v_bias"]
+        assert (link.sources, link.op) == ((f"{block}.attn.qkv.bias",), "chunk(of=3, parts=[0, 2])")
+    for other in ({"attn.q_bias": (8,)}, {"attn.q_bias": (8,), "attn.v_bias": (4,)}, {"attn.query_key_value.bias": (20,)}):
+        target = {f"{block}.{key}": shape for block in names for key, shape in (kept | other).items()}
+        assert not [link for link in match(side(source), side(target)).links if "parts" in link.op]

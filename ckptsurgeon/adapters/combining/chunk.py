@@ -22,6 +22,12 @@ def _shape(op: Op, shape: Shape) -> Shape:
 
 
 def _fill(op: Op, context: FillContext) -> Op:
+    if "parts" in op:
+        rest, parts = {name: value for name, value in op.items() if name != "parts"}, op["parts"]
+        if "index" in op or len(parts) != context.of:
+            results = "one result" if context.of == 1 else f"{context.of} results"
+            raise refused(op, f"takes the parts {list(parts)[:8]}, and has {results}", "name each: a -> b + c, chunk(of=3, parts=[0, 2])")
+        return _fill({**rest, "index": parts[context.index]}, context)
     dim = from_front(op, op.get("dim", 0), context.shapes)
     one_part_each = "index" not in op and op.get("of", context.of) == context.of  # each result is one part
     sizes = op.get("sizes", _sibling_sizes(context, dim) if one_part_each else None)
@@ -64,12 +70,13 @@ def _kernel(op: Op, tensor: Tensor) -> Tensor:
 
 
 ADAPTER = Adapter(
-    words="cuts dim `dim` into parts, one for each result: of `sizes`, else of the results' own sizes in the target, else equal ones",
-    fields={"dim": signed, "sizes": list_of(whole), "index": whole, "of": whole},
+    words="cuts dim `dim` into parts, one for each result: of `sizes`, else of the results' own sizes in the target, else equal ones; "
+    "with `of` and `parts` some of them: [0, 2] are the first and the third",
+    fields={"dim": signed, "sizes": list_of(whole), "index": whole, "of": whole, "parts": list_of(whole)},
     infer=each(_shape),
     fill=_fill,
     kernel=each(_kernel),
     moments=same_op,
-    invert=lambda op: None if "index" in op else {**op, "op": "concat"},
+    invert=lambda op: None if "index" in op or "parts" in op else {**op, "op": "concat"},
     ranges=part_ranges(_bounds),
 )
