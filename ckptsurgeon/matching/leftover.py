@@ -74,7 +74,7 @@ def _among(form: int, sources: Sequence[Node], targets: Sequence[Node], surround
         return []
     choices = choose(sources, targets, clues)
     if len(sources) == len(targets) == 1:
-        return choices if surroundings.exact else [_doubted(choices[0])]
+        return choices if surroundings.exact else [_doubted(choices[0], clues)]
     if (
         len(sources) != len(targets)
         and not surroundings.top
@@ -84,13 +84,18 @@ def _among(form: int, sources: Sequence[Node], targets: Sequence[Node], surround
     return choices
 
 
-def _doubted(choice: Choice) -> Choice:
-    """The only one left of its shape, from modules that are not equal: names must speak for it."""
+def _doubted(choice: Choice, clues: Clues) -> Choice:
+    """The only one left of its shape, from modules that are not equal: names must speak for it, or the convolutions before it."""
     source_words, target_words = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
     if conflict(source_words, target_words):
         return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
     running = "running_var" in choice.source.tensors and set(choice.source.tensors) == set(choice.target.tensors)
-    if running or len(choice.source.main) > 1 or _last_word(choice.source) & _last_word(choice.target):
+    if (
+        running
+        or len(choice.source.main) > 1
+        or clues.behind_the_same(choice.source, choice.target)
+        or _last_word(choice.source) & _last_word(choice.target)
+    ):
         return choice
     return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))
 

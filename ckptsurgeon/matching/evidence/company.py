@@ -43,7 +43,8 @@ def behind(root: Node) -> dict[int, Node]:
     """By norm (its id) the convolution that it stands behind, the first of several, where the module that holds both tells."""
     convolutions: dict[int, Node] = {}
     for module in root.nodes:
-        norms = [child for child in module.children if child.leaf and "running_var" in child.tensors]
+        vectors = [child for child in module.children if child.leaf and len(child.main) == 1]
+        norms = vectors if len(vectors) == 1 else [child for child in vectors if "running_var" in child.tensors]
         kernels = [_Kernels(tuple(child.units()), child.name) for child in module.children if norms and _is_kernels(child)]
         if kernels:
             convolutions.update((id(norm), kernel.units[0]) for norm, kernel in _pairs(norms, kernels) if norm.main == (kernel.gives,))

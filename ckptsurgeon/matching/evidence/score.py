@@ -68,6 +68,11 @@ class Clues:
     behind: Mapping[int, Node] = field(default_factory=dict)
     within: Callable[[], tuple[Mapping[str, Inside], Mapping[str, Inside]]] = lambda: ({}, {})
 
+    def behind_the_same(self, source: Node, target: Node) -> bool:
+        """Whether the convolutions that two norms stand behind were paired."""
+        before, there = self.behind.get(id(source)), self.behind.get(id(target))
+        return before is not None and there is not None and self.partners.get(id(before)) is there
+
 
 class Table:
     """The points of every pair of a group, and why."""
@@ -118,7 +123,7 @@ class Table:
             parts["in the same company"] = COMPANY * max(self.clues.trust, 0.6) * (1.0 - min(apart, 1.0))
         if self.slots and self.slots[0][row] == self.slots[1][column]:
             parts["between the same layers"] = SLOT
-        if self._behind_the_same(source, target):
+        if self.clues.behind_the_same(source, target):
             parts["behind the same convolution"] = BEHIND
         if self._named_after(row, column):
             parts["named after the part that it is of"] = NAMED_AFTER
@@ -134,10 +139,6 @@ class Table:
     def evidence(self, row: int, column: int) -> tuple[str, ...]:
         """What spoke for a pair, and what against it."""
         return tuple(words for words, points in self.parts(row, column).items() if points) or ("the others fit less",)
-
-    def _behind_the_same(self, source: Node, target: Node) -> bool:
-        before, there = self.clues.behind.get(id(source)), self.clues.behind.get(id(target))
-        return before is not None and there is not None and self.clues.partners.get(id(before)) is there
 
     def _named_after(self, row: int, column: int) -> bool:
         """Whether one of two norms is named after an attention or an MLP, and the other stands in the module of that part."""
