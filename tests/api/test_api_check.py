@@ -92,6 +92,23 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert "1 value" in report.files[0].findings[0].message and "3 value" in report.files[0].findings[1].message
 
 
+def test_moments_that_are_not_finite_are_found_as_a_merge_finds_them(tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    whole = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(whole, tmp_path / "in.pt")
+    assert cs.check(tmp_path / "in.pt", finite=True).ok
+    optimizer.state[net.weight]["exp_avg"][0, 0] = float("nan")
+    torch.save(whole, tmp_path / "in.pt")
+    assert codes(cs.check(tmp_path / "in.pt", finite=True)) == [("CK401", "optimizer.state.0.exp_avg")]
+    assert cs.check(tmp_path / "in.pt").ok
+    with pytest.raises(cs.VerificationError, match="exp_avg") as caught:
+        cs.merge(tmp_path / "in.pt", net, tmp_path / "out.pt", with_optimizer=True, finite=True)
+    assert "check --finite" in str(caught.value.hint)
+
+
 def test_verify_against_what_is_no_model_says_what_it_did(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "in.pt")
     found = cs.verify(tmp_path / "in.pt", {"w": torch.ones(2)})

@@ -6,11 +6,12 @@ The checks run one after another; torch is imported only for `finite`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from ckptsurgeon import formats
 from ckptsurgeon.api import _opening
 from ckptsurgeon.api.checking import folders
 from ckptsurgeon.api.checking.settings import Gate
@@ -26,9 +27,12 @@ from ckptsurgeon.errors import (
     UnsafeError,
     no_memory,
 )
+from ckptsurgeon.formats.archive_tree import tensors_of
 from ckptsurgeon.formats.folders.hf_shards import shard_in_words, shard_of
+from ckptsurgeon.formats.registry import named
 from ckptsurgeon.planning import roots
 from ckptsurgeon.planning.quantised_weights.find import find
+from ckptsurgeon.planning.training_places import of_optimizer
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Archive, Checkpoint, Refused
 
@@ -113,8 +117,10 @@ def _steps(path: str, gate: Gate, alive: Alive) -> Iterator[list[Finding]]:
         yield [finding for checkpoint in checkpoints for finding in _dtypes(checkpoint, gate.dtypes)]
     if gate.full and gate.wants("CK106"):
         yield _collected(_checksums(archive, alive), path)
-    for checkpoint in checkpoints if gate.finite and gate.wants("CK401") else ():
-        yield _collected(_not_finite(checkpoint, alive), path)
+    if gate.finite and gate.wants("CK401"):
+        for checkpoint in checkpoints:
+            yield _collected(_not_finite(checkpoint, alive), path)
+        yield _collected(_moments_not_finite(checkpoints, archive, alive), path)
 
 
 def _collected(stream: Iterator[Finding], path: str) -> list[Finding]:
@@ -171,6 +177,16 @@ def _checksums(archive: Archive, alive: Alive) -> Iterator[Finding]:
         yield from (replace(found, code="CK106") for found in findings_of(checked, places, where))
     if not any_checksums:
         yield Finding("CK106", f"{archive.format} keeps no checksums to compare the data with", level="note")
+
+
+def _moments_not_finite(checkpoints: Sequence[Checkpoint], archive: Archive, alive: Alive) -> Iterator[Finding]:
+    """The same for what an optimizer keeps beside the weights: a run that resumes would spread it."""
+    if archive.kind == "skeleton" or not checkpoints or not named(archive.format).pickled or not any(map(of_optimizer, archive.beside)):
+        return
+    looked_at = {tensor.place for checkpoint in checkpoints for tensor in checkpoint.values()}
+    everything = tensors_of(formats.read_tree(archive.path).value)
+    moments = {key: tensor for key, tensor in everything if of_optimizer(key) and tensor.place not in looked_at}
+    yield from _not_finite(replace(checkpoints[0], tensors=moments), alive)
 
 
 def _not_finite(checkpoint: Checkpoint, alive: Alive) -> Iterator[Finding]:
