@@ -304,7 +304,8 @@ class _Planner:
             return Step(key, dtype, own.shape, "keep", (), cast, False, f"{why}; the target's value stays")
         scheme = "model" if init_rule is None else init_rule.scheme
         reason = why + ("; the model's own value" if init_rule is None or init_rule.kept else f"; {init_rule.rule}")
-        return Step(key, dtype, own.shape, "init", (), ({"op": "init", "scheme": scheme}, *cast), True, reason)
+        ruled = {"ruled": True} if init_rule is not None and scheme == "model" else {}
+        return Step(key, dtype, own.shape, "init", (), ({"op": "init", "scheme": scheme, **ruled}, *cast), True, reason)
 
     def entries(self) -> tuple[Entry, ...]:
         """The values of the result that are not tensors: one for each such key of the target; in a conversion, all of them."""

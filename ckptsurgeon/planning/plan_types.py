@@ -81,6 +81,11 @@ class Step:
     partial: bool = False
 
     @property
+    def holds_own(self) -> bool:
+        """Whether a rule says that the model's own value stays: its loading code finds it there, and doesn't fill in another."""
+        return any(op["op"] == "init" and op.get("ruled") is True for op in self.ops)
+
+    @property
     def schemes(self) -> tuple[str, ...]:
         """The schemes of its initial values: its own, or those that an adapter fills up with."""
         return tuple(str(op["scheme"]) for op in self.ops if op["op"] == "init" or op.get("fill") == "init")

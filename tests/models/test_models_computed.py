@@ -331,6 +331,12 @@ def test_what_a_second_source_or_a_rule_gives_is_not_computed(tmp_path: Path) ->
     torch.save({"m0.dec.weight": torch.full((3, 3), 7.0)}, second)
     found = loaded(model, Path(str(cs.merge([source, second], model, tmp_path / "o.pt").output)))
     assert (found["m0.dec.weight"] == 7).all() and (found["m0.gain"] == 1).all()
+    kept = model.state_dict()["m0.gain"].clone()
+    for how in ({"keep": ["m0.gain"]}, {"init": {"m0.gain": "model"}}):
+        found = torch.load(str(cs.merge(source, model, tmp_path / "k.pt", overwrite=True, **how).output))  # type: ignore[arg-type]
+        assert torch.equal(found["m0.gain"], kept) and not found["m0.dec.bias"].any()
+        cs.transfer(source, model, **how)  # type: ignore[arg-type]
+        assert torch.equal(model.state_dict()["m0.gain"], kept)
     report = cs.transfer(source, model, init={"m0.dec.weight": "zeros"})
     assert not model.state_dict()["m0.dec.weight"].any() and "m0.dec.weight" in report.fresh
 

@@ -50,7 +50,7 @@ def loaded_values(
     keys = reachable_keys(state, loaders, [key for group in target.overlaps for key in group]) & steps.keys()
     computed = {key for key, step in steps.items() if step.action == "load"}
     inputs = {key: fetch(key) for key in (*(key for key in keys if _has_value(steps[key])), *plan.handed)}
-    later = [key for key, step in steps.items() if step.sources and key not in keys]
+    later = [key for key, step in steps.items() if (step.sources and key not in keys) or step.holds_own]
     load(reference, state, inputs, extra, loaders, plan.versions, later, computed)
     expected = state_dict_of(reference, target.path)
     chosen = {key for path in plan.loaded for key in loaders[path].keys} | {key for group in target.overlaps for key in group}

@@ -137,7 +137,8 @@ def put(
         key: _owned(value) for key, value in (*((key, values[key]) for key in values if key in through_loader), *handed.items())
     }
     rest = {key: value for key, value in values.items() if key not in through_loader}
-    undo = load(model, state, loader_values, extra, loaders, plan.versions, rest, computed)
+    later = {*rest, *(step.target for step in plan.steps if step.holds_own)}
+    undo = load(model, state, loader_values, extra, loaders, plan.versions, later, computed)
     after = state_dict_of(model, name)
     reachable = {key for loader in loaders.values() for key in loader.keys}
     wrong = [key for key in foreign - reachable if not _same_bits(after.get(key), in_memory(values[key]))]
