@@ -71,16 +71,25 @@ def replaced(sources: Sequence[Checkpoint], target: Checkpoint | None, steps: Se
 
 
 def untried(taken: Mapping[int, Taken]) -> list[Finding]:
-    """Warnings for loading code that failed when it was tried on the names of a source."""
+    """Warnings for loading code that failed when it was tried on the names of a source, or makes new tensors for them."""
     return [
-        Finding(
-            "loading",
-            f"{path or 'the model itself'}: its own loading code fails, so that what it takes can't be told: {reason}",
-            None,
-            "warning",
-        )
-        for by_source in taken.values()
-        for path, reason in by_source.failed.items()
+        *(
+            Finding(
+                "loading", f"the loading code of {by} makes a new tensor for it, which is not followed: it is left out", name, "warning"
+            )
+            for by_source in taken.values()
+            for name, by in by_source.grown.items()
+        ),
+        *(
+            Finding(
+                "loading",
+                f"{path or 'the model itself'}: its own loading code fails, so that what it takes can't be told: {reason}",
+                None,
+                "warning",
+            )
+            for by_source in taken.values()
+            for path, reason in by_source.failed.items()
+        ),
     ]
 
 

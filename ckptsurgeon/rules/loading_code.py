@@ -43,6 +43,7 @@ class Taken:
         handed: names that torch's load needs as they are, since code that computes values may look at them; each with the path of the
             outermost module whose code it is. Such code's renames are in `made`.
         failed: by path of a module, why its code could not be tried.
+        grown: names for which the code makes new tensors in the model, each with the class; they are among those `dropped`.
     """
 
     renamed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Taken:
     made: Mapping[str, Made] = field(default_factory=dict)
     handed: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    grown: Mapping[str, str] = field(default_factory=dict)
 
     def words(self) -> Iterator[tuple[str, str]]:
         """Each name that the code renames or leaves out, and each key that it computes, with the reason in words."""

@@ -325,6 +325,28 @@ def test_every_verb_says_the_same_of_each_kind(kind: Any, prefix: str, tmp_path:
     assert all(torch.equal(value, torch.load(source, weights_only=True)[prefix + key]) for key, value in state.items())
 
 
+class Growing(nn.Module):
+    """A buffer that is None until a file has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+        self.register_buffer("cache", None)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        if prefix + "cache" in state:
+            self.cache = torch.zeros_like(state[prefix + "cache"])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_a_tensor_that_the_code_adds_to_the_model_is_not_left_out_silently() -> None:
+    model = Growing()
+    report = cs.transfer({"w": torch.ones(3), "cache": torch.ones(2)}, model)
+    assert model.cache is None and [name for name, _ in report.dropped] == ["cache"]
+    assert any(finding.key == "cache" and finding.level == "warning" for finding in report.findings)
+    assert not any(finding.level == "warning" for finding in cs.transfer({"w": torch.ones(3)}, model).findings)
+
+
 def test_what_a_second_source_or_a_rule_gives_is_not_computed(tmp_path: Path) -> None:
     model = of(Beside)
     source, second = write(old(model), tmp_path / "a.pt"), tmp_path / "b.pt"

@@ -143,6 +143,7 @@ def probe(
     loaded._metadata = metadata  # type: ignore[attr-defined]
     failed: dict[str, str] = {}
     unexpected: list[str] = []
+    grown: set[str] = set()
     restore = take_snapshot(model.modules() if "" in loaders else [child for module in _own(model, loaders) for child in module.modules()])
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -153,11 +154,14 @@ def probe(
                 unexpected += unknown
                 _runs(failed, "", lambda: model.load_state_dict(loaded, strict=False))
             for key, value in state_dict_of(model, path).items():
+                if key not in state and key in unknown:
+                    grown.add(key)
                 if isinstance(value, _Named) and key in state:
                     record.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
     finally:
         restore()
-    return _summary(state, loaders, unknown, source_tensors, absent, record, unexpected, failed)
+    taken = _summary(state, loaders, unknown, source_tensors, absent, record, unexpected, failed)
+    return replace(taken, grown={name: by for name, by in taken.dropped.items() if name in grown})
 
 
 def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Checkpoint) -> Taken:
