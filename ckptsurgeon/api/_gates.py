@@ -57,6 +57,9 @@ def check(plan: Plan, options: RuleOptions) -> None:
     if plan.steps and not open_steps and (not any(step.sources for step in plan.steps) or (plan.partial and not plan.coverage.elements)):
         look = viewing_command(path, source.root, source.live, None if plan.target is None else plan.target.spec)
         raise CoverageError("nothing fits: no tensor of the target would be taken from it", path=path, hint=f"see why: {look}")
+    if plan.target is None and plan.dropped and not plan.steps:
+        look = viewing_command(path, source.root, source.live, None)
+        raise CoverageError("all of its tensors are dropped, and none is left to write", path=path, hint=f"see their names: {look}")
     if min_coverage is not None and _explained(plan, open_steps) < min_coverage:
         from ckptsurgeon.views.text import words
 

@@ -98,3 +98,11 @@ def test_what_shows_why_can_be_run(tmp_path, monkeypatch, capsys):
     call = (caught.value.hint or "").removeprefix("see why: ")
     eval(call, {"ckptsurgeon": cs, "source": {"w": torch.zeros(2)}, "model": model})
     assert capsys.readouterr().out.count("state_dict → Linear") == 1
+
+
+def test_a_conversion_of_which_all_is_dropped_is_a_no(tmp_path):
+    torch.save({"a": torch.ones(1), "b": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(CoverageError, match="none is left to write"):
+        cs.merge(tmp_path / "a.pt", None, tmp_path / "out.pt", drop=["*"])
+    assert not (tmp_path / "out.pt").exists()
+    assert cs.merge(tmp_path / "a.pt", None, tmp_path / "out.pt", drop=["a"]).transferred == ("b",)
