@@ -35,13 +35,13 @@ COSTS = {
         {MATCHER, "ckptsurgeon.formats.pickle.machine", "ckptsurgeon.formats.torch.zip"},
     ),
     "inspect --json": (["inspect", "a.pt", "--json"], 60, {MATCHER, "ckptsurgeon.views.text"}),
-    "diff": (["diff", "a.pt", "b.pt"], 90, {MATCHER, "ckptsurgeon.streaming", "ckptsurgeon.models.target"}),
-    "diff --json": (["diff", "a.pt", "b.pt", "--json"], 90, {MATCHER, "ckptsurgeon.views.text"}),
-    "diff with keys left on one side": (["diff", "a.pt", "less.pt"], 90, {MATCHER}),
+    "diff": (["diff", "a.pt", "b.pt"], 95, {MATCHER, "ckptsurgeon.streaming", "ckptsurgeon.models.target"}),
+    "diff --json": (["diff", "a.pt", "b.pt", "--json"], 95, {MATCHER, "ckptsurgeon.views.text"}),
+    "diff with keys left on one side": (["diff", "a.pt", "less.pt"], 95, {MATCHER}),
     "check": (["check", "a.pt", "a.safetensors"], 90, {MATCHER, "ckptsurgeon.adapters"}),
     "guide": (["guide", "patterns"], 25, {MATCHER, "ckptsurgeon.adapters", "json"}),
     "plan": (["plan", "a.pt", "b.pt"], 130, {MATCHER}),
-    "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 142, {MATCHER, "ckptsurgeon.models.verify"}),
+    "merge": (["merge", "a.pt", "b.pt", "--output", "out.pt", "--overwrite"], 145, {MATCHER, "ckptsurgeon.models.verify"}),
 }
 
 
