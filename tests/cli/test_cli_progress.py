@@ -24,6 +24,8 @@ from ckptsurgeon.cli import progress_line
 from ckptsurgeon.cli.progress_line import ProgressLine
 from ckptsurgeon.progress import Progress
 
+pytestmark = pytest.mark.slow  # with its like
+
 # The program, with a line at once, many events, and a copy that takes its time where `SLOW` says so.
 SETTING = """
 import os, time

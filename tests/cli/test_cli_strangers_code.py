@@ -10,6 +10,8 @@ import pytest
 import torch
 from cli_support import ROOT
 
+pytestmark = pytest.mark.slow  # with its like
+
 NET = "net_params.pkl"
 SCHEMA = json.loads((ROOT / "ckptsurgeon/views/schemas/check.json").read_text())
 CODE = "open('ran', 'w').close()\nfrom model import Net\n"

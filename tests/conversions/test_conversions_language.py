@@ -70,6 +70,7 @@ def test_gpt2_as_transformers_saves_it_in_shards(tmp_path: Path) -> None:
     agree(logits(found), logits(given))
 
 
+@pytest.mark.slow
 def test_gpt2_by_the_command_line(tmp_path: Path) -> None:
     given = source(hf("gpt2"))
     save(given, tmp_path / "hf.pt")
@@ -190,6 +191,7 @@ def test_mixtral_experts_in_a_plan_stand_in_the_order_of_their_numbers(tmp_path:
     assert [op["op"] for op in step.ops] == ["concat", "stack"]
 
 
+@pytest.mark.slow
 def test_mixtral_by_the_command_line_as_a_plan_that_is_applied_later(tmp_path: Path) -> None:
     """The way back, as transformers 4 needs it."""
     given = source(hf("mixtral"))

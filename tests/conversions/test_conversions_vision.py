@@ -41,6 +41,7 @@ def test_vit_with_split_q_k_v_to_a_fused_qkv_and_back(tmp_path: Path) -> None:
     support.same(support.load(tmp_path / "back.pt"), support.load(path))
 
 
+@pytest.mark.slow
 def test_vit_with_classes_of_its_own_by_the_command_line(tmp_path: Path) -> None:
     """The old head has 5 classes and does not fit; it is left behind, and the new one starts as the command line says."""
     given = source(spec("timm_vit"))

@@ -22,6 +22,8 @@ from ckptsurgeon.planning.plan import make_plan
 from ckptsurgeon.rules.rulefile import parse_rules
 from ckptsurgeon.rules.rules import Rule
 
+pytestmark = pytest.mark.slow  # with its like
+
 FILES = sorted(PAIRS.glob("*.json"))
 MOST = {  # rules that a pair may take
     "timm_vit__hf_vit": 11,

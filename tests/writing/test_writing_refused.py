@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from writing_support import PROGRAM, Ended, calls, content, inside, loaded, one_error, run, setting, state, under_strace, writing
 
+pytestmark = pytest.mark.slow  # with its like
+
 MERGE = ("merge", "a.pt", "b.pt", "-o", "out.pt")
 OLD = b"the month's only copy"
 REMOUNT, READ_ONLY, BIND = 32, 1, 4096
