@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from ckptsurgeon.cli import endings
 from ckptsurgeon.errors import InternalError, MissingError, OutOfMemoryError
 
+pytestmark = pytest.mark.slow  # with its like
+
 NO_TORCH = {
     "halted": "sys.modules['torch'] = None",
     "not installed": """
@@ -328,7 +330,6 @@ def test_each_kind_has_its_words():
     assert isinstance(endings.as_checkpoint_error(ImportError("cannot import name 'x'", name="ckptsurgeon.api")), InternalError)
 
 
-@pytest.mark.slow
 def test_a_folder_of_a_strangers_that_has_modules_of_our_names(two):
     """`python -m` would take them first; only a target's own modules are looked for in the current folder."""
     for name in ("click", "torch", "safetensors", "tomllib"):

@@ -22,6 +22,8 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.formats import read
 from ckptsurgeon.tensors import Archive
 
+pytestmark = pytest.mark.slow  # with its like
+
 STORIES = make.stories()
 NAMES = [row[0] for row in STORIES]
 HONEST = "honest.pt"
@@ -180,7 +182,6 @@ def test_the_command_line_ends_as_the_story_says(
     assert_all_told([ended(words) for words in lines_for(things[name])], outcome, codes, things[name])
 
 
-@pytest.mark.slow
 def test_processes_of_their_own_end_as_the_stories_say(things: dict[str, Path], tmp_path: Path) -> None:
     """One of each family, and all that are no file: here a reader that hangs is ended, and an exit is an exit."""
     (tmp_path / HONEST).write_bytes(make.HONEST)
@@ -194,7 +195,6 @@ def test_processes_of_their_own_end_as_the_stories_say(things: dict[str, Path], 
             raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.slow
 def test_all_at_once_in_one_check(things: dict[str, Path], tmp_path: Path) -> None:
     ended = program("check", *things.values(), "--json", folder=tmp_path, modules=LIGHT)
     rows = json.loads(ended.out)["files"]

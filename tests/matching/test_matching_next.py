@@ -15,6 +15,8 @@ from torch import Tensor
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.result import Matching
 
+pytestmark = pytest.mark.slow  # with its like
+
 __all__ = ["follower"]
 Shapes = dict[str, tuple[int, ...]]
 FEW = 1_000_000  # elements of a pair's target, more of which are not written in a test

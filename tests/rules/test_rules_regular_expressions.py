@@ -29,6 +29,8 @@ from ckptsurgeon.rules.rules import Rule, compile_rules
 from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
+pytestmark = pytest.mark.slow  # with its like
+
 ENDLESS = "/(a+)+/"
 KEY = "a" * 40 + "!"
 
