@@ -6,7 +6,7 @@ written for the tensors that are there, with the op that folds or unfolds them; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
@@ -197,7 +197,9 @@ def _stem(key: str, name: str) -> tuple[str, str] | None:
 
 def as_stored(links: Iterable[Link], source: Side, target: Side, *, dequantize: bool = False) -> list[Link]:
     """Links between what a plain model would have, as links between what is there; `dequantize` says that values are made of codes."""
-    checked = [_doubt_lone_factors(link, source, target) for link in links]
+    links = list(links)
+    idle = _idle(source, {key for link in links for key in link.sources}), _idle(target, {key for link in links for key in link.targets})
+    checked = [_doubt_directions(_doubt_lone_factors(link, source, target), source, target, idle) for link in links]
     stored = [stored_link for link in checked for stored_link in _stored_links(link, source.factored, target.factored)]
     return [_as_codes(link, source.codes, target.codes, dequantize) for link in stored]
 
@@ -207,6 +209,27 @@ def _doubt_lone_factors(link: Link, source: Side, target: Side) -> Link:
     lone = [tuple(_part(key, side) for key in keys) for keys, side in ((link.sources, source), (link.targets, target))]
     if any(map(any, lone)) and not (lone[0] == lone[1] and len(link.sources) == len(link.targets) == 1):
         return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, NOT_THE_WEIGHT))
+    return link
+
+
+def _idle(side: Side, used: Collection[str]) -> set[tuple[str, Shape]]:
+    """The modules of a side's tensors that no link has, with the shape of each."""
+    return {(key.rpartition(".")[0], tensor.shape) for key, tensor in side.tensors.items() if key not in used}
+
+
+def _doubt_directions(link: Link, source: Side, target: Side, idle: tuple[set[tuple[str, Shape]], set[tuple[str, Shape]]]) -> Link:
+    """A link of a weight with factors of one, doubted where an idle tensor stands beside the weight in the shape of another factor: it may
+    be a factor itself, under a name that does not say so."""
+    if len(link.sources) == len(link.targets) == 1:
+        (source_key,), (target_key,) = link.sources, link.targets
+        for key, side, beside, parts in (
+            (source_key, source, idle[0], target.factored.get(target_key)),
+            (target_key, target, idle[1], source.factored.get(source_key)),
+        ):
+            shapes = {part.shape for part in parts.parts} if parts is not None and key not in side.factored else set()
+            norms = [shape for shape in shapes - {side.tensors[key].shape} if len(shape) > 1]  # a bias has the shape of a vector
+            if any((key.rpartition(".")[0], norm) in beside for norm in norms):
+                return replace(link, margin=min(link.margin, 0.0), evidence=(*link.evidence, NOT_THE_WEIGHT))
     return link
 
 

@@ -18,7 +18,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.matching.factors import NOT_THE_WEIGHT, sides
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.tensors import TensorMeta, contiguous_stride
 
 Norm = Callable[..., nn.Module]
 
@@ -414,3 +414,22 @@ def test_values_are_not_taken_for_codes(tmp_path: Path) -> None:
     torch.save(floats, tmp_path / "a.pt")
     torch.save(state, tmp_path / "t.pt")
     assert not [link for link in cs.match(tmp_path / "a.pt", tmp_path / "t.pt").certain if link.targets[0].endswith("q.weight")]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_direction_beside_its_norm_is_not_the_weight_whatever_they_are_called(turned: bool) -> None:
+    """One side has weight_norm's names, the other names of its own: the direction has the weight's shape, and is no weight."""
+    shapes = {"norm": (6, 1, 1), "direction": (6, 4, 3), "bias": (6,)}
+    own = side({f"net.{at}.{name}": shape for at in range(3) for name, shape in shapes.items()})
+    theirs = {"norm": "weight_g", "direction": "weight_v", "bias": "bias"}
+    torchs = side({f"net.{at}.{theirs[name]}": shape for at in range(3) for name, shape in shapes.items()})
+    found = match(torchs, own) if turned else match(own, torchs)
+    weights = [link for link in found.links if any("weight" in key or "direction" in key for key in (*link.sources, *link.targets))]
+    assert weights and not any(link.certain for link in weights)
+    without = {key: tensor for key, tensor in own.items() if not key.endswith("norm")}
+    certain = (match(torchs, without) if turned else match(without, torchs)).certain
+    assert sum("weight_norm" in link.op for link in certain) == 3
+
+
+def side(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorMeta]:
+    return {key: TensorMeta(key, "F32", shape, contiguous_stride(shape)) for key, shape in shapes.items()}
