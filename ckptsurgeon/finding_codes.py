@@ -145,7 +145,7 @@ TABLE: tuple[Code, ...] = (
         "CK401",
         "not-finite",
         "A tensor has values that are NaN or infinite.",
-        "The training had diverged when it was saved, and one NaN makes every output one.",
+        "The training had diverged when it was saved, and one NaN can make every output NaN.",
         "Take an earlier checkpoint. A mask that is meant to have -inf can be left out of the file, or the file ignored by its path.",
         "--finite",
     ),

@@ -22,7 +22,7 @@ from ckptsurgeon.sizes import GB, MB
 class Limit:
     """A limit: its `name` as in `--limit name=…`, its `default`, what it `bounds`, and the `most` that it can be raised to.
 
-    A large file may use more: with `per_byte`, this multiple of the pickle's length (or of the length that `bounds` names) is allowed where
+    A large file may use more: with `per_byte`, this multiple of the pickle's length (of the file's, for what is deflated) is allowed where
     it is larger than the limit.
     """
 
@@ -42,7 +42,7 @@ TABLE: tuple[Limit, ...] = (
     Limit("pickle-bytes", GB, "the pickle of a torch file"),
     Limit("pickle-steps", 200_000_000, "the opcodes of one pickle"),
     Limit("pickle-memo", 50_000_000, "the values that one pickle keeps to use again"),
-    Limit("pickle-copies", MB, "what a pickle hands to constructors again and again", per_byte=1),
+    Limit("pickle-copies", MB, "the values that a pickle uses as arguments again and again", per_byte=1),
     Limit("integer-bytes", 4_096, "one integer of a pickle"),
     Limit("global-characters", 1000, "the name of a global that a pickle asks for"),
     Limit("nesting", 64, "containers within containers", most=150),  # some readers of nested values are recursive
@@ -56,10 +56,10 @@ TABLE: tuple[Limit, ...] = (
     Limit("shards", 10_000, "the files that one index names"),
     Limit("zip-entries", 4_000_000, "the entries of a zip archive"),
     Limit("zip-directory-bytes", GB // 2, "the directory of a zip archive"),
-    Limit("inflated-bytes", MB, "what a deflated pickle inflates to (here the bytes are the file's own)", per_byte=1),
+    Limit("inflated-bytes", MB, "what a deflated pickle inflates to", per_byte=1),
     Limit("view-bytes", GB, "what a tensor that repeats stored elements (stride 0) comes to, or its storage where that is more"),
     Limit("claimed-bytes", 16 * GB, "what all tensors of a file, or of all shards, come to beyond the storages they are in", per_byte=16),
-    Limit("inflated-data-bytes", 16 * GB, "what all deflated storages of a file inflate to (here the bytes are the file's)", per_byte=16),
+    Limit("inflated-data-bytes", 16 * GB, "what all deflated storages of a file inflate to", per_byte=16),
     Limit("extra-state-bytes", 64 * MB, "one _extra_state"),
     Limit("label-bytes", 64 * MB, "a list of tokens or labels"),
     Limit("toml-bytes", MB, "a rules file, or the settings of a project"),

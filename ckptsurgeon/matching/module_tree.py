@@ -32,6 +32,11 @@ _LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 _BESIDE_CHILDREN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
+def module_of(key: str) -> str:
+    """The module that a key's tensor is in."""
+    return key.rpartition(".")[0]
+
+
 def fold(path: str) -> str:
     """A path with every number left out.
 

@@ -1,5 +1,5 @@
-"""What is decided once both trees are laid on each other: doubts that neighbours settle, tensors that several targets share, tensors that
-stand apart from their module on one side."""
+"""What is decided once both trees are laid on each other: doubts that neighbours settle, norms that stray from their convolution, tensors
+that several targets share, and tensors that stand apart from their module, or are fused, on one side."""
 
 from __future__ import annotations
 

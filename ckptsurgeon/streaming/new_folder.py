@@ -145,7 +145,9 @@ def new_folder(path: str, overwrite: bool, task: str, names: Sequence[str], resu
                 with undisturbed():
                     _remove_all_but(folder.path, folder.journal.rows)
                 journals_of_ours = []
-                _say(error, f"{len(folder.journal.rows)} of its files are proven and kept: the same with resume=True goes on with them")
+                proven = len(folder.journal.rows)
+                kept = "one of its files is" if proven == 1 else f"{proven} of its files are"
+                _say(error, f"{kept} proven and kept: the same with resume=True goes on from there")
             raise
     except OSError as error:
         refused = output_error(path, error)

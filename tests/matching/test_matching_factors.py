@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs_support import meta
 from profiles import examples
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -18,7 +19,7 @@ import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.matching.factors import NOT_THE_WEIGHT, sides
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.tensors import TensorMeta, contiguous_stride
+from ckptsurgeon.tensors import TensorMeta
 
 Norm = Callable[..., nn.Module]
 
@@ -420,16 +421,12 @@ def test_values_are_not_taken_for_codes(tmp_path: Path) -> None:
 def test_a_direction_beside_its_norm_is_not_the_weight_whatever_they_are_called(turned: bool) -> None:
     """One side has weight_norm's names, the other names of its own: the direction has the weight's shape, and is no weight."""
     shapes = {"norm": (6, 1, 1), "direction": (6, 4, 3), "bias": (6,)}
-    own = side({f"net.{at}.{name}": shape for at in range(3) for name, shape in shapes.items()})
+    own = {(key := f"net.{at}.{name}"): meta(key, shape) for at in range(3) for name, shape in shapes.items()}
     theirs = {"norm": "weight_g", "direction": "weight_v", "bias": "bias"}
-    torchs = side({f"net.{at}.{theirs[name]}": shape for at in range(3) for name, shape in shapes.items()})
+    torchs = {(key := f"net.{at}.{theirs[name]}"): meta(key, shape) for at in range(3) for name, shape in shapes.items()}
     found = match(torchs, own) if turned else match(own, torchs)
     weights = [link for link in found.links if any("weight" in key or "direction" in key for key in (*link.sources, *link.targets))]
     assert weights and not any(link.certain for link in weights)
     without = {key: tensor for key, tensor in own.items() if not key.endswith("norm")}
     certain = (match(torchs, without) if turned else match(without, torchs)).certain
     assert sum("weight_norm" in link.op for link in certain) == 3
-
-
-def side(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorMeta]:
-    return {key: TensorMeta(key, "F32", shape, contiguous_stride(shape)) for key, shape in shapes.items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.module_tree import ROLES
+from ckptsurgeon.matching.module_tree import ROLES, module_of
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
@@ -34,9 +34,9 @@ class Roles:
         if roles[0] != roles[1] and set(roles) == {_HEAD, None}:
             side = roles.index(None)
             counts = self._of_role[side].get(_HEAD, 0), self._of_role[1 - side].get(_HEAD)
-            if counts == (0, 1) and _only(self._tops[side]) == _module((source_key, target_key)[side]):
+            if counts == (0, 1) and _only(self._tops[side]) == module_of((source_key, target_key)[side]):
                 return True
-        ends = [(_module(source_key), _module(target_key)) == tuple(map(_only, ends)) for ends in (self._last_norms, self._outputs)]
+        ends = [(module_of(source_key), module_of(target_key)) == tuple(map(_only, ends)) for ends in (self._last_norms, self._outputs)]
         if by_place and any(ends):
             return True
         return roles[0] is not None and roles[0] == roles[1] and self._of_role[0].get(roles[0]) == 1 == self._of_role[1].get(roles[0])
@@ -45,7 +45,7 @@ class Roles:
     def _tops(self) -> tuple[set[str], set[str]]:
         """The layers of each side that are in no module: one that stands so alone is the output head, if another is not said to be."""
         source, target = (
-            {_module(key) for key, tensor in side.items() if len(tensor.shape) == 2 and key.count(".") == 1}
+            {module_of(key) for key, tensor in side.items() if len(tensor.shape) == 2 and key.count(".") == 1}
             for side in (self.source, self.target)
         )
         return source, target
@@ -55,8 +55,8 @@ class Roles:
         """The modules of each side outside of numbered lists that hold vectors alone: where there is one, it is the last norm."""
         norms = []
         for side in (self.source, self.target):
-            layers = {_module(key) for key, tensor in side.items() if len(tensor.shape) != 1 and not key.endswith("num_batches_tracked")}
-            norms.append({_module(key) for key in side if key.endswith(_OF_NORMS) and not _listed(key)} - layers)
+            layers = {module_of(key) for key, tensor in side.items() if len(tensor.shape) != 1 and not key.endswith("num_batches_tracked")}
+            norms.append({module_of(key) for key in side if key.endswith(_OF_NORMS) and not _listed(key)} - layers)
         return norms[0], norms[1]
 
     @cached_property
@@ -66,7 +66,7 @@ class Roles:
         for side in (self.source, self.target):
             matrices = {key: tensor.shape for key, tensor in side.items() if len(tensor.shape) == 2 and not _listed(key)}
             tables = {key: shape for key, shape in matrices.items() if role_of(key, side) == _TOKENS}
-            outputs.append({_module(key) for key, shape in matrices.items() if key not in tables and shape in tables.values()})
+            outputs.append({module_of(key) for key, shape in matrices.items() if key not in tables and shape in tables.values()})
         return outputs[0], outputs[1]
 
     @cached_property
@@ -84,10 +84,6 @@ class Roles:
             Counter(role for key in side if (role := role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
         ]
         return counts[0], counts[1]
-
-
-def _module(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _only(modules: set[str]) -> str | None:

@@ -1,7 +1,8 @@
 """Whether anything but a shape speaks for a link: a word, a parent, a place among matched siblings, or a role in common.
 
-Rule: where both sides have one naming (more than half of the smaller side's keys are equal), what is left over is presumed fresh, and
-only words that stand in both differing parts of the names, or the same place within one module, speak against that.
+Rule: where both sides have one naming (more than half of the smaller side's keys are equal), what is left over is presumed fresh. What
+speaks against that: words that stand in both differing parts of the names, the same place between neighbours that go together, a
+module of many parts that is the same within.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ckptsurgeon.matching.evidence.distinguish import abbreviated
 from ckptsurgeon.matching.evidence.modules import layers_before_norms, rest_is_a_body
 from ckptsurgeon.matching.evidence.roles import Roles
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
-from ckptsurgeon.matching.module_tree import ROLES, fold, is_float
+from ckptsurgeon.matching.module_tree import ROLES, fold, is_float, module_of
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -63,7 +64,7 @@ class Support:
 
     def _with_its_layer(self, source_key: str, target_key: str) -> bool:
         """Whether the convolutions that two norms stand behind go together for a reason."""
-        before = [behind.get(_module(key)) for behind, key in zip(self._behind, (source_key, target_key), strict=True)]
+        before = [behind.get(module_of(key)) for behind, key in zip(self._behind, (source_key, target_key), strict=True)]
         return None not in before and not self.units.isdisjoint({(before[0], before[1]), (fold(before[0] or ""), fold(before[1] or ""))})
 
     @cached_property
@@ -130,7 +131,7 @@ class Support:
     def _within(self, source_key: str, target_key: str) -> tuple[str, str]:
         """Two names without the modules in which others were moved from one to the other."""
         bare = self.bare.get(source_key, source_key)
-        for here, there in {(_module(here), _module(there)) for here, there in self._moved} - {("", "")}:
+        for here, there in {(module_of(here), module_of(there)) for here, there in self._moved} - {("", "")}:
             if bare.startswith(f"{here}.") and target_key.startswith(f"{there}."):
                 return bare[len(here) :], target_key[len(there) :]
         return source_key, target_key
@@ -148,7 +149,7 @@ class Support:
         for source_key, target_key in self._certain:
             around = self._around_of(source_key, target_key)
             inner.setdefault(around, set()).add(target_key[len(around[1]) + 1 :])
-        many = {pair for pair, names in inner.items() if all(pair) and len({_module(name) for name in names}) >= _MANY_PARTS}
+        many = {pair for pair, names in inner.items() if all(pair) and len({module_of(name) for name in names}) >= _MANY_PARTS}
         if not many:
             return frozenset()
         held = [
@@ -349,10 +350,6 @@ def _counted(key: str) -> list[tuple[str, str]]:
 
 def _words(parts: Sequence[str]) -> tuple[str, ...]:
     return concepts(".".join(parts))
-
-
-def _module(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _modules(key: str) -> Iterator[str]:

@@ -1,8 +1,7 @@
 """Writes a folder of torch.distributed.checkpoint by torch's own `save`, in this process alone and without a process group.
 
 Each tensor has its own storage on a private memory map of its file: torch copies views of a larger storage, and so copies none of these.
-The
-written files do not differ from run to run: they contain no path and no random name.
+The written files do not differ from run to run: they contain no path and no random name.
 """
 
 from __future__ import annotations
