@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 Buffer = bytes | bytearray | memoryview
-# Elements that are computed at a time: few enough to stay in a processor's cache, and for torch not to wake its other threads.
-PIECE = 1 << 15
+# Elements that are computed at a time: few enough to stay in a processor's cache, many enough that calling torch costs little.
+PIECE = 1 << 17
 
 
 def tensor_from(data: Buffer, dtype: str) -> torch.Tensor:
