@@ -27,6 +27,7 @@ from ckptsurgeon.models.own_loading.snapshot import Undo
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of
+from ckptsurgeon.models.training.staging import Stage
 from ckptsurgeon.planning.plan_types import Plan, resolved
 from ckptsurgeon.progress import Held, phase
 from ckptsurgeon.streaming.in_threads import in_threads
@@ -45,15 +46,18 @@ class InFile:
     meta: TensorMeta
     reader: Reader
 
-    def into(self, tensor: torch.Tensor) -> Iterator[Read]:
+    def into(self, tensor: torch.Tensor, stage: Stage) -> Iterator[Read]:
         """The reads that bring it into a tensor of its shape and dtype; none where that takes more, which is done here: on any device."""
-        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
-        if not plain or tensor.is_conj() or tensor.is_neg() or not tensor.numel():
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        device = tensor.device.type if plain and tensor.numel() else None
+        if device == "cpu":
+            memory: Any = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+            tensor.view(-1)[:0].zero_()  # bumps the version counter, so that autograd notices the change
+            yield from self.reader.reads(self.meta, memoryview(memory).cast("B"))
+        elif device == "cuda" and not tensor.is_quantized:
+            stage.copy(self.reader.parts(self.meta), tensor)
+        else:
             tensor.copy_(in_memory(self))
-            return
-        memory: Any = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-        tensor.view(-1)[:0].zero_()  # bumps the version counter, so that autograd notices the change
-        yield from self.reader.reads(self.meta, memoryview(memory).cast("B"))
 
 
 Value = torch.Tensor | InFile
@@ -172,11 +176,11 @@ class _Part:
             self.read.do()
 
 
-def _parts(state: Mapping[str, Any], values: Mapping[str, Value]) -> Iterator[_Part]:
+def _parts(state: Mapping[str, Any], values: Mapping[str, Value], stage: Stage) -> Iterator[_Part]:
     for key, value in values.items():
         if isinstance(value, torch.Tensor):
             state[key].copy_(value)
-        reads = [*value.into(state[key])] if isinstance(value, InFile) else []
+        reads = [*value.into(state[key], stage)] if isinstance(value, InFile) else []
         yield from (_Part(key, read, last=False) for read in reads[:-1])
         yield _Part(key, reads[-1] if reads else None, last=True)
 
@@ -187,7 +191,7 @@ def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, und
     done: list[str] = []
     with phase("transferring", sum(_size(state[key]) for key in values), held=held) as advance:
         try:
-            with in_threads(_Part.do, _parts(state, values)) as results:
+            with Stage() as stage, in_threads(_Part.do, _parts(state, values, stage)) as results:
                 for part, _ in results:
                     if part.last:
                         done.append(part.key)
