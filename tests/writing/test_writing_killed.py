@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+import writing_support
 from writing_support import TEMPORARY, Call, Ended, calls, content, inside, setting, under_strace, writing
 
 import ckptsurgeon as cs
@@ -41,6 +43,17 @@ def test_killed_where_blocks_are_shared(xfs: Path) -> None:
     place.mkdir()
     kill_everywhere(OLD, place, 600, {"ioctl"})
     shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_killed_while_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early syncs, which come after 256 MB otherwise, run in threads beside the writing."""
+    code = "from ckptsurgeon.streaming import atomic; atomic.EARLY = 1; from ckptsurgeon.cli import main; main.main()"
+    monkeypatch.setattr(writing_support, "PROGRAM", [sys.executable, "-c", code])
+    folder = setting(tmp_path / "traced", 8)
+    found = calls(folder, "merge", "a.pt", "b.pt", "-o", "out.pt")
+    assert len({call.thread for call in found if call.name == "fsync"}) >= 2
+    kill_everywhere(OLD, tmp_path, 8, {"copy_file_range"})
 
 
 def kill_everywhere(old: bytes | None, tmp_path: Path, size: int, expected: set[str]) -> None:
