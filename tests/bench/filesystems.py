@@ -3,6 +3,7 @@
     python tests/bench/filesystems.py                     # as root, some 10 minutes, 6 GB of free disk and of memory
     python tests/bench/filesystems.py --write             # and puts the table into RESULTS.md
     python tests/bench/filesystems.py --gigabytes 0.2 --runs 1 --kinds xfs
+    python tests/bench/filesystems.py --cold --write      # the same with sources that are not in the page cache: a section of its own
 
 A file system is a loop mount of a sparse file (a tmpfs needs none), made for this and removed after it; one that can't be made is a row
 with the reason. What was written is what `statvfs` says is used after a sync, less what was used before. torch is not imported here:
@@ -137,8 +138,8 @@ def written(merge: Sequence[str], output: Path) -> int:
     return more
 
 
-def rows(kind: str, sources: Path, runs: int) -> Iterator[Row]:
-    """The rows of the file system that the current folder is on."""
+def rows(kind: str, sources: Path, runs: int, image: Path | None) -> Iterator[Row]:
+    """The rows of the file system that the current folder is on; where its `image` is given, the page cache forgets it and the source."""
     for path in sources.iterdir():
         shutil.copyfile(path, path.name)
     shares = subprocess.run(["cp", "--reflink=always", "small.pt", "shared"], capture_output=True).returncode == 0
@@ -147,7 +148,8 @@ def rows(kind: str, sources: Path, runs: int) -> Iterator[Row]:
             options = ["-o", f"out.{output}", *RENAME, *([] if proof else ["--no-verify"])]
             merge = [*CLI, "merge", f"a.{source}", *options]
             out, copy = Path(f"out.{output}"), Path("copy.bin")
-            ours, theirs, ratio = pair(merge, python(COPY, f"a.{source}", copy.name), runs, [out, copy])
+            cold = [] if image is None else [Path(f"a.{source}"), image]
+            ours, theirs, ratio = pair(merge, python(COPY, f"a.{source}", copy.name), runs, [out, copy], cold)
             small = [run([*CLI, "merge", f"small.{source}", *options], lambda out=out: out.unlink(missing_ok=True)) for _ in range(runs)]
             out.unlink()
             share = written(merge, out) / os.path.getsize(f"a.{source}")
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=list(MKFS), choices=list(MKFS))
+    parser.add_argument("--cold", action="store_true", help="the sources are not in the page cache; not for tmpfs, which lies there")
     parser.add_argument("--write", action="store_true", help="write the table into RESULTS.md")
     choices = parser.parse_args()
     folder, found = Path(tempfile.mkdtemp(prefix="ckptsurgeon-bench-")), list[list[str]]()
@@ -175,9 +178,11 @@ def main() -> None:
         subprocess.run(python(MAKE, str(choices.gigabytes)), cwd=sources, check=True)
         size = os.path.getsize(sources / "a.pt")
         for kind in choices.kinds:
+            if choices.cold and not MKFS[kind]:
+                continue
             try:
                 with mounted(kind, folder, 5 * size + (1 << 30)):  # two sources, an output, its temporary file and a copy
-                    for row in rows(kind, sources, choices.runs):
+                    for row in rows(kind, sources, choices.runs, folder / f"{kind}.image" if choices.cold else None):
                         found.append(row.cells())
                         print(*found[-1], sep="  ", flush=True)
             except Skipped as reason:
@@ -185,8 +190,10 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     table = tabulate([row + [""] * (len(HEADS) - len(row)) for row in found], HEADS, tablefmt="github", disable_numparse=True)
+    heading, cold = (", nothing in the page cache", " --cold") if choices.cold else ("", "")
     text = (
-        f"\n## File systems\n\n`python tests/bench/filesystems.py --gigabytes {choices.gigabytes:g} --runs {choices.runs} --write`: merges "
+        f"\n## File systems{heading}\n\n`python tests/bench/filesystems.py --gigabytes {choices.gigabytes:g} --runs {choices.runs}{cold} "
+        "--write`: merges "
         f"that rename every key, of {size / 1e9:.2f} GB in 240 tensors, small and odd-sized ones among them, on new file systems (loop "
         f"mounts). The copy is `cp --reflink=never`, synced. Linux {platform.release().partition('-')[0]}, Python "
         f"{platform.python_version()}, torch {version('torch')}, {os.cpu_count()} cores, load {load:.1f} at the start:\n\n{table}\n\n"

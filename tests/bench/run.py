@@ -67,12 +67,17 @@ def median(samples: Sequence[Sample]) -> Sample:
     return Sample(statistics.median(s.seconds for s in samples), statistics.median(s.megabytes for s in samples))
 
 
-def pair(ours: Command, theirs: Command, runs: int, outputs: Sequence[Path] = ()) -> tuple[Sample, Sample, float]:
+def pair(
+    ours: Command, theirs: Command, runs: int, outputs: Sequence[Path] = (), cold: Sequence[Path] = ()
+) -> tuple[Sample, Sample, float]:
     def clean() -> None:
         for path in outputs:
             path.unlink(missing_ok=True)
         if outputs:
             os.sync()  # nobody pays for what the run before wrote
+        for path in cold:  # what is read must come from the disk
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     mine, yours = [], []
     for number in range(runs + 1):
