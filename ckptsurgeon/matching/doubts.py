@@ -244,14 +244,20 @@ def _either_direction(facts: Facts) -> _Doubts:
     }
     alike = {pair for pair in lists if _all_alike(facts.source, pair[0]) and _all_alike(facts.target, pair[1])}
     decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
-    for pair in alike:
+    open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in _counted(lists[pair], pair)} <= decided}
+    rising = {head for pair in alike - open_pairs if _rises(_counted(lists[pair], pair)) for head in pair}
+    for pair in open_pairs:  # no list beside it, of other shapes, tells
         counts = _counted(lists[pair], pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
-        if (
-            counted_both and not {(tuple(map(_above, pair)), count) for count in counts} <= decided
-        ):  # a list beside it, of other shapes, tells
+        if counted_both and not (rising.intersection(pair) and _rises(counts)):
             for link in lists[pair]:
                 yield Doubt(link, "such lists are counted up or down, and these are all alike")
+
+
+def _rises(counts: set[tuple[int, int]]) -> bool:
+    """Whether of two lists the greater number goes to the greater one, for several numbers."""
+    order = [count for _, count in sorted(counts)]
+    return len(order) > 1 and order == sorted(order)
 
 
 def _concepts_differ(first: str, second: str) -> bool:

@@ -26,7 +26,7 @@ from ckptsurgeon.matching.module_tree import both, fold, list_lengths
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
-from ckptsurgeon.matching.shared_and_orphans import between, cut_biases, orphans, shared, strayed
+from ckptsurgeon.matching.shared_and_orphans import between, cut_biases, orphans, shared, strayed, uncrossed
 from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.matching.towers import towered
@@ -207,7 +207,7 @@ def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple
         clues = _learned(record, known)
     units = strayed(between(record.units, source_tree, target_tree, trust), known.behind)
     matched = [link for laid in units for link in links(laid, about)]
-    matched = squares_turned(matched, source, target)
+    matched = uncrossed(squares_turned(matched, source, target), source, target)
     matched += orphans(matched, record, source, target)
     if not rest:
         matched += shared(matched, record, source, target)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 
+from ckptsurgeon.matching.evidence.support import OF_BOTH
 from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
-from ckptsurgeon.matching.module_tree import ROLES, Node, Shape, fold, is_float, squeezed
+from ckptsurgeon.matching.module_tree import ROLES, Node, Shape, fold, is_float, module_of, squeezed
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
@@ -21,6 +22,7 @@ _IMPLIED = {"attn", "self"}  # words that the other name may leave out
 _EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
 
 _QKV = ("q", "k", "v")
+_ADDED_UP = ({"neighbour", "root"},)  # layers of a module that gives the sum of what they do
 
 
 def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> list[Laid]:
@@ -160,6 +162,44 @@ def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tens
     return new_links
 
 
+def uncrossed(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
+    """The links, where two weights of one shape and one module, linked against their names, are exchanged.
+
+    One of two layers has a bias, and the other implementation gives it to the other one. Where a module adds up what both give, that is
+    the same bias.
+    """
+    against: dict[tuple[str, str, Shape], list[Link]] = {}
+    for link in links:
+        if len(link.sources) == len(link.targets) == 1 and not link.clear and not link.op and _excluded(link.sources[0], link.targets[0]):
+            around = (_around(link.sources[0]), _around(link.targets[0]), target[link.targets[0]].shape)
+            against.setdefault(around, []).append(link)
+    exchanged: dict[int, Link] = {}
+    for (*_, shape), crossed in against.items():
+        if len(crossed) == 2 and len(shape) > 1 and not any(_excluded(a.sources[0], b.targets[0]) for a, b in (crossed, crossed[::-1])):
+            for link, other in (crossed, crossed[::-1]):
+                words = ("names exclude the other way",)
+                exchanged[id(link)] = Link(other.sources, link.targets, "", ENOUGH, words, f"{link.sources[0]} -> {link.targets[0]}")
+            modules = {(module_of(link.sources[0]), module_of(link.targets[0])) for link in crossed}
+            names = {word for link in crossed for word in concepts(link.sources[0])}
+            if any(kind <= names for kind in _ADDED_UP):
+                exchanged |= {
+                    id(link): replace(link, margin=ENOUGH, evidence=(OF_BOTH,))
+                    for link in links
+                    if len(link.sources) == len(link.targets) == 1
+                    and id(link) not in exchanged
+                    and (module_of(link.sources[0]), module_of(link.targets[0])) in modules
+                }
+    return [exchanged.get(id(link), link) for link in links]
+
+
+def _around(key: str) -> str:
+    return module_of(module_of(key))
+
+
+def _excluded(source_key: str, target_key: str) -> bool:
+    return conflict(frozenset(concepts(source_key)), frozenset(concepts(target_key)))
+
+
 def cut_biases(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
     """Biases of queries, keys and values in one vector, beside a matrix that goes over whole, of which the target has some as tensors."""
     used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
@@ -269,7 +309,19 @@ def _alone_traits(tensor: TensorMeta, _path: str) -> list[Hashable]:
     return [] if not is_float(tensor) or len(shape) < 2 or square else [tensor.shape]
 
 
+def _apart(source: TensorMeta, target: TensorMeta, here: str, there: str) -> bool:
+    """Whether two are biases of one width, one of them the module's own."""
+    own = ("bias",) in (_words_below(source, here), _words_below(target, there))
+    return bool(here and there) and own and source.shape == target.shape
+
+
+def _apart_traits(tensor: TensorMeta, path: str) -> list[Hashable]:
+    """The width of a bias."""
+    return [tensor.shape] if len(tensor.shape) == 1 and _words_below(tensor, path)[-1:] == ("bias",) else []
+
+
 _RULES = (
     _Rule("named so in modules that go together", _named, _named_traits),
     _Rule("the only one of its shape that is left there", _alone, _alone_traits),
+    _Rule("the only bias that is left there", _apart, _apart_traits),
 )

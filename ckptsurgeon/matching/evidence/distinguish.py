@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
-from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.matching.module_tree import Node, fold
 
 _ENDS = (-100, -90, 10, 11, 50, 90, 100)
 _ORDINALS = {
@@ -113,7 +114,7 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like."""
     if len({node.folded for node in nodes}) == 1:
         return ranks([node.numbers for node in nodes])
-    differ = _first_difference(nodes) or _in_attention(nodes, words)
+    differ = _first_difference(nodes) or _in_attention(nodes, words) or _counted_on(nodes)
     if differ:
         return ranks(differ)
     positions = [_combined_position([position for word, position in _ORDINALS.items() if word in own_words]) for own_words in words]
@@ -148,6 +149,25 @@ def _first_difference(nodes: Sequence[Node]) -> list[int]:
             same = len({part.rstrip("0123456789") for part in parts}) == 1 and all(numbers)
             return [int(number) for number in numbers] if same and len(set(numbers)) == len(nodes) else []
     return []
+
+
+def _counted_on(nodes: Sequence[Node]) -> list[int]:
+    """The numbers of lists that one module holds, where each begins after the one before it ends (`outer.0` to `outer.2`, `more.p3`);
+    else nothing."""
+    paths = [node.path.split(".") for node in nodes]
+    at = next((at for at, parts in enumerate(zip(*paths, strict=False)) if len({*map(fold, parts)}) > 1), None)
+    if at is None:
+        return []
+    lists: dict[str, list[int]] = {}
+    places: list[int] = []
+    for node, parts in zip(nodes, paths, strict=True):
+        rest = [part for part in parts[at:] if part[-1:].isdigit()]
+        number = int(rest[0][len(rest[0].rstrip("0123456789")) :]) if rest else -1
+        lists.setdefault(node.folded, []).append(number)
+        places.append(number)
+    rows = sorted((min(numbers), max(numbers)) for numbers in lists.values())
+    apart = all(before[1] < after[0] for before, after in pairwise(rows))
+    return places if apart and len({*places}) == len(nodes) > len(rows) and min(places) >= 0 else []
 
 
 def _in_attention(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int]:

@@ -25,6 +25,7 @@ Tensors = Mapping[str, TensorMeta]
 _GENERIC = SAYS_NOTHING | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}  # of what kind a tensor is
 _MEMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a number that is a whole part
 ALONE = "only one of its shape here"
+OF_BOTH = "the bias of what two layers add up to"
 _HALF = 0.5
 _WHOLE_NAME = 3  # parts in common at the end of two names, from which on they name a tensor where no other name ends so
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
@@ -47,7 +48,7 @@ class Support:
 
     def speaks_for(self, link: Link) -> bool:
         """Whether anything but shapes does: for the link, for another of its unit, or for the modules around it."""
-        if not self.units.isdisjoint(self._units(link)):
+        if OF_BOTH in link.evidence or not self.units.isdisjoint(self._units(link)):
             return True
         pairs = list(product(link.sources, link.targets))
         if any(self._with_its_layer(*pair) for pair in pairs):

@@ -19,6 +19,8 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"pre_?(self_?)?(attention|attn)(_?layer_?norm|_?norm|_?ln)", "preattn.norm"),
     (r"pre_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "premlp.norm"),
     (r"post_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "postmlp.norm"),
+    (r"(lin|fc|linear)_(l|src|neigh(bou?rs?)?|nbr|rel)|(att|attn)_(l|src)", r"\1\4.neighbour"),  # of a layer on a graph
+    (r"(lin|fc|linear)_(r|dst|self|root)|(att|attn)_(r|dst)", r"\1\3.root"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
     (r"dense_h_to_4h", "up"),
@@ -136,6 +138,7 @@ _KINDS = (
     {"gate", "up", "down"},
     {"student", "teacher"},
     {"ih", "hh"},
+    {"neighbour", "root"},
     {"lm", "embed"},
     {"lm", "shared"},
     {"head", "tok"},
