@@ -94,6 +94,7 @@ def _doubted(choice: Choice, clues: Clues) -> Choice:
         running
         or len(choice.source.main) > 1
         or clues.behind_the_same(choice.source, choice.target)
+        or clues.with_the_same(choice.source, choice.target)
         or _last_word(choice.source) & _last_word(choice.target)
     ):
         return choice

@@ -16,17 +16,19 @@ from typing import TypeVar
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Facts, doubted
-from ckptsurgeon.matching.evidence.company import behind, parts_within
+from ckptsurgeon.matching.evidence.company import behind, companions, parts_within
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.factors import Side, as_stored, sides
 from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
 from ckptsurgeon.matching.module_tree import both, fold, list_lengths
+from ckptsurgeon.matching.once_laid.neighbours import between, strayed
+from ckptsurgeon.matching.once_laid.orphans import cut_biases, orphans, uncrossed
+from ckptsurgeon.matching.once_laid.shared import shared, spread
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
-from ckptsurgeon.matching.shared_and_orphans import between, cut_biases, orphans, shared, strayed, uncrossed
 from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.matching.towers import towered
@@ -196,7 +198,12 @@ def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple
     source_tree, target_tree = both(map(about.seen, source.values()), target.values())
     ordered = has_order(source) and has_order(target)
     rows = list_lengths(source_tree) | list_lengths(target_tree)
-    known = Clues(ordered=ordered, rows=rows, behind=behind(source_tree) | behind(target_tree))
+    known = Clues(
+        ordered=ordered,
+        rows=rows,
+        behind=behind(source_tree) | behind(target_tree),
+        together=companions(source_tree) | companions(target_tree),
+    )
     clues = known
     for _ in range(PASSES):
         record = lay(source_tree, target_tree, clues)
@@ -211,6 +218,7 @@ def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple
     matched += orphans(matched, record, source, target)
     if not rest:
         matched += shared(matched, record, source, target)
+        matched = spread(matched, source, target)
     return matched, trust
 
 

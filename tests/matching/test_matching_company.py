@@ -10,8 +10,8 @@ from pairs_support import meta
 from ckptsurgeon.matching.evidence.company import behind
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.module_tree import grow
+from ckptsurgeon.matching.once_laid.neighbours import strayed
 from ckptsurgeon.matching.pairing import Laid
-from ckptsurgeon.matching.shared_and_orphans import strayed
 from ckptsurgeon.tensors import TensorMeta
 
 Shapes = dict[str, tuple[int, ...]]

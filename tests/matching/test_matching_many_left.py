@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pairs_support import meta
 
-from ckptsurgeon.matching import shared_and_orphans
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.once_laid import orphans
 
 
 def test_what_is_left_over_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_what_is_left_over_is_compared_with_few(monkeypatch: pytest.MonkeyPatch)
 
         return replace(rule, fits=fits)
 
-    monkeypatch.setattr(shared_and_orphans, "_RULES", tuple(map(counted, shared_and_orphans._RULES)))
+    monkeypatch.setattr(orphans, "_RULES", tuple(map(counted, orphans._RULES)))
     for size in (400, 800):
         layers = [(f"layers.{number // 10}.part{number % 10}", number % 5) for number in range(size)]
         source = [f"{layer}.{'weight' if named else 'gain'}" for layer, named in layers]

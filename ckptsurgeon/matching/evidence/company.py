@@ -87,6 +87,22 @@ def _is_chain(kernels: Sequence[_Kernels], norms: Sequence[Node]) -> bool:
     )
 
 
+def companions(root: Node) -> dict[int, Node]:
+    """By unit (its id) the one that is with it: the other of two in a module, or the only one beside it whose name begins with its word."""
+    together: dict[int, Node] = {}
+    for module in root.nodes:
+        units = [child for child in module.children if child.leaf]
+        by_word: dict[str, list[Node]] = {"": units} if len(module.children) == 2 and module is not root else {}
+        for unit in units:
+            first, _, rest = unit.name.partition("_")
+            if rest and len(first) > 1:
+                by_word.setdefault(first, []).append(unit)
+        for pair in by_word.values():
+            if len(pair) == 2:
+                together |= {id(pair[0]): pair[1], id(pair[1]): pair[0]}
+    return together
+
+
 @dataclass(frozen=True)
 class Inside:
     """What the matrices in a module are on the other side: the parts of a layer that their names say, and the path that these share."""

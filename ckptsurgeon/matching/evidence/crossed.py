@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations, islice
 
+from ckptsurgeon.matching.evidence.distinguish import written
 from ckptsurgeon.matching.evidence.score import PAIRED_ELSEWHERE
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict
 from ckptsurgeon.planning.links import Link
@@ -119,6 +120,7 @@ def _agree(old: str, new: str) -> float:
     shared = frozenset(word for word in every & others if word[0] != "#" and (len(word) > 1 or word in "qkv"))
     points = -2.0 if conflict(every, others) else 0.0
     points += bool(shared - _KINDS) + _HINT * bool(shared & _KINDS)
+    points += _HINT * bool(shared - _KINDS and written(old) & written(new))
     if "norm" in shared:
         late, other_late = _is_late(every), _is_late(others)
         points += 0 if late is None or other_late is None else 1 if late == other_late else -2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -59,6 +60,18 @@ def abbreviated(first: frozenset[str], second: frozenset[str]) -> bool:
         for b in second
         for short, long in ((a, b) if len(a) < len(b) else (b, a),)
     )
+
+
+def written(name: str) -> frozenset[str]:
+    """The words of a name as they are written, short ones and numbers aside."""
+    return frozenset(word for word in re.findall("[a-z]+", name.lower()) if len(word) > 2)
+
+
+def telling_words(nodes: Sequence[Node]) -> list[frozenset[str]]:
+    """For each node the words of its own name as they are written that not all of them have."""
+    words = [written(node.name) for node in nodes]
+    common = frozenset.intersection(*words) if len(words) > 1 else frozenset()
+    return [own - common for own in words]
 
 
 def telling_segments(nodes: Sequence[Node]) -> list[frozenset[str]]:

@@ -25,6 +25,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     slots,
     telling,
     telling_segments,
+    telling_words,
     unsaid_attention,
 )
 from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
@@ -33,6 +34,7 @@ from ckptsurgeon.progress import beat
 
 AGAINST_IT, PAIRED_ELSEWHERE = "against it", "paired so elsewhere"
 WORD = 3.0  # a word that tells look-alikes apart is on both sides
+WRITTEN = 1.0  # the same word as it is written, where what the words mean tells nothing on one side
 ABBREVIATED = 1.8  # one side's word begins the other's
 AGAINST = -2.0  # names exclude each other; twice that for roles
 SAME = 1.0  # the same name
@@ -55,7 +57,8 @@ class Clues:
     often which names were paired elsewhere, which node of the target each node of the source (by its id) was paired with, and how many
     differ from a node by its last number.
 
-    `behind` has the convolutions that norms stand behind, `within` the parts of layers that modules of either side hold (see `company`).
+    `behind` has the convolutions that norms stand behind, `together` the one unit that is with another,
+    `within` the parts of layers that modules of either side hold (see `company`).
     """
 
     trust: float = 0.0
@@ -66,12 +69,20 @@ class Clues:
     partners: Mapping[int, Node] = field(default_factory=dict)
     rows: Mapping[int, int] = field(default_factory=dict)
     behind: Mapping[int, Node] = field(default_factory=dict)
+    together: Mapping[int, Node] = field(default_factory=dict)
     within: Callable[[], tuple[Mapping[str, Inside], Mapping[str, Inside]]] = lambda: ({}, {})
 
     def behind_the_same(self, source: Node, target: Node) -> bool:
         """Whether the convolutions that two norms stand behind were paired."""
-        before, there = self.behind.get(id(source)), self.behind.get(id(target))
-        return before is not None and there is not None and self.partners.get(id(before)) is there
+        return self._paired(self.behind, source, target)
+
+    def with_the_same(self, source: Node, target: Node) -> bool:
+        """Whether the units were paired that two of the same roles are together with."""
+        return source.tensors.keys() == target.tensors.keys() and self._paired(self.together, source, target)
+
+    def _paired(self, near: Mapping[int, Node], source: Node, target: Node) -> bool:
+        here, there = near.get(id(source)), near.get(id(target))
+        return here is not None and there is not None and self.partners.get(id(here)) is there
 
 
 class Table:
@@ -81,6 +92,7 @@ class Table:
         self.sources, self.targets, self.clues = sources, targets, clues
         self.words = tuple(telling(nodes) for nodes in (sources, targets))
         self.segments = tuple(telling_segments(nodes) for nodes in (sources, targets))
+        self.written = tuple(telling_words(nodes) for nodes in (sources, targets))
         self.ordinals = tuple(ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
         if any(either_gate(*sides) or unsaid_attention(*sides) for sides in ((sources, targets), (targets, sources))):
             self.ordinals = (None, None)
@@ -98,6 +110,9 @@ class Table:
         parts = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
         if not shared and (abbreviated(source_words, target_words) or begun(self.segments[0][row], self.segments[1][column])):
             parts["a name cut short"] = ABBREVIATED
+        silent = any(all(word[0] == "#" for word in words) for words in (source_words, target_words))
+        if silent and self.written[0][row] & self.written[1][column]:
+            parts["the same word"] = WRITTEN
         if conflict(source_words, target_words):
             parts[f"names {AGAINST_IT}"] = AGAINST
         if ("aux" in source_words) != ("aux" in target_words):

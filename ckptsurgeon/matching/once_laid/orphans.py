@@ -1,140 +1,22 @@
-"""What is decided once both trees are laid on each other: doubts that neighbours settle, norms that stray from their convolution, tensors
-that several targets share, and tensors that stand apart from their module, or are fused, on one side."""
+"""Tensors that stand apart from their module on one side, are fused there, or have their bias at another layer."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import inf
 
 from ckptsurgeon.matching.evidence.support import OF_BOTH
 from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
-from ckptsurgeon.matching.module_tree import ROLES, Node, Shape, fold, is_float, module_of, squeezed
-from ckptsurgeon.matching.pairing import Laid, Record
+from ckptsurgeon.matching.module_tree import Shape, is_float, module_of, squeezed
+from ckptsurgeon.matching.pairing import Record
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _IMPLIED = {"attn", "self"}  # words that the other name may leave out
-# An output layer is often the embedding itself: what the two are called.
-_EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
-
 _QKV = ("q", "k", "v")
 _ADDED_UP = ({"neighbour", "root"},)  # layers of a module that gives the sum of what they do
-
-
-def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> list[Laid]:
-    """Doubtful pairs between neighbours that are certain pairs are doubtful no more, where the order of keys can be trusted."""
-    if trust < 0.5:
-        return list(units)
-    placed = {id(laid.sources[0]): laid.targets[0] for laid in units if _single(laid) and laid.margin >= ENOUGH}
-    beside = tuple({id(unit): (before, after) for before, unit, after in _triples(node)} for node in (source, target))
-    decided = []
-    for laid in units:
-        if _single(laid) and 0 < laid.margin < ENOUGH:
-            here, there = beside[0][id(laid.sources[0])], beside[1][id(laid.targets[0])]
-            if all(
-                source_neighbour is target_neighbour is None
-                or (source_neighbour and target_neighbour and placed.get(id(source_neighbour)) is target_neighbour)
-                for source_neighbour, target_neighbour in zip(here, there, strict=True)
-            ):
-                laid = replace(laid, margin=ENOUGH, evidence=(*laid.evidence, "between the same neighbours"))
-        decided.append(laid)
-    return decided
-
-
-def strayed(units: Sequence[Laid], behind: Mapping[int, Node]) -> list[Laid]:
-    """The pairs, those of two norms in doubt whose convolutions (`behind`, by the norm's id) are certain to be other layers'."""
-    certain = [laid for laid in units if _single(laid) and laid.margin >= ENOUGH]
-    partners = {
-        id(node): id(other)
-        for laid in certain
-        for node, other in zip((*laid.sources, *laid.targets), (*laid.targets, *laid.sources), strict=True)
-    }
-
-    def elsewhere(laid: Laid) -> bool:
-        before = behind.get(id(laid.sources[0])), behind.get(id(laid.targets[0]))
-        return all(before) and any(partners.get(id(node), id(other)) != id(other) for node, other in (before, before[::-1]))
-
-    return [
-        replace(laid, margin=min(laid.margin, 0.0), evidence=(*laid.evidence, "the convolution before it goes elsewhere"))
-        if _single(laid) and elsewhere(laid)
-        else laid
-        for laid in units
-    ]
-
-
-def _single(laid: Laid) -> bool:
-    return len(laid.sources) == len(laid.targets) == 1
-
-
-def _triples(node: Node) -> Iterator[tuple[Node | None, Node, Node | None]]:
-    units = sorted((unit for unit in node.units()), key=lambda unit: unit.at)
-    return zip([None, *units[:-1]], units, [*units[1:], None], strict=True)
-
-
-def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
-    """Targets without a source of their own, whose shape the source has once: an embedding that is the output layer too, and the like.
-
-    A source that keeps one embedding under several names counts as having it once.
-    """
-    used, reached = {key for link in links if link.clear for key in link.sources}, {key for link in links for key in link.targets}
-    owners: dict[Shape, Link] = {}
-    for link in sorted(links, key=lambda link: link.sources[0].count(".")):
-        if len(link.sources) == len(link.targets) == 1:
-            owners.setdefault(target[link.targets[0]].shape, link)
-    names: dict[Shape, list[str]] = {}
-    rows = Counter((fold(key), tensor.shape) for key, tensor in source.items())
-    for key, tensor in source.items():
-        names.setdefault(tuple(sorted(tensor.shape)), []).append(key)
-    lost = tuple(f"{node.path}." for node in record.lost)
-    tied = []
-    for key, tensor in target.items():
-        owner = owners.get(tensor.shape)
-        if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
-            continue
-        once = names.get(tuple(sorted(tensor.shape)), [])
-        module, owners_module = (name.rpartition(".")[0] for name in (key, owner.targets[0]))
-        lacked = (  # a list of which the source has fewer
-            module != owners_module and fold(module) == fold(owners_module) and rows[fold(owner.sources[0]), tensor.shape] > 1
-        )
-        if not lacked and used.issuperset(once) and (len(once) == 1 or _one_embedding(once)):
-            tied += _shared(key, tensor, _of_embeddings(owner, once), len(once) == 1)
-    return tied
-
-
-def _of_embeddings(owner: Link, names: Sequence[str]) -> Link:
-    """The link that a target shares; of several embeddings the one for both sides, or the encoder's, perhaps not the decoder's."""
-    words = {name: set(concepts(name)) for name in names}
-    several = [name for name in sorted(names, key=lambda name: ("decoder" in words[name], name)) if not {"head", "lm"} & words[name]]
-    both = [name for name in several if not {"encoder", "decoder"} & words[name]]
-    if len(several) < 2 or len(both) == 1:
-        return owner
-    return replace(owner, sources=(several[0],), margin=min(owner.margin, 0.5), runner_up=f"{several[1]} -> {owner.targets[0]}")
-
-
-def _one_embedding(names: Sequence[str]) -> bool:
-    """Whether all names are those of an embedding or of an output layer that is one with it, and one is the embedding's."""
-    words = [set(concepts(name)) for name in names]
-    return all(_HEADS & name_words for name_words in words) and any(_EMBEDS & name_words for name_words in words)
-
-
-def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]:
-    """The link of a target to the source that another target has, if any."""
-    of = owner.targets[0]
-    words, owner_words = set(concepts(key)), set(concepts(of))
-    tied = bool(_EMBEDS & owner_words and _HEADS & words) and not {"pos", "tokentype"} & owner_words.union(
-        words, concepts(owner.sources[0])
-    )
-    (module, last), (owner_module, owner_last) = ((name.rpartition(".")[0], name.rpartition(".")[2]) for name in (key, of))
-    within = f"{module}.".startswith(f"{owner_module}.") or f"{owner_module}.".startswith(f"{module}.")
-    if len(squeezed(tensor.shape)) < 2 and not (last == owner_last and within):
-        return []  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
-    same_name = last == owner_last and (last not in ROLES or last == "bias" or module.rpartition(".")[2] == owner_module.rpartition(".")[2])
-    margin = min(owner.margin, inf if tied or (same_name and once) else 0.5)
-    return [Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {of}",), owner.runner_up if margin < ENOUGH else "")]
 
 
 def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
