@@ -29,6 +29,7 @@ Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
 _MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 _INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
+_OUTER = re.compile(r"(?<=_)\d+_")  # a number within a part, of a list around: `up_blocks_1_attentions`
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
 _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
 
@@ -285,7 +286,8 @@ def _all_alike(side: Tensors, head: str) -> bool:
 
 
 def _last_name(head: str) -> str:
-    return head.rstrip("._0123456789").rpartition(".")[2]
+    """What a numbered list is called: the words between the number before it and its own."""
+    return _OUTER.split(head.rstrip("._0123456789").rpartition(".")[2])[-1]
 
 
 def _lists(source_key: str, target_key: str) -> Iterator[tuple[str, str]]:

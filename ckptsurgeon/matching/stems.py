@@ -1,14 +1,16 @@
-"""Names that begin alike, where underscores stand between modules: `branch_3x3_1_bn` in `branch_3x3.1.bn`.
+"""Names that begin alike, where underscores stand between modules: `branch_3x3_1_bn` in `branch_3x3.1.bn`; and words run together.
 
 Rule: a norm whose name begins with a convolution's stands in one module with it. Then, where several names begin alike and each of the
 ways in which they go on holds several layers, what they have in common is a module. Both sides are looked at together, so that equal names
-stay equal; and no cut is made that changes what a name says.
+stay equal; and no cut is made that changes what a name says. A word that says nothing by itself, and that the other side writes as two,
+is these two (`qpos` and `q_pos`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.spelling import unique
@@ -16,6 +18,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _SEPARATOR = re.compile(r"[._]")
+_WORDS = re.compile(r"([._])")  # the same, which keeps what separates
 _MEMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number that is a whole part
 _HOLE = "{}"  # in its place
 
@@ -28,9 +31,13 @@ def parted(source: Tensors, target: Tensors) -> tuple[dict[str, str], dict[str, 
     >>> parted({key: meta(key, 8, *more) for key, more in (("a_1x1.weight", (4, 1, 1)), ("a_1x1_bn.weight", ()))}, {})[0]
     {'a_1x1.weight': 'a_1x1.weight', 'a_1x1_bn.weight': 'a_1x1.bn.weight'}
     """
+    modules = [{*map(_module, side)} for side in (source, target)]
     names = {module: module for side in (source, target) for module in map(_module, side)}
     if any("_" in module for module in names):
         names |= _companions(source) | _companions(target)
+        apart = _run_together(*modules) | _run_together(*modules[::-1])
+        if apart:
+            names = {module: "".join(apart.get(word, word) for word in _WORDS.split(name)) for module, name in names.items()}
         folded = {name: _MEMBER.sub(_HOLE, name) for name in names.values() if _HOLE not in name}
         heads = _shared_heads({*folded.values()})
         cuts = {name: cut for name in {*folded.values()} if (cut := _cut(name, heads)) != name}
@@ -45,6 +52,18 @@ def _module(key: str) -> str:
 
 def _within(module: str, key: str) -> str:
     return f"{module}.{key.rpartition('.')[2]}" if module else key
+
+
+def _run_together(modules: Collection[str], others: Collection[str]) -> dict[str, str]:
+    """Words in one side's names that say nothing, and that the names of the other side have as two only: by word, these two."""
+    words, other_words = ({word for name in side for word in _SEPARATOR.split(name)} for side in (modules, others))
+    pairs: dict[str, set[str]] = {}
+    for part in {part for name in others for part in name.split(".") if "_" in part}:
+        for first, second in pairwise(part.split("_")):
+            if first.isalpha() and second.isalpha():
+                pairs.setdefault(first + second, set()).add(f"{first}_{second}")
+    unknown = {word for word in pairs.keys() & words - other_words if concepts(word) == (word,)}
+    return {word: min(pairs[word]) for word in unknown if len(pairs[word]) == 1}
 
 
 def _companions(side: Tensors) -> dict[str, str]:
