@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
+from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold, squeezed
@@ -373,6 +374,12 @@ def _exchanged(facts: Facts) -> _Doubts:
         yield Doubt(link, f"its names speak no less for {rival}", rival)
 
 
+def _counted_across(facts: Facts) -> _Doubts:
+    """Layers of a module in which links cross the order that both sides count in."""
+    for link, rival in across(_open(facts), facts.source, facts.target):
+        yield Doubt(link, "numbers are crossed in its module", rival)
+
+
 def _open(facts: Facts) -> Iterator[Link]:
     return (link for link in facts.links if link.clear and not facts.named(link))
 
@@ -389,6 +396,7 @@ _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _idle_equals,
     _either_direction,
     _exchanged,
+    _counted_across,
     _exchangeable_parts,
     _shape_alone,
 )

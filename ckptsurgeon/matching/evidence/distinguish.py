@@ -138,7 +138,8 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     silent = [index for index in range(len(nodes)) if not positions[index] and not numbers[index]]
     if len(nodes) == 2 and len(silent) == 1 and positions[1 - silent[0]] == _CROSS and all("attn" in concepts(node.path) for node in nodes):
         return [int(index != silent[0]) for index in range(2)]  # `attn` beside `cross_attn` is the self-attention
-    if any(positions):
+    counted = len({len(number) for number in numbers}) == 1 and all(numbers)
+    if any(positions) and not (counted and not all(positions)):  # where all are counted, a word that some have says no more
         mixed = (
             [position[0] for position, number in zip(positions, numbers, strict=True) if position and not number] if any(numbers) else []
         )
@@ -147,7 +148,7 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
         if silent and not (len(nodes) == 2 and positions[1 - silent[0]][0] in _ENDS):
             return None  # of two, the one that is not said to be first is the second
         sort_keys = [tuple(position[:1] or ([50] if silent else [0]) + number) for position, number in zip(positions, numbers, strict=True)]
-    elif silent or len({len(number) for number in numbers}) != 1:
+    elif not counted:
         return None
     else:
         sort_keys = [tuple(number) for number in numbers]

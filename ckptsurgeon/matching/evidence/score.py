@@ -142,7 +142,7 @@ class Table:
             parts["behind the same convolution"] = BEHIND
         if self._named_after(row, column):
             parts["named after the part that it is of"] = NAMED_AFTER
-        elsewhere = self._elsewhere(source, target)
+        elsewhere = 0.0 if self._unrivalled(row, column) else self._elsewhere(source, target)
         if elsewhere:
             parts[PAIRED_ELSEWHERE] = ELSEWHERE * elsewhere
         return parts
@@ -170,6 +170,20 @@ class Table:
 
     def _confused(self, index: int, side: int = 0) -> bool:
         return any(self.words[side][index] & names for names in CONFUSED)
+
+    def _unrivalled(self, row: int, column: int) -> bool:
+        """Whether both have rivals here, of the words that they share, and none of these was seen elsewhere: all that was told there is
+        that the two share these words."""
+        _, sources, targets = self.inside
+        words, other_words = self.words
+        shared = words[row] & other_words[column]
+        rivals = [at for at, own in enumerate(words) if at != row and own & other_words[column] == shared]
+        other_rivals = [at for at, own in enumerate(other_words) if at != column and own & words[row] == shared]
+        sides = (self.sources, rivals, self.clues.sources, sources), (self.targets, other_rivals, self.clues.targets, targets)
+        return bool(shared) and all(
+            chosen and not any(every.get(tail, 0) > within.get(tail, 0) for at in chosen for tail in tails(nodes[at], self.clues.rows))
+            for nodes, chosen, every, within in sides
+        )
 
     def _elsewhere(self, source: Node, target: Node) -> float:
         best = 0.0

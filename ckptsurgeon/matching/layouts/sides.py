@@ -21,16 +21,20 @@ _ROTARY = re.compile(r"(?:^|[._])(?:rope|rotary|inv_freq|freqs)(?=[._]|$)")
 _PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)")
 _OF_POSITIONS = re.compile(r"pos|rel|wpe|attn_?bias|attention_bias", re.IGNORECASE)  # one of these is in each name of positions
 _OF_TOKENS = re.compile(r"tok|word|vocab|wte", re.IGNORECASE)
+_ROW_FACTOR = re.compile(
+    r"(?<=[^.])[._]lora[._](?:up|b)(?:\.[a-z_]+)?(?=\.weight$|$)", re.IGNORECASE
+)  # with the name of its adapter, as peft has it
 _NUMBER = re.compile(r"(?:^|[._])\d+(?=[._]|$)")
 
 
 @cache
 def unit_of(key: str) -> str:
-    """A tensor's module, or a bare parameter's own name.
+    """A tensor's module, or a bare parameter's own name. A low-rank factor that has a weight's rows is that weight's module's own.
 
-    >>> unit_of("attn.q_proj.weight"), unit_of("attn.in_proj_weight"), unit_of("experts.gate_up_proj")
-    ('attn.q_proj', 'attn.in_proj', 'experts.gate_up_proj')
+    >>> unit_of("attn.q_proj.weight"), unit_of("attn.in_proj_weight"), unit_of("experts.gate_up_proj"), unit_of("attn.q_proj.lora_B.weight")
+    ('attn.q_proj', 'attn.in_proj', 'experts.gate_up_proj', 'attn.q_proj')
     """
+    key = _ROW_FACTOR.sub("", key)
     head, _, leaf = key.rpartition(".")
     if leaf in _LEAVES:
         return head
