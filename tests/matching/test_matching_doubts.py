@@ -76,6 +76,17 @@ def test_refinement_stages_that_are_all_alike_may_be_counted_the_other_way(in_or
     assert not [key for key in sure(source, target) if "fusion" in key]
 
 
+def test_a_list_is_called_by_its_own_name_where_underscores_stand_around_the_list_that_it_is_in() -> None:
+    """`up_blocks_1_attentions` is a list of attentions, and these are counted alike."""
+
+    def parts(list_name: str, dot: str, down: str) -> dict[str, tuple[int, ...]]:
+        names = ("proj_in", "proj_out", f"ff{dot}0", f"ff{dot}2")
+        return {f"{list_name}{dot}{i}{dot}{name}.{down}.weight": (8, 5 + at) for i in (0, 1) for at, name in enumerate(names)}
+
+    flat, nested = parts("lora_net_up_blocks_1_attentions", "_", "lora_down"), parts("net.up_blocks.1.attentions", ".", "lora_A")
+    assert sure(side(flat), side(nested)) == {name: (key,) for name, key in zip(nested, flat, strict=True)}
+
+
 @pytest.mark.parametrize("in_order", [False, True])
 def test_norms_that_are_counted_go_by_what_stands_before_them(in_order: bool) -> None:
     """Deformable DETR's first norm follows its cross-attention."""

@@ -121,3 +121,23 @@ def test_rivals_are_shown_as_the_file_spells_them() -> None:
     found = match(side(rows, False), side(other, False))
     rivals = [link.runner_up.partition(" -> ")[0] for link in found.uncertain if link.runner_up]
     assert rivals and all(any(key.startswith(rival) for key in rows) for rival in rivals)
+
+
+@pytest.mark.parametrize("turn", [1, -1], ids=["in the source", "in the target"])
+def test_words_that_run_together_are_the_two_that_the_other_side_has(turn: int) -> None:
+    run, apart = (side({f"layers.0.{name}.weight": (4, 4)}) for name in ("qpos_proj", "attn.q_pos_proj"))
+    assert [[*named.values()] for named in parted(*(run, apart)[::turn])][::turn] == [["layers.0.q_pos_proj.weight"], [*apart]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("qpos", "q.pos"),  # two modules
+        ("layernorm", "layer_norm"),  # says enough by itself
+        ("a.qpos", "a.q_pos.qpos"),  # both sides have the word
+        ("ab1", "a_b1"),
+    ],
+)
+def test_other_words_stay_as_they_are(one: str, other: str) -> None:
+    here, there = (side({f"layers.0.{name}.weight": (4, 4)}) for name in (one, other))
+    assert [[*named.values()] for named in parted(here, there)] == [[*here], [*there]]
