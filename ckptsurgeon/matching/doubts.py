@@ -242,7 +242,8 @@ def _either_direction(facts: Facts) -> _Doubts:
     lists = {
         pair: links
         for pair, links in _by_lists(_open(facts)).items()
-        if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY and _concepts_differ(*map(_last_name, pair))
+        if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY
+        and len({frozenset(concepts(_last_name(head))) for head in pair}) == 2
     }
     alike = {pair for pair in lists if _all_alike(facts.source, pair[0]) and _all_alike(facts.target, pair[1])}
     decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
@@ -260,10 +261,6 @@ def _rises(counts: set[tuple[int, int]]) -> bool:
     """Whether of two lists the greater number goes to the greater one, for several numbers."""
     order = [count for _, count in sorted(counts)]
     return len(order) > 1 and order == sorted(order)
-
-
-def _concepts_differ(first: str, second: str) -> bool:
-    return set(concepts(first)) != set(concepts(second))
 
 
 def _above(head: str) -> str:
