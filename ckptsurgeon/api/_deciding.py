@@ -33,7 +33,7 @@ NOT_THE_MAPPING = "keys were matched: this proves the file, not the mapping, whi
 
 
 def decide(
-    sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[[], nn.Module] | None, ruling: Ruling, options: RuleOptions
+    sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[..., nn.Module] | None, ruling: Ruling, options: RuleOptions
 ) -> tuple[Ruling, Plan]:
     """Make the plan, and complete its rules: those of the call, those that matching adds, and what the model's loading code takes.
 
@@ -65,7 +65,7 @@ def decide(
 
 
 def _matched(
-    sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[[], nn.Module] | None, ruling: Ruling, options: RuleOptions
+    sources: Sequence[Checkpoint], target: Checkpoint | None, model: Callable[..., nn.Module] | None, ruling: Ruling, options: RuleOptions
 ) -> Ruling:
     """A call's rules, and after them those that matching adds. Raises CoverageError if it finds too little."""
     if target is None or len(sources) != 1:

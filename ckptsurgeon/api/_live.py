@@ -72,7 +72,7 @@ def transfer(
             target = checkpoint_of(model, own_class(model).__name__)
             target = target if options.conversions else _opening.without_conversions(target)
             source_checkpoint, live = _open(source, options.root, target, training.ema is not None)
-            ruling, plan = decide([source_checkpoint], target, lambda: model, ruling, options)
+            ruling, plan = decide([source_checkpoint], target, lambda real=False: model, ruling, options)
             if not step:
                 _refuse_idle(plan, options, training, on_meta(model))
                 _gates.refuse_idle_casts(plan.allow_cast, [planned.target for planned in plan.steps])

@@ -52,10 +52,11 @@ class Target:
     build_meta: Callable[[], nn.Module] | None = None
 
     @property
-    def any_model(self) -> Callable[[], nn.Module] | None:
-        """A function that builds a model with the target's modules, on meta where possible; None where the target is no model."""
-        build = self.build
-        return self.build_meta or (None if build is None else lambda: build(0))
+    def any_model(self) -> Callable[..., nn.Module] | None:
+        """A function that builds a model with the target's modules: on meta where possible, or, called with `real=True`, with values.
+        None where the target is no model."""
+        build, build_meta = self.build, self.build_meta
+        return build and (lambda real=False: build_meta() if build_meta is not None and not real else build(0))
 
 
 def read(source: Path | BytesIO) -> Archive:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def learned(
     sources: Sequence[Checkpoint],
     target: Checkpoint | None,
-    model: Callable[[], nn.Module] | None,
+    model: Callable[..., nn.Module] | None,
     ruling: Ruling,
     *,
     average: Weights | None = None,
@@ -29,7 +29,7 @@ def learned(
     """The ruling, with the names that the model's loading code takes.
 
     The code runs only if a source has names below its module that the target lacks or has with another shape, or if no source and no rule
-    gives one of the module's keys, which the code may fill in; `model` returns a model on which it may run.
+    gives one of the module's keys, which the code may fill in; `model` returns a model on which it may run (`Target.any_model`).
     """
     if target is None or model is None or not target.loaders:
         return ruling
@@ -45,7 +45,7 @@ def learned(
 
             versions = stated(number, sources, names, target.loaders)
             given = {key: target[key] for key in target if key not in absent}  # the code gets what other sources and rules give, too
-            tried = probe(model(), target.loaders, {**given, **tensors}, versions, absent)
+            tried = probe(model, target.loaders, {**given, **tensors}, versions, absent)
             taken[number] = replace(tried, handed={name: head for name, head in tried.handed.items() if name in tensors})
     return replace(ruling, outside=replace(ruling.outside, taken=taken)) if taken else ruling
 

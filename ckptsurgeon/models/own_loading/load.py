@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptsurgeon.errors import CheckpointError, TargetError
 from ckptsurgeon.loading import Loader
-from ckptsurgeon.models.own_loading.snapshot import Undo, take_snapshot
+from ckptsurgeon.models.own_loading.snapshot import Undo, take_snapshot, values_of
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key
@@ -66,9 +66,12 @@ def load(
     metadata = {path: module_metadata for path, module_metadata in getattr(state, "_metadata", {}).items() if path not in loaders}
     inputs._metadata = copy.deepcopy({**metadata, **versions})  # type: ignore[attr-defined]
     restore = _snapshot(model, state, values, loaders)
+    before = values_of(state, computed)
     try:
         result = user_code.call(name, model.load_state_dict, inputs, strict=False)
-        missing = set(getattr(result, "missing_keys", None) or ())
+        after = values_of(state_dict_of(model, name), before)
+        left_out = getattr(result, "missing_keys", None) or ()  # with keys that hooks filled in
+        missing = {key for key in left_out if after.get(key) == before.get(key)}
         filled = {tie_key(state[key]) for key in computed if key not in missing}  # a tied key gets its value through another name
         _check_computed([key for key in state if key in computed and key in missing and tie_key(state[key]) not in filled], name)
         _check_not_lost([key for key in getattr(result, "unexpected_keys", None) or () if key in state and key in values], name)

@@ -1,7 +1,8 @@
 """Finds what a model's own loading code does with names that the model does not have, by loading stand-in tensors that carry their names.
 
 A stand-in has no memory of its own. A copy of one into the model writes nothing: the key that would have received it is recorded.
-A computation on stand-ins gives one that carries the names of all inputs. Hooks after loading are not run. The model is restored.
+A computation on stand-ins gives one that carries the names of all inputs. Hooks after loading run only where the source lacks a key of
+their module; such a key that they change is filled in. The model is restored.
 """
 
 from __future__ import annotations
@@ -9,24 +10,30 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.loading import Loader
-from ckptsurgeon.models.own_loading.snapshot import take_snapshot
+from ckptsurgeon.models.own_loading.filled import Writes, find_filled
+from ckptsurgeon.models.own_loading.snapshot import take_snapshot, values_of
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.target.loaders import PLAIN, tensors_of
+from ckptsurgeon.models.target.loaders import PLAIN, hooks_after, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key
 from ckptsurgeon.planning.own_loading.versions import plain
 from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
+
+Build = Callable[..., nn.Module]
 
 # Operations that keep a tensor's values, as long as its dtype and shape stay the same.
 _SAME = ("detach", "clone", "contiguous", "cpu", "to", "type_as", "requires_grad_", "data")
@@ -113,8 +120,20 @@ def _named(tensor: torch.Tensor, names: frozenset[str], whole: bool, record: _Re
     return stand_in
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One try of loading: the model's keys `lacking` in the source that loading code can reach, the lists that torch's load hands to
+    hooks, what failed by path of a module, and the record."""
+
+    lacking: frozenset[str]
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    record: _Record = field(default_factory=_Record)
+
+
 def probe(
-    model: nn.Module,
+    build: Build,
     loaders: Mapping[str, Loader],
     source_tensors: Mapping[str, TensorMeta],
     versions: Mapping[str, Any],
@@ -124,47 +143,69 @@ def probe(
     keys that the source lacks.
 
     Args:
+        build: returns a model on which the code may run, on meta where possible; with `real=True` one that has values, if there is one.
+            It is asked for values only where the code writes into a key that the source lacks.
         loaders: the model's modules with loading code of their own.
         source_tensors: the source's tensors by name.
         versions: the metadata that the source recorded, by the path of the model's module.
         absent: the model's keys that no source and no rule gives.
     """
+    taken, written = _tried(build(), loaders, source_tensors, versions, absent)
+    return _tried(build(real=True), loaders, source_tensors, versions, absent)[0] if written else taken
+
+
+def _tried(
+    model: nn.Module,
+    loaders: Mapping[str, Loader],
+    source_tensors: Mapping[str, TensorMeta],
+    versions: Mapping[str, Any],
+    absent: Collection[str],
+) -> tuple[Taken, bool]:
+    """What the code does, and whether it writes into a key that the source lacks, on a model that has no values."""
     path = type(model).__name__
     state = state_dict_of(model, path)
     unknown = {name for name, meta in source_tensors.items() if name not in state or tuple(state[name].shape) != meta.shape}
-    record = _Record()
     on_meta = any(tensor.is_meta for tensor in tensors_of(model))
-    loaded: OrderedDict[str, Any] = OrderedDict((name, _stand_in(name, meta, on_meta, record)) for name, meta in source_tensors.items())
     metadata = {
         module_path: dict(module_metadata)
         for module_path, module_metadata in {**getattr(state, "_metadata", {}), **versions}.items()
         if module_path in versions
     }
-    loaded._metadata = metadata  # type: ignore[attr-defined]
-    failed: dict[str, str] = {}
-    unexpected: list[str] = []
-    grown: set[str] = set()
+    lacking = frozenset(key for key in absent if any(key in loader.keys for loader in loaders.values()))
+    before = values_of(state, lacking)
     restore = take_snapshot(model.modules() if "" in loaders else [child for module in _own(model, loaders) for child in module.modules()])
+
+    def load(run: _Run) -> Mapping[str, Any]:
+        stand_ins = ((name, _stand_in(name, meta, on_meta, run.record)) for name, meta in source_tensors.items())
+        loaded: OrderedDict[str, Any] = OrderedDict(stand_ins)
+        loaded._metadata = metadata  # type: ignore[attr-defined]
+        if type(model).load_state_dict is nn.Module.load_state_dict and "load_state_dict" not in vars(model):
+            _load(model, loaded, "", metadata, run)
+        else:
+            run.unexpected.extend(unknown)
+            _runs(run.failed, "", lambda: model.load_state_dict(loaded, strict=False))
+        return state_dict_of(model, path)
+
+    run, writes = _Run(lacking), Writes(state, lacking)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that copying to meta does nothing
-            if type(model).load_state_dict is nn.Module.load_state_dict and "load_state_dict" not in vars(model):
-                _load(model, loaded, "", metadata, unexpected, failed, record)
-            else:
-                unexpected += unknown
-                _runs(failed, "", lambda: model.load_state_dict(loaded, strict=False))
-            for key, value in state_dict_of(model, path).items():
-                if key not in state and key in unknown:
-                    grown.add(key)
+            with writes if lacking else nullcontext():
+                after = load(run)
+            for key, value in after.items():
                 if isinstance(value, _Named) and key in state:
-                    record.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
+                    run.record.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
+            grown = {key for key in after if key not in state and key in unknown}
+            held = values_of({key: value for key, value in after.items() if not isinstance(value, _Named)}, before)
+            for key in find_filled(state, before, held, restore, lambda: load(_Run(lacking))):
+                run.record.entries.setdefault(key, _Loaded(dtype=after[key].dtype, shape=tuple(after[key].shape)))
     finally:
         restore()
-    taken = _summary(state, loaders, unknown, source_tensors, absent, record, unexpected, failed)
-    return replace(taken, grown={name: by for name, by in taken.dropped.items() if name in grown})
+    taken = _summary(state, loaders, unknown, source_tensors, absent, run)
+    return replace(taken, grown={name: by for name, by in taken.dropped.items() if name in grown}), on_meta and writes.seen
 
 
-def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Checkpoint) -> Taken:
+def probe_file(build: Build, target: Checkpoint, source: Checkpoint) -> Taken:
     """What loading code would do with a file's names when torch loads that file. The model is built only if such code would run.
 
     Args:
@@ -174,7 +215,7 @@ def probe_file(model: Callable[[], nn.Module], target: Checkpoint, source: Check
     if not needs_probe(source, target, absent):
         return Taken()
     recorded = written_out(source.module_metadata)
-    return probe(model(), target.loaders, source, {path: plain(recorded[path]) for path in target.loaders if path in recorded}, absent)
+    return probe(build, target.loaders, source, {path: plain(recorded[path]) for path in target.loaders if path in recorded}, absent)
 
 
 def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:
@@ -187,32 +228,27 @@ def _stand_in(name: str, meta: TensorMeta, on_meta: bool, record: _Record) -> _N
     return _named(value, frozenset([name]), True, record)
 
 
-def _load(
-    module: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    metadata: Mapping[str, Any],
-    unexpected: list[str],
-    failed: dict[str, str],
-    record: _Record,
-) -> None:
-    """Load as torch does, without hooks after loading. A module whose code fails is skipped with its submodules."""
-    local = dict(metadata.get(prefix[:-1], {}))
+def _load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], run: _Run) -> None:
+    """Load as torch does, with hooks after loading that may fill in a key. A module whose code fails is skipped, and all in it."""
+    path, local = prefix[:-1], dict(metadata.get(prefix[:-1], {}))
     own = module._load_state_dict_pre_hooks or type(module)._load_from_state_dict not in PLAIN  # torch's norms fill in a counter
     given = set(state)
-    if not _runs(failed, prefix[:-1], lambda: module._load_from_state_dict(state, prefix, local, True, [], unexpected, [])):
+    if not _runs(run.failed, path, lambda: module._load_from_state_dict(state, prefix, local, True, run.missing, run.unexpected, [])):
         return
     for name in (*module._parameters, *module._buffers):
         value = state.get(prefix + name)
         key = unwrap(prefix + name, HIDDEN)
         if isinstance(value, _Named):
-            record.entries[key] = _Loaded(value.names, value.whole, _dtype(value))
+            run.record.entries[key] = _Loaded(value.names, value.whole, _dtype(value))
         elif isinstance(value, torch.Tensor) and (own or prefix + name in given):
-            record.entries[key] = _Loaded(dtype=value.dtype, shape=tuple(value.shape))
+            run.record.entries[key] = _Loaded(dtype=value.dtype, shape=tuple(value.shape))
     for name, child in module._modules.items():
         if child is not None:
             below = f"{prefix}{name}."
-            _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, unexpected, failed, record)
+            _load(child, {key: value for key, value in state.items() if key.startswith(below)}, below, metadata, run)
+    if any(is_below(key, path) for key in run.lacking):
+        for hook in hooks_after(module):
+            _runs({}, path, partial(hook, module, _IncompatibleKeys(run.missing, run.unexpected)))  # the load itself says what fails
 
 
 def _runs(failed: dict[str, str], path: str, function: Callable[[], object]) -> bool:
@@ -230,10 +266,10 @@ def _summary(
     unknown: set[str],
     source_tensors: Mapping[str, TensorMeta],
     absent: Collection[str],
-    record: _Record,
-    unexpected: list[str],
-    failed: Mapping[str, str],
+    run: _Run,
 ) -> Taken:
+    record, failed = run.record, run.failed
+
     def class_of(name: str) -> str | None:
         path = max((path for path in loaders if is_below(name, path)), key=len, default=None)
         return None if path is None else loaders[path].name
@@ -244,6 +280,8 @@ def _summary(
     renamed: dict[str, tuple[str, str]] = {}
     made: dict[str, Made] = {}
     used: set[str] = set()
+    known = [name for name in source_tensors if name in state and name not in unknown]
+    below: dict[str, list[str]] = {}  # by the path of a module that fills in a value, the names that its code got
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
@@ -251,7 +289,9 @@ def _summary(
         loaded = copied or record.entries.get(key, _Loaded())
         filled = loaded.dtype is not None and not loaded.names
         near = max((path for path in loaders if is_below(key, path)), key=len, default="") if filled else ""
-        names = loaded.names or frozenset([name for name in source_tensors if filled and is_below(name, near)][:1])
+        if filled and near not in below:
+            below[near] = [name for name in source_tensors if is_below(name, near)]
+        names = loaded.names or frozenset((below[near] or known)[:1] if filled else ())
         new = key in absent and names
         if not (new or loaded.names & unknown) or (copied is None and loaded.names == {key}):
             continue
@@ -269,7 +309,7 @@ def _summary(
         elif not loaded.whole or loaded.names != {key} or source_tensors[key].shape != tuple(value.shape):
             dtype = BY_TORCH[str(loaded.dtype).removeprefix("torch.")].code
             made[key] = Made(tuple(sorted(names)), class_name, dtype, loaded.shape == tuple(value.shape), filled=filled)
-    ignored = {name: class_of(name) for name in sorted(unknown - used - set(unexpected) - state.keys())}
+    ignored = {name: class_of(name) for name in sorted(unknown - used - set(run.unexpected) - state.keys())}
     reached = {name: class_name for name, class_name in ignored.items() if not any(is_below(name, path) for path in failed)}
     dropped = {name: class_name for name, class_name in reached.items() if class_name is not None}
     heads = _heads(loaders, made)
@@ -284,7 +324,7 @@ def _summary(
         if (name in unknown or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
     }
     made = {
-        key: replace(value, head=next(filter(None, (_head(name, heads) for name in (*value.names, key))), ""))
+        key: replace(value, head=next(filter(None, (_head(name, heads) for name in (*_read_by(value), key))), ""))
         for key, value in made.items()
     }
     return Taken(renamed, dropped, made, handed, failed)
@@ -292,10 +332,15 @@ def _summary(
 
 def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
     """The outermost modules whose code may compute one of these values; each is treated as a whole, with its submodules."""
-    names = {name for key, value in made.items() for name in (key, *value.names)}
+    names = {name for key, value in made.items() for name in (key, *_read_by(value))}
     paths = dict.fromkeys(unwrap(path, HIDDEN) for path in loaders)
     matching = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
     return [path for path in matching if not any(path != outer and (not outer or path.startswith(f"{outer}.")) for outer in matching)]
+
+
+def _read_by(value: Made) -> tuple[str, ...]:
+    """The names that the code made a value of."""
+    return () if value.filled else value.names
 
 
 def _head(name: str, heads: list[str]) -> str | None:

@@ -6,12 +6,15 @@ Objects of other classes are kept by reference: changes inside them, or outside 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ckptsurgeon.models.init.values import tensor_bytes
+from ckptsurgeon.models.target.sharding import local
 
 Undo = Callable[[], None]
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
@@ -39,6 +42,16 @@ def take_snapshot(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor] 
             undo_step()
 
     return restore
+
+
+def values_of(state: Mapping[str, Any], keys: Iterable[str]) -> dict[str, bytes]:
+    """A copy of the values of these keys' tensors, as far as they have memory; of a sharded one those of this rank's part.
+
+    >>> values_of({"a": torch.tensor([1], dtype=torch.uint8)}, ["a", "b"])
+    {'a': b'\\x01'}
+    """
+    tensors = {key: local(state[key]) for key in keys if isinstance(state.get(key), torch.Tensor)}
+    return {key: bytes(tensor_bytes(tensor)) for key, tensor in tensors.items() if not tensor.is_meta}
 
 
 def _keep(value: Any, undo: list[Undo], seen: dict[int, Any]) -> None:

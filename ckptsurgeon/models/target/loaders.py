@@ -82,11 +82,15 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool | None]]:
 def _changes(module: nn.Module) -> bool | None:
     hooks = [_module_and_name(getattr(hook, "hook", hook)) for hook in module._load_state_dict_pre_hooks.values()]
     hooks = [name for name in hooks if name != _WRAPPING and not name[0].startswith(_SHARDING)]
-    after = [hook for hook in module._load_state_dict_post_hooks.values() if not _module_and_name(hook)[0].startswith(_SHARDING)]
-    own = after or _overridden(module, "_load_from_state_dict", PLAIN)
+    own = hooks_after(module) or _overridden(module, "_load_from_state_dict", PLAIN)
     if own or any(name != _RENAMING for name in hooks):
         return True
     return False if hooks else None
+
+
+def hooks_after(module: nn.Module) -> list[Any]:
+    """A module's hooks that run after loading, without those of FSDP."""
+    return [hook for hook in module._load_state_dict_post_hooks.values() if not _module_and_name(hook)[0].startswith(_SHARDING)]
 
 
 def _overridden(module: nn.Module, name: str, plain: tuple[Any, ...]) -> bool:
