@@ -205,7 +205,9 @@ class _Pass:
     def _rivals(self, module: Node, best: Node, mine: Frontier, candidates: Sequence[Node]) -> tuple[list[Node], list[Node]] | None:
         """The modules on both sides that are as good as the two; None where only those are that differ from them by numbers."""
         value = self.alike(module, best) - 1e-9
-        other = [node for node in candidates if node.leaf == best.leaf and self.alike(module, node) >= value]
+        other = [
+            node for node in candidates if node.leaf == best.leaf and (self.alike(module, node) >= value or _holds_too(module, node, best))
+        ]
         own = [node for node in mine.like(best) if not node.leaf and self.alike(node, best) >= value]
         if len({node.folded for node in other}) > 1:  # who loses one of these takes another: all that would are among the rivals
             near = (node for node in mine.like(best) if not node.leaf and self.alike(node, best) >= ALIKE)
@@ -281,3 +283,9 @@ def _open(frontier: Frontier, left: list[Node], size: int) -> None:
     for node in frontier.of_size(size):
         frontier.open(node)
         left += [node] if node.leaf else []
+
+
+def _holds_too(module: Node, first: Node, second: Node) -> bool:
+    """Whether two modules hold all that another does: what more they hold does not tell which of them is that one."""
+    both = (first.shapes, second.shapes)
+    return not (first.leaf or second.leaf) and all(held.get(shape, 0) >= count for shape, count in module.shapes.items() for held in both)

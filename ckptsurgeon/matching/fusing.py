@@ -12,7 +12,9 @@ from itertools import combinations
 from math import inf, prod
 
 from ckptsurgeon.matching.choose import choose
+from ckptsurgeon.matching.evidence.gates import recurrent_rows, side_of, torchs_side
 from ckptsurgeon.matching.evidence.score import Clues
+from ckptsurgeon.matching.evidence.support import GATES
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, gated, implied
 from ckptsurgeon.matching.module_tree import Node, fold, is_float
 from ckptsurgeon.planning.links import ENOUGH
@@ -73,14 +75,14 @@ def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: 
     for row in sorted(_named_rows([unit for unit in units if len(unit.main) > 1]), key=len, reverse=True):
         if any(_adds_up(shape, row) for shape in shapes) and not any(set(map(id, row)) & set(map(id, longer)) for longer in rows):
             rows.append(row)
-    by_shape: dict[tuple[int, ...], list[Node]] = {}
+    by_shape: dict[tuple[tuple[int, ...], str], list[Node]] = {}
     for whole in wholes if rows else ():
         if len(whole.main) > 1:
-            by_shape.setdefault(whole.main, []).append(whole)
+            by_shape.setdefault((whole.main, torchs_side(whole)), []).append(whole)
     results: list[Fused] = []
     waiting: set[int] = set()
-    for shape, same_shape in by_shape.items():
-        fits = {id(row[0]): row for row in rows if _adds_up(shape, row)}
+    for (shape, side), same_shape in by_shape.items():
+        fits = {id(row[0]): row for row in rows if _adds_up(shape, row) and (not side or side_of(row) in ("", side))}
         if not fits:
             continue
         firsts = [row[0] for row in fits.values()]
@@ -90,12 +92,20 @@ def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: 
             continue
         for choice in chosen:
             parts, whole = fits[id(choice.target if turned else choice.source)], choice.source if turned else choice.target
-            evidence = ("its parts side by side", *(choice.evidence if len(same_shape) + len(firsts) > 2 else ()))
+            evidence = (
+                GATES if side_of(parts) else "its parts side by side",
+                *(choice.evidence if len(same_shape) + len(firsts) > 2 else ()),
+            )
             sides = ((whole,), parts) if turned else (parts, (whole,))
-            common_words = _distinctive_words(whole) & set().union(*map(_distinctive_words, parts))
-            margin, words = (choice.margin, ()) if common_words else (min(choice.margin, 0.5), ("no word in common",))
+            margin, words = (choice.margin, ()) if _names_agree(whole, parts) else (min(choice.margin, 0.5), ("no word in common",))
             results.append(Fused(sides[0], sides[1], margin, (*evidence, *words)))
     return results, waiting
+
+
+def _names_agree(whole: Node, parts: Sequence[Node]) -> bool:
+    """Whether a whole and its parts have a word in common; the gates of a cell, the side of it, and the whole is torch's own."""
+    side = side_of(parts)
+    return side == torchs_side(whole) if side else bool(_distinctive_words(whole) & set().union(*map(_distinctive_words, parts)))
 
 
 def _distinctive_words(node: Node) -> set[str]:
@@ -108,6 +118,8 @@ def _named_rows(units: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
     for around, orders in ((_parent, _ORDERS), (_block, _ACROSS)):
         for family in _families(units, around):
             yield from _rows_of(family, around, orders)
+    for family in _families(units, _parent):
+        yield from recurrent_rows(family)
 
 
 def _parent(unit: Node) -> str:

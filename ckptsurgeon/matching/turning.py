@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.module_tree import fold
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -18,6 +19,7 @@ Tensors = Mapping[str, TensorMeta]
 Shape = tuple[int, ...]
 TURN = "transpose"  # what turns a matrix, as an adapt rule writes it
 TURNED = "turned, as those of its kind that are not square"
+AS_IT_IS = "as it is, like those of its name that are not square"
 _LEAST = 0.1  # of the weights that may be turned, that must fit turned only
 # How a window's dims stand before its channels (in, out) elsewhere, by the number of dims.
 _WINDOWS = {3: (2, 1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
@@ -76,17 +78,25 @@ def _table(key: str) -> bool:
 
 
 def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
-    """The links, where a bare square parameter that is a layer's weight elsewhere is turned as those that are not square are."""
+    """The links, where a bare square parameter that is a layer's weight elsewhere is turned as those that are not square are, or is not."""
     bare = {id(link): source[link.sources[0]].shape for link in links if _bare(link, source, target)}
     ops = {link.op for link in links if id(link) in bare and len(set(bare[id(link)])) > 1}
-    if ops != {TURN}:
-        return list(links)
-    return [
-        replace(link, op=TURN, margin=max(link.margin, ENOUGH), evidence=(*link.evidence, TURNED))
-        if id(link) in bare and len(set(bare[id(link)])) == 1 and link.op == "" and link.margin < inf
-        else link
-        for link in links
-    ]
+    as_it_is = {_kind(link) for link in links if id(link) in bare and len(set(bare[id(link)])) > 1 and link.clear and ops == {""}}
+
+    def settled(link: Link) -> Link:
+        if id(link) not in bare or len(set(bare[id(link)])) > 1 or link.op or link.margin == inf:
+            return link
+        if ops == {TURN}:
+            return replace(link, op=TURN, margin=max(link.margin, ENOUGH), evidence=(*link.evidence, TURNED))
+        if _kind(link) in as_it_is and link.margin > 0 and not link.runner_up:
+            return replace(link, margin=max(link.margin, ENOUGH), evidence=(*link.evidence, AS_IT_IS))
+        return link
+
+    return [settled(link) for link in links]
+
+
+def _kind(link: Link) -> tuple[str, str]:
+    return fold(link.sources[0]), fold(link.targets[0])
 
 
 def _bare(link: Link, source: Tensors, target: Tensors) -> bool:

@@ -12,7 +12,6 @@ FILES = sorted(PAIRS.glob("*.json"))
 UNCERTAIN = {
     "cloneofsimo_auraflow__diffusers_auraflow": (38, "two streams of one form, told by numbers and letters on one side"),
     "fxia22_pointnet__hand_pointnet_sequential": (70, "two towers of one form, and two heads, under names with nothing in common"),
-    "sb3_actor_critic__cleanrl_agent": (9, "the actor's and the critic's net are of one form"),
 }
 
 

@@ -25,7 +25,8 @@ Tensors = Mapping[str, TensorMeta]
 _GENERIC = SAYS_NOTHING | {"conv", "norm", "first", "second", "final", "encoder", "decoder", "transform"}  # of what kind a tensor is
 _MEMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a number that is a whole part
 ALONE = "only one of its shape here"
-OF_BOTH = "the bias of what two layers add up to"
+OF_BOTH, GATES = "the bias of what two layers add up to", "the gates of a cell, in torch's order"
+_TOLD = {OF_BOTH, GATES}  # what was found by words that stand in no other name
 _HALF = 0.5
 _WHOLE_NAME = 3  # parts in common at the end of two names, from which on they name a tensor where no other name ends so
 _MOST = 0.8  # of a side's keys, from which on a module is as good as the whole side
@@ -48,7 +49,7 @@ class Support:
 
     def speaks_for(self, link: Link) -> bool:
         """Whether anything but shapes does: for the link, for another of its unit, or for the modules around it."""
-        if OF_BOTH in link.evidence or not self.units.isdisjoint(self._units(link)):
+        if not _TOLD.isdisjoint(link.evidence) or not self.units.isdisjoint(self._units(link)):
             return True
         pairs = list(product(link.sources, link.targets))
         if any(self._with_its_layer(*pair) for pair in pairs):

@@ -21,6 +21,11 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"post_?(feed_?forward|ffw?|ffn|mlp)(_?layer_?norm|_?norm|_?ln)", "postmlp.norm"),
     (r"(lin|fc|linear)_(l|src|neigh(bou?rs?)?|nbr|rel)|(att|attn)_(l|src)", r"\1\4.neighbour"),  # of a layer on a graph
     (r"(lin|fc|linear)_(r|dst|self|root)|(att|attn)_(r|dst)", r"\1\3.root"),
+    (r"(self_?)?loop(_?weight|_?linear|_?fc)", "root.weight"),
+    (r"value_?(net|network|function|fn|mlp|branch)|vf|v_net|critic", "critic"),
+    (r"log_?std", "logstd"),
+    (r"w_?[ix]([rzifgoc])|x2([rznifgoc])", r"ih.\1\2"),  # the gates of a recurrent cell
+    (r"w_?h([rznifgoc])|h2([rznifgoc])", r"hh.\1\2"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
     (r"dense_h_to_4h", "up"),
@@ -43,6 +48,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"wte|tok|word|token|tokens", "tok"),
     (r"(up|down)convs?", r"\1.conv"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
+    (r"generator(\.proj)?(?=(\.(weight|bias))?$)", "head.lm"),  # as a layer, not as a part of a model
     (r"lm_head|unembed(ding)?|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
     (
         r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
@@ -123,7 +129,7 @@ for _concept, _spellings in (
     ("forward", "forward fw fwd"),
     ("ih", "ih i2h x2h"),
     ("hh", "hh h2h"),
-    ("policy", "policy actor"),
+    ("policy", "policy actor pi"),
 ):
     for _word in _spellings.split():
         _WORDS[_word] = _concept
@@ -139,6 +145,7 @@ _KINDS = (
     {"student", "teacher"},
     {"ih", "hh"},
     {"neighbour", "root"},
+    {"policy", "critic"},
     {"lm", "embed"},
     {"lm", "shared"},
     {"head", "tok"},
