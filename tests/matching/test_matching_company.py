@@ -201,7 +201,7 @@ def test_the_one_norm_outside_of_the_layers_is_the_last(name: str) -> None:
     assert "extra.weight" not in links(source, target | {"extra.weight": (8,)})
 
 
-@pytest.mark.parametrize("name", ["ff_out", "vocab", "final_linear", "generator.proj"])
+@pytest.mark.parametrize("name", ["ff_out", "vocab", "final_linear", "to_words"])
 def test_the_one_matrix_as_large_as_the_tokens_is_the_output_head(name: str) -> None:
     source = decoder(*NAMES[0], ("norm.weight", (8,)), (f"{name}.weight", (50, 8)))
     target = decoder(*NAMES[1], ("norm.weight", (8,)), ("lm_head.weight", (50, 8)))

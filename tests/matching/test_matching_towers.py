@@ -64,7 +64,7 @@ HEADS = {"0": (24, 11), "2": (24, 24)}
 
 def test_two_parts_of_one_form_on_both_sides_can_be_exchanged_unless_names_tell() -> None:
     here = net("policy.", HEADS) | net("value.", HEADS) | net("action.", {"net": (3, 24)})
-    there = net("critic.", HEADS | {"4": (1, 24)}) | net("agent.", HEADS | {"4": (3, 24)})
+    there = net("judge.", HEADS | {"4": (1, 24)}) | net("agent.", HEADS | {"4": (3, 24)})
     for source, target in ((here, there), (there, here)):
         found = match(source, target)
         assert {link.targets[0] for link in found.links if link.certain} <= {
