@@ -18,6 +18,7 @@ _LORA = (
     *("lora_A", "lora_B", "lora_a", "lora_b", "lora_embedding_", "lora_magnitude_vector"),
     *("lora_down", "lora_up", "lora_mid", "lora_linear_layer"),
 )
+PAIRED = tuple(f"lora_{name}.weight" for name in ("A", "B", "a", "b", "down", "up"))  # the last parts of the keys of two factors
 _PAIRS = r"(?:[^.]+_)?lora\.(?:down|up|[ABab])(?=\.|$)"  # a module called so, with both factors in it
 _KIN = (
     *("vera_A", "vera_B", "vera_lambda_", "randlora_", "vblora_", "ia3_l", "hada_w1", "hada_w2", "hada_t1", "hada_t2"),

@@ -6,7 +6,6 @@ Rule: a tensor goes to the one of its role. A square matrix is turned only where
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import inf
 
 from ckptsurgeon.matching.module_tree import Node, Shape, is_float, squeezed
 from ckptsurgeon.matching.pairing import Laid
@@ -18,15 +17,15 @@ from ckptsurgeon.tensors import TensorMeta
 def links(laid: Laid, turned: Turned) -> Iterator[Link]:
     """The links of the tensors in units that go together."""
 
-    def link(sources: Sequence[str], targets: Sequence[str], op: str, margin: float = inf) -> Link:
+    def link(sources: Sequence[str], targets: Sequence[str], op: str) -> Link:
         rival = f"{laid.runner_up[0].path} -> {laid.runner_up[1].path}" if laid.runner_up else ""
-        return Link(tuple(sources), tuple(targets), op, min(laid.margin, margin), laid.evidence, rival)
+        return Link(tuple(sources), tuple(targets), op, laid.margin, laid.evidence, rival)
 
     if len(laid.sources) == len(laid.targets) == 1:
         for source, target in _roles(laid.sources[0], laid.targets[0]):
-            op, margin = _one_to_one(source, target, turned)
+            op = _one_to_one(source, target, turned)
             if op is not None:
-                yield link([source.name], [target.name], op, margin)
+                yield link([source.name], [target.name], op)
         return
     whole, parts, joins = (laid.targets[0], laid.sources, True) if len(laid.targets) == 1 else (laid.sources[0], laid.targets, False)
     for tensor, pieces in _fused_roles(whole, parts):
@@ -52,20 +51,19 @@ def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, T
             yield tensor, fits[0]
 
 
-def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> tuple[str | None, float]:
-    """What makes a tensor the other, and how sure that is; None where nothing does."""
+def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> str | None:
+    """What makes a tensor the other; None where nothing does."""
     shape = turned.source[source.name].shape
     if source.name in turned.ops:
-        return turned.ops[source.name], inf
+        return turned.ops[source.name]
     if shape == target.shape:
-        bare = len(shape) == 2 and shape[0] == shape[1] and source.name.endswith("weight") != target.name.endswith("weight")
-        return "", 0.5 if bare else inf  # `x @ w` of a bare square parameter is `linear` of its transpose, or is not
+        return ""
     if squeezed(shape) == squeezed(target.shape):
-        return "reshape", inf
+        return "reshape"
     if len(shape) == 2 and shape == target.shape[::-1]:
-        return "transpose", inf
+        return "transpose"
     windows = len(shape) == len(target.shape) > 3  # two convolutions whose windows differ are not one flattened
-    return ("reshape", inf) if source.numel == target.numel and shape[:1] == target.shape[:1] and not windows else (None, inf)
+    return "reshape" if source.numel == target.numel and shape[:1] == target.shape[:1] and not windows else None
 
 
 def _fused_roles(whole: Node, parts: Sequence[Node]) -> Iterator[tuple[TensorMeta, list[TensorMeta]]]:

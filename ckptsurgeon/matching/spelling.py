@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 
+from ckptsurgeon.low_rank import PAIRED
 from ckptsurgeon.matching.factors import FORMS
 from ckptsurgeon.matching.module_tree import ROLES
 from ckptsurgeon.tensors import TensorMeta
@@ -22,7 +23,7 @@ _SEPARATORS = re.compile(r"[^a-z0-9]+")
 _SEAMS = re.compile(r"_([0-9]+)(?:_|(?=/)|$)"), re.compile(r"_?(?<![0-9])([0-9]+)(?:_|(?=[a-z.])|$)")  # numbers apart, else any
 _LAST = {
     re.sub("[._]", "", name): name
-    for name in (*(role for role in ROLES if len(role) > 3), *(name.format("weight") for form in FORMS for name in form.names))
+    for name in (*(role for role in ROLES if len(role) > 3), *(name.format("weight") for form in FORMS for name in form.names), *PAIRED)
 }
 _ROLE = re.compile(rf"[._]?({'|'.join(re.sub('[._]', '[._]?', role) for role in sorted(_LAST.values(), key=len, reverse=True))})$")
 _MOST_HEADS = 4
@@ -97,7 +98,7 @@ def unwrapped(tensors: Tensors) -> dict[str, str]:
 
 def _seamed(key: str, module: str, seam: re.Pattern[str]) -> str:
     role = _ROLE.search(key)
-    parts = [*seam.sub(r".\1.", module.replace("/", ".")).strip(".").split("."), *([_LAST[squash(role[1])]] if role else [])]
+    parts = [*seam.sub(r".\1.", module.replace("/", ".")).strip(".").split("."), *([_LAST[re.sub("[._]", "", role[1])]] if role else [])]
     return ".".join(part.strip("_") or "_" for part in parts if part)
 
 

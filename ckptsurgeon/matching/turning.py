@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold
-from ckptsurgeon.planning.links import ENOUGH, Link
+from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
@@ -84,13 +83,11 @@ def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> l
     as_it_is = {_kind(link) for link in links if id(link) in bare and len(set(bare[id(link)])) > 1 and link.clear and ops == {""}}
 
     def settled(link: Link) -> Link:
-        if id(link) not in bare or len(set(bare[id(link)])) > 1 or link.op or link.margin == inf:
+        if id(link) not in bare or len(set(bare[id(link)])) > 1 or link.op:
             return link
         if ops == {TURN}:
-            return replace(link, op=TURN, margin=max(link.margin, ENOUGH), evidence=(*link.evidence, TURNED))
-        if _kind(link) in as_it_is and link.margin > 0 and not link.runner_up:
-            return replace(link, margin=max(link.margin, ENOUGH), evidence=(*link.evidence, AS_IT_IS))
-        return link
+            return replace(link, op=TURN, evidence=(*link.evidence, TURNED))
+        return replace(link, evidence=(*link.evidence, AS_IT_IS)) if _kind(link) in as_it_is else link
 
     return [settled(link) for link in links]
 

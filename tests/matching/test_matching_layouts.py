@@ -290,3 +290,19 @@ def test_two_counted_matrices_are_gate_and_up_or_up_and_gate(named_source: bool,
         assert [choice.sources for choice in kinds[0].choices] == [choice.sources for choice in kinds[1].choices][::-1]
     third = {key.replace("h.", "h.", 1): shape for key, shape in counted.items()} | {f"h.{at}.mlp.w3.weight": (24, 8) for at in range(2)}
     assert not any(link.doubt == "layout" and link.choices[0].kind == "gate or up" for link in links(third, named, in_order).values())
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("same_names", [True, False])
+def test_a_bare_square_parameter_is_multiplied_as_a_layers_weight_or_turned(same_names: bool, in_order: bool) -> None:
+    """Between files of one naming too; with a matrix beside it that is not square, the shapes tell."""
+    bare, layer = {"text_projection": (32, 32)}, {"text_projection.weight": (32, 32)}
+    head = "h.{}.attn." if same_names else "layers.{}."
+    here, there = layers(["q", "k", "v", "out"], head=head, more=bare), layers(["q", "k", "v", "out"], head="h.{}.attn.", more=layer)
+    link = links(here, there, in_order)["text_projection.weight"]
+    assert (link.clear, link.doubt, link.choices[0].op) == (True, "layout", "")
+    p, x = torch.randn(32, 32), torch.randn(5, 32)
+    weight = made(link, 1, {"text_projection": p}, there)["text_projection.weight"]
+    assert torch.allclose(torch.nn.functional.linear(x, weight), x @ p, atol=1e-5)
+    wide = links(here | {"image_projection": (48, 32)}, there | {"image_projection.weight": (32, 48)}, in_order)
+    assert [(wide[key].certain, wide[key].op) for key in ("text_projection.weight", "image_projection.weight")] == [(True, "transpose")] * 2

@@ -1,7 +1,8 @@
 """Which links are in doubt about the order of their elements: one kind of layout after another is asked, in one table.
 
 Rule: between two files of one naming there is no doubt about a whole tensor, nor for a key that has the same name on both sides; there the
-same implementation speaks. What is cut or joined lies otherwise in one of them, whatever they are called (OPT's `qkv_proj` is k, v, q).
+same implementation speaks, unless one of them holds a layer's weight as a bare parameter. What is cut or joined lies otherwise in one of
+them, whatever they are called (OPT's `qkv_proj` is k, v, q).
 A doubt takes nothing from a link's keys, and adds none.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.layouts import either, fused, gated, merging, modulation, patches, rotary
+from ckptsurgeon.matching.layouts import either, fused, gated, merging, modulation, patches, rotary, squares
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.same_names import SAME
 from ckptsurgeon.planning.links import ENOUGH, LAYOUT, Layout, Link
@@ -24,6 +25,7 @@ KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     modulation.find,
     merging.find,
     patches.find,
+    squares.find,
 )
 Tensors = Mapping[str, TensorMeta]
 
@@ -47,7 +49,7 @@ def _with_doubt(link: Link, sides: Sides, one_naming: bool) -> Link:
     whole = len(link.sources) == len(link.targets) == 1
     stays = whole and (SAME in link.evidence or sides.names.get(link.sources[0]) == link.targets[0])
     choices = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
-    if not choices or (whole and one_naming):
+    if not choices or (whole and one_naming and choices[0].kind != squares.KIND):
         return link
     exchanged = whole and any(layout.sources != link.sources for layout in choices)  # its rival is one of the choices
     return replace(link, doubt=LAYOUT, choices=tuple(choices), margin=max(link.margin, ENOUGH) if exchanged else link.margin)
