@@ -139,7 +139,8 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     if len(nodes) == 2 and len(silent) == 1 and positions[1 - silent[0]] == _CROSS and all("attn" in concepts(node.path) for node in nodes):
         return [int(index != silent[0]) for index in range(2)]  # `attn` beside `cross_attn` is the self-attention
     counted = len({len(number) for number in numbers}) == 1 and all(numbers)
-    if any(positions) and not (counted and not all(positions)):  # where all are counted, a word that some have says no more
+    one_list = counted and len({node.parent for node in nodes}) == 1
+    if any(positions) and not (one_list and not all(positions)):  # where all of one module are counted, a word that some have says no more
         mixed = (
             [position[0] for position, number in zip(positions, numbers, strict=True) if position and not number] if any(numbers) else []
         )
