@@ -1,7 +1,7 @@
 """Layers of one module that are counted on both sides, and were linked across that order.
 
-Rule: where two links of equal layers cross, numbers tell nothing in their module, and only those of its layers stay sure of which words
-more. Numbers are compared of layers that stand in one module, or that are called alike but for them.
+Rule: where two links of equal layers cross, numbers tell nothing in their module, and its layers stay sure only where words tell them too.
+Numbers are compared of layers that stand in one module, or that are called alike but for them.
 """
 
 from __future__ import annotations
