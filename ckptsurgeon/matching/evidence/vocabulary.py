@@ -178,8 +178,8 @@ def concepts(name: str) -> tuple[str, ...]:
         for at, part in enumerate(parts):
             if part.isdigit():
                 words.append(f"#{int(part)}")
-            elif len(part) == 1 and 0 < at == len(parts) - 1 and part + parts[at - 1][-1] not in _DIMENSIONS:
-                words.append(f"#{ord(part) - ord('a') + 1}" if "a" <= part <= "k" else part)  # `4b` is the second of the fourth
+            elif "a" <= part < "k" and len(part) == 1 and 0 < at == len(parts) - 1 and part + parts[at - 1][-1] not in _DIMENSIONS:
+                words.append(f"#{ord(part) - ord('a') + 1}")  # `4b` is the second of the fourth
             else:
                 words.append(_WORDS.get(part, part))
     return tuple(words)
