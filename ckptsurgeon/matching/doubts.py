@@ -373,8 +373,9 @@ def _exchanged(facts: Facts) -> _Doubts:
 
 def _counted_across(facts: Facts) -> _Doubts:
     """Layers of a module in which links cross the order that both sides count in."""
-    for link, rival in across(_open(facts), facts.source, facts.target):
-        yield Doubt(link, "numbers are crossed in its module", rival)
+    for link, rival in across(facts.links, facts.source, facts.target):
+        if link.clear and not facts.named(link):
+            yield Doubt(link, "numbers are crossed in its module", rival)
 
 
 def _open(facts: Facts) -> Iterator[Link]:

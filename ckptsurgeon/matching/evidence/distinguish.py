@@ -131,10 +131,7 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     if differ:
         return ranks(differ)
     positions = [_combined_position([position for word, position in _ORDINALS.items() if word in own_words]) for own_words in words]
-    numbers = [
-        [int(word[1:]) for word in concepts(node.path) if word in own_words and word.startswith("#")]
-        for node, own_words in zip(nodes, words, strict=True)
-    ]
+    numbers = _own_numbers(nodes)
     silent = [index for index in range(len(nodes)) if not positions[index] and not numbers[index]]
     if len(nodes) == 2 and len(silent) == 1 and positions[1 - silent[0]] == _CROSS and all("attn" in concepts(node.path) for node in nodes):
         return [int(index != silent[0]) for index in range(2)]  # `attn` beside `cross_attn` is the self-attention
@@ -154,6 +151,19 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     else:
         sort_keys = [tuple(number) for number in numbers]
     return ranks(sort_keys) if len(set(sort_keys)) == len(sort_keys) else None
+
+
+def _own_numbers(nodes: Sequence[Node]) -> list[list[int]]:
+    """The numbers of each node's path behind the modules that all stand in, but for those that are the same in all."""
+    paths = [node.path.split(".") for node in nodes]
+    same = next((at for at, parts in enumerate(zip(*paths, strict=False)) if len({*parts}) > 1), 0)
+    rows = [[int(word[1:]) for word in concepts(".".join(parts[same:])) if word[0] == "#"] for parts in paths]
+    if len({*map(len, rows)}) > 1:
+        common = set.intersection(*map(set, rows))
+        return [[number for number in row if number not in common] for row in rows]
+    return [list(row) for row in zip(*(column for column in zip(*rows, strict=True) if len({*column}) > 1), strict=True)] or [
+        [] for _ in rows
+    ]
 
 
 def _first_difference(nodes: Sequence[Node]) -> list[int]:

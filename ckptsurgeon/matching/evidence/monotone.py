@@ -1,21 +1,22 @@
 """Layers of one module that are counted on both sides, and were linked across that order.
 
-Rule: where two links of equal layers cross, numbers tell nothing in their module, and its layers stay sure only where words tell them too.
+Rule: where links of layers of one kind cross, numbers tell nothing in their module, and equal layers stay sure only where words tell them.
 Numbers are compared of layers that stand in one module, or that are called alike but for them.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, permutations
 
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 _NUMBER = re.compile(r"\d{1,9}")
-_MOST = 16  # equal layers of one module that are compared with each other
+_MOST = 32  # layers of one module that are compared with each other
 _KINDS = SAYS_NOTHING | {"conv", "norm", "linear", "block"}  # words that several layers of one module may have
 Sides = tuple[str, str]
 
@@ -26,19 +27,34 @@ def across(links: Iterable[Link], source: Mapping[str, TensorMeta], target: Mapp
     for link in links:
         if len(link.sources) == len(link.targets) == 1:
             by_layers.setdefault((_above(link.sources[0]), _above(link.targets[0])), []).append(link)
+    often = Counter(here for here, _ in by_layers)
+    by_layers = {
+        layers: found for layers, found in by_layers.items() if often[layers[0]] == 1
+    }  # what several share has no place of its own
     for side in (0, 1):
-        modules: dict[str, dict[tuple[object, ...], list[Sides]]] = {}
+        modules: dict[tuple[str, ...], dict[tuple[object, ...], list[Sides]]] = {}
         for layers, found in by_layers.items():
             held = sorted(
                 (link.sources[0][len(layers[0]) :], source[link.sources[0]].shape, target[link.targets[0]].shape) for link in found
             )
-            modules.setdefault(_above(layers[side]), {}).setdefault(tuple(held), []).append(layers)
+            kind = _above(layers[side]), *(name for name, _, _ in held)
+            modules.setdefault(kind, {}).setdefault(tuple(held), []).append(layers)
         for alike in modules.values():
-            pairs = [pair for row in alike.values() for pair in combinations(row[:_MOST], 2)]
-            if any(_cross(*pair) for pair in pairs):
-                for layers, other in (way for pair in pairs for way in (pair, pair[::-1])):
+            if _crossed(list(alike.values())):
+                for layers, other in (way for row in alike.values() for way in permutations(row[:_MOST], 2)):
                     if not _told(layers, other):
                         yield from ((link, f"{other[0]} -> {layers[1]}") for link in by_layers[layers])
+
+
+def _crossed(rows: list[list[Sides]]) -> bool:
+    """Whether two layers of one row cross; or any two, where one side counts all layers of the rows in one module by one count."""
+    every = [layers for row in rows for layers in row]
+    one_count = any(
+        len({_above(path) for path in paths}) == 1
+        and len({_counts(path.rpartition(".")[2]) for path in paths} - {()}) == len(paths) == len({*paths})
+        for paths in zip(*every, strict=True)
+    )
+    return any(_cross(*pair) for way in ([every] if one_count else rows) for pair in combinations(way[:_MOST], 2))
 
 
 def _above(path: str) -> str:
@@ -54,10 +70,16 @@ def _cross(layers: Sides, other: Sides) -> bool:
 
 def _rises(first: str, second: str) -> bool | None:
     """Whether the second of two layers has the higher number; None where their numbers can't be compared."""
-    if _above(first) != _above(second) and _NUMBER.sub("#", first) != _NUMBER.sub("#", second):
+    if _above(first) == _above(second):
+        first, second = (path.rpartition(".")[2] for path in (first, second))
+    elif _NUMBER.sub("#", first) != _NUMBER.sub("#", second):
         return None
-    counts = [[int(number) for number in _NUMBER.findall(path)] for path in (first, second)]
+    counts = [_counts(path) for path in (first, second)]
     return None if counts[0] == counts[1] or not all(counts) else counts[0] < counts[1]
+
+
+def _counts(path: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in _NUMBER.findall(path))
 
 
 def _told(layers: Sides, other: Sides) -> bool:
