@@ -71,6 +71,8 @@ def diff(
     for side in (source_checkpoint, target_checkpoint):
         if side.shard is not None:
             note(f"{side.path} {shard_in_words(side.shard)}")
+        for words in side.notes:
+            note(f"{side.path}: {words}")
     if opened_target.any_model is not None:
         from ckptsurgeon.api._own_loading import learned
 

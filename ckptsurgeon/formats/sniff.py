@@ -52,13 +52,13 @@ def read(source: Source) -> Archive:
     """
     with no_collections():
         if isinstance(source, str) and os.path.isdir(source):
-            from ckptsurgeon.formats.folders.hf_folder import FOLDER_NAMES, find_in_folder, names_in
+            from ckptsurgeon.formats.folders.hf_folder import FOLDER_NAMES, find_in_folder, names_in, with_unread
 
             names = names_in(source)
             form = of_folder(names)
             if form is not None:
                 return _read_folder(source, form, names, [name for name in FOLDER_NAMES if name in names])
-            source = find_in_folder(source)
+            return with_unread(_read_file(find_in_folder(source), format_of))
         return _read_file(source, format_of)
 
 

@@ -121,10 +121,25 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
             )
     findings += _lost_factors(sources, names, steps)
     findings += _whole_numbers(sources, steps)
+    findings += _lost_aliases(sources, steps)
     for source in sources:
         notes = (*source.notes, *((shard_in_words(source.shard),) if source.shard is not None else ()))
         findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in notes]
     return tuple(findings)
+
+
+def _lost_aliases(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> list[Finding]:
+    """Notes on names that a file records for a tensor which it stores under another one, as safetensors does where a model ties the two,
+    and that get no value from it."""
+    given = {step.target for step in steps if step.sources}
+    return [
+        Finding(
+            "alias", f"{source.path} records it as another name of {kept}, which only a model that ties the two gives it", alias, "note"
+        )
+        for source in sources
+        for alias, kept in source.metadata.items()
+        if kept in source and alias not in source and alias not in given
+    ]
 
 
 def _lost_factors(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) -> list[Finding]:

@@ -19,6 +19,7 @@ from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import registry
 from ckptsurgeon.formats.layout import WEIGHTS, Contents, OutFile, OutTensor
 from ckptsurgeon.formats.provenance import RECORD
+from ckptsurgeon.planning.own_loading.versions import unkept
 from ckptsurgeon.planning.plan_types import Plan, Step, digest
 from ckptsurgeon.progress import Share, phase
 from ckptsurgeon.report import Cast, Finding
@@ -314,4 +315,5 @@ def _findings(plan: Plan, tensors: Sequence[OutTensor], aliases: Mapping[str, st
             words = f"is tied to {kept} and written as a copy, which costs {rounded(tensor.nbytes)}{other}"
             findings.append(Finding("tied-copy", words, tensor.name, "note"))
     findings += [Finding("tied-alias", f"is tied to {kept} and written as its alias", key, "note") for key, kept in aliases.items()]
+    findings += unkept(plan) if not output.form.keeps_versions else []
     return tuple(findings)

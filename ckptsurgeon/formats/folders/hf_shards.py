@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError, RootError
+from ckptsurgeon.formats.folders.hf_folder import with_unread
 from ckptsurgeon.formats.folders.inside import check_link, member
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
@@ -66,7 +67,7 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         Claims(sum(meta.nbytes for meta in tensors.values()), sizes).check(file.path)
     stamps: list[FileStamp] = [file.stamp, *(stamp for archive in archives.values() for stamp in archive.files)]
     digest = sha256(raw + "".join(archive.fingerprint for archive in archives.values()).encode())
-    return Archive(
+    archive = Archive(
         path=file.path,
         format=form.shards,
         fingerprint=digest.hexdigest(),
@@ -78,6 +79,7 @@ def read(file: OpenFile, read_shard: Callable[[str], Archive]) -> Archive:
         part=next((archive.part for archive in archives.values() if archive.part), None),
         notes=tuple(dict.fromkeys(note for archive in archives.values() for note in archive.notes)),
     )
+    return with_unread(archive)
 
 
 def _weight_map(raw: bytes, path: str) -> dict[str, str]:

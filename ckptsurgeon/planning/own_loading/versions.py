@@ -19,7 +19,7 @@ from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.hints import several, shortened
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.keys import SourceKey
-from ckptsurgeon.planning.plan_types import Step
+from ckptsurgeon.planning.plan_types import Plan, Step
 from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.report import Finding
 from ckptsurgeon.tensors import Checkpoint
@@ -215,6 +215,16 @@ def plain(local: Any) -> dict[str, Any]:
     values = {name: plain(value) if isinstance(value, Mapping) else value for name, value in items if type(name) is str}
     known = (int, str, bool, float, dict, type(None))
     return {name: value for name, value in values.items() if type(value) in known and (type(value) is not float or math.isfinite(value))}
+
+
+def unkept(plan: Plan) -> list[Finding]:
+    """A note on versions above 1 that a file without versions loses, where no model is at hand whose code tells if they matter."""
+    if plan.target is not None and plan.target.kind == "model":
+        return []
+    norms = _norms(step.target for step in plan.steps)
+    paths = [path for path, local in plan.module_metadata.items() if (local.get("version") or 1) != 1 and unwrap(path, HIDDEN) not in norms]
+    words = "this format keeps no versions of modules, and code that loads by them takes these values for older ones (-o OUT.pt keeps them)"
+    return [Finding("version", f"{several([_module(path) for path in paths])}: {words}", None, "note")] if paths else []
 
 
 def _norms(keys: Iterable[str]) -> frozenset[str]:
