@@ -75,6 +75,16 @@ def test_the_one_layer_at_the_top_is_the_output_head() -> None:
     assert not found(BODY | old | {"more.weight": (5, 16)}, BODY | new)
 
 
+@pytest.mark.parametrize("shape", [(5, 16), (5, 16, 1)])
+def test_a_decoder_of_one_layer_is_the_output_head(shape: tuple[int, ...]) -> None:
+    old: Shapes = {"decoder.layers.0.weight": shape, "decoder.layers.0.bias": (5,)}
+    new: Shapes = {"ctc_head.weight": shape, "ctc_head.bias": (5,)}
+    assert found(BODY | old, BODY | new) == dict(zip(new, old, strict=True))
+    assert not found(BODY | {key.replace("decoder", "projector"): old[key] for key in old}, BODY | new)
+    assert not found(BODY | old | {"decoder.layers.2.weight": (7, 5)}, BODY | new)
+    assert not found(BODY | old, BODY | new | {"other_head.weight": (9, 9)})
+
+
 def test_an_auxiliary_head_is_not_the_head() -> None:
     old: Shapes = {f"{name}.4.weight": (5, 16, 1, 1) for name in ("classifier", "aux_classifier")}
     assert found(BODY | old, BODY | {"segmentation_head.0.weight": (5, 16, 1, 1)}) == {"segmentation_head.0.weight": "classifier.4.weight"}

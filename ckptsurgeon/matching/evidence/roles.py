@@ -43,12 +43,13 @@ class Roles:
 
     @cached_property
     def _tops(self) -> tuple[set[str], set[str]]:
-        """The layers of each side that are in no module: one that stands so alone is the output head, if another is not said to be."""
-        source, target = (
-            {module_of(key) for key, tensor in side.items() if len(tensor.shape) == 2 and key.count(".") == 1}
-            for side in (self.source, self.target)
-        )
-        return source, target
+        """The layers of each side that are in no module, or else the one layer that a decoder is: one that stands so alone is the output
+        head, if another is not said to be."""
+        tops = []
+        for side in (self.source, self.target):
+            layers = {module_of(key) for key, tensor in side.items() if len(tensor.shape) == 2 and key.count(".") == 1}
+            tops.append(layers or _decoders_of_one_layer(side))
+        return tops[0], tops[1]
 
     @cached_property
     def _last_norms(self) -> tuple[set[str], set[str]]:
@@ -86,6 +87,20 @@ class Roles:
         return counts[0], counts[1]
 
 
+def _decoders_of_one_layer(side: Tensors) -> set[str]:
+    """The layers of a side that are all that a decoder at its top holds."""
+    inside: dict[str, set[str]] = {}
+    for key in side:
+        inside.setdefault(key.partition(".")[0], set()).add(module_of(key))
+    layers = {module_of(key) for key, tensor in side.items() if _is_matrix(tensor.shape)}
+    return {layer for top, modules in inside.items() if "decoder" in concepts(top) for layer in layers if modules == {layer}}
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape is a matrix, or a convolution over one place, which is as good."""
+    return len(shape) >= 2 and max(shape[2:], default=1) == 1
+
+
 def _only(modules: set[str]) -> str | None:
     return next(iter(modules)) if len(modules) == 1 else None
 
@@ -102,7 +117,7 @@ def role_of(key: str, side: Tensors) -> str | None:
     if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
         return _STEM
     if len(shape) != 2:
-        return None
+        return _HEAD if _is_matrix(shape) and words & {"head", "lm"} else None
     if "pos" in words:
         return _PLACES
     last = set(concepts(module.rpartition(".")[2]))
