@@ -34,6 +34,24 @@ def test_strangers_at_the_top_are_not_linked_by_their_shape() -> None:
     assert len(sure(source, target)) == 8
 
 
+def test_a_bare_parameter_is_what_those_of_its_name_are() -> None:
+    """One at the top, that is shaped otherwise; one goes elsewhere, or two are too few, and it may be fresh."""
+
+    def named(path: str, names: tuple[str, ...], tables: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        return layers(path, names, len(tables)) | {f"{path}.{i}.{name}": (6, 8) for i, name in enumerate(tables)}
+
+    here, there = ("modulation",) * 3, ("scale_shift_table",) * 3
+    head: dict[str, tuple[int, ...]] = {"head.modulation": (2, 8)}
+    for source_tables, target_tables, told in (
+        (here, there, True),
+        (here, (*there[1:], "shifts"), False),
+        (here[1:], there[1:], True),
+        (here[2:], there[2:], False),
+    ):
+        source, target = side(named("blocks", QKVO, source_tables) | head), side(named("layers", OTHER, target_tables) | {there[0]: (2, 8)})
+        assert (sure(source, target).get(there[0]) == ("head.modulation",)) is told, (source_tables, target_tables)
+
+
 def test_a_role_that_each_side_has_once_speaks_for_a_link() -> None:
     source = side({"embed_in.weight": (99, 8)} | layers("blocks", QKVO) | {"embed_out.weight": (99, 8)})
     target = side({"wte.weight": (99, 8)} | layers("layers", OTHER) | {"lm_head.weight": (99, 8)})

@@ -58,7 +58,7 @@ class Support:
             return True
         if not self.strangers and any(_barred(*self._within(*pair)) or self._elsewhere(*pair) or self._two_heads(*pair) for pair in pairs):
             return False
-        return any(self._parent(*pair) for pair in pairs) or self._place(link)
+        return any(self._parent(*pair) or self._called_so(*pair) for pair in pairs) or self._place(link)
 
     def _set_in(self, link: Link) -> bool:
         """Whether its neighbours on both sides go together, so that it may count otherwise: what it is called must not speak against it."""
@@ -252,6 +252,22 @@ class Support:
     def _certain(self) -> list[tuple[str, str]]:
         return [pair for link in self.links if link.clear for pair in product(link.sources, link.targets)]
 
+    def _called_so(self, source_key: str, target_key: str) -> bool:
+        """Whether two bare parameters have the names that others have, of which each goes to one of the other's name, and always."""
+        names = _own_name(source_key), _own_name(target_key)
+        pairs, *alone = self._own_names
+        return all(map(_says_something, names)) and 1 < pairs[names] - 1 == alone[0][names[0]] - 1 == alone[1][names[1]] - 1
+
+    @cached_property
+    def _own_names(self) -> tuple[Counter[tuple[str, str]], Counter[str], Counter[str]]:
+        """How often bare parameters of which names go together, and how often those of one name do at all, on either side."""
+        pairs = Counter((_own_name(source_key), _own_name(target_key)) for source_key, target_key in self._certain)
+        counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        for names, count in pairs.items():
+            for side, name in enumerate(names):
+                counts[side][name] += count
+        return pairs, *counts
+
     @cached_property
     def _around(self) -> list[tuple[str, str]]:
         """Pairs of keys that modules are told by: between two namings all, since their structure has decided."""
@@ -348,6 +364,16 @@ def _ends(many: int, *sides: Tensors) -> tuple[Counter[tuple[str, ...]], ...]:
 def _counted(key: str) -> list[tuple[str, str]]:
     """The numbers in a name that are whole parts, each with what stands before it."""
     return [(key[: found.start()], found[0]) for found in _MEMBER.finditer(key)]
+
+
+def _own_name(key: str) -> str:
+    """The name of a bare parameter; nothing for what is a layer's weight, bias or buffer."""
+    name = key.rpartition(".")[2]
+    return "" if name in ROLES else name
+
+
+def _says_something(name: str) -> bool:
+    return any(word[0] != "#" for word in set(concepts(name)) - SAYS_NOTHING)
 
 
 def _words(parts: Sequence[str]) -> tuple[str, ...]:
