@@ -68,3 +68,29 @@ def test_half_of_two_models_of_other_names_is_none() -> None:
 def test_half_of_a_model_under_its_own_names_is_a_mapping() -> None:
     share, why = found([*WORDS, ("extra.weight", (300, 8))], [*WORDS, ("other.weight", (400, 8))])
     assert share < 0.8 and why == ""
+
+
+def dense(widths: list[int], other: int = 0) -> Rows:
+    """Blocks that begin with a norm and a matrix of the width that comes in, and go on in a width of their own."""
+    rows: Rows = [("conv0.weight", (8, 3, 3, 3))]
+    for at, width in enumerate(widths):
+        wide = width + (other if at >= 4 else 0)
+        rows += [(f"dense.layer{at}.norm1.weight", (wide,)), (f"dense.layer{at}.conv1.weight", (16, wide, 1, 1))]
+        rows += [(f"dense.layer{at}.norm2.weight", (16,)), (f"dense.layer{at}.conv2.weight", (4, 16, 3, 3))]
+    return rows
+
+
+def test_blocks_of_which_half_is_of_another_size_are_of_another_model() -> None:
+    """A net with more blocks before these, say, which all of these see."""
+    share, why = found(dense([8] * 10), dense([8] * 10, other=6))
+    assert share > 0.5 and "of 6 blocks such as dense.layer4 half or more is of another size" in why
+
+
+@pytest.mark.parametrize("torn", [3, 0], ids=["some blocks", "none"])
+def test_some_blocks_of_another_size_are_another_part_of_the_same_model(torn: int) -> None:
+    assert found(dense([8] * (4 + torn)), dense([8] * (4 + torn), other=6))[1] == ""
+
+
+def test_a_wider_mlp_in_each_block_is_the_same_model() -> None:
+    wider = [(key, tuple(64 if size == 32 else size for size in shape)) for key, shape in WORDS]
+    assert found(WORDS, wider)[1] == ""

@@ -1,11 +1,14 @@
 """How much of two sides links explain, and whether that is a mapping of one model or what unlike models have in common.
 
-Rule: half of one side is enough where both have one naming. Between two namings the layers of any two transformers of one width fit, so
-nearly all of one side must have a partner, an uncertain one at least, and what reads the input must have one.
+Rule: half of one side is enough where both have one naming, if that does not tear the blocks of a list in half. Between two namings the
+layers of any two transformers of one width fit, so nearly all of one side must have a partner, an uncertain one at least, and what reads
+the input must have one.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 from ckptsurgeon.matching.evidence.roles import role_of
@@ -17,6 +20,8 @@ from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import TensorMeta
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
+_BLOCKS = 4  # of a numbered list, from which on it tells that a model is another
+_MEMBER = re.compile(r"\d{1,9}(?=\.)")  # a number at the end of a part of a name
 NEARLY_ALL = 0.8  # the same between two namings, uncertain links included
 Tensors = Mapping[str, TensorMeta]
 
@@ -39,14 +44,15 @@ def share_of(done: Collection[str], side: Tensors) -> float:
 
 
 def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, target: Tensors) -> str:
-    """Why two sides of two namings are no two implementations of one model; empty where they may be.
+    """Why two sides are no two implementations of one model; empty where they may be.
 
     Args:
         taken: the source's keys that any link has, an uncertain one too.
         reached: the target's.
     """
-    if Sides(Side(source), Side(target)).one_naming:
-        return ""
+    whole = Sides(Side(source), Side(target))
+    if whole.one_naming:
+        return _torn(whole.names, source, target)
     sides = [
         (done, {key: tensor for key, tensor in side.items() if is_float(tensor)}) for done, side in ((taken, source), (reached, target))
     ]
@@ -63,6 +69,21 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
     if max(shares) < NEARLY_ALL:
         threshold = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
         return f"even uncertain links explain only {percent(max(shares))} of either side, {threshold}"
+    return ""
+
+
+def _torn(names: Mapping[str, str], source: Tensors, target: Tensors) -> str:
+    """The list of which most blocks have, under equal names, half of their tensors in other sizes and others in the same; in words."""
+    counts: dict[str, dict[str, Counter[bool]]] = {}
+    for key, name in names.items():
+        if name in target and is_float(source[key]):
+            for number in _MEMBER.finditer(name):
+                members = counts.setdefault(name[: number.start()], {})
+                members.setdefault(number[0], Counter())[source[key].numel == target[name].numel] += 1
+    for head, members in counts.items():
+        torn = [member for member, count in members.items() if 0 < count[True] <= count[False]]
+        if len(torn) >= _BLOCKS and 2 * len(torn) > len(members):
+            return f"of {len(torn)} blocks such as {head}{torn[0]} half or more is of another size under the same names"
     return ""
 
 
