@@ -7,14 +7,14 @@ equal names are not doubted.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
+from ckptsurgeon.matching.evidence.lists import by_lists, in_each_longest_rise, moves_of, number_at
 from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
@@ -190,67 +190,54 @@ def _counted_alike(key: str, name: str, others: Iterable[str]) -> bool:
 
 
 def _out_of_order(facts: Facts) -> _Doubts:
-    """Members of a numbered list that stand across the order of the others, where their shapes would let them stand elsewhere."""
-    for (here, there), links in _by_lists(link for link in facts.links if link.clear).items():
-        moves = {(int(_number_at(link.sources[0], here)), int(_number_at(link.targets[0], there))) for link in links}
-        numbers = [source_number for source_number, _ in moves]
-        if len(moves) < 3 or len(numbers) != len(set(numbers)):
+    """Members of a numbered list that stand across the order of the others, where their shapes would let them stand elsewhere.
+
+    Where one member goes to several, as where a layer between two stages is of the one before it or behind it, each part of the members is
+    looked at by itself.
+    """
+    for (here, there), links in by_lists(link for link in facts.links if link.clear).items():
+        if _each_once(moves_of(links, here, there)):
+            yield from _across_the_others(facts, links, here, there)
             continue
-        order = [target_number for _, target_number in sorted(moves)]
-        if order == sorted(order) or order == sorted(order, reverse=True):
-            continue
-        kept = set(_longest_rise(order))
-        alike = Counter((fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape) for link in links)
+        parts: dict[tuple[str, str], list[Link]] = {}
         for link in links:
-            has_peers = alike[fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape] > 1
-            if has_peers and int(_number_at(link.targets[0], there)) not in kept and not facts.named(link):
-                yield Doubt(link, "it stands across the order of its list")
+            parts.setdefault((fold(link.sources[0][len(here) :]), fold(link.targets[0][len(there) :])), []).append(link)
+        for part in parts.values():
+            if _each_once(moves_of(part, here, there)):
+                yield from _across_the_others(facts, part, here, there)
 
 
-def _longest_rise(values: Sequence[int]) -> list[int]:
-    """The longest rising part of a sequence (Schensted 1961)."""
-    ends: list[int] = []
-    chains: list[list[int]] = []
-    for value in values:
-        at = bisect_left(ends, value)
-        chain = [*(chains[at - 1] if at else []), value]
-        ends[at : at + 1], chains[at : at + 1] = [value], [chain]
-    return chains[-1] if chains else []
+def _each_once(moves: Collection[tuple[int, int]]) -> bool:
+    return len({number for number, _ in moves}) == len(moves)
 
 
-def _number_at(key: str, head: str) -> str:
-    number = _NUMBER.match(key, len(head))
-    assert number is not None
-    return number[0]
-
-
-def _by_lists(links: Iterable[Link]) -> dict[tuple[str, str], list[Link]]:
-    """Links of one tensor each by the lists that they may be of: heads of both names that end where a number begins."""
-    by_lists: dict[tuple[str, str], list[Link]] = {}
+def _across_the_others(facts: Facts, links: Sequence[Link], here: str, there: str) -> _Doubts:
+    moves = moves_of(links, here, there)
+    order = [target_number for _, target_number in sorted(moves)]
+    if len(moves) < 3 or order in (sorted(order), sorted(order, reverse=True)):
+        return
+    kept = in_each_longest_rise(order)
+    alike = Counter((fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape) for link in links)
     for link in links:
-        if (
-            len(link.sources) == len(link.targets) == 1
-            and max(map(len, _numbers(link.sources[0]) + _numbers(link.targets[0])), default=0) < 10
-        ):
-            for pair in _lists(link.sources[0], link.targets[0]):
-                by_lists.setdefault(pair, []).append(link)
-    return by_lists
+        has_peers = alike[fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape] > 1
+        if has_peers and int(number_at(link.targets[0], there)) not in kept and not facts.named(link):
+            yield Doubt(link, "it stands across the order of its list")
 
 
 def _either_direction(facts: Facts) -> _Doubts:
     """Lists of equal members that one library may count up and another down, where nothing but numbers tells which."""
     lists = {
         pair: links
-        for pair, links in _by_lists(_open(facts)).items()
+        for pair, links in by_lists(_open(facts)).items()
         if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY
         and len({frozenset(concepts(_last_name(head))) for head in pair}) == 2
     }
     alike = {pair for pair in lists if _all_alike(facts.source, pair[0]) and _all_alike(facts.target, pair[1])}
-    decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in _counted(lists[pair], pair)}
-    open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in _counted(lists[pair], pair)} <= decided}
-    rising = {head for pair in alike - open_pairs if _rises(_counted(lists[pair], pair)) for head in pair}
+    decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in moves_of(lists[pair], *pair)}
+    open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in moves_of(lists[pair], *pair)} <= decided}
+    rising = {head for pair in alike - open_pairs if _rises(moves_of(lists[pair], *pair)) for head in pair}
     for pair in open_pairs:  # no list beside it, of other shapes, tells
-        counts = _counted(lists[pair], pair)
+        counts = moves_of(lists[pair], *pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
         if counted_both and not (rising.intersection(pair) and _rises(counts)):
             for link in lists[pair]:
@@ -268,11 +255,6 @@ def _above(head: str) -> str:
     return head.rstrip("._0123456789").rpartition(".")[0]
 
 
-def _counted(links: Iterable[Link], pair: tuple[str, str]) -> set[tuple[int, int]]:
-    """Which number of the one list goes to which of the other."""
-    return {(int(_number_at(link.sources[0], pair[0])), int(_number_at(link.targets[0], pair[1]))) for link in links}
-
-
 def _all_alike(side: Tensors, head: str) -> bool:
     """Whether the members of a numbered list are several, and hold the same."""
     members: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
@@ -286,13 +268,6 @@ def _all_alike(side: Tensors, head: str) -> bool:
 def _last_name(head: str) -> str:
     """What a numbered list is called: the words between the number before it and its own."""
     return _OUTER.split(head.rstrip("._0123456789").rpartition(".")[2])[-1]
-
-
-def _lists(source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
-    """Heads of two names that end where a number begins."""
-    for a in _INDEX.finditer(source_key):
-        for b in _INDEX.finditer(target_key):
-            yield source_key[: a.start()], target_key[: b.start()]
 
 
 def _across(facts: Facts) -> _Doubts:

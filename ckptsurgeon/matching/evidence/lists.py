@@ -1,0 +1,63 @@
+"""Numbered lists that links go between: which number of the one goes to which of the other, and what keeps their order."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from ckptsurgeon.planning.links import Link
+
+_NUMBER = re.compile(r"\d+")
+_INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
+
+
+def by_lists(links: Iterable[Link]) -> dict[tuple[str, str], list[Link]]:
+    """Links of one tensor each by the lists that they may be of: heads of both names that end where a number begins."""
+    found: dict[tuple[str, str], list[Link]] = {}
+    for link in links:
+        if len(link.sources) == len(link.targets) == 1:
+            numbers = _NUMBER.findall(f"{link.sources[0]} {link.targets[0]}")
+            if max(map(len, numbers), default=0) < 10:
+                for pair in _heads(link.sources[0], link.targets[0]):
+                    found.setdefault(pair, []).append(link)
+    return found
+
+
+def _heads(source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
+    """Heads of two names that end where a number begins."""
+    for a in _INDEX.finditer(source_key):
+        for b in _INDEX.finditer(target_key):
+            yield source_key[: a.start()], target_key[: b.start()]
+
+
+def number_at(key: str, head: str) -> str:
+    """The number in a key right behind the head of a list."""
+    number = _NUMBER.match(key, len(head))
+    assert number is not None
+    return number[0]
+
+
+def moves_of(links: Iterable[Link], here: str, there: str) -> set[tuple[int, int]]:
+    """Which number of the one list goes to which of the other."""
+    return {(int(number_at(link.sources[0], here)), int(number_at(link.targets[0], there))) for link in links}
+
+
+def in_each_longest_rise(values: Sequence[int]) -> set[int]:
+    """The values that every longest rising part of a sequence has (Schensted 1961)."""
+    before, behind = _rise_to(values), _rise_to([-value for value in reversed(values)])[::-1]
+    longest = max(before, default=0)
+    places = Counter(rise for rise, rest in zip(before, behind, strict=True) if rise + rest - 1 == longest)
+    return {value for value, rise, rest in zip(values, before, behind, strict=True) if rise + rest - 1 == longest and places[rise] == 1}
+
+
+def _rise_to(values: Sequence[int]) -> list[int]:
+    """How long the longest rising part is that ends at each value."""
+    ends: list[int] = []
+    lengths = []
+    for value in values:
+        at = bisect_left(ends, value)
+        ends[at : at + 1] = [value]
+        lengths.append(at + 1)
+    return lengths
