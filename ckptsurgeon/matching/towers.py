@@ -14,6 +14,7 @@ from itertools import permutations, product
 from math import inf
 from typing import NamedTuple
 
+from ckptsurgeon.matching.evidence.distinguish import Spelt, spelt
 from ckptsurgeon.matching.evidence.support import ALONE
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold
@@ -78,13 +79,30 @@ def exchangeable_parts(links: Iterable[Link], source: Tensors, target: Tensors) 
 
 def _told_apart(part: tuple[str, Sequence[_Held]], rival: tuple[str, Sequence[_Held]]) -> bool:
     """Whether the names of two parts have more in common with those of their counterparts than with those of each other's."""
-    own, other = (set(concepts(head.rpartition(".")[2])) for head, _ in (part, rival))
-    own_counterpart, other_counterpart = (
-        {word for item in items for word in concepts(item.counterpart) if not word.startswith("#")} for _, items in (part, rival)
+    heads = _Said.of_both(*({head.rpartition(".")[2]} for head, _ in (part, rival)))
+    counterparts = _Said.of_both(*({name for item in items for name in item.counterpart.split(".")} for _, items in (part, rival)))
+    straight, crossed = (
+        sum(head.in_common(counterpart) for head, counterpart in zip(heads, order, strict=True))
+        for order in (counterparts, counterparts[::-1])
     )
-    own, other = own - other, other - own
-    own_counterpart, other_counterpart = own_counterpart - other_counterpart, other_counterpart - own_counterpart
-    return len(own & own_counterpart) + len(other & other_counterpart) > len(own & other_counterpart) + len(other & own_counterpart)
+    return straight > crossed
+
+
+class _Said(NamedTuple):
+    """What one of two names says, and the other does not."""
+
+    words: frozenset[str]
+    spelt: Spelt
+
+    @classmethod
+    def of_both(cls, *names: Collection[str]) -> list[_Said]:
+        """What each of two names, in parts, says beyond the other."""
+        words = [frozenset(word for part in parts for word in concepts(part) if word[0] != "#") for parts in names]
+        return [cls(words[at] - words[1 - at], spelt(part for part in names[at] if part not in names[1 - at])) for at in (0, 1)]
+
+    def in_common(self, counterpart: _Said) -> int:
+        """How many words two names have in common, one that is cut short to its initials among them."""
+        return len(self.words & counterpart.words) + self.spelt.cuts_short(counterpart.spelt)
 
 
 def _named(link: Link, same: Mapping[str, str]) -> bool:

@@ -78,3 +78,12 @@ def test_two_parts_of_one_form_on_both_sides_can_be_exchanged_unless_names_tell(
         for layer in HEADS
         for leaf in ("weight", "bias")
     }
+
+
+def test_parts_of_one_form_are_told_by_words_that_are_cut_to_their_initials() -> None:
+    here = net("ar_embedder.", HEADS) | net("csize_embedder.", HEADS)
+    there = net("emb.resolution_embedder.", HEADS) | net("emb.aspect_ratio_embedder.", HEADS)
+    pairs = {(link.sources[0].partition("_")[0], link.targets[0].partition("_")[0]) for link in match(here, there).certain}
+    assert pairs == {("ar", "emb.aspect"), ("csize", "emb.resolution")}
+    other = net("emb.resolution_embedder.", HEADS) | net("emb.pixel_area_embedder.", HEADS)
+    assert not match(here, other).certain

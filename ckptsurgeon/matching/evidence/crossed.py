@@ -7,7 +7,7 @@ a link as for any other way; lists that are counted in the same order may begin 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, islice
 
 from ckptsurgeon.matching.evidence.distinguish import written
@@ -21,6 +21,7 @@ _MOST = 8  # links of one module that are compared with each other
 _KINDS = SAYS_NOTHING | {"conv", "norm", "attn", "mlp"}  # words that several parts of one module may have
 _HINT = 0.25  # what such a word in common counts
 _EARLY, _LATE = frozenset({"first", "preattn", "attn", "#0"}), frozenset({"mlp", "postattn", "premlp", "second", "#2"})  # norms of a layer
+_THIRD = "#3"
 _CLEARLY = 1.0  # how much better an exchange must be
 
 Signature = frozenset[tuple[str, tuple[int, ...]]]
@@ -41,9 +42,11 @@ def exchangeable(
             if old and new and not old.isdigit() and not new.isdigit():
                 groups.setdefault((here, rest, there, tail, inside[0][f"{here}{old}"]), []).append((old, new, link))
     for (here, rest, there, tail, _), members in groups.items():
+        thirds = any(_THIRD in concepts(old) for old, _, _ in members), any(_THIRD in concepts(new) for _, new, _ in members)
+        agree = partial(_agree, thirds=thirds)
         for (old, new, link), (other_old, other_new, other) in combinations(members[:_MOST], 2):
-            straight = _agree(old, new) + _agree(other_old, other_new)
-            exchanged = _agree(old, other_new) + _agree(other_old, new)
+            straight = agree(old, new) + agree(other_old, other_new)
+            exchanged = agree(old, other_new) + agree(other_old, new)
             if old != other_old and new != other_new and exchanged - straight >= _CLEARLY and not _in_order(old, new, other_old, other_new):
                 yield link, f"{other.sources[0]} -> {link.targets[0]}"
                 yield other, f"{link.sources[0]} -> {other.targets[0]}"
@@ -52,13 +55,13 @@ def exchangeable(
         for old, new, link in members:
             if PAIRED_ELSEWHERE in link.evidence:  # where both stand beside each other
                 continue
-            agreed = _agree(old, new)
+            agreed = agree(old, new)
             for name in free[1].beside(f"{there}{new}", tail):
-                if _agree(old, name.removeprefix(there)) >= agreed:
+                if agree(old, name.removeprefix(there)) >= agreed:
                     yield link, f"{link.sources[0]} -> {name}.{tail}"
                     break
             for name in free[0].beside(f"{here}{old}", rest):
-                if _agree(name.removeprefix(here), new) >= agreed:
+                if agree(name.removeprefix(here), new) >= agreed:
                     yield link, f"{name}.{rest} -> {link.targets[0]}"
                     break
 
@@ -114,15 +117,18 @@ def _numbers(name: str) -> list[int]:
 
 
 @cache
-def _agree(old: str, new: str) -> float:
-    """How much two names agree: in words, in numbers, and a little in words that several names have."""
+def _agree(old: str, new: str, thirds: tuple[bool, bool]) -> float:
+    """How much two names agree: in words, in numbers, and a little in words that several names have.
+
+    `thirds` says on which side the second of a kind is not the last.
+    """
     every, others = frozenset(concepts(old)), frozenset(concepts(new))
     shared = frozenset(word for word in every & others if word[0] != "#" and (len(word) > 1 or word in "qkv"))
     points = -2.0 if conflict(every, others) else 0.0
     points += bool(shared - _KINDS) + _HINT * bool(shared & _KINDS)
     points += _HINT * bool(shared - _KINDS and written(old) & written(new))
     if "norm" in shared:
-        late, other_late = _is_late(every), _is_late(others)
+        late, other_late = _is_late(every, thirds[0]), _is_late(others, thirds[1])
         points += 0 if late is None or other_late is None else 1 if late == other_late else -2
     numbers, other_numbers = _numbers(old), _numbers(new)
     if numbers and other_numbers:
@@ -130,7 +136,7 @@ def _agree(old: str, new: str) -> float:
     return points
 
 
-def _is_late(words: frozenset[str]) -> bool | None:
+def _is_late(words: frozenset[str], has_third: bool) -> bool | None:
     """Whether a norm stands behind the attention of its layer; None where its name does not say, as in a layer with two attentions."""
-    early, late = bool(words & _EARLY), bool(words & _LATE)
+    early, late = bool(words & _EARLY), bool(words & (_LATE - {"#2"} if has_third else _LATE))
     return None if early == late or "cross" in words else late

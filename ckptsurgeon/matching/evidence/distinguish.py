@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
 from ckptsurgeon.matching.module_tree import Node, fold
@@ -16,6 +17,7 @@ _ORDINALS = {
     "cross": 30, "premlp": 40, "mlp": 50,
     "second": 60, "postmlp": 90, "final": 100,
 }  # fmt: skip
+_MOST_INITIALS = 4
 _CROSS = [_ORDINALS["cross"]]
 _ATTENTION = ("q", "k", "v", "out")  # in the order in which an attention uses them, and in which a list of them is numbered
 
@@ -91,6 +93,34 @@ def begun(first: frozenset[str], second: frozenset[str]) -> bool:
         for short, long in ((a, b) if len(a) < len(b) else (b, a),)
         if len(short) < len(long)
     )
+
+
+class Spelt(NamedTuple):
+    """The words of a name that say nothing to the field, and what the initials of its words in a row spell."""
+
+    words: frozenset[str]
+    initials: frozenset[str]
+
+    def cuts_short(self, other: Spelt) -> bool:
+        """Whether a word of one is the initials of the other's."""
+        return bool(self.words & other.initials or other.words & self.initials)
+
+
+def spelt(parts: Iterable[str]) -> Spelt:
+    """How the parts of a path, as they are written, may be cut short.
+
+    >>> spelt(["ar_embedder"]).cuts_short(spelt(["aspect_ratio_embedder"])), spelt(["fc_norm"]).cuts_short(spelt(["final_conv"]))
+    (True, False)
+    """
+    rows = [re.findall("[a-z]+", part.lower()) for part in parts]
+    words = {word for row in rows for word in row if 1 < len(word) <= _MOST_INITIALS and concepts(word) == (word,)}
+    initials = {
+        "".join(word[0] for word in row[at : at + many])
+        for row in rows
+        for many in range(2, _MOST_INITIALS + 1)
+        for at in range(len(row) - many + 1)
+    }
+    return Spelt(frozenset(words), frozenset(initials))
 
 
 def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:

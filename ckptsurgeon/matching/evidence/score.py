@@ -23,6 +23,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     other_roles,
     ranks,
     slots,
+    spelt,
     telling,
     telling_segments,
     telling_words,
@@ -92,6 +93,7 @@ class Table:
         self.sources, self.targets, self.clues = sources, targets, clues
         self.words = tuple(telling(nodes) for nodes in (sources, targets))
         self.segments = tuple(telling_segments(nodes) for nodes in (sources, targets))
+        self.spelt = tuple([spelt(parts) for parts in side] for side in self.segments)
         self.written = tuple(telling_words(nodes) for nodes in (sources, targets))
         self.ordinals = tuple(ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
         if any(either_gate(*sides) or unsaid_attention(*sides) for sides in ((sources, targets), (targets, sources))):
@@ -108,7 +110,11 @@ class Table:
         source_words, target_words = self.words[0][row], self.words[1][column]
         shared = {word for word in source_words & target_words if not word.startswith("#")}
         parts = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
-        if not shared and (abbreviated(source_words, target_words) or begun(self.segments[0][row], self.segments[1][column])):
+        if not shared and (
+            abbreviated(source_words, target_words)
+            or begun(self.segments[0][row], self.segments[1][column])
+            or self.spelt[0][row].cuts_short(self.spelt[1][column])
+        ):
             parts["a name cut short"] = ABBREVIATED
         silent = any(all(word[0] == "#" for word in words) for words in (source_words, target_words))
         if silent and self.written[0][row] & self.written[1][column]:
