@@ -16,7 +16,7 @@ from typing import TypeVar
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
 from ckptsurgeon.matching.doubts import Facts, doubted
-from ckptsurgeon.matching.evidence.company import behind, companions, parts_within
+from ckptsurgeon.matching.evidence.company import behind, companions, lists_of, parts_within
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.factors import Side, as_stored, sides
@@ -257,7 +257,8 @@ def _learned(record: Record, known: Clues) -> Clues:
     certain = [(laid.sources[0], laid.targets[0]) for laid in _certain(record)]
     pairs, sources, targets = count_pairs(certain, known.rows)
     partners = {id(node): partner for node, partner in certain}
-    return replace(known, pairs=pairs, sources=sources, targets=targets, partners=partners, within=cache(partial(parts_within, certain)))
+    within = cache(partial(parts_within, certain))
+    return replace(known, pairs=pairs, sources=sources, targets=targets, partners=partners, lists=lists_of(certain), within=within)
 
 
 def _trust(certain: list[Laid]) -> float:

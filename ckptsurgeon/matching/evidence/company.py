@@ -5,6 +5,7 @@ Rule: names and shapes decide, never the order of keys, so that sorted files are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations, takewhile
@@ -117,6 +118,14 @@ class Inside:
         above, _, last = self.path.rpartition(".")
         around = above if self.parts & set(concepts(last)) else self.path
         return len(kinds) == 1 and bool(named_parts) and named_parts <= self.parts and (not around or unit.path.startswith(f"{around}."))
+
+
+def lists_of(pairs: Iterable[tuple[Node, Node]]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """By numbered list of either side the other's, where members of the one go to members of the other only."""
+    heads = {(source.parent, target.parent) for source, target in pairs if source.name.isdigit() and target.name.isdigit()}
+    sources, targets = Counter(here for here, _ in heads), Counter(there for _, there in heads)
+    here = {here: there for here, there in heads if sources[here] == targets[there] == 1}
+    return here, {name: path for path, name in here.items()}
 
 
 def parts_within(pairs: Iterable[tuple[Node, Node]]) -> tuple[Mapping[str, Inside], Mapping[str, Inside]]:

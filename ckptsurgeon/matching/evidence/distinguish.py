@@ -15,7 +15,7 @@ _ENDS = (-100, -90, 10, 11, 50, 90, 100)
 _ORDINALS = {
     "expand": 0, "depthwise": 3, "gate": 0, "up": 1, "first": -100, "preattn": -90, "attn": 10, "self": 11, "postattn": 20, "precross": 25,
     "cross": 30, "premlp": 40, "mlp": 50,
-    "second": 60, "postmlp": 90, "final": 100,
+    "second": 60, "hr": 70, "postmlp": 90, "final": 100,
 }  # fmt: skip
 _MOST_INITIALS = 4
 _CROSS = [_ORDINALS["cross"]]
@@ -175,7 +175,7 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
             return None
         if silent and not (len(nodes) == 2 and positions[1 - silent[0]][0] in _ENDS):
             return None  # of two, the one that is not said to be first is the second
-        sort_keys = [tuple(position[:1] or ([50] if silent else [0]) + number) for position, number in zip(positions, numbers, strict=True)]
+        sort_keys = [((position or [50 if silent else 0])[0], *number) for position, number in zip(positions, numbers, strict=True)]
     elif not counted:
         return None
     else:

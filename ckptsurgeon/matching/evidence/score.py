@@ -58,8 +58,8 @@ class Clues:
     often which names were paired elsewhere, which node of the target each node of the source (by its id) was paired with, and how many
     differ from a node by its last number.
 
-    `behind` has the convolutions that norms stand behind, `together` the one unit that is with another,
-    `within` the parts of layers that modules of either side hold (see `company`).
+    `behind` has the convolutions that norms stand behind, `together` the one unit that is with another, `lists` by numbered list of either
+    side the other's, `within` the parts of layers that modules of either side hold (see `company`).
     """
 
     trust: float = 0.0
@@ -71,6 +71,7 @@ class Clues:
     rows: Mapping[int, int] = field(default_factory=dict)
     behind: Mapping[int, Node] = field(default_factory=dict)
     together: Mapping[int, Node] = field(default_factory=dict)
+    lists: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
     within: Callable[[], tuple[Mapping[str, Inside], Mapping[str, Inside]]] = lambda: ({}, {})
 
     def behind_the_same(self, source: Node, target: Node) -> bool:
@@ -148,6 +149,8 @@ class Table:
             parts["behind the same convolution"] = BEHIND
         if self._named_after(row, column):
             parts["named after the part that it is of"] = NAMED_AFTER
+        if self._named_after_list(row, column):
+            parts["named after the list that it stands in"] = NAMED_AFTER
         elsewhere = 0.0 if self._unrivalled(row, column) else self._elsewhere(source, target)
         if elsewhere:
             parts[PAIRED_ELSEWHERE] = ELSEWHERE * elsewhere
@@ -173,6 +176,15 @@ class Table:
         )
         inside = nearest(unnamed.path, self.clues.within()[side])
         return inside is not None and inside.is_part_of(named)
+
+    def _named_after_list(self, row: int, column: int) -> bool:
+        """Whether one stands in a numbered list, and the other beside that list on its own side, and is named after it."""
+        nodes, written = (self.sources[row], self.targets[column]), (self.written[0][row], self.written[1][column])
+        for node, other, words, lists in zip(nodes, nodes[::-1], written[::-1], self.clues.lists, strict=True):
+            name = lists.get(node.parent, "")
+            if name and other.parent != name and name.rpartition(".")[2].lower() in words:
+                return True
+        return False
 
     def _confused(self, index: int, side: int = 0) -> bool:
         return any(self.words[side][index] & names for names in CONFUSED)

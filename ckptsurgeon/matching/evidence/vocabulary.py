@@ -114,6 +114,7 @@ for _concept, _spellings in (
     ("final", "final last post end"),
     ("first", "first before pre input initial in inp"),
     ("second", "second after"),
+    ("hr", "hr hires highres"),
     ("mid", "mid middle bottleneck"),
     ("stem", "stem"),
     ("mask", "mask masked"),
