@@ -58,6 +58,15 @@ def test_fewer_layers_under_other_names_are_a_mapping() -> None:
     assert found(WORDS, [("embed_tokens.weight", (40, 8)), *layers("encoder.layers", FAIRSEQ, 4)])[1] == ""
 
 
+@pytest.mark.parametrize("way", [1, -1], ids=["shallower", "deeper"])
+def test_another_depth_and_another_vocabulary_under_other_names_are_another_model(way: int) -> None:
+    """Any two transformers of one width have the rest in common."""
+    deep: Rows = [("embeddings.word_embeddings.weight", (300, 8)), *layers("encoder.layer", HF, 8)]
+    rows: Rows = [("embed_tokens.weight", (200, 8)), *layers("layers", FAIRSEQ, 6)]
+    share, why = found(*[deep, rows][::way])
+    assert share > 0.5 and "of 8 equal blocks such as encoder.layer.0, 2 have no partner" in why
+
+
 def test_half_of_two_models_of_other_names_is_none() -> None:
     mixers: Rows = [(f"mixers.{at}.state.weight", (20 + at, 8)) for at in range(12)]
     others: Rows = [(f"states.{at}.kernel.weight", (50 + at, 8)) for at in range(12)]

@@ -2,7 +2,7 @@
 
 Rule: half of one side is enough where both have one naming, if that does not tear the blocks of a list in half. Between two namings the
 layers of any two transformers of one width fit, so nearly all of one side must have a partner, an uncertain one at least, and what reads
-the input must have one.
+the input must have one; of another size it may be only where both are equally deep.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 _BLOCKS = 4  # of a numbered list, from which on it tells that a model is another
+_BARE = 0.25  # of a block's tensors, below which it has no partner
 _MEMBER = re.compile(r"\d{1,9}(?=\.)")  # a number at the end of a part of a name
 NEARLY_ALL = 0.8  # the same between two namings, uncertain links included
 Tensors = Mapping[str, TensorMeta]
@@ -69,6 +70,31 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
     if max(shares) < NEARLY_ALL:
         threshold = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
         return f"even uncertain links explain only {percent(max(shares))} of either side, {threshold}"
+    fits = any(key in done for (done, _), keys in zip(sides, inputs, strict=True) for key in keys)
+    return "" if fits or not all(inputs) else _deeper(taken, source) or _deeper(reached, target)
+
+
+def _deeper(done: Collection[str], side: Tensors) -> str:
+    """The list that holds most of a side and of which some blocks have a partner, and others that are equal to them have none; in words.
+
+    It tells two models apart where what reads the input is of another size too: a shallower model of the same kind reads the same.
+    """
+    lists: dict[str, dict[str, list[str]]] = {}
+    for key in side:
+        for found in _MEMBER.finditer(key):
+            lists.setdefault(key[: found.start()], {}).setdefault(found[0], []).append(key)
+    whole = sum(tensor.numel for tensor in side.values())
+    for head, members in lists.items():
+        if 2 * sum(side[key].numel for keys in members.values() for key in keys) > whole:
+            equal: dict[object, list[str]] = {}
+            for number, keys in members.items():
+                equal.setdefault(frozenset((key[len(head) + len(number) :], side[key].shape) for key in keys), []).append(number)
+            for numbers in equal.values():
+                shares = [sum(key in done for key in members[number]) / len(members[number]) for number in numbers]
+                alone = sum(share < _BARE for share in shares)
+                if alone and max(shares) == 1.0:
+                    words = f"of {len(numbers)} equal blocks such as {head}{numbers[0]}, {alone} have no partner"
+                    return f"{words}, and what reads the input is of another size"
     return ""
 
 
