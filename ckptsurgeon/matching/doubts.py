@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
-from ckptsurgeon.matching.evidence.lists import by_lists, in_each_longest_rise, moves_of, number_at
+from ckptsurgeon.matching.evidence.lists import by_lists, in_each_longest_rise, moves_of, number_at, rises, sequences
 from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
@@ -235,19 +235,13 @@ def _either_direction(facts: Facts) -> _Doubts:
     alike = {pair for pair in lists if _all_alike(facts.source, pair[0]) and _all_alike(facts.target, pair[1])}
     decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in moves_of(lists[pair], *pair)}
     open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in moves_of(lists[pair], *pair)} <= decided}
-    rising = {head for pair in alike - open_pairs if _rises(moves_of(lists[pair], *pair)) for head in pair}
+    rising = {head for pair in alike - open_pairs if rises(moves_of(lists[pair], *pair)) for head in pair}
     for pair in open_pairs:  # no list beside it, of other shapes, tells
         counts = moves_of(lists[pair], *pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
-        if counted_both and not (rising.intersection(pair) and _rises(counts)):
+        if counted_both and not (rises(counts) and (rising.intersection(pair) or sequences(counts))):
             for link in lists[pair]:
                 yield Doubt(link, "such lists are counted up or down, and these are all alike")
-
-
-def _rises(counts: set[tuple[int, int]]) -> bool:
-    """Whether of two lists the greater number goes to the greater one, for several numbers."""
-    order = [count for _, count in sorted(counts)]
-    return len(order) > 1 and order == sorted(order)
 
 
 def _above(head: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from pairs_support import meta
 
+from ckptsurgeon.matching.evidence.distinguish import nearness
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.module_tree import grow
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.tensors import TensorMeta
 
@@ -120,3 +122,29 @@ def test_a_word_as_it_is_written_tells_what_one_concept_does_not() -> None:
     target = [row for at in range(3) for name in ("res_conv", "skip_conv") for row in linear(f"b.{at}.{name}", 8, 6)]
     found = sure(match(side(sorted(source)), side(sorted(target))))
     assert found == {key.replace("a.", "b.", 1).replace("out", "conv"): key for key, _ in source}
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["with holes", "without"])
+def test_layers_of_a_sequence_are_run_in_its_order(sequence: bool) -> None:
+    def net(body: str, up: str, last: str) -> Rows:
+        rows = [row for at in range(3) for row in linear(f"{body}.{at}.a", 12, 6) + linear(f"{body}.{at}.b", 6, 12)]
+        return rows + [row for at in range(2) for row in linear(f"{up}.{2 * at if sequence else at}", 24, 6)] + linear(last, 3, 6)
+
+    source, target = net("body", "tail.0", "tail.1"), net("blocks", "upsample", "conv_last")
+    found = sure(match(side(source), side(target)))
+    assert ("upsample.0.weight" in found) == sequence
+    assert found.items() <= {other: one for (one, _), (other, _) in zip(source, target, strict=True)}.items()
+
+
+@pytest.mark.parametrize(
+    ("names", "anchor", "near"),
+    [
+        (("convPa", "convDa"), "convPb", [1, 0]),
+        (("score.a", "other.a"), "score.b", [1, 0]),  # by whole parts
+        (("layer10", "layer2"), "layer1", [0, 0]),  # numbers are no letters
+    ],
+)
+def test_of_two_the_one_is_nearer_whose_name_begins_alike(names: tuple[str, str], anchor: str, near: list[int]) -> None:
+    root = grow(side([(f"{name}.weight", (4, 4)) for name in (*names, anchor)]).values())
+    units = {unit.path: unit for unit in root.units()}
+    assert nearness([units[name] for name in names], units[anchor]) == near

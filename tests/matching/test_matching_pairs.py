@@ -11,7 +11,6 @@ FILES = sorted(PAIRS.glob("*.json"))
 # What names and shapes can't tell: how many tensors stay uncertain there, and why.
 UNCERTAIN = {
     "cloneofsimo_auraflow__diffusers_auraflow": (34, "two streams of one form, told by numbers and letters on one side"),
-    "fxia22_pointnet__hand_pointnet_sequential": (70, "two towers of one form, and two heads, under names with nothing in common"),
 }
 
 

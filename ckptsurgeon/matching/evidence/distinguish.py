@@ -124,9 +124,21 @@ def spelt(parts: Iterable[str]) -> Spelt:
 
 
 def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
-    """How many more parts of its path each node shares with another than the farthest does; equal but for numbers is one more."""
+    """How many more parts of its path each node shares with another than the farthest does; equal but for numbers is one more.
+
+    Where all share as many, that one is nearer whose name begins as the other's does for longest (`convPa` of `convPb`).
+    """
     near = [_shared_parts(node.path, anchor.path) + (node.folded == anchor.folded) for node in nodes]
+    if len({*near}) == 1:
+        begun_alike = [_same_beginning(node.path, anchor.path, near[0]) for node in nodes]
+        near = [int(length == max(begun_alike)) for length in begun_alike] if begun_alike.count(max(begun_alike)) == 1 else near
     return [value - min(near) for value in near]
+
+
+def _same_beginning(first: str, second: str, at: int) -> int:
+    """How many letters two paths have in common in the first part in which they differ, numbers aside."""
+    a, b = (fold(".".join(path.split(".")[at : at + 1])).replace("{}", "") for path in (first, second))
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _shared_parts(first: str, second: str) -> int:

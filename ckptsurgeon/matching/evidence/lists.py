@@ -61,3 +61,14 @@ def _rise_to(values: Sequence[int]) -> list[int]:
         ends[at : at + 1] = [value]
         lengths.append(at + 1)
     return lengths
+
+
+def rises(counts: set[tuple[int, int]]) -> bool:
+    """Whether of two lists the greater number goes to the greater one, for several numbers."""
+    order = [count for _, count in sorted(counts)]
+    return len(order) > 1 and order == sorted(order)
+
+
+def sequences(counts: set[tuple[int, int]]) -> bool:
+    """Whether both lists have holes, where layers without tensors stand: such a list is run in its order."""
+    return all(len({*numbers}) <= max(numbers) - min(numbers) for numbers in zip(*counts, strict=True))

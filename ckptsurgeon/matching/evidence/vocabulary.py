@@ -112,7 +112,7 @@ for _concept, _spellings in (
     ("shared", "shared"),
     ("block", "block blocks layer layers h stage stages unit units resblocks resnets resblock layerlist group groups cell"),
     ("final", "final last post end"),
-    ("first", "first before pre input initial in inp"),
+    ("first", "first before pre input initial in inp macaron"),
     ("second", "second after"),
     ("hr", "hr hires highres"),
     ("mid", "mid middle bottleneck"),
@@ -131,6 +131,7 @@ for _concept, _spellings in (
     ("ih", "ih i2h x2h"),
     ("hh", "hh h2h"),
     ("policy", "policy actor pi"),
+    ("stn", "stn tnet"),
 ):
     for _word in _spellings.split():
         _WORDS[_word] = _concept
