@@ -1,13 +1,14 @@
 """A sample of a checkpoint's data: a few reads that show whether a file was saved again with other values.
 
-64 bytes from the middle of every tensor, up to 4,096 of them. A change elsewhere is missed: `digest` reads all. Data whose checksum stands
-in the header needs no sample, since the fingerprint has it. No torch; nothing is inflated.
+Up to 16 MiB of data are sampled whole; of more, 64 bytes from the middle of every tensor, up to 4,096 of them. A change elsewhere is
+missed: `digest` reads all. Data whose checksum stands in the header needs no sample, since the fingerprint has it. No torch; nothing is
+inflated.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 
 from ckptsurgeon.progress import phase
@@ -17,6 +18,7 @@ from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta
 
 BYTES = 64
 MOST = 4096
+WHOLE = 16 << 20
 LAST = 64  # of the keys in the file's order, and by name: training changes a model's end most often
 _NUMBER = re.compile("([0-9]+)")
 
@@ -33,13 +35,27 @@ def sample(checkpoint: Checkpoint) -> str:
         return ""
     found = sha256()
     with Reader([checkpoint]) as reader:
-        for number, key in enumerate(chosen(list(places))):
-            span = places[key][number % len(places[key])]  # of pieces one, so that every file has its turn
-            stored = span.packed or span
-            size = min(stored.nbytes, BYTES)
-            found.update(reader.open(span.file).read(stored.offset + (stored.nbytes - size) // 2, size))
+        for file, offset, size in _parts(places):
+            found.update(reader.open(file).read(offset, size))
         reader.check_unchanged()
     return found.hexdigest()
+
+
+def _parts(places: Mapping[str, Sequence[Span]]) -> Iterator[tuple[str, int, int]]:
+    """The file, offset and length of each place to sample."""
+    whole = dict.fromkeys(_stored(span) for spans in places.values() for span in spans)
+    if sum(nbytes for _, _, nbytes in whole) <= WHOLE:
+        yield from whole
+        return
+    for number, key in enumerate(chosen(list(places))):
+        file, offset, nbytes = _stored(places[key][number % len(places[key])])  # of pieces one, so that every file has its turn
+        size = min(nbytes, BYTES)
+        yield file, offset + (nbytes - size) // 2, size
+
+
+def _stored(span: Span) -> tuple[str, int, int]:
+    stored = span.packed or span
+    return span.file, stored.offset, stored.nbytes
 
 
 def digest(checkpoint: Checkpoint) -> str:

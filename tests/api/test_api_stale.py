@@ -67,6 +67,12 @@ def state(value: float = 1.0) -> State:
     return {"first": torch.arange(24.0).view(6, 4) * value, "last": torch.arange(24.0).view(6, 4) - value}
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes every file for one that is too large to be sampled whole."""
+    monkeypatch.setattr(sampling, "WHOLE", 0)
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("changed", ["source", "target"])
 @pytest.mark.parametrize("save", FORMATS.values(), ids=FORMATS)
@@ -119,6 +125,7 @@ def test_other_values_under_the_very_same_header(key: str, name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("save", [save_file, FORMATS["zip without checksums"]])
+@pytest.mark.usefixtures("large")
 def test_of_five_thousand_tensors_the_last_ones_are_always_looked_at(save: Callable[..., None], tmp_path: Path) -> None:
     many = {f"w{number}": torch.full((4,), float(number)) for number in range(5000)}
     save(many, tmp_path / "source")
@@ -128,6 +135,19 @@ def test_of_five_thousand_tensors_the_last_ones_are_always_looked_at(save: Calla
         cs.apply(plan, tmp_path / "out.pt")
 
 
+@pytest.mark.parametrize("save", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("place", [0, 13, 999])
+def test_of_a_small_file_every_value_counts(place: int, save: Callable[[State, Path], None], tmp_path: Path) -> None:
+    value = {"first": torch.zeros(1000), "last": torch.ones(3)}
+    save(value, tmp_path / "source")
+    plan = cs.plan(tmp_path / "source")
+    value["first"][place] = 1
+    save(value, tmp_path / "source")
+    with pytest.raises(StaleError):
+        cs.apply(plan, tmp_path / "out.pt")
+
+
+@pytest.mark.usefixtures("large")
 def test_a_change_that_the_sample_misses_is_found_by_full(tmp_path: Path) -> None:
     big = {"w": torch.zeros(1000)}
     save_file(big, tmp_path / "source")
@@ -139,6 +159,7 @@ def test_a_change_that_the_sample_misses_is_found_by_full(tmp_path: Path) -> Non
         cs.apply(full, tmp_path / "new.pt")
 
 
+@pytest.mark.usefixtures("large")
 def test_the_sample_is_what_the_readme_says(tmp_path: Path) -> None:
     """Computed by safetensors and hashlib."""
     save_file({"a": torch.arange(1000, dtype=torch.float64), "b": torch.arange(5, dtype=torch.int16), "c": torch.empty(0)}, tmp_path / "it")
@@ -181,6 +202,7 @@ def test_only_planning_and_applying_look_at_data(
     cs.apply(plan, tmp_path / "out.pt")
 
 
+@pytest.mark.usefixtures("large")
 def test_planning_reads_no_more_than_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({f"w{number}": torch.zeros(10_000) for number in range(50)}, tmp_path / "source")
     header = 8 + int.from_bytes((tmp_path / "source").read_bytes()[:8], "little")
