@@ -37,7 +37,7 @@ class Choice:
 def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors = ()) -> list[Choice]:
     """Pair as many as the shorter side has; `anchors` are pairs in the same surroundings that are certain."""
     if len(sources) == len(targets) == 1:
-        against = conflict(*(frozenset(concepts(node.path)) for node in (sources[0], targets[0])))
+        against = conflict(*(_says(node) for node in (sources[0], targets[0])))
         return [Choice(sources[0], targets[0], 0.5 if against and sources[0].leaf else inf, (ALONE,))]
     if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
         return [
@@ -59,6 +59,11 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
             margin = min(margin, 0.5)  # the best of bad ones
         choices.append(Choice(sources[row], targets[column], margin, table.evidence(row, column), runner_up))
     return _without_the_clear(choices, sources, targets, clues, anchors)
+
+
+def _says(node: Node) -> frozenset[str]:
+    """What a node's path says; a unit that keeps running statistics is a norm, whatever it is called."""
+    return frozenset(concepts(node.path)) | {"norm" for _ in "." if "running_var" in node.tensors}
 
 
 def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> bool:

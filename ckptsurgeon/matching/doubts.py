@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
-from ckptsurgeon.matching.evidence.lists import by_lists, in_each_longest_rise, moves_of, number_at, rises, sequences
+from ckptsurgeon.matching.evidence.lists import by_lists, in_each_longest_rise, moves_of, number_at, rises, skips
 from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
@@ -239,7 +239,7 @@ def _either_direction(facts: Facts) -> _Doubts:
     for pair in open_pairs:  # no list beside it, of other shapes, tells
         counts = moves_of(lists[pair], *pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
-        if counted_both and not (rises(counts) and (rising.intersection(pair) or sequences(counts))):
+        if counted_both and not (rises(counts) and (rising.intersection(pair) or _as_they_run(pair, facts.source, facts.target))):
             for link in lists[pair]:
                 yield Doubt(link, "such lists are counted up or down, and these are all alike")
 
@@ -257,6 +257,12 @@ def _all_alike(side: Tensors, head: str) -> bool:
         if number:
             members.setdefault(number[0], set()).add((key[number.end() :], tensor.shape))
     return len(members) > 1 and len({frozenset(contents) for contents in members.values()}) == 1
+
+
+def _as_they_run(pair: tuple[str, str], *sides: Tensors) -> bool:
+    """Whether each of two lists that is called so skips numbers: it is a row of layers, with others between them that hold nothing."""
+    either = [bool(set(concepts(_last_name(head))) & _EITHER_WAY) for head in pair]
+    return all(skips(side, head) for side, head, says in zip(sides, pair, either, strict=True) if says)
 
 
 def _last_name(head: str) -> str:

@@ -81,6 +81,23 @@ def test_a_list_beside_it_tells_in_which_direction_a_list_is_counted(both: bool)
     assert outputs == [both] * 3
 
 
+@pytest.mark.parametrize("name", ["convolution_", "up_"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_list_of_layers_that_skips_numbers_is_counted_as_they_run(step: int, name: str) -> None:
+    """Something without tensors stands between its layers; it tells nothing of a list on the other side that may be counted down."""
+    source = side([*((f"upsample.{step * at}.weight", (16, 4, 3, 3)) for at in range(2)), ("last.weight", (3, 4, 3, 3))])
+    target = side([*((f"upsample.upsample.{name}{at}.weight", (16, 4, 3, 3)) for at in range(2)), ("last.weight", (3, 4, 3, 3))])
+    certain = [link.certain for link in match(source, target).links if "up" in link.targets[0]]
+    assert certain == [step == 2 and name != "up_"] * 2
+
+
+def test_what_keeps_running_statistics_is_a_norm_whatever_it_is_called() -> None:
+    """`patch_embed.1` is none of the patches' own tensors, so that nothing speaks against `stem.norm`."""
+    source = side([("patch_embed.0.weight", (8, 3, 3, 3)), *norm("patch_embed.1", 8), ("blocks.0.fc.weight", (9, 8))])
+    target = side([("stem.conv.weight", (8, 3, 3, 3)), *norm("stem.norm", 8), ("blocks.0.fc.weight", (9, 8))])
+    assert sure(match(source, target))["stem.norm.running_mean"] == "patch_embed.1.running_mean"
+
+
 def test_fewer_layers_are_the_first_ones_whatever_numbers_their_parts_have() -> None:
     def layers(path: str, one: str, other: str, many: int) -> Rows:
         return [row for at in range(many) for row in ((f"{path}.{at}.{one}.weight", (32, 8)), (f"{path}.{at}.{other}.weight", (8, 32)))]

@@ -230,3 +230,11 @@ def test_a_norm_in_a_row_of_layers_is_of_the_convolution_on_its_side(first: str)
     paths = {id(node): node.path for node in root.nodes}
     found = {paths[unit]: node.path for unit, node in behind(root).items()}
     assert found == ({"row.1": "row.0", "row.3": "row.2"} if first == "conv" else {"row.0": "row.1", "row.2": "row.3"})
+
+
+def test_the_norm_beside_the_one_of_the_mlp_is_the_first() -> None:
+    rows = linear("blocks.{}.fc1", 32, 8) | linear("blocks.{}.fc2", 8, 32)
+    source = rows | {f"blocks.{{}}.norm{at}.weight": (8,) for at in (1, 2)}
+    target = rows | {f"blocks.{{}}.{name}.weight": (8,) for name in ("norm", "norm_mlp")}
+    found = links(*({key.format(at): shape for key, shape in some.items() for at in range(3)} for some in (source, target)))
+    assert [found.get(f"blocks.1.{name}.weight") for name in ("norm", "norm_mlp")] == ["blocks.1.norm1.weight", "blocks.1.norm2.weight"]

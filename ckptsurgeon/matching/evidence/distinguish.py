@@ -187,12 +187,19 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
             return None
         if silent and not (len(nodes) == 2 and positions[1 - silent[0]][0] in _ENDS):
             return None  # of two, the one that is not said to be first is the second
-        sort_keys = [((position or [50 if silent else 0])[0], *number) for position, number in zip(positions, numbers, strict=True)]
+        unsaid = 0 if not silent else _ORDINALS["attn"] if _norms_of_a_layer(nodes) else 50
+        sort_keys = [((position or [unsaid])[0], *number) for position, number in zip(positions, numbers, strict=True)]
     elif not counted:
         return None
     else:
         sort_keys = [tuple(number) for number in numbers]
     return ranks(sort_keys) if len(set(sort_keys)) == len(sort_keys) else None
+
+
+def _norms_of_a_layer(nodes: Sequence[Node]) -> bool:
+    """Whether nodes are norms of one module, of which one is the MLP's: the other is the attention's, which is first."""
+    words = [frozenset(concepts(node.name)) for node in nodes]
+    return len({node.parent for node in nodes}) == 1 and all("norm" in own for own in words) and any("mlp" in own for own in words)
 
 
 def _own_numbers(nodes: Sequence[Node]) -> list[list[int]]:

@@ -44,6 +44,15 @@ def moves_of(links: Iterable[Link], here: str, there: str) -> set[tuple[int, int
     return {(int(number_at(link.sources[0], here)), int(number_at(link.targets[0], there))) for link in links}
 
 
+def skips(side: Iterable[str], head: str) -> bool:
+    """Whether a list holds single layers alone, and has not every number between its first and its last."""
+    rests = [key[len(head) :].split(".") for key in side if key.startswith(head)]
+    if any(len(rest) != 2 or not rest[0].isdecimal() or len(rest[0]) > 9 for rest in rests):
+        return False
+    numbers = {int(number) for number, _ in rests}
+    return max(numbers) - min(numbers) >= len(numbers)
+
+
 def in_each_longest_rise(values: Sequence[int]) -> set[int]:
     """The values that every longest rising part of a sequence has (Schensted 1961)."""
     before, behind = _rise_to(values), _rise_to([-value for value in reversed(values)])[::-1]
@@ -67,8 +76,3 @@ def rises(counts: set[tuple[int, int]]) -> bool:
     """Whether of two lists the greater number goes to the greater one, for several numbers."""
     order = [count for _, count in sorted(counts)]
     return len(order) > 1 and order == sorted(order)
-
-
-def sequences(counts: set[tuple[int, int]]) -> bool:
-    """Whether both lists have holes, where layers without tensors stand: such a list is run in its order."""
-    return all(len({*numbers}) <= max(numbers) - min(numbers) for numbers in zip(*counts, strict=True))

@@ -125,7 +125,7 @@ for _concept, _spellings in (
     ("time", "time timestep temb t"),
     ("logit", "logit"),
     ("temperature", "temperature tau"),
-    ("pool", "pool pooler pooling"),
+    ("pool", "pool pools pooler pooling"),
     ("reverse", "reverse backward bw bwd rev"),
     ("forward", "forward fw fwd"),
     ("ih", "ih i2h x2h"),
