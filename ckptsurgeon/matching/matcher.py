@@ -121,7 +121,8 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     links, same = prefer_equal_names(
         links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, rest=True)[0], judge
     )
-    links = _towered(_tied([*links, *cut_biases(links, source, target)], ties), source, target, same)
+    links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
+    links = _towered(_tied(links, ties), source, target, same)
     links = _named_back(doubted(replace(facts, links=links, same=same)), *names)
     return result(links, all_source, all_target, trust)
 
@@ -214,7 +215,7 @@ def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple
         clues = _learned(record, known)
     units = strayed(between(record.units, source_tree, target_tree, trust), known.behind)
     matched = [link for laid in units for link in links(laid, about)]
-    matched = uncrossed(squares_turned(matched, source, target), source, target)
+    matched = uncrossed(matched, source, target)
     matched += orphans(matched, record, source, target)
     if not rest:
         matched += shared(matched, record, source, target)

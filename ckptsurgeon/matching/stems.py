@@ -3,7 +3,8 @@
 Rule: a norm whose name begins with a convolution's stands in one module with it. Then, where several names begin alike and each of the
 ways in which they go on holds several layers, what they have in common is a module. Both sides are looked at together, so that equal names
 stay equal; and no cut is made that changes what a name says. A word that says nothing by itself, and that the other side writes as two,
-is these two (`qpos` and `q_pos`).
+is these two (`qpos` and `q_pos`). And a bias beside a layer that has none, with nothing else in their module, is the bias of that layer
+(`conv.bias` and `conv.lin.weight`), where the other side has no layer called so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 
-from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
 from ckptsurgeon.matching.spelling import unique
 from ckptsurgeon.tensors import TensorMeta
 
@@ -42,8 +43,8 @@ def parted(source: Tensors, target: Tensors) -> tuple[dict[str, str], dict[str, 
         heads = _shared_heads({*folded.values()})
         cuts = {name: cut for name in {*folded.values()} if (cut := _cut(name, heads)) != name}
         names = {module: _filled(cuts[folded[name]], name) if folded.get(name) in cuts else name for module, name in names.items()}
-    here, there = (unique({key: _within(names[_module(key)], key) for key in side}) for side in (source, target))
-    return here, there
+    here, there = ({key: _within(names[_module(key)], key) for key in side} for side in (source, target))
+    return unique(here | _with_bias(here, source, there)), unique(there | _with_bias(there, target, here))
 
 
 def _module(key: str) -> str:
@@ -52,6 +53,38 @@ def _module(key: str) -> str:
 
 def _within(module: str, key: str) -> str:
     return f"{module}.{key.rpartition('.')[2]}" if module else key
+
+
+def _with_bias(names: Mapping[str, str], side: Tensors, other_names: Mapping[str, str]) -> dict[str, str]:
+    """By key of the one weight of a layer, beside its bias in the module around it, the name that it would have in a layer with that."""
+    keys = {name: key for key, name in names.items()}
+    biased = {_module(name): side[key].shape for name, key in keys.items() if name.rpartition(".")[2] == "bias" and "." in name}
+    inside: dict[str, list[str]] = {}
+    for name in names.values():
+        head = _module(name)
+        while head:
+            if head in biased:
+                inside.setdefault(head, []).append(name)
+            head = _module(head)
+    others = {_layer(name) for name in other_names.values()}
+    apart = {}
+    for module, within in inside.items():
+        weight = next((name for name in within if name.endswith(".weight")), "")
+        layer = _module(weight)
+        if (
+            len(within) == 2
+            and _module(layer) == module
+            and SAYS_NOTHING.issuperset(concepts(layer[len(module) + 1 :]))
+            and biased[module] in {side[keys[weight]].shape[:1], side[keys[weight]].shape[-1:]}
+            and _layer(weight) not in others
+        ):
+            apart[keys[weight]] = f"{module}.weight"
+    return apart
+
+
+def _layer(name: str) -> str:
+    """The last two parts of a name."""
+    return ".".join(name.split(".")[-2:])
 
 
 def _run_together(modules: Collection[str], others: Collection[str]) -> dict[str, str]:

@@ -77,17 +77,26 @@ def _table(key: str) -> bool:
 
 
 def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
-    """The links, where a bare square parameter that is a layer's weight elsewhere is turned as those that are not square are, or is not."""
-    bare = {id(link): source[link.sources[0]].shape for link in links if _bare(link, source, target)}
-    ops = {link.op for link in links if id(link) in bare and len(set(bare[id(link)])) > 1}
-    as_it_is = {_kind(link) for link in links if id(link) in bare and len(set(bare[id(link)])) > 1 and link.clear and ops == {""}}
+    """The links, where a square matrix is turned as those of its name are that are not square, or is not.
+
+    A bare square parameter that is a layer's weight elsewhere is turned also as other such parameters are, whatever their names.
+    """
+    shapes = {id(link): source[link.sources[0]].shape for link in links if _of_matrices(link, source, target)}
+    oblong = [link for link in links if id(link) in shapes and len({*shapes[id(link)]}) > 1]
+    by_kind: dict[tuple[str, str], set[str]] = {}
+    for link in oblong:
+        by_kind.setdefault(_kind(link), set()).add(link.op)
+    of_bare = {link.op for link in oblong if _bare(link)}
+    told = {_kind(link) for link in oblong if link.clear}
 
     def settled(link: Link) -> Link:
-        if id(link) not in bare or len(set(bare[id(link)])) > 1 or link.op:
+        if id(link) not in shapes or len({*shapes[id(link)]}) > 1 or link.op:
             return link
-        if ops == {TURN}:
+        ops = by_kind.get(_kind(link), set())
+        if ops == {TURN} or (_bare(link) and of_bare == {TURN}):
             return replace(link, op=TURN, evidence=(*link.evidence, TURNED))
-        return replace(link, evidence=(*link.evidence, AS_IT_IS)) if _kind(link) in as_it_is else link
+        as_it_is = ops == {""} and _kind(link) in told and (of_bare == {""} or not _bare(link))
+        return replace(link, evidence=(*link.evidence, AS_IT_IS)) if as_it_is else link
 
     return [settled(link) for link in links]
 
@@ -96,11 +105,16 @@ def _kind(link: Link) -> tuple[str, str]:
     return fold(link.sources[0]), fold(link.targets[0])
 
 
-def _bare(link: Link, source: Tensors, target: Tensors) -> bool:
-    """Whether a link is of a matrix that is a parameter by itself on one side, and a layer's weight on the other."""
-    if len(link.sources) != 1 or len(link.targets) != 1 or link.op not in ("", TURN) or _table(link.targets[0]):
-        return False
-    source_key, target_key = link.sources[0], link.targets[0]
-    return len(source[source_key].shape) == len(target[target_key].shape) == 2 and source_key.endswith("weight") != target_key.endswith(
-        "weight"
+def _of_matrices(link: Link, source: Tensors, target: Tensors) -> bool:
+    """Whether a link is of one matrix, which may be turned."""
+    return (
+        len(link.sources) == len(link.targets) == 1
+        and link.op in ("", TURN)
+        and not _table(link.targets[0])
+        and len(source[link.sources[0]].shape) == len(target[link.targets[0]].shape) == 2
     )
+
+
+def _bare(link: Link) -> bool:
+    """Whether a matrix is a parameter by itself on one side, and a layer's weight on the other."""
+    return link.sources[0].endswith("weight") != link.targets[0].endswith("weight")

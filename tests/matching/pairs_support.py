@@ -66,7 +66,8 @@ class Score:
 def read_pair(path: Path) -> Pair:
     """The pair of a file, read once: nobody may change it."""
     value = json.loads(path.read_text())
-    truth = {row["target"]: Truth(tuple(row["sources"]), row["op"], row.get("twins", False)) for row in value["truth"]}
+    twins = value.get("twins", False)  # of a whole pair, or of one target
+    truth = {row["target"]: Truth(tuple(row["sources"]), row["op"], row.get("twins", twins)) for row in value["truth"]}
     return Pair(path.stem, side(value["source"]), side(value["target"]), truth)
 
 

@@ -306,3 +306,20 @@ def test_a_bare_square_parameter_is_multiplied_as_a_layers_weight_or_turned(same
     assert torch.allclose(torch.nn.functional.linear(x, weight), x @ p, atol=1e-5)
     wide = links(here | {"image_projection": (48, 32)}, there | {"image_projection.weight": (32, 48)}, in_order)
     assert [(wide[key].certain, wide[key].op) for key in ("text_projection.weight", "image_projection.weight")] == [(True, "transpose")] * 2
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+def test_a_square_weight_whose_bias_stands_around_its_layer_is_as_it_is_or_turned(in_order: bool) -> None:
+    """Layers on a graph, that are written by hand: in one library `lin.weight` and a bias, in another two bare parameters."""
+    here = {f"convs.{at}.{name}": shape for at in range(3) for name, shape in (("bias", (48,)), ("lin.weight", (48, 48)))}
+    there = {f"layers.{at}.{name}": shape for at in range(3) for name, shape in (("weight", (48, 48)), ("bias", (48,)))}
+    found = links(here, there, in_order)
+    assert all(found[f"layers.{at}.bias"].certain for at in range(3))
+    weights = [found[f"layers.{at}.weight"] for at in range(3)]
+    assert [(link.clear, link.doubt, *(choice.op for choice in link.choices)) for link in weights] == [
+        (True, "layout", "", "transpose")
+    ] * 3
+    as_it_is = links(
+        here | {"convs.3.bias": (7,), "convs.3.lin.weight": (7, 48)}, there | {"layers.3.weight": (7, 48), "layers.3.bias": (7,)}
+    )
+    assert all(as_it_is[f"layers.{at}.weight"].certain and not as_it_is[f"layers.{at}.weight"].op for at in range(4))

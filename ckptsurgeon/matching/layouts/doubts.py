@@ -47,7 +47,8 @@ def with_doubts(links: Iterable[Link], source: Tensors, target: Tensors) -> list
 
 def _with_doubt(link: Link, sides: Sides, one_naming: bool) -> Link:
     whole = len(link.sources) == len(link.targets) == 1
-    stays = whole and (SAME in link.evidence or sides.names.get(link.sources[0]) == link.targets[0])
+    same = SAME in link.evidence and not squares.written_anew(link, sides)
+    stays = whole and (same or sides.names.get(link.sources[0]) == link.targets[0])
     choices = next((layouts for kind in KINDS if not stays and (layouts := kind(link, sides))), ())
     if not choices or (whole and one_naming and choices[0].kind != squares.KIND):
         return link

@@ -1,14 +1,16 @@
 """A square matrix that is a parameter by itself on one side, and a layer's weight on the other: as it stands, or turned.
 
 Rule: a bare parameter `p` is multiplied as `x @ p` or as `linear(x, p)`, and a layer's weight as `linear`; where a matrix is not square its
-shape tells. This is so between files of one naming too, since one of them was written anew just there.
+shape tells. This is so between files of one naming too, since one of them was written anew just there. A layer whose bias stands in the
+module around it was written by hand, and what is its weight and bias in one module elsewhere may be two bare parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.matching.layouts.sides import Sides
+from ckptsurgeon.matching.layouts.sides import Sides, Tensors
+from ckptsurgeon.matching.module_tree import module_of
 from ckptsurgeon.matching.turning import AS_IT_IS
 from ckptsurgeon.planning.links import Layout, Link
 
@@ -21,9 +23,27 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
         return ()
     key, name = link.sources[0], link.targets[0]
     shape = sides.source.tensors[key].shape
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1 or key.endswith("weight") == name.endswith("weight"):
+    if (
+        len(shape) != 2
+        or shape[0] != shape[1]
+        or shape[0] == 1
+        or (key.endswith("weight") == name.endswith("weight") and not written_anew(link, sides))
+    ):
         return ()
     return (
         Layout(KIND, "multiplied alike", link.sources, link.targets),
         Layout(KIND, "turned, as x @ p is", link.sources, link.targets, "transpose"),
     )
+
+
+def written_anew(link: Link, sides: Sides) -> bool:
+    """Whether a layer's bias stands beside its weight on one side, and around the layer on the other."""
+    places = (_bias_at(key, side.tensors) for key, side in ((link.sources[0], sides.source), (link.targets[0], sides.target)))
+    return {*places} == {"beside", "around"}
+
+
+def _bias_at(key: str, tensors: Tensors) -> str:
+    """Where the bias of a weight stands: beside it, or in the module around its layer; empty where nowhere."""
+    layer = module_of(key)
+    around = module_of(layer)
+    return "beside" if f"{layer}.bias" in tensors else "around" if around and f"{around}.bias" in tensors else ""
