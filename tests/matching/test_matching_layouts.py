@@ -220,6 +220,27 @@ def test_stacked_experts_with_their_gate_and_up_in_one() -> None:
         assert torch.equal(made(link, at, tensors, {"mlp.experts.gate_up_proj": (3, 12, 4)})["mlp.experts.gate_up_proj"], wanted)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gate_and_up_in_one_on_both_sides_under_two_names(turned: bool) -> None:
+    """`w13` and `gate_up_proj`: with either half first, or row by row. Where both call it the same, it is taken as it stands."""
+    shapes: Shapes = {"gate_up_proj": (3, 4, 12) if turned else (3, 12, 4), "down_proj": (3, 6, 4) if turned else (3, 4, 6)}
+    goal = {f"layers.{at}.mlp.experts.{name}": shape for at in range(2) for name, shape in shapes.items()}
+    source = {
+        f"h.{at}.moe.experts.{name}": shapes[there] for at in range(2) for name, there in (("w13", "gate_up_proj"), ("w2", "down_proj"))
+    }
+    found = links(source, goal)
+    link = found["layers.0.mlp.experts.gate_up_proj"]
+    assert link.doubt == "layout" and link.clear and found["layers.0.mlp.experts.down_proj"].certain
+    whole, dim = torch.randn(shapes["gate_up_proj"]), 2 if turned else 1
+    gate, up = whole.chunk(2, dim)
+    ways = [whole, torch.cat([up, gate], dim), torch.cat([whole.index_select(dim, torch.arange(at, 12, 2)) for at in (0, 1)], dim)]
+    ways.append(torch.stack([gate, up], dim + 1).reshape(whole.shape))
+    for at, wanted in enumerate(ways):
+        assert torch.equal(made(link, at, {link.sources[0]: whole}, goal)[link.targets[0]], wanted), at
+    same = links({key.replace("w13", "gate_up_proj").replace("w2", "down_proj"): shape for key, shape in source.items()}, goal)
+    assert same["layers.0.mlp.experts.gate_up_proj"].certain
+
+
 def test_halves_of_a_modulation() -> None:
     body = {f"blocks.{i}.mlp.fc1.weight": (32, 8) for i in range(3)} | {f"blocks.{i}.attn.proj.weight": (8, 8) for i in range(3)}
     source = body | {"final_layer.adaLN_modulation.1.weight": (16, 8), "final_layer.adaLN_modulation.1.bias": (16,)}
@@ -267,7 +288,8 @@ def test_published_pairs_are_never_sure_of_a_wrong_layout(path: Path, in_order: 
 
 @pytest.mark.parametrize("in_order", ORDERS)
 @pytest.mark.parametrize("named_source", [False, True])
-def test_two_counted_matrices_are_gate_and_up_or_up_and_gate(named_source: bool, in_order: bool) -> None:
+@pytest.mark.parametrize("two", [("w1", "w2"), ("fc11", "fc12"), ("wi_0", "wi_1")])
+def test_two_counted_matrices_are_gate_and_up_or_up_and_gate(two: tuple[str, str], named_source: bool, in_order: bool) -> None:
     def rows(head: str, norm: str, one: str, two: str, down: str) -> Shapes:
         shapes: Shapes = {"embed.weight": (40, 8)}
         for at in range(2):
@@ -279,15 +301,17 @@ def test_two_counted_matrices_are_gate_and_up_or_up_and_gate(named_source: bool,
             shapes |= {f"{head}.{at}.mlp.{down}.weight": (8, 24)}
         return shapes
 
-    counted, named = rows("h", "ln", "w1", "w2", "c_proj"), rows("layers", "norm", "gate_proj", "up_proj", "down_proj")
+    counted, named = rows("h", "ln", *two, "c_proj"), rows("layers", "norm", "gate_proj", "up_proj", "down_proj")
     found = links(named, counted, in_order) if named_source else links(counted, named, in_order)
     for at in range(2):
         kinds = [
-            found[f"h.{at}.mlp.w{number}.weight" if named_source else f"layers.{at}.mlp.{name}_proj.weight"]
-            for number, name in ((1, "gate"), (2, "up"))
+            found[f"h.{at}.mlp.{one}.weight" if named_source else f"layers.{at}.mlp.{name}_proj.weight"]
+            for one, name in zip(two, ("gate", "up"), strict=True)
         ]
         assert [link.doubt for link in kinds] == ["layout"] * 2 and all(link.clear for link in kinds)
         assert [choice.sources for choice in kinds[0].choices] == [choice.sources for choice in kinds[1].choices][::-1]
+    if two != ("w1", "w2"):
+        return
     third = {key.replace("h.", "h.", 1): shape for key, shape in counted.items()} | {f"h.{at}.mlp.w3.weight": (24, 8) for at in range(2)}
     assert not any(link.doubt == "layout" and link.choices[0].kind == "gate or up" for link in links(third, named, in_order).values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,9 +40,19 @@ def _counted(words: Sequence[str]) -> Iterator[str]:
 
 
 def either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
-    """Whether one side says gate and up, and the other `w1` and `w2`: which of these is the gate is not agreed on."""
+    """Whether one side says gate and up, and the other counts two (`w1` and `w2`): which of these is the gate is not agreed on."""
     words = frozenset().union(*(concepts(node.name) for node in named))
-    return {"gate", "up"} <= words and {_last_word(node) for node in numbered} == {"w1", "w2"}
+    names = {_last_word(node) for node in numbered}
+    return {"gate", "up"} <= words and are_two_counted(names) and not any({"gate", "up"} & set(concepts(node.name)) for node in numbered)
+
+
+def are_two_counted(names: Collection[str]) -> bool:
+    """Whether names are two that differ by their number alone.
+
+    >>> are_two_counted({"w1", "w2"}), are_two_counted({"fc11", "fc2"}), are_two_counted({"up", "gate"})
+    (True, True, False)
+    """
+    return len({*names}) == 2 and all(name[-1:].isdigit() for name in names) and len({name.rstrip("0123456789") for name in names}) == 1
 
 
 def unsaid_attention(named: Sequence[Node], numbered: Sequence[Node]) -> bool:

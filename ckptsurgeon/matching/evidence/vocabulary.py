@@ -30,7 +30,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
     (r"dense_h_to_4h", "up"),
     (r"dense_4h_to_h", "down"),
-    (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|fc1_gu", "gate.up"),
+    (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|w1_?w?3|fc1_gu", "gate.up"),
     (r"layer_?norms?|ln|rms_?norm|batch_?norm([123]d)?|group_?norm|instance_?norm|normali[sz]ation|bn|gn|norms", "norm"),
     (r"layer_?scale|ls|lambda|res_?scale", "scale"),
     (r"self_?attn|self_?attention|self_?attend|slf_attn|sa", "self.attn"),

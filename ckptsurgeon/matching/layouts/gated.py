@@ -1,7 +1,7 @@
 """The gate and the up projection in one matrix, by itself or stacked over experts: which is first, or whether they take turns.
 
 Rule: implementations lay either first (Phi-3's gate, diffusers' GEGLU's other half), and some row by row (gpt-oss). Where both sides have
-the fused matrix, names tell nothing more, and it is taken as it stands.
+the fused matrix, it is taken as it stands if both call it the same, and is in doubt too if they do not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, unit_of
+from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, parent_of, unit_of, word
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "gate and up"
@@ -21,6 +21,8 @@ _PAIR = re.compile(r"(?P<how>chunk|concat)\(dim=(?P<dim>\d)(?:, of=2)?\)")
 def find(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a link between a fused gate and up and its two parts, or all experts' parts."""
     cuts = len(link.sources) == 1
+    if cuts and len(link.targets) == 1:
+        return _whole(link, sides)
     parts = link.targets if cuts else link.sources
     pair_op = _PAIR.search(link.op)
     if pair_op is None or len(parts) < 2 or len(parts) % 2 or len(link.sources) > 1 < len(link.targets):
@@ -42,6 +44,26 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
         Layout(KIND, f"{second} before {first}", *((link.sources, swapped) if cuts else (swapped, link.targets)), link.op),
         Layout(KIND, "row by row in turn", link.sources, link.targets, chain),
     )
+
+
+def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of a fused matrix, also one of all experts, that both sides have under names of their own."""
+    (key,), (name,) = link.sources, link.targets
+    both = own_concepts(key), own_concepts(name)
+    shape = sides.target.tensors[name].shape
+    if link.op or word(key) == word(name) or not any({"gate", "up"} <= words for words in both) or len(shape) not in (2, 3):
+        return ()
+    beside = {size for other in sides.target.under(parent_of(name)) if other != name for size in sides.target.tensors[other].shape}
+    dim = next((at for at in range(len(shape) - 2, len(shape)) if shape[at] % 2 == 0 and shape[at] // 2 in beside), None)
+    if dim is None:
+        return ()
+    ways = (
+        ("the same half is first", ""),
+        ("the halves change places", f"roll(dim={dim}, by={shape[dim] // 2})"),
+        ("what lies row by row in turn becomes halves", f"deinterleave(dim={dim}, parts=2)"),
+        ("halves become rows in turn", f"interleave(dim={dim}, parts=2)"),
+    )
+    return tuple(Layout(KIND, words, link.sources, link.targets, op) for words, op in ways)
 
 
 def _name(part: str) -> str:
