@@ -6,7 +6,7 @@ other are a FormatError. `assign` finds which parameter a position belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,7 +121,7 @@ def read_saved(value: Any) -> Saved:
     if len(set(flat)) != len(flat):
         raise FormatError("has a position in two groups, or twice in one")
     known = set(flat)
-    flattened = {position: _flat(values) for position, values in state.items()}
+    flattened = {position: _flat(values) for position, values in _by_position(state, known).items()}
     for position, values in flattened.items():
         if position not in known or type(position) is bool:
             raise FormatError(f"has state for position {_short(position)}, which no group has")
@@ -129,6 +129,16 @@ def read_saved(value: Any) -> Saved:
             raise FormatError(f"has something other than named values as the state of position {_short(position)}")
     options = tuple({name: option for name, option in group.items() if name not in ("params", "param_names")} for group in groups)
     return Saved(options, positions, _names(groups, positions), flattened)
+
+
+def _by_position(state: Mapping[Any, Any], known: Collection[Hashable]) -> Mapping[Any, Any]:
+    """The state by the positions that groups name: torch.distributed.checkpoint writes the keys of every dict as text, numbers too.
+
+    >>> _by_position({"0": "a", "1": "b"}, {0, 1, 2}), _by_position({"0": "a"}, {"0"})
+    ({0: 'a', 1: 'b'}, {'0': 'a'})
+    """
+    numbers = {str(position): position for position in known if type(position) is int}
+    return {numbers[key]: values for key, values in state.items()} if state and numbers.keys() >= state.keys() else state
 
 
 def _unflattened(value: Mapping[Any, Any]) -> Mapping[str, Any]:

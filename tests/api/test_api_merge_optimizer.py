@@ -255,3 +255,22 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     words = ("merge", "a.pt", f"{VARIANTS}:NetRenamed", "-o", "b.pt", "--with-optimizer", "--json", "--rename", "fc2.{p}", "dense2.{p}")
     value = program(*words, folder=tmp_path).json["optimizer"]
     assert len(value["carried"]) == 10 and value["place"] == "optimizer"
+
+
+def test_positions_that_a_distributed_checkpoint_keeps_as_text_are_found(tmp_path: Path) -> None:
+    """`dcp.save` of an optimizer's plain state_dict writes its positions, which are numbers, as text."""
+    import torch.distributed.checkpoint as dcp
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+        groups = [{"params": [p for p in model.parameters() if p.dim() == size], "weight_decay": size / 10} for size in (2, 1)]
+        return model, torch.optim.AdamW(groups)
+
+    (model, optimizer), (second, other) = made(), made()
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    dcp.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=tmp_path / "run")
+    cs.transfer(tmp_path / "run", second, root="model", optimizer=other)
+    for ours, theirs in zip(second.parameters(), model.parameters(), strict=True):
+        for name, value in optimizer.state[theirs].items():
+            assert torch.equal(other.state[ours][name], value)

@@ -47,7 +47,7 @@ def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | 
         overlaps=_overlaps(state),
     )
     if note is not None and checkpoint.entries:
-        note(f"{path} keeps {len(checkpoint.entries)} values that are not tensors: {', '.join(checkpoint.entries)}")
+        note(f"{path} holds {len(checkpoint.entries)} beside its tensors: {', '.join(checkpoint.entries)}")
     return checkpoint
 
 
