@@ -5,11 +5,13 @@
     python tests/bench/zoo.py --write             # and the counts into RESULTS.md
     python tests/bench/zoo.py --save FOLDER       # under another release of transformers: save them, also those with a head
     python tests/bench/zoo.py --folders FOLDER    # transfer and verify what that has saved
+    python tests/bench/zoo.py --match             # with the models' own conversions off: only what `match` is sure of is transferred
 
 The oracle is the model that was saved; of another release's folders `from_pretrained`, in what it loads. *Complete*: every tensor of a
 fresh model is equal to it, bit for bit, after one `transfer` without a flag. *Part*: some stay fresh. *Wrong*: a tensor that the report
 calls transferred is another one. *Refused*: a CheckpointError. *Verified*: `verify` says ok, where the library's own code loads the folder.
-What does not build at this size, or can't be saved or loaded by transformers itself, is not counted.
+What does not build at this size, or can't be saved or loaded by transformers itself, is not counted; nor, with --match, what fits by its
+names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,18 @@ HEADS = (
     "ForVision2Seq",
     "ForSpeechSeq2Seq",
 )  # of `AutoModel`, that --save saves
-GOOD = {"complete": 1, "verified": 1}
+GOOD, MATCHED = {"complete": 1, "verified": 1}, {"complete": 1}
 Outcome = dict[str, int] | None  # None where it is not counted
 
 
 def main() -> int:
-    """Try every architecture, or the named ones, or the folders that were saved; 0 only if all are complete and verified."""
+    """Try every architecture, or the named ones, or the folders that were saved; 0 only if all are complete and verified, or, with --match,
+    none is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures, as transformers' configurations name them")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save each below this folder, and do nothing more")
     parser.add_argument("--folders", type=Path, metavar="FOLDER", help="transfer what --save saved, under another release")
+    parser.add_argument("--match", action="store_true", help="without the models' own conversions: by the rules that match is sure of")
     parser.add_argument("--write", action="store_true", help="write the counts into RESULTS.md")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -59,19 +63,22 @@ def main() -> int:
     if arguments.save:
         return _save(arguments.save, names)
     began, counts, total = time.perf_counter(), Counter[str](), 0
-    for name, found in _of_folders(arguments.folders) if arguments.folders else ((name, _of_architecture(name)) for name in names):
+    for name, found in (
+        _of_folders(arguments.folders) if arguments.folders else ((name, _of_architecture(name, arguments.match)) for name in names)
+    ):
         if found is None:
             continue
         total += 1
         counts.update(found)
-        if found != GOOD:
+        if found != (MATCHED if arguments.match else GOOD):
             print(f"{name:60} {' '.join(found)}", flush=True)
     version, minutes = f"transformers {transformers.__version__}, torch {torch.__version__}", (time.perf_counter() - began) / 60
     text = f"{_table(counts, total)}\n\n{version}; {minutes:.0f} minutes.\n"
     print(text)
     if arguments.write:
-        _write(text, (arguments.folders / "VERSION").read_text() if arguments.folders else "")
-    return int(not total or counts["complete"] < total or counts["verified"] < total)
+        _write(text, (arguments.folders / "VERSION").read_text() if arguments.folders else "", arguments.match)
+    good = not counts["wrong"] if arguments.match else counts["complete"] == counts["verified"] == total
+    return int(not total or not good)
 
 
 def _save(folder: Path, names: list[str]) -> int:
@@ -91,7 +98,7 @@ def _save(folder: Path, names: list[str]) -> int:
     return 0
 
 
-def _of_architecture(name: str) -> Outcome:
+def _of_architecture(name: str, by_match: bool) -> Outcome:
     """What becomes of an architecture that is saved now."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -103,7 +110,7 @@ def _of_architecture(name: str) -> Outcome:
             make(1)
         except Exception:  # noqa: BLE001 - it does not build at this size, or can't be saved: whatever the library says
             return None
-        return _outcome(folder, make, saved.state_dict())
+        return _matched(folder, make(1), saved.state_dict()) if by_match else _outcome(folder, make, saved.state_dict())
 
 
 def _of_folders(folder: Path) -> Iterator[tuple[str, Outcome]]:
@@ -138,8 +145,25 @@ def _outcome(folder: str, make: Callable[[int], Any], truth: dict[str, torch.Ten
         report = cs.transfer(folder, model)
     except cs.CheckpointError:
         return {"refused": 1, **verified}
+    return {**_compared(model, truth, report.transferred), **verified}
+
+
+def _matched(folder: str, model: Any, truth: dict[str, torch.Tensor]) -> Outcome:
+    """What becomes of a folder where only matching says what goes where; layouts in doubt stay open."""
+    import ckptsurgeon as cs
+
+    if not cs.diff(folder, model, conversions=False).missing:
+        return None
+    try:
+        report = cs.transfer(folder, model, rules=cs.match(folder, model, conversions=False).rules, conversions=False)
+    except cs.CheckpointError:
+        return {"refused": 1}
+    return _compared(model, truth, report.transferred)
+
+
+def _compared(model: Any, truth: dict[str, torch.Tensor], transferred: Iterable[str]) -> dict[str, int]:
     differ = set(models.unlike(model, truth))
-    return {"complete" if not differ else "wrong" if differ & set(report.transferred) else "part": 1, **verified}
+    return {"complete" if not differ else "wrong" if differ & set(transferred) else "part": 1}
 
 
 def _table(counts: Counter[str], total: int) -> str:
@@ -151,10 +175,16 @@ def _table(counts: Counter[str], total: int) -> str:
     )
 
 
-def _write(text: str, release: str) -> None:
-    title = f"Folders of transformers {release}" if release else "Models of transformers"
+def _write(text: str, release: str, by_match: bool) -> None:
+    title = f"Folders of transformers {release}" if release else f"Models of transformers{', matched' if by_match else ''}"
     command = "--folders FOLDER --write`, for what `--save FOLDER` saved there" if release else "--write`, for what it saves itself"
-    write_section(f"## {title}\n\n`python tests/bench/zoo.py {command}: transferred without a flag, and verified\n\n{text}")
+    how = "transferred without a flag, and verified"
+    if by_match:
+        command, how = (
+            "--match --write`, for what it saves itself",
+            "without the models' own conversions, by the rules that match is sure of",
+        )
+    write_section(f"## {title}\n\n`python tests/bench/zoo.py {command}: {how}\n\n{text}")
 
 
 if __name__ == "__main__":
