@@ -14,7 +14,17 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
-from ckptsurgeon.matching.evidence.lists import by_lists, in_each_longest_rise, moves_of, number_at, rises, skips
+from ckptsurgeon.matching.evidence.lists import (
+    all_alike,
+    by_lists,
+    in_each_longest_rise,
+    members,
+    mirrored,
+    moves_of,
+    number_at,
+    rises,
+    skips,
+)
 from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
@@ -31,6 +41,7 @@ _NUMBER = re.compile(r"\d+")
 _MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 _INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
 _OUTER = re.compile(r"(?<=_)\d+_")  # a number within a part, of a list around: `up_blocks_1_attentions`
+COUNTED = "such lists are counted up or down, and these are all alike"
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
 _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
 
@@ -232,7 +243,7 @@ def _either_direction(facts: Facts) -> _Doubts:
         if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY
         and len({frozenset(concepts(_last_name(head))) for head in pair}) == 2
     }
-    alike = {pair for pair in lists if _all_alike(facts.source, pair[0]) and _all_alike(facts.target, pair[1])}
+    alike = {pair for pair in lists if all_alike(facts.source, pair[0]) and all_alike(facts.target, pair[1])}
     decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in moves_of(lists[pair], *pair)}
     open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in moves_of(lists[pair], *pair)} <= decided}
     rising = {head for pair in alike - open_pairs if rises(moves_of(lists[pair], *pair)) for head in pair}
@@ -240,23 +251,16 @@ def _either_direction(facts: Facts) -> _Doubts:
         counts = moves_of(lists[pair], *pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
         if counted_both and not (rises(counts) and (rising.intersection(pair) or _as_they_run(pair, facts.source, facts.target))):
+            whole = all(len(members(side, head)) == len(counts) for side, head in zip((facts.source, facts.target), pair, strict=True))
             for link in lists[pair]:
-                yield Doubt(link, "such lists are counted up or down, and these are all alike")
+                rival = mirrored(link.sources[0], pair[0], [number for number, _ in sorted(counts)]) if whole else ""
+                if rival != link.sources[0]:  # the middle one stays where it is
+                    yield Doubt(link, COUNTED, f"{rival} -> {link.targets[0]}" if rival else "")
 
 
 def _above(head: str) -> str:
     """The module that a numbered list stands in."""
     return head.rstrip("._0123456789").rpartition(".")[0]
-
-
-def _all_alike(side: Tensors, head: str) -> bool:
-    """Whether the members of a numbered list are several, and hold the same."""
-    members: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
-    for key, tensor in side.items():
-        number = _NUMBER.match(key, len(head)) if key.startswith(head) else None
-        if number:
-            members.setdefault(number[0], set()).add((key[number.end() :], tensor.shape))
-    return len(members) > 1 and len({frozenset(contents) for contents in members.values()}) == 1
 
 
 def _as_they_run(pair: tuple[str, str], *sides: Tensors) -> bool:

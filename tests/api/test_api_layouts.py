@@ -246,3 +246,72 @@ def test_outputs_that_tell_nothing_apart_leave_it_open(place: Path) -> None:
 def test_a_layout_is_a_value_with_its_rule() -> None:
     link = Link(("a",), ("b",))
     assert link.choices == () and link.doubt == ""
+
+
+STAGES = """
+import torch
+from torch import nn
+
+
+class Stage(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.names = (first, second)
+        setattr(self, first, nn.Conv2d(4, 4, 3, padding=1))
+        setattr(self, second, nn.Conv2d(4, 4, 3, padding=1))
+
+    def forward(self, x):
+        return x + getattr(self, self.names[1])(torch.relu(getattr(self, self.names[0])(x)))
+
+
+class Finest(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        for number in (1, 2, 3):
+            setattr(self, f"refinenet{number}", Stage("conv1", "conv2"))
+
+    def forward(self, x):
+        return self.head(self.refinenet1(self.refinenet2(self.refinenet3(self.stem(x)))))
+
+
+class Coarsest(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.fusion_stage = nn.ModuleList(Stage("convolution1", "convolution2") for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for stage in self.fusion_stage:
+            x = stage(x)
+        return self.head(x)
+
+
+def make_inputs():
+    return torch.randn(2, 3, 8, 8)
+"""
+
+
+def test_stages_that_are_counted_up_or_down_are_turned_round_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"stages_{tmp_path.name.replace('-', '_')}"
+    Path(f"{name}.py").write_text(STAGES)
+    torch.manual_seed(0)
+    space: dict[str, type[nn.Module]] = {}
+    exec(compile(STAGES, "stages.py", "exec"), space)
+    source = space["Finest"]().state_dict()
+    torch.save(source, "finest.pt")
+    looked = cs.match("finest.pt", f"{name}:Coarsest")
+    assert [(one.kind, len(one.targets)) for one in looked.open] == [("counted up or down", 8)]
+    assert all(link.doubt for link in looked.uncertain)
+    with pytest.raises(PlanError, match="none is chosen"):
+        cs.merge("finest.pt", f"{name}:Coarsest", "out.pt", match=True, accept_uncertain=True)
+    found = cs.match("finest.pt", f"{name}:Coarsest", source_model=f"{name}:Finest", forward=f"{name}:make_inputs")
+    assert found.forward is not None and found.forward.same and not found.open
+    for rules, order in ((found.rules, (3, 2, 1)), (cs.match("finest.pt", f"{name}:Coarsest", layout="as-is").rules, (1, 2, 3))):
+        cs.merge("finest.pt", f"{name}:Coarsest", f"{order}.pt", rules=rules)
+        merged = torch.load(f"{order}.pt")
+        for at, number in enumerate(order):
+            assert torch.equal(merged[f"fusion_stage.{at}.convolution2.weight"], source[f"refinenet{number}.conv2.weight"])

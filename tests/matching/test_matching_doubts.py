@@ -92,6 +92,18 @@ def test_refinement_stages_that_are_all_alike_may_be_counted_the_other_way(in_or
     if in_order:
         source, target = dict(sorted(source.items())), dict(sorted(target.items()))
     assert not [key for key in sure(source, target) if "fusion" in key]
+    last = match(source, target).by_target["neck.fusion_stage.layers.3.convolution2.weight"]
+    assert last.doubt == "layout"
+    assert [layout.sources for layout in last.choices] == [(f"scratch.refinenet{number}.conv2.weight",) for number in (4, 1)]
+
+
+def test_of_more_stages_none_is_said_to_be_the_others_mirrored() -> None:
+    def stages(path: str, conv: str, count: int) -> dict[str, tuple[int, ...]]:
+        return {f"{path}{i}.{conv}{j}.weight": (8, 8, 3, 3) for i in range(count) for j in (1, 2)}
+
+    source = side(layers("blocks", QKVO) | stages("scratch.refinenet", "conv", 5))
+    target = side(layers("layers", OTHER) | stages("neck.fusion_stage.layers.", "convolution", 4))
+    assert not [link for link in match(source, target).links if link.doubt or (link.certain and "fusion" in link.targets[0])]
 
 
 def test_a_list_is_called_by_its_own_name_where_underscores_stand_around_the_list_that_it_is_in() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptsurgeon.planning.links import Link
+from ckptsurgeon.tensors import TensorMeta
 
 _NUMBER = re.compile(r"\d+")
 _INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
@@ -76,3 +77,25 @@ def rises(counts: set[tuple[int, int]]) -> bool:
     """Whether of two lists the greater number goes to the greater one, for several numbers."""
     order = [count for _, count in sorted(counts)]
     return len(order) > 1 and order == sorted(order)
+
+
+def members(side: Mapping[str, TensorMeta], head: str) -> dict[str, set[tuple[str, tuple[int, ...]]]]:
+    """What each member of a numbered list holds, by its number."""
+    inside: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for key, tensor in side.items():
+        number = _NUMBER.match(key, len(head)) if key.startswith(head) else None
+        if number:
+            inside.setdefault(number[0], set()).add((key[number.end() :], tensor.shape))
+    return inside
+
+
+def all_alike(side: Mapping[str, TensorMeta], head: str) -> bool:
+    """Whether the members of a numbered list are several, and hold the same."""
+    inside = members(side, head)
+    return len(inside) > 1 and len({frozenset(contents) for contents in inside.values()}) == 1
+
+
+def mirrored(key: str, head: str, numbers: Sequence[int]) -> str:
+    """The key of the member of a list of these numbers that is as far from the list's other end."""
+    number = number_at(key, head)
+    return f"{head}{numbers[-1 - numbers.index(int(number))]}{key[len(head) + len(number) :]}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.layouts import either, fused, gated, merging, modulation, patches, rotary, squares
+from ckptsurgeon.matching.layouts import direction, either, fused, gated, merging, modulation, patches, rotary, squares
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.same_names import SAME
 from ckptsurgeon.planning.links import ENOUGH, LAYOUT, Layout, Link
@@ -26,6 +26,7 @@ KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     merging.find,
     patches.find,
     squares.find,
+    direction.find,
 )
 Tensors = Mapping[str, TensorMeta]
 
