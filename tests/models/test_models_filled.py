@@ -33,6 +33,7 @@ NETS = {
         True,
     ),
     "a constant": ("def after(block, keys):\n    if lacks(keys, 'gain'): nn.init.constant_(block.gain, 3.0)", True),
+    "a tensor of its own": ("def after(block, keys):\n    if lacks(keys, 'gain'): block.gain = nn.Parameter(torch.full((3,), 4.0))", True),
     "as given": ("def after(block, keys):\n    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.endswith('gain')]", False),
     "masked": ("def after(block, keys):\n    block.gain.data.mul_(torch.tensor([1.0, 0.0, 1.0]))", False),
     "drawn": ("def after(block, keys):\n    if lacks(keys, 'gain'): nn.init.normal_(block.gain)", False),

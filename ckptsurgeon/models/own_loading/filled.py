@@ -24,8 +24,14 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, state: State, keys: Collection[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages = {storage_of(state[key]) for key in keys if isinstance(state.get(key), torch.Tensor) and state[key].numel()}
+        self.keys = [key for key in keys if isinstance(state.get(key), torch.Tensor) and state[key].numel()]
+        self.storages = {storage_of(state[key]) for key in self.keys}
         self.seen = False
+
+    def replaced(self, after: State) -> bool:
+        """Whether any of these keys has another tensor in the state_dict after loading."""
+        values = (after.get(key) for key in self.keys)
+        return any(isinstance(value, torch.Tensor) and storage_of(value) not in self.storages for value in values)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}

@@ -195,6 +195,7 @@ def _tried(
             for key, value in after.items():
                 if isinstance(value, _Named) and key in state:
                     run.record.copies[_start(state[key])] = _Loaded(value.names, value.whole, _dtype(value), tuple(_shape(value)))
+            replaced = writes.replaced(after)
             grown = {key for key in after if key not in state and key in unknown}
             held = values_of({key: value for key, value in after.items() if not isinstance(value, _Named)}, before)
             for key in find_filled(state, before, held, restore, lambda: load(_Run(lacking))):
@@ -202,7 +203,7 @@ def _tried(
     finally:
         restore()
     taken = _summary(state, loaders, unknown, source_tensors, absent, run)
-    return replace(taken, grown={name: by for name, by in taken.dropped.items() if name in grown}), on_meta and writes.seen
+    return replace(taken, grown={name: by for name, by in taken.dropped.items() if name in grown}), on_meta and (writes.seen or replaced)
 
 
 def probe_file(build: Build, target: Checkpoint, source: Checkpoint) -> Taken:
