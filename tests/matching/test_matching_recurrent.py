@@ -97,3 +97,12 @@ def test_a_square_parameter_is_as_those_of_its_name_are() -> None:
     assert sure(match(side(source), side(target))) == {other: one for (one, _), (other, _) in zip(source, target, strict=True)}
     alone = match(side(source[1:2]), side(target[1:2]))
     assert not alone.certain
+
+
+@pytest.mark.parametrize("names", [("mean_head", "logvar_head"), ("to_mu", "to_log_var"), ("fc_mean", "fc_log_variance")])
+def test_two_heads_of_one_size_are_the_mean_and_the_variance(names: tuple[str, str]) -> None:
+    body = [(f"encoder.{at}.weight", (8 + at, 7 + at)) for at in range(3)]
+    source = [*body, *((f"{name}.{role}", shape) for name in ("fc_mu", "fc_var") for role, shape in (("weight", (4, 10)), ("bias", (4,))))]
+    target = [(key.replace("fc_mu", names[0]).replace("fc_var", names[1]).replace("encoder", "enc"), shape) for key, shape in source]
+    found = sure(match(side(sorted(source)), side(sorted(target))))
+    assert found == {other: one for (one, _), (other, _) in zip(source, target, strict=True)}

@@ -24,6 +24,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"(self_?)?loop(_?weight|_?linear|_?fc)", "root.weight"),
     (r"value_?(net|network|function|fn|mlp|branch)|vf|v_net|critic", "critic"),
     (r"log_?std", "logstd"),
+    (r"log_?var(iance)?|lnvar", "logvar"),
     (r"w_?[ix]([rzifgoc])|x2([rznifgoc])", r"ih.\1\2"),  # the gates of a recurrent cell
     (r"w_?h([rznifgoc])|h2([rznifgoc])", r"hh.\1\2"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
@@ -132,6 +133,8 @@ for _concept, _spellings in (
     ("hh", "hh h2h"),
     ("policy", "policy actor pi"),
     ("stn", "stn tnet"),
+    ("mu", "mu mean"),
+    ("logvar", "logvar var"),
 ):
     for _word in _spellings.split():
         _WORDS[_word] = _concept
