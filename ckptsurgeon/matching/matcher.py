@@ -31,7 +31,7 @@ from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
 from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.stems import parted
-from ckptsurgeon.matching.towers import towered
+from ckptsurgeon.matching.towers import gathered, towered
 from ckptsurgeon.matching.turning import Turned, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Layout, Link
 from ckptsurgeon.planning.prefixes.find import Change, find_change, find_exchange, rename_all
@@ -107,7 +107,9 @@ def _paths(rival: str, paths: Iterable[Callable[[str], str]]) -> str:
 def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
     """The mapping of what plain models have: a weight as one tensor, whatever holds it."""
     seen = looked_at(all_source), looked_at(all_target)
-    names = parted(*seen)
+    towers = gathered(*seen), gathered(*seen[::-1])
+    parts = parted(*map(renamed, seen, towers))
+    names = [{key: part[name] for key, name in tower.items()} for tower, part in zip(towers, parts, strict=True)]
     source, target = map(renamed, seen, names)
     ties = [[names[1].get(key, key) for key in tied] for tied in ties]
     same, bare = _names(source, target)

@@ -122,7 +122,7 @@ def paths_back(names: Mapping[str, str]) -> Callable[[str], str]:
         name = ordered[at] if at < len(ordered) and ordered[at].startswith(path) else ""
         key = names.get(name, "")
         if not path or squash(key) != squash(name):
-            return path
+            return key if sorted(squash(key)) == sorted(squash(name)) and path else path
         letters = (place for place, letter in enumerate(key) if not _SEPARATORS.match(letter.lower()))
         last = next(islice(letters, len(squash(path)) - 1, None), None)
         return path if last is None else key[: last + 1]

@@ -2,7 +2,8 @@
 
 Rule: parts of a side that stand beside each other, have the same shapes and were linked by these alone can be exchanged: their links are in
 doubt unless names tell them apart. Where of two large parts of a side with the same keys and shapes, look-alikes, each key is taken from
-one alone, the links of both are doubted, save those of the one whose name the other side has, while it has not the look-alike's.
+one alone, the links of both are doubted, save those of the one whose name the other side has, while it has not the look-alike's. Two towers
+may also stand within each other, each layer of a list twice (`q_proj.A`, `q_proj.B`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import permutations, product
+from itertools import permutations, product, takewhile
 from math import inf
 from typing import NamedTuple
 
@@ -18,12 +19,69 @@ from ckptsurgeon.matching.evidence.distinguish import Spelt, spelt
 from ckptsurgeon.matching.evidence.support import ALONE
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import fold
+from ckptsurgeon.matching.spelling import unique
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
 _FOLLOWERS = {"k", "momentum", "student", "m", "slow"}
 _LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its look-alike must have
+_LEAST_PLACES = 4  # layers of a block that stand twice, from which on they are two towers
 Tensors = Mapping[str, TensorMeta]
+
+
+def gathered(side: Tensors, other_side: Tensors) -> dict[str, str]:
+    """Every key's name, in which two towers that stand within each other stand beside each other: `q_proj.A` of a list is in its `A`.
+
+    So it is where all of a list has one of two parts in its names, the other side has neither of them, and is too small for both towers.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> keys = [f"net.layers.0.{name}.{tower}.weight" for name in ("fc", "mid", "out", "norm") for tower in "AB"]
+    >>> gathered({key: TensorMeta(key, "F32", (8,), (1,)) for key in keys}, {})["net.layers.0.fc.B.weight"]
+    'net.B.layers.0.fc.weight'
+    """
+    total, other_total = (sum(tensor.numel for tensor in tensors.values()) for tensors in (side, other_side))
+    names = {key: key for key in side}
+    if other_total > (1 - _LEAST_SHARE) * total:
+        return names
+    in_list = Counter(map(_before_number, side))
+    for pair, places in _twice(side, {part for key in other_side for part in key.split(".")}).items():
+        size = sum(side[_joined(head, pair[0], tail)].numel for head, tail in places)
+        around = _list_around([head for head, _ in places])
+        if around and in_list[around] == 2 * len(places) and size >= _LEAST_SHARE * total and size + other_total <= total:
+            above, _, last = around.rpartition(".")
+            for (head, tail), part in product(places, pair):
+                names[_joined(head, part, tail)] = _joined(above, part, last, head[len(around) + 1 :], tail)
+    return unique(names)
+
+
+def _twice(side: Tensors, other_parts: Collection[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """By two parts of names, what stands before and behind them where keys of one shape differ in these alone: in several layers."""
+    ways: dict[tuple[str, str], list[str]] = {}
+    for key in side:
+        parts = key.split(".")
+        for at, part in enumerate(parts[:-1]):
+            if part not in other_parts and not part.isdecimal():
+                ways.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :])), []).append(part)
+    pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for (head, tail), found in ways.items():
+        if len(found) == 2 and len({side[_joined(head, part, tail)].shape for part in found}) == 1:
+            pairs.setdefault((min(found), max(found)), []).append((head, tail))
+    return {pair: places for pair, places in pairs.items() if len({fold(head) for head, _ in places}) >= _LEAST_PLACES}
+
+
+def _list_around(heads: Sequence[str]) -> str:
+    """The one numbered list that all paths lead into, if there is one."""
+    lists = {*map(_before_number, heads)}
+    around = lists.pop()
+    return "" if lists or around in heads else around
+
+
+def _before_number(path: str) -> str:
+    return ".".join(takewhile(lambda part: not part.isdecimal(), path.split(".")))
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(filter(None, parts))
 
 
 def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:

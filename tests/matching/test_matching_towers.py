@@ -6,6 +6,7 @@ from pairs_support import meta
 from rules_support import checkpoint, literal_plan, proposed, read_back
 
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.towers import gathered
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -87,3 +88,37 @@ def test_parts_of_one_form_are_told_by_words_that_are_cut_to_their_initials() ->
     assert pairs == {("ar", "emb.aspect"), ("csize", "emb.resolution")}
     other = net("emb.resolution_embedder.", HEADS) | net("emb.pixel_area_embedder.", HEADS)
     assert not match(here, other).certain
+
+
+BLOCK = {**{f"attn.{part}_proj": (8, 8) for part in ("q", "k", "v", "out")}, "norm1": (8,), "norm2": (8,), "fc1": (32, 8), "fc2": (8, 32)}
+
+
+def layers(path: str, *towers: str) -> dict[str, TensorMeta]:
+    """Two blocks and what is before them; each layer stands once, or once in each tower."""
+    names = {f"{path}.{n}.{layer}{tower}.weight": shape for n in (0, 1) for layer, shape in BLOCK.items() for tower in towers or ("",)}
+    return {key: meta(key, shape) for key, shape in {"embed.proj.weight": (8, 3, 4, 4), **names}.items()}
+
+
+def test_towers_within_each_other_are_not_mixed() -> None:
+    """All that is shown is of one tower, and the other is named; neither is sure."""
+    one, two = layers("blocks"), layers("net.layers", ".A", ".B")
+    for source, target in ((two, one), (one, two)):
+        found = match(source, target)
+        assert [link.targets for link in found.certain] == [("embed.proj.weight",)]
+        assert len(found.uncertain) == 2 * len(BLOCK)
+        for link in found.uncertain:
+            here, there = (key.replace("net.layers", "blocks").replace(".A.", ".") for key in (link.sources[0], link.targets[0]))
+            assert here == there and ".B." in link.runner_up
+
+
+def test_a_tower_within_another_that_the_other_side_calls_the_same_is_that_one() -> None:
+    target = layers("net.layers", ".A")
+    found = match(layers("net.layers", ".B", ".A"), target)
+    assert {link.targets[0]: link.sources[0] for link in found.certain} == {key: key for key in target}
+
+
+def test_two_parts_that_the_other_side_has_room_for_are_no_towers() -> None:
+    """A layer's real and its imaginary weight."""
+    source = layers("layers", ".real", ".imag")
+    target = layers("blocks", "_r", "_i")
+    assert gathered(source, target) == {key: key for key in source}
