@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -9,7 +10,7 @@ from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import UnsafeError
 from ckptsurgeon.formats.folders.hf_shards import shard_in_words
-from ckptsurgeon.hints import SHOWN, shortened
+from ckptsurgeon.hints import SHOWN, several, shortened
 from ckptsurgeon.low_rank import lost_factors
 from ckptsurgeon.planning.apply_rules import Names
 from ckptsurgeon.planning.plan_types import Step
@@ -22,6 +23,7 @@ from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import Checkpoint, find_overlaps
 
 LITTLE = 0.1  # share of a target's elements below which there is a warning
+_PARAMETRIZED = re.compile(r"(?:.*\.)?parametrizations\.[^.]+\.")  # where torch's parametrize keeps what one tensor is made of
 OTHER_TARGET = "give the model itself, or its skeleton, as the target"
 
 
@@ -122,6 +124,7 @@ def findings(sources: Sequence[Checkpoint], target: Checkpoint | None, names: Na
     findings += _lost_factors(sources, names, steps)
     findings += _whole_numbers(sources, steps)
     findings += _lost_aliases(sources, steps)
+    findings += _parted(sources, names, steps)
     for source in sources:
         notes = (*source.notes, *((shard_in_words(source.shard),) if source.shard is not None else ()))
         findings += [Finding("source", f"{source.path}: {note}", None, "note") for note in notes]
@@ -139,6 +142,22 @@ def _lost_aliases(sources: Sequence[Checkpoint], steps: Sequence[Step]) -> list[
         for source in sources
         for alias, kept in source.metadata.items()
         if kept in source and alias not in source and alias not in given
+    ]
+
+
+def _parted(sources: Sequence[Checkpoint], names: Names, steps: Sequence[Step]) -> list[Finding]:
+    """Warnings for tensors that are taken from a torch parametrization of which other tensors go nowhere: they may be no weight alone."""
+    taken = {source_key: step.target for step in steps for source_key in step.sources}
+    left: dict[tuple[int, str], list[str]] = {}
+    for number, source in enumerate(sources):
+        for key in source:
+            found = _PARAMETRIZED.match(key)
+            if found is not None and (number, key) not in taken and (number, key) not in names.dropped:
+                left.setdefault((number, found[0]), []).append(key)
+    return [
+        Finding("parted", f"comes from {key} without {several(left[place])}, which belong to one parametrization", target, "warning")
+        for (number, key), target in taken.items()
+        if left and (found := _PARAMETRIZED.match(key)) is not None and (place := (number, found[0])) in left
     ]
 
 

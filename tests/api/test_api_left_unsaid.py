@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_versions_that_a_format_does_not_keep_are_said_where_they_may_matter(tmp
         assert "None: 0: this format keeps no versions" in said  # torch's own norm loads values of every version alike
     assert "versions" not in _notes(cs.merge(tmp_path / "a.pt", None, tmp_path / "out.pt"))
     assert torch.load(tmp_path / "out.pt", weights_only=True)._metadata["0"] == {"version": 3}
+
+
+@pytest.mark.parametrize("kind", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal])
+def test_a_tensor_that_is_parted_from_its_parametrization_is_a_warning(kind: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch.save(nn.Sequential(kind(nn.Linear(3, 3))).state_dict(), tmp_path / "a.pt")
+    other = nn.Linear(3, 3)
+    nn.utils.parametrize.register_parametrization(other, "weight", nn.Identity(), unsafe=True)
+    assert "which belong to one parametrization" in _notes(cs.merge(tmp_path / "a.pt", nn.Sequential(other), tmp_path / "out.pt"))
+    whole = nn.Sequential(kind(nn.Linear(3, 3)))
+    assert "parametrization" not in _notes(cs.merge(tmp_path / "a.pt", whole, tmp_path / "whole.pt"))
+    dropped = cs.merge(tmp_path / "a.pt", nn.Sequential(other), tmp_path / "dropped.pt", drop=["/.*(_u|_v|base)/"])
+    assert "parametrization" not in _notes(dropped)
 
 
 class Tied(nn.Module):
